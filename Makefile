@@ -1,0 +1,56 @@
+# `make demo` and `make test` work as the first command in a clean clone: they make .venv and install into it, once.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+BIN := $(VENV)/bin
+# The first of these that is Python 3.11 or newer and can make a virtual environment; `make PYTHON=...` names another.
+PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3 python
+# Test processes: one per CPU, two at least (most tests wait for other processes), and not more than eight.
+PROCESSES = $$($(BIN)/python -c 'import os; print(min(8, max(2, os.cpu_count() or 2)))')
+
+help:
+	@echo 'make demo    replay a trace of 300 jobs on two workers, with the books balanced at the end'
+	@echo 'make test    ruff, mypy and the tests'
+	@echo 'make check   ruff and mypy only'
+	@echo 'make bench   this platform beside plain Celery'
+	@echo 'make clean   remove .venv and what the tools left'
+
+demo: $(INSTALLED)
+	@$(BIN)/celery -A platform demo --worker worker-01=72 --worker worker-02=16 $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A virtual environment that was moved or whose Python is gone is made anew; otherwise only what is missing is installed.
+$(INSTALLED): setup.cfg pyproject.toml
+	@if ! $(BIN)/python -c 'import pip' 2>/dev/null || ! $(BIN)/pip --version >/dev/null 2>&1; then \
+	    rm -rf $(VENV); \
+	    for p in $(PYTHONS); do \
+	        if $$p -c 'import ensurepip, sys, venv; assert sys.version_info >= (3, 11)' 2>/dev/null; then \
+	            echo "Making $(VENV) with $$($$p --version) ($$($$p -c 'import sys; print(sys.executable)'))"; \
+	            $$p -m venv $(VENV) || exit 1; \
+	            break; \
+	        fi; \
+	    done; \
+	    if ! test -x $(BIN)/python; then \
+	        echo 'No Python 3.11 or newer that can make a virtual environment was found in PATH.' >&2; \
+	        echo 'Install one (Debian and Ubuntu: python3 and python3-venv), or name it: make PYTHON=/path/to/python3' >&2; \
+	        exit 1; \
+	    fi; \
+	fi
+	@echo 'Installing into $(VENV) (once; a minute or two)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,dev]'
+	@touch $@

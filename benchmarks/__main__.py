@@ -1,0 +1,134 @@
+"""`python -m benchmarks`: measures the figures and reports them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.bench import Bench
+from benchmarks.figures import BY_NAME, FIGURES, Figure
+from benchmarks.report import (
+    Line,
+    Result,
+    as_json,
+    machine,
+    markdown,
+    print_table,
+    read_profiles,
+    read_results,
+    update_page,
+)
+
+#: Where the results go.
+RESULTS = Path(__file__).with_name("results.json")
+PROFILES = Path(__file__).with_name("profiles.json")
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "benchmarks.md"
+
+#: Rounds a figure, unless told otherwise; the median is an actual round when it is odd.
+ROUNDS = 5
+
+
+def figures(text: str) -> list[Figure]:
+    """The figures named in `text`, separated by commas, in the order of the table."""
+    names = {name.strip() for name in text.split(",")} - {""}
+    if unknown := sorted(names - set(BY_NAME)):
+        known = ", ".join(BY_NAME)
+        raise argparse.ArgumentTypeError(f"no such figure: {', '.join(unknown)} (there are {known})")
+    return [figure for figure in FIGURES if figure.name in names]
+
+
+def count(text: str) -> int:
+    """A number of rounds, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rounds (1 or more)")
+    return int(text)
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; argparse ends the process where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measures this platform beside plain Celery on the same servers, in turn.",
+        epilog="Results of figures that --only leaves out stay in results.json as they are.",
+    )
+    parser.add_argument("--rounds", type=count, default=ROUNDS, help="rounds a figure (default: %(default)s)")
+    parser.add_argument("--only", type=figures, default=[*FIGURES], metavar="FIGURE,...", help="only these")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
+    return parser.parse_args(arguments)
+
+
+@dataclass
+class Run:
+    """What a run found: results and profiles by figure, and the figures that could not be measured."""
+
+    results: dict[str, Result] = field(default_factory=dict)
+    profiles: dict[str, list[str]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+
+def measure(bench: Bench, wanted: Sequence[Figure]) -> Run:
+    """Measures these figures, one after the other."""
+    run = Run()
+    for place, figure in enumerate(wanted, 1):
+        bench.say(f"[{place}/{len(wanted)}] {figure.name}")
+        bench.profile = []
+        begin = time.monotonic()
+        try:
+            sides = figure.measure(bench)
+        except Exception:  # one figure that fails must not cost the others
+            bench.say(traceback.format_exc())
+            run.failed.append(figure.name)
+        else:
+            run.results[figure.name] = Result.of(figure.name, figure.unit, sides)
+            run.profiles[figure.name] = bench.profile
+        bench.say(f"  ({time.monotonic() - begin:.0f} s)")
+    return run
+
+
+def judged(results: Mapping[str, Result]) -> list[Line]:
+    """Every result beside its target, in the order of the table."""
+    return [
+        Line(results[figure.name], figure.target, figure.reached(results[figure.name], results))
+        for figure in FIGURES
+        if figure.name in results
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measures, writes, prints. 0, or 1 when a figure could not be measured."""
+    chosen = options(arguments)
+    bench = Bench(chosen.rounds)
+    run = measure(bench, chosen.only)
+    # What was not asked for stays as it was; what failed does not.
+    kept = {figure.name for figure in FIGURES} - {figure.name for figure in chosen.only}
+    results = {**{name: of for name, of in read_results(RESULTS).items() if name in kept}, **run.results}
+    profiles = {**{name: of for name, of in read_profiles(PROFILES).items() if name in kept}, **run.profiles}
+    lines = judged(results)
+    RESULTS.write_text(as_json([line.result for line in lines]))
+    PROFILES.write_text(json.dumps(profiles, indent=2) + "\n")
+    versions = {name: importlib.metadata.version(name) for name in ("celery", "kombu", "redis")}
+    if not update_page(PAGE, markdown(lines, machine(versions | bench.versions), profiles)):
+        bench.say(f"{PAGE} has no table to update")
+    shown = [line for line in lines if line.result.figure in run.results]
+    if chosen.json:
+        sys.stdout.write(as_json([line.result for line in shown]))
+    else:
+        print_table(shown, sys.stdout)
+        for line in shown:
+            if not line.reached:
+                name = line.result.figure
+                print(f"\n{name} does not reach {line.target}:", *profiles[name], sep="\n")
+    for name in run.failed:
+        bench.say(f"{name} could not be measured; see above")
+    return 1 if run.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,103 @@
+"""What a figure is given: the number of rounds, servers of its own with both sides on them, progress."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import redis
+
+from benchmarks.costs import Costs, read
+from benchmarks.processes import SIDES, Side, Submitter, Worker, submitter, worker
+from benchmarks.rounds import in_turn
+from benchmarks.servers import Pair, private_pair, versions
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Both sides on one pair of servers: a submitter each, and a worker each if it was asked for."""
+
+    pair: Pair
+    rounds: int
+    senders: dict[Side, Submitter]
+    workers: dict[Side, Worker]
+    costs: dict[Side, Costs] = field(default_factory=lambda: {side: Costs() for side in SIDES})
+
+    @contextmanager
+    def metered(self, side: Side, jobs: int, worker: Worker | None = None) -> Iterator[None]:
+        """Adds what the block costs to the costs of a side. `worker`: where it is not the contest's own."""
+        receiver = worker or self.workers[side]
+        processes = {
+            "submitter": self.senders[side].pid,
+            "worker": receiver.pid,
+            "Redis": self.pair.redis_pid,
+            "Postgres": self.pair.postgres_pid,
+        }
+        with redis.Redis.from_url(self.pair.redis_url) as client:
+            before = read(client, processes)
+            yield
+            self.costs[side].add(read(client, processes).since(before), jobs)
+
+    def in_turn(self, measure: Callable[[Side], V]) -> tuple[list[V], list[V]]:
+        """One value of `measure` per round of each side: ours, plain, ours, plain."""
+        return in_turn(self.rounds, lambda: measure("ours"), lambda: measure("plain"))
+
+    def warm_up(self, call: str, **arguments: Any) -> None:
+        """Makes a call on each side that does not count: it opens connections, loads scripts, fills pools."""
+        for sender in self.senders.values():
+            sender.call(call, **arguments)
+
+
+class Bench:
+    """One run of the benchmarks, of `rounds` rounds a figure."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+        #: What explains the newest figure, a line each.
+        self.profile: list[str] = []
+        #: Name and version of each server that was measured on.
+        self.versions: dict[str, str] = {}
+        self._measured: dict[Callable[..., Any], tuple[Any, list[str]]] = {}
+
+    def say(self, text: str) -> None:
+        """Progress for the person who waits, on standard error."""
+        print(text, file=sys.stderr, flush=True)
+
+    def once(self, measure: Callable[[Bench], V]) -> V:
+        """What `measure` found, for figures that are two views of one measurement."""
+        if measure not in self._measured:
+            found = measure(self)
+            self._measured[measure] = found, self.profile
+        value: V
+        value, self.profile = self._measured[measure]
+        return value
+
+    @contextmanager
+    def pair(self) -> Iterator[Pair]:
+        """Fresh servers in a temporary folder, so that no figure meets what another one left."""
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder, private_pair(Path(folder)) as pair:
+            self.versions = self.versions or versions(pair)
+            yield pair
+
+    @contextmanager
+    def contest(self, *, pool: str = "prefork", concurrency: int = 2, workers: bool = True) -> Iterator[Contest]:
+        """Fresh servers, and on them one submitter and one worker of each side.
+
+        `concurrency` is the slots of either worker; ours publishes as many CPUs.
+        """
+        with self.pair() as pair, ExitStack() as stack:
+            running: dict[Side, Worker] = {}
+            for side in SIDES if workers else ():
+                started = worker(side, pair, pool=pool, concurrency=concurrency, cpus=concurrency)
+                running[side] = stack.enter_context(started)
+            senders = {side: stack.enter_context(submitter(side, pair)) for side in SIDES}
+            contest = Contest(pair, self.rounds, senders, running)
+            yield contest
+            self.profile = [line for side in SIDES for line in contest.costs[side].lines(side)]

@@ -1,0 +1,187 @@
+"""A ledger with any number of registered workers, without worker processes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from benchmarks.servers import Pair
+from routing.keys import private_queue
+from routing.ledger import Ledger
+from routing.policy import order
+from routing.replies import Ended, Submitted, Taken
+from routing.settings import Settings
+
+#: Capacity of every worker: 64 CPUs and as many slots, 256 GiB.
+CPUS = 64
+CAPACITY = f"cpus={CPUS}000,memory={256 * 2**30},slots={CPUS}"
+
+#: What a registration writes into the view besides.
+EMPTY = {"status": "ready", "allocated_cpus": "0", "allocated_memory": "0", "allocated_slots": "0"}
+
+#: What a measured job asks for: one CPU, like a task that declares nothing.
+REQUEST = "cpus=1000,slots=1"
+
+#: Jobs of the backlog that are filed in one round trip.
+CHUNK = 1000
+
+#: Losses that end a job as lost, as the platform has it; nothing is lost here.
+MOST_LOSSES = 3
+
+
+class Books:
+    """The ledger of one figure. Names of workers are w0, w1, ...; each is an incarnation of its own."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.message = message()
+        self._sequence = 0
+        self._incarnations: dict[str, str] = {}
+
+    def register(self, worker: str) -> None:
+        """Opens the book of a worker as its process would. Raises RuntimeError when the name is taken."""
+        self._incarnations[worker] = incarnation = str(uuid.uuid4())
+        queue = private_queue(worker, incarnation)
+        view = self.view(worker) | EMPTY
+        if isinstance(self.ledger.register(worker, incarnation, queue, CAPACITY, view), Taken):
+            raise RuntimeError(f"the name {worker} is taken")
+
+    def leave(self, worker: str) -> None:
+        """Closes the book of a worker that holds nothing."""
+        self.ledger.leave(worker, self._incarnations.pop(worker))
+
+    def renew(self, worker: str, holds: list[str]) -> None:
+        """The heartbeat of a worker that holds these jobs. Raises RuntimeError when it is not registered."""
+        incarnation = self._incarnations[worker]
+        if not self.ledger.renew(worker, incarnation, self.view(worker), holds, MOST_LOSSES).known:
+            raise RuntimeError(f"the ledger does not know {worker}")
+
+    def view(self, worker: str) -> dict[str, str]:
+        """The fields that people read in `worker:<name>`, as many and as long as a worker's heartbeat writes."""
+        incarnation = self._incarnations[worker]
+        return {
+            "cpus": str(CPUS),
+            "memory": str(256 * 2**30),
+            "slots": str(CPUS),
+            "hostname": f"{worker}.example.org",
+            "pid": "4242",
+            "incarnation": incarnation,
+            "started_at": "2026-01-01T00:00:00.000+00:00",
+            "heartbeat_at": "2026-01-01T00:00:00.000+00:00",
+            "version": "0.1.0",
+            "queue": private_queue(worker, incarnation),
+        }
+
+    def new_job(self) -> tuple[str, int]:
+        """An id that nobody has, and the order of a job of priority 0 that is submitted now."""
+        self._sequence += 1
+        return str(uuid.uuid4()), order(0, self._sequence)
+
+    def release(self, job: str, answer: Submitted) -> None:
+        """Gives back what an admitted job holds, and removes its message and entries; its tombstone stays.
+
+        Raises RuntimeError when the answer is no admission.
+        """
+        if answer.state != "admitted":
+            raise RuntimeError(f"a job that fits became {answer.state}")
+        worker = str(answer.worker)
+        incarnation = self._incarnations[worker]
+        end = Ended(job, f"{self.ledger.epoch}.{answer.attempt}", "succeeded")
+        released, _ = self.ledger.settle(worker, incarnation, ended=[end], most_losses=MOST_LOSSES)
+        self.ledger.forget([(one.entry, job) for one in released])
+        self.ledger.client.delete(private_queue(worker, incarnation))
+
+    def run_jobs(self, jobs: int) -> tuple[str, list[str]]:
+        """Admits jobs and claims them. Best fit puts all on one worker: returns its name, and the jobs."""
+        holds: list[str] = []
+        worker = ""
+        for _ in range(jobs):
+            job, place = self.new_job()
+            answer = self.ledger.submit(job, REQUEST, place, self.message)
+            worker = str(answer.worker)
+            arrival = (job, f"{self.ledger.epoch}.{answer.attempt}", str(uuid.uuid4()))
+            _, claimed = self.ledger.settle(
+                worker, self._incarnations[worker], arrived=[arrival], most_losses=MOST_LOSSES
+            )
+            if not claimed[0].ok:
+                raise RuntimeError(f"{worker} could not claim what was admitted to it")
+            holds.append(job)
+        return worker, holds
+
+    def fill_backlog(self, jobs: int, shapes: int) -> None:
+        """Files jobs of as many shapes, each wider than any worker, so that they wait for ever."""
+        for begin in range(0, jobs, CHUNK):
+            rows = []
+            for number in range(begin, min(begin + CHUNK, jobs)):
+                job, place = self.new_job()
+                shape = f"cpus={CPUS + 1 + number % shapes}000,slots=1"
+                rows.append((job, shape, place, self.message, 0, 0, 0))
+            for answer in self.ledger.submit_all(rows):
+                if answer.state != "waiting":
+                    raise RuntimeError(f"a job wider than any worker became {answer.state}")
+
+
+def message() -> bytes:
+    """A message as kombu's Redis transport writes it, for a task without arguments."""
+    job = str(uuid.uuid4())
+    embedded = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    headers: dict[str, object] = {
+        "lang": "py",
+        "task": "bench.noop",
+        "id": job,
+        "shadow": None,
+        "eta": None,
+        "expires": None,
+        "group": None,
+        "group_index": None,
+        "retries": 0,
+        "timelimit": [None, None],
+        "root_id": job,
+        "parent_id": None,
+        "argsrepr": "()",
+        "kwargsrepr": "{}",
+        "origin": "gen1@example.org",
+        "ignore_result": False,
+        "replaced_task_nesting": 0,
+        "stamped_headers": None,
+        "stamps": {},
+    }
+    properties = {
+        "correlation_id": job,
+        "reply_to": str(uuid.uuid4()),
+        "delivery_mode": 2,
+        "body_encoding": "base64",
+        "priority": 0,
+        "delivery_info": {"exchange": "", "routing_key": "celery"},
+    }
+    whole = {
+        "body": base64.b64encode(json.dumps([[], {}, embedded]).encode()).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": headers,
+        "properties": properties,
+    }
+    return json.dumps(whole).encode()
+
+
+@contextmanager
+def books(pair: Pair, workers: int) -> Iterator[Books]:
+    """An opened ledger with so many registered workers, whose leases outlast the measurement."""
+    environment = {
+        "REDIS_URL": pair.redis_url,
+        "DATABASE_URL": pair.database_url,
+        "PLATFORM_WORKER_TTL": "3600",
+        "PLATFORM_LOST_AFTER": "3700",
+    }
+    ledger = Ledger(Settings.from_environ(environment))
+    ledger.open(1)
+    opened = Books(ledger)
+    for number in range(workers):
+        opened.register(f"w{number}")
+    try:
+        yield opened
+    finally:
+        ledger.client.close()

@@ -1,0 +1,79 @@
+"""How long one job takes on an idle platform, and how long a freed slot stays empty."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from benchmarks.bench import Bench
+from benchmarks.processes import Side
+from benchmarks.rounds import Sides, percentile
+
+#: Jobs of one round, one after the other.
+JOBS = 200
+
+#: Jobs that run before the first round.
+WARM_UP = 20
+
+#: Worker processes (prefork) of each side, and the CPUs that ours publishes for them.
+CONCURRENCY = 2
+
+#: For `release_to_start`: slots that are always full, jobs of one round, their least and greatest seconds.
+SLOTS, HELD, SHORTEST, LONGEST = 4, 200, 0.02, 0.06
+
+
+def latency_p50(bench: Bench) -> Sides:
+    """Milliseconds from the call to its result, where no other job is on its way: the median."""
+    ours, plain = bench.once(idle_latencies)
+    return Sides([percentile(taken, 0.5) for taken in ours], [percentile(taken, 0.5) for taken in plain])
+
+
+def latency_p95(bench: Bench) -> Sides:
+    """The same measurement as `latency_p50`: the value that one call in twenty exceeds."""
+    ours, plain = bench.once(idle_latencies)
+    return Sides([percentile(taken, 0.95) for taken in ours], [percentile(taken, 0.95) for taken in plain])
+
+
+def idle_latencies(bench: Bench) -> tuple[list[list[float]], list[list[float]]]:
+    """Milliseconds of each call of each round, ours and plain."""
+    with bench.contest(concurrency=CONCURRENCY) as contest:
+
+        def latencies(side: Side) -> list[float]:
+            with contest.metered(side, JOBS):
+                taken: list[float] = contest.senders[side].call("latency", task="bench.noop", count=JOBS)
+            bench.say(f"  {side}: p50 {percentile(taken, 0.5):.2f} ms, p95 {percentile(taken, 0.95):.2f} ms")
+            return taken
+
+        contest.warm_up("latency", task="bench.noop", count=WARM_UP)
+        return contest.in_turn(latencies)
+
+
+def release_to_start_p95(bench: Bench) -> Sides:
+    """Milliseconds from a task's end to the next one's start on the freed slot of a full worker, p95."""
+    with bench.contest(concurrency=SLOTS) as contest:
+        draw = random.Random(2)  # both sides, every round and every run hold the same seconds
+        jobs: list[tuple[float, dict[str, Any]]]
+        jobs = [(draw.uniform(SHORTEST, LONGEST), {}) for _ in range(HELD)]
+
+        def gap(side: Side) -> float:
+            with contest.metered(side, HELD):
+                ran: list[tuple[float, float, str]] = contest.senders[side].call("hold", jobs=jobs)
+            gaps = idle_gaps([(start, end) for start, end, _ in ran], SLOTS)
+            bench.say(f"  {side}: p50 {percentile(gaps, 0.5):.2f} ms, p95 {percentile(gaps, 0.95):.2f} ms")
+            return percentile(gaps, 0.95)
+
+        contest.warm_up("hold", jobs=jobs[:SLOTS])
+        return Sides(*contest.in_turn(gap))
+
+
+def idle_gaps(ran: list[tuple[float, float]], slots: int) -> list[float]:
+    """Milliseconds each freed slot stayed empty, of jobs (start, end in seconds) that kept all slots full.
+
+    The slot that the n-th end frees is taken by the start number `slots` + n, whichever process it is in.
+
+    >>> idle_gaps([(0.0, 1.0), (0.0, 2.0), (1.5, 3.0), (2.25, 3.0)], slots=2)
+    [500.0, 250.0]
+    """
+    starts = sorted(start for start, _ in ran)
+    ends = sorted(end for _, end in ran)
+    return [(start - end) * 1000 for end, start in zip(ends, starts[slots:], strict=False)]

@@ -1,0 +1,167 @@
+"""Worker and submitter processes of either side, and how to wait for them without polling."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.servers import Pair
+from benchmarks.tasks import READY_FD
+
+Side = Literal["ours", "plain"]
+
+SIDES: tuple[Side, Side] = ("ours", "plain")
+
+#: The folder that holds `benchmarks`; measured processes run in it.
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Seconds a worker may take to be ready, and to end after it was asked to.
+START_PATIENCE, END_PATIENCE = 60.0, 30.0
+
+#: The part of a `celery` command line that tells the sides apart.
+APPLICATION = {
+    "ours": ["-A", "platform", "worker", "-I", "benchmarks.tasks"],
+    "plain": ["-A", "benchmarks.plain", "worker"],
+}
+
+
+class ProcessFailed(RuntimeError):
+    """A measured process ended or answered with an error; the message holds the end of its log."""
+
+
+class Worker:
+    """One worker process of a side, running when the constructor returns.
+
+    `cpus` is what ours publishes; plain Celery knows only `concurrency`, the number of slots of both.
+    Raises ProcessFailed when it ends, or is not ready within `START_PATIENCE`.
+    """
+
+    def __init__(self, side: Side, pair: Pair, *, pool: str, concurrency: int, cpus: int, name: str = "bench") -> None:
+        self.side = side
+        self._log = pair.folder / f"{side}-{name}.log"
+        command = [sys.executable, "-m", "celery", *APPLICATION[side]]
+        command += ["-P", pool, "-c", str(concurrency), "-n", f"{name}@{side}"]
+        ready, announce = os.pipe()
+        environment = pair.environment(PLATFORM_CPUS=str(cpus), NODE_NAME=name, **{READY_FD: str(announce)})
+        try:
+            with self._log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, pass_fds=[announce], stdout=log, stderr=log
+                )
+            os.close(announce)
+            readable, _, _ = select.select([ready], [], [], START_PATIENCE)
+            if not readable or os.read(ready, 1) != b"r":
+                self.kill()
+                raise ProcessFailed(f"the {side} worker {name} did not get ready:\n{self.log_tail()}")
+        finally:
+            os.close(ready)
+
+    @property
+    def pid(self) -> int:
+        """Of the main process; a prefork pool's children are its children."""
+        return self._process.pid
+
+    def pause(self) -> None:
+        """Stops the process where it stands (SIGSTOP); its connections and its lease stay."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets it go on after `pause`."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def end(self) -> None:
+        """A warm shutdown. Raises ProcessFailed when it does not end in `END_PATIENCE` seconds."""
+        if self._process.poll() is None:
+            self.resume()
+            self._process.terminate()
+        try:
+            self._process.wait(END_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise ProcessFailed(f"the {self.side} worker did not end:\n{self.log_tail()}") from None
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The last lines it logged."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+
+
+@contextmanager
+def worker(
+    side: Side, pair: Pair, *, pool: str = "prefork", concurrency: int = 2, cpus: int = 2, name: str = "bench"
+) -> Iterator[Worker]:
+    """A worker that is ready on entry and was shut down warmly on exit (killed when the block failed)."""
+    started = Worker(side, pair, pool=pool, concurrency=concurrency, cpus=cpus, name=name)
+    try:
+        yield started
+    except BaseException:
+        started.kill()
+        print(f"--- the {side} worker's log ends with\n{started.log_tail()}", file=sys.stderr)
+        raise
+    started.end()
+
+
+class Submitter:
+    """A submitting process of a side. `call` runs a method of `benchmarks.submitter.Submitter` in it."""
+
+    def __init__(self, side: Side, pair: Pair) -> None:
+        self.side = side
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.submitter", side],
+            cwd=ROOT,
+            env=pair.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """Of the submitting process."""
+        return self._process.pid
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        """The value of the call. Raises ProcessFailed when it raised there or the process ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise ProcessFailed(f"the {self.side} submitter ended with {self._process.wait()} during {name}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise ProcessFailed(f"{name} of the {self.side} submitter: {reply['error']}")
+        return reply["value"]
+
+    def close(self) -> None:
+        """Ends the process by closing its input."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(END_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextmanager
+def submitter(side: Side, pair: Pair) -> Iterator[Submitter]:
+    """A submitter process that ends with the block."""
+    started = Submitter(side, pair)
+    try:
+        yield started
+    finally:
+        started.close()

@@ -1,0 +1,161 @@
+"""What is made of the results: a table, `results.json`, and the table in the docs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.rounds import Sides
+
+#: Between these two lines of the page the table is replaced; the rest of the page is written by hand.
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+#: Digits that are kept of a measured number.
+DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of results.json. `plain` and `ratio` (ours / plain) are None where there is no peer."""
+
+    figure: str
+    unit: str
+    ours: float
+    plain: float | None
+    ratio: float | None
+    rounds: int
+
+    @classmethod
+    def of(cls, figure: str, unit: str, sides: Sides) -> Result:
+        """The medians of both sides and their ratio."""
+        ours, plain = sides.medians()
+        ratio = None if plain is None else significant(ours / plain)
+        return cls(figure, unit, significant(ours), plain and significant(plain), ratio, sides.rounds)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A result beside its target."""
+
+    result: Result
+    target: str
+    reached: bool
+
+    def cells(self) -> tuple[str, ...]:
+        """Its texts, in the order of `HEADINGS`."""
+        result = self.result
+        return (
+            result.figure,
+            result.unit,
+            number(result.ours),
+            number(result.plain),
+            number(result.ratio),
+            self.target,
+            "yes" if self.reached else "no",
+            str(result.rounds),
+        )
+
+
+HEADINGS = ("figure", "unit", "ours", "plain", "ratio", "target", "reached", "rounds")
+
+#: Columns whose cells are numbers.
+NUMBERS = frozenset({"ours", "plain", "ratio", "rounds"})
+
+
+def significant(value: float) -> float:
+    """The value with `DIGITS` significant digits."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+def number(value: float | None) -> str:
+    """For people: whole from 100 on, else three digits; a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def print_table(lines: Sequence[Line], stream: TextIO) -> None:
+    """A table with rules and colours on a terminal, aligned columns elsewhere."""
+    if stream.isatty():
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for heading in HEADINGS:
+            # A narrow terminal breaks names and targets; it shortens nothing.
+            justify: Literal["right", "left"] = "right" if heading in NUMBERS else "left"
+            table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading in NUMBERS)
+        for line in lines:
+            *cells, reached, rounds = line.cells()
+            colour = "green" if line.reached else "red"
+            table.add_row(*cells, f"[{colour}]{reached}[/]", rounds)
+        Console(file=stream).print(table)
+        return
+    rows = [HEADINGS, *(line.cells() for line in lines)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if heading in NUMBERS else cell.ljust(width)
+            for cell, width, heading in zip(row, widths, HEADINGS, strict=True)
+        ]
+        stream.write("  ".join(cells).rstrip() + "\n")
+
+
+def as_json(results: Sequence[Result]) -> str:
+    """The text of results.json."""
+    return json.dumps([asdict(result) for result in results], indent=2) + "\n"
+
+
+def read_results(path: Path) -> dict[str, Result]:
+    """The results of an earlier run, by figure; none when there is no such file."""
+    if not path.exists():
+        return {}
+    return {line["figure"]: Result(**line) for line in json.loads(path.read_text())}
+
+
+def read_profiles(path: Path) -> dict[str, list[str]]:
+    """The profiles of an earlier run, by figure; none when there is no such file."""
+    found: dict[str, list[str]] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def markdown(lines: Sequence[Line], versions: Mapping[str, str], profiles: Mapping[str, list[str]]) -> str:
+    """The table of the docs, what it was measured on, and the profile of each figure that is not reached."""
+    about = ", ".join(f"{name} {version}" for name, version in versions.items())
+    rule = ["---:" if heading in NUMBERS else "---" for heading in HEADINGS]
+    rows = [HEADINGS, rule, *(line.cells() for line in lines)]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    text = [table, f"Measured on {datetime.now(UTC).date().isoformat()}: {about}."]
+    for line in lines:
+        if not line.reached:
+            text.append(f"`{line.result.figure}` does not reach {line.target}. Where the time goes:")
+            text.append("\n".join(["```text", *profiles.get(line.result.figure, ["no profile"]), "```"]))
+    return "\n\n".join(text)
+
+
+def machine(versions: Mapping[str, str]) -> dict[str, str]:
+    """What the numbers depend on: this machine, its Python, the given versions of servers and libraries."""
+    system = os.uname()
+    return {
+        f"{system.sysname} {system.machine}": f"with {os.cpu_count()} CPUs",
+        "Python": sys.version.split()[0],
+        **versions,
+    }
+
+
+def update_page(path: Path, text: str) -> bool:
+    """Replaces what stands between the markers. False when the page does not exist or has no markers."""
+    page = path.read_text() if path.exists() else ""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        return False
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    return True

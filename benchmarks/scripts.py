@@ -1,0 +1,147 @@
+"""What the ledger's scripts and reads cost beside the cheapest thing Redis can do with the same client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from benchmarks.bench import Bench
+from benchmarks.books import CPUS, REQUEST, Books, books
+from benchmarks.costs import Costs, read
+from benchmarks.rounds import Sides, in_turn, percentile
+from routing import keys
+from routing.replies import Submitted
+
+#: Calls of each side in one round.
+CALLS = 500
+
+#: The bare script.
+BARE = "return 1"
+
+#: Admissions between two releases, for the profile: half of what one worker can hold.
+BATCH = CPUS // 2
+
+#: Jobs of the backlog, and the shapes they have.
+WAITING, SHAPES = 100_000, 50
+
+#: Reads of one pipeline, and pipelines of one round.
+READS, PIPELINES = 1000, 10
+
+
+def admit_vs_evalsha_3(bench: Bench) -> Sides:
+    """Milliseconds (p50) of an admission with 3 workers, beside a bare EVALSHA."""
+    return admissions(bench, workers=3, waiting=0)
+
+
+def admit_vs_evalsha_10000(bench: Bench) -> Sides:
+    """Milliseconds (p50) of an admission with 10,000 workers, beside a bare EVALSHA."""
+    return admissions(bench, workers=10_000, waiting=0)
+
+
+def admit_vs_evalsha_10000_waiting_100000(bench: Bench) -> Sides:
+    """The same while 100,000 jobs of 50 shapes wait."""
+    return admissions(bench, workers=10_000, waiting=WAITING)
+
+
+def admissions(bench: Bench, workers: int, waiting: int) -> Sides:
+    """One value per round: p50 of the admission of a job (with its delivery), and p50 of a bare EVALSHA.
+
+    Both go through the ledger's own client. What was admitted is released outside the timed part.
+    """
+    with bench.pair() as pair, books(pair, workers) as opened:
+        opened.fill_backlog(waiting, SHAPES)
+        client = opened.ledger.client
+        bare = client.script_load(BARE)
+
+        def evalsha() -> float:
+            return milliseconds(lambda: client.evalsha(bare, 0))
+
+        sides = paired(bench, opened, lambda: admission(opened), evalsha, "EVALSHA")
+        bench.profile = admission_costs(opened)
+        return sides
+
+
+def read_vs_ping(bench: Bench) -> Sides:
+    """Milliseconds (p50) of one read of `resource:allocated_cpus`, beside a PING."""
+    with bench.pair() as pair, books(pair, workers=3) as opened:
+        ledger = opened.ledger
+        return paired(
+            bench,
+            opened,
+            lambda: milliseconds(ledger.allocated_cpus),
+            lambda: milliseconds(ledger.client.ping),
+            "PING",
+        )
+
+
+def reads_1000_ms(bench: Bench) -> Sides:
+    """Milliseconds (p50) of 1,000 reads of `resource:allocated_cpus` in one pipeline."""
+    with bench.pair() as pair, books(pair, workers=3) as opened:
+        client = opened.ledger.client
+
+        def read() -> None:
+            pipe = client.pipeline(transaction=False)
+            for _ in range(READS):
+                pipe.get(keys.ALLOCATED_CPUS)
+            if pipe.execute() != [b"0"] * READS:
+                raise RuntimeError("a read of the allocated CPUs was wrong")
+
+        read()
+        sides = Sides()
+        for _ in range(bench.rounds):
+            sides.ours.append(percentile([milliseconds(read) for _ in range(PIPELINES)], 0.5))
+            bench.say(f"  ours: {sides.ours[-1]:.2f} ms")
+        return sides
+
+
+def paired(bench: Bench, opened: Books, ours: Callable[[], float], plain: Callable[[], float], peer: str) -> Sides:
+    """The p50 of both per round, of single calls in turn: what slows the machine down slows down both.
+
+    A PING goes before each, since a server that just worked answers faster than one that has to wake up.
+    """
+
+    def after_ping(call: Callable[[], float]) -> Callable[[], float]:
+        def timed() -> float:
+            opened.ledger.client.ping()
+            return call()
+
+        return timed
+
+    ours, plain = after_ping(ours), after_ping(plain)
+    in_turn(CALLS // 10, ours, plain)  # connections and caches are warm from here on
+    sides = Sides()
+    for _ in range(bench.rounds):
+        mine, other = in_turn(CALLS, ours, plain)
+        sides.ours.append(percentile(mine, 0.5))
+        sides.plain.append(percentile(other, 0.5))
+        bench.say(f"  ours: {sides.ours[-1]:.3f} ms, {peer}: {sides.plain[-1]:.3f} ms")
+    return sides
+
+
+def admission(opened: Books) -> float:
+    """Milliseconds of one admission."""
+    job, place = opened.new_job()
+    answers: list[Submitted] = []
+    taken = milliseconds(lambda: answers.append(opened.ledger.submit(job, REQUEST, place, opened.message)))
+    opened.release(job, answers[0])
+    return taken
+
+
+def admission_costs(opened: Books) -> list[str]:
+    """What the server does in one admission, and how long it takes by its own count."""
+    costs = Costs()
+    for _ in range(CALLS // BATCH):
+        jobs = [opened.new_job() for _ in range(BATCH)]
+        before = read(opened.ledger.client, {})
+        answers = [opened.ledger.submit(job, REQUEST, place, opened.message) for job, place in jobs]
+        costs.add(read(opened.ledger.client, {}).since(before), BATCH)
+        for (job, _), answer in zip(jobs, answers, strict=True):
+            opened.release(job, answer)
+    return costs.lines("ours")
+
+
+def milliseconds(action: Callable[[], object]) -> float:
+    """The time that one call takes."""
+    begin = time.perf_counter()
+    action()
+    return (time.perf_counter() - begin) * 1000

@@ -1,0 +1,77 @@
+"""One private pair of servers per figure, and the environment that each side sees of it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+import sqlalchemy
+
+from benchmarks.plain import PLAIN_URL
+
+#: Number of the Redis database of plain Celery. Ours is the one in the pair's own URL.
+PLAIN_DATABASE = 1
+
+#: Environment names that must not reach a measured process from outside.
+FOREIGN = ("PLATFORM_", "CELERY_", "BENCH_", "REDIS_URL", "DATABASE_URL", "NODE_NAME")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Running servers: Redis for both sides, Postgres for ours."""
+
+    redis_url: str
+    database_url: str
+    redis_pid: int
+    postgres_pid: int
+    folder: Path
+
+    @property
+    def plain_url(self) -> str:
+        """The same Redis server, the database of the plain side."""
+        return urlunsplit(urlsplit(self.redis_url)._replace(path=f"/{PLAIN_DATABASE}"))
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """The environment of a measured process: this one's, cleaned, with the pair's addresses."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+        return {
+            **clean,
+            "REDIS_URL": self.redis_url,
+            "DATABASE_URL": self.database_url,
+            "PLATFORM_HOME": str(self.folder / "home"),
+            PLAIN_URL: self.plain_url,
+            **more,
+        }
+
+
+@contextmanager
+def private_pair(folder: Path) -> Iterator[Pair]:
+    """Starts a migrated pair that syncs to disk as a real one does, and ends it afterwards.
+
+    Its data have a temporary folder of their own; `folder` is for the logs of the measured processes.
+    """
+    importlib.import_module("workers.plugin")  # gives the name `platform` its second meaning
+    servers = importlib.import_module("platform.servers")
+    with servers.private_pair(durable=True) as pair:
+        yield Pair(pair.redis_url, pair.database_url, pair.redis_pid, pair.postgres_pid, folder)
+
+
+def versions(pair: Pair) -> dict[str, str]:
+    """Name and version of both servers, as they themselves say."""
+    with redis.Redis.from_url(pair.redis_url) as client:
+        about = client.info("server")
+    name = about.get("server_name", "redis")
+    engine = sqlalchemy.create_engine(pair.database_url)
+    with engine.connect() as connection:
+        postgres = connection.execute(sqlalchemy.text("SHOW server_version")).scalar_one()
+    engine.dispose()
+    return {
+        name.capitalize(): str(about.get(f"{name}_version", about["redis_version"])),
+        "PostgreSQL": str(postgres).split()[0],
+    }

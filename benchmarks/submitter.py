@@ -1,0 +1,96 @@
+"""A process that submits: `python -m benchmarks.submitter ours|plain`.
+
+It reads one JSON object a line from its standard input, `{"call": name, ...arguments}`, and answers each with
+one line, `{"value": ...}` or `{"error": text}`. Both sides run this code; only the application differs, and a
+process of the plain side loads nothing of ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any, TextIO
+
+from celery import Celery
+from celery.result import AsyncResult, ResultSet
+
+#: Seconds after which missing results are an error.
+PATIENCE = 300.0
+
+
+class Submitter:
+    """The calls of the protocol. Times are seconds of `time.perf_counter` unless a name says otherwise."""
+
+    def __init__(self, app: Celery) -> None:
+        app.loader.import_default_modules()
+        self._app = app
+        self._pending: list[AsyncResult[Any]] = []
+
+    def submit(self, task: str, count: int) -> float:
+        """Submits `count` tasks one by one, and keeps their results for `gather`. The seconds it took."""
+        delay = self._app.tasks[task].delay
+        pending = self._pending
+        begin = time.perf_counter()
+        for _ in range(count):
+            pending.append(delay())
+        return time.perf_counter() - begin
+
+    def gather(self) -> list[Any]:
+        """Waits for all that was submitted since the last call. The tasks' values, in order of submission."""
+        pending, self._pending = self._pending, []
+        values: list[Any] = ResultSet(pending, app=self._app).get(timeout=PATIENCE)
+        return values
+
+    def end_to_end(self, task: str, count: int) -> float:
+        """Seconds from the first submission to the last result."""
+        begin = time.perf_counter()
+        self.submit(task, count)
+        self.gather()
+        return time.perf_counter() - begin
+
+    def latency(self, task: str, count: int) -> list[float]:
+        """Milliseconds from the call to its result, for `count` tasks, one on its way at a time."""
+        delay = self._app.tasks[task].delay
+        taken: list[float] = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            delay().get(timeout=PATIENCE)
+            taken.append((time.perf_counter() - begin) * 1000)
+        return taken
+
+    def hold(self, jobs: list[tuple[float, dict[str, Any]]]) -> list[Any]:
+        """Submits a sleeping task per (seconds, options of `apply_async`) and waits for all. Their values."""
+        task = self._app.tasks["bench.hold"]
+        for seconds, options in jobs:
+            self._pending.append(task.apply_async((seconds,), **options))
+        return self.gather()
+
+
+def serve(submitter: Submitter, requests: TextIO, replies: TextIO) -> None:
+    """Answers requests until there are no more."""
+    for line in requests:
+        request = json.loads(line)
+        call = getattr(submitter, request.pop("call"))
+        try:
+            reply = {"value": call(**request)}
+        except Exception as error:  # whatever a side raises is the parent's to report
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def main() -> None:
+    """Serves the side named on the command line."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what anybody prints must not stand between the replies
+    side = importlib.import_module(f"benchmarks.{sys.argv[1]}")
+    serve(Submitter(side.create()), sys.stdin, replies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The tasks that both sides run. Nothing here knows which side it is on."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from celery import current_task, shared_task
+from celery.signals import worker_ready
+
+#: Environment: number of the open pipe to which a worker writes one byte when it is ready to run tasks.
+READY_FD = "BENCH_READY_FD"
+
+
+@shared_task(name="bench.noop")
+def noop() -> None:
+    """Does nothing."""
+
+
+@shared_task(name="bench.stamp")
+def stamp() -> tuple[float, float]:
+    """Does nothing, and says when: start and end in seconds of this machine's monotonic clock."""
+    return time.monotonic(), time.monotonic()
+
+
+@shared_task(name="bench.hold")
+def hold(seconds: float) -> tuple[float, float, str]:
+    """Sleeps. Start and end in seconds of this machine's monotonic clock, and the worker's node name."""
+    start = time.monotonic()
+    time.sleep(seconds)  # the work itself: a job that keeps its CPUs and leaves this machine quiet
+    worker = str(current_task.request.hostname)
+    return start, time.monotonic(), worker
+
+
+@worker_ready.connect
+def announce(**_: Any) -> None:
+    """Tells the process that started this worker that it is ready."""
+    number = os.environ.get(READY_FD)
+    if number is not None:
+        os.write(int(number), b"r")

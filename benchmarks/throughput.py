@@ -1,0 +1,76 @@
+"""How many jobs a second: submitted, end to end, and drained from a backlog."""
+
+from __future__ import annotations
+
+from benchmarks.bench import Bench
+from benchmarks.processes import Side, worker
+from benchmarks.rounds import Sides
+
+#: Jobs of one round of each figure.
+SUBMITTED, END_TO_END, DRAINED = 1000, 1000, 1000
+
+#: Jobs that run before the first round, so that connections, scripts and pools are warm.
+WARM_UP = 50
+
+#: Worker processes (prefork) of each side, and the CPUs that ours publishes for them.
+CONCURRENCY = 2
+
+
+def submit(bench: Bench) -> Sides:
+    """Jobs a second that one process submits one by one, while a worker has room for all of them.
+
+    The worker is stopped (SIGSTOP) while the clock runs: it stands for workers on other machines, and ours is
+    admitted to and delivered to as if it ran. Afterwards it runs everything, so a lost job would be noticed.
+    """
+    with bench.contest(pool="threads", concurrency=2 * SUBMITTED) as contest:
+
+        def rate(side: Side) -> float:
+            sender, receiver = contest.senders[side], contest.workers[side]
+            receiver.pause()
+            try:
+                with contest.metered(side, SUBMITTED):
+                    seconds: float = sender.call("submit", task="bench.noop", count=SUBMITTED)
+            finally:
+                receiver.resume()
+            sender.call("gather")
+            bench.say(f"  {side}: {SUBMITTED / seconds:.0f} jobs/s")
+            return SUBMITTED / seconds
+
+        contest.warm_up("end_to_end", task="bench.noop", count=WARM_UP)
+        return Sides(*contest.in_turn(rate))
+
+
+def end_to_end(bench: Bench) -> Sides:
+    """Jobs a second from the first submission to the last result; one submitter, two worker processes."""
+    with bench.contest(concurrency=CONCURRENCY) as contest:
+
+        def rate(side: Side) -> float:
+            with contest.metered(side, END_TO_END):
+                seconds: float = contest.senders[side].call("end_to_end", task="bench.noop", count=END_TO_END)
+            bench.say(f"  {side}: {END_TO_END / seconds:.0f} jobs/s")
+            return END_TO_END / seconds
+
+        contest.warm_up("end_to_end", task="bench.noop", count=WARM_UP)
+        return Sides(*contest.in_turn(rate))
+
+
+def drain(bench: Bench) -> Sides:
+    """Jobs a second of a backlog submitted while no worker ran, from the first start to the last end.
+
+    Starts and ends are the tasks' own, so the time a worker takes to boot is not in it.
+    """
+    with bench.contest(workers=False) as contest:
+
+        def rate(side: Side) -> float:
+            sender = contest.senders[side]
+            sender.call("submit", task="bench.stamp", count=DRAINED)
+            with (
+                worker(side, contest.pair, concurrency=CONCURRENCY, cpus=CONCURRENCY) as receiver,
+                contest.metered(side, DRAINED, receiver),
+            ):
+                stamps: list[list[float]] = sender.call("gather")
+            seconds = max(end for _, end in stamps) - min(start for start, _ in stamps)
+            bench.say(f"  {side}: {DRAINED / seconds:.0f} jobs/s")
+            return DRAINED / seconds
+
+        return Sides(*contest.in_turn(rate))

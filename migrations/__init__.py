@@ -1,0 +1,120 @@
+"""The tables in Postgres and how they change, by Alembic.
+
+There is no `alembic.ini`: the configuration is built here, and the revisions are found by the path of this
+folder, so that the functions work from any working directory and from an installed wheel. An upgrade or
+downgrade is one transaction: it holds an advisory lock until its commit, so that of two at once the second
+finds the work done.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import Connection, Engine, NullPool, create_engine, text
+from sqlalchemy.exc import OperationalError
+
+from routing.errors import InvalidRequest, NotMigrated, StoreUnavailable, show
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+__all__ = ["HEAD", "check", "current", "downgrade", "upgrade"]
+
+#: The newest revision. Kept as a constant so that `check` needs no import of Alembic (a test compares it).
+HEAD: Final = "0001"
+
+#: Where Alembic notes the revision of a database.
+VERSION_TABLE: Final = "alembic_version"
+
+#: Key of the advisory lock under which revisions are applied: "migrate" in ASCII.
+_LOCK: Final = int.from_bytes(b"migrate")
+
+# Alembic's `context` and `op` belong to the whole process, so two threads must not run it at once.
+_IN_THIS_PROCESS: Final = threading.Lock()
+
+
+def upgrade(database_url: str, revision: str = "head") -> None:
+    """Apply the revisions up to `revision`. Does nothing where they are applied already."""
+    from alembic import command
+
+    with _locked(database_url) as connection, _known_revision(revision):
+        command.upgrade(_config(connection), revision)
+
+
+def downgrade(database_url: str, revision: str) -> None:
+    """Take back the revisions after `revision` ("base": all of them, with every job; "-1": the newest)."""
+    from alembic import command
+
+    with _locked(database_url) as connection, _known_revision(revision):
+        command.downgrade(_config(connection), revision)
+
+
+def current(database: str | Engine) -> str | None:
+    """The revision of the database, None where nothing was ever applied.
+
+    Raises StoreUnavailable when Postgres does not answer.
+    """
+    with _connected(database) as connection:
+        table = connection.execute(text("SELECT to_regclass(:name)"), {"name": VERSION_TABLE})
+        if table.scalar_one() is None:
+            return None
+        found = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one_or_none()
+    return None if found is None else str(found)
+
+
+def check(database: str | Engine) -> None:
+    """Raise NotMigrated unless the database is at the revision that this version of the platform needs."""
+    found = current(database)
+    if found is not None and found > HEAD:
+        raise NotMigrated(
+            f"Postgres is at revision {found}, and this version of the platform knows {HEAD} as the newest",
+            value=found,
+            advice="Install the version of the platform that upgraded it, or downgrade with that version.",
+        )
+    if found != HEAD:
+        raise NotMigrated(f"Postgres is at revision {found or 'none'} and must be at {HEAD}", value=found)
+
+
+def _config(connection: Connection) -> Config:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    return config
+
+
+@contextmanager
+def _known_revision(revision: str) -> Iterator[None]:
+    """Alembic's word for a revision that it cannot find or reach, as an error of ours."""
+    from alembic.util import CommandError
+
+    try:
+        yield
+    except CommandError as error:
+        advice = f'It must be an id up to {HEAD}, "head", "base", or steps such as -1.'
+        raise InvalidRequest(f"revision {show(revision)}: {error}", value=revision, advice=advice) from error
+
+
+@contextmanager
+def _locked(database_url: str) -> Iterator[Connection]:
+    """A transaction that alone changes the tables; committed by the end of the block."""
+    with _IN_THIS_PROCESS, _connected(database_url) as connection, connection.begin():
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        yield connection
+
+
+@contextmanager
+def _connected(database: str | Engine) -> Iterator[Connection]:
+    engine = create_engine(database, poolclass=NullPool) if isinstance(database, str) else database
+    try:
+        connection = engine.connect()
+    except OperationalError as error:
+        address = engine.url.render_as_string(hide_password=True)
+        raise StoreUnavailable(f"Postgres at {address} does not answer: {str(error.orig).strip()}") from error
+    with connection:
+        yield connection

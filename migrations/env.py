@@ -1,0 +1,18 @@
+"""Run by Alembic for every command: it works on the connection that `migrations` hands over.
+
+That connection is in a transaction that `migrations` opened and commits; none is begun or ended here.
+"""
+
+from __future__ import annotations
+
+from alembic import context
+
+from routing.tables import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    compare_type=True,
+    compare_server_default=True,
+)
+context.run_migrations()

@@ -1,0 +1,112 @@
+"""The four checks of `verify`: registration, resources, heartbeats, and what a read of the ledger costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import redis as redispy
+from redis.exceptions import RedisError
+from sqlalchemy import Engine
+
+from routing import amounts, keys, overview
+from routing.amounts import CPUS
+from routing.overview import Overview, Reads
+from routing.settings import Settings
+
+#: Reads of the allocated CPUs in the fourth check.
+READS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: whether it passed, what was found in words, and the numbers."""
+
+    name: str
+    passed: bool
+    found: str
+    facts: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "passed": self.passed, "found": self.found, **self.facts}
+
+
+def run(client: redispy.Redis, engine: Engine, settings: Settings) -> list[Check]:
+    """All four, in order. Raises StoreUnavailable where neither store answers."""
+    seen = overview.read(client, engine, settings.worker_ttl)
+    return [
+        _registered(client, seen, settings.worker_ttl),
+        _resources(seen),
+        _heartbeats(seen, settings.heartbeat_interval + settings.renew_interval),
+        _reads(overview.read_allocated(client, engine, READS)),
+    ]
+
+
+def _registered(client: redispy.Redis, seen: Overview, ttl: float) -> Check:
+    """Every live worker has its `worker:<name>`, which expires within the TTL."""
+    name = "workers are registered, and expire"
+    left: dict[str, float] = {}
+    if not seen.workers:
+        return Check(
+            name, False, "no live worker: start one with `celery -A platform worker`", {"workers": left}
+        )
+    if seen.source != "ledger":
+        return Check(name, False, "the ledger does not answer or is cold", {"workers": left})
+    pipe = client.pipeline(transaction=False)
+    for worker in seen.workers:
+        pipe.pttl(keys.view(worker.name))
+    try:
+        left = {worker.name: ms / 1000 for worker, ms in zip(seen.workers, pipe.execute(), strict=True)}
+    except RedisError as error:
+        return Check(name, False, f"Redis does not answer: {error}", {"workers": left})
+    wrong = sorted(worker for worker, seconds in left.items() if not 0 < seconds <= ttl)
+    found = ", ".join(f"{worker} {seconds:.0f} s left" for worker, seconds in left.items())
+    if wrong:
+        found = f"without a key that expires within {ttl:g} s: {', '.join(wrong)}"
+    return Check(name, not wrong, found, {"workers": left})
+
+
+def _resources(seen: Overview) -> Check:
+    """The totals are there and add up."""
+    total, allocated, available = seen.total(CPUS), seen.allocated(CPUS), seen.available(CPUS)
+    found = (
+        f"total {amounts.format_cpus(total)} CPUs, allocated {amounts.format_cpus(allocated)},"
+        f" available {amounts.format_cpus(available)}, utilisation {seen.utilization_percent:g}%"
+    )
+    facts = {
+        "total_cpus": amounts.cpus_number(total),
+        "allocated_cpus": amounts.cpus_number(allocated),
+        "available_cpus": amounts.cpus_number(available),
+        "utilization_percent": seen.utilization_percent,
+        "source": seen.source,
+    }
+    return Check("resources add up", total > 0 and 0 <= allocated <= total, found, facts)
+
+
+def _heartbeats(seen: Overview, fresh: float) -> Check:
+    """Every live worker was heard within one tick of beat and one of its own timer (`fresh` seconds)."""
+    ages = {worker.name: worker.heartbeat_age for worker in seen.workers}
+    late = sorted(name for name, age in ages.items() if age is None or age > fresh)
+    known = [age for age in ages.values() if age is not None]
+    if not ages:
+        found = "no live worker"
+    elif late:
+        found = f"not heard for more than {fresh:g} s: {', '.join(late)}"
+    else:
+        found = f"the oldest is {max(known):.1f} s old, and may be {fresh:g} s"
+    return Check("heartbeats are fresh", bool(ages) and not late, found, {"ages_seconds": ages})
+
+
+def _reads(reads: Reads) -> Check:
+    """Redis answers every read of the allocated CPUs; how long they took is told and not judged."""
+    found = (
+        f"{reads.times:,} reads took {reads.seconds * 1000:.1f} ms,"
+        f" {reads.share_percent:g}% answered by Redis ({reads.value} CPUs allocated)"
+    )
+    facts = {
+        "reads": reads.times,
+        "milliseconds": round(reads.seconds * 1000, 3),
+        "answered_by_redis_percent": reads.share_percent,
+        "allocated_cpus": reads.value,
+    }
+    return Check("allocated CPUs are read from Redis", reads.answered == reads.times, found, facts)

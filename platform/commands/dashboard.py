@@ -1,0 +1,72 @@
+"""`celery -A platform dashboard`: the overview over HTTP, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from typing import Any
+
+import click
+
+from platform import exits
+from platform.edge import answering, stores_of
+from platform.terminal import talk
+from routing import overview
+from routing.errors import InvalidRequest
+
+__all__ = ["command"]
+
+
+@click.command("dashboard")
+@click.option("--host", help="Address to listen on. Default: that of PLATFORM_DASHBOARD, 127.0.0.1.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port; 0 takes a free one. Default: 8000.")
+@click.pass_context
+def command(context: click.Context, host: str | None, port: int | None) -> None:
+    """Serve /api/v1/dashboard and /health over HTTP, on this machine only unless told otherwise.
+
+    There is no authentication: another address than a loopback one shows the cluster to whoever reaches it.
+    """
+    with answering(as_json=False):
+        stores = stores_of(context)
+        own_host, own_port = stores.settings.dashboard
+        sockets = _bind(host or own_host, own_port if port is None else port)
+        client, engine, ttl = overview.quick(stores.redis), stores.engine, stores.settings.worker_ttl
+
+        def read() -> dict[str, Any]:
+            return overview.read(client, engine, ttl).to_json()
+
+        asyncio.run(_serve(read, sockets))
+    context.exit(exits.OK)
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    from tornado.netutil import bind_sockets
+
+    try:
+        return bind_sockets(port, host, reuse_port=False)
+    except OSError as error:
+        raise InvalidRequest(
+            f"the dashboard cannot listen on {host}:{port}: {error.strerror or error}",
+            value=f"{host}:{port}",
+            advice="Choose another with PLATFORM_DASHBOARD, --host or --port.",
+        ) from error
+
+
+async def _serve(read: Any, sockets: list[socket.socket]) -> None:
+    from tornado.httpserver import HTTPServer
+
+    from platform.dashboard import application
+
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ended.set)
+    server = HTTPServer(application(read))
+    server.add_sockets(sockets)
+    host, port = sockets[0].getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    talk().print(f"Dashboard: http://{shown}:{port}/api/v1/dashboard", soft_wrap=True)
+    await ended.wait()
+    server.stop()
+    await server.close_all_connections()

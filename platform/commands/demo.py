@@ -1,0 +1,169 @@
+"""`celery -A platform demo`: a real trace through real workers, with the books balanced at the end."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from platform import exits, render, trace
+from platform.demo import WORKERS, Replayed, Report, replay
+from platform.edge import answering, json_option
+from platform.launch import Interrupted, WorkerSpec, dashboard_url, parse_workers
+from platform.terminal import Meters, bar, facts, print_json, table, talk
+from routing.amounts import format_cpus
+from routing.errors import InvalidRequest
+from routing.settings import Settings
+
+__all__ = ["command"]
+
+#: What to do next; the last words of a demo.
+NEXT = """\
+To keep a platform running:      celery -A platform up
+Then look at it, from anywhere:  celery -A platform cluster      (jobs, job ID, verify)
+                                 curl {dashboard}
+And submit to it from Python:    from celery_capacity import create_app
+                                 create_app().send_task("demo.sleep", args=[5], cpus=4)"""
+
+
+def _scale(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float | None:
+    try:
+        return None if text is None else trace.parse_scale(text)
+    except InvalidRequest as error:
+        raise click.BadParameter(str(error)) from error
+
+
+@click.command("demo")
+@click.option(
+    "--trace",
+    "path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default=trace.PACKAGED,
+    help="CSV with a header that names submit,run (seconds) and cpus; other columns and # lines are ignored."
+    " Default: 300 jobs of five days on KTH's SP2.",
+)
+@click.option(
+    "--scale",
+    metavar="N",
+    callback=_scale,
+    help="How many times faster than the trace, a decimal number. Default: so that it takes about a minute,"
+    " and never slower than the trace.",
+)
+@click.option(
+    "--worker",
+    "workers",
+    metavar="NAME=CPUS",
+    multiple=True,
+    callback=parse_workers,
+    help="A worker to start; may be given more than once. Default: "
+    + ", ".join(f"{spec.name}={format_cpus(spec.cpus)}" for spec in WORKERS)
+    + ".",
+)
+@click.option(
+    "--log",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write job,start,end,worker as CSV: the row of the trace, and seconds since the first submission.",
+)
+@json_option
+@click.pass_context
+def command(
+    context: click.Context,
+    path: Path,
+    scale: float | None,
+    workers: tuple[WorkerSpec, ...],
+    log: Path | None,
+    as_json: bool,
+) -> None:
+    """Replay a trace of real jobs on workers of its own.
+
+    Starts a private Redis and Postgres (unless REDIS_URL and DATABASE_URL are set) and workers, submits each
+    job at its time and reports how long the jobs waited, the most that each worker held, and whether the
+    books balance. Each job holds its CPUs and sleeps. All that was started is ended again.
+
+    Exit code 0 if every job ran once and the invariants hold, 1 if not, 130 after Ctrl-C.
+    """
+    console = talk()
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
+    with answering(as_json):
+        settings = Settings.from_environ(os.environ)
+        replayed = _read(path, scale, workers or WORKERS)
+        if log is not None:
+            _write_log(log, [])  # a folder that is not there is told now, and not after a minute
+        say(f"{len(replayed.jobs)} jobs of {replayed.name}, {replayed.scale:g} times faster than they were.")
+        try:
+            with Meters(console) as meters:
+                report = replay(replayed, settings, os.environ, meters, say)
+        except Interrupted as interrupted:
+            say("Interrupted; all that the demo had started has ended.")
+            context.exit(interrupted.code)
+        if log is not None:
+            _write_log(log, trace.log_rows(report.records, min(report.submitted.values())))
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _show(report)
+        facts().print()
+        facts().print(NEXT.format(dashboard=dashboard_url(settings)), soft_wrap=True)
+    context.exit(exits.OK if report.ok else exits.FAILED)
+
+
+def _read(path: Path, scale: float | None, workers: tuple[WorkerSpec, ...]) -> Replayed:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        try:
+            jobs = tuple(trace.read(lines))
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(
+                f"{path} is not UTF-8 text: {error.reason} at byte {error.start}",
+                value=str(path),
+                advice="A trace is CSV text.",
+            ) from error
+    if refused := trace.too_wide(jobs, {spec.name: spec.cpus for spec in workers}):
+        raise refused
+    total = sum(spec.cpus for spec in workers)
+    return Replayed(path.stem, jobs, scale or trace.default_scale(jobs, total), workers)
+
+
+def _write_log(path: Path, rows: Iterable[tuple[int, str, str, str]]) -> None:
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("job", "start", "end", "worker"))
+            writer.writerows(rows)
+    except OSError as error:
+        raise InvalidRequest(f"--log {path} cannot be written: {error.strerror}", value=str(path)) from error
+
+
+def _show(report: Report) -> None:
+    console = facts()
+    summary, total = report.summary, len(report.replayed.jobs)
+    states = ", ".join(f"{number} {state}" for state, number in sorted(report.states.items()))
+    console.print(f"jobs      {total}: {states}", soft_wrap=True)
+    console.print(f"makespan  {summary.makespan:.1f} s", soft_wrap=True)
+    waits = (("mean", summary.wait_mean), ("p95", summary.wait_p95), ("max", summary.wait_max))
+    console.print("wait      " + ", ".join(f"{what} {wait:.2f} s" for what, wait in waits), soft_wrap=True)
+    console.print()
+    rows = []
+    for worker in report.workers:
+        has = "?" if worker.cpus is None else format_cpus(worker.cpus)
+        rows.append(
+            (
+                worker.name,
+                bar(worker.peak, worker.cpus or 0, unicode=(console.encoding or "").startswith("utf")),
+                f"{format_cpus(worker.peak)} of {has} CPUs" + ("" if worker.within else "  EXCEEDED"),
+                str(worker.jobs),
+            )
+        )
+    table(console, ("worker", "", "peak allocation", "jobs"), rows, right=(3,))
+    console.print()
+    for row, state, text in report.errors:
+        console.print(f"job {row} {state}: {text}", soft_wrap=True)
+    if report.doubled:
+        console.print(f"ran twice: {', '.join(map(str, report.doubled))}", soft_wrap=True)
+    render.invariants(console, report.invariants)
+    console.print(render.verdict_line(report.invariants), soft_wrap=True)

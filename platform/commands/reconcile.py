@@ -1,0 +1,36 @@
+"""`celery -A platform reconcile`: make Redis equal Postgres, and say what differed."""
+
+from __future__ import annotations
+
+import click
+
+from platform import exits, render
+from platform.edge import answering, json_option, stores_of
+from platform.terminal import facts, print_json
+from routing import rebuild, reconcile
+
+__all__ = ["command"]
+
+
+@click.command("reconcile")
+@json_option
+@click.pass_context
+def command(context: click.Context, as_json: bool) -> None:
+    """Apply what the ledger noted and Postgres does not have, compare both ways, and repair.
+
+    Beat does this every 300 s; by hand it is harmless at any time. A ledger that is cold is opened first.
+    Exit code 0 if nothing differed or all was repaired, 1 if not: the rest may be repaired by another pass.
+    """
+    with answering(as_json):
+        stores = stores_of(context)
+        rebuilt = rebuild.open_if_cold(stores.engine, stores.ledger)
+        done = reconcile.reconcile(stores.engine, stores.ledger)
+    if as_json:
+        opened = None
+        if rebuilt is not None:
+            counts = {"workers": rebuilt.workers, "held": rebuilt.held, "filed": rebuilt.filed}
+            opened = {"epoch": rebuilt.epoch, **counts}
+        print_json({**done.to_json(), "all_repaired": done.all_repaired, "rebuilt": opened})
+    else:
+        render.reconciled(facts(), done, rebuilt)
+    context.exit(exits.OK if done.all_repaired else exits.FAILED)

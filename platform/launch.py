@@ -1,0 +1,163 @@
+"""Workers, beat and the dashboard as children of one command: how they are started, awaited and given up.
+
+A child gets the servers' URLs in its environment, whether they were given or are embedded, so that it never
+asks for a pair of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from platform.processes import Child, Family, Happening, celery_command, died
+from routing.amounts import MILLICORES, format_cpus, parse_cpus_text
+from routing.errors import InvalidRequest, PlatformError
+from routing.names import check_worker_name
+from routing.settings import Settings
+
+__all__ = [
+    "DASHBOARD_PATH",
+    "READY_PATIENCE",
+    "ChildDied",
+    "Interrupted",
+    "NotReady",
+    "WorkerSpec",
+    "await_ready",
+    "dashboard_url",
+    "parse_workers",
+    "pause",
+    "start_worker",
+]
+
+#: Seconds that a worker may take to be ready. After a kill it waits for its predecessor's TTL (60 s).
+READY_PATIENCE = 120.0
+
+#: Where the dashboard answers; its first line ends with it.
+DASHBOARD_PATH = "/api/v1/dashboard"
+
+#: Lines of a dead child that an error shows.
+SHOWN_LINES = 12
+
+#: Slots of a worker whose jobs only sleep: enough that its CPUs, not its slots, are the limit.
+LEAST_SLOTS = 40
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """A worker to start; `cpus` in millicores."""
+
+    name: str
+    cpus: int
+
+    @classmethod
+    def parse(cls, text: str) -> WorkerSpec:
+        """From NAME=CPUS; raises InvalidRequest."""
+        name, separator, cpus = text.partition("=")
+        if not separator:
+            raise InvalidRequest(
+                f"--worker {text!r} is not NAME=CPUS", value=text, advice="Such as --worker worker-01=72."
+            )
+        spec = cls(check_worker_name(name), parse_cpus_text(cpus, f"--worker {name}: cpus"))
+        if spec.cpus == 0:
+            raise InvalidRequest(f"--worker {text!r} has no CPUs", value=text, advice="Give it at least 0.001 CPUs.")
+        return spec
+
+    @property
+    def slots(self) -> int:
+        return max(LEAST_SLOTS, -(-self.cpus // MILLICORES))
+
+
+def parse_workers(_context: click.Context, _parameter: click.Parameter, texts: Sequence[str]) -> tuple[WorkerSpec, ...]:
+    """The callback of `--worker NAME=CPUS`, which may be given more than once."""
+    try:
+        specs = tuple(WorkerSpec.parse(text) for text in texts)
+    except InvalidRequest as error:
+        raise click.BadParameter(str(error)) from error
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.BadParameter(f"the name {name} stands there twice; each worker needs its own.")
+    return specs
+
+
+class ChildDied(PlatformError):
+    """A process that this command started ended before its time."""
+
+    reference = "child-died"
+    title = "a process of this command ended"
+
+    def __init__(self, child: Child) -> None:
+        said = "\n".join(f"  {line}" for line in list(child.said)[-SHOWN_LINES:])
+        super().__init__(f"{died(child)}. What it said last:\n{said}" if said else f"{died(child)}.")
+
+
+class NotReady(PlatformError):
+    """A worker neither became ready nor ended."""
+
+    reference = "not-ready"
+    title = "a worker did not become ready"
+
+
+class Interrupted(Exception):
+    """A signal asked this command to end; `code` is its exit code, as shells say it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.code = 128 + signum
+
+
+def start_worker(
+    family: Family, spec: WorkerSpec, environ: Mapping[str, str], *, pool: str, slots: int | None = None
+) -> Child:
+    """Start a worker that publishes these CPUs under this name; without `slots` Celery's default holds."""
+    command = celery_command("--quiet", "worker", "--pool", pool, "--loglevel", "INFO")
+    if slots is not None:
+        command += ["--concurrency", str(slots)]
+    own = {**environ, "NODE_NAME": spec.name, "PLATFORM_CPUS": format_cpus(spec.cpus)}
+    return family.start(spec.name, command, own)
+
+
+def dashboard_url(settings: Settings) -> str:
+    """Where the dashboard answers."""
+    host, port = settings.dashboard
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{DASHBOARD_PATH}"
+
+
+def judge(happening: Happening) -> None:
+    """Raise what ends a command: Interrupted by a signal, ChildDied where a child ended by itself."""
+    if happening.what == "signal":
+        raise Interrupted(happening.signum)
+    if happening.what == "ended" and happening.child is not None:
+        raise ChildDied(happening.child)
+
+
+def pause(family: Family, seconds: float) -> None:
+    """Wait, unless a signal or the end of a child says otherwise (see `judge`)."""
+    deadline = time.monotonic() + seconds
+    while (happening := family.next(deadline - time.monotonic())) is not None:
+        judge(happening)
+
+
+def await_ready(
+    family: Family,
+    children: Sequence[Child],
+    patience: float = READY_PATIENCE,
+    on_end: Callable[[Happening], Any] = judge,
+) -> list[Child]:
+    """Wait until each of these is ready or has ended; returns those that are ready.
+
+    What ends meanwhile goes to `on_end`, as signals do. Raises NotReady after `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while late := [child for child in children if not child.ready and child.code is None]:
+        happening = family.next(deadline - time.monotonic())
+        if happening is None:
+            names = ", ".join(child.name for child in late)
+            raise NotReady(f"not ready after {patience:.0f} s: {names}", advice="Its log says what it waits for.")
+        if happening.what != "ready":
+            on_end(happening)
+    return [child for child in children if child.ready and child.code is None]

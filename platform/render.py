@@ -1,0 +1,268 @@
+"""The values of the commands, drawn for people: plain lines, coloured and with bars only on a terminal.
+
+Words for reasons are made here and nowhere else. Each function takes a console and a value; what programs
+read is the value's own `to_json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from platform.terminal import bar, table
+from routing.amounts import CPUS, MEMORY, SLOTS, format_amount, format_cpus, format_memory
+from routing.explain import Explanation, Why
+from routing.request import Request
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from routing.lookup import JobFile, JobLine
+    from routing.overview import Overview, WorkerLine
+    from routing.rebuild import Rebuilt
+    from routing.reconcile import Reconciled
+    from routing.verify import Report
+
+#: Characters of an error or a name in a list.
+CUT: Final = 60
+#: What stands where there is nothing to say.
+NOTHING: Final = "-"
+
+
+def cluster(console: Console, overview: Overview) -> None:
+    """Totals, a bar for each worker, the backlog by request."""
+    source = {"ledger": "from the ledger", "postgres": "from Postgres: the ledger does not answer or is cold"}
+    workers = len(overview.workers)
+    console.print(f"{workers} worker{'s' if workers != 1 else ''}, {source[overview.source]}", soft_wrap=True)
+    total, used, free = overview.total(CPUS), overview.allocated(CPUS), overview.available(CPUS)
+    console.print(
+        f"CPUs    {format_cpus(used)} of {format_cpus(total)} allocated ({overview.utilization_percent:g}%),"
+        f" {format_cpus(free)} available",
+        soft_wrap=True,
+    )
+    console.print(f"memory  {_of(overview.allocated(MEMORY), overview.total(MEMORY))} allocated", soft_wrap=True)
+    console.print(f"slots   {overview.allocated(SLOTS)} of {overview.total(SLOTS)} allocated", soft_wrap=True)
+    console.print(f"backlog {overview.waiting} waiting", soft_wrap=True)
+    if overview.workers:
+        console.print()
+        table(
+            console,
+            ("worker", "status", "", "CPUs", "memory", "slots", "heartbeat"),
+            [_worker(console, worker) for worker in overview.workers],
+            right=(3, 4, 5, 6),
+        )
+    if overview.backlog:
+        console.print()
+        rows = [(str(line.request), str(line.waiting), age(line.oldest)) for line in overview.backlog]
+        table(console, ("request", "waiting", "oldest"), rows, right=(1, 2))
+
+
+def _worker(console: Console, worker: WorkerLine) -> tuple[str, ...]:
+    total, used = worker.capacity.get(CPUS, 0), worker.allocated.get(CPUS, 0)
+    return (
+        worker.name,
+        worker.status,
+        bar(used, total, unicode=_draws(console)),
+        f"{format_cpus(used)}/{format_cpus(total)}",
+        _of(worker.allocated.get(MEMORY, 0), worker.capacity.get(MEMORY, 0)),
+        f"{worker.allocated.get(SLOTS, 0)}/{worker.capacity.get(SLOTS, 0)}",
+        "unknown" if worker.heartbeat_age is None else f"{age(worker.heartbeat_age)} ago",
+    )
+
+
+def _of(used: int, total: int) -> str:
+    return f"{format_memory(used)} of {format_memory(total)}"
+
+
+def _draws(console: Console) -> bool:
+    """Whether the console can show block characters."""
+    return (console.encoding or "").lower().startswith("utf")
+
+
+def age(seconds: float | None) -> str:
+    """Seconds as people say them: "4 s", "3 min", "5 h", "2 d"."""
+    if seconds is None:
+        return NOTHING
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def jobs(console: Console, lines: Sequence[JobLine], total: int) -> None:
+    """The list, newest first."""
+    if not lines:
+        console.print("no jobs", soft_wrap=True)
+        return
+    rows = [
+        (
+            line["id"],
+            line["name"],
+            line["state"],
+            line["worker"] or NOTHING,
+            str(line["attempt"]),
+            str(line["priority"]),
+            str(Request.from_people(line["request"])),
+            moment(line["submitted_at"]),
+            _cut(line["error"] or ""),
+        )
+        for line in lines
+    ]
+    header = ("id", "task", "state", "worker", "attempt", "priority", "request", "submitted", "error")
+    table(console, header, rows, right=(4, 5))
+    if total > len(lines):
+        console.print(f"the newest {len(lines)} of {total}; more with --limit", soft_wrap=True)
+
+
+def job(console: Console, file: JobFile, why: Explanation | None) -> None:
+    """One job: what it is, its times, its attempts, and why it waits."""
+    line = file.job
+    declared = "" if line["declared"] else " (the default: no worker declared this task)"
+    rows = [
+        ("id", line["id"]),
+        ("task", line["name"]),
+        ("state", line["state"]),
+        ("request", f"{Request.from_people(line['request'])}{declared}"),
+        ("priority", str(line["priority"])),
+        ("worker", line["worker"] or NOTHING),
+        ("submitted", moment(line["submitted_at"])),
+        ("due", moment(line["due_at"])),
+        ("expires", moment(line["expires_at"])),
+        ("admitted", _after(line["admitted_at"], line["submitted_at"])),
+        ("started", _after(line["started_at"], line["admitted_at"])),
+        ("finished", _after(line["finished_at"], line["started_at"])),
+        ("error", line["error"] or ""),
+    ]
+    for name, value in rows:
+        if value not in ("", NOTHING) or name == "worker":
+            console.print(f"{name:<10}{value}", soft_wrap=True)
+    if why is not None and why.waits:
+        console.print()
+        for number, sentence in enumerate(reasons(why)):
+            console.print(f"{'waits:' if number == 0 else '':<10}{sentence}", soft_wrap=True)
+    if file.attempts:
+        console.print()
+        table(
+            console,
+            ("attempt", "worker", "admitted", "started", "ended", "outcome", "error"),
+            _attempts(file),
+        )
+
+
+def _attempts(file: JobFile) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{one['epoch']}.{one['attempt']}",
+            one["worker"],
+            moment(one["admitted_at"]),
+            moment(one["started_at"]),
+            moment(one["ended_at"]),
+            one["outcome"] or "open",
+            _cut(one["error"] or ""),
+        )
+        for one in file.attempts
+    ]
+
+
+def reasons(why: Explanation) -> list[str]:
+    """Why a job waits, a sentence each; the first says it, the others add to it."""
+    said = [_reason(why)]
+    if why.place is not None:
+        said.append(
+            f"It is number {why.place} of the jobs with this request; {why.before or 0} waiting jobs come before it."
+        )
+    if why.large_enough is not None and why.why in (Why.NO_ROOM, Why.BEHIND_SHAPE):
+        said.append(f"{why.large_enough} of {why.live_workers} live workers are large enough for it.")
+    if not why.declared:
+        said.append(
+            "No worker has declared this task, so its request is the default;"
+            " a worker that knows the task may declare another."
+        )
+    return said
+
+
+def _reason(why: Explanation) -> str:
+    asked = _amount(why.resource, why.asked)
+    free = _amount(why.resource, max(0, why.free or 0))
+    sentences = {
+        Why.NO_WORKER: "No live worker admits jobs. Start one: celery -A platform worker",
+        Why.UNKNOWN_RESOURCE: f"No worker publishes {why.resource}, and it needs {asked}."
+        " A worker publishes it through PLATFORM_RESOURCES.",
+        Why.TOO_LARGE: f"It is too large for every worker: it needs {asked},"
+        f" and {why.worker}, which comes closest, has {free} when empty.",
+        Why.NO_ROOM: f"No worker has room now: it needs {asked},"
+        f" and {why.worker}, which comes closest, has {free} free.",
+        Why.BEHIND_SHAPE: "There is room, and jobs with the same request come before it.",
+        Why.ABOUT_TO_START: f"There is room on {why.worker or 'a worker'}: it is about to start.",
+        Why.SCHEDULED: f"It must not start before {moment(why.due_at)}.",
+        Why.ON_ITS_WAY: "It is stored and on its way to the ledger; a sweep brings what a sender left.",
+        Why.LEDGER_CLOSED: "The ledger is cold: nothing is admitted until its books are rebuilt.",
+        Why.LEDGER_UNREACHABLE: "Redis does not answer, so nothing is admitted.",
+        Why.LEDGER_STANDS_BACK: "Postgres admits instead of the ledger: workers pull what fits them.",
+        Why.REPLACED: "It was replaced by another task, whose end will be its end.",
+        Why.RUNS: f"It does not wait: it is {why.state.value} on {why.worker}.",
+        Why.ENDED: f"It does not wait: it is {why.state.value}.",
+    }
+    return sentences[why.why]
+
+
+def _amount(resource: str | None, amount: int | None) -> str:
+    return "" if resource is None or amount is None else format_amount(resource, amount)
+
+
+def invariants(console: Console, report: Report) -> None:
+    """A line for each invariant, and what violates it."""
+    for verdict in report.verdicts:
+        word = {True: "holds", False: "VIOLATED", None: "not judged: it holds only at rest, and work runs"}
+        console.print(f"{verdict.name} {word[verdict.holds]}: {verdict.says}", soft_wrap=True)
+        for line in verdict.detail:
+            console.print(f"   {line}", soft_wrap=True)
+        if verdict.violations > len(verdict.detail):
+            console.print(f"   and {verdict.violations - len(verdict.detail)} more", soft_wrap=True)
+
+
+def verdict_line(report: Report) -> str:
+    """All invariants in one line."""
+    broken = [v.name for v in report.verdicts if v.holds is False]
+    if broken:
+        return f"invariants: VIOLATED {', '.join(broken)}"
+    kept = ", ".join(v.name for v in report.verdicts if v.holds)
+    waived = ", ".join(v.name for v in report.verdicts if v.holds is None)
+    return f"invariants: {kept} hold" + (f"; {waived} hold only at rest, and work runs" if waived else ", at rest")
+
+
+def reconciled(console: Console, done: Reconciled, rebuilt: Rebuilt | None) -> None:
+    """What a pass did: entries applied, jobs compared, what differed."""
+    if rebuilt is not None:
+        console.print(
+            f"the ledger was cold: epoch {rebuilt.epoch} was opened with {rebuilt.workers} workers,"
+            f" {rebuilt.held} held and {rebuilt.filed} waiting jobs",
+            soft_wrap=True,
+        )
+    console.print(f"applied   {done.applied} transitions that Postgres did not have", soft_wrap=True)
+    console.print(f"compared  {done.checked} jobs", soft_wrap=True)
+    console.print(f"drift     {done.drift}, repaired {done.repaired.total()}", soft_wrap=True)
+    for kind, number in sorted(done.found.items()):
+        console.print(f"          {number} {kind}", soft_wrap=True)
+
+
+def moment(value: Any) -> str:
+    """A time as people read it, in their own zone, to the second."""
+    if not isinstance(value, datetime):
+        return NOTHING
+    return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _after(value: Any, before: Any) -> str:
+    """A time, and how long after the step before it."""
+    if not isinstance(value, datetime):
+        return NOTHING
+    if not isinstance(before, datetime):
+        return moment(value)
+    return f"{moment(value)} (+{max(0.0, (value - before).total_seconds()):.3f} s)"
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= CUT else line[: CUT - 1] + "…"

@@ -1,0 +1,244 @@
+"""The embedded servers: one pair of Redis and Postgres per user that all commands share, and private pairs
+for demo and tests.
+
+The shared pair lies in `Settings.home`: `redis/`, `postgres/`, `servers.json` (addresses, pids, starts) and
+`servers.lock`, which is held while the pair is started or ended. What runs is not believed from
+`servers.json` but found by the servers' own pid files, so a pair whose starter died half way is taken up
+where it stands, and no second server ever opens the same data.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from platform import postgres, valkey
+from routing.errors import NoServers, mask_url
+from routing.home import SERVERS_FILE, Pair, running_pair
+
+if TYPE_CHECKING:
+    from routing.settings import Settings
+
+__all__ = ["describe", "ensure", "private_pair", "stop"]
+
+# Ends a private pair whose owner died: the pipe to it closes then. It asks the command line before it kills,
+# since pids are used again, and removes the folder only if it was made for the pair ($3 is empty otherwise).
+_WATCH = """
+cat >/dev/null
+mine() { { tr '\\0' '\\n' </proc/"$1"/cmdline || ps -p "$1" -o command=; } 2>/dev/null | grep -qF "$2"; }
+redis=$(cat "$1/valkey.pid" 2>/dev/null) && mine "$redis" "$1" && kill -KILL "$redis"
+postgres=$(head -n 1 "$2/data/postmaster.pid" 2>/dev/null) && mine "$postgres" "$2" && kill -QUIT "$postgres"
+if [ -n "$3" ]; then
+    while [ -e "$2/data/postmaster.pid" ] && mine "$postgres" "$2"; do sleep 0.1; done
+    rm -rf "$3" "$2"
+fi
+"""
+
+
+def ensure(settings: Settings, say: Callable[[str], None] | None = None) -> Settings:
+    """The settings with both URLs: as they are if they have them, else those of the shared pair, which is
+    started if need be.
+
+    Of two first commands at once, one starts the pair and the other waits for it. `say` gets the addresses in
+    one line when a server was started (default: to stderr). Raises NoServers with the reason, and what the
+    migrations raise.
+    """
+    if settings.redis_url and settings.database_url:
+        return settings
+    pair = running_pair(settings.home)
+    if pair is None:
+        with _locked(settings.home):
+            pair = running_pair(settings.home) or _start_shared(settings.home, say or _to_stderr)
+    return settings.with_urls(pair.redis_url, pair.database_url)
+
+
+def stop(settings: Settings) -> list[str]:
+    """Ends the shared pair and says what was ended, a phrase per server; the data stay. Raises NoServers if
+    one does not end."""
+    if not settings.home.exists():
+        return []
+    with _locked(settings.home):
+        ended = []
+        redis = valkey.running(_redis_folder(settings.home))
+        database = postgres.running(_postgres_folder(settings.home))
+        # Postgres first: while it closes, nothing is admitted that it does not know.
+        for name, server in (("Postgres", database), ("Redis", redis)):
+            if server is None:
+                continue
+            if not server.stop():
+                raise NoServers(
+                    f"{name} (process {server.process.pid}) does not end",
+                    advice=f"Look at its log in {settings.home}, and end the process yourself.",
+                )
+            ended.append(f"{name} (process {server.process.pid}, {_place(server.url)})")
+        (settings.home / SERVERS_FILE).unlink(missing_ok=True)
+    return ended
+
+
+def describe(settings: Settings) -> str:
+    """One line that says which servers serve these settings; passwords are masked."""
+    if not (settings.redis_url and settings.database_url):
+        return "no servers"
+    pair = running_pair(settings.home)
+    embedded = pair is not None and pair.redis_url == settings.redis_url
+    kind = f"embedded servers in {settings.home}" if embedded else "servers"
+    return f"{kind}: Redis {_place(settings.redis_url)}, Postgres {_place(settings.database_url)}"
+
+
+@contextmanager
+def private_pair(folder: Path | None = None, *, durable: bool = True, migrate: bool = True) -> Iterator[Pair]:
+    """A pair of its own for the time of the block, on a free port; also ended when this process is killed.
+
+    `folder` holds its data and stays; without one they are in a temporary folder that goes with the pair.
+    Without `durable` nothing is synced to disk, the Redis has 1,024 databases and DEBUG commands: for tests.
+    The database is migrated unless `migrate` is false.
+    """
+    made = None if folder is not None else _temporary_folder()
+    home = folder or made
+    assert home is not None
+    watcher = None
+    try:
+        redis = valkey.start(_redis_folder(home), 0, durable=durable)
+        database = postgres.start(_postgres_folder(home), durable=durable)
+        watcher = _watch(_redis_folder(home), database.folder, made)
+        if migrate:
+            _upgrade(database.url)
+        yield _pair(home, redis, database)
+    finally:
+        # Looked for anew: a test may have killed one and started it again.
+        for server in (valkey.running(_redis_folder(home)), postgres.running(_postgres_folder(home))):
+            if server is not None:
+                _ = server.stop() if durable and made is None else server.kill()
+        if made is not None:
+            shutil.rmtree(_postgres_folder(made).resolve(), ignore_errors=True)
+            shutil.rmtree(made, ignore_errors=True)
+        if watcher is not None:
+            watcher.communicate()
+
+
+def _start_shared(home: Path, say: Callable[[str], None]) -> Pair:
+    redis = valkey.start(_redis_folder(home), _last_port(home))
+    database = postgres.start(_postgres_folder(home))
+    _upgrade(database.url)
+    pair = _pair(home, redis, database)
+    _write(home / SERVERS_FILE, asdict(pair))
+    say(
+        f"Started embedded servers in {home}: Redis {_place(pair.redis_url)}, "
+        f"Postgres {_place(pair.database_url)}. They stay until `celery -A platform down`."
+    )
+    return pair
+
+
+def _pair(home: Path, redis: valkey.Valkey, database: postgres.Postgres) -> Pair:
+    return Pair(
+        redis_url=redis.url,
+        database_url=database.url,
+        redis_pid=redis.process.pid,
+        redis_started=redis.process.started,
+        postgres_pid=database.process.pid,
+        postgres_started=database.process.started,
+        data=str(home.resolve()),
+        version=version("celery-capacity"),
+    )
+
+
+def _upgrade(database_url: str) -> None:
+    from migrations import upgrade
+
+    upgrade(database_url)
+
+
+def _last_port(home: Path) -> int | None:
+    """The port of a pair that was not ended by `down`: workers that outlived a crash of Redis still ask
+    there."""
+    try:
+        redis_url: str = json.loads((home / SERVERS_FILE).read_text())["redis_url"]
+        return urlsplit(redis_url).port
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write(path: Path, value: object) -> None:
+    """At once or not at all: readers take no lock."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    try:
+        if not home.exists():
+            home.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _let_through(home)
+        with (home / "servers.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise NoServers(
+            f"{error.filename or home}: {error.strerror}", advice="PLATFORM_HOME names another folder."
+        ) from error
+
+
+def _watch(redis: Path, database: Path, made: Path | None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [
+            "/bin/sh",
+            "-c",
+            _WATCH,
+            "sh",
+            str(redis.resolve()),
+            str(database),
+            "" if made is None else str(made),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
+
+
+def _temporary_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="celery-capacity-"))
+    _let_through(folder)
+    return folder
+
+
+def _let_through(folder: Path) -> None:
+    """Lets the system user that Postgres runs as for root pass through a folder of ours, and read nothing
+    there."""
+    if os.geteuid() == 0:
+        folder.chmod(0o711)
+
+
+def _redis_folder(home: Path) -> Path:
+    return home / "redis"
+
+
+def _postgres_folder(home: Path) -> Path:
+    return home / "postgres"
+
+
+def _place(url: str) -> str:
+    """The URL for people: no driver, no password, the socket's folder as it is."""
+    return mask_url(url).replace("postgresql+psycopg2://", "postgresql://").replace("%2F", "/")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

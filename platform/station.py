@@ -1,0 +1,227 @@
+"""What `up` runs on one machine: servers where none are given, workers, beat and the dashboard.
+
+A child that dies is told and not started again: its log says why, and the others go on. Workers end before
+beat and the dashboard, so that what they still run is kept alive and can be seen to its end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import create_engine
+
+import migrations
+from platform import servers
+from platform.launch import DASHBOARD_PATH, Interrupted, WorkerSpec, await_ready, dashboard_url, start_worker
+from platform.processes import COLD, WARM, Child, Family, Happening, Step, celery_command, died
+from routing import capacity, overview, server
+from routing.amounts import CPUS, MEMORY, SLOTS, cpus_number, format_cpus, format_memory
+from routing.errors import PlatformError, mask_url
+from routing.names import check_worker_name
+from routing.settings import Settings
+
+__all__ = ["NothingRuns", "Running", "Station"]
+
+#: Beat and the dashboard have nothing to finish (seconds).
+SOON = Step(WARM.signum, 10.0)
+
+
+class NothingRuns(PlatformError):
+    """All that `up` had started has ended by itself."""
+
+    reference = "nothing-runs"
+    title = "no worker runs"
+    default_advice = "Their last lines are above."
+
+
+@dataclass(frozen=True)
+class Running:
+    """What runs where, for the eyes and for programs. URLs without passwords."""
+
+    redis_url: str
+    database_url: str
+    embedded: bool
+    workers: tuple[overview.WorkerLine, ...]
+    beat: int | None
+    dashboard: int | None
+    dashboard_url: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "redis_url": self.redis_url,
+            "database_url": self.database_url,
+            "embedded": self.embedded,
+            "workers": [
+                {
+                    "name": worker.name,
+                    "cpus": cpus_number(worker.capacity.get(CPUS, 0)),
+                    "memory": worker.capacity.get(MEMORY, 0),
+                    "slots": worker.capacity.get(SLOTS, 0),
+                    "pid": worker.pid,
+                }
+                for worker in self.workers
+            ],
+            "beat": None if self.beat is None else {"pid": self.beat},
+            "dashboard": None if self.dashboard is None else {"url": self.dashboard_url, "pid": self.dashboard},
+        }
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        kind = " (embedded)" if self.embedded else ""
+        rows = [("Redis", self.redis_url + kind, ""), ("Postgres", self.database_url + kind, "")]
+        for worker in self.workers:
+            cpus, memory = worker.capacity.get(CPUS, 0), worker.capacity.get(MEMORY, 0)
+            holds = f"{format_cpus(cpus)} CPUs, {format_memory(memory)}, {worker.capacity.get(SLOTS, 0)} slots"
+            rows.append((worker.name, holds, str(worker.pid)))
+        rows.append(("beat", *_or_not("the schedule", self.beat)))
+        rows.append(("dashboard", *_or_not(self.dashboard_url, self.dashboard)))
+        return rows
+
+
+def _or_not(what: str, pid: int | None) -> tuple[str, str]:
+    return (what, str(pid)) if pid is not None else ("does not run here", "")
+
+
+class Station:
+    """The processes of one `up`. `say` gets a line of talk."""
+
+    def __init__(
+        self, settings: Settings, environ: Mapping[str, str], family: Family, say: Callable[[str], None]
+    ) -> None:
+        self._given = settings
+        self._settings = settings
+        self._environ = dict(environ)
+        self._family = family
+        self._say = say
+        self._workers: list[Child] = []
+        self._beat: Child | None = None
+        self._dashboard: Child | None = None
+
+    def start(self, specs: Sequence[WorkerSpec], pool: str | None = None) -> None:
+        """Start all and wait for the workers. Raises Interrupted, NothingRuns, and what the servers do."""
+        self._settings = servers.ensure(self._given, self._say)
+        redis_url, database_url = str(self._settings.redis_url), str(self._settings.database_url)
+        migrations.upgrade(database_url)
+        self._environ |= {"REDIS_URL": redis_url, "DATABASE_URL": database_url}
+        own = specs or (self._whole(),)
+        for spec in own:
+            environ = self._environ if len(own) == 1 else {**self._environ, **self._share(spec, own)}
+            self._workers.append(start_worker(self._family, spec, environ, pool=pool or self._pool(spec)))
+        self._beat = self._start_beat()
+        self._dashboard = self._family.start(
+            "dashboard", celery_command("dashboard"), self._environ, ready=DASHBOARD_PATH
+        )
+        await_ready(self._family, [*self._workers, self._dashboard], on_end=self._told)
+        if all(child.code is not None for child in self._workers):
+            raise NothingRuns("no worker became ready")
+
+    def _whole(self) -> WorkerSpec:
+        """One worker with all of this machine, under the name that it would give itself."""
+        name = self._settings.node_name or check_worker_name(socket.gethostname())
+        return WorkerSpec(name, capacity.detect(self._settings).capacity.get(CPUS))
+
+    def _share(self, spec: WorkerSpec, specs: Sequence[WorkerSpec]) -> dict[str, str]:
+        """Memory as its CPUs: each would publish all of the machine's. PLATFORM_MEMORY is meant for each."""
+        if self._settings.memory is not None:
+            return {}
+        memory = capacity.detect(self._settings).capacity.get(MEMORY)
+        return {"PLATFORM_MEMORY": str(memory * spec.cpus // sum(other.cpus for other in specs))}
+
+    def _pool(self, spec: WorkerSpec) -> str:
+        """More CPUs than there are can only be a rehearsal with sleeping tasks: no process for each."""
+        machine = capacity.detect(replace(self._settings, cpus=None)).capacity.get(CPUS)
+        return "prefork" if spec.cpus <= machine else "threads"
+
+    def _start_beat(self) -> Child | None:
+        """One beat for each pair of servers and home: two would write one schedule file. None: another `up`
+        has it.
+
+        The child inherits the lock, so that it is held as long as this very beat lives.
+        """
+        home = self._settings.home
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        pair = hashlib.sha256(f"{self._settings.redis_url} {self._settings.database_url}".encode())
+        schedule = home / f"beat-{pair.hexdigest()[:8]}"
+        with _locked(f"{schedule}.lock") as lock:
+            if lock is None:
+                self._say("beat: another `up` of these servers runs it")
+                return None
+            command = celery_command("--quiet", "beat", "--schedule", str(schedule))
+            return self._family.start("beat", command, self._environ, ready="", keep_open=(lock,))
+
+    def describe(self) -> Running:
+        """What runs now; the workers' capacity is what they have published."""
+        redis_url, database_url = str(self._settings.redis_url), str(self._settings.database_url)
+        engine = create_engine(database_url)
+        client = server.connect(redis_url)
+        try:
+            live = overview.read(overview.quick(client), engine, self._settings.worker_ttl).workers
+        finally:
+            client.close()
+            engine.dispose()
+        own = {child.pid for child in self._workers if child.code is None}
+        return Running(
+            redis_url=mask_url(redis_url),
+            database_url=mask_url(database_url).replace("postgresql+psycopg2://", "postgresql://", 1),
+            embedded=self._given.redis_url is None,
+            workers=tuple(worker for worker in live if worker.pid in own),
+            beat=_live_pid(self._beat),
+            dashboard=_live_pid(self._dashboard),
+            dashboard_url=self._dashboard_url(),
+        )
+
+    def _dashboard_url(self) -> str:
+        """What it says itself: its port may be one that it was given by the system."""
+        said = self._dashboard.ready_line.split() if self._dashboard is not None else []
+        return said[-1] if said else dashboard_url(self._settings)
+
+    def _told(self, happening: Happening) -> None:
+        if happening.what == "signal":
+            raise Interrupted(happening.signum)
+        if happening.what == "ended" and happening.child is not None:
+            self._say(died(happening.child))
+
+    def watch(self) -> None:
+        """Tell what dies, until a signal (Interrupted) or until nothing is left (NothingRuns)."""
+        while self._family.running():
+            happening = self._family.next()
+            if happening is not None:
+                self._told(happening)
+        raise NothingRuns("all that was started has ended", advice="Its last lines are above.")
+
+    def end(self) -> None:
+        """End the workers warm, then beat, then the dashboard. A signal meanwhile breaks running jobs off."""
+        if any(child.code is None for child in self._workers):
+            self._say("Ending the workers; running jobs come to their end first (Ctrl-C again breaks them off).")
+        self._family.end(self._workers, (WARM, COLD))
+        for child in (self._beat, self._dashboard):
+            if child is not None:
+                self._family.end([child], (SOON,))
+
+
+def _live_pid(child: Child | None) -> int | None:
+    return child.pid if child is not None and child.code is None else None
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[int | None]:
+    """A descriptor of this file with its lock for the time of the block; None where another process has it.
+
+    The lock belongs to the open file: a child that inherited the descriptor keeps it after the block.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield descriptor
+    finally:
+        os.close(descriptor)

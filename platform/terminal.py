@@ -1,0 +1,160 @@
+"""What all commands print with: facts to stdout, talk to stderr; colours and bars only on a terminal.
+
+A command computes a value; `print_json` writes it for programs, `table`, `bar` and `Meters` draw it for
+people. Where the output is no terminal there are plain lines without colour, never wrapped or cut.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from routing.errors import PlatformError
+
+__all__ = [
+    "Meter",
+    "Meters",
+    "bar",
+    "facts",
+    "fail",
+    "print_json",
+    "table",
+    "talk",
+]
+
+#: Seconds between two plain progress lines.
+PLAIN_INTERVAL = 5.0
+
+
+def facts() -> Console:
+    """The console for results (stdout); made at each call, so that a redirected stdout is respected."""
+    return _console(stderr=False)
+
+
+def talk() -> Console:
+    """The console for everything else (stderr)."""
+    return _console(stderr=True)
+
+
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    console.soft_wrap = not console.is_terminal
+    return console
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line of stdout, flushed, so that a reader sees it while the command goes on."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def fail(error: PlatformError, as_json: bool = False) -> None:
+    """Say what went wrong and what to do; with `as_json` the problem is the one object on stdout."""
+    if as_json:
+        print_json(error.to_problem())
+    else:
+        talk().print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
+
+
+def bar(used: float, total: float, width: int = 24, unicode: bool = True) -> str:
+    """`used` of `total` in `width` characters: at least one mark if any is used, full only when full."""
+    share = min(max(used / total, 0.0), 1.0) if total > 0 else 0.0
+    marks = int(share * width)
+    if used > 0:
+        marks = max(marks, 1)
+    full, empty = ("█", "░") if unicode else ("#", ".")
+    return full * marks + empty * (width - marks)
+
+
+def table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
+    """Rows below a header; the columns numbered in `right` are right-aligned. Plain text off a terminal."""
+    cells = [list(row) for row in rows]
+    rights = set(right)
+    if console.is_terminal:
+        drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for place, name in enumerate(header):
+            drawn.add_column(Text(name), justify="right" if place in rights else "left", overflow="fold")
+        for row in cells:
+            drawn.add_row(*(Text(cell) for cell in row))
+        console.print(drawn)
+        return
+    lines = [list(header), *cells]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(header))]
+    for line in lines:
+        parts = [
+            cell.rjust(width) if place in rights else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        console.print("  ".join(parts).rstrip(), soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Meter:
+    """One measured value on its way to a total, such as 64 of the 72 CPUs of a worker."""
+
+    name: str
+    value: float
+    total: float
+    text: str  #: what stands behind the bar, such as "64/72 CPUs"
+
+
+class Meters(AbstractContextManager["Meters"]):
+    """Some meters drawn in place on a terminal; elsewhere one line, at most every `interval` seconds."""
+
+    def __init__(
+        self, console: Console, interval: float = PLAIN_INTERVAL, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console = console
+        self._interval = interval
+        self._clock = clock
+        self._next = clock()
+        self._plain = ""
+        self._tasks: dict[str, TaskID] = {}
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=40),
+                TextColumn("{task.fields[text]}", markup=False),
+                console=console,
+                transient=True,
+            )
+
+    def __enter__(self) -> Meters:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        elif self._plain and kind is None:
+            self._say()
+
+    def show(self, meters: Sequence[Meter]) -> None:
+        """Draw the present values; a meter of a new name is added below the others."""
+        if self._progress is None:
+            self._plain = " · ".join(f"{meter.name} {meter.text}" for meter in meters)
+            if self._clock() >= self._next:
+                self._next = self._clock() + self._interval
+                self._say()
+            return
+        for meter in meters:
+            if meter.name not in self._tasks:
+                self._tasks[meter.name] = self._progress.add_task(meter.name, text=meter.text, total=meter.total)
+            self._progress.update(self._tasks[meter.name], completed=meter.value, total=meter.total, text=meter.text)
+
+    def _say(self) -> None:
+        self._console.print(self._plain, soft_wrap=True)
+        self._plain = ""

@@ -1,0 +1,294 @@
+"""A job trace: what was submitted when, for how long and on how many CPUs. No process, store or clock here.
+
+A trace is CSV text with a header that names `submit`, `run` (seconds) and `cpus`; other columns, blank lines
+and lines that begin with `#` are ignored. `read` refuses what it cannot read with the line number and the
+value. What a replay measured comes back as `Record`s, written by the tasks themselves; `summarise` and
+`peaks` turn them into the numbers of the report.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from routing.amounts import format_cpus, parse_cpus_text
+from routing.errors import InvalidRequest
+
+__all__ = [
+    "COLUMNS",
+    "LEAST_SLEEP",
+    "PACKAGED",
+    "Job",
+    "Planned",
+    "Record",
+    "Summary",
+    "default_scale",
+    "doubled",
+    "log_rows",
+    "parse_scale",
+    "peaks",
+    "percentile",
+    "plan",
+    "read",
+    "summarise",
+    "too_wide",
+]
+
+#: The columns that a trace must have, in any order and at any place.
+COLUMNS = ("submit", "run", "cpus")
+
+#: Seconds: the shortest sleep of a replayed job, so that a job of one second leaves a trace at any scale.
+LEAST_SLEEP = 0.05
+
+#: Seconds: what a replay without `--scale` aims at, before its processes start and end.
+AIM = 50.0
+
+#: Seconds: the largest time in a trace (30,000 years); above it a time is a mistake, and sleep() refuses it.
+LARGEST_TIME = 1e12
+
+#: 300 jobs of the KTH-SP2 log; its head acknowledges the source.
+PACKAGED = Path(__file__).with_name("traces") / "kth-sp2-300.csv"
+
+_DECIMAL = re.compile(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row: `row` counts from 0, times in seconds, `cpus` in millicores."""
+
+    row: int
+    submit: float
+    run: float
+    cpus: int
+    line: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job of a replay: submitted `at` seconds after the start, sleeps `seconds`."""
+
+    job: Job
+    at: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a task saw of itself: start and end in seconds since the epoch, and the worker that ran it."""
+
+    job: int
+    start: float
+    end: float
+    worker: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The measured replay; seconds. A job waits from its submission to the start of its task."""
+
+    jobs: int
+    makespan: float
+    wait_mean: float
+    wait_p95: float
+    wait_max: float
+
+
+def decimal(text: str) -> float | None:
+    """The finite number ≥ 0 in plain decimal notation, or None."""
+    text = text.strip()
+    if not _DECIMAL.fullmatch(text):
+        return None
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+def parse_scale(text: str) -> float:
+    """How many times faster than the trace; raises InvalidRequest unless it is a decimal number above 0."""
+    number = decimal(text)
+    if number is None or number <= 0:
+        raise InvalidRequest(
+            f"--scale is not a decimal number above 0: {text!r}",
+            value=text,
+            advice="Give how many times faster the trace is replayed, such as 10000 or 0.5.",
+        )
+    return number
+
+
+class _Numbered:
+    """The lines of a trace without comments; `line` is the number (from 1) of the last one given out."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines = lines
+        self.line = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._lines:
+            self.line += 1
+            if self.line == 1:
+                text = text.removeprefix("\ufeff")
+            # NUL makes the csv module of Python 3.11 and 3.12 behave differently: here it is a wrong value.
+            if text.strip() and not text.lstrip().startswith("#"):
+                yield text.replace("\0", "\N{SYMBOL FOR NULL}")
+
+
+def read(lines: Iterable[str]) -> list[Job]:
+    """The jobs of a trace in the order of its rows; raises InvalidRequest with the line and the value."""
+    numbered = _Numbered(lines)
+    # strict: an open quote would silently swallow the rows up to the next one.
+    rows = csv.reader(numbered, strict=True)
+    jobs: list[Job] = []
+    try:
+        header = next(rows, None)
+        if header is None:
+            raise InvalidRequest(
+                "the trace is empty", value="", advice="Its first line must name the columns submit,run,cpus."
+            )
+        places = _places([name.strip() for name in header], numbered.line)
+        for cells in rows:
+            jobs.append(_job(len(jobs), cells, places, numbered.line))
+    except csv.Error as error:
+        raise InvalidRequest(
+            f"line {numbered.line} of the trace is not CSV: {error}",
+            value=None,
+            advice="Use commas and plain quotes.",
+        ) from error
+    if not jobs:
+        raise InvalidRequest(
+            "the trace has no jobs", value="", advice="Put one job per line below the header submit,run,cpus."
+        )
+    return jobs
+
+
+def _places(header: Sequence[str], line: int) -> dict[str, int]:
+    wrong = [name for name in COLUMNS if header.count(name) != 1]
+    if wrong:
+        raise InvalidRequest(
+            f"line {line} of the trace must name {', '.join(COLUMNS)} once each; wrong: {', '.join(wrong)}",
+            value=",".join(header),
+            advice="Other columns may stand between them.",
+        )
+    return {name: header.index(name) for name in COLUMNS}
+
+
+def _job(row: int, cells: Sequence[str], places: Mapping[str, int], line: int) -> Job:
+    def cell(name: str) -> str:
+        if places[name] >= len(cells):
+            raise InvalidRequest(
+                f"line {line} of the trace has no value for {name}: {','.join(cells)!r}",
+                value=",".join(cells),
+                advice="Each row needs submit, run and cpus.",
+            )
+        return cells[places[name]]
+
+    def seconds(name: str) -> float:
+        number = decimal(cell(name))
+        if number is None or number > LARGEST_TIME:
+            raise InvalidRequest(
+                f"line {line} of the trace: {name} is not a number of seconds: {cell(name)!r}",
+                value=cell(name),
+                advice=f"Give a decimal number from 0 to {LARGEST_TIME:.0f}.",
+            )
+        return number
+
+    cpus = parse_cpus_text(cell("cpus"), f"line {line} of the trace: cpus")
+    return Job(row=row, submit=seconds("submit"), run=seconds("run"), cpus=cpus, line=line)
+
+
+def too_wide(jobs: Iterable[Job], workers: Mapping[str, int]) -> InvalidRequest | None:
+    """The error for the widest job that no worker (name → millicores) can ever run, or None."""
+    most = max(workers.values())
+    widest = max(jobs, key=lambda job: (job.cpus, -job.row))
+    if widest.cpus <= most:
+        return None
+    need = format_cpus(widest.cpus)
+    return InvalidRequest(
+        f"job {widest.row} (line {widest.line} of the trace) needs {need} CPUs and no worker has more than "
+        f"{format_cpus(most)}",
+        value=need,
+        advice=f"Give one of the workers at least {need} CPUs: --worker NAME={need}",
+    )
+
+
+def default_scale(jobs: Sequence[Job], cpus: int) -> float:
+    """The scale, in one significant digit, at which the trace takes about a minute on `cpus` millicores.
+
+    No replay is shorter than its last end without waiting, or than its CPU-seconds over the CPUs. A trace
+    that takes less than that as it is, is replayed as it is: never slower.
+    """
+    first = min(job.submit for job in jobs)
+    unhindered = max(job.submit - first + job.run for job in jobs)
+    packed = sum(job.run * job.cpus for job in jobs) / cpus if cpus else 0.0
+    ratio = max(unhindered, packed) / AIM
+    if ratio <= 1:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(ratio))
+    return round(ratio / power) * power
+
+
+def plan(jobs: Iterable[Job], scale: float) -> list[Planned]:
+    """The replay in order of submission, `scale` times faster; time starts with the first submission."""
+    ordered = sorted(jobs, key=lambda job: (job.submit, job.row))
+    first = ordered[0].submit
+    return [Planned(job, (job.submit - first) / scale, max(job.run / scale, LEAST_SLEEP)) for job in ordered]
+
+
+def percentile(values: Iterable[float], percent: float) -> float:
+    """The smallest value that at least `percent` of all values do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(math.ceil(percent / 100 * len(ordered)), 1) - 1]
+
+
+def summarise(records: Sequence[Record], submitted: Mapping[int, float]) -> Summary:
+    """The report's numbers; `submitted` has the epoch second at which each job's submission began.
+
+    Clocks of two processes may differ by less than a job needs to arrive: a wait below 0 counts as 0.
+    """
+    if not records:
+        return Summary(0, 0.0, 0.0, 0.0, 0.0)
+    waits = [max(record.start - submitted[record.job], 0.0) for record in records]
+    return Summary(
+        jobs=len(records),
+        makespan=max(record.end for record in records) - min(submitted.values()),
+        wait_mean=sum(waits) / len(waits),
+        wait_p95=percentile(waits, 95),
+        wait_max=max(waits),
+    )
+
+
+def peaks(records: Iterable[Record], cpus: Mapping[int, int]) -> dict[str, int]:
+    """The most millicores that ran at once on each worker, from the tasks' own starts and ends.
+
+    A job holds its CPUs in [start, end): one that starts at the very end of another does not add to it.
+    """
+    edges = sorted(
+        edge
+        for record in records
+        for edge in (
+            (record.start, 1, record.worker, cpus[record.job]),
+            (record.end, 0, record.worker, -cpus[record.job]),
+        )
+    )
+    running: dict[str, int] = {}
+    most: dict[str, int] = {}
+    for _, _, worker, change in edges:
+        running[worker] = running.get(worker, 0) + change
+        most[worker] = max(most.get(worker, 0), running[worker])
+    return most
+
+
+def doubled(records: Iterable[Record]) -> list[int]:
+    """The jobs that more than one task ran to its end, in order."""
+    seen: dict[int, int] = {}
+    for record in records:
+        seen[record.job] = seen.get(record.job, 0) + 1
+    return sorted(job for job, times in seen.items() if times > 1)
+
+
+def log_rows(records: Iterable[Record], first: float) -> Iterator[tuple[int, str, str, str]]:
+    """Rows job, start, end, worker in order of the start; seconds since `first`, to the microsecond."""
+    for record in sorted(records, key=lambda record: (record.start, record.job)):
+        yield record.job, f"{record.start - first:.6f}", f"{record.end - first:.6f}", record.worker

@@ -1,0 +1,34 @@
+"""Bringing rows to the ledger: jobs that are durable and that the books should know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from sqlalchemy import Engine
+
+from routing import store
+from routing.ledger import Ledger
+from routing.store import Applied, Pending
+
+#: Submits sent in one round trip, so that no other caller waits for long.
+CHUNK: Final = 100
+
+
+def submit_rows(ledger: Ledger, rows: Sequence[Pending]) -> int:
+    """Submit rows in their order; returns how many the ledger took (the others it knew)."""
+    taken = 0
+    for start in range(0, len(rows), CHUNK):
+        results = ledger.submit_all([row.submission() for row in rows[start : start + CHUNK]])
+        taken += sum(result.state in ("admitted", "waiting") for result in results)
+    return taken
+
+
+def go_on(engine: Engine, ledger: Ledger, applied: Sequence[Applied]) -> int:
+    """Submit at once the jobs whose attempt ended with a successor that is due (a retry without a countdown)."""
+    due = [one.job for one in applied if one.due]
+    if not due:
+        return 0
+    with engine.connect() as connection:
+        rows = store.these(connection, due)
+    return submit_rows(ledger, rows)

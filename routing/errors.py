@@ -1,0 +1,228 @@
+"""Every error of the platform that a person may meet.
+
+::
+
+    PlatformError
+    ├── InvalidRequest       what was asked for is wrong; nothing was written (also a ValueError)
+    ├── NotAccepted          the job could not be stored; nothing was written
+    ├── OutcomeUnknown       the connection broke around the commit: the job may have been stored
+    ├── LeaseLost            this attempt no longer holds its job
+    ├── SettingsError        one or more settings are wrong, all of them named
+    ├── NotMigrated          the tables are missing or older than the code
+    ├── NoServers            no URL is set and no embedded servers run
+    ├── NameTaken            a live worker has this name already
+    ├── StoreUnavailable     Redis or Postgres does not answer
+    ├── Unsupported          a feature of Celery that the platform does not offer
+    └── IllegalTransition    a job cannot do this in its state
+
+Each error keeps what went wrong (`message`), the offending `value` as text, and what to do (`advice`)
+apart, so that the same object reads well in a traceback, in a terminal and as ``application/problem+json``.
+`reference` is stable: programs may compare it. Passwords in URLs are masked on the way in, so no error can
+leak one.
+
+`cls(*error.args)` makes the error again: it survives pickling between processes, and Celery, which re-builds
+exceptions from JSON that way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+#: characters of a value that a message shows; what is longer is cut
+SHOWN_CHARACTERS = 80
+
+# Greedy up to the last "@": a password that holds "@", "/" or ":" unescaped is masked whole.
+_PASSWORD_IN_AUTHORITY = re.compile(r"://([^\s:/@?#]*):\S*@")
+_PASSWORD_IN_QUERY = re.compile(r"([?&](?:password|passwd|sslpassword|secret|token)=)[^&\s#'\"]*", re.IGNORECASE)
+
+
+def mask_url(text: str) -> str:
+    """The text with the passwords of all URLs in it replaced by ``***``; users, hosts and paths stay."""
+    return _PASSWORD_IN_QUERY.sub(r"\1***", _PASSWORD_IN_AUTHORITY.sub(r"://\1:***@", text))
+
+
+def show(value: object) -> str:
+    """`repr` of a value for a message: passwords masked, at most `SHOWN_CHARACTERS`, never raises."""
+    try:
+        text = repr(value)
+    except Exception as error:  # a foreign __repr__ may do anything, and this is already the error path
+        text = f"<{type(value).__name__}; its repr raises {type(error).__name__}>"
+    text = mask_url(text)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+class PlatformError(Exception):
+    """The base of all errors that the platform raises on purpose; catching it catches nothing else."""
+
+    #: stable name of the kind of error; programs compare it
+    reference: ClassVar[str] = "platform-error"
+    #: what this kind of error is, in one phrase; the message where none is given
+    title: ClassVar[str] = "the platform cannot do this"
+    #: what to do, where the one who raises has nothing better to say
+    default_advice: ClassVar[str] = ""
+    #: status code where the error is answered over HTTP
+    status: ClassVar[int] = 500
+
+    message: str
+    value: str | None
+    advice: str
+
+    def __init__(self, message: str = "", *, value: object = None, advice: str = "") -> None:
+        self.message = mask_url(message) or self.title
+        self.value = None if value is None else show(value)
+        self.advice = mask_url(advice) or self.default_advice
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        if not self.advice:
+            return self.message
+        end = "" if self.message.endswith((".", "!", "?", ":", ";")) else "."
+        return f"{self.message}{end} {self.advice}"
+
+    def to_problem(self) -> dict[str, Any]:
+        """The error as an RFC 9457 object, the body of an ``application/problem+json`` answer."""
+        problem: dict[str, Any] = {
+            "type": f"urn:celery-capacity:error:{self.reference}",
+            "title": self.title,
+            "status": self.status,
+            "detail": str(self),
+            "reference": self.reference,
+        }
+        if self.value is not None:
+            problem["value"] = self.value
+        if self.advice:
+            problem["advice"] = self.advice
+        return problem
+
+
+class InvalidRequest(PlatformError, ValueError):
+    """What was asked for is wrong: an amount, a name, an argument. Raised before anything is written."""
+
+    reference = "invalid-request"
+    title = "the request is not valid"
+    status = 400
+
+
+class NotAccepted(PlatformError):
+    """The job could not be stored, and nothing was written: submitting it again cannot double it."""
+
+    reference = "not-accepted"
+    title = "the job was not accepted"
+    default_advice = "Nothing was written: submit it again when Postgres answers."
+    status = 503
+
+
+class OutcomeUnknown(PlatformError):
+    """The connection broke around the commit: the job `job_id` may have been stored, or not.
+
+    Submitting again under the same id is safe: a job that is there already is not made twice.
+    """
+
+    reference = "outcome-unknown"
+    title = "it is not known whether the job was stored"
+    default_advice = "Submit it again with the same task_id: a job that was stored is not made twice."
+    status = 503
+
+    job_id: str
+
+    def __init__(self, job_id: str, message: str = "", *, advice: str = "") -> None:
+        text = message or f"the connection broke while job {job_id} was stored; it may have been accepted"
+        super().__init__(text, value=job_id, advice=advice)
+        self.job_id = job_id
+        self.args = (job_id, self.message)
+
+    def to_problem(self) -> dict[str, Any]:
+        return {**super().to_problem(), "job_id": self.job_id}
+
+
+class LeaseLost(PlatformError):
+    """This attempt no longer holds its job: it was taken back, and another attempt may speak for it."""
+
+    reference = "lease-lost"
+    title = "this attempt no longer holds the job"
+    default_advice = "Stop working on it: its result would be refused, and another attempt runs or ran."
+    status = 409
+
+
+class SettingsError(PlatformError):
+    """One or more settings are wrong. `problems` has a sentence for each, and the message has them all."""
+
+    reference = "wrong-settings"
+    title = "settings are wrong"
+    default_advice = "docs/reference/settings.md lists every setting with its default and unit."
+
+    problems: tuple[str, ...]
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(mask_url(problem) for problem in problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            count = len(self.problems)
+            message = "\n".join([f"{count} settings are wrong:", *(f"  {problem}" for problem in self.problems)])
+        super().__init__(message)
+        self.args = (self.problems,)
+
+    def __str__(self) -> str:
+        separator = "\n" if len(self.problems) > 1 else " "
+        return f"{self.message}{separator}{self.advice}"
+
+    def to_problem(self) -> dict[str, Any]:
+        return {**super().to_problem(), "problems": list(self.problems)}
+
+
+class NotMigrated(PlatformError):
+    """The platform's tables are missing in Postgres, or older than this version needs."""
+
+    reference = "not-migrated"
+    title = "Postgres has not been migrated"
+    default_advice = "Run `celery -A platform db upgrade`."
+    status = 503
+
+
+class NoServers(PlatformError):
+    """REDIS_URL and DATABASE_URL are not set, and no embedded servers run. Submitting never starts any."""
+
+    reference = "no-servers"
+    title = "no URL is set and no embedded servers run"
+    default_advice = (
+        "Set REDIS_URL and DATABASE_URL, or start embedded servers with `celery -A platform up`"
+        " (they stay until `celery -A platform down`)."
+    )
+    status = 503
+
+
+class NameTaken(PlatformError):
+    """A live worker has this name. Two workers of one name would share one book of capacity."""
+
+    reference = "name-taken"
+    title = "a live worker has this name already"
+    default_advice = "Give this worker another name with NODE_NAME or -n, or stop the other one first."
+    status = 409
+
+
+class StoreUnavailable(PlatformError):
+    """Redis or Postgres does not answer; nothing can be said about what it holds."""
+
+    reference = "store-unavailable"
+    title = "a store does not answer"
+    default_advice = "Check that the server runs and that REDIS_URL and DATABASE_URL name it."
+    status = 503
+
+
+class Unsupported(PlatformError):
+    """A feature of Celery that the platform does not offer; ignoring it would run the wrong thing."""
+
+    reference = "unsupported"
+    title = "this feature of Celery is not supported"
+    status = 501
+
+
+class IllegalTransition(PlatformError):
+    """A job cannot take this event in its state: a defect, or a writer that came too late."""
+
+    reference = "illegal-transition"
+    title = "the job cannot do this in its state"
+    status = 409

@@ -1,0 +1,107 @@
+"""Every key of the ledger in Redis, built here and nowhere else, from checked names.
+
+| key | type | holds |
+| --- | --- | --- |
+| `ledger:epoch` | hash | `epoch`, `run_id` of the server, `opened` (ms). Missing: the ledger is COLD |
+| `ledger:book:<worker>` | hash | `epoch`, `incarnation`, `status`, `queue`, `lease` (ms), the resources |
+| `ledger:free` | sorted set | worker, free millicores; only workers that may be admitted to |
+| `ledger:leases` | sorted set | worker, end of its lease (ms) |
+| `ledger:held:<worker>` | hash | job, token of the attempt that holds an allocation there |
+| `ledger:missing:<worker>` | set | held jobs that the worker's last list did not name |
+| `ledger:job:<id>` | hash | one job; of one that ended a tombstone of 60 s |
+| `ledger:wait:<shape>` | sorted set | waiting job, order |
+| `ledger:shapes` | sorted set | shape that waits, order of its first job |
+| `ledger:unclaimed` | sorted set | admitted job, when its message is delivered again (ms) |
+| `ledger:stream` | stream | transitions that Postgres does not have yet |
+| `ledger:allocated` | string | millicores allocated in all |
+| `ledger:counters` | hash | what people count: admissions, refusals, stale writes, ... |
+| `ledger:declarations` | hash | task name, request as JSON in people's units |
+| `ledger:duty:<name>` | string with expiry | that a duty ran in this interval |
+| `worker:<name>` | hash with expiry | the view for people; only registration and heartbeat create it |
+| `resource:allocated_cpus` | string | CPUs allocated in all, as a decimal number |
+
+In a book `status` is ready, draining or closed, `c.<resource>` the capacity and `a.<resource>` what is allocated of
+it. A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
+`shape`, `order`, `message`, the times `submitted`, `admitted` and `started`, the `nonce` of its claim, `losses`,
+`successor` (Postgres holds one), `entry` (of the stream, not yet applied), `noted` (the attempt it is about).
+
+Books are keys without expiry: an expired key would read as a free worker. Amounts are integers (millicores, bytes,
+counts), times are milliseconds of the server's own clock.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from routing.names import check_job_id, check_worker_name
+
+#: Fixed keys and prefixes, by the name under which the Lua scripts know them (`KEY.epoch`).
+KEYS: Final = {
+    "epoch": "ledger:epoch",
+    "book": "ledger:book:",
+    "free": "ledger:free",
+    "leases": "ledger:leases",
+    "held": "ledger:held:",
+    "missing": "ledger:missing:",
+    "job": "ledger:job:",
+    "wait": "ledger:wait:",
+    "shapes": "ledger:shapes",
+    "unclaimed": "ledger:unclaimed",
+    "stream": "ledger:stream",
+    "allocated": "ledger:allocated",
+    "counters": "ledger:counters",
+    "declarations": "ledger:declarations",
+    "duty": "ledger:duty:",
+    "view": "worker:",
+    "allocated_cpus": "resource:allocated_cpus",
+}
+
+EPOCH: Final = KEYS["epoch"]
+FREE: Final = KEYS["free"]
+LEASES: Final = KEYS["leases"]
+SHAPES: Final = KEYS["shapes"]
+UNCLAIMED: Final = KEYS["unclaimed"]
+STREAM: Final = KEYS["stream"]
+ALLOCATED: Final = KEYS["allocated"]
+COUNTERS: Final = KEYS["counters"]
+DECLARATIONS: Final = KEYS["declarations"]
+ALLOCATED_CPUS: Final = KEYS["allocated_cpus"]
+#: Patterns for SCAN.
+JOBS: Final = KEYS["job"] + "*"
+BOOKS: Final = KEYS["book"] + "*"
+WAITS: Final = KEYS["wait"] + "*"
+HELDS: Final = KEYS["held"] + "*"
+VIEWS: Final = KEYS["view"] + "*"
+
+
+def book(worker: str) -> str:
+    return KEYS["book"] + check_worker_name(worker)
+
+
+def held(worker: str) -> str:
+    return KEYS["held"] + check_worker_name(worker)
+
+
+def missing(worker: str) -> str:
+    return KEYS["missing"] + check_worker_name(worker)
+
+
+def view(worker: str) -> str:
+    return KEYS["view"] + check_worker_name(worker)
+
+
+def job(job_id: str) -> str:
+    return KEYS["job"] + check_job_id(job_id)
+
+
+def wait(shape: str) -> str:
+    return KEYS["wait"] + shape
+
+
+def duty(name: str) -> str:
+    return KEYS["duty"] + name
+
+
+def private_queue(worker: str, incarnation: str) -> str:
+    """The broker queue that one incarnation of a worker consumes."""
+    return f"worker.{check_worker_name(worker)}.{incarnation}"

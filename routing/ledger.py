@@ -1,0 +1,309 @@
+"""The ledger: the books in Redis, and one typed method for each script that reads or changes them.
+
+A method checks nothing that its script checks: the script is the decision. What it returns is a value; when the
+ledger cannot act it raises `LedgerClosed` (cold, or of another epoch than the caller's) or `StoreUnavailable`.
+Nothing is sent a second time by the client itself: the scripts are idempotent, so the caller decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from routing import keys
+from routing.replies import (
+    Adopted,
+    Cancelled,
+    Claimed,
+    Ended,
+    Filled,
+    Lapsed,
+    Placed,
+    Released,
+    Renewed,
+    Submitted,
+    Taken,
+)
+from routing.scripts import SUBMIT_WITHIN_MS
+from routing.server import LedgerServer
+
+#: Most jobs that one lapse call takes back, so that admission never waits long for it.
+LAPSE_CHUNK: Final = 100
+REDELIVER_CHUNK: Final = 100
+
+
+class Ledger(LedgerServer):
+    """The scripts, one method each."""
+
+    # -- jobs ----------------------------------------------------------------------------------------------------
+
+    def _submit_args(
+        self, job: str, shape: str, order: int, message: bytes, attempt: int, losses: int, submitted_ms: int
+    ) -> tuple[Any, ...]:
+        epoch, run_id = self._gate()
+        deadline = self.now_ms() + SUBMIT_WITHIN_MS
+        return (epoch, run_id, deadline, job, shape, order, message, attempt, losses, submitted_ms)
+
+    def submit(
+        self,
+        job: str,
+        shape: str,
+        order: int,
+        message: bytes,
+        *,
+        attempt: int = 0,
+        losses: int = 0,
+        submitted_ms: int = 0,
+    ) -> Submitted:
+        """Admit a job whose row is durable, or file it; looks on among all workers before it returns."""
+        reply = self._call("submit", *self._submit_args(job, shape, order, message, attempt, losses, submitted_ms))
+        return self._submitted(shape, reply)
+
+    def submit_all(self, rows: Iterable[tuple[str, str, int, bytes, int, int, int]]) -> list[Submitted]:
+        """The same for many jobs in one round trip; rows as the arguments of `submit`."""
+        rows = list(rows)
+        replies = self._calls([("submit", self._submit_args(*row)) for row in rows])
+        return [self._submitted(row[1], reply) for row, reply in zip(rows, replies, strict=True)]
+
+    def _submitted(self, shape: str, reply: list[str]) -> Submitted:
+        if reply[0] == "admitted":
+            return Submitted("admitted", worker=reply[1], attempt=int(reply[2]))
+        if reply[0] == "waiting":
+            if reply[1]:
+                self.place(shape, reply[1], reply[2])
+            return Submitted("waiting")
+        return Submitted(reply[0], was=reply[1] if len(reply) > 1 else None)
+
+    def place(self, shape: str, cursor_score: str = "", cursor_worker: str = "") -> list[Placed]:
+        """Admit what waits under a shape to any workers that have room, until none is found."""
+        placed: list[Placed] = []
+        while True:
+            reply = self._call("place", *self._gate(), shape, cursor_score, cursor_worker)
+            if reply[0] == "none":
+                return placed
+            if reply[0] == "admitted":
+                placed.append(Placed(job=reply[1], worker=reply[2]))
+            else:
+                cursor_score, cursor_worker = reply[1], reply[2]
+
+    def settle(
+        self,
+        worker: str,
+        incarnation: str,
+        *,
+        ended: Sequence[Ended] = (),
+        arrived: Sequence[tuple[str, str, str]] = (),
+        most_losses: int,
+        admit: bool = True,
+    ) -> tuple[list[Released], list[Claimed]]:
+        """Release what ended and claim what arrived (job, token, nonce), in one round trip."""
+        calls: list[tuple[str, Sequence[Any]]] = []
+        if ended:
+            args: list[Any] = [*self._gate(), worker, incarnation, most_losses, "1" if admit else "0"]
+            for end in ended:
+                args += (end.job, end.token, end.outcome, end.error or "")
+            calls.append(("release", args))
+        if arrived:
+            args = [*self._gate(), worker, incarnation]
+            for arrival in arrived:
+                args += arrival
+            calls.append(("claim", args))
+        replies = self._calls(calls) if calls else []
+        released: list[Released] = []
+        claimed: list[Claimed] = []
+        for (name, _), reply in zip(calls, replies, strict=True):
+            if name == "release":
+                for index, end in enumerate(ended):
+                    verdict, state, entry, shape = reply[3 + 4 * index : 7 + 4 * index]
+                    released.append(Released(end, verdict, state, entry))
+                    if verdict == "released" and state == "waiting":
+                        self.place(shape)
+                self.fill(worker, reply[2])
+            else:
+                for index, (job, token, _) in enumerate(arrived):
+                    verdict, admitted, started, entry, losses = reply[1 + 5 * index : 6 + 5 * index]
+                    claimed.append(
+                        Claimed(
+                            job,
+                            token,
+                            verdict == "claimed",
+                            _ms(admitted),
+                            _ms(started),
+                            entry,
+                            int(losses or 0),
+                        )
+                    )
+        return released, claimed
+
+    def fill(self, worker: str, cursor: str = "-inf") -> int:
+        """Admit what fits on a worker, from a cursor of shapes ('' means there is nothing left to look at)."""
+        admitted = 0
+        while cursor:
+            reply = self._call("fill", *self._gate(), worker, cursor)
+            admitted += int(reply[1])
+            cursor = reply[2]
+        return admitted
+
+    def cancel(self, job: str, state: str, error: str = "") -> Cancelled:
+        """End a job that waits, as `cancelled` or `expired`."""
+        reply = self._call("cancel", *self._gate(), job, state, error)
+        return Cancelled(reply[0], worker=reply[2] if reply[0] == "held" else None)
+
+    def succeed(self, job: str) -> bool:
+        """Note that a successor of the running attempt is in Postgres."""
+        return self._call("succeed", job)[0] == "ok"
+
+    def forget(self, entries: Sequence[tuple[str, str]]) -> int:
+        """Drop stream entries (entry, job) that Postgres has."""
+        args = [item for pair in entries for item in pair]
+        return int(self._call("forget", *args)[1]) if entries else 0
+
+    def redeliver(self) -> int:
+        """Deliver again what was admitted and not claimed in time; returns how many messages went out."""
+        delivered = 0
+        while True:
+            reply = self._call("redeliver", *self._gate(), REDELIVER_CHUNK)
+            delivered += int(reply[2])
+            if int(reply[1]) < REDELIVER_CHUNK:
+                return delivered
+
+    def drop(self, job: str, token: str, *, final: bool) -> bool:
+        """Take out a job unless it changed since it was read; `final`: it may not come back."""
+        reply = self._call("drop", *self._gate(), job, token, "1" if final else "0")
+        if reply[0] == "ok" and reply[1]:
+            self.fill(reply[1])
+        return reply[0] == "ok"
+
+    def mend(self, shape: str, job: str = "") -> bool:
+        """Make the queue of a shape right about one job and about its first job; True when something differed."""
+        return self._call("mend", *self._gate(), shape, job)[1] == "1"
+
+    # -- workers -------------------------------------------------------------------------------------------------
+
+    def register(
+        self, worker: str, incarnation: str, queue: str, capacity: str, view: Mapping[str, str]
+    ) -> Filled | Taken:
+        """Open a worker's book; `capacity` in the form of a shape. `Taken` when the name belongs to another."""
+        flat = [item for pair in view.items() for item in pair]
+        reply = self._call("register", *self._gate(), worker, incarnation, queue, self._ttl_ms, capacity, *flat)
+        if reply[0] == "taken":
+            return Taken(incarnation=reply[1], lease_left_ms=int(reply[2]), held=int(reply[3]))
+        return Filled(int(reply[1]) + self.fill(worker, reply[2]))
+
+    def renew(
+        self, worker: str, incarnation: str, view: Mapping[str, str], holds: Iterable[str], most_losses: int
+    ) -> Renewed:
+        """Renew the lease with a list of what the worker holds. `known` is False where it must register again."""
+        flat = [item for pair in view.items() for item in pair]
+        reply = self._call(
+            "renew", *self._gate(), worker, incarnation, self._ttl_ms, most_losses, len(flat), *flat, *holds
+        )
+        if reply[0] == "unknown":
+            return Renewed(known=False, taken_back=0)
+        self.fill(worker, reply[2])
+        for shape in dict.fromkeys(reply[3:]):
+            self.place(shape)
+        return Renewed(known=True, taken_back=len(reply) - 3)
+
+    def reserve(self, worker: str, incarnation: str, capacity: str) -> bool:
+        """A closed book for a worker that has not spoken in this epoch; False when it has."""
+        return self._call("reserve", *self._gate(), worker, incarnation, capacity)[0] == "ok"
+
+    def has_reported(self, worker: str) -> bool:
+        """Whether a worker has opened its book in this epoch."""
+        status = self._guard(lambda: self.client.hget(keys.book(worker), "status"))
+        return status is not None and status != b"closed"
+
+    def drain(self, worker: str, incarnation: str) -> int:
+        """Admit nothing more there; returns how many jobs were handed back."""
+        reply = self._call("drain", *self._gate(), worker, incarnation)
+        for shape in dict.fromkeys(reply[1:]):
+            self.place(shape)
+        return len(reply) - 1
+
+    def leave(self, worker: str, incarnation: str) -> int:
+        """Close the book of a worker; returns what it still holds (0: it has left)."""
+        reply = self._call("leave", *self._gate(), worker, incarnation)
+        return int(reply[1]) if reply[0] == "held" else 0
+
+    def condemn(self, worker: str, incarnation: str) -> None:
+        """End the lease of an incarnation that is known to be dead."""
+        self._call("condemn", *self._gate(), worker, incarnation)
+
+    def lapse(self, worker: str, grace_ms: int, most_losses: int) -> Lapsed:
+        """Close a worker whose lease ran out; take its jobs back once `grace_ms` are over too."""
+        taken = 0
+        while True:
+            reply = self._call("lapse", *self._gate(), worker, grace_ms, most_losses, LAPSE_CHUNK)
+            if reply[0] in ("more", "gone"):
+                taken += len(reply) - 2
+                for shape in dict.fromkeys(reply[2:]):
+                    self.place(shape)
+            if reply[0] != "more":
+                return Lapsed(reply[0], incarnation=reply[1] if len(reply) > 1 else None, taken_back=taken)
+
+    def lapsed_workers(self) -> list[str]:
+        """The workers whose leases ran out."""
+        found = self._guard(lambda: self.client.zrangebyscore(keys.LEASES, "-inf", self.now_ms()))
+        return [item.decode() for item in found]
+
+    def adopt(self, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[str]:
+        """Enter what a worker holds since an older epoch; returns the jobs that are no longer its own."""
+        args: list[Any] = [*self._gate(), worker, incarnation]
+        for one in held:
+            args += (
+                one.job,
+                one.token,
+                one.shape,
+                one.order,
+                one.admitted_ms,
+                one.started_ms,
+                one.nonce,
+                one.losses,
+            )
+        reply = self._call("adopt", *args)
+        if reply[0] == "unknown":
+            return [one.job for one in held]
+        return [one.job for one, verdict in zip(held, reply[1:], strict=True) if verdict != "adopted"]
+
+    @property
+    def _ttl_ms(self) -> int:
+        return round(self.settings.worker_ttl * 1000)
+
+    # -- epochs and books ----------------------------------------------------------------------------------------
+
+    def opened(self) -> tuple[int, str] | None:
+        """The epoch and the server life in which the ledger was opened, or None when it is cold."""
+        found = self._guard(lambda: self.client.hmget(keys.EPOCH, "epoch", "run_id"))
+        if found[0] is None or found[1] is None:
+            return None
+        return int(found[0]), found[1].decode()
+
+    def is_cold(self) -> bool:
+        """Whether nobody may admit: never opened, emptied, or another life of the server than the one it was
+        opened in (a restart may have brought back old books)."""
+        opened = self.opened()
+        return opened is None or opened[1] != self.run_id
+
+    def open(self, epoch: int) -> None:
+        """Open an epoch on empty books."""
+        self._call("open", str(epoch), self.run_id)
+        self.epoch = epoch
+
+    def recount(self, worker: str) -> int:
+        """Make a worker's allocations the sum of what it holds; returns how many fields differed."""
+        reply = self._call("recount", *self._gate(), worker)
+        return int(reply[1]) if reply[0] == "ok" else 0
+
+    def set_total(self, expected: int, total: int) -> bool:
+        """Set the sum of allocated millicores, unless it changed since it was read as `expected`."""
+        return self._call("total", *self._gate(), expected, total)[0] == "ok"
+
+    def allocated_cpus(self) -> str | None:
+        """`resource:allocated_cpus` as it stands."""
+        found = self._guard(lambda: self.client.get(keys.ALLOCATED_CPUS))
+        return found.decode() if found is not None else None
+
+
+def _ms(text: str) -> int | None:
+    return int(text) if text else None

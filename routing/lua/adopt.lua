@@ -1,0 +1,54 @@
+#!lua flags=allow-oom
+-- Does: enters into the books of a new epoch what a worker holds since an older one.
+-- KEYS: none; by name: epoch, book, job, held, wait, shapes, counters, free, view, allocated, allocated_cpus
+-- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, shape, order, admitted (ms), started (ms), nonce, losses
+-- Replies: {ok, then for each job: adopted | stale} | {unknown} | {cold} | {epoch, current}
+-- Cost: a few commands a job
+-- Repeat: harmless: a job that is held already is answered 'adopted'
+local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local book = read_book(worker, epoch)
+if not book or book.incarnation ~= incarnation then
+  return {'unknown'}
+end
+local reply, changed = {'ok'}, {}
+for i = 5, #ARGV, 8 do
+  local id, token, shape, order = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+  local token_epoch, token_attempt = string.match(token, '^(%d+)%.(%d+)$')
+  local job = read_job(id)
+  local verdict = 'adopted'
+  if job and job.state == 'waiting' and tonumber(job.attempt) < tonumber(token_attempt) then
+    -- The backlog was read before this claim reached Postgres.
+    redis.call('ZREM', KEY.wait .. job.shape, id)
+    refile(job.shape)
+    if job.entry then
+      redis.call('XDEL', KEY.stream, job.entry)
+    end
+    redis.call('DEL', KEY.job .. id)
+    job = nil
+  end
+  if job and job.state == 'ended' and not job.final and tonumber(job.attempt) < tonumber(token_attempt) then
+    redis.call('DEL', KEY.job .. id)
+    job = nil
+  end
+  if not job then
+    redis.call('HSET', KEY.job .. id, 'state', 'running', 'epoch', token_epoch, 'attempt', token_attempt,
+      'worker', worker, 'incarnation', incarnation, 'shape', shape, 'order', order, 'admitted', ARGV[i + 4],
+      'started', ARGV[i + 5], 'nonce', ARGV[i + 6], 'losses', ARGV[i + 7])
+    redis.call('HSET', KEY.held .. worker, id, token)
+    for name, amount in pairs(amounts_of(shape)) do
+      changed[name] = (changed[name] or 0) + amount
+    end
+    count('adopted', 1)
+  elseif token_of(job) ~= token or job.incarnation ~= incarnation or job.state == 'ended' then
+    verdict = 'stale'
+    count('stale.adopt', 1)
+  end
+  reply[#reply + 1] = verdict
+end
+write_book(book, changed)
+return reply

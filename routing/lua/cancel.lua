@@ -1,0 +1,35 @@
+#!lua flags=allow-oom
+-- Does: ends a job that waits (revoked, or past its expiry).
+-- KEYS: none; by name: epoch, job, wait, shapes, counters, stream
+-- ARGV: epoch, run_id, job, state (cancelled or expired), error
+-- Replies: {ended, entry} | {held, state, worker} | {over} | {missing} | {cold} | {epoch, current}
+-- Cost: constant
+-- Repeat: harmless: answered 'over' while the tombstone stands
+local epoch, run_id, id, state, error_text = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local job = read_job(id)
+if not job then
+  return {'missing'}
+end
+if job.state == 'ended' then
+  return {job.final and 'over' or 'missing'}
+end
+if job.state ~= 'waiting' then
+  return {'held', job.state, job.worker}
+end
+local now = clock()
+redis.call('ZREM', KEY.wait .. job.shape, id)
+refile(job.shape)
+job.epoch = epoch
+-- The attempt before (if there was one) has its own entry; this one is of the job.
+local entry = note(id, job, state, STEP.dropped, now, {error = error_text})
+redis.call('DEL', KEY.job .. id)
+redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1',
+  'entry', entry, 'noted', job.noted)
+redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+count(state, 1)
+return {'ended', entry}

@@ -1,0 +1,39 @@
+-- Does: gives an incarnation of a worker the leases of the attempts whose messages arrived there.
+-- KEYS: none; by name: epoch, book, job, unclaimed, counters, stream
+-- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, nonce (unique to this claim)
+-- Replies: {ok, then for each job: claimed | stale, admitted, started, entry, losses} | {cold} | {epoch, current}
+-- Cost: a few commands a job
+-- Repeat: harmless: the nonce tells a claim that is sent again from a doubled message
+local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local now = clock()
+local current = redis.call('HGET', KEY.book .. worker, 'incarnation') == incarnation
+local reply = {'ok'}
+for i = 5, #ARGV, 3 do
+  local id, token, nonce = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  local job = read_job(id)
+  local mine = current and job and job.worker == worker and job.incarnation == incarnation and token_of(job) == token
+  local verdict = 'stale'
+  if mine and job.state == 'admitted' then
+    verdict = 'claimed'
+    job.started = int(now)
+    note(id, job, 'running', STEP.running, now)
+    redis.call('HSET', KEY.job .. id, 'state', 'running', 'started', job.started, 'nonce', nonce, 'entry', job.entry,
+      'noted', job.noted)
+    redis.call('ZREM', KEY.unclaimed, id)
+  elseif mine and job.state == 'running' and job.nonce == nonce then
+    verdict = 'claimed'
+  else
+    count('stale.claim', 1)
+  end
+  reply[#reply + 1] = verdict
+  reply[#reply + 1] = job and job.admitted or ''
+  reply[#reply + 1] = job and job.started or ''
+  reply[#reply + 1] = job and job.entry or ''
+  reply[#reply + 1] = job and job.losses or '0'
+end
+return reply

@@ -1,0 +1,21 @@
+#!lua flags=allow-oom
+-- Does: ends the lease of an incarnation that is known to be dead, so that its jobs can be taken back at once.
+-- KEYS: none; by name: epoch, book, leases, view, free
+-- ARGV: epoch, run_id, worker, incarnation
+-- Replies: {ok} | {unknown} | {cold} | {epoch, current}
+-- Cost: constant
+-- Repeat: harmless
+local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+if redis.call('HGET', KEY.book .. worker, 'incarnation') ~= incarnation then
+  return {'unknown'}
+end
+redis.call('HSET', KEY.book .. worker, 'lease', '0', 'status', 'closed')
+redis.call('ZADD', KEY.leases, '0', worker)
+redis.call('ZREM', KEY.free, worker)
+redis.call('DEL', KEY.view .. worker)
+return {'ok'}

@@ -1,0 +1,41 @@
+#!lua flags=allow-oom
+-- Does: takes a job out of the ledger, as reconcile found it: Postgres has ended it, or it is entered anew.
+-- KEYS: none; by name: epoch, job, held, book, wait, shapes, unclaimed, missing, counters, free, view, allocated, allocated_cpus
+-- ARGV: epoch, run_id, job, token (as reconcile read it), final (1: it may not come back, 0: it is entered anew)
+-- Replies: {ok, worker} ('' when it was waiting) | {changed} | {cold} | {epoch, current}
+-- Cost: constant
+-- Repeat: harmless
+local epoch, run_id, id, token, final = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local job = read_job(id)
+-- A job with an unapplied entry is ahead of Postgres, not wrong.
+if not job or job.entry or job.state == 'ended' or token_of(job) ~= token then
+  return {'changed'}
+end
+local worker = ''
+if job.state == 'waiting' then
+  redis.call('ZREM', KEY.wait .. job.shape, id)
+  refile(job.shape)
+else
+  worker = job.worker
+  redis.call('ZREM', KEY.unclaimed, id)
+  redis.call('SREM', KEY.missing .. worker, id)
+  local book = read_book(worker, epoch)
+  if redis.call('HDEL', KEY.held .. worker, id) == 1 and book then
+    local changed = {}
+    for name, amount in pairs(amounts_of(job.shape)) do
+      changed[name] = -amount
+    end
+    write_book(book, changed)
+  end
+end
+redis.call('DEL', KEY.job .. id)
+if final == '1' then
+  redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1')
+  redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+end
+return {'ok', worker}

@@ -1,0 +1,62 @@
+#!lua flags=allow-oom
+-- Does: closes a worker whose lease ran out and, when the grace is over too, takes its jobs back as new attempts.
+-- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, free, leases, view, allocated, allocated_cpus
+-- ARGV: epoch, run_id, worker, grace (ms after the end of the lease), most_losses, most jobs to take back in this call
+-- Replies: {alive} | {closed, incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
+-- Cost: a few commands for each job taken back
+-- Repeat: harmless: goes on where it stopped
+local epoch, run_id, worker = ARGV[1], ARGV[2], ARGV[3]
+local grace, most_losses, most = tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[6])
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local now = clock()
+local book = read_book(worker, epoch)
+if not book then
+  redis.call('ZREM', KEY.leases, worker)
+  return {'unknown'}
+end
+if book.lease > now then
+  return {'alive'}
+end
+if book.status ~= 'closed' then
+  book.status = 'closed'
+  redis.call('HSET', KEY.book .. worker, 'status', 'closed')
+  count('lapsed', 1)
+end
+redis.call('ZREM', KEY.free, worker)
+redis.call('DEL', KEY.view .. worker)
+if now < book.lease + grace then
+  return {'closed', book.incarnation or ''}
+end
+local reply, changed, taken = {'gone', book.incarnation or ''}, {}, 0
+for _, id in ipairs(redis.call('HKEYS', KEY.held .. worker)) do
+  if taken == most then
+    reply[1] = 'more'
+    break
+  end
+  taken = taken + 1
+  local job = read_job(id)
+  if job and job.worker == worker and (job.state == 'admitted' or job.state == 'running') then
+    for name, amount in pairs(amounts_of(job.shape)) do
+      changed[name] = (changed[name] or 0) - amount
+    end
+    -- Only an attempt that was claimed counts as lost: what never started is innocent.
+    local outcome = job.state == 'running' and 'lost' or 'taken_back'
+    put_back(id, job, now, outcome, 'worker ' .. worker .. ' was lost', most_losses)
+    reply[#reply + 1] = job.shape
+  else
+    redis.call('HDEL', KEY.held .. worker, id)
+  end
+end
+write_book(book, changed)
+if reply[1] == 'gone' then
+  redis.call('DEL', KEY.book .. worker, KEY.held .. worker, KEY.missing .. worker)
+  if book.queue and book.queue ~= '' then
+    redis.call('DEL', book.queue)
+  end
+  redis.call('ZREM', KEY.leases, worker)
+end
+return reply

@@ -1,0 +1,25 @@
+#!lua flags=allow-oom
+-- Does: closes the book of a worker that holds nothing any more, and removes its private queue.
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, free
+-- ARGV: epoch, run_id, worker, incarnation
+-- Replies: {ok} | {held, number} | {unknown} | {cold} | {epoch, current}
+-- Cost: constant
+-- Repeat: harmless
+local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local book = redis.call('HMGET', KEY.book .. worker, 'incarnation', 'queue')
+if book[1] ~= incarnation then
+  return {'unknown'}
+end
+local held = redis.call('HLEN', KEY.held .. worker)
+if held > 0 then
+  return {'held', int(held)}
+end
+redis.call('DEL', KEY.book .. worker, KEY.missing .. worker, KEY.view .. worker, book[2])
+redis.call('ZREM', KEY.leases, worker)
+redis.call('ZREM', KEY.free, worker)
+return {'ok'}

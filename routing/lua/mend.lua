@@ -1,0 +1,32 @@
+#!lua flags=allow-oom
+-- Does: makes the queue of a shape right about one job, and the index of shapes right about its first job.
+-- KEYS: none; by name: epoch, job, wait, shapes
+-- ARGV: epoch, run_id, shape, job ('' when only the shape is looked at)
+-- Replies: {ok, 1 when something differed, else 0} | {cold} | {epoch, current}
+-- Cost: constant
+-- Repeat: harmless
+local epoch, run_id, shape, id = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local different = 0
+if id ~= '' then
+  local job = read_job(id)
+  local belongs = job and job.state == 'waiting' and job.shape == shape
+  local score = redis.call('ZSCORE', KEY.wait .. shape, id)
+  if belongs and (not score or tonumber(score) ~= tonumber(job.order)) then
+    redis.call('ZADD', KEY.wait .. shape, job.order, id)
+    different = 1
+  elseif score and not belongs then
+    redis.call('ZREM', KEY.wait .. shape, id)
+    different = 1
+  end
+end
+local before = redis.call('ZSCORE', KEY.shapes, shape)
+local after = refile(shape)
+if (before and tonumber(before)) ~= after then
+  different = 1
+end
+return {'ok', int(different)}

@@ -1,0 +1,32 @@
+-- Does: delivers again the messages of jobs that were admitted and not claimed in time (the same attempt).
+-- KEYS: none; by name: epoch, unclaimed, job, book, counters
+-- ARGV: epoch, run_id, most jobs to look at in this call
+-- Replies: {ok, looked at, delivered} | {cold} | {epoch, current}
+-- Cost: a few commands a job
+-- Repeat: harmless: a doubled message is refused by the claim; the time to the next delivery doubles each time
+local epoch, run_id, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local now = clock()
+local delivered = 0
+local due = redis.call('ZRANGEBYSCORE', KEY.unclaimed, '-inf', int(now), 'LIMIT', 0, most)
+for _, id in ipairs(due) do
+  local job = read_job(id)
+  local queue = job and job.worker and redis.call('HGET', KEY.book .. job.worker, 'queue')
+  local message = queue and redis.call('HGET', KEY.job .. id, 'message')
+  if job and job.state == 'admitted' and message then
+    local times = redis.call('HINCRBY', KEY.job .. id, 'redelivered', 1)
+    redis.call('ZADD', KEY.unclaimed, int(now + LIMIT.start * math.pow(2, math.min(times, 6))), id)
+    redis.call('LPUSH', queue, tagged(message, id, job))
+    delivered = delivered + 1
+  else
+    redis.call('ZREM', KEY.unclaimed, id)
+  end
+end
+if delivered > 0 then
+  count('redelivered', delivered)
+end
+return {'ok', int(#due), int(delivered)}

@@ -1,0 +1,44 @@
+-- Does: opens a worker's book with its capacity (or changes the capacity of this incarnation), and admits what fits.
+-- KEYS: none; by name: epoch, book, held, view, leases, free, allocated, allocated_cpus, shapes, wait, job, unclaimed, counters, stream
+-- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), then the fields of the view: name, value, ...
+-- Replies: {ok, admitted, cursor of shapes} | {taken, incarnation, lease left (ms, negative when it ran out), held} | {cold} | {epoch, current}
+-- Cost: one pass over LIMIT.shapes shapes
+-- Repeat: harmless: the same incarnation keeps its allocations
+local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local queue, ttl, capacity = ARGV[5], tonumber(ARGV[6]), ARGV[7]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local now = clock()
+local key = KEY.book .. worker
+local before = redis.call('HMGET', key, 'incarnation', 'lease')
+if before[1] and before[1] ~= incarnation then
+  local left, held = tonumber(before[2] or '0') - now, redis.call('HLEN', KEY.held .. worker)
+  if left > 0 or held > 0 then
+    return {'taken', before[1], int(left), int(held)}
+  end
+  redis.call('DEL', key)
+end
+local old = redis.call('HGETALL', key)
+for i = 1, #old, 2 do
+  if string.sub(old[i], 1, 2) == 'c.' then
+    redis.call('HDEL', key, old[i])
+  end
+end
+local fields = {'epoch', epoch, 'incarnation', incarnation, 'status', 'ready', 'queue', queue, 'lease', int(now + ttl)}
+for name, amount in pairs(amounts_of(capacity)) do
+  fields[#fields + 1] = 'c.' .. name
+  fields[#fields + 1] = int(amount)
+  redis.call('HSETNX', key, 'a.' .. name, '0')
+end
+redis.call('HSET', key, unpack(fields))
+redis.call('ZADD', KEY.leases, int(now + ttl), worker)
+redis.call('DEL', KEY.view .. worker)
+redis.call('HSET', KEY.view .. worker, unpack(ARGV, 8))
+redis.call('PEXPIRE', KEY.view .. worker, int(ttl))
+redis.call('SET', KEY.allocated_cpus, cpus_text(redis.call('INCRBY', KEY.allocated, 0)))
+write_book(read_book(worker, epoch), {})
+local admitted, cursor = fill(worker, epoch, now, '')
+return {'ok', int(admitted), cursor}

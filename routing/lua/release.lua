@@ -1,0 +1,69 @@
+#!lua flags=allow-oom
+-- Does: gives back the allocations of attempts that are over, then admits to that worker what now fits.
+-- KEYS: none; by name: epoch, book, job, held, unclaimed, missing, counters, stream, wait, shapes, free, view, allocated, allocated_cpus
+-- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), then for each
+--   job: job, token, outcome (succeeded, failed, cancelled, expired, replaced, retried, handed_back, lost), error
+-- Replies: {ok, admitted, cursor of shapes, then for each job: released | repeat | stale, state, entry, shape}
+--   | {cold} | {epoch, current}
+-- Cost: a few commands a job, and one pass over LIMIT.shapes shapes
+-- Repeat: harmless: keyed by job and token; an attempt that is over already is answered 'repeat'
+local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local most_losses, admit = ARGV[5], ARGV[6]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local now = clock()
+local book = read_book(worker, epoch)
+local mine = book and book.incarnation == incarnation
+local changed, any = {}, false
+local reply = {'ok', '0', ''}
+for i = 7, #ARGV, 4 do
+  local id, token, outcome, error_text = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+  local job = read_job(id)
+  local verdict, state, entry = 'stale', '', ''
+  if job and token_of(job) == token and job.state == 'ended' then
+    verdict, state, entry = 'repeat', outcome, job.entry or ''
+  elseif mine and job and token_of(job) == token and job.incarnation == incarnation
+      and (job.state == 'admitted' or job.state == 'running') then
+    verdict, any = 'released', true
+    for name, amount in pairs(amounts_of(job.shape)) do
+      changed[name] = (changed[name] or 0) - amount
+    end
+    if outcome == 'handed_back' or outcome == 'lost' then
+      if outcome == 'handed_back' then
+        count('handed_back', 1)
+      end
+      state = put_back(id, job, now, outcome, error_text, most_losses)
+    else
+      local final = outcome ~= 'retried'
+      state = final and outcome or 'scheduled'
+      redis.call('HDEL', KEY.held .. worker, id)
+      redis.call('ZREM', KEY.unclaimed, id)
+      note(id, job, state, final and STEP.ended or STEP.back, now, {outcome = outcome, error = error_text})
+      redis.call('DEL', KEY.job .. id)
+      redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt,
+        'entry', job.entry, 'noted', job.noted)
+      if final then
+        redis.call('HSET', KEY.job .. id, 'final', '1')
+      end
+      redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+    end
+    entry = job.entry
+  else
+    count('stale.release', 1)
+  end
+  reply[#reply + 1] = verdict
+  reply[#reply + 1] = state
+  reply[#reply + 1] = entry
+  reply[#reply + 1] = job and job.shape or ''
+end
+if any then
+  write_book(book, changed)
+  if admit == '1' then
+    local admitted, cursor = fill(worker, epoch, now, '')
+    reply[2], reply[3] = int(admitted), cursor
+  end
+end
+return reply

@@ -1,0 +1,61 @@
+#!lua flags=allow-oom
+-- Does: renews the lease of a worker and its view, and takes back running jobs that two lists in a row did not name.
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, free, allocated, allocated_cpus, job, unclaimed, counters, stream, wait, shapes
+-- ARGV: epoch, run_id, worker, incarnation, ttl (ms), most_losses, number of view arguments, the view's fields: name, value, ...,
+--   then the ids of the jobs that the worker holds
+-- Replies: {ok, admitted, cursor of shapes, then the shapes of jobs that were taken back} | {unknown} | {cold} | {epoch, current}
+-- Cost: grows with the jobs that this worker holds
+-- Repeat: harmless, but for a job missing from the lists, which two calls take back
+local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local ttl, most_losses, view_size = tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7])
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local now = clock()
+local book = read_book(worker, epoch)
+if not book or book.incarnation ~= incarnation then
+  return {'unknown'}
+end
+book.lease = now + ttl
+-- A worker that the lapse closed, and that is alive after all, is open again.
+if book.status == 'closed' then
+  book.status = 'ready'
+end
+redis.call('HSET', KEY.book .. worker, 'lease', int(book.lease), 'status', book.status)
+redis.call('ZADD', KEY.leases, int(book.lease), worker)
+if view_size > 0 then
+  redis.call('HSET', KEY.view .. worker, unpack(ARGV, 8, 7 + view_size))
+end
+redis.call('HSET', KEY.view .. worker, 'status', book.status)
+redis.call('PEXPIRE', KEY.view .. worker, int(ttl))
+
+local named = {}
+for i = 8 + view_size, #ARGV do
+  named[ARGV[i]] = true
+end
+local reply, changed = {'ok', '0', ''}, {}
+local held = redis.call('HKEYS', KEY.held .. worker)
+for _, id in ipairs(held) do
+  if named[id] then
+    redis.call('SREM', KEY.missing .. worker, id)
+  else
+    local job = read_job(id)
+    -- What was admitted and not claimed yet is on its way: START looks after it.
+    if job and job.state == 'running' and redis.call('SADD', KEY.missing .. worker, id) == 0 then
+      for name, amount in pairs(amounts_of(job.shape)) do
+        changed[name] = (changed[name] or 0) - amount
+      end
+      -- One that never started (it is adopted from a row) is not lost.
+      local started = job.started and job.started ~= '0' and job.started ~= ''
+      put_back(id, job, now, started and 'lost' or 'taken_back', 'the worker no longer held it', most_losses)
+      count('taken_back', 1)
+      reply[#reply + 1] = job.shape
+    end
+  end
+end
+write_book(book, changed)
+local admitted, cursor = fill(worker, epoch, now, '')
+reply[2], reply[3] = int(admitted), cursor
+return reply

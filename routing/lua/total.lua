@@ -1,0 +1,19 @@
+#!lua flags=allow-oom
+-- Does: sets the sum of the allocated CPUs to the one given, if no admission or release came between.
+-- KEYS: none; by name: epoch, allocated, allocated_cpus
+-- ARGV: epoch, run_id, expected (millicores, as read before the books), sum (millicores)
+-- Replies: {ok} | {changed} | {cold} | {epoch, current}
+-- Cost: constant
+-- Repeat: harmless
+local epoch, run_id, expected, sum = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+if redis.call('GET', KEY.allocated) ~= expected then
+  return {'changed'}
+end
+redis.call('SET', KEY.allocated, sum)
+redis.call('SET', KEY.allocated_cpus, cpus_text(tonumber(sum)))
+return {'ok'}

@@ -1,0 +1,84 @@
+"""The message of a job as its row keeps it: JSON text that any broker's message can be made of again.
+
+The form is that of kombu's virtual transports, so that on Redis a script can push it as it is::
+
+    {"body": <base64>, "content-encoding": ..., "content-type": ..., "headers": {...}, "properties": {...}}
+
+`properties` comes last and never is empty: the text ends with `}}`, and the script that delivers it puts the delivery
+tag there, which is the token of the attempt. The tag is `<job>:<epoch>.<attempt>`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from routing.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """The delivery tag: which job, and which attempt of it."""
+
+    job: str
+    epoch: int
+    attempt: int
+
+    @property
+    def token(self) -> str:
+        return f"{self.epoch}.{self.attempt}"
+
+
+def parse_tag(text: object) -> Tag | None:
+    """The tag that a script wrote, or None where it is none."""
+    if not isinstance(text, str):
+        return None
+    job, _, token = text.rpartition(":")
+    epoch, _, attempt = token.partition(".")
+    if not job or not (epoch.isascii() and epoch.isdigit() and attempt.isascii() and attempt.isdigit()):
+        return None
+    return Tag(job, int(epoch), int(attempt))
+
+
+def encode(
+    body: bytes,
+    *,
+    content_type: str,
+    content_encoding: str,
+    headers: Mapping[str, Any],
+    properties: Mapping[str, Any],
+    limit: int,
+) -> bytes:
+    """The text of a message. Raises `InvalidRequest` where it is larger than `limit` bytes or is not JSON."""
+    envelope = {
+        "body": base64.b64encode(body).decode("ascii"),
+        "content-encoding": content_encoding,
+        "content-type": content_type,
+        "headers": dict(headers),
+        "properties": {**properties, "body_encoding": "base64"},
+    }
+    try:
+        text = json.dumps(envelope, separators=(",", ":")).encode("ascii")
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(
+            f"the message's headers cannot be written as JSON: {error}",
+            advice="Pass headers and stamps that are text, numbers, lists or dicts.",
+        ) from error
+    if len(text) > limit:
+        raise InvalidRequest(
+            f"the message has {len(text)} bytes, {limit} are allowed",
+            value=len(text),
+            advice="Pass a reference (a path, a key) instead of the data, or raise PLATFORM_MAX_MESSAGE.",
+        )
+    return text
+
+
+def decode(message: bytes) -> dict[str, Any]:
+    """The envelope of a stored message."""
+    envelope = json.loads(message)
+    if not isinstance(envelope, dict):
+        raise ValueError("a stored message is not an object")
+    return envelope

@@ -1,0 +1,55 @@
+"""Names that become part of a Redis key, a queue or a file: checked here, before they are used anywhere.
+
+Each function returns the name unchanged or raises `InvalidRequest` with the value and what would be right.
+"""
+
+from __future__ import annotations
+
+import re
+
+from routing.errors import InvalidRequest, show
+
+#: characters of a worker's name
+MAX_WORKER_NAME = 100
+#: characters of a resource's name
+MAX_RESOURCE_NAME = 64
+#: characters of a job's id
+MAX_JOB_ID = 255
+
+# Always with fullmatch: "$" would let a newline at the end pass.
+_WORKER_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_WORKER_NAME}}}")
+_RESOURCE_NAME = re.compile(rf"[a-z0-9_.-]{{1,{MAX_RESOURCE_NAME}}}")
+
+
+def check_worker_name(name: object, what: str = "worker name") -> str:
+    """A worker's name: 1 to 100 letters, digits, ``_``, ``.``, ``-``; no ``:``, which parts the keys."""
+    if isinstance(name, str) and _WORKER_NAME.fullmatch(name):
+        return name
+    raise InvalidRequest(
+        f"{what} {show(name)} is not valid",
+        value=name,
+        advice=f"It must be 1 to {MAX_WORKER_NAME} characters of A-Z a-z 0-9 _ . - such as 'gpu-node-07'.",
+    )
+
+
+def check_resource_name(name: object, what: str = "resource name") -> str:
+    """A resource's name: 1 to 64 of small letters, digits, ``_``, ``.`` and ``-``."""
+    if isinstance(name, str) and _RESOURCE_NAME.fullmatch(name):
+        return name
+    raise InvalidRequest(
+        f"{what} {show(name)} is not valid",
+        value=name,
+        advice=f"It must be 1 to {MAX_RESOURCE_NAME} characters of a-z 0-9 _ . - such as 'licence'.",
+    )
+
+
+def check_job_id(job_id: object) -> str:
+    """A job's id (Celery's task id): 1 to 255 printable characters without any white space."""
+    # isprintable is false for controls, lone surrogates and every white space except the plain blank.
+    if isinstance(job_id, str) and job_id.isprintable() and " " not in job_id and 1 <= len(job_id) <= MAX_JOB_ID:
+        return job_id
+    raise InvalidRequest(
+        f"task_id {show(job_id)} is not valid",
+        value=job_id,
+        advice=f"It must be 1 to {MAX_JOB_ID} printable characters without white space, such as a UUID.",
+    )

@@ -1,0 +1,247 @@
+"""Who runs where: the specification, as plain functions of plain values.
+
+No clock, no randomness, no log, no I/O. The Lua scripts are held to these functions by property tests;
+`explain` and what-if questions call them as they are. A refusal is a value with a reason; its words are
+made where it is shown.
+
+The rules:
+
+- A worker takes a job if it has room for the whole request. What a worker does not publish, it has none of.
+- A worker whose allocations exceed its capacity in any resource (the capacity shrank) takes nothing, not
+  even a job that asks for nothing, until it fits again. It is passed over like one that is cordoned.
+- Best fit: of the workers with room, the one with the fewest free CPUs, ties by name.
+- Waiting jobs come in order of priority (9 first) and then of submission. One that does not fit holds up no
+  other. (The reservation that keeps a wide job from starving belongs in `fill`, before a later job is
+  taken.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import NamedTuple
+
+from routing.amounts import CPUS, SLOTS
+from routing.request import Request
+
+#: priorities from 0 to this; higher comes first
+TOP_PRIORITY = 9
+#: submissions that fit between two priorities. Ten of them stay below 2^53, up to which Redis's scores are
+#: exact.
+SUBMISSIONS = 2**49
+
+
+#: Workers that one script looks at. At one book read (some 5 us) each, Redis is held for well under a
+#: millisecond.
+CANDIDATES = 64
+#: Shapes that one script looks at, for the same reason; platforms have tens of shapes rather than thousands.
+SHAPES = 64
+#: Jobs that one script admits: a worker with 96 CPUs that was empty is filled in a few calls.
+MOST_ADMITTED = 32
+
+
+class Reason(Enum):
+    """Why a job is not admitted; the value is the stable name in counters and JSON."""
+
+    #: no worker admits anything: none lives, or all are cordoned, draining or closed
+    NO_WORKER = "no-worker"
+    #: no worker publishes this resource
+    UNKNOWN_RESOURCE = "unknown-resource"
+    #: fits no worker that admits, even if it were empty
+    TOO_LARGE = "too-large"
+    #: would fit an empty worker; none has room now
+    NO_ROOM = "no-room"
+    #: none of the candidates that were looked at has room; there are more behind the worker named
+    LOOK_FURTHER = "look-further"
+    #: jobs with the same request wait before it
+    BEHIND_SHAPE = "behind-shape"
+
+
+class Shortage(NamedTuple):
+    """A resource of which a worker has too little: millicores, bytes or pieces. `free` < 0: it is over."""
+
+    resource: str
+    asked: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The job goes to this worker."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The job does not go anywhere now. `resource`, `asked`, `free` and `worker` say what is short where.
+
+    They describe the worker that comes closest; "" and 0 where there is none. For `TOO_LARGE` `free` is its
+    capacity. For `BEHIND_SHAPE` `asked` is the number of jobs before it. For `LOOK_FURTHER` (`free`,
+    `worker`) is the cursor.
+    """
+
+    reason: Reason
+    resource: str = ""
+    asked: int = 0
+    free: int = 0
+    worker: str = ""
+
+
+@dataclass(frozen=True)
+class Book:
+    """A worker's capacity and allocations by resource. Not `admitting`: cordoned, draining or closed."""
+
+    worker: str
+    capacity: Mapping[str, int]
+    allocated: Mapping[str, int]
+    admitting: bool = True
+
+    def free(self, resource: str) -> int:
+        """Capacity less allocations; negative while the worker is over its capacity."""
+        return self.capacity.get(resource, 0) - self.allocated.get(resource, 0)
+
+    @property
+    def over(self) -> str | None:
+        """The first resource, by name, in which allocations exceed capacity."""
+        return next((resource for resource in sorted(self.allocated) if self.free(resource) < 0), None)
+
+    def holding(self, request: Request) -> Book:
+        """The book after this request was admitted."""
+        return self._moved(request, 1)
+
+    def without(self, request: Request) -> Book:
+        """The book after this request was released."""
+        return self._moved(request, -1)
+
+    def _moved(self, request: Request, sign: int) -> Book:
+        moved = {name: self.allocated.get(name, 0) + sign * amount for name, amount in request.amounts}
+        return replace(self, allocated={**self.allocated, **moved})
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A job in the backlog; `order` is what `order()` made of its priority and its submission."""
+
+    job: str
+    request: Request
+    order: int
+
+
+def order(priority: int, seq: int) -> int:
+    """One number that sorts by priority (9 first), then by submission; `seq` counts submissions from 0."""
+    if not 0 <= priority <= TOP_PRIORITY or not 0 <= seq < SUBMISSIONS:
+        raise ValueError(f"priority {priority} must be 0 to {TOP_PRIORITY}, seq {seq} 0 to {SUBMISSIONS - 1}")
+    return (TOP_PRIORITY - priority) * SUBMISSIONS + seq
+
+
+def split_order(number: int) -> tuple[int, int]:
+    """(priority, seq) of an order."""
+    above, seq = divmod(number, SUBMISSIONS)
+    return TOP_PRIORITY - above, seq
+
+
+def shortages(request: Request, book: Book) -> list[Shortage]:
+    """Every resource of which the worker has too little, by name; while it is over in any, only those."""
+    over = [name for name in sorted(book.allocated) if book.free(name) < 0]
+    if over:
+        return [Shortage(name, request.get(name), book.free(name)) for name in over]
+    return [Shortage(name, amount, book.free(name)) for name, amount in request.amounts if amount > book.free(name)]
+
+
+def fits(request: Request, book: Book) -> Shortage | None:
+    """None if the worker has room for the whole request, else its first shortage; ignores `admitting`."""
+    short = shortages(request, book)
+    return short[0] if short else None
+
+
+def choose(
+    request: Request, books: Iterable[Book], candidates: int, after: tuple[int, str] | None = None
+) -> Admission | Refusal:
+    """Best fit among at most `candidates` workers, as one script looks at them.
+
+    The candidates are the admitting workers, none over its capacity, with a free slot and enough free CPUs, in
+    order of (free CPUs, name), behind `after` where a cursor is given. The first with room for the whole request is
+    it.
+    """
+    admitting = [book for book in books if book.admitting]
+    if not admitting:
+        return Refusal(Reason.NO_WORKER)
+    index = sorted(
+        ((book.free(CPUS), book.worker, book) for book in admitting if not book.over and book.free(SLOTS) >= 1),
+        key=lambda row: row[:2],
+    )
+    asked = request.get(CPUS)
+    behind = [row for row in index if row[0] >= asked and (after is None or row[:2] > after)]
+    looked_at = behind[:candidates]
+    for _, worker, book in looked_at:
+        if fits(request, book) is None:
+            return Admission(worker)
+    if len(behind) > len(looked_at):
+        free, worker, _ = looked_at[-1]
+        return Refusal(Reason.LOOK_FURTHER, CPUS, asked, free, worker)
+    return _closest(request, admitting, Reason.NO_ROOM)
+
+
+def survey(request: Request, books: Iterable[Book], ahead: int = 0) -> Admission | Refusal:
+    """What `explain` says: the decision over all workers, with the best reason there is.
+
+    `ahead`: jobs of the same request that wait before this one; they would get the room first.
+    """
+    known = list(books)
+    admitting = [book for book in known if book.admitting]
+    if not admitting:
+        return Refusal(Reason.NO_WORKER)
+    for name, amount in request.amounts:
+        if not any(book.capacity.get(name, 0) for book in known):
+            return Refusal(Reason.UNKNOWN_RESOURCE, name, amount)
+    empty = [replace(book, allocated={}) for book in admitting]
+    large_enough = [book for book, bare in zip(admitting, empty, strict=True) if fits(request, bare) is None]
+    if not large_enough:
+        return _closest(request, empty, Reason.TOO_LARGE)
+    decision = choose(request, large_enough, len(large_enough))
+    if isinstance(decision, Admission) and ahead:
+        return Refusal(Reason.BEHIND_SHAPE, asked=ahead, worker=decision.worker)
+    return decision
+
+
+def _closest(request: Request, books: Sequence[Book], reason: Reason) -> Refusal:
+    """The refusal of the worker that lacks the fewest resources, then has most free CPUs, then by name."""
+    found = [(shortages(request, book), book) for book in books]
+    closest = min(
+        ((short, book) for short, book in found if short),
+        key=lambda pair: (len(pair[0]), -pair[1].free(CPUS), pair[1].worker),
+        default=None,  # all have room: those before a cursor, which the one who asks has seen already
+    )
+    return Refusal(reason, *closest[0][0], worker=closest[1].worker) if closest else Refusal(reason)
+
+
+def fill(book: Book, backlog: Iterable[Waiting], shapes: int, most: int) -> list[Waiting]:
+    """What a release (or a registration) on `book` admits, in this order: one pass of a script.
+
+    It looks at the first `shapes` shapes by the order of their first job. Again and again the first
+    waiting job of these that fits is admitted, until none fits or `most` jobs are.
+    """
+    if not book.admitting:
+        return []
+    queues: dict[str, list[Waiting]] = {}
+    # Redis breaks ties by the member's bytes; so does this.
+    for waiting in sorted(backlog, key=lambda waiting: (waiting.order, waiting.job)):
+        queues.setdefault(waiting.request.shape, []).append(waiting)
+    heads = [(queue[0].order, shape) for shape, queue in queues.items()]
+    looked_at = {shape: deque(queues[shape]) for _, shape in sorted(heads)[:shapes]}
+    admitted: list[Waiting] = []
+    while len(admitted) < most:
+        possible = [
+            (queue[0].order, shape)
+            for shape, queue in looked_at.items()
+            if queue and fits(queue[0].request, book) is None
+        ]
+        if not possible:
+            break
+        waiting = looked_at[min(possible)[1]].popleft()
+        admitted.append(waiting)
+        book = book.holding(waiting.request)
+    return admitted

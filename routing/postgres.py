@@ -1,0 +1,19 @@
+"""What Postgres's errors mean for the platform."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy.exc import DBAPIError
+
+from routing.errors import NotMigrated, PlatformError, StoreUnavailable
+
+#: SQLSTATE of a table that does not exist, and of a column.
+NOT_THERE: Final = ("42P01", "42703")
+
+
+def translate(error: DBAPIError, also: str = "") -> PlatformError:
+    """An error of the driver as one of the platform; `also` goes in front of what Postgres said."""
+    if getattr(error.orig, "pgcode", None) in NOT_THERE:
+        return NotMigrated()
+    return StoreUnavailable(f"{also}Postgres does not answer: {str(error.orig).strip()}")

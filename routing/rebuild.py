@@ -1,0 +1,158 @@
+"""Opening a new epoch on a ledger that is cold: it never was open, was emptied, or came back with old books.
+
+One process does it, under an advisory lock in Postgres. Books come first: each worker that Postgres takes for alive
+gets a closed book that holds what Postgres says it runs, so that nothing of it is free before the worker has spoken.
+The workers see the new epoch, register and say what they hold. Then the backlog is filed, in its order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from redis.exceptions import RedisError
+from sqlalchemy import Connection, Engine, text
+
+from routing import enroll, keys, roster, store, stream
+from routing.capacity import Capacity
+from routing.errors import StoreUnavailable
+from routing.ledger import Ledger
+from routing.policy import order
+from routing.replies import Adopted
+from routing.states import Step
+
+#: Seconds to wait for the live workers to say what they hold, before the backlog is filed. A worker writes its claims
+#: to Postgres within milliseconds; this covers claims that were on their way when the books were lost.
+REPORT_WITHIN: Final = 2.0
+BACKLOG_CHUNK: Final = 1000
+#: Keys removed in one step.
+WIPE_CHUNK: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """What a rebuild did. `workers`: books written; `held`: jobs entered into them; `filed`: jobs brought back."""
+
+    epoch: int
+    workers: int
+    held: int
+    filed: int
+
+
+def open_if_cold(
+    engine: Engine, ledger: Ledger, *, stopping: Callable[[], bool] = lambda: False
+) -> Rebuilt | None:
+    """Open a new epoch when the ledger is cold; None when it is not, or when another process is doing it."""
+    if not ledger.is_cold():
+        return None
+    with engine.connect() as connection:
+        if not roster.lock_epoch(connection):
+            return None
+        try:
+            if not ledger.is_cold():
+                return None
+            return _open(engine, connection, ledger, stopping)
+        finally:
+            roster.unlock_epoch(connection)
+
+
+def _open(engine: Engine, connection: Connection, ledger: Ledger, stopping: Callable[[], bool]) -> Rebuilt:
+    # What the old books noted and Postgres does not have yet comes first, if the stream survived.
+    stream.apply_all(engine, ledger)
+    _wipe(ledger)
+    epoch = roster.next_epoch(connection)
+    ledger.open(epoch)
+    workers, held = _reserve(connection, ledger)
+    _await_reports(ledger, [name for name, _ in workers], stopping)
+    filed = _file_backlog(connection, ledger)
+    return Rebuilt(epoch, len(workers), held, filed)
+
+
+def _wipe(ledger: Ledger) -> None:
+    """Remove old books; the key of the epoch goes first, so that they admit nothing meanwhile."""
+    client = ledger.client
+    keep = {keys.COUNTERS.encode(), keys.DECLARATIONS.encode()}
+    try:
+        client.delete(keys.EPOCH)
+        for pattern in ("ledger:*", keys.VIEWS):
+            batch: list[bytes] = []
+            for key in client.scan_iter(match=pattern, count=WIPE_CHUNK):
+                if key not in keep:
+                    batch.append(key)
+                if len(batch) >= WIPE_CHUNK:
+                    client.unlink(*batch)
+                    batch = []
+            if batch:
+                client.unlink(*batch)
+    except RedisError as error:
+        raise StoreUnavailable(f"the old books cannot be removed: {error}") from error
+
+
+_HELD: Final = text("""
+SELECT id, epoch, attempt, shape, priority, seq, losses, (extract(epoch FROM admitted_at) * 1000)::bigint,
+       (extract(epoch FROM started_at) * 1000)::bigint
+FROM jobs WHERE state IN ('admitted', 'running') AND incarnation = :incarnation ORDER BY id
+""")
+
+
+def _reserve(connection: Connection, ledger: Ledger) -> tuple[list[tuple[str, str]], int]:
+    """A closed book for each worker that has not left, with what Postgres says it holds."""
+    rows = connection.execute(
+        text(
+            "SELECT DISTINCT ON (name) name, incarnation, capacity, seen_at > now() - make_interval(secs => :ttl) "
+            "FROM workers WHERE status IN ('ready', 'draining') ORDER BY name, started_at DESC"
+        ),
+        {"ttl": ledger.settings.worker_ttl * 2},
+    ).all()
+    held = 0
+    for name, incarnation, capacity, _ in rows:
+        ledger.reserve(name, incarnation, Capacity.from_people(capacity).shape)
+        found = [_adopted(row) for row in connection.execute(_HELD, {"incarnation": incarnation})]
+        for start in range(0, len(found), BACKLOG_CHUNK):
+            ledger.adopt(name, incarnation, found[start : start + BACKLOG_CHUNK])
+        held += len(found)
+    _give_up_strangers(connection)
+    return [(row[0], row[1]) for row in rows if row[3]], held
+
+
+def _adopted(row: Any) -> Adopted:
+    job, epoch, attempt, shape, priority, seq, losses, admitted, started = row
+    return Adopted(
+        job, f"{epoch}.{attempt}", shape, order(priority, seq), admitted or 0, started or 0, "", losses
+    )
+
+
+def _give_up_strangers(connection: Connection) -> None:
+    """Jobs that Postgres says run on a life of a worker that has ended go back to be submitted again."""
+    connection.execute(
+        text("""
+        UPDATE jobs SET state = 'accepted', step = :back
+        WHERE state IN ('admitted', 'running') AND NOT EXISTS (
+          SELECT 1 FROM workers w WHERE w.incarnation = jobs.incarnation AND w.status IN ('ready', 'draining')
+            AND NOT EXISTS (SELECT 1 FROM workers n WHERE n.name = w.name AND n.started_at > w.started_at
+                            AND n.status IN ('ready', 'draining')))
+    """),
+        {"back": Step.BACK.value},
+    )
+
+
+def _await_reports(ledger: Ledger, workers: list[str], stopping: Callable[[], bool]) -> None:
+    """Wait, for a bounded time, until the workers that live have opened their books again."""
+    pause = threading.Event()
+    end = ledger.now_ms() + REPORT_WITHIN * 1000
+    while workers and ledger.now_ms() < end and not stopping():
+        workers = [name for name in workers if not ledger.has_reported(name)]
+        if workers:
+            pause.wait(0.02)
+
+
+def _file_backlog(connection: Connection, ledger: Ledger) -> int:
+    filed, after = 0, (-10, 0)
+    while True:
+        rows = store.backlog(connection, BACKLOG_CHUNK, after)
+        if not rows:
+            return filed
+        filed += enroll.submit_rows(ledger, rows)
+        after = (-rows[-1].priority, rows[-1].seq)

@@ -1,0 +1,120 @@
+"""What the ledger answers: plain values, one for each operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class LedgerClosed(Exception):
+    """The ledger did not act: it is cold (`epoch` is None), or of another epoch than the caller confirmed."""
+
+    def __init__(self, epoch: int | None) -> None:
+        super().__init__("the ledger is cold" if epoch is None else f"the ledger is in epoch {epoch}")
+        self.epoch = epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """`state`: admitted, waiting, exists (`was`: its state) or late (past the deadline for submits)."""
+
+    state: str
+    worker: str | None = None
+    attempt: int | None = None
+    was: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A waiting job that found a worker."""
+
+    job: str
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An attempt that is over, as its worker reports it. `outcome`: a final state, retried, handed_back or lost."""
+
+    job: str
+    token: str
+    outcome: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """`verdict`: released, repeat (it was released before) or stale (it no longer held the job). `state`: of the
+    job now. `entry`: the stream entry that says so."""
+
+    end: Ended
+    verdict: str
+    state: str
+    entry: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The answer to a claim; times in milliseconds of the server."""
+
+    job: str
+    token: str
+    ok: bool
+    admitted_ms: int | None
+    started_ms: int | None
+    entry: str
+    losses: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """A job that a worker has held since an older epoch."""
+
+    job: str
+    token: str
+    shape: str
+    order: int
+    admitted_ms: int
+    started_ms: int
+    nonce: str
+    losses: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """`verdict`: ended, held (by `worker`), over or missing."""
+
+    verdict: str
+    worker: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """How many waiting jobs were admitted."""
+
+    admitted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The name of a worker belongs to another incarnation."""
+
+    incarnation: str
+    lease_left_ms: int
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """`known`: the lease was renewed; else the worker must register again."""
+
+    known: bool
+    taken_back: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lapsed:
+    """`verdict`: alive, closed (its jobs are taken back later), gone or unknown."""
+
+    verdict: str
+    incarnation: str | None
+    taken_back: int

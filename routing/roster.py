@@ -1,0 +1,164 @@
+"""Workers and the declarations of tasks in Postgres, and the authority row: who may admit, and in which epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, text
+
+from routing.errors import NotMigrated
+
+#: The advisory lock under which an epoch is opened. Any constant does, as long as nobody else takes it.
+EPOCH_LOCK: Final = 0x_CE1E_0001
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """`authority`: ledger or postgres."""
+
+    epoch: int
+    authority: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """What a worker publishes of itself. `cpus` in millicores, `memory` in bytes, `capacity` in people's units."""
+
+    name: str
+    incarnation: str
+    cpus: int
+    memory: int
+    capacity: Mapping[str, Any]
+    hostname: str
+    pid: int
+    boot_id: str
+    version: str
+    started_at: str
+
+
+def read_authority(connection: Connection) -> Authority:
+    """The one row. Raises `NotMigrated` where it is missing."""
+    row = connection.execute(text("SELECT epoch, authority FROM authority")).one_or_none()
+    if row is None:
+        raise NotMigrated()
+    return Authority(row[0], row[1])
+
+
+def next_epoch(connection: Connection) -> int:
+    """Begin a new epoch; the caller holds EPOCH_LOCK."""
+    found = connection.execute(
+        text("UPDATE authority SET epoch = epoch + 1, changed_at = now() RETURNING epoch")
+    )
+    return int(found.scalar_one())
+
+
+def lock_epoch(connection: Connection) -> bool:
+    """Take the lock of the session, without waiting. The caller keeps the connection until `unlock_epoch`."""
+    return bool(
+        connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": EPOCH_LOCK}).scalar_one()
+    )
+
+
+def unlock_epoch(connection: Connection) -> None:
+    connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": EPOCH_LOCK})
+
+
+_SEEN: Final = text("""
+INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, boot_id, version,
+                     started_at, seen_at)
+VALUES (:incarnation, :name, :cpus, :memory, CAST(:capacity AS jsonb), :status, :hostname, :pid, :boot_id, :version,
+        CAST(:started_at AS timestamptz), now())
+ON CONFLICT (incarnation) DO UPDATE SET seen_at = now(), status = excluded.status, cpus = excluded.cpus,
+  memory = excluded.memory, capacity = excluded.capacity, left_at = NULL
+""")
+
+
+def see_worker(connection: Connection, worker: WorkerRow, status: str) -> None:
+    """Note that a worker lives, with its capacity."""
+    connection.execute(
+        _SEEN,
+        {
+            "incarnation": worker.incarnation,
+            "name": worker.name,
+            "cpus": worker.cpus,
+            "memory": worker.memory,
+            "capacity": json.dumps(dict(worker.capacity)),
+            "status": status,
+            "hostname": worker.hostname,
+            "pid": worker.pid,
+            "boot_id": worker.boot_id,
+            "version": worker.version,
+            "started_at": worker.started_at,
+        },
+    )
+
+
+def end_worker(connection: Connection, incarnation: str, status: str) -> None:
+    """Note that a worker left or was lost; an end that was noted before stays."""
+    connection.execute(
+        text(
+            "UPDATE workers SET status = :status, left_at = now() WHERE incarnation = :incarnation "
+            "AND status IN ('ready', 'draining')"
+        ),
+        {"status": status, "incarnation": incarnation},
+    )
+
+
+def find_worker(connection: Connection, incarnation: str) -> WorkerRow | None:
+    """One life of a worker, None where Postgres does not know it."""
+    row = connection.execute(
+        text(
+            "SELECT name, incarnation, cpus, memory, capacity, hostname, pid, boot_id, version, started_at::text "
+            "FROM workers WHERE incarnation = :incarnation"
+        ),
+        {"incarnation": incarnation},
+    ).one_or_none()
+    return WorkerRow(*row) if row is not None else None
+
+
+def live_workers(connection: Connection, within: float) -> list[tuple[str, str]]:
+    """(name, incarnation) of the workers that Postgres saw within so many seconds and that have not left."""
+    rows = connection.execute(
+        text(
+            "SELECT name, incarnation FROM workers WHERE status IN ('ready', 'draining') "
+            "AND seen_at > now() - make_interval(secs => :within) ORDER BY name"
+        ),
+        {"within": within},
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+def silent_workers(connection: Connection, beyond: float) -> list[tuple[str, str]]:
+    """(name, incarnation) of the workers that Postgres has not seen for so many seconds, and that never left."""
+    rows = connection.execute(
+        text(
+            "SELECT name, incarnation FROM workers WHERE status IN ('ready', 'draining') "
+            "AND seen_at <= now() - make_interval(secs => :beyond) ORDER BY name"
+        ),
+        {"beyond": beyond},
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+def declare(connection: Connection, requests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keep the requests that tasks declare, by task name, in people's units."""
+    connection.execute(
+        text(
+            "INSERT INTO declarations (name, request, seen_at) "
+            "SELECT name, CAST(request AS jsonb), now() "
+            "FROM unnest(CAST(:names AS text[]), CAST(:requests AS text[])) AS d (name, request) "
+            "ON CONFLICT (name) DO UPDATE SET request = excluded.request, seen_at = now()"
+        ),
+        {
+            "names": sorted(requests),
+            "requests": [json.dumps(dict(requests[name])) for name in sorted(requests)],
+        },
+    )
+
+
+def declarations(connection: Connection) -> dict[str, dict[str, Any]]:
+    """All declarations: task name -> request in people's units."""
+    return {row[0]: row[1] for row in connection.execute(text("SELECT name, request FROM declarations"))}

@@ -1,0 +1,123 @@
+"""The Lua scripts of the ledger: read from `lua/`, completed, and ready to be sent.
+
+Each file is one operation and begins with a header (does, KEYS, ARGV, replies, cost, repeat). In front of each go the
+functions of `prelude.lua` that it uses, and for KEY (`routing.keys`), STEP (`routing.states`) and LIMIT
+(`routing.policy` and the settings) stand their values, so that every name and number has one place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import Final
+
+from routing.keys import KEYS
+from routing.policy import CANDIDATES, MOST_ADMITTED, SHAPES
+from routing.states import Step
+
+#: Milliseconds for which an ended job is remembered, so that a submit that was stuck cannot run it again. Longer than
+#: SUBMIT_WITHIN_MS, after which such a submit is refused by itself.
+TOMBSTONE_MS: Final = 60_000
+#: Milliseconds within which a submit must have reached the ledger.
+SUBMIT_WITHIN_MS: Final = 30_000
+
+#: Candidates that a submit fetches first; the others only when none of these has room.
+FEW: Final = 4
+
+HEADER_FIELDS: Final = ("Does", "KEYS", "ARGV", "Replies", "Cost", "Repeat")
+FLAGS: Final = re.compile(r"\A#!lua[^\n]*\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One operation: its whole text as the server gets it, and the digest under which the server knows it."""
+
+    name: str
+    text: str
+    sha: str
+
+
+def names() -> tuple[str, ...]:
+    """The operations, by the names of their files."""
+    found = (entry.name for entry in files("routing").joinpath("lua").iterdir())
+    return tuple(sorted(name[:-4] for name in found if name.endswith(".lua") and name != "prelude.lua"))
+
+
+def source(name: str) -> str:
+    """The text of one file as it stands in `lua/`."""
+    return files("routing").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+
+
+def header(name: str) -> dict[str, str]:
+    """The header of a script: field -> text, lines joined."""
+    found: dict[str, str] = {}
+    field = None
+    for line in FLAGS.sub("", source(name)).splitlines():
+        if not line.startswith("--"):
+            break
+        text = line[2:].strip()
+        named = re.match(r"(\w+): (.*)", text)
+        if named and named.group(1) in HEADER_FIELDS:
+            field = named.group(1)
+            found[field] = named.group(2)
+        elif field:
+            found[field] += " " + text
+    return found
+
+
+#: A function of the prelude: its comment, its head, and all up to the `end` at the start of a line.
+_FUNCTION: Final = re.compile(r"(?:^--[^\n]*\n)*^local function (\w+)\(.*?^end\n", re.MULTILINE | re.DOTALL)
+_VALUE: Final = re.compile(r"\b(KEY|STEP|LIMIT)\.(\w+)\b")
+_COMMENT: Final = re.compile(r"^\s*--[^\n]*\n", re.MULTILINE)
+
+
+def _functions() -> dict[str, str]:
+    """The functions of the prelude, in their order."""
+    return {found.group(1): found.group(0) for found in _FUNCTION.finditer(source("prelude"))}
+
+
+def _used(body: str, functions: dict[str, str]) -> list[str]:
+    """The names of the functions that a body uses, and those that they use, in the order of the prelude."""
+    used: set[str] = set()
+    texts = [body]
+    while texts:
+        words = set(re.findall(r"\b(\w+)\(", texts.pop()))
+        new = {name for name in functions if name in words} - used
+        used |= new
+        texts += [functions[name].split("\n", 1)[1] for name in new]
+    return [name for name in functions if name in used]
+
+
+@lru_cache(maxsize=8)
+def load(start_ms: int, flags: bool) -> dict[str, Script]:
+    """All scripts, by name.
+
+    `start_ms`: milliseconds after which an unclaimed message is delivered again. `flags`: whether the server knows
+    the line `#!lua flags=...` (Redis 7 and Valkey do, 6.2 takes it for an error).
+    """
+    values: dict[str, dict[str, str | int]] = {
+        "KEY": dict(KEYS),
+        "STEP": {step.name.lower(): step.value for step in Step},
+        "LIMIT": {
+            "candidates": CANDIDATES,
+            "few": FEW,
+            "shapes": SHAPES,
+            "most": MOST_ADMITTED,
+            "tombstone": TOMBSTONE_MS,
+            "start": start_ms,
+        },
+    }
+    functions = _functions()
+    scripts = {}
+    for name in names():
+        own = source(name)
+        first = FLAGS.match(own)
+        body = FLAGS.sub("", own)
+        text = "".join(functions[used] for used in _used(body, functions)) + body
+        text = _VALUE.sub(lambda found: repr(values[found.group(1)][found.group(2)]), _COMMENT.sub("", text))
+        text = (first.group(0) if first and flags else "") + text
+        scripts[name] = Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+    return scripts

@@ -1,0 +1,126 @@
+"""The server that holds the ledger: connections, which life of the server they lead to, and how scripts are called."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.retry import Retry
+
+from routing.errors import StoreUnavailable, mask_url
+from routing.replies import LedgerClosed
+from routing.scripts import load
+from routing.settings import Settings
+
+#: Seconds to wait for a connection, and for an answer.
+CONNECT_TIMEOUT: Final = 3.0
+ANSWER_TIMEOUT: Final = 5.0
+
+
+def connect(url: str, **options: Any) -> redis.Redis:
+    """A client with short time-outs that never sends anything twice by itself (redis-py retries by default)."""
+    options = {
+        "socket_connect_timeout": CONNECT_TIMEOUT,
+        "socket_timeout": ANSWER_TIMEOUT,
+        "socket_keepalive": True,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+        **options,
+    }
+    return redis.Redis.from_url(url, **options)
+
+
+class LedgerServer:
+    """Calls scripts on one server, in the epoch that this process has confirmed in Postgres."""
+
+    def __init__(self, settings: Settings, client: redis.Redis | None = None) -> None:
+        if settings.redis_url is None and client is None:
+            raise StoreUnavailable("no ledger is configured", advice="set REDIS_URL")
+        self.settings = settings
+        #: The epoch in which this process may act; 0 before it was confirmed.
+        self.epoch = 0
+        self._run_id = ""
+        self._clock_offset_ms = 0.0
+        self.client = client if client is not None else connect(str(settings.redis_url))
+        pool = self.client.connection_pool
+        pool.connection_kwargs["redis_connect_func"] = self._on_connect
+        self._start_ms = round(settings.start_timeout * 1000)
+        self._scripts = load(self._start_ms, True)
+
+    def _on_connect(self, connection: Any) -> None:
+        """Ask each new connection which server life it leads to, and how far the server's clock is from ours."""
+        connection.on_connect()
+        connection.send_command("INFO", "server")
+        text = connection.read_response()
+        text = text.decode() if isinstance(text, bytes) else str(text)
+        about = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        self._run_id = about["run_id"].strip()
+        if int(about.get("redis_version", "7").split(".")[0]) < 7:
+            self._scripts = load(self._start_ms, False)
+        before = time.time()
+        connection.send_command("TIME")
+        seconds, micros = connection.read_response()
+        after = time.time()
+        self._clock_offset_ms = (int(seconds) + int(micros) / 1e6 - (before + after) / 2) * 1000
+
+    @property
+    def run_id(self) -> str:
+        """The server's `run_id`, as of the newest connection; connects when there is none yet."""
+        if not self._run_id:
+            self._guard(lambda: self.client.ping())
+        return self._run_id
+
+    def now_ms(self) -> int:
+        """This process's estimate of the server's clock, in milliseconds."""
+        return round(time.time() * 1000 + self._clock_offset_ms)
+
+    def _guard(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except RedisError as error:
+            where = mask_url(self.settings.redis_url or "")
+            raise StoreUnavailable(f"Redis at {where} does not serve: {error}") from error
+
+    def _call(self, name: str, *args: Any) -> list[str]:
+        return self._calls([(name, args)])[0]
+
+    def _calls(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[list[str]]:
+        """Send the calls in one round trip; each is atomic by itself. Raises the first refusal or error."""
+        self.run_id  # noqa: B018 - the first use connects
+        replies = self._guard(lambda: self._send(calls))
+        results = []
+        for reply in replies:
+            values = [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in reply]
+            if values[0] == "cold":
+                raise LedgerClosed(None)
+            if values[0] == "epoch":
+                raise LedgerClosed(int(values[1]))
+            results.append(values)
+        return results
+
+    def _send(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[Any]:
+        if len(calls) == 1:
+            name, args = calls[0]
+            try:
+                return [self.client.evalsha(self._scripts[name].sha, 0, *args)]
+            except NoScriptError:
+                return [self.client.eval(self._scripts[name].text, 0, *args)]
+        pipe = self.client.pipeline(transaction=False)
+        for name, args in calls:
+            pipe.evalsha(self._scripts[name].sha, 0, *args)
+        replies = pipe.execute(raise_on_error=False)
+        for index, reply in enumerate(replies):
+            if isinstance(reply, NoScriptError):
+                name, args = calls[index]
+                replies[index] = self.client.eval(self._scripts[name].text, 0, *args)
+            elif isinstance(reply, ResponseError):
+                raise reply
+        return replies
+
+    def _gate(self) -> tuple[str, str]:
+        run_id = self.run_id
+        return str(self.epoch), run_id

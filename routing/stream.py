@@ -1,0 +1,79 @@
+"""The stream of transitions: what the scripts noted and Postgres does not have yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from redis.exceptions import RedisError
+from sqlalchemy import Engine
+
+from routing import keys, store
+from routing.errors import StoreUnavailable
+from routing.ledger import Ledger
+from routing.store import Applied, Transition
+
+#: Entries applied in one statement: some 20 ms of Postgres.
+CHUNK: Final = 1000
+
+
+def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
+    """A transition from an entry of the stream, as `note` in lua/prelude.lua wrote it."""
+
+    def text(name: str) -> str:
+        return fields.get(name.encode(), b"").decode("utf-8", "replace")
+
+    def number(name: str) -> int:
+        return int(text(name) or 0)
+
+    return Transition(
+        job=text("job"),
+        epoch=number("epoch"),
+        attempt=number("attempt"),
+        state=text("state"),
+        step=number("step"),
+        worker=text("worker"),
+        incarnation=text("incarnation"),
+        admitted_ms=number("admitted"),
+        started_ms=number("started"),
+        at_ms=number("at"),
+        losses=number("losses"),
+        outcome=text("outcome"),
+        error=text("error"),
+        entry=entry.decode(),
+    )
+
+
+def read(ledger: Ledger, *, older_than_ms: int = 0, after: str = "-", most: int = CHUNK) -> list[Transition]:
+    """The oldest entries, those that are at least so many milliseconds old."""
+    newest = f"{ledger.now_ms() - older_than_ms}-0" if older_than_ms else "+"
+    try:
+        found: Any = ledger.client.xrange(keys.STREAM, min=after, max=newest, count=most)
+    except RedisError as error:
+        raise StoreUnavailable(f"the stream cannot be read: {error}") from error
+    return [parse(entry, fields) for entry, fields in found]
+
+
+def write(engine: Engine, ledger: Ledger, transitions: Sequence[Transition]) -> list[Applied]:
+    """Write transitions into Postgres, then drop their entries."""
+    with engine.connect() as connection:
+        applied = store.apply(connection, transitions)
+    ledger.forget([(one.entry, one.job) for one in transitions if one.entry])
+    return applied
+
+
+def apply_all(engine: Engine, ledger: Ledger, *, older_than_ms: int = 0) -> tuple[int, list[Applied]]:
+    """Apply what is in the stream; returns the number of entries, and the rows that changed.
+
+    Entries younger than `older_than_ms` are left to the worker that is about to write them in its own batch.
+    """
+    entries = 0
+    applied: list[Applied] = []
+    while True:
+        found = read(ledger, older_than_ms=older_than_ms)
+        if not found:
+            return entries, applied
+        applied += write(engine, ledger, found)
+        entries += len(found)
+        if len(found) < CHUNK:
+            return entries, applied

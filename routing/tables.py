@@ -1,0 +1,155 @@
+"""The tables in Postgres, the durable truth of the platform (SQLAlchemy Core; changed by the migrations).
+
+Units: CPUs in millicores, memory in bytes, times with time zone. Everything that people read as JSON
+(`jobs.request`, `workers.capacity`) is in people's units: CPUs as numbers, memory in bytes.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from routing.states import FINAL, State
+
+metadata = MetaData()
+
+_states = ", ".join(f"'{state.value}'" for state in State)
+_final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Text, primary_key=True, comment="the Celery task id"),
+    Column("seq", BigInteger, Identity(), nullable=False, comment="order of submission"),
+    Column("name", Text, nullable=False, comment="name of the task"),
+    Column("state", Text, nullable=False, comment="see routing.states"),
+    # The token of the newest attempt is (epoch, attempt); step ranks what happened inside that attempt.
+    # A write is accepted only when (epoch, attempt, step) grows: an attempt that lost its lease cannot speak.
+    Column("epoch", BigInteger, nullable=False, server_default=text("0")),
+    Column("attempt", Integer, nullable=False, server_default=text("0"), comment="admissions so far"),
+    Column("step", SmallInteger, nullable=False, server_default=text("0"), comment="see routing.states.Step"),
+    Column(
+        "losses",
+        SmallInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="attempts lost after a claim",
+    ),
+    Column("worker", Text, comment="the worker of the newest attempt"),
+    Column("incarnation", Text),
+    Column(
+        "priority", SmallInteger, nullable=False, server_default=text("0"), comment="0 to 9, higher first"
+    ),
+    Column("request", JSONB, nullable=False, comment="people's units: {cpus, memory, slots, ...}"),
+    Column("shape", Text, nullable=False, comment="the request in integers, see routing.request"),
+    Column(
+        "declared",
+        Boolean,
+        nullable=False,
+        server_default=text("true"),
+        comment="false: the task was unknown",
+    ),
+    Column("queue", Text, nullable=False, comment="the queue that the sender named"),
+    Column("message", LargeBinary, nullable=False, comment="the whole Celery message, see routing.message"),
+    Column("retries", Integer, nullable=False, server_default=text("0")),
+    Column("nesting", Integer, nullable=False, server_default=text("0"), comment="replaced_task_nesting"),
+    Column("root_id", Text),
+    Column("parent_id", Text),
+    Column("submitted_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("due_at", DateTime(timezone=True), comment="must not start before"),
+    Column("expires_at", DateTime(timezone=True), comment="must not start after"),
+    Column("admitted_at", DateTime(timezone=True), comment="of the newest attempt"),
+    Column("started_at", DateTime(timezone=True), comment="of the newest attempt"),
+    Column("finished_at", DateTime(timezone=True)),
+    Column("error", Text),
+    # A publish under the id of a running attempt (retry, replace): it waits here until that attempt ends.
+    Column("successor", LargeBinary),
+    Column("successor_shape", Text),
+    Column("successor_request", JSONB),
+    Column("successor_retries", Integer),
+    Column("successor_nesting", Integer),
+    Column("successor_priority", SmallInteger),
+    Column("successor_due_at", DateTime(timezone=True)),
+    Column("successor_expires_at", DateTime(timezone=True)),
+    CheckConstraint(f"state IN ({_states})", name="jobs_state_known"),
+    CheckConstraint("priority BETWEEN 0 AND 9", name="jobs_priority_range"),
+    CheckConstraint(f"(finished_at IS NOT NULL) = (state IN ({_final}))", name="jobs_finished_when_final"),
+    Index("jobs_state_seq", "state", "seq"),
+    Index("jobs_due", "due_at", postgresql_where=text("state = 'scheduled'")),
+    Index(
+        "jobs_expiring",
+        "expires_at",
+        postgresql_where=text("expires_at IS NOT NULL AND state IN ('accepted', 'waiting', 'scheduled')"),
+    ),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("job_id", Text, primary_key=True),
+    Column("epoch", BigInteger, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("worker", Text, nullable=False),
+    Column("incarnation", Text, nullable=False),
+    Column("admitted_at", DateTime(timezone=True)),
+    Column("started_at", DateTime(timezone=True)),
+    Column("ended_at", DateTime(timezone=True)),
+    Column("outcome", Text, comment="a final state, retried, handed_back, taken_back or lost"),
+    Column("error", Text),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("incarnation", Text, primary_key=True, comment="one life of a worker"),
+    Column("name", Text, nullable=False),
+    Column("cpus", BigInteger, nullable=False, comment="millicores"),
+    Column("memory", BigInteger, nullable=False, comment="bytes"),
+    Column("capacity", JSONB, nullable=False, comment="people's units: {cpus, memory, slots, ...}"),
+    Column("status", Text, nullable=False, comment="ready, draining, left or lost"),
+    Column("hostname", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("boot_id", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("started_at", DateTime(timezone=True), nullable=False),
+    Column("seen_at", DateTime(timezone=True), nullable=False),
+    Column("left_at", DateTime(timezone=True)),
+    CheckConstraint("status IN ('ready', 'draining', 'left', 'lost')", name="workers_status_known"),
+    Index("workers_name", "name", "started_at"),
+    Index("workers_live", "name", postgresql_where=text("status IN ('ready', 'draining')")),
+)
+
+authority = Table(
+    "authority",
+    metadata,
+    # One row: the primary key can only be true.
+    Column("only", Boolean, primary_key=True, server_default=text("true")),
+    Column("epoch", BigInteger, nullable=False),
+    Column("authority", Text, nullable=False, comment="which store admits: ledger or postgres"),
+    Column("changed_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    CheckConstraint("only", name="authority_one_row"),
+    CheckConstraint("authority IN ('ledger', 'postgres')", name="authority_known"),
+)
+
+declarations = Table(
+    "declarations",
+    metadata,
+    Column("name", Text, primary_key=True, comment="name of a task"),
+    Column("request", JSONB, nullable=False, comment="people's units"),
+    Column("seen_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+)

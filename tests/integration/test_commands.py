@@ -1,0 +1,287 @@
+"""The commands that look: what they print for people and for programs, and how they end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+from click.testing import CliRunner, Result
+from sqlalchemy import Engine
+
+import migrations
+from platform import exits
+from routing import keys
+from routing.errors import SettingsError
+from routing.settings import Settings
+from tests.fixtures.processes import Platform
+from tests.fixtures.staged import Stage
+from workers.stores import Stores
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def run(platform_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """`run("jobs", "--json")`: the command as Celery calls it, in this process."""
+    for name, value in platform_environment.items():
+        monkeypatch.setenv(name, value)
+    app: Any = Celery("looking", set_as_current=False)
+    app.platform = Stores()
+
+    def invoke(name: str, *arguments: str) -> Result:
+        command = import_module(f"platform.commands.{name}").command
+        result = CliRunner().invoke(command, list(arguments), obj=SimpleNamespace(app=app))
+        # An exit is how a command ends; anything else is a traceback for the person.
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    yield invoke
+    with suppress(SettingsError):
+        app.platform.engine.dispose()
+        app.platform.redis.close()
+
+
+def _json(result: Result) -> Any:
+    return json.loads(result.stdout)
+
+
+# -- cluster
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_cluster_shows_totals_a_bar_for_each_worker_and_the_backlog(stage: Stage, run: Run) -> None:
+    stage.worker("big", cpus=72_000)
+    stage.worker("small", cpus=4000)
+    stage.submit(cpus=3000)
+    stage.submit(cpus=100_000)
+    result = run("cluster")
+    assert result.exit_code == exits.OK
+    assert "2 workers, from the ledger" in result.stdout
+    assert "3 of 76 allocated (3.95%), 73 available" in result.stdout
+    small = next(line for line in result.stdout.splitlines() if line.startswith("small"))
+    assert "3/4" in small
+    assert "█" in small
+    assert "100 CPUs" in result.stdout
+
+
+def test_cluster_json_is_the_object_of_the_dashboard(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=500)
+    seen = _json(run("cluster", "--json"))
+    assert seen["resources"]["allocated_cpus"] == 0.5
+    assert [worker["name"] for worker in seen["workers"]] == ["a"]
+    assert seen["source"] == "ledger"
+    assert seen["counters"]["admitted"] == 1
+
+
+def test_cluster_without_a_ledger_answers_from_postgres_and_says_so(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    stage.redis.flushdb()
+    assert _json(run("cluster", "--json"))["source"] == "postgres"
+    assert "from Postgres" in run("cluster").stdout
+
+
+# -- jobs, job
+# -------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_lists_the_newest_first(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    ids = [stage.submit(cpus=1000) for _ in range(3)]
+    listed = _json(run("jobs", "--json", "--limit", "2"))
+    assert [job["id"] for job in listed] == [ids[2], ids[1]]
+    assert listed[0]["state"] == "admitted"
+    assert listed[0]["request"] == {"cpus": 1, "slots": 1}
+    assert listed[0]["submitted_at"].endswith("+00:00")
+    assert "the newest 2 of 3" in run("jobs", "--limit", "2").stdout
+
+
+def test_jobs_of_one_state(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    ended, running = stage.submit(cpus=1000), stage.submit(cpus=1000)
+    stage.end(ended, "failed")
+    assert [job["id"] for job in _json(run("jobs", "--json", "--state", "failed"))] == [ended]
+    text = run("jobs", "--state", "admitted").stdout
+    assert running in text
+    assert ended not in text
+    assert run("jobs", "--state", "sleeping").exit_code == exits.USAGE
+
+
+def test_no_jobs_is_an_answer(run: Run) -> None:
+    assert run("jobs").stdout == "no jobs\n"
+    assert _json(run("jobs", "--json")) == []
+
+
+def test_job_shows_times_attempts_and_worker(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    job = stage.submit(cpus=1000)
+    stage.end(job, "handed_back")
+    stage.start(job)
+    stage.end(job)
+    seen = _json(run("job", job, "--json"))
+    assert (seen["state"], seen["worker"], seen["attempt"]) == ("succeeded", "a", 2)
+    assert [(one["attempt"], one["outcome"]) for one in seen["attempts"]] == [(1, "handed_back"), (2, "succeeded")]
+    assert seen["why"]["why"] == "ended"
+    text = run("job", job).stdout
+    assert "succeeded" in text
+    assert "handed_back" in text
+    assert "waits:" not in text
+
+
+def test_job_says_why_it_waits(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    job = stage.submit(cpus=9000)
+    seen = _json(run("job", job, "--json"))
+    assert seen["why"]["why"] == "too-large"
+    assert (seen["why"]["asked"], seen["why"]["free"], seen["why"]["worker"]) == (9, 4, "a")
+    assert "waits:    It is too large for every worker: it needs 9 CPUs" in run("job", job).stdout
+
+
+def test_an_unknown_job_names_the_nearest_ids(stage: Stage, run: Run) -> None:
+    job = stage.submit(cpus=1000)
+    result = run("job", job.replace("-1", "-7"))
+    assert (result.exit_code, result.stdout) == (exits.FAILED, "")
+    assert f"there is no job job-7. The nearest: {job}." in result.stderr
+    problem = _json(run("job", "something-else", "--json"))
+    assert problem["detail"] == "there is no job something-else. `celery -A platform jobs` lists the newest."
+
+
+# -- verify, reconcile
+# -----------------------------------------------------------------------------------------------
+
+
+def test_verify_ends_with_four_of_four_and_the_invariants(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    result = run("verify")
+    assert result.exit_code == exits.OK, result.stdout
+    assert result.stdout.splitlines()[-2:] == ["4/4", "invariants: I1, I2, I3, I4, I6 hold, at rest"]
+    assert "total 4 CPUs, allocated 0, available 4, utilisation 0%" in result.stdout
+    assert "100% answered by Redis" in result.stdout
+
+
+def test_verify_names_what_holds_only_at_rest_while_work_runs(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=1000)
+    result = run("verify")
+    assert result.exit_code == exits.OK, result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert last == "invariants: I1, I4, I6 hold; I2, I3 hold only at rest, and work runs"
+
+
+def test_verify_without_a_live_worker_fails_and_says_so(stage: Stage, run: Run) -> None:
+    assert stage.ledger.allocated_cpus() == "0"
+    result = run("verify")
+    assert result.exit_code == exits.FAILED
+    assert "no live worker" in result.stdout
+    assert result.stdout.splitlines()[-2] == "1/4"
+
+
+def test_verify_fails_where_the_books_are_wrong(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("routing.verify.PATIENCE", 0.1)
+    stage.worker("a", cpus=4000)
+    stage.redis.set(keys.ALLOCATED_CPUS, "7")
+    seen = run("verify", "--json")
+    assert seen.exit_code == exits.FAILED
+    value = _json(seen)
+    assert (value["passed"], value["ok"], value["invariants"]["holds"]) == (4, False, False)
+    assert run("verify").stdout.splitlines()[-1] == "invariants: VIOLATED I6"
+
+
+def test_reconcile_reports_drift_and_repairs_it(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    assert _json(run("reconcile", "--json"))["drift"] == 0
+    job = stage.submit(cpus=9000)
+    stage.redis.delete(keys.wait("cpus=9000,slots=1"), keys.job(job), keys.SHAPES)
+    done = run("reconcile", "--json")
+    assert done.exit_code == exits.OK
+    assert _json(done)["drift"] >= 1
+    assert _json(done)["all_repaired"] is True
+    assert _json(run("reconcile", "--json"))["drift"] == 0
+
+
+def test_reconcile_opens_a_cold_ledger(stage: Stage, run: Run) -> None:
+    job = stage.submit(cpus=9000)
+    stage.redis.flushdb()
+    result = run("reconcile")
+    assert result.exit_code == exits.OK, result.stdout
+    assert "the ledger was cold: epoch 2 was opened with 0 workers, 0 held and 1 waiting jobs" in result.stdout
+    assert stage.redis.hget(keys.job(job), "state") == b"waiting"
+
+
+# -- db, errors
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_db_goes_down_and_up_and_says_where_it_is(run: Run) -> None:
+    assert run("db", "current").stdout == f"{migrations.HEAD}\n"
+    assert "already" in run("db", "upgrade").stdout
+    assert run("db", "downgrade", "base").stdout == f"the tables went from {migrations.HEAD} to none\n"
+    current = run("db", "current")
+    assert current.stdout == "none\n"
+    assert "db upgrade" in current.stderr
+    assert _json(run("db", "upgrade", "--json")) == {
+        "before": None, "current": migrations.HEAD, "head": migrations.HEAD,
+    }  # fmt: skip
+    assert _json(run("db", "current", "--json"))["up_to_date"] is True
+
+
+def test_db_downgrade_takes_one_step_back_unless_told_otherwise(run: Run) -> None:
+    assert run("db", "downgrade", "-1").exit_code == exits.OK
+    assert run("db", "current").stdout == "none\n"
+
+
+def test_db_refuses_a_revision_that_it_does_not_know(run: Run) -> None:
+    result = run("db", "upgrade", "nope")
+    assert result.exit_code == exits.FAILED
+    assert "Error: revision 'nope'" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["cluster", "jobs", "job", "verify", "reconcile"])
+def test_without_tables_every_command_says_what_to_run(stage: Stage, run: Run, name: str) -> None:
+    stage.redis.flushdb()
+    run("db", "downgrade", "base")
+    result = run(name, *(["x"] if name == "job" else []))
+    assert result.exit_code == exits.CONFIGURATION
+    assert "Run `celery -A platform db upgrade`" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["cluster", "jobs", "verify", "reconcile"])
+def test_without_stores_every_command_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:secret@127.0.0.1:1/platform")
+    result = run(name, "--json")
+    assert result.exit_code == exits.UNAVAILABLE
+    problem = _json(result)
+    assert problem["reference"] == "store-unavailable"
+    assert "secret" not in result.output
+
+
+def test_wrong_settings_are_told_together(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLATFORM_CPUS", "many")
+    monkeypatch.setenv("PLATFORM_WORKER_TTL", "soon")
+    result = run("cluster")
+    assert result.exit_code == exits.CONFIGURATION
+    assert "PLATFORM_CPUS" in result.stderr
+    assert "PLATFORM_WORKER_TTL" in result.stderr
+
+
+def test_a_real_command_line_keeps_facts_and_talk_apart(platform: Platform) -> None:
+    shown = platform.celery("cluster", "--json")
+    assert shown.returncode == exits.OK, shown.stderr
+    assert json.loads(shown.stdout)["source"] == "postgres"
+    missing = platform.celery("job", "nothing")
+    assert (missing.returncode, missing.stdout) == (exits.FAILED, "")
+    assert missing.stderr.startswith("Error: there is no job nothing.")

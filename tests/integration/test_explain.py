@@ -1,0 +1,143 @@
+"""Why a job waits: the policy's reason over the books as they stand, and what the stores say beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import redis
+from sqlalchemy import Engine
+
+from platform import render
+from routing import keys
+from routing.explain import Explanation, Why, explain
+from routing.settings import Settings
+from tests.fixtures.staged import Stage
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    yield stage
+    stage.close()
+
+
+def _why(stage: Stage, job: str) -> Explanation:
+    with stage.engine.connect() as connection:
+        found = explain(stage.redis, connection, job)
+    assert found is not None
+    return found
+
+
+def _words(found: Explanation) -> str:
+    return " ".join(render.reasons(found))
+
+
+def test_without_a_worker_nothing_starts(stage: Stage) -> None:
+    found = _why(stage, stage.submit(cpus=1000))
+    assert found.why is Why.NO_WORKER
+    assert "No live worker admits jobs" in _words(found)
+
+
+def test_a_resource_that_no_worker_publishes_is_named(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    found = _why(stage, stage.submit(cpus=1000, licence=1))
+    assert (found.why, found.resource) == (Why.UNKNOWN_RESOURCE, "licence")
+    assert "No worker publishes licence, and it needs 1 licence" in _words(found)
+
+
+def test_a_job_too_large_for_every_worker_names_the_closest(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.worker("b", cpus=8000)
+    found = _why(stage, stage.submit(cpus=9000))
+    assert (found.why, found.resource, found.asked, found.free) == (Why.TOO_LARGE, "cpus", 9000, 8000)
+    assert found.large_enough == 0
+    assert "it needs 9 CPUs, and b, which comes closest, has 8 CPUs when empty" in _words(found)
+    assert found.to_json()["asked"] == 9
+
+
+def test_a_full_worker_and_the_jobs_before_it_are_counted(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=3000)
+    stage.submit(cpus=2000)
+    stage.submit(cpus=4000)
+    urgent = stage.submit(cpus=2000, priority=5)
+    last = stage.submit(cpus=2000)
+    found = _why(stage, last)
+    assert (found.why, found.asked, found.free, found.worker) == (Why.NO_ROOM, 2000, 1000, "a")
+    assert (found.place, found.before, found.large_enough, found.live_workers) == (3, 3, 1, 1)
+    assert "number 3 of the jobs with this request; 3 waiting jobs come before it" in _words(found)
+    assert (_why(stage, urgent).place, _why(stage, urgent).before) == (1, 0)
+
+
+def test_a_default_request_is_told(stage: Stage) -> None:
+    job = stage.submit(cpus=1000)
+    stage.sql("UPDATE jobs SET declared = false")
+    assert "No worker has declared this task" in _words(_why(stage, job))
+
+
+def test_an_accepted_job_is_on_its_way(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    found = _why(stage, stage.insert({"cpus": 1000}))
+    assert (found.state, found.why) == ("accepted", Why.ON_ITS_WAY)
+
+
+def test_an_accepted_job_with_a_cold_ledger_waits_for_its_books(stage: Stage) -> None:
+    job = stage.insert({"cpus": 1000})
+    stage.redis.flushdb()
+    found = _why(stage, job)
+    assert found.why is Why.LEDGER_CLOSED
+    assert "The ledger is cold" in _words(found)
+
+
+def test_a_scheduled_job_says_when(stage: Stage) -> None:
+    due = datetime.now(UTC) + timedelta(hours=1)
+    found = _why(stage, stage.insert({"cpus": 1000}, due_at=due))
+    assert (found.why, found.due_at) == (Why.SCHEDULED, due)
+    assert render.moment(due) in _words(found)
+
+
+def test_without_redis_that_is_the_reason(stage: Stage) -> None:
+    job = stage.submit(cpus=1000)
+    with stage.engine.connect() as connection:
+        found = explain(redis.Redis(port=1), connection, job)
+    assert found is not None
+    assert found.why is Why.LEDGER_UNREACHABLE
+
+
+def test_when_postgres_admits_the_ledger_is_not_asked(stage: Stage) -> None:
+    job = stage.submit(cpus=1000)
+    stage.sql("UPDATE authority SET authority = 'postgres'")
+    assert _why(stage, job).why is Why.LEDGER_STANDS_BACK
+
+
+def test_jobs_that_run_or_ended_wait_for_nothing(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    job = stage.submit(cpus=1000)
+    assert (_why(stage, job).why, _why(stage, job).worker) == (Why.RUNS, "a")
+    stage.end(job)
+    assert (_why(stage, job).why, _why(stage, job).waits) == (Why.ENDED, False)
+
+
+def test_a_job_that_has_room_is_about_to_start(stage: Stage) -> None:
+    job = stage.submit(cpus=1000)
+    stage.worker("a", cpus=4000)
+    # As it is between the release and the fill of another process.
+    stage.sql("UPDATE jobs SET state = 'waiting'")
+    assert _why(stage, job).why is Why.ABOUT_TO_START
+
+
+def test_an_unknown_job_has_no_explanation(stage: Stage) -> None:
+    with stage.engine.connect() as connection:
+        assert explain(stage.redis, connection, "none") is None
+
+
+def test_every_reason_has_words(stage: Stage) -> None:
+    found = _why(stage, stage.submit(cpus=1000))
+    for why in Why:
+        said = Explanation(
+            found.job, found.state, why, found.request, declared=True, resource="cpus", asked=1000, free=0, worker="a"
+        )
+        assert render.reasons(said)[0].endswith((".", "worker"))
+    assert stage.redis.exists(keys.EPOCH)

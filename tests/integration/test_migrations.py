@@ -1,0 +1,158 @@
+"""The tables: made and taken back by the revisions, the same as in `routing.tables`, once at a time."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, inspect, text
+
+import migrations
+from routing import tables
+from routing.errors import InvalidRequest, NotMigrated, StoreUnavailable
+
+TABLES = {"jobs", "attempts", "workers", "authority", "declarations"}
+
+
+@pytest.fixture
+def unmigrated(database_url: str) -> str:
+    """A database without any table of ours."""
+    migrations.downgrade(database_url, "base")
+    return database_url
+
+
+def _tables(url: str) -> set[str]:
+    engine = create_engine(url)
+    try:
+        return set(inspect(engine).get_table_names()) - {migrations.VERSION_TABLE}
+    finally:
+        engine.dispose()
+
+
+def test_the_revisions_go_up_and_down_and_up_again(unmigrated: str) -> None:
+    assert _tables(unmigrated) == set()
+    assert migrations.current(unmigrated) is None
+    migrations.upgrade(unmigrated)
+    assert _tables(unmigrated) == TABLES
+    assert migrations.current(unmigrated) == migrations.HEAD
+    migrations.downgrade(unmigrated, "base")
+    assert _tables(unmigrated) == set()
+    migrations.upgrade(unmigrated)
+    migrations.check(unmigrated)
+
+
+def test_the_constant_head_is_the_newest_revision() -> None:
+    scripts = ScriptDirectory(str(Path(migrations.__file__).parent))
+    assert scripts.get_heads() == [migrations.HEAD]
+
+
+def test_models_and_migrations_agree(engine: Engine) -> None:
+    with engine.connect() as connection:
+        options = {"compare_type": True, "compare_server_default": True}
+        context = MigrationContext.configure(connection, opts=options)
+        assert compare_metadata(context, tables.metadata) == []
+
+
+def test_checks_and_partial_indexes_agree_too_which_alembic_does_not_compare(engine: Engine) -> None:
+    with engine.begin() as connection:
+        migrated = _definitions(connection, "public")
+        connection.execute(text("CREATE SCHEMA modelled"))
+        connection.execute(text("SET LOCAL search_path TO modelled"))
+        tables.metadata.create_all(connection, checkfirst=False)
+        modelled = _definitions(connection, "modelled")
+    assert migrated == modelled
+
+
+def _definitions(connection: Connection, schema: str) -> dict[str, str]:
+    rows: Any = connection.execute(
+        text(
+            "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint"
+            " WHERE connamespace = CAST(:schema AS regnamespace) AND conrelid <> 0"
+            " UNION ALL SELECT indexname, replace(indexdef, schemaname || '.', '') FROM pg_indexes"
+            " WHERE schemaname = :schema"
+        ),
+        {"schema": schema},
+    )
+    return {name: definition for name, definition in rows if not name.startswith(migrations.VERSION_TABLE)}
+
+
+def test_the_authority_is_one_row_and_stays_one(engine: Engine) -> None:
+    with engine.connect() as connection:
+        row = connection.execute(text("SELECT epoch, authority FROM authority")).one()
+        assert tuple(row) == (1, "ledger")
+        with pytest.raises(Exception, match="authority_"):
+            connection.execute(
+                text("INSERT INTO authority (\"only\", epoch, authority) VALUES (false, 2, 'ledger')")
+            )
+
+
+def test_upgrades_at_once_do_the_work_once(unmigrated: str) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(migrations.upgrade, unmigrated) for _ in range(4)]:
+            done.result()
+    assert _tables(unmigrated) == TABLES
+    assert migrations.current(unmigrated) == migrations.HEAD
+
+
+def test_an_upgrade_waits_for_one_in_another_process(unmigrated: str) -> None:
+    engine = create_engine(unmigrated)
+    with engine.connect() as other, ThreadPoolExecutor(1) as threads:
+        with other.begin():
+            other.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": migrations._LOCK})
+            upgrading = threads.submit(migrations.upgrade, unmigrated)
+            # The upgrade is at the lock as soon as Postgres says that somebody waits for it.
+            while not other.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted")).scalar_one():
+                assert not upgrading.done()
+        upgrading.result()
+    engine.dispose()
+    assert migrations.current(unmigrated) == migrations.HEAD
+
+
+def test_a_broken_upgrade_leaves_nothing(unmigrated: str) -> None:
+    engine = create_engine(unmigrated)
+    with engine.begin() as connection:
+        # The last table that the first revision makes is there already.
+        connection.execute(text("CREATE TABLE declarations (name text)"))
+    engine.dispose()
+    with pytest.raises(Exception, match="declarations"):
+        migrations.upgrade(unmigrated)
+    assert _tables(unmigrated) == {"declarations"}
+    assert migrations.current(unmigrated) is None
+
+
+def test_the_revisions_are_found_from_any_folder(
+    unmigrated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    migrations.upgrade(unmigrated)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_database_without_tables_says_what_to_run(unmigrated: str) -> None:
+    with pytest.raises(NotMigrated, match=r"revision none.*`celery -A platform db upgrade`"):
+        migrations.check(unmigrated)
+
+
+def test_a_database_of_a_newer_version_is_not_to_be_upgraded(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(f"UPDATE {migrations.VERSION_TABLE} SET version_num = '9999'"))
+    with pytest.raises(NotMigrated, match=r"9999.*Install the version"):
+        migrations.check(engine)
+
+
+def test_an_unknown_revision_is_refused(database_url: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"'nope'.*\"head\""):
+        migrations.upgrade(database_url, "nope")
+
+
+def test_a_server_that_does_not_answer_is_named_without_its_password() -> None:
+    with pytest.raises(StoreUnavailable) as raised:
+        migrations.check("postgresql+psycopg2://me:secret@127.0.0.1:1/platform")
+    assert "127.0.0.1:1" in str(raised.value)
+    assert "secret" not in str(raised.value)

@@ -1,0 +1,31 @@
+"""`--worker NAME=CPUS`, and the invented machine of a rehearsal."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from platform.launch import WorkerSpec, parse_workers
+from routing.errors import InvalidRequest
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus", "slots"), [("worker-01=72", 72_000, 72), ("a=0.5", 500, 40), ("a=40.001", 40_001, 41)]
+)
+def test_a_worker_is_a_name_and_its_cpus(text: str, cpus: int, slots: int) -> None:
+    spec = WorkerSpec.parse(text)
+    assert (spec.name, spec.cpus, spec.slots) == (text.partition("=")[0], cpus, slots)
+
+
+@pytest.mark.parametrize("text", ["a", "=4", "a b=4", "a:b=4", "a=", "a=0", "a=-1", "a=many", "a=4=5", "a=nan"])
+def test_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        WorkerSpec.parse(text)
+
+
+def test_two_workers_of_one_name_are_refused() -> None:
+    command = click.Command("up", params=[click.Option(["--worker"], multiple=True)])
+    context = click.Context(command)
+    with pytest.raises(click.BadParameter, match="twice"):
+        parse_workers(context, command.params[0], ("a=1", "a=2"))
+    assert parse_workers(context, command.params[0], ("a=1", "b=2"))[1].name == "b"

@@ -1,0 +1,96 @@
+"""The name `platform`, the lazy commands, and other people's modules with our names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+import pytest
+
+import celery_capacity
+import platform
+from workers import plugin
+
+COMMANDS = ["cluster", "dashboard", "db", "demo", "down", "job", "jobs", "reconcile", "up", "verify"]
+
+
+def _python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Python as started in the folder: with -m and -c it comes first in the search for modules."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_the_standard_module_is_what_it_was_and_has_our_folder() -> None:
+    assert platform.system()
+    assert platform.__file__ is not None
+    assert "celery-capacity" not in platform.__file__
+    assert str(plugin.FOLDER) in platform.__path__
+
+
+def test_every_command_is_an_entry_point_that_celery_can_load() -> None:
+    found = {point.name: point for point in entry_points(group="celery.commands")}
+    for name in COMMANDS:
+        command = found[name].load()
+        assert isinstance(command, click.Command)
+        assert command.name == name
+        assert command.get_short_help_str()
+
+
+def test_loading_the_entry_points_loads_neither_celery_nor_a_store() -> None:
+    code = (
+        "import sys\n"
+        "from importlib.metadata import entry_points\n"
+        "for p in entry_points(group='celery.commands'):\n"
+        "    if p.module in ('workers.plugin', 'celery_capacity'): p.load()\n"
+        "print({'celery', 'kombu', 'redis', 'sqlalchemy', 'tornado'} & set(sys.modules))"
+    )
+    assert _python("-c", code, folder=Path("/")).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", ["workers", "routing", "migrations"])
+def test_a_module_that_hides_ours_is_named_with_ours_at_import(tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / f"{name}.py"
+    theirs.write_text("")
+    done = _python("-c", "import celery_capacity", folder=tmp_path)
+    assert done.returncode == 1
+    ours = Path(celery_capacity.__file__).parent / name / "__init__.py"
+    assert f"ModuleHidden: the module {name!r} of celery-capacity is hidden" in done.stderr
+    # Where the folder comes first as an empty string, Python gives the path as it is.
+    assert str(theirs) in done.stderr
+    assert str(ours) in done.stderr
+
+
+def test_a_package_without_init_hides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "migrations" / "versions").mkdir(parents=True)
+    assert _python("-c", "import celery_capacity", folder=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["workers", "routing", "migrations"])
+@pytest.mark.parametrize("how", [["-m", "celery"], [str(Path(sys.executable).with_name("celery"))]])
+def test_celery_itself_names_a_module_that_hides_ours(tmp_path: Path, name: str, how: list[str]) -> None:
+    if name == "workers" and len(how) == 1:
+        pytest.skip("the script does not look in the working folder until our `workers` is loaded")
+    (tmp_path / f"{name}.py").write_text("")
+    done = _python(*how, "-A", "platform", "report", folder=tmp_path)
+    assert done.returncode != 0
+    assert f"the module {name!r} of celery-capacity is hidden" in done.stderr
+    assert str(tmp_path / f"{name}.py") in done.stderr
+
+
+@pytest.mark.parametrize("name", ["workers", "routing"])
+def test_another_app_with_a_module_of_that_name_goes_on_working(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.py").write_text("from celery import Celery\napp = Celery('theirs')\n")
+    done = _python("-m", "celery", "-A", name, "report", folder=tmp_path)
+    assert done.returncode == 0
+    assert "celery:5.7" in done.stdout
+
+
+def test_a_command_of_ours_with_another_app_shows_its_help(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text("from celery import Celery\napp = Celery('theirs')\n")
+    done = _python("-m", "celery", "-A", "theirs", "demo", "--help", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--trace" in done.stdout

@@ -1,0 +1,178 @@
+"""A command's children: what they say, how they end, and that signals reach them in order."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from platform.launch import ChildDied, Interrupted, NotReady, await_ready, pause
+from platform.processes import Child, Family, Step, died, prefixed
+
+#: Seconds for what takes far less, on a busy machine.
+PATIENCE = 30.0
+
+#: Says that it is ready, and ends well at TERM.
+GOOD = (
+    "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit());"
+    " print('x ready.', flush=True); signal.pause()"
+)
+#: Ignores TERM, ends at QUIT.
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x ready.', flush=True); signal.pause()"
+#: Ends only when it is killed, and has a child of its own that holds its output open.
+DEAF = (
+    "import os, signal\n"
+    "for s in (signal.SIGTERM, signal.SIGQUIT): signal.signal(s, signal.SIG_IGN)\n"
+    "child = os.fork()\n"
+    "if child: print('forked', child, flush=True); print('x ready.', flush=True)\n"
+    "while True: signal.pause()"
+)
+
+
+@pytest.fixture
+def family() -> Iterator[Family]:
+    family = Family()
+    yield family
+    family.end(family.children, (Step(signal.SIGKILL, PATIENCE),))
+
+
+def start(family: Family, code: str, name: str = "child") -> Child:
+    return family.start(name, [sys.executable, "-c", code], os.environ)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # not reaped yet
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_child_is_ready_when_it_says_so(family: Family) -> None:
+    child = start(family, GOOD)
+    assert await_ready(family, [child], PATIENCE) == [child]
+    assert list(child.said) == ["x ready."]
+
+
+def test_a_child_that_ends_before_it_is_ready_is_shown_with_its_last_words(family: Family) -> None:
+    child = start(family, "import sys; print('no such broker'); sys.exit(3)", "worker-01")
+    with pytest.raises(ChildDied) as caught:
+        await_ready(family, [child], PATIENCE)
+    assert "worker-01 ended with exit code 3" in str(caught.value)
+    assert "no such broker" in str(caught.value)
+
+
+def test_a_child_that_says_nothing_is_not_ready(family: Family) -> None:
+    child = start(family, "import signal; signal.pause()")
+    with pytest.raises(NotReady, match="child"):
+        await_ready(family, [child], 0.2)
+
+
+def test_a_killed_child_is_noticed_at_once_and_named_by_its_signal(family: Family) -> None:
+    child = start(family, GOOD)
+    await_ready(family, [child], PATIENCE)
+    os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(ChildDied, match="child was ended by SIGKILL"):
+        pause(family, PATIENCE)
+    assert died(child) == "child was ended by SIGKILL"
+
+
+def test_a_pause_takes_its_time_when_nothing_happens(family: Family) -> None:
+    before = time.monotonic()
+    pause(family, 0.05)
+    assert time.monotonic() - before >= 0.05
+
+
+def test_children_that_obey_end_at_the_first_step(family: Family) -> None:
+    children = [start(family, GOOD, name) for name in ("a", "b")]
+    await_ready(family, children, PATIENCE)
+    family.end(children, (Step(signal.SIGTERM, None),))
+    assert [child.code for child in children] == [0, 0]
+    assert family.running() == []
+
+
+def test_a_child_that_ignores_a_step_gets_the_next(family: Family) -> None:
+    child = start(family, STUBBORN)
+    await_ready(family, [child], PATIENCE)
+    family.end([child], (Step(signal.SIGTERM, 0.1), Step(signal.SIGQUIT, PATIENCE)))
+    assert child.code == -signal.SIGQUIT
+
+
+def test_a_deaf_child_is_killed_with_what_it_forked(family: Family) -> None:
+    child = start(family, DEAF)
+    await_ready(family, [child], PATIENCE)
+    forked = int(child.said[0].split()[1])
+    family.end([child], (Step(signal.SIGTERM, 0.1), Step(signal.SIGQUIT, 0.1)))
+    assert child.code == -signal.SIGKILL
+    deadline = time.monotonic() + PATIENCE
+    while not gone(forked) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gone(forked)
+
+
+def test_a_signal_becomes_a_happening_and_interrupts_a_pause(family: Family) -> None:
+    with family.interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted) as caught:
+            pause(family, PATIENCE)
+    assert caught.value.code == 130
+
+
+def test_the_same_signal_twice_at_once_counts_once(family: Family) -> None:
+    with family.interruptible():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        first, second = family.next(PATIENCE), family.next(0.05)
+    assert first is not None
+    assert first.signum == signal.SIGTERM
+    assert second is None
+
+
+def test_another_signal_goes_on_to_the_next_step_at_once(family: Family) -> None:
+    child = start(family, STUBBORN)
+    await_ready(family, [child], PATIENCE)
+    with family.interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        family.end([child], (Step(signal.SIGTERM, None), Step(signal.SIGQUIT, PATIENCE)))
+    assert child.code == -signal.SIGQUIT
+
+
+def test_a_command_that_hears_nothing_is_broken_by_the_next_signal(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.processes.UNHEARD", 0.0)
+    monkeypatch.setattr("platform.processes.SAME_SIGNAL", 0.0)
+    with family.interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Family().interruptible():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_lines_get_the_name_in_front_and_a_closed_stream_hurts_nobody(family: Family) -> None:
+    stream = io.StringIO()
+    write = prefixed(stream)
+    child = start(family, GOOD, "worker-01")
+    write(child, "hello")
+    assert stream.getvalue() == "[worker-01] hello\n"
+    stream.close()
+    write(child, "nobody hears this")
+
+
+def test_a_child_that_leaves_a_grandchild_at_its_output_still_ends(family: Family) -> None:
+    code = "import os, time\nif os.fork() == 0:\n    time.sleep(30)\n    os._exit(0)\nos._exit(4)\n"
+    child = start(family, code)
+    with pytest.raises(ChildDied, match="exit code 4"):
+        pause(family, PATIENCE)
+    os.killpg(child.pid, signal.SIGKILL)

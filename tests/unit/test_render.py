@@ -1,0 +1,95 @@
+"""What people read: exit codes, ages, bars, the words of a verdict."""
+
+from __future__ import annotations
+
+import io
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from platform import exits, render
+from routing import errors
+from routing.overview import Overview, WorkerLine
+from routing.verify import INVARIANTS, Report, Verdict
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.StoreUnavailable("x"), exits.UNAVAILABLE),
+        (errors.NoServers("x"), exits.UNAVAILABLE),
+        (errors.NotMigrated(), exits.CONFIGURATION),
+        (errors.SettingsError(["x"]), exits.CONFIGURATION),
+        (errors.InvalidRequest("x"), exits.FAILED),
+        (errors.PlatformError("x"), exits.FAILED),
+    ],
+)
+def test_every_error_ends_a_command_with_a_code_of_its_kind(error: errors.PlatformError, code: int) -> None:
+    assert exits.code_of(error) == code
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (None, "-"),
+        (0, "0.0 s"),
+        (3.21, "3.2 s"),
+        (59, "59 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (7200, "2 h"),
+        (172800, "2 d"),
+    ],
+)
+def test_ages_are_said_in_the_unit_that_fits(seconds: float | None, said: str) -> None:
+    assert render.age(seconds) == said
+
+
+def test_a_time_that_is_not_there_is_a_dash() -> None:
+    assert render.moment(None) == "-"
+    assert len(render.moment(datetime(2026, 1, 2, tzinfo=UTC))) == 19
+
+
+def _cluster(encoding: str) -> str:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    worker = WorkerLine("a", "ready", {"cpus": 4000}, {"cpus": 2000}, None, None, None, "life", None, None)
+    render.cluster(Console(file=stream), Overview("ledger", datetime.now(UTC), (worker,), ()))
+    stream.flush()
+    return raw.getvalue().decode(encoding)
+
+
+def test_bars_are_drawn_with_what_the_output_can_show() -> None:
+    assert "████████████░░░░░░░░░░░░" in _cluster("utf-8")
+    assert "############............" in _cluster("ascii")
+
+
+def test_off_a_terminal_there_are_no_colours() -> None:
+    assert "\x1b" not in _cluster("utf-8")
+
+
+def _report(at_rest: bool = True, **holds: bool | None) -> Report:
+    def verdict(name: str, says: str, only_at_rest: bool) -> Verdict:
+        answer = holds.get(name, True)
+        return Verdict(name, says, answer, only_at_rest, 3 if answer is False else 0, ("wrong",) * (answer is False))
+
+    return Report(at_rest, tuple(verdict(name, *about) for name, about in INVARIANTS.items()))
+
+
+def test_the_verdict_is_one_line() -> None:
+    assert render.verdict_line(_report()) == "invariants: I1, I2, I3, I4, I6 hold, at rest"
+    running: dict[str, Any] = {"I2": None, "I3": None}
+    assert (
+        render.verdict_line(_report(False, **running))
+        == "invariants: I1, I4, I6 hold; I2, I3 hold only at rest, and work runs"
+    )
+    assert render.verdict_line(_report(I4=False, I6=False)) == "invariants: VIOLATED I4, I6"
+
+
+def test_violations_beyond_those_shown_are_counted() -> None:
+    stream = io.StringIO()
+    render.invariants(Console(file=stream, width=200), _report(I1=False))
+    assert "I1 VIOLATED" in stream.getvalue()
+    assert "   wrong\n   and 2 more\n" in stream.getvalue()

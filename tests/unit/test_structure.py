@@ -1,0 +1,210 @@
+"""The structure that the documents promise: layers, sizes, the public names, and what importing them does not
+do."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import celery_capacity
+from routing import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: The packages that are installed, lowest layer first.
+LAYERS = ("routing", "migrations", "workers", "platform")
+
+MOST_LINES = 400
+
+
+def _modules(package: str) -> Iterator[tuple[str, Path]]:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def _fresh(code: str) -> Any:
+    """What the code prints as JSON in an interpreter that has imported nothing of ours, started elsewhere."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def _loaded_after_importing(*packages: str) -> set[str]:
+    names = [
+        name
+        for package in packages
+        for name, path in _modules(package)
+        # Alembic's own files run only inside Alembic; plugin.py is an entry point, and imported by nothing of
+        # ours.
+        if path.name not in ("env.py", "plugin.py") and not path.name[0].isdigit()
+    ]
+    code = (
+        "import importlib, json, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    return set(_fresh(code))
+
+
+def _of(package: str, loaded: set[str]) -> set[str]:
+    return {name for name in loaded if name == package or name.startswith(f"{package}.")}
+
+
+@pytest.mark.parametrize(
+    "foreign", ["celery", "kombu", "tornado", "click", "flower", "workers", "celery_capacity"]
+)
+def test_routing_does_not_load(foreign: str, routing_loads: set[str]) -> None:
+    assert not _of(foreign, routing_loads)
+
+
+@pytest.fixture(scope="module")
+def routing_loads() -> set[str]:
+    return _loaded_after_importing("routing")
+
+
+def test_routing_and_workers_load_nothing_of_ours_from_platform() -> None:
+    # `platform` itself is the standard library's.
+    assert _of("platform", _loaded_after_importing("routing", "workers")) <= {"platform"}
+
+
+def test_the_arrows_go_from_platform_to_workers_to_routing() -> None:
+    wrong = []
+    for layer, package in enumerate(LAYERS):
+        above = (*LAYERS[layer + 1 :], "celery_capacity", "tests", "benchmarks")
+        if package == "platform":
+            above = ("tests", "benchmarks")
+        for name, path in _modules(package):
+            # The standard library's module has the name of our highest package: only `platform.x` is ours.
+            wrong += [
+                f"{name} imports {found}"
+                for found in _imports(name, path)
+                if found.split(".")[0] in above and found != "platform"
+            ]
+    assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle_not_even_for_types() -> None:
+    paths = {name: path for package in LAYERS for name, path in _modules(package)}
+    graph = {
+        name: {found for found in _imports(name, path) if found in paths} - {name}
+        for name, path in paths.items()
+    }
+    # A package's own module is loaded before its members whatever they import.
+    for name, needs in graph.items():
+        graph[name] = {need for need in needs if not name.startswith(f"{need}.")}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def _imports(name: str, path: Path) -> set[str]:
+    """All that a module imports, at its top, in functions and for types; `from a import b` as a and a.b."""
+    found = set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                ancestors = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*ancestors, *filter(None, [base])])
+            members = {f"{base}.{alias.name}" for alias in node.names}
+            submodules = {member for member in members if _is_module(member)}
+            found |= submodules or {base}
+    return found
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir()
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_module_is_longer_than_400_lines(package: str) -> None:
+    lines = {name: len(path.read_text().splitlines()) for name, path in _modules(package)}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_module_is_a_drawer(package: str) -> None:
+    drawers = {"utils", "util", "helpers", "common", "compat", "manager", "misc"}
+    assert [name for name, _ in _modules(package) if name.rpartition(".")[2] in drawers] == []
+
+
+def test_platform_has_no_init_since_the_standard_library_has_the_name() -> None:
+    assert not (ROOT / "platform" / "__init__.py").exists()
+
+
+def test_all_is_sorted() -> None:
+    assert celery_capacity.__all__ == sorted(celery_capacity.__all__)
+
+
+def test_all_and_the_public_names_are_the_same() -> None:
+    for name in celery_capacity.__all__:
+        assert getattr(celery_capacity, name) is not None
+    public = {name for name in vars(celery_capacity) if not name.startswith("_")}
+    assert public - {"annotations", "TYPE_CHECKING"} == set(celery_capacity.__all__)
+
+
+def test_all_errors_are_public() -> None:
+    known = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.PlatformError)
+    }
+    assert known <= set(celery_capacity.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'create_apps'"):
+        celery_capacity.create_apps  # noqa: B018
+
+
+def test_importing_the_public_module_opens_nothing_and_starts_nothing() -> None:
+    seen = _fresh(
+        "import json, sys, threading\n"
+        "events = []\n"
+        "def hook(event, arguments):\n"
+        "    if event.startswith(('socket.', 'subprocess.', 'os.fork', 'os.posix_spawn')):\n"
+        "        events.append(event)\n"
+        "    if event == 'open' and str(arguments[0]).endswith(('.json', '.lock')):\n"
+        "        events.append(str(arguments[0]))\n"
+        "sys.addaudithook(hook)\n"
+        "import celery_capacity\n"
+        "loaded = sorted({name.split('.')[0] for name in sys.modules})\n"
+        "print(json.dumps([events, threading.active_count(), loaded]))"
+    )
+    events, threads, loaded = seen
+    assert events == []
+    assert threads == 1
+    assert not {"celery", "kombu", "redis", "sqlalchemy", "click"} & set(loaded)
+
+
+def test_using_the_public_names_opens_nothing_and_starts_nothing() -> None:
+    seen = _fresh(
+        "import json, sys, threading\n"
+        "events = []\n"
+        "def hook(event, arguments):\n"
+        "    if event in ('socket.connect', 'subprocess.Popen', 'os.fork', 'os.posix_spawn'):\n"
+        "        events.append(event)\n"
+        "    if event == 'open' and str(arguments[0]).endswith(('servers.json', 'servers.lock')):\n"
+        "        events.append(str(arguments[0]))\n"
+        "sys.addaudithook(hook)\n"
+        "import celery_capacity\n"
+        "for name in celery_capacity.__all__: getattr(celery_capacity, name)\n"
+        "print(json.dumps([events, threading.active_count()]))"
+    )
+    assert seen == [[], 1]

@@ -1,0 +1,132 @@
+"""Making a Celery app whose tasks are admitted by capacity: `create_app` a new one, `install` for one that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, cast
+
+from celery import Celery
+from kombu.utils.imports import symbol_by_name
+
+from routing.errors import PlatformError, Unsupported
+from routing.settings import Settings
+from workers import ticks
+from workers.amqp import amqp_class
+from workers.control import control_class
+from workers.router import Router
+from workers.stores import Resolve, Stores, resolve_running
+from workers.task import task_class
+
+#: Seconds. kombu waits for ever on a dead connection by default.
+BROKER_TRANSPORT: Final = {
+    "socket_timeout": 5.0,
+    "socket_connect_timeout": 3.0,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+}
+
+
+def create_app(
+    name: str = "platform",
+    include: Iterable[str] = (),
+    *,
+    resolve: Resolve = resolve_running,
+    **celery_options: Any,
+) -> Celery:
+    """A Celery app on the platform's stores, made the current one. Opens nothing.
+
+    `include`: modules with tasks. `resolve`: what to do when no URL is set (the default takes the running embedded
+    servers, and raises `NoServers` without any). Other options are Celery's own, and win over the platform's.
+    """
+    app = Celery(name, include=[*include], set_as_current=True, **celery_options)
+    return install(app, resolve=resolve)
+
+
+def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
+    """Give an existing app admission by capacity. Call it before the first task is sent; the app is returned.
+
+    Its own AMQP, control and task classes are kept and extended. Settings that it names itself are kept too.
+    """
+    if getattr(app, "platform", None) is not None:
+        return app
+    stores = Stores(resolve)
+    app.platform = stores
+    app.amqp_cls = amqp_class(_as_class(app.amqp_cls), stores)
+    app.__dict__.pop("amqp", None)
+    app.control_cls = control_class(_as_class(app.control_cls), stores)
+    app.__dict__.pop("control", None)
+    app.task_cls = task_class(app.task_cls)
+    app.__dict__.pop("Task", None)
+    app.add_defaults(lambda: _defaults(stores))
+    app.on_after_finalize.connect(_finish, weak=False)
+    # Here, not at the import of this module: its signals concern the worker of an installed app only.
+    from workers import steps
+
+    steps.connect()
+    return app
+
+
+def platform_of(app: Celery) -> Stores:
+    """The stores of an app: `settings`, `engine`, `redis`, `ledger`. Raises where the platform is not installed."""
+    stores = getattr(app, "platform", None)
+    if not isinstance(stores, Stores):
+        raise PlatformError(
+            f"the app {app.main!r} is not on the platform",
+            advice="Use `celery -A platform`, or call celery_capacity.install(app) in its module.",
+        )
+    return stores
+
+
+def _as_class(of: Any) -> type:
+    return cast("type", symbol_by_name(of))
+
+
+def _defaults(stores: Stores) -> dict[str, Any]:
+    """What the platform asks of Celery's configuration; the app's own settings win over it."""
+    settings = stores.settings
+    _check_broker(settings)
+    return {
+        "broker_url": settings.broker_url,
+        "result_backend": settings.result_backend,
+        "imports": settings.imports,
+        "task_routes": [Router(stores)],
+        "task_default_queue": "celery",
+        # Rows own the retries: the broker's message is acknowledged early, or not at all.
+        "task_acks_late": False,
+        "task_reject_on_worker_lost": False,
+        # All that is in a worker's queue was admitted to it.
+        "worker_prefetch_multiplier": 0,
+        "worker_disable_rate_limits": True,
+        "worker_consumer": "workers.consumer:Consumer",
+        "worker_hijack_root_logger": True,
+        # An answer such as OOM, MISCONF or READONLY must not end the worker (celery#7946).
+        "broker_channel_error_retry": True,
+        "broker_connection_max_retries": None,
+        "broker_connection_retry_on_startup": True,
+        "broker_transport_options": dict(BROKER_TRANSPORT),
+        "redis_socket_timeout": 5.0,
+        "redis_socket_connect_timeout": 3.0,
+        "redis_socket_keepalive": True,
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        "beat_schedule": ticks.beat_entries(settings),
+    }
+
+
+def _check_broker(settings: Settings) -> None:
+    if settings.broker_url != settings.redis_url:
+        raise Unsupported(
+            "a broker other than the ledger's Redis is not supported yet",
+            value=settings.broker_url,
+            advice="Leave CELERY_BROKER_URL out, or set it to REDIS_URL.",
+        )
+
+
+def _finish(sender: Celery, **_: Any) -> None:
+    """Once the app is final: a schedule of the user's own does not lose the platform's ticks."""
+    stores = platform_of(sender)
+    schedule = sender.conf.beat_schedule
+    for name, entry in ticks.beat_entries(stores.settings).items():
+        schedule.setdefault(name, entry)

@@ -1,0 +1,71 @@
+"""Celery's remote control, with a revoke that reaches jobs which no worker holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery.app.control import Control
+
+from routing import roster, store
+from routing.errors import StoreUnavailable
+from routing.replies import LedgerClosed
+from routing.states import State
+from workers.stores import Stores
+
+#: The text of the error, and of the exception that the result carries, as Celery has it.
+REVOKED = "revoked"
+
+
+class PlatformControl:
+    """Mixed into the app's control class."""
+
+    stores: Stores
+
+    def revoke(
+        self,
+        task_id: Any,
+        destination: Any = None,
+        terminate: bool = False,
+        signal: str = "SIGTERM",
+        **kwargs: Any,
+    ) -> Any:
+        """Revoke jobs. One that waits or is scheduled ends at once, for good, with the result REVOKED; of one that a
+        worker holds the worker is told, as Celery does (`terminate` ends its process)."""
+        ids = [task_id] if isinstance(task_id, str) else list(task_id)
+        for job in ids:
+            if end_before_start(self.stores, job, State.CANCELLED, REVOKED):
+                self.app.backend.mark_as_revoked(job, REVOKED, store_result=True)  # type: ignore[attr-defined]
+        return super().revoke(task_id, destination=destination, terminate=terminate, signal=signal, **kwargs)  # type: ignore[misc]
+
+
+def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool:
+    """End a job that no worker holds, as cancelled or expired. False where a worker holds it, or it has ended."""
+    with stores.engine.connect() as connection:
+        stores.ledger.epoch = stores.ledger.epoch or store_epoch(connection)
+        verdict = _cancel(stores, connection, job, state, error)
+        if verdict == "ended":
+            return True
+        return verdict == "missing" and store.end_unfiled(connection, job, state, error)
+
+
+def _cancel(stores: Stores, connection: Any, job: str, state: State, error: str) -> str:
+    """Cancel in the ledger. Without one Postgres alone decides: what it says is accepted is on its way nowhere."""
+    try:
+        return stores.ledger.cancel(job, state.value, error).verdict
+    except LedgerClosed:
+        stores.ledger.epoch = store_epoch(connection)
+    except StoreUnavailable:
+        return "missing"
+    try:
+        return stores.ledger.cancel(job, state.value, error).verdict
+    except (LedgerClosed, StoreUnavailable):
+        return "missing"
+
+
+def store_epoch(connection: Any) -> int:
+    return roster.read_authority(connection).epoch
+
+
+def control_class(base: type = Control, stores: Stores | None = None) -> type:
+    """The app's control class with the platform's in front of it."""
+    return type("Control", (PlatformControl, base), {"stores": stores})

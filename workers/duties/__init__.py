@@ -1,0 +1,12 @@
+"""Duties: what repairs the steps that a crash left undone. One file and one function each: one pass, returning counts.
+
+Every duty is guarded by state and token, safe to run twice at once, and by hand. Workers run what is overdue on their
+own timers, one worker in each interval; beat's ticks ask for it sooner.
+"""
+
+from __future__ import annotations
+
+from workers.duties.opening import open_ledger
+from workers.duties.runner import DUTIES, Duty, Runner
+
+__all__ = ["DUTIES", "Duty", "Runner", "open_ledger"]

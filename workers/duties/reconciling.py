@@ -1,0 +1,13 @@
+"""The ledger is compared with Postgres, and made equal to it."""
+
+from __future__ import annotations
+
+from celery import Celery
+
+from routing import reconcile
+from workers.stores import Stores
+
+
+def run_once(app: Celery, stores: Stores) -> dict[str, int]:
+    """Counts: see `routing.reconcile.Reconciled`."""
+    return reconcile.reconcile(stores.engine, stores.ledger).counts()

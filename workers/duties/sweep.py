@@ -1,0 +1,40 @@
+"""The safety net: accepted jobs that never reached the ledger, messages that never were claimed, and room that nobody
+filled. In a healthy platform it finds nothing."""
+
+from __future__ import annotations
+
+from celery import Celery
+
+from routing import enroll, keys, store
+from routing.books import text
+from workers.stores import Stores
+
+MOST = 1000
+
+
+def run_once(app: Celery, stores: Stores) -> dict[str, int]:
+    """Counts: `submitted` jobs, `redelivered` messages, `admitted` jobs that waited beside free room."""
+    return {
+        "submitted": _stranded(stores),
+        "redelivered": stores.ledger.redeliver(),
+        "admitted": _fill(stores),
+    }
+
+
+def _stranded(stores: Stores) -> int:
+    submitted, after = 0, 0
+    while True:
+        with stores.engine.connect() as connection:
+            rows = store.stranded(connection, stores.settings.sweep_interval, MOST, after)
+        if not rows:
+            return submitted
+        submitted += enroll.submit_rows(stores.ledger, rows)
+        after = rows[-1].seq
+
+
+def _fill(stores: Stores) -> int:
+    client = stores.redis
+    if not client.zcard(keys.SHAPES):
+        return 0
+    workers = [text(worker) for worker in client.zrange(keys.FREE, 0, -1)]
+    return sum(map(stores.ledger.fill, workers))

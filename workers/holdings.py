@@ -1,0 +1,97 @@
+"""What a worker holds, by its own count: it never starts what would exceed its capacity, whatever the ledger says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from routing.policy import Book, fits
+from routing.replies import Adopted
+from routing.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """One claimed attempt. `ended`: its body is over, and the release is on its way."""
+
+    job: str
+    token: str
+    request: Request
+    nonce: str
+    admitted_ms: int = 0
+    started_ms: int = 0
+    losses: int = 0
+    ended: bool = False
+
+    def as_adopted(self) -> Adopted:
+        """What the books of a new epoch need to know of it. Its place in the backlog is Postgres's to say."""
+        return Adopted(
+            self.job,
+            self.token,
+            self.request.shape,
+            0,
+            self.admitted_ms,
+            self.started_ms,
+            self.nonce,
+            self.losses,
+        )
+
+
+@dataclass
+class Holdings:
+    """Thread-safe. `capacity` in millicores, bytes and counts."""
+
+    capacity: Mapping[str, int]
+    _held: dict[str, Holding] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def admits(self, requests: Mapping[str, Request]) -> set[str]:
+        """Which of these jobs fit beside what runs, taken in their order."""
+        with self._lock:
+            book = Book("", self.capacity, {})
+            for holding in self._held.values():
+                if not holding.ended:
+                    book = book.holding(holding.request)
+        fitting = set()
+        for job, request in requests.items():
+            if fits(request, book) is None:
+                fitting.add(job)
+                book = book.holding(request)
+        return fitting
+
+    def add(self, holding: Holding) -> None:
+        with self._lock:
+            self._held[holding.job] = holding
+
+    def end(self, job: str, token: str) -> bool:
+        """The body of an attempt is over. False when it is not held, or was over before."""
+        with self._lock:
+            holding = self._held.get(job)
+            if holding is None or holding.token != token or holding.ended:
+                return False
+            self._held[job] = replace(holding, ended=True)
+            return True
+
+    def remove(self, job: str, token: str) -> Holding | None:
+        """The release was answered."""
+        with self._lock:
+            holding = self._held.get(job)
+            if holding is None or holding.token != token:
+                return None
+            return self._held.pop(job)
+
+    def jobs(self) -> list[str]:
+        """All that is held, also what has ended and is not released yet: the list for the heartbeat."""
+        with self._lock:
+            return list(self._held)
+
+    def all(self) -> list[Holding]:
+        """The same, as it is held."""
+        with self._lock:
+            return list(self._held.values())
+
+    def running(self) -> list[Holding]:
+        """What runs."""
+        with self._lock:
+            return [holding for holding in self._held.values() if not holding.ended]

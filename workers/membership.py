@@ -1,0 +1,256 @@
+"""A worker's place in the cluster: taking its name, registering its capacity, renewing the lease, leaving."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Final
+
+from sqlalchemy import Engine
+
+from routing import keys, roster
+from routing.amounts import format_cpus
+from routing.books import text
+from routing.capacity import Capacity
+from routing.errors import NameTaken
+from routing.ledger import Ledger
+from routing.replies import Taken
+from routing.request import Request
+from routing.roster import WorkerRow
+from workers.confirmation import Confirmation
+from workers.holdings import Holdings
+from workers.identity import Identity, is_known_dead
+from workers.ledger_thread import MOST_LOSSES, running
+from workers.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+#: Part of the TTL within which a live worker answers a challenge (3 s at the usual 60).
+CHALLENGE_PART: Final = 0.05
+#: Seconds between heartbeats written to Postgres, at the least.
+POSTGRES_EVERY: Final = 30.0
+
+
+class Membership:
+    """Blocking calls, each one exchange with the stores; threads and signals are the caller's."""
+
+    def __init__(
+        self, engine: Engine, ledger: Ledger, identity: Identity, confirmation: Confirmation
+    ) -> None:
+        self._engine = engine
+        self._ledger = ledger
+        self._confirmation = confirmation
+        self.identity = identity
+        self.draining = False
+        self._capacity: Capacity | None = None
+        self._declared: Mapping[str, Request] = {}
+        self._seen_until = 0.0
+
+    # -- the name ------------------------------------------------------------------------------------------------
+
+    def claim_name(self, challenge: Callable[[], None]) -> None:
+        """Make sure that nobody alive has this name. A life that is known to be dead is taken over at once; one that
+        does not answer, when its lease has run out. Raises `NameTaken`."""
+        pause = threading.Event()
+        answer_by: float | None = None
+        known: tuple[str, int] | None = None
+        while True:
+            found = self._lease()
+            if found is None or found[1] <= self._ledger.now_ms():
+                return
+            incarnation, lease = found
+            if known is not None and found != known:
+                raise self._taken(incarnation)
+            if known is None:
+                known = found
+                row = self._row(incarnation)
+                if row is not None and is_known_dead(row, self.identity.boot_id):
+                    return
+                answer_by = time.monotonic() + self._ledger.settings.worker_ttl * CHALLENGE_PART
+                challenge()
+            elif answer_by is not None and time.monotonic() > answer_by:
+                answer_by = None
+                logger.warning(
+                    "worker %s is registered and silent; waiting for its lease to run out (%.0f s)",
+                    self.identity.name,
+                    max(0, lease - self._ledger.now_ms()) / 1000,
+                )
+            pause.wait(0.05)
+
+    def _lease(self) -> tuple[str, int] | None:
+        """(incarnation, end of the lease) of whoever has the name in a ledger that is open."""
+        incarnation, lease = self._ledger.client.hmget(keys.book(self.identity.name), "incarnation", "lease")
+        if incarnation is None or lease is None or text(incarnation) == self.identity.incarnation:
+            return None
+        return text(incarnation), int(lease)
+
+    def _row(self, incarnation: str) -> WorkerRow | None:
+        with self._engine.connect() as connection:
+            return roster.find_worker(connection, incarnation)
+
+    def _taken(self, incarnation: str) -> NameTaken:
+        row = self._row(incarnation)
+        where = f"pid {row.pid} on {row.hostname}" if row is not None else f"incarnation {incarnation}"
+        return NameTaken(
+            f"a live worker is named {self.identity.name} already ({where})",
+            value=self.identity.name,
+            advice="Give this one another name: NODE_NAME=... or -n NAME@%h.",
+        )
+
+    # -- joining -------------------------------------------------------------------------------------------------
+
+    def register(
+        self,
+        capacity: Capacity,
+        holdings: Holdings,
+        declared: Mapping[str, Request],
+        challenge: Callable[[], None],
+    ) -> int:
+        """Publish the capacity in the epoch that Postgres confirms; returns how many waiting jobs were admitted.
+
+        Whatever the name's former life still holds is taken back first. Raises `NameTaken`, `LedgerClosed`.
+        """
+        self._capacity, self._declared = capacity, declared
+        self._ledger.epoch = self._confirmation.ask()
+        self._see("draining" if self.draining else "ready")
+        identity = self.identity
+        while True:
+            reply = self._ledger.register(
+                identity.name, identity.incarnation, identity.queue, capacity.shape, self._view(full=True)
+            )
+            if not isinstance(reply, Taken):
+                break
+            if reply.lease_left_ms > 0:
+                row = self._row(reply.incarnation)
+                if row is None or not is_known_dead(row, identity.boot_id):
+                    self.claim_name(challenge)
+            self._take_over(reply.incarnation)
+        self._declare()
+        return reply.admitted
+
+    def _take_over(self, incarnation: str) -> None:
+        name = self.identity.name
+        logger.warning("the former life of worker %s is over: its jobs are taken back", name)
+        self._ledger.condemn(name, incarnation)
+        lapsed = self._ledger.lapse(name, 0, MOST_LOSSES)
+        with self._engine.connect() as connection:
+            roster.end_worker(connection, incarnation, "lost")
+        logger.warning("%d jobs of the former life of %s were taken back", lapsed.taken_back, name)
+
+    def rejoin(self, holdings: Holdings, recorder: Recorder, challenge: Callable[[], None]) -> None:
+        """After a new epoch: register again, and say at once what is held."""
+        assert self._capacity is not None, "register comes before rejoin"
+        admitted = self.register(self._capacity, holdings, self._declared, challenge)
+        held = holdings.all()
+        refused = (
+            set(
+                self._ledger.adopt(
+                    self.identity.name, self.identity.incarnation, [one.as_adopted() for one in held]
+                )
+            )
+            if held
+            else set()
+        )
+        recorder.add(
+            [running(self.identity, one) for one in held if one.job not in refused and not one.ended]
+        )
+        for job in refused:
+            logger.warning("job %s: its lease went to another attempt while the ledger was lost", job)
+        # This list is complete: what Postgres says is held here and it does not name, is taken back at once.
+        for _ in range(2):
+            self.renew(holdings)
+        if self.draining:
+            self._ledger.drain(self.identity.name, self.identity.incarnation)
+        logger.warning(
+            "registered again in epoch %d: %d jobs held, %d admitted", self._ledger.epoch, len(held), admitted
+        )
+
+    def _declare(self) -> None:
+        if not self._declared:
+            return
+        people = {name: request.to_people() for name, request in self._declared.items()}
+        self._ledger.client.hset(
+            keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people}
+        )
+        with self._engine.connect() as connection:
+            roster.declare(connection, people)
+
+    # -- staying and leaving -------------------------------------------------------------------------------------
+
+    def renew(self, holdings: Holdings) -> bool:
+        """One heartbeat. False where the ledger does not know this worker: it must register again."""
+        renewed = self._ledger.renew(
+            self.identity.name,
+            self.identity.incarnation,
+            self._view(full=False),
+            holdings.jobs(),
+            MOST_LOSSES,
+        )
+        if renewed.taken_back:
+            logger.warning("%d jobs that this worker no longer holds were taken back", renewed.taken_back)
+        if time.monotonic() >= self._seen_until:
+            self._see("draining" if self.draining else "ready")
+        return renewed.known
+
+    def drain(self) -> int:
+        """Admit nothing more here; what was not started is handed back."""
+        self.draining = True
+        handed = self._ledger.drain(self.identity.name, self.identity.incarnation)
+        self._see("draining")
+        return handed
+
+    def leave(self) -> bool:
+        """Deregister. False where something is still held."""
+        left = self._ledger.leave(self.identity.name, self.identity.incarnation) == 0
+        if left:
+            with self._engine.connect() as connection:
+                roster.end_worker(connection, self.identity.incarnation, "left")
+        return left
+
+    def _see(self, status: str) -> None:
+        assert self._capacity is not None, "register comes first"
+        self._seen_until = time.monotonic() + min(POSTGRES_EVERY, self._ledger.settings.worker_ttl / 2)
+        identity = self.identity
+        row = WorkerRow(
+            name=identity.name,
+            incarnation=identity.incarnation,
+            cpus=self._capacity.get("cpus"),
+            memory=self._capacity.get("memory"),
+            capacity=self._capacity.to_people(),
+            hostname=identity.hostname,
+            pid=identity.pid,
+            boot_id=identity.boot_id,
+            version=identity.version,
+            started_at=identity.started_at,
+        )
+        with self._engine.connect() as connection:
+            roster.see_worker(connection, row, status)
+
+    def _view(self, *, full: bool) -> dict[str, str]:
+        """The fields of `worker:<name>`; those about allocations are the scripts' own."""
+        assert self._capacity is not None, "register comes first"
+        identity = self.identity
+        view = {
+            "cpus": format_cpus(self._capacity.get("cpus")),
+            "memory": str(self._capacity.get("memory")),
+            "slots": str(self._capacity.get("slots")),
+            "hostname": identity.hostname,
+            "pid": str(identity.pid),
+            "incarnation": identity.incarnation,
+            "started_at": identity.started_at,
+            "heartbeat_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "version": identity.version,
+            "queue": identity.queue,
+        }
+        if full:
+            view |= {
+                "status": "ready",
+                "allocated_cpus": "0",
+                "allocated_memory": "0",
+                "allocated_slots": "0",
+            }
+        return view

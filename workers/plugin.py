@@ -1,0 +1,54 @@
+"""What every `celery` command imports first: it makes `-A platform` find this project, and names its
+commands.
+
+The standard library has a module `platform`, and it is loaded long before Celery resolves `-A platform`.
+Therefore our folder `platform/` has no `__init__.py`, and importing this module (it is an entry point of the
+group `celery.commands`) gives the standard module a `__path__`. From then on `platform.celery` is found
+there, and `platform.system()` is what it always was.
+
+Nothing else happens here: commands are loaded when they are called, so that `celery -A another_app worker`
+pays nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+import platform
+
+#: The folder `platform/` that was installed beside this package.
+FOLDER = Path(__file__).resolve().parent.parent / "platform"
+
+if str(FOLDER) not in getattr(platform, "__path__", ()):
+    # A name that is already a package would be someone else's doing; ours is then looked at last.
+    platform.__path__ = [*getattr(platform, "__path__", ()), str(FOLDER)]
+
+
+class Lazy(click.Command):
+    """Stands for `platform.commands.<name>.command` in Celery's list of commands until that is called.
+
+    Click asks a subcommand for a context and then goes on with the command of that context; so it is enough
+    to hand over there.
+    """
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        command: click.Command = import_module(f"platform.commands.{self.name}").command
+        return command.make_context(info_name, args, parent, **extra)
+
+
+cluster = Lazy("cluster", short_help="The cluster: totals, a bar per worker, the backlog.")
+dashboard = Lazy("dashboard", short_help="Serve the dashboard's data over HTTP.")
+db = Lazy("db", short_help="Make, upgrade or look at the tables in Postgres.")
+demo = Lazy("demo", short_help="Replay a trace of real jobs on workers of its own.")
+down = Lazy("down", short_help="End the embedded servers; their data stay.")
+job = Lazy("job", short_help="One job: times, worker, attempts, and why it waits.")
+jobs = Lazy("jobs", short_help="The list of jobs.")
+reconcile = Lazy("reconcile", short_help="Make Redis equal Postgres, and say what differed.")
+up = Lazy("up", short_help="Servers, workers, beat and dashboard on this machine.")
+verify = Lazy("verify", short_help="Check workers, totals, heartbeats, reads and the invariants.")

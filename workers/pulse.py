@@ -1,0 +1,129 @@
+"""The heartbeat of a worker: a thread of its own, outside the pool and the main loop, so that neither delays it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
+
+from routing.errors import PlatformError, StoreUnavailable
+from routing.ledger import Ledger
+from routing.replies import LedgerClosed
+from workers.confirmation import Confirmation
+from workers.holdings import Holdings
+from workers.membership import Membership
+from workers.recorder import Recorder
+from workers.wake import Wake
+
+logger = logging.getLogger(__name__)
+
+
+class Pulse(threading.Thread):
+    """Confirms the authority, renews the lease, sees a new epoch, and drains when it is told to."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        confirmation: Confirmation,
+        membership: Membership,
+        holdings: Holdings,
+        recorder: Recorder,
+        challenge: Callable[[], None],
+        on_open: Callable[[], None],
+    ) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self._ledger = ledger
+        self._confirmation = confirmation
+        self._membership = membership
+        self._holdings = holdings
+        self._recorder = recorder
+        self._challenge = challenge
+        self._on_open = on_open
+        self._wake = Wake()
+        self._stopping = False
+        self._ticked = False
+        self._closed = False
+        self._drain = False
+        self._drained = threading.Event()
+        self._said = ""
+
+    # -- called by others, in any thread or signal handler -------------------------------------------------------
+
+    def tick(self) -> None:
+        """Beat's heartbeat, or somebody's challenge."""
+        self._ticked = True
+        self._wake.set()
+
+    def closed(self) -> None:
+        """Somebody met a ledger that is cold or of another epoch."""
+        self._closed = True
+        self._wake.set()
+
+    def drain(self) -> None:
+        self._drain = True
+        self._wake.set()
+
+    def drained(self, within: float) -> bool:
+        return self._drained.wait(within)
+
+    def stop(self, within: float) -> None:
+        self._stopping = True
+        self._wake.set()
+        self.join(within)
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        settings = self._ledger.settings
+        now = time.monotonic()
+        confirm_at, renew_at = now + settings.confirm_interval, now + settings.renew_interval
+        while not self._stopping:
+            self._wake.wait(
+                min(settings.due_interval, max(0.0, min(confirm_at, renew_at) - time.monotonic()))
+            )
+            now = time.monotonic()
+            ticked, self._ticked = self._ticked, False
+            try:
+                if self._drain and not self._drained.is_set():
+                    handed = self._membership.drain()
+                    self._drained.set()
+                    if handed:
+                        logger.info("draining: %d jobs handed back", handed)
+                if now >= confirm_at:
+                    confirm_at = now + settings.confirm_interval
+                    self._closed |= self._confirmation.ask() != self._ledger.epoch
+                opened = self._ledger.opened()
+                if self._closed or opened is None or opened[0] != self._ledger.epoch:
+                    self._rejoin(opened)
+                    renew_at = now + settings.renew_interval
+                elif ticked or now >= renew_at:
+                    renew_at = now + settings.renew_interval
+                    if not self._membership.renew(self._holdings):
+                        self._rejoin(opened)
+                self._said = ""
+            except LedgerClosed:
+                self._closed = True
+            except (StoreUnavailable, RedisError, SQLAlchemyError, PlatformError) as error:
+                self._say(f"heartbeat: a store does not answer: {type(error).__name__}: {error}")
+
+    def _rejoin(self, opened: tuple[int, str] | None) -> None:
+        """Register again, once the ledger is open in the epoch that Postgres names."""
+        if opened is None or self._ledger.is_cold():
+            self._closed = True
+            return
+        if self._confirmation.ask() != opened[0]:
+            self._closed = True
+            return
+        self._membership.rejoin(self._holdings, self._recorder, self._challenge)
+        self._closed = False
+        self._on_open()
+
+    def _say(self, what: str) -> None:
+        """Say a thing once, not at every interval."""
+        if what != self._said:
+            self._said = what
+            logger.warning(what)

@@ -1,0 +1,129 @@
+"""Writing outcomes to Postgres: in batches, from a thread of its own, so that nothing waits for the database.
+
+Until they are written, transitions are in two places: here, and in the ledger's stream.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from routing import enroll, store
+from routing.errors import PlatformError
+from routing.ledger import Ledger
+from routing.replies import LedgerClosed
+from routing.store import Applied, Transition
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for which a batch is collected.
+BATCH_WITHIN: Final = 0.02
+#: Transitions written in one statement.
+MOST: Final = 1000
+#: Seconds between tries while Postgres does not answer.
+RETRY_AFTER: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class Recorder(threading.Thread):
+    """`add` never blocks. `flush` waits until all that was added is written, or the time is over."""
+
+    def __init__(self, engine: Engine, ledger: Ledger) -> None:
+        super().__init__(name="recorder", daemon=True)
+        self._engine = engine
+        self._ledger = ledger
+        self._pending: list[Transition] = []
+        self._calls: list[Callable[[], None]] = []
+        self._writing = False
+        self._changed = threading.Condition()
+        self._stopping = False
+
+    def add(self, transitions: Sequence[Transition]) -> None:
+        with self._changed:
+            self._pending += transitions
+            self._changed.notify_all()
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Run something that may wait for a store, in this thread."""
+        with self._changed:
+            self._calls.append(action)
+            self._changed.notify_all()
+
+    def flush(self, within: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._pending or self._calls or self._writing), within)
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    def run(self) -> None:
+        failures = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._calls or self._stopping)
+                if self._stopping and not (self._pending or self._calls):
+                    return
+                if self._pending and not self._stopping:
+                    self._changed.wait_for(lambda: len(self._pending) >= MOST or self._stopping, BATCH_WITHIN)
+                batch, self._pending = self._pending[:MOST], self._pending[MOST:]
+                calls, self._calls = self._calls, []
+                self._writing = True
+            try:
+                written = self._write(batch)
+                for action in calls:
+                    self._run(action)
+            finally:
+                with self._changed:
+                    self._writing = False
+                    self._changed.notify_all()
+            if written:
+                failures = 0
+                continue
+            with self._changed:
+                self._pending = batch + self._pending
+                if self._stopping:
+                    # The stream has them: whoever runs the duty writes them.
+                    return
+                self._changed.wait_for(
+                    lambda: self._stopping, RETRY_AFTER[min(failures, len(RETRY_AFTER) - 1)]
+                )
+            failures += 1
+
+    def _write(self, batch: Sequence[Transition]) -> bool:
+        if not batch:
+            return True
+        try:
+            with self._engine.connect() as connection:
+                applied = store.apply(connection, batch)
+        except SQLAlchemyError as error:
+            logger.warning(
+                "Postgres does not take %d outcomes, they are kept: %s", len(batch), error.__class__.__name__
+            )
+            return False
+        self._after(batch, applied)
+        return True
+
+    def _after(self, batch: Sequence[Transition], applied: Sequence[Applied]) -> None:
+        """Postgres has them. What fails from here on is repaired by the duties: entries are applied once more without
+        effect, scheduled rows are found when they are due."""
+        try:
+            self._ledger.forget([(one.entry, one.job) for one in batch if one.entry])
+            enroll.go_on(self._engine, self._ledger, applied)
+        except (PlatformError, LedgerClosed, SQLAlchemyError) as error:
+            logger.info("left to the duties: %s", error)
+
+    def _run(self, action: Callable[[], None]) -> None:
+        started = time.monotonic()
+        try:
+            action()
+        except Exception:
+            logger.exception(
+                "a step after the end of a job failed (after %.1f s)", time.monotonic() - started
+            )

@@ -1,0 +1,156 @@
+"""The worker's request for a job: every way out of it ends the attempt, first of all.
+
+Celery's hooks run in the worker's main process (they see killed children too), or in a thread of the pool. Ours note
+the end, which never blocks, and then let Celery's go on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback
+from celery.exceptions import Ignore, Reject, Retry, Terminated, WorkerLostError
+from celery.utils.saferepr import saferepr
+from celery.worker import state as worker_state
+
+from routing.message import Tag, parse_tag
+
+logger = logging.getLogger(__name__)
+
+#: Characters of an exception's text that are kept.
+ERROR_LENGTH = 4000
+
+#: Set by the worker's runtime: (job, token, outcome, error, on_lost) -> whether this was the first end.
+EndJob = Callable[[str, str, str, str | None, Callable[[], None] | None], bool]
+
+
+class JobRequest:
+    """Mixed into a task's request class (`request_class`)."""
+
+    end_job: EndJob
+    #: True while the worker stops without waiting for its jobs: what dies now is handed back, not lost.
+    stopping_cold: Callable[[], bool]
+    tag: Tag | None
+
+    def __init__(self, message: Any, *args: Any, **options: Any) -> None:
+        super().__init__(message, *args, **options)  # type: ignore[call-arg]
+        self.tag = parse_tag(message.delivery_tag)
+        if self.tag is not None:
+            # What a task sees as self.request.attempt.
+            self._request_dict["attempt"] = self.tag.attempt  # type: ignore[attr-defined]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Celery derives once more for each task, with an on_success of its own that would hide ours.
+        own = cls.__dict__.get("on_success")
+        if own is not None and not getattr(own, "ends_the_job", False):
+            cls.on_success = _ending(own)  # type: ignore[attr-defined]
+
+    def _end(self, outcome: str, error: str | None = None, on_lost: Callable[[], None] | None = None) -> None:
+        if self.tag is not None:
+            type(self).end_job(self.tag.job, self.tag.token, outcome, error, on_lost)
+
+    def hand_back(self) -> None:
+        """It was claimed, and will not start here."""
+        self._end("handed_back", "not started")
+
+    # The row is durable and the message was a doorbell: there is nothing to acknowledge at the broker.
+
+    def acknowledge(self) -> None:
+        self.acknowledged = True
+
+    def reject(self, requeue: bool = False) -> None:
+        if not getattr(self, "acknowledged", False):
+            self.acknowledged = True
+            self._end("handed_back" if requeue else "failed", "rejected")
+            self.send_event("task-rejected", requeue=requeue)  # type: ignore[attr-defined]
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        if not soft:
+            self._end("failed", f"TimeLimitExceeded({timeout})")
+        super().on_timeout(soft, timeout)  # type: ignore[misc]
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        error = exc_info.exception
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if isinstance(error, WorkerLostError) and not return_ok:
+            return self._child_lost(error)
+        outcome, text = _outcome(error, exc_info)
+        if outcome is not None:
+            self._end(outcome, text)
+        if isinstance(error, MemoryError):
+            # Celery would end the whole worker. The child has stored the failure already.
+            worker_state.task_ready(self)
+            self.send_event("task-failed", exception=saferepr(error), traceback=str(exc_info.traceback))  # type: ignore[attr-defined]
+            return None
+        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)  # type: ignore[misc]
+
+    def _child_lost(self, error: WorkerLostError) -> None:
+        """The pool's process died with the body. The job is not over: it runs again as a new attempt, until it was
+        lost too often; only then has it a result, and a failure that Celery's hooks may see."""
+        worker_state.task_ready(self)
+        if type(self).stopping_cold():
+            self._end("handed_back", str(error))
+            return
+        request: Any = self
+        logger.warning("job %s: its process died: %s", request.id, error)
+
+        def store_failure() -> None:
+            request.task.backend.mark_as_failure(
+                request.id, error, request=request._context, store_result=request.store_errors
+            )
+            request.send_event("task-failed", exception=saferepr(error), traceback="")
+
+        self._end("lost", str(error), store_failure)
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        self._end("expired" if expired else "cancelled", reason)
+        super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
+
+
+def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
+    def ends_first(self: Any, failed__retval__runtime: tuple[Any, Any, Any], **options: Any) -> Any:
+        failed, value, _ = failed__retval__runtime
+        if not failed:
+            self._end("succeeded")
+            return on_success(self, failed__retval__runtime, **options)
+        error = value.exception
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            # In threads and solo pools Celery raises these on, and the worker would end with the task.
+            return self.on_failure(value, return_ok=False)
+        return on_success(self, failed__retval__runtime, **options)
+
+    ends_first.ends_the_job = True  # type: ignore[attr-defined]
+    return ends_first
+
+
+def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | None]:
+    """What an exception makes of the attempt; None where another hook says it."""
+    if isinstance(error, Retry):
+        return "retried", saferepr(error.exc) if error.exc else None
+    if isinstance(error, Ignore):
+        return "succeeded", "ignored"
+    if isinstance(error, Reject):
+        return ("handed_back" if error.requeue else "failed"), f"rejected: {error.reason}"
+    if isinstance(error, Terminated):
+        return None, None
+    text = f"{saferepr(error)}\n{exc_info.traceback or ''}".strip()
+    return "failed", text[:ERROR_LENGTH]
+
+
+@lru_cache(maxsize=256)
+def request_class(base: type, end_job: EndJob, stopping_cold: Callable[[], bool]) -> type:
+    """A task's request class with the platform's in front of it."""
+    if issubclass(base, JobRequest):
+        return base
+    return type(
+        "Request",
+        (JobRequest, base),
+        {"end_job": staticmethod(end_job), "stopping_cold": staticmethod(stopping_cold)},
+    )

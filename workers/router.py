@@ -1,0 +1,103 @@
+"""The router: gives every task its request, in the caller, before anything is written.
+
+It stands first in `task_routes` and returns nothing, so that the routers of the user are asked too. The request goes
+into the message's headers and so survives retries and canvas.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from redis.exceptions import RedisError
+
+from routing import keys
+from routing.books import text
+from routing.errors import InvalidRequest, PlatformError, Unsupported, show
+from routing.request import REQUEST_OPTIONS, Request
+from workers.stores import Stores
+
+#: The header that carries the request: {"shape": ..., "declared": ...}.
+HEADER: Final = "capacity_request"
+#: The names of the platform's own messages (ticks): they make no job.
+PLATFORM_PREFIX: Final = "platform."
+#: Seconds for which a sender trusts the declarations that it read.
+DECLARATIONS_FOR: Final = 10.0
+#: Options of later versions: said, rather than ignored.
+NOT_YET: Final = ("session", "unique", "unique_for", "after")
+
+
+class Router:
+    """`task_routes` entry. Knows a task's declaration from the task itself, or else from what workers published."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+        self._published: dict[str, Request] = {}
+        self._published_until = 0.0
+
+    def __call__(
+        self, name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any = None, **_: Any
+    ) -> None:
+        if name.startswith(PLATFORM_PREFIX):
+            return
+        for option in NOT_YET:
+            if options.get(option) is not None:
+                raise Unsupported(
+                    f"apply_async({option}=...) of {name} is not supported yet", advice=f"Leave {option} out."
+                )
+        rate_limit = getattr(task, "rate_limit", None)
+        if rate_limit:
+            raise Unsupported(
+                f"task {name} has rate_limit={rate_limit!r}, which is not supported yet",
+                advice="Publish a named resource (PLATFORM_RESOURCES) to bound how many run at once.",
+            )
+        call = {option: options.pop(option) for option in REQUEST_OPTIONS if option in options}
+        headers = dict(options.get("headers") or {})
+        base, declared = self._base(name, headers, task)
+        request = base.merged(call)
+        headers[HEADER] = {"shape": request.shape, "declared": declared or bool(call)}
+        options["headers"] = headers
+        priority = options.get("priority")
+        if priority is not None and (
+            isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 9
+        ):
+            raise InvalidRequest(
+                f"priority {show(priority)} is not valid",
+                value=priority,
+                advice="It must be 0 to 9, 9 first.",
+            )
+
+    def _base(self, name: str, headers: Mapping[str, Any], task: Any) -> tuple[Request, bool]:
+        carried = headers.get(HEADER)
+        if isinstance(carried, Mapping):
+            return Request.from_shape(str(carried["shape"])), bool(carried["declared"])
+        if task is not None:
+            return declared_by(task, self._stores.settings.default_cpus), True
+        published = self.published().get(name)
+        if published is not None:
+            return published, True
+        return Request.from_options({}, self._stores.settings.default_cpus), False
+
+    def published(self) -> dict[str, Request]:
+        """What workers declared, read from the ledger at most every `DECLARATIONS_FOR` seconds."""
+        now = time.monotonic()
+        if now >= self._published_until:
+            self._published_until = now + DECLARATIONS_FOR
+            try:
+                found = self._stores.redis.hgetall(keys.DECLARATIONS)
+            except (RedisError, PlatformError):
+                # The last that was read serves on; the submit itself will say what is wrong with the ledger.
+                return self._published
+            self._published = {
+                text(key): Request.from_people(json.loads(value)) for key, value in found.items()
+            }
+        return self._published
+
+
+def declared_by(task: Any, default_cpus: int) -> Request:
+    """The request that a task declares by its attributes: `@app.task(cpus=4, memory="2GiB")`."""
+    return Request.from_options(
+        {option: getattr(task, option, None) for option in REQUEST_OPTIONS}, default_cpus
+    )

@@ -1,0 +1,217 @@
+"""What a worker process of the platform is made of, put together: one attribute of the app, `worker_runtime`.
+
+::
+
+    main loop --arrived--> ledger thread --claimed--> main loop --> pool --> JobRequest hooks --end--> ledger thread
+                              |                                                                         |
+                              +------------------------ transitions --------> recorder (Postgres) <-----+
+    pulse: heartbeat, epoch, drain        intake: beat's ticks, old producers        duties: repair
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from celery import Celery
+
+from routing.capacity import Capacity
+from routing.errors import PlatformError
+from routing.message import parse_tag
+from routing.replies import LedgerClosed
+from routing.request import Request
+from workers import duties
+from workers.confirmation import Confirmation
+from workers.holdings import Holdings
+from workers.identity import Identity
+from workers.intake import Intake
+from workers.ledger_thread import LedgerThread
+from workers.membership import Membership
+from workers.pulse import Pulse
+from workers.recorder import Recorder
+from workers.router import HEADER
+from workers.stores import Stores
+from workers.wake import Wake
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for each step of leaving; the whole is bounded, and what is not done is repaired by the duties.
+LEAVE_WITHIN: Final = 5.0
+
+
+class Runtime:
+    """One for each worker process. Made at `worker_init`, running from `worker_ready` to `worker_shutdown`."""
+
+    def __init__(self, app: Celery, stores: Stores, identity: Identity) -> None:
+        self.app = app
+        self.stores = stores
+        self.identity = identity
+        self.pid = os.getpid()
+        settings, engine, ledger = stores.settings, stores.engine, stores.ledger
+        self.confirmation = Confirmation(engine, ledger, settings.confirm_interval)
+        self.membership = Membership(engine, ledger, identity, self.confirmation)
+        self.holdings = Holdings({})
+        self.recorder = Recorder(engine, ledger)
+        self.intake = Intake(app, self.on_tick)
+        self.pulse = Pulse(
+            ledger,
+            self.confirmation,
+            self.membership,
+            self.holdings,
+            self.recorder,
+            self.intake.challenge,
+            self._on_open,
+        )
+        self.ledger_thread = LedgerThread(
+            ledger,
+            identity,
+            self.confirmation,
+            self.holdings,
+            self.recorder,
+            self._start_job,
+            self.pulse.closed,
+        )
+        self.duties = duties.Runner(app, stores, identity.incarnation)
+        #: Celery's own handler of a message, set by the consumer.
+        self.handle: Callable[[Any], None] | None = None
+        self._to_start: deque[Any] = deque()
+        self._loop = Wake()
+        self._cold = False
+        self._left = False
+
+    # -- the life of the worker ----------------------------------------------------------------------------------
+
+    def join(self, capacity: Capacity, declared: Mapping[str, Request]) -> int:
+        """Register, and start the threads. Returns how many waiting jobs were admitted at once."""
+        self.holdings.capacity = dict(capacity.amounts)
+        self.recorder.start()
+        self.ledger_thread.start()
+        duties.open_ledger(self.stores)
+        while True:
+            try:
+                admitted = self.membership.register(capacity, self.holdings, declared, self.intake.challenge)
+                break
+            except LedgerClosed:
+                # Another process is opening the epoch, or it changed just now.
+                duties.open_ledger(self.stores)
+                self._loop.wait(0.05)
+        self.pulse.start()
+        self.intake.start()
+        self.duties.start()
+        atexit.register(self.leave)
+        return admitted
+
+    def drain(self) -> None:
+        """Safe in a signal handler."""
+        self.pulse.drain()
+
+    def leave(self) -> None:
+        """Settle what is over, hand back what is not, deregister. Bounded, and safe to call twice."""
+        if self._left or os.getpid() != self.pid:
+            return
+        self._left = True
+        atexit.unregister(self.leave)
+        self.duties.stop(LEAVE_WITHIN)
+        self.intake.stop(LEAVE_WITHIN)
+        self.pulse.stop(LEAVE_WITHIN)
+        for holding in self.holdings.running():
+            self.ledger_thread.end(holding.job, holding.token, "handed_back", "the worker was stopped")
+        self.ledger_thread.stop(LEAVE_WITHIN)
+        try:
+            if not self.membership.draining:
+                self.membership.drain()
+            self.recorder.flush(LEAVE_WITHIN)
+            if not self.membership.leave():
+                logger.warning("this worker still holds jobs; they are taken back when its lease runs out")
+        except (PlatformError, LedgerClosed) as error:
+            logger.warning("could not deregister, the lease will run out: %s", error)
+        self.recorder.stop()
+        self.recorder.join(LEAVE_WITHIN)
+
+    def stop_cold(self) -> None:
+        self._cold = True
+
+    def stopping_cold(self) -> bool:
+        return self._cold
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    def arrived(self, message: Any) -> None:
+        """A message of the private queue, in the main loop: nothing here waits."""
+        tag = parse_tag(message.delivery_tag)
+        carried = message.headers.get(HEADER) if isinstance(message.headers, dict) else None
+        if tag is None or not isinstance(carried, dict):
+            logger.error(
+                "a message without an attempt in the private queue is set aside: %.200r", message.headers
+            )
+            return
+        try:
+            request = Request.from_shape(str(carried.get("shape")))
+        except PlatformError as error:
+            logger.error("a message of job %s with an unreadable request is set aside: %s", tag.job, error)
+            return
+        self.ledger_thread.arrive(tag, request, message)
+
+    def _start_job(self, message: Any) -> None:
+        """In the ledger thread: hand a claimed message to the main loop."""
+        self._to_start.append(message)
+        self._loop.set()
+
+    def attach(self, hub: Any) -> None:
+        hub.add_reader(self._loop.fileno(), self._start_jobs)
+        self._loop.set()
+
+    def _start_jobs(self) -> None:
+        """In the main loop: what was claimed becomes requests."""
+        self._loop.clear()
+        while self._to_start:
+            message = self._to_start.popleft()
+            assert self.handle is not None, "the consumer sets it before its loop runs"
+            try:
+                self.handle(message)
+            except Exception as error:
+                # Whatever it is, it concerns this one message.
+                logger.exception("the message of %s cannot be started", message.delivery_tag)
+                self.refuse(message, f"cannot be started: {error!r}")
+
+    def hand_back_unstarted(self) -> None:
+        """The loop will not run again: what was claimed and not started goes back."""
+        while self._to_start:
+            tag = parse_tag(self._to_start.popleft().delivery_tag)
+            if tag is not None:
+                self.ledger_thread.end(tag.job, tag.token, "handed_back", "not started")
+
+    def refuse(self, message: Any, error: str) -> None:
+        """A message that never becomes a request ends its job."""
+        tag = parse_tag(message.delivery_tag)
+        if tag is not None:
+            self.ledger_thread.end(tag.job, tag.token, "failed", error)
+
+    def end_job(
+        self, job: str, token: str, outcome: str, error: str | None, on_lost: Callable[[], None] | None
+    ) -> bool:
+        return self.ledger_thread.end(job, token, outcome, error, on_lost)
+
+    # -- between the threads -------------------------------------------------------------------------------------
+
+    def on_tick(self, name: str) -> None:
+        """Beat's tick, in the intake's thread."""
+        self.pulse.tick()
+        self.duties.tick(name)
+
+    def _on_open(self) -> None:
+        """A new epoch is open and this worker is in it."""
+        self.ledger_thread.wake()
+
+
+def runtime_of(app: Celery) -> Runtime:
+    runtime = getattr(app, "worker_runtime", None)
+    if not isinstance(runtime, Runtime):
+        raise PlatformError(
+            "this process is not a worker of the platform", advice="Start it with `celery -A ... worker`."
+        )
+    return runtime

@@ -1,0 +1,131 @@
+"""Celery's start-up and shutdown signals, wired to the worker's runtime. No rule in here."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from typing import Any, Final
+
+from celery import current_app, signals
+from celery.app import trace
+
+from migrations import check
+from routing.capacity import default_concurrency, describe, detect
+from routing.errors import NameTaken, PlatformError
+from routing.request import Request
+from workers.identity import name_of, new_identity
+from workers.router import PLATFORM_PREFIX, declared_by
+from workers.runtime import Runtime
+from workers.stores import Stores
+
+logger = logging.getLogger(__name__)
+
+#: Exit codes of `worker`: the name is taken (EX_UNAVAILABLE), the configuration is wrong (EX_CONFIG).
+EX_NAME_TAKEN: Final = 69
+EX_CONFIG: Final = 78
+
+
+def connect() -> None:
+    """Connect the signals, once for the process."""
+    for signal, handler in (
+        (signals.celeryd_init, on_celeryd_init),
+        (signals.worker_init, on_worker_init),
+        (signals.worker_ready, on_worker_ready),
+        (signals.worker_shutting_down, on_worker_shutting_down),
+        (signals.worker_shutdown, on_worker_shutdown),
+    ):
+        signal.connect(handler, weak=False, dispatch_uid=f"celery-capacity.{handler.__name__}")
+
+
+def _stores_of(app: Any) -> Stores | None:
+    stores = getattr(app, "platform", None)
+    return stores if isinstance(stores, Stores) else None
+
+
+def on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None, **_: Any) -> None:
+    """Name the worker, and size its pool by its CPUs, before anything is made of either."""
+    stores = _stores_of(instance.app)
+    if stores is None:
+        return
+    with _refusing():
+        settings = stores.settings
+        for warning in settings.warnings:
+            logger.warning(warning)
+        name = name_of(settings, instance.hostname)
+        instance.hostname = f"{name}@{socket.gethostname()}"
+        trace.setup_worker_optimizations(instance.app, instance.hostname)
+        if not (options or {}).get("concurrency") and not conf.worker_concurrency:
+            conf.worker_concurrency = default_concurrency(detect(settings).capacity.get("cpus"))
+
+
+def on_worker_init(sender: Any = None, **_: Any) -> None:
+    """Refuse early what cannot work: no tables, a name that is taken."""
+    stores = _stores_of(sender.app)
+    if stores is None:
+        return
+    with _refusing():
+        identity = new_identity(name_of(stores.settings, sender.hostname))
+        check(stores.engine)
+        runtime = Runtime(sender.app, stores, identity)
+        runtime.membership.claim_name(runtime.intake.challenge)
+        sender.app.worker_runtime = runtime
+        sender.app.amqp.private_queue = identity.queue
+
+
+def on_worker_ready(sender: Any = None, **_: Any) -> None:
+    """The pool is up and the queue is consumed: now the worker can be admitted to."""
+    app = sender.app
+    stores = _stores_of(app)
+    if stores is None:
+        return
+    with _refusing():
+        slots = sender.pool.num_processes
+        detected = detect(stores.settings, slots)
+        declared = declarations(app, stores)
+        runtime = app.worker_runtime
+        admitted = runtime.join(detected.capacity, declared)
+        logger.warning(
+            "worker %s published %s%s",
+            runtime.identity.name,
+            describe(detected),
+            f"; {admitted} waiting jobs were admitted" if admitted else "",
+        )
+
+
+def declarations(app: Any, stores: Stores) -> dict[str, Request]:
+    """The requests of all tasks that this worker knows, by name; Celery's and the platform's own are left out."""
+    default = stores.settings.default_cpus
+    return {
+        name: declared_by(task, default)
+        for name, task in app.tasks.items()
+        if not name.startswith((PLATFORM_PREFIX, "celery."))
+    }
+
+
+def on_worker_shutting_down(sender: Any = None, how: str = "", **_: Any) -> None:
+    """In a signal handler: only flags are set and pipes written."""
+    runtime = getattr(current_app, "worker_runtime", None)
+    if isinstance(runtime, Runtime):
+        if how.lower() == "cold":
+            runtime.stop_cold()
+        runtime.drain()
+
+
+def on_worker_shutdown(sender: Any = None, **_: Any) -> None:
+    """The pool has ended: settle and deregister."""
+    runtime = getattr(sender.app, "worker_runtime", None)
+    if isinstance(runtime, Runtime):
+        runtime.leave()
+
+
+class _refusing:  # noqa: N801 - reads as a statement
+    """A user's mistake ends the start with its message and an exit code, without a traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, PlatformError):
+            print(f"celery-capacity: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(EX_NAME_TAKEN if isinstance(error, NameTaken) else EX_CONFIG) from None

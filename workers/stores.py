@@ -1,0 +1,117 @@
+"""The stores that one process uses: settings, the engine for Postgres, the client for Redis, the ledger.
+
+Made on first use and never carried over a fork: a child that touches them makes its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Final
+
+import redis
+from sqlalchemy import Engine, create_engine
+
+from routing.errors import NoServers
+from routing.home import running_pair
+from routing.ledger import Ledger
+from routing.settings import Settings
+
+#: Seconds to wait for a connection to Postgres, for one of the pool, and for a lock of a table.
+CONNECT_WITHIN: Final = 3
+LOCK_WITHIN_MS: Final = 2500
+
+Resolve = Callable[[Settings], Settings]
+
+
+def resolve_running(settings: Settings) -> Settings:
+    """The settings with the URLs of the user's running embedded servers; starts nothing."""
+    pair = running_pair(settings.home)
+    if pair is None:
+        raise NoServers(
+            "neither REDIS_URL nor DATABASE_URL is set, and no embedded servers run",
+            advice="Set both, or start a platform on this machine with `celery -A platform up`.",
+        )
+    return settings.with_urls(pair.redis_url, pair.database_url)
+
+
+def make_engine(url: str) -> Engine:
+    """An engine whose statements are autocommitted one by one, with short time-outs."""
+    return create_engine(
+        url,
+        isolation_level="AUTOCOMMIT",
+        pool_size=1,
+        max_overflow=9,
+        pool_timeout=CONNECT_WITHIN,
+        # Autocommitted statements leave nothing to roll back: the reset would cost a round trip each time.
+        pool_reset_on_return=None,
+        connect_args={
+            "connect_timeout": CONNECT_WITHIN,
+            "options": f"-c lock_timeout={LOCK_WITHIN_MS} -c application_name=celery-capacity",
+        },
+    )
+
+
+class Stores:
+    """One for each app; `settings`, `engine`, `redis` and `ledger` are made when they are first asked for."""
+
+    def __init__(self, resolve: Resolve = resolve_running) -> None:
+        self._resolve = resolve
+        self._made: dict[str, Any] = {}
+        self._lock = threading.RLock()
+        _all.add(self)
+
+    def _get(self, name: str, make: Callable[[], Any]) -> Any:
+        found = self._made.get(name)
+        if found is None:
+            with self._lock:
+                found = self._made.get(name)
+                if found is None:
+                    found = self._made[name] = make()
+        return found
+
+    @property
+    def settings(self) -> Settings:
+        """Read from the environment once; with the URLs of the servers that serve."""
+        found: Settings = self._get("settings", self._read_settings)
+        return found
+
+    def _read_settings(self) -> Settings:
+        settings = Settings.from_environ(os.environ)
+        return settings if settings.redis_url else self._resolve(settings)
+
+    @property
+    def engine(self) -> Engine:
+        found: Engine = self._get("engine", lambda: make_engine(str(self.settings.database_url)))
+        return found
+
+    @property
+    def ledger(self) -> Ledger:
+        found: Ledger = self._get("ledger", lambda: Ledger(self.settings))
+        return found
+
+    @property
+    def redis(self) -> redis.Redis:
+        """The ledger's client."""
+        return self.ledger.client
+
+    def forget_after_fork(self) -> None:
+        """In a child: drop what the parent made, without closing the parent's connections."""
+        self._lock = threading.RLock()
+        made, self._made = self._made, {k: v for k, v in self._made.items() if k == "settings"}
+        engine = made.get("engine")
+        if engine is not None:
+            engine.dispose(close=False)
+
+
+_all: weakref.WeakSet[Stores] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for stores in list(_all):
+        stores.forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,45 @@
+"""Waking a thread or an event loop: a pipe, since writing one byte is safe in any thread and in a signal handler."""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import Final
+
+_ALL: Final = 4096
+
+
+class Wake:
+    """`set` wakes whoever waits (or whoever reads `fileno`); several sets before that are one."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def set(self) -> None:
+        try:
+            os.write(self._write, b"!")
+        except BlockingIOError:
+            # The pipe is full of wake-ups already: one more says nothing new.
+            return
+
+    def clear(self) -> None:
+        try:
+            while len(os.read(self._read, _ALL)) == _ALL:
+                pass
+        except BlockingIOError:
+            # Empty: nothing to clear.
+            return
+
+    def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds; True when it was woken."""
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
+        woken = bool(poll.poll(max(0, timeout) * 1000))
+        if woken:
+            self.clear()
+        return woken
