@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,6 +183,27 @@ def books(pair: Pair, workers: int) -> Iterator[Books]:
     for number in range(workers):
         opened.register(f"w{number}")
     try:
-        yield opened
+        with apart(pair.redis_pid):
+            yield opened
     finally:
         ledger.client.close()
+
+
+@contextmanager
+def apart(server: int) -> Iterator[None]:
+    """Keeps this process and the server with this pid on CPUs of their own, as if they were on machines of their own.
+
+    On a machine with two CPUs the scheduler now and then puts both on one, and for that while a round trip takes 40 us
+    instead of 110: numbers of two such moments cannot be compared. Where there is one CPU, or no way to choose,
+    nothing is done.
+    """
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if len(cpus) < 2:
+        yield
+        return
+    os.sched_setaffinity(server, {cpus[0]})
+    os.sched_setaffinity(0, {cpus[1]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)

@@ -56,7 +56,7 @@ def admissions(bench: Bench, workers: int, waiting: int) -> Sides:
         def evalsha() -> float:
             return milliseconds(lambda: client.evalsha(bare, 0))
 
-        sides = paired(bench, opened, lambda: admission(opened), evalsha, "EVALSHA")
+        sides = paired(bench, lambda: admission(opened), evalsha, "EVALSHA")
         bench.profile = admission_costs(opened)
         return sides
 
@@ -67,7 +67,6 @@ def read_vs_ping(bench: Bench) -> Sides:
         ledger = opened.ledger
         return paired(
             bench,
-            opened,
             lambda: milliseconds(ledger.allocated_cpus),
             lambda: milliseconds(ledger.client.ping),
             "PING",
@@ -94,20 +93,8 @@ def reads_1000_ms(bench: Bench) -> Sides:
         return sides
 
 
-def paired(bench: Bench, opened: Books, ours: Callable[[], float], plain: Callable[[], float], peer: str) -> Sides:
-    """The p50 of both per round, of single calls in turn: what slows the machine down slows down both.
-
-    A PING goes before each, since a server that just worked answers faster than one that has to wake up.
-    """
-
-    def after_ping(call: Callable[[], float]) -> Callable[[], float]:
-        def timed() -> float:
-            opened.ledger.client.ping()
-            return call()
-
-        return timed
-
-    ours, plain = after_ping(ours), after_ping(plain)
+def paired(bench: Bench, ours: Callable[[], float], plain: Callable[[], float], peer: str) -> Sides:
+    """The p50 of both per round, of single calls in turn: what slows the machine down slows down both."""
     in_turn(CALLS // 10, ours, plain)  # connections and caches are warm from here on
     sides = Sides()
     for _ in range(bench.rounds):

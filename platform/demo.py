@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,8 +134,8 @@ def replay(replayed: Replayed, settings: Settings, environ: Mapping[str, str], m
     Raises Interrupted, ChildDied, NotReady, and what the servers and the submission raise; nothing of it is
     left running then. With URLs given, jobs that have not run are revoked.
     """
-    family = Family()
-    with family.interruptible(), ExitStack() as stack:
+    family = Family(orphans=signal.SIGKILL)  # their servers may be gone too: nothing to end warm with
+    with closing(family), family.interruptible(), ExitStack() as stack:
         private = settings.redis_url is None
         settings = _with_servers(settings, stack)
         say(servers.describe(settings))

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TextIO
@@ -39,6 +39,16 @@ SAME_SIGNAL = 0.3
 #: Seconds after which a signal that nobody looked at tells that the command is stuck, so that the next one
 #: breaks it.
 UNHEARD = 2.0
+
+# Ends what a command leaves behind that was itself killed: the pipe to it closes then. It reads the children's
+# pids, a line each, and "done" when the command has ended them itself. Pids are used again, so it asks whose
+# command line that is ($1 is its beginning; Celery renames its processes where setproctitle is installed).
+_GUARD = """
+mine() { { tr '\\0' ' ' </proc/"$1"/cmdline || ps -p "$1" -o command=; } 2>/dev/null | grep -qF -e "$2" -e celeryd; }
+pids=
+while read -r pid; do [ "$pid" = done ] && exit; pids="$pids $pid"; done
+for pid in $pids; do mine "$pid" "$1" && kill -s "$2" "$pid"; done
+"""
 
 #: Signals that mean "end": Ctrl-C, `kill`, and a closed terminal.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -122,10 +132,17 @@ def prefixed(stream: TextIO) -> Callable[[Child, str], None]:
 
 
 class Family:
-    """The children of one command. One thread calls `start`, `next` and `end`."""
+    """The children of one command. One thread calls `start`, `next`, `end` and `close`.
 
-    def __init__(self, on_line: Callable[[Child, str], None] | None = None) -> None:
+    `orphans` is what the children get when this process is killed: TERM lets running jobs come to their end.
+    """
+
+    def __init__(
+        self, on_line: Callable[[Child, str], None] | None = None, orphans: signal.Signals = signal.SIGTERM
+    ) -> None:
         self._on_line = on_line
+        self._orphans = orphans
+        self._guard: subprocess.Popen[bytes] | None = None
         #: SimpleQueue: its put is reentrant, so a signal handler may call it wherever it interrupts.
         self._happenings: queue.SimpleQueue[Happening] = queue.SimpleQueue()
         self._readers: dict[int, threading.Thread] = {}
@@ -156,11 +173,37 @@ class Family:
         )
         child = Child(name, process, ready=not ready)
         self.children.append(child)
+        self._guarded(child)
         reader = threading.Thread(target=self._read, args=(child, ready), name=f"read-{name}", daemon=True)
         self._readers[child.pid] = reader
         reader.start()
         threading.Thread(target=self._reap, args=(child,), name=f"reap-{name}", daemon=True).start()
         return child
+
+    def _guarded(self, child: Child) -> None:
+        if self._guard is None:
+            self._guard = subprocess.Popen(
+                ["/bin/sh", "-c", _GUARD, "sh", sys.executable, self._orphans.name.removeprefix("SIG")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,
+            )
+        self._to_guard(str(child.pid))
+
+    def _to_guard(self, line: str) -> None:
+        if self._guard is not None and self._guard.stdin is not None:
+            with suppress(BrokenPipeError):  # somebody ended the guard; it is a help, not a need
+                self._guard.stdin.write(f"{line}\n".encode())
+                self._guard.stdin.flush()
+
+    def close(self) -> None:
+        """All children have ended: nobody is to be guarded any more."""
+        if self._guard is not None:
+            self._to_guard("done")
+            self._guard.communicate()
+            self._guard = None
 
     def _read(self, child: Child, ready: str) -> None:
         assert child.process.stdout is not None

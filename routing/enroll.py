@@ -7,9 +7,10 @@ from typing import Final
 
 from sqlalchemy import Engine
 
-from routing import store
+from routing import backlog
+from routing.backlog import Pending
 from routing.ledger import Ledger
-from routing.store import Applied, Pending
+from routing.store import Applied
 
 #: Submits sent in one round trip, so that no other caller waits for long.
 CHUNK: Final = 100
@@ -30,5 +31,5 @@ def go_on(engine: Engine, ledger: Ledger, applied: Sequence[Applied]) -> int:
     if not due:
         return 0
     with engine.connect() as connection:
-        rows = store.these(connection, due)
+        rows = backlog.these(connection, due)
     return submit_rows(ledger, rows)

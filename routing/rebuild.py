@@ -15,13 +15,14 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 
-from routing import enroll, keys, roster, store, stream
+from routing import backlog, enroll, keys, roster, store, stream
 from routing.capacity import Capacity
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
 from routing.policy import order
 from routing.replies import Adopted
-from routing.states import Step
+from routing.states import State, Step
+from routing.store import Transition
 
 #: Seconds to wait for the live workers to say what they hold, before the backlog is filed. A worker writes its claims
 #: to Postgres within milliseconds; this covers claims that were on their way when the books were lost.
@@ -41,9 +42,7 @@ class Rebuilt:
     filed: int
 
 
-def open_if_cold(
-    engine: Engine, ledger: Ledger, *, stopping: Callable[[], bool] = lambda: False
-) -> Rebuilt | None:
+def open_if_cold(engine: Engine, ledger: Ledger, *, stopping: Callable[[], bool] = lambda: False) -> Rebuilt | None:
     """Open a new epoch when the ledger is cold; None when it is not, or when another process is doing it."""
     if not ledger.is_cold():
         return None
@@ -113,28 +112,48 @@ def _reserve(connection: Connection, ledger: Ledger) -> tuple[list[tuple[str, st
         for start in range(0, len(found), BACKLOG_CHUNK):
             ledger.adopt(name, incarnation, found[start : start + BACKLOG_CHUNK])
         held += len(found)
-    _give_up_strangers(connection)
+    _give_up_strangers(connection, ledger.now_ms())
     return [(row[0], row[1]) for row in rows if row[3]], held
 
 
 def _adopted(row: Any) -> Adopted:
     job, epoch, attempt, shape, priority, seq, losses, admitted, started = row
-    return Adopted(
-        job, f"{epoch}.{attempt}", shape, order(priority, seq), admitted or 0, started or 0, "", losses
-    )
+    return Adopted(job, f"{epoch}.{attempt}", shape, order(priority, seq), admitted or 0, started or 0, "", losses)
 
 
-def _give_up_strangers(connection: Connection) -> None:
-    """Jobs that Postgres says run on a life of a worker that has ended go back to be submitted again."""
-    connection.execute(
-        text("""
-        UPDATE jobs SET state = 'accepted', step = :back
-        WHERE state IN ('admitted', 'running') AND NOT EXISTS (
-          SELECT 1 FROM workers w WHERE w.incarnation = jobs.incarnation AND w.status IN ('ready', 'draining')
-            AND NOT EXISTS (SELECT 1 FROM workers n WHERE n.name = w.name AND n.started_at > w.started_at
-                            AND n.status IN ('ready', 'draining')))
-    """),
-        {"back": Step.BACK.value},
+_STRANGERS: Final = text("""
+SELECT id, epoch, attempt, worker, incarnation, losses, (extract(epoch FROM admitted_at) * 1000)::bigint,
+       (extract(epoch FROM started_at) * 1000)::bigint
+FROM jobs
+WHERE state IN ('admitted', 'running') AND NOT EXISTS (
+  SELECT 1 FROM workers w WHERE w.incarnation = jobs.incarnation AND w.status IN ('ready', 'draining')
+    AND NOT EXISTS (SELECT 1 FROM workers n WHERE n.name = w.name AND n.started_at > w.started_at
+                    AND n.status IN ('ready', 'draining')))
+""")
+
+
+def _give_up_strangers(connection: Connection, now_ms: int) -> None:
+    """Jobs that Postgres says run on a life of a worker that has ended go back, to be submitted again."""
+    store.apply(
+        connection,
+        [
+            Transition(
+                job=row[0],
+                epoch=row[1],
+                attempt=row[2],
+                state=State.ACCEPTED,
+                step=Step.BACK,
+                worker=row[3] or "",
+                incarnation=row[4] or "",
+                admitted_ms=row[6] or 0,
+                started_ms=row[7] or 0,
+                at_ms=now_ms,
+                losses=row[5] + (row[7] is not None),
+                outcome="lost" if row[7] else "taken_back",
+                error="its worker has ended",
+            )
+            for row in connection.execute(_STRANGERS)
+        ],
     )
 
 
@@ -151,7 +170,7 @@ def _await_reports(ledger: Ledger, workers: list[str], stopping: Callable[[], bo
 def _file_backlog(connection: Connection, ledger: Ledger) -> int:
     filed, after = 0, (-10, 0)
     while True:
-        rows = store.backlog(connection, BACKLOG_CHUNK, after)
+        rows = backlog.backlog(connection, BACKLOG_CHUNK, after)
         if not rows:
             return filed
         filed += enroll.submit_rows(ledger, rows)

@@ -18,7 +18,7 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 
-from routing import books, enroll, keys, roster, store, stream
+from routing import backlog, books, enroll, keys, roster, store, stream
 from routing.books import JobCard
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
@@ -207,7 +207,7 @@ def _bring_forward(connection: Connection, ledger: Ledger, row: Row, card: JobCa
 
 
 def _submit(connection: Connection, ledger: Ledger, job: str) -> bool:
-    pending = store.these(connection, [job])
+    pending = backlog.these(connection, [job])
     return bool(pending) and enroll.submit_rows(ledger, pending) == 1
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from routing import keys, store
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
+from routing.states import FINAL, Step
 from routing.store import Applied, Transition
 
 #: Entries applied in one statement: some 20 ms of Postgres.
@@ -54,11 +55,21 @@ def read(ledger: Ledger, *, older_than_ms: int = 0, after: str = "-", most: int 
     return [parse(entry, fields) for entry, fields in found]
 
 
+def settled(transitions: Sequence[Transition]) -> list[tuple[str, str]]:
+    """The entries to forget (entry, job) once these are written. Of an attempt only the newest entry exists, since each
+    replaces the one before; a job that ended has no entry in its tombstone."""
+    newest: dict[tuple[str, int, int, bool], Transition] = {}
+    for one in transitions:
+        if one.entry:
+            newest[one.job, one.epoch, one.attempt, one.step >= Step.FILED] = one
+    return [(one.entry, "" if one.state in FINAL else one.job) for one in newest.values()]
+
+
 def write(engine: Engine, ledger: Ledger, transitions: Sequence[Transition]) -> list[Applied]:
     """Write transitions into Postgres, then drop their entries."""
     with engine.connect() as connection:
         applied = store.apply(connection, transitions)
-    ledger.forget([(one.entry, one.job) for one in transitions if one.entry])
+    ledger.forget(settled(transitions))
     return applied
 
 

@@ -98,7 +98,6 @@ def _defaults(stores: Stores) -> dict[str, Any]:
         "worker_prefetch_multiplier": 0,
         "worker_disable_rate_limits": True,
         "worker_consumer": "workers.consumer:Consumer",
-        "worker_hijack_root_logger": True,
         # An answer such as OOM, MISCONF or READONLY must not end the worker (celery#7946).
         "broker_channel_error_retry": True,
         "broker_connection_max_retries": None,

@@ -116,7 +116,8 @@ class LedgerThread(threading.Thread):
         """Settle what is pending, then end. False when that did not come about in time."""
         self._stopping = True
         self._wake.set()
-        self.join(within)
+        if self.is_alive():
+            self.join(within)
         return not self.is_alive()
 
     def settled(self, within: float) -> bool:

@@ -38,9 +38,7 @@ POSTGRES_EVERY: Final = 30.0
 class Membership:
     """Blocking calls, each one exchange with the stores; threads and signals are the caller's."""
 
-    def __init__(
-        self, engine: Engine, ledger: Ledger, identity: Identity, confirmation: Confirmation
-    ) -> None:
+    def __init__(self, engine: Engine, ledger: Ledger, identity: Identity, confirmation: Confirmation) -> None:
         self._engine = engine
         self._ledger = ledger
         self._confirmation = confirmation
@@ -147,17 +145,11 @@ class Membership:
         admitted = self.register(self._capacity, holdings, self._declared, challenge)
         held = holdings.all()
         refused = (
-            set(
-                self._ledger.adopt(
-                    self.identity.name, self.identity.incarnation, [one.as_adopted() for one in held]
-                )
-            )
+            set(self._ledger.adopt(self.identity.name, self.identity.incarnation, [one.as_adopted() for one in held]))
             if held
             else set()
         )
-        recorder.add(
-            [running(self.identity, one) for one in held if one.job not in refused and not one.ended]
-        )
+        recorder.add([running(self.identity, one) for one in held if one.job not in refused and not one.ended])
         for job in refused:
             logger.warning("job %s: its lease went to another attempt while the ledger was lost", job)
         # This list is complete: what Postgres says is held here and it does not name, is taken back at once.
@@ -173,9 +165,7 @@ class Membership:
         if not self._declared:
             return
         people = {name: request.to_people() for name, request in self._declared.items()}
-        self._ledger.client.hset(
-            keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people}
-        )
+        self._ledger.client.hset(keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people})
         with self._engine.connect() as connection:
             roster.declare(connection, people)
 
@@ -195,6 +185,26 @@ class Membership:
         if time.monotonic() >= self._seen_until:
             self._see("draining" if self.draining else "ready")
         return renewed.known
+
+    def resize(self, capacity: Capacity, holdings: Holdings) -> None:
+        """Publish another capacity (the pool grew, a quota changed); what fits into more is admitted at once."""
+        if capacity == self._capacity or self.draining:
+            return
+        before, self._capacity = self._capacity, capacity
+        holdings.capacity = dict(capacity.amounts)
+        identity = self.identity
+        view = self._view(full=True)
+        reply = self._ledger.register(identity.name, identity.incarnation, identity.queue, capacity.shape, view)
+        if isinstance(reply, Taken):
+            # Its lease was lost meanwhile: the heartbeat that follows finds out, and registers again.
+            return
+        self._see("ready")
+        logger.warning(
+            "capacity changed from %s to %s; %d waiting jobs were admitted",
+            before and before.shape,
+            capacity.shape,
+            reply.admitted,
+        )
 
     def drain(self) -> int:
         """Admit nothing more here; what was not started is handed back."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
+from routing.capacity import Capacity
 from routing.errors import PlatformError, StoreUnavailable
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
@@ -33,6 +34,7 @@ class Pulse(threading.Thread):
         holdings: Holdings,
         recorder: Recorder,
         challenge: Callable[[], None],
+        measure: Callable[[], Capacity],
         on_open: Callable[[], None],
     ) -> None:
         super().__init__(name="pulse", daemon=True)
@@ -42,6 +44,7 @@ class Pulse(threading.Thread):
         self._holdings = holdings
         self._recorder = recorder
         self._challenge = challenge
+        self._measure = measure
         self._on_open = on_open
         self._wake = Wake()
         self._stopping = False
@@ -73,7 +76,8 @@ class Pulse(threading.Thread):
     def stop(self, within: float) -> None:
         self._stopping = True
         self._wake.set()
-        self.join(within)
+        if self.is_alive():
+            self.join(within)
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -102,6 +106,7 @@ class Pulse(threading.Thread):
                     renew_at = now + settings.renew_interval
                 elif ticked or now >= renew_at:
                     renew_at = now + settings.renew_interval
+                    self._membership.resize(self._measure(), self._holdings)
                     if not self._membership.renew(self._holdings):
                         self._rejoin(opened)
                 self._said = ""

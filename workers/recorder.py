@@ -14,7 +14,7 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import enroll, store
+from routing import enroll, store, stream
 from routing.errors import PlatformError
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
@@ -114,7 +114,7 @@ class Recorder(threading.Thread):
         """Postgres has them. What fails from here on is repaired by the duties: entries are applied once more without
         effect, scheduled rows are found when they are due."""
         try:
-            self._ledger.forget([(one.entry, one.job) for one in batch if one.entry])
+            self._ledger.forget(stream.settled(batch))
             enroll.go_on(self._engine, self._ledger, applied)
         except (PlatformError, LedgerClosed, SQLAlchemyError) as error:
             logger.info("left to the duties: %s", error)

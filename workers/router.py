@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 from redis.exceptions import RedisError
@@ -98,6 +99,14 @@ class Router:
 
 def declared_by(task: Any, default_cpus: int) -> Request:
     """The request that a task declares by its attributes: `@app.task(cpus=4, memory="2GiB")`."""
-    return Request.from_options(
-        {option: getattr(task, option, None) for option in REQUEST_OPTIONS}, default_cpus
-    )
+    cpus, memory, gpus, resources = (getattr(task, option, None) for option in REQUEST_OPTIONS)
+    if resources is not None:
+        given = {"cpus": cpus, "memory": memory, "gpus": gpus, "resources": resources}
+        return Request.from_options(given, default_cpus)
+    return _declared(cpus, memory, gpus, default_cpus)
+
+
+# Typed: True equals 1, and is no number of CPUs.
+@lru_cache(maxsize=1024, typed=True)
+def _declared(cpus: Any, memory: Any, gpus: Any, default_cpus: int) -> Request:
+    return Request.from_options({"cpus": cpus, "memory": memory, "gpus": gpus}, default_cpus)

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from celery import Celery
 
-from routing.capacity import Capacity
+from routing.capacity import Capacity, Detected, detect
 from routing.errors import PlatformError
 from routing.message import parse_tag
 from routing.replies import LedgerClosed
@@ -64,6 +64,7 @@ class Runtime:
             self.holdings,
             self.recorder,
             self.intake.challenge,
+            self._measure,
             self._on_open,
         )
         self.ledger_thread = LedgerThread(
@@ -80,13 +81,18 @@ class Runtime:
         self.handle: Callable[[Any], None] | None = None
         self._to_start: deque[Any] = deque()
         self._loop = Wake()
+        self._slots: Callable[[], int] = lambda: 1
         self._cold = False
         self._left = False
 
     # -- the life of the worker ----------------------------------------------------------------------------------
 
-    def join(self, capacity: Capacity, declared: Mapping[str, Request]) -> int:
-        """Register, and start the threads. Returns how many waiting jobs were admitted at once."""
+    def join(self, slots: Callable[[], int], declared: Mapping[str, Request]) -> tuple[Detected, int]:
+        """Register, and start the threads. `slots` tells the size of the pool, now and later. Returns what was
+        published, and how many waiting jobs were admitted at once."""
+        self._slots = slots
+        detected = detect(self.stores.settings, slots())
+        capacity = detected.capacity
         self.holdings.capacity = dict(capacity.amounts)
         self.recorder.start()
         self.ledger_thread.start()
@@ -103,7 +109,11 @@ class Runtime:
         self.intake.start()
         self.duties.start()
         atexit.register(self.leave)
-        return admitted
+        return detected, admitted
+
+    def _measure(self) -> Capacity:
+        """The capacity as it is now."""
+        return detect(self.stores.settings, self._slots()).capacity
 
     def drain(self) -> None:
         """Safe in a signal handler."""

@@ -129,7 +129,6 @@ class Sender:
             id=check_job_id(wire.get("id")),
             name=_name(wire.get("task")),
             shape=request.shape,
-            request=request.to_people(),
             message=messages.encode(
                 body,
                 content_type=content_type,

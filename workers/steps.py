@@ -80,11 +80,9 @@ def on_worker_ready(sender: Any = None, **_: Any) -> None:
     if stores is None:
         return
     with _refusing():
-        slots = sender.pool.num_processes
-        detected = detect(stores.settings, slots)
-        declared = declarations(app, stores)
         runtime = app.worker_runtime
-        admitted = runtime.join(detected.capacity, declared)
+        pool = sender.pool
+        detected, admitted = runtime.join(lambda: int(pool.num_processes), declarations(app, stores))
         logger.warning(
             "worker %s published %s%s",
             runtime.identity.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 
 import click
 
@@ -48,7 +49,7 @@ def command(workers: tuple[WorkerSpec, ...], pool: str | None, as_json: bool) ->
         console.print(line, soft_wrap=True)
 
     family = Family(prefixed(sys.stderr))
-    with answering(as_json), family.interruptible():
+    with answering(as_json), closing(family), family.interruptible():
         station = Station(Settings.from_environ(os.environ), os.environ, family, say)
         try:
             station.start(workers, pool)

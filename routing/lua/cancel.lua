@@ -28,8 +28,7 @@ job.epoch = epoch
 -- The attempt before (if there was one) has its own entry; this one is of the job.
 local entry = note(id, job, state, STEP.dropped, now, {error = error_text})
 redis.call('DEL', KEY.job .. id)
-redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1',
-  'entry', entry, 'noted', job.noted)
+redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1')
 redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
 count(state, 1)
 return {'ended', entry}

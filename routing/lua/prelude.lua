@@ -40,6 +40,9 @@ end
 
 -- Millicores as people read them: 72000 -> 72, 500 -> 0.5.
 local function cpus_text(millicores)
+  if millicores % 1000 == 0 then
+    return int(millicores / 1000)
+  end
   local text = string.format('%.3f', millicores / 1000)
   text = string.gsub(text, '0+$', '')
   return (string.gsub(text, '%.$', ''))
@@ -125,6 +128,12 @@ local function write_book(book, changed)
   else
     redis.call('ZREM', KEY.free, book.worker)
   end
+end
+
+-- All that a book has allocated, into a view that was made just now.
+local function show(book)
+  redis.call('HSET', KEY.view .. book.worker, 'allocated_cpus', cpus_text(book.allocated.cpus or 0),
+    'allocated_memory', int(book.allocated.memory or 0), 'allocated_slots', int(book.allocated.slots or 0))
 end
 
 -- What admission asks of a book: the fields for these amounts, always in the same order.
@@ -270,8 +279,7 @@ local function put_back(id, job, now, outcome, error_text, most_losses)
     if tonumber(job.losses) >= tonumber(most_losses) then
       note(id, job, 'lost', STEP.ended, now, {outcome = 'lost', error = error_text})
       redis.call('DEL', KEY.job .. id)
-      redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1',
-        'entry', job.entry, 'noted', job.noted)
+      redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1')
       redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
       return 'lost'
     end
@@ -282,8 +290,7 @@ local function put_back(id, job, now, outcome, error_text, most_losses)
     local state = job.successor and 'scheduled' or 'accepted'
     note(id, job, state, STEP.back, now, {outcome = outcome, error = error_text})
     redis.call('DEL', KEY.job .. id)
-    redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt,
-      'entry', job.entry, 'noted', job.noted)
+    redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt)
     redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
     return state
   end

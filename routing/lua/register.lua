@@ -39,6 +39,14 @@ redis.call('DEL', KEY.view .. worker)
 redis.call('HSET', KEY.view .. worker, unpack(ARGV, 8))
 redis.call('PEXPIRE', KEY.view .. worker, int(ttl))
 redis.call('SET', KEY.allocated_cpus, cpus_text(redis.call('INCRBY', KEY.allocated, 0)))
-write_book(read_book(worker, epoch), {})
+local book = read_book(worker, epoch)
+-- Capacity that shrank below what runs is no breach of the books: said for whoever checks them.
+if over(book) then
+  redis.call('HSET', key, 'shrunk', '1')
+else
+  redis.call('HDEL', key, 'shrunk')
+end
+show(book)
+write_book(book, {})
 local admitted, cursor = fill(worker, epoch, now, '')
 return {'ok', int(admitted), cursor}

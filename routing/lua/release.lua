@@ -24,7 +24,7 @@ for i = 7, #ARGV, 4 do
   local job = read_job(id)
   local verdict, state, entry = 'stale', '', ''
   if job and token_of(job) == token and job.state == 'ended' then
-    verdict, state, entry = 'repeat', outcome, job.entry or ''
+    verdict, state = 'repeat', outcome
   elseif mine and job and token_of(job) == token and job.incarnation == incarnation
       and (job.state == 'admitted' or job.state == 'running') then
     verdict, any = 'released', true
@@ -40,14 +40,13 @@ for i = 7, #ARGV, 4 do
       local final = outcome ~= 'retried'
       state = final and outcome or 'scheduled'
       redis.call('HDEL', KEY.held .. worker, id)
-      redis.call('ZREM', KEY.unclaimed, id)
+      if job.state == 'admitted' then
+        redis.call('ZREM', KEY.unclaimed, id)
+      end
       note(id, job, state, final and STEP.ended or STEP.back, now, {outcome = outcome, error = error_text})
       redis.call('DEL', KEY.job .. id)
       redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt,
-        'entry', job.entry, 'noted', job.noted)
-      if final then
-        redis.call('HSET', KEY.job .. id, 'final', '1')
-      end
+        unpack(final and {'final', '1'} or {}))
       redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
     end
     entry = job.entry

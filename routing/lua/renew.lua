@@ -55,6 +55,7 @@ for _, id in ipairs(held) do
     end
   end
 end
+show(book)
 write_book(book, changed)
 local admitted, cursor = fill(worker, epoch, now, '')
 reply[2], reply[3] = int(admitted), cursor

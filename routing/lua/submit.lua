@@ -18,13 +18,12 @@ if now > deadline then
   count('refused.late', 1)
   return {'late'}
 end
-local known = read_job(id)
-if known and (known.state ~= 'ended' or known.final or tonumber(known.attempt) > tonumber(attempt)) then
-  return {'exists', known.state}
+local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt')
+if known[1] and (known[1] ~= 'ended' or known[2] or tonumber(known[3]) > tonumber(attempt)) then
+  return {'exists', known[1]}
 end
 local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
-if known then
-  -- What its last attempt left must reach Postgres too: it is not replaced by the next entry.
+if known[1] then
   redis.call('DEL', KEY.job .. id)
 end
 

@@ -200,6 +200,21 @@ def test_verify_fails_where_the_books_are_wrong(stage: Stage, run: Run, monkeypa
     assert run("verify").stdout.splitlines()[-1] == "invariants: VIOLATED I6"
 
 
+def test_verify_without_redis_says_what_it_could_not_judge(
+    stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.worker("a", cpus=4000)
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    result = run("verify")
+    assert result.exit_code == exits.FAILED
+    assert "the ledger does not answer or is cold" in result.stdout
+    *_, passed, verdict = result.stdout.splitlines()
+    assert passed == "2/4"
+    assert verdict.startswith("invariants: NOT JUDGED, Redis does not answer")
+    value = _json(run("verify", "--json"))
+    assert (value["ok"], value["invariants"]) == (False, None)
+
+
 def test_reconcile_reports_drift_and_repairs_it(stage: Stage, run: Run) -> None:
     stage.worker("a", cpus=4000)
     assert _json(run("reconcile", "--json"))["drift"] == 0

@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
 from platform.launch import ChildDied, Interrupted, NotReady, await_ready, pause
 from platform.processes import Child, Family, Step, died, prefixed
+
+ROOT = Path(__file__).resolve().parents[2]
 
 #: Seconds for what takes far less, on a busy machine.
 PATIENCE = 30.0
@@ -40,6 +44,7 @@ def family() -> Iterator[Family]:
     family = Family()
     yield family
     family.end(family.children, (Step(signal.SIGKILL, PATIENCE),))
+    family.close()
 
 
 def start(family: Family, code: str, name: str = "child") -> Child:
@@ -155,7 +160,7 @@ def test_a_command_that_hears_nothing_is_broken_by_the_next_signal(
 
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with Family().interruptible():
+    with Family().interruptible():  # nothing was started: nothing to close
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -176,3 +181,34 @@ def test_a_child_that_leaves_a_grandchild_at_its_output_still_ends(family: Famil
     with pytest.raises(ChildDied, match="exit code 4"):
         pause(family, PATIENCE)
     os.killpg(child.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("orphans", [signal.SIGTERM, signal.SIGKILL])
+def test_children_of_a_killed_command_do_not_stay(orphans: signal.Signals) -> None:
+    code = (
+        "import os, sys, signal, workers.plugin\n"
+        "from platform.processes import Family\n"
+        f"family = Family(orphans=signal.Signals({orphans.value}))\n"
+        "child = family.start('child', [sys.executable, '-c', sys.argv[1]], os.environ)\n"
+        "family.next()\n"
+        "print(child.pid, flush=True)\n"
+        "signal.pause()\n"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code, GOOD], stdout=subprocess.PIPE, cwd=ROOT)
+    assert command.stdout is not None
+    with command.stdout as said:
+        child = int(said.readline())
+    assert not gone(child)
+    command.kill()
+    command.wait()
+    deadline = time.monotonic() + PATIENCE
+    while not gone(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gone(child)
+
+
+def test_a_closed_family_leaves_its_guard_nothing_to_do(family: Family) -> None:
+    child = start(family, GOOD)
+    await_ready(family, [child], PATIENCE)
+    family.close()
+    assert not gone(child.pid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery import Celery
 
-from routing import enroll, store
+from routing import backlog, enroll
 from routing.states import State
 from workers.control import end_before_start
 from workers.stores import Stores
@@ -16,8 +16,8 @@ MOST = 1000
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     """Counts: `due` submitted, `expired` ended."""
     with stores.engine.connect() as connection:
-        overdue = store.overdue(connection, MOST)
-        rows = store.due(connection, MOST)
+        overdue = backlog.overdue(connection, MOST)
+        rows = backlog.due(connection, MOST)
     expired = 0
     for job in overdue:
         if end_before_start(stores, job, State.EXPIRED, "expired"):

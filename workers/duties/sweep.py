@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from celery import Celery
 
-from routing import enroll, keys, store
+from routing import backlog, enroll, keys
 from routing.books import text
 from workers.stores import Stores
 
@@ -25,7 +25,7 @@ def _stranded(stores: Stores) -> int:
     submitted, after = 0, 0
     while True:
         with stores.engine.connect() as connection:
-            rows = store.stranded(connection, stores.settings.sweep_interval, MOST, after)
+            rows = backlog.stranded(connection, stores.settings.sweep_interval, MOST, after)
         if not rows:
             return submitted
         submitted += enroll.submit_rows(stores.ledger, rows)

@@ -1,0 +1,93 @@
+"""The rows that the ledger should know, in their order: what waits, is due, never arrived, or came too late.
+
+Reading only; each function takes the caller's connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, text
+
+from routing.policy import order
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A row that the ledger should know: the arguments of a submit."""
+
+    id: str
+    shape: str
+    priority: int
+    seq: int
+    message: bytes
+    attempt: int
+    losses: int
+    submitted_ms: int
+
+    def submission(self) -> tuple[str, str, int, bytes, int, int, int]:
+        """The arguments of `Ledger.submit`, in order."""
+        return (
+            self.id,
+            self.shape,
+            order(self.priority, self.seq),
+            self.message,
+            self.attempt,
+            self.losses,
+            self.submitted_ms,
+        )
+
+
+_PENDING: Final = (
+    "SELECT id, shape, priority, seq, message, attempt, losses, "
+    "(extract(epoch FROM submitted_at) * 1000)::bigint FROM jobs "
+)
+_DUE: Final = text(_PENDING + "WHERE state = 'scheduled' AND due_at <= now() ORDER BY due_at, seq LIMIT :most")
+_STRANDED: Final = text(
+    _PENDING + "WHERE state = 'accepted' AND submitted_at <= now() - make_interval(secs => :age) "
+    "AND seq > :after ORDER BY seq LIMIT :most"
+)
+_BACKLOG: Final = text(
+    _PENDING + "WHERE state IN ('accepted', 'waiting') AND (-priority, seq) > (:priority, :seq) "
+    "ORDER BY -priority, seq LIMIT :most"
+)
+_THESE: Final = text(
+    _PENDING + "WHERE id = ANY(CAST(:ids AS text[])) AND state IN ('accepted', 'waiting', 'scheduled')"
+)
+
+
+def _pending(rows: Iterable[Any]) -> list[Pending]:
+    return [Pending(row[0], row[1], row[2], row[3], bytes(row[4]), row[5], row[6], row[7]) for row in rows]
+
+
+def due(connection: Connection, most: int) -> list[Pending]:
+    """Scheduled jobs whose time has come."""
+    return _pending(connection.execute(_DUE, {"most": most}))
+
+
+def stranded(connection: Connection, age: float, most: int, after: int = 0) -> list[Pending]:
+    """Accepted jobs that never reached the ledger within `age` seconds, in order of submission after a `seq`."""
+    return _pending(connection.execute(_STRANDED, {"age": age, "most": most, "after": after}))
+
+
+def backlog(connection: Connection, most: int, after: tuple[int, int] = (-10, 0)) -> list[Pending]:
+    """Jobs that wait, in their order, after a cursor (-priority, seq)."""
+    return _pending(connection.execute(_BACKLOG, {"most": most, "priority": after[0], "seq": after[1]}))
+
+
+def these(connection: Connection, ids: Sequence[str]) -> list[Pending]:
+    """Named jobs, those of them that have not started."""
+    return _pending(connection.execute(_THESE, {"ids": list(ids)})) if ids else []
+
+
+_OVERDUE: Final = text(
+    "SELECT id FROM jobs WHERE expires_at <= now() AND expires_at IS NOT NULL "
+    "AND state IN ('accepted', 'waiting', 'scheduled') ORDER BY expires_at LIMIT :most"
+)
+
+
+def overdue(connection: Connection, most: int) -> list[str]:
+    """Jobs that have not started and must not any more."""
+    return list(connection.execute(_OVERDUE, {"most": most}).scalars())
