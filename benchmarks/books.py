@@ -91,7 +91,7 @@ class Books:
         worker = str(answer.worker)
         incarnation = self._incarnations[worker]
         end = Ended(job, f"{self.ledger.epoch}.{answer.attempt}", "succeeded")
-        released, _ = self.ledger.settle(worker, incarnation, ended=[end], most_losses=MOST_LOSSES)
+        released = self.ledger.settle(worker, incarnation, ended=[end], most_losses=MOST_LOSSES).released
         self.ledger.forget([(one.entry, job) for one in released])
         self.ledger.client.delete(private_queue(worker, incarnation))
 
@@ -104,10 +104,10 @@ class Books:
             answer = self.ledger.submit(job, REQUEST, place, self.message)
             worker = str(answer.worker)
             arrival = (job, f"{self.ledger.epoch}.{answer.attempt}", str(uuid.uuid4()))
-            _, claimed = self.ledger.settle(
+            settled = self.ledger.settle(
                 worker, self._incarnations[worker], arrived=[arrival], most_losses=MOST_LOSSES
             )
-            if not claimed[0].ok:
+            if not settled.claimed[0].ok:
                 raise RuntimeError(f"{worker} could not claim what was admitted to it")
             holds.append(job)
         return worker, holds

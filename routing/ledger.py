@@ -17,10 +17,12 @@ from routing.replies import (
     Claimed,
     Ended,
     Filled,
+    HandedOver,
     Lapsed,
     Placed,
     Released,
     Renewed,
+    Settled,
     Submitted,
     Taken,
 )
@@ -95,11 +97,15 @@ class Ledger(LedgerServer):
         arrived: Sequence[tuple[str, str, str]] = (),
         most_losses: int,
         admit: bool = True,
-    ) -> tuple[list[Released], list[Claimed]]:
-        """Release what ended and claim what arrived (job, token, nonce), in one round trip."""
+        nonce: str = "",
+    ) -> Settled:
+        """Release what ended and claim what arrived (job, token, nonce), in one round trip.
+
+        With a `nonce` of its own the worker takes what the release admits to it from the reply, claimed already.
+        """
         calls: list[tuple[str, Sequence[Any]]] = []
         if ended:
-            args: list[Any] = [*self._gate(), worker, incarnation, most_losses, "1" if admit else "0"]
+            args: list[Any] = [*self._gate(), worker, incarnation, most_losses, "1" if admit else "0", nonce]
             for end in ended:
                 args += (end.job, end.token, end.outcome, end.error or "")
             calls.append(("release", args))
@@ -109,31 +115,27 @@ class Ledger(LedgerServer):
                 args += arrival
             calls.append(("claim", args))
         replies = self._calls(calls) if calls else []
-        released: list[Released] = []
-        claimed: list[Claimed] = []
+        settled = Settled([], [], [])
         for (name, _), reply in zip(calls, replies, strict=True):
             if name == "release":
-                for index, end in enumerate(ended):
-                    verdict, state, entry, shape = reply[3 + 4 * index : 7 + 4 * index]
-                    released.append(Released(end, verdict, state, entry))
-                    if verdict == "released" and state == "waiting":
-                        self.place(shape)
-                self.fill(worker, reply[2])
+                self._released(worker, ended, reply, settled)
             else:
-                for index, (job, token, _) in enumerate(arrived):
-                    verdict, admitted, started, entry, losses = reply[1 + 5 * index : 6 + 5 * index]
-                    claimed.append(
-                        Claimed(
-                            job,
-                            token,
-                            verdict == "claimed",
-                            _ms(admitted),
-                            _ms(started),
-                            entry,
-                            int(losses or 0),
-                        )
-                    )
-        return released, claimed
+                settled.claimed.extend(_claimed(arrived, reply))
+        return settled
+
+    def _released(self, worker: str, ended: Sequence[Ended], reply: list[str], settled: Settled) -> None:
+        for index, end in enumerate(ended):
+            verdict, state, entry, shape = reply[3 + 4 * index : 7 + 4 * index]
+            settled.released.append(Released(end, verdict, state, entry))
+            if verdict == "released" and state == "waiting":
+                self.place(shape)
+        settled.handed_over.extend(_handed_over(reply[3 + 4 * len(ended) :]))
+        self.fill(worker, reply[2])
+
+    def recover(self, worker: str, incarnation: str, holds: Iterable[str]) -> list[HandedOver]:
+        """What this worker was handed over and does not hold, because a reply was lost."""
+        reply = self._call("recover", *self._gate(), worker, incarnation, *holds)
+        return _handed_over(reply[1:])
 
     def fill(self, worker: str, cursor: str = "-inf") -> int:
         """Admit what fits on a worker, from a cursor of shapes ('' means there is nothing left to look at)."""
@@ -303,6 +305,20 @@ class Ledger(LedgerServer):
         """`resource:allocated_cpus` as it stands."""
         found = self._guard(lambda: self.client.get(keys.ALLOCATED_CPUS))
         return found.decode() if found is not None else None
+
+
+def _claimed(arrived: Sequence[tuple[str, str, str]], reply: list[str]) -> Iterable[Claimed]:
+    for index, (job, token, _) in enumerate(arrived):
+        verdict, admitted, started, entry, losses = reply[1 + 5 * index : 6 + 5 * index]
+        yield Claimed(job, token, verdict == "claimed", _ms(admitted), _ms(started), entry, int(losses or 0))
+
+
+def _handed_over(values: list[str]) -> list[HandedOver]:
+    found = []
+    for start in range(0, len(values), 8):
+        job, token, admitted, started, entry, losses, shape, message = values[start : start + 8]
+        found.append(HandedOver(job, token, int(admitted), int(started), entry, int(losses), shape, message))
+    return found
 
 
 def _ms(text: str) -> int | None:

@@ -66,6 +66,29 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
+class HandedOver:
+    """A job admitted and claimed in the release that made room for it; `message` with the tag of its attempt."""
+
+    job: str
+    token: str
+    admitted_ms: int
+    started_ms: int
+    entry: str
+    losses: int
+    shape: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The answers to what ended and what arrived, and what was handed over."""
+
+    released: list[Released]
+    claimed: list[Claimed]
+    handed_over: list[HandedOver]
+
+
+@dataclass(frozen=True, slots=True)
 class Adopted:
     """A job that a worker has held since an older epoch."""
 

@@ -27,6 +27,9 @@ SUBMIT_WITHIN_MS: Final = 30_000
 #: Candidates that a submit fetches first; the others only when none of these has room.
 FEW: Final = 4
 
+#: Bytes of a message that a release may give back to the worker that is asking; larger ones go by the broker.
+HAND_OVER_BYTES: Final = 65_536
+
 HEADER_FIELDS: Final = ("Does", "KEYS", "ARGV", "Replies", "Cost", "Repeat")
 FLAGS: Final = re.compile(r"\A#!lua[^\n]*\n")
 
@@ -108,6 +111,7 @@ def load(start_ms: int, flags: bool) -> dict[str, Script]:
             "most": MOST_ADMITTED,
             "tombstone": TOMBSTONE_MS,
             "start": start_ms,
+            "hand_over": HAND_OVER_BYTES,
         },
     }
     functions = _functions()

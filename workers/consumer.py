@@ -40,7 +40,14 @@ class Consumer(celery_consumer.Consumer):
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         self.runtime.handle = super().create_task_handler(*args, **options)
+        self.runtime.message_of = self.message_of
         return self.runtime.arrived
+
+    def message_of(self, envelope: dict[str, Any]) -> Any:
+        """The message that kombu would have made, had the envelope come by the broker."""
+        message = self.task_consumer.channel.message_to_python(envelope)
+        message.accept = self.task_consumer.accept
+        return message
 
     def register_with_event_loop(self, hub: Any) -> None:
         super().register_with_event_loop(hub)

@@ -6,18 +6,18 @@ pool); it sends all that is pending in one round trip, and gives back what may s
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
 from routing.message import Tag
-from routing.replies import Claimed, Ended, LedgerClosed, Released
+from routing.replies import Claimed, Ended, HandedOver, LedgerClosed, Released
 from routing.request import Request
 from routing.states import Step
 from routing.store import Transition
@@ -80,8 +80,10 @@ class LedgerThread(threading.Thread):
         self._on_closed = on_closed
         self._arrivals: deque[Arrival] = deque()
         self._ends: deque[End] = deque()
+        self._nonces = itertools.count()
         self._wake = Wake()
         self._stopping = False
+        self._unsure = False
         self._idle = threading.Event()
         self._idle.set()
 
@@ -90,7 +92,7 @@ class LedgerThread(threading.Thread):
     def arrive(self, tag: Tag, request: Request, message: Any) -> None:
         """A message came: claim its job, then start it."""
         self._idle.clear()
-        self._arrivals.append(Arrival(tag, request, message, uuid.uuid4().hex))
+        self._arrivals.append(Arrival(tag, request, message, f"{self._identity.pid}.{next(self._nonces)}"))
         self._wake.set()
 
     def end(
@@ -152,6 +154,8 @@ class LedgerThread(threading.Thread):
         may_claim = self._confirmation.may_admit
         ends = [self._ends[i] for i in range(min(MOST, len(self._ends)))]
         arrivals = [self._arrivals[i] for i in range(min(MOST, len(self._arrivals)))] if may_claim else []
+        if self._unsure and may_claim:
+            self._recover()
         if not ends and not arrivals:
             return False
         fitting = self._holdings.admits({one.tag.job: one.request for one in arrivals})
@@ -163,23 +167,51 @@ class LedgerThread(threading.Thread):
             logger.warning(
                 "job %s would exceed this worker's capacity by its own count: handed back", end.job
             )
-        released, claimed = self._ledger.settle(
+        # From here to the answer: what it hands over may be lost with it.
+        self._unsure = True
+        settled = self._ledger.settle(
             self._identity.name,
             self._identity.incarnation,
             ended=[one.ended for one in ends] + refused,
             arrived=[(one.tag.job, one.tag.token, one.nonce) for one in claims],
             most_losses=MOST_LOSSES,
             admit=may_claim,
+            nonce=f"{self._identity.pid}.{next(self._nonces)}",
         )
+        self._unsure = False
         for _ in ends:
             self._ends.popleft()
         for _ in arrivals:
             self._arrivals.popleft()
-        transitions = self._after_release(released, {one.ended.job: one for one in ends})
-        transitions += self._after_claim(claims, claimed)
+        transitions = self._after_release(settled.released, {one.ended.job: one for one in ends})
+        transitions += self._after_claim(claims, settled.claimed)
+        transitions += self._take_over(settled.handed_over)
         if transitions:
             self._recorder.add(transitions)
         return True
+
+    def _recover(self) -> None:
+        """An answer was lost: ask for what it handed over. Claims that are pending are asked again by themselves."""
+        known = [*self._holdings.jobs(), *(one.tag.job for one in self._arrivals)]
+        handed_over = self._ledger.recover(self._identity.name, self._identity.incarnation, known)
+        self._unsure = False
+        self._recorder.add(self._take_over(handed_over))
+
+    def _take_over(self, handed_over: Sequence[HandedOver]) -> list[Transition]:
+        """Start what a release admitted here, unless it does not fit by this worker's own count."""
+        transitions = []
+        for one in handed_over:
+            request = Request.from_shape(one.shape)
+            fits = bool(self._holdings.admits({one.job: request}))
+            holding = Holding(one.job, one.token, request, "", one.admitted_ms, one.started_ms, one.losses)
+            self._holdings.add(holding)
+            if fits:
+                transitions.append(running(self._identity, holding, one.entry))
+                self._start_job(one.message)
+            else:
+                logger.warning("job %s would exceed this worker's capacity by its own count: handed back", one.job)
+                self.end(one.job, one.token, "handed_back")
+        return transitions
 
     def _after_release(self, released: list[Released], ends: dict[str, End]) -> list[Transition]:
         transitions = []

@@ -267,6 +267,22 @@ local function grant(id, job, message, book, now)
   redis.call('LPUSH', book.queue, tagged(message, id, job))
 end
 
+-- Admit a job to the worker that is asking, and give it the lease at once: its message goes into the reply (`out`), so
+-- that it comes neither through the broker nor back with a claim. Where the reply is lost, `recover` gives it again.
+local function hand_over(id, job, message, book, now, nonce, out)
+  job.state, job.worker, job.incarnation = 'running', book.worker, book.incarnation
+  job.admitted, job.started = int(now), int(now)
+  note(id, job, 'running', STEP.running, now)
+  redis.call('HSET', KEY.job .. id, 'state', 'running', 'epoch', job.epoch, 'attempt', job.attempt,
+    'worker', book.worker, 'incarnation', book.incarnation, 'shape', job.shape, 'order', job.order,
+    'admitted', job.admitted, 'started', job.started, 'nonce', nonce, 'losses', job.losses or '0',
+    'entry', job.entry, 'noted', job.noted)
+  redis.call('HSET', KEY.held .. book.worker, id, token_of(job))
+  local n = #out
+  out[n + 1], out[n + 2], out[n + 3], out[n + 4] = id, token_of(job), job.admitted, job.started
+  out[n + 5], out[n + 6], out[n + 7], out[n + 8] = job.entry, job.losses or '0', job.shape, tagged(message, id, job)
+end
+
 -- Put a job that held an allocation back into the backlog (the caller gives the allocation back), or end it where it
 -- was lost too often. Returns the state it has now.
 local function put_back(id, job, now, outcome, error_text, most_losses)
@@ -304,7 +320,8 @@ end
 
 -- Admit to one worker what now fits on it, in order, looking at LIMIT.shapes shapes (those after the cursor `after`)
 -- and admitting LIMIT.most jobs at the most. Returns the number admitted and the cursor to go on with, '' when done.
-local function fill(worker, epoch, now, after)
+-- With a nonce the worker itself is asking: what is not large is handed over in `out`, without the way by the broker.
+local function fill(worker, epoch, now, after, nonce, out)
   if not redis.call('ZSCORE', KEY.free, worker) then
     return 0, ''
   end
@@ -339,7 +356,11 @@ local function fill(worker, epoch, now, after)
       local message = job and redis.call('HGET', KEY.job .. id, 'message')
       if message then
         job.epoch, job.attempt = epoch, int(tonumber(job.attempt) + 1)
-        grant(id, job, message, book, now)
+        if nonce and #message <= LIMIT.hand_over then
+          hand_over(id, job, message, book, now, nonce, out)
+        else
+          grant(id, job, message, book, now)
+        end
         admitted = admitted + 1
         for name, amount in pairs(first.amounts) do
           changed[name] = (changed[name] or 0) + amount

@@ -1,14 +1,15 @@
 #!lua flags=allow-oom
 -- Does: gives back the allocations of attempts that are over, then admits to that worker what now fits.
 -- KEYS: none; by name: epoch, book, job, held, unclaimed, missing, counters, stream, wait, shapes, free, view, allocated, allocated_cpus
--- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), then for each
+-- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not '':
+--   the worker is asking, hand over to it), then for each
 --   job: job, token, outcome (succeeded, failed, cancelled, expired, replaced, retried, handed_back, lost), error
--- Replies: {ok, admitted, cursor of shapes, then for each job: released | repeat | stale, state, entry, shape}
---   | {cold} | {epoch, current}
+-- Replies: {ok, admitted, cursor of shapes, then for each job: released | repeat | stale, state, entry, shape, then for each
+--   job handed over: job, token, admitted, started, entry, losses, shape, message} | {cold} | {epoch, current}
 -- Cost: a few commands a job, and one pass over LIMIT.shapes shapes
 -- Repeat: harmless: keyed by job and token; an attempt that is over already is answered 'repeat'
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local most_losses, admit = ARGV[5], ARGV[6]
+local most_losses, admit, nonce = ARGV[5], ARGV[6], ARGV[7]
 
 local no = refused(epoch, run_id)
 if no then
@@ -19,7 +20,7 @@ local book = read_book(worker, epoch)
 local mine = book and book.incarnation == incarnation
 local changed, any = {}, false
 local reply = {'ok', '0', ''}
-for i = 7, #ARGV, 4 do
+for i = 8, #ARGV, 4 do
   local id, token, outcome, error_text = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local job = read_job(id)
   local verdict, state, entry = 'stale', '', ''
@@ -61,7 +62,7 @@ end
 if any then
   write_book(book, changed)
   if admit == '1' then
-    local admitted, cursor = fill(worker, epoch, now, '')
+    local admitted, cursor = fill(worker, epoch, now, '', nonce ~= '' and nonce or nil, reply)
     reply[2], reply[3] = int(admitted), cursor
   end
 end

@@ -1,0 +1,31 @@
+#!lua flags=allow-oom
+-- Does: gives a worker again the jobs whose leases it has and does not know of, since the reply of a release was lost.
+-- KEYS: none; by name: epoch, book, held, job
+-- ARGV: epoch, run_id, worker, incarnation, then the ids of the jobs that the worker holds
+-- Replies: {ok, then for each job: job, token, admitted, started, entry, losses, shape, message} | {unknown} | {cold}
+--   | {epoch, current}
+-- Cost: grows with the jobs that this worker holds
+-- Repeat: harmless: what the worker names is not given again
+local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+if redis.call('HGET', KEY.book .. worker, 'incarnation') ~= incarnation then
+  return {'unknown'}
+end
+local named, reply = {}, {'ok'}
+for i = 5, #ARGV do
+  named[ARGV[i]] = true
+end
+for _, id in ipairs(redis.call('HKEYS', KEY.held .. worker)) do
+  local job = not named[id] and read_job(id)
+  local message = job and job.state == 'running' and redis.call('HGET', KEY.job .. id, 'message')
+  if message then
+    local n = #reply
+    reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = id, token_of(job), job.admitted, job.started
+    reply[n + 5], reply[n + 6], reply[n + 7], reply[n + 8] = job.entry or '', job.losses or '0', job.shape, tagged(message, id, job)
+  end
+end
+return reply
