@@ -103,6 +103,11 @@ class Station:
         self._beat: Child | None = None
         self._dashboard: Child | None = None
 
+    @property
+    def embedded(self) -> bool:
+        """Whether no servers were given."""
+        return self._given.redis_url is None
+
     def start(self, specs: Sequence[WorkerSpec], pool: str | None = None) -> None:
         """Start all and wait for the workers. Raises Interrupted, NothingRuns, and what the servers do."""
         self._settings = servers.ensure(self._given, self._say)
@@ -169,7 +174,7 @@ class Station:
         return Running(
             redis_url=mask_url(redis_url),
             database_url=mask_url(database_url).replace("postgresql+psycopg2://", "postgresql://", 1),
-            embedded=self._given.redis_url is None,
+            embedded=self.embedded,
             workers=tuple(worker for worker in live if worker.pid in own),
             beat=_live_pid(self._beat),
             dashboard=_live_pid(self._dashboard),

@@ -59,21 +59,21 @@ class Ledger(LedgerServer):
     ) -> Submitted:
         """Admit a job whose row is durable, or file it; looks on among all workers before it returns."""
         reply = self._call("submit", *self._submit_args(job, shape, order, message, attempt, losses, submitted_ms))
-        return self._submitted(shape, reply)
+        return self._submitted(job, shape, reply)
 
     def submit_all(self, rows: Iterable[tuple[str, str, int, bytes, int, int, int]]) -> list[Submitted]:
         """The same for many jobs in one round trip; rows as the arguments of `submit`."""
         rows = list(rows)
         replies = self._calls([("submit", self._submit_args(*row)) for row in rows])
-        return [self._submitted(row[1], reply) for row, reply in zip(rows, replies, strict=True)]
+        return [self._submitted(row[0], row[1], reply) for row, reply in zip(rows, replies, strict=True)]
 
-    def _submitted(self, shape: str, reply: list[str]) -> Submitted:
+    def _submitted(self, job: str, shape: str, reply: list[str]) -> Submitted:
         if reply[0] == "admitted":
             return Submitted("admitted", worker=reply[1], attempt=int(reply[2]))
         if reply[0] == "waiting":
-            if reply[1]:
-                self.place(shape, reply[1], reply[2])
-            return Submitted("waiting")
+            placed = self.place(shape, reply[1], reply[2]) if reply[1] else []
+            own = next((one for one in placed if one.job == job), None)
+            return Submitted("admitted", own.worker, own.attempt) if own else Submitted("waiting")
         return Submitted(reply[0], was=reply[1] if len(reply) > 1 else None)
 
     def place(self, shape: str, cursor_score: str = "", cursor_worker: str = "") -> list[Placed]:
@@ -84,7 +84,7 @@ class Ledger(LedgerServer):
             if reply[0] == "none":
                 return placed
             if reply[0] == "admitted":
-                placed.append(Placed(job=reply[1], worker=reply[2]))
+                placed.append(Placed(job=reply[1], worker=reply[2], attempt=int(reply[3])))
             else:
                 cursor_score, cursor_worker = reply[1], reply[2]
 
@@ -118,16 +118,16 @@ class Ledger(LedgerServer):
         settled = Settled([], [], [])
         for (name, _), reply in zip(calls, replies, strict=True):
             if name == "release":
-                self._released(worker, ended, reply, settled)
+                self._released(worker, ended, reply, settled, admit)
             else:
                 settled.claimed.extend(_claimed(arrived, reply))
         return settled
 
-    def _released(self, worker: str, ended: Sequence[Ended], reply: list[str], settled: Settled) -> None:
+    def _released(self, worker: str, ended: Sequence[Ended], reply: list[str], settled: Settled, admit: bool) -> None:
         for index, end in enumerate(ended):
             verdict, state, entry, shape = reply[3 + 4 * index : 7 + 4 * index]
             settled.released.append(Released(end, verdict, state, entry))
-            if verdict == "released" and state == "waiting":
+            if admit and verdict == "released" and state == "waiting":
                 self.place(shape)
         settled.handed_over.extend(_handed_over(reply[3 + 4 * len(ended) :]))
         self.fill(worker, reply[2])

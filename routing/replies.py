@@ -29,6 +29,7 @@ class Placed:
 
     job: str
     worker: str
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class Lapsed:
-    """`verdict`: alive, closed (its jobs are taken back later), gone or unknown."""
+    """`verdict`: alive, closed (just now; its jobs are taken back later), waits (for that), gone or unknown."""
 
     verdict: str
     incarnation: str | None

@@ -143,6 +143,18 @@ def silent_workers(connection: Connection, beyond: float) -> list[tuple[str, str
     return [(row[0], row[1]) for row in rows]
 
 
+def live_on_machine(connection: Connection, boot_id: str, name: str, within: float) -> list[str]:
+    """The names of other workers of one boot of a machine that Postgres saw within so many seconds."""
+    rows = connection.execute(
+        text(
+            "SELECT DISTINCT name FROM workers WHERE status IN ('ready', 'draining') AND boot_id = :boot_id "
+            "AND name <> :name AND seen_at > now() - make_interval(secs => :within) ORDER BY name"
+        ),
+        {"boot_id": boot_id, "name": name, "within": within},
+    )
+    return [str(row[0]) for row in rows]
+
+
 def declare(connection: Connection, requests: Mapping[str, Mapping[str, Any]]) -> None:
     """Keep the requests that tasks declare, by task name, in people's units."""
     connection.execute(

@@ -8,7 +8,6 @@ from typing import Final
 from sqlalchemy import Engine
 
 from routing import roster
-from routing.ledger import Ledger
 
 #: Intervals for which an answer is valid, counted from the sending of the question (10 s at the usual 5).
 VALID_INTERVALS: Final = 2.0
@@ -17,15 +16,14 @@ VALID_INTERVALS: Final = 2.0
 class Confirmation:
     """Asked by one thread, read by all: assignments of one value each."""
 
-    def __init__(self, engine: Engine, ledger: Ledger, interval: float) -> None:
+    def __init__(self, engine: Engine, interval: float) -> None:
         self._engine = engine
-        self._ledger = ledger
         self._valid_for = interval * VALID_INTERVALS
         self._valid_until = 0.0
         self.authority = ""
 
     def ask(self) -> int:
-        """Ask Postgres; returns the epoch. A new one is not taken by the ledger before `adopt_epoch`."""
+        """Ask Postgres; returns the epoch. What a new one means is the membership's to do."""
         asked = time.monotonic()
         with self._engine.connect() as connection:
             answer = roster.read_authority(connection)

@@ -69,6 +69,7 @@ class LedgerThread(threading.Thread):
         recorder: Recorder,
         start_job: Callable[[Any], None],
         on_closed: Callable[[], None],
+        exclusive: threading.Lock,
     ) -> None:
         super().__init__(name="ledger", daemon=True)
         self._ledger = ledger
@@ -78,6 +79,7 @@ class LedgerThread(threading.Thread):
         self._recorder = recorder
         self._start_job = start_job
         self._on_closed = on_closed
+        self._exclusive = exclusive
         self._arrivals: deque[Arrival] = deque()
         self._ends: deque[End] = deque()
         self._nonces = itertools.count()
@@ -137,7 +139,10 @@ class LedgerThread(threading.Thread):
                 self._wake.wait(60.0)
                 continue
             try:
-                done = self._settle()
+                # Not while the worker registers in a new epoch: before the books know what it holds, its ends would
+                # be taken for those of a stranger.
+                with self._exclusive:
+                    done = self._settle()
             except LedgerClosed:
                 self._on_closed()
                 done = False

@@ -104,7 +104,6 @@ class Membership:
     def register(
         self,
         capacity: Capacity,
-        holdings: Holdings,
         declared: Mapping[str, Request],
         challenge: Callable[[], None],
     ) -> int:
@@ -140,15 +139,22 @@ class Membership:
         logger.warning("%d jobs of the former life of %s were taken back", lapsed.taken_back, name)
 
     def rejoin(self, holdings: Holdings, recorder: Recorder, challenge: Callable[[], None]) -> None:
-        """After a new epoch: register again, and say at once what is held."""
+        """After a new epoch: register again, and say at once what is held. Whole or not at all: until it is done this
+        handle of the ledger has no epoch, and does nothing."""
+        try:
+            self._rejoin(holdings, recorder, challenge)
+        except BaseException:
+            self._ledger.epoch = 0
+            raise
+
+    def _rejoin(self, holdings: Holdings, recorder: Recorder, challenge: Callable[[], None]) -> None:
         assert self._capacity is not None, "register comes before rejoin"
-        admitted = self.register(self._capacity, holdings, self._declared, challenge)
+        admitted = self.register(self._capacity, self._declared, challenge)
         held = holdings.all()
-        refused = (
-            set(self._ledger.adopt(self.identity.name, self.identity.incarnation, [one.as_adopted() for one in held]))
-            if held
-            else set()
-        )
+        refused: set[str] = set()
+        if held:
+            adopted = [one.as_adopted() for one in held]
+            refused = set(self._ledger.adopt(self.identity.name, self.identity.incarnation, adopted))
         recorder.add([running(self.identity, one) for one in held if one.job not in refused and not one.ended])
         for job in refused:
             logger.warning("job %s: its lease went to another attempt while the ledger was lost", job)

@@ -36,6 +36,7 @@ class Pulse(threading.Thread):
         challenge: Callable[[], None],
         measure: Callable[[], Capacity],
         on_open: Callable[[], None],
+        exclusive: threading.Lock,
     ) -> None:
         super().__init__(name="pulse", daemon=True)
         self._ledger = ledger
@@ -46,6 +47,7 @@ class Pulse(threading.Thread):
         self._challenge = challenge
         self._measure = measure
         self._on_open = on_open
+        self._exclusive = exclusive
         self._wake = Wake()
         self._stopping = False
         self._ticked = False
@@ -123,7 +125,8 @@ class Pulse(threading.Thread):
         if self._confirmation.ask() != opened[0]:
             self._closed = True
             return
-        self._membership.rejoin(self._holdings, self._recorder, self._challenge)
+        with self._exclusive:
+            self._membership.rejoin(self._holdings, self._recorder, self._challenge)
         self._closed = False
         self._on_open()
 

@@ -113,7 +113,11 @@ class JobRequest:
 
 
 def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
-    def ends_first(self: Any, failed__retval__runtime: tuple[Any, Any, Any], **options: Any) -> Any:
+    def ends_first(self: Any, failed__retval__runtime: Any, **options: Any) -> Any:
+        if not isinstance(failed__retval__runtime, tuple):
+            # In threads and solo pools Celery 5.7 gives the information of a SystemExit, wrapped as a lost worker, in
+            # place of what a body returned. No process was lost: the job has failed.
+            return self.on_failure(failed__retval__runtime, return_ok=True)
         failed, value, _ = failed__retval__runtime
         if not failed:
             self._end("succeeded")

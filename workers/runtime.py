@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -23,6 +24,7 @@ from celery import Celery
 
 from routing.capacity import Capacity, Detected, detect
 from routing.errors import PlatformError
+from routing.ledger import Ledger
 from routing.message import parse_tag
 from routing.replies import LedgerClosed
 from routing.request import Request
@@ -56,8 +58,12 @@ class Runtime:
         self.stores = stores
         self.identity = identity
         self.pid = os.getpid()
-        settings, engine, ledger = stores.settings, stores.engine, stores.ledger
-        self.confirmation = Confirmation(engine, ledger, settings.confirm_interval)
+        settings, engine = stores.settings, stores.engine
+        # A handle of the worker's own: its epoch is the one in which this worker is registered and has said what it
+        # holds, while that of `stores.ledger` follows whatever Postgres confirms to senders and duties.
+        ledger = Ledger(settings)
+        exclusive = threading.Lock()
+        self.confirmation = Confirmation(engine, settings.confirm_interval)
         self.membership = Membership(engine, ledger, identity, self.confirmation)
         self.holdings = Holdings({})
         self.recorder = Recorder(engine, ledger)
@@ -71,6 +77,7 @@ class Runtime:
             self.intake.challenge,
             self._measure,
             self._on_open,
+            exclusive,
         )
         self.ledger_thread = LedgerThread(
             ledger,
@@ -80,6 +87,7 @@ class Runtime:
             self.recorder,
             self._start_job,
             self.pulse.closed,
+            exclusive,
         )
         self.duties = duties.Runner(app, stores, identity.incarnation)
         #: Celery's own handler of a message, set by the consumer.
@@ -107,7 +115,7 @@ class Runtime:
         duties.open_ledger(self.stores)
         while True:
             try:
-                admitted = self.membership.register(capacity, self.holdings, declared, self.intake.challenge)
+                admitted = self.membership.register(capacity, declared, self.intake.challenge)
                 break
             except LedgerClosed:
                 # Another process is opening the epoch, or it changed just now.

@@ -10,11 +10,11 @@ from typing import Any, Final
 from celery import current_app, signals
 from celery.app import trace
 
-from migrations import check
 from routing.capacity import default_concurrency, describe, detect
 from routing.errors import NameTaken, PlatformError
 from routing.request import Request
 from workers.identity import name_of, new_identity
+from workers.preflight import check_stores, neighbours
 from workers.router import PLATFORM_PREFIX, declared_by
 from workers.runtime import Runtime
 from workers.stores import Stores
@@ -66,7 +66,7 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         return
     with _refusing():
         identity = new_identity(name_of(stores.settings, sender.hostname))
-        check(stores.engine)
+        check_stores(stores.engine, stores.redis, stores.settings)
         runtime = Runtime(sender.app, stores, identity)
         runtime.membership.claim_name(runtime.intake.challenge)
         sender.app.worker_runtime = runtime
@@ -82,6 +82,12 @@ def on_worker_ready(sender: Any = None, **_: Any) -> None:
     with _refusing():
         runtime = app.worker_runtime
         pool = sender.pool
+        others = neighbours(stores.engine, stores.settings, runtime.identity)
+        if others:
+            logger.warning(
+                "PLATFORM_CPUS is not set, and %s runs on this machine too: both publish the whole of it",
+                ", ".join(others),
+            )
         detected, admitted = runtime.join(lambda: int(pool.num_processes), declarations(app, stores))
         logger.warning(
             "worker %s published %s%s",

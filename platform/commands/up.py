@@ -59,7 +59,8 @@ def command(workers: tuple[WorkerSpec, ...], pool: str | None, as_json: bool) ->
             say("Ending.")
         finally:
             station.end()
-        say("Ended. The servers stay; `celery -A platform down` ends the embedded ones.")
+        embedded = "; `celery -A platform down` ends them" if station.embedded else ""
+        say(f"Ended. The servers stay{embedded}.")
 
 
 def _show(station: Station, as_json: bool) -> None:

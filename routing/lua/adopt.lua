@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: enters into the books of a new epoch what a worker holds since an older one.
--- KEYS: none; by name: epoch, book, job, held, wait, shapes, counters, free, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, book, job, held, wait, shapes, counters, stream, free, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, shape, order, admitted (ms), started (ms), nonce, losses
 -- Replies: {ok, then for each job: adopted | stale} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands a job

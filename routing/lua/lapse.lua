@@ -2,7 +2,7 @@
 -- Does: closes a worker whose lease ran out and, when the grace is over too, takes its jobs back as new attempts.
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, free, leases, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, grace (ms after the end of the lease), most_losses, most jobs to take back in this call
--- Replies: {alive} | {closed, incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
+-- Replies: {alive} | {closed (just now) or waits (before, for the grace), incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands for each job taken back
 -- Repeat: harmless: goes on where it stopped
 local epoch, run_id, worker = ARGV[1], ARGV[2], ARGV[3]
@@ -21,15 +21,16 @@ end
 if book.lease > now then
   return {'alive'}
 end
+local verdict = 'waits'
 if book.status ~= 'closed' then
-  book.status = 'closed'
+  verdict, book.status = 'closed', 'closed'
   redis.call('HSET', KEY.book .. worker, 'status', 'closed')
   count('lapsed', 1)
 end
 redis.call('ZREM', KEY.free, worker)
 redis.call('DEL', KEY.view .. worker)
 if now < book.lease + grace then
-  return {'closed', book.incarnation or ''}
+  return {verdict, book.incarnation or ''}
 end
 local reply, changed, taken = {'gone', book.incarnation or ''}, {}, 0
 for _, id in ipairs(redis.call('HKEYS', KEY.held .. worker)) do

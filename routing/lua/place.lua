@@ -1,7 +1,7 @@
 -- Does: looks for a worker for the first waiting job of a shape, among the candidates after a cursor, and admits it.
 -- KEYS: none; by name: epoch, job, shapes, free, book, wait, counters, stream, held, unclaimed, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, shape, cursor_score, cursor_worker (both '' to begin)
--- Replies: {admitted, job, worker} | {more, cursor_score, cursor_worker} | {none} | {cold} | {epoch, current}
+-- Replies: {admitted, job, worker, attempt} | {more, cursor_score, cursor_worker} | {none} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read
 -- Repeat: harmless: the job that was admitted waits no longer, the next one is looked at
 local epoch, run_id, shape, cursor_score, cursor_worker = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -40,7 +40,7 @@ if book then
   grant(head, job, message, book, now)
   enter(book, amounts)
   count('admitted', 1)
-  return {'admitted', head, book.worker}
+  return {'admitted', head, book.worker, job.attempt}
 end
 if #found == LIMIT.candidates then
   return {'more', redis.call('ZSCORE', KEY.free, found[#found]), found[#found]}

@@ -1,5 +1,5 @@
 -- Does: admits a job whose row is durable to the best worker and delivers it, or files it in the backlog.
--- KEYS: none; by name: epoch, job, shapes, free, book, wait, counters, stream, held, unclaimed, view, allocated, allocated_cpus, missing
+-- KEYS: none; by name: epoch, job, shapes, free, book, wait, counters, stream, held, unclaimed, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, deadline (ms of the server), job, shape, order, message, attempt (admissions so far), losses, submitted (ms)
 -- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when every candidate was looked at)
 --   | {exists, state} | {late} | {cold} | {epoch, current}

@@ -14,7 +14,7 @@ from celery import Celery
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import keys
+from routing import keys, roster
 from routing.errors import PlatformError
 from routing.replies import LedgerClosed
 from routing.settings import Settings
@@ -93,9 +93,13 @@ class Runner(threading.Thread):
     def _run(self, due_now: list[Duty]) -> None:
         try:
             open_ledger(self._stores)
-            for duty in due_now:
-                if self._turn(duty):
-                    self._run_one(duty)
+            mine = [duty for duty in due_now if self._turn(duty)]
+            if mine:
+                # Whoever repairs the books must be of the epoch that Postgres names now.
+                with self._stores.engine.connect() as connection:
+                    self._stores.ledger.epoch = roster.read_authority(connection).epoch
+            for duty in mine:
+                self._run_one(duty)
             self._said = ""
         except (PlatformError, LedgerClosed, RedisError, SQLAlchemyError) as error:
             self._window.restart()
