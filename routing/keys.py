@@ -7,7 +7,7 @@
 | `ledger:free` | sorted set | worker, free millicores; only workers that may be admitted to |
 | `ledger:leases` | sorted set | worker, end of its lease (ms) |
 | `ledger:held:<worker>` | hash | job, token of the attempt that holds an allocation there |
-| `ledger:missing:<worker>` | set | held jobs that the worker's last list did not name |
+| `ledger:missing:<worker>` | set | attempts (`<job> <token>`) held there that its last list did not name |
 | `ledger:job:<id>` | hash | one job; of one that ended a tombstone of 60 s |
 | `ledger:wait:<shape>` | sorted set | waiting job, order |
 | `ledger:shapes` | sorted set | shape that waits, order of its first job |
@@ -23,7 +23,8 @@
 In a book `status` is ready, draining or closed, `c.<resource>` the capacity and `a.<resource>` what is allocated of
 it. A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
 `shape`, `order`, `message`, the times `submitted`, `admitted` and `started`, the `nonce` of its claim, `losses`,
-`successor` (Postgres holds one), `entry` (of the stream, not yet applied), `noted` (the attempt it is about).
+`successor` (Postgres holds one), `entry` (of the stream, not yet applied), `noted` (the attempt it is about); one that
+ended has the `outcome` of its last attempt, the state it `became`, and `final` unless it goes on.
 
 Books are keys without expiry: an expired key would read as a free worker. Amounts are integers (millicores, bytes,
 counts), times are milliseconds of the server's own clock.

@@ -107,7 +107,7 @@ class Ledger(LedgerServer):
         if ended:
             args: list[Any] = [*self._gate(), worker, incarnation, most_losses, "1" if admit else "0", nonce]
             for end in ended:
-                args += (end.job, end.token, end.outcome, end.error or "")
+                args += (end.job, end.token, end.outcome, (end.error or "").encode("utf-8", "replace"))
             calls.append(("release", args))
         if arrived:
             args = [*self._gate(), worker, incarnation]
@@ -149,7 +149,9 @@ class Ledger(LedgerServer):
     def cancel(self, job: str, state: str, error: str = "") -> Cancelled:
         """End a job that waits, as `cancelled` or `expired`."""
         reply = self._call("cancel", *self._gate(), job, state, error)
-        return Cancelled(reply[0], worker=reply[2] if reply[0] == "held" else None)
+        if reply[0] == "held":
+            return Cancelled("held", worker=reply[2])
+        return Cancelled(reply[0], entry=reply[1] if reply[0] == "ended" else None)
 
     def succeed(self, job: str) -> bool:
         """Note that a successor of the running attempt is in Postgres."""
@@ -293,13 +295,12 @@ class Ledger(LedgerServer):
         self.epoch = epoch
 
     def recount(self, worker: str) -> int:
-        """Make a worker's allocations the sum of what it holds; returns how many fields differed."""
-        reply = self._call("recount", *self._gate(), worker)
-        return int(reply[1]) if reply[0] == "ok" else 0
+        """Make a worker's allocations the sum of what it holds, and its places right; returns how much differed."""
+        return int(self._call("recount", *self._gate(), worker)[1])
 
-    def set_total(self, expected: int, total: int) -> bool:
-        """Set the sum of allocated millicores, unless it changed since it was read as `expected`."""
-        return self._call("total", *self._gate(), expected, total)[0] == "ok"
+    def set_total(self, expected: int | None, total: int) -> bool:
+        """Set the sum of allocated millicores, unless it changed since it was read as `expected` (None: missing)."""
+        return self._call("total", *self._gate(), "" if expected is None else expected, total)[0] == "ok"
 
     def allocated_cpus(self) -> str | None:
         """`resource:allocated_cpus` as it stands."""

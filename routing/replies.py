@@ -105,10 +105,11 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """`verdict`: ended, held (by `worker`), over or missing."""
+    """`verdict`: ended (as `entry` of the stream says), held (by `worker`), over or missing."""
 
     verdict: str
     worker: str | None = None
+    entry: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

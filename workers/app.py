@@ -13,6 +13,7 @@ from routing.settings import Settings
 from workers import ticks
 from workers.amqp import amqp_class
 from workers.control import control_class
+from workers.results import BACKENDS
 from workers.router import Router
 from workers.stores import Resolve, Stores, resolve_running
 from workers.task import task_class
@@ -57,6 +58,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     app.__dict__.pop("control", None)
     app.task_cls = task_class(app.task_cls)
     app.__dict__.pop("Task", None)
+    app.loader.override_backends = {**BACKENDS, **app.loader.override_backends}
     app.add_defaults(lambda: _defaults(stores))
     app.on_after_finalize.connect(_finish, weak=False)
     # Here, not at the import of this module: its signals concern the worker of an installed app only.

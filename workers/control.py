@@ -6,9 +6,9 @@ from typing import Any
 
 from celery.app.control import Control
 
-from routing import roster, store
+from routing import roster, store, stream
 from routing.errors import StoreUnavailable
-from routing.replies import LedgerClosed
+from routing.replies import Cancelled, LedgerClosed
 from routing.states import State
 from workers.stores import Stores
 
@@ -42,24 +42,26 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
     """End a job that no worker holds, as cancelled or expired. False where a worker holds it, or it has ended."""
     with stores.engine.connect() as connection:
         stores.ledger.epoch = stores.ledger.epoch or store_epoch(connection)
-        verdict = _cancel(stores, connection, job, state, error)
-        if verdict == "ended":
+        cancelled = _cancel(stores, connection, job, state, error)
+        if cancelled.entry is not None:
+            # Perhaps no worker lives that would write it.
+            stream.apply_entry(stores.engine, stores.ledger, cancelled.entry)
             return True
-        return verdict == "missing" and store.end_unfiled(connection, job, state, error)
+        return cancelled.verdict == "missing" and store.end_unfiled(connection, job, state, error)
 
 
-def _cancel(stores: Stores, connection: Any, job: str, state: State, error: str) -> str:
+def _cancel(stores: Stores, connection: Any, job: str, state: State, error: str) -> Cancelled:
     """Cancel in the ledger. Without one Postgres alone decides: what it says is accepted is on its way nowhere."""
     try:
-        return stores.ledger.cancel(job, state.value, error).verdict
+        return stores.ledger.cancel(job, state.value, error)
     except LedgerClosed:
         stores.ledger.epoch = store_epoch(connection)
     except StoreUnavailable:
-        return "missing"
+        return Cancelled("missing")
     try:
-        return stores.ledger.cancel(job, state.value, error).verdict
+        return stores.ledger.cancel(job, state.value, error)
     except (LedgerClosed, StoreUnavailable):
-        return "missing"
+        return Cancelled("missing")
 
 
 def store_epoch(connection: Any) -> int:

@@ -43,7 +43,8 @@ class Holdings:
     """Thread-safe. `capacity` in millicores, bytes and counts."""
 
     capacity: Mapping[str, int]
-    _held: dict[str, Holding] = field(default_factory=dict)
+    #: By job and token: an attempt that lost its lease may still run beside a newer one of the same job.
+    _held: dict[tuple[str, str], Holding] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def admits(self, requests: Mapping[str, Request]) -> set[str]:
@@ -62,29 +63,26 @@ class Holdings:
 
     def add(self, holding: Holding) -> None:
         with self._lock:
-            self._held[holding.job] = holding
+            self._held[holding.job, holding.token] = holding
 
     def end(self, job: str, token: str) -> bool:
         """The body of an attempt is over. False when it is not held, or was over before."""
         with self._lock:
-            holding = self._held.get(job)
-            if holding is None or holding.token != token or holding.ended:
+            holding = self._held.get((job, token))
+            if holding is None or holding.ended:
                 return False
-            self._held[job] = replace(holding, ended=True)
+            self._held[job, token] = replace(holding, ended=True)
             return True
 
     def remove(self, job: str, token: str) -> Holding | None:
         """The release was answered."""
         with self._lock:
-            holding = self._held.get(job)
-            if holding is None or holding.token != token:
-                return None
-            return self._held.pop(job)
+            return self._held.pop((job, token), None)
 
     def jobs(self) -> list[str]:
         """All that is held, also what has ended and is not released yet: the list for the heartbeat."""
         with self._lock:
-            return list(self._held)
+            return list(dict.fromkeys(job for job, _ in self._held))
 
     def all(self) -> list[Holding]:
         """The same, as it is held."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ class LedgerThread(threading.Thread):
         self._wake = Wake()
         self._stopping = False
         self._unsure = False
+        self._refused: set[str] = set()
+        self._retry_at = 0.0
         self._idle = threading.Event()
         self._idle.set()
 
@@ -132,17 +135,20 @@ class LedgerThread(threading.Thread):
 
     def run(self) -> None:
         while True:
-            if not (self._arrivals or self._ends):
+            offering = bool(self._refused) and time.monotonic() >= self._retry_at and self._confirmation.may_admit
+            if not (self._arrivals or self._ends or offering):
                 self._idle.set()
                 if self._stopping:
                     return
-                self._wake.wait(60.0)
+                self._wake.wait(RETRY_AFTER if self._refused else 60.0)
                 continue
             try:
                 # Not while the worker registers in a new epoch: before the books know what it holds, its ends would
                 # be taken for those of a stranger.
                 with self._exclusive:
-                    done = self._settle()
+                    if offering:
+                        self._offer_again()
+                    done = self._settle() or offering
             except LedgerClosed:
                 self._on_closed()
                 done = False
@@ -166,12 +172,8 @@ class LedgerThread(threading.Thread):
         fitting = self._holdings.admits({one.tag.job: one.request for one in arrivals})
         claims = [one for one in arrivals if one.tag.job in fitting]
         refused = [
-            Ended(one.tag.job, one.tag.token, "handed_back") for one in arrivals if one.tag.job not in fitting
+            self._refuse(one.tag.job, one.tag.token, one.request) for one in arrivals if one.tag.job not in fitting
         ]
-        for end in refused:
-            logger.warning(
-                "job %s would exceed this worker's capacity by its own count: handed back", end.job
-            )
         # From here to the answer: what it hands over may be lost with it.
         self._unsure = True
         settled = self._ledger.settle(
@@ -180,7 +182,7 @@ class LedgerThread(threading.Thread):
             ended=[one.ended for one in ends] + refused,
             arrived=[(one.tag.job, one.tag.token, one.nonce) for one in claims],
             most_losses=MOST_LOSSES,
-            admit=may_claim,
+            admit=may_claim and not self._refused,
             nonce=f"{self._identity.pid}.{next(self._nonces)}",
         )
         self._unsure = False
@@ -214,9 +216,24 @@ class LedgerThread(threading.Thread):
                 transitions.append(running(self._identity, holding, one.entry))
                 self._start_job(one.message)
             else:
-                logger.warning("job %s would exceed this worker's capacity by its own count: handed back", one.job)
+                self._refuse(one.job, one.token, request)
                 self.end(one.job, one.token, "handed_back")
         return transitions
+
+    def _refuse(self, job: str, token: str, request: Request) -> Ended:
+        """Hand a job back: by this worker's own count (which has attempts that lost their lease and still run) it does
+        not fit. Nothing is admitted here for a moment, or the books would offer it again at once, for ever."""
+        logger.warning("job %s would exceed this worker's capacity by its own count: handed back", job)
+        self._refused.add(request.shape)
+        self._retry_at = time.monotonic() + RETRY_AFTER
+        return Ended(job, token, "handed_back")
+
+    def _offer_again(self) -> None:
+        """The moment is over: what was handed back finds its place, here or elsewhere."""
+        shapes, self._refused = self._refused, set()
+        for shape in sorted(shapes):
+            self._ledger.place(shape)
+        self._ledger.fill(self._identity.name)
 
     def _after_release(self, released: list[Released], ends: dict[str, End]) -> list[Transition]:
         transitions = []

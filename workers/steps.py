@@ -21,8 +21,10 @@ from workers.stores import Stores
 
 logger = logging.getLogger(__name__)
 
-#: Exit codes of `worker`: the name is taken (EX_UNAVAILABLE), the configuration is wrong (EX_CONFIG).
+#: Exit codes of `worker`: the name is taken (EX_UNAVAILABLE), a fault of ours (EX_SOFTWARE), the configuration is wrong
+#: or a store is missing (EX_CONFIG).
 EX_NAME_TAKEN: Final = 69
+EX_SOFTWARE: Final = 70
 EX_CONFIG: Final = 78
 
 
@@ -124,7 +126,7 @@ def on_worker_shutdown(sender: Any = None, **_: Any) -> None:
 
 
 class _refusing:  # noqa: N801 - reads as a statement
-    """A user's mistake ends the start with its message and an exit code, without a traceback."""
+    """What goes wrong ends the start: a user's mistake with its message and an exit code, without a traceback."""
 
     def __enter__(self) -> None:
         return None
@@ -133,3 +135,7 @@ class _refusing:  # noqa: N801 - reads as a statement
         if isinstance(error, PlatformError):
             print(f"celery-capacity: {error}", file=sys.stderr, flush=True)
             raise SystemExit(EX_NAME_TAKEN if isinstance(error, NameTaken) else EX_CONFIG) from None
+        if isinstance(error, Exception):
+            # Celery would log it and say "ready." of a worker that nothing is admitted to.
+            logger.critical("the worker cannot join the platform", exc_info=error)
+            raise SystemExit(EX_SOFTWARE) from None

@@ -39,9 +39,11 @@ for i = 5, #ARGV, 8 do
     redis.call('HSET', KEY.job .. id, 'state', 'running', 'epoch', token_epoch, 'attempt', token_attempt,
       'worker', worker, 'incarnation', incarnation, 'shape', shape, 'order', order, 'admitted', ARGV[i + 4],
       'started', ARGV[i + 5], 'nonce', ARGV[i + 6], 'losses', ARGV[i + 7])
-    redis.call('HSET', KEY.held .. worker, id, token)
-    for name, amount in pairs(amounts_of(shape)) do
-      changed[name] = (changed[name] or 0) + amount
+    -- 0: it stood there already, only its own key was lost.
+    if redis.call('HSET', KEY.held .. worker, id, token) == 1 then
+      for name, amount in pairs(amounts_of(shape)) do
+        changed[name] = (changed[name] or 0) + amount
+      end
     end
     count('adopted', 1)
   elseif token_of(job) ~= token or job.incarnation ~= incarnation or job.state == 'ended' then
@@ -51,4 +53,7 @@ for i = 5, #ARGV, 8 do
   reply[#reply + 1] = verdict
 end
 write_book(book, changed)
+if over(book) then
+  redis.call('HSET', KEY.book .. worker, 'shrunk', '1')
+end
 return reply

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: takes a job out of the ledger, as reconcile found it: Postgres has ended it, or it is entered anew.
--- KEYS: none; by name: epoch, job, held, book, wait, shapes, unclaimed, missing, free, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, job, held, book, wait, shapes, unclaimed, free, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, job, token (as reconcile read it), final (1: it may not come back, 0: it is entered anew)
 -- Replies: {ok, worker} ('' when it was waiting) | {changed} | {cold} | {epoch, current}
 -- Cost: constant
@@ -23,7 +23,6 @@ if job.state == 'waiting' then
 else
   worker = job.worker
   redis.call('ZREM', KEY.unclaimed, id)
-  redis.call('SREM', KEY.missing .. worker, id)
   local book = read_book(worker, epoch)
   if redis.call('HDEL', KEY.held .. worker, id) == 1 and book then
     local changed = {}

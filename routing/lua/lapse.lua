@@ -22,7 +22,8 @@ if book.lease > now then
   return {'alive'}
 end
 local verdict = 'waits'
-if book.status ~= 'closed' then
+-- One that drains stays so: should it be alive after all, it is not open again.
+if book.status == 'ready' then
   verdict, book.status = 'closed', 'closed'
   redis.call('HSET', KEY.book .. worker, 'status', 'closed')
   count('lapsed', 1)
@@ -44,8 +45,8 @@ for _, id in ipairs(redis.call('HKEYS', KEY.held .. worker)) do
     for name, amount in pairs(amounts_of(job.shape)) do
       changed[name] = (changed[name] or 0) - amount
     end
-    -- Only an attempt that was claimed counts as lost: what never started is innocent.
-    local outcome = job.state == 'running' and 'lost' or 'taken_back'
+    -- Only an attempt that started counts as lost: what did not (one that is adopted from a row may not have) is innocent.
+    local outcome = tonumber(job.started or '') and job.started ~= '0' and 'lost' or 'taken_back'
     put_back(id, job, now, outcome, 'worker ' .. worker .. ' was lost', most_losses)
     reply[#reply + 1] = job.shape
   else

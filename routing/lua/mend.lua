@@ -26,7 +26,7 @@ if id ~= '' then
 end
 local before = redis.call('ZSCORE', KEY.shapes, shape)
 local after = refile(shape)
-if (before and tonumber(before)) ~= after then
+if (before and tonumber(before) or nil) ~= after then
   different = 1
 end
 return {'ok', int(different)}

@@ -3,11 +3,14 @@
 -- ARGV: epoch, run_id
 -- Replies: {ok} | {epoch, current} where a newer one is open
 -- Cost: constant
--- Repeat: harmless
+-- Repeat: harmless: what was admitted in this epoch meanwhile stays
 local epoch, run_id = ARGV[1], ARGV[2]
-local current = redis.call('HGET', KEY.epoch, 'epoch')
-if current and tonumber(current) > tonumber(epoch) then
-  return {'epoch', current}
+local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id')
+if current[1] and tonumber(current[1]) > tonumber(epoch) then
+  return {'epoch', current[1]}
+end
+if current[1] == epoch and current[2] == run_id then
+  return {'ok'}
 end
 redis.call('SET', KEY.allocated, '0')
 redis.call('SET', KEY.allocated_cpus, '0')

@@ -123,7 +123,11 @@ end
 -- may be admitted to: ready, not over their capacity, and with a slot free, which every job needs.
 local function write_book(book, changed)
   write_amounts(book, changed)
-  if book.status == 'ready' and not over(book) and room(book, 'slots') >= 1 then
+  local too_much = over(book)
+  if book.shrunk and not too_much then
+    redis.call('HDEL', KEY.book .. book.worker, 'shrunk')
+  end
+  if book.status == 'ready' and not too_much and room(book, 'slots') >= 1 then
     redis.call('ZADD', KEY.free, int(room(book, 'cpus')), book.worker)
   else
     redis.call('ZREM', KEY.free, book.worker)
@@ -252,6 +256,23 @@ local function refile(shape)
   return tonumber(head[2])
 end
 
+-- What a worker holds: the sum of the amounts, and those entries of its list that no job's own key speaks of.
+local function sum_held(worker)
+  local sums, strays = {}, {}
+  local held = redis.call('HGETALL', KEY.held .. worker)
+  for i = 1, #held, 2 do
+    local job = read_job(held[i])
+    if job and job.worker == worker and token_of(job) == held[i + 1] and (job.state == 'admitted' or job.state == 'running') then
+      for name, amount in pairs(amounts_of(job.shape)) do
+        sums[name] = (sums[name] or 0) + amount
+      end
+    else
+      strays[#strays + 1] = held[i]
+    end
+  end
+  return sums, strays
+end
+
 -- Admit a job to a worker and deliver its message, in this atomic step. The caller has checked that it fits, and
 -- writes the book. `job` has epoch, attempt (the new one), shape, order, losses, submitted, entry.
 local function grant(id, job, message, book, now)
@@ -288,14 +309,15 @@ end
 local function put_back(id, job, now, outcome, error_text, most_losses)
   redis.call('HDEL', KEY.held .. job.worker, id)
   redis.call('ZREM', KEY.unclaimed, id)
-  redis.call('SREM', KEY.missing .. job.worker, id)
   if outcome == 'lost' then
     job.losses = int(tonumber(job.losses or '0') + 1)
     count('lost', 1)
-    if tonumber(job.losses) >= tonumber(most_losses) then
+    -- A successor that the attempt published before it was lost runs all the same.
+    if tonumber(job.losses) >= tonumber(most_losses) and not job.successor then
       note(id, job, 'lost', STEP.ended, now, {outcome = 'lost', error = error_text})
       redis.call('DEL', KEY.job .. id)
-      redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1')
+      redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1',
+        'outcome', 'lost', 'became', 'lost')
       redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
       return 'lost'
     end
@@ -306,12 +328,13 @@ local function put_back(id, job, now, outcome, error_text, most_losses)
     local state = job.successor and 'scheduled' or 'accepted'
     note(id, job, state, STEP.back, now, {outcome = outcome, error = error_text})
     redis.call('DEL', KEY.job .. id)
-    redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt)
+    redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt,
+      'outcome', outcome, 'became', state)
     redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
     return state
   end
   note(id, job, 'waiting', STEP.back, now, {outcome = outcome, error = error_text})
-  redis.call('HDEL', KEY.job .. id, 'worker', 'incarnation', 'admitted', 'started', 'nonce')
+  redis.call('HDEL', KEY.job .. id, 'worker', 'incarnation', 'admitted', 'started', 'nonce', 'redelivered')
   redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'losses', job.losses or '0',
     'entry', job.entry, 'noted', job.noted)
   file(id, job.shape, job.order)

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Does: makes a worker's allocations the sum of what it holds, and repairs its place in the index and in the sums.
--- KEYS: none; by name: epoch, book, held, job, free, view, allocated, allocated_cpus
+-- Does: makes a worker's allocations the sum of what it holds, and repairs its places in the indexes and in the sums.
+-- KEYS: none; by name: epoch, book, held, job, free, leases, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker
--- Replies: {ok, number of fields that differed} | {unknown} | {cold} | {epoch, current}
+-- Replies: {ok, number of fields that differed} | {unknown, the same} | {cold} | {epoch, current}
 -- Cost: grows with the jobs that this worker holds
 -- Repeat: harmless
 local epoch, run_id, worker = ARGV[1], ARGV[2], ARGV[3]
@@ -11,22 +11,16 @@ local no = refused(epoch, run_id)
 if no then
   return no
 end
+local sums, strays = sum_held(worker)
+for _, id in ipairs(strays) do
+  redis.call('HDEL', KEY.held .. worker, id)
+end
+local different = #strays
 local book = read_book(worker, epoch)
 if not book then
-  return {'unknown'}
-end
-local sums, different = {}, 0
-local held = redis.call('HGETALL', KEY.held .. worker)
-for i = 1, #held, 2 do
-  local job = read_job(held[i])
-  if job and job.worker == worker and token_of(job) == held[i + 1] and (job.state == 'admitted' or job.state == 'running') then
-    for name, amount in pairs(amounts_of(job.shape)) do
-      sums[name] = (sums[name] or 0) + amount
-    end
-  else
-    redis.call('HDEL', KEY.held .. worker, held[i])
-    different = different + 1
-  end
+  -- Nothing may be admitted to a worker without a book.
+  local found = redis.call('ZREM', KEY.free, worker) + redis.call('ZREM', KEY.leases, worker)
+  return {'unknown', int(different + found)}
 end
 local changed = {}
 for name, allocated in pairs(book.allocated) do
@@ -41,5 +35,14 @@ for name, sum in pairs(sums) do
     different = different + 1
   end
 end
+local before = redis.call('ZSCORE', KEY.free, worker)
 write_book(book, changed)
+if different == 0 and redis.call('ZSCORE', KEY.free, worker) ~= before then
+  different = 1
+end
+local lease = redis.call('ZSCORE', KEY.leases, worker)
+if not lease or tonumber(lease) ~= book.lease then
+  redis.call('ZADD', KEY.leases, int(book.lease), worker)
+  different = different + 1
+end
 return {'ok', int(different)}

@@ -20,8 +20,11 @@ for _, id in ipairs(due) do
   if job and job.state == 'admitted' and message then
     local times = redis.call('HINCRBY', KEY.job .. id, 'redelivered', 1)
     redis.call('ZADD', KEY.unclaimed, int(now + LIMIT.start * math.pow(2, math.min(times, 6))), id)
-    redis.call('LPUSH', queue, tagged(message, id, job))
-    delivered = delivered + 1
+    -- A worker whose book is only reserved has no queue before it registers.
+    if queue ~= '' then
+      redis.call('LPUSH', queue, tagged(message, id, job))
+      delivered = delivered + 1
+    end
   else
     redis.call('ZREM', KEY.unclaimed, id)
   end

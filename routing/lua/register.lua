@@ -1,5 +1,5 @@
 -- Does: opens a worker's book with its capacity (or changes the capacity of this incarnation), and admits what fits.
--- KEYS: none; by name: epoch, book, held, view, leases, free, allocated, allocated_cpus, shapes, wait, job, unclaimed, counters, stream
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, free, allocated, allocated_cpus, shapes, wait, job, unclaimed, counters, stream
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), then the fields of the view: name, value, ...
 -- Replies: {ok, admitted, cursor of shapes} | {taken, incarnation, lease left (ms, negative when it ran out), held} | {cold} | {epoch, current}
 -- Cost: one pass over LIMIT.shapes shapes
@@ -13,13 +13,21 @@ if no then
 end
 local now = clock()
 local key = KEY.book .. worker
-local before = redis.call('HMGET', key, 'incarnation', 'lease')
+local before = redis.call('HMGET', key, 'incarnation', 'lease', 'queue')
 if before[1] and before[1] ~= incarnation then
   local left, held = tonumber(before[2] or '0') - now, redis.call('HLEN', KEY.held .. worker)
   if left > 0 or held > 0 then
     return {'taken', before[1], int(left), int(held)}
   end
-  redis.call('DEL', key)
+  redis.call('DEL', key, KEY.missing .. worker)
+  if before[3] and before[3] ~= '' then
+    redis.call('DEL', before[3])
+  end
+elseif not before[1] then
+  -- The book is new, or went missing: a missing book is not a free worker.
+  for name, sum in pairs(sum_held(worker)) do
+    redis.call('HSET', key, 'a.' .. name, int(sum))
+  end
 end
 local old = redis.call('HGETALL', key)
 for i = 1, #old, 2 do
@@ -40,11 +48,9 @@ redis.call('HSET', KEY.view .. worker, unpack(ARGV, 8))
 redis.call('PEXPIRE', KEY.view .. worker, int(ttl))
 redis.call('SET', KEY.allocated_cpus, cpus_text(redis.call('INCRBY', KEY.allocated, 0)))
 local book = read_book(worker, epoch)
--- Capacity that shrank below what runs is no breach of the books: said for whoever checks them.
+-- Capacity that shrank below what runs is no breach of the books: said for whoever checks them, until it fits again.
 if over(book) then
   redis.call('HSET', key, 'shrunk', '1')
-else
-  redis.call('HDEL', key, 'shrunk')
 end
 show(book)
 write_book(book, {})

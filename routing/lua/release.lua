@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
 -- Does: gives back the allocations of attempts that are over, then admits to that worker what now fits.
--- KEYS: none; by name: epoch, book, job, held, unclaimed, missing, counters, stream, wait, shapes, free, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, free, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not '':
 --   the worker is asking, hand over to it), then for each
 --   job: job, token, outcome (succeeded, failed, cancelled, expired, replaced, retried, handed_back, lost), error
 -- Replies: {ok, admitted, cursor of shapes, then for each job: released | repeat | stale, state, entry, shape, then for each
 --   job handed over: job, token, admitted, started, entry, losses, shape, message} | {cold} | {epoch, current}
 -- Cost: a few commands a job, and one pass over LIMIT.shapes shapes
--- Repeat: harmless: keyed by job and token; an attempt that is over already is answered 'repeat'
+-- Repeat: harmless: keyed by job and token; the same end of an attempt that ended its job is answered 'repeat', any other 'stale'
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local most_losses, admit, nonce = ARGV[5], ARGV[6], ARGV[7]
 
@@ -24,8 +24,9 @@ for i = 8, #ARGV, 4 do
   local id, token, outcome, error_text = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local job = read_job(id)
   local verdict, state, entry = 'stale', '', ''
-  if job and token_of(job) == token and job.state == 'ended' then
-    verdict, state = 'repeat', outcome
+  local before = job and job.state == 'ended' and token_of(job) == token and redis.call('HMGET', KEY.job .. id, 'outcome', 'became')
+  if before and before[1] == outcome then
+    verdict, state = 'repeat', before[2]
   elseif mine and job and token_of(job) == token and job.incarnation == incarnation
       and (job.state == 'admitted' or job.state == 'running') then
     verdict, any = 'released', true
@@ -46,8 +47,10 @@ for i = 8, #ARGV, 4 do
       end
       note(id, job, state, final and STEP.ended or STEP.back, now, {outcome = outcome, error = error_text})
       redis.call('DEL', KEY.job .. id)
+      -- Where Postgres holds a successor the job goes on, whatever became of this attempt, unless it was revoked.
+      local for_good = final and (outcome == 'cancelled' or not job.successor)
       redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt,
-        unpack(final and {'final', '1'} or {}))
+        'outcome', outcome, 'became', state, unpack(for_good and {'final', '1'} or {}))
       redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
     end
     entry = job.entry

@@ -15,7 +15,8 @@ if no then
 end
 local now = clock()
 local book = read_book(worker, epoch)
-if not book or book.incarnation ~= incarnation then
+-- A book that was only reserved for it has no queue: this worker has to register.
+if not book or book.incarnation ~= incarnation or book.queue == '' then
   return {'unknown'}
 end
 book.lease = now + ttl
@@ -31,19 +32,22 @@ end
 redis.call('HSET', KEY.view .. worker, 'status', book.status)
 redis.call('PEXPIRE', KEY.view .. worker, int(ttl))
 
-local named = {}
+local named, before, missing = {}, {}, {}
 for i = 8 + view_size, #ARGV do
   named[ARGV[i]] = true
 end
+for _, attempt in ipairs(redis.call('SMEMBERS', KEY.missing .. worker)) do
+  before[attempt] = true
+end
 local reply, changed = {'ok', '0', ''}, {}
-local held = redis.call('HKEYS', KEY.held .. worker)
-for _, id in ipairs(held) do
-  if named[id] then
-    redis.call('SREM', KEY.missing .. worker, id)
-  else
-    local job = read_job(id)
-    -- What was admitted and not claimed yet is on its way: START looks after it.
-    if job and job.state == 'running' and redis.call('SADD', KEY.missing .. worker, id) == 0 then
+for _, id in ipairs(redis.call('HKEYS', KEY.held .. worker)) do
+  local job = not named[id] and read_job(id)
+  -- What was admitted and not claimed yet is on its way: START looks after it.
+  if job and job.state == 'running' then
+    local attempt = id .. ' ' .. token_of(job)
+    if not before[attempt] then
+      missing[#missing + 1] = attempt
+    else
       for name, amount in pairs(amounts_of(job.shape)) do
         changed[name] = (changed[name] or 0) - amount
       end
@@ -54,6 +58,12 @@ for _, id in ipairs(held) do
       reply[#reply + 1] = job.shape
     end
   end
+end
+if next(before) then
+  redis.call('DEL', KEY.missing .. worker)
+end
+for _, attempt in ipairs(missing) do
+  redis.call('SADD', KEY.missing .. worker, attempt)
 end
 show(book)
 write_book(book, changed)

@@ -1,8 +1,8 @@
 -- Does: gives a worker that has not spoken in this epoch a closed book, so that what it holds is not taken for free.
--- KEYS: none; by name: epoch, book, leases
+-- KEYS: none; by name: epoch, book, held, job, leases
 -- ARGV: epoch, run_id, worker, incarnation, capacity (as a shape)
--- Replies: {ok} | {open} where the worker has spoken | {cold} | {epoch, current}
--- Cost: constant
+-- Replies: {ok} | {open} where there is a book in this epoch | {cold} | {epoch, current}
+-- Cost: grows with the jobs that are held there already: none, but where a book went missing
 -- Repeat: harmless
 local epoch, run_id, worker, incarnation, capacity = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 
@@ -10,17 +10,22 @@ local no = refused(epoch, run_id)
 if no then
   return no
 end
-if redis.call('EXISTS', KEY.book .. worker) == 1 then
+if read_book(worker, epoch) then
   return {'open'}
 end
+local now, sums = clock(), sum_held(worker)
 -- The lease begins to run out now: a worker that is dead is lost after the usual grace.
-local fields = {'epoch', epoch, 'incarnation', incarnation, 'status', 'closed', 'queue', '', 'lease', int(clock())}
+local fields = {'epoch', epoch, 'incarnation', incarnation, 'status', 'closed', 'queue', '', 'lease', int(now)}
 for name, amount in pairs(amounts_of(capacity)) do
   fields[#fields + 1] = 'c.' .. name
   fields[#fields + 1] = int(amount)
-  fields[#fields + 1] = 'a.' .. name
-  fields[#fields + 1] = '0'
+  sums[name] = sums[name] or 0
 end
+for name, sum in pairs(sums) do
+  fields[#fields + 1] = 'a.' .. name
+  fields[#fields + 1] = int(sum)
+end
+redis.call('DEL', KEY.book .. worker)
 redis.call('HSET', KEY.book .. worker, unpack(fields))
-redis.call('ZADD', KEY.leases, int(clock()), worker)
+redis.call('ZADD', KEY.leases, int(now), worker)
 return {'ok'}

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: sets the sum of the allocated CPUs to the one given, if no admission or release came between.
 -- KEYS: none; by name: epoch, allocated, allocated_cpus
--- ARGV: epoch, run_id, expected (millicores, as read before the books), sum (millicores)
+-- ARGV: epoch, run_id, expected (millicores, as read with the books; '' where it is missing), sum (millicores)
 -- Replies: {ok} | {changed} | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
@@ -11,7 +11,7 @@ local no = refused(epoch, run_id)
 if no then
   return no
 end
-if redis.call('GET', KEY.allocated) ~= expected then
+if (redis.call('GET', KEY.allocated) or '') ~= expected then
   return {'changed'}
 end
 redis.call('SET', KEY.allocated, sum)
