@@ -18,10 +18,10 @@ from routing.request import Request
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from routing.drift import Reconciled
     from routing.lookup import JobFile, JobLine
     from routing.overview import Overview, WorkerLine
     from routing.rebuild import Rebuilt
-    from routing.reconcile import Reconciled
     from routing.verify import Report
 
 #: Characters of an error or a name in a list.

@@ -33,16 +33,18 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "ensure", "private_pair", "stop"]
 
-# Ends a private pair whose owner died: the pipe to it closes then. It asks the command line before it kills,
-# since pids are used again, and removes the folder only if it was made for the pair ($3 is empty otherwise).
+# Ends a private pair whose owner died: the pipe to it closes then. It asks the command line before it kills, since
+# pids are used again, and removes the folder $3 only if it was made for the pair (it is empty otherwise).
 _WATCH = """
 cat >/dev/null
 mine() { { tr '\\0' '\\n' </proc/"$1"/cmdline || ps -p "$1" -o command=; } 2>/dev/null | grep -qF "$2"; }
-redis=$(cat "$1/valkey.pid" 2>/dev/null) && mine "$redis" "$1" && kill -KILL "$redis"
-postgres=$(head -n 1 "$2/data/postmaster.pid" 2>/dev/null) && mine "$postgres" "$2" && kill -QUIT "$postgres"
+redis=$(cd "$1" 2>/dev/null && pwd -P) && pid=$(cat "$redis/valkey.pid" 2>/dev/null) &&
+    mine "$pid" "$redis" && kill -KILL "$pid"
+postgres=$(cd "$2" 2>/dev/null && pwd -P) && pid=$(head -n 1 "$postgres/data/postmaster.pid" 2>/dev/null) &&
+    mine "$pid" "$postgres" && kill -QUIT "$pid"
 if [ -n "$3" ]; then
-    while [ -e "$2/data/postmaster.pid" ] && mine "$postgres" "$2"; do sleep 0.1; done
-    rm -rf "$3" "$2"
+    while [ -e "$2/data/postmaster.pid" ] && mine "$pid" "$postgres"; do sleep 0.1; done
+    rm -rf "$postgres" "$3"
 fi
 """
 
@@ -108,11 +110,11 @@ def private_pair(folder: Path | None = None, *, durable: bool = True, migrate: b
     made = None if folder is not None else _temporary_folder()
     home = folder or made
     assert home is not None
-    watcher = None
+    # Before the servers: whenever this process is killed, they are ended.
+    watcher = _watch(home.resolve(), made)
     try:
         redis = valkey.start(_redis_folder(home), 0, durable=durable)
         database = postgres.start(_postgres_folder(home), durable=durable)
-        watcher = _watch(_redis_folder(home), database.folder, made)
         if migrate:
             _upgrade(database.url)
         yield _pair(home, redis, database)
@@ -124,8 +126,7 @@ def private_pair(folder: Path | None = None, *, durable: bool = True, migrate: b
         if made is not None:
             shutil.rmtree(_postgres_folder(made).resolve(), ignore_errors=True)
             shutil.rmtree(made, ignore_errors=True)
-        if watcher is not None:
-            watcher.communicate()
+        watcher.communicate()
 
 
 def _start_shared(home: Path, say: Callable[[str], None]) -> Pair:
@@ -195,17 +196,10 @@ def _locked(home: Path) -> Iterator[None]:
         ) from error
 
 
-def _watch(redis: Path, database: Path, made: Path | None) -> subprocess.Popen[bytes]:
+def _watch(home: Path, made: Path | None) -> subprocess.Popen[bytes]:
+    folders = (_redis_folder(home), _postgres_folder(home), made or "")
     return subprocess.Popen(
-        [
-            "/bin/sh",
-            "-c",
-            _WATCH,
-            "sh",
-            str(redis.resolve()),
-            str(database),
-            "" if made is None else str(made),
-        ],
+        ["/bin/sh", "-c", _WATCH, "sh", *map(str, folders)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

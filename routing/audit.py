@@ -285,7 +285,8 @@ def _books(shelf: Shelf) -> Iterator[Suspicion]:
                         "I1", f"worker {worker} has {used} {name} allocated, its jobs hold {sum_}"
                     )
         room = book.capacity.get(amounts.CPUS, 0) - book.allocated.get(amounts.CPUS, 0)
-        indexed = room if book.status == "ready" and not book.over() else None
+        admits = book.status == "ready" and not book.over() and book.has_slot()
+        indexed = room if admits else None
         if shelf.free[worker] != indexed:
             yield Suspicion(
                 "I6", f"worker {worker} has {room} free and stands as {shelf.free[worker]} in the index"

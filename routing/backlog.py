@@ -5,7 +5,8 @@ Reading only; each function takes the caller's connection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,8 +27,10 @@ class Pending:
     attempt: int
     losses: int
     submitted_ms: int
+    #: When it was read, by this process's clock.
+    read_ms: float
 
-    def submission(self) -> tuple[str, str, int, bytes, int, int, int]:
+    def submission(self) -> tuple[Any, ...]:
         """The arguments of `Ledger.submit`, in order."""
         return (
             self.id,
@@ -37,6 +40,7 @@ class Pending:
             self.attempt,
             self.losses,
             self.submitted_ms,
+            self.read_ms,
         )
 
 
@@ -44,7 +48,7 @@ _PENDING: Final = (
     "SELECT id, shape, priority, seq, message, attempt, losses, "
     "(extract(epoch FROM submitted_at) * 1000)::bigint FROM jobs "
 )
-_DUE: Final = text(_PENDING + "WHERE state = 'scheduled' AND due_at <= now() ORDER BY due_at, seq LIMIT :most")
+_DUE: Final = text(_PENDING + "WHERE state = 'scheduled' AND due_at <= now() AND seq > :after ORDER BY seq LIMIT :most")
 _STRANDED: Final = text(
     _PENDING + "WHERE state = 'accepted' AND submitted_at <= now() - make_interval(secs => :age) "
     "AND seq > :after ORDER BY seq LIMIT :most"
@@ -58,28 +62,30 @@ _THESE: Final = text(
 )
 
 
-def _pending(rows: Iterable[Any]) -> list[Pending]:
-    return [Pending(row[0], row[1], row[2], row[3], bytes(row[4]), row[5], row[6], row[7]) for row in rows]
+def _pending(connection: Connection, statement: Any, values: dict[str, Any]) -> list[Pending]:
+    now = time.time() * 1000
+    rows = connection.execute(statement, values)
+    return [Pending(row[0], row[1], row[2], row[3], bytes(row[4]), row[5], row[6], row[7], now) for row in rows]
 
 
-def due(connection: Connection, most: int) -> list[Pending]:
-    """Scheduled jobs whose time has come."""
-    return _pending(connection.execute(_DUE, {"most": most}))
+def due(connection: Connection, most: int, after: int = 0) -> list[Pending]:
+    """Scheduled jobs whose time has come, in order of submission after a `seq`."""
+    return _pending(connection, _DUE, {"most": most, "after": after})
 
 
 def stranded(connection: Connection, age: float, most: int, after: int = 0) -> list[Pending]:
     """Accepted jobs that never reached the ledger within `age` seconds, in order of submission after a `seq`."""
-    return _pending(connection.execute(_STRANDED, {"age": age, "most": most, "after": after}))
+    return _pending(connection, _STRANDED, {"age": age, "most": most, "after": after})
 
 
 def backlog(connection: Connection, most: int, after: tuple[int, int] = (-10, 0)) -> list[Pending]:
     """Jobs that wait, in their order, after a cursor (-priority, seq)."""
-    return _pending(connection.execute(_BACKLOG, {"most": most, "priority": after[0], "seq": after[1]}))
+    return _pending(connection, _BACKLOG, {"most": most, "priority": after[0], "seq": after[1]})
 
 
 def these(connection: Connection, ids: Sequence[str]) -> list[Pending]:
     """Named jobs, those of them that have not started."""
-    return _pending(connection.execute(_THESE, {"ids": list(ids)})) if ids else []
+    return _pending(connection, _THESE, {"ids": list(ids)}) if ids else []
 
 
 _OVERDUE: Final = text(

@@ -14,6 +14,7 @@ from typing import Any, Final
 import redis
 
 from routing import keys
+from routing.amounts import SLOTS
 from routing.policy import Book
 
 #: Statuses of a worker that runs; `closed` is one whose lease ran out.
@@ -41,6 +42,10 @@ class WorkerBook:
     def over(self) -> tuple[str, ...]:
         """The resources of which more is allocated than there is."""
         return tuple(sorted(n for n, amount in self.allocated.items() if amount > self.capacity.get(n, 0)))
+
+    def has_slot(self) -> bool:
+        """Whether a slot is free, which every job needs."""
+        return self.capacity.get(SLOTS, 0) > self.allocated.get(SLOTS, 0)
 
     def to_policy(self, now: int) -> Book:
         """The book as the policy takes it."""
@@ -122,16 +127,24 @@ def parse_book(worker: str, fields: Mapping[Any, Any]) -> WorkerBook | None:
 
 @dataclass(frozen=True, slots=True)
 class JobCard:
-    """What the ledger knows of one job, without its message. `unapplied`: Postgres is behind on it."""
+    """What the ledger knows of one job, without its message. `entry`: of the stream; until it is applied, Postgres is
+    behind on the job. Of one that ended: the `outcome` of its last attempt, and `final`, that it does not come back."""
 
     state: str
     token: str
     worker: str | None
     shape: str | None
-    unapplied: bool
+    order: int | None = None
+    entry: str | None = None
+    outcome: str | None = None
+    final: bool = False
+
+    @property
+    def unapplied(self) -> bool:
+        return self.entry is not None
 
 
-_CARD: Final = ("state", "epoch", "attempt", "worker", "shape", "entry")
+_CARD: Final = ("state", "epoch", "attempt", "worker", "shape", "order", "entry", "outcome", "final")
 
 
 def read_cards(client: redis.Redis, jobs: Iterable[str]) -> dict[str, JobCard]:
@@ -142,9 +155,11 @@ def read_cards(client: redis.Redis, jobs: Iterable[str]) -> dict[str, JobCard]:
         pipe.hmget(keys.job(job), *_CARD)
     cards = {}
     for job, values in zip(ids, pipe.execute(), strict=True):
-        state, epoch, attempt, worker, shape, entry = (None if v is None else text(v) for v in values)
+        state, epoch, attempt, *rest = (None if v is None else text(v) for v in values)
+        worker, shape, order, entry, outcome, final = rest
         if state is not None:
-            cards[job] = JobCard(state, f"{epoch}.{attempt}", worker, shape, unapplied=entry is not None)
+            place = None if order is None else int(order)
+            cards[job] = JobCard(state, f"{epoch}.{attempt}", worker, shape, place, entry, outcome, final == "1")
     return cards
 
 

@@ -53,6 +53,12 @@ def show(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
 
+def storable(text: str, characters: int) -> str:
+    """An error's text as both stores can hold it, its beginning where it is longer: Postgres refuses the character NUL,
+    and no UTF-8 has half a surrogate pair (file names that are not UTF-8 come with such)."""
+    return text[:characters].replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class PlatformError(Exception):
     """The base of all errors that the platform raises on purpose; catching it catches nothing else."""
 

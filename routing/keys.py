@@ -24,7 +24,8 @@ In a book `status` is ready, draining or closed, `c.<resource>` the capacity and
 it. A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
 `shape`, `order`, `message`, the times `submitted`, `admitted` and `started`, the `nonce` of its claim, `losses`,
 `successor` (Postgres holds one), `entry` (of the stream, not yet applied), `noted` (the attempt it is about); one that
-ended has the `outcome` of its last attempt, the state it `became`, and `final` unless it goes on.
+ended has the `outcome` of its last attempt (none: it was cancelled in the backlog), the state it `became`, and `final`
+unless it goes on.
 
 Books are keys without expiry: an expired key would read as a free worker. Amounts are integers (millicores, bytes,
 counts), times are milliseconds of the server's own clock.

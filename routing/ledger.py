@@ -32,6 +32,8 @@ from routing.server import LedgerServer
 #: Most jobs that one lapse call takes back, so that admission never waits long for it.
 LAPSE_CHUNK: Final = 100
 REDELIVER_CHUNK: Final = 100
+#: Pages of shapes that follow a release: 1,024 shapes in all. Where still more shapes wait, the heartbeat looks at all.
+RELEASE_PAGES: Final = 15
 
 
 class Ledger(LedgerServer):
@@ -40,10 +42,20 @@ class Ledger(LedgerServer):
     # -- jobs ----------------------------------------------------------------------------------------------------
 
     def _submit_args(
-        self, job: str, shape: str, order: int, message: bytes, attempt: int, losses: int, submitted_ms: int
+        self,
+        job: str,
+        shape: str,
+        order: int,
+        message: bytes,
+        attempt: int,
+        losses: int,
+        submitted_ms: int,
+        read_ms: float | None = None,
     ) -> tuple[Any, ...]:
         epoch, run_id = self._gate()
-        deadline = self.now_ms() + SUBMIT_WITHIN_MS
+        # Counted from when the row was read or written, by this process's clock: a pause since then (a stopped process,
+        # a suspended machine) must not outlive the tombstone of a job that has ended meanwhile.
+        deadline = (self.now_ms() if read_ms is None else self.server_ms(read_ms)) + SUBMIT_WITHIN_MS
         return (epoch, run_id, deadline, job, shape, order, message, attempt, losses, submitted_ms)
 
     def submit(
@@ -56,13 +68,18 @@ class Ledger(LedgerServer):
         attempt: int = 0,
         losses: int = 0,
         submitted_ms: int = 0,
+        read_ms: float | None = None,
     ) -> Submitted:
-        """Admit a job whose row is durable, or file it; looks on among all workers before it returns."""
-        reply = self._call("submit", *self._submit_args(job, shape, order, message, attempt, losses, submitted_ms))
+        """Admit a job whose row is durable, or file it; looks on among all workers before it returns.
+
+        `read_ms`: when the caller read or wrote the row, by its own clock (milliseconds); now where it is None.
+        """
+        args = self._submit_args(job, shape, order, message, attempt, losses, submitted_ms, read_ms)
+        reply = self._call("submit", *args)
         return self._submitted(job, shape, reply)
 
-    def submit_all(self, rows: Iterable[tuple[str, str, int, bytes, int, int, int]]) -> list[Submitted]:
-        """The same for many jobs in one round trip; rows as the arguments of `submit`."""
+    def submit_all(self, rows: Iterable[tuple[Any, ...]]) -> list[Submitted]:
+        """The same for many jobs in one round trip; rows as the arguments of `submit`, in their order."""
         rows = list(rows)
         replies = self._calls([("submit", self._submit_args(*row)) for row in rows])
         return [self._submitted(row[0], row[1], reply) for row, reply in zip(rows, replies, strict=True)]
@@ -130,17 +147,19 @@ class Ledger(LedgerServer):
             if admit and verdict == "released" and state == "waiting":
                 self.place(shape)
         settled.handed_over.extend(_handed_over(reply[3 + 4 * len(ended) :]))
-        self.fill(worker, reply[2])
+        self.fill(worker, reply[2], RELEASE_PAGES)
 
     def recover(self, worker: str, incarnation: str, holds: Iterable[str]) -> list[HandedOver]:
         """What this worker was handed over and does not hold, because a reply was lost."""
         reply = self._call("recover", *self._gate(), worker, incarnation, *holds)
         return _handed_over(reply[1:])
 
-    def fill(self, worker: str, cursor: str = "-inf") -> int:
-        """Admit what fits on a worker, from a cursor of shapes ('' means there is nothing left to look at)."""
+    def fill(self, worker: str, cursor: str = "-inf", pages: int | None = None) -> int:
+        """Admit what fits on a worker, from a cursor of shapes ('' means there is nothing left to look at), looking at
+        so many pages of shapes at the most."""
         admitted = 0
-        while cursor:
+        while cursor and pages != 0:
+            pages = None if pages is None else pages - 1
             reply = self._call("fill", *self._gate(), worker, cursor)
             admitted += int(reply[1])
             cursor = reply[2]
@@ -182,14 +201,28 @@ class Ledger(LedgerServer):
         """Make the queue of a shape right about one job and about its first job; True when something differed."""
         return self._call("mend", *self._gate(), shape, job)[1] == "1"
 
+    def seat(self, job: str) -> int | None:
+        """Make the places of one job right; how many differed, or None where its worker has no book."""
+        reply = self._call("seat", *self._gate(), job)
+        return int(reply[1]) if reply[0] == "ok" else None
+
     # -- workers -------------------------------------------------------------------------------------------------
 
     def register(
-        self, worker: str, incarnation: str, queue: str, capacity: str, view: Mapping[str, str]
+        self,
+        worker: str,
+        incarnation: str,
+        queue: str,
+        capacity: str,
+        view: Mapping[str, str],
+        status: str = "ready",
     ) -> Filled | Taken:
-        """Open a worker's book; `capacity` in the form of a shape. `Taken` when the name belongs to another."""
+        """Open a worker's book; `capacity` in the form of a shape. `Taken` when the name belongs to another. With the
+        status `closed` nothing is admitted before the next `renew`."""
         flat = [item for pair in view.items() for item in pair]
-        reply = self._call("register", *self._gate(), worker, incarnation, queue, self._ttl_ms, capacity, *flat)
+        reply = self._call(
+            "register", *self._gate(), worker, incarnation, queue, self._ttl_ms, capacity, status, *flat
+        )
         if reply[0] == "taken":
             return Taken(incarnation=reply[1], lease_left_ms=int(reply[2]), held=int(reply[3]))
         return Filled(int(reply[1]) + self.fill(worker, reply[2]))
@@ -288,6 +321,15 @@ class Ledger(LedgerServer):
         opened in (a restart may have brought back old books)."""
         opened = self.opened()
         return opened is None or opened[1] != self.run_id
+
+    def is_unfinished(self) -> bool:
+        """Whether the rebuild of this epoch was not carried to its end (it runs, or whoever did it died)."""
+        return bool(self._guard(lambda: self.client.hexists(keys.EPOCH, "rebuilding")))
+
+    def finish(self, epoch: int) -> None:
+        """The rebuild of this epoch is done."""
+        if self.opened() == (epoch, self.run_id):
+            self._guard(lambda: self.client.hdel(keys.EPOCH, "rebuilding"))
 
     def open(self, epoch: int) -> None:
         """Open an epoch on empty books."""

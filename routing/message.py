@@ -67,10 +67,12 @@ def encode(
             f"the message's headers cannot be written as JSON: {error}",
             advice="Pass headers and stamps that are text, numbers, lists or dicts.",
         ) from error
-    if len(text) > limit:
+    # The body as it is, not as base64 makes it.
+    size = len(text) - len(envelope["body"]) + len(body)
+    if size > limit:
         raise InvalidRequest(
-            f"the message has {len(text)} bytes, {limit} are allowed",
-            value=len(text),
+            f"the message has {size} bytes, {limit} are allowed",
+            value=size,
             advice="Pass a reference (a path, a key) instead of the data, or raise PLATFORM_MAX_MESSAGE.",
         )
     return text

@@ -43,29 +43,35 @@ class Rebuilt:
 
 
 def open_if_cold(engine: Engine, ledger: Ledger, *, stopping: Callable[[], bool] = lambda: False) -> Rebuilt | None:
-    """Open a new epoch when the ledger is cold; None when it is not, or when another process is doing it."""
-    if not ledger.is_cold():
+    """Open a new epoch when the ledger is cold, or go on with one whose opener died; None when there is nothing to do,
+    or another process is doing it."""
+    if not (ledger.is_cold() or ledger.is_unfinished()):
         return None
     with engine.connect() as connection:
         if not roster.lock_epoch(connection):
             return None
         try:
-            if not ledger.is_cold():
+            if ledger.is_cold():
+                # What the old books noted and Postgres does not have yet comes first, if the stream survived.
+                stream.apply_all(engine, ledger)
+                _wipe(ledger)
+                ledger.open(roster.next_epoch(connection))
+            elif ledger.is_unfinished():
+                ledger.epoch = roster.read_authority(connection).epoch
+            else:
                 return None
-            return _open(engine, connection, ledger, stopping)
+            return _rebuild(connection, ledger, stopping)
         finally:
             roster.unlock_epoch(connection)
 
 
-def _open(engine: Engine, connection: Connection, ledger: Ledger, stopping: Callable[[], bool]) -> Rebuilt:
-    # What the old books noted and Postgres does not have yet comes first, if the stream survived.
-    stream.apply_all(engine, ledger)
-    _wipe(ledger)
-    epoch = roster.next_epoch(connection)
-    ledger.open(epoch)
+def _rebuild(connection: Connection, ledger: Ledger, stopping: Callable[[], bool]) -> Rebuilt:
+    """Books, then the backlog. Every step may be done again: what is there already is left as it is."""
+    epoch = ledger.epoch
     workers, held = _reserve(connection, ledger)
     _await_reports(ledger, [name for name, _ in workers], stopping)
     filed = _file_backlog(connection, ledger)
+    ledger.finish(epoch)
     return Rebuilt(epoch, len(workers), held, filed)
 
 

@@ -107,6 +107,17 @@ def end_worker(connection: Connection, incarnation: str, status: str) -> None:
     )
 
 
+def end_former_lives(connection: Connection, name: str, incarnation: str) -> None:
+    """Note that every other life of a name is over: this one holds it now."""
+    connection.execute(
+        text(
+            "UPDATE workers SET status = 'lost', left_at = now() WHERE name = :name AND incarnation <> :incarnation "
+            "AND status IN ('ready', 'draining')"
+        ),
+        {"name": name, "incarnation": incarnation},
+    )
+
+
 def find_worker(connection: Connection, incarnation: str) -> WorkerRow | None:
     """One life of a worker, None where Postgres does not know it."""
     row = connection.execute(
@@ -143,15 +154,17 @@ def silent_workers(connection: Connection, beyond: float) -> list[tuple[str, str
     return [(row[0], row[1]) for row in rows]
 
 
+_ON_MACHINE: Final = text("""
+SELECT DISTINCT name FROM workers
+WHERE status IN ('ready', 'draining') AND split_part(boot_id, ':', 1) = split_part(:boot_id, ':', 1) AND name <> :name
+  AND seen_at > now() - make_interval(secs => :within)
+ORDER BY name
+""")
+
+
 def live_on_machine(connection: Connection, boot_id: str, name: str, within: float) -> list[str]:
     """The names of other workers of one boot of a machine that Postgres saw within so many seconds."""
-    rows = connection.execute(
-        text(
-            "SELECT DISTINCT name FROM workers WHERE status IN ('ready', 'draining') AND boot_id = :boot_id "
-            "AND name <> :name AND seen_at > now() - make_interval(secs => :within) ORDER BY name"
-        ),
-        {"boot_id": boot_id, "name": name, "within": within},
-    )
+    rows = connection.execute(_ON_MACHINE, {"boot_id": boot_id, "name": name, "within": within})
     return [str(row[0]) for row in rows]
 
 

@@ -1,7 +1,7 @@
 """The Lua scripts of the ledger: read from `lua/`, completed, and ready to be sent.
 
 Each file is one operation and begins with a header (does, KEYS, ARGV, replies, cost, repeat). In front of each go the
-functions of `prelude.lua` that it uses, and for KEY (`routing.keys`), STEP (`routing.states`) and LIMIT
+functions of the preludes that it uses, and for KEY (`routing.keys`), STEP (`routing.states`) and LIMIT
 (`routing.policy` and the settings) stand their values, so that every name and number has one place.
 """
 
@@ -30,6 +30,9 @@ FEW: Final = 4
 #: Bytes of a message that a release may give back to the worker that is asking; larger ones go by the broker.
 HAND_OVER_BYTES: Final = 65_536
 
+#: The files with what the operations share.
+PRELUDES: Final = ("prelude", "prelude_jobs")
+
 HEADER_FIELDS: Final = ("Does", "KEYS", "ARGV", "Replies", "Cost", "Repeat")
 FLAGS: Final = re.compile(r"\A#!lua[^\n]*\n")
 
@@ -46,7 +49,7 @@ class Script:
 def names() -> tuple[str, ...]:
     """The operations, by the names of their files."""
     found = (entry.name for entry in files("routing").joinpath("lua").iterdir())
-    return tuple(sorted(name[:-4] for name in found if name.endswith(".lua") and name != "prelude.lua"))
+    return tuple(sorted(name[:-4] for name in found if name.endswith(".lua") and name[:-4] not in PRELUDES))
 
 
 def source(name: str) -> str:
@@ -78,8 +81,9 @@ _COMMENT: Final = re.compile(r"^\s*--[^\n]*\n", re.MULTILINE)
 
 
 def _functions() -> dict[str, str]:
-    """The functions of the prelude, in their order."""
-    return {found.group(1): found.group(0) for found in _FUNCTION.finditer(source("prelude"))}
+    """The functions of the preludes, in their order."""
+    text = "".join(map(source, PRELUDES))
+    return {found.group(1): found.group(0) for found in _FUNCTION.finditer(text)}
 
 
 def _used(body: str, functions: dict[str, str]) -> list[str]:

@@ -58,7 +58,10 @@ class LedgerServer:
         text = connection.read_response()
         text = text.decode() if isinstance(text, bytes) else str(text)
         about = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-        self._run_id = about["run_id"].strip()
+        known, self._run_id = self._run_id, about["run_id"].strip()
+        if known and known != self._run_id:
+            # The call that is on its way was meant for another life of the server, perhaps with other books.
+            raise redis.ConnectionError("the server has restarted")
         if int(about.get("redis_version", "7").split(".")[0]) < 7:
             self._scripts = load(self._start_ms, False)
         before = time.time()
@@ -76,7 +79,11 @@ class LedgerServer:
 
     def now_ms(self) -> int:
         """This process's estimate of the server's clock, in milliseconds."""
-        return round(time.time() * 1000 + self._clock_offset_ms)
+        return self.server_ms(time.time() * 1000)
+
+    def server_ms(self, own_ms: float) -> int:
+        """A time of this process's clock by the server's, in milliseconds."""
+        return round(own_ms + self._clock_offset_ms)
 
     def _guard(self, action: Callable[[], Any]) -> Any:
         try:

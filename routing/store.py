@@ -44,6 +44,8 @@ class NewJob:
     queue: str = "celery"
     retries: int = 0
     nesting: int = 0
+    #: The attempt of the same job that publishes this (a retry); None where nobody says.
+    publisher: int | None = None
     root_id: str | None = None
     parent_id: str | None = None
     due_at: datetime | None = None
@@ -168,6 +170,7 @@ UPDATE jobs SET successor = :message, successor_shape = :shape, successor_reques
   successor_due_at = :due_at, successor_expires_at = :expires_at
 WHERE id = :id AND state NOT IN ({_FINAL})
   AND (retries, nesting) < (:retries, :nesting)
+  AND (CAST(:publisher AS int) IS NULL OR attempt <= CAST(:publisher AS int))
   AND (successor IS NULL OR (successor_retries, successor_nesting) < (:retries, :nesting))
 RETURNING state
 """)
@@ -184,6 +187,7 @@ def put_successor(connection: Connection, job: NewJob) -> str | None:
             "shape": job.shape,
             "request": request_json(job.shape),
             "retries": job.retries,
+            "publisher": job.publisher,
             "nesting": job.nesting,
             "priority": job.priority,
             "due_at": job.due_at,
@@ -193,7 +197,8 @@ def put_successor(connection: Connection, job: NewJob) -> str | None:
     return str(found) if found is not None else None
 
 
-# An attempt that ends while its row holds a successor does not end the job: the successor runs.
+# A row says what its newest transition says, so the order and the batches in which they come make no difference; what
+# was before is in `attempts`. An attempt that ends while its row holds a successor does not end the job: it runs.
 _APPLY: Final = text(f"""
 WITH e AS (
   SELECT * FROM unnest(CAST(:job AS text[]), CAST(:epoch AS bigint[]), CAST(:attempt AS int[]),
@@ -227,12 +232,11 @@ UPDATE jobs SET
   state = CASE WHEN goes_on THEN '{State.SCHEDULED.value}' ELSE e.state END,
   epoch = e.epoch, attempt = e.attempt, step = CASE WHEN goes_on THEN {Step.BACK.value} ELSE e.step END,
   losses = greatest(jobs.losses, e.losses),
-  worker = coalesce(nullif(e.worker, ''), jobs.worker),
-  incarnation = coalesce(nullif(e.incarnation, ''), jobs.incarnation),
-  admitted_at = coalesce(to_timestamp(nullif(e.admitted, 0) / 1000.0), jobs.admitted_at),
-  started_at = CASE WHEN e.admitted > 0 THEN to_timestamp(nullif(e.started, 0) / 1000.0) ELSE jobs.started_at END,
+  worker = nullif(e.worker, ''), incarnation = nullif(e.incarnation, ''),
+  admitted_at = to_timestamp(nullif(e.admitted, 0) / 1000.0),
+  started_at = to_timestamp(nullif(e.started, 0) / 1000.0),
   finished_at = CASE WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN to_timestamp(e.at / 1000.0) END,
-  error = coalesce(nullif(e.error, ''), jobs.error),
+  error = nullif(e.error, ''),
   due_at = CASE WHEN goes_on THEN coalesce(jobs.successor_due_at, now())
                 WHEN e.state = '{State.SCHEDULED.value}' THEN coalesce(jobs.due_at, now()) ELSE jobs.due_at END,
   message = CASE WHEN goes_on THEN jobs.successor ELSE jobs.message END,
@@ -287,6 +291,11 @@ def _attempts(transitions: Iterable[Transition]) -> list[Transition]:
     return [known[key] for key in sorted(known)]
 
 
+def _storable(said: str) -> str:
+    """A task's words as Postgres holds them: it has neither NUL nor halves of characters."""
+    return said.encode("utf-8", "replace").decode().replace("\0", "")
+
+
 def apply(connection: Connection, transitions: Sequence[Transition]) -> list[Applied]:
     """Write transitions into `jobs` and `attempts`; one that is older than its row, or after its end, has no effect."""
     if not transitions:
@@ -307,7 +316,7 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
             "started": [t.started_ms for t in newest],
             "at": [t.at_ms for t in newest],
             "losses": [t.losses for t in newest],
-            "error": [t.error for t in newest],
+            "error": [_storable(t.error) for t in newest],
             "a_job": [t.job for t in attempts],
             "a_epoch": [t.epoch for t in attempts],
             "a_attempt": [t.attempt for t in attempts],
@@ -317,10 +326,22 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
             "a_started": [t.started_ms for t in attempts],
             "a_ended": [t.at_ms if t.step in over else 0 for t in attempts],
             "a_outcome": [t.outcome if t.step in over else "" for t in attempts],
-            "a_error": [t.error for t in attempts],
+            "a_error": [_storable(t.error) for t in attempts],
         },
     ).all()
     return [Applied(row[0], row[1], row[1] == State.SCHEDULED and bool(row[2])) for row in rows]
+
+
+_CLOSE: Final = text("""
+UPDATE attempts SET ended_at = to_timestamp(:now / 1000.0), outcome = coalesce(outcome, 'taken_back'),
+  error = coalesce(error, 'its end was lost with the ledger')
+WHERE job_id = :job AND ended_at IS NULL AND (epoch, attempt) < (:epoch, :attempt)
+""")
+
+
+def close_attempts(connection: Connection, job: str, epoch: int, attempt: int, now_ms: int) -> None:
+    """End the attempts of a job before a token that are open: newer ones were made, and what ended them was lost."""
+    connection.execute(_CLOSE, {"job": job, "epoch": epoch, "attempt": attempt, "now": now_ms})
 
 
 _DROP: Final = text(f"""
@@ -340,6 +361,7 @@ class Identity:
 
     seq: int
     state: str
+    attempt: int
     retries: int
     nesting: int
 
@@ -347,6 +369,6 @@ class Identity:
 def identity_of(connection: Connection, job: str) -> Identity | None:
     """The identity of a row, None where there is no such job."""
     row = connection.execute(
-        text("SELECT seq, state, retries, nesting FROM jobs WHERE id = :id"), {"id": job}
+        text("SELECT seq, state, attempt, retries, nesting FROM jobs WHERE id = :id"), {"id": job}
     ).one_or_none()
     return Identity(*row) if row is not None else None

@@ -19,10 +19,11 @@ CHUNK: Final = 1000
 
 
 def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
-    """A transition from an entry of the stream, as `note` in lua/prelude.lua wrote it."""
+    """A transition from an entry of the stream, as `note` in lua/prelude_jobs.lua wrote it."""
 
     def text(name: str) -> str:
-        return fields.get(name.encode(), b"").decode("utf-8", "replace")
+        # (Postgres has no character NUL.)
+        return fields.get(name.encode(), b"").decode("utf-8", "replace").replace("\0", "")
 
     def number(name: str) -> int:
         return int(text(name) or 0)

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+from hypothesis import settings
 
 import workers.plugin  # noqa: F401  makes `platform.servers` and the like importable
 
-pytest_plugins = ["tests.fixtures.servers", "tests.fixtures.processes", "tests.fixtures.invariants"]
+pytest_plugins = [
+    "tests.fixtures.grouping",
+    "tests.fixtures.servers",
+    "tests.fixtures.processes",
+    "tests.fixtures.invariants",
+    "tests.fixtures.submitting",
+]
+
+#: With `default` all property tests together take less than two minutes on two cores; `long` is for a night.
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.register_profile("long", settings.get_profile("default"), max_examples=2_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -72,7 +72,8 @@ class PlatformAMQP:
     def job_sender(self) -> Sender:
         found: Sender | None = self.__dict__.get("_job_sender")
         if found is None:
-            found = self.__dict__["_job_sender"] = Sender(self.stores, self.app.conf.task_default_queue)  # type: ignore[attr-defined]
+            app = self.app  # type: ignore[attr-defined]
+            found = self.__dict__["_job_sender"] = Sender(self.stores, app.conf.task_default_queue, app.timezone)
         return found
 
     def flush_routes(self) -> None:
@@ -80,7 +81,7 @@ class PlatformAMQP:
         # First, also where the user's configuration set task_routes anew; routers before it would end the search.
         mine = [route for route in self._rtable if isinstance(route, Router)]  # type: ignore[has-type]
         others = [route for route in self._rtable if not isinstance(route, Router)]  # type: ignore[has-type]
-        self._rtable = [*(mine or [Router(self.stores)]), *others]
+        self._rtable = [*(mine or [Router(self.stores, lambda: self.app.tasks)]), *others]  # type: ignore[attr-defined]
 
     def TaskConsumer(self, channel: Any, queues: Any = None, accept: Any = None, **options: Any) -> Any:  # noqa: N802
         if self.private_queue is not None and queues is None:

@@ -59,7 +59,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     app.task_cls = task_class(app.task_cls)
     app.__dict__.pop("Task", None)
     app.loader.override_backends = {**BACKENDS, **app.loader.override_backends}
-    app.add_defaults(lambda: _defaults(stores))
+    app.add_defaults(lambda: _defaults(app, stores))
     app.on_after_finalize.connect(_finish, weak=False)
     # Here, not at the import of this module: its signals concern the worker of an installed app only.
     from workers import steps
@@ -83,7 +83,7 @@ def _as_class(of: Any) -> type:
     return cast("type", symbol_by_name(of))
 
 
-def _defaults(stores: Stores) -> dict[str, Any]:
+def _defaults(app: Celery, stores: Stores) -> dict[str, Any]:
     """What the platform asks of Celery's configuration; the app's own settings win over it."""
     settings = stores.settings
     _check_broker(settings)
@@ -91,7 +91,7 @@ def _defaults(stores: Stores) -> dict[str, Any]:
         "broker_url": settings.broker_url,
         "result_backend": settings.result_backend,
         "imports": settings.imports,
-        "task_routes": [Router(stores)],
+        "task_routes": [Router(stores, lambda: app.tasks)],
         "task_default_queue": "celery",
         # Rows own the retries: the broker's message is acknowledged early, or not at all.
         "task_acks_late": False,
@@ -108,6 +108,10 @@ def _defaults(stores: Stores) -> dict[str, Any]:
         "redis_socket_timeout": 5.0,
         "redis_socket_connect_timeout": 3.0,
         "redis_socket_keepalive": True,
+        # A connection that breaks while a result is stored must not fail a job that is done: nine tries, in the end
+        # some five seconds apart (with Celery's base of 10 ms, doubled each time), about ten seconds in all.
+        "result_backend_always_retry": True,
+        "result_backend_max_retries": 9,
         "task_serializer": "json",
         "result_serializer": "json",
         "accept_content": ["json"],

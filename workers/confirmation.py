@@ -1,37 +1,84 @@
-"""The confirmation that this process may decide: Postgres said so less than ten seconds ago."""
+"""The confirmation that this process may decide: Postgres said so less than ten seconds ago.
+
+A thread of its own asks, since a Postgres that hangs must not hold up a heartbeat.
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from routing import roster
+from routing.errors import PlatformError
+from workers.wake import Wake
+
+logger = logging.getLogger(__name__)
 
 #: Intervals for which an answer is valid, counted from the sending of the question (10 s at the usual 5).
 VALID_INTERVALS: Final = 2.0
 
 
-class Confirmation:
-    """Asked by one thread, read by all: assignments of one value each."""
+class Confirmation(threading.Thread):
+    """One thread asks, all read: assignments of one value each. `on_regained` is called in this thread when the answer
+    is valid again after it was not."""
 
-    def __init__(self, engine: Engine, interval: float) -> None:
+    def __init__(self, engine: Engine, interval: float, on_regained: Callable[[], None]) -> None:
+        super().__init__(name="confirmation", daemon=True)
         self._engine = engine
-        self._valid_for = interval * VALID_INTERVALS
+        self._interval = interval
+        self._on_regained = on_regained
         self._valid_until = 0.0
+        self._wake = Wake()
+        self._stopping = False
+        self._said = ""
+        #: The epoch that Postgres named last; 0 before the first answer.
+        self.epoch = 0
         self.authority = ""
-
-    def ask(self) -> int:
-        """Ask Postgres; returns the epoch. What a new one means is the membership's to do."""
-        asked = time.monotonic()
-        with self._engine.connect() as connection:
-            answer = roster.read_authority(connection)
-        self.authority = answer.authority
-        self._valid_until = asked + self._valid_for
-        return answer.epoch
 
     @property
     def may_admit(self) -> bool:
         """Whether this process may admit and claim through the ledger now."""
         return self.authority == "ledger" and time.monotonic() < self._valid_until
+
+    def ask(self) -> int:
+        """Ask now, in the caller's thread; returns the epoch."""
+        asked = time.monotonic()
+        with self._engine.connect() as connection:
+            answer = roster.read_authority(connection)
+        lost = self._valid_until and not self.may_admit
+        self.epoch, self.authority = answer.epoch, answer.authority
+        self._valid_until = asked + self._interval * VALID_INTERVALS
+        if lost and self.may_admit:
+            self._on_regained()
+        return answer.epoch
+
+    def ask_soon(self) -> None:
+        """Ask in the thread, without waiting for it."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """It may be waiting for Postgres: it is a daemon, and nobody waits for it."""
+        self._stopping = True
+        self._wake.set()
+
+    def run(self) -> None:
+        while True:
+            self._wake.wait(self._interval)
+            if self._stopping:
+                return
+            try:
+                self.ask()
+                self._said = ""
+            except (SQLAlchemyError, PlatformError) as error:
+                said = f"Postgres does not confirm that this worker may admit: {type(error).__name__}"
+                if said != self._said:
+                    self._said = said
+                    logger.warning(said)
+            except Exception:
+                logger.exception("a confirmation failed; the next one is asked for")

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from celery.bootsteps import RUN
 from celery.worker import consumer as celery_consumer
 from celery.worker import state as worker_state
 from kombu.utils.imports import symbol_by_name
 
+from workers.pools import recall_unsent
 from workers.requests import JobRequest, request_class
 from workers.runtime import Runtime, runtime_of
 
 logger = logging.getLogger(__name__)
+
+#: Seconds between looks for dead children. Celery looks when a child's pipe closes, which may be a moment before the
+#: kernel lets it be reaped, and then not again for 5 s; for so long its job would hold what nobody uses.
+CHILDREN_EVERY: Final = 0.25
 
 
 class Consumer(celery_consumer.Consumer):
@@ -52,19 +57,25 @@ class Consumer(celery_consumer.Consumer):
     def register_with_event_loop(self, hub: Any) -> None:
         super().register_with_event_loop(hub)
         self.runtime.attach(hub)
+        # (The loop is made anew for each connection to the broker, and ends its timers with it.)
+        maintain = getattr(getattr(self.pool, "_pool", None), "maintain_pool", None)
+        if maintain is not None:
+            hub.call_repeatedly(CHILDREN_EVERY, maintain)
 
     def on_close(self) -> None:
-        """The connection is lost or the worker stops: Celery drops the requests that wait for a process. Their jobs
-        are handed back, and so are messages that were claimed and not started."""
-        dropped = [
-            one for one in tuple(worker_state.reserved_requests) if one not in worker_state.active_requests
-        ]
-        super().on_close()
-        for request in dropped:
-            if isinstance(request, JobRequest):
+        """Instead of Celery's, which drops what the broker would deliver again. Here nobody would: over a lost
+        connection everything goes on, and at the stop what has provably not started is handed back. What was given to
+        the pool runs to its end, and says so itself."""
+        if self.blueprint.state == RUN:
+            return
+        self.runtime.stop_starting()
+        if self.controller is not None and self.controller.semaphore is not None:
+            self.controller.semaphore.clear()
+        recalled = recall_unsent(self.pool)
+        for request in tuple(worker_state.reserved_requests):
+            if isinstance(request, JobRequest) and (request.never_sent or request.id in recalled):
+                worker_state.task_ready(request)
                 request.hand_back()
-        if self.blueprint.state != RUN:
-            self.runtime.hand_back_unstarted()
 
     # Messages that never become a request end their job here.
 

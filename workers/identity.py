@@ -47,19 +47,24 @@ class Identity:
 
 
 def name_of(settings: Settings, nodename: str) -> str:
-    """`NODE_NAME`, else the part of a given `-n` before the @, else the host name. Raises `InvalidRequest`."""
+    """`NODE_NAME`, else the part of a given `-n` before the @, else the host name. Raises `InvalidRequest`.
+
+    Of a `-n` without an @ Celery makes `celery@<given>`: then the given one stands for the host name.
+    """
     if settings.node_name:
         return check_worker_name(settings.node_name)
-    given = nodename.split("@", 1)[0]
+    given, _, host = nodename.partition("@")
     if given and given != DEFAULT_NODE:
         return check_worker_name(given)
-    return check_worker_name(socket.gethostname(), "host name (set NODE_NAME)")
+    return check_worker_name(host or socket.gethostname(), "host name (set NODE_NAME)")
 
 
 def boot_id() -> str:
-    """The kernel's id of this boot, or the time of the boot where it has none."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else str(int(psutil.boot_time()))
+    """Which pids mean what: the kernel's id of this boot (or its time, where it has none), a colon, and the namespace
+    of pids, since containers on one kernel may share a host name and not their processes."""
+    path, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    boot = path.read_text().strip() if path.exists() else str(int(psutil.boot_time()))
+    return f"{boot}:{namespace.readlink().name if namespace.is_symlink() else ''}"
 
 
 def process_start(pid: int) -> datetime:
@@ -92,7 +97,8 @@ def is_known_dead(row: WorkerRow, boot: str) -> bool:
     if row.hostname != socket.gethostname():
         return False
     if row.boot_id != boot:
-        return True
+        # Another boot ended it; in another namespace of the same boot its pid cannot be looked up.
+        return row.boot_id.partition(":")[0] != boot.partition(":")[0]
     try:
         process = psutil.Process(row.pid)
         if process.status() == psutil.STATUS_ZOMBIE:

@@ -56,6 +56,9 @@ class Intake(threading.Thread):
                     said = str(error)
                     logger.warning("intake: the broker does not answer: %s", error)
                 self._ending.wait(RETRY_AFTER)
+            except Exception:
+                # One message that nobody can read (it was taken from the queue already) must not make this worker deaf.
+                logger.exception("intake: a message could not be read and is set aside")
 
     def _recoverable(self) -> tuple[type[BaseException], ...]:
         connection = self._app.connection_for_read()
@@ -107,7 +110,7 @@ class Intake(threading.Thread):
                 self._app.conf.task_default_queue,
                 dict(message.properties),
             )
-        except (InvalidRequest, Unsupported) as error:
+        except (InvalidRequest, Unsupported, ValueError, TypeError) as error:
             logger.error("message %s in the default queue is set aside: %s", headers.get("id"), error)
             message.ack()
         except (NotAccepted, OutcomeUnknown, PlatformError) as error:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from routing.errors import StoreUnavailable
+from routing.errors import StoreUnavailable, storable
 from routing.ledger import Ledger
 from routing.message import Tag
 from routing.replies import Claimed, Ended, HandedOver, LedgerClosed, Released
@@ -85,6 +85,8 @@ class LedgerThread(threading.Thread):
         self._ends: deque[End] = deque()
         self._nonces = itertools.count()
         self._wake = Wake()
+        #: Set in a signal handler: this worker takes nothing over with its releases any more.
+        self.draining = False
         self._stopping = False
         self._unsure = False
         self._refused: set[str] = set()
@@ -112,7 +114,7 @@ class LedgerThread(threading.Thread):
         if not self._holdings.end(job, token):
             return False
         self._idle.clear()
-        self._ends.append(End(Ended(job, token, outcome, (error or "")[:ERROR_LENGTH]), on_lost))
+        self._ends.append(End(Ended(job, token, outcome, storable(error or "", ERROR_LENGTH)), on_lost))
         self._wake.set()
         return True
 
@@ -155,6 +157,10 @@ class LedgerThread(threading.Thread):
             except StoreUnavailable as error:
                 logger.warning("the ledger does not answer, ends are kept: %s", error)
                 done = False
+            except Exception:
+                # Whatever it was, what is pending stays so: without this thread nothing of this worker would ever end.
+                logger.exception("the ledger's answer could not be taken; it is asked again")
+                done = False
             if not done:
                 if self._stopping:
                     return
@@ -183,7 +189,7 @@ class LedgerThread(threading.Thread):
             arrived=[(one.tag.job, one.tag.token, one.nonce) for one in claims],
             most_losses=MOST_LOSSES,
             admit=may_claim and not self._refused,
-            nonce=f"{self._identity.pid}.{next(self._nonces)}",
+            nonce="" if self.draining else f"{self._identity.pid}.{next(self._nonces)}",
         )
         self._unsure = False
         for _ in ends:

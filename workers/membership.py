@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Engine
 
@@ -38,8 +38,16 @@ POSTGRES_EVERY: Final = 30.0
 class Membership:
     """Blocking calls, each one exchange with the stores; threads and signals are the caller's."""
 
-    def __init__(self, engine: Engine, ledger: Ledger, identity: Identity, confirmation: Confirmation) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        identity: Identity,
+        confirmation: Confirmation,
+        later: Callable[[Callable[[], None]], None],
+    ) -> None:
         self._engine = engine
+        self._later = later
         self._ledger = ledger
         self._confirmation = confirmation
         self.identity = identity
@@ -47,6 +55,11 @@ class Membership:
         self._capacity: Capacity | None = None
         self._declared: Mapping[str, Request] = {}
         self._seen_until = 0.0
+
+    @property
+    def registered(self) -> bool:
+        """Whether registration was begun: then there may be something to leave."""
+        return self._capacity is not None
 
     # -- the name ------------------------------------------------------------------------------------------------
 
@@ -102,22 +115,30 @@ class Membership:
     # -- joining -------------------------------------------------------------------------------------------------
 
     def register(
-        self,
-        capacity: Capacity,
-        declared: Mapping[str, Request],
-        challenge: Callable[[], None],
+        self, capacity: Capacity, declared: Mapping[str, Request], challenge: Callable[[], None]
     ) -> int:
         """Publish the capacity in the epoch that Postgres confirms; returns how many waiting jobs were admitted.
 
         Whatever the name's former life still holds is taken back first. Raises `NameTaken`, `LedgerClosed`.
         """
         self._capacity, self._declared = capacity, declared
-        self._ledger.epoch = self._confirmation.ask()
-        self._see("draining" if self.draining else "ready")
+        epoch = self._confirmation.ask()
+        # Postgres knows the worker before the ledger does: a rebuild begins with what it knows.
+        self._write_seen("ready")
+        return self._register(epoch, "ready", challenge)
+
+    def _register(self, epoch: int, status: str, challenge: Callable[[], None]) -> int:
+        assert self._capacity is not None, "register comes first"
+        self._ledger.epoch = epoch
         identity = self.identity
         while True:
             reply = self._ledger.register(
-                identity.name, identity.incarnation, identity.queue, capacity.shape, self._view(full=True)
+                identity.name,
+                identity.incarnation,
+                identity.queue,
+                self._capacity.shape,
+                self._view(full=True),
+                status,
             )
             if not isinstance(reply, Taken):
                 break
@@ -126,6 +147,8 @@ class Membership:
                 if row is None or not is_known_dead(row, identity.boot_id):
                     self.claim_name(challenge)
             self._take_over(reply.incarnation)
+        # One that held nothing when its lease ran out has left no book to take over.
+        self._later(self._write_former_lives)
         self._declare()
         return reply.admitted
 
@@ -148,8 +171,9 @@ class Membership:
             raise
 
     def _rejoin(self, holdings: Holdings, recorder: Recorder, challenge: Callable[[], None]) -> None:
-        assert self._capacity is not None, "register comes before rejoin"
-        admitted = self.register(self._capacity, self._declared, challenge)
+        # Closed until the books know what it holds: nothing of that is free, whoever looks meanwhile.
+        self._register(self._confirmation.epoch, "closed", challenge)
+        self._see("draining" if self.draining else "ready")
         held = holdings.all()
         refused: set[str] = set()
         if held:
@@ -163,17 +187,29 @@ class Membership:
             self.renew(holdings)
         if self.draining:
             self._ledger.drain(self.identity.name, self.identity.incarnation)
-        logger.warning(
-            "registered again in epoch %d: %d jobs held, %d admitted", self._ledger.epoch, len(held), admitted
-        )
+        logger.warning("registered again in epoch %d: %d jobs held", self._ledger.epoch, len(held))
 
     def _declare(self) -> None:
         if not self._declared:
             return
         people = {name: request.to_people() for name, request in self._declared.items()}
         self._ledger.client.hset(keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people})
+        self._later(lambda: self._write_declarations(people))
+
+    # -- Postgres, without waiting for it ------------------------------------------------------------------------
+
+    def _see(self, status: str) -> None:
+        """Have the heartbeat written: a Postgres that hangs must not hold up the one in the ledger."""
+        self._seen_until = time.monotonic() + min(POSTGRES_EVERY, self._ledger.settings.worker_ttl / 2)
+        self._later(lambda: self._write_seen(status))
+
+    def _write_declarations(self, people: Mapping[str, Mapping[str, Any]]) -> None:
         with self._engine.connect() as connection:
             roster.declare(connection, people)
+
+    def _write_former_lives(self) -> None:
+        with self._engine.connect() as connection:
+            roster.end_former_lives(connection, self.identity.name, self.identity.incarnation)
 
     # -- staying and leaving -------------------------------------------------------------------------------------
 
@@ -227,9 +263,8 @@ class Membership:
                 roster.end_worker(connection, self.identity.incarnation, "left")
         return left
 
-    def _see(self, status: str) -> None:
+    def _write_seen(self, status: str) -> None:
         assert self._capacity is not None, "register comes first"
-        self._seen_until = time.monotonic() + min(POSTGRES_EVERY, self._ledger.settings.worker_ttl / 2)
         identity = self.identity
         row = WorkerRow(
             name=identity.name,

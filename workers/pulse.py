@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 from routing.capacity import Capacity
-from routing.errors import PlatformError, StoreUnavailable
+from routing.errors import NameTaken, PlatformError, StoreUnavailable
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
 from workers.confirmation import Confirmation
@@ -36,6 +36,7 @@ class Pulse(threading.Thread):
         challenge: Callable[[], None],
         measure: Callable[[], Capacity],
         on_open: Callable[[], None],
+        on_taken: Callable[[NameTaken], None],
         exclusive: threading.Lock,
     ) -> None:
         super().__init__(name="pulse", daemon=True)
@@ -47,6 +48,7 @@ class Pulse(threading.Thread):
         self._challenge = challenge
         self._measure = measure
         self._on_open = on_open
+        self._on_taken = on_taken
         self._exclusive = exclusive
         self._wake = Wake()
         self._stopping = False
@@ -86,11 +88,9 @@ class Pulse(threading.Thread):
     def run(self) -> None:
         settings = self._ledger.settings
         now = time.monotonic()
-        confirm_at, renew_at = now + settings.confirm_interval, now + settings.renew_interval
+        renew_at = now + settings.renew_interval
         while not self._stopping:
-            self._wake.wait(
-                min(settings.due_interval, max(0.0, min(confirm_at, renew_at) - time.monotonic()))
-            )
+            self._wake.wait(min(settings.due_interval, max(0.0, renew_at - time.monotonic())))
             now = time.monotonic()
             ticked, self._ticked = self._ticked, False
             try:
@@ -99,30 +99,39 @@ class Pulse(threading.Thread):
                     self._drained.set()
                     if handed:
                         logger.info("draining: %d jobs handed back", handed)
-                if now >= confirm_at:
-                    confirm_at = now + settings.confirm_interval
-                    self._closed |= self._confirmation.ask() != self._ledger.epoch
+                self._closed |= self._confirmation.epoch != self._ledger.epoch
                 opened = self._ledger.opened()
                 if self._closed or opened is None or opened[0] != self._ledger.epoch:
                     self._rejoin(opened)
                     renew_at = now + settings.renew_interval
                 elif ticked or now >= renew_at:
                     renew_at = now + settings.renew_interval
-                    self._membership.resize(self._measure(), self._holdings)
+                    if not self._membership.draining:
+                        # (The pool of a worker that stops has no size any more.)
+                        self._membership.resize(self._measure(), self._holdings)
                     if not self._membership.renew(self._holdings):
                         self._rejoin(opened)
                 self._said = ""
             except LedgerClosed:
                 self._closed = True
+            except NameTaken as error:
+                # This worker was silent for so long that another has its name: nothing here is admitted to any more.
+                self._on_taken(error)
+                return
             except (StoreUnavailable, RedisError, SQLAlchemyError, PlatformError) as error:
                 self._say(f"heartbeat: a store does not answer: {type(error).__name__}: {error}")
+            except Exception:
+                # Whatever it was: a worker without a heartbeat loses its jobs.
+                logger.exception("a heartbeat failed; the next one is tried")
 
     def _rejoin(self, opened: tuple[int, str] | None) -> None:
         """Register again, once the ledger is open in the epoch that Postgres names."""
         if opened is None or self._ledger.is_cold():
             self._closed = True
             return
-        if self._confirmation.ask() != opened[0]:
+        if self._confirmation.epoch != opened[0]:
+            # Postgres has the last word, and is asked without being waited for.
+            self._confirmation.ask_soon()
             self._closed = True
             return
         with self._exclusive:

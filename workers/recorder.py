@@ -58,10 +58,13 @@ class Recorder(threading.Thread):
         with self._changed:
             return self._changed.wait_for(lambda: not (self._pending or self._calls or self._writing), within)
 
-    def stop(self) -> None:
+    def stop(self, within: float) -> None:
+        """Write what is pending, if Postgres takes it, and end."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+        if self.is_alive():
+            self.join(within)
 
     def run(self) -> None:
         failures = 0
@@ -106,6 +109,10 @@ class Recorder(threading.Thread):
             logger.warning(
                 "Postgres does not take %d outcomes, they are kept: %s", len(batch), error.__class__.__name__
             )
+            return False
+        except Exception:
+            # A transition that cannot be written at all must not end the thread that writes the others.
+            logger.exception("%d outcomes cannot be written, they are kept", len(batch))
             return False
         self._after(batch, applied)
         return True

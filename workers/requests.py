@@ -30,6 +30,10 @@ EndJob = Callable[[str, str, str, str | None, Callable[[], None] | None], bool]
 class JobRequest:
     """Mixed into a task's request class (`request_class`)."""
 
+    #: Celery's: what the pool gave for it, and when its body began.
+    id: str
+    _apply_result: Any
+    time_start: float | None
     end_job: EndJob
     #: True while the worker stops without waiting for its jobs: what dies now is handed back, not lost.
     stopping_cold: Callable[[], bool]
@@ -52,6 +56,11 @@ class JobRequest:
     def _end(self, outcome: str, error: str | None = None, on_lost: Callable[[], None] | None = None) -> None:
         if self.tag is not None:
             type(self).end_job(self.tag.job, self.tag.token, outcome, error, on_lost)
+
+    @property
+    def never_sent(self) -> bool:
+        """Whether the pool never got it: it waits for a free process."""
+        return self._apply_result is None and self.time_start is None
 
     def hand_back(self) -> None:
         """It was claimed, and will not start here."""

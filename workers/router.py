@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -30,11 +30,23 @@ DECLARATIONS_FOR: Final = 10.0
 NOT_YET: Final = ("session", "unique", "unique_for", "after")
 
 
-class Router:
-    """`task_routes` entry. Knows a task's declaration from the task itself, or else from what workers published."""
+#: What people write for the names of a request, and what they mean.
+MISSPELT: Final = {"cpu": "cpus", "mem": "memory", "ram": "memory", "gpu": "gpus", "resource": "resources"}
 
-    def __init__(self, stores: Stores) -> None:
+
+class Router:
+    """`task_routes` entry. Knows a task's declaration from the task itself, also where it is sent by its name, or else
+    from what workers published."""
+
+    def __init__(
+        self,
+        stores: Stores,
+        tasks: Callable[[], Mapping[str, Any]] = dict,
+        default_exchange: str = "celery",
+    ) -> None:
         self._stores = stores
+        self._tasks = tasks
+        self._default_exchange = default_exchange
         self._published: dict[str, Request] = {}
         self._published_until = 0.0
 
@@ -48,6 +60,15 @@ class Router:
                 raise Unsupported(
                     f"apply_async({option}=...) of {name} is not supported yet", advice=f"Leave {option} out."
                 )
+        for option in MISSPELT.keys() & options.keys():
+            advice = f"Write {MISSPELT[option]}=."
+            raise InvalidRequest(f"apply_async({option}=...) of {name} is not an option", value=option, advice=advice)
+        exchange = options.get("exchange")
+        if exchange and getattr(exchange, "name", exchange) != self._default_exchange:
+            raise Unsupported(
+                f"exchange {show(exchange)}: routing by exchange is not supported yet",
+                advice="Leave it out, and say what the task needs: cpus=, memory=, resources={...}.",
+            )
         rate_limit = getattr(task, "rate_limit", None)
         if rate_limit:
             raise Unsupported(
@@ -74,8 +95,9 @@ class Router:
         carried = headers.get(HEADER)
         if isinstance(carried, Mapping):
             return Request.from_shape(str(carried["shape"])), bool(carried["declared"])
-        if task is not None:
-            return declared_by(task, self._stores.settings.default_cpus), True
+        known = task if task is not None else self._tasks().get(name)
+        if known is not None:
+            return declared_by(known, self._stores.settings.default_cpus), True
         published = self.published().get(name)
         if published is not None:
             return published, True
@@ -98,15 +120,27 @@ class Router:
 
 
 def declared_by(task: Any, default_cpus: int) -> Request:
-    """The request that a task declares by its attributes: `@app.task(cpus=4, memory="2GiB")`."""
-    cpus, memory, gpus, resources = (getattr(task, option, None) for option in REQUEST_OPTIONS)
-    if resources is not None:
-        given = {"cpus": cpus, "memory": memory, "gpus": gpus, "resources": resources}
-        return Request.from_options(given, default_cpus)
-    return _declared(cpus, memory, gpus, default_cpus)
+    """The request that a task declares by its attributes: `@app.task(cpus=4, memory="2GiB")`. Errors name the task."""
+    options = {option: getattr(task, option, None) for option in REQUEST_OPTIONS}
+    try:
+        if options["resources"] is None:
+            return _declared(options["cpus"], options["memory"], options["gpus"], default_cpus)
+        return Request.from_options(options, default_cpus)
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"the declaration of task {task.name} is wrong: {error.message}", value=error.value, advice=error.advice
+        ) from error
+
+
+def _declared(cpus: Any, memory: Any, gpus: Any, default_cpus: int) -> Request:
+    try:
+        return _cached(cpus, memory, gpus, default_cpus)
+    except TypeError:
+        # What cannot be hashed is no amount, and the parser says so.
+        return Request.from_options({"cpus": cpus, "memory": memory, "gpus": gpus}, default_cpus)
 
 
 # Typed: True equals 1, and is no number of CPUs.
 @lru_cache(maxsize=1024, typed=True)
-def _declared(cpus: Any, memory: Any, gpus: Any, default_cpus: int) -> Request:
+def _cached(cpus: Any, memory: Any, gpus: Any, default_cpus: int) -> Request:
     return Request.from_options({"cpus": cpus, "memory": memory, "gpus": gpus}, default_cpus)

@@ -21,15 +21,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from celery import Celery
+from celery.worker import state as worker_state
 
 from routing.capacity import Capacity, Detected, detect
-from routing.errors import PlatformError
+from routing.errors import NameTaken, PlatformError
 from routing.ledger import Ledger
 from routing.message import parse_tag
 from routing.replies import LedgerClosed
 from routing.request import Request
 from workers import duties
 from workers.confirmation import Confirmation
+from workers.exits import EX_NAME_TAKEN
 from workers.holdings import Holdings
 from workers.identity import Identity
 from workers.intake import Intake
@@ -63,10 +65,10 @@ class Runtime:
         # holds, while that of `stores.ledger` follows whatever Postgres confirms to senders and duties.
         ledger = Ledger(settings)
         exclusive = threading.Lock()
-        self.confirmation = Confirmation(engine, settings.confirm_interval)
-        self.membership = Membership(engine, ledger, identity, self.confirmation)
-        self.holdings = Holdings({})
+        self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
         self.recorder = Recorder(engine, ledger)
+        self.membership = Membership(engine, ledger, identity, self.confirmation, self.recorder.call)
+        self.holdings = Holdings({})
         self.intake = Intake(app, self.on_tick)
         self.pulse = Pulse(
             ledger,
@@ -77,6 +79,7 @@ class Runtime:
             self.intake.challenge,
             self._measure,
             self._on_open,
+            self._on_taken,
             exclusive,
         )
         self.ledger_thread = LedgerThread(
@@ -98,6 +101,7 @@ class Runtime:
         self._loop = Wake()
         self._slots: Callable[[], int] = lambda: 1
         self._cold = False
+        self._stopped_starting = False
         self._left = False
 
     # -- the life of the worker ----------------------------------------------------------------------------------
@@ -121,6 +125,7 @@ class Runtime:
                 # Another process is opening the epoch, or it changed just now.
                 duties.open_ledger(self.stores)
                 self._loop.wait(0.05)
+        self.confirmation.start()
         self.pulse.start()
         self.intake.start()
         self.duties.start()
@@ -133,7 +138,10 @@ class Runtime:
 
     def drain(self) -> None:
         """Safe in a signal handler."""
+        self.ledger_thread.draining = True
         self.pulse.drain()
+        # Celery's loop looks only now and then whether it is to stop: it is woken to do so.
+        self._loop.set()
 
     def leave(self) -> None:
         """Settle what is over, hand back what is not, deregister. Bounded, and safe to call twice."""
@@ -144,19 +152,19 @@ class Runtime:
         self.duties.stop(LEAVE_WITHIN)
         self.intake.stop(LEAVE_WITHIN)
         self.pulse.stop(LEAVE_WITHIN)
+        self.confirmation.stop()
         for holding in self.holdings.running():
             self.ledger_thread.end(holding.job, holding.token, "handed_back", "the worker was stopped")
         self.ledger_thread.stop(LEAVE_WITHIN)
         try:
-            if not self.membership.draining:
+            if self.membership.registered and not self.membership.draining:
                 self.membership.drain()
             self.recorder.flush(LEAVE_WITHIN)
-            if not self.membership.leave():
+            if self.membership.registered and not self.membership.leave():
                 logger.warning("this worker still holds jobs; they are taken back when its lease runs out")
         except (PlatformError, LedgerClosed) as error:
             logger.warning("could not deregister, the lease will run out: %s", error)
-        self.recorder.stop()
-        self.recorder.join(LEAVE_WITHIN)
+        self.recorder.stop(LEAVE_WITHIN)
 
     def stop_cold(self) -> None:
         self._cold = True
@@ -185,6 +193,8 @@ class Runtime:
     def _start_job(self, message: Any) -> None:
         """In the ledger thread: hand a claimed message to the main loop, or the text of one that came in a reply."""
         self._to_start.append(message)
+        if self._stopped_starting:
+            self.hand_back_unstarted()
         self._loop.set()
 
     def attach(self, hub: Any) -> None:
@@ -206,13 +216,17 @@ class Runtime:
                 logger.exception("the message of %s cannot be started", message.delivery_tag)
                 self.refuse(message, f"cannot be started: {error!r}")
 
+    def stop_starting(self) -> None:
+        """In the main loop, which will not run again: what was claimed and not started, now or later, goes back."""
+        self._stopped_starting = True
+        self.hand_back_unstarted()
+
     def hand_back_unstarted(self) -> None:
         """The loop will not run again: what was claimed and not started goes back."""
         while self._to_start:
             message = self._to_start.popleft()
-            if isinstance(message, str):
-                message = self.message_of(json.loads(message))
-            tag = parse_tag(message.delivery_tag)
+            in_reply = isinstance(message, str)
+            tag = parse_tag(json.loads(message)["properties"]["delivery_tag"] if in_reply else message.delivery_tag)
             if tag is not None:
                 self.ledger_thread.end(tag.job, tag.token, "handed_back", "not started")
 
@@ -234,9 +248,21 @@ class Runtime:
         self.pulse.tick()
         self.duties.tick(name)
 
+    def _on_regained(self) -> None:
+        """This worker may admit again: the heartbeat fills what was released meanwhile."""
+        self.pulse.tick()
+        self.ledger_thread.wake()
+
     def _on_open(self) -> None:
         """A new epoch is open and this worker is in it."""
         self.ledger_thread.wake()
+
+
+    def _on_taken(self, error: NameTaken) -> None:
+        """In the pulse's thread: end as after a TERM, with an exit code that says why."""
+        logger.critical("this worker ends: %s", error)
+        worker_state.should_stop = EX_NAME_TAKEN
+        self.drain()
 
 
 def runtime_of(app: Celery) -> Runtime:

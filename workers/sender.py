@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from typing import Any, Final
 
 from kombu import compression as compressors
@@ -13,10 +13,11 @@ from kombu.exceptions import EncodeError
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from routing import backlog, enroll, store
 from routing import message as messages
-from routing import store
 from routing.errors import (
     InvalidRequest,
+    LeaseLost,
     NotAccepted,
     OutcomeUnknown,
     StoreUnavailable,
@@ -25,23 +26,27 @@ from routing.errors import (
     show,
 )
 from routing.names import check_job_id
-from routing.policy import order
+from routing.policy import TOP_PRIORITY, order
 from routing.replies import LedgerClosed
 from routing.request import Request
+from routing.states import FINAL, State
 from routing.store import Inserted, NewJob
 from workers.router import HEADER
 from workers.stores import Stores
 
+#: Where Celery carries on what a task saw as self.request.attempt.
+ATTEMPT_HEADER: Final = "attempt"
 #: Seconds for which a sender leaves a ledger alone that did not answer: its jobs stay accepted until the sweep.
 LEDGER_PAUSE: Final = 5.0
 
 
 class Sender:
-    """Makes rows of Celery's messages and brings them to the ledger."""
+    """Makes rows of Celery's messages and brings them to the ledger. `zone`: that of times which name none."""
 
-    def __init__(self, stores: Stores, default_queue: str) -> None:
+    def __init__(self, stores: Stores, default_queue: str, zone: tzinfo = UTC) -> None:
         self._stores = stores
         self._default_queue = default_queue
+        self._zone = zone
         self._pause_until = 0.0
 
     def accept(
@@ -92,10 +97,11 @@ class Sender:
                 advice="Leave the queue out, and say what the task needs: cpus=, memory=, resources={...}.",
             )
         job = self._job(body, content_type, content_encoding, headers, queue, properties)
+        began_ms = time.time() * 1000
         inserted = self._insert(job)
         if inserted is None or job.due_at is not None:
             return
-        self._to_ledger(job, inserted)
+        self._to_ledger(job, inserted, began_ms)
 
     def _job(
         self,
@@ -114,10 +120,12 @@ class Sender:
             carried = {"shape": Request.from_options({}, settings.default_cpus).shape, "declared": False}
             wire[HEADER] = carried
         request = Request.from_shape(str(carried["shape"]))
-        due_at, expires_at = _time(wire.get("eta"), "eta"), _time(wire.get("expires"), "expires")
+        due_at, expires_at = (_time(wire.get(what), what, self._zone) for what in ("eta", "expires"))
         # The broker's message is a doorbell: the time is kept by the row alone.
         wire["eta"] = None
-        priority = int(properties.get("priority") or 0)
+        priority = _priority(properties.get("priority"))
+        # Of a retry or a replacement: the attempt that publishes it.
+        publisher = wire.pop(ATTEMPT_HEADER, None)
         wire_properties = {
             "correlation_id": properties.get("correlation_id"),
             "reply_to": properties.get("reply_to"),
@@ -142,8 +150,9 @@ class Sender:
             queue=queue,
             retries=int(wire.get("retries") or 0),
             nesting=int(wire.get("replaced_task_nesting") or 0),
-            root_id=wire.get("root_id"),
-            parent_id=wire.get("parent_id"),
+            publisher=publisher if isinstance(publisher, int) else None,
+            root_id=_parent(wire.get("root_id")),
+            parent_id=_parent(wire.get("parent_id")),
             due_at=due_at,
             expires_at=expires_at,
         )
@@ -172,30 +181,42 @@ class Sender:
             inserted = store.insert_job(connection, job)
             if inserted.seq is not None:
                 return inserted
-            state = store.put_successor(connection, job)
-            if state is None:
-                return self._known(connection, job, inserted)
-        try:
-            self._stores.ledger.succeed(job.id)
-        except StoreUnavailable:
-            # The row knows the successor; the flag in the ledger only spares it a detour.
-            self._pause_until = time.monotonic() + LEDGER_PAUSE
+            self._stores.ledger.epoch = inserted.epoch
+            succeeds = store.put_successor(connection, job) is not None
+            try:
+                if succeeds:
+                    self._stores.ledger.succeed(job.id)
+                else:
+                    self._known(connection, job)
+            except StoreUnavailable:
+                # The row knows; the ledger only spares it a detour.
+                self._pause_until = time.monotonic() + LEDGER_PAUSE
+            except LedgerClosed:
+                # Cold, or of another epoch: whoever opens it reads the row.
+                return None
         return None
 
-    def _known(self, connection: Any, job: NewJob, inserted: Inserted) -> Inserted | None:
-        """The id exists and this is no successor: the same publish again, or one that comes too late."""
+    def _known(self, connection: Any, job: NewJob) -> None:
+        """The id exists and this is no successor: the same publish again, one that comes too late, or a stale one."""
         row = store.identity_of(connection, job.id)
-        if row is not None and (row.retries, row.nesting) < (job.retries, job.nesting):
+        if row is None:
+            return
+        if job.publisher is not None and job.publisher < row.attempt:
+            raise LeaseLost(
+                f"attempt {job.publisher} of job {job.id} lost its lease to attempt {row.attempt}: what it publishes "
+                "under the job's id is refused"
+            )
+        if row.state in FINAL and (row.retries, row.nesting) < (job.retries, job.nesting):
             raise Unsupported(
                 f"task id {job.id} has ended as {row.state}; it cannot be published again as a successor",
                 value=job.id,
                 advice="Use a new task_id.",
             )
-        if row is not None and row.state == "accepted":
-            return Inserted(row.seq, inserted.epoch, inserted.authority)
-        return None
+        if row.state == State.ACCEPTED:
+            # It never reached the ledger, or came back from there: what goes now is the row, not this publish.
+            enroll.submit_rows(self._stores.ledger, backlog.these(connection, [job.id]))
 
-    def _to_ledger(self, job: NewJob, inserted: Inserted) -> None:
+    def _to_ledger(self, job: NewJob, inserted: Inserted, began_ms: float) -> None:
         """Admit or file. Whatever goes wrong here leaves a row that is accepted, which the sweep brings in."""
         if inserted.authority != "ledger" or inserted.seq is None or time.monotonic() < self._pause_until:
             return
@@ -208,6 +229,7 @@ class Sender:
                 order(job.priority, inserted.seq),
                 job.message,
                 submitted_ms=round(time.time() * 1000),
+                read_ms=began_ms,
             )
         except StoreUnavailable:
             self._pause_until = time.monotonic() + LEDGER_PAUSE
@@ -216,7 +238,20 @@ class Sender:
             return
 
 
-def _time(value: Any, what: str) -> datetime | None:
+def _priority(value: Any) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= TOP_PRIORITY:
+        raise InvalidRequest(f"priority {show(value)} is not valid", value=value, advice="It must be 0 to 9, 9 first.")
+    return value
+
+
+def _parent(value: Any) -> str | None:
+    """The id of another task, as Celery passes it on."""
+    return None if value is None else check_job_id(value)
+
+
+def _time(value: Any, what: str, zone: tzinfo) -> datetime | None:
     if value is None:
         return None
     try:
@@ -225,7 +260,7 @@ def _time(value: Any, what: str) -> datetime | None:
         raise InvalidRequest(
             f"{what} {show(value)} is not a time", value=value, advice="Pass a datetime or ISO 8601 text."
         ) from error
-    return when if when.tzinfo is not None else when.replace(tzinfo=UTC)
+    return when if when.tzinfo is not None else when.replace(tzinfo=zone)
 
 
 def _name(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import sys
-from typing import Any, Final
+from typing import Any
 
 from celery import current_app, signals
 from celery.app import trace
@@ -13,6 +13,7 @@ from celery.app import trace
 from routing.capacity import default_concurrency, describe, detect
 from routing.errors import NameTaken, PlatformError
 from routing.request import Request
+from workers.exits import EX_CONFIG, EX_NAME_TAKEN, EX_SOFTWARE
 from workers.identity import name_of, new_identity
 from workers.preflight import check_stores, neighbours
 from workers.router import PLATFORM_PREFIX, declared_by
@@ -20,12 +21,6 @@ from workers.runtime import Runtime
 from workers.stores import Stores
 
 logger = logging.getLogger(__name__)
-
-#: Exit codes of `worker`: the name is taken (EX_UNAVAILABLE), a fault of ours (EX_SOFTWARE), the configuration is wrong
-#: or a store is missing (EX_CONFIG).
-EX_NAME_TAKEN: Final = 69
-EX_SOFTWARE: Final = 70
-EX_CONFIG: Final = 78
 
 
 def connect() -> None:

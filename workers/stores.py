@@ -22,6 +22,8 @@ from routing.settings import Settings
 #: Seconds to wait for a connection to Postgres, for one of the pool, and for a lock of a table.
 CONNECT_WITHIN: Final = 3
 LOCK_WITHIN_MS: Final = 2500
+#: Milliseconds after which data that nobody acknowledged ends a connection.
+TCP_WITHIN_MS: Final = 10_000
 
 Resolve = Callable[[Settings], Settings]
 
@@ -49,6 +51,11 @@ def make_engine(url: str) -> Engine:
         pool_reset_on_return=None,
         connect_args={
             "connect_timeout": CONNECT_WITHIN,
+            # A server that went away without a word is noticed in seconds, not in hours (over TCP).
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "tcp_user_timeout": TCP_WITHIN_MS,
             "options": f"-c lock_timeout={LOCK_WITHIN_MS} -c application_name=celery-capacity",
         },
     )

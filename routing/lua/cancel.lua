@@ -12,11 +12,15 @@ if no then
   return no
 end
 local job = read_job(id)
-if not job then
-  return {'missing'}
+if job and job.state == 'ended' and job.final then
+  return {'over'}
 end
-if job.state == 'ended' then
-  return {job.final and 'over' or 'missing'}
+if not job or job.state == 'ended' then
+  -- Perhaps it is on its way here: whoever submits it finds that it has ended. What Postgres says decides.
+  redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', epoch, 'attempt', job and job.attempt or '0', 'final', '1',
+    'became', state)
+  redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+  return {'missing'}
 end
 if job.state ~= 'waiting' then
   return {'held', job.state, job.worker}
@@ -28,7 +32,8 @@ job.epoch = epoch
 -- The attempt before (if there was one) has its own entry; this one is of the job.
 local entry = note(id, job, state, STEP.dropped, now, {error = error_text})
 redis.call('DEL', KEY.job .. id)
-redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1')
+redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1',
+  'became', state)
 redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
 count(state, 1)
 return {'ended', entry}

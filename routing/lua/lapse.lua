@@ -2,7 +2,7 @@
 -- Does: closes a worker whose lease ran out and, when the grace is over too, takes its jobs back as new attempts.
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, free, leases, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, grace (ms after the end of the lease), most_losses, most jobs to take back in this call
--- Replies: {alive} | {closed (just now) or waits (before, for the grace), incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
+-- Replies: {alive} | {closed (just now) | waits (for the grace, as before), incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands for each job taken back
 -- Repeat: harmless: goes on where it stopped
 local epoch, run_id, worker = ARGV[1], ARGV[2], ARGV[3]

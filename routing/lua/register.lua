@@ -1,11 +1,13 @@
+#!lua flags=allow-oom
 -- Does: opens a worker's book with its capacity (or changes the capacity of this incarnation), and admits what fits.
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, free, allocated, allocated_cpus, shapes, wait, job, unclaimed, counters, stream
--- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), then the fields of the view: name, value, ...
+-- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), status (ready, or closed until the
+--   worker has said what it holds and renews), then the fields of the view: name, value, ...
 -- Replies: {ok, admitted, cursor of shapes} | {taken, incarnation, lease left (ms, negative when it ran out), held} | {cold} | {epoch, current}
 -- Cost: one pass over LIMIT.shapes shapes
 -- Repeat: harmless: the same incarnation keeps its allocations
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local queue, ttl, capacity = ARGV[5], tonumber(ARGV[6]), ARGV[7]
+local queue, ttl, capacity, status = ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8]
 
 local no = refused(epoch, run_id)
 if no then
@@ -35,7 +37,7 @@ for i = 1, #old, 2 do
     redis.call('HDEL', key, old[i])
   end
 end
-local fields = {'epoch', epoch, 'incarnation', incarnation, 'status', 'ready', 'queue', queue, 'lease', int(now + ttl)}
+local fields = {'epoch', epoch, 'incarnation', incarnation, 'status', status, 'queue', queue, 'lease', int(now + ttl)}
 for name, amount in pairs(amounts_of(capacity)) do
   fields[#fields + 1] = 'c.' .. name
   fields[#fields + 1] = int(amount)
@@ -44,7 +46,7 @@ end
 redis.call('HSET', key, unpack(fields))
 redis.call('ZADD', KEY.leases, int(now + ttl), worker)
 redis.call('DEL', KEY.view .. worker)
-redis.call('HSET', KEY.view .. worker, unpack(ARGV, 8))
+redis.call('HSET', KEY.view .. worker, unpack(ARGV, 9))
 redis.call('PEXPIRE', KEY.view .. worker, int(ttl))
 redis.call('SET', KEY.allocated_cpus, cpus_text(redis.call('INCRBY', KEY.allocated, 0)))
 local book = read_book(worker, epoch)

@@ -47,8 +47,8 @@ for i = 8, #ARGV, 4 do
       end
       note(id, job, state, final and STEP.ended or STEP.back, now, {outcome = outcome, error = error_text})
       redis.call('DEL', KEY.job .. id)
-      -- Where Postgres holds a successor the job goes on, whatever became of this attempt, unless it was revoked.
-      local for_good = final and (outcome == 'cancelled' or not job.successor)
+      -- Where Postgres holds a successor, or waits for a replacement, the job goes on, unless it was revoked.
+      local for_good = final and outcome ~= 'replaced' and (outcome == 'cancelled' or not job.successor)
       redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt,
         'outcome', outcome, 'became', state, unpack(for_good and {'final', '1'} or {}))
       redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)

@@ -17,14 +17,20 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     """Counts: `due` submitted, `expired` ended."""
     with stores.engine.connect() as connection:
         overdue = backlog.overdue(connection, MOST)
-        rows = backlog.due(connection, MOST)
     expired = 0
     for job in overdue:
         if end_before_start(stores, job, State.EXPIRED, "expired"):
             app.backend.mark_as_revoked(job, "expired", store_result=True)
             expired += 1
-    gone = set(overdue)
-    return {
-        "due": enroll.submit_rows(stores.ledger, [row for row in rows if row.id not in gone]),
-        "expired": expired,
-    }
+    return {"due": _due(stores, set(overdue)), "expired": expired}
+
+
+def _due(stores: Stores, gone: set[str]) -> int:
+    submitted, after = 0, 0
+    while True:
+        with stores.engine.connect() as connection:
+            rows = backlog.due(connection, MOST, after)
+        submitted += enroll.submit_rows(stores.ledger, [row for row in rows if row.id not in gone])
+        if len(rows) < MOST:
+            return submitted
+        after = rows[-1].seq

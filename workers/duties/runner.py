@@ -60,6 +60,7 @@ class Runner(threading.Thread):
         self._wake = Wake()
         self._stopping = False
         self._window = lapse.Window()
+        self._looked_at = time.monotonic()
         self._asked: set[str] = set()
         self._said = ""
 
@@ -91,6 +92,9 @@ class Runner(threading.Thread):
                 self._run(due_now)
 
     def _run(self, due_now: list[Duty]) -> None:
+        if time.monotonic() - self._looked_at > self._stores.settings.renew_interval:
+            # Held up for so long (by a store, by the machine) that heartbeats may have gone unseen.
+            self._window.restart()
         try:
             open_ledger(self._stores)
             mine = [duty for duty in due_now if self._turn(duty)]
@@ -109,6 +113,7 @@ class Runner(threading.Thread):
                 logger.warning(said)
         except Exception:
             logger.exception("a duty failed; it runs again in its next interval")
+        self._looked_at = time.monotonic()
 
     def _run_one(self, duty: Duty) -> None:
         run = partial(duty.run, window=self._window) if duty.name == "lapse" else duty.run

@@ -1,0 +1,37 @@
+#!lua flags=allow-oom
+-- Does: makes the places of one job right: the list of its worker (with the book) and the deliveries to come.
+-- KEYS: none; by name: epoch, job, book, held, unclaimed, free, view, allocated, allocated_cpus
+-- ARGV: epoch, run_id, job
+-- Replies: {ok, number of places that differed} | {homeless, worker} where its worker has no book | {cold} | {epoch, current}
+-- Cost: constant
+-- Repeat: harmless
+local epoch, run_id, id = ARGV[1], ARGV[2], ARGV[3]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local job, different = read_job(id), 0
+if job and (job.state == 'admitted' or job.state == 'running') then
+  local book = read_book(job.worker, epoch)
+  if not book or book.incarnation ~= job.incarnation then
+    return {'homeless', job.worker}
+  end
+  local token = redis.call('HGET', KEY.held .. job.worker, id)
+  if token ~= token_of(job) then
+    different = 1
+    redis.call('HSET', KEY.held .. job.worker, id, token_of(job))
+    if not token then
+      write_book(book, amounts_of(job.shape))
+    end
+  end
+end
+local due = redis.call('ZSCORE', KEY.unclaimed, id)
+if job and job.state == 'admitted' and not due then
+  redis.call('ZADD', KEY.unclaimed, int(clock() + LIMIT.start), id)
+  different = different + 1
+elseif due and not (job and job.state == 'admitted') then
+  redis.call('ZREM', KEY.unclaimed, id)
+  different = different + 1
+end
+return {'ok', int(different)}

@@ -1,0 +1,272 @@
+"""The scripts choose as the policy does: which worker a submit takes, and what a release or a registration admits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from routing import keys
+from routing.ledger import Ledger
+from routing.policy import (
+    CANDIDATES,
+    MOST_ADMITTED,
+    SHAPES,
+    Admission,
+    Book,
+    Reason,
+    Refusal,
+    Waiting,
+    choose,
+    fill,
+    order,
+)
+from routing.replies import Ended, Filled
+from routing.request import Request
+from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger, write_book
+
+#: Each example takes some milliseconds of the server.
+ON_A_SERVER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+#: Few amounts, so that workers tie, requests equal what is free, and a request of nothing comes about.
+AMOUNTS: Final = {"cpus": (0, 500, 1000, 1500, 2000, 4000), "memory": (0, 1, 2, 3), "licence": (0, 1, 2)}
+REQUESTS: Final = st.fixed_dictionaries({name: st.sampled_from(amounts) for name, amounts in AMOUNTS.items()}).map(
+    Request.of
+)
+
+
+@pytest.fixture
+def ledger(redis_url: str) -> Iterator[Ledger]:
+    with open_ledger(redis_url) as ledger:
+        yield ledger
+
+
+def vectors(slots: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, int]]:
+    amounts = {name: st.sampled_from(amounts) for name, amounts in AMOUNTS.items()}
+    return st.fixed_dictionaries({"slots": slots}, optional=amounts)
+
+
+#: Names that sort otherwise by number than by text.
+NAMES: Final = st.integers(1, 40).map(lambda number: f"w{number}")
+#: Books with room, full ones, and ones over their capacity (of what they do not even publish).
+BOOKS: Final = st.lists(
+    st.builds(Book, NAMES, vectors(st.integers(1, 3)), vectors(st.integers(0, 3)), st.booleans()),
+    min_size=1,
+    max_size=30,
+    unique_by=lambda book: book.worker,
+)
+#: Why a worker does not admit.
+CLOSED: Final = st.sampled_from(["draining", "closed", "expired", "older epoch"])
+
+
+def write(ledger: Ledger, books: Sequence[Book], why: str = "draining") -> None:
+    """The books as the scripts would have left them."""
+    ledger.client.flushdb()
+    ledger.open(1)
+    for book in books:
+        write_book(ledger, book, "ready" if book.admitting else why)
+
+
+def asked(decision: Admission | Refusal) -> str | None:
+    return decision.worker if isinstance(decision, Admission) else None
+
+
+@ON_A_SERVER
+@given(BOOKS, REQUESTS, CLOSED)
+def test_a_submit_takes_the_worker_that_the_policy_chooses_and_files_where_it_refuses(
+    ledger: Ledger, books: list[Book], request_: Request, why: str
+) -> None:
+    write(ledger, books, why)
+    expected = choose(request_, books, CANDIDATES)
+    submitted = ledger.submit("job", request_.shape, order(0, 1), MESSAGE)
+    if isinstance(expected, Admission):
+        assert (submitted.state, submitted.worker, submitted.attempt) == ("admitted", expected.worker, 1)
+    else:
+        assert submitted.state == "waiting"
+        assert ledger.client.zrange(keys.wait(request_.shape), 0, -1) == [b"job"]
+        assert ledger.client.zscore(keys.SHAPES, request_.shape) == order(0, 1)
+
+
+@ON_A_SERVER
+@given(BOOKS, st.lists(REQUESTS, min_size=2, max_size=12))
+def test_submits_one_after_another_take_what_the_policy_takes_one_after_another(
+    ledger: Ledger, books: list[Book], requests: list[Request]
+) -> None:
+    write(ledger, books)
+    waiting: set[str] = set()
+    for seq, request_ in enumerate(requests):
+        decision: Admission | Refusal = choose(request_, books, CANDIDATES)
+        if request_.shape in waiting:
+            assert isinstance(decision, Refusal), "what waits has no room"
+        submitted = ledger.submit(f"job-{seq}", request_.shape, order(0, seq), MESSAGE)
+        assert submitted.worker == asked(decision)
+        if isinstance(decision, Admission):
+            books = [book.holding(request_) if book.worker == decision.worker else book for book in books]
+        else:
+            waiting.add(request_.shape)
+
+
+BACKLOG: Final = st.lists(st.tuples(REQUESTS, st.integers(0, 9)), max_size=40).map(
+    lambda jobs: [Waiting(f"job-{seq}", request, order(rank, seq)) for seq, (request, rank) in enumerate(jobs)]
+)
+
+
+def file(ledger: Ledger, backlog: Sequence[Waiting]) -> None:
+    for waiting in backlog:
+        submitted = ledger.submit(waiting.job, waiting.request.shape, waiting.order, MESSAGE)
+        assert submitted.state == "waiting"
+
+
+def delivered(client: Any, queue: str) -> list[str]:
+    """The jobs whose messages were pushed, the first one first."""
+    tags = [message.rpartition(b'"delivery_tag":"')[2] for message in reversed(client.lrange(queue, 0, -1))]
+    return [tag.partition(b":")[0].decode() for tag in tags]
+
+
+def passes(book: Book, backlog: Sequence[Waiting]) -> list[str]:
+    """What the policy admits in passes of one script each, until a pass admits less than the most."""
+    admitted: list[Waiting] = []
+    while True:
+        found = fill(book, [one for one in backlog if one not in admitted], SHAPES, MOST_ADMITTED)
+        for waiting in found:
+            book = book.holding(waiting.request)
+        admitted += found
+        if len(found) < MOST_ADMITTED:
+            return [waiting.job for waiting in admitted]
+
+
+@ON_A_SERVER
+@given(BACKLOG, vectors(st.integers(1, 50)))
+def test_a_registration_admits_what_the_policy_fills_in_with_in_its_order(
+    ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int]
+) -> None:
+    write(ledger, [])
+    file(ledger, backlog)
+    expected = passes(Book("w", capacity, {}), backlog)
+    registered = ledger.register("w", "life", "queue", Request.of(capacity).shape, VIEW)
+    assert registered == Filled(len(expected))
+    assert delivered(ledger.client, "queue") == expected
+
+
+@ON_A_SERVER
+@given(BACKLOG, vectors(st.integers(1, 50)), vectors(st.just(1)))
+def test_a_release_admits_what_the_policy_fills_in_with_in_its_order(
+    ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int], held: dict[str, int]
+) -> None:
+    write(ledger, [])
+    ledger.register("w", "life", "queue", Request.of({**capacity, **held}).shape, VIEW)
+    # What runs takes the whole worker, so that the backlog waits until it is released.
+    whole = Request.of({**capacity, **held})
+    assert ledger.submit("first", whole.shape, order(9, 0), MESSAGE).worker == "w"
+    file(ledger, backlog)
+    ledger.client.delete("queue")
+    expected = passes(Book("w", {**capacity, **held}, {}), backlog)
+    ended = [Ended("first", "1.1", "succeeded")]
+    assert ledger.settle("w", "life", ended=ended, most_losses=MOST_LOSSES).released[0].verdict == "released"
+    assert delivered(ledger.client, "queue") == expected
+
+
+@ON_A_SERVER
+@given(BACKLOG, vectors(st.integers(1, 50)))
+def test_a_worker_that_asks_is_handed_over_what_others_are_sent(
+    ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int]
+) -> None:
+    write(ledger, [])
+    whole = Request.of(capacity)
+    ledger.register("w", "life", "queue", whole.shape, VIEW)
+    ledger.submit("first", whole.shape, order(9, 0), MESSAGE)
+    file(ledger, backlog)
+    ledger.client.delete("queue")
+    expected = fill(Book("w", capacity, {}), backlog, SHAPES, MOST_ADMITTED)
+    ended = [Ended("first", "1.1", "succeeded")]
+    settled = ledger.settle("w", "life", ended=ended, most_losses=MOST_LOSSES, nonce="n")
+    assert [one.job for one in settled.handed_over] == [waiting.job for waiting in expected]
+    for one in settled.handed_over:
+        assert one.message.endswith(f',"delivery_tag":"{one.job}:1.1"}}}}')
+        assert (one.token, one.shape) == ("1.1", Request.of(dict(_amounts(one.shape))).shape)
+    assert delivered(ledger.client, "queue") == passes(Book("w", capacity, {}), backlog)[len(expected) :]
+
+
+def _amounts(shape: str) -> Iterator[tuple[str, int]]:
+    return iter(Request.from_shape(shape).amounts)
+
+
+@settings(ON_A_SERVER, max_examples=10)
+@given(st.integers(0, 5), st.sampled_from([MOST_ADMITTED - 1, MOST_ADMITTED, 2 * MOST_ADMITTED + 3]))
+def test_more_shapes_and_jobs_than_one_script_looks_at_are_gone_through_by_the_cursor(
+    ledger: Ledger, most: int, jobs: int
+) -> None:
+    write(ledger, [])
+    # As many shapes that never fit stand before the ones that do: the cursor has to pass them.
+    wide = [Waiting(f"wide-{n}", Request.of({"cpus": 9_000_000 + n}), order(9, n)) for n in range(SHAPES + most)]
+    slim = [Waiting(f"slim-{n}", Request.of({"cpus": 1 + n % 3}), order(0, 1000 + n)) for n in range(jobs)]
+    file(ledger, [*wide, *slim])
+    ledger.register("w", "life", "queue", Request.of({"cpus": 1000, "slots": 1000}).shape, VIEW)
+    assert delivered(ledger.client, "queue") == [waiting.job for waiting in slim]
+
+
+# More workers than one script looks at.
+
+
+def crowd(free: Mapping[str, int]) -> list[Book]:
+    """Workers with so many free CPUs, of which only the last one publishes a licence."""
+    books = [Book(name, {"cpus": cpus, "slots": 5}, {}) for name, cpus in free.items()]
+    return [*books[:-1], replace(books[-1], capacity={**books[-1].capacity, "licence": 1})]
+
+
+@pytest.mark.parametrize("workers", [CANDIDATES, CANDIDATES + 1, 2 * CANDIDATES, 3 * CANDIDATES + 1])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal free CPUs", "other free CPUs each"])
+def test_the_search_goes_on_by_the_cursor_until_a_worker_is_found(ledger: Ledger, workers: int, equal: bool) -> None:
+    books = crowd({f"w{n:04}": 4000 if equal else 4000 + n for n in range(workers)})
+    write(ledger, books)
+    request_ = Request.of({"cpus": 1000, "licence": 1})
+    assert choose(request_, books, len(books)) == Admission(books[-1].worker)
+    submitted = ledger.submit("job", request_.shape, order(0, 1), MESSAGE)
+    assert (submitted.state, submitted.worker, submitted.attempt) == ("admitted", books[-1].worker, 1)
+    assert ledger.client.zcard(keys.SHAPES) == 0
+
+
+def test_the_cursor_of_a_submit_is_the_one_that_the_policy_says(ledger: Ledger) -> None:
+    books = crowd({f"w{n:04}": 4000 + n for n in range(CANDIDATES + 5)})
+    write(ledger, books)
+    request_ = Request.of({"cpus": 1000, "licence": 1})
+    refusal = choose(request_, books, CANDIDATES)
+    args = ledger._submit_args("job", request_.shape, order(0, 1), MESSAGE, 0, 0, 0)
+    reply = ledger._call("submit", *args)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, reply) == (Reason.LOOK_FURTHER, ["waiting", str(refusal.free), refusal.worker])
+
+
+def test_a_search_whose_cursor_moved_meanwhile_still_finds_the_worker(ledger: Ledger) -> None:
+    books = crowd({f"w{n:04}": 4000 for n in range(3 * CANDIDATES)})
+    write(ledger, books)
+    request_ = Request.of({"cpus": 1000, "licence": 1})
+    reply = ledger._call("submit", *ledger._submit_args("job", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
+    assert reply[0] == "waiting"
+    # The worker at the cursor is admitted to: it leaves its place.
+    ledger.client.zadd(keys.FREE, {reply[2]: 3000})
+    assert [placed.worker for placed in ledger.place(request_.shape, reply[1], reply[2])] == [books[-1].worker]
+
+
+def test_a_job_that_fits_nowhere_is_filed_after_all_workers_were_looked_at(ledger: Ledger) -> None:
+    books = crowd({f"w{n:04}": 4000 for n in range(3 * CANDIDATES)})
+    write(ledger, books)
+    request_ = Request.of({"cpus": 1000, "licence": 2})
+    assert ledger.submit("job", request_.shape, order(0, 1), MESSAGE).state == "waiting"
+    assert ledger.client.zrange(keys.wait(request_.shape), 0, -1) == [b"job"]
+
+
+def test_a_job_behind_others_of_its_shape_leaves_the_search_to_the_first_of_them(ledger: Ledger) -> None:
+    books = crowd({f"w{n:04}": 4000 for n in range(CANDIDATES + 1)})
+    write(ledger, books)
+    request_ = Request.of({"cpus": 1000, "licence": 1})
+    first = ledger._call("submit", *ledger._submit_args("first", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
+    assert first[0] == "waiting"
+    # The caller of the first one died here; the next one is filed unseen, and the sweep's fill finds both.
+    assert ledger.submit("second", request_.shape, order(0, 2), MESSAGE).state == "waiting"
+    assert ledger.fill(books[-1].worker) == 1
+    assert delivered(ledger.client, f"queue.{books[-1].worker}") == ["first"]

@@ -1,0 +1,432 @@
+"""The header of each script says what the script is: its keys, its arguments, its replies, and the edges it makes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import redis
+
+from routing import keys, rebuild, reconcile, scripts, store
+from routing import ledger as bindings
+from routing.ledger import Ledger
+from routing.replies import Adopted, Ended
+from routing.settings import Settings
+from routing.states import FINAL, TRANSITIONS, Event, State, Step
+
+NAMES: Final = scripts.names()
+#: What every script that acts on the books may answer besides its own replies: `LedgerServer` raises for these.
+GATES: Final = {"cold", "epoch"}
+#: Scripts that act on keys of one job or entry, whatever epoch is open.
+WITHOUT_GATE: Final = {"forget", "open", "succeed"}
+
+CARD: Final = ("1.1", "1", "2", "3-0", "0", "cpus=1000,slots=1", "{}")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How the method of one script is called, and what it makes of each reply that the header lists (by its head)."""
+
+    call: Callable[[Ledger], Any]
+    #: How often the group of repeated arguments stands in this call.
+    groups: int
+    #: A reply by its head, or several in turn where the method goes on -> what the method makes of it, as text.
+    replies: dict[tuple[str, ...] | tuple[tuple[str, ...], ...], str]
+
+
+def submit(ledger: Ledger) -> Any:
+    return ledger.submit("job", "cpus=1000,slots=1", 7, b"{}")
+
+
+def release(ledger: Ledger) -> Any:
+    ended = [Ended("a", "1.1", "succeeded"), Ended("b", "1.2", "lost", "gone")]
+    return ledger.settle("w", "life", ended=ended, most_losses=3, nonce="n")
+
+
+def claim(ledger: Ledger) -> Any:
+    return ledger.settle("w", "life", arrived=[("a", "1.1", "n1"), ("b", "1.1", "n2")], most_losses=3)
+
+
+def adopt(ledger: Ledger) -> Any:
+    one = Adopted("a", "1.1", "cpus=1000,slots=1", 7, 1, 2, "n", 0)
+    return ledger.adopt("w", "life", [one, one])
+
+
+VIEW: Final = {"cpus": "4", "pid": "7"}
+
+BINDINGS: Final = {
+    "adopt": Binding(adopt, 2, {("ok", "adopted", "stale"): "['a']", ("unknown",): "['a', 'a']"}),
+    "cancel": Binding(
+        lambda ledger: ledger.cancel("a", "cancelled", "revoked"),
+        0,
+        {
+            ("ended", "3-0"): "Cancelled(verdict='ended', worker=None, entry='3-0')",
+            ("held", "running", "w"): "Cancelled(verdict='held', worker='w', entry=None)",
+            ("over",): "Cancelled(verdict='over', worker=None, entry=None)",
+            ("missing",): "Cancelled(verdict='missing', worker=None, entry=None)",
+        },
+    ),
+    "claim": Binding(
+        claim,
+        2,
+        {
+            ("ok", "claimed", "1", "2", "3-0", "1", "stale", "", "", "", "0"): (
+                "[Claimed(job='a', token='1.1', ok=True, admitted_ms=1, started_ms=2, entry='3-0', losses=1), "
+                "Claimed(job='b', token='1.1', ok=False, admitted_ms=None, started_ms=None, entry='', losses=0)]"
+            )
+        },
+    ),
+    "condemn": Binding(lambda ledger: ledger.condemn("w", "life"), 0, {("ok",): "None", ("unknown",): "None"}),
+    "drain": Binding(lambda ledger: ledger.drain("w", "life"), 0, {("ok", "s", "t"): "2", ("unknown",): "0"}),
+    "drop": Binding(
+        lambda ledger: ledger.drop("a", "1.1", final=True),
+        0,
+        {("ok", "w"): "True", ("ok", ""): "True", ("changed",): "False"},
+    ),
+    "fill": Binding(lambda ledger: ledger.fill("w"), 0, {(("ok", "2", "9"), ("ok", "1", "")): "3"}),
+    "forget": Binding(lambda ledger: ledger.forget([("3-0", "a"), ("4-0", "b")]), 2, {("ok", "2"): "2"}),
+    "lapse": Binding(
+        lambda ledger: ledger.lapse("w", 15_000, 3),
+        0,
+        {
+            ("alive",): "Lapsed(verdict='alive', incarnation=None, taken_back=0)",
+            ("closed", "life"): "Lapsed(verdict='closed', incarnation='life', taken_back=0)",
+            ("waits", "life"): "Lapsed(verdict='waits', incarnation='life', taken_back=0)",
+            (("more", "life", "s", "s"), ("gone", "life", "t")): (
+                "Lapsed(verdict='gone', incarnation='life', taken_back=3)"
+            ),
+            ("unknown",): "Lapsed(verdict='unknown', incarnation=None, taken_back=0)",
+        },
+    ),
+    "leave": Binding(
+        lambda ledger: ledger.leave("w", "life"), 0, {("ok",): "0", ("held", "3"): "3", ("unknown",): "0"}
+    ),
+    "mend": Binding(lambda ledger: ledger.mend("s", "a"), 0, {("ok", "1"): "True", ("ok", "0"): "False"}),
+    "open": Binding(lambda ledger: ledger.open(5), 0, {("ok",): "None"}),
+    "place": Binding(
+        lambda ledger: ledger.place("s"),
+        0,
+        {(("admitted", "a", "w", "2"), ("more", "9", "x"), ("none",)): "[Placed(job='a', worker='w', attempt=2)]"},
+    ),
+    "recount": Binding(lambda ledger: ledger.recount("w"), 0, {("ok", "2"): "2", ("unknown", "1"): "1"}),
+    "recover": Binding(
+        lambda ledger: ledger.recover("w", "life", ["x", "y"]),
+        2,
+        {("ok", "a", *CARD): "HandedOver(job='a', token='1.1'", ("unknown",): "[]"},
+    ),
+    "redeliver": Binding(lambda ledger: ledger.redeliver(), 0, {(("ok", "100", "60"), ("ok", "1", "1")): "61"}),
+    "register": Binding(
+        lambda ledger: ledger.register("w", "life", "queue", "cpus=4000,slots=4", VIEW),
+        2,
+        {
+            ("ok", "3", ""): "Filled(admitted=3)",
+            ("taken", "other", "-5", "2"): "Taken(incarnation='other', lease_left_ms=-5, held=2)",
+        },
+    ),
+    "release": Binding(
+        release,
+        2,
+        {
+            ("ok", "1", "", "released", "succeeded", "3-0", "s", "repeat", "lost", "", "", "c", *CARD): (
+                "verdict='released', state='succeeded', entry='3-0')"
+            ),
+            ("ok", "0", "", "stale", "", "", "", "released", "waiting", "4-0", "s"): (
+                "verdict='released', state='waiting', entry='4-0')"
+            ),
+        },
+    ),
+    "renew": Binding(
+        lambda ledger: ledger.renew("w", "life", VIEW, ["a", "b"], 3),
+        # two fields of the view, and two jobs that are as many arguments as one field
+        3,
+        {("ok", "0", "", "s", "s"): "Renewed(known=True, taken_back=2)", ("unknown",): "Renewed(known=False"},
+    ),
+    "reserve": Binding(
+        lambda ledger: ledger.reserve("w", "life", "cpus=4000,slots=4"), 0, {("ok",): "True", ("open",): "False"}
+    ),
+    "seat": Binding(lambda ledger: ledger.seat("a"), 0, {("ok", "2"): "2", ("homeless", "w"): "None"}),
+    "submit": Binding(
+        submit,
+        0,
+        {
+            ("admitted", "w", "1"): "Submitted(state='admitted', worker='w', attempt=1, was=None)",
+            ("waiting", "", ""): "Submitted(state='waiting', worker=None, attempt=None, was=None)",
+            ("exists", "running"): "Submitted(state='exists', worker=None, attempt=None, was='running')",
+            ("late",): "Submitted(state='late', worker=None, attempt=None, was=None)",
+        },
+    ),
+    "succeed": Binding(lambda ledger: ledger.succeed("a"), 0, {("ok",): "True", ("missing",): "False"}),
+    "total": Binding(lambda ledger: ledger.set_total(1, 2), 0, {("ok",): "True", ("changed",): "False"}),
+}
+
+#: What a method asks of other scripts after its own: nothing is there to be done.
+QUIET: Final = {"fill": ["ok", "0", ""], "place": ["none"]}
+
+
+class Recording(Ledger):
+    """A ledger that notes what it would send, and answers with what the test gives."""
+
+    def __init__(self, settings: Settings, script: str, replies: Sequence[Sequence[str]]) -> None:
+        super().__init__(settings, redis.Redis())
+        self._run_id = "run"
+        self.epoch = 1
+        self.sent: list[tuple[str, Sequence[Any]]] = []
+        self._script = script
+        self._replies = [list(reply) for reply in replies]
+
+    def _calls(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[list[str]]:
+        self.sent += calls
+        return [self._replies.pop(0) if name == self._script and self._replies else QUIET[name] for name, _ in calls]
+
+
+@pytest.fixture(scope="module")
+def settings_without_servers() -> Settings:
+    return Settings.from_environ({})
+
+
+def in_turn(replies: tuple[Any, ...]) -> list[tuple[str, ...]]:
+    return list(replies) if isinstance(replies[0], tuple) else [replies]
+
+
+def assembled(name: str) -> str:
+    """The code of a script with the functions of the prelude that it uses, without comments."""
+    functions = scripts._functions()
+    body = scripts.FLAGS.sub("", scripts.source(name))
+    return re.sub(r"--[^\n]*", "", "".join(functions[used] for used in scripts._used(body, functions)) + body)
+
+
+def plain(field: str) -> str:
+    """A field of a header without its remarks in brackets."""
+    return re.sub(r"\s*\([^()]*\)", "", field)
+
+
+#: What introduces the arguments of a header that are repeated -> how many stand in each group; None: those listed.
+REPEATED: Final = {"for each": None, "then the fields of": 2, "the view's fields": 2, "then the ids of": 1}
+
+
+def arguments(name: str) -> tuple[int, int]:
+    """How many arguments of a script stand once, and how many stand in the group that is repeated; by its header."""
+    text = plain(scripts.header(name)["ARGV"])
+    begins = {text.index(words): words for words in REPEATED if words in text}
+    begin = min(begins, default=len(text))
+    once = [part for part in text[:begin].removesuffix("then ").split(",") if part.strip()]
+    if not begins:
+        return len(once), 0
+    group = REPEATED[begins[begin]]
+    return len(once), group if group is not None else len(text[begin:].split(": ", 1)[1].split(", "))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_header_has_all_its_fields(name: str) -> None:
+    found = scripts.header(name)
+    assert tuple(found) == scripts.HEADER_FIELDS
+    assert all(found.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_keys_in_a_header_are_those_that_the_script_uses(name: str) -> None:
+    listed = scripts.header(name)["KEYS"].removeprefix("none; by name: ").split(", ")
+    assert sorted(listed) == sorted(set(re.findall(r"\bKEY\.(\w+)", assembled(name))))
+    assert set(listed) <= keys.KEYS.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_never_searches_the_server_and_has_no_time_or_chance_of_its_own(name: str) -> None:
+    code = assembled(name)
+    commands = set(re.findall(r"redis\.p?call\('(\w+)'", code))
+    assert not commands & {"KEYS", "SCAN", "SSCAN", "HSCAN", "ZSCAN", "FLUSHDB", "FLUSHALL", "RANDOMKEY", "WAIT"}
+    assert len(re.findall(r"redis\.p?call\(", code)) == len(re.findall(r"redis\.p?call\('\w+'", code))
+    assert not re.search(r"\b(os|math\.random\w*|pcall|loadstring|dofile)\b", code)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loops_of_a_script_go_through_its_arguments_as_the_header_counts_them(name: str) -> None:
+    once, group = arguments(name)
+    code = assembled(name)
+    for begin, step in re.findall(r"for i = (\d+), #ARGV(?:, (\d+))?", code):
+        assert (int(begin) - 1, int(step or 1)) == (once, group)
+    assert max(map(int, re.findall(r"ARGV\[(\d+)\]", code)), default=0) <= once
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_script_loads_on_the_server(name: str, redis_client: redis.Redis) -> None:
+    script = scripts.load(15_000, True)[name]
+    assert redis_client.script_load(script.text) == script.sha
+    assert not re.search(r"\b(KEY|STEP|LIMIT)\.", script.text)
+
+
+def test_every_script_is_called_by_exactly_one_method_of_the_ledger() -> None:
+    assert sorted(BINDINGS) == list(NAMES)
+    text = Path(str(bindings.__file__)).read_text(encoding="utf-8")
+    called = re.findall(r"_calls?\(\s*\[?\(?\"(\w+)\"|calls\.append\(\(\"(\w+)\"|self\._script\(\"(\w+)\"", text)
+    by_name = sorted("".join(found) for found in called)
+    # The submits of many rows go in one round trip.
+    assert by_name == sorted([*NAMES, "submit"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_binding_sends_as_many_arguments_as_the_header_lists(name: str, settings_without_servers: Settings) -> None:
+    binding = BINDINGS[name]
+    ledger = Recording(settings_without_servers, name, in_turn(next(iter(binding.replies))))
+    binding.call(ledger)
+    sent = next(arguments for script, arguments in ledger.sent if script == name)
+    once, group = arguments(name)
+    assert len(sent) == once + group * binding.groups
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_binding_handles_each_reply_that_the_header_lists_and_no_other(
+    name: str, settings_without_servers: Settings
+) -> None:
+    listed: set[str] = set()
+    for shape in re.findall(r"\{([^}]*)\}", plain(scripts.header(name)["Replies"])):
+        listed |= set(re.findall(r"\w+", shape.split(",")[0]))
+    binding = BINDINGS[name]
+    handled = {reply[0] for replies in binding.replies for reply in in_turn(replies)}
+    assert handled == listed - GATES
+    assert ("cold" in listed) == (name not in WITHOUT_GATE)
+    for replies, made in binding.replies.items():
+        assert made in str(binding.call(Recording(settings_without_servers, name, in_turn(replies))))
+
+
+def test_the_scripts_that_free_memory_run_when_the_server_is_full_and_submit_does_not() -> None:
+    flagged = {name for name in NAMES if "allow-oom" in (scripts.FLAGS.match(scripts.source(name)) or [""])[0]}
+    growing = {"claim", "fill", "open", "place", "redeliver", "reserve", "submit"}
+    assert flagged == set(NAMES) - growing
+
+
+# -- the edges that the scripts and the statements make
+
+HELD: Final = (State.ADMITTED, State.RUNNING)
+
+#: (script or function of the prelude, state, step) of each `note` in the Lua -> the edges it makes.
+NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
+    # submit admits a row as it comes; fill, place and the scripts that fill admit what waits.
+    ("grant", "'admitted'", "STEP.admitted"): [
+        (state, Event.ADMIT) for state in (State.ACCEPTED, State.SCHEDULED, State.WAITING)
+    ],
+    # admitted and claimed in one step
+    ("hand_over", "'running'", "STEP.running"): [(State.WAITING, Event.ADMIT), (State.ADMITTED, Event.CLAIM)],
+    ("claim", "'running'", "STEP.running"): [(State.ADMITTED, Event.CLAIM)],
+    ("submit", "'waiting'", "STEP.filed"): [(State.ACCEPTED, Event.FILE), (State.SCHEDULED, Event.FILE)],
+    ("put_back", "'waiting'", "STEP.back"): [
+        (state, event) for state in HELD for event in (Event.HAND_BACK, Event.TAKE_BACK)
+    ],
+    ("put_back", "'lost'", "STEP.ended"): [(state, Event.LOSE) for state in HELD],
+    # `scheduled` where a successor runs next, else `accepted`
+    ("put_back", "state", "STEP.back"): [
+        (state, event) for state in HELD for event in (Event.RETRY_LATER, Event.RESUBMIT)
+    ],
+    # the outcome, or `scheduled` of one that is retried
+    ("release", "state", "final and STEP.ended or STEP.back"): [
+        (state, event)
+        for state in HELD
+        for event in (
+            Event.SUCCEED,
+            Event.FAIL,
+            Event.CANCEL,
+            Event.EXPIRE,
+            Event.REPLACE,
+            Event.RETRY_LATER,
+        )
+    ],
+    ("cancel", "state", "STEP.dropped"): [(State.WAITING, Event.CANCEL), (State.WAITING, Event.EXPIRE)],
+}
+
+
+def notes() -> set[tuple[str, str, str]]:
+    """The calls of `note`: where, with which state and which step."""
+    texts = {**scripts._functions(), **{name: scripts.source(name) for name in NAMES}}
+    texts.pop("note")
+    return {
+        (name, state.strip(), step.strip())
+        for name, text in texts.items()
+        for state, step in re.findall(r"\bnote\(\w+, job, ([^,]+), ([^,]+), now", text)
+    }
+
+
+def test_every_transition_that_a_script_notes_is_in_the_table_of_the_test() -> None:
+    assert notes() == NOTES.keys()
+    count = sum(len(re.findall(r"(?<!function )\bnote\(", text)) for text in [
+        *scripts._functions().values(), *(scripts.source(name) for name in NAMES)])  # fmt: skip
+    assert count == len(NOTES)
+
+
+@pytest.mark.parametrize(("note", "edges"), NOTES.items(), ids=str)
+def test_every_edge_that_a_script_makes_is_in_the_table_of_transitions(
+    note: tuple[str, str, str], edges: list[tuple[State, Event]]
+) -> None:
+    assert [edge for edge in edges if edge not in TRANSITIONS] == []
+    targets = {TRANSITIONS[edge] for edge in edges}
+    if note[1].startswith("'"):
+        assert State(note[1].strip("'")) in targets
+    for step in re.findall(r"STEP\.(\w+)", note[2]):
+        assert step.upper() in Step.__members__
+
+
+def test_every_final_outcome_that_a_worker_reports_is_a_state() -> None:
+    listed = re.search(r"outcome \(([^)]*)\)", scripts.header("release")["ARGV"])
+    assert listed is not None
+    outcomes = set(listed.group(1).split(", "))
+    assert {State(name) for name in outcomes - {"retried", "handed_back"}} == {*FINAL, State.REPLACED}
+
+
+#: Words in quotes in the Lua that are states of a job in Redis, or of a worker's book.
+CARD_STATES: Final = {*(state.value for state in State), "ended"}
+STATUSES: Final = {"ready", "draining", "closed"}
+
+
+def test_every_state_that_the_lua_compares_or_writes_is_known() -> None:
+    for name, text in {**scripts._functions(), **{name: scripts.source(name) for name in NAMES}}.items():
+        code = re.sub(r"--[^\n]*", "", text)
+        for word in re.findall(
+            r"\bstate [=~]= '(\w+)'|(?<!verdict, )\bstate = '(\w+)'|'state', '(\w+)', 'epoch'", code
+        ):
+            assert set(word) - {""} <= CARD_STATES, name
+        for word in re.findall(r"\bstatus [=~]=? ?'(\w+)'|'status', '(\w+)'", code):
+            assert set(word) - {""} <= STATUSES, name
+
+
+#: Statement -> the edges that it makes by itself, whatever the entry says.
+STATEMENTS: Final = {
+    "store._DROP": [
+        (state, event) for state in (State.ACCEPTED, State.SCHEDULED) for event in (Event.CANCEL, Event.EXPIRE)
+    ],
+    # an attempt that ended while its row holds a successor
+    "store._APPLY": [(state, Event.RETRY_LATER) for state in HELD],
+}
+
+
+@pytest.mark.parametrize(("statement", "edges"), STATEMENTS.items(), ids=str)
+def test_every_edge_that_a_statement_makes_is_in_the_table_of_transitions(
+    statement: str, edges: list[tuple[State, Event]]
+) -> None:
+    assert [edge for edge in edges if edge not in TRANSITIONS] == []
+
+
+def test_the_statements_use_only_states_of_the_table() -> None:
+    # and statuses of workers, and outcomes of attempts
+    known = {state.value for state in State} | {"ready", "draining", "taken_back", ""}
+    for module in (store, rebuild, reconcile):
+        for name, statement in vars(module).items():
+            if not hasattr(statement, "bindparams"):
+                continue
+            for word in re.findall(r"'(\w*)'", str(statement)):
+                assert word in known, f"{module.__name__}.{name}"
+
+
+def test_the_statement_that_drops_a_job_guards_the_states_it_leaves() -> None:
+    guard = re.search(r"state IN \(([^)]*)\)", str(store._DROP))
+    assert guard is not None
+    states = {State(word) for word in re.findall(r"'(\w+)'", guard.group(1))}
+    assert states == {state for state, _ in STATEMENTS["store._DROP"]}
+
+
+def test_no_statement_leaves_a_final_state() -> None:
+    final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
+    assert f"jobs.state NOT IN ({final})" in str(store._APPLY)
+    assert f"state NOT IN ({final})" in str(store._SUCCESSOR)

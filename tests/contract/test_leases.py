@@ -1,0 +1,402 @@
+"""Who may speak for a job: leases that were lost, doubled calls, lists that lack a job, books that are closed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+
+from routing import keys
+from routing.ledger import Ledger
+from routing.policy import order
+from routing.replies import Adopted, Claimed, Ended, Filled, LedgerClosed, Released
+from routing.request import Request
+from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
+
+CAPACITY: Final = Request.of({"cpus": 4000, "memory": 100, "slots": 8}).shape
+ONE: Final = Request.of({"cpus": 1000, "memory": 10}).shape
+
+
+class Cluster:
+    """A ledger and what workers ask of it. The incarnation of worker `w` is `w-life`, its queue `queue.w`."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.client: Any = ledger.client
+        self._seq = 0
+
+    def register(self, worker: str = "w", capacity: str = CAPACITY, incarnation: str | None = None) -> Filled:
+        life = incarnation or f"{worker}-life"
+        found = self.ledger.register(worker, life, f"queue.{worker}", capacity, VIEW)
+        assert isinstance(found, Filled)
+        return found
+
+    def submit(self, job: str, shape: str = ONE, attempt: int = 0, losses: int = 0) -> str | None:
+        """The worker that took it."""
+        self._seq += 1
+        return self.ledger.submit(job, shape, order(0, self._seq), MESSAGE, attempt=attempt, losses=losses).worker
+
+    def claim(self, job: str, token: str, worker: str = "w", nonce: str = "n") -> Claimed:
+        arrived = [(job, token, nonce)]
+        return self.ledger.settle(worker, f"{worker}-life", arrived=arrived, most_losses=MOST_LOSSES).claimed[0]
+
+    def run(self, job: str, shape: str = ONE, worker: str = "w") -> str:
+        """Submit and claim; the token of the attempt."""
+        assert self.submit(job, shape) == worker
+        assert self.claim(job, "1.1", worker).ok
+        return "1.1"
+
+    def end(self, job: str, token: str, outcome: str = "succeeded", worker: str = "w", admit: bool = True) -> Released:
+        ended = [Ended(job, token, outcome)]
+        settled = self.ledger.settle(worker, f"{worker}-life", ended=ended, most_losses=MOST_LOSSES, admit=admit)
+        return settled.released[0]
+
+    def renew(self, *holds: str, worker: str = "w") -> bool:
+        return self.ledger.renew(worker, f"{worker}-life", {}, holds, MOST_LOSSES).known
+
+    def expire(self, worker: str = "w") -> None:
+        """What time does to a lease."""
+        end = self.ledger.now_ms() - 1000
+        self.client.hset(keys.book(worker), "lease", end)
+        self.client.zadd(keys.LEASES, {worker: end})
+
+    def lapse(self, worker: str = "w", grace_ms: int = 0) -> str:
+        return self.ledger.lapse(worker, grace_ms, MOST_LOSSES).verdict
+
+    def book(self, worker: str = "w") -> dict[str, str]:
+        return {name.decode(): value.decode() for name, value in self.client.hgetall(keys.book(worker)).items()}
+
+    def view(self, worker: str = "w") -> dict[str, str]:
+        return {name.decode(): value.decode() for name, value in self.client.hgetall(keys.view(worker)).items()}
+
+    def state(self, job: str) -> str | None:
+        found = self.client.hget(keys.job(job), "state")
+        return None if found is None else found.decode()
+
+    def noted(self, job: str) -> list[tuple[str, str]]:
+        """(state, outcome) of the job's entries in the stream."""
+        entries = [fields for _, fields in self.client.xrange(keys.STREAM) if fields[b"job"] == job.encode()]
+        return [(fields[b"state"].decode(), fields[b"outcome"].decode()) for fields in entries]
+
+
+@pytest.fixture
+def cluster(redis_url: str) -> Iterator[Cluster]:
+    with open_ledger(redis_url) as ledger:
+        cluster = Cluster(ledger)
+        cluster.register()
+        yield cluster
+
+
+# An attempt that lost its lease.
+
+
+def test_a_worker_that_was_given_up_cannot_end_a_job_that_ended_as_lost(cluster: Cluster) -> None:
+    assert cluster.submit("job", losses=MOST_LOSSES - 1) == "w"
+    cluster.claim("job", "1.1")
+    cluster.expire()
+    assert cluster.lapse() == "gone"
+    assert cluster.noted("job")[-1] == ("lost", "lost")
+    cluster.register()
+    assert cluster.end("job", "1.1").verdict == "stale"
+
+
+def test_a_worker_that_was_given_up_cannot_end_a_job_whose_successor_runs_next(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.ledger.succeed("job")
+    cluster.expire()
+    assert cluster.lapse() == "gone"
+    assert cluster.noted("job")[-1] == ("scheduled", "lost")
+    cluster.register()
+    assert cluster.end("job", "1.1").verdict == "stale"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state"),
+    [
+        ("succeeded", "succeeded"),
+        ("failed", "failed"),
+        ("cancelled", "cancelled"),
+        ("expired", "expired"),
+        ("retried", "scheduled"),
+    ],
+)
+def test_a_release_that_is_sent_again_says_again_what_the_job_became(
+    cluster: Cluster, outcome: str, state: str
+) -> None:
+    cluster.run("job")
+    assert cluster.end("job", "1.1", outcome).state == state
+    again = cluster.end("job", "1.1", outcome)
+    assert (again.verdict, again.state) == ("repeat", state)
+    assert cluster.noted("job")[-1] == (state, outcome)
+
+
+def test_another_outcome_of_an_attempt_that_ended_is_refused(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.end("job", "1.1", "failed")
+    assert cluster.end("job", "1.1", "succeeded").verdict == "stale"
+
+
+def test_an_attempt_that_was_taken_back_cannot_end_the_next_one(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.expire()
+    assert cluster.lapse() == "gone"
+    cluster.register()
+    assert cluster.client.hget(keys.held("w"), "job") == b"1.2"
+    assert cluster.end("job", "1.1").verdict == "stale"
+    assert not cluster.claim("job", "1.1").ok
+    assert cluster.claim("job", "1.2").ok
+
+
+def test_a_claim_that_is_sent_again_is_granted_and_a_doubled_message_is_not(cluster: Cluster) -> None:
+    cluster.submit("job")
+    first = cluster.claim("job", "1.1", nonce="a")
+    again = cluster.claim("job", "1.1", nonce="a")
+    assert first.ok
+    assert (again.ok, again.started_ms) == (True, first.started_ms)
+    assert not cluster.claim("job", "1.1", nonce="b").ok
+
+
+# Successors.
+
+
+@pytest.mark.parametrize("outcome", ["succeeded", "failed", "expired"])
+def test_an_attempt_that_ends_with_a_successor_leaves_the_id_to_it(cluster: Cluster, outcome: str) -> None:
+    cluster.run("job")
+    cluster.ledger.succeed("job")
+    assert cluster.end("job", "1.1", outcome).state == outcome
+    # Postgres takes the successor, and the job is submitted again at once.
+    assert cluster.submit("job", attempt=1) == "w"
+
+
+def test_a_job_that_is_lost_for_good_still_runs_its_successor(cluster: Cluster) -> None:
+    cluster.submit("job", losses=MOST_LOSSES - 1)
+    cluster.claim("job", "1.1")
+    cluster.ledger.succeed("job")
+    assert cluster.end("job", "1.1", "lost").state == "scheduled"
+    assert cluster.submit("job", attempt=1, losses=MOST_LOSSES) == "w"
+
+
+def test_a_revoked_job_runs_no_successor(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.ledger.succeed("job")
+    cluster.end("job", "1.1", "cancelled")
+    assert cluster.submit("job", attempt=1) is None
+    assert cluster.state("job") == "ended"
+
+
+# Lists of what a worker holds.
+
+
+def test_a_running_job_is_taken_back_when_two_lists_in_a_row_lack_it(cluster: Cluster) -> None:
+    cluster.run("job")
+    assert cluster.renew()
+    assert cluster.state("job") == "running"
+    cluster.renew("job")
+    cluster.renew()
+    assert cluster.state("job") == "running"
+    cluster.renew()
+    assert cluster.noted("job")[0] == ("waiting", "lost")
+    assert cluster.client.hget(keys.held("w"), "job") == b"1.2"
+
+
+def test_an_attempt_that_a_list_lacked_says_nothing_of_the_next_attempt(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.renew()
+    cluster.end("job", "1.1", "retried")
+    assert cluster.submit("job", attempt=1) == "w"
+    # The list was made just before this claim.
+    assert cluster.claim("job", "1.2").ok
+    cluster.renew()
+    assert cluster.state("job") == "running"
+    assert cluster.book()["a.cpus"] == "1000"
+
+
+def test_a_job_that_ended_leaves_nothing_in_the_list_of_missing_ones(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.renew()
+    cluster.end("job", "1.1")
+    cluster.renew()
+    assert cluster.client.exists(keys.missing("w")) == 0
+
+
+# Leases and books.
+
+
+def test_a_draining_worker_whose_lease_ran_out_for_a_moment_is_still_draining(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.ledger.drain("w", "w-life")
+    cluster.expire()
+    cluster.lapse(grace_ms=10**9)
+    assert cluster.renew("job")
+    assert (cluster.book()["status"], cluster.view()["status"]) == ("draining", "draining")
+    assert cluster.submit("next") is None
+
+
+def test_a_ready_worker_whose_lease_ran_out_for_a_moment_is_open_again_with_its_whole_view(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.expire()
+    cluster.lapse(grace_ms=10**9)
+    assert cluster.view() == {}
+    assert cluster.submit("next") is None
+    assert cluster.renew("job")
+    assert cluster.client.hget(keys.held("w"), "next") == b"1.1"
+    view = cluster.view()
+    assert (view["status"], view["allocated_cpus"], view["allocated_memory"]) == ("ready", "2", "20")
+
+
+def test_a_worker_with_a_reserved_book_has_to_register_before_it_is_open(cluster: Cluster) -> None:
+    cluster.client.flushdb()
+    cluster.ledger.open(2)
+    assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+    assert not cluster.renew(), "the heartbeat knows no queue"
+    assert cluster.submit("job") is None
+    assert cluster.register() == Filled(1)
+    assert cluster.client.llen("queue.w") == 1
+
+
+def test_a_worker_that_has_yet_to_say_what_it_holds_admits_nothing_before_it_renews(cluster: Cluster) -> None:
+    cluster.ledger.leave("w", "w-life")
+    assert cluster.ledger.register("w", "w-life", "queue.w", CAPACITY, VIEW, "closed") == Filled(0)
+    assert cluster.submit("job") is None
+    cluster.ledger.adopt("w", "w-life", [Adopted("held", "1.1", ONE, 1, 5, 6, "", 0)])
+    assert cluster.state("job") == "waiting"
+    assert cluster.renew("held")
+    assert cluster.client.hkeys(keys.held("w")) == [b"held", b"job"]
+
+
+def test_a_job_that_never_started_is_not_lost_with_its_worker(cluster: Cluster) -> None:
+    cluster.client.flushdb()
+    cluster.ledger.open(2)
+    cluster.ledger.reserve("w", "w-life", CAPACITY)
+    held = [Adopted("idle", "1.1", ONE, 1, 5, 0, "", 0), Adopted("busy", "1.1", ONE, 2, 5, 6, "", 0)]
+    assert cluster.ledger.adopt("w", "w-life", held) == []
+    cluster.expire()
+    assert cluster.lapse() == "gone"
+    assert cluster.noted("idle") == [("accepted", "taken_back")]
+    assert cluster.noted("busy") == [("accepted", "lost")]
+
+
+def test_a_book_that_went_missing_comes_back_with_what_its_worker_holds(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.client.delete(keys.book("w"))
+    assert not cluster.renew("job")
+    cluster.register()
+    assert (cluster.book()["a.cpus"], cluster.book()["a.memory"]) == ("1000", "10")
+    assert cluster.client.zscore(keys.FREE, "w") == 3000
+    cluster.end("job", "1.1")
+    assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
+
+
+def test_a_book_that_went_missing_is_reserved_with_what_its_worker_holds(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.client.delete(keys.book("w"))
+    assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+    assert (cluster.book()["status"], cluster.book()["a.cpus"]) == ("closed", "1000")
+
+
+def test_a_torn_book_is_as_good_as_none(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.client.hdel(keys.book("w"), "lease")
+    assert cluster.submit("next") is None
+    assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+    assert cluster.book()["a.cpus"] == "1000"
+
+
+def test_a_successor_of_a_lapsed_worker_takes_its_name_and_leaves_no_queue_behind(cluster: Cluster) -> None:
+    cluster.client.lpush("queue.w", "a doubled message")
+    cluster.expire()
+    assert isinstance(cluster.ledger.register("w", "next-life", "queue.next", CAPACITY, VIEW), Filled)
+    assert cluster.client.exists("queue.w") == 0
+
+
+def test_capacity_that_shrank_below_what_runs_is_said_until_it_fits_again(cluster: Cluster) -> None:
+    for name in ("a", "b", "c"):
+        cluster.run(name)
+    cluster.register(capacity=Request.of({"cpus": 2000, "memory": 100, "slots": 8}).shape)
+    assert cluster.book()["shrunk"] == "1"
+    assert cluster.client.zscore(keys.FREE, "w") is None
+    cluster.end("a", "1.1")
+    assert "shrunk" not in cluster.book()
+    assert cluster.client.zscore(keys.FREE, "w") == 0
+
+
+def test_what_a_worker_holds_since_an_older_epoch_may_exceed_what_it_has_now(cluster: Cluster) -> None:
+    cluster.client.flushdb()
+    cluster.ledger.open(2)
+    cluster.ledger.reserve("w", "w-life", Request.of({"cpus": 500, "memory": 100}).shape)
+    cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "", 0)])
+    assert cluster.book()["shrunk"] == "1"
+
+
+# Other repeats.
+
+
+def test_opening_an_epoch_twice_keeps_what_was_admitted_between(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.ledger.open(1)
+    assert (cluster.client.get(keys.ALLOCATED), cluster.client.get(keys.ALLOCATED_CPUS)) == (b"1000", b"1")
+
+
+def test_an_older_epoch_cannot_be_opened(cluster: Cluster) -> None:
+    cluster.ledger.open(3)
+    with pytest.raises(LedgerClosed) as caught:
+        cluster.ledger.open(2)
+    assert caught.value.epoch == 3
+
+
+def test_a_job_whose_hash_was_lost_is_adopted_without_being_counted_twice(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.client.delete(keys.job("job"))
+    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "", 0)]) == []
+    assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("1000", b"1000")
+
+
+def test_a_job_that_is_cancelled_on_its_way_to_the_ledger_is_not_admitted_there(cluster: Cluster) -> None:
+    assert cluster.ledger.cancel("job", "cancelled").verdict == "missing"
+    assert cluster.ledger.submit("job", ONE, 1, MESSAGE).state == "exists"
+    assert cluster.ledger.cancel("job", "cancelled").verdict == "over"
+    assert cluster.client.pttl(keys.job("job")) > 0
+
+
+def test_a_process_that_may_not_admit_places_nothing(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.register("other")
+    assert cluster.end("job", "1.1", "handed_back", admit=False).state == "waiting"
+    assert cluster.state("job") == "waiting"
+    assert cluster.client.hlen(keys.held("other")) == 0
+
+
+def test_a_shape_that_nobody_waits_under_has_nothing_to_be_mended(cluster: Cluster) -> None:
+    assert not cluster.ledger.mend("cpus=7,slots=1")
+
+
+def test_each_attempt_begins_anew_with_its_deliveries(cluster: Cluster) -> None:
+    cluster.submit("job")
+    for _ in range(3):
+        cluster.client.zadd(keys.UNCLAIMED, {"job": 1})
+        assert cluster.ledger.redeliver() == 1
+    assert cluster.client.llen("queue.w") == 4
+    cluster.ledger.drain("w", "w-life")
+    cluster.register()
+    cluster.client.zadd(keys.UNCLAIMED, {"job": 1})
+    cluster.ledger.redeliver()
+    assert cluster.client.hget(keys.job("job"), "redelivered") == b"1"
+
+
+def test_nothing_is_delivered_to_a_worker_that_has_no_queue(cluster: Cluster) -> None:
+    cluster.submit("job")
+    cluster.client.delete(keys.book("w"))
+    cluster.ledger.reserve("w", "w-life", CAPACITY)
+    cluster.client.zadd(keys.UNCLAIMED, {"job": 1})
+    assert cluster.ledger.redeliver() == 0
+    assert cluster.client.exists("") == 0
+    assert cluster.client.zscore(keys.UNCLAIMED, "job") > 1, "it is delivered when the worker is back"
+
+
+@pytest.mark.parametrize("text", ["NUL \x00 inside", "half a character \ud800"])
+def test_any_error_text_ends_a_job(cluster: Cluster, text: str) -> None:
+    cluster.run("job")
+    ended = [Ended("job", "1.1", "failed", text)]
+    settled = cluster.ledger.settle("w", "w-life", ended=ended, most_losses=MOST_LOSSES)
+    assert settled.released[0].verdict == "released"

@@ -1,0 +1,203 @@
+"""`up` and `down`: what they start and say, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import PIPE, Popen
+from typing import Any
+
+import psutil
+import pytest
+from sqlalchemy import text
+
+from routing.home import running_pair
+from tests.fixtures.processes import Platform, Process
+
+#: Seconds for what takes far less, on a busy machine.
+PATIENCE = 30.0
+
+#: A program of somebody else: it submits, prints the id, and waits for the result if told to.
+SUBMIT = """
+import sys
+from celery_capacity import create_app
+result = create_app().send_task("demo.sleep", args=[float(sys.argv[1])], cpus=float(sys.argv[2]))
+print(result.id, flush=True)
+if sys.argv[3:]:
+    print(result.get(timeout=30)["worker"], flush=True)
+"""
+
+
+def up(platform: Platform, *arguments: str, **environment: Any) -> tuple[Process, dict[str, Any]]:
+    """`up --json`, and the line that it prints when all of it is ready."""
+    running = platform.start(
+        "up", "up", "--json", *arguments, says='"workers"', **{"PLATFORM_DASHBOARD": "127.0.0.1:0", **environment}
+    )
+    return running, json.loads(running.wait_for('"workers"'))
+
+
+def submit(platform: Platform, seconds: float, cpus: float, *more: str, **environment: str) -> list[str]:
+    child = Popen(
+        [sys.executable, "-c", SUBMIT, str(seconds), str(cpus), *more],
+        env={**platform.environment, **environment},
+        cwd=platform.folder,
+        stdout=PIPE,
+        text=True,
+    )
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 0
+    return out.split()
+
+
+def state(platform: Platform, job: str) -> str:
+    with platform.engine.connect() as connection:
+        return str(connection.execute(text("SELECT state FROM jobs WHERE id = :id"), {"id": job}).scalar_one())
+
+
+def until_state(platform: Platform, job: str, wanted: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while (found := state(platform, job)) != wanted:
+        assert time.monotonic() < deadline, f"{job} is {found}, not {wanted}"
+        time.sleep(0.02)
+
+
+def pids(said: dict[str, Any]) -> list[int]:
+    return [*(worker["pid"] for worker in said["workers"]), said["beat"]["pid"], said["dashboard"]["pid"]]
+
+
+@pytest.mark.long
+def test_it_runs_workers_beat_and_the_dashboard_until_ctrl_c(platform: Platform) -> None:
+    running, said = up(platform, "--worker", "big=6", "--worker", "small=2", "--pool", "threads")
+    assert [(w["name"], w["cpus"], w["slots"]) for w in said["workers"]] == [("big", 6, 6), ("small", 2, 2)]
+    assert said["embedded"] is False
+    assert all(psutil.pid_exists(pid) for pid in pids(said))
+    with urllib.request.urlopen(said["dashboard"]["url"], timeout=PATIENCE) as answer:
+        assert json.load(answer)["resources"]["total_cpus"] == 8
+    assert submit(platform, 0.01, 4, "and wait")[1] == "big"
+
+    running.signal(signal.SIGINT)
+    assert running.wait() == 0
+    assert not any(psutil.pid_exists(pid) for pid in pids(said))
+    assert list(platform.redis.scan_iter("worker:*")) == []
+    ends = [line for line in running.lines if "shutdown" in line or "Ended" in line]
+    assert ends[-1].startswith("Ended")
+
+
+@pytest.mark.long
+def test_several_workers_share_the_memory_that_one_would_have(platform: Platform) -> None:
+    _, said = up(platform, "--worker", "a=3", "--worker", "b=1", "--pool", "threads", PLATFORM_MEMORY="")
+    a, b = (worker["memory"] for worker in said["workers"])
+    assert a == pytest.approx(3 * b, rel=1e-6)
+    assert a + b <= psutil.virtual_memory().total
+
+
+@pytest.mark.long
+def test_sigterm_lets_a_running_job_come_to_its_end(platform: Platform) -> None:
+    running, _ = up(platform, "--worker", "a=2", "--pool", "threads")
+    job = submit(platform, 2, 1)[0]
+    until_state(platform, job, "running")
+    running.signal(signal.SIGTERM)
+    assert running.wait() == 0
+    assert state(platform, job) == "succeeded"
+
+
+@pytest.mark.long
+def test_a_second_ctrl_c_breaks_running_jobs_off(platform: Platform) -> None:
+    running, said = up(platform, "--worker", "a=2", "--pool", "prefork")
+    job = submit(platform, 600, 1)[0]
+    until_state(platform, job, "running")
+    running.signal(signal.SIGINT)
+    running.wait_for("Ending the workers")
+    time.sleep(0.5)  # a signal within 0.3 s counts as the same one
+    running.signal(signal.SIGINT)
+    assert running.wait() == 0
+    assert not any(psutil.pid_exists(pid) for pid in pids(said))
+    assert platform.celery("reconcile").returncode == 0
+    assert state(platform, job) in ("accepted", "waiting")
+
+
+@pytest.mark.long
+def test_a_child_that_dies_is_told_and_the_others_go_on(platform: Platform) -> None:
+    running, said = up(platform, "--worker", "a=1", "--worker", "b=1", "--pool", "threads")
+    os.kill(said["workers"][0]["pid"], signal.SIGKILL)
+    running.wait_for("a was ended by SIGKILL")
+    os.kill(said["dashboard"]["pid"], signal.SIGKILL)
+    running.wait_for("dashboard was ended by SIGKILL")
+    assert running.alive
+    assert submit(platform, 0.01, 1, "and wait")[1] == "b"
+
+
+@pytest.mark.long
+def test_without_any_worker_it_ends_with_a_failure(platform: Platform) -> None:
+    platform.worker("a", pool="threads")
+    running = platform.start("up", "up", "--worker", "a=1", PLATFORM_DASHBOARD="127.0.0.1:0")
+    assert running.wait() == 1
+    running.wait_for("a live worker")
+    running.wait_for("no worker became ready")
+    assert not [line for line in running.lines if "Traceback" in line]
+
+
+@pytest.mark.long
+def test_a_second_up_on_the_same_servers_leaves_beat_to_the_first(platform: Platform) -> None:
+    first, _ = up(platform, "--worker", "a=1", "--pool", "threads")
+    second, said = up(platform, "--worker", "b=1", "--pool", "threads")
+    assert said["beat"] is None
+    assert [worker["name"] for worker in said["workers"]] == ["b"]
+    second.wait_for("beat: another `up` of these servers runs it")
+    first.signal(signal.SIGINT)
+    assert first.wait() == 0
+    _, said = up(platform, "--worker", "c=1", "--pool", "threads")
+    assert said["beat"] is not None
+
+
+@pytest.fixture
+def embedded(platform: Platform, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """The environment of somebody without servers; whatever was started is ended."""
+    environment: dict[str, Any] = {"REDIS_URL": "", "DATABASE_URL": "", "PLATFORM_HOME": str(tmp_path / "own")}
+    yield environment
+    platform.stop()
+    assert platform.celery("down", **environment).returncode == 0
+
+
+@pytest.mark.long
+def test_embedded_servers_outlive_up_and_end_with_down(
+    platform: Platform, embedded: dict[str, Any], tmp_path: Path
+) -> None:
+    home = tmp_path / "own"
+    running, said = up(platform, "--worker", "a=2", "--pool", "threads", **embedded)
+    assert said["embedded"] is True
+    running.wait_for("Started embedded servers")
+    # Somebody else, from another folder, without any URL.
+    assert submit(platform, 0.01, 1, "and wait", **embedded)[1] == "a"
+    cluster = json.loads(platform.celery("cluster", "--json", **embedded).stdout)
+    assert cluster["resources"]["total_cpus"] == 2
+
+    running.signal(signal.SIGINT)
+    assert running.wait() == 0
+    pair = running_pair(home)
+    assert pair is not None
+    assert pair.redis_url == said["redis_url"]
+
+    done = platform.celery("down", "--json", **embedded)
+    assert done.returncode == 0
+    assert len(json.loads(done.stdout)["ended"]) == 2
+    assert running_pair(home) is None
+    again = platform.celery("down", **embedded)
+    assert again.returncode == 0
+    assert "No embedded servers" in again.stdout
+
+
+@pytest.mark.long
+def test_it_prints_what_runs_where_for_people(platform: Platform) -> None:
+    running = platform.start(
+        "up", "up", "--worker", "a=2", "--pool", "threads", says="Ctrl-C ends", PLATFORM_DASHBOARD="127.0.0.1:0"
+    )
+    said = "\n".join(running.lines)
+    for what in ("Redis", "Postgres", "2 CPUs", "beat", "http://127.0.0.1:", "celery -A platform cluster"):
+        assert what in said

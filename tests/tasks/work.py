@@ -1,0 +1,63 @@
+"""Work that leaves a trace outside of Redis and Postgres, so that a test can say what really ran, when and where."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from celery import shared_task
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`what`: start or end of a body. `millicores`: what its job asked for."""
+
+    what: str
+    label: str
+    attempt: int
+    worker: str
+    millicores: int
+
+
+@shared_task(bind=True)
+def work(self: Any, trace: str, label: str, seconds: float, millicores: int = 0) -> str:
+    """Notes its start and its end in the file `trace`, in the order in which they came about."""
+    worker = str(self.request.hostname).partition("@")[0]
+    for what in ("start", "end"):
+        event = {"what": what, "label": label, "attempt": self.request.attempt, "worker": worker}
+        line = json.dumps({**event, "millicores": millicores}) + "\n"
+        # One write in append mode: lines of several processes never mix.
+        descriptor = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        os.write(descriptor, line.encode())
+        os.close(descriptor)
+        if what == "start":
+            time.sleep(seconds)
+    return label
+
+
+def read(trace: Path) -> list[Event]:
+    """What happened so far, in order."""
+    if not trace.exists():
+        return []
+    return [Event(**json.loads(line)) for line in trace.read_text().splitlines()]
+
+
+def peaks(events: Iterable[Event]) -> dict[str, int]:
+    """The most millicores that ran on each worker at any moment."""
+    now: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    for event in events:
+        now[event.worker] += event.millicores if event.what == "start" else -event.millicores
+        most[event.worker] = max(most[event.worker], now[event.worker])
+    return dict(most)
+
+
+def starts(events: Iterable[Event]) -> Counter[str]:
+    """How often each label began."""
+    return Counter(event.label for event in events if event.what == "start")

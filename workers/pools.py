@@ -1,0 +1,40 @@
+"""Taking back from Celery's pools what was given to them and has not started."""
+
+from __future__ import annotations
+
+from inspect import GEN_CREATED, getgeneratorstate
+from typing import Any
+
+
+def recall_unsent(pool: Any) -> set[str]:
+    """Take the jobs out of a prefork pool that no process was sent yet; returns their ids. What is half written is
+    written to its end, since the process at the other side reads it. Other pools start at once: nothing to recall.
+
+    Celery's own `flush` also gives up what runs and has not said so yet: its end would never be heard of.
+    """
+    inner = getattr(pool, "_pool", None)
+    buffer = getattr(inner, "outbound_buffer", None)
+    if inner is None or buffer is None:
+        return set()
+    recalled = set()
+    while buffer:
+        job = buffer.popleft()
+        job.discard()
+        recalled.add(job.correlation_id)
+    owned = {writer: job for job in inner._cache.values() if (writer := _writer_of(job)) is not None}
+    for generator in list(inner._active_writers):
+        job = owned.get(generator)
+        if job is None:
+            continue
+        if getgeneratorstate(generator) == GEN_CREATED:
+            job.discard()
+            recalled.add(job.correlation_id)
+            inner._active_writers.discard(generator)
+        elif job._write_to._is_alive():
+            inner._flush_writer(job._write_to, generator)
+    return recalled
+
+
+def _writer_of(job: Any) -> Any:
+    reference = getattr(job, "_writer", None)
+    return reference() if reference is not None else None
