@@ -13,7 +13,8 @@ A **job** is a Celery message with a row in Postgres; a **worker** publishes its
 3. *Claim.* The worker takes the message and claims the lease (`claim`). Only the holder of the current token
    `(epoch, attempt)` gets it; a stale or doubled message is dropped.
 4. *Release.* When the attempt is over, one script (`release`) gives back the allocation first, admits to that worker
-   what now fits, delivers it, and notes the outcome in the stream. **Then** Postgres gets the state, in batches.
+   what now fits, and notes the outcome in the stream. The next jobs come in its answer, claimed already (large ones by
+   the broker, as at the submit). **Then** Postgres gets the state, in batches.
 5. *Repair.* Duties find what a crash between two steps left.
 
 Who can die where, and who repairs it:
@@ -27,6 +28,7 @@ after the script, before the message is read      redelivery (START): the same a
 worker took the message, did not claim            redelivery; when the worker is dead, the lapse
 worker claimed, body runs                         lapse (TTL, LOST): the job is taken back as a new attempt
 body ended, release not sent                      lapse: the attempt counts as lost and runs again (at least once)
+released, the answer with the next jobs is lost   `recover`: the worker asks for what it holds and does not know
 released, Postgres not written                    the stream has the outcome; whoever runs the duty applies it
 Redis loses everything                            the epoch is missing: COLD, nobody admits; one process, under an
                                                   advisory lock, opens a new epoch, workers say what they hold

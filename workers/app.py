@@ -8,11 +8,11 @@ from typing import Any, Final, cast
 from celery import Celery
 from kombu.utils.imports import symbol_by_name
 
-from routing.errors import PlatformError, Unsupported
-from routing.settings import Settings
+from routing.errors import PlatformError
 from workers import ticks
 from workers.amqp import amqp_class
 from workers.control import control_class
+from workers.preflight import check_broker
 from workers.results import BACKENDS
 from workers.router import Router
 from workers.stores import Resolve, Stores, resolve_running
@@ -86,7 +86,7 @@ def _as_class(of: Any) -> type:
 def _defaults(app: Celery, stores: Stores) -> dict[str, Any]:
     """What the platform asks of Celery's configuration; the app's own settings win over it."""
     settings = stores.settings
-    _check_broker(settings)
+    check_broker(str(settings.broker_url), settings)
     return {
         "broker_url": settings.broker_url,
         "result_backend": settings.result_backend,
@@ -118,15 +118,6 @@ def _defaults(app: Celery, stores: Stores) -> dict[str, Any]:
         "result_accept_content": ["json"],
         "beat_schedule": ticks.beat_entries(settings),
     }
-
-
-def _check_broker(settings: Settings) -> None:
-    if settings.broker_url != settings.redis_url:
-        raise Unsupported(
-            "a broker other than the ledger's Redis is not supported yet",
-            value=settings.broker_url,
-            advice="Leave CELERY_BROKER_URL out, or set it to REDIS_URL.",
-        )
 
 
 def _finish(sender: Celery, **_: Any) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 from migrations import check as check_tables
 from routing import roster
 from routing.books import text
-from routing.errors import PlatformError, StoreUnavailable, mask_url
+from routing.errors import PlatformError, StoreUnavailable, Unsupported, mask_url
 from routing.settings import Settings
 from workers.identity import Identity
 
@@ -34,6 +34,16 @@ def check_stores(engine: Engine, client: redis.Redis, settings: Settings) -> Non
             f"Redis evicts keys when it is full (maxmemory-policy {policy})",
             value=policy,
             advice=f"Set maxmemory-policy to {NO_EVICTION}: the ledger's books must not vanish.",
+        )
+
+
+def check_broker(broker_url: str, settings: Settings) -> None:
+    """Raise where messages would come from elsewhere than from where the scripts push them."""
+    if broker_url != settings.redis_url:
+        raise Unsupported(
+            "a broker other than the ledger's Redis is not supported yet",
+            value=broker_url,
+            advice="Leave the broker out of the app and CELERY_BROKER_URL out of the environment, or name REDIS_URL.",
         )
 
 

@@ -15,7 +15,7 @@ from routing.errors import NameTaken, PlatformError
 from routing.request import Request
 from workers.exits import EX_CONFIG, EX_NAME_TAKEN, EX_SOFTWARE
 from workers.identity import name_of, new_identity
-from workers.preflight import check_stores, neighbours
+from workers.preflight import check_broker, check_stores, neighbours
 from workers.router import PLATFORM_PREFIX, declared_by
 from workers.runtime import Runtime
 from workers.stores import Stores
@@ -64,6 +64,7 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
     with _refusing():
         identity = new_identity(name_of(stores.settings, sender.hostname))
         check_stores(stores.engine, stores.redis, stores.settings)
+        check_broker(str(sender.app.conf.broker_url), stores.settings)
         runtime = Runtime(sender.app, stores, identity)
         runtime.membership.claim_name(runtime.intake.challenge)
         sender.app.worker_runtime = runtime
