@@ -153,11 +153,15 @@ def await_ready(
     What ends meanwhile goes to `on_end`, as signals do. Raises NotReady after `patience` seconds.
     """
     deadline = time.monotonic() + patience
-    while late := [child for child in children if not child.ready and child.code is None]:
+    # By what was said of them, not by their codes: one that ended before the first look has an end to be judged too.
+    ended: list[Child] = []
+    while late := [child for child in children if not child.ready and not any(child is one for one in ended)]:
         happening = family.next(deadline - time.monotonic())
         if happening is None:
             names = ", ".join(child.name for child in late)
             raise NotReady(f"not ready after {patience:.0f} s: {names}", advice="Its log says what it waits for.")
         if happening.what != "ready":
+            if happening.child is not None:
+                ended.append(happening.child)
             on_end(happening)
     return [child for child in children if child.ready and child.code is None]

@@ -72,6 +72,16 @@ def test_a_child_that_ends_before_it_is_ready_is_shown_with_its_last_words(famil
     assert "no such broker" in str(caught.value)
 
 
+def test_a_child_that_ended_before_anybody_looked_is_shown_too(family: Family) -> None:
+    child = start(family, "import sys; print('no such broker'); sys.exit(3)", "worker-01")
+    child.process.wait(PATIENCE)
+    deadline = time.monotonic() + PATIENCE
+    while child.code is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(ChildDied, match="worker-01 ended with exit code 3"):
+        await_ready(family, [child], PATIENCE)
+
+
 def test_a_child_that_says_nothing_is_not_ready(family: Family) -> None:
     child = start(family, "import signal; signal.pause()")
     with pytest.raises(NotReady, match="child"):
