@@ -209,6 +209,16 @@ def test_more_shapes_and_jobs_than_one_script_looks_at_are_gone_through_by_the_c
     assert delivered(ledger.client, "queue") == [waiting.job for waiting in slim]
 
 
+def test_one_script_admits_as_many_as_the_policy_and_says_where_to_go_on(ledger: Ledger) -> None:
+    jobs = [Waiting(f"job-{n}", Request.of({"cpus": 1}), order(0, n)) for n in range(MOST_ADMITTED + 5)]
+    book = Book("w", {"cpus": 1000, "slots": 1000}, {})
+    file(ledger, jobs)
+    write_book(ledger, book)
+    first = ledger._call("fill", *ledger._gate(), "w", "")
+    assert first == ["ok", str(len(fill(book, jobs, SHAPES, MOST_ADMITTED))), "-inf"]
+    assert ledger._call("fill", *ledger._gate(), "w", first[2]) == ["ok", "5", ""]
+
+
 # More workers than one script looks at.
 
 

@@ -179,6 +179,8 @@ def test_32_submitters_and_10000_random_requests_are_never_over_capacity(ledgers
     assert first.client.zcard(keys.SHAPES) == first.client.zcard(keys.UNCLAIMED) == 0
     assert list(first.client.scan_iter(match=keys.WAITS)) == list(first.client.scan_iter(match=keys.HELDS)) == []
     assert first.client.hmget(keys.COUNTERS, "stale.claim", "stale.release", "drift", "lost") == [None] * 4
+    counted = first.client.hmget(keys.COUNTERS, "admitted", "filed")
+    assert counted == [str(JOBS).encode(), str(waited).encode()]
     for name in CAPACITIES:
         assert first.leave(name, f"{name}-life") == 0
 

@@ -148,6 +148,45 @@ def test_an_attempt_that_was_taken_back_cannot_end_the_next_one(cluster: Cluster
     assert cluster.claim("job", "1.2").ok
 
 
+def test_a_worker_cannot_end_what_another_one_holds(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.register("other")
+    assert cluster.end("job", "1.1", worker="other").verdict == "stale"
+    assert (cluster.state("job"), cluster.book()["a.cpus"], cluster.book("other")["a.cpus"]) == ("running", "1000", "0")
+
+
+def test_a_former_life_cannot_claim_or_end_anything(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.submit("next")
+    former = [Ended("job", "1.1", "succeeded")]
+    settled = cluster.ledger.settle(
+        "w", "former-life", ended=former, arrived=[("next", "1.1", "n")], most_losses=MOST_LOSSES
+    )
+    assert (settled.released[0].verdict, settled.claimed[0].ok) == ("stale", False)
+
+
+def test_an_attempt_that_went_back_cannot_be_adopted_again(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.end("job", "1.1", "handed_back", admit=False)
+    assert cluster.state("job") == "waiting"
+    again = Adopted("job", "1.1", ONE, 1, 5, 6, "n", 0)
+    assert cluster.ledger.adopt("w", "w-life", [again]) == ["job"]
+    assert (cluster.state("job"), cluster.book()["a.cpus"]) == ("waiting", "0")
+
+
+def test_a_worker_recovers_what_it_was_handed_over_and_does_not_know(cluster: Cluster) -> None:
+    cluster.run("known")
+    cluster.run("whole", Request.of({"cpus": 3000}).shape)
+    cluster.submit("next", ONE)
+    ended = [Ended("whole", "1.1", "succeeded")]
+    settled = cluster.ledger.settle("w", "w-life", ended=ended, most_losses=MOST_LOSSES, nonce="asked")
+    assert [one.job for one in settled.handed_over] == ["next"]
+    # The answer was lost.
+    assert cluster.ledger.recover("w", "w-life", ["known"]) == settled.handed_over
+    assert cluster.ledger.recover("w", "w-life", ["known", "next"]) == []
+    assert cluster.ledger.recover("w", "former-life", []) == []
+
+
 def test_a_claim_that_is_sent_again_is_granted_and_a_doubled_message_is_not(cluster: Cluster) -> None:
     cluster.submit("job")
     first = cluster.claim("job", "1.1", nonce="a")
@@ -329,6 +368,29 @@ def test_what_a_worker_holds_since_an_older_epoch_may_exceed_what_it_has_now(clu
     assert cluster.book()["shrunk"] == "1"
 
 
+@pytest.mark.parametrize("way", ["a submit", "a registration", "a search"])
+def test_a_worker_whose_last_slot_is_taken_leaves_the_index_until_one_is_free(cluster: Cluster, way: str) -> None:
+    cluster.ledger.leave("w", "w-life")
+    narrow = Request.of({"cpus": 4000, "memory": 100, "slots": 1}).shape
+    if way == "a submit":
+        cluster.register(capacity=narrow)
+        cluster.submit("job")
+    elif way == "a registration":
+        cluster.submit("job")
+        cluster.register(capacity=narrow)
+    else:
+        # Filed by a submitter that died before it had looked at all workers.
+        cluster.submit("job")
+        cluster.register(capacity=narrow.replace("cpus=4000", "cpus=500"))
+        cluster.client.hset(keys.book("w"), "c.cpus", 4000)
+        cluster.client.zadd(keys.FREE, {"w": 4000})
+        assert [one.job for one in cluster.ledger.place(ONE)] == ["job"]
+    assert cluster.client.zscore(keys.FREE, "w") is None
+    cluster.claim("job", "1.1")
+    cluster.end("job", "1.1")
+    assert cluster.client.zscore(keys.FREE, "w") == 4000
+
+
 # Other repeats.
 
 
@@ -369,6 +431,30 @@ def test_a_process_that_may_not_admit_places_nothing(cluster: Cluster) -> None:
 
 def test_a_shape_that_nobody_waits_under_has_nothing_to_be_mended(cluster: Cluster) -> None:
     assert not cluster.ledger.mend("cpus=7,slots=1")
+
+
+def test_a_job_is_put_into_its_places_once(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.submit("next")
+    assert [cluster.ledger.seat(job) for job in ("job", "next", "ghost")] == [0, 0, 0]
+    cluster.client.hset(keys.held("w"), "job", "1.0")
+    cluster.client.hdel(keys.held("w"), "next")
+    cluster.client.hincrby(keys.book("w"), "a.cpus", -1000)
+    cluster.client.zrem(keys.UNCLAIMED, "next")
+    assert [cluster.ledger.seat(job) for job in ("job", "next")] == [1, 2]
+    assert cluster.client.hgetall(keys.held("w")) == {b"job": b"1.1", b"next": b"1.1"}
+    assert cluster.book()["a.cpus"] == "2000"
+    cluster.client.delete(keys.book("w"))
+    assert cluster.ledger.seat("job") is None
+
+
+def test_a_sum_that_changed_since_it_was_read_is_left_alone(cluster: Cluster) -> None:
+    cluster.run("job")
+    assert not cluster.ledger.set_total(500, 7000)
+    assert not cluster.ledger.set_total(None, 7000)
+    assert (cluster.client.get(keys.ALLOCATED), cluster.client.get(keys.ALLOCATED_CPUS)) == (b"1000", b"1")
+    assert cluster.ledger.set_total(1000, 1500)
+    assert (cluster.client.get(keys.ALLOCATED), cluster.client.get(keys.ALLOCATED_CPUS)) == (b"1500", b"1.5")
 
 
 def test_each_attempt_begins_anew_with_its_deliveries(cluster: Cluster) -> None:

@@ -35,10 +35,12 @@ NAMES: Final = st.sampled_from(["a", "b", "c"])
 REQUESTS: Final = st.sampled_from(
     [
         Request.of({"cpus": 1000}),
+        Request.of({"cpus": 1000}),
+        Request.of({}),
+        Request.of({"cpus": 500, "memory": 1}),
         Request.of({"cpus": 2000, "memory": 2}),
         Request.of({"cpus": 500, "licence": 1}),
         Request.of({"cpus": 4000}),
-        Request.of({}),
     ]
 )
 CAPACITIES: Final = st.fixed_dictionaries(
@@ -68,7 +70,8 @@ class Machine(RuleBasedStateMachine):
         self.arrived: list[tuple[str, str, str, tuple[int, int]]] = []
         #: all that were ever submitted, as Postgres has them: job -> (request, order)
         self.rows: dict[str, tuple[Request, int]] = {}
-        self.check_register("a", "a-1", {"cpus": 4000, "slots": 5, "memory": 4, "licence": 1})
+        self.check_register("a", "a-1", {"cpus": 4000, "slots": 2, "memory": 4, "licence": 1})
+        self.check_register("b", "b-1", {"cpus": 3000, "slots": 5, "memory": 2})
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 
@@ -106,8 +109,6 @@ class Machine(RuleBasedStateMachine):
             _, name, life = queue.split(".")
             self.arrived.append((name, life, job_id, token))
 
-    @precondition(lambda self: any(self.model.queues.values()))
-    @rule(data=st.data())
     def work(self, data: st.DataObject) -> None:
         """A worker takes all that is in its queue and claims it, as it should."""
         before = len(self.arrived)
@@ -117,6 +118,10 @@ class Machine(RuleBasedStateMachine):
         arrived = [(job_id, f"{token[0]}.{token[1]}", f"n{job_id}") for job_id, token in new]
         claimed = self.ledger.settle(name, life, arrived=arrived, most_losses=MOST_LOSSES).claimed
         assert [claim.ok for claim in claimed] == [self.model.claim(*one, name, life, f"n{one[0]}") for one in new]
+
+    # Twice each: what should happen happens more often than what should not.
+    work_first = precondition(lambda self: any(self.model.queues.values()))(rule(data=st.data())(work))
+    work_too = precondition(lambda self: any(self.model.queues.values()))(rule(data=st.data())(work))
 
     @precondition(lambda self: self.arrived)
     @rule(data=st.data(), nonce=st.sampled_from(["n", "m"]))
@@ -131,8 +136,6 @@ class Machine(RuleBasedStateMachine):
         ]
         assert [claim.ok for claim in claimed] == model
 
-    @precondition(lambda self: any(worker.held for worker in self.model.workers.values()))
-    @rule(data=st.data(), asks=st.booleans(), outcome=OUTCOMES)
     def finish(self, data: st.DataObject, asks: bool, outcome: str) -> None:
         """One or two attempts end, as they should."""
         workers = [worker for worker in self.model.workers.values() if worker.held]
@@ -141,12 +144,23 @@ class Machine(RuleBasedStateMachine):
         ends = [(job_id, token, outcome) for job_id, token in data.draw(some)]
         self.check_end(worker.name, worker.incarnation, ends, f"asked{len(self.arrived)}" if asks else "")
 
+    finish_first = precondition(lambda self: self.attempts())(
+        rule(data=st.data(), asks=st.booleans(), outcome=OUTCOMES)(finish)
+    )
+    finish_too = precondition(lambda self: self.attempts())(
+        rule(data=st.data(), asks=st.booleans(), outcome=OUTCOMES)(finish)
+    )
+
+    def attempts(self) -> list[tuple[str, tuple[int, int]]]:
+        """What is held by any worker."""
+        return [attempt for worker in self.model.workers.values() for attempt in worker.held.items()]
+
     @precondition(lambda self: self.arrived)
     @rule(data=st.data(), asks=st.booleans())
     def end_wrongly(self, data: st.DataObject, asks: bool) -> None:
-        """Any worker says of any attempts that they ended, also of such that ended before."""
+        """Any worker says of any attempts that they ended, also of others' and of such that ended before."""
         name, life = data.draw(st.sampled_from(self.speakers()))
-        known = [(job_id, token) for _, _, job_id, token in self.arrived]
+        known = self.attempts() + [(job_id, token) for _, _, job_id, token in self.arrived[-5:]]
         ends = [(*data.draw(st.sampled_from(known)), data.draw(OUTCOMES)) for _ in range(2)]
         self.check_end(name, life, ends, "wrong" if asks else "")
 
@@ -200,7 +214,12 @@ class Machine(RuleBasedStateMachine):
 
     # -- workers -------------------------------------------------------------------------------------------------
 
-    @rule(name=NAMES, capacity=CAPACITIES, new=st.booleans(), status=st.sampled_from(["ready", "ready", "closed"]))
+    @rule(
+        name=NAMES,
+        capacity=CAPACITIES,
+        new=st.booleans(),
+        status=st.sampled_from(["ready", "ready", "ready", "closed"]),
+    )
     def register(self, name: str, capacity: dict[str, int], new: bool, status: str) -> None:
         """A new life of a worker, or another capacity of the one there is; closed, it has yet to say what it holds."""
         lives = self.lives.get(name, 0)
@@ -227,29 +246,35 @@ class Machine(RuleBasedStateMachine):
         taken = self.model.renew(name, life, holds)
         assert (renewed.known, renewed.taken_back) == (taken is not None, taken or 0)
 
-    @precondition(lambda self: self.lives)
-    @rule(data=st.data())
-    def heartbeat(self, data: st.DataObject) -> None:
-        """With the right list."""
-        name = data.draw(st.sampled_from(sorted(self.lives)))
-        worker = self.model.workers.get(name)
-        life = worker.incarnation if worker else f"{name}-{self.lives[name]}"
-        holds = list(worker.held) if worker else []
-        renewed = self.ledger.renew(name, life, {}, holds, MOST_LOSSES)
-        taken = self.model.renew(name, life, holds)
-        assert (renewed.known, renewed.taken_back) == (taken is not None, 0)
+    def heartbeat(self) -> None:
+        """Each worker says what it holds; one that is not known registers, one that has drained begins a new life."""
+        for name, lives in sorted(self.lives.items()):
+            worker = self.model.workers.get(name)
+            life = f"{name}-{lives}"
+            if worker is not None and worker.status == "draining" and not worker.held:
+                assert self.ledger.leave(name, life) == self.model.leave(name, life)
+                worker, life = None, f"{name}-{lives + 1}"
+            holds = list(worker.held) if worker is not None else []
+            renewed = self.ledger.renew(name, life, {}, holds, MOST_LOSSES)
+            taken = self.model.renew(name, life, holds)
+            assert (renewed.known, renewed.taken_back) == (taken is not None, 0)
+            if taken is None:
+                self.check_register(name, life, {"cpus": 3000, "slots": 3, "memory": 4})
+
+    heartbeat_first = rule()(heartbeat)
+    heartbeat_too = rule()(heartbeat)
 
     @precondition(lambda self: self.lives)
-    @rule(data=st.data())
-    def drain(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), how=st.sampled_from(["drain", "leave", "condemn"]))
+    def go(self, data: st.DataObject, how: str) -> None:
         name, life = data.draw(st.sampled_from(self.speakers()))
-        assert self.ledger.drain(name, life) == self.model.drain(name, life)
-
-    @precondition(lambda self: self.lives)
-    @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
-        name, life = data.draw(st.sampled_from(self.speakers()))
-        assert self.ledger.leave(name, life) == self.model.leave(name, life)
+        if how == "drain":
+            assert self.ledger.drain(name, life) == self.model.drain(name, life)
+        elif how == "leave":
+            assert self.ledger.leave(name, life) == self.model.leave(name, life)
+        else:
+            self.ledger.condemn(name, life)
+            self.model.condemn(name, life)
 
     @precondition(lambda self: any(worker.live for worker in self.model.workers.values()))
     @rule(data=st.data())
@@ -266,13 +291,6 @@ class Machine(RuleBasedStateMachine):
         lapsed = self.ledger.lapse(name, OVER if over else NOT_OVER, MOST_LOSSES)
         assert (lapsed.verdict, lapsed.taken_back) == self.model.lapse(name, over)
 
-    @precondition(lambda self: self.lives)
-    @rule(data=st.data())
-    def condemn(self, data: st.DataObject) -> None:
-        name, life = data.draw(st.sampled_from(self.speakers()))
-        self.ledger.condemn(name, life)
-        self.model.condemn(name, life)
-
     @precondition(lambda self: self.model.workers)
     @rule(data=st.data())
     def recover(self, data: st.DataObject) -> None:
@@ -283,6 +301,18 @@ class Machine(RuleBasedStateMachine):
         found = self.ledger.recover(name, worker.incarnation, holds)
         jobs = [self.model.jobs[job_id] for job_id in worker.held if job_id not in holds]
         assert [one.job for one in found] == [job.id for job in jobs if job.state == "running" and job.kept]
+
+    @precondition(lambda self: self.arrived)
+    @rule(data=st.data())
+    def adopt_wrongly(self, data: st.DataObject) -> None:
+        """A worker says that it runs an attempt which went on without it, or is another's."""
+        name, life = data.draw(st.sampled_from(self.speakers()))
+        _, _, job_id, token = data.draw(st.sampled_from(self.arrived[-8:]))
+        known = self.model.jobs.get(job_id)
+        if known is not None:
+            request, place = self.rows[job_id]
+            job = Job(job_id, request, place, *token, started=True, nonce="n", incarnation=life)
+            self.adopt(Worker(name, life, "", {}), [job])
 
     # -- epochs --------------------------------------------------------------------------------------------------
 
@@ -342,16 +372,20 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def all_is_right(self) -> None:
         self.compare()
-        for worker in self.model.workers.values():
+        books = self.model.books()
+        for book in books:
             # I1: only capacity that shrank, or an attempt of an older epoch, may exceed it; the book says so.
-            assert (self.model.book(worker).over is not None) == worker.shrunk, worker.name
-            assert self.ledger.recount(worker.name) == 0, "a book that is right is left as it is"
-        for job in self.model.jobs.values():
-            assert self.ledger.seat(job.id) == 0, "a job that is in its place is left there"
+            assert (book.over is not None) == self.model.workers[book.worker].shrunk, book
         for waiting in self.model.backlog():
             # I5, under the policy.
-            assert isinstance(choose(waiting.request, self.model.books(), ALL), Refusal), waiting
-            assert not self.ledger.mend(waiting.request.shape, waiting.job), "a queue that is right is left as it is"
+            assert isinstance(choose(waiting.request, books, ALL), Refusal), waiting
+
+    @rule()
+    def reconcile(self) -> None:
+        """What is right is left as it is."""
+        assert [self.ledger.recount(name) for name in self.model.workers] == [0] * len(self.model.workers)
+        assert [self.ledger.seat(job_id) for job_id in self.model.jobs] == [0] * len(self.model.jobs)
+        assert not any(self.ledger.mend(one.request.shape, one.job) for one in self.model.backlog())
 
     def compare(self) -> None:
         lines = differences(observe(self.ledger.client), expected(self.model))
@@ -368,6 +402,7 @@ class Machine(RuleBasedStateMachine):
             self.ledger.settle(name, worker.incarnation, ended=ended, most_losses=MOST_LOSSES)
             self.model.release(name, worker.incarnation, ends, None)
         self.compare()
+        self.reconcile()
         facts = observe(self.ledger.client)
         assert (facts["allocated"], facts["allocated_cpus"], facts["held"], facts["wait"]) == (0, "0", {}, {})
         assert not [field for book in facts["book"].values() for field in book if field.startswith("a.")]
