@@ -18,10 +18,12 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from routing import roster
-from routing.errors import NotMigrated
+from routing.errors import NotMigrated, storable
 from routing.request import Request
 from routing.states import FINAL, State, Step
 
+#: Characters of an error that a row keeps.
+ERROR_LENGTH: Final = 8000
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 
 
@@ -291,11 +293,6 @@ def _attempts(transitions: Iterable[Transition]) -> list[Transition]:
     return [known[key] for key in sorted(known)]
 
 
-def _storable(said: str) -> str:
-    """A task's words as Postgres holds them: it has neither NUL nor halves of characters."""
-    return said.encode("utf-8", "replace").decode().replace("\0", "")
-
-
 def apply(connection: Connection, transitions: Sequence[Transition]) -> list[Applied]:
     """Write transitions into `jobs` and `attempts`; one that is older than its row, or after its end, has no effect."""
     if not transitions:
@@ -316,7 +313,7 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
             "started": [t.started_ms for t in newest],
             "at": [t.at_ms for t in newest],
             "losses": [t.losses for t in newest],
-            "error": [_storable(t.error) for t in newest],
+            "error": [storable(t.error, ERROR_LENGTH) for t in newest],
             "a_job": [t.job for t in attempts],
             "a_epoch": [t.epoch for t in attempts],
             "a_attempt": [t.attempt for t in attempts],
@@ -326,7 +323,7 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
             "a_started": [t.started_ms for t in attempts],
             "a_ended": [t.at_ms if t.step in over else 0 for t in attempts],
             "a_outcome": [t.outcome if t.step in over else "" for t in attempts],
-            "a_error": [_storable(t.error) for t in attempts],
+            "a_error": [storable(t.error, ERROR_LENGTH) for t in attempts],
         },
     ).all()
     return [Applied(row[0], row[1], row[1] == State.SCHEDULED and bool(row[2])) for row in rows]

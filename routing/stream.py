@@ -22,8 +22,7 @@ def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
     """A transition from an entry of the stream, as `note` in lua/prelude_jobs.lua wrote it."""
 
     def text(name: str) -> str:
-        # (Postgres has no character NUL.)
-        return fields.get(name.encode(), b"").decode("utf-8", "replace").replace("\0", "")
+        return fields.get(name.encode(), b"").decode("utf-8", "replace")
 
     def number(name: str) -> int:
         return int(text(name) or 0)
