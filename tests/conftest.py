@@ -9,6 +9,9 @@ from hypothesis import settings
 
 import workers.plugin  # noqa: F401  makes `platform.servers` and the like importable
 
+# What is asserted there is shown as it is in tests. Before anything of it is imported.
+pytest.register_assert_rewrite("tests.fixtures")
+
 pytest_plugins = [
     "tests.fixtures.grouping",
     "tests.fixtures.servers",

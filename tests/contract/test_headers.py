@@ -11,12 +11,11 @@ from typing import Any, Final
 import pytest
 import redis
 
-from routing import keys, rebuild, reconcile, scripts, store
+from routing import keys, scripts
 from routing import ledger as bindings
 from routing.ledger import Ledger
 from routing.replies import Adopted, Ended
 from routing.settings import Settings
-from routing.states import FINAL, TRANSITIONS, Event, State, Step
 
 NAMES: Final = scripts.names()
 #: What every script that acts on the books may answer besides its own replies: `LedgerServer` raises for these.
@@ -297,136 +296,3 @@ def test_the_scripts_that_free_memory_run_when_the_server_is_full_and_submit_doe
     flagged = {name for name in NAMES if "allow-oom" in (scripts.FLAGS.match(scripts.source(name)) or [""])[0]}
     growing = {"claim", "fill", "open", "place", "redeliver", "reserve", "submit"}
     assert flagged == set(NAMES) - growing
-
-
-# -- the edges that the scripts and the statements make
-
-HELD: Final = (State.ADMITTED, State.RUNNING)
-
-#: (script or function of the prelude, state, step) of each `note` in the Lua -> the edges it makes.
-NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
-    # submit admits a row as it comes; fill, place and the scripts that fill admit what waits.
-    ("grant", "'admitted'", "STEP.admitted"): [
-        (state, Event.ADMIT) for state in (State.ACCEPTED, State.SCHEDULED, State.WAITING)
-    ],
-    # admitted and claimed in one step
-    ("hand_over", "'running'", "STEP.running"): [(State.WAITING, Event.ADMIT), (State.ADMITTED, Event.CLAIM)],
-    ("claim", "'running'", "STEP.running"): [(State.ADMITTED, Event.CLAIM)],
-    ("submit", "'waiting'", "STEP.filed"): [(State.ACCEPTED, Event.FILE), (State.SCHEDULED, Event.FILE)],
-    ("put_back", "'waiting'", "STEP.back"): [
-        (state, event) for state in HELD for event in (Event.HAND_BACK, Event.TAKE_BACK)
-    ],
-    ("put_back", "'lost'", "STEP.ended"): [(state, Event.LOSE) for state in HELD],
-    # `scheduled` where a successor runs next, else `accepted`
-    ("put_back", "state", "STEP.back"): [
-        (state, event) for state in HELD for event in (Event.RETRY_LATER, Event.RESUBMIT)
-    ],
-    # the outcome, or `scheduled` of one that is retried
-    ("release", "state", "final and STEP.ended or STEP.back"): [
-        (state, event)
-        for state in HELD
-        for event in (
-            Event.SUCCEED,
-            Event.FAIL,
-            Event.CANCEL,
-            Event.EXPIRE,
-            Event.REPLACE,
-            Event.RETRY_LATER,
-        )
-    ],
-    ("cancel", "state", "STEP.dropped"): [(State.WAITING, Event.CANCEL), (State.WAITING, Event.EXPIRE)],
-}
-
-
-def notes() -> set[tuple[str, str, str]]:
-    """The calls of `note`: where, with which state and which step."""
-    texts = {**scripts._functions(), **{name: scripts.source(name) for name in NAMES}}
-    texts.pop("note")
-    return {
-        (name, state.strip(), step.strip())
-        for name, text in texts.items()
-        for state, step in re.findall(r"\bnote\(\w+, job, ([^,]+), ([^,]+), now", text)
-    }
-
-
-def test_every_transition_that_a_script_notes_is_in_the_table_of_the_test() -> None:
-    assert notes() == NOTES.keys()
-    count = sum(len(re.findall(r"(?<!function )\bnote\(", text)) for text in [
-        *scripts._functions().values(), *(scripts.source(name) for name in NAMES)])  # fmt: skip
-    assert count == len(NOTES)
-
-
-@pytest.mark.parametrize(("note", "edges"), NOTES.items(), ids=str)
-def test_every_edge_that_a_script_makes_is_in_the_table_of_transitions(
-    note: tuple[str, str, str], edges: list[tuple[State, Event]]
-) -> None:
-    assert [edge for edge in edges if edge not in TRANSITIONS] == []
-    targets = {TRANSITIONS[edge] for edge in edges}
-    if note[1].startswith("'"):
-        assert State(note[1].strip("'")) in targets
-    for step in re.findall(r"STEP\.(\w+)", note[2]):
-        assert step.upper() in Step.__members__
-
-
-def test_every_final_outcome_that_a_worker_reports_is_a_state() -> None:
-    listed = re.search(r"outcome \(([^)]*)\)", scripts.header("release")["ARGV"])
-    assert listed is not None
-    outcomes = set(listed.group(1).split(", "))
-    assert {State(name) for name in outcomes - {"retried", "handed_back"}} == {*FINAL, State.REPLACED}
-
-
-#: Words in quotes in the Lua that are states of a job in Redis, or of a worker's book.
-CARD_STATES: Final = {*(state.value for state in State), "ended"}
-STATUSES: Final = {"ready", "draining", "closed"}
-
-
-def test_every_state_that_the_lua_compares_or_writes_is_known() -> None:
-    for name, text in {**scripts._functions(), **{name: scripts.source(name) for name in NAMES}}.items():
-        code = re.sub(r"--[^\n]*", "", text)
-        for word in re.findall(
-            r"\bstate [=~]= '(\w+)'|(?<!verdict, )\bstate = '(\w+)'|'state', '(\w+)', 'epoch'", code
-        ):
-            assert set(word) - {""} <= CARD_STATES, name
-        for word in re.findall(r"\bstatus [=~]=? ?'(\w+)'|'status', '(\w+)'", code):
-            assert set(word) - {""} <= STATUSES, name
-
-
-#: Statement -> the edges that it makes by itself, whatever the entry says.
-STATEMENTS: Final = {
-    "store._DROP": [
-        (state, event) for state in (State.ACCEPTED, State.SCHEDULED) for event in (Event.CANCEL, Event.EXPIRE)
-    ],
-    # an attempt that ended while its row holds a successor
-    "store._APPLY": [(state, Event.RETRY_LATER) for state in HELD],
-}
-
-
-@pytest.mark.parametrize(("statement", "edges"), STATEMENTS.items(), ids=str)
-def test_every_edge_that_a_statement_makes_is_in_the_table_of_transitions(
-    statement: str, edges: list[tuple[State, Event]]
-) -> None:
-    assert [edge for edge in edges if edge not in TRANSITIONS] == []
-
-
-def test_the_statements_use_only_states_of_the_table() -> None:
-    # and statuses of workers, and outcomes of attempts
-    known = {state.value for state in State} | {"ready", "draining", "taken_back", ""}
-    for module in (store, rebuild, reconcile):
-        for name, statement in vars(module).items():
-            if not hasattr(statement, "bindparams"):
-                continue
-            for word in re.findall(r"'(\w*)'", str(statement)):
-                assert word in known, f"{module.__name__}.{name}"
-
-
-def test_the_statement_that_drops_a_job_guards_the_states_it_leaves() -> None:
-    guard = re.search(r"state IN \(([^)]*)\)", str(store._DROP))
-    assert guard is not None
-    states = {State(word) for word in re.findall(r"'(\w+)'", guard.group(1))}
-    assert states == {state for state, _ in STATEMENTS["store._DROP"]}
-
-
-def test_no_statement_leaves_a_final_state() -> None:
-    final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
-    assert f"jobs.state NOT IN ({final})" in str(store._APPLY)
-    assert f"state NOT IN ({final})" in str(store._SUCCESSOR)
