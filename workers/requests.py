@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any
 
@@ -52,6 +53,9 @@ class JobRequest:
         own = cls.__dict__.get("on_success")
         if own is not None and not getattr(own, "ends_the_job", False):
             cls.on_success = _ending(own)  # type: ignore[attr-defined]
+        given = cls.__dict__.get("execute_using_pool")
+        if given is not None and not getattr(given, "watches", False):
+            cls.execute_using_pool = _watching(given)  # type: ignore[attr-defined]
 
     def _end(self, outcome: str, error: str | None = None, on_lost: Callable[[], None] | None = None) -> None:
         if self.tag is not None:
@@ -116,6 +120,15 @@ class JobRequest:
 
         self._end("lost", str(error), store_failure)
 
+    def future_done(self, future: Future[Any]) -> None:
+        """A threads pool keeps to itself what is raised around a body (its result could not be stored), and drops what
+        it had not begun when it stops: no hook of Celery's is called for either."""
+        if future.cancelled():
+            self.hand_back()
+        elif (error := future.exception()) is not None:
+            worker_state.task_ready(self)
+            self._end("failed", saferepr(error))
+
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         self._end("expired" if expired else "cancelled", reason)
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
@@ -141,6 +154,18 @@ def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
 
     ends_first.ends_the_job = True  # type: ignore[attr-defined]
     return ends_first
+
+
+def _watching(execute: Callable[..., Any]) -> Callable[..., Any]:
+    def watches_the_future(self: Any, pool: Any, **options: Any) -> Any:
+        result = execute(self, pool, **options)
+        future = getattr(result, "f", None)
+        if isinstance(future, Future):
+            future.add_done_callback(self.future_done)
+        return result
+
+    watches_the_future.watches = True  # type: ignore[attr-defined]
+    return watches_the_future
 
 
 def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | None]:
