@@ -16,6 +16,10 @@ if job and job.state == 'ended' and job.final then
   return {'over'}
 end
 if not job or job.state == 'ended' then
+  if redis.call('HEXISTS', KEY.epoch, 'rebuilding') == 1 then
+    -- Perhaps a worker holds it and has not said so yet: nothing here may stand in its way.
+    return {'missing'}
+  end
   -- Perhaps it is on its way here: whoever submits it finds that it has ended. What Postgres says decides.
   redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', epoch, 'attempt', job and job.attempt or '0', 'final', '1',
     'became', state)

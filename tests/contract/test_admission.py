@@ -67,6 +67,7 @@ def write(ledger: Ledger, books: Sequence[Book], why: str = "draining") -> None:
     """The books as the scripts would have left them."""
     ledger.client.flushdb()
     ledger.open(1)
+    ledger.finish(1)
     for book in books:
         write_book(ledger, book, "ready" if book.admitting else why)
 

@@ -180,6 +180,16 @@ def test_a_job_that_is_cancelled_on_its_way_to_the_ledger_is_not_admitted_there(
     assert cluster.client.pttl(keys.job("job")) > 0
 
 
+def test_a_cancel_during_a_rebuild_does_not_cost_a_running_job_its_lease(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.client.flushdb()
+    cluster.ledger.open(2)
+    assert cluster.ledger.cancel("job", "cancelled").verdict == "missing"
+    cluster.register("w")
+    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "", 0)]) == []
+    assert cluster.state("job") == "running"
+
+
 def test_a_process_that_may_not_admit_places_nothing(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.register("other")

@@ -141,6 +141,7 @@ class Machine(JobRules):
         self.ledger.client.flushdb()
         self.model = Model(epoch=before.epoch)
         self.ledger.open(before.epoch + 1)
+        self.ledger.finish(before.epoch + 1)
         self.model.open(before.epoch + 1)
         held = [job for job in before.jobs.values() if job.holds]
         unknown = data.draw(st.lists(st.sampled_from(held), unique_by=lambda job: job.id)) if held else []
