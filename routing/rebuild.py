@@ -8,7 +8,6 @@ The workers see the new epoch, register and say what they hold. Then the backlog
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -42,7 +41,7 @@ class Rebuilt:
     filed: int
 
 
-def open_if_cold(engine: Engine, ledger: Ledger, *, stopping: Callable[[], bool] = lambda: False) -> Rebuilt | None:
+def open_if_cold(engine: Engine, ledger: Ledger) -> Rebuilt | None:
     """Open a new epoch when the ledger is cold, or go on with one whose opener died; None when there is nothing to do,
     or another process is doing it."""
     if not (ledger.is_cold() or ledger.is_unfinished()):
@@ -60,16 +59,16 @@ def open_if_cold(engine: Engine, ledger: Ledger, *, stopping: Callable[[], bool]
                 ledger.epoch = roster.read_authority(connection).epoch
             else:
                 return None
-            return _rebuild(connection, ledger, stopping)
+            return _rebuild(connection, ledger)
         finally:
             roster.unlock_epoch(connection)
 
 
-def _rebuild(connection: Connection, ledger: Ledger, stopping: Callable[[], bool]) -> Rebuilt:
+def _rebuild(connection: Connection, ledger: Ledger) -> Rebuilt:
     """Books, then the backlog. Every step may be done again: what is there already is left as it is."""
     epoch = ledger.epoch
     workers, held = _reserve(connection, ledger)
-    _await_reports(ledger, [name for name, _ in workers], stopping)
+    _await_reports(ledger, [name for name, _ in workers])
     filed = _file_backlog(connection, ledger)
     ledger.finish(epoch)
     return Rebuilt(epoch, len(workers), held, filed)
@@ -163,11 +162,11 @@ def _give_up_strangers(connection: Connection, now_ms: int) -> None:
     )
 
 
-def _await_reports(ledger: Ledger, workers: list[str], stopping: Callable[[], bool]) -> None:
+def _await_reports(ledger: Ledger, workers: list[str]) -> None:
     """Wait, for a bounded time, until the workers that live have opened their books again."""
     pause = threading.Event()
     end = ledger.now_ms() + REPORT_WITHIN * 1000
-    while workers and ledger.now_ms() < end and not stopping():
+    while workers and ledger.now_ms() < end:
         workers = [name for name in workers if not ledger.has_reported(name)]
         if workers:
             pause.wait(0.02)

@@ -91,14 +91,11 @@ class LedgerThread(threading.Thread):
         self._unsure = False
         self._refused: set[str] = set()
         self._retry_at = 0.0
-        self._idle = threading.Event()
-        self._idle.set()
 
     # -- called by others ----------------------------------------------------------------------------------------
 
     def arrive(self, tag: Tag, request: Request, message: Any) -> None:
         """A message came: claim its job, then start it."""
-        self._idle.clear()
         self._arrivals.append(Arrival(tag, request, message, f"{self._identity.pid}.{next(self._nonces)}"))
         self._wake.set()
 
@@ -113,7 +110,6 @@ class LedgerThread(threading.Thread):
         """An attempt is over. The first call for it counts; False for the others."""
         if not self._holdings.end(job, token):
             return False
-        self._idle.clear()
         self._ends.append(End(Ended(job, token, outcome, storable(error or "", ERROR_LENGTH)), on_lost))
         self._wake.set()
         return True
@@ -129,17 +125,12 @@ class LedgerThread(threading.Thread):
             self.join(within)
         return not self.is_alive()
 
-    def settled(self, within: float) -> bool:
-        """Wait until nothing is pending."""
-        return self._idle.wait(within)
-
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         while True:
             offering = bool(self._refused) and time.monotonic() >= self._retry_at and self._confirmation.may_admit
             if not (self._arrivals or self._ends or offering):
-                self._idle.set()
                 if self._stopping:
                     return
                 self._wake.wait(RETRY_AFTER if self._refused else 60.0)

@@ -55,7 +55,7 @@ class Pulse(threading.Thread):
         self._ticked = False
         self._closed = False
         self._drain = False
-        self._drained = threading.Event()
+        self._drained = False
         self._said = ""
 
     # -- called by others, in any thread or signal handler -------------------------------------------------------
@@ -74,9 +74,6 @@ class Pulse(threading.Thread):
         self._drain = True
         self._wake.set()
 
-    def drained(self, within: float) -> bool:
-        return self._drained.wait(within)
-
     def stop(self, within: float) -> None:
         self._stopping = True
         self._wake.set()
@@ -94,9 +91,9 @@ class Pulse(threading.Thread):
             now = time.monotonic()
             ticked, self._ticked = self._ticked, False
             try:
-                if self._drain and not self._drained.is_set():
+                if self._drain and not self._drained:
                     handed = self._membership.drain()
-                    self._drained.set()
+                    self._drained = True
                     if handed:
                         logger.info("draining: %d jobs handed back", handed)
                 self._closed |= self._confirmation.epoch != self._ledger.epoch

@@ -19,6 +19,7 @@ from sqlalchemy import text
 
 from routing.home import running_pair
 from tests.fixtures.processes import Platform, Process
+from tests.fixtures.waiting import until
 
 #: Seconds for what takes far less, on a busy machine.
 PATIENCE = 30.0
@@ -61,10 +62,7 @@ def state(platform: Platform, job: str) -> str:
 
 
 def until_state(platform: Platform, job: str, wanted: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while (found := state(platform, job)) != wanted:
-        assert time.monotonic() < deadline, f"{job} is {found}, not {wanted}"
-        time.sleep(0.02)
+    until(lambda: state(platform, job) == wanted, lambda: f"{job} {wanted}; it is {state(platform, job)}")
 
 
 def pids(said: dict[str, Any]) -> list[int]:

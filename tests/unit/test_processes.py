@@ -16,6 +16,7 @@ import pytest
 
 from platform.launch import ChildDied, Interrupted, NotReady, await_ready, pause
 from platform.processes import Child, Family, Step, died, prefixed
+from tests.fixtures.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,10 +75,7 @@ def test_a_child_that_ends_before_it_is_ready_is_shown_with_its_last_words(famil
 
 def test_a_child_that_ended_before_anybody_looked_is_shown_too(family: Family) -> None:
     child = start(family, "import sys; print('no such broker'); sys.exit(3)", "worker-01")
-    child.process.wait(PATIENCE)
-    deadline = time.monotonic() + PATIENCE
-    while child.code is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: child.code is not None, "the end of the child")
     with pytest.raises(ChildDied, match="worker-01 ended with exit code 3"):
         await_ready(family, [child], PATIENCE)
 
@@ -124,10 +122,7 @@ def test_a_deaf_child_is_killed_with_what_it_forked(family: Family) -> None:
     forked = int(child.said[0].split()[1])
     family.end([child], (Step(signal.SIGTERM, 0.1), Step(signal.SIGQUIT, 0.1)))
     assert child.code == -signal.SIGKILL
-    deadline = time.monotonic() + PATIENCE
-    while not gone(forked) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert gone(forked)
+    until(lambda: gone(forked), "the end of the process")
 
 
 def test_a_signal_becomes_a_happening_and_interrupts_a_pause(family: Family) -> None:
@@ -211,10 +206,7 @@ def test_children_of_a_killed_command_do_not_stay(orphans: signal.Signals) -> No
     assert not gone(child)
     command.kill()
     command.wait()
-    deadline = time.monotonic() + PATIENCE
-    while not gone(child) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert gone(child)
+    until(lambda: gone(child), "the end of the process")
 
 
 def test_a_closed_family_leaves_its_guard_nothing_to_do(family: Family) -> None:
