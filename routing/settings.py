@@ -29,6 +29,8 @@ MAX_SECONDS = 31_536_000.0
 MIN_SECONDS = 0.001
 #: bytes, above which neither Redis (512 MiB a value) nor a row should hold a message
 MAX_MESSAGE_LIMIT = 512 * 1024**2
+#: lost attempts after which a job may be ended at the latest; a column of Postgres counts them
+MOST_LOSSES_LIMIT = 1000
 
 _MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
@@ -210,6 +212,20 @@ class Settings:
         default=1024**2,
         unit="bytes",
     )
+    max_backlog: int = _setting(
+        "PLATFORM_MAX_BACKLOG",
+        "Waiting jobs above which submissions are refused; 0: no limit.",
+        amounts.parse_count_text,
+        default=0,
+        unit="jobs",
+    )
+    most_losses: int = _setting(
+        "PLATFORM_MOST_LOSSES",
+        "Attempts that a job may lose with their worker or process before it ends as lost.",
+        amounts.parse_count_text,
+        default=3,
+        unit="attempts",
+    )
     imports: tuple[str, ...] = _setting(
         "PLATFORM_IMPORTS",
         "Modules with tasks.",
@@ -338,6 +354,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             wrong.append(f"{meaning.env}={seconds} must be from {MIN_SECONDS:g} to {MAX_SECONDS:.0f} seconds.")
     if "max_message" in values and not 0 < values["max_message"] <= MAX_MESSAGE_LIMIT:
         wrong.append(f"PLATFORM_MAX_MESSAGE={values['max_message']} must be from 1 to {MAX_MESSAGE_LIMIT} bytes.")
+    if "most_losses" in values and not 1 <= values["most_losses"] <= MOST_LOSSES_LIMIT:
+        wrong.append(f"PLATFORM_MOST_LOSSES={values['most_losses']} must be from 1 to {MOST_LOSSES_LIMIT} attempts.")
     if {"redis_url", "database_url"} <= values.keys() and (values["redis_url"] is None) != (
         values["database_url"] is None
     ):

@@ -66,6 +66,14 @@ jobs = Table(
     ),
     Column("queue", Text, nullable=False, comment="the queue that the sender named"),
     Column("message", LargeBinary, nullable=False, comment="the whole Celery message, see routing.message"),
+    Column(
+        "rerun",
+        Boolean,
+        nullable=False,
+        server_default=text("true"),
+        comment="false: its first lost attempt ends it",
+    ),
+    Column("outbox", Text, comment="what its end left to be delivered, see routing.outbox"),
     Column("retries", Integer, nullable=False, server_default=text("0")),
     Column("nesting", Integer, nullable=False, server_default=text("0"), comment="replaced_task_nesting"),
     Column("root_id", Text),
@@ -90,6 +98,13 @@ jobs = Table(
     CheckConstraint("priority BETWEEN 0 AND 9", name="jobs_priority_range"),
     CheckConstraint(f"(finished_at IS NOT NULL) = (state IN ({_final}))", name="jobs_finished_when_final"),
     Index("jobs_state_seq", "state", "seq"),
+    Index(
+        "jobs_backlog",
+        text("(- priority)"),
+        "seq",
+        postgresql_where=text("state IN ('accepted', 'waiting')"),
+    ),
+    Index("jobs_outbox", "id", postgresql_where=text("outbox IS NOT NULL")),
     Index("jobs_due", "due_at", postgresql_where=text("state = 'scheduled'")),
     Index(
         "jobs_expiring",
@@ -129,6 +144,11 @@ workers = Table(
     Column("started_at", DateTime(timezone=True), nullable=False),
     Column("seen_at", DateTime(timezone=True), nullable=False),
     Column("left_at", DateTime(timezone=True)),
+    Column(
+        "ledger_lost_at",
+        DateTime(timezone=True),
+        comment="since when it cannot reach the ledger; null: it can",
+    ),
     CheckConstraint("status IN ('ready', 'draining', 'left', 'lost')", name="workers_status_known"),
     Index("workers_name", "name", "started_at"),
     Index("workers_live", "name", postgresql_where=text("status IN ('ready', 'draining')")),
@@ -152,4 +172,17 @@ declarations = Table(
     Column("name", Text, primary_key=True, comment="name of a task"),
     Column("request", JSONB, nullable=False, comment="people's units"),
     Column("seen_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+)
+
+# What could not be read as a task message, as it came.
+quarantine = Table(
+    "quarantine",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("raw", LargeBinary, nullable=False, comment="the message as it came, cut at 1 MiB"),
+    Column("queue", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("worker", Text, comment="who set it aside"),
+    Column("seen_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Index("quarantine_seen", "seen_at"),
 )

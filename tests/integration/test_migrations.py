@@ -17,7 +17,7 @@ import migrations
 from routing import tables
 from routing.errors import InvalidRequest, NotMigrated, StoreUnavailable
 
-TABLES = {"jobs", "attempts", "workers", "authority", "declarations"}
+TABLES = {"jobs", "attempts", "workers", "authority", "declarations", "quarantine"}
 
 
 @pytest.fixture

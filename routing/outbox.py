@@ -1,0 +1,61 @@
+"""What the end of an attempt leaves to be delivered: results, parts of chords, and messages that could not be published.
+
+It travels with the outcome: from the process of the body to the worker, through the release script into the stream (or
+straight into Postgres), and stands in the row's column `outbox` until it is delivered. So nobody waits for a store that
+is down, a stale attempt's outbox is dropped with its end, and what was accepted is delivered though the worker dies.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+from routing.store import NewJob
+
+_TIMES: Final = ("due_at", "expires_at")
+
+
+@dataclass(slots=True)
+class Outbox:
+    """`publishes`: jobs to be inserted before the outcome. `results`: what the result backend made of results and parts
+    of chords, as JSON values; only `workers.results` looks into them."""
+
+    publishes: list[NewJob] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.publishes or self.results)
+
+    def to_text(self) -> str:
+        """As JSON; '' where it is empty."""
+        if not self:
+            return ""
+        return json.dumps({"publishes": [_job_out(job) for job in self.publishes], "results": self.results})
+
+
+def parse(text: str) -> Outbox:
+    """The outbox of a text that `to_text` made."""
+    if not text:
+        return Outbox()
+    found = json.loads(text)
+    return Outbox([_job_in(job) for job in found["publishes"]], list(found["results"]))
+
+
+def _job_out(job: NewJob) -> dict[str, Any]:
+    values = asdict(job)
+    values["message"] = base64.b64encode(job.message).decode("ascii")
+    for name in _TIMES:
+        values[name] = values[name] and values[name].isoformat()
+    return values
+
+
+def _job_in(values: Mapping[str, Any]) -> NewJob:
+    found = dict(values)
+    found["message"] = base64.b64decode(found["message"])
+    for name in _TIMES:
+        found[name] = datetime.fromisoformat(found[name]) if found[name] else None
+    return NewJob(**found)
