@@ -6,15 +6,19 @@
     app.send_task("demo.sleep", args=[1.0], cpus=4, memory="2GiB")
 
 `create_app` makes a Celery app whose tasks are placed by capacity, `install` does it to an app that exists,
-`Request` is what a job asks for, and the rest are the errors, all derived from `PlatformError`:
+`Request` is what a job asks for, `fenced` commits a task's rows together with the end of its job, and the rest are the
+errors, all derived from `PlatformError`:
 
     PlatformError
     ├── IllegalTransition a job cannot do this in its state
     ├── InvalidRequest   also a ValueError; nothing was written
+    │   ├── MessageTooLarge  more bytes than are allowed
+    │   └── MessageTooDeep   nested deeper than is allowed
     ├── LeaseLost        this attempt no longer holds its job
     ├── NameTaken        another live worker has this name
     ├── NoServers        no Redis and Postgres are named or running
     ├── NotAccepted      nothing was written; submit again
+    │   └── BacklogFull      more jobs wait than are allowed
     ├── NotMigrated      the tables are missing or of another version
     ├── OutcomeUnknown   it may have been written; the error has the job's id
     ├── SettingsError    every wrong setting at once
@@ -37,9 +41,12 @@ from typing import Any as _Any
 
 if TYPE_CHECKING:
     from routing.errors import (
+        BacklogFull,
         IllegalTransition,
         InvalidRequest,
         LeaseLost,
+        MessageTooDeep,
+        MessageTooLarge,
         NameTaken,
         NoServers,
         NotAccepted,
@@ -52,11 +59,15 @@ if TYPE_CHECKING:
     )
     from routing.request import Request
     from workers.app import create_app, install
+    from workers.fenced import fenced
 
 __all__ = [
+    "BacklogFull",
     "IllegalTransition",
     "InvalidRequest",
     "LeaseLost",
+    "MessageTooDeep",
+    "MessageTooLarge",
     "ModuleHidden",
     "NameTaken",
     "NoServers",
@@ -69,12 +80,18 @@ __all__ = [
     "StoreUnavailable",
     "Unsupported",
     "create_app",
+    "fenced",
     "install",
 ]
 
 #: Where the names that are looked up when used come from; what is not here is an error and comes from
 #: routing.errors.
-_SOURCES = {"Request": "routing.request", "create_app": "workers.app", "install": "workers.app"}
+_SOURCES = {
+    "Request": "routing.request",
+    "create_app": "workers.app",
+    "fenced": "workers.fenced",
+    "install": "workers.app",
+}
 
 #: Our top-level packages that share their name with what projects like to call their own.
 _PACKAGES = ("workers", "routing", "migrations")

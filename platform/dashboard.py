@@ -5,6 +5,9 @@
 | `/api/v1/dashboard` | the object that `cluster --json` prints |
 | `/health` | that this process serves; no store is asked |
 
+It answers only to names of its own (`Host`): a page elsewhere whose name is made to lead here, once a browser has it
+open, would else read the cluster with that browser's reach.
+
 A request does not read the stores itself: `Prepared` holds one value, at most `MAX_AGE` old, and however many
 ask at once, one of them has it read, outside the loop. Errors are `application/problem+json`.
 """
@@ -13,9 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from ipaddress import ip_address
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from tornado.web import Application, HTTPError, RequestHandler
 
@@ -23,6 +29,24 @@ from routing.errors import PlatformError
 
 #: Seconds for which a value that was read answers further requests.
 MAX_AGE: Final = 0.2
+
+#: What a client may cost (bytes and seconds), as options of Tornado's server. Nobody sends a body here.
+LIMITS: Final[dict[str, Any]] = {
+    "max_header_size": 16 * 1024,
+    "max_body_size": 1024,
+    "max_buffer_size": 64 * 1024,
+    "idle_connection_timeout": 30.0,
+    "body_timeout": 5.0,
+}
+#: For every answer: nobody frames it, runs it, keeps it, or reads it from another page.
+HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
 
 Read = Callable[[], dict[str, Any]]
 
@@ -52,9 +76,13 @@ class Handler(RequestHandler):
 
     def set_default_headers(self) -> None:
         self.set_header("Content-Type", "application/json")
-        self.set_header("Cache-Control", "no-store")
-        self.set_header("X-Content-Type-Options", "nosniff")
+        for name, value in HEADERS.items():
+            self.set_header(name, value)
         self.clear_header("Server")
+
+    def prepare(self) -> None:
+        if not is_own(self.request.headers.get("Host", ""), self.settings["names"]):
+            raise HTTPError(421, reason="Misdirected Request")
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = (kwargs.get("exc_info") or (None, None))[1]
@@ -93,14 +121,29 @@ class Health(Handler):
 
 class NotFound(Handler):
     def prepare(self) -> None:
+        super().prepare()
         raise HTTPError(404)
 
 
-def application(read: Read) -> Application:
-    """The routes. `read` returns the overview's JSON object, or raises PlatformError."""
+def is_own(host: str, names: Iterable[str]) -> bool:
+    """Whether a `Host` header names this server: by an address, which no foreign name server can forge, or by a name
+    that is its own."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        ip_address(name)
+    except ValueError:
+        name = host.rpartition(":")[0] or host
+        return name.lower().rstrip(".") in names
+    return True
+
+
+def application(read: Read, name: str = "localhost") -> Application:
+    """The routes. `read` returns the overview's JSON object, or raises PlatformError. `name`: under which the server
+    was told to listen; it answers to that one, to the machine's own, and to addresses."""
     return Application(
         [(r"/api/v1/dashboard", Dashboard, {"prepared": Prepared(read)}), (r"/health", Health)],
         default_handler_class=NotFound,
+        names=frozenset({"localhost", name.lower(), socket.gethostname().lower()}),
         # A line for each request is of no use to the person who watches a terminal.
         log_function=lambda handler: None,
     )

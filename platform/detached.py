@@ -143,7 +143,8 @@ def tail(log: Path) -> str:
 
 
 def environment() -> Mapping[str, str]:
-    """Ours, less what would change a server's or a client tool's mind: the caller's PG... variables and
-    locale."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
+    """Ours, less what would change a server's or a client tool's mind (the caller's PG... variables and locale), and
+    less what says that a worker's body started it: servers outlive that worker."""
+    foreign = ("PG", "LC_", "LANG", "CELERY_CAPACITY_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return {**kept, "LC_ALL": "C"}

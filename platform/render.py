@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from platform.terminal import bar, table
-from routing.amounts import CPUS, MEMORY, SLOTS, format_amount, format_cpus, format_memory
+from routing.amounts import ALONE, CPUS, MEMORY, SLOTS, format_amount, format_cpus, format_memory
 from routing.explain import Explanation, Why
 from routing.request import Request
 
@@ -56,6 +56,16 @@ def cluster(console: Console, overview: Overview) -> None:
         console.print()
         rows = [(str(line.request), str(line.waiting), age(line.oldest)) for line in overview.backlog]
         table(console, ("request", "waiting", "oldest"), rows, right=(1, 2))
+    if overview.quarantine is not None and overview.quarantine.messages:
+        console.print()
+        console.print(
+            f"{overview.quarantine.messages} messages were set aside: nobody could read them. The newest reasons:",
+            soft_wrap=True,
+        )
+        aside = [
+            (_cut(one.reason), one.queue, str(one.messages), moment(one.seen_at)) for one in overview.quarantine.reasons
+        ]
+        table(console, ("reason", "queue", "messages", "last"), aside, right=(2,))
 
 
 def _worker(console: Console, worker: WorkerLine) -> tuple[str, ...]:
@@ -191,8 +201,12 @@ def _reason(why: Explanation) -> str:
         " A worker publishes it through PLATFORM_RESOURCES.",
         Why.TOO_LARGE: f"It is too large for every worker: it needs {asked},"
         f" and {why.worker}, which comes closest, has {free} when empty.",
-        Why.NO_ROOM: f"No worker has room now: it needs {asked},"
+        Why.NO_ROOM: f"No worker has room now: {why.worker} is left to a job that must run alone."
+        if why.resource == ALONE
+        else f"No worker has room now: it needs {asked},"
         f" and {why.worker}, which comes closest, has {free} free.",
+        Why.ALONE: "One more lost attempt would end it, so it runs alone on a worker, and none that it fits is empty."
+        + (f" {why.worker} takes nothing else until it is." if why.worker else ""),
         Why.BEHIND_SHAPE: "There is room, and jobs with the same request come before it.",
         Why.ABOUT_TO_START: f"There is room on {why.worker or 'a worker'}: it is about to start.",
         Why.SCHEDULED: f"It must not start before {moment(why.due_at)}.",

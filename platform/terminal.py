@@ -27,6 +27,7 @@ __all__ = [
     "bar",
     "facts",
     "fail",
+    "harmless",
     "print_json",
     "table",
     "talk",
@@ -46,15 +47,34 @@ def talk() -> Console:
     return _console(stderr=True)
 
 
+def harmless(text: str) -> str:
+    """The text with what would steer a terminal, turn the reading direction or break the output written as its escape:
+    names and errors come from whoever submits."""
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text
+    )
+
+
+class _Console(Console):
+    """Prints texts `harmless`."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(harmless(one) if isinstance(one, str) else one for one in objects), **options)
+
+
 def _console(stderr: bool) -> Console:
-    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    console = _Console(stderr=stderr, markup=False, highlight=False, emoji=False)
     console.soft_wrap = not console.is_terminal
     return console
 
 
 def print_json(value: Any) -> None:
     """One JSON value on one line of stdout, flushed, so that a reader sees it while the command goes on."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    # Half of a surrogate pair (an argument that is not UTF-8) has no encoding; JSON can write it as an escape.
+    print(text if text.isprintable() else json.dumps(value, allow_nan=False), flush=True)
 
 
 def fail(error: PlatformError, as_json: bool = False) -> None:
@@ -62,7 +82,7 @@ def fail(error: PlatformError, as_json: bool = False) -> None:
     if as_json:
         print_json(error.to_problem())
     else:
-        talk().print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
+        talk().print(Text.assemble(("Error: ", "bold red"), harmless(str(error))), soft_wrap=True)
 
 
 def bar(used: float, total: float, width: int = 24, unicode: bool = True) -> str:
@@ -77,7 +97,7 @@ def bar(used: float, total: float, width: int = 24, unicode: bool = True) -> str
 
 def table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
     """Rows below a header; the columns numbered in `right` are right-aligned. Plain text off a terminal."""
-    cells = [list(row) for row in rows]
+    cells = [[harmless(cell) for cell in row] for row in rows]
     rights = set(right)
     if console.is_terminal:
         drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")

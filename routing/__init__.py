@@ -6,7 +6,7 @@ The protocol, told once
 A **job** is a Celery message with a row in Postgres; a **worker** publishes its capacity as a *book* in Redis; an
 **allocation** is what an admitted job holds on one worker. Postgres is the truth, the books are the fast ledger.
 
-1. *Accept.* The sender inserts the row with the whole message, in one autocommitted statement (`store.insert_job`).
+1. *Accept.* The sender inserts the row with the whole message, in one autocommitted statement (`accept.insert_job`).
    From here on the job cannot be lost. The insert returns the authority row, so it confirms the epoch as well.
 2. *Admit or file.* One script (`submit`) chooses a worker with room for the whole request, allocates, and pushes the
    message into that worker's own queue, all in one atomic step; or files the job under its *shape* in the backlog.
@@ -32,12 +32,20 @@ released, the answer with the next jobs is lost   `recover`: the worker asks for
 released, Postgres not written                    the stream has the outcome; whoever runs the duty applies it
 Redis loses everything                            the epoch is missing: COLD, nobody admits; one process, under an
                                                   advisory lock, opens a new epoch, workers say what they hold
+Redis is gone, the broker is another server       every worker says so in Postgres: that decides, workers pull from it,
+                                                  until Redis has answered for a while; then a new epoch is opened
+both stores are down when a worker starts         it waits for them, and says for what
 ================================================  =====================================================================
 
 Three rules make the repairs safe to run twice, at once, and by hand. The *token* only grows: a write that carries an
 older one is refused by the script and by the WHERE of the statement. A *missing book is not a free worker*: a key that
 is not there, or of another epoch, admits nothing. *Every transition is an entry of the stream*, written by the script
 that made it, until Postgres has it: Postgres is behind by exactly these entries.
+
+*Who decides* is one row in Postgres: `(epoch, authority)`. It names Postgres only when every live worker has lost the
+ledger for as long as an answer about the row is valid (10 s), and after each change nobody decides for as long again:
+so nobody can believe the one while another acts on the other. While Postgres decides, a worker takes what fits beside
+what it holds in one statement whose WHERE compares the row (`pull`), and ends are written by their token.
 
 Where to look: `policy` is the decision in plain Python, `lua/` the same in Redis (held to it by tests), `ledger` the
 typed calls, `keys` every key, `states` the table of transitions, `store` and `roster` the SQL, `rebuild` and

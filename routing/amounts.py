@@ -30,6 +30,8 @@ MAX_AMOUNT = 2**52
 MAX_NAMES = 16
 
 CPUS, MEMORY, GPUS, SLOTS = "cpus", "memory", "gpus", "slots"
+#: The ledger's own: every worker has one, and an attempt that runs alone on its worker holds it. Nobody else names it.
+ALONE = "alone"
 #: resources that have their own argument; not allowed as named resources
 STANDARD = (CPUS, MEMORY, GPUS, SLOTS)
 
@@ -228,7 +230,7 @@ def to_people(amounts: Amounts) -> dict[str, int | float]:
     given = dict(amounts)
     people: dict[str, int | float] = {CPUS: cpus_number(given.get(CPUS, 0))}
     people.update((name, given[name]) for name in STANDARD[1:] if name in given)
-    people.update((name, amount) for name, amount in amounts if name not in STANDARD)
+    people.update((name, amount) for name, amount in amounts if name not in (*STANDARD, ALONE))
     return people
 
 
@@ -250,7 +252,14 @@ def named_resources(value: object, what: str = "resources") -> dict[str, int]:
 
 
 def refuse_standard(name: str, what: str) -> str:
-    """The name, unless it is one of the standard resources, which are never given among the named ones."""
+    """The name, unless it is one of the standard resources, which are never given among the named ones, or the ledger's
+    own."""
+    if name == ALONE:
+        raise InvalidRequest(
+            f"{what} names {name!r}, which the platform uses itself",
+            value=name,
+            advice="Give the resource another name.",
+        )
     if name in STANDARD:
         instead = "every job takes one slot" if name == SLOTS else f"{name} has a setting of its own"
         raise InvalidRequest(

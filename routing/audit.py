@@ -11,7 +11,7 @@ A worker's book and what it holds are read in one transaction, so sums over them
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Row, text
 from routing import amounts, books, keys
 from routing.books import JobCard, WorkerBook
 from routing.overview import sum_up
+from routing.policy import asked_shape
 from routing.states import FINAL, HOLDING, State, Step
 
 #: Items in one pipeline: some milliseconds of the server, so that admission never waits long for a reader.
@@ -78,9 +79,9 @@ class Shelf:
 # ----------------------------------------------------------------------------------------------------
 
 _ACTIVE: Final = text("""
-SELECT id, state, epoch, attempt, worker, shape FROM jobs
+SELECT id, state, epoch, attempt, step, worker, shape FROM jobs
 WHERE state IN ('accepted', 'waiting', 'admitted', 'running', 'replaced') OR (state = 'scheduled' AND due_at
-<= now()) """)
+<= now()) OR step = 3 """)
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 
@@ -285,8 +286,7 @@ def _books(shelf: Shelf) -> Iterator[Suspicion]:
                         "I1", f"worker {worker} has {used} {name} allocated, its jobs hold {sum_}"
                     )
         room = book.capacity.get(amounts.CPUS, 0) - book.allocated.get(amounts.CPUS, 0)
-        admits = book.status == "ready" and not book.over() and book.has_slot()
-        indexed = room if admits else None
+        indexed = room if replace(book.to_policy(0), admitting=book.status == "ready").open else None
         if shelf.free[worker] != indexed:
             yield Suspicion(
                 "I6", f"worker {worker} has {room} free and stands as {shelf.free[worker]} in the index"
@@ -331,9 +331,9 @@ def _agreement(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
     rows_held = {
         job: f"{row.worker} {row.epoch}.{row.attempt}"
         for job, row in rows.active.items()
-        if row.state in HOLDING
+        if row.state in HOLDING or row.step == Step.COMMITTED
     }
-    redis_waits = {job: shape for shape, queue in shelf.waits.items() for job, _ in queue}
+    redis_waits = {job: asked_shape(shape) for shape, queue in shelf.waits.items() for job, _ in queue}
     rows_wait = {job: row.shape for job, row in rows.active.items() if row.state == State.WAITING}
     pairs = (("is held by", redis_held, rows_held), ("waits as", redis_waits, rows_wait))
     for verb, ours, theirs in pairs:

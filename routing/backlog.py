@@ -29,6 +29,8 @@ class Pending:
     submitted_ms: int
     #: When it was read, by this process's clock.
     read_ms: float
+    #: False: its first lost attempt ends it.
+    rerun: bool = True
 
     def submission(self) -> tuple[Any, ...]:
         """The arguments of `Ledger.submit`, in order."""
@@ -41,12 +43,13 @@ class Pending:
             self.losses,
             self.submitted_ms,
             self.read_ms,
+            self.rerun,
         )
 
 
 _PENDING: Final = (
     "SELECT id, shape, priority, seq, message, attempt, losses, "
-    "(extract(epoch FROM submitted_at) * 1000)::bigint FROM jobs "
+    "(extract(epoch FROM submitted_at) * 1000)::bigint, rerun FROM jobs "
 )
 _DUE: Final = text(_PENDING + "WHERE state = 'scheduled' AND due_at <= now() AND seq > :after ORDER BY seq LIMIT :most")
 _STRANDED: Final = text(
@@ -65,7 +68,7 @@ _THESE: Final = text(
 def _pending(connection: Connection, statement: Any, values: dict[str, Any]) -> list[Pending]:
     now = time.time() * 1000
     rows = connection.execute(statement, values)
-    return [Pending(row[0], row[1], row[2], row[3], bytes(row[4]), row[5], row[6], row[7], now) for row in rows]
+    return [Pending(row[0], row[1], row[2], row[3], bytes(row[4]), row[5], row[6], row[7], now, row[8]) for row in rows]
 
 
 def due(connection: Connection, most: int, after: int = 0) -> list[Pending]:

@@ -14,7 +14,6 @@ from typing import Any, Final
 import redis
 
 from routing import keys
-from routing.amounts import SLOTS
 from routing.policy import Book
 
 #: Statuses of a worker that runs; `closed` is one whose lease ran out.
@@ -23,7 +22,8 @@ LIVE: Final = frozenset({"ready", "draining"})
 
 @dataclass(frozen=True, slots=True)
 class WorkerBook:
-    """One worker's book. `lease`: its end (ms). `shrunk`: its capacity was lowered below what it holds."""
+    """One worker's book. `lease`: its end (ms). `shrunk`: its capacity was lowered below what it holds. `kept`: the
+    shape for which it takes nothing else, "" for none."""
 
     worker: str
     epoch: int
@@ -34,6 +34,7 @@ class WorkerBook:
     capacity: Mapping[str, int]
     allocated: Mapping[str, int]
     shrunk: bool = False
+    kept: str = ""
 
     def is_live(self, now: int) -> bool:
         """Whether the worker counts as there at `now` (ms): its lease has not run out, it is not closed."""
@@ -41,16 +42,13 @@ class WorkerBook:
 
     def over(self) -> tuple[str, ...]:
         """The resources of which more is allocated than there is."""
-        return tuple(sorted(n for n, amount in self.allocated.items() if amount > self.capacity.get(n, 0)))
-
-    def has_slot(self) -> bool:
-        """Whether a slot is free, which every job needs."""
-        return self.capacity.get(SLOTS, 0) > self.allocated.get(SLOTS, 0)
+        book = self.to_policy(0)
+        return tuple(name for name in sorted(self.allocated) if book.free(name) < 0)
 
     def to_policy(self, now: int) -> Book:
         """The book as the policy takes it."""
         admitting = self.lease > now and self.status == "ready"
-        return Book(self.worker, self.capacity, self.allocated, admitting)
+        return Book(self.worker, self.capacity, self.allocated, admitting, self.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +120,7 @@ def parse_book(worker: str, fields: Mapping[Any, Any]) -> WorkerBook | None:
         capacity={name[2:]: int(value) for name, value in own.items() if name.startswith("c.")},
         allocated={name[2:]: int(value) for name, value in own.items() if name.startswith("a.")},
         shrunk=own.get("shrunk") == "1",
+        kept=own.get("kept", ""),
     )
 
 

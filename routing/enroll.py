@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Final
 
@@ -10,17 +11,25 @@ from sqlalchemy import Engine
 from routing import backlog
 from routing.backlog import Pending
 from routing.ledger import Ledger
+from routing.replies import LedgerFull
 from routing.store import Applied
+
+logger = logging.getLogger(__name__)
 
 #: Submits sent in one round trip, so that no other caller waits for long.
 CHUNK: Final = 100
 
 
 def submit_rows(ledger: Ledger, rows: Sequence[Pending]) -> int:
-    """Submit rows in their order; returns how many the ledger took (the others it knew)."""
+    """Submit rows in their order; returns how many the ledger took. (The others it knew, or it is full: they are
+    durable, and the next sweep brings them.)"""
     taken = 0
     for start in range(0, len(rows), CHUNK):
-        results = ledger.submit_all([row.submission() for row in rows[start : start + CHUNK]])
+        try:
+            results = ledger.submit_all([row.submission() for row in rows[start : start + CHUNK]])
+        except LedgerFull as error:
+            logger.warning("%d jobs wait until Redis has room: %s", len(rows) - start, error)
+            return taken
         taken += sum(result.state in ("admitted", "waiting") for result in results)
     return taken
 

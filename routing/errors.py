@@ -4,7 +4,10 @@
 
     PlatformError
     ├── InvalidRequest       what was asked for is wrong; nothing was written (also a ValueError)
+    │   ├── MessageTooLarge  the message has more bytes than are allowed
+    │   └── MessageTooDeep   lists and dicts in it are nested deeper than is allowed
     ├── NotAccepted          the job could not be stored; nothing was written
+    │   └── BacklogFull      more jobs wait than are allowed
     ├── OutcomeUnknown       the connection broke around the commit: the job may have been stored
     ├── LeaseLost            this attempt no longer holds its job
     ├── SettingsError        one or more settings are wrong, all of them named
@@ -33,14 +36,20 @@ from typing import Any, ClassVar
 #: characters of a value that a message shows; what is longer is cut
 SHOWN_CHARACTERS = 80
 
-# Greedy up to the last "@": a password that holds "@", "/" or ":" unescaped is masked whole.
-_PASSWORD_IN_AUTHORITY = re.compile(r"://([^\s:/@?#]*):\S*@")
+# Up to the next space, once: a search that began anew at each "://" would take hours on a text of nothing else.
+_AUTHORITY = re.compile(r"://([^\s:/@?#]*):(\S*)")
 _PASSWORD_IN_QUERY = re.compile(r"([?&](?:password|passwd|sslpassword|secret|token)=)[^&\s#'\"]*", re.IGNORECASE)
 
 
 def mask_url(text: str) -> str:
     """The text with the passwords of all URLs in it replaced by ``***``; users, hosts and paths stay."""
-    return _PASSWORD_IN_QUERY.sub(r"\1***", _PASSWORD_IN_AUTHORITY.sub(r"://\1:***@", text))
+    return _PASSWORD_IN_QUERY.sub(r"\1***", _AUTHORITY.sub(_without_password, text))
+
+
+def _without_password(found: re.Match[str]) -> str:
+    """To the last "@": a password that holds "@", "/" or ":" unescaped is masked whole."""
+    _, at, rest = found[2].rpartition("@")
+    return f"://{found[1]}:***@{rest}" if at else found[0]
 
 
 def show(value: object) -> str:
@@ -55,8 +64,9 @@ def show(value: object) -> str:
 
 def storable(text: str, characters: int) -> str:
     """An error's text as both stores can hold it, its beginning where it is longer: Postgres refuses the character NUL,
-    and no UTF-8 has half a surrogate pair (file names that are not UTF-8 come with such)."""
-    return text[:characters].replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
+    and no UTF-8 has half a surrogate pair (file names that are not UTF-8 come with such). Passwords in URLs are
+    masked."""
+    return mask_url(text)[:characters].replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class PlatformError(Exception):
@@ -111,6 +121,23 @@ class InvalidRequest(PlatformError, ValueError):
     status = 400
 
 
+class MessageTooLarge(InvalidRequest):
+    """The message has more bytes than PLATFORM_MAX_MESSAGE allows."""
+
+    reference = "message-too-large"
+    title = "the message is too large"
+    default_advice = "Pass a reference (a path, a key) instead of the data, or raise PLATFORM_MAX_MESSAGE."
+    status = 413
+
+
+class MessageTooDeep(InvalidRequest):
+    """Lists and dicts in the arguments or headers are nested too deep: whoever reads them would have to recurse."""
+
+    reference = "message-too-deep"
+    title = "the message is nested too deep"
+    default_advice = "Pass flatter data, a text that the task itself parses, or a reference (a path, a key)."
+
+
 class NotAccepted(PlatformError):
     """The job could not be stored, and nothing was written: submitting it again cannot double it."""
 
@@ -118,6 +145,15 @@ class NotAccepted(PlatformError):
     title = "the job was not accepted"
     default_advice = "Nothing was written: submit it again when Postgres answers."
     status = 503
+
+
+class BacklogFull(NotAccepted):
+    """So many jobs wait already that no more are accepted (PLATFORM_MAX_BACKLOG). Nothing was written."""
+
+    reference = "backlog-full"
+    title = "the backlog is full"
+    default_advice = "Nothing was written: submit it again when fewer jobs wait, or raise PLATFORM_MAX_BACKLOG."
+    status = 429
 
 
 class OutcomeUnknown(PlatformError):

@@ -30,6 +30,7 @@ class Why(Enum):
     TOO_LARGE = Reason.TOO_LARGE.value
     NO_ROOM = Reason.NO_ROOM.value
     BEHIND_SHAPE = Reason.BEHIND_SHAPE.value
+    ALONE = Reason.ALONE.value
     #: there is room; it is admitted at this moment, or by the next sweep
     ABOUT_TO_START = "about-to-start"
     #: it must not start before its time
@@ -103,7 +104,7 @@ class Explanation:
 
 
 def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanation | None:
-    """Why `job` is where it is; None where Postgres has no such job. At most three round trips to Redis."""
+    """Why `job` is where it is; None where Postgres has no such job. At most four round trips to Redis."""
     jobs, authority = tables.jobs.c, tables.authority.c
     row = connection.execute(
         select(
@@ -125,11 +126,13 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         if head.epoch is None:
             return Explanation(job, state, Why.LEDGER_CLOSED, request, row.declared)
         found = books.read_books(client, head.leases)
-        ahead, before = _ahead(client, head.shapes, request.shape, order(row.priority, row.seq))
+        card = books.read_cards(client, [job]).get(job)
+        held = Request.from_shape(card.shape) if card is not None and card.shape else request
+        ahead, before = _ahead(client, head.shapes, held.shape, order(row.priority, row.seq))
     except RedisError:
         return Explanation(job, state, Why.LEDGER_UNREACHABLE, request, row.declared)
     live = [book.to_policy(head.now) for book in found.values() if head.is_live(book)]
-    refusal = refuse(request, live, ahead)
+    refusal = refuse(held, live, ahead)
     why = Why.ABOUT_TO_START if refusal is None else Why(refusal.reason.value)
     if state is State.ACCEPTED and why in (Why.ABOUT_TO_START, Why.BEHIND_SHAPE):
         why = Why.ON_ITS_WAY

@@ -11,6 +11,7 @@
 | `ledger:job:<id>` | hash | one job; of one that ended a tombstone of 60 s |
 | `ledger:wait:<shape>` | sorted set | waiting job, order |
 | `ledger:shapes` | sorted set | shape that waits, order of its first job |
+| `ledger:kept` | hash | shape that must run alone, the worker that is kept for it |
 | `ledger:unclaimed` | sorted set | admitted job, when its message is delivered again (ms) |
 | `ledger:stream` | stream | transitions that Postgres does not have yet |
 | `ledger:allocated` | string | millicores allocated in all |
@@ -21,11 +22,12 @@
 | `resource:allocated_cpus` | string | CPUs allocated in all, as a decimal number |
 
 In a book `status` is ready, draining or closed, `c.<resource>` the capacity and `a.<resource>` what is allocated of
-it. A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
-`shape`, `order`, `message`, the times `submitted`, `admitted` and `started`, the `nonce` of its claim, `losses`,
-`successor` (Postgres holds one), `entry` (of the stream, not yet applied), `noted` (the attempt it is about); one that
-ended has the `outcome` of its last attempt (none: it was cancelled in the backlog), the state it `became`, and `final`
-unless it goes on.
+it, `kept` the shape for which the worker takes nothing else (`routing.policy`; the key `ledger:kept` only leads there).
+A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
+`shape`, `order`, `message` and its `digest`, the times `submitted`, `admitted` and `started`, the `nonce` of its
+claim, `losses`, `successor` (Postgres holds one), `entry` (of the stream, not yet applied), `noted` (the attempt it is
+about); one that ended has the `outcome` of its last attempt (none: it was cancelled in the backlog), the state it
+`became`, and `final` unless it goes on.
 
 Books are keys without expiry: an expired key would read as a free worker. Amounts are integers (millicores, bytes,
 counts), times are milliseconds of the server's own clock.
@@ -48,6 +50,7 @@ KEYS: Final = {
     "job": "ledger:job:",
     "wait": "ledger:wait:",
     "shapes": "ledger:shapes",
+    "kept": "ledger:kept",
     "unclaimed": "ledger:unclaimed",
     "stream": "ledger:stream",
     "allocated": "ledger:allocated",

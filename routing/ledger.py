@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from routing import keys
+from routing.envelope import digest_of
+from routing.policy import held_by, is_last_chance
 from routing.replies import (
     Adopted,
     Cancelled,
@@ -26,6 +28,7 @@ from routing.replies import (
     Submitted,
     Taken,
 )
+from routing.request import Request
 from routing.scripts import SUBMIT_WITHIN_MS
 from routing.server import LedgerServer
 
@@ -34,6 +37,8 @@ LAPSE_CHUNK: Final = 100
 REDELIVER_CHUNK: Final = 100
 #: Pages of shapes that follow a release: 1,024 shapes in all. Where still more shapes wait, the heartbeat looks at all.
 RELEASE_PAGES: Final = 15
+#: What scripts are told, and say, of a job that its first lost attempt ends.
+NEVER_AGAIN: Final = "0"
 
 
 class Ledger(LedgerServer):
@@ -51,12 +56,22 @@ class Ledger(LedgerServer):
         losses: int,
         submitted_ms: int,
         read_ms: float | None = None,
+        rerun: bool = True,
     ) -> tuple[Any, ...]:
         epoch, run_id = self._gate()
         # Counted from when the row was read or written, by this process's clock: a pause since then (a stopped process,
         # a suspended machine) must not outlive the tombstone of a job that has ended meanwhile.
         deadline = (self.now_ms() if read_ms is None else self.server_ms(read_ms)) + SUBMIT_WITHIN_MS
-        return (epoch, run_id, deadline, job, shape, order, message, attempt, losses, submitted_ms)
+        shape = self._held(shape, losses)
+        last = (attempt, losses, submitted_ms, _flag(rerun), digest_of(message))
+        return (epoch, run_id, deadline, job, shape, order, message, *last)
+
+    def _held(self, shape: str, losses: int) -> str:
+        """The shape of what the next attempt of a job holds; it may be given already."""
+        most_losses = self.settings.most_losses
+        if not is_last_chance(losses, most_losses):
+            return shape
+        return held_by(Request.from_shape(shape), losses, most_losses).shape
 
     def submit(
         self,
@@ -69,20 +84,22 @@ class Ledger(LedgerServer):
         losses: int = 0,
         submitted_ms: int = 0,
         read_ms: float | None = None,
+        rerun: bool = True,
     ) -> Submitted:
         """Admit a job whose row is durable, or file it; looks on among all workers before it returns.
 
         `read_ms`: when the caller read or wrote the row, by its own clock (milliseconds); now where it is None.
+        `rerun`: False where its first lost attempt ends it.
         """
-        args = self._submit_args(job, shape, order, message, attempt, losses, submitted_ms, read_ms)
+        args = self._submit_args(job, shape, order, message, attempt, losses, submitted_ms, read_ms, rerun)
         reply = self._call("submit", *args)
-        return self._submitted(job, shape, reply)
+        return self._submitted(job, args[4], reply)
 
     def submit_all(self, rows: Iterable[tuple[Any, ...]]) -> list[Submitted]:
         """The same for many jobs in one round trip; rows as the arguments of `submit`, in their order."""
-        rows = list(rows)
-        replies = self._calls([("submit", self._submit_args(*row)) for row in rows])
-        return [self._submitted(row[0], row[1], reply) for row, reply in zip(rows, replies, strict=True)]
+        calls = [self._submit_args(*row) for row in rows]
+        replies = self._calls([("submit", args) for args in calls])
+        return [self._submitted(args[3], args[4], reply) for args, reply in zip(calls, replies, strict=True)]
 
     def _submitted(self, job: str, shape: str, reply: list[str]) -> Submitted:
         if reply[0] == "admitted":
@@ -111,12 +128,12 @@ class Ledger(LedgerServer):
         incarnation: str,
         *,
         ended: Sequence[Ended] = (),
-        arrived: Sequence[tuple[str, str, str]] = (),
+        arrived: Sequence[tuple[str, ...]] = (),
         most_losses: int,
         admit: bool = True,
         nonce: str = "",
     ) -> Settled:
-        """Release what ended and claim what arrived (job, token, nonce), in one round trip.
+        """Release what ended and claim what arrived (job, token, nonce, and the digest of the message, if it is known).
 
         With a `nonce` of its own the worker takes what the release admits to it from the reply, claimed already.
         """
@@ -125,11 +142,14 @@ class Ledger(LedgerServer):
             args: list[Any] = [*self._gate(), worker, incarnation, most_losses, "1" if admit else "0", nonce]
             for end in ended:
                 args += (end.job, end.token, end.outcome, (end.error or "").encode("utf-8", "replace"))
+                args += (end.outbox, len(end.results))
+                for result in end.results:
+                    args += result
             calls.append(("release", args))
         if arrived:
             args = [*self._gate(), worker, incarnation]
-            for arrival in arrived:
-                args += arrival
+            for job, token, nonce, *digest in arrived:
+                args += (job, token, nonce, *(digest or [""]))
             calls.append(("claim", args))
         replies = self._calls(calls) if calls else []
         settled = Settled([], [], [])
@@ -176,6 +196,10 @@ class Ledger(LedgerServer):
         """Note that a successor of the running attempt is in Postgres."""
         return self._call("succeed", job)[0] == "ok"
 
+    def count(self, what: str, by: int = 1) -> None:
+        """Count what no script saw."""
+        self._guard(lambda: self.client.hincrby(keys.COUNTERS, what, by))
+
     def forget(self, entries: Sequence[tuple[str, str]]) -> int:
         """Drop stream entries (entry, job) that Postgres has."""
         args = [item for pair in entries for item in pair]
@@ -216,29 +240,47 @@ class Ledger(LedgerServer):
         capacity: str,
         view: Mapping[str, str],
         status: str = "ready",
+        *,
+        admit: bool = True,
     ) -> Filled | Taken:
         """Open a worker's book; `capacity` in the form of a shape. `Taken` when the name belongs to another. With the
-        status `closed` nothing is admitted before the next `renew`."""
+        status `closed` nothing is admitted before the next `renew`; without `admit` by this caller."""
         flat = [item for pair in view.items() for item in pair]
         reply = self._call(
-            "register", *self._gate(), worker, incarnation, queue, self._ttl_ms, capacity, status, *flat
+            "register",
+            *self._gate(),
+            worker,
+            incarnation,
+            queue,
+            self._ttl_ms,
+            capacity,
+            status,
+            "1" if admit else "0",
+            *flat,
         )
         if reply[0] == "taken":
             return Taken(incarnation=reply[1], lease_left_ms=int(reply[2]), held=int(reply[3]))
         return Filled(int(reply[1]) + self.fill(worker, reply[2]))
 
     def renew(
-        self, worker: str, incarnation: str, view: Mapping[str, str], holds: Iterable[str], most_losses: int
+        self,
+        worker: str,
+        incarnation: str,
+        view: Mapping[str, str],
+        holds: Iterable[str],
+        most_losses: int,
+        *,
+        admit: bool = True,
     ) -> Renewed:
-        """Renew the lease with a list of what the worker holds. `known` is False where it must register again."""
+        """Renew the lease with a list of what the worker holds. `known` is False where it must register again. Without
+        `admit` nothing is admitted: this caller may not."""
         flat = [item for pair in view.items() for item in pair]
-        reply = self._call(
-            "renew", *self._gate(), worker, incarnation, self._ttl_ms, most_losses, len(flat), *flat, *holds
-        )
+        args = (worker, incarnation, self._ttl_ms, most_losses, "1" if admit else "0", len(flat), *flat, *holds)
+        reply = self._call("renew", *self._gate(), *args)
         if reply[0] == "unknown":
             return Renewed(known=False, taken_back=0)
         self.fill(worker, reply[2])
-        for shape in dict.fromkeys(reply[3:]):
+        for shape in dict.fromkeys(reply[3:]) if admit else ():
             self.place(shape)
         return Renewed(known=True, taken_back=len(reply) - 3)
 
@@ -279,9 +321,9 @@ class Ledger(LedgerServer):
             if reply[0] != "more":
                 return Lapsed(reply[0], incarnation=reply[1] if len(reply) > 1 else None, taken_back=taken)
 
-    def lapsed_workers(self) -> list[str]:
-        """The workers whose leases ran out."""
-        found = self._guard(lambda: self.client.zrangebyscore(keys.LEASES, "-inf", self.now_ms()))
+    def lapsed_workers(self, grace_ms: int = 0) -> list[str]:
+        """The workers whose leases ran out, so many milliseconds ago."""
+        found = self._guard(lambda: self.client.zrangebyscore(keys.LEASES, "-inf", self.now_ms() - grace_ms))
         return [item.decode() for item in found]
 
     def adopt(self, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[str]:
@@ -291,12 +333,13 @@ class Ledger(LedgerServer):
             args += (
                 one.job,
                 one.token,
-                one.shape,
+                self._held(one.shape, one.losses),
                 one.order,
                 one.admitted_ms,
                 one.started_ms,
                 one.nonce,
                 one.losses,
+                _flag(one.rerun),
             )
         reply = self._call("adopt", *args)
         if reply[0] == "unknown":
@@ -307,34 +350,11 @@ class Ledger(LedgerServer):
     def _ttl_ms(self) -> int:
         return round(self.settings.worker_ttl * 1000)
 
-    # -- epochs and books ----------------------------------------------------------------------------------------
+    def take_turn(self, duty: str, caller: str, interval_ms: int) -> bool:
+        """Whether a caller is to do a duty: one in each interval."""
+        return self._call("turn", duty, caller, interval_ms)[1] == "1"
 
-    def opened(self) -> tuple[int, str] | None:
-        """The epoch and the server life in which the ledger was opened, or None when it is cold."""
-        found = self._guard(lambda: self.client.hmget(keys.EPOCH, "epoch", "run_id"))
-        if found[0] is None or found[1] is None:
-            return None
-        return int(found[0]), found[1].decode()
-
-    def is_cold(self) -> bool:
-        """Whether nobody may admit: never opened, emptied, or another life of the server than the one it was
-        opened in (a restart may have brought back old books)."""
-        opened = self.opened()
-        return opened is None or opened[1] != self.run_id
-
-    def is_unfinished(self) -> bool:
-        """Whether the rebuild of this epoch was not carried to its end (it runs, or whoever did it died)."""
-        return bool(self._guard(lambda: self.client.hexists(keys.EPOCH, "rebuilding")))
-
-    def finish(self, epoch: int) -> None:
-        """The rebuild of this epoch is done."""
-        if self.opened() == (epoch, self.run_id):
-            self._guard(lambda: self.client.hdel(keys.EPOCH, "rebuilding"))
-
-    def open(self, epoch: int) -> None:
-        """Open an epoch on empty books."""
-        self._call("open", str(epoch), self.run_id)
-        self.epoch = epoch
+    # -- books ---------------------------------------------------------------------------------------------------
 
     def recount(self, worker: str) -> int:
         """Make a worker's allocations the sum of what it holds, and its places right; returns how much differed."""
@@ -350,18 +370,24 @@ class Ledger(LedgerServer):
         return found.decode() if found is not None else None
 
 
-def _claimed(arrived: Sequence[tuple[str, str, str]], reply: list[str]) -> Iterable[Claimed]:
-    for index, (job, token, _) in enumerate(arrived):
-        verdict, admitted, started, entry, losses = reply[1 + 5 * index : 6 + 5 * index]
-        yield Claimed(job, token, verdict == "claimed", _ms(admitted), _ms(started), entry, int(losses or 0))
+def _claimed(arrived: Sequence[tuple[str, ...]], reply: list[str]) -> Iterable[Claimed]:
+    for index, (job, token, *_) in enumerate(arrived):
+        verdict, admitted, started, entry, losses, rerun = reply[1 + 6 * index : 7 + 6 * index]
+        lost, again = int(losses or 0), rerun != NEVER_AGAIN
+        yield Claimed(job, token, verdict, _ms(admitted), _ms(started), entry, lost, again)
 
 
 def _handed_over(values: list[str]) -> list[HandedOver]:
     found = []
-    for start in range(0, len(values), 8):
-        job, token, admitted, started, entry, losses, shape, message = values[start : start + 8]
-        found.append(HandedOver(job, token, int(admitted), int(started), entry, int(losses), shape, message))
+    for start in range(0, len(values), 9):
+        job, token, admitted, started, entry, losses, shape, rerun, message = values[start : start + 9]
+        again = rerun != NEVER_AGAIN
+        found.append(HandedOver(job, token, int(admitted), int(started), entry, int(losses), shape, message, again))
     return found
+
+
+def _flag(rerun: bool) -> str:
+    return "" if rerun else NEVER_AGAIN
 
 
 def _ms(text: str) -> int | None:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from typing import Any, Final
 
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import Connection, Select, func, null, select
 
 from routing import tables
 from routing.states import State
@@ -46,7 +46,6 @@ _DETAILS: Final = (
     _jobs.parent_id,
     _jobs.due_at,
     _jobs.expires_at,
-    func.length(_jobs.message).label("message_bytes"),
 )
 _TRIES: Final = (
     _attempts.epoch,
@@ -112,8 +111,13 @@ def count(connection: Connection, state: State | None) -> int:
 
 def find(connection: Connection, job: str) -> JobFile | None:
     """One job by its id, None where there is none."""
+    # A role that may not read messages is not told how long they are either.
+    readable = connection.execute(select(func.has_column_privilege("jobs", "message", "SELECT"))).scalar_one()
+    size = func.length(_jobs.message) if readable else null()
     row = connection.execute(
-        select(*_SHOWN, *_DETAILS, func.clock_timestamp().label("now")).where(_jobs.id == job)
+        select(*_SHOWN, *_DETAILS, size.label("message_bytes"), func.clock_timestamp().label("now")).where(
+            _jobs.id == job
+        )
     ).one_or_none()
     if row is None:
         return None

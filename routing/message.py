@@ -14,9 +14,13 @@ import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from routing.errors import InvalidRequest
+from routing import limits
+from routing.errors import InvalidRequest, MessageTooDeep, MessageTooLarge
+
+#: Characters of a token at the most: two numbers of 64 bits. (A longer one was written by nobody of ours.)
+TOKEN_LENGTH: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ def parse_tag(text: object) -> Tag | None:
     epoch, _, attempt = token.partition(".")
     if not job or not (epoch.isascii() and epoch.isdigit() and attempt.isascii() and attempt.isdigit()):
         return None
+    if len(token) > TOKEN_LENGTH:
+        return None
     return Tag(job, int(epoch), int(attempt))
 
 
@@ -52,7 +58,8 @@ def encode(
     properties: Mapping[str, Any],
     limit: int,
 ) -> bytes:
-    """The text of a message. Raises `InvalidRequest` where it is larger than `limit` bytes or is not JSON."""
+    """The text of a message. Raises `InvalidRequest` where its headers are not JSON, `MessageTooLarge` where it has
+    more than `limit` bytes, `MessageTooDeep`."""
     envelope = {
         "body": base64.b64encode(body).decode("ascii"),
         "content-encoding": content_encoding,
@@ -62,6 +69,8 @@ def encode(
     }
     try:
         text = json.dumps(envelope, separators=(",", ":")).encode("ascii")
+    except RecursionError as error:
+        raise MessageTooDeep("the message's headers are nested too deep") from error
     except (TypeError, ValueError) as error:
         raise InvalidRequest(
             f"the message's headers cannot be written as JSON: {error}",
@@ -70,11 +79,8 @@ def encode(
     # The body as it is, not as base64 makes it.
     size = len(text) - len(envelope["body"]) + len(body)
     if size > limit:
-        raise InvalidRequest(
-            f"the message has {size} bytes, {limit} are allowed",
-            value=size,
-            advice="Pass a reference (a path, a key) instead of the data, or raise PLATFORM_MAX_MESSAGE.",
-        )
+        raise MessageTooLarge(f"the message has {size} bytes, {limit} are allowed", value=size)
+    limits.check_headers(text)
     return text
 
 
@@ -84,3 +90,9 @@ def decode(message: bytes) -> dict[str, Any]:
     if not isinstance(envelope, dict):
         raise ValueError("a stored message is not an object")
     return envelope
+
+
+def body_of(envelope: Mapping[str, Any]) -> bytes:
+    """The body of an envelope as its sender encoded it."""
+    body: str = envelope["body"]
+    return base64.b64decode(body) if envelope["properties"].get("body_encoding") == "base64" else body.encode()

@@ -1,4 +1,4 @@
-"""What the end of an attempt leaves to be delivered: results, parts of chords, and messages that could not be published.
+"""What the end of an attempt leaves to be delivered: results, parts of chords, and messages not yet published.
 
 It travels with the outcome: from the process of the body to the worker, through the release script into the stream (or
 straight into Postgres), and stands in the row's column `outbox` until it is delivered. So nobody waits for a store that
@@ -14,9 +14,15 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from routing.store import NewJob
+from sqlalchemy import Connection
+
+from routing import accept
+from routing.accept import NewJob
 
 _TIMES: Final = ("due_at", "expires_at")
+#: The outbox of a job that ended where nobody could say its result (it waited, or was lost with its worker): whoever
+#: delivers it makes one of what the row says.
+UNTOLD: Final = '{"publishes": [], "results": [{"untold": true}]}'
 
 
 @dataclass(slots=True)
@@ -26,13 +32,18 @@ class Outbox:
 
     publishes: list[NewJob] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
+    #: The attempt has ended its job itself (`routing.fence`). Known between the body's process and the worker only.
+    committed: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.publishes or self.results)
+        return bool(self.publishes or self.results or self.committed)
+
+    def without_results(self) -> Outbox:
+        return Outbox(self.publishes)
 
     def to_text(self) -> str:
         """As JSON; '' where it is empty."""
-        if not self:
+        if not (self.publishes or self.results):
             return ""
         return json.dumps({"publishes": [_job_out(job) for job in self.publishes], "results": self.results})
 
@@ -43,6 +54,23 @@ def parse(text: str) -> Outbox:
         return Outbox()
     found = json.loads(text)
     return Outbox([_job_in(job) for job in found["publishes"]], list(found["results"]))
+
+
+def publishes(text: str) -> bool:
+    """Whether there is something to be published in the outbox of a text."""
+    return bool(text) and '"publishes": []' not in text[:20]
+
+
+def publish(connection: Connection, text: str) -> list[str]:
+    """Insert the jobs that an attempt could not publish, before its outcome is written; returns the ids of new ones
+    that may start. What was inserted before is left as it is."""
+    new = []
+    for job in parse(text).publishes:
+        if accept.insert_job(connection, job).seq is None:
+            accept.put_successor(connection, job)
+        elif job.due_at is None:
+            new.append(job.id)
+    return new
 
 
 def _job_out(job: NewJob) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -19,11 +19,14 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 from sqlalchemy import Connection, Engine, func, select
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import amounts, books, keys, tables
-from routing.amounts import CPUS, MEMORY, SLOTS
+from routing import amounts, books, keys, quarantine, roster, tables
+from routing.amounts import ALONE, CPUS, MEMORY, SLOTS
+from routing.errors import NotMigrated
 from routing.policy import SUBMISSIONS, TOP_PRIORITY, order
 from routing.postgres import translate
+from routing.quarantine import Quarantined
 from routing.request import Request
 from routing.states import State
 
@@ -99,6 +102,8 @@ class Overview:
     counters: Mapping[str, int] = field(default_factory=dict)
     #: transitions in the ledger that Postgres does not have yet; None where only Postgres was asked
     unapplied: int | None = None
+    #: messages that nobody could read; None where Postgres was not asked, or does not answer
+    quarantine: Quarantined | None = None
 
     def total(self, name: str) -> int:
         return sum(worker.capacity.get(name, 0) for worker in self.workers)
@@ -144,12 +149,13 @@ class Overview:
             "counters": dict(self.counters),
             "source": self.source,
             "unapplied": self.unapplied,
+            "quarantine": None if self.quarantine is None else self.quarantine.to_json(),
             "at": self.at.isoformat(timespec="milliseconds"),
         }
 
 
 def _named(capacity: Mapping[str, int], allocated: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    names = sorted({*capacity, *allocated} - set(_OWN))
+    names = sorted({*capacity, *allocated} - {*_OWN, ALONE})
     return {name: {"total": capacity.get(name, 0), "allocated": allocated.get(name, 0)} for name in names}
 
 
@@ -172,18 +178,39 @@ def quick(client: redispy.Redis, patience: float = PATIENCE) -> redispy.Redis:
 
 
 def read(client: redispy.Redis, engine: Engine, ttl: float = WORKER_TTL) -> Overview:
-    """From the ledger, else from Postgres. Give it a `quick` client; `ttl`: see `from_postgres`.
+    """From the ledger, else from Postgres; what is set aside is in Postgres alone. Give it a `quick` client; `ttl`: see
+    `from_postgres`.
 
     Raises StoreUnavailable where neither answers, NotMigrated where Postgres has no tables.
     """
     try:
-        return from_ledger(client)
+        if _postgres_decides(engine):
+            raise Cold("Postgres decides, and the books are old")
+        return replace(from_ledger(client), quarantine=_quarantined(engine))
     except (RedisError, Cold) as error:
         try:
             with engine.connect() as connection:
-                return from_postgres(connection, ttl)
+                return replace(from_postgres(connection, ttl), quarantine=quarantine.read(connection))
         except DBAPIError as second:
             raise translate(second, f"the ledger does not answer ({error}), and ") from second
+
+
+def _postgres_decides(engine: Engine) -> bool:
+    """Whether the ledger was left; False where Postgres does not say: then the books are the best there is."""
+    try:
+        with engine.connect() as connection:
+            return roster.read_authority(connection).authority == "postgres"
+    except (DBAPIError, PoolTimeout, NotMigrated):
+        return False
+
+
+def _quarantined(engine: Engine) -> Quarantined | None:
+    """What is set aside; None where Postgres does not say, which the ledger need not wait for."""
+    try:
+        with engine.connect() as connection:
+            return quarantine.read(connection)
+    except (DBAPIError, PoolTimeout):
+        return None
 
 
 def from_ledger(client: redispy.Redis) -> Overview:

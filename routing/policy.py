@@ -13,17 +13,22 @@ The rules:
 - Waiting jobs come in order of priority (9 first) and then of submission. One that does not fit holds up no
   other. (The reservation that keeps a wide job from starving belongs in `fill`, before a later job is
   taken.)
+- The last attempt that a job has (one more loss ends it) runs alone on its worker, so that what it breaks is only
+  its own: it asks for `alone`, of which every worker has one, and fits where nothing is allocated; beside it
+  nothing fits. So that it does not wait for ever while others come, a worker that it would fit, were it empty, is
+  *kept* for its shape when its turn comes, and takes nothing else until it is empty. One worker is kept for a
+  shape at a time.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
-from routing.amounts import CPUS, SLOTS
+from routing.amounts import ALONE, CPUS, SLOTS
 from routing.request import Request
 
 #: priorities from 0 to this; higher comes first
@@ -57,6 +62,8 @@ class Reason(Enum):
     LOOK_FURTHER = "look-further"
     #: jobs with the same request wait before it
     BEHIND_SHAPE = "behind-shape"
+    #: its last attempt runs alone on a worker, and none that it would fit is empty
+    ALONE = "alone"
 
 
 class Shortage(NamedTuple):
@@ -80,7 +87,7 @@ class Refusal:
 
     They describe the worker that comes closest; "" and 0 where there is none. For `TOO_LARGE` `free` is its
     capacity. For `BEHIND_SHAPE` `asked` is the number of jobs before it. For `LOOK_FURTHER` (`free`,
-    `worker`) is the cursor.
+    `worker`) is the cursor. For `ALONE` `worker` is the one that is kept for it, "" where none is yet.
     """
 
     reason: Reason
@@ -92,16 +99,34 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Book:
-    """A worker's capacity and allocations by resource. Not `admitting`: cordoned, draining or closed."""
+    """A worker's capacity and allocations by resource. Not `admitting`: cordoned, draining or closed. `kept`: the shape
+    for which it takes nothing else, "" for none."""
 
     worker: str
     capacity: Mapping[str, int]
     allocated: Mapping[str, int]
     admitting: bool = True
+    kept: str = ""
 
     def free(self, resource: str) -> int:
         """Capacity less allocations; negative while the worker is over its capacity."""
-        return self.capacity.get(resource, 0) - self.allocated.get(resource, 0)
+        return self.capacity.get(resource, 1 if resource == ALONE else 0) - self.allocated.get(resource, 0)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is allocated: every job takes a slot."""
+        return not self.allocated.get(SLOTS, 0)
+
+    @property
+    def open(self) -> bool:
+        """Whether a request that does not ask to be alone may come: the workers in the index of the ledger."""
+        return (
+            self.admitting
+            and not self.over
+            and self.free(SLOTS) >= 1
+            and not self.allocated.get(ALONE, 0)
+            and not self.kept
+        )
 
     @property
     def over(self) -> str | None:
@@ -143,11 +168,33 @@ def split_order(number: int) -> tuple[int, int]:
     return TOP_PRIORITY - above, seq
 
 
+def is_last_chance(losses: int, most_losses: int) -> bool:
+    """Whether one more loss ends a job that has lost so many attempts. Where the first one does, every attempt is its
+    last, and none is alone."""
+    return most_losses > 1 and losses >= most_losses - 1
+
+
+def held_by(request: Request, losses: int, most_losses: int) -> Request:
+    """What the next attempt of a job holds: its request, and where it is its last chance the worker alone."""
+    if request.get(ALONE) or not is_last_chance(losses, most_losses):
+        return request
+    return Request.of({**dict(request.amounts), ALONE: 1})
+
+
+def asked_shape(shape: str) -> str:
+    """The shape of what a job asks for itself, of that of what it holds."""
+    asked = dict(Request.from_shape(shape).amounts)
+    return Request.of(asked).shape if asked.pop(ALONE, 0) else shape
+
+
 def shortages(request: Request, book: Book) -> list[Shortage]:
     """Every resource of which the worker has too little, by name; while it is over in any, only those."""
     over = [name for name in sorted(book.allocated) if book.free(name) < 0]
     if over:
         return [Shortage(name, request.get(name), book.free(name)) for name in over]
+    alone = request.get(ALONE)
+    if book.allocated.get(ALONE, 0) or (book.kept and book.kept != request.shape) or (alone and not book.empty):
+        return [Shortage(ALONE, alone, 0)]
     return [Shortage(name, amount, book.free(name)) for name, amount in request.amounts if amount > book.free(name)]
 
 
@@ -163,14 +210,14 @@ def choose(
     """Best fit among at most `candidates` workers, as one script looks at them.
 
     The candidates are the admitting workers, none over its capacity, with a free slot and enough free CPUs, in
-    order of (free CPUs, name), behind `after` where a cursor is given. The first with room for the whole request is
-    it.
+    order of (free CPUs, name), behind `after` where a cursor is given; not one on which a job is alone, or that is kept
+    for one. The first with room for the whole request is it.
     """
     admitting = [book for book in books if book.admitting]
     if not admitting:
         return Refusal(Reason.NO_WORKER)
     index = sorted(
-        ((book.free(CPUS), book.worker, book) for book in admitting if not book.over and book.free(SLOTS) >= 1),
+        ((book.free(CPUS), book.worker, book) for book in admitting if book.open),
         key=lambda row: row[:2],
     )
     asked = request.get(CPUS)
@@ -195,15 +242,18 @@ def survey(request: Request, books: Iterable[Book], ahead: int = 0) -> Admission
     if not admitting:
         return Refusal(Reason.NO_WORKER)
     for name, amount in request.amounts:
-        if not any(book.capacity.get(name, 0) for book in known):
+        if name != ALONE and not any(book.capacity.get(name, 0) for book in known):
             return Refusal(Reason.UNKNOWN_RESOURCE, name, amount)
-    empty = [replace(book, allocated={}) for book in admitting]
+    empty = [replace(book, allocated={}, kept="") for book in admitting]
     large_enough = [book for book, bare in zip(admitting, empty, strict=True) if fits(request, bare) is None]
     if not large_enough:
         return _closest(request, empty, Reason.TOO_LARGE)
     decision = choose(request, large_enough, len(large_enough))
     if isinstance(decision, Admission) and ahead:
         return Refusal(Reason.BEHIND_SHAPE, asked=ahead, worker=decision.worker)
+    if isinstance(decision, Refusal) and request.get(ALONE):
+        kept = next((book.worker for book in large_enough if book.kept == request.shape), "")
+        return Refusal(Reason.ALONE, worker=kept)
     return decision
 
 
@@ -218,30 +268,65 @@ def _closest(request: Request, books: Sequence[Book], reason: Reason) -> Refusal
     return Refusal(reason, *closest[0][0], worker=closest[1].worker) if closest else Refusal(reason)
 
 
+class Filling(NamedTuple):
+    """What one pass comes to. `kept`: the shape for which the worker is kept from now on, "" for none."""
+
+    admitted: list[Waiting]
+    kept: str
+
+
 def fill(book: Book, backlog: Iterable[Waiting], shapes: int, most: int) -> list[Waiting]:
-    """What a release (or a registration) on `book` admits, in this order: one pass of a script.
+    """What a release (or a registration) on `book` admits, in this order: one pass of a script."""
+    return fill_or_keep(book, backlog, shapes, most).admitted
+
+
+def fill_or_keep(
+    book: Book, backlog: Iterable[Waiting], shapes: int, most: int, elsewhere: Collection[str] = ()
+) -> Filling:
+    """One pass over a worker, which may come to be kept for a shape (those `elsewhere` have a worker that is).
 
     It looks at the first `shapes` shapes by the order of their first job. Again and again the first
-    waiting job of these that fits is admitted, until none fits or `most` jobs are.
+    waiting job of these that fits is admitted, until none fits or `most` jobs are, or it is the turn of one that must
+    be alone here and others run: then the worker is kept for it. A worker that is kept takes only the shape that it is
+    kept for, once it is empty; when that no longer waits, or would not fit, it is kept no more.
     """
-    if not book.admitting:
-        return []
+    if not book.admitting or book.over or not (book.kept or book.open):
+        return Filling([], book.kept)
     queues: dict[str, list[Waiting]] = {}
     # Redis breaks ties by the member's bytes; so does this.
     for waiting in sorted(backlog, key=lambda waiting: (waiting.order, waiting.job)):
         queues.setdefault(waiting.request.shape, []).append(waiting)
     heads = [(queue[0].order, shape) for shape, queue in queues.items()]
     looked_at = {shape: deque(queues[shape]) for _, shape in sorted(heads)[:shapes]}
+    if book.kept:
+        first = queues.get(book.kept)
+        if first and fits(first[0].request, replace(book, allocated={})) is None:
+            if not book.empty:
+                return Filling([], book.kept)
+            looked_at = {book.kept: deque(first)}
+        book = replace(book, kept="")
+        if not book.open:
+            return Filling([], "")
     admitted: list[Waiting] = []
     while len(admitted) < most:
         possible = [
             (queue[0].order, shape)
             for shape, queue in looked_at.items()
-            if queue and fits(queue[0].request, book) is None
+            if queue and (fits(queue[0].request, book) is None or _keeps(shape, queue[0].request, book, elsewhere))
         ]
         if not possible:
             break
-        waiting = looked_at[min(possible)[1]].popleft()
+        shape = min(possible)[1]
+        if fits(looked_at[shape][0].request, book) is not None:
+            return Filling(admitted, shape)
+        waiting = looked_at[shape].popleft()
         admitted.append(waiting)
         book = book.holding(waiting.request)
-    return admitted
+    return Filling(admitted, "")
+
+
+def _keeps(shape: str, request: Request, book: Book, elsewhere: Collection[str]) -> bool:
+    """Whether a worker on which others run is to be kept for a request that must be alone."""
+    if not request.get(ALONE) or shape in elsewhere or book.allocated.get(ALONE, 0):
+        return False
+    return fits(request, replace(book, allocated={})) is None

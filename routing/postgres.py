@@ -10,10 +10,17 @@ from routing.errors import NotMigrated, PlatformError, StoreUnavailable
 
 #: SQLSTATE of a table that does not exist, and of a column.
 NOT_THERE: Final = ("42P01", "42703")
+#: SQLSTATE of what the role may not do.
+NOT_ALLOWED: Final = "42501"
 
 
 def translate(error: DBAPIError, also: str = "") -> PlatformError:
     """An error of the driver as one of the platform; `also` goes in front of what Postgres said."""
     if getattr(error.orig, "pgcode", None) in NOT_THERE:
         return NotMigrated()
+    if getattr(error.orig, "pgcode", None) == NOT_ALLOWED:
+        return PlatformError(
+            f"{also}Postgres does not allow it: {str(error.orig).strip()}",
+            advice="Use a role that may (deploy/postgres-roles.sql).",
+        )
     return StoreUnavailable(f"{also}Postgres does not answer: {str(error.orig).strip()}")

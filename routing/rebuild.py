@@ -14,14 +14,13 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 
-from routing import backlog, enroll, keys, roster, store, stream
+from routing import backlog, enroll, keys, pull, roster, stream
 from routing.capacity import Capacity
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
 from routing.policy import order
 from routing.replies import Adopted
-from routing.states import State, Step
-from routing.store import Transition
+from routing.roster import Authority
 
 #: Seconds to wait for the live workers to say what they hold, before the backlog is filed. A worker writes its claims
 #: to Postgres within milliseconds; this covers claims that were on their way when the books were lost.
@@ -44,24 +43,38 @@ class Rebuilt:
 def open_if_cold(engine: Engine, ledger: Ledger) -> Rebuilt | None:
     """Open a new epoch when the ledger is cold, or go on with one whose opener died; None when there is nothing to do,
     or another process is doing it."""
-    if not (ledger.is_cold() or ledger.is_unfinished()):
-        return None
     with engine.connect() as connection:
-        if not roster.lock_epoch(connection):
+        if not _is_wanting(roster.read_authority(connection), ledger) or not roster.lock_epoch(connection):
             return None
         try:
-            if ledger.is_cold():
+            known = roster.read_authority(connection)
+            if not _is_wanting(known, ledger):
+                return None
+            if _is_old(known, ledger):
+                opened = ledger.opened()
                 # What the old books noted and Postgres does not have yet comes first, if the stream survived.
                 stream.apply_all(engine, ledger)
                 _wipe(ledger)
-                ledger.open(roster.next_epoch(connection))
-            elif ledger.is_unfinished():
-                ledger.epoch = roster.read_authority(connection).epoch
+                ledger.open(roster.next_epoch(connection, above=opened[0] if opened else 0))
             else:
-                return None
+                ledger.epoch = known.epoch
             return _rebuild(connection, ledger)
         finally:
             roster.unlock_epoch(connection)
+
+
+def _is_wanting(known: Authority, ledger: Ledger) -> bool:
+    """Whether there is something to do, and it is the ledger that is to decide."""
+    if known.authority != "ledger" or known.age < roster.pause(ledger.settings.confirm_interval):
+        return False
+    return _is_old(known, ledger) or ledger.is_unfinished()
+
+
+def _is_old(known: Authority, ledger: Ledger) -> bool:
+    """Whether the books are none, of another life of the server, or of another epoch than Postgres names: an older one
+    (Postgres decided meanwhile), or a newer one (Postgres was restored from a backup)."""
+    opened = ledger.opened()
+    return opened is None or opened != (known.epoch, ledger.run_id)
 
 
 def _rebuild(connection: Connection, ledger: Ledger) -> Rebuilt:
@@ -96,7 +109,7 @@ def _wipe(ledger: Ledger) -> None:
 
 _HELD: Final = text("""
 SELECT id, epoch, attempt, shape, priority, seq, losses, (extract(epoch FROM admitted_at) * 1000)::bigint,
-       (extract(epoch FROM started_at) * 1000)::bigint
+       (extract(epoch FROM started_at) * 1000)::bigint, rerun
 FROM jobs WHERE state IN ('admitted', 'running') AND incarnation = :incarnation ORDER BY id
 """)
 
@@ -117,49 +130,15 @@ def _reserve(connection: Connection, ledger: Ledger) -> tuple[list[tuple[str, st
         for start in range(0, len(found), BACKLOG_CHUNK):
             ledger.adopt(name, incarnation, found[start : start + BACKLOG_CHUNK])
         held += len(found)
-    _give_up_strangers(connection, ledger.now_ms())
+    # What Postgres says runs on a life of a worker that has ended goes back, or is lost.
+    pull.give_back(connection, pull.orphans(connection), None, "its worker has ended", ledger.settings.most_losses)
     return [(row[0], row[1]) for row in rows if row[3]], held
 
 
 def _adopted(row: Any) -> Adopted:
-    job, epoch, attempt, shape, priority, seq, losses, admitted, started = row
-    return Adopted(job, f"{epoch}.{attempt}", shape, order(priority, seq), admitted or 0, started or 0, "", losses)
-
-
-_STRANGERS: Final = text("""
-SELECT id, epoch, attempt, worker, incarnation, losses, (extract(epoch FROM admitted_at) * 1000)::bigint,
-       (extract(epoch FROM started_at) * 1000)::bigint
-FROM jobs
-WHERE state IN ('admitted', 'running') AND NOT EXISTS (
-  SELECT 1 FROM workers w WHERE w.incarnation = jobs.incarnation AND w.status IN ('ready', 'draining')
-    AND NOT EXISTS (SELECT 1 FROM workers n WHERE n.name = w.name AND n.started_at > w.started_at
-                    AND n.status IN ('ready', 'draining')))
-""")
-
-
-def _give_up_strangers(connection: Connection, now_ms: int) -> None:
-    """Jobs that Postgres says run on a life of a worker that has ended go back, to be submitted again."""
-    store.apply(
-        connection,
-        [
-            Transition(
-                job=row[0],
-                epoch=row[1],
-                attempt=row[2],
-                state=State.ACCEPTED,
-                step=Step.BACK,
-                worker=row[3] or "",
-                incarnation=row[4] or "",
-                admitted_ms=row[6] or 0,
-                started_ms=row[7] or 0,
-                at_ms=now_ms,
-                losses=row[5] + (row[7] is not None),
-                outcome="lost" if row[7] else "taken_back",
-                error="its worker has ended",
-            )
-            for row in connection.execute(_STRANGERS)
-        ],
-    )
+    job, epoch, attempt, shape, priority, seq, losses, admitted, started, rerun = row
+    place = order(priority, seq)
+    return Adopted(job, f"{epoch}.{attempt}", shape, place, admitted or 0, started or 0, "", losses, rerun)
 
 
 def _await_reports(ledger: Ledger, workers: list[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Final
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 
-from routing import backlog, books, enroll, keys, places, roster, store, stream
+from routing import backlog, books, enroll, fence, keys, places, roster, store, stream
 from routing.books import JobCard
 from routing.drift import Reconciled
 from routing.errors import StoreUnavailable
@@ -54,6 +54,7 @@ class Row:
     losses: int
     admitted_ms: int
     started_ms: int
+    rerun: bool
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -67,16 +68,19 @@ class Row:
             # An outcome that Postgres does not know. (Without one it is being cancelled on its way to the ledger.)
             unknown = card is not None and card.final and card.outcome is not None and is_newer(card, self)
             return self.state in FINAL or not unknown
+        token = f"{self.epoch}.{self.attempt}"
+        if self.step == Step.COMMITTED:
+            # It ended the job itself, and its body goes on: its worker releases it.
+            return (card.state, card.token) == (State.RUNNING, token)
         if self.state != card.state:
             return False
-        token = f"{self.epoch}.{self.attempt}"
         return self.state == State.WAITING or (card.token, card.worker) == (token, self.worker)
 
 
 _COLUMNS: Final = (
     "SELECT id, seq, state, epoch, attempt, step, worker, incarnation, shape, priority, losses, "
     "coalesce((extract(epoch FROM admitted_at) * 1000)::bigint, 0), "
-    "coalesce((extract(epoch FROM started_at) * 1000)::bigint, 0) FROM jobs "
+    "coalesce((extract(epoch FROM started_at) * 1000)::bigint, 0), rerun FROM jobs "
 )
 _OPEN: Final = text(
     _COLUMNS + "WHERE state IN ('waiting', 'admitted', 'running') AND seq > :after ORDER BY seq LIMIT :most"
@@ -108,11 +112,18 @@ def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
     result = Reconciled()
     try:
         with engine.connect() as connection:
-            ledger.epoch = roster.read_authority(connection).epoch
+            known = roster.read_authority(connection)
+            if known.authority != "ledger":
+                raise StoreUnavailable(
+                    "the ledger was lost and Postgres decides: there is nothing to compare",
+                    advice="Look at Redis: when it has answered for a while, the ledger decides again.",
+                )
+            ledger.epoch = known.epoch
             result.applied, applied = stream.apply_all(engine, ledger)
             enroll.go_on(engine, ledger, applied)
             _ledger_against_rows(connection, ledger, result)
             _rows_against_ledger(connection, ledger, result)
+            _close_committed(connection, ledger, result)
             places.check_queues(ledger, result)
             places.check_books(ledger, result)
         if result.drift:
@@ -164,6 +175,20 @@ def _rows_against_ledger(connection: Connection, ledger: Ledger, result: Reconci
         result.checked += len(rows)
         cards = books.read_cards(ledger.client, [row.id for row in rows])
         _settle(connection, ledger, [row.id for row in rows if not row.agrees(cards.get(row.id))], result)
+
+
+def _close_committed(connection: Connection, ledger: Ledger, result: Reconciled) -> None:
+    """Jobs that ended themselves, and whose worker's word was lost with the ledger."""
+    committed = fence.committed(connection)
+    for start in range(0, len(committed), CHUNK):
+        rows = committed[start : start + CHUNK]
+        cards = books.read_cards(ledger.client, [job for job, _, _ in rows])
+        on_their_way = {one.job for one in stream.read(ledger, most=ALL)}
+        for job, epoch, attempt in rows:
+            card = cards.get(job)
+            holds = card is not None and card.state != ENDED and card.token == f"{epoch}.{attempt}"
+            if not holds and job not in on_their_way and fence.close(connection, job, epoch, attempt):
+                result.note("ended by itself, and not held")
 
 
 def _settle(connection: Connection, ledger: Ledger, suspects: Sequence[str], result: Reconciled) -> None:
@@ -258,6 +283,7 @@ def _hold_again(connection: Connection, ledger: Ledger, row: Row) -> bool:
             row.started_ms,
             "",
             row.losses,
+            row.rerun,
         )
         if not ledger.adopt(row.worker, row.incarnation, [held]):
             return True

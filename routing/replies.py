@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from routing.errors import StoreUnavailable
+
 
 class LedgerClosed(Exception):
     """The ledger did not act: it is cold (`epoch` is None), or of another epoch than the caller confirmed."""
@@ -11,6 +13,10 @@ class LedgerClosed(Exception):
     def __init__(self, epoch: int | None) -> None:
         super().__init__("the ledger is cold" if epoch is None else f"the ledger is in epoch {epoch}")
         self.epoch = epoch
+
+
+class LedgerFull(StoreUnavailable):
+    """Redis has reached its `maxmemory`, and takes no more jobs. What frees memory goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +38,22 @@ class Placed:
     attempt: int
 
 
+#: A result kept in the ledger's own Redis: its key, seconds to live (0: for ever), and its text.
+Kept = tuple[str, int, bytes | str]
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """An attempt that is over, as its worker reports it. `outcome`: a final state, retried, handed_back or lost."""
+    """An attempt that is over, as its worker reports it. `outcome`: a final state, retried, handed_back or lost.
+    `results`: those that are kept in the ledger's own Redis. `outbox`: all else that is to
+    be delivered, see `routing.outbox`."""
 
     job: str
     token: str
     outcome: str
     error: str | None = None
+    outbox: str = ""
+    results: tuple[Kept, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +69,28 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The answer to a claim; times in milliseconds of the server."""
+    """The answer to a claim; times in milliseconds of the server. `verdict`: claimed, stale (or doubled), forged (the
+    message is not the one that was pushed) or unknown (no such job)."""
 
     job: str
     token: str
-    ok: bool
+    verdict: str
     admitted_ms: int | None
     started_ms: int | None
     entry: str
     losses: int
+    rerun: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """Whether the attempt may start."""
+        return self.verdict == "claimed"
 
 
 @dataclass(frozen=True, slots=True)
 class HandedOver:
-    """A job admitted and claimed in the release that made room for it; `message` with the tag of its attempt."""
+    """A job admitted and claimed in the release that made room for it; `message` with the tag of its attempt.
+    `shape`: of what it holds."""
 
     job: str
     token: str
@@ -78,6 +100,7 @@ class HandedOver:
     losses: int
     shape: str
     message: str
+    rerun: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +124,7 @@ class Adopted:
     started_ms: int
     nonce: str
     losses: int
+    rerun: bool = True
 
 
 @dataclass(frozen=True, slots=True)

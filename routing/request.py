@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from routing import amounts as _amounts
-from routing.amounts import CPUS, GPUS, MEMORY, SLOTS, Amounts
+from routing.amounts import ALONE, CPUS, GPUS, MEMORY, SLOTS, Amounts
 from routing.errors import InvalidRequest, show
 
 #: what `@app.task(…)` and `apply_async(…)` accept
@@ -85,7 +85,7 @@ class Request:
 
     def __str__(self) -> str:
         """In words: "4 CPUs, 2 GiB memory, 1 licence". The one slot is not worth a word."""
-        named = [(n, a) for n, a in self.amounts if n not in (CPUS, SLOTS) or (n == SLOTS and a > 1)]
+        named = [(n, a) for n, a in self.amounts if n not in (ALONE, CPUS, SLOTS) or (n == SLOTS and a > 1)]
         return ", ".join(_amounts.format_amount(n, a) for n, a in [(CPUS, self.get(CPUS)), *named])
 
 

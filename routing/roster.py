@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Connection, text
@@ -15,12 +16,25 @@ from routing.errors import NotMigrated
 EPOCH_LOCK: Final = 0x_CE1E_0001
 
 
+#: Intervals for which an answer about the authority is valid, counted from the sending of the question (10 s at the
+#: usual 5).
+VALID_INTERVALS: Final = 2.0
+
+
+def pause(confirm_interval: float) -> float:
+    """Seconds after a change of the authority in which nobody decides: so long others may believe what was before."""
+    return confirm_interval * VALID_INTERVALS
+
+
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """`authority`: ledger or postgres."""
+    """`authority`: ledger or postgres. `changed`: which change made it so; `age`: seconds since then, by Postgres's
+    clock (never negative, though that clock was set back)."""
 
     epoch: int
     authority: str
+    changed: datetime
+    age: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +55,59 @@ class WorkerRow:
 
 def read_authority(connection: Connection) -> Authority:
     """The one row. Raises `NotMigrated` where it is missing."""
-    row = connection.execute(text("SELECT epoch, authority FROM authority")).one_or_none()
+    row = connection.execute(
+        text(
+            "SELECT epoch, authority, changed_at, "
+            "greatest(0, extract(epoch FROM clock_timestamp() - changed_at))::float FROM authority"
+        )
+    ).one_or_none()
     if row is None:
         raise NotMigrated()
-    return Authority(row[0], row[1])
+    return Authority(*row)
 
 
-def next_epoch(connection: Connection) -> int:
-    """Begin a new epoch; the caller holds EPOCH_LOCK."""
+def next_epoch(connection: Connection, above: int = 0) -> int:
+    """Begin a new epoch, newer than `above` too; the caller holds EPOCH_LOCK. (It is no change of the authority: the
+    scripts compare it with the books, so nobody has to pause.)"""
     found = connection.execute(
-        text("UPDATE authority SET epoch = epoch + 1, changed_at = now() RETURNING epoch")
+        text("UPDATE authority SET epoch = greatest(epoch, :above) + 1 RETURNING epoch"), {"above": above}
     )
     return int(found.scalar_one())
+
+
+_TO_POSTGRES: Final = text("""
+UPDATE authority SET authority = 'postgres', epoch = epoch + 1, changed_at = clock_timestamp()
+WHERE authority = 'ledger'
+  AND EXISTS (SELECT 1 FROM workers WHERE status IN ('ready', 'draining')
+    AND seen_at > now() - make_interval(secs => :within))
+  AND NOT EXISTS (SELECT 1 FROM workers WHERE status IN ('ready', 'draining')
+    AND seen_at > now() - make_interval(secs => :within)
+    AND (ledger_lost_at IS NULL OR ledger_lost_at > now() - make_interval(secs => :lost_for)))
+RETURNING epoch
+""")
+
+
+def decide_in_postgres(connection: Connection, within: float, lost_for: float) -> int | None:
+    """Let Postgres decide, when every worker seen `within` so many seconds has been without the ledger for `lost_for`
+    seconds: one that lost it alone changes nothing. The caller holds EPOCH_LOCK. Returns the new epoch, else None."""
+    found = connection.execute(_TO_POSTGRES, {"within": within, "lost_for": lost_for}).scalar_one_or_none()
+    return None if found is None else int(found)
+
+
+_TO_LEDGER: Final = text("""
+UPDATE authority SET authority = 'ledger', epoch = epoch + 1, changed_at = clock_timestamp()
+WHERE authority = 'postgres'
+  AND NOT EXISTS (SELECT 1 FROM workers WHERE status IN ('ready', 'draining')
+    AND seen_at > now() - make_interval(secs => :within) AND ledger_lost_at IS NOT NULL)
+RETURNING epoch
+""")
+
+
+def decide_in_ledger(connection: Connection, within: float) -> int | None:
+    """Let the ledger decide again, when every worker seen `within` so many seconds reaches it. The caller holds
+    EPOCH_LOCK. Returns the new epoch, else None."""
+    found = connection.execute(_TO_LEDGER, {"within": within}).scalar_one_or_none()
+    return None if found is None else int(found)
 
 
 def lock_epoch(connection: Connection) -> bool:
@@ -68,16 +123,17 @@ def unlock_epoch(connection: Connection) -> None:
 
 _SEEN: Final = text("""
 INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, boot_id, version,
-                     started_at, seen_at)
+                     started_at, seen_at, ledger_lost_at)
 VALUES (:incarnation, :name, :cpus, :memory, CAST(:capacity AS jsonb), :status, :hostname, :pid, :boot_id, :version,
-        CAST(:started_at AS timestamptz), now())
+        CAST(:started_at AS timestamptz), now(), CASE WHEN :lost THEN now() END)
 ON CONFLICT (incarnation) DO UPDATE SET seen_at = now(), status = excluded.status, cpus = excluded.cpus,
-  memory = excluded.memory, capacity = excluded.capacity, left_at = NULL
+  memory = excluded.memory, capacity = excluded.capacity, left_at = NULL,
+  ledger_lost_at = CASE WHEN :lost THEN coalesce(workers.ledger_lost_at, now()) END
 """)
 
 
-def see_worker(connection: Connection, worker: WorkerRow, status: str) -> None:
-    """Note that a worker lives, with its capacity."""
+def see_worker(connection: Connection, worker: WorkerRow, status: str, *, ledger_lost: bool = False) -> None:
+    """Note that a worker lives, with its capacity, and whether it has lost the ledger."""
     connection.execute(
         _SEEN,
         {
@@ -92,6 +148,7 @@ def see_worker(connection: Connection, worker: WorkerRow, status: str) -> None:
             "boot_id": worker.boot_id,
             "version": worker.version,
             "started_at": worker.started_at,
+            "lost": ledger_lost,
         },
     )
 
@@ -105,6 +162,12 @@ def end_worker(connection: Connection, incarnation: str, status: str) -> None:
         ),
         {"status": status, "incarnation": incarnation},
     )
+
+
+def revive_worker(connection: Connection, incarnation: str) -> None:
+    """A worker that was given up lives after all."""
+    revived = "UPDATE workers SET status = 'ready', left_at = NULL WHERE incarnation = :incarnation AND status = 'lost'"
+    connection.execute(text(revived), {"incarnation": incarnation})
 
 
 def end_former_lives(connection: Connection, name: str, incarnation: str) -> None:
@@ -128,6 +191,19 @@ def find_worker(connection: Connection, incarnation: str) -> WorkerRow | None:
         {"incarnation": incarnation},
     ).one_or_none()
     return WorkerRow(*row) if row is not None else None
+
+
+def lives(connection: Connection, name: str, within: float) -> list[tuple[WorkerRow, float]]:
+    """The lives of one name that have not left and were seen within so many seconds, and when (seconds since 1970)."""
+    rows = connection.execute(
+        text(
+            "SELECT name, incarnation, cpus, memory, capacity, hostname, pid, boot_id, version, started_at::text, "
+            "extract(epoch FROM seen_at)::float FROM workers WHERE name = :name AND status IN ('ready', 'draining') "
+            "AND seen_at > now() - make_interval(secs => :within)"
+        ),
+        {"name": name, "within": within},
+    )
+    return [(WorkerRow(*row[:10]), row[10]) for row in rows]
 
 
 def live_workers(connection: Connection, within: float) -> list[tuple[str, str]]:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
+from routing import keys
 from routing.errors import StoreUnavailable, mask_url
-from routing.replies import LedgerClosed
+from routing.replies import LedgerClosed, LedgerFull
 from routing.scripts import load
 from routing.settings import Settings
 
 #: Seconds to wait for a connection, and for an answer.
 CONNECT_TIMEOUT: Final = 3.0
 ANSWER_TIMEOUT: Final = 5.0
+#: Milliseconds for which the trace of a probe stays.
+PROBE_MS: Final = 1000
 
 
 def connect(url: str, **options: Any) -> redis.Redis:
@@ -44,6 +49,9 @@ class LedgerServer:
         #: The epoch in which this process may act; 0 before it was confirmed.
         self.epoch = 0
         self._run_id = ""
+        #: By thread: the life of the server that its arguments name, until they are sent.
+        self._meant = threading.local()
+        self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
         self._clock_offset_ms = 0.0
         self.client = client if client is not None else connect(str(settings.redis_url))
         pool = self.client.connection_pool
@@ -53,6 +61,7 @@ class LedgerServer:
 
     def _on_connect(self, connection: Any) -> None:
         """Ask each new connection which server life it leads to, and how far the server's clock is from ours."""
+        self._connections.add(connection)
         connection.on_connect()
         connection.send_command("INFO", "server")
         text = connection.read_response()
@@ -70,12 +79,21 @@ class LedgerServer:
         after = time.time()
         self._clock_offset_ms = (int(seconds) + int(micros) / 1e6 - (before + after) / 2) * 1000
 
+    def descriptors(self) -> list[int]:
+        """The sockets of this handle, as numbers: for a child that inherited them."""
+        sockets = [getattr(connection, "_sock", None) for connection in self._connections]
+        return [found.fileno() for found in sockets if found is not None and found.fileno() >= 0]
+
     @property
     def run_id(self) -> str:
         """The server's `run_id`, as of the newest connection; connects when there is none yet."""
         if not self._run_id:
             self._guard(lambda: self.client.ping())
         return self._run_id
+
+    def probe(self) -> None:
+        """Whether the ledger can be written: raises `StoreUnavailable` where not."""
+        self._guard(lambda: self.client.set(keys.duty("probe"), "", px=PROBE_MS))
 
     def now_ms(self) -> int:
         """This process's estimate of the server's clock, in milliseconds."""
@@ -90,7 +108,8 @@ class LedgerServer:
             return action()
         except RedisError as error:
             where = mask_url(self.settings.redis_url or "")
-            raise StoreUnavailable(f"Redis at {where} does not serve: {error}") from error
+            kind = LedgerFull if isinstance(error, OutOfMemoryError) else StoreUnavailable
+            raise kind(f"Redis at {where} does not serve: {error}") from error
 
     def _call(self, name: str, *args: Any) -> list[str]:
         return self._calls([(name, args)])[0]
@@ -98,7 +117,12 @@ class LedgerServer:
     def _calls(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[list[str]]:
         """Send the calls in one round trip; each is atomic by itself. Raises the first refusal or error."""
         self.run_id  # noqa: B018 - the first use connects
+        meant, self._meant.run_id = getattr(self._meant, "run_id", ""), ""
         replies = self._guard(lambda: self._send(calls))
+        if meant and meant != self._run_id:
+            # Another thread's connection met the new life of the server first. If that came back with old books, they
+            # took these arguments for right: whoever opens the next epoch throws away what was done to them.
+            raise StoreUnavailable("the ledger's server has restarted", advice="ask again")
         results = []
         for reply in replies:
             values = [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in reply]
@@ -129,5 +153,34 @@ class LedgerServer:
         return replies
 
     def _gate(self) -> tuple[str, str]:
-        run_id = self.run_id
+        run_id = self._meant.run_id = self.run_id
         return str(self.epoch), run_id
+
+    # -- epochs --------------------------------------------------------------------------------------------------
+
+    def opened(self) -> tuple[int, str] | None:
+        """The epoch and the server life in which the ledger was opened, or None when it is cold."""
+        found = self._guard(lambda: self.client.hmget(keys.EPOCH, "epoch", "run_id"))
+        if found[0] is None or found[1] is None:
+            return None
+        return int(found[0]), found[1].decode()
+
+    def is_cold(self) -> bool:
+        """Whether nobody may admit: never opened, emptied, or another life of the server than the one it was
+        opened in (a restart may have brought back old books)."""
+        opened = self.opened()
+        return opened is None or opened[1] != self.run_id
+
+    def is_unfinished(self) -> bool:
+        """Whether the rebuild of this epoch was not carried to its end (it runs, or whoever did it died)."""
+        return bool(self._guard(lambda: self.client.hexists(keys.EPOCH, "rebuilding")))
+
+    def finish(self, epoch: int) -> None:
+        """The rebuild of this epoch is done."""
+        if self.opened() == (epoch, self.run_id):
+            self._guard(lambda: self.client.hdel(keys.EPOCH, "rebuilding"))
+
+    def open(self, epoch: int) -> None:
+        """Open an epoch on empty books."""
+        self._call("open", str(epoch), self.run_id)
+        self.epoch = epoch

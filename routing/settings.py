@@ -62,7 +62,14 @@ def _redis_url(value: str, env: str) -> str:
         raise _wrong(env, value, right) from error
     if not usable or not re.fullmatch(r"/?[0-9]*", parts.path):
         raise _wrong(env, value, right)
-    return value
+    return _verified(value, env)
+
+
+def _verified(value: str, env: str) -> str:
+    """A rediss:// URL that says itself that the server's certificate is verified, which kombu does not do unasked."""
+    if not value.startswith("rediss://") or "ssl_cert_reqs=" in value:
+        return value
+    return f"{value}{'&' if '?' in value else '?'}ssl_cert_reqs=required"
 
 
 def _database_url(value: str, env: str) -> str:
@@ -70,6 +77,9 @@ def _database_url(value: str, env: str) -> str:
     scheme, separator, rest = value.partition("://")
     if not separator or not rest or scheme not in ("postgres", "postgresql", "postgresql+psycopg2"):
         raise _wrong(env, value, f"{env} must be like postgresql://user@host:5432/name.")
+    if rest.partition("?")[0].count("@") > 1:
+        # The driver would take the rest of the password for a host, and say so in its error.
+        raise _wrong(env, value, f"An @ in the user or the password of {env} is written %40.")
     return f"postgresql+psycopg2://{rest}"
 
 
@@ -165,10 +175,10 @@ class Settings:
     )
     database_url: str | None = _setting("DATABASE_URL", "Postgres, the durable truth.", _database_url, unit="URL")
     broker_url: str | None = _setting(
-        "CELERY_BROKER_URL", "Where Celery's own messages go.", unit="URL", shown="REDIS_URL"
+        "CELERY_BROKER_URL", "Where Celery's own messages go.", _verified, unit="URL", shown="REDIS_URL"
     )
     result_backend: str | None = _setting(
-        "CELERY_RESULT_BACKEND", "Where Celery keeps results.", unit="URL", shown="REDIS_URL"
+        "CELERY_RESULT_BACKEND", "Where Celery keeps results.", _verified, unit="URL", shown="REDIS_URL"
     )
     node_name: str | None = _setting(
         "NODE_NAME",

@@ -151,6 +151,10 @@ class Step(IntEnum):
     NONE = 0
     ADMITTED = 1
     RUNNING = 2
+    #: the attempt ended the job itself, in the transaction of its effect (`routing.fence`); its body goes on
+    COMMITTED = 3
+    #: its worker is given up: what the attempt itself would write is refused
+    GIVEN_UP = 4
     ENDED = 9
     #: ended, and the job is back for another attempt. Above ENDED: a retry's row takes its outcome first,
     #: then goes back

@@ -1,4 +1,4 @@
-"""The jobs in Postgres: each function is one guarded statement on the caller's connection.
+"""What becomes of jobs, in Postgres: each function is one guarded statement on the caller's connection.
 
 State and token stand in the WHERE of every write: `(epoch, attempt, step)` only grows, and a final state has no exit.
 Statements are autocommitted one by one unless the caller opened a transaction.
@@ -6,61 +6,19 @@ Statements are autocommitted one by one unless the caller opened a transaction.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
-import psycopg2
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import DBAPIError
 
-from routing import roster
-from routing.errors import NotMigrated, storable
-from routing.request import Request
+from routing import outbox
+from routing.errors import storable
 from routing.states import FINAL, State, Step
 
 #: Characters of an error that a row keeps.
 ERROR_LENGTH: Final = 8000
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
-
-
-@lru_cache(maxsize=4096)
-def request_json(shape: str) -> str:
-    """The column `request`: the shape in people's units, as JSON."""
-    return json.dumps(Request.from_shape(shape).to_people())
-
-
-@dataclass(frozen=True, slots=True)
-class NewJob:
-    """A job as it is submitted. `message` as `routing.message` makes it."""
-
-    id: str
-    name: str
-    shape: str
-    message: bytes
-    priority: int = 0
-    declared: bool = True
-    queue: str = "celery"
-    retries: int = 0
-    nesting: int = 0
-    #: The attempt of the same job that publishes this (a retry); None where nobody says.
-    publisher: int | None = None
-    root_id: str | None = None
-    parent_id: str | None = None
-    due_at: datetime | None = None
-    expires_at: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Inserted:
-    """`seq`: the order of submission; None where the id existed. `epoch`, `authority`: as confirmed by this insert."""
-
-    seq: int | None
-    epoch: int
-    authority: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,133 +39,29 @@ class Transition:
     outcome: str = ""
     error: str = ""
     entry: str = ""
+    #: What is left to be delivered, see `routing.outbox`.
+    outbox: str = ""
+    #: The worker has told the result of the job.
+    told: bool = False
 
     @property
     def rank(self) -> tuple[int, int, int]:
         return self.epoch, self.attempt, self.step
 
 
-# The hot path of every submit: prepared once for each connection, which halves its cost in Postgres.
-_PREPARED: Final = "celery_capacity_insert_job"
-_PREPARE: Final = f"""
-PREPARE {_PREPARED} (text, text, text, text, jsonb, bytea, smallint, bool, text, int, int, text, text, timestamptz,
-                     timestamptz) AS
-INSERT INTO jobs (id, name, state, shape, request, message, priority, declared, queue, retries, nesting,
-                  root_id, parent_id, due_at, expires_at)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
-ON CONFLICT (id) DO NOTHING
-RETURNING seq, (SELECT epoch FROM authority), (SELECT authority FROM authority)
-"""
-_EXECUTE: Final = f"EXECUTE {_PREPARED} (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
-#: SQLSTATEs: a table is missing; a prepared statement is not known (a pooler gave us another session).
-_UNDEFINED_TABLE: Final = "42P01"
-_NOT_PREPARED: Final = "26000"
-
-
-def insert_job(connection: Connection, job: NewJob) -> Inserted:
-    """Make a job durable; an id that exists is left as it is (`seq` is None). Raises `NotMigrated`."""
-    state = State.SCHEDULED if job.due_at is not None else State.ACCEPTED
-    values = (
-        job.id,
-        job.name,
-        state.value,
-        job.shape,
-        request_json(job.shape),
-        job.message,
-        job.priority,
-        job.declared,
-        job.queue,
-        job.retries,
-        job.nesting,
-        job.root_id,
-        job.parent_id,
-        job.due_at,
-        job.expires_at,
-    )
-    try:
-        row = _execute_insert(connection, values)
-    except DBAPIError as error:
-        if getattr(error.orig, "pgcode", None) == _UNDEFINED_TABLE:
-            raise NotMigrated() from error
-        raise
-    if row is None:
-        known = roster.read_authority(connection)
-        return Inserted(None, known.epoch, known.authority)
-    if row[1] is None:
-        raise NotMigrated()
-    return Inserted(row[0], row[1], row[2])
-
-
-def _execute_insert(connection: Connection, values: tuple[Any, ...]) -> Any:
-    """The row that the insert returns. With the driver's own cursor: SQLAlchemy's result machinery would be a fifth of
-    the whole statement. Errors are SQLAlchemy's, and a connection that broke is given up, as it would do."""
-    cursor = connection.connection.cursor()
-    try:
-        # SQLAlchemy keeps `info` with the connection to the server, for as long as that lives.
-        if _PREPARED not in connection.info:
-            cursor.execute(_PREPARE)
-            connection.info[_PREPARED] = True
-        try:
-            cursor.execute(_EXECUTE, values)
-        except psycopg2.Error as error:
-            if error.pgcode != _NOT_PREPARED:
-                raise
-            cursor.execute(_PREPARE)
-            cursor.execute(_EXECUTE, values)
-        return cursor.fetchone()
-    except psycopg2.Error as error:
-        broken = bool(getattr(connection.connection.driver_connection, "closed", 0))
-        if broken:
-            connection.invalidate(error)
-        raise DBAPIError.instance(
-            _EXECUTE, None, error, psycopg2.Error, hide_parameters=True, connection_invalidated=broken
-        ) from error
-    finally:
-        cursor.close()
-
-
-_SUCCESSOR: Final = text(f"""
-UPDATE jobs SET successor = :message, successor_shape = :shape, successor_request = CAST(:request AS jsonb),
-  successor_retries = :retries, successor_nesting = :nesting, successor_priority = :priority,
-  successor_due_at = :due_at, successor_expires_at = :expires_at
-WHERE id = :id AND state NOT IN ({_FINAL})
-  AND (retries, nesting) < (:retries, :nesting)
-  AND (CAST(:publisher AS int) IS NULL OR attempt <= CAST(:publisher AS int))
-  AND (successor IS NULL OR (successor_retries, successor_nesting) < (:retries, :nesting))
-RETURNING state
-""")
-
-
-def put_successor(connection: Connection, job: NewJob) -> str | None:
-    """Keep a publish under an existing id as the successor of its running attempt (DESIGN: a publish is identified by
-    id, retries and nesting; equal or lower is there already). Returns the state of the row, None where refused."""
-    found = connection.execute(
-        _SUCCESSOR,
-        {
-            "id": job.id,
-            "message": job.message,
-            "shape": job.shape,
-            "request": request_json(job.shape),
-            "retries": job.retries,
-            "publisher": job.publisher,
-            "nesting": job.nesting,
-            "priority": job.priority,
-            "due_at": job.due_at,
-            "expires_at": job.expires_at,
-        },
-    ).scalar_one_or_none()
-    return str(found) if found is not None else None
-
+#: Of an attempt: that it is over is known by what came after it.
+END_LOST: Final = "its end was lost with the ledger"
 
 # A row says what its newest transition says, so the order and the batches in which they come make no difference; what
-# was before is in `attempts`. An attempt that ends while its row holds a successor does not end the job: it runs.
+# was before is in `attempts`. An attempt that ends while its row holds a successor does not end the job: it runs. One
+# that ended its job itself (`routing.fence`) has said how: its worker's word adds only what is left to be delivered.
 _APPLY: Final = text(f"""
 WITH e AS (
   SELECT * FROM unnest(CAST(:job AS text[]), CAST(:epoch AS bigint[]), CAST(:attempt AS int[]),
     CAST(:state AS text[]), CAST(:step AS smallint[]), CAST(:worker AS text[]), CAST(:incarnation AS text[]),
     CAST(:admitted AS bigint[]), CAST(:started AS bigint[]), CAST(:at AS bigint[]), CAST(:losses AS smallint[]),
-    CAST(:error AS text[]))
-  AS e (job, epoch, attempt, state, step, worker, incarnation, admitted, started, at, losses, error)
+    CAST(:error AS text[]), CAST(:outbox AS text[]))
+  AS e (job, epoch, attempt, state, step, worker, incarnation, admitted, started, at, losses, error, outbox)
 ), a AS (
   INSERT INTO attempts (job_id, epoch, attempt, worker, incarnation, admitted_at, started_at, ended_at, outcome, error)
   SELECT x.job, x.epoch, x.attempt, x.worker, x.incarnation, to_timestamp(nullif(x.admitted, 0) / 1000.0),
@@ -217,28 +71,42 @@ WITH e AS (
     CAST(:a_worker AS text[]), CAST(:a_incarnation AS text[]), CAST(:a_admitted AS bigint[]),
     CAST(:a_started AS bigint[]), CAST(:a_ended AS bigint[]), CAST(:a_outcome AS text[]), CAST(:a_error AS text[]))
   AS x (job, epoch, attempt, worker, incarnation, admitted, started, ended, outcome, error)
+  -- (An attempt that was made after the job had ended itself came too late, and leaves no trace.)
+  WHERE NOT EXISTS (SELECT 1 FROM jobs f WHERE f.id = x.job AND f.state IN ({_FINAL})
+    AND (f.epoch, f.attempt) < (x.epoch, x.attempt))
+  -- (Nor does one of old books that Postgres, which decided meanwhile, has overtaken.)
+  AND NOT EXISTS (SELECT 1 FROM attempts n WHERE n.job_id = x.job AND n.epoch > x.epoch AND n.attempt <= x.attempt)
   ON CONFLICT (job_id, epoch, attempt) DO UPDATE SET
     admitted_at = coalesce(attempts.admitted_at, excluded.admitted_at),
     started_at = coalesce(attempts.started_at, excluded.started_at),
-    ended_at = coalesce(attempts.ended_at, excluded.ended_at),
-    outcome = coalesce(attempts.outcome, excluded.outcome),
-    error = coalesce(attempts.error, excluded.error)
+    ended_at = CASE WHEN attempts.error = '{END_LOST}' THEN coalesce(excluded.ended_at, attempts.ended_at)
+                    ELSE coalesce(attempts.ended_at, excluded.ended_at) END,
+    outcome = CASE WHEN attempts.error = '{END_LOST}' THEN coalesce(excluded.outcome, attempts.outcome)
+                   ELSE coalesce(attempts.outcome, excluded.outcome) END,
+    error = CASE WHEN attempts.error = '{END_LOST}' AND excluded.outcome IS NOT NULL THEN excluded.error
+                 ELSE coalesce(attempts.error, excluded.error) END
 ), j AS (
-  SELECT jobs.id, jobs.successor IS NOT NULL AND e.step IN ({Step.ENDED.value}, {Step.BACK.value})
+  SELECT jobs.id, jobs.state IN ({_FINAL}) AS committed,
+    jobs.state NOT IN ({_FINAL}) AND jobs.successor IS NOT NULL AND e.step IN ({Step.ENDED.value}, {Step.BACK.value})
       AND e.state <> '{State.CANCELLED.value}' AS goes_on
   FROM jobs JOIN e ON jobs.id = e.job
-  WHERE (jobs.epoch, jobs.attempt, jobs.step) < (e.epoch, e.attempt, e.step) AND jobs.state NOT IN ({_FINAL})
+  WHERE (jobs.epoch, jobs.attempt, jobs.step) < (e.epoch, e.attempt, e.step) AND (jobs.state NOT IN ({_FINAL})
+    OR (jobs.step = {Step.COMMITTED.value} AND (jobs.epoch, jobs.attempt) = (e.epoch, e.attempt)))
   ORDER BY jobs.id FOR UPDATE OF jobs
 )
 UPDATE jobs SET
-  state = CASE WHEN goes_on THEN '{State.SCHEDULED.value}' ELSE e.state END,
-  epoch = e.epoch, attempt = e.attempt, step = CASE WHEN goes_on THEN {Step.BACK.value} ELSE e.step END,
-  losses = greatest(jobs.losses, e.losses),
+  state = CASE WHEN committed THEN jobs.state WHEN goes_on THEN '{State.SCHEDULED.value}' ELSE e.state END,
+  epoch = e.epoch, attempt = e.attempt,
+  step = CASE WHEN committed THEN {Step.ENDED.value} WHEN goes_on THEN {Step.BACK.value} ELSE e.step END,
+  losses = CASE WHEN committed THEN jobs.losses ELSE greatest(jobs.losses, e.losses) END,
   worker = nullif(e.worker, ''), incarnation = nullif(e.incarnation, ''),
   admitted_at = to_timestamp(nullif(e.admitted, 0) / 1000.0),
   started_at = to_timestamp(nullif(e.started, 0) / 1000.0),
-  finished_at = CASE WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN to_timestamp(e.at / 1000.0) END,
-  error = nullif(e.error, ''),
+  finished_at = CASE WHEN committed THEN jobs.finished_at
+                     WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN to_timestamp(e.at / 1000.0) END,
+  error = CASE WHEN NOT committed THEN nullif(e.error, '') END,
+  outbox = CASE WHEN committed AND e.state NOT IN ({_FINAL}) THEN '{outbox.UNTOLD}'
+                WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN nullif(e.outbox, '') END,
   due_at = CASE WHEN goes_on THEN coalesce(jobs.successor_due_at, now())
                 WHEN e.state = '{State.SCHEDULED.value}' THEN coalesce(jobs.due_at, now()) ELSE jobs.due_at END,
   message = CASE WHEN goes_on THEN jobs.successor ELSE jobs.message END,
@@ -259,7 +127,7 @@ RETURNING jobs.id, jobs.state, coalesce(jobs.due_at <= now(), false)
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A row that a transition changed. `due`: it is scheduled, and its time has come."""
+    """A row that a transition changed, or that an attempt had left to be inserted. `due`: it is to be submitted now."""
 
     job: str
     state: str
@@ -294,9 +162,11 @@ def _attempts(transitions: Iterable[Transition]) -> list[Transition]:
 
 
 def apply(connection: Connection, transitions: Sequence[Transition]) -> list[Applied]:
-    """Write transitions into `jobs` and `attempts`; one that is older than its row, or after its end, has no effect."""
+    """Write transitions into `jobs` and `attempts`; one that is older than its row, or after its end, has no effect.
+    What their attempts had left to be published is inserted first: a retry must be there before its attempt ends."""
     if not transitions:
         return []
+    published = _publish(connection, [one for one in transitions if outbox.publishes(one.outbox)])
     newest, attempts = _newest(transitions), _attempts(transitions)
     over = (Step.ENDED, Step.BACK)
     rows = connection.execute(
@@ -314,6 +184,7 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
             "at": [t.at_ms for t in newest],
             "losses": [t.losses for t in newest],
             "error": [storable(t.error, ERROR_LENGTH) for t in newest],
+            "outbox": [_outbox(t) for t in newest],
             "a_job": [t.job for t in attempts],
             "a_epoch": [t.epoch for t in attempts],
             "a_attempt": [t.attempt for t in attempts],
@@ -326,12 +197,55 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
             "a_error": [storable(t.error, ERROR_LENGTH) for t in attempts],
         },
     ).all()
-    return [Applied(row[0], row[1], row[1] == State.SCHEDULED and bool(row[2])) for row in rows]
+    _close_overtaken(connection, newest, {row[0] for row in rows})
+    return [
+        *(Applied(row[0], row[1], row[1] == State.SCHEDULED and bool(row[2])) for row in rows),
+        *(Applied(job, State.ACCEPTED, True) for job in published),
+    ]
 
 
-_CLOSE: Final = text("""
+def _close_overtaken(connection: Connection, newest: Sequence[Transition], changed: set[str]) -> None:
+    """A job that ended has no attempt that goes on: what ended one before its last may have been lost with the ledger.
+    (Should it come after all, it stands instead.)"""
+    for one in newest:
+        dropped = one.step == Step.DROPPED
+        if one.state in FINAL and one.job in changed and one.attempt + dropped > 1:
+            close_attempts(connection, one.job, one.epoch, one.attempt + dropped, one.at_ms)
+
+
+_OVERTAKEN: Final = text("""
+SELECT x.number FROM unnest(CAST(:job AS text[]), CAST(:epoch AS bigint[]), CAST(:attempt AS int[]))
+  WITH ORDINALITY AS x (job, epoch, attempt, number)
+JOIN jobs j ON j.id = x.job WHERE (j.epoch, j.attempt) > (x.epoch, x.attempt)
+""")
+
+
+def _publish(connection: Connection, transitions: Sequence[Transition]) -> list[str]:
+    """Insert what attempts left to be published, unless a newer one has their job; the ids of those that may start."""
+    if not transitions:
+        return []
+    values = {
+        "job": [t.job for t in transitions],
+        "epoch": [t.epoch for t in transitions],
+        "attempt": [t.attempt for t in transitions],
+    }
+    overtaken = set(connection.execute(_OVERTAKEN, values).scalars())
+    current = [one for number, one in enumerate(transitions, 1) if number not in overtaken]
+    return [job for one in current for job in outbox.publish(connection, one.outbox)]
+
+
+#: Ends that come about without a worker, unless `told`.
+_SILENT: Final = (State.CANCELLED, State.EXPIRED, State.LOST)
+
+
+def _outbox(transition: Transition) -> str:
+    untold = transition.state in _SILENT and not transition.told
+    return transition.outbox or (outbox.UNTOLD if untold else "")
+
+
+_CLOSE: Final = text(f"""
 UPDATE attempts SET ended_at = to_timestamp(:now / 1000.0), outcome = coalesce(outcome, 'taken_back'),
-  error = coalesce(error, 'its end was lost with the ledger')
+  error = coalesce(error, '{END_LOST}')
 WHERE job_id = :job AND ended_at IS NULL AND (epoch, attempt) < (:epoch, :attempt)
 """)
 
@@ -342,30 +256,15 @@ def close_attempts(connection: Connection, job: str, epoch: int, attempt: int, n
 
 
 _DROP: Final = text(f"""
-UPDATE jobs SET state = :state, step = {Step.DROPPED.value}, finished_at = now(), error = coalesce(:error, error)
-WHERE id = :id AND state IN ('accepted', 'scheduled') RETURNING id
+UPDATE jobs SET state = :state, outbox = '{outbox.UNTOLD}', step = {Step.DROPPED.value}, finished_at = now(),
+  error = coalesce(:error, error)
+WHERE id = :id AND (state IN ('accepted', 'scheduled')
+  OR (state = 'waiting' AND EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres')))
+RETURNING id
 """)
 
 
 def end_unfiled(connection: Connection, job: str, state: State, error: str | None = None) -> bool:
-    """End a job that is not in the ledger: `cancelled` or `expired`. False where it is (or has ended)."""
+    """End a job that is not in the ledger: `cancelled` or `expired`. False where it is (or has ended). What waits is in
+    the ledger, unless Postgres decides."""
     return connection.execute(_DROP, {"id": job, "state": state.value, "error": error}).first() is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What tells one publish under an id from another."""
-
-    seq: int
-    state: str
-    attempt: int
-    retries: int
-    nesting: int
-
-
-def identity_of(connection: Connection, job: str) -> Identity | None:
-    """The identity of a row, None where there is no such job."""
-    row = connection.execute(
-        text("SELECT seq, state, attempt, retries, nesting FROM jobs WHERE id = :id"), {"id": job}
-    ).one_or_none()
-    return Identity(*row) if row is not None else None

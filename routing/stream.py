@@ -42,6 +42,7 @@ def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
         outcome=text("outcome"),
         error=text("error"),
         entry=entry.decode(),
+        outbox=text("outbox"),
     )
 
 

@@ -104,6 +104,7 @@ jobs = Table(
         "seq",
         postgresql_where=text("state IN ('accepted', 'waiting')"),
     ),
+    Index("jobs_committed", "incarnation", postgresql_where=text("step = 3")),
     Index("jobs_outbox", "id", postgresql_where=text("outbox IS NOT NULL")),
     Index("jobs_due", "due_at", postgresql_where=text("state = 'scheduled'")),
     Index(

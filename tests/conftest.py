@@ -14,9 +14,12 @@ pytest.register_assert_rewrite("tests.fixtures")
 
 pytest_plugins = [
     "tests.fixtures.grouping",
+    "tests.fixtures.healing",
     "tests.fixtures.servers",
     "tests.fixtures.processes",
+    "tests.fixtures.proxy",
     "tests.fixtures.invariants",
+    "tests.fixtures.leasing",
     "tests.fixtures.submitting",
 ]
 

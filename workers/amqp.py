@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from celery.app.amqp import AMQP
+from celery.utils.saferepr import saferepr
 from kombu import Exchange, Queue
+from kombu.serialization import prepare_accept_content
 
+from routing.errors import InvalidRequest, mask_url
+from routing.secrets import hidden
 from workers import ticks
 from workers.router import PLATFORM_PREFIX, Router
 from workers.sender import Sender
 from workers.stores import Stores
+from workers.transport import Connection
 
 
 class _JobProducer:
@@ -52,7 +57,11 @@ class _JobProducer:
 
 class PlatformAMQP:
     """Mixed into the app's own AMQP class (`amqp_class`). `stores` belongs to the app; `private_queue` is the name of
-    the queue that this process, as a worker, consumes."""
+    the queue that this process, as a worker, consumes through the broker: '' where it takes it from the ledger's Redis
+    itself, None where this process is no worker."""
+
+    #: (Celery makes all its connections by this.)
+    Connection = Connection
 
     stores: Stores
     private_queue: str | None = None
@@ -62,18 +71,40 @@ class PlatformAMQP:
         sender = self.job_sender
 
         def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
-            if name.startswith(PLATFORM_PREFIX):
+            if name in ticks.NAMES:
                 return ticks.publish(producer, name)
+            if name.startswith(PLATFORM_PREFIX):
+                advice = f"{PLATFORM_PREFIX} begins the platform's own names."
+                raise InvalidRequest(f"no task may be named {name}", value=name, advice=advice)
             return plain(_JobProducer(producer, sender), name, message, **options)
 
         return send_task_message
+
+    def as_task_v2(
+        self, task_id: str, name: str, args: Any = None, kwargs: Any = None, *more: Any, **options: Any
+    ) -> Any:
+        """As Celery's; what logs, events and pages show of the arguments leaves out what looks secret."""
+        for what, given, most in (
+            ("argsrepr", args or (), self.argsrepr_maxsize),  # type: ignore[attr-defined]
+            ("kwargsrepr", kwargs or {}, self.kwargsrepr_maxsize),  # type: ignore[attr-defined]
+        ):
+            if options.get(what) is None:
+                levels = self.app.conf.task_repr_maxlevels  # type: ignore[attr-defined]
+                shown = saferepr(hidden(given), most, maxlevels=levels)
+                options[what] = mask_url(shown) if "://" in shown else shown
+        return super().as_task_v2(task_id, name, args, kwargs, *more, **options)  # type: ignore[misc]
 
     @property
     def job_sender(self) -> Sender:
         found: Sender | None = self.__dict__.get("_job_sender")
         if found is None:
             app = self.app  # type: ignore[attr-defined]
-            found = self.__dict__["_job_sender"] = Sender(self.stores, app.conf.task_default_queue, app.timezone)
+            found = self.__dict__["_job_sender"] = Sender(
+                self.stores,
+                app.conf.task_default_queue,
+                app.timezone,
+                prepare_accept_content(app.conf.accept_content),
+            )
         return found
 
     def flush_routes(self) -> None:
@@ -84,6 +115,9 @@ class PlatformAMQP:
         self._rtable = [*(mine or [Router(self.stores, lambda: self.app.tasks)]), *others]  # type: ignore[attr-defined]
 
     def TaskConsumer(self, channel: Any, queues: Any = None, accept: Any = None, **options: Any) -> Any:  # noqa: N802
+        if self.private_queue == "" and queues is None:
+            accept = self.app.conf.accept_content if accept is None else accept  # type: ignore[attr-defined]
+            return self.Consumer(channel, queues=[], accept=accept, **options)  # type: ignore[attr-defined]
         if self.private_queue is not None and queues is None:
             # Everything in it was admitted to this worker, and the row is durable: no acknowledgements.
             queues = [

@@ -6,14 +6,16 @@ from collections.abc import Iterable
 from typing import Any, Final, cast
 
 from celery import Celery
+from celery.app import backends
 from kombu.utils.imports import symbol_by_name
 
 from routing.errors import PlatformError
 from workers import ticks
 from workers.amqp import amqp_class
+from workers.call import checking
 from workers.control import control_class
 from workers.preflight import check_broker
-from workers.results import BACKENDS
+from workers.results import BACKENDS, backend_class
 from workers.router import Router
 from workers.stores import Resolve, Stores, resolve_running
 from workers.task import task_class
@@ -59,6 +61,8 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     app.task_cls = task_class(app.task_cls)
     app.__dict__.pop("Task", None)
     app.loader.override_backends = {**BACKENDS, **app.loader.override_backends}
+    _carry_results(app)
+    app.send_task = checking(app.send_task)
     app.add_defaults(lambda: _defaults(app, stores))
     app.on_after_finalize.connect(_finish, weak=False)
     # Here, not at the import of this module: its signals concern the worker of an installed app only.
@@ -79,6 +83,16 @@ def platform_of(app: Celery) -> Stores:
     return stores
 
 
+def _carry_results(app: Celery) -> None:
+    """Have the app make its result backend, whichever it is, with the platform's in front of it."""
+
+    def make() -> Any:
+        found, url = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+        return backend_class(found)(app=app, url=url)
+
+    app._get_backend = make
+
+
 def _as_class(of: Any) -> type:
     return cast("type", symbol_by_name(of))
 
@@ -86,7 +100,7 @@ def _as_class(of: Any) -> type:
 def _defaults(app: Celery, stores: Stores) -> dict[str, Any]:
     """What the platform asks of Celery's configuration; the app's own settings win over it."""
     settings = stores.settings
-    check_broker(str(settings.broker_url), settings)
+    check_broker(settings.broker_url)
     return {
         "broker_url": settings.broker_url,
         "result_backend": settings.result_backend,
@@ -108,8 +122,8 @@ def _defaults(app: Celery, stores: Stores) -> dict[str, Any]:
         "redis_socket_timeout": 5.0,
         "redis_socket_connect_timeout": 3.0,
         "redis_socket_keepalive": True,
-        # A connection that breaks while a result is stored must not fail a job that is done: nine tries, in the end
-        # some five seconds apart (with Celery's base of 10 ms, doubled each time), about ten seconds in all.
+        # Whoever reads a result while the backend restarts waits for it: nine tries, in the end some five seconds apart
+        # (with Celery's base of 10 ms, doubled each time), about ten seconds in all.
         "result_backend_always_retry": True,
         "result_backend_max_retries": 9,
         "task_serializer": "json",

@@ -7,21 +7,30 @@ What speaks on behalf of a job (its result, its part of a chord, what it publish
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from routing.accept import Publisher
 from routing.message import Tag
 from routing.outbox import Outbox
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """`incarnation`: the life of the worker that holds it."""
+    """`incarnation`: the life of the worker that holds it. `deferred`: this thread must not wait for a store (the
+    worker's main loop), so that all that is published goes into the outbox. `patient`: it waits for Postgres instead of
+    failing, until this returns False."""
 
     tag: Tag
     incarnation: str
+    deferred: bool = False
+    patient: Callable[[], bool] | None = None
     outbox: Outbox = field(default_factory=Outbox)
+
+    @property
+    def publisher(self) -> Publisher:
+        return Publisher(self.tag.job, self.tag.epoch, self.tag.attempt, self.incarnation)
 
 
 _here = threading.local()

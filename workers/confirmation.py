@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from datetime import datetime
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,10 +19,6 @@ from routing.errors import PlatformError
 from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
-
-#: Intervals for which an answer is valid, counted from the sending of the question (10 s at the usual 5).
-VALID_INTERVALS: Final = 2.0
-
 
 class Confirmation(threading.Thread):
     """One thread asks, all read: assignments of one value each. `on_regained` is called in this thread when the answer
@@ -34,6 +30,9 @@ class Confirmation(threading.Thread):
         self._interval = interval
         self._on_regained = on_regained
         self._valid_until = 0.0
+        #: The change of authority that was seen last, and when what it made may decide (monotonic).
+        self._changed: datetime | None = None
+        self._decides_from = 0.0
         self._wake = Wake()
         self._stopping = False
         self._said = ""
@@ -44,7 +43,15 @@ class Confirmation(threading.Thread):
     @property
     def may_admit(self) -> bool:
         """Whether this process may admit and claim through the ledger now."""
-        return self.authority == "ledger" and time.monotonic() < self._valid_until
+        return self.authority == "ledger" and self._may_decide()
+
+    @property
+    def may_pull(self) -> bool:
+        """Whether this process may take jobs from Postgres now."""
+        return self.authority == "postgres" and self._may_decide()
+
+    def _may_decide(self) -> bool:
+        return self._decides_from <= time.monotonic() < self._valid_until
 
     def ask(self) -> int:
         """Ask now, in the caller's thread; returns the epoch."""
@@ -52,8 +59,13 @@ class Confirmation(threading.Thread):
         with self._engine.connect() as connection:
             answer = roster.read_authority(connection)
         lost = self._valid_until and not self.may_admit
+        if answer.changed != self._changed:
+            # Nobody decides before all that others were told earlier has run out. Counted once, by this process's own
+            # clock: that of Postgres may be set meanwhile.
+            self._decides_from = time.monotonic() + max(0.0, roster.pause(self._interval) - answer.age)
+            self._changed = answer.changed
         self.epoch, self.authority = answer.epoch, answer.authority
-        self._valid_until = asked + self._interval * VALID_INTERVALS
+        self._valid_until = asked + roster.pause(self._interval)
         if lost and self.may_admit:
             self._on_regained()
         return answer.epoch

@@ -14,6 +14,7 @@ from celery.worker import consumer as celery_consumer
 from celery.worker import state as worker_state
 from kombu.utils.imports import symbol_by_name
 
+from routing.secrets import HIDDEN
 from workers.pools import recall_unsent
 from workers.requests import JobRequest, request_class
 from workers.runtime import Runtime, runtime_of
@@ -40,19 +41,14 @@ class Consumer(celery_consumer.Consumer):
     def update_strategies(self) -> None:
         runtime = self.runtime
         for task in self.app.tasks.values():
-            task.Request = request_class(symbol_by_name(task.Request), runtime.end_job, runtime.stopping_cold)
+            task.Request = request_class(
+                symbol_by_name(task.Request), runtime.identity.incarnation, runtime.end_job, runtime.stopping_cold
+            )
         super().update_strategies()
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         self.runtime.handle = super().create_task_handler(*args, **options)
-        self.runtime.message_of = self.message_of
         return self.runtime.arrived
-
-    def message_of(self, envelope: dict[str, Any]) -> Any:
-        """The message that kombu would have made, had the envelope come by the broker."""
-        message = self.task_consumer.channel.message_to_python(envelope)
-        message.accept = self.task_consumer.accept
-        return message
 
     def register_with_event_loop(self, hub: Any) -> None:
         super().register_with_event_loop(hub)
@@ -62,11 +58,20 @@ class Consumer(celery_consumer.Consumer):
         if maintain is not None:
             hub.call_repeatedly(CHILDREN_EVERY, maintain)
 
+    def on_ready(self) -> None:
+        """A process of the pool that was killed while the worker joined is replaced, as any later one is: Celery would
+        end the worker, for it takes the pool for one that cannot start."""
+        super().on_ready()
+        maintain = getattr(getattr(self.pool, "_pool", None), "maintain_pool", None)
+        if maintain is not None:
+            maintain()
+
     def on_close(self) -> None:
         """Instead of Celery's, which drops what the broker would deliver again. Here nobody would: over a lost
         connection everything goes on, and at the stop what has provably not started is handed back. What was given to
         the pool runs to its end, and says so itself."""
         if self.blueprint.state == RUN:
+            self.runtime.detach()
             return
         self.runtime.stop_starting()
         if self.controller is not None and self.controller.semaphore is not None:
@@ -77,20 +82,24 @@ class Consumer(celery_consumer.Consumer):
                 worker_state.task_ready(request)
                 request.hand_back()
 
-    # Messages that never become a request end their job here.
+    # Messages that never become a request end their job here. Celery would write their bodies into the log.
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
-        self.runtime.refuse(message, f"the worker does not know this task: {exc}")
-        super().on_unknown_task(body, message, exc)
+        with self.runtime.refusing(message, f"the worker does not know this task: {exc}"):
+            super().on_unknown_task(HIDDEN, message, exc)
 
     def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
-        self.runtime.refuse(message, f"invalid task: {exc}")
-        super().on_invalid_task(body, message, exc)
+        with self.runtime.refusing(message, f"invalid task: {exc}"):
+            super().on_invalid_task(HIDDEN, message, exc)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        self.runtime.refuse(message, f"undecodable message: {exc}")
-        super().on_decode_error(message, exc)
+        with self.runtime.refusing(message, f"undecodable message: {exc}"):
+            logger.critical(
+                "a message cannot be decoded (%s, %s, %d bytes): %s",
+                *(message.content_type, message.content_encoding, len(message.body), exc),
+            )
+            message.ack()
 
     def on_unknown_message(self, body: Any, message: Any) -> None:
-        self.runtime.refuse(message, "not a task message")
-        super().on_unknown_message(body, message)
+        with self.runtime.refusing(message, "not a task message"):
+            super().on_unknown_message(HIDDEN, message)

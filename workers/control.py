@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from celery.app.control import Control
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from routing import roster, store, stream
 from routing.errors import StoreUnavailable
+from routing.names import check_job_id
+from routing.postgres import translate
 from routing.replies import Cancelled, LedgerClosed
 from routing.states import State
 from workers.stores import Stores
+from workers.undelivered import deliver_rows
 
 #: The text of the error, and of the exception that the result carries, as Celery has it.
 REVOKED = "revoked"
@@ -31,23 +36,32 @@ class PlatformControl:
     ) -> Any:
         """Revoke jobs. One that waits or is scheduled ends at once, for good, with the result REVOKED; of one that a
         worker holds the worker is told, as Celery does (`terminate` ends its process)."""
-        ids = [task_id] if isinstance(task_id, str) else list(task_id)
-        for job in ids:
-            if end_before_start(self.stores, job, State.CANCELLED, REVOKED):
-                self.app.backend.mark_as_revoked(job, REVOKED, store_result=True)  # type: ignore[attr-defined]
+        ids = [check_job_id(one) for one in ([task_id] if isinstance(task_id, str) else task_id)]
+        ended = [job for job in ids if end_before_start(self.stores, job, State.CANCELLED, REVOKED)]
+        if ended:
+            # (What the backend does not take now, a worker's duty brings.)
+            deliver_rows(self.app, self.stores, ended)  # type: ignore[attr-defined]
         return super().revoke(task_id, destination=destination, terminate=terminate, signal=signal, **kwargs)  # type: ignore[misc]
 
 
 def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool:
     """End a job that no worker holds, as cancelled or expired. False where a worker holds it, or it has ended."""
-    with stores.engine.connect() as connection:
-        stores.ledger.epoch = stores.ledger.epoch or store_epoch(connection)
-        cancelled = _cancel(stores, connection, job, state, error)
-        if cancelled.entry is not None:
-            # Perhaps no worker lives that would write it.
-            stream.apply_entry(stores.engine, stores.ledger, cancelled.entry)
-            return True
-        return cancelled.verdict == "missing" and store.end_unfiled(connection, job, state, error)
+    try:
+        with stores.engine.connect() as connection:
+            known = roster.read_authority(connection)
+            if known.authority == "postgres":
+                return store.end_unfiled(connection, job, state, error)
+            stores.ledger.epoch = known.epoch
+            cancelled = _cancel(stores, connection, job, state, error)
+            if cancelled.entry is not None:
+                # Perhaps no worker lives that would write it.
+                stream.apply_entry(stores.engine, stores.ledger, cancelled.entry)
+                return True
+            return cancelled.verdict == "missing" and store.end_unfiled(connection, job, state, error)
+    except DBAPIError as problem:
+        raise translate(problem, f"job {job} was not ended: ") from problem
+    except PoolTimeout as problem:
+        raise StoreUnavailable(f"job {job} was not ended: no connection to Postgres was free") from problem
 
 
 def _cancel(stores: Stores, connection: Any, job: str, state: State, error: str) -> Cancelled:

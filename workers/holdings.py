@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+from routing.capacity import Capacity
 from routing.policy import Book, fits
 from routing.replies import Adopted
 from routing.request import Request
@@ -22,6 +23,7 @@ class Holding:
     admitted_ms: int = 0
     started_ms: int = 0
     losses: int = 0
+    rerun: bool = True
     ended: bool = False
 
     def as_adopted(self) -> Adopted:
@@ -35,6 +37,7 @@ class Holding:
             self.started_ms,
             self.nonce,
             self.losses,
+            self.rerun,
         )
 
 
@@ -45,15 +48,20 @@ class Holdings:
     capacity: Mapping[str, int]
     #: By job and token: an attempt that lost its lease may still run beside a newer one of the same job.
     _held: dict[tuple[str, str], Holding] = field(default_factory=dict)
+    #: Those of them of which the ledger said that they lost their lease.
+    _strays: set[tuple[str, str]] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def book(self) -> Book:
+        """What runs here beside the capacity, as a book."""
+        book = Book("", self.capacity, {})
+        for holding in self.running():
+            book = book.holding(holding.request)
+        return book
 
     def admits(self, requests: Mapping[str, Request]) -> set[str]:
         """Which of these jobs fit beside what runs, taken in their order."""
-        with self._lock:
-            book = Book("", self.capacity, {})
-            for holding in self._held.values():
-                if not holding.ended:
-                    book = book.holding(holding.request)
+        book = self.book()
         fitting = set()
         for job, request in requests.items():
             if fits(request, book) is None:
@@ -77,7 +85,24 @@ class Holdings:
     def remove(self, job: str, token: str) -> Holding | None:
         """The release was answered."""
         with self._lock:
+            self._strays.discard((job, token))
             return self._held.pop((job, token), None)
+
+    def disown(self, jobs: Collection[str]) -> None:
+        """The attempts of these jobs that are held have lost their lease. Their bodies go on, and take up room."""
+        with self._lock:
+            self._strays |= {(job, token) for job, token in self._held if job in jobs}
+
+    def left_of(self, capacity: Capacity) -> Capacity:
+        """The part of a capacity that is not taken up by attempts which lost their lease: the books know nothing of
+        those, and would offer their room again and again."""
+        with self._lock:
+            strays = [one for key, one in self._held.items() if key in self._strays and not one.ended]
+        left = dict(capacity.amounts)
+        for stray in strays:
+            for name, amount in stray.request.amounts:
+                left[name] = max(0, left.get(name, 0) - amount)
+        return Capacity.of(left)
 
     def jobs(self) -> list[str]:
         """All that is held, also what has ended and is not released yet: the list for the heartbeat."""

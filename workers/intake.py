@@ -1,7 +1,7 @@
 """What a worker hears besides its own queue: beat's ticks, and messages of producers that know nothing of the platform.
 
 A thread with a broker connection of its own, outside the main loop: a full pool does not delay it. Messages in the
-default queue are enrolled as jobs and acknowledged after the commit.
+default queue are enrolled as jobs and acknowledged after the commit; those that cannot be are set aside.
 """
 
 from __future__ import annotations
@@ -14,9 +14,23 @@ from typing import Any, Final
 from celery import Celery
 from kombu import Consumer
 from kombu.exceptions import OperationalError
+from sqlalchemy.exc import DBAPIError
 
-from routing.errors import InvalidRequest, NotAccepted, OutcomeUnknown, PlatformError, Unsupported
+from routing.errors import (
+    BacklogFull,
+    InvalidRequest,
+    LeaseLost,
+    NotAccepted,
+    OutcomeUnknown,
+    PlatformError,
+    Unsupported,
+)
+from routing.secrets import hidden_headers
 from workers import ticks
+from workers.transport import raw_of, receiving
+
+#: Of SQLSTATEs: the classes of errors that lie in the data, and will lie there the next time.
+DATA_ERRORS: Final = ("22", "23")
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +71,9 @@ class Intake(threading.Thread):
                     logger.warning("intake: the broker does not answer: %s", error)
                 self._ending.wait(RETRY_AFTER)
             except Exception:
-                # One message that nobody can read (it was taken from the queue already) must not make this worker deaf.
-                logger.exception("intake: a message could not be read and is set aside")
+                # Whatever it was, it must not make this worker deaf.
+                logger.exception("intake: begins anew")
+                self._ending.wait(RETRY_AFTER)
 
     def _recoverable(self) -> tuple[type[BaseException], ...]:
         connection = self._app.connection_for_read()
@@ -79,43 +94,71 @@ class Intake(threading.Thread):
                 except TimeoutError:
                     continue
 
-    def _consumer(
-        self, channel: Any, queues: list[Any], on_message: Callable[[Any], None], *, no_ack: bool
-    ) -> Any:
-        return Consumer(channel, queues=queues, on_message=on_message, no_ack=no_ack, accept=["json"])
+    def _consumer(self, channel: Any, queues: list[Any], on_message: Callable[[Any], None], *, no_ack: bool) -> Any:
+        return Consumer(
+            channel,
+            queues=queues,
+            on_message=on_message,
+            on_decode_error=self._refuse,
+            no_ack=no_ack,
+            accept=["json"],
+        )
 
     def _tick(self, message: Any) -> None:
-        payload = message.payload
+        try:
+            payload = message.payload
+        except Exception as error:
+            # Celery's decoders raise what they like.
+            self._refuse(message, error)
+            return
         name = payload.get("tick") if isinstance(payload, dict) else None
         if isinstance(name, str):
             self._on_tick(name)
+
+    def _refuse(self, message: Any, error: Exception | str) -> None:
+        """Set a message aside: as it is, it can never be a job."""
+        delivery = getattr(message, "delivery_info", None) or {}
+        queue = str(delivery.get("routing_key") or self._app.conf.task_default_queue)
+        receiving.set_aside(raw_of(message), queue, str(error) or type(error).__name__)
+        message.ack()
 
     def _enroll(self, message: Any) -> None:
         """Make a job of a plain message. One that cannot be one is set aside; one that cannot be stored now is left."""
         headers = message.headers
         if not isinstance(headers, dict) or "task" not in headers or "id" not in headers:
-            logger.error(
-                "a message in the default queue is not a task message (protocol 2) and is set aside: %.200r",
-                headers,
-            )
-            message.ack()
+            self._refuse(message, "not a task message (protocol 2)")
             return
-        body = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
         try:
+            body = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
+            if getattr(message, "was_compressed", False):
+                headers = {name: value for name, value in headers.items() if name != "compression"}
             self._app.amqp.job_sender.accept_raw(
                 body,
                 message.content_type,
                 message.content_encoding,
-                headers,
+                hidden_headers(headers),
                 self._app.conf.task_default_queue,
                 dict(message.properties),
             )
-        except (InvalidRequest, Unsupported, ValueError, TypeError) as error:
-            logger.error("message %s in the default queue is set aside: %s", headers.get("id"), error)
-            message.ack()
+        except (InvalidRequest, LeaseLost, Unsupported) as error:
+            # (What says that it is a retry, of an attempt that is not the job's any more, is no less final.)
+            self._refuse(message, error)
         except (NotAccepted, OutcomeUnknown, PlatformError) as error:
-            logger.warning("message %s is left in the default queue: %s", headers.get("id"), error)
+            if _lies_in_the_data(error):
+                self._refuse(message, error)
+                return
+            logger.warning("a message is left in the default queue: %s", error)
             message.requeue()
             self._ending.wait(RETRY_AFTER)
+        except Exception as error:
+            # Headers are whatever somebody wrote into them; no use of theirs may end the intake.
+            self._refuse(message, f"no job can be made of it: {error!r}")
         else:
             message.ack()
+
+
+def _lies_in_the_data(error: PlatformError) -> bool:
+    """Whether Postgres refuses this job whenever it is asked."""
+    cause = error.__cause__
+    code = getattr(cause.orig, "pgcode", None) if isinstance(cause, DBAPIError) else None
+    return not isinstance(error, BacklogFull) and str(code or "")[:2] in DATA_ERRORS

@@ -13,29 +13,36 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from routing.errors import StoreUnavailable, storable
 from routing.ledger import Ledger
 from routing.message import Tag
-from routing.replies import Claimed, Ended, HandedOver, LedgerClosed, Released
+from routing.policy import held_by
+from routing.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
 from routing.request import Request
 from routing.states import Step
 from routing.store import Transition
 from workers.confirmation import Confirmation
+from workers.ends import End, PostgresEnds
 from workers.holdings import Holding, Holdings
 from workers.identity import Identity
 from workers.recorder import Recorder
+from workers.transport import digest_of, raw_of
 from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 
-#: Attempts that a job may lose together with their workers or children, before it ends as lost.
-MOST_LOSSES: Final = 3
 #: Seconds between tries while the ledger does not answer, or while this process may not claim.
 RETRY_AFTER: Final = 0.25
 #: Jobs settled in one round trip.
 MOST: Final = 200
+#: Why a message that arrived is set aside, by the verdict on its claim.
+NOT_OURS: Final = {
+    "forged": "job {0.job}: the message is not that of attempt {0.token}; its own is delivered again",
+    "unknown": "there is no job {0.job}",
+}
 #: Characters of an error that are kept.
 ERROR_LENGTH: Final = 8000
 
@@ -50,14 +57,6 @@ class Arrival:
     nonce: str
 
 
-@dataclass(frozen=True, slots=True)
-class End:
-    """The end of a body. `on_lost` is called when the job ended as lost: its result must say so."""
-
-    ended: Ended
-    on_lost: Callable[[], None] | None = None
-
-
 class LedgerThread(threading.Thread):
     """`arrive` and `end` never block and may be called in any thread. `start_job` is called in this thread."""
 
@@ -68,9 +67,13 @@ class LedgerThread(threading.Thread):
         confirmation: Confirmation,
         holdings: Holdings,
         recorder: Recorder,
+        record: Callable[[Sequence[Transition]], None],
         start_job: Callable[[Any], None],
         on_closed: Callable[[], None],
         exclusive: threading.Lock,
+        in_postgres: PostgresEnds,
+        set_aside: Callable[[bytes, str, str], None],
+        tell_late: Callable[[str, str, str], None],
     ) -> None:
         super().__init__(name="ledger", daemon=True)
         self._ledger = ledger
@@ -78,9 +81,15 @@ class LedgerThread(threading.Thread):
         self._confirmation = confirmation
         self._holdings = holdings
         self._recorder = recorder
+        self._record = record
         self._start_job = start_job
         self._on_closed = on_closed
         self._exclusive = exclusive
+        self._in_postgres = in_postgres
+        self._set_aside = set_aside
+        self._tell_late = tell_late
+        #: Called when the ledger does not know what this worker holds: its lease was lost, or the ledger's key.
+        self.on_missing: Callable[[], None] = lambda: None
         self._arrivals: deque[Arrival] = deque()
         self._ends: deque[End] = deque()
         self._nonces = itertools.count()
@@ -90,6 +99,8 @@ class LedgerThread(threading.Thread):
         self._stopping = False
         self._unsure = False
         self._refused: set[str] = set()
+        #: What was claimed by an answer after which this process might not decide any more.
+        self._late: list[tuple[Holding, str, Any]] = []
         self._retry_at = 0.0
 
     # -- called by others ----------------------------------------------------------------------------------------
@@ -106,11 +117,15 @@ class LedgerThread(threading.Thread):
         outcome: str,
         error: str | None = None,
         on_lost: Callable[[], None] | None = None,
+        outbox: str = "",
+        results: tuple[Kept, ...] = (),
+        whole: Callable[[], str] | None = None,
     ) -> bool:
         """An attempt is over. The first call for it counts; False for the others."""
         if not self._holdings.end(job, token):
             return False
-        self._ends.append(End(Ended(job, token, outcome, storable(error or "", ERROR_LENGTH)), on_lost))
+        ended = Ended(job, token, outcome, storable(error or "", ERROR_LENGTH), outbox, results)
+        self._ends.append(End(ended, on_lost, whole))
         self._wake.set()
         return True
 
@@ -130,10 +145,12 @@ class LedgerThread(threading.Thread):
     def run(self) -> None:
         while True:
             offering = bool(self._refused) and time.monotonic() >= self._retry_at and self._confirmation.may_admit
+            if self._late:
+                self._start_late()
             if not (self._arrivals or self._ends or offering):
                 if self._stopping:
                     return
-                self._wake.wait(RETRY_AFTER if self._refused else 60.0)
+                self._wake.wait(RETRY_AFTER if self._refused or self._late else 60.0)
                 continue
             try:
                 # Not while the worker registers in a new epoch: before the books know what it holds, its ends would
@@ -159,6 +176,12 @@ class LedgerThread(threading.Thread):
 
     def _settle(self) -> bool:
         """Settle what is pending; what was not answered stays pending. False where there was nothing it could do."""
+        if self._in_postgres.decides:
+            return self._in_postgres.settle(self._ends, self._arrivals)
+        if self._confirmation.epoch != self._ledger.epoch:
+            # Until this worker is in the epoch that Postgres names, its ends are news to other books than these.
+            self._on_closed()
+            return False
         may_claim = self._confirmation.may_admit
         ends = [self._ends[i] for i in range(min(MOST, len(self._ends)))]
         arrivals = [self._arrivals[i] for i in range(min(MOST, len(self._arrivals)))] if may_claim else []
@@ -166,19 +189,14 @@ class LedgerThread(threading.Thread):
             self._recover()
         if not ends and not arrivals:
             return False
-        fitting = self._holdings.admits({one.tag.job: one.request for one in arrivals})
-        claims = [one for one in arrivals if one.tag.job in fitting]
-        refused = [
-            self._refuse(one.tag.job, one.tag.token, one.request) for one in arrivals if one.tag.job not in fitting
-        ]
         # From here to the answer: what it hands over may be lost with it.
         self._unsure = True
         settled = self._ledger.settle(
             self._identity.name,
             self._identity.incarnation,
-            ended=[one.ended for one in ends] + refused,
-            arrived=[(one.tag.job, one.tag.token, one.nonce) for one in claims],
-            most_losses=MOST_LOSSES,
+            ended=[one.ended for one in ends],
+            arrived=[(one.tag.job, one.tag.token, one.nonce, digest_of(one.message)) for one in arrivals],
+            most_losses=self._ledger.settings.most_losses,
             admit=may_claim and not self._refused,
             nonce="" if self.draining else f"{self._identity.pid}.{next(self._nonces)}",
         )
@@ -187,11 +205,11 @@ class LedgerThread(threading.Thread):
             self._ends.popleft()
         for _ in arrivals:
             self._arrivals.popleft()
-        transitions = self._after_release(settled.released, {one.ended.job: one for one in ends})
-        transitions += self._after_claim(claims, settled.claimed)
+        transitions = self._after_release(settled.released, {(one.ended.job, one.ended.token): one for one in ends})
+        transitions += self._after_claim(arrivals, settled.claimed)
         transitions += self._take_over(settled.handed_over)
         if transitions:
-            self._recorder.add(transitions)
+            self._record(transitions)
         return True
 
     def _recover(self) -> None:
@@ -199,7 +217,7 @@ class LedgerThread(threading.Thread):
         known = [*self._holdings.jobs(), *(one.tag.job for one in self._arrivals)]
         handed_over = self._ledger.recover(self._identity.name, self._identity.incarnation, known)
         self._unsure = False
-        self._recorder.add(self._take_over(handed_over))
+        self._record(self._take_over(handed_over))
 
     def _take_over(self, handed_over: Sequence[HandedOver]) -> list[Transition]:
         """Start what a release admitted here, unless it does not fit by this worker's own count."""
@@ -207,23 +225,40 @@ class LedgerThread(threading.Thread):
         for one in handed_over:
             request = Request.from_shape(one.shape)
             fits = bool(self._holdings.admits({one.job: request}))
-            holding = Holding(one.job, one.token, request, "", one.admitted_ms, one.started_ms, one.losses)
+            holding = Holding(one.job, one.token, request, "", one.admitted_ms, one.started_ms, one.losses, one.rerun)
             self._holdings.add(holding)
             if fits:
-                transitions.append(running(self._identity, holding, one.entry))
-                self._start_job(one.message)
+                transitions += self._start(holding, one.entry, one.message)
             else:
                 self._refuse(one.job, one.token, request)
-                self.end(one.job, one.token, "handed_back")
         return transitions
 
-    def _refuse(self, job: str, token: str, request: Request) -> Ended:
+    def _start(self, holding: Holding, entry: str, message: Any) -> list[Transition]:
+        """Start a body, if this process may still decide: the answer may have been so late that another authority has
+        the job. What it says to Postgres."""
+        if not (self._confirmation.may_admit and self._confirmation.epoch == self._ledger.epoch):
+            self._late.append((holding, entry, message))
+            return []
+        self._start_job(message)
+        return [running(self._identity, holding, entry)]
+
+    def _start_late(self) -> None:
+        """What came too late starts when this process may decide again in the same epoch, and goes back in another."""
+        late, self._late = self._late, []
+        left = self._in_postgres.decides or self._confirmation.epoch != self._ledger.epoch
+        for holding, entry, message in late:
+            if left or not holding.token.startswith(f"{self._ledger.epoch}."):
+                self.end(holding.job, holding.token, "handed_back", "its admission came too late")
+            else:
+                self._record(self._start(holding, entry, message))
+
+    def _refuse(self, job: str, token: str, request: Request) -> None:
         """Hand a job back: by this worker's own count (which has attempts that lost their lease and still run) it does
         not fit. Nothing is admitted here for a moment, or the books would offer it again at once, for ever."""
         logger.warning("job %s would exceed this worker's capacity by its own count: handed back", job)
         self._refused.add(request.shape)
         self._retry_at = time.monotonic() + RETRY_AFTER
-        return Ended(job, token, "handed_back")
+        self.end(job, token, "handed_back")
 
     def _offer_again(self) -> None:
         """The moment is over: what was handed back finds its place, here or elsewhere."""
@@ -232,11 +267,12 @@ class LedgerThread(threading.Thread):
             self._ledger.place(shape)
         self._ledger.fill(self._identity.name)
 
-    def _after_release(self, released: list[Released], ends: dict[str, End]) -> list[Transition]:
+    def _after_release(self, released: list[Released], ends: dict[tuple[str, str], End]) -> list[Transition]:
         transitions = []
         now = self._ledger.now_ms()
         for one in released:
             holding = self._holdings.remove(one.end.job, one.end.token)
+            end = ends.get((one.end.job, one.end.token))
             if one.verdict == "stale":
                 logger.warning(
                     "job %s: attempt %s no longer held its lease; its end (%s) is refused",
@@ -244,34 +280,46 @@ class LedgerThread(threading.Thread):
                     one.end.token,
                     one.end.outcome,
                 )
+                self.on_missing()
+                if one.end.outcome == "succeeded" and end is not None:
+                    late = end.whole() if end.whole is not None else one.end.outbox
+                    self._recorder.call(partial(self._tell_late, one.end.job, one.end.token, late))
                 continue
-            end = ends.get(one.end.job)
             if one.state == "lost" and end is not None and end.on_lost is not None:
                 self._recorder.call(end.on_lost)
             if holding is not None:
                 transitions.append(self._transition(holding, one.state, one.end, one.entry, now))
         return transitions
 
-    def _after_claim(self, claims: list[Arrival], claimed: list[Claimed]) -> list[Transition]:
+    def _after_claim(self, arrivals: list[Arrival], claimed: list[Claimed]) -> list[Transition]:
+        """Start what was claimed, unless it does not fit by this worker's own count. (Only the claim tells whether a
+        message may be believed.)"""
         transitions = []
-        for arrival, claim in zip(claims, claimed, strict=True):
+        for arrival, claim in zip(arrivals, claimed, strict=True):
+            if claim.verdict in ("forged", "unknown"):
+                self._set_aside(raw_of(arrival.message), self._identity.queue, NOT_OURS[claim.verdict].format(claim))
+                continue
             if not claim.ok:
                 logger.info(
                     "job %s: a stale or doubled message of attempt %s is dropped", claim.job, claim.token
                 )
                 continue
+            fits = bool(self._holdings.admits({claim.job: arrival.request}))
             holding = Holding(
                 claim.job,
                 claim.token,
-                arrival.request,
+                held_by(arrival.request, claim.losses, self._ledger.settings.most_losses),
                 arrival.nonce,
                 claim.admitted_ms or 0,
                 claim.started_ms or 0,
                 claim.losses,
+                claim.rerun,
             )
             self._holdings.add(holding)
-            transitions.append(running(self._identity, holding, claim.entry))
-            self._start_job(arrival.message)
+            if fits:
+                transitions += self._start(holding, claim.entry, arrival.message)
+            else:
+                self._refuse(claim.job, claim.token, arrival.request)
         return transitions
 
     def _transition(self, holding: Holding, state: str, end: Ended, entry: str, now: int) -> Transition:
@@ -292,6 +340,9 @@ class LedgerThread(threading.Thread):
             outcome=end.outcome,
             error=end.error or "",
             entry=entry,
+            # (A job that runs again has nothing to deliver but what it published itself, its retry.)
+            outbox="" if end.outcome == "handed_back" or (end.outcome == "lost" and back) else end.outbox,
+            told=True,
         )
 
 

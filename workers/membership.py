@@ -10,22 +10,27 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from redis.exceptions import OutOfMemoryError
 from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
 
-from routing import keys, roster
+from routing import fence, keys, roster
 from routing.amounts import format_cpus
 from routing.books import text
 from routing.capacity import Capacity
 from routing.errors import NameTaken
 from routing.ledger import Ledger
+from routing.postgres import translate
 from routing.replies import Taken
-from routing.request import Request
 from routing.roster import WorkerRow
+from routing.takeback import take_back
+from workers import orphans
 from workers.confirmation import Confirmation
 from workers.holdings import Holdings
 from workers.identity import Identity, is_known_dead
-from workers.ledger_thread import MOST_LOSSES, running
+from workers.ledger_thread import running
 from workers.recorder import Recorder
+from workers.router import Declarations
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +57,15 @@ class Membership:
         self._confirmation = confirmation
         self.identity = identity
         self.draining = False
+        #: What is published.
         self._capacity: Capacity | None = None
-        self._declared: Mapping[str, Request] = {}
-        self._seen_until = 0.0
+        #: What there is: more than is published while attempts run here that lost their lease.
+        self._measured: Capacity | None = None
+        self._declared: Declarations = {}
+        #: When the newest heartbeat for Postgres was made (monotonic).
+        self._seen_at = 0.0
+        #: What Postgres was told last: whether this worker has lost the ledger.
+        self._told_lost = False
 
     @property
     def registered(self) -> bool:
@@ -92,6 +103,21 @@ class Membership:
                 )
             pause.wait(0.05)
 
+    def claim_name_in_postgres(self) -> None:
+        """The same without the ledger: a life that may be alive is given up when Postgres has not seen it for the TTL;
+        one that is seen again meanwhile is a twin. (Without the ledger each is seen every renew interval.)"""
+        pause, known = threading.Event(), dict[str, float]()
+        while True:
+            with self._engine.connect() as connection:
+                rows = roster.lives(connection, self.identity.name, self._ledger.settings.worker_ttl)
+            lives = [(row, seen) for row, seen in rows if not is_known_dead(row, self.identity.boot_id)]
+            if not lives:
+                return
+            for row, seen in lives:
+                if known.setdefault(row.incarnation, seen) != seen:
+                    raise self._taken(row.incarnation)
+            pause.wait(0.2)
+
     def _lease(self) -> tuple[str, int] | None:
         """(incarnation, end of the lease) of whoever has the name in a ledger that is open."""
         incarnation, lease = self._ledger.client.hmget(keys.book(self.identity.name), "incarnation", "lease")
@@ -115,17 +141,24 @@ class Membership:
     # -- joining -------------------------------------------------------------------------------------------------
 
     def register(
-        self, capacity: Capacity, declared: Mapping[str, Request], challenge: Callable[[], None]
+        self, capacity: Capacity, declared: Declarations, challenge: Callable[[], None]
     ) -> int:
         """Publish the capacity in the epoch that Postgres confirms; returns how many waiting jobs were admitted.
 
         Whatever the name's former life still holds is taken back first. Raises `NameTaken`, `LedgerClosed`.
         """
-        self._capacity, self._declared = capacity, declared
+        self._capacity, self._measured, self._declared = capacity, capacity, declared
         epoch = self._confirmation.ask()
         # Postgres knows the worker before the ledger does: a rebuild begins with what it knows.
         self._write_seen("ready")
         return self._register(epoch, "ready", challenge)
+
+    def register_in_postgres(self, capacity: Capacity, declared: Declarations, *, ledger_lost: bool) -> None:
+        """Join without the ledger: the heartbeat registers there too, when it can."""
+        self._capacity, self._measured, self._declared = capacity, capacity, declared
+        self._told_lost = ledger_lost
+        self._write_seen("ready")
+        self._write_former_lives()
 
     def _register(self, epoch: int, status: str, challenge: Callable[[], None]) -> int:
         assert self._capacity is not None, "register comes first"
@@ -139,6 +172,7 @@ class Membership:
                 self._capacity.shape,
                 self._view(full=True),
                 status,
+                admit=self._confirmation.may_admit,
             )
             if not isinstance(reply, Taken):
                 break
@@ -155,10 +189,9 @@ class Membership:
     def _take_over(self, incarnation: str) -> None:
         name = self.identity.name
         logger.warning("the former life of worker %s is over: its jobs are taken back", name)
+        orphans.see_to(self._row(incarnation), self.identity.boot_id)
         self._ledger.condemn(name, incarnation)
-        lapsed = self._ledger.lapse(name, 0, MOST_LOSSES)
-        with self._engine.connect() as connection:
-            roster.end_worker(connection, incarnation, "lost")
+        lapsed = take_back(self._engine, self._ledger, name, incarnation, 0)
         logger.warning("%d jobs of the former life of %s were taken back", lapsed.taken_back, name)
 
     def rejoin(self, holdings: Holdings, recorder: Recorder, challenge: Callable[[], None]) -> None:
@@ -179,6 +212,9 @@ class Membership:
         if held:
             adopted = [one.as_adopted() for one in held]
             refused = set(self._ledger.adopt(self.identity.name, self.identity.incarnation, adopted))
+        if refused and self._measured is not None:
+            holdings.disown(refused)
+            self.resize(self._measured, holdings)
         recorder.add([running(self.identity, one) for one in held if one.job not in refused and not one.ended])
         for job in refused:
             logger.warning("job %s: its lease went to another attempt while the ledger was lost", job)
@@ -192,16 +228,38 @@ class Membership:
     def _declare(self) -> None:
         if not self._declared:
             return
-        people = {name: request.to_people() for name, request in self._declared.items()}
-        self._ledger.client.hset(keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people})
+        people = self._declared
+        try:
+            self._ledger.client.hset(keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people})
+        except OutOfMemoryError as error:
+            # Senders that do not know a task ask for the default meanwhile; its jobs run all the same.
+            logger.warning("what this worker's tasks declare is not published: %s", error)
         self._later(lambda: self._write_declarations(people))
 
     # -- Postgres, without waiting for it ------------------------------------------------------------------------
 
     def _see(self, status: str) -> None:
         """Have the heartbeat written: a Postgres that hangs must not hold up the one in the ledger."""
-        self._seen_until = time.monotonic() + min(POSTGRES_EVERY, self._ledger.settings.worker_ttl / 2)
+        self._seen_at = time.monotonic()
         self._later(lambda: self._write_seen(status))
+
+    def _seen_every(self) -> float:
+        """Seconds between heartbeats in Postgres: where the ledger has none, they are all that there is."""
+        settings = self._ledger.settings
+        if self._told_lost or self._confirmation.authority == "postgres":
+            return settings.renew_interval
+        return min(POSTGRES_EVERY, settings.worker_ttl / 2)
+
+    def tell_postgres(self, ledger_lost: bool, flush: Callable[[], bool]) -> None:
+        """Tell Postgres, when it is time, that this worker lives; at once, when it lost or found the ledger. One that
+        says that it lost it has written before (`flush`) what it claimed there: for Postgres, all else waits."""
+        changed = ledger_lost != self._told_lost
+        if not self.registered or not (changed or time.monotonic() >= self._seen_at + self._seen_every()):
+            return
+        if changed and ledger_lost and not flush():
+            return
+        self._told_lost, self._seen_at = ledger_lost, time.monotonic()
+        self._write_seen("draining" if self.draining else "ready")
 
     def _write_declarations(self, people: Mapping[str, Mapping[str, Any]]) -> None:
         with self._engine.connect() as connection:
@@ -210,6 +268,8 @@ class Membership:
     def _write_former_lives(self) -> None:
         with self._engine.connect() as connection:
             roster.end_former_lives(connection, self.identity.name, self.identity.incarnation)
+            # Where the ledger was lost with such a life, nobody takes its jobs back, and what had committed still is.
+            fence.close_former(connection, self.identity.name, self.identity.incarnation)
 
     # -- staying and leaving -------------------------------------------------------------------------------------
 
@@ -220,23 +280,26 @@ class Membership:
             self.identity.incarnation,
             self._view(full=False),
             holdings.jobs(),
-            MOST_LOSSES,
+            self._ledger.settings.most_losses,
+            admit=self._confirmation.may_admit,
         )
         if renewed.taken_back:
             logger.warning("%d jobs that this worker no longer holds were taken back", renewed.taken_back)
-        if time.monotonic() >= self._seen_until:
-            self._see("draining" if self.draining else "ready")
         return renewed.known
 
     def resize(self, capacity: Capacity, holdings: Holdings) -> None:
-        """Publish another capacity (the pool grew, a quota changed); what fits into more is admitted at once."""
+        """Publish another capacity (the pool grew, a quota changed), less what attempts take up that lost their lease;
+        what fits into more is admitted at once."""
+        holdings.capacity, self._measured = dict(capacity.amounts), capacity
+        capacity = holdings.left_of(capacity)
         if capacity == self._capacity or self.draining:
             return
         before, self._capacity = self._capacity, capacity
-        holdings.capacity = dict(capacity.amounts)
         identity = self.identity
-        view = self._view(full=True)
-        reply = self._ledger.register(identity.name, identity.incarnation, identity.queue, capacity.shape, view)
+        view, admit = self._view(full=True), self._confirmation.may_admit
+        reply = self._ledger.register(
+            identity.name, identity.incarnation, identity.queue, capacity.shape, view, admit=admit
+        )
         if isinstance(reply, Taken):
             # Its lease was lost meanwhile: the heartbeat that follows finds out, and registers again.
             return
@@ -255,23 +318,31 @@ class Membership:
         self._see("draining")
         return handed
 
-    def leave(self) -> bool:
-        """Deregister. False where something is still held."""
-        left = self._ledger.leave(self.identity.name, self.identity.incarnation) == 0
+    def leave(self, holdings: Holdings) -> bool:
+        """Deregister. False where something is still held. Raises `PlatformError` where a store is down."""
+        if self._confirmation.authority == "postgres":
+            left = not holdings.all()
+        else:
+            left = self._ledger.leave(self.identity.name, self.identity.incarnation) == 0
         if left:
-            with self._engine.connect() as connection:
-                roster.end_worker(connection, self.identity.incarnation, "left")
+            try:
+                with self._engine.connect() as connection:
+                    roster.end_worker(connection, self.identity.incarnation, "left")
+            except DBAPIError as error:
+                raise translate(error) from error
         return left
 
     def _write_seen(self, status: str) -> None:
-        assert self._capacity is not None, "register comes first"
+        # What there is: the books alone are told of less, while attempts without their lease take it up.
+        capacity = self._measured
+        assert capacity is not None, "register comes first"
         identity = self.identity
         row = WorkerRow(
             name=identity.name,
             incarnation=identity.incarnation,
-            cpus=self._capacity.get("cpus"),
-            memory=self._capacity.get("memory"),
-            capacity=self._capacity.to_people(),
+            cpus=capacity.get("cpus"),
+            memory=capacity.get("memory"),
+            capacity=capacity.to_people(),
             hostname=identity.hostname,
             pid=identity.pid,
             boot_id=identity.boot_id,
@@ -279,7 +350,7 @@ class Membership:
             started_at=identity.started_at,
         )
         with self._engine.connect() as connection:
-            roster.see_worker(connection, row, status)
+            roster.see_worker(connection, row, status, ledger_lost=self._told_lost)
 
     def _view(self, *, full: bool) -> dict[str, str]:
         """The fields of `worker:<name>`; those about allocations are the scripts' own."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+from urllib.parse import urlsplit
+
 import redis
+from celery import Celery
 from redis.exceptions import RedisError, ResponseError
 from sqlalchemy import Engine
 
@@ -16,6 +20,10 @@ from workers.identity import Identity
 #: The only policy under which books are never evicted: a book that is gone closes its worker, a whole ledger that is
 #: gone stops admission until it is rebuilt.
 NO_EVICTION = "noeviction"
+
+#: The brokers that a worker can listen to beside its main loop (kombu's `memory`, `filesystem` and the like live in one
+#: process, or are only polled).
+BROKERS: Final = ("redis", "rediss", "amqp", "amqps", "pyamqp")
 
 
 def check_stores(engine: Engine, client: redis.Redis, settings: Settings) -> None:
@@ -37,14 +45,47 @@ def check_stores(engine: Engine, client: redis.Redis, settings: Settings) -> Non
         )
 
 
-def check_broker(broker_url: str, settings: Settings) -> None:
-    """Raise where messages would come from elsewhere than from where the scripts push them."""
-    if broker_url != settings.redis_url:
-        raise Unsupported(
-            "a broker other than the ledger's Redis is not supported yet",
-            value=broker_url,
-            advice="Leave the broker out of the app and CELERY_BROKER_URL out of the environment, or name REDIS_URL.",
-        )
+def check_broker(broker_url: object) -> None:
+    """Raise where Celery's own messages would go through what no worker of the platform can listen to. Takes what
+    Celery takes: a URL, several with `;` between them, or a list."""
+    for url in _urls(broker_url):
+        scheme = url.partition("://")[0]
+        if "://" not in url or scheme not in BROKERS:
+            raise Unsupported(
+                f"a broker with {scheme}:// is not supported" if "://" in url else "a broker must be named by its URL",
+                value=url,
+                advice=f"Use one with {', '.join(f'{known}://' for known in BROKERS)}, or leave the broker out of the "
+                "app and CELERY_BROKER_URL out of the environment: then the ledger's Redis serves.",
+            )
+
+
+def shares_ledger(app: Celery, settings: Settings) -> bool:
+    """Whether Celery's broker is the very database of the ledger, where the scripts push the messages of jobs, under
+    the very names of keys. Where this cannot be told for sure it is False, which is always safe."""
+    options = app.conf.broker_transport_options or {}
+    if options.get("global_keyprefix"):
+        return False
+    places = [_place(url) for url in _urls(app.conf.broker_read_url)]
+    return places == [_place(str(settings.redis_url))]
+
+
+def _urls(broker_url: object) -> list[str]:
+    given = broker_url if isinstance(broker_url, list | tuple) else [broker_url]
+    return [url for text in given for url in str(text).split(";")]
+
+
+def _place(url: str) -> tuple[object, ...]:
+    """What a Redis URL leads to, as whom, and how; the usual port and database are the same as none."""
+    parts = urlsplit(url)
+    return (
+        parts.scheme,
+        parts.username or "",
+        parts.password or "",
+        (parts.hostname or "").lower(),
+        parts.port or 6379,
+        parts.path.strip("/") or "0",
+        parts.query,
+    )
 
 
 def neighbours(engine: Engine, settings: Settings, identity: Identity) -> list[str]:

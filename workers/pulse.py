@@ -18,6 +18,7 @@ from workers.confirmation import Confirmation
 from workers.holdings import Holdings
 from workers.membership import Membership
 from workers.recorder import Recorder
+from workers.sight import Sight
 from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,10 @@ class Pulse(threading.Thread):
         on_open: Callable[[], None],
         on_taken: Callable[[NameTaken], None],
         exclusive: threading.Lock,
+        sight: Sight,
     ) -> None:
         super().__init__(name="pulse", daemon=True)
+        self._sight = sight
         self._ledger = ledger
         self._confirmation = confirmation
         self._membership = membership
@@ -57,6 +60,8 @@ class Pulse(threading.Thread):
         self._drain = False
         self._drained = False
         self._said = ""
+        #: Called when the ledger does not know this worker, though it is open in its epoch.
+        self.on_missing: Callable[[], None] = lambda: None
 
     # -- called by others, in any thread or signal handler -------------------------------------------------------
 
@@ -91,16 +96,17 @@ class Pulse(threading.Thread):
             now = time.monotonic()
             ticked, self._ticked = self._ticked, False
             try:
-                if self._drain and not self._drained:
-                    handed = self._membership.drain()
-                    self._drained = True
-                    if handed:
-                        logger.info("draining: %d jobs handed back", handed)
+                self._membership.draining |= self._drain
                 self._closed |= self._confirmation.epoch != self._ledger.epoch
                 opened = self._ledger.opened()
                 if self._closed or opened is None or opened[0] != self._ledger.epoch:
                     self._rejoin(opened)
                     renew_at = now + settings.renew_interval
+                elif self._drain and not self._drained:
+                    handed = self._membership.drain()
+                    self._drained = True
+                    if handed:
+                        logger.info("draining: %d jobs handed back", handed)
                 elif ticked or now >= renew_at:
                     renew_at = now + settings.renew_interval
                     if not self._membership.draining:
@@ -108,14 +114,22 @@ class Pulse(threading.Thread):
                         self._membership.resize(self._measure(), self._holdings)
                     if not self._membership.renew(self._holdings):
                         self._rejoin(opened)
+                        self.on_missing()
                 self._said = ""
+                self._sight.note(lost=False)
             except LedgerClosed:
                 self._closed = True
+                self._sight.note(lost=False)
             except NameTaken as error:
                 # This worker was silent for so long that another has its name: nothing here is admitted to any more.
                 self._on_taken(error)
                 return
-            except (StoreUnavailable, RedisError, SQLAlchemyError, PlatformError) as error:
+            except (StoreUnavailable, RedisError) as error:
+                self._say(f"heartbeat: the ledger does not answer: {type(error).__name__}: {error}")
+                self._sight.note(lost=True)
+                # It has it again when it could renew its lease: a ledger that can be read only is of no use.
+                renew_at = now
+            except (SQLAlchemyError, PlatformError) as error:
                 self._say(f"heartbeat: a store does not answer: {type(error).__name__}: {error}")
             except Exception:
                 # Whatever it was: a worker without a heartbeat loses its jobs.
@@ -123,13 +137,13 @@ class Pulse(threading.Thread):
 
     def _rejoin(self, opened: tuple[int, str] | None) -> None:
         """Register again, once the ledger is open in the epoch that Postgres names."""
-        if opened is None or self._ledger.is_cold():
+        if opened is None or self._ledger.is_cold() or self._confirmation.epoch != opened[0]:
             self._closed = True
-            return
-        if self._confirmation.epoch != opened[0]:
-            # Postgres has the last word, and is asked without being waited for.
-            self._confirmation.ask_soon()
-            self._closed = True
+            # One that can be read only, or is full, cannot be opened either.
+            self._ledger.probe()
+            if self._confirmation.authority != "postgres":
+                # Postgres has the last word, and is asked without being waited for.
+                self._confirmation.ask_soon()
             return
         with self._exclusive:
             self._membership.rejoin(self._holdings, self._recorder, self._challenge)

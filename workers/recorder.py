@@ -38,7 +38,7 @@ class Recorder(threading.Thread):
         self._engine = engine
         self._ledger = ledger
         self._pending: list[Transition] = []
-        self._calls: list[Callable[[], None]] = []
+        self._calls: list[Callable[[], object]] = []
         self._writing = False
         self._changed = threading.Condition()
         self._stopping = False
@@ -48,7 +48,7 @@ class Recorder(threading.Thread):
             self._pending += transitions
             self._changed.notify_all()
 
-    def call(self, action: Callable[[], None]) -> None:
+    def call(self, action: Callable[[], object]) -> None:
         """Run something that may wait for a store, in this thread."""
         with self._changed:
             self._calls.append(action)
@@ -126,7 +126,7 @@ class Recorder(threading.Thread):
         except (PlatformError, LedgerClosed, SQLAlchemyError) as error:
             logger.info("left to the duties: %s", error)
 
-    def _run(self, action: Callable[[], None]) -> None:
+    def _run(self, action: Callable[[], object]) -> None:
         started = time.monotonic()
         try:
             action()

@@ -1,14 +1,15 @@
-"""The worker's request for a job: every way out of it ends the attempt, first of all.
+"""The worker's request for a job: every way out of it ends the attempt.
 
-Celery's hooks run in the worker's main process (they see killed children too), or in a thread of the pool. Ours note
-the end, which never blocks, and then let Celery's go on.
+Celery's hooks run in the worker's main process (they see killed children too), or in a thread of the pool. What they
+would store or publish is collected (`_speaking`), since neither may wait for a store, and goes with the end.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -17,15 +18,20 @@ from celery.exceptions import Ignore, Reject, Retry, Terminated, WorkerLostError
 from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 
+from routing.errors import LeaseLost
 from routing.message import Tag, parse_tag
+from routing.outbox import Outbox
+from workers.attempts import Attempt, held
+from workers.judging import BROKEN_OFF, LEASE_LOST, TERMINATED
+from workers.tracing import TracedPool, unpacked
 
 logger = logging.getLogger(__name__)
 
 #: Characters of an exception's text that are kept.
 ERROR_LENGTH = 4000
 
-#: Set by the worker's runtime: (job, token, outcome, error, on_lost) -> whether this was the first end.
-EndJob = Callable[[str, str, str, str | None, Callable[[], None] | None], bool]
+#: Set by the worker's runtime: (job, token, outcome, error, outbox, on_lost) -> whether this was the first end.
+EndJob = Callable[[str, str, str, str | None, Outbox, Callable[[], None] | None], bool]
 
 
 class JobRequest:
@@ -38,28 +44,54 @@ class JobRequest:
     end_job: EndJob
     #: True while the worker stops without waiting for its jobs: what dies now is handed back, not lost.
     stopping_cold: Callable[[], bool]
+    #: The life of the worker.
+    incarnation: str
     tag: Tag | None
+    #: What the body left to be delivered.
+    outbox: Outbox
 
     def __init__(self, message: Any, *args: Any, **options: Any) -> None:
         super().__init__(message, *args, **options)  # type: ignore[call-arg]
+        self.outbox = Outbox()
         self.tag = parse_tag(message.delivery_tag)
         if self.tag is not None:
             # What a task sees as self.request.attempt.
             self._request_dict["attempt"] = self.tag.attempt  # type: ignore[attr-defined]
 
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """For `inspect`: the arguments as they may be shown, whoever asks."""
+        return super().info(safe=True)  # type: ignore[misc, no-any-return]
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # Celery derives once more for each task, with an on_success of its own that would hide ours.
-        own = cls.__dict__.get("on_success")
-        if own is not None and not getattr(own, "ends_the_job", False):
-            cls.on_success = _ending(own)  # type: ignore[attr-defined]
-        given = cls.__dict__.get("execute_using_pool")
-        if given is not None and not getattr(given, "watches", False):
-            cls.execute_using_pool = _watching(given)  # type: ignore[attr-defined]
+        if cls.__qualname__.startswith("create_request_cls."):
+            cls.on_success = _ending(cls.__dict__["on_success"])  # type: ignore[attr-defined]
+            # It goes past the method below, which is the general one.
+            del cls.execute_using_pool
+
+    def execute_using_pool(self, pool: Any, **options: Any) -> Any:
+        if self.tag is not None:
+            tag = f"{self.tag.job}:{self.tag.token}"
+            pool = TracedPool(pool, tag, type(self).incarnation)
+        result = super().execute_using_pool(pool, **options)  # type: ignore[misc]
+        future = getattr(result, "f", None)
+        if isinstance(future, Future):
+            future.add_done_callback(self.future_done)
+        return result
 
     def _end(self, outcome: str, error: str | None = None, on_lost: Callable[[], None] | None = None) -> None:
         if self.tag is not None:
-            type(self).end_job(self.tag.job, self.tag.token, outcome, error, on_lost)
+            type(self).end_job(self.tag.job, self.tag.token, outcome, error, self.outbox, on_lost)
+
+    @contextmanager
+    def _speaking(self) -> Iterator[None]:
+        """Within, what Celery's hooks store and publish for this job goes into the outbox."""
+        if self.tag is None:
+            yield
+            return
+        with held(Attempt(self.tag, type(self).incarnation, deferred=True, outbox=self.outbox)):
+            yield
 
     @property
     def never_sent(self) -> bool:
@@ -82,9 +114,12 @@ class JobRequest:
             self.send_event("task-rejected", requeue=requeue)  # type: ignore[attr-defined]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        if not soft:
-            self._end("failed", f"TimeLimitExceeded({timeout})")
-        super().on_timeout(soft, timeout)  # type: ignore[misc]
+        try:
+            with self._speaking():
+                super().on_timeout(soft, timeout)  # type: ignore[misc]
+        finally:
+            if not soft:
+                self._end(BROKEN_OFF, f"TimeLimitExceeded({timeout})")
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         error = exc_info.exception
@@ -93,14 +128,17 @@ class JobRequest:
         if isinstance(error, WorkerLostError) and not return_ok:
             return self._child_lost(error)
         outcome, text = _outcome(error, exc_info)
-        if outcome is not None:
-            self._end(outcome, text)
-        if isinstance(error, MemoryError):
-            # Celery would end the whole worker. The child has stored the failure already.
-            worker_state.task_ready(self)
-            self.send_event("task-failed", exception=saferepr(error), traceback=str(exc_info.traceback))  # type: ignore[attr-defined]
-            return None
-        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)  # type: ignore[misc]
+        try:
+            if isinstance(error, MemoryError):
+                # Celery would end the whole worker. The body's process has told the failure already.
+                worker_state.task_ready(self)
+                self.send_event("task-failed", exception=saferepr(error), traceback=str(exc_info.traceback))  # type: ignore[attr-defined]
+                return None
+            with self._speaking():
+                return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)  # type: ignore[misc]
+        finally:
+            if outcome is not None:
+                self._end(BROKEN_OFF if outcome == "failed" and self.outbox.committed else outcome, text)
 
     def _child_lost(self, error: WorkerLostError) -> None:
         """The pool's process died with the body. The job is not over: it runs again as a new attempt, until it was
@@ -111,14 +149,15 @@ class JobRequest:
             return
         request: Any = self
         logger.warning("job %s: its process died: %s", request.id, error)
-
-        def store_failure() -> None:
+        with self._speaking():
             request.task.backend.mark_as_failure(
                 request.id, error, request=request._context, store_result=request.store_errors
             )
+
+        def tell() -> None:
             request.send_event("task-failed", exception=saferepr(error), traceback="")
 
-        self._end("lost", str(error), store_failure)
+        self._end("lost", str(error), tell)
 
     def future_done(self, future: Future[Any]) -> None:
         """A threads pool keeps to itself what is raised around a body (its result could not be stored), and drops what
@@ -127,11 +166,17 @@ class JobRequest:
             self.hand_back()
         elif (error := future.exception()) is not None:
             worker_state.task_ready(self)
+            request: Any = self
+            with self._speaking():
+                request.task.backend.mark_as_failure(request.id, error, request=request._context)
             self._end("failed", saferepr(error))
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        self._end("expired" if expired else "cancelled", reason)
-        super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
+        try:
+            with self._speaking():
+                super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
+        finally:
+            self._end("expired" if expired else TERMINATED if terminated else "cancelled", reason)
 
 
 def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,6 +185,7 @@ def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
             # In threads and solo pools Celery 5.7 gives the information of a SystemExit, wrapped as a lost worker, in
             # place of what a body returned. No process was lost: the job has failed.
             return self.on_failure(failed__retval__runtime, return_ok=True)
+        failed__retval__runtime, self.outbox = unpacked(failed__retval__runtime)
         failed, value, _ = failed__retval__runtime
         if not failed:
             self._end("succeeded")
@@ -152,20 +198,7 @@ def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
             return self.on_failure(value, return_ok=False)
         return on_success(self, failed__retval__runtime, **options)
 
-    ends_first.ends_the_job = True  # type: ignore[attr-defined]
     return ends_first
-
-
-def _watching(execute: Callable[..., Any]) -> Callable[..., Any]:
-    def watches_the_future(self: Any, pool: Any, **options: Any) -> Any:
-        result = execute(self, pool, **options)
-        future = getattr(result, "f", None)
-        if isinstance(future, Future):
-            future.add_done_callback(self.future_done)
-        return result
-
-    watches_the_future.watches = True  # type: ignore[attr-defined]
-    return watches_the_future
 
 
 def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | None]:
@@ -178,17 +211,23 @@ def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | Non
         return ("handed_back" if error.requeue else "failed"), f"rejected: {error.reason}"
     if isinstance(error, Terminated):
         return None, None
+    if isinstance(error, LeaseLost):
+        return LEASE_LOST, saferepr(error)[:ERROR_LENGTH]
     text = f"{saferepr(error)}\n{exc_info.traceback or ''}".strip()
     return "failed", text[:ERROR_LENGTH]
 
 
 @lru_cache(maxsize=256)
-def request_class(base: type, end_job: EndJob, stopping_cold: Callable[[], bool]) -> type:
+def request_class(base: type, incarnation: str, end_job: EndJob, stopping_cold: Callable[[], bool]) -> type:
     """A task's request class with the platform's in front of it."""
     if issubclass(base, JobRequest):
         return base
     return type(
         "Request",
         (JobRequest, base),
-        {"end_job": staticmethod(end_job), "stopping_cold": staticmethod(stopping_cold)},
+        {
+            "incarnation": incarnation,
+            "end_job": staticmethod(end_job),
+            "stopping_cold": staticmethod(stopping_cold),
+        },
     )

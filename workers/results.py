@@ -1,25 +1,216 @@
-"""Celery's Redis backend for results, without a subscription for every task that is sent.
+"""Celery's result backends, where what an attempt says at its end travels with its outcome.
 
-Celery subscribes to a result's channel when the task is sent, and again (a no-op then) when somebody waits for it,
-before it reads the state. The second is enough; the first costs each `delay()` two commands and, with Redis down,
-makes it fail after many seconds, before the platform's sender is even asked.
+Within an attempt (`workers.attempts`) a final result or a part of a chord is not stored but collected; it is delivered
+once the ledger has taken the end from the holder of the lease. So a stale attempt's result never reaches the backend, a
+part is counted once, nobody waits for a backend that is down, and a body that succeeded is never reported as failed
+because its result could not be stored. Where results are kept in the ledger's own Redis, the release stores them.
+
+What is said on the way (STARTED, the user's own states) is stored at once, and is not worth an error.
 """
 
 from __future__ import annotations
 
+import base64
+import logging
+from collections.abc import Sequence
 from typing import Any, Final
 
+from celery import current_app, states
+from celery.app.task import Context
 from celery.backends.redis import RedisBackend
+from celery.result import result_from_tuple
+from kombu.exceptions import EncodeError
+from redis.exceptions import WatchError
+
+from routing.outbox import Outbox
+from routing.replies import Kept
+from workers import attempts
+
+logger = logging.getLogger(__name__)
 
 #: Celery's names of backends -> where ours is, for `loader.override_backends`.
 BACKENDS: Final = {
     "redis": "workers.results:PlatformRedisBackend",
     "rediss": "workers.results:PlatformRedisBackend",
 }
+#: States that end an attempt.
+ENDS: Final = frozenset({*states.READY_STATES, states.RETRY})
+#: What a backend raises for a result that it will never take; anything else may pass.
+HOPELESS: Final = (EncodeError, TypeError, ValueError, AttributeError, LookupError)
+#: What is kept of a request for a part of a chord.
+_CHORD: Final = ("id", "group", "group_index", "chord", "root_id", "parent_id", "errbacks", "chain", "reply_to")
+
+class CarriedResults:
+    """Mixed into the app's backend class (`backend_class`)."""
+
+    app: Any
+    #: The class that this one was made of.
+    plain_class: type
+
+    def __reduce__(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        plain: Any = super().__reduce__(args, kwargs)  # type: ignore[call-arg]
+        return unpickle_backend, (self.plain_class, *plain[1][1:])
+
+    def store_result(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **options: Any
+    ) -> Any:
+        attempt = attempts.current()
+        if attempt is None or attempt.patient is not None:
+            return super().store_result(task_id, result, state, traceback=traceback, request=request, **options)  # type: ignore[misc]
+        encoded = self.encode_result(result, state)  # type: ignore[attr-defined]
+        if state not in ENDS:
+            self._store_passing(task_id, encoded, state, traceback, request)
+            return encoded
+        meta = self._get_result_meta(encoded, state, traceback, request)  # type: ignore[attr-defined]
+        meta["task_id"] = task_id
+        attempt.outbox.results.append(
+            {
+                "result": task_id,
+                "state": state,
+                "reply_to": getattr(request, "reply_to", None),
+                "correlation_id": getattr(request, "correlation_id", None),
+                **self._packed(meta),
+            }
+        )
+        return encoded
+
+    def _store_passing(self, task_id: str, encoded: Any, state: str, traceback: Any, request: Any) -> None:
+        """Store what is said on the way, unless the job has ended. Once: it is not worth waiting for."""
+        try:
+            if self._get_task_meta_for(task_id)["status"] not in states.READY_STATES:  # type: ignore[attr-defined]
+                self._store_result(task_id, encoded, state, traceback, request=request)  # type: ignore[attr-defined]
+        except Exception as error:
+            logger.warning("the state %s of job %s could not be stored: %s", state, task_id, error)
+
+    def on_chord_part_return(self, request: Any, state: str, result: Any, **options: Any) -> Any:
+        attempt = attempts.current()
+        if attempt is None or attempt.patient is not None:
+            return super().on_chord_part_return(request, state, result, **options)  # type: ignore[misc]
+        kept = {name: getattr(request, name, None) for name in _CHORD}
+        encoded = self.encode_result(result, state)  # type: ignore[attr-defined]
+        attempt.outbox.results.append(
+            {"chord": request.id, "state": state, **self._packed({"request": kept, "result": encoded})}
+        )
+        return None
+
+    # -- delivering ----------------------------------------------------------------------------------------------
+
+    def kept_in(self, ledger_url: str | None, outbox: Outbox) -> tuple[tuple[Kept, ...], Outbox]:
+        """Those results that the ledger's release can store, and all else."""
+        return (), outbox
+
+    def deliver_results(self, notes: Sequence[dict[str, Any]]) -> None:
+        """Store results as they were collected; doing so again does no harm."""
+        for note in notes:
+            meta = self._unpacked(note)
+            context = Context(
+                id=note["result"],
+                task=meta.get("name"),
+                args=meta.get("args"),
+                kwargs=meta.get("kwargs"),
+                hostname=meta.get("worker"),
+                retries=meta.get("retries") or 0,
+                delivery_info={"routing_key": meta.get("queue")},
+                group=meta.get("group_id"),
+                parent_id=meta.get("parent_id"),
+                children=[result_from_tuple(child, self.app) for child in meta.get("children") or ()],
+                stamped_headers=meta.get("stamped_headers"),
+                stamps={name: meta.get(name) for name in meta.get("stamped_headers") or ()},
+                reply_to=note["reply_to"],
+                correlation_id=note["correlation_id"],
+            )
+            # (Not by `store_result`, which would encode it once more and wait while the backend is down.)
+            self._store_result(note["result"], meta["result"], note["state"], meta["traceback"], request=context)  # type: ignore[attr-defined]
+
+    def deliver_chord(self, note: dict[str, Any]) -> None:
+        """Count a part of a chord. The caller is patient (`attempts.Attempt`): the last part publishes the body."""
+        kept = self._unpacked(note)
+        self.on_chord_part_return(Context(kept["request"]), note["state"], kept["result"])
+
+    def _packed(self, data: Any) -> dict[str, str]:
+        """In the serialiser of results, as it fits into JSON."""
+        text = self.encode(data)  # type: ignore[attr-defined]
+        if isinstance(text, str):
+            return {"text": text}
+        return {"base64": base64.b64encode(text).decode("ascii")}
+
+    def _unpacked(self, note: dict[str, Any]) -> Any:
+        return self.decode(_payload(note))  # type: ignore[attr-defined]
+
+
+def _payload(note: dict[str, Any]) -> Any:
+    return note["text"] if "text" in note else base64.b64decode(note["base64"])
 
 
 class PlatformRedisBackend(RedisBackend):
-    """Subscribes when somebody waits."""
+    """Subscribes when somebody waits.
+
+    Celery subscribes to a result's channel when the task is sent, and again (a no-op then) when somebody waits for it,
+    before it reads the state. The second is enough; the first costs each `delay()` two commands and, with Redis down,
+    makes it fail after many seconds, before the platform's sender is even asked.
+    """
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Nothing to prepare: `AsyncResult.get` and groups subscribe before they read."""
+
+
+class CarriedRedisResults(CarriedResults):
+    """The same for Redis, in fewer round trips."""
+
+    def _store_passing(self, task_id: str, encoded: Any, state: str, traceback: Any, request: Any) -> None:
+        meta = self._get_result_meta(encoded, state, traceback, request)  # type: ignore[attr-defined]
+        meta["task_id"] = task_id
+        key = self.get_key_for_task(task_id)  # type: ignore[attr-defined]
+        text = self.encode(meta)  # type: ignore[attr-defined]
+        try:
+            with self.client.pipeline() as pipe:  # type: ignore[attr-defined]
+                pipe.watch(key)
+                known = pipe.get(key)
+                if known and self.decode_result(known)["status"] in states.READY_STATES:  # type: ignore[attr-defined]
+                    return
+                pipe.multi()
+                self._set_in(pipe, key, self._seconds(state), text)
+                pipe.execute()
+        except WatchError:
+            # Somebody stored a newer one just now.
+            return
+        except Exception as error:
+            logger.warning("the state %s of job %s could not be stored: %s", state, task_id, error)
+
+    def kept_in(self, ledger_url: str | None, outbox: Outbox) -> tuple[tuple[Kept, ...], Outbox]:
+        if not outbox.results or ledger_url is None or str(self.app.conf.result_backend) != ledger_url:
+            return (), outbox
+        kept = tuple(self._kept(note) for note in outbox.results if "result" in note)
+        return kept, Outbox(outbox.publishes, [note for note in outbox.results if "result" not in note])
+
+    def deliver_results(self, notes: Sequence[dict[str, Any]]) -> None:
+        with self.client.pipeline(transaction=False) as pipe:  # type: ignore[attr-defined]
+            for note in notes:
+                self._set_in(pipe, *self._kept(note))
+            pipe.execute()
+
+    def _kept(self, note: dict[str, Any]) -> Kept:
+        key = self.get_key_for_task(note["result"])  # type: ignore[attr-defined]
+        return key.decode() if isinstance(key, bytes) else key, self._seconds(note["state"]), _payload(note)
+
+    def _seconds(self, state: str) -> int:
+        expires = self.failure_expires if state == states.FAILURE else self.expires  # type: ignore[attr-defined]
+        return int(expires or 0)
+
+    @staticmethod
+    def _set_in(pipe: Any, key: str, seconds: int, text: bytes | str) -> None:
+        pipe.set(key, text, ex=seconds or None)
+        pipe.publish(key, text)
+
+
+def backend_class(base: type) -> type:
+    """A backend class with the platform's in front of it."""
+    if issubclass(base, CarriedResults):
+        return base
+    mixin = CarriedRedisResults if issubclass(base, RedisBackend) else CarriedResults
+    return type(base.__name__, (mixin, base), {"__module__": base.__module__, "plain_class": base})
+
+
+def unpickle_backend(base: type, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """A backend that was pickled with an AsyncResult; as Celery's own function of this name."""
+    return backend_class(base)(*args, app=current_app._get_current_object(), **options)

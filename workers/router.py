@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from redis.exceptions import RedisError
-
 from routing import keys
 from routing.books import text
 from routing.errors import InvalidRequest, PlatformError, Unsupported, show
@@ -22,8 +20,12 @@ from workers.stores import Stores
 
 #: The header that carries the request: {"shape": ..., "declared": ...}.
 HEADER: Final = "capacity_request"
+#: Stands in it, as in what workers publish of a task, where the first lost attempt ends the job: {"rerun": false}.
+RERUN: Final = "rerun"
 #: The names of the platform's own messages (ticks): they make no job.
 PLATFORM_PREFIX: Final = "platform."
+#: Task name -> what workers publish of it (`declaration`).
+Declarations = Mapping[str, Mapping[str, Any]]
 #: Seconds for which a sender trusts the declarations that it read.
 DECLARATIONS_FOR: Final = 10.0
 #: Options of later versions: said, rather than ignored.
@@ -48,6 +50,8 @@ class Router:
         self._tasks = tasks
         self._default_exchange = default_exchange
         self._published: dict[str, Request] = {}
+        #: Those of them that run only until their first loss.
+        self._never_again: set[str] = set()
         self._published_until = 0.0
 
     def __call__(
@@ -79,7 +83,10 @@ class Router:
         headers = dict(options.get("headers") or {})
         base, declared = self._base(name, headers, task)
         request = base.merged(call)
+        carried = headers.get(HEADER)
         headers[HEADER] = {"shape": request.shape, "declared": declared or bool(call)}
+        if not self._reruns(name, options.pop("rerun", None), carried, task):
+            headers[HEADER][RERUN] = False
         options["headers"] = headers
         priority = options.get("priority")
         if priority is not None and (
@@ -94,7 +101,7 @@ class Router:
     def _base(self, name: str, headers: Mapping[str, Any], task: Any) -> tuple[Request, bool]:
         carried = headers.get(HEADER)
         if isinstance(carried, Mapping):
-            return Request.from_shape(str(carried["shape"])), bool(carried["declared"])
+            return Request.from_shape(str(carried.get("shape"))), bool(carried.get("declared"))
         known = task if task is not None else self._tasks().get(name)
         if known is not None:
             return declared_by(known, self._stores.settings.default_cpus), True
@@ -103,20 +110,52 @@ class Router:
             return published, True
         return Request.from_options({}, self._stores.settings.default_cpus), False
 
+    def _reruns(self, name: str, called: Any, carried: Any, task: Any) -> bool:
+        """Whether another attempt follows a lost one: as the call says, or else the message of a retry, or the task."""
+        if called is not None:
+            return check_rerun(called, f"apply_async(rerun=...) of {name}")
+        if isinstance(carried, Mapping):
+            return carried.get(RERUN) is not False
+        known = task if task is not None else self._tasks().get(name)
+        if known is not None:
+            return reruns(known)
+        return name not in self._never_again
+
     def published(self) -> dict[str, Request]:
         """What workers declared, read from the ledger at most every `DECLARATIONS_FOR` seconds."""
         now = time.monotonic()
         if now >= self._published_until:
             self._published_until = now + DECLARATIONS_FOR
             try:
-                found = self._stores.redis.hgetall(keys.DECLARATIONS)
-            except (RedisError, PlatformError):
-                # The last that was read serves on; the submit itself will say what is wrong with the ledger.
+                found: Any = self._stores.sending.ask(lambda ledger: ledger.client.hgetall(keys.DECLARATIONS))
+            except PlatformError:
+                # The submit itself will say what is wrong.
                 return self._published
-            self._published = {
-                text(key): Request.from_people(json.loads(value)) for key, value in found.items()
-            }
+            if found is None:
+                # No answer: the last that was read serves on.
+                return self._published
+            declared = {text(key): json.loads(value) for key, value in found.items()}
+            self._never_again = {name for name, said in declared.items() if said.pop(RERUN, True) is False}
+            self._published = {name: Request.from_people(said) for name, said in declared.items()}
         return self._published
+
+
+def check_rerun(value: Any, what: str) -> bool:
+    """`rerun` as a person gives it. Raises `InvalidRequest`."""
+    if isinstance(value, bool):
+        return value
+    raise InvalidRequest(f"{what}: {show(value)} is not valid", value=value, advice="It must be True or False.")
+
+
+def reruns(task: Any) -> bool:
+    """What a task declares by `@app.task(rerun=False)`."""
+    return check_rerun(getattr(task, RERUN, True), f"the declaration of task {task.name}: rerun")
+
+
+def declaration(task: Any, default_cpus: int) -> dict[str, Any]:
+    """What workers publish of a task: its request as people write it, and that it does not run again."""
+    people: dict[str, Any] = declared_by(task, default_cpus).to_people()
+    return people if reruns(task) else {**people, RERUN: False}
 
 
 def declared_by(task: Any, default_cpus: int) -> Request:

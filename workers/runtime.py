@@ -11,36 +11,54 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 from celery import Celery
+from celery.exceptions import InvalidTaskError
 from celery.worker import state as worker_state
+from kombu.serialization import prepare_accept_content
 
 from routing.capacity import Capacity, Detected, detect
+from routing.envelope import Unreadable, tag_at_end
 from routing.errors import NameTaken, PlatformError
 from routing.ledger import Ledger
 from routing.message import parse_tag
+from routing.names import check_job_id
+from routing.outbox import Outbox
 from routing.replies import LedgerClosed
 from routing.request import Request
-from workers import duties
+from workers import duties, transport
+from workers.attempts import Attempt, held
 from workers.confirmation import Confirmation
+from workers.delivery import Delivery
+from workers.ends import PostgresEnds
 from workers.exits import EX_NAME_TAKEN
 from workers.holdings import Holdings
 from workers.identity import Identity
 from workers.intake import Intake
+from workers.joining import Joining
+from workers.judging import JUDGED, judge
 from workers.ledger_thread import LedgerThread
+from workers.mailbox import Mailbox
 from workers.membership import Membership
+from workers.preflight import shares_ledger
+from workers.pull import Puller
 from workers.pulse import Pulse
+from workers.quarantine import Quarantine
 from workers.recorder import Recorder
-from workers.router import HEADER
+from workers.router import HEADER, Declarations
+from workers.sight import Sight, Switch
 from workers.stores import Stores
+from workers.undelivered import tell_late
+from workers.unpacking import TIMES
 from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
@@ -63,13 +81,46 @@ class Runtime:
         settings, engine = stores.settings, stores.engine
         # A handle of the worker's own: its epoch is the one in which this worker is registered and has said what it
         # holds, while that of `stores.ledger` follows whatever Postgres confirms to senders and duties.
-        ledger = Ledger(settings)
+        self.ledger = ledger = Ledger(settings)
         exclusive = threading.Lock()
         self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
         self.recorder = Recorder(engine, ledger)
+        self.delivery = Delivery(lambda: app.backend, identity.incarnation, self.recorder.add)
         self.membership = Membership(engine, ledger, identity, self.confirmation, self.recorder.call)
         self.holdings = Holdings({})
+        self.quarantine = Quarantine(engine, identity.name)
+        transport.receiving.set_aside = self.quarantine.set_aside
+        transport.receiving.most_bytes = TIMES * settings.max_message
         self.intake = Intake(app, self.on_tick)
+        self.sight = Sight()
+        self.broker_apart = not shares_ledger(app, settings)
+        #: Takes the messages of the private queue where Celery's loop does not.
+        self.mailbox = Mailbox(settings, identity.queue, self._received) if self.broker_apart else None
+        self.joining = Joining(
+            stores, self.membership, self.confirmation, self.sight, self.intake.challenge, self.broker_apart
+        )
+        self.puller = Puller(
+            engine,
+            settings,
+            identity,
+            self.confirmation,
+            self.holdings,
+            Switch(engine, settings, self.confirmation, self.sight, self.broker_apart),
+            self._flush,
+            lambda flush: self.membership.tell_postgres(self.sight.lost, flush),
+            self._start_job,
+            lambda: self._attached,
+        )
+        self.in_postgres = PostgresEnds(
+            engine,
+            settings,
+            identity,
+            self.confirmation,
+            self.holdings,
+            self.recorder.call,
+            self.puller.wake,
+            lambda: self.duties.tick(duties.OUTBOX),
+        )
         self.pulse = Pulse(
             ledger,
             self.confirmation,
@@ -81,6 +132,7 @@ class Runtime:
             self._on_open,
             self._on_taken,
             exclusive,
+            self.sight,
         )
         self.ledger_thread = LedgerThread(
             ledger,
@@ -88,25 +140,31 @@ class Runtime:
             self.confirmation,
             self.holdings,
             self.recorder,
+            self.delivery.add,
             self._start_job,
             self.pulse.closed,
             exclusive,
+            self.in_postgres,
+            self.quarantine.set_aside,
+            partial(tell_late, app, engine, identity.incarnation),
         )
         self.duties = duties.Runner(app, stores, identity.incarnation)
+        self.pulse.on_missing = self.ledger_thread.on_missing = self.duties.suspect
         #: Celery's own handler of a message, set by the consumer.
         self.handle: Callable[[Any], None] | None = None
-        #: Makes the broker's message of an envelope, set by the consumer too.
-        self.message_of: Callable[[dict[str, Any]], Any] = lambda envelope: envelope
+        self._accept = prepare_accept_content(app.conf.accept_content)
         self._to_start: deque[Any] = deque()
         self._loop = Wake()
         self._slots: Callable[[], int] = lambda: 1
+        #: Whether the main loop runs: what is handed to it starts at once.
+        self._attached = False
         self._cold = False
         self._stopped_starting = False
         self._left = False
 
     # -- the life of the worker ----------------------------------------------------------------------------------
 
-    def join(self, slots: Callable[[], int], declared: Mapping[str, Request]) -> tuple[Detected, int]:
+    def join(self, slots: Callable[[], int], declared: Declarations) -> tuple[Detected, int]:
         """Register, and start the threads. `slots` tells the size of the pool, now and later. Returns what was
         published, and how many waiting jobs were admitted at once."""
         self._slots = slots
@@ -115,22 +173,24 @@ class Runtime:
         capacity = detected.capacity
         self.holdings.capacity = dict(capacity.amounts)
         self.recorder.start()
+        self.delivery.start()
+        self.quarantine.start()
+        if self.mailbox is not None:
+            self.mailbox.start()
         self.ledger_thread.start()
-        duties.open_ledger(self.stores)
-        while True:
-            try:
-                admitted = self.membership.register(capacity, declared, self.intake.challenge)
-                break
-            except LedgerClosed:
-                # Another process is opening the epoch, or it changed just now.
-                duties.open_ledger(self.stores)
-                self._loop.wait(0.05)
+        admitted = self.joining.enter(capacity, declared, self.wait_to_start)
         self.confirmation.start()
         self.pulse.start()
+        self.puller.start()
         self.intake.start()
         self.duties.start()
         atexit.register(self.leave)
         return detected, admitted
+
+    def wait_to_start(self, seconds: float) -> None:
+        """In the main thread, whose loop does not run yet: a TERM ends the start."""
+        self._loop.wait(seconds)
+        worker_state.maybe_shutdown()
 
     def _measure(self) -> Capacity:
         """The capacity as it is now."""
@@ -139,6 +199,7 @@ class Runtime:
     def drain(self) -> None:
         """Safe in a signal handler."""
         self.ledger_thread.draining = True
+        self.puller.draining = True
         self.pulse.drain()
         # Celery's loop looks only now and then whether it is to stop: it is woken to do so.
         self._loop.set()
@@ -151,20 +212,33 @@ class Runtime:
         atexit.unregister(self.leave)
         self.duties.stop(LEAVE_WITHIN)
         self.intake.stop(LEAVE_WITHIN)
+        if self.mailbox is not None:
+            self.mailbox.stop(LEAVE_WITHIN)
         self.pulse.stop(LEAVE_WITHIN)
+        self.puller.stop(LEAVE_WITHIN)
         self.confirmation.stop()
+        stopped = ("handed_back", "the worker was stopped")
         for holding in self.holdings.running():
-            self.ledger_thread.end(holding.job, holding.token, "handed_back", "the worker was stopped")
+            self.end_job(holding.job, holding.token, *stopped, Outbox(), None)
+        # (Unless Postgres did not answer when it was asked about them, these are ended by now.)
+        self.recorder.flush(LEAVE_WITHIN)
+        for holding in self.holdings.running():
+            self.ledger_thread.end(holding.job, holding.token, *stopped)
         self.ledger_thread.stop(LEAVE_WITHIN)
         try:
             if self.membership.registered and not self.membership.draining:
                 self.membership.drain()
-            self.recorder.flush(LEAVE_WITHIN)
-            if self.membership.registered and not self.membership.leave():
+        except (PlatformError, LedgerClosed) as error:
+            logger.warning("what was admitted here and not started is taken back later: %s", error)
+        self.delivery.stop(LEAVE_WITHIN)
+        self.recorder.flush(LEAVE_WITHIN)
+        try:
+            if self.membership.registered and not self.membership.leave(self.holdings):
                 logger.warning("this worker still holds jobs; they are taken back when its lease runs out")
         except (PlatformError, LedgerClosed) as error:
             logger.warning("could not deregister, the lease will run out: %s", error)
         self.recorder.stop(LEAVE_WITHIN)
+        self.quarantine.stop(LEAVE_WITHIN)
 
     def stop_cold(self) -> None:
         self._cold = True
@@ -175,20 +249,27 @@ class Runtime:
     # -- messages ------------------------------------------------------------------------------------------------
 
     def arrived(self, message: Any) -> None:
-        """A message of the private queue, in the main loop: nothing here waits."""
+        """A message of the private queue, in the main loop or the mailbox's thread: nothing here waits."""
         tag = parse_tag(message.delivery_tag)
-        carried = message.headers.get(HEADER) if isinstance(message.headers, dict) else None
-        if tag is None or not isinstance(carried, dict):
-            logger.error(
-                "a message without an attempt in the private queue is set aside: %.200r", message.headers
-            )
-            return
+        carried = message.headers.get(HEADER)
         try:
+            if tag is None or not isinstance(carried, dict):
+                raise Unreadable("no message of an attempt")
+            check_job_id(tag.job)
             request = Request.from_shape(str(carried.get("shape")))
-        except PlatformError as error:
-            logger.error("a message of job %s with an unreadable request is set aside: %s", tag.job, error)
+        except (PlatformError, Unreadable) as error:
+            self.quarantine.set_aside(transport.raw_of(message), self.identity.queue, str(error))
             return
         self.ledger_thread.arrive(tag, request, message)
+
+    def _received(self, raw: bytes) -> None:
+        """In the mailbox's thread."""
+        try:
+            message = transport.job_message(raw, self._accept)
+        except Unreadable as error:
+            self.quarantine.set_aside(raw, self.identity.queue, str(error))
+            return
+        self.arrived(message)
 
     def _start_job(self, message: Any) -> None:
         """In the ledger thread: hand a claimed message to the main loop, or the text of one that came in a reply."""
@@ -199,7 +280,13 @@ class Runtime:
 
     def attach(self, hub: Any) -> None:
         hub.add_reader(self._loop.fileno(), self._start_jobs)
+        self._attached = True
         self._loop.set()
+        self.puller.wake()
+
+    def detach(self) -> None:
+        """The main loop waits for its broker: what is handed to it would not start."""
+        self._attached = False
 
     def _start_jobs(self) -> None:
         """In the main loop: what was claimed becomes requests."""
@@ -208,13 +295,15 @@ class Runtime:
             message = self._to_start.popleft()
             assert self.handle is not None, "the consumer sets it before its loop runs"
             if isinstance(message, str):
-                message = self.message_of(json.loads(message))
+                message = transport.replied_message(message, self._accept)
             try:
+                if message.spoiled is not None:
+                    raise message.spoiled
                 self.handle(message)
             except Exception as error:
                 # Whatever it is, it concerns this one message.
-                logger.exception("the message of %s cannot be started", message.delivery_tag)
-                self.refuse(message, f"cannot be started: {error!r}")
+                with self.refusing(message, f"cannot be started: {error!r}"):
+                    logger.exception("the message of %s cannot be started", message.delivery_tag)
 
     def stop_starting(self) -> None:
         """In the main loop, which will not run again: what was claimed and not started, now or later, goes back."""
@@ -225,21 +314,51 @@ class Runtime:
         """The loop will not run again: what was claimed and not started goes back."""
         while self._to_start:
             message = self._to_start.popleft()
-            in_reply = isinstance(message, str)
-            tag = parse_tag(json.loads(message)["properties"]["delivery_tag"] if in_reply else message.delivery_tag)
+            tag = parse_tag(tag_at_end(message.encode()) if isinstance(message, str) else message.delivery_tag)
             if tag is not None:
                 self.ledger_thread.end(tag.job, tag.token, "handed_back", "not started")
 
-    def refuse(self, message: Any, error: str) -> None:
-        """A message that never becomes a request ends its job."""
-        tag = parse_tag(message.delivery_tag)
-        if tag is not None:
-            self.ledger_thread.end(tag.job, tag.token, "failed", error)
+    @contextmanager
+    def refusing(self, message: Any, error: str) -> Iterator[None]:
+        """A message that never becomes a request ends its job; what Celery says of it within goes with the end."""
+        tag = parse_tag(message.delivery_tag) if isinstance(message, transport.JobMessage) else None
+        if tag is None:
+            # Of remote control, which is no job's.
+            queue = str((message.delivery_info or {}).get("routing_key") or "")
+            self.quarantine.set_aside(transport.raw_of(message), queue, error)
+            yield
+            return
+        attempt = Attempt(tag, self.identity.incarnation, deferred=True)
+        try:
+            with held(attempt):
+                yield
+                if not attempt.outbox:
+                    # Celery says nothing of most of them, and whoever waits would wait for ever.
+                    self.app.backend.mark_as_failure(tag.job, InvalidTaskError(error))
+        finally:
+            self.end_job(tag.job, tag.token, "failed", error, attempt.outbox, None)
 
     def end_job(
-        self, job: str, token: str, outcome: str, error: str | None, on_lost: Callable[[], None] | None
+        self,
+        job: str,
+        token: str,
+        outcome: str,
+        error: str | None,
+        outbox: Outbox,
+        on_lost: Callable[[], None] | None,
+        judged: bool = False,
     ) -> bool:
-        return self.ledger_thread.end(job, token, outcome, error, on_lost)
+        if outcome in JUDGED and not judged:
+            end = (self.stores.engine, job, token, outcome, error, outbox)
+            self.recorder.call(lambda: self.end_job(*judge(*end), on_lost, judged=True))
+            return True
+        results, rest = self.app.backend.kept_in(self.stores.settings.redis_url, outbox)
+        whole = outbox.to_text if results else None
+        return self.ledger_thread.end(job, token, outcome, error, on_lost, rest.to_text(), results, whole)
+
+    def _flush(self, within: float) -> bool:
+        """Wait until Postgres has all that this worker noted."""
+        return self.delivery.flush(within) and self.recorder.flush(within)
 
     # -- between the threads -------------------------------------------------------------------------------------
 
@@ -255,6 +374,7 @@ class Runtime:
 
     def _on_open(self) -> None:
         """A new epoch is open and this worker is in it."""
+        self.in_postgres.count_stale(self.ledger)
         self.ledger_thread.wake()
 
 

@@ -2,52 +2,72 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, tzinfo
 from typing import Any, Final
 
 from kombu import compression as compressors
 from kombu import serialization
-from kombu.exceptions import EncodeError
-from sqlalchemy.exc import DBAPIError, OperationalError
+from kombu.exceptions import EncodeError, SerializerNotInstalled
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import backlog, enroll, store
+from routing import accept, backlog, enroll, limits, pull
 from routing import message as messages
+from routing.accept import Inserted, NewJob, Publisher
 from routing.errors import (
     InvalidRequest,
     LeaseLost,
+    MessageTooDeep,
     NotAccepted,
     OutcomeUnknown,
-    StoreUnavailable,
     Unsupported,
     mask_url,
     show,
 )
+from routing.ledger import Ledger
 from routing.names import check_job_id
 from routing.policy import TOP_PRIORITY, order
+from routing.postgres import NOT_ALLOWED
 from routing.replies import LedgerClosed
 from routing.request import Request
 from routing.states import FINAL, State
-from routing.store import Inserted, NewJob
-from workers.router import HEADER
+from workers import attempts
+from workers.attempts import Attempt
+from workers.call import check_time, check_time_limits, check_times
+from workers.router import HEADER, RERUN
 from workers.stores import Stores
 
 #: Where Celery carries on what a task saw as self.request.attempt.
 ATTEMPT_HEADER: Final = "attempt"
-#: Seconds for which a sender leaves a ledger alone that did not answer: its jobs stay accepted until the sweep.
-LEDGER_PAUSE: Final = 5.0
+#: Seconds for which what attempts publish is kept without asking a Postgres that did not answer.
+POSTGRES_PAUSE: Final = 2.0
+#: Seconds between tries of whoever waits for Postgres.
+AGAIN_AFTER: Final = 0.2
+
+logger = logging.getLogger(__name__)
 
 
 class Sender:
-    """Makes rows of Celery's messages and brings them to the ledger. `zone`: that of times which name none."""
+    """Makes rows of Celery's messages and brings them to the ledger. `zone`: that of times which name none. `accepted`:
+    the content types that workers read."""
 
-    def __init__(self, stores: Stores, default_queue: str, zone: tzinfo = UTC) -> None:
+    def __init__(
+        self,
+        stores: Stores,
+        default_queue: str,
+        zone: tzinfo = UTC,
+        accepted: Collection[str] = (limits.JSON,),
+    ) -> None:
         self._stores = stores
         self._default_queue = default_queue
         self._zone = zone
-        self._pause_until = 0.0
+        self._keep_until = 0.0
+        self._accepted = accepted
+        self._backlog = limits.BacklogLimit(self._waiting, lambda: stores.engine)
 
     def accept(
         self,
@@ -66,7 +86,11 @@ class Sender:
             content_type, content_encoding, payload = serialization.dumps(
                 body, serializer=serializer or "json"
             )
+        except (SerializerNotInstalled, TypeError) as error:
+            raise InvalidRequest(f"serializer {show(serializer)} is not known", advice="Leave it out.") from error
         except EncodeError as error:
+            if isinstance(error.__cause__ or error.args[0], RecursionError):
+                raise MessageTooDeep(f"the arguments of {headers.get('task')} are nested too deep") from error
             raise InvalidRequest(
                 f"the arguments of {headers.get('task')} cannot be written as {serializer or 'json'}: {error}",
                 value=headers.get("argsrepr"),
@@ -74,8 +98,22 @@ class Sender:
             ) from error
         raw = payload.encode(content_encoding) if isinstance(payload, str) else bytes(payload)
         wire = dict(headers)
+        if content_type not in self._accepted:
+            # No worker of this configuration would read it.
+            raise InvalidRequest(
+                f"serializer {show(serializer)} is not accepted here",
+                value=serializer,
+                advice="Leave it out, or name it in accept_content.",
+            )
+        if compression or content_type != limits.JSON:
+            limits.check_value(body, headers.get("task"))
         if compression:
-            raw, wire["compression"] = compressors.compress(raw, compression)
+            try:
+                raw, wire["compression"] = compressors.compress(raw, compression)
+            except (KeyError, TypeError) as error:
+                raise InvalidRequest(
+                    f"compression {show(compression)} is not known", advice="Pass 'gzip', or leave it out."
+                ) from error
         self.accept_raw(
             raw, content_type, content_encoding, wire, routing_key or self._default_queue, properties
         )
@@ -96,9 +134,15 @@ class Sender:
                 value=queue,
                 advice="Leave the queue out, and say what the task needs: cpus=, memory=, resources={...}.",
             )
+        if content_type == limits.JSON and not headers.get("compression"):
+            limits.check_body(body, headers.get("task"))
         job = self._job(body, content_type, content_encoding, headers, queue, properties)
+        attempt = attempts.current()
+        if attempt is None:
+            # (What an attempt publishes is part of a job that was accepted.)
+            self._backlog.check(self._stores.settings.max_backlog)
         began_ms = time.time() * 1000
-        inserted = self._insert(job)
+        inserted = self._insert(job) if attempt is None else self._insert_for(attempt, job)
         if inserted is None or job.due_at is not None:
             return
         self._to_ledger(job, inserted, began_ms)
@@ -119,7 +163,8 @@ class Sender:
             # An old producer, or a publish that passed no router.
             carried = {"shape": Request.from_options({}, settings.default_cpus).shape, "declared": False}
             wire[HEADER] = carried
-        request = Request.from_shape(str(carried["shape"]))
+        request = Request.from_shape(str(carried.get("shape")))
+        check_time_limits(wire.get("timelimit"))
         due_at, expires_at = (_time(wire.get(what), what, self._zone) for what in ("eta", "expires"))
         # The broker's message is a doorbell: the time is kept by the row alone.
         wire["eta"] = None
@@ -147,9 +192,10 @@ class Sender:
             ),
             priority=priority,
             declared=bool(carried.get("declared")),
+            rerun=carried.get(RERUN) is not False,
             queue=queue,
-            retries=int(wire.get("retries") or 0),
-            nesting=int(wire.get("replaced_task_nesting") or 0),
+            retries=check_times(wire.get("retries"), "retries"),
+            nesting=check_times(wire.get("replaced_task_nesting"), "replaced_task_nesting"),
             publisher=publisher if isinstance(publisher, int) else None,
             root_id=_parent(wire.get("root_id")),
             parent_id=_parent(wire.get("parent_id")),
@@ -157,17 +203,45 @@ class Sender:
             expires_at=expires_at,
         )
 
-    def _insert(self, job: NewJob) -> Inserted | None:
+    def _insert_for(self, attempt: Attempt, job: NewJob) -> Inserted | None:
+        """The same for what an attempt publishes: refused once it has lost its lease; while Postgres is away it goes
+        with the attempt's end, or waits where that has come already."""
+        if attempt.patient is not None:
+            return self._insert_patiently(attempt.patient, job)
+        if attempt.deferred or time.monotonic() < self._keep_until:
+            attempt.outbox.publishes.append(job)
+            return None
+        try:
+            return self._insert(job, attempt.publisher)
+        except (NotAccepted, OutcomeUnknown) as error:
+            if not _may_pass(error):
+                raise
+            logger.warning("Postgres is away: what job %s publishes goes with its end: %s", attempt.tag.job, error)
+            self._keep_until = time.monotonic() + POSTGRES_PAUSE
+            attempt.outbox.publishes.append(job)
+            return None
+
+    def _insert_patiently(self, may_wait: Callable[[], bool], job: NewJob) -> Inserted | None:
+        pause = threading.Event()
+        while True:
+            try:
+                return self._insert(job)
+            except (NotAccepted, OutcomeUnknown) as error:
+                if not (_may_pass(error) and may_wait()):
+                    raise
+            pause.wait(AGAIN_AFTER)
+
+    def _insert(self, job: NewJob, by: Publisher | None = None) -> Inserted | None:
         """The durable insert. None where the id belongs to a job that runs, and this is its successor (or known)."""
         try:
-            inserted = self._insert_once(job)
+            inserted = self._insert_once(job, by)
         except (OperationalError, DBAPIError) as error:
             if not error.connection_invalidated:
                 raise NotAccepted(f"Postgres refused job {job.id}: {mask_url(str(error.orig))}") from error
             # The connection was lost around the commit. The same statement on a new connection is safe: a row that
             # is there already is left as it is.
             try:
-                inserted = self._insert_once(job)
+                inserted = self._insert_once(job, by)
             except PoolTimeout as again:
                 raise OutcomeUnknown(job.id) from again
             except DBAPIError as again:
@@ -176,29 +250,28 @@ class Sender:
             raise NotAccepted(f"no connection to Postgres was free for job {job.id}") from error
         return inserted
 
-    def _insert_once(self, job: NewJob) -> Inserted | None:
+    def _insert_once(self, job: NewJob, by: Publisher | None) -> Inserted | None:
         with self._stores.engine.connect() as connection:
-            inserted = store.insert_job(connection, job)
+            inserted = accept.insert_job(connection, job, by)
             if inserted.seq is not None:
                 return inserted
-            self._stores.ledger.epoch = inserted.epoch
-            succeeds = store.put_successor(connection, job) is not None
-            try:
-                if succeeds:
-                    self._stores.ledger.succeed(job.id)
-                else:
-                    self._known(connection, job)
-            except StoreUnavailable:
+            if by is not None and not accept.may_publish(connection, by):
+                self._ask(inserted, lambda ledger: ledger.count("stale.publish"))
+                raise LeaseLost(
+                    f"attempt {by.attempt} of job {by.job} lost its lease: what it publishes, {job.id} ({job.name}),"
+                    " is refused"
+                )
+            # (What was never retried or replaced succeeds nothing, and whoever only submits may not change a row.)
+            if (job.retries or job.nesting) and accept.put_successor(connection, job) is not None:
                 # The row knows; the ledger only spares it a detour.
-                self._pause_until = time.monotonic() + LEDGER_PAUSE
-            except LedgerClosed:
-                # Cold, or of another epoch: whoever opens it reads the row.
-                return None
+                self._ask(inserted, lambda ledger: ledger.succeed(job.id))
+            else:
+                self._known(connection, job, inserted)
         return None
 
-    def _known(self, connection: Any, job: NewJob) -> None:
+    def _known(self, connection: Any, job: NewJob, inserted: Inserted) -> None:
         """The id exists and this is no successor: the same publish again, one that comes too late, or a stale one."""
-        row = store.identity_of(connection, job.id)
+        row = accept.identity_of(connection, job.id)
         if row is None:
             return
         if job.publisher is not None and job.publisher < row.attempt:
@@ -214,28 +287,61 @@ class Sender:
             )
         if row.state == State.ACCEPTED:
             # It never reached the ledger, or came back from there: what goes now is the row, not this publish.
-            enroll.submit_rows(self._stores.ledger, backlog.these(connection, [job.id]))
+            try:
+                rows = backlog.these(connection, [job.id])
+            except DBAPIError as error:
+                if getattr(error.orig, "pgcode", None) != NOT_ALLOWED:
+                    raise
+                # Whoever only submits may not read messages: the sweep brings it.
+                return
+            self._ask(inserted, lambda ledger: enroll.submit_rows(ledger, rows))
+
+    def _waiting(self) -> int | None:
+        """How many jobs wait in the ledger; None where it does not say."""
+        return self._stores.sending.ask(lambda ledger: limits.waiting_in_ledger(ledger.client))
 
     def _to_ledger(self, job: NewJob, inserted: Inserted, began_ms: float) -> None:
         """Admit or file. Whatever goes wrong here leaves a row that is accepted, which the sweep brings in."""
-        if inserted.authority != "ledger" or inserted.seq is None or time.monotonic() < self._pause_until:
+        if inserted.seq is None:
             return
-        try:
-            ledger = self._stores.ledger
+        place = order(job.priority, inserted.seq)
+        submitted_ms = round(time.time() * 1000)
+        self._ask(
+            inserted,
+            lambda ledger: ledger.submit(
+                job.id, job.shape, place, job.message, submitted_ms=submitted_ms, read_ms=began_ms, rerun=job.rerun
+            ),
+        )
+
+    def _ask(self, inserted: Inserted, question: Callable[[Ledger], object]) -> None:
+        """Tell the ledger, in the epoch that this insert confirmed; what it does not hear or take, the duties bring.
+        Where Postgres decides, tell those who take jobs there."""
+        if inserted.authority != "ledger":
+            self._wake_pullers()
+            return
+
+        def asked(ledger: Ledger) -> object:
             ledger.epoch = inserted.epoch
-            ledger.submit(
-                job.id,
-                job.shape,
-                order(job.priority, inserted.seq),
-                job.message,
-                submitted_ms=round(time.time() * 1000),
-                read_ms=began_ms,
-            )
-        except StoreUnavailable:
-            self._pause_until = time.monotonic() + LEDGER_PAUSE
+            return question(ledger)
+
+        try:
+            self._stores.sending.ask(asked)
         except LedgerClosed:
             # Cold, or of another epoch: a worker opens it, and brings in what is accepted.
             return
+
+    def _wake_pullers(self) -> None:
+        try:
+            with self._stores.engine.connect() as connection:
+                pull.wake(connection)
+        except SQLAlchemyError as error:
+            # They look by themselves, a little later.
+            logger.info("the workers were not told of a job: %s", error)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether Postgres did not answer, rather than refuse what it was asked."""
+    return isinstance(error, OutcomeUnknown) or isinstance(error.__cause__, (OperationalError, PoolTimeout))
 
 
 def _priority(value: Any) -> int:
@@ -254,12 +360,7 @@ def _parent(value: Any) -> str | None:
 def _time(value: Any, what: str, zone: tzinfo) -> datetime | None:
     if value is None:
         return None
-    try:
-        when = datetime.fromisoformat(str(value))
-    except ValueError as error:
-        raise InvalidRequest(
-            f"{what} {show(value)} is not a time", value=value, advice="Pass a datetime or ISO 8601 text."
-        ) from error
+    when = check_time(value, what)
     return when if when.tzinfo is not None else when.replace(tzinfo=zone)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import sys
+import threading
 from typing import Any
 
 from celery import current_app, signals
@@ -12,11 +13,14 @@ from celery.app import trace
 
 from routing.capacity import default_concurrency, describe, detect
 from routing.errors import NameTaken, PlatformError
-from routing.request import Request
+from routing.secrets import HIDDEN
+from workers import orphans
 from workers.exits import EX_CONFIG, EX_NAME_TAKEN, EX_SOFTWARE
 from workers.identity import name_of, new_identity
-from workers.preflight import check_broker, check_stores, neighbours
-from workers.router import PLATFORM_PREFIX, declared_by
+from workers.inherited import guard_children
+from workers.patiently import when_stores_answer
+from workers.preflight import check_broker, neighbours
+from workers.router import PLATFORM_PREFIX, Declarations, declaration
 from workers.runtime import Runtime
 from workers.stores import Stores
 
@@ -33,6 +37,14 @@ def connect() -> None:
         (signals.worker_shutdown, on_worker_shutdown),
     ):
         signal.connect(handler, weak=False, dispatch_uid=f"celery-capacity.{handler.__name__}")
+    logging.getLogger("celery.pool").addFilter(_without_arguments)
+
+
+def _without_arguments(record: logging.LogRecord) -> bool:
+    """Celery's pool writes the arguments of each job into its log, at the level DEBUG."""
+    if isinstance(record.args, tuple) and record.msg.startswith("TaskPool: Apply"):
+        record.args = (record.args[0], HIDDEN, HIDDEN)
+    return True
 
 
 def _stores_of(app: Any) -> Stores | None:
@@ -63,12 +75,14 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         return
     with _refusing():
         identity = new_identity(name_of(stores.settings, sender.hostname))
-        check_stores(stores.engine, stores.redis, stores.settings)
-        check_broker(str(sender.app.conf.broker_url), stores.settings)
+        orphans.mark(identity.incarnation)
+        guard_children(stores.settings)
+        check_broker(sender.app.conf.broker_read_url)
         runtime = Runtime(sender.app, stores, identity)
-        runtime.membership.claim_name(runtime.intake.challenge)
+        pause = threading.Event()
+        runtime.joining.meet(pause.wait)
         sender.app.worker_runtime = runtime
-        sender.app.amqp.private_queue = identity.queue
+        sender.app.amqp.private_queue = "" if runtime.broker_apart else identity.queue
 
 
 def on_worker_ready(sender: Any = None, **_: Any) -> None:
@@ -80,7 +94,9 @@ def on_worker_ready(sender: Any = None, **_: Any) -> None:
     with _refusing():
         runtime = app.worker_runtime
         pool = sender.pool
-        others = neighbours(stores.engine, stores.settings, runtime.identity)
+        others = when_stores_answer(
+            lambda: neighbours(stores.engine, stores.settings, runtime.identity), runtime.wait_to_start
+        )
         if others:
             logger.warning(
                 "PLATFORM_CPUS is not set, and %s runs on this machine too: both publish the whole of it",
@@ -95,11 +111,11 @@ def on_worker_ready(sender: Any = None, **_: Any) -> None:
         )
 
 
-def declarations(app: Any, stores: Stores) -> dict[str, Request]:
+def declarations(app: Any, stores: Stores) -> Declarations:
     """The requests of all tasks that this worker knows, by name; Celery's and the platform's own are left out."""
     default = stores.settings.default_cpus
     return {
-        name: declared_by(task, default)
+        name: declaration(task, default)
         for name, task in app.tasks.items()
         if not name.startswith((PLATFORM_PREFIX, "celery."))
     }

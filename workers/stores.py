@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import redis
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine, create_engine, event
 
 from routing.errors import NoServers
 from routing.home import running_pair
 from routing.ledger import Ledger
 from routing.settings import Settings
+from workers.breaker import Breaker
+from workers.inherited import let_go
 
 #: Seconds to wait for a connection to Postgres, for one of the pool, and for a lock of a table.
 CONNECT_WITHIN: Final = 3
@@ -41,7 +43,7 @@ def resolve_running(settings: Settings) -> Settings:
 
 def make_engine(url: str) -> Engine:
     """An engine whose statements are autocommitted one by one, with short time-outs."""
-    return create_engine(
+    engine = create_engine(
         url,
         isolation_level="AUTOCOMMIT",
         pool_size=1,
@@ -59,6 +61,8 @@ def make_engine(url: str) -> Engine:
             "options": f"-c lock_timeout={LOCK_WITHIN_MS} -c application_name=celery-capacity",
         },
     )
+    event.listen(engine, "connect", lambda connection, _: _connections.add(connection))
+    return engine
 
 
 class Stores:
@@ -94,9 +98,21 @@ class Stores:
         found: Engine = self._get("engine", lambda: make_engine(str(self.settings.database_url)))
         return found
 
+    def apart(self) -> Stores:
+        """The same settings and engine with a handle of the ledger of its own: the epoch of a handle is its user's."""
+        twin = Stores(self._resolve)
+        twin._made = {"settings": self.settings, "engine": self.engine}
+        return twin
+
     @property
     def ledger(self) -> Ledger:
         found: Ledger = self._get("ledger", lambda: Ledger(self.settings))
+        return found
+
+    @property
+    def sending(self) -> Breaker:
+        """The ledger as senders ask it: with short time-outs, and not at all while it does not answer."""
+        found: Breaker = self._get("sending", lambda: Breaker(self.settings))
         return found
 
     @property
@@ -105,8 +121,11 @@ class Stores:
         return self.ledger.client
 
     def forget_after_fork(self) -> None:
-        """In a child: drop what the parent made, without closing the parent's connections."""
+        """In a child: drop what the parent made, without a word on the parent's connections."""
         self._lock = threading.RLock()
+        for name in ("ledger", "sending"):
+            if name in self._made:
+                let_go(self._made[name].descriptors())
         made, self._made = self._made, {k: v for k, v in self._made.items() if k == "settings"}
         engine = made.get("engine")
         if engine is not None:
@@ -114,9 +133,12 @@ class Stores:
 
 
 _all: weakref.WeakSet[Stores] = weakref.WeakSet()
+#: The driver's connections to Postgres, of all engines that were made here.
+_connections: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
+    let_go([connection.fileno() for connection in _connections if not connection.closed])
     for stores in list(_all):
         stores.forget_after_fork()
 

@@ -18,6 +18,8 @@ class PlatformTask:
     memory: int | str | None = None
     gpus: int | None = None
     resources: dict[str, int] | None = None
+    #: False: it must not start twice by itself. Its first attempt that is lost with its worker or process ends the job.
+    rerun: bool = True
 
     def replace(self, sig: Signature) -> Any:
         """As Celery's; a replacement by a chain, a group or a chord is not supported yet, and says so."""

@@ -14,6 +14,7 @@ EXCHANGE: Final = Exchange("platform.ticks", type="fanout", durable=False, deliv
 HEARTBEAT: Final = PLATFORM_PREFIX + "heartbeat"
 SWEEP: Final = PLATFORM_PREFIX + "sweep"
 RECONCILE: Final = PLATFORM_PREFIX + "reconcile"
+NAMES: Final = frozenset({HEARTBEAT, SWEEP, RECONCILE})
 
 
 def queue() -> Queue:

@@ -29,6 +29,7 @@ def upgrade() -> None:
         "jobs",
         sa.Column("outbox", sa.Text, comment="what its end left to be delivered, see routing.outbox"),
     )
+    op.create_index("jobs_committed", "jobs", ["incarnation"], postgresql_where=sa.text("step = 3"))
     op.create_index("jobs_outbox", "jobs", ["id"], postgresql_where=sa.text("outbox IS NOT NULL"))
     op.create_index(
         "jobs_backlog",
@@ -42,6 +43,8 @@ def upgrade() -> None:
             "ledger_lost_at", sa.DateTime(timezone=True), comment="since when it cannot reach the ledger; null: it can"
         ),
     )
+    # Nobody decides for a while after the authority changed. That the row was made is no change.
+    op.execute("UPDATE authority SET changed_at = 'epoch'")
     op.create_table(
         "quarantine",
         sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
@@ -59,5 +62,6 @@ def downgrade() -> None:
     op.drop_column("workers", "ledger_lost_at")
     op.drop_index("jobs_backlog", "jobs")
     op.drop_index("jobs_outbox", "jobs")
+    op.drop_index("jobs_committed", "jobs")
     op.drop_column("jobs", "outbox")
     op.drop_column("jobs", "rerun")

@@ -30,13 +30,14 @@ def command(context: click.Context, host: str | None, port: int | None) -> None:
     with answering(as_json=False):
         stores = stores_of(context)
         own_host, own_port = stores.settings.dashboard
-        sockets = _bind(host or own_host, own_port if port is None else port)
+        listen = host or own_host
+        sockets = _bind(listen, own_port if port is None else port)
         client, engine, ttl = overview.quick(stores.redis), stores.engine, stores.settings.worker_ttl
 
         def read() -> dict[str, Any]:
             return overview.read(client, engine, ttl).to_json()
 
-        asyncio.run(_serve(read, sockets))
+        asyncio.run(_serve(read, sockets, listen))
     context.exit(exits.OK)
 
 
@@ -45,24 +46,24 @@ def _bind(host: str, port: int) -> list[socket.socket]:
 
     try:
         return bind_sockets(port, host, reuse_port=False)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a text that is no name of a host
         raise InvalidRequest(
-            f"the dashboard cannot listen on {host}:{port}: {error.strerror or error}",
+            f"the dashboard cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}",
             value=f"{host}:{port}",
             advice="Choose another with PLATFORM_DASHBOARD, --host or --port.",
         ) from error
 
 
-async def _serve(read: Any, sockets: list[socket.socket]) -> None:
+async def _serve(read: Any, sockets: list[socket.socket], name: str) -> None:
     from tornado.httpserver import HTTPServer
 
-    from platform.dashboard import application
+    from platform.dashboard import LIMITS, application
 
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ended.set)
-    server = HTTPServer(application(read))
+    server = HTTPServer(application(read, name), **LIMITS)
     server.add_sockets(sockets)
     host, port = sockets[0].getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -9,6 +9,7 @@ from platform.edge import answering, json_option, stores_of
 from platform.terminal import facts, fail, print_json
 from routing import explain, lookup, overview
 from routing.errors import InvalidRequest
+from routing.names import check_job_id
 
 __all__ = ["command"]
 
@@ -23,6 +24,7 @@ def command(context: click.Context, job_id: str, as_json: bool) -> None:
     Exit code 1 where there is no such job; the nearest ids are named.
     """
     with answering(as_json):
+        check_job_id(job_id)
         stores = stores_of(context)
         with stores.engine.connect() as connection:
             found = lookup.find(connection, job_id)

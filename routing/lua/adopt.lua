@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- Does: enters into the books of a new epoch what a worker holds since an older one.
--- KEYS: none; by name: epoch, book, job, held, wait, shapes, counters, stream, free, view, allocated, allocated_cpus
--- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, shape, order, admitted (ms), started (ms), nonce, losses
+-- KEYS: none; by name: epoch, book, job, held, wait, shapes, counters, stream, free, view, allocated, allocated_cpus, unclaimed, kept
+-- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, shape, order, admitted (ms), started (ms), nonce, losses,
+--   rerun (0: its first lost attempt ends it)
 -- Replies: {ok, then for each job: adopted | stale} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands a job
 -- Repeat: harmless: a job that is held already is answered 'adopted'
@@ -15,8 +16,8 @@ local book = read_book(worker, epoch)
 if not book or book.incarnation ~= incarnation then
   return {'unknown'}
 end
-local reply, changed = {'ok'}, {}
-for i = 5, #ARGV, 8 do
+local reply, changed, left = {'ok'}, {}, {}
+for i = 5, #ARGV, 9 do
   local id, token, shape, order = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local token_epoch, token_attempt = string.match(token, '^(%d+)%.(%d+)$')
   local job = read_job(id)
@@ -24,7 +25,7 @@ for i = 5, #ARGV, 8 do
   if job and job.state == 'waiting' and tonumber(job.attempt) < tonumber(token_attempt) then
     -- The backlog was read before this claim reached Postgres.
     redis.call('ZREM', KEY.wait .. job.shape, id)
-    refile(job.shape)
+    left[#left + 1] = job.shape
     if job.entry then
       redis.call('XDEL', KEY.stream, job.entry)
     end
@@ -38,7 +39,7 @@ for i = 5, #ARGV, 8 do
   if not job then
     redis.call('HSET', KEY.job .. id, 'state', 'running', 'epoch', token_epoch, 'attempt', token_attempt,
       'worker', worker, 'incarnation', incarnation, 'shape', shape, 'order', order, 'admitted', ARGV[i + 4],
-      'started', ARGV[i + 5], 'nonce', ARGV[i + 6], 'losses', ARGV[i + 7])
+      'started', ARGV[i + 5], 'nonce', ARGV[i + 6], 'losses', ARGV[i + 7], unpack(ARGV[i + 8] == '0' and {'rerun', '0'} or {}))
     -- 0: it stood there already, only its own key was lost.
     if redis.call('HSET', KEY.held .. worker, id, token) == 1 then
       for name, amount in pairs(amounts_of(shape)) do
@@ -55,5 +56,8 @@ end
 write_book(book, changed)
 if over(book) then
   redis.call('HSET', KEY.book .. worker, 'shrunk', '1')
+end
+for _, shape in ipairs(left) do
+  leave_queue(shape, epoch, clock())
 end
 return reply

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: ends a job that waits (revoked, or past its expiry).
--- KEYS: none; by name: epoch, job, wait, shapes, counters, stream
+-- KEYS: none; by name: epoch, job, wait, shapes, counters, stream, held, unclaimed, kept, book, free, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, job, state (cancelled or expired), error
 -- Replies: {ended, entry} | {held, state, worker} | {over} | {missing} | {cold} | {epoch, current}
 -- Cost: constant
@@ -31,7 +31,6 @@ if job.state ~= 'waiting' then
 end
 local now = clock()
 redis.call('ZREM', KEY.wait .. job.shape, id)
-refile(job.shape)
 job.epoch = epoch
 -- The attempt before (if there was one) has its own entry; this one is of the job.
 local entry = note(id, job, state, STEP.dropped, now, {error = error_text})
@@ -40,4 +39,5 @@ redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt
   'became', state)
 redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
 count(state, 1)
+leave_queue(job.shape, epoch, now)
 return {'ended', entry}

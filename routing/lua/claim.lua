@@ -1,7 +1,11 @@
--- Does: gives an incarnation of a worker the leases of the attempts whose messages arrived there.
+#!lua flags=allow-oom
+-- Does: gives an incarnation of a worker the leases of the attempts whose messages arrived there. A message that is not
+--   the one that was pushed is refused, and the job's own is delivered (again).
 -- KEYS: none; by name: epoch, book, job, unclaimed, counters, stream
--- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, nonce (unique to this claim)
--- Replies: {ok, then for each job: claimed | stale, admitted, started, entry, losses} | {cold} | {epoch, current}
+-- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, nonce (unique to this claim), digest of the
+--   message that arrived ('': it is not known, and not compared)
+-- Replies: {ok, then for each job: claimed | stale | forged | unknown (no such job in this epoch), admitted, started, entry,
+--   losses, rerun} | {cold} | {epoch, current}
 -- Cost: a few commands a job
 -- Repeat: harmless: the nonce tells a claim that is sent again from a doubled message
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -13,12 +17,18 @@ end
 local now = clock()
 local current = redis.call('HGET', KEY.book .. worker, 'incarnation') == incarnation
 local reply = {'ok'}
-for i = 5, #ARGV, 3 do
-  local id, token, nonce = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+for i = 5, #ARGV, 4 do
+  local id, token, nonce, digest = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local job = read_job(id)
   local mine = current and job and job.worker == worker and job.incarnation == incarnation and token_of(job) == token
   local verdict = 'stale'
-  if mine and job.state == 'admitted' then
+  local own = digest ~= '' and mine and job.state == 'admitted' and redis.call('HGET', KEY.job .. id, 'digest')
+  if own and own ~= digest then
+    verdict = 'forged'
+    count('refused.forged', 1)
+    local message = redis.call('HGET', KEY.job .. id, 'message')
+    redis.call('LPUSH', redis.call('HGET', KEY.book .. worker, 'queue'), tagged(message, id, job))
+  elseif mine and job.state == 'admitted' then
     verdict = 'claimed'
     job.started = int(now)
     note(id, job, 'running', STEP.running, now)
@@ -28,6 +38,9 @@ for i = 5, #ARGV, 3 do
   elseif mine and job.state == 'running' and job.nonce == nonce then
     verdict = 'claimed'
   else
+    if not job and string.match(token, '^%d+') == epoch then
+      verdict = 'unknown'
+    end
     count('stale.claim', 1)
   end
   reply[#reply + 1] = verdict
@@ -35,5 +48,6 @@ for i = 5, #ARGV, 3 do
   reply[#reply + 1] = job and job.started or ''
   reply[#reply + 1] = job and job.entry or ''
   reply[#reply + 1] = job and job.losses or '0'
+  reply[#reply + 1] = job and job.rerun or ''
 end
 return reply

@@ -1,5 +1,6 @@
+#!lua flags=allow-oom
 -- Does: admits to one worker what fits on it and waits, going on after a cursor of shapes.
--- KEYS: none; by name: epoch, free, book, shapes, wait, job, held, unclaimed, counters, stream, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, free, book, shapes, wait, job, held, unclaimed, counters, stream, view, allocated, allocated_cpus, kept
 -- ARGV: epoch, run_id, worker, cursor ('' to begin)
 -- Replies: {ok, admitted, cursor ('' when done)} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.shapes shapes are looked at and LIMIT.most jobs admitted

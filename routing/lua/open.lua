@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Does: opens an epoch on books that were emptied before.
 -- KEYS: none; by name: epoch, allocated, allocated_cpus
 -- ARGV: epoch, run_id

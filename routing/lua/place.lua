@@ -1,5 +1,6 @@
+#!lua flags=allow-oom
 -- Does: looks for a worker for the first waiting job of a shape, among the candidates after a cursor, and admits it.
--- KEYS: none; by name: epoch, job, shapes, free, book, wait, counters, stream, held, unclaimed, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, job, shapes, free, book, wait, counters, stream, held, unclaimed, view, allocated, allocated_cpus, kept
 -- ARGV: epoch, run_id, shape, cursor_score, cursor_worker (both '' to begin)
 -- Replies: {admitted, job, worker, attempt} | {more, cursor_score, cursor_worker} | {none} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read
@@ -31,15 +32,16 @@ if book then
   redis.call('ZREM', KEY.wait .. shape, head)
   local job = read_job(head)
   local message = job and redis.call('HGET', KEY.job .. head, 'message')
-  refile(shape)
   if not message then
     count('drift', 1)
+    leave_queue(shape, epoch, now)
     return {'more', cursor_score, cursor_worker}
   end
   job.epoch, job.attempt = epoch, int(tonumber(job.attempt) + 1)
   grant(head, job, message, book, now)
   enter(book, amounts)
   count('admitted', 1)
+  leave_queue(shape, epoch, now)
   return {'admitted', head, book.worker, job.attempt}
 end
 if #found == LIMIT.candidates then

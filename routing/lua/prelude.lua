@@ -51,7 +51,7 @@ end
 -- A worker's whole book, or nil where it is missing or of another epoch (COLD for that worker, never 0).
 local function read_book(worker, epoch)
   local flat = redis.call('HGETALL', KEY.book .. worker)
-  local book = {worker = worker, capacity = {}, allocated = {}}
+  local book = {worker = worker, capacity = {alone = 1}, allocated = {}}
   for i = 1, #flat, 2 do
     local field, value = flat[i], flat[i + 1]
     local kind = string.sub(field, 1, 2)
@@ -78,6 +78,16 @@ end
 local function fits(book, amounts)
   for name, amount in pairs(amounts) do
     if room(book, name) < amount then
+      return false
+    end
+  end
+  return true
+end
+
+-- The same, were nothing allocated.
+local function fits_empty(book, amounts)
+  for name, amount in pairs(amounts) do
+    if (book.capacity[name] or 0) < amount then
       return false
     end
   end
@@ -120,14 +130,16 @@ local function write_amounts(book, changed)
 end
 
 -- The same for a whole book, whose place in the index of free CPUs is found anew. In the index stand the workers that
--- may be admitted to: ready, not over their capacity, and with a slot free, which every job needs.
+-- may be admitted to: ready, not over their capacity, with a slot free, which every job needs, and no job alone there,
+-- or waiting to be.
 local function write_book(book, changed)
   write_amounts(book, changed)
   local too_much = over(book)
   if book.shrunk and not too_much then
     redis.call('HDEL', KEY.book .. book.worker, 'shrunk')
   end
-  if book.status == 'ready' and not too_much and room(book, 'slots') >= 1 then
+  if book.status == 'ready' and not too_much and room(book, 'slots') >= 1 and (book.allocated.alone or 0) == 0
+      and not book.kept then
     redis.call('ZADD', KEY.free, int(room(book, 'cpus')), book.worker)
   else
     redis.call('ZREM', KEY.free, book.worker)
@@ -144,7 +156,7 @@ end
 local function asked_fields(amounts)
   local fields, names = {'epoch', 'lease', 'incarnation', 'queue', 'c.cpus', 'a.cpus', 'c.slots', 'a.slots'}, {'cpus', 'slots'}
   for name in pairs(amounts) do
-    if name ~= 'cpus' and name ~= 'slots' then
+    if name ~= 'cpus' and name ~= 'slots' and name ~= 'alone' then
       names[#names + 1] = name
       fields[#fields + 1] = 'c.' .. name
       fields[#fields + 1] = 'a.' .. name
@@ -167,6 +179,9 @@ local function with_room(worker, epoch, now, amounts, fields, names)
     end
     book.capacity[name], book.allocated[name] = capacity, allocated
   end
+  if amounts.alone and book.allocated.slots > 0 then
+    return nil
+  end
   return book
 end
 
@@ -185,7 +200,7 @@ end
 -- Enter an admission into the book that with_room gave.
 local function enter(book, amounts)
   write_amounts(book, amounts)
-  if book.capacity.slots > book.allocated.slots then
+  if book.capacity.slots > book.allocated.slots and not amounts.alone then
     redis.call('ZADD', KEY.free, int(book.capacity.cpus - book.allocated.cpus), book.worker)
   else
     redis.call('ZREM', KEY.free, book.worker)

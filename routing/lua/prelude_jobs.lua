@@ -15,7 +15,7 @@ local function note(id, job, state, step, now, more)
   job.entry = redis.call('XADD', KEY.stream, '*', 'job', id, 'epoch', job.epoch, 'attempt', job.attempt,
     'state', state, 'step', step, 'worker', job.worker or '', 'incarnation', job.incarnation or '',
     'admitted', job.admitted or '', 'started', job.started or '', 'at', int(now), 'losses', job.losses or '0',
-    'outcome', more and more.outcome or '', 'error', more and more.error or '')
+    'outcome', more and more.outcome or '', 'error', more and more.error or '', 'outbox', more and more.outbox or '')
   job.noted = span
   return job.entry
 end
@@ -23,14 +23,14 @@ end
 -- What the ledger knows of a job (without its message), or nil.
 local function read_job(id)
   local v = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'incarnation', 'shape', 'order',
-    'admitted', 'started', 'nonce', 'losses', 'entry', 'noted', 'final', 'successor', 'submitted')
+    'admitted', 'started', 'nonce', 'losses', 'entry', 'noted', 'final', 'successor', 'submitted', 'rerun')
   if not v[1] then
     return nil
   end
   return {state = v[1], epoch = v[2], attempt = v[3], worker = v[4] or nil, incarnation = v[5] or nil,
     shape = v[6] or nil, order = v[7] or nil, admitted = v[8] or nil, started = v[9] or nil, nonce = v[10] or nil,
     losses = v[11] or nil, entry = v[12] or nil, noted = v[13] or nil, final = v[14] or nil,
-    successor = v[15] or nil, submitted = v[16] or nil}
+    successor = v[15] or nil, submitted = v[16] or nil, rerun = v[17] or nil}
 end
 
 -- "<epoch>.<attempt>": larger is newer.
@@ -65,6 +65,66 @@ local function refile(shape)
   return tonumber(head[2])
 end
 
+-- Nobody waits under a shape any more: the worker that was kept for it is so no longer. Returns it, to be filled.
+local function unkeep(shape, epoch)
+  local worker = redis.call('HGET', KEY.kept, shape)
+  if not worker then
+    return nil
+  end
+  redis.call('HDEL', KEY.kept, shape)
+  if redis.call('HGET', KEY.book .. worker, 'kept') ~= shape then
+    return nil
+  end
+  redis.call('HDEL', KEY.book .. worker, 'kept')
+  local book = read_book(worker, epoch)
+  if book then
+    write_book(book, {})
+  end
+  return worker
+end
+
+-- Is another worker kept for a shape? One that cannot take it any more is kept no longer.
+local function is_kept_elsewhere(shape, amounts, worker, epoch, now)
+  local other = redis.call('HGET', KEY.kept, shape)
+  local book = other and other ~= worker and read_book(other, epoch)
+  if not book or book.kept ~= shape then
+    return false
+  end
+  if book.status == 'ready' and book.lease > now and fits_empty(book, amounts) then
+    return true
+  end
+  redis.call('HDEL', KEY.book .. other, 'kept')
+  book.kept = nil
+  write_book(book, {})
+  return false
+end
+
+-- The shape under which the next attempt of a job is filed: alone, where one more loss ends it (`held_by` of
+-- routing/policy.py). Names stand in the order of their bytes.
+local function shape_held(shape, losses, most_losses)
+  local most = tonumber(most_losses)
+  if most <= 1 or tonumber(losses) < most - 1 or amounts_of(shape).alone then
+    return shape
+  end
+  local parts, own = {}, 'alone'
+  for name, amount in string.gmatch(shape, '([^=,]+)=(%d+)') do
+    if own then
+      local at = 1
+      while at <= #name and string.byte(name, at) == string.byte(own, at) do
+        at = at + 1
+      end
+      if (string.byte(name, at) or 0) > (string.byte(own, at) or 0) then
+        parts[#parts + 1], own = 'alone=1', nil
+      end
+    end
+    parts[#parts + 1] = name .. '=' .. amount
+  end
+  if own then
+    parts[#parts + 1] = 'alone=1'
+  end
+  return table.concat(parts, ',')
+end
+
 -- What a worker holds: the sum of the amounts, and those entries of its list that no job's own key speaks of.
 local function sum_held(worker)
   local sums, strays = {}, {}
@@ -83,7 +143,8 @@ local function sum_held(worker)
 end
 
 -- Admit a job to a worker and deliver its message, in this atomic step. The caller has checked that it fits, and
--- writes the book. `job` has epoch, attempt (the new one), shape, order, losses, submitted, entry.
+-- writes the book. `job` has epoch, attempt (the new one), shape, order, losses, submitted, entry, and of a new job the
+-- fields that are written once (`first`).
 local function grant(id, job, message, book, now)
   job.state, job.worker, job.incarnation = 'admitted', book.worker, book.incarnation
   job.admitted, job.started = int(now), nil
@@ -91,7 +152,7 @@ local function grant(id, job, message, book, now)
   redis.call('HSET', KEY.job .. id, 'state', 'admitted', 'epoch', job.epoch, 'attempt', job.attempt,
     'worker', book.worker, 'incarnation', book.incarnation, 'shape', job.shape, 'order', job.order,
     'admitted', job.admitted, 'losses', job.losses or '0', 'submitted', job.submitted or '0',
-    'entry', job.entry, 'noted', job.noted, 'message', message)
+    'entry', job.entry, 'noted', job.noted, 'message', message, unpack(job.first or {}))
   redis.call('HSET', KEY.held .. book.worker, id, token_of(job))
   redis.call('ZADD', KEY.unclaimed, int(now + LIMIT.start), id)
   redis.call('LPUSH', book.queue, tagged(message, id, job))
@@ -110,26 +171,28 @@ local function hand_over(id, job, message, book, now, nonce, out)
   redis.call('HSET', KEY.held .. book.worker, id, token_of(job))
   local n = #out
   out[n + 1], out[n + 2], out[n + 3], out[n + 4] = id, token_of(job), job.admitted, job.started
-  out[n + 5], out[n + 6], out[n + 7], out[n + 8] = job.entry, job.losses or '0', job.shape, tagged(message, id, job)
+  out[n + 5], out[n + 6], out[n + 7], out[n + 8] = job.entry, job.losses or '0', job.shape, job.rerun or ''
+  out[n + 9] = tagged(message, id, job)
 end
 
 -- Put a job that held an allocation back into the backlog (the caller gives the allocation back), or end it where it
--- was lost too often. Returns the state it has now.
-local function put_back(id, job, now, outcome, error_text, most_losses)
+-- was lost too often (then with its outbox). Returns the state it has now.
+local function put_back(id, job, now, outcome, error_text, most_losses, outbox)
   redis.call('HDEL', KEY.held .. job.worker, id)
   redis.call('ZREM', KEY.unclaimed, id)
   if outcome == 'lost' then
     job.losses = int(tonumber(job.losses or '0') + 1)
     count('lost', 1)
     -- A successor that the attempt published before it was lost runs all the same.
-    if tonumber(job.losses) >= tonumber(most_losses) and not job.successor then
-      note(id, job, 'lost', STEP.ended, now, {outcome = 'lost', error = error_text})
+    if (job.rerun == '0' or tonumber(job.losses) >= tonumber(most_losses)) and not job.successor then
+      note(id, job, 'lost', STEP.ended, now, {outcome = 'lost', error = error_text, outbox = outbox})
       redis.call('DEL', KEY.job .. id)
       redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1',
         'outcome', 'lost', 'became', 'lost')
       redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
       return 'lost'
     end
+    job.shape = shape_held(job.shape, job.losses, most_losses)
   end
   local kept = redis.call('HEXISTS', KEY.job .. id, 'message') == 1
   if job.successor or not kept then
@@ -144,24 +207,42 @@ local function put_back(id, job, now, outcome, error_text, most_losses)
   end
   note(id, job, 'waiting', STEP.back, now, {outcome = outcome, error = error_text})
   redis.call('HDEL', KEY.job .. id, 'worker', 'incarnation', 'admitted', 'started', 'nonce', 'redelivered')
-  redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'losses', job.losses or '0',
+  redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'shape', job.shape, 'losses', job.losses or '0',
     'entry', job.entry, 'noted', job.noted)
   file(id, job.shape, job.order)
   return 'waiting'
 end
 
--- Admit to one worker what now fits on it, in order, looking at LIMIT.shapes shapes (those after the cursor `after`)
--- and admitting LIMIT.most jobs at the most. Returns the number admitted and the cursor to go on with, '' when done.
--- With a nonce the worker itself is asking: what is not large is handed over in `out`, without the way by the broker.
-local function fill(worker, epoch, now, after, nonce, out)
-  if not redis.call('ZSCORE', KEY.free, worker) then
+-- One pass of `fill` over one worker. Returns also a worker that was kept until now for a job that went to this one.
+local function fill_one(worker, epoch, now, after, nonce, out)
+  if not redis.call('ZSCORE', KEY.free, worker) and not redis.call('HGET', KEY.book .. worker, 'kept') then
     return 0, ''
   end
   local book = read_book(worker, epoch)
-  if not book or book.lease <= now or room(book, 'slots') < 1 then
+  if not book or book.lease <= now or book.status ~= 'ready' or over(book) then
     return 0, ''
   end
-  local found = redis.call('ZRANGEBYSCORE', KEY.shapes, after == '' and '-inf' or '(' .. after, '+inf', 'WITHSCORES',
+  local found
+  if book.kept then
+    local kept, head = book.kept, redis.call('ZSCORE', KEY.shapes, book.kept)
+    local mine = redis.call('HGET', KEY.kept, kept) == worker
+    if mine and head and fits_empty(book, amounts_of(kept)) then
+      if (book.allocated.slots or 0) > 0 then
+        return 0, ''
+      end
+      found = {kept, head}
+    end
+    if mine then
+      redis.call('HDEL', KEY.kept, kept)
+    end
+    redis.call('HDEL', KEY.book .. worker, 'kept')
+    book.kept = nil
+    write_book(book, {})
+  end
+  if room(book, 'slots') < 1 or (book.allocated.alone or 0) > 0 then
+    return 0, ''
+  end
+  found = found or redis.call('ZRANGEBYSCORE', KEY.shapes, after == '' and '-inf' or '(' .. after, '+inf', 'WITHSCORES',
     'LIMIT', 0, LIMIT.shapes)
   local cursor = ''
   if #found == 2 * LIMIT.shapes then
@@ -171,16 +252,25 @@ local function fill(worker, epoch, now, after, nonce, out)
   local candidates = {}
   for i = 1, #found, 2 do
     local amounts = amounts_of(found[i])
-    if fits(book, amounts) then
+    if fits(book, amounts) or (amounts.alone and fits_empty(book, amounts)) then
       candidates[#candidates + 1] = {shape = found[i], order = tonumber(found[i + 1]), amounts = amounts}
     end
   end
-  local admitted, changed = 0, {}
+  local admitted, changed, freed = 0, {}, nil
   while #candidates > 0 do
     local first = table.remove(candidates, 1)
-    if fits(book, first.amounts) then
+    local alone, occupied = first.amounts.alone, admitted > 0 or (book.allocated.slots or 0) > 0
+    -- Its turn has come, and others run here: the worker is kept for it, unless another one is.
+    local keep = alone and occupied and not is_kept_elsewhere(first.shape, first.amounts, worker, epoch, now)
+    if keep or (not (alone and occupied) and fits(book, first.amounts)) then
       if admitted == LIMIT.most then
         cursor = after == '' and '-inf' or after
+        break
+      end
+      if keep then
+        redis.call('HSET', KEY.kept, first.shape, worker)
+        redis.call('HSET', KEY.book .. worker, 'kept', first.shape)
+        book.kept, cursor = first.shape, ''
         break
       end
       local id = redis.call('ZPOPMIN', KEY.wait .. first.shape)[1]
@@ -203,6 +293,12 @@ local function fill(worker, epoch, now, after, nonce, out)
         count('drift', 1)
       end
       local order = refile(first.shape)
+      if alone then
+        freed = not order and unkeep(first.shape, epoch) or nil
+        if admitted > 0 then
+          break
+        end
+      end
       if order then
         first.order = order
         local place = #candidates + 1
@@ -222,6 +318,31 @@ local function fill(worker, epoch, now, after, nonce, out)
     end
     write_book(book, changed)
     count('admitted', admitted)
+  elseif book.kept then
+    write_book(book, {})
+  end
+  return admitted, cursor, freed
+end
+
+-- Admit to one worker what now fits on it, in order, looking at LIMIT.shapes shapes (those after the cursor `after`)
+-- and admitting LIMIT.most jobs at the most. Returns the number admitted and the cursor to go on with, '' when done.
+-- With a nonce the worker itself is asking: what is not large is handed over in `out`, without the way by the broker.
+local function fill(worker, epoch, now, after, nonce, out)
+  local admitted, cursor, freed = fill_one(worker, epoch, now, after, nonce, out)
+  while freed do
+    local _
+    _, _, freed = fill_one(freed, epoch, now, '')
   end
   return admitted, cursor
+end
+
+-- After a job left the queue of a shape, otherwise than by `fill`.
+local function leave_queue(shape, epoch, now)
+  if refile(shape) or not string.find(shape, 'alone=', 1, true) then
+    return
+  end
+  local freed = unkeep(shape, epoch)
+  if freed then
+    fill(freed, epoch, now, '')
+  end
 end

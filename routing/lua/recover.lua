@@ -2,7 +2,7 @@
 -- Does: gives a worker again the jobs whose leases it has and does not know of, since the reply of a release was lost.
 -- KEYS: none; by name: epoch, book, held, job
 -- ARGV: epoch, run_id, worker, incarnation, then the ids of the jobs that the worker holds
--- Replies: {ok, then for each job: job, token, admitted, started, entry, losses, shape, message} | {unknown} | {cold}
+-- Replies: {ok, then for each job: job, token, admitted, started, entry, losses, shape, rerun, message} | {unknown} | {cold}
 --   | {epoch, current}
 -- Cost: grows with the jobs that this worker holds
 -- Repeat: harmless: what the worker names is not given again
@@ -25,7 +25,8 @@ for _, id in ipairs(redis.call('HKEYS', KEY.held .. worker)) do
   if message then
     local n = #reply
     reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = id, token_of(job), job.admitted, job.started
-    reply[n + 5], reply[n + 6], reply[n + 7], reply[n + 8] = job.entry or '', job.losses or '0', job.shape, tagged(message, id, job)
+    reply[n + 5], reply[n + 6], reply[n + 7], reply[n + 8] = job.entry or '', job.losses or '0', job.shape, job.rerun or ''
+    reply[n + 9] = tagged(message, id, job)
   end
 end
 return reply

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Does: delivers again the messages of jobs that were admitted and not claimed in time (the same attempt).
 -- KEYS: none; by name: epoch, unclaimed, job, book, counters
 -- ARGV: epoch, run_id, most jobs to look at in this call

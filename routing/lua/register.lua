@@ -1,13 +1,14 @@
 #!lua flags=allow-oom
 -- Does: opens a worker's book with its capacity (or changes the capacity of this incarnation), and admits what fits.
--- KEYS: none; by name: epoch, book, held, missing, view, leases, free, allocated, allocated_cpus, shapes, wait, job, unclaimed, counters, stream
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, free, allocated, allocated_cpus, shapes, wait, job, unclaimed, counters, stream, kept
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), status (ready, or closed until the
---   worker has said what it holds and renews), then the fields of the view: name, value, ...
+--   worker has said what it holds and renews), admit (1: go on to admit, 0: this caller may not), then the fields of the
+--   view: name, value, ...
 -- Replies: {ok, admitted, cursor of shapes} | {taken, incarnation, lease left (ms, negative when it ran out), held} | {cold} | {epoch, current}
 -- Cost: one pass over LIMIT.shapes shapes
 -- Repeat: harmless: the same incarnation keeps its allocations
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local queue, ttl, capacity, status = ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8]
+local queue, ttl, capacity, status, admit = ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9]
 
 local no = refused(epoch, run_id)
 if no then
@@ -46,7 +47,8 @@ end
 redis.call('HSET', key, unpack(fields))
 redis.call('ZADD', KEY.leases, int(now + ttl), worker)
 redis.call('DEL', KEY.view .. worker)
-redis.call('HSET', KEY.view .. worker, unpack(ARGV, 9))
+redis.call('HSET', KEY.view .. worker, unpack(ARGV, 10))
+redis.call('HSET', KEY.view .. worker, 'status', status)
 redis.call('PEXPIRE', KEY.view .. worker, int(ttl))
 redis.call('SET', KEY.allocated_cpus, cpus_text(redis.call('INCRBY', KEY.allocated, 0)))
 local book = read_book(worker, epoch)
@@ -56,5 +58,8 @@ if over(book) then
 end
 show(book)
 write_book(book, {})
-local admitted, cursor = fill(worker, epoch, now, '')
+local admitted, cursor = 0, ''
+if admit == '1' then
+  admitted, cursor = fill(worker, epoch, now, '')
+end
 return {'ok', int(admitted), cursor}

@@ -1,11 +1,13 @@
 #!lua flags=allow-oom
--- Does: gives back the allocations of attempts that are over, then admits to that worker what now fits.
--- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, free, view, allocated, allocated_cpus
+-- Does: gives back the allocations of attempts that are over and stores their results, then admits to that worker what
+--   now fits.
+-- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, free, view, allocated, allocated_cpus, kept
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not '':
---   the worker is asking, hand over to it), then for each
---   job: job, token, outcome (succeeded, failed, cancelled, expired, replaced, retried, handed_back, lost), error
+--   the worker is asking, hand over to it), then for each job: job, token, outcome (succeeded, failed, cancelled, expired,
+--   replaced, retried, handed_back, lost), error, outbox, number of results that are kept in this Redis, and for each of
+--   these: its key (of Celery's backend), seconds to live (0: for ever), result
 -- Replies: {ok, admitted, cursor of shapes, then for each job: released | repeat | stale, state, entry, shape, then for each
---   job handed over: job, token, admitted, started, entry, losses, shape, message} | {cold} | {epoch, current}
+--   job handed over: job, token, admitted, started, entry, losses, shape, rerun, message} | {cold} | {epoch, current}
 -- Cost: a few commands a job, and one pass over LIMIT.shapes shapes
 -- Repeat: harmless: keyed by job and token; the same end of an attempt that ended its job is answered 'repeat', any other 'stale'
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -20,8 +22,11 @@ local book = read_book(worker, epoch)
 local mine = book and book.incarnation == incarnation
 local changed, any = {}, false
 local reply = {'ok', '0', ''}
-for i = 8, #ARGV, 4 do
+local i = 8
+while i <= #ARGV do
   local id, token, outcome, error_text = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+  local outbox, results = ARGV[i + 4], i + 6
+  i = results + 3 * tonumber(ARGV[i + 5])
   local job = read_job(id)
   local verdict, state, entry = 'stale', '', ''
   local before = job and job.state == 'ended' and token_of(job) == token and redis.call('HMGET', KEY.job .. id, 'outcome', 'became')
@@ -37,7 +42,7 @@ for i = 8, #ARGV, 4 do
       if outcome == 'handed_back' then
         count('handed_back', 1)
       end
-      state = put_back(id, job, now, outcome, error_text, most_losses)
+      state = put_back(id, job, now, outcome, error_text, most_losses, outbox)
     else
       local final = outcome ~= 'retried'
       state = final and outcome or 'scheduled'
@@ -45,7 +50,8 @@ for i = 8, #ARGV, 4 do
       if job.state == 'admitted' then
         redis.call('ZREM', KEY.unclaimed, id)
       end
-      note(id, job, state, final and STEP.ended or STEP.back, now, {outcome = outcome, error = error_text})
+      note(id, job, state, final and STEP.ended or STEP.back, now, {outcome = outcome, error = error_text,
+        outbox = outbox})
       redis.call('DEL', KEY.job .. id)
       -- Where Postgres holds a successor, or waits for a replacement, the job goes on, unless it was revoked.
       local for_good = final and outcome ~= 'replaced' and (outcome == 'cancelled' or not job.successor)
@@ -54,6 +60,15 @@ for i = 8, #ARGV, 4 do
       redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
     end
     entry = job.entry
+    -- (What is run again has no result, unless it says itself that it is retried.)
+    if outcome ~= 'handed_back' and (outcome ~= 'lost' or state == 'lost') then
+      for r = results, i - 1, 3 do
+        -- As Celery's backend stores it, and tells whoever waits.
+        local key, seconds, result = ARGV[r], ARGV[r + 1], ARGV[r + 2]
+        redis.call('SET', key, result, unpack(seconds == '0' and {} or {'EX', seconds}))
+        redis.call('PUBLISH', key, result)
+      end
+    end
   else
     count('stale.release', 1)
   end

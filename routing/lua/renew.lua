@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
 -- Does: renews the lease of a worker and its view, and takes back running jobs that two lists in a row did not name.
--- KEYS: none; by name: epoch, book, held, missing, view, leases, free, allocated, allocated_cpus, job, unclaimed, counters, stream, wait, shapes
--- ARGV: epoch, run_id, worker, incarnation, ttl (ms), most_losses, number of view arguments, the view's fields: name, value, ...,
---   then the ids of the jobs that the worker holds
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, free, allocated, allocated_cpus, job, unclaimed, counters, stream, wait, shapes, kept
+-- ARGV: epoch, run_id, worker, incarnation, ttl (ms), most_losses, admit (1: go on to admit, 0: this caller may not), number of view
+--   arguments, the view's fields: name, value, ..., then the ids of the jobs that the worker holds
 -- Replies: {ok, admitted, cursor of shapes, then the shapes of jobs that were taken back} | {unknown} | {cold} | {epoch, current}
 -- Cost: grows with the jobs that this worker holds
 -- Repeat: harmless, but for a job missing from the lists, which two calls take back
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local ttl, most_losses, view_size = tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7])
+local ttl, most_losses, admit, view_size = tonumber(ARGV[5]), ARGV[6], ARGV[7], tonumber(ARGV[8])
 
 local no = refused(epoch, run_id)
 if no then
@@ -27,13 +27,13 @@ end
 redis.call('HSET', KEY.book .. worker, 'lease', int(book.lease), 'status', book.status)
 redis.call('ZADD', KEY.leases, int(book.lease), worker)
 if view_size > 0 then
-  redis.call('HSET', KEY.view .. worker, unpack(ARGV, 8, 7 + view_size))
+  redis.call('HSET', KEY.view .. worker, unpack(ARGV, 9, 8 + view_size))
 end
 redis.call('HSET', KEY.view .. worker, 'status', book.status)
 redis.call('PEXPIRE', KEY.view .. worker, int(ttl))
 
 local named, before, missing = {}, {}, {}
-for i = 8 + view_size, #ARGV do
+for i = 9 + view_size, #ARGV do
   named[ARGV[i]] = true
 end
 for _, attempt in ipairs(redis.call('SMEMBERS', KEY.missing .. worker)) do
@@ -67,6 +67,9 @@ for _, attempt in ipairs(missing) do
 end
 show(book)
 write_book(book, changed)
-local admitted, cursor = fill(worker, epoch, now, '')
+local admitted, cursor = 0, ''
+if admit == '1' then
+  admitted, cursor = fill(worker, epoch, now, '')
+end
 reply[2], reply[3] = int(admitted), cursor
 return reply

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Does: gives a worker that has not spoken in this epoch a closed book, so that what it holds is not taken for free.
 -- KEYS: none; by name: epoch, book, held, job, leases
 -- ARGV: epoch, run_id, worker, incarnation, capacity (as a shape)

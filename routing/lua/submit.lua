@@ -1,13 +1,14 @@
 -- Does: admits a job whose row is durable to the best worker and delivers it, or files it in the backlog.
 -- KEYS: none; by name: epoch, job, shapes, free, book, wait, counters, stream, held, unclaimed, view, allocated, allocated_cpus
--- ARGV: epoch, run_id, deadline (ms of the server), job, shape, order, message, attempt (admissions so far), losses, submitted (ms)
+-- ARGV: epoch, run_id, deadline (ms of the server), job, shape, order, message, attempt (admissions so far), losses, submitted (ms),
+--   rerun (0: its first lost attempt ends it), digest of the message
 -- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when every candidate was looked at)
 --   | {exists, state} | {late} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read; independent of the number of workers and of waiting jobs
 -- Repeat: harmless: a job that is known (or ended within the last 60 s, by its tombstone) is left as it is
 local epoch, run_id, deadline, id = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local shape, order, message = ARGV[5], ARGV[6], ARGV[7]
-local attempt, losses, submitted = ARGV[8], ARGV[9], ARGV[10]
+local attempt, losses, submitted, rerun, digest = ARGV[8], ARGV[9], ARGV[10], ARGV[11], ARGV[12]
 
 local no = refused(epoch, run_id)
 if no then
@@ -25,6 +26,11 @@ end
 local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
 if known[1] then
   redis.call('DEL', KEY.job .. id)
+end
+-- What never changes is written once, with all the rest.
+job.first = {'digest', digest}
+if rerun == '0' then
+  job.first[3], job.first[4] = 'rerun', rerun
 end
 
 local cursor_score, cursor_worker = '', ''
@@ -58,7 +64,8 @@ end
 
 note(id, job, 'waiting', STEP.filed, now)
 redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'epoch', epoch, 'attempt', attempt, 'shape', shape, 'order', order,
-  'losses', losses, 'submitted', submitted, 'message', message, 'entry', job.entry, 'noted', job.noted)
+  'losses', losses, 'submitted', submitted, 'message', message, 'entry', job.entry, 'noted', job.noted,
+  unpack(job.first))
 file(id, shape, order)
 count('filed', 1)
 return {'waiting', cursor_score, cursor_worker}

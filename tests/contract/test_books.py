@@ -59,8 +59,21 @@ def test_a_worker_that_has_yet_to_say_what_it_holds_admits_nothing_before_it_ren
     assert cluster.submit("job") is None
     cluster.ledger.adopt("w", "w-life", [Adopted("held", "1.1", ONE, 1, 5, 6, "", 0)])
     assert cluster.state("job") == "waiting"
+    assert cluster.view()["status"] == "closed"
     assert cluster.renew("held")
+    assert cluster.view()["status"] == "ready"
     assert cluster.client.hkeys(keys.held("w")) == [b"held", b"job"]
+
+
+def test_a_worker_whose_confirmation_ran_out_stays_and_admits_nothing(cluster: Cluster) -> None:
+    ledger = cluster.ledger
+    ledger.leave("w", "w-life")
+    assert cluster.submit("job") is None
+    assert ledger.register("w", "w-life", "queue.w", CAPACITY, VIEW, admit=False) == Filled(0)
+    assert ledger.renew("w", "w-life", {}, [], MOST_LOSSES, admit=False).known
+    assert cluster.state("job") == "waiting"
+    assert cluster.renew()
+    assert cluster.state("job") == "admitted"
 
 
 def test_a_job_that_never_started_is_not_lost_with_its_worker(cluster: Cluster) -> None:

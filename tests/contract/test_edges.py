@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from routing import rebuild, reconcile, scripts, store
+from routing import accept, fence, rebuild, reconcile, scripts, store
 from routing.states import FINAL, TRANSITIONS, Event, State, Step
 
 NAMES: Final = scripts.names()
@@ -108,6 +108,8 @@ STATEMENTS: Final = {
     ],
     # an attempt that ended while its row holds a successor
     "store._APPLY": [(state, Event.RETRY_LATER) for state in HELD],
+    # by an attempt that runs, though its row may be behind
+    "fence._COMMIT": [(state, Event.SUCCEED) for state in HELD],
 }
 
 
@@ -119,9 +121,9 @@ def test_every_edge_that_a_statement_makes_is_in_the_table_of_transitions(
 
 
 def test_the_statements_use_only_states_of_the_table() -> None:
-    # and statuses of workers, and outcomes of attempts
-    known = {state.value for state in State} | {"ready", "draining", "taken_back", ""}
-    for module in (store, rebuild, reconcile):
+    # and statuses of workers, outcomes of attempts, and who decides
+    known = {state.value for state in State} | {"ready", "draining", "taken_back", "postgres", ""}
+    for module in (store, rebuild, reconcile, fence):
         for name, statement in vars(module).items():
             if not hasattr(statement, "bindparams"):
                 continue
@@ -139,4 +141,4 @@ def test_the_statement_that_drops_a_job_guards_the_states_it_leaves() -> None:
 def test_no_statement_leaves_a_final_state() -> None:
     final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
     assert f"jobs.state NOT IN ({final})" in str(store._APPLY)
-    assert f"state NOT IN ({final})" in str(store._SUCCESSOR)
+    assert f"state NOT IN ({final})" in str(accept._SUCCESSOR)

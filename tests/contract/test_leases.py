@@ -190,3 +190,48 @@ def test_a_job_that_ended_leaves_nothing_in_the_list_of_missing_ones(cluster: Cl
     cluster.end("job", "1.1")
     cluster.renew()
     assert cluster.client.exists(keys.missing("w")) == 0
+
+
+# -- results that are kept in the ledger's own Redis
+
+
+@pytest.mark.parametrize(
+    ("outcome", "stored"),
+    [("succeeded", True), ("failed", True), ("retried", True), ("handed_back", False), ("lost", False)],
+)
+def test_a_release_stores_the_result_of_what_is_over(cluster: Cluster, outcome: str, stored: bool) -> None:
+    cluster.register()
+    token = cluster.run("j")
+    listener = cluster.client.pubsub()
+    listener.subscribe("result-j")
+    assert listener.get_message(timeout=5)["type"] == "subscribe"
+    ended = Ended("j", token, outcome, "", "", (("result-j", 60, b"text"),))
+    for _ in range(2):
+        cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES, admit=False)
+    assert (cluster.client.get("result-j") == b"text") is stored
+    if stored:
+        assert 0 < cluster.client.ttl("result-j") <= 60
+        assert [message["data"] for message in iter(lambda: listener.get_message(timeout=0.1), None)] == [b"text"]
+    listener.close()
+
+
+def test_a_stale_release_stores_nothing(cluster: Cluster) -> None:
+    cluster.register()
+    token = cluster.run("j")
+    cluster.expire()
+    assert cluster.lapse() == "gone"
+    cluster.register()
+    ended = Ended("j", token, "succeeded", "", '{"left": 1}', (("result-j", 0, "text"),))
+    settled = cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES, admit=False)
+    assert settled.released[0].verdict == "stale"
+    assert cluster.client.get("result-j") is None
+    assert all(fields[b"outbox"] == b"" for _, fields in cluster.client.xrange(keys.STREAM))
+
+
+def test_an_outbox_stands_in_the_stream_with_the_end(cluster: Cluster) -> None:
+    cluster.register()
+    token = cluster.run("j")
+    ended = Ended("j", token, "failed", "why", '{"left": 1}')
+    cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES, admit=False)
+    entries = [fields for _, fields in cluster.client.xrange(keys.STREAM) if fields[b"state"] == b"failed"]
+    assert [fields[b"outbox"] for fields in entries] == [b'{"left": 1}']

@@ -23,7 +23,8 @@ from routing.request import Request
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.comparing import differences, expected, observe
 from tests.fixtures.job_rules import JobRules
-from tests.fixtures.model import ALL, Job, Model, Worker
+from tests.fixtures.model import ALL, Model
+from tests.fixtures.modelled import Job, Worker
 
 #: A grace that is over as soon as the lease is, and one that never is (ms).
 OVER, NOT_OVER = 0, 10**14
@@ -172,6 +173,7 @@ class Machine(JobRules):
                 2 if job.started else 0,
                 job.nonce or "",
                 job.losses,
+                job.rerun,
             )
             for job in jobs
         ]

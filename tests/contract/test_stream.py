@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 
-from routing import keys, store, stream
+from routing import accept, keys, store, stream
+from routing.accept import NewJob
 from routing.replies import Ended
 from routing.request import Request
 from routing.settings import Settings
 from routing.states import FINAL, State, Step
-from routing.store import NewJob, Transition
+from routing.store import Transition
 from tests.fixtures.staged import MOST_LOSSES, Stage
 from tests.fixtures.transitions import SEVERAL, Rows, batches, expected_attempts, expected_row, histories, thinned
 
@@ -126,7 +127,7 @@ def test_two_writers_at_once_give_the_same_rows_and_do_not_wait_for_each_other_f
 
 
 def put_successor(rows: Rows, job: str = "j0", **more: Any) -> str | None:
-    return store.put_successor(rows.connection, replace(SUCCESSOR, id=rows.prefix + job, **more))
+    return accept.put_successor(rows.connection, replace(SUCCESSOR, id=rows.prefix + job, **more))
 
 
 def with_a_worker(outcome: str, state: str) -> list[Transition]:
@@ -264,3 +265,23 @@ def test_young_entries_are_left_to_the_worker_that_is_about_to_write_them(stage:
     stage.submit(cpus=1000, applied=False)
     assert stream.apply_all(stage.engine, stage.ledger, older_than_ms=60_000)[0] == 0
     assert stream.apply_all(stage.engine, stage.ledger)[0] == 1
+
+
+def test_a_job_that_ended_has_no_attempt_that_goes_on(connection: Connection) -> None:
+    rows = Rows(connection)
+    rows.insert("j0")
+    first, second = with_a_worker("handed_back", "waiting"), with_a_worker("succeeded", "succeeded")
+    # (What ended attempt 1 is lost with the ledger.)
+    rows.apply(first[:1])
+    rows.apply([replace(second[-1], attempt=2)])
+    assert ended_attempts(connection) == [(1, "taken_back", store.END_LOST), (2, "succeeded", None)]
+    # It comes after all, and stands.
+    rows.apply([first[-1]])
+    assert ended_attempts(connection) == [(1, "handed_back", None), (2, "succeeded", None)]
+
+
+def ended_attempts(connection: Connection) -> list[tuple[int, str, str | None]]:
+    query = text("SELECT attempt, outcome, error FROM attempts WHERE ended_at IS NOT NULL ORDER BY 1")
+    found = connection.execute(query)
+    return [(row[0], row[1], row[2]) for row in found]
+

@@ -145,6 +145,45 @@ def test_nothing_can_be_changed(method: str, path: str) -> None:
     assert (answer.code, answer.headers["Content-Type"]) == (405, "application/problem+json")
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("10.1.2.3", 200),
+        ("localhost:8000", 200),
+        ("LOCALHOST", 200),
+        (socket.gethostname(), 200),
+        ("evil.example:8000", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1@evil.example", 400),
+        ("evil.example#127.0.0.1", 400),
+        ("::1", 421),
+    ],
+)
+@pytest.mark.parametrize("path", ["/api/v1/dashboard", "/health"])
+def test_only_a_host_of_its_own_is_answered(path: str, host: str, status: int) -> None:
+    """A page whose name was made to lead to this machine (DNS rebinding) reads nothing."""
+
+    async def ask(fetch: Fetch) -> Any:
+        return await fetch(path, headers={"Host": host})
+
+    assert _serve(_nothing, ask).code == status
+    assert dashboard.is_own(host, {"localhost", socket.gethostname().lower()}) == (status == 200)
+
+
+@pytest.mark.parametrize("path", ["/api/v1/dashboard", "/health", "/nothing"])
+def test_every_answer_says_what_a_browser_may_do_with_it(path: str) -> None:
+    async def ask(fetch: Fetch) -> Any:
+        return await fetch(path), await fetch(path, method="POST", allow_nonstandard_methods=True)
+
+    for answer in _serve(_nothing, ask):
+        assert {name: answer.headers[name] for name in dashboard.HEADERS} == dashboard.HEADERS
+        assert "Server" not in answer.headers
+        assert "Access-Control-Allow-Origin" not in answer.headers
+
+
 def test_an_unknown_path_is_a_problem() -> None:
     async def ask(fetch: Fetch) -> Any:
         return await fetch("/nothing")

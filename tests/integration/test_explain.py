@@ -71,6 +71,27 @@ def test_a_full_worker_and_the_jobs_before_it_are_counted(stage: Stage) -> None:
     assert (_why(stage, urgent).place, _why(stage, urgent).before) == (1, 0)
 
 
+def test_a_job_that_must_run_alone_says_so_and_so_do_those_that_it_keeps_out(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    beside = stage.submit(cpus=1000)
+    stage.start(beside)
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    stage.end(job, "lost")
+    stage.start(job)
+    stage.end(job, "lost")
+    found = _why(stage, job)
+    assert (found.why, found.worker, found.place, found.resource) == (Why.ALONE, "a", 1, None)
+    assert found.request.to_people() == {"cpus": 1, "slots": 1}
+    assert "runs alone on a worker, and none that it fits is empty. a takes nothing else" in _words(found)
+    small = stage.submit(cpus=500)
+    found = _why(stage, small)
+    assert (found.why, found.resource, found.worker) == (Why.NO_ROOM, "alone", "a")
+    assert "a is left to a job that must run alone" in _words(found)
+    stage.end(beside)
+    assert _why(stage, job).why is Why.RUNS
+
+
 def test_a_default_request_is_told(stage: Stage) -> None:
     job = stage.submit(cpus=1000)
     stage.sql("UPDATE jobs SET declared = false")

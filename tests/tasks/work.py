@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -39,6 +40,12 @@ def work(self: Any, trace: str, label: str, seconds: float, millicores: int = 0)
         if what == "start":
             time.sleep(seconds)
     return label
+
+
+@shared_task
+def die() -> None:
+    """Kills the process that it runs in."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def read(trace: Path) -> list[Event]:

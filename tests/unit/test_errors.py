@@ -38,6 +38,21 @@ def make(kind: type[PlatformError]) -> PlatformError:
             "the job was not accepted. Nothing was written: submit it again when Postgres answers.",
         ),
         (
+            errors.MessageTooLarge("the message has 9 bytes, 8 are allowed"),
+            "the message has 9 bytes, 8 are allowed."
+            " Pass a reference (a path, a key) instead of the data, or raise PLATFORM_MAX_MESSAGE.",
+        ),
+        (
+            errors.MessageTooDeep("an argument is nested 51 levels deep, 50 are allowed"),
+            "an argument is nested 51 levels deep, 50 are allowed."
+            " Pass flatter data, a text that the task itself parses, or a reference (a path, a key).",
+        ),
+        (
+            errors.BacklogFull("8 jobs or more wait already"),
+            "8 jobs or more wait already."
+            " Nothing was written: submit it again when fewer jobs wait, or raise PLATFORM_MAX_BACKLOG.",
+        ),
+        (
             errors.OutcomeUnknown("job-1"),
             "the connection broke while job job-1 was stored; it may have been accepted."
             " Submit it again with the same task_id: a job that was stored is not made twice.",
@@ -95,7 +110,10 @@ def test_references_are_stable_and_unique() -> None:
     assert [kind.reference for kind in KINDS] == [
         "platform-error",
         "invalid-request",
+        "message-too-large",
+        "message-too-deep",
         "not-accepted",
+        "backlog-full",
         "outcome-unknown",
         "lease-lost",
         "wrong-settings",
@@ -163,6 +181,16 @@ def test_passwords_in_urls_are_masked(url: str, masked: str) -> None:
 @given(password=st.text(st.characters(categories=("L", "N", "P", "S")), min_size=8).map(lambda text: f"<{text}>"))
 def test_no_password_survives_masking(password: str) -> None:
     assert password not in mask_url(f"redis://user:{password}@host:6379/0")
+
+
+def test_a_text_of_nothing_but_beginnings_of_urls_is_masked_at_once() -> None:
+    # Quadratic, this would take an hour.
+    assert mask_url("://a:" * 200_000) == "://a:" * 200_000
+    assert mask_url("://a:" * 200_000 + "@") == "://a:***@"
+
+
+def test_the_error_of_a_job_is_stored_without_passwords() -> None:
+    assert errors.storable("cannot reach redis://:s3cret@h/0", 100) == "cannot reach redis://:***@h/0"
 
 
 def test_an_error_never_shows_a_password() -> None:

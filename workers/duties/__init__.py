@@ -7,6 +7,6 @@ own timers, one worker in each interval; beat's ticks ask for it sooner.
 from __future__ import annotations
 
 from workers.duties.opening import open_ledger
-from workers.duties.runner import DUTIES, Duty, Runner
+from workers.duties.runner import DUTIES, OUTBOX, Duty, Runner
 
-__all__ = ["DUTIES", "Duty", "Runner", "open_ledger"]
+__all__ = ["DUTIES", "OUTBOX", "Duty", "Runner", "open_ledger"]

@@ -8,6 +8,7 @@ from routing import backlog, enroll
 from routing.states import State
 from workers.control import end_before_start
 from workers.stores import Stores
+from workers.undelivered import deliver_rows
 
 #: Rows looked at in one statement.
 MOST = 1000
@@ -19,9 +20,9 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
         overdue = backlog.overdue(connection, MOST)
     expired = 0
     for job in overdue:
-        if end_before_start(stores, job, State.EXPIRED, "expired"):
-            app.backend.mark_as_revoked(job, "expired", store_result=True)
-            expired += 1
+        expired += end_before_start(stores, job, State.EXPIRED, "expired")
+    if expired:
+        deliver_rows(app, stores, overdue)
     return {"due": _due(stores, set(overdue)), "expired": expired}
 
 

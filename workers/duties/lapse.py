@@ -6,8 +6,9 @@ import time
 
 from celery import Celery
 
-from routing import roster
-from workers.ledger_thread import MOST_LOSSES
+from routing import roster, takeback
+from workers import orphans
+from workers.identity import boot_id
 from workers.stores import Stores
 
 
@@ -28,20 +29,21 @@ class Window:
 def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[str, int]:
     """Counts: `closed` and `lost` workers, `taken_back` jobs. Without a window (by hand) the lease alone counts."""
     settings = stores.settings
-    grace = settings.lost_after - settings.worker_ttl
+    grace_ms = round((settings.lost_after - settings.worker_ttl) * 1000)
     # A worker renews within the renew interval: after a gap each had the chance to be seen before it is given up.
     watched = window is None or window.seconds() >= min(settings.lost_after, settings.renew_interval * 2)
     closed = lost = taken = 0
+    over = set(stores.ledger.lapsed_workers(grace_ms)) if watched else set()
     for worker in stores.ledger.lapsed_workers():
-        found = stores.ledger.lapse(worker, round(grace * 1000) if watched else NEVER_MS, MOST_LOSSES)
-        taken += found.taken_back
-        if found.verdict == "closed":
-            closed += 1
-        elif found.verdict == "gone":
-            lost += 1
-            if found.incarnation:
-                with stores.engine.connect() as connection:
-                    roster.end_worker(connection, found.incarnation, "lost")
+        found = stores.ledger.lapse(worker, NEVER_MS, settings.most_losses)
+        closed += found.verdict == "closed"
+        if worker in over and found.incarnation:
+            with stores.engine.connect() as connection:
+                life = roster.find_worker(connection, found.incarnation)
+            orphans.see_to(life, boot_id())
+            given_up = takeback.take_back(stores.engine, stores.ledger, worker, found.incarnation, grace_ms)
+            taken += given_up.taken_back
+            lost += given_up.verdict == "gone"
     return {"closed": closed, "lost": lost, "taken_back": taken}
 
 

@@ -12,14 +12,15 @@ from typing import Any, Final
 
 from celery import Celery
 from redis.exceptions import RedisError
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import keys, roster
+from routing import roster
 from routing.errors import PlatformError
 from routing.replies import LedgerClosed
 from routing.settings import Settings
 from workers import ticks
-from workers.duties import due, lapse, reconciling, stream, sweep
+from workers.duties import due, fallback, lapse, outbox, reconciling, stream, sweep
 from workers.duties.opening import open_ledger
 from workers.stores import Stores
 from workers.wake import Wake
@@ -32,21 +33,33 @@ TURN_PART: Final = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Duty:
-    """`interval` in seconds by the settings; `tick`: beat's message that asks for it."""
+    """`interval` in seconds by the settings; `tick`: the message that asks for it (beat's, or a worker's own);
+    `without`: what runs in its place while Postgres decides."""
 
     name: str
     interval: Callable[[Settings], float]
     run: Callable[..., Mapping[str, int]]
     tick: str | None = None
+    without: Callable[..., Mapping[str, int]] | None = None
 
+
+#: What a worker's own thread says when it left something to be delivered.
+OUTBOX: Final = "outbox"
+#: The first of the advisory locks under which a duty runs while Postgres decides.
+DUTY_LOCK: Final = 0x_CE1E_0100
 
 DUTIES: Final = (
-    Duty("due", lambda s: s.due_interval, due.run_once),
+    Duty("due", lambda s: s.due_interval, due.run_once, without=fallback.expire),
     Duty("stream", lambda s: s.due_interval, stream.run_once),
-    Duty("lapse", lambda s: s.due_interval, lapse.run_once),
+    Duty("outbox", lambda s: s.due_interval, outbox.run_once, OUTBOX, outbox.run_once),
+    Duty("lapse", lambda s: s.due_interval, lapse.run_once, without=fallback.lapse),
     Duty("sweep", lambda s: s.sweep_interval, sweep.run_once, ticks.SWEEP),
     Duty("reconcile", lambda s: s.reconcile_interval, reconciling.run_once, ticks.RECONCILE),
 )
+
+#: The same as the reconcile, out of its turn: asked for by whoever met a ledger that misses what it should have. One in
+#: each interval of the sweep, however many suspect.
+SUSPICION: Final = Duty("suspicion", lambda s: s.sweep_interval, reconciling.run_once)
 
 
 class Runner(threading.Thread):
@@ -55,18 +68,26 @@ class Runner(threading.Thread):
     def __init__(self, app: Celery, stores: Stores, incarnation: str) -> None:
         super().__init__(name="duties", daemon=True)
         self._app = app
-        self._stores = stores
+        # With a handle of the ledger of their own: its epoch is the one in which duties may act.
+        self._stores = stores.apart()
         self._incarnation = incarnation
         self._wake = Wake()
         self._stopping = False
         self._window = lapse.Window()
         self._looked_at = time.monotonic()
         self._asked: set[str] = set()
+        self._suspected = False
         self._said = ""
 
     def tick(self, name: str) -> None:
         """Beat asks for a duty, in any thread."""
         self._asked.add(name)
+        self._wake.set()
+
+    def suspect(self) -> None:
+        """The ledger misses what it should have (keys were deleted, say): it is compared with Postgres at once. In any
+        thread."""
+        self._suspected = True
         self._wake.set()
 
     def stop(self, within: float) -> None:
@@ -88,6 +109,8 @@ class Runner(threading.Thread):
             due_now = [duty for duty in DUTIES if now >= next_at[duty.name] or duty.tick in asked]
             for duty in due_now:
                 next_at[duty.name] = now + duty.interval(settings)
+            if self._suspected:
+                due_now.append(SUSPICION)
             if due_now and not self._stopping:
                 self._run(due_now)
 
@@ -96,14 +119,12 @@ class Runner(threading.Thread):
             # Held up for so long (by a store, by the machine) that heartbeats may have gone unseen.
             self._window.restart()
         try:
-            open_ledger(self._stores)
-            mine = [duty for duty in due_now if self._turn(duty)]
-            if mine:
-                # Whoever repairs the books must be of the epoch that Postgres names now.
-                with self._stores.engine.connect() as connection:
-                    self._stores.ledger.epoch = roster.read_authority(connection).epoch
-            for duty in mine:
-                self._run_one(duty)
+            with self._stores.engine.connect() as connection:
+                known = roster.read_authority(connection)
+            if known.authority == "postgres":
+                self._run_without_ledger(due_now)
+            else:
+                self._run_with_ledger(due_now)
             self._said = ""
         except (PlatformError, LedgerClosed, RedisError, SQLAlchemyError) as error:
             self._window.restart()
@@ -115,8 +136,38 @@ class Runner(threading.Thread):
             logger.exception("a duty failed; it runs again in its next interval")
         self._looked_at = time.monotonic()
 
-    def _run_one(self, duty: Duty) -> None:
-        run = partial(duty.run, window=self._window) if duty.name == "lapse" else duty.run
+    def _run_with_ledger(self, due_now: list[Duty]) -> None:
+        open_ledger(self._stores)
+        mine = [duty for duty in due_now if self._turn(duty)]
+        # One whose turn is not free yet is kept: what the last one compared may have been right then.
+        self._suspected &= SUSPICION not in mine
+        if mine:
+            # Whoever repairs the books must be of the epoch that Postgres names now.
+            with self._stores.engine.connect() as connection:
+                known = roster.read_authority(connection)
+            if known.authority != "ledger":
+                # It changed while the ledger was waited for.
+                return
+            self._stores.ledger.epoch = known.epoch
+        for duty in mine:
+            self._run_one(duty, duty.run)
+
+    def _run_without_ledger(self, due_now: list[Duty]) -> None:
+        """One worker at a time: whoever has the lock of the duty."""
+        for number, duty in enumerate(DUTIES):
+            if duty.without is None or duty not in due_now:
+                continue
+            lock = {"key": DUTY_LOCK + number}
+            with self._stores.engine.connect() as connection:
+                if connection.execute(text("SELECT pg_try_advisory_lock(:key)"), lock).scalar_one():
+                    try:
+                        self._run_one(duty, duty.without)
+                    finally:
+                        connection.execute(text("SELECT pg_advisory_unlock(:key)"), lock)
+
+    def _run_one(self, duty: Duty, run: Callable[..., Mapping[str, int]]) -> None:
+        if duty.name == "lapse":
+            run = partial(run, window=self._window)
         counts: dict[str, Any] = {
             name: number for name, number in run(self._app, self._stores).items() if number
         }
@@ -128,4 +179,4 @@ class Runner(threading.Thread):
     def _turn(self, duty: Duty) -> bool:
         """One worker in each interval: whoever sets the key, which expires."""
         milliseconds = max(1, round(duty.interval(self._stores.settings) * TURN_PART * 1000))
-        return bool(self._stores.redis.set(keys.duty(duty.name), self._incarnation, nx=True, px=milliseconds))
+        return self._stores.ledger.take_turn(duty.name, self._incarnation, milliseconds)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from celery import Celery
-from celery.exceptions import WorkerLostError
 
 from routing import enroll, stream
-from routing.states import State
+from routing.states import FINAL
 from workers.stores import Stores
+from workers.undelivered import deliver_rows
 
 #: Milliseconds left to a worker to write its own.
 OLDER_THAN = 1000
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `applied` entries, `continued` jobs with a successor that is due, `lost` jobs whose result was stored."""
+    """Counts: `applied` entries, `continued` jobs with a successor that is due, `delivered` outboxes of theirs."""
     entries, applied = stream.apply_all(stores.engine, stores.ledger, older_than_ms=OLDER_THAN)
     continued = enroll.go_on(stores.engine, stores.ledger, applied)
-    lost = [one.job for one in applied if one.state == State.LOST]
-    for job in lost:
-        # No worker is left that would tell whoever waits for the result.
-        app.backend.mark_as_failure(job, WorkerLostError("the job was lost with its workers too often"))
-    return {"applied": entries, "continued": continued, "lost": len(lost)}
+    ended = [one.job for one in applied if one.state in FINAL]
+    delivered = deliver_rows(app, stores, ended) if ended else 0
+    return {"applied": entries, "continued": continued, "delivered": delivered}

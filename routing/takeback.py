@@ -1,0 +1,39 @@
+"""Taking back the jobs of a worker that is lost: first in Postgres, then in the ledger.
+
+Postgres first, so that nothing which the worker still does has an effect: should it wake up, what its attempts commit
+or publish is refused from then on, and what they had committed does not run again. Where Postgres does not answer,
+nothing is taken back yet.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Engine
+
+from routing import books, fence, roster, stream
+from routing.ledger import Ledger
+from routing.replies import Lapsed
+
+
+def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, grace_ms: int) -> Lapsed:
+    """Give a life of a worker up, whose lease ran out `grace_ms` ago. Safe to do again, and by several at once."""
+    with engine.connect() as connection:
+        roster.end_worker(connection, incarnation, "lost")
+        # The claims of which only the stream knows yet.
+        stream.apply_all(engine, ledger)
+        fence.give_up(connection, incarnation)
+        for job, epoch, attempt in fence.committed(connection, incarnation):
+            # (Here too only once the stream has nothing of it.)
+            if not ledger.drop(job, f"{epoch}.{attempt}", final=True) and _is_held(ledger, job, worker):
+                return Lapsed("waits", incarnation, 0)
+            fence.close(connection, job, epoch, attempt)
+    found = ledger.lapse(worker, grace_ms, ledger.settings.most_losses)
+    if found.verdict == "alive":
+        # It renewed its lease just now: its next attempts may speak. (Those that it has may not commit any more.)
+        with engine.connect() as connection:
+            roster.revive_worker(connection, incarnation)
+    return found
+
+
+def _is_held(ledger: Ledger, job: str, worker: str) -> bool:
+    card = books.read_cards(ledger.client, [job]).get(job)
+    return card is not None and card.state != "ended" and card.worker == worker

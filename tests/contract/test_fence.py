@@ -1,0 +1,233 @@
+"""What an attempt may commit by itself, and what becomes of its row when its worker speaks, dies or wakes up late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.exc import OperationalError
+
+from routing import fence, keys, pull, stream, takeback, verify
+from routing.accept import Publisher
+from routing.reconcile import reconcile
+from routing.replies import Adopted
+from routing.settings import Settings
+from routing.states import Step
+from tests.fixtures.staged import MOST_LOSSES, Stage
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    stage.worker("a", cpus=4000)
+    yield stage
+    stage.close()
+
+
+def mine(stage: Stage, job: str, attempt: int = 1) -> Publisher:
+    return Publisher(job, stage.ledger.epoch, attempt, "a-life")
+
+
+def commit(stage: Stage, job: str, attempt: int = 1) -> bool:
+    with stage.engine.connect() as connection:
+        return fence.commit(connection, mine(stage, job, attempt))
+
+
+def running(stage: Stage) -> str:
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    return job
+
+
+def outcome(stage: Stage, job: str) -> list[str | None]:
+    with stage.engine.connect() as connection:
+        query = text("SELECT outcome FROM attempts WHERE job_id = :job ORDER BY epoch, attempt")
+        return list(connection.execute(query, {"job": job}).scalars())
+
+
+def test_a_running_attempt_commits_once(stage: Stage) -> None:
+    job = running(stage)
+    assert commit(stage, job)
+    row = stage.row(job)
+    assert (row.state, row.step, row.worker, row.finished_at is not None) == ("succeeded", Step.COMMITTED, "a", True)
+    assert outcome(stage, job) == ["succeeded"]
+    assert not commit(stage, job)
+    assert not commit(stage, job, 2)
+    with stage.engine.connect() as connection:
+        assert fence.why_not(connection, mine(stage, job)) == ("the job has ended as succeeded by attempt 1", True)
+        assert fence.why_not(connection, mine(stage, job, 2))[1] is False
+
+
+def test_an_attempt_commits_though_postgres_does_not_know_of_it_yet(stage: Stage) -> None:
+    job = stage.submit(cpus=1000, applied=False)
+    assert stage.row(job).state == "accepted"
+    assert commit(stage, job)
+    # What comes from the stream then is older than its end.
+    stage.apply()
+    assert (stage.row(job).state, stage.row(job).attempt) == ("succeeded", 1)
+
+
+def test_an_attempt_that_is_not_the_newest_cannot_commit(stage: Stage) -> None:
+    job = running(stage)
+    stage.end(job, "lost")
+    assert stage.row(job).attempt == 2
+    assert not commit(stage, job, 1)
+    with stage.engine.connect() as connection:
+        assert fence.why_not(connection, mine(stage, job)) == ("attempt 2 has the job", False)
+    assert commit(stage, job, 2)
+
+
+def test_an_attempt_that_published_its_retry_cannot_commit(stage: Stage) -> None:
+    job = running(stage)
+    stage.sql("UPDATE jobs SET successor = message, successor_retries = 1, successor_nesting = 0 WHERE id = :j", j=job)
+    assert not commit(stage, job)
+    with stage.engine.connect() as connection:
+        assert fence.why_not(connection, mine(stage, job))[1]
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled", "retried"])
+def test_whatever_its_worker_says_the_end_that_was_committed_stands(stage: Stage, end: str) -> None:
+    job = running(stage)
+    assert commit(stage, job)
+    before = stage.row(job)
+    stage.end(job, end)
+    row = stage.row(job)
+    assert (row.state, row.step, row.losses) == ("succeeded", Step.ENDED, 0)
+    assert (row.finished_at, row.error) == (before.finished_at, None)
+    assert outcome(stage, job)[0] == "succeeded"
+    # Where nobody said what it returned, whoever waits hears of its end.
+    assert (row.outbox is not None) == (end in ("cancelled", "retried"))
+
+
+def test_an_attempt_that_died_after_its_commit_is_closed_once(stage: Stage) -> None:
+    job, other = running(stage), running(stage)
+    commit(stage, job)
+    with stage.engine.connect() as connection:
+        assert [fence.close(connection, one, 1, 1) for one in (job, job, other)] == [True, False, False]
+        assert [fence.final_state(connection, one) for one in (job, other)] == ["succeeded", None]
+    assert (stage.row(job).step, stage.row(job).outbox is not None) == (Step.ENDED, True)
+
+
+def test_a_reconcile_leaves_a_committed_job_to_its_worker(stage: Stage) -> None:
+    job = running(stage)
+    commit(stage, job)
+    assert reconcile(stage.engine, stage.ledger).to_json()["kinds"] == {}
+    assert stage.redis.hget(keys.held("a"), job) == b"1.1"
+    assert verify.check(stage.engine, stage.redis, patience=0.2).lines() == []
+    stage.end(job)
+    assert reconcile(stage.engine, stage.ledger).to_json()["kinds"] == {}
+    assert verify.check(stage.engine, stage.redis, at_rest=True, patience=0.2).lines() == []
+
+
+def test_the_word_of_its_worker_that_was_lost_with_the_ledger_is_made_up_for(stage: Stage) -> None:
+    job = running(stage)
+    commit(stage, job)
+    stage.end(job, applied=False)
+    stage.redis.delete(keys.STREAM)
+    found = reconcile(stage.engine, stage.ledger)
+    assert found.to_json()["kinds"] == {"ended by itself, and not held": 1}
+    row = stage.row(job)
+    assert (row.state, row.step, row.outbox is not None) == ("succeeded", Step.ENDED, True)
+    assert reconcile(stage.engine, stage.ledger).drift == 0
+
+
+# A worker that is lost.
+
+
+def lose(stage: Stage) -> int:
+    """The lease of `a` ran out long ago; how many jobs were taken back."""
+    stage.ledger.condemn("a", "a-life")
+    found = takeback.take_back(stage.engine, stage.ledger, "a", "a-life", 0)
+    assert found.verdict == "gone"
+    return found.taken_back
+
+
+def test_what_a_lost_worker_had_committed_does_not_run_again_and_the_rest_does(stage: Stage) -> None:
+    committed, other = running(stage), running(stage)
+    assert commit(stage, committed)
+    stage.worker("b", cpus=4000)
+    assert lose(stage) == 1
+    stage.apply()
+    assert (stage.row(committed).state, stage.row(committed).step) == ("succeeded", Step.ENDED)
+    assert stage.row(committed).outbox is not None
+    assert (stage.row(other).state, stage.row(other).worker, stage.row(other).losses) == ("admitted", "b", 1)
+    assert stage.redis.hexists(keys.held("b"), committed) is False
+
+
+def test_an_attempt_of_a_lost_worker_cannot_commit_before_its_next_one_is_known(stage: Stage) -> None:
+    job = running(stage)
+    lose(stage)
+    # The stream has not been applied: by the row it runs.
+    row = stage.row(job)
+    assert (row.state, row.step) == ("running", Step.GIVEN_UP)
+    assert not commit(stage, job)
+    # Nor when its worker lives again.
+    stage.worker("a", cpus=4000)
+    assert not commit(stage, job)
+    stage.apply()
+    stage.start(job)
+    assert commit(stage, job, 2)
+
+
+def test_a_claim_that_only_the_stream_knew_is_given_up_too(stage: Stage) -> None:
+    job = stage.submit(cpus=1000, applied=False)
+    stage.ledger.settle("a", "a-life", arrived=[(job, "1.1", "n")], most_losses=MOST_LOSSES)
+    assert stage.row(job).state == "accepted"
+    lose(stage)
+    assert not commit(stage, job)
+
+
+def test_nothing_is_taken_back_while_postgres_does_not_answer(stage: Stage) -> None:
+    job = running(stage)
+    stage.ledger.condemn("a", "a-life")
+    nowhere = create_engine("postgresql+psycopg2://nobody@127.0.0.1:1/none")
+    with pytest.raises(OperationalError):
+        takeback.take_back(nowhere, stage.ledger, "a", "a-life", 0)
+    assert stage.redis.hget(keys.held("a"), job) == b"1.1"
+    assert lose(stage) == 1
+
+
+def test_a_worker_that_renewed_just_now_keeps_its_jobs_and_may_speak(stage: Stage) -> None:
+    job = running(stage)
+    found = takeback.take_back(stage.engine, stage.ledger, "a", "a-life", 0)
+    assert (found.verdict, found.taken_back) == ("alive", 0)
+    with stage.engine.connect() as connection:
+        assert connection.execute(text("SELECT status, left_at FROM workers")).one() == ("ready", None)
+    # (What it had begun may not commit any more: it would end, and run again.)
+    assert not commit(stage, job)
+    stage.end(job)
+    assert stage.row(job).state == "succeeded"
+    later = running(stage)
+    assert commit(stage, later)
+
+
+# A ledger that is opened anew.
+
+
+@pytest.mark.parametrize(("losses", "rerun", "state"), [(0, True, "accepted"), (2, True, "lost"), (0, False, "lost")])
+def test_what_ran_on_a_life_that_has_ended_goes_back_or_is_lost(
+    stage: Stage, losses: int, rerun: bool, state: str
+) -> None:
+    job = running(stage)
+    stage.sql("UPDATE jobs SET losses = :losses, rerun = :rerun", losses=losses, rerun=rerun)
+    stage.sql("UPDATE workers SET status = 'lost'")
+    with stage.engine.connect() as connection:
+        pull.give_back(connection, pull.orphans(connection), None, "its worker has ended", MOST_LOSSES)
+    row = stage.row(job)
+    assert (row.state, row.losses) == (state, losses + 1)
+
+
+def test_a_job_that_a_worker_says_it_runs_is_entered_though_it_has_committed(stage: Stage) -> None:
+    job = running(stage)
+    commit(stage, job)
+    stage.redis.flushdb()
+    stage.ledger.open(2)
+    stage.ledger.finish(2)
+    stage.sql("UPDATE authority SET epoch = 2")
+    stage.worker("a", cpus=4000)
+    held = Adopted(job, "1.1", stage.row(job).shape, 1, 5, 6, "n", 0)
+    assert stage.ledger.adopt("a", "a-life", [held]) == []
+    assert reconcile(stage.engine, stage.ledger).drift == 0
+    stream.apply_all(stage.engine, stage.ledger)
+    assert stage.row(job).state == "succeeded"

@@ -1,0 +1,99 @@
+"""A Redis that has reached its `maxmemory`: no job comes in, and whatever there is goes on to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from routing import keys, stream
+from routing.ledger import Ledger
+from routing.replies import Adopted, Ended, LedgerFull
+from routing.request import Request
+from tests.fixtures.books import MOST_LOSSES, open_ledger
+from tests.fixtures.cluster import CAPACITY, ONE, Cluster
+
+WHOLE = Request.of({"cpus": 4000}).shape
+
+
+@pytest.fixture
+def ledger(redis_url: str) -> Iterator[Ledger]:
+    with open_ledger(redis_url) as ledger:
+        yield ledger
+        ledger.client.config_set("maxmemory", 0)
+
+
+@pytest.fixture
+def cluster(ledger: Ledger) -> Cluster:
+    cluster = Cluster(ledger)
+    cluster.register()
+    return cluster
+
+
+def fill_up(ledger: Ledger) -> None:
+    """From here on commands that may take up memory are refused."""
+    ledger.client.config_set("maxmemory", 1)
+
+
+def test_a_full_ledger_refuses_a_submit_and_changes_nothing(cluster: Cluster) -> None:
+    fill_up(cluster.ledger)
+    with pytest.raises(LedgerFull):
+        cluster.submit("job")
+    assert (cluster.state("job"), cluster.book()["a.cpus"]) == (None, "0")
+
+
+def test_what_waits_in_a_full_ledger_runs_and_ends(cluster: Cluster) -> None:
+    cluster.run("whole", WHOLE)
+    assert cluster.submit("next", WHOLE) is None
+    assert cluster.submit("last", WHOLE) is None
+    fill_up(cluster.ledger)
+    assert cluster.renew("whole")
+    assert cluster.end("whole", "1.1").state == "succeeded"
+    assert cluster.claim("next", "1.1").ok
+    # It goes back, and is admitted again.
+    assert cluster.end("next", "1.1", "handed_back").state == "waiting"
+    assert cluster.claim("next", "1.2").ok
+    handed_over = cluster.ledger.settle(
+        "w", "w-life", ended=[Ended("next", "1.2", "failed")], most_losses=MOST_LOSSES, nonce="n"
+    ).handed_over
+    assert [one.job for one in handed_over] == ["last"]
+    assert [one.job for one in cluster.ledger.recover("w", "w-life", [])] == ["last"]
+    assert cluster.end("last", "1.1").verdict == "released"
+    assert cluster.ledger.forget(stream.settled(stream.read(cluster.ledger))) > 0
+    assert cluster.client.xlen(keys.STREAM) == 0
+    assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
+
+
+def test_a_full_ledger_takes_back_delivers_again_and_looks_on(cluster: Cluster) -> None:
+    cluster.submit("job")
+    cluster.client.zadd(keys.UNCLAIMED, {"job": 1}, xx=True)
+    fill_up(cluster.ledger)
+    assert cluster.ledger.redeliver() == 1
+    assert cluster.claim("job", "1.1").ok
+    cluster.ledger.condemn("w", "w-life")
+    assert cluster.lapse() == "gone"
+    assert cluster.state("job") == "waiting"
+    # Another worker comes, and one that was lost with its book.
+    cluster.register("other")
+    assert cluster.claim("job", "1.2", "other").ok
+    assert cluster.ledger.drain("other", "other-life") == 0
+    assert cluster.end("job", "1.2", worker="other").state == "succeeded"
+    assert cluster.ledger.leave("other", "other-life") == 0
+
+
+def test_a_full_ledger_is_opened_anew(cluster: Cluster) -> None:
+    fill_up(cluster.ledger)
+    cluster.client.flushdb()
+    cluster.ledger.open(2)
+    assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "n", 0)]) == []
+    cluster.ledger.finish(2)
+    assert cluster.register().admitted == 0
+    assert cluster.end("job", "1.1").state == "succeeded"
+
+
+def test_the_turn_for_a_duty_is_given_by_a_full_ledger_too(ledger: Ledger) -> None:
+    fill_up(ledger)
+    assert ledger.take_turn("due", "one", 60_000)
+    assert not ledger.take_turn("due", "other", 60_000)
+    assert 0 < ledger.client.pttl(keys.duty("due")) <= 60_000

@@ -1,0 +1,275 @@
+"""Postgres decides: what a worker takes from it, how ends are written, and who may be told what when it changes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from routing import pull, roster, store
+from routing.message import parse_tag
+from routing.policy import Book
+from routing.pull import Candidate
+from routing.request import Request
+from routing.states import State, Step
+from routing.store import Transition
+from tests.fixtures.staged import MESSAGE
+from workers.confirmation import Confirmation
+from workers.pull import transactions
+
+MOST_LOSSES = 3
+ONE = Request.of({"cpus": 1000}).shape
+WIDE = Request.of({"cpus": 3000}).shape
+EPOCH = 2
+
+
+def book(**allocated: int) -> Book:
+    """A worker of four CPUs and eight slots."""
+    return Book("", {"cpus": 4000, "slots": 8}, allocated)
+
+
+def submit(engine: Engine, job: str, shape: str = ONE, **columns: Any) -> None:
+    values = {"id": job, "shape": shape, "message": MESSAGE, "state": "accepted", "name": "task", "queue": "celery"}
+    values |= {"request": "{}", **columns}
+    times = {name for name in values if name.endswith("_at")}
+    names = ", ".join(values)
+    marks = ", ".join(f"now() + CAST(:{name} AS interval)" if name in times else f":{name}" for name in values)
+    with engine.begin() as connection:
+        connection.execute(text(f"INSERT INTO jobs ({names}) VALUES ({marks})"), values)
+
+
+def row(engine: Engine, job: str) -> Any:
+    with engine.connect() as connection:
+        return connection.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job}).one()
+
+
+def seen(engine: Engine, name: str, lost_for: float | None, age: float = 0.0, status: str = "ready") -> None:
+    """A worker that was seen so many seconds ago, and has been without the ledger for so many."""
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, boot_id,"
+                " version, started_at, seen_at, ledger_lost_at) VALUES (:name || '-life', :name, 1, 1, '{}', :status,"
+                " '', 1, '', '', now(), now() - make_interval(secs => :age), now() - make_interval(secs => :lost_for))"
+            ),
+            {"name": name, "age": age, "status": status, "lost_for": lost_for},
+        )
+
+
+@pytest.fixture
+def decides(engine: Engine) -> Engine:
+    """Postgres decides, in epoch 2."""
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE authority SET authority = 'postgres', epoch = :epoch"), {"epoch": EPOCH})
+    return engine
+
+
+def take(engine: Engine, free: Book, worker: str = "w", epoch: int = EPOCH) -> list[str]:
+    """What one look of a worker comes to."""
+    with transactions(engine).begin() as connection:
+        chosen = [one.job for one in pull.look(connection, free, MOST_LOSSES)]
+        return [one.job for one in pull.take(connection, epoch, worker, f"{worker}-life", chosen)]
+
+
+# -- taking
+
+
+def test_jobs_are_taken_in_the_order_of_the_backlog_as_far_as_they_fit(decides: Engine) -> None:
+    submit(decides, "low")
+    submit(decides, "wide", WIDE)
+    submit(decides, "high", priority=9)
+    submit(decides, "waiting", state="waiting")
+    assert take(decides, book()) == ["high", "low", "waiting"]
+    assert take(decides, book(cpus=3000, slots=3)) == []
+    assert take(decides, book()) == ["wide"]
+
+
+def test_an_attempt_is_made_with_its_token_in_the_row_and_in_the_message(decides: Engine) -> None:
+    submit(decides, "job", attempt=4, epoch=1, step=int(Step.BACK))
+    with decides.begin() as connection:
+        (taken,) = pull.take(connection, EPOCH, "w", "w-life", ["job"])
+    assert (taken.token, taken.shape) == ("2.5", ONE)
+    properties = json.loads(taken.message)["properties"]
+    tag = parse_tag(properties.pop("delivery_tag"))
+    assert tag is not None and (tag.job, tag.token) == ("job", "2.5")
+    assert properties == json.loads(MESSAGE)["properties"]
+    found = row(decides, "job")
+    assert (found.state, found.epoch, found.attempt, found.step) == ("running", 2, 5, Step.RUNNING)
+    assert (found.worker, found.incarnation, found.started_at) == ("w", "w-life", found.admitted_at)
+    with decides.connect() as connection:
+        attempt = connection.execute(text("SELECT * FROM attempts")).one()
+    assert (attempt.job_id, attempt.epoch, attempt.attempt, attempt.ended_at) == ("job", 2, 5, None)
+
+
+def test_what_must_not_start_is_not_taken(decides: Engine) -> None:
+    submit(decides, "later", state="scheduled", due_at="1 hour")
+    submit(decides, "due", state="scheduled", due_at="-1 second")
+    submit(decides, "too late", expires_at="-1 second")
+    submit(decides, "in time", expires_at="1 hour")
+    submit(decides, "runs", state="running")
+    assert take(decides, book()) == ["due", "in time"]
+
+
+def test_nothing_is_taken_where_postgres_does_not_decide_or_in_another_epoch(engine: Engine) -> None:
+    submit(engine, "job")
+    assert take(engine, book(), epoch=1) == []
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE authority SET authority = 'postgres'"))
+    assert take(engine, book(), epoch=2) == []
+    assert take(engine, book(), epoch=1) == ["job"]
+
+
+def test_two_workers_that_chose_the_same_jobs_share_nothing(decides: Engine) -> None:
+    for number in range(4):
+        submit(decides, f"job {number}")
+    jobs = [f"job {number}" for number in range(4)]
+    with transactions(decides).begin() as first, transactions(decides).begin() as second:
+        assert [one.job for one in pull.take(first, EPOCH, "a", "a-life", jobs[:2])] == jobs[:2]
+        assert [one.job for one in pull.take(second, EPOCH, "b", "b-life", jobs)] == jobs[2:]
+    assert take(decides, book()) == []
+
+
+def test_what_fits_is_found_behind_pages_of_what_does_not(decides: Engine) -> None:
+    huge = Request.of({"cpus": 99_000}).shape
+    for number in range(pull.PAGE + 10):
+        submit(decides, f"huge {number}", huge)
+    submit(decides, "small")
+    assert take(decides, book()) == ["small"]
+
+
+def page(*losses: int) -> list[Candidate]:
+    return [Candidate(f"job {number}", ONE, 0, number, lost) for number, lost in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "allocated", "chosen"),
+    [
+        ((0, 1, 0), {}, ["job 0", "job 1", "job 2"]),
+        ((0, 2, 0), {}, ["job 1"]),
+        ((0, 2, 0), {"cpus": 1000, "slots": 1}, ["job 0", "job 2"]),
+        ((2,), {"cpus": 1000, "slots": 1}, []),
+        ((0,), {"cpus": 1000, "slots": 1, "alone": 1}, []),
+    ],
+)
+def test_the_last_chance_of_a_job_is_alone_on_its_worker(
+    losses: tuple[int, ...], allocated: dict[str, int], chosen: list[str]
+) -> None:
+    assert [one.job for one in pull.choose(book(**allocated), page(*losses), MOST_LOSSES)] == chosen
+
+
+# -- ends
+
+
+@pytest.mark.parametrize(
+    ("outcome", "losses", "rerun", "state", "step", "after"),
+    [
+        ("succeeded", 1, True, State.SUCCEEDED, Step.ENDED, 1),
+        ("failed", 0, True, State.FAILED, Step.ENDED, 0),
+        ("cancelled", 0, True, State.CANCELLED, Step.ENDED, 0),
+        ("expired", 0, True, State.EXPIRED, Step.ENDED, 0),
+        ("replaced", 0, True, State.REPLACED, Step.ENDED, 0),
+        ("retried", 1, True, State.SCHEDULED, Step.BACK, 1),
+        ("handed_back", 1, False, State.ACCEPTED, Step.BACK, 1),
+        ("taken_back", 1, False, State.ACCEPTED, Step.BACK, 1),
+        ("lost", 0, True, State.ACCEPTED, Step.BACK, 1),
+        ("lost", 2, True, State.LOST, Step.ENDED, 3),
+        ("lost", 0, False, State.LOST, Step.ENDED, 1),
+    ],
+)
+def test_an_end_makes_of_its_job_what_the_ledger_would(
+    outcome: str, losses: int, rerun: bool, state: State, step: Step, after: int
+) -> None:
+    assert pull.became(outcome, losses, MOST_LOSSES, rerun) == pull.Became(state, step, after)
+
+
+def test_what_a_worker_that_has_ended_held_goes_back_once(decides: Engine) -> None:
+    seen(decides, "w", None)
+    seen(decides, "gone", None, status="lost")
+    for job in ("lost", "last"):
+        submit(decides, job)
+    with decides.begin() as connection:
+        connection.execute(text("UPDATE jobs SET losses = 2 WHERE id = 'last'"))
+        pull.take(connection, EPOCH, "gone", "gone-life", ["lost", "last"])
+    submit(decides, "held")
+    assert take(decides, book()) == ["held"]
+    for _ in range(2):
+        with transactions(decides).begin() as connection:
+            pull.give_back(connection, pull.orphans(connection), None, "gone", MOST_LOSSES)
+    assert (row(decides, "lost").state, row(decides, "lost").losses) == ("accepted", 1)
+    assert (row(decides, "last").state, row(decides, "last").losses) == ("lost", 3)
+    assert row(decides, "held").state == "running"
+
+
+def test_an_attempt_of_old_books_that_postgres_has_overtaken_leaves_no_trace(decides: Engine) -> None:
+    submit(decides, "job")
+    assert take(decides, book()) == ["job"]
+    late = Transition("job", 1, 1, "running", Step.RUNNING, "old", "old-life", 1, 1, 1, 0)
+    with decides.begin() as connection:
+        assert store.apply(connection, [late]) == []
+        assert connection.execute(text("SELECT worker FROM attempts")).scalars().all() == ["w"]
+
+
+# -- who decides
+
+
+@pytest.mark.parametrize(
+    ("workers", "changes"),
+    [
+        ([], False),
+        ([("a", 20.0, 0.0, "ready")], True),
+        ([("a", 20.0, 0.0, "ready"), ("b", 20.0, 0.0, "draining")], True),
+        ([("a", 20.0, 0.0, "ready"), ("b", None, 0.0, "ready")], False),
+        ([("a", 20.0, 0.0, "ready"), ("b", 5.0, 0.0, "ready")], False),
+        ([("a", 20.0, 0.0, "ready"), ("b", None, 61.0, "ready")], True),
+        ([("a", 20.0, 0.0, "ready"), ("b", None, 0.0, "left")], True),
+    ],
+)
+def test_postgres_decides_when_every_live_worker_lost_the_ledger_long_enough(
+    engine: Engine, workers: list[tuple[str, float | None, float, str]], changes: bool
+) -> None:
+    for name, lost_for, age, status in workers:
+        seen(engine, name, lost_for, age, status)
+    with engine.begin() as connection:
+        assert roster.decide_in_postgres(connection, 60.0, 10.0) == (2 if changes else None)
+        assert roster.decide_in_postgres(connection, 60.0, 10.0) is None
+        assert roster.read_authority(connection).authority == ("postgres" if changes else "ledger")
+
+
+def test_the_ledger_decides_again_when_every_live_worker_reaches_it(decides: Engine) -> None:
+    seen(decides, "a", None)
+    seen(decides, "silent", 99.0, age=31.0)
+    seen(decides, "b", 1.0)
+    with decides.begin() as connection:
+        assert roster.decide_in_ledger(connection, 30.0) is None
+        connection.execute(text("UPDATE workers SET ledger_lost_at = NULL WHERE name = 'b'"))
+        assert roster.decide_in_ledger(connection, 30.0) == EPOCH + 1
+
+
+@pytest.mark.parametrize("authority", ["ledger", "postgres"])
+def test_nobody_decides_for_a_while_after_the_authority_changed(engine: Engine, authority: str) -> None:
+    def asked(since: str) -> Confirmation:
+        with engine.begin() as connection:
+            change = "UPDATE authority SET authority = :authority, changed_at = now() - CAST(:since AS interval)"
+            connection.execute(text(change), {"authority": authority, "since": since})
+        confirmation = Confirmation(engine, 500.0, lambda: None)
+        confirmation.ask()
+        return confirmation
+
+    def may(confirmation: Confirmation) -> bool:
+        assert not (confirmation.may_admit and confirmation.may_pull)
+        return confirmation.may_admit if authority == "ledger" else confirmation.may_pull
+
+    assert not may(asked("900 seconds"))
+    # Postgres's clock was set back since: it is counted from now.
+    assert not may(asked("-1 hour"))
+    assert may(asked("1100 seconds"))
+
+
+def test_a_new_epoch_is_no_change_of_the_authority(engine: Engine) -> None:
+    with engine.begin() as connection:
+        before = roster.read_authority(connection)
+        assert roster.next_epoch(connection) == 2
+        assert roster.next_epoch(connection, above=40) == 41
+        assert roster.read_authority(connection).changed == before.changed

@@ -1,0 +1,213 @@
+"""What a sender pays for stores that are slow, silent or full: a moment once for Redis, three seconds at most for
+Postgres; and the worker's main loop pays nothing."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from sqlalchemy import text
+
+from routing import patience
+from routing.errors import NotAccepted
+from routing.server import connect
+from tests.fixtures import tasks
+from tests.fixtures.processes import FOREIGN, Platform
+from tests.fixtures.proxy import Proxy
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+from workers.app import create_app
+from workers.breaker import ATTEMPT_WITHIN, Breaker
+from workers.stores import Stores
+
+ADD = "tests.fixtures.tasks.add"
+HOLD = "tests.fixtures.tasks.hold"
+
+#: Seconds of the longest wait that is promised, and what a busy machine may add to it.
+PROMISED = 3.0
+SLACK = 2.0
+
+Disturb = Callable[[Proxy], None]
+
+DISTURBED = pytest.mark.parametrize(
+    "disturb",
+    [
+        pytest.param(lambda proxy: proxy.delay(2.0), id="answers after 2 s"),
+        pytest.param(lambda proxy: proxy.delay(0.9), id="each answer just in time"),
+        pytest.param(lambda proxy: proxy.swallow(), id="half-open"),
+        pytest.param(lambda proxy: proxy.hold(), id="paused"),
+        pytest.param(lambda proxy: proxy.refuse(), id="down"),
+    ],
+)
+
+
+@pytest.fixture
+def ledger_path(platform: Platform, proxied: Callable[[str], Proxy]) -> Proxy:
+    return proxied(str(platform.settings.redis_url))
+
+
+@pytest.fixture
+def app(platform: Platform, ledger_path: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
+    """A submitter that sees the ledger through the proxy."""
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        monkeypatch.delenv(name)
+    settings = platform.settings.with_urls(ledger_path.url, str(platform.settings.database_url))
+    app = create_app("far away", resolve=lambda _: settings)
+    yield app
+    app.platform.sending.close()
+    app.close()
+    app.platform.engine.dispose()
+
+
+def sending(app: Celery) -> Breaker:
+    breaker: Breaker = app.platform.sending
+    return breaker
+
+
+@DISTURBED
+@pytest.mark.parametrize("connected", [True, False], ids=["connected before", "first connection"])
+def test_a_ledger_that_does_not_answer_costs_a_submitter_a_moment_once(
+    platform: Platform, submitter: Submitter, app: Celery, ledger_path: Proxy, disturb: Disturb, connected: bool
+) -> None:
+    platform.worker("a", 4, "threads")
+    jobs = [app.send_task(ADD, [0, 0]).id] if connected else []
+    disturb(ledger_path)
+    began = time.monotonic()
+    jobs.append(app.send_task(ADD, [1, 1]).id)
+    assert time.monotonic() - began < PROMISED + SLACK
+    assert not sending(app).closed
+    began = time.monotonic()
+    # (If each of them asked, it would be half a minute or, where Redis is down, nothing to speak of.)
+    jobs += [app.send_task(ADD, [1, 1]).id for _ in range(30)]
+    assert time.monotonic() - began < PROMISED + SLACK
+    assert not sending(app).closed
+    # The sweep brings them to the ledger, by the worker's own connection.
+    assert {submitter.ended(job).state for job in jobs} == {"succeeded"}
+    ledger_path.restore()
+    until(lambda: sending(app).closed, "the ledger is asked again")
+    fast = app.send_task(ADD, [2, 2]).id
+    assert submitter.value(fast) == 4
+    assert not any(thread.name == "breaker" for thread in threading.enumerate())
+
+
+def test_a_name_that_only_workers_know_is_sent_without_them_while_the_ledger_is_silent(
+    platform: Platform, submitter: Submitter, app: Celery, ledger_path: Proxy
+) -> None:
+    platform.worker("a", 4, "threads")
+    ledger_path.swallow()
+    began = time.monotonic()
+    jobs = [app.send_task("tests.nowhere.unknown", [number]).id for number in range(10)]
+    assert time.monotonic() - began < PROMISED + SLACK
+    assert not submitter.row(jobs[0]).declared
+
+
+def test_a_healthy_ledger_costs_no_thread(platform: Platform, submitter: Submitter, app: Celery) -> None:
+    platform.worker("a", 4, "threads")
+    for number in range(20):
+        app.send_task(ADD, [number, 1])
+    assert sending(app).closed
+    assert not any(thread.name == "breaker" for thread in threading.enumerate())
+
+
+def test_the_same_publish_again_obeys_the_breaker(
+    platform: Platform, submitter: Submitter, app: Celery, ledger_path: Proxy
+) -> None:
+    platform.worker("a", 4, "threads")
+    held = [submitter.send(HOLD, "gate") for _ in range(4)]
+    ledger_path.refuse()
+    jobs = [app.send_task(ADD, [1, 1], task_id=f"job-{number}").id for number in range(10)]
+    ledger_path.restore()
+    until(lambda: sending(app).closed, "the ledger is asked again")
+    ledger_path.swallow()
+    began = time.monotonic()
+    for job in jobs:
+        app.send_task(ADD, [1, 1], task_id=job)
+    assert time.monotonic() - began < PROMISED + SLACK
+    tasks.let_go(platform.redis, "gate", len(held))
+    assert {submitter.ended(job).state for job in (*held, *jobs)} == {"succeeded"}
+
+
+def test_a_child_of_a_submitter_has_a_breaker_of_its_own(
+    platform: Platform, app: Celery, ledger_path: Proxy
+) -> None:
+    platform.worker("a", 4, "threads")
+    app.send_task(ADD, [1, 1])
+    ledger_path.refuse()
+    app.send_task(ADD, [1, 1])
+    assert not sending(app).closed
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            known = app.platform.sending.closed
+            app.send_task(ADD, [1, 1], task_id="of-the-child")
+            code = 0 if known and not app.platform.sending.closed else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    with platform.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM jobs WHERE id = 'of-the-child'")).scalar_one() == 1
+
+
+def test_an_attempt_is_bounded_however_many_answers_it_waits_for(
+    redis_url: str, proxied: Callable[[str], Proxy]
+) -> None:
+    path = proxied(redis_url)
+    client = patience.bounded(connect(path.url, socket_timeout=0.4, socket_connect_timeout=0.4))
+    path.delay(0.2)
+    answers = 0
+    with pytest.raises(redis.TimeoutError, match="too slowly"), patience.attempt(1.0):  # noqa: PT012
+        while True:
+            client.ping()
+            answers += 1
+    assert answers <= 3
+    # Without an attempt each wait is bounded by itself; and what was on its way is no answer to the next question.
+    assert client.echo("mine") == b"mine"
+    client.close()
+
+
+# -- Postgres
+
+
+def test_a_locked_table_is_an_error_in_three_seconds(
+    platform: Platform, submitter: Submitter
+) -> None:
+    worker = platform.worker("a", 4, "threads")
+    assert submitter.value(submitter.send(ADD, 1, 1)) == 2
+    with platform.engine.begin() as connection:
+        connection.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
+        began = time.monotonic()
+        with pytest.raises(NotAccepted, match="lock timeout"):
+            submitter.send(ADD, 1, 2)
+        assert time.monotonic() - began < PROMISED + SLACK
+        # The worker's main loop is free: remote control is answered there.
+        assert submitter.app.control.ping(destination=None, timeout=2.0)
+        assert worker.alive
+    assert submitter.value(submitter.send(ADD, 1, 3)) == 4
+
+
+def test_an_exhausted_pool_is_an_error_in_three_seconds(platform: Platform, submitter: Submitter) -> None:
+    platform.worker("a", 4, "threads")
+    stores: Stores = submitter.app.platform
+    submitter.send(ADD, 1, 1)
+    taken: list[Any] = []
+    pool: Any = stores.engine.pool
+    while len(taken) < pool.size() + pool._max_overflow:
+        taken.append(stores.engine.connect())
+    began = time.monotonic()
+    with pytest.raises(NotAccepted, match="no connection to Postgres was free"):
+        submitter.send(ADD, 1, 2)
+    assert time.monotonic() - began < PROMISED + SLACK
+    for connection in taken:
+        connection.close()
+    submitter.send(ADD, 1, 3)
+
+
+def test_the_bound_of_an_attempt_is_the_promised_one() -> None:
+    assert ATTEMPT_WITHIN <= PROMISED

@@ -1,0 +1,150 @@
+"""A fork copies the descriptors of its parent: of the platform's connections none is left open in the child, and
+nothing is said on them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+from sqlalchemy import text
+
+from routing.settings import Settings
+from tests.fixtures.processes import Platform
+from tests.fixtures.staged import Stage
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+from workers import inherited
+from workers.stores import Stores
+
+ADD = "tests.fixtures.tasks.add"
+
+
+@pytest.fixture
+def stores(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stores]:
+    """Stores with a connection to each server, as a submitter has them."""
+    made = Stores()
+    made._made["settings"] = settings
+    with made.engine.connect() as connection:
+        connection.execute(text("SELECT 1"))
+    made.redis.ping()
+    made.sending.ask(lambda ledger: ledger.client.ping())
+    yield made
+    made.engine.dispose()
+    made.redis.close()
+    made.sending.close()
+
+
+def in_a_child(do: Callable[[], object]) -> str:
+    """What `do` returns in a forked child, as text; its end closes nothing."""
+    receive, send = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.write(send, repr(do()).encode())
+        except BaseException as error:
+            os.write(send, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as said:
+        answer = said.read()
+    os.waitpid(child, 0)
+    return answer
+
+
+def sockets(settings: Settings) -> list[int]:
+    return inherited.sockets_to(inherited.ports_of(settings))
+
+
+def test_a_child_has_no_connection_of_its_parent(stores: Stores, settings: Settings) -> None:
+    ours = {*stores.ledger.descriptors(), *stores.sending.descriptors()}
+    with stores.engine.connect() as connection:
+        ours.add(connection.connection.driver_connection.fileno())  # type: ignore[union-attr]
+    assert len(ours) == 3
+    assert ours <= set(sockets(settings))
+    assert in_a_child(lambda: ours & set(sockets(settings))) == "set()"
+
+
+def test_the_parent_s_connections_go_on_after_a_child_has_ended(stores: Stores) -> None:
+    with stores.engine.connect() as connection:
+        before = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+    mine = stores.redis.client_id()
+
+    def both_answer() -> tuple[Any, ...]:
+        return stores.redis.ping(), stores.engine.connect().execute(text("SELECT 7")).scalar_one()
+
+    assert in_a_child(both_answer) == "(True, 7)"
+    with stores.engine.connect() as connection:
+        assert connection.execute(text("SELECT pg_backend_pid()")).scalar_one() == before
+    assert stores.redis.client_id() == mine
+
+
+def test_a_child_that_outlives_its_parent_keeps_no_session_alive(settings: Settings, stage: Stage) -> None:
+    """The parent here is a child of the test, which leaves a child of its own."""
+
+    def leave_a_child() -> tuple[Any, ...]:
+        own = Stores()
+        own._made["settings"] = settings
+        with own.engine.connect() as connection:
+            session = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        client = own.redis.client_id()
+        if (child := os.fork()) == 0:
+            # (Its copy of the pipe would keep the test waiting.)
+            os.closerange(0, 3)
+            for name in os.listdir("/dev/fd"):
+                with suppress(OSError):
+                    if stat.S_ISFIFO(os.fstat(int(name)).st_mode):
+                        os.close(int(name))
+            signal.pause()
+        return session, client, child
+
+    session, client, orphan = map(int, in_a_child(leave_a_child).strip("()").split(","))
+    try:
+        listed: Callable[[], Any] = stage.redis.client_list
+        until(lambda: all(int(one["id"]) != client for one in listed()), "Redis sees that the parent has gone")
+
+        def gone() -> bool:
+            with stage.engine.connect() as connection:
+                query = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
+                return bool(connection.execute(query, {"pid": session}).scalar_one() == 0)
+
+        until(gone, "Postgres sees that the parent has gone")
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+
+
+@pytest.fixture
+def stage(engine: Any, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    yield stage
+    stage.close()
+
+
+def peers(process: psutil.Process) -> set[int]:
+    """The ports that a process is connected to; none where it has ended meanwhile."""
+    with suppress(psutil.NoSuchProcess):
+        return {link.raddr.port for link in process.net_connections("tcp") if len(link.raddr)}
+    return set()
+
+
+def test_the_children_of_a_pool_have_no_connection_of_their_worker(platform: Platform, submitter: Submitter) -> None:
+    worker = platform.worker("a", cpus=2, arguments=("--max-tasks-per-child", "1"))
+    for number in range(4):
+        job = submitter.send(ADD, number, 1)
+        assert submitter.value(job) == number + 1
+    port = urlsplit(str(platform.settings.redis_url)).port
+    main = psutil.Process(worker.pid)
+    # (Made anew after each job, while the worker has all its connections.)
+    assert port in peers(main)
+
+    def free_of_them() -> bool:
+        children = [child for child in main.children() if child.status() != psutil.STATUS_ZOMBIE]
+        return len(children) >= 2 and not any(port in peers(child) for child in children)
+
+    until(free_of_them, "no child of the pool is connected to Redis")

@@ -1,0 +1,258 @@
+"""The users of deploy/redis.acl and the roles of deploy/postgres-roles.sql: with them the whole work is done, and what
+each must not do is refused.
+
+The Redis is one of its own, since users belong to a whole server; the roles have no passwords, since the socket of the
+tests' Postgres lets everybody of this system in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from celery.result import AsyncResult
+from redis.exceptions import NoPermissionError
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import ProgrammingError
+
+from celery_capacity import InvalidRequest, NotAccepted, create_app
+from routing import keys
+from routing.settings import Settings
+from tests.fixtures.guarded import guarded_server
+from tests.fixtures.processes import ROOT, Platform
+from tests.fixtures.servers import environment_of
+
+ADD = "tests.fixtures.tasks.add"
+ACL = ROOT / "deploy" / "redis.acl"
+ROLES = ROOT / "deploy" / "postgres-roles.sql"
+USERS = ("worker", "submitter", "dashboard")
+
+
+@pytest.fixture
+def guarded_redis() -> Iterator[int]:
+    """The port of a Redis with the users of deploy/redis.acl, as it stands there."""
+    with guarded_server(ACL, "change-me-admin") as port:
+        yield port
+
+
+def url_of(user: str, port: int) -> str:
+    return f"redis://{user}:change-me-{user}@127.0.0.1:{port}/0"
+
+
+@pytest.fixture
+def role_url(database_url: str) -> Any:
+    """`role_url("worker")`: this test's database, as a role of deploy/postgres-roles.sql."""
+    engine = create_engine(database_url, isolation_level="AUTOCOMMIT")
+    statements = ROLES.read_text(encoding="utf-8")
+    with engine.connect() as connection:
+        for _ in range(2):  # a second time, as after an upgrade, it is as good
+            # With the driver's own cursor: there are no parameters, and "%" stands for itself.
+            cursor = connection.connection.cursor()
+            cursor.execute(statements)
+            cursor.close()
+        for role in ("owner", *USERS):
+            connection.execute(text(f"ALTER ROLE platform_{role} LOGIN"))
+    engine.dispose()
+    return lambda role: make_url(database_url).set(username=f"platform_{role}").render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def platform(guarded_redis: int, role_url: Any, database_url: str, tmp_path: Path) -> Iterator[Platform]:
+    """Its processes are the worker's user; the test itself looks as the administrator."""
+    environment = environment_of(url_of("worker", guarded_redis), role_url("worker"), tmp_path)
+    engine = create_engine(database_url)
+    with redis.Redis.from_url(url_of("admin", guarded_redis)) as client:
+        running = Platform(Settings.from_environ(environment), environment, tmp_path, engine, client)
+        yield running
+        running.stop()
+    engine.dispose()
+
+
+@pytest.fixture
+def submitter(platform: Platform, guarded_redis: int, role_url: Any, tmp_path: Path) -> Iterator[Celery]:
+    environment = environment_of(url_of("submitter", guarded_redis), role_url("submitter"), tmp_path)
+    app = create_app("submitter", resolve=lambda _: Settings.from_environ(environment))
+    yield app
+    app.close()
+    app.platform.engine.dispose()
+    app.platform.redis.close()
+
+
+def denied(client: Any) -> list[str]:
+    """What was refused to whom, as the server noted it."""
+    return [f"{entry['username']}: {entry['object']} ({entry['reason']})" for entry in client.acl_log()]
+
+
+def test_the_whole_main_job_runs(platform: Platform, submitter: Celery, guarded_redis: int, role_url: Any) -> None:
+    platform.worker("a", cpus=2)
+    platform.beat()
+    looking = {"REDIS_URL": url_of("dashboard", guarded_redis), "DATABASE_URL": role_url("dashboard")}
+    results: list[AsyncResult] = [submitter.send_task(ADD, [1, number], cpus=1) for number in range(5)]
+    assert [result.get(timeout=30) for result in results] == [1, 2, 3, 4, 5]
+    wide = submitter.send_task(ADD, [1, 2], cpus=64)
+    later = submitter.send_task(ADD, [1, 2], countdown=0.5)
+    again = submitter.send_task(ADD, [1, 2], task_id=wide.id)
+    assert (later.get(timeout=30), again.id) == (3, wide.id)
+
+    seen = platform.celery("cluster", "--json", **looking)
+    assert seen.returncode == 0, seen.stderr
+    cluster = json.loads(seen.stdout)
+    assert (cluster["source"], cluster["resources"]["waiting_jobs"]) == ("ledger", 1)
+    listed = platform.celery("jobs", "--json", **looking)
+    assert len(json.loads(listed.stdout)) == 7, listed.stderr
+    one = json.loads(platform.celery("job", wide.id, "--json", **looking).stdout)
+    assert (one["why"]["why"], one["message_bytes"]) == ("too-large", None)
+    # An administrator's work, with the worker's rights: revoke what waits, and look at the invariants.
+    assert platform.celery("verify", "--json").returncode == 0
+    # Nothing that any of them needs was refused to it. (Whether CONFIG tells the eviction policy is tried.)
+    assert [entry for entry in denied(platform.redis) if "config" not in entry] == []
+
+
+def test_without_a_ledger_the_dashboard_reads_the_tables_that_it_may(
+    platform: Platform, submitter: Celery, role_url: Any
+) -> None:
+    assert platform.celery("reconcile").returncode == 0
+    submitter.send_task(ADD, [1, 2])
+    looking = {"REDIS_URL": "redis://127.0.0.1:1/0", "DATABASE_URL": role_url("dashboard")}
+    seen = platform.celery("cluster", "--json", **looking)
+    assert seen.returncode == 0, seen.stderr
+    assert json.loads(seen.stdout)["source"] == "postgres"
+
+
+#: What nobody but an administrator may, and what only some may.
+NEVER = (
+    ("FLUSHALL",),
+    ("FLUSHDB",),
+    ("CONFIG", "SET", "maxmemory", "1"),
+    ("CONFIG", "GET", "*"),
+    ("KEYS", "*"),
+    ("SHUTDOWN", "NOSAVE"),
+    ("MONITOR",),
+    ("SAVE",),
+    ("REPLICAOF", "127.0.0.1", "1"),
+    ("ACL", "LIST"),
+    ("ACL", "SETUSER", "worker", "+@all"),
+    ("CLIENT", "KILL", "TYPE", "normal"),
+    ("SCRIPT", "FLUSH"),
+    ("SWAPDB", "0", "1"),
+    ("SET", "somebody-else-s", "x"),
+    ("GET", "somebody-else-s"),
+)
+ALSO_NEVER = {
+    "worker": (),
+    "submitter": (
+        ("BRPOP", "worker.a.life", "1"),
+        ("RPOP", "worker.a.life"),
+        ("LRANGE", "worker.a.life", "0", "-1"),
+        ("LPUSH", "celery", "x"),
+        ("SCAN", "0"),
+        ("RENAME", "ledger:epoch", "ledger:x"),
+    ),
+    "dashboard": (
+        ("HSET", "ledger:book:a", "status", "closed"),
+        ("DEL", "ledger:epoch"),
+        ("EVAL", "return 1", "0"),
+        ("LRANGE", "worker.a.life", "0", "-1"),
+        ("GET", "celery-task-meta-x"),
+        ("PUBLISH", "/0.celery.pidbox", "x"),
+        ("SUBSCRIBE", "celery-task-meta-x"),
+        ("LPUSH", "celery", "x"),
+    ),
+}
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_redis_refuses_what_a_user_has_no_need_of(guarded_redis: int, user: str) -> None:
+    with redis.Redis.from_url(url_of(user, guarded_redis)) as client:
+        for words in (*NEVER, *ALSO_NEVER[user]):
+            with pytest.raises(NoPermissionError):
+                client.execute_command(*words)
+
+
+def test_nobody_comes_in_without_a_password(guarded_redis: int) -> None:
+    with redis.Redis(port=guarded_redis) as client, pytest.raises(redis.AuthenticationError):
+        client.ping()
+
+
+REFUSED = {
+    "worker": (
+        "DELETE FROM jobs",
+        "DROP TABLE jobs",
+        "ALTER TABLE jobs ADD COLUMN x int",
+        "TRUNCATE attempts",
+        "CREATE TABLE mine (x int)",
+        "UPDATE alembic_version SET version_num = 'x'",
+        "SET ROLE platform_owner",
+        "COPY jobs TO PROGRAM 'cat'",
+        "DELETE FROM authority",
+    ),
+    "submitter": (
+        "SELECT message FROM jobs",
+        "SELECT * FROM jobs",
+        "SELECT successor FROM jobs",
+        "UPDATE jobs SET state = 'succeeded'",
+        "UPDATE jobs SET successor = 'x'",
+        "DELETE FROM jobs",
+        "SELECT * FROM attempts",
+        "UPDATE authority SET epoch = 1",
+        "INSERT INTO attempts (job_id) VALUES ('x')",
+        "SELECT raw FROM quarantine",
+        "CREATE TABLE mine (x int)",
+        "DROP TABLE jobs",
+    ),
+    "dashboard": (
+        "SELECT message FROM jobs",
+        "SELECT outbox FROM jobs",
+        "SELECT successor FROM jobs",
+        "SELECT * FROM jobs",
+        "SELECT raw FROM quarantine",
+        "UPDATE jobs SET priority = 9",
+        "INSERT INTO jobs (id) VALUES ('x')",
+        "DELETE FROM workers",
+        "UPDATE authority SET authority = 'postgres'",
+        "CREATE TABLE mine (x int)",
+    ),
+}
+
+
+@pytest.mark.parametrize("role", USERS)
+def test_postgres_refuses_what_a_role_has_no_need_of(role_url: Any, role: str) -> None:
+    engine = create_engine(role_url(role), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        for statement in REFUSED[role]:
+            with pytest.raises(ProgrammingError, match=r"permission denied|must be owner"):
+                connection.execute(text(statement))
+    engine.dispose()
+
+
+def test_the_owner_migrates_and_the_view_has_no_message(role_url: Any, engine: Engine) -> None:
+    import migrations
+
+    migrations.upgrade(role_url("owner"))
+    with create_engine(role_url("dashboard")).connect() as connection:
+        columns = connection.execute(text("SELECT * FROM jobs_public")).keys()
+    assert {"id", "state", "message_bytes"} <= set(columns)
+    assert not {"message", "successor", "outbox"} & set(columns)
+
+
+def test_a_refused_statement_is_told_as_such(guarded_redis: int, role_url: Any, tmp_path: Path) -> None:
+    environment = environment_of(url_of("dashboard", guarded_redis), role_url("dashboard"), tmp_path)
+    app = create_app("looking", resolve=lambda _: Settings.from_environ(environment))
+    with pytest.raises((NotAccepted, InvalidRequest), match="permission denied"):
+        app.send_task(ADD, [1, 2])
+    app.close()
+    app.platform.engine.dispose()
+
+
+def test_the_patterns_of_the_file_cover_every_key_of_the_ledger() -> None:
+    lines = {line.split()[1]: line for line in ACL.read_text().splitlines()}
+    for user in USERS:
+        patterns = re.findall(r"(?<=~)\S+", lines[user])
+        for key in keys.KEYS.values():
+            assert any(re.match(pattern.replace("*", ".*"), key) for pattern in patterns), (user, key)

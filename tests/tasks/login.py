@@ -1,0 +1,24 @@
+"""Tasks that are given what nobody else should read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import shared_task
+
+from tests.fixtures.tasks import MOST_SECONDS, _client
+
+
+@shared_task
+def login(*args: Any, fail: bool = False, **kwargs: Any) -> int:
+    if fail:
+        raise ValueError("the login failed")
+    return len(args) + len(kwargs)
+
+
+@shared_task
+def stay(gate: str, **kwargs: Any) -> None:
+    """Says in the list `<gate>:started` that it runs, and waits to be let go."""
+    with _client() as client:
+        client.rpush(f"{gate}:started", "stay 0")
+        client.blpop([f"{gate}:open"], MOST_SECONDS)

@@ -1,0 +1,158 @@
+"""The one task of the fault tests: it says when it ran, and leaves one effect in Postgres.
+
+The trace is a file that no fault reaches: one line at the start of a body and one at its end, each by one write in
+append mode. The effect is a row of a table of its own, made in the transaction that ends the job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import threading
+import time
+from typing import Any, Final
+
+import psutil
+from celery import shared_task
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.orm import Session
+
+from celery_capacity import LeaseLost, PlatformError, fenced
+from workers import attempts
+
+#: Seconds for which a body waits for a Postgres that does not take its effect, and between two tries.
+EFFECT_WITHIN: Final = 120.0
+EFFECT_EVERY: Final = 0.2
+#: One row for each time that an effect came about: nothing in the table forbids two of one job.
+TABLE: Final = "CREATE TABLE IF NOT EXISTS effects (job text NOT NULL, attempt int NOT NULL, pid int NOT NULL)"
+
+_made: dict[int, Engine] = {}
+_lock = threading.Lock()
+
+
+def _engine() -> Engine:
+    """This process's own, as a user's task has one. (What its parent opened is not touched.)"""
+    with _lock:
+        if os.getpid() not in _made:
+            options = f"-c statement_timeout={int(EFFECT_WITHIN) * 1000}"
+            connect: dict[str, Any] = {"connect_timeout": 3, "options": options}
+            _made[os.getpid()] = create_engine(os.environ["DATABASE_URL"], pool_size=1, connect_args=connect)
+        return _made[os.getpid()]
+
+
+def leave_effect(job: str, attempt: int) -> None:
+    """One effect, as soon as Postgres takes it. Raises `LeaseLost` where the attempt no longer holds the job."""
+    end = time.monotonic() + EFFECT_WITHIN
+    pause, unsure = threading.Event(), False
+    while True:
+        try:
+            with Session(_engine()) as session, fenced(session):
+                session.execute(
+                    text("INSERT INTO effects VALUES (:job, :attempt, :pid)"),
+                    {"job": job, "attempt": attempt, "pid": os.getpid()},
+                )
+            return
+        except LeaseLost:
+            raise
+        except PlatformError:
+            if unsure:
+                # The connection was lost at the commit, which came about: this attempt has ended its job already.
+                return
+            raise
+        except (OperationalError, InterfaceError):
+            unsure = True
+            if time.monotonic() >= end:
+                raise
+            pause.wait(EFFECT_EVERY)
+
+
+def _say(self: Any, trace: str, what: str, millicores: int) -> None:
+    attempt = attempts.current()
+    line = {
+        "what": what,
+        "job": self.request.id,
+        "epoch": attempt.tag.epoch if attempt is not None else 0,
+        "attempt": self.request.attempt,
+        "worker": str(self.request.hostname).partition("@")[0],
+        "incarnation": attempt.incarnation if attempt is not None else "",
+        "pid": os.getpid(),
+        "at": time.monotonic(),
+        "millicores": millicores,
+    }
+    descriptor = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(descriptor, f"{json.dumps(line)}\n".encode())
+    os.close(descriptor)
+
+
+@shared_task(bind=True)
+def traced(self: Any, trace: str, value: int, seconds: float, millicores: int, how: str = "") -> int:
+    """Runs for so long and returns `value`. `how`: what it does to itself between its two lines."""
+    _say(self, trace, "start", millicores)
+    time.sleep(seconds)
+    if how and (how.endswith("!") or self.request.attempt == 1):
+        WAYS[how.rstrip("!")]()
+    _say(self, trace, "end", millicores)
+    leave_effect(self.request.id, self.request.attempt)
+    return value
+
+
+#: Bytes that bodies ask for, where they ask for too much.
+MORE: Final = 128 * 2**20
+
+# -- what a body can do to its process, at its first attempt or (with a ! behind it) at each
+
+
+def _die() -> None:
+    os.kill(os.getpid(), 9)
+
+
+def _kill_worker() -> None:
+    """The process that holds the pool, as a body that uses up the memory of a machine would."""
+    os.kill(os.getppid(), 9)
+    os.kill(os.getpid(), 9)
+
+
+def _leave() -> None:
+    raise SystemExit(3)
+
+
+def _no_memory() -> None:
+    raise MemoryError("there is no more")
+
+
+def _too_much_memory() -> None:
+    """More than the process may have (MORE bytes than it has): the kernel refuses it."""
+    now = psutil.Process().memory_info().vms
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + MORE, before[1]))
+    try:
+        bytearray(MORE * 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _take_memory() -> None:
+    """More than the control group of the process has, and not so much that the machine would notice."""
+    taken = bytearray(MORE * 2)
+    for page in range(0, len(taken), 4096):
+        taken[page] = 1
+
+
+def _grandchild() -> None:
+    """A process of its own, which would outlive it, and goes on."""
+    subprocess.Popen(["sleep", "600"])
+    time.sleep(60.0)
+
+
+WAYS: Final = {
+    "die": _die,
+    "kill worker": _kill_worker,
+    "leave": _leave,
+    "no memory": _no_memory,
+    "too much memory": _too_much_memory,
+    "take memory": _take_memory,
+    "grandchild": _grandchild,
+}

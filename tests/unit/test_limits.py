@@ -1,0 +1,158 @@
+"""Depth is told from the text without recursion, and a backlog is counted seldom and refuses when it is full."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from routing import limits
+from routing.errors import BacklogFull, MessageTooDeep
+
+EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+
+
+def nested(levels: int, inside: Any = 0) -> Any:
+    """A value with so many levels of lists and dicts, by turns."""
+    for level in range(levels):
+        inside = [inside] if level % 2 else {"a": inside}
+    return inside
+
+
+def body(args: Any = (), kwargs: Any = None, embed: Any = None) -> bytes:
+    return json.dumps([args, kwargs or {}, embed or EMBED]).encode()
+
+
+def depth(value: Any) -> int:
+    """The same by recursion."""
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
+    return 0 if members is None else 1 + max(map(depth, members), default=0)
+
+
+@pytest.mark.parametrize("wide", [0, 1, 1000])
+def test_fifty_levels_of_arguments_are_allowed_and_one_more_is_not(wide: int) -> None:
+    many = [[[0]]] * wide
+    limits.check_body(body([nested(50), *many]), "task")
+    limits.check_body(body([], {"a": nested(50), "b": many}), "task")
+    limits.check_value(([nested(50), *many], {}, EMBED), "task")
+    for deep in (body([nested(51), *many]), body([], {"a": nested(51), "b": many})):
+        with pytest.raises(MessageTooDeep, match="an argument is nested 51 levels deep, 50 are allowed"):
+            limits.check_body(deep, "task")
+    with pytest.raises(MessageTooDeep, match="51"):
+        limits.check_value(([nested(51)], {}, EMBED), "task")
+
+
+def test_fifty_levels_of_headers_are_allowed_and_one_more_is_not() -> None:
+    limits.check_headers(json.dumps({"headers": {"mine": nested(50)}, "properties": {"a": 1}}).encode())
+    with pytest.raises(MessageTooDeep, match="a header is nested 51 levels deep"):
+        limits.check_headers(json.dumps({"headers": {"mine": nested(51)}, "properties": {"a": 1}}).encode())
+
+
+def test_a_canvas_may_be_deeper_since_each_of_its_steps_takes_several_levels() -> None:
+    limits.check_body(body(embed={**EMBED, "chord": nested(400)}), "task")
+    limits.check_body(body([], {"header": nested(400)}), "celery.chord")
+    with pytest.raises(MessageTooDeep, match="the canvas"):
+        limits.check_body(body(embed={**EMBED, "chord": nested(600)}), "task")
+
+
+def test_brackets_in_text_are_no_levels() -> None:
+    limits.check_body(body(["[" * 1000, "\\", '"[{"' * 100, '\\"' * 10 + "[" * 100]), "task")
+
+
+@pytest.mark.parametrize("text", [b"[" * 1_000_000, b"[{" * 500_000, b'["' + b"[" * 100, b"]" * 200 + b"[" * 200])
+def test_what_is_no_json_is_not_climbed_into(text: bytes) -> None:
+    # It is refused as too deep, or where it is read.
+    try:
+        limits.check_body(text, "task")
+    except MessageTooDeep as error:
+        assert "levels deep" in str(error)
+
+
+def test_a_value_that_holds_itself_is_too_deep() -> None:
+    endless: list[Any] = []
+    endless += [endless, endless]
+    with pytest.raises(MessageTooDeep):
+        limits.check_value(([endless], {}, EMBED), "task")
+
+
+_VALUES = st.recursive(
+    st.none() | st.text() | st.floats(),
+    lambda inside: st.lists(inside, max_size=5) | st.dictionaries(st.text(), inside, max_size=5),
+    max_leaves=60,
+)
+
+
+@given(value=_VALUES, more=st.integers(0, 60))
+def test_the_depth_of_the_text_is_that_of_the_value(value: Any, more: int) -> None:
+    levels = depth(deep := nested(more, value))
+    text = body([deep])
+    if levels <= limits.MOST_LEVELS:
+        limits.check_body(text, "task")
+        limits.check_value(([deep], {}, EMBED), "task")
+    else:
+        with pytest.raises(MessageTooDeep, match=f"{levels} levels"):
+            limits.check_body(text, "task")
+        with pytest.raises(MessageTooDeep):
+            limits.check_value(([deep], {}, EMBED), "task")
+
+
+# -- the backlog
+
+
+class Counted(limits.BacklogLimit):
+    """A limit whose stores say what the test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waiting = 0
+        self.counts = 0
+        super().__init__(lambda: None, lambda: None, lambda: self.now)  # type: ignore[arg-type, return-value]
+
+    def _count(self, limit: int) -> int:
+        self.counts += 1
+        return self.waiting
+
+
+def test_without_a_limit_nobody_is_asked() -> None:
+    limit = Counted()
+    limit.check(0)
+    assert limit.counts == 0
+
+
+def test_a_count_serves_for_a_second() -> None:
+    limit = Counted()
+    for _ in range(50):
+        limit.check(100)
+    assert limit.counts == 1
+    limit.now, limit.waiting = limits.COUNT_FOR, 100
+    with pytest.raises(BacklogFull, match="100 jobs or more wait already"):
+        limit.check(100)
+    with pytest.raises(BacklogFull):
+        limit.check(100)
+    assert limit.counts == 2
+    limit.now, limit.waiting = 2 * limits.COUNT_FOR, 99
+    limit.check(100)
+
+
+def test_what_a_process_sent_since_the_count_may_wait_too() -> None:
+    limit = Counted()
+    limit.waiting = 7
+    for _ in range(3):
+        limit.check(10)
+    assert limit.counts == 1
+    limit.waiting = 10
+    with pytest.raises(BacklogFull):
+        limit.check(10)
+    assert limit.counts == 2
+
+
+def test_where_neither_store_counts_the_insert_is_left_to_say_why() -> None:
+    class Engine:
+        def connect(self) -> Any:
+            raise PoolTimeout("away too")
+
+    limits.BacklogLimit(lambda: None, Engine).check(1)  # type: ignore[arg-type]

@@ -1,0 +1,112 @@
+"""The circuit breaker of senders: a ledger that is slow or silent costs them a moment once, not with each job.
+
+A row that is durable is accepted, whatever Redis does; only its way into the ledger is then left to the sweep. So a
+sender asks the ledger as long as that answers quickly. The first failure or slow answer *opens* the breaker: from then
+on nobody is asked, and a thread looks by itself until an answer comes quickly again, which *closes* it. While it is
+closed there is no thread, and no question beyond those of the senders.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from redis.exceptions import RedisError
+
+from routing import patience
+from routing.errors import StoreUnavailable
+from routing.ledger import Ledger
+from routing.server import connect
+from routing.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for a connection, and for an answer.
+ANSWER_WITHIN: Final = 1.0
+#: Seconds for all that one attempt asks, the questions of a new connection included.
+ATTEMPT_WITHIN: Final = 3.0
+#: Seconds above which an answer is slow: thousands of times what it takes, so that a busy machine does not matter.
+SLOW: Final = 0.5
+#: Seconds between two looks at a ledger that did not answer: doubled from the first to the last.
+LOOK_AFTER: Final = 0.25
+LOOK_AT_MOST: Final = 2.0
+
+T = TypeVar("T")
+
+
+class Breaker:
+    """Senders' own handle of the ledger. Thread-safe; not carried over a fork (`Stores` makes a new one there)."""
+
+    def __init__(self, settings: Settings) -> None:
+        client = connect(
+            str(settings.redis_url), socket_connect_timeout=ANSWER_WITHIN, socket_timeout=ANSWER_WITHIN
+        )
+        self._ledger = Ledger(settings, patience.bounded(client))
+        self._lock = threading.Lock()
+        self._open = False
+        self._looking: threading.Thread | None = None
+        self._ended = threading.Event()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the ledger is asked."""
+        return not self._open
+
+    def ask(self, question: Callable[[Ledger], T]) -> T | None:
+        """What the ledger answers; None where it is left alone, or does not answer. Raises `LedgerClosed`."""
+        if self._open:
+            return None
+        began = time.monotonic()
+        try:
+            with patience.attempt(ATTEMPT_WITHIN):
+                answer = question(self._ledger)
+        except (StoreUnavailable, RedisError) as error:
+            self._trip(str(error))
+            return None
+        if (took := time.monotonic() - began) > SLOW:
+            self._trip(f"an answer took {took:.1f} s")
+        return answer
+
+    def descriptors(self) -> list[int]:
+        """The sockets of this handle, as numbers: for a child that inherited them."""
+        return self._ledger.descriptors()
+
+    def close(self) -> None:
+        """End the connections, and the thread where there is one."""
+        self._ended.set()
+        if self._looking is not None:
+            self._looking.join(ATTEMPT_WITHIN)
+        self._ledger.client.close()
+
+    def _trip(self, why: str) -> None:
+        with self._lock:
+            if self._open:
+                return
+            self._open = True
+            self._looking = threading.Thread(target=self._look, name="breaker", daemon=True)
+        logger.warning("the ledger is left alone until it answers quickly (jobs are accepted meanwhile): %s", why)
+        self._looking.start()
+
+    def _look(self) -> None:
+        """In a thread: until the ledger answers quickly."""
+        pause = LOOK_AFTER
+        while not self._ended.wait(pause):
+            began = time.monotonic()
+            try:
+                with patience.attempt(ATTEMPT_WITHIN):
+                    self._ledger.client.ping()
+                quick = time.monotonic() - began <= SLOW
+            except RedisError:
+                quick = False
+            except Exception:
+                # Whatever it was: without this thread nobody would ever ask again.
+                logger.exception("it could not be seen whether the ledger answers")
+                quick = False
+            if quick:
+                logger.warning("the ledger answers again")
+                self._open = False
+                return
+            pause = min(2 * pause, LOOK_AT_MOST)

@@ -1,0 +1,45 @@
+"""What duties do while Postgres decides, without the ledger: workers are lost and jobs expire by what the rows say."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from celery import Celery
+
+from routing import backlog, pull, roster, store
+from routing.states import State
+from workers.duties.lapse import Window
+from workers.pull import transactions
+from workers.stores import Stores
+from workers.undelivered import deliver_rows
+
+#: Rows looked at in one statement.
+MOST: Final = 1000
+
+
+def expire(app: Celery, stores: Stores) -> dict[str, int]:
+    """Jobs past their expiry end. (Those that are due are pulled as they are.) Counts: `expired`."""
+    with stores.engine.connect() as connection:
+        overdue = backlog.overdue(connection, MOST)
+        expired = [job for job in overdue if store.end_unfiled(connection, job, State.EXPIRED, "expired")]
+    if expired:
+        deliver_rows(app, stores, expired)
+    return {"expired": len(expired)}
+
+
+def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str, int]:
+    """Workers that Postgres has not seen for so long are LOST, and their jobs are taken back. Counts: `lost` workers,
+    `taken_back` jobs. Without a window (by hand) the rows alone count."""
+    settings = stores.settings
+    # A worker is seen within the renew interval: after a gap each had the chance to be before it is given up.
+    watched = window is None or window.seconds() >= min(settings.lost_after, settings.renew_interval * 2)
+    with transactions(stores.engine).begin() as connection:
+        silent = roster.silent_workers(connection, settings.lost_after) if watched else []
+        for _, incarnation in silent:
+            roster.end_worker(connection, incarnation, "lost")
+        pull.close_orphans(connection)
+        orphans = pull.orphans(connection)
+        taken_back = pull.give_back(connection, orphans, None, "its worker has ended", settings.most_losses)
+        if taken_back:
+            pull.wake(connection)
+    return {"lost": len(silent), "taken_back": len(taken_back)}

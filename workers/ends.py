@@ -1,0 +1,167 @@
+"""Ends of attempts while Postgres decides: written there, guarded by their token, instead of released in the ledger."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from routing import pull, store
+from routing.ledger import Ledger
+from routing.pull import Became, Holder
+from routing.replies import Ended
+from routing.settings import Settings
+from routing.states import Step
+from routing.store import Transition
+from workers.confirmation import Confirmation
+from workers.holdings import Holding, Holdings
+from workers.identity import Identity
+from workers.pull import transactions
+
+logger = logging.getLogger(__name__)
+
+#: Ends written in one transaction.
+MOST: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of a body. `on_lost` is called when the job ended as lost: its result must say so. `whole`: the outbox
+    with the results that `ended` has apart, for Postgres."""
+
+    ended: Ended
+    on_lost: Callable[[], None] | None = None
+    whole: Callable[[], str] | None = None
+
+
+class PostgresEnds:
+    """Used by the ledger's thread alone. `later` runs what may wait for a store elsewhere; `on_room` is called after
+    holdings were removed, `on_outbox` when rows have something to be delivered."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        identity: Identity,
+        confirmation: Confirmation,
+        holdings: Holdings,
+        later: Callable[[Callable[[], None]], None],
+        on_room: Callable[[], None],
+        on_outbox: Callable[[], None],
+    ) -> None:
+        self._transactions = transactions(engine)
+        self._settings = settings
+        self._identity = identity
+        self._confirmation = confirmation
+        self._holdings = holdings
+        self._later = later
+        self._on_room = on_room
+        self._on_outbox = on_outbox
+        self._said = ""
+        #: Ends that were refused and are not counted in the ledger yet.
+        self.stale = 0
+
+    @property
+    def decides(self) -> bool:
+        """Whether Postgres is the one to be told, as far as this process knows. (It need not be sure: the token guards
+        the row, whoever decides.)"""
+        return self._confirmation.authority == "postgres"
+
+    def count_stale(self, ledger: Ledger) -> None:
+        """Count in the ledger what was refused while it was gone."""
+        stale, self.stale = self.stale, 0
+        if stale:
+            ledger.count("stale.release", stale)
+
+    def settle(self, ends: deque[End], arrivals: deque[Any]) -> bool:
+        """Write what ended; what was not written stays pending. False where there was nothing that it could do."""
+        # Messages of the old books: nobody can claim them, and their rows go back.
+        dropped = len(arrivals)
+        arrivals.clear()
+        batch = [ends[i] for i in range(min(MOST, len(ends)))]
+        if not batch:
+            return dropped > 0
+        try:
+            refused, lost = self._write(batch)
+        except SQLAlchemyError as error:
+            said = f"Postgres does not take what ended, it is kept: {type(error).__name__}"
+            if said != self._said:
+                self._said = said
+                logger.warning(said)
+            return False
+        self._said = ""
+        for _ in batch:
+            ends.popleft()
+        for end in batch:
+            self._holdings.remove(end.ended.job, end.ended.token)
+        for end in refused:
+            logger.warning(
+                "job %s: attempt %s no longer held its lease; its end (%s) is refused",
+                end.ended.job,
+                end.ended.token,
+                end.ended.outcome,
+            )
+        self.stale += len(refused)
+        for end in lost:
+            if end.on_lost is not None:
+                self._later(end.on_lost)
+        self._on_room()
+        if any(end.whole or end.ended.outbox for end in batch):
+            self._on_outbox()
+        return True
+
+    def _write(self, batch: Sequence[End]) -> tuple[list[End], list[End]]:
+        """One transaction; returns the ends that are not their jobs' any more, and those that ended theirs as lost."""
+        held = {(one.job, one.token): one for one in self._holdings.all()}
+        refused, lost, transitions = [], [], []
+        with self._transactions.begin() as connection:
+            rows = pull.lock_holders(connection, [end.ended.job for end in batch])
+            now = pull.now_ms(connection)
+            for end in batch:
+                row = rows.get(end.ended.job)
+                epoch, attempt = _numbers(end.ended.token)
+                holding = held.get((end.ended.job, end.ended.token))
+                if row is not None and holding is not None and row.takes(epoch, attempt):
+                    transitions.append(self._transition(end, holding, row, now))
+                    if transitions[-1].state == "lost":
+                        lost.append(end)
+                elif row is None or not row.has(epoch, attempt):
+                    refused.append(end)
+            applied = store.apply(connection, transitions)
+            if any(one.due or one.state == "accepted" for one in applied):
+                pull.wake(connection)
+        return refused, lost
+
+    def _transition(self, end: End, holding: Holding, row: Holder, now: int) -> Transition:
+        ended = end.ended
+        epoch, attempt = _numbers(ended.token)
+        became: Became = pull.became(ended.outcome, row.losses, self._settings.most_losses, row.rerun)
+        back = became.step == Step.BACK and ended.outcome != "retried"
+        return Transition(
+            job=ended.job,
+            epoch=epoch,
+            attempt=attempt,
+            state=became.state,
+            step=became.step,
+            worker=self._identity.name,
+            incarnation=self._identity.incarnation,
+            admitted_ms=holding.admitted_ms,
+            started_ms=holding.started_ms,
+            at_ms=now,
+            losses=became.losses,
+            outcome=ended.outcome,
+            error=ended.error or "",
+            # (A job that runs again has nothing to deliver but what it published itself, its retry.)
+            outbox="" if back else end.whole() if end.whole is not None else ended.outbox,
+            told=True,
+        )
+
+
+def _numbers(token: str) -> tuple[int, int]:
+    epoch, _, attempt = token.partition(".")
+    return int(epoch), int(attempt)

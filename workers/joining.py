@@ -1,0 +1,85 @@
+"""How a worker comes in: with whoever decides, and with patience for a store that is down."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from redis.exceptions import RedisError
+
+from routing.capacity import Capacity
+from routing.errors import StoreUnavailable
+from routing.replies import LedgerClosed
+from workers.confirmation import Confirmation
+from workers.duties.opening import open_ledger
+from workers.membership import Membership
+from workers.patiently import may_pass, when_stores_answer
+from workers.preflight import check_stores
+from workers.router import Declarations
+from workers.sight import Sight
+from workers.stores import Stores
+
+logger = logging.getLogger(__name__)
+
+#: Seconds until a ledger that somebody is opening is looked at again.
+OPEN_AGAIN_AFTER: Final = 0.05
+
+
+class Joining:
+    """`challenge` asks a twin to show itself. `broker_apart`: this worker may work without the ledger."""
+
+    def __init__(
+        self,
+        stores: Stores,
+        membership: Membership,
+        confirmation: Confirmation,
+        sight: Sight,
+        challenge: Callable[[], None],
+        broker_apart: bool,
+    ) -> None:
+        self._stores = stores
+        self._membership = membership
+        self._confirmation = confirmation
+        self._sight = sight
+        self._challenge = challenge
+        self._broker_apart = broker_apart
+
+    def meet(self, wait: Callable[[float], object]) -> None:
+        """Look at the stores, and make sure of the name, as soon as they let it. `wait` waits for so many seconds, and
+        raises where the process is to end. Raises `NameTaken`, and what no waiting changes."""
+        when_stores_answer(self._meet, wait)
+
+    def enter(self, capacity: Capacity, declared: Declarations, wait: Callable[[float], object]) -> int:
+        """Register with whoever decides, as soon as that lets it; returns how many waiting jobs were admitted."""
+        return when_stores_answer(lambda: self._enter(capacity, declared, wait), wait)
+
+    def _meet(self) -> None:
+        try:
+            check_stores(self._stores.engine, self._stores.redis, self._stores.settings)
+            self._membership.claim_name(self._challenge)
+        except (StoreUnavailable, RedisError) as error:
+            if not (self._broker_apart and may_pass(error)):
+                raise
+            # (Where it was Postgres that did not answer, this does not either.)
+            self._membership.claim_name_in_postgres()
+
+    def _enter(self, capacity: Capacity, declared: Declarations, wait: Callable[[float], object]) -> int:
+        while True:
+            self._confirmation.ask()
+            if self._confirmation.authority == "postgres":
+                self._membership.register_in_postgres(capacity, declared, ledger_lost=self._sight.lost)
+                return 0
+            try:
+                open_ledger(self._stores)
+                return self._membership.register(capacity, declared, self._challenge)
+            except LedgerClosed:
+                # Another process is opening the epoch, or it changed just now.
+                wait(OPEN_AGAIN_AFTER)
+            except (StoreUnavailable, RedisError) as error:
+                if not (self._broker_apart and may_pass(error)):
+                    raise
+                logger.warning("the ledger does not answer, this worker starts without it: %s", error)
+                self._sight.note(lost=True)
+                self._membership.register_in_postgres(capacity, declared, ledger_lost=True)
+                return 0

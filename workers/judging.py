@@ -1,0 +1,49 @@
+"""Ends that Postgres has a word in: a body that died or was stopped may have ended its job itself before, and an
+attempt that was told that it lost its lease says nothing of the job.
+
+Asked in a thread that may wait for Postgres, before the ledger is told.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from routing import fence
+from routing.outbox import Outbox
+
+#: What a worker's request says of an attempt whose body ended with `LeaseLost`; no outcome that the ledger knows.
+LEASE_LOST: Final = "lease lost"
+#: The same of one that was ended by a limit or failed after its `fenced` block, and of one whose process was ended by a
+#: revoke -> the outcome, if it had not ended its job itself before.
+BROKEN_OFF: Final = "broken off"
+TERMINATED: Final = "terminated"
+UNLESS_COMMITTED: Final = {"lost": "lost", "handed_back": "handed_back", BROKEN_OFF: "failed", TERMINATED: "cancelled"}
+#: The ends that are judged.
+JUDGED: Final = frozenset({LEASE_LOST, *UNLESS_COMMITTED})
+
+
+def judge(
+    engine: Engine, job: str, token: str, outcome: str, error: str | None, outbox: Outbox
+) -> tuple[str, str, str, str | None, Outbox]:
+    """The same end as the ledger is told it.
+
+    While Postgres does not answer, what is lost is lost and what lost its lease goes back: should the job have ended
+    itself after all, its next attempt cannot commit, is told so, and comes here.
+    """
+    epoch, _, attempt = token.partition(".")
+    try:
+        with engine.connect() as connection:
+            if outcome in UNLESS_COMMITTED and fence.close(connection, job, int(epoch), int(attempt)):
+                return job, token, "succeeded", None, Outbox()
+            ended_as = fence.final_state(connection, job)
+    except SQLAlchemyError:
+        ended_as = None
+    if outcome in UNLESS_COMMITTED:
+        return job, token, UNLESS_COMMITTED[outcome], error, outbox
+    if ended_as is None:
+        return job, token, "handed_back", error, Outbox()
+    # The books are told that this attempt is over; the row stays as it is.
+    return job, token, "cancelled", f"the job had ended as {ended_as}: {error}", Outbox()

@@ -1,0 +1,75 @@
+"""The worker's own queue, where Celery's broker is not the ledger's Redis: a thread takes the messages from there.
+
+The ledger's scripts push a job's message in the same step that admits it, always on their own server; so nothing is
+published after an admission, and no publish has an unknown outcome, whatever the broker is. Where broker and ledger are
+one Redis, Celery's own loop reads the queue; where they are not, this thread does, and the broker serves ticks, remote
+control, events and the default queue of old producers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+import redis
+from redis.exceptions import RedisError
+
+from routing.server import connect
+from routing.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that the server waits for a message before it says that there is none.
+POLL: Final = 1
+#: Seconds for an answer: what does not come within is a connection that leads nowhere.
+ANSWER_WITHIN: Final = POLL + 3.0
+#: Messages taken at once after the first.
+BATCH: Final = 100
+#: Seconds between tries while the ledger's server does not answer.
+RETRY_AFTER: Final = 0.25
+
+
+class Mailbox(threading.Thread):
+    """`received` is called with the bytes of each message, in this thread, and must not raise."""
+
+    def __init__(self, settings: Settings, queue: str, received: Callable[[bytes], None]) -> None:
+        super().__init__(name="mailbox", daemon=True)
+        self._queue = queue
+        self._received = received
+        self._ending = threading.Event()
+        self._client: redis.Redis = connect(str(settings.redis_url), socket_timeout=ANSWER_WITHIN)
+
+    def stop(self, within: float) -> None:
+        """Take no more. What is in the queue is handed back by the drain, which names no message but the jobs."""
+        self._ending.set()
+        if self.is_alive():
+            self.join(within)
+
+    def run(self) -> None:
+        said = ""
+        while not self._ending.is_set():
+            try:
+                self._take()
+                said = ""
+            except RedisError as error:
+                # A message that was on its way is delivered again (START), as one that any worker loses.
+                if str(error) != said:
+                    said = str(error)
+                    logger.warning("mailbox: the ledger's Redis does not answer: %s", error)
+                self._ending.wait(RETRY_AFTER)
+            except Exception:
+                # Whatever it was, a worker without its messages would hold what is admitted to it.
+                logger.exception("mailbox: begins anew")
+                self._ending.wait(RETRY_AFTER)
+        self._client.close()
+
+    def _take(self) -> None:
+        client: Any = self._client
+        popped = client.brpop([self._queue], POLL)
+        if popped is None:
+            return
+        self._received(popped[1])
+        for message in client.rpop(self._queue, BATCH) or ():
+            self._received(message)

@@ -1,0 +1,213 @@
+"""The thread of a worker that takes jobs from Postgres while the ledger is gone, and what is settled there meanwhile.
+
+Nothing of it touches the ledger. While the ledger decides, the thread only looks now and then whether it still does.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import psycopg2
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from routing import fence, pull
+from routing.policy import held_by
+from routing.request import Request
+from routing.settings import Settings
+from workers.confirmation import Confirmation
+from workers.holdings import Holding, Holdings
+from workers.identity import Identity
+from workers.sight import Switch
+from workers.wake import Wake
+
+logger = logging.getLogger(__name__)
+
+#: Seconds to wait until what this worker noted before is in Postgres.
+FLUSH_WITHIN: Final = 5.0
+#: Times that others may be faster in a row, before this worker waits for the next interval: a row that somebody keeps
+#: locked looks free to all.
+MOST_MISSES: Final = 5
+
+
+class Puller(threading.Thread):
+    """`start_job` gets the text of each message, in this thread; `can_start` says whether it would start at once.
+    `flush` waits until what this worker noted before is in Postgres. This is the one thread that never waits for the
+    ledger: so here Postgres is told that the worker lives (`tell`), and who decides is looked at."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        identity: Identity,
+        confirmation: Confirmation,
+        holdings: Holdings,
+        switch: Switch,
+        flush: Callable[[float], bool],
+        tell: Callable[[Callable[[], bool]], None],
+        start_job: Callable[[str], None],
+        can_start: Callable[[], bool],
+    ) -> None:
+        super().__init__(name="pull", daemon=True)
+        self._engine = engine
+        self._transactions = transactions(engine)
+        self._settings = settings
+        self._identity = identity
+        self._confirmation = confirmation
+        self._holdings = holdings
+        self._switch = switch
+        self._flush = flush
+        self._tell = tell
+        self._start_job = start_job
+        self._can_start = can_start
+        self._wake = Wake()
+        #: Set in a signal handler: nothing is taken any more.
+        self.draining = False
+        self._stopping = False
+        self._listening: Any = None
+        #: Since when Postgres's list of what this worker holds need not be looked at again (monotonic).
+        self._compared_until = 0.0
+        self._said = ""
+
+    def wake(self) -> None:
+        """There may be room, or something to take; in any thread or signal handler."""
+        self._wake.set()
+
+    def stop(self, within: float) -> None:
+        self._stopping = True
+        self._wake.set()
+        if self.is_alive():
+            self.join(within)
+
+    def run(self) -> None:
+        while not self._stopping:
+            try:
+                self._wait()
+                self._tell(lambda: self._flush(FLUSH_WITHIN))
+                self._switch.look()
+                if self._confirmation.may_pull:
+                    self._pass()
+                self._said = ""
+            except (SQLAlchemyError, psycopg2.Error) as error:
+                self._compared_until = 0.0
+                self._say(f"pull: Postgres does not answer: {type(error).__name__}")
+                self._begin_again()
+            except Exception:
+                # Whatever it was: without this thread nothing starts here while the ledger is gone.
+                logger.exception("a pull failed; the next one is tried")
+                self._begin_again()
+        self._listen_no_more()
+
+    def _pass(self) -> None:
+        """What a wake-up leads to."""
+        now = time.monotonic()
+        if now >= self._compared_until and self._compare():
+            self._compared_until = now + self._settings.renew_interval
+        misses = 0
+        while self._confirmation.may_pull and not (self.draining or self._stopping) and misses < MOST_MISSES:
+            found = self._take()
+            if found is None:
+                return
+            misses = 0 if found else misses + 1
+
+    def _take(self) -> int | None:
+        """Take what fits beside what is held, and start it. The number of jobs, None where nothing fits."""
+        most_losses = self._settings.most_losses
+        book = self._holdings.book()
+        if not self._can_start() or not book.open:
+            return None
+        with self._engine.connect() as connection:
+            chosen = pull.look(connection, book, most_losses)
+            if not chosen:
+                return None
+            # An answer that is lost leaves rows that this worker does not know: it looks for them.
+            self._compared_until, compared_until = 0.0, self._compared_until
+            me, ids = self._identity, [one.job for one in chosen]
+            taken = pull.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids)
+            self._compared_until = compared_until
+        for one in taken:
+            request = held_by(Request.from_shape(one.shape), one.losses, most_losses)
+            holding = Holding(one.job, one.token, request, "", one.started_ms, one.started_ms, one.losses)
+            self._holdings.add(holding)
+            self._start_job(one.message)
+        return len(taken)
+
+    def _compare(self) -> bool:
+        """Give back what Postgres says is here and is not: what the old books admitted and nobody claimed, and what was
+        taken by a statement whose answer was lost. False where this worker's own notes are not in Postgres yet."""
+        if not self._flush(FLUSH_WITHIN):
+            return False
+        most_losses = self._settings.most_losses
+        # In this order: what is in the list and no longer held has ended, and its row says so.
+        held = {(one.job, one.token) for one in self._holdings.all()}
+        with self._transactions.begin() as connection:
+            rows = pull.open_attempts(connection, self._identity.incarnation)
+            strays = [one for one in rows if (one.job, f"{one.epoch}.{one.attempt}") not in held]
+            for job, epoch, attempt in fence.committed(connection, self._identity.incarnation):
+                if (job, f"{epoch}.{attempt}") not in held:
+                    fence.close(connection, job, epoch, attempt)
+            if pull.give_back(connection, strays, "taken_back", "its worker does not hold it", most_losses):
+                pull.wake(connection)
+        if strays:
+            logger.warning("%d jobs that this worker does not hold were given back", len(strays))
+        return True
+
+    # -- waiting -------------------------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        """Until somebody wakes this thread, Postgres says that there is something, or an interval is over."""
+        if self._confirmation.authority != "postgres":
+            self._listen_no_more()
+            self._wake.wait(self._settings.due_interval)
+            return
+        if self._listening is None:
+            self._listen()
+        poll = select.poll()
+        poll.register(self._wake.fileno(), select.POLLIN)
+        poll.register(self._listening.fileno(), select.POLLIN)
+        ready = poll.poll(self._settings.due_interval * 1000)
+        self._wake.clear()
+        if any(descriptor != self._wake.fileno() for descriptor, _ in ready):
+            self._hear()
+
+    def _listen(self) -> None:
+        """A connection of this thread's own: a notification comes to the session that listens."""
+        pooled = self._engine.raw_connection()
+        self._listening = pooled.driver_connection
+        pooled.detach()
+        with self._listening.cursor() as cursor:
+            cursor.execute(f"LISTEN {pull.CHANNEL}")
+
+    def _hear(self) -> None:
+        try:
+            self._listening.poll()
+            self._listening.notifies.clear()
+        except psycopg2.Error:
+            # The next wait listens anew; what was said meanwhile the interval finds.
+            self._listen_no_more()
+
+    def _listen_no_more(self) -> None:
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
+
+    def _say(self, what: str) -> None:
+        """Say a thing once, not at every interval."""
+        if what != self._said:
+            self._said = what
+            logger.warning(what)
+
+    def _begin_again(self) -> None:
+        """On new connections, and not at once."""
+        self._listen_no_more()
+        self._wake.wait(self._settings.due_interval)
+
+
+def transactions(engine: Engine) -> Engine:
+    """The same engine, for statements that belong together."""
+    return engine.execution_options(isolation_level="READ COMMITTED")

@@ -1,0 +1,96 @@
+"""Setting messages aside: whoever meets one that cannot be read hands it over here, and goes on.
+
+A thread writes them to Postgres, so that the main loop waits for nothing. While Postgres is down they are kept in
+memory, up to a bound; what comes beyond it is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from typing import Final
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from routing import quarantine
+from routing.quarantine import SetAside
+
+logger = logging.getLogger(__name__)
+
+#: Messages, and bytes of them, that wait for Postgres at the most.
+MOST_WAITING: Final = 1000
+MOST_BYTES_WAITING: Final = 32 * 1024**2
+#: Messages written in one statement.
+BATCH: Final = 100
+#: Seconds between tries while Postgres does not answer.
+RETRY_AFTER: Final = 1.0
+#: Bytes of a message that the log shows.
+SHOWN: Final = 200
+
+
+class Quarantine(threading.Thread):
+    """`set_aside` never waits for a store and may be called in any thread."""
+
+    def __init__(self, engine: Engine, worker: str) -> None:
+        super().__init__(name="quarantine", daemon=True)
+        self._engine = engine
+        self._worker = worker
+        self._waiting: deque[SetAside] = deque()
+        self._bytes = 0
+        self._dropped = 0
+        self._changed = threading.Condition()
+        self._stopping = False
+
+    def set_aside(self, raw: bytes, queue: str, reason: str) -> None:
+        """Keep a message that was taken from a queue and cannot be read."""
+        message = SetAside.of(raw, queue, reason, self._worker)
+        shown = message.raw[:SHOWN]
+        logger.error("a message in the queue %.100s is set aside: %s: %r", message.queue, message.reason, shown)
+        with self._changed:
+            if len(self._waiting) >= MOST_WAITING or self._bytes + len(message.raw) > MOST_BYTES_WAITING:
+                self._dropped += 1
+                return
+            self._waiting.append(message)
+            self._bytes += len(message.raw)
+            self._changed.notify_all()
+
+    def stop(self, within: float) -> None:
+        """Write what waits, if Postgres takes it, and end."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self.is_alive():
+            self.join(within)
+
+    def run(self) -> None:
+        said = ""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                batch = [self._waiting[i] for i in range(min(BATCH, len(self._waiting)))]
+                dropped, self._dropped = self._dropped, 0
+            if dropped:
+                logger.error("%d messages that cannot be read were dropped: too many wait for Postgres", dropped)
+            if not batch:
+                return
+            try:
+                with self._engine.connect() as connection:
+                    quarantine.write(connection, batch)
+            except SQLAlchemyError as error:
+                kind = type(error).__name__
+                if self._stopping:
+                    logger.error("%d messages that cannot be read are lost: %s", len(self._waiting), kind)
+                    return
+                if kind != said:
+                    said = kind
+                    logger.warning("Postgres does not take messages for the quarantine, they are kept: %s", said)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping, RETRY_AFTER)
+                continue
+            said = ""
+            with self._changed:
+                for one in batch:
+                    self._waiting.popleft()
+                    self._bytes -= len(one.raw)

@@ -1,0 +1,84 @@
+"""Whether this worker reaches the ledger, as its heartbeat finds out, and what follows for who decides.
+
+A worker that lost the ledger says so in its row in Postgres. When all have, for long enough, whoever looks first lets
+Postgres decide; when all reach it again, the ledger. Both are one guarded statement, under the lock of the epochs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from sqlalchemy import Connection, Engine
+
+from routing import roster
+from routing.settings import Settings
+from workers.confirmation import Confirmation
+
+logger = logging.getLogger(__name__)
+
+#: Due intervals for which the ledger must have answered without a gap before it may decide again (2 s at the usual 1).
+STEADY_INTERVALS: Final = 2.0
+#: Renew intervals after which a worker that says nothing is not asked whether it reaches the ledger again.
+SILENT_INTERVALS: Final = 3.0
+
+
+class Sight:
+    """One thread notes what it finds, all read: assignments of one value each."""
+
+    def __init__(self) -> None:
+        #: Since when what `lost` says has been so (monotonic).
+        self.since = time.monotonic()
+        self.lost = False
+
+    def note(self, lost: bool) -> None:
+        if lost != self.lost:
+            self.since = time.monotonic()
+            self.lost = lost
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
+
+
+class Switch:
+    """Changes the authority. `broker_apart`: the broker is not the ledger's Redis; else nothing could start without the
+    ledger anyway, and two changes would only cost their pauses."""
+
+    def __init__(
+        self, engine: Engine, settings: Settings, confirmation: Confirmation, sight: Sight, broker_apart: bool
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._confirmation = confirmation
+        self._sight = sight
+        self._broker_apart = broker_apart
+
+    def look(self) -> None:
+        """Change the authority, if it is time. Asks Postgres only when this worker's own sight speaks for a change."""
+        settings, known, sight = self._settings, self._confirmation.authority, self._sight
+        lost_for = roster.pause(settings.confirm_interval)
+        if known == "ledger" and self._broker_apart and sight.lost and sight.seconds() >= lost_for:
+            self._change(
+                lambda connection: roster.decide_in_postgres(connection, settings.worker_ttl, lost_for),
+                "no worker reaches the ledger: Postgres decides, in epoch %d",
+            )
+        elif known == "postgres" and not sight.lost and sight.seconds() >= settings.due_interval * STEADY_INTERVALS:
+            within = settings.renew_interval * SILENT_INTERVALS
+            self._change(
+                lambda connection: roster.decide_in_ledger(connection, within),
+                "the ledger answers again: it decides, from epoch %d on",
+            )
+
+    def _change(self, change: Callable[[Connection], int | None], says: str) -> None:
+        with self._engine.connect() as connection:
+            if not roster.lock_epoch(connection):
+                return
+            try:
+                epoch = change(connection)
+            finally:
+                roster.unlock_epoch(connection)
+        if epoch is not None:
+            logger.warning(says, epoch)
+            self._confirmation.ask_soon()

@@ -1,0 +1,246 @@
+"""How a worker takes messages from a broker, so that none of them can end it.
+
+kombu decodes what a queue holds and lets every error out into the loop that reads the queue: one raw `garbage`, `[]` or
+`null`, pushed by anybody, ends a Celery worker. Here a channel looks first; what no message can be made of is set aside
+(`Receiving.set_aside`), and the loop goes on. Bodies are decompressed up to a bound.
+
+`Connection` stands in for kombu's on an installed app: `redis://`, `rediss://` and `amqp://` mean what they always do,
+with our classes behind them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty
+from typing import Any, Final
+
+import kombu
+from kombu import message as kombu_message
+from kombu.transport import pyamqp, virtual
+from kombu.transport import redis as kombu_redis
+from kombu.utils.encoding import bytes_to_str
+
+from routing import envelope as envelopes
+from routing.envelope import Envelope, Unreadable
+from workers.unpacking import TIMES, unpack
+
+logger = logging.getLogger(__name__)
+
+
+def _say(raw: bytes, queue: str, reason: str) -> None:
+    logger.error("a message in the queue %.100s cannot be read and is dropped: %s: %r", queue, reason, raw[:200])
+
+
+@dataclass
+class Receiving:
+    """What this process does with what it receives; a worker says so at its start. `set_aside`: (raw, queue, reason).
+    `most_bytes`: of a decompressed body."""
+
+    set_aside: Callable[[bytes, str, str], None] = _say
+    most_bytes: int = TIMES * 1024**2
+
+
+#: One for the process, since kombu makes channels and messages by itself.
+receiving: Final = Receiving()
+
+
+class _Unpacked(kombu_message.Message):
+    """A message whose body is decompressed here, up to the bound, and not by kombu without one."""
+
+    #: Whether the headers speak of a compression that the body no longer has.
+    was_compressed = False
+
+    def __init__(self, body: Any = None, *args: Any, headers: Any = None, **options: Any) -> None:
+        method = headers.get("compression") if isinstance(headers, dict) else None
+        if not method:
+            super().__init__(body, *args, headers=headers, **options)
+            return
+        try:
+            body = unpack(body, method, receiving.most_bytes)
+            self.was_compressed = True
+        except Exception:
+            # As kombu: whoever handles the message finds the error there.
+            self.errors = [sys.exc_info()]
+        super().__init__(body, *args, headers={**headers, "compression": None}, **options)
+        self.headers = headers
+
+
+class Message(virtual.Message, _Unpacked):
+    """A message of a Redis queue; `_raw` is the `Envelope` that it was made of."""
+
+
+class JobMessage(Message):
+    """A message of this worker's own queue: its row is durable, so that nobody waits for an acknowledgement.
+
+    A body that cannot be decompressed is no error of the message, which must be claimed before its job can end:
+    `spoiled` has it, and whoever starts the job looks there.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.spoiled: BaseException | None = self.errors[0][1] if self.errors else None
+        self.errors = []
+
+    def ack(self, multiple: bool = False) -> None:
+        self._state = "ACK"
+
+    def reject(self, requeue: bool = False) -> None:
+        self._state = "REJECTED"
+
+    def requeue(self) -> None:
+        self._state = "REQUEUED"
+
+
+class _NoChannel:
+    """What a message asks of its channel, where it came by none."""
+
+    no_ack_consumers: Any = None
+    decode_body = virtual.Channel.decode_body
+    codecs = virtual.Channel.codecs
+
+
+def job_message(raw: bytes, accept: Any) -> JobMessage:
+    """The message of a job that came from the private queue without the broker. Raises `Unreadable`."""
+    envelope = envelopes.read(raw)
+    try:
+        message = JobMessage(envelope, channel=_NoChannel())
+    except Exception as error:
+        raise Unreadable(_reason(error)) from error
+    message.accept = accept
+    return message
+
+
+def replied_message(text: str, accept: Any) -> JobMessage:
+    """The message of a job that came in a reply of the ledger, claimed already. One that cannot be read has nothing but
+    its tag, so that its job ends as undecodable."""
+    raw = text.encode("utf-8", "replace")
+    try:
+        return job_message(raw, accept)
+    except Unreadable as error:
+        properties = {"delivery_tag": envelopes.tag_at_end(raw), "delivery_info": {}}
+        message = JobMessage({"properties": properties}, channel=_NoChannel())
+        message.spoiled = error
+        return message
+
+
+def raw_of(message: Any) -> bytes:
+    """What came, or what can be known of it: for the quarantine."""
+    found = getattr(message, "_raw", None)
+    if isinstance(found, Envelope) and found.raw:
+        return found.raw
+    shown = {"headers": getattr(message, "headers", None), "body": getattr(message, "body", None)}
+    return json.dumps(shown, default=repr, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def digest_of(message: Any) -> str:
+    """See `routing.envelope.digest`; '' where what came is not known."""
+    found = getattr(message, "_raw", None)
+    return envelopes.digest(found) if isinstance(found, Envelope) and found.raw else ""
+
+
+class Channel(kombu_redis.Channel):
+    """Redis's channel, with an eye on what it delivers."""
+
+    Message = Message
+
+    def basic_consume(self, queue: Any, no_ack: bool, callback: Any, consumer_tag: Any, **options: Any) -> Any:
+        found = super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
+        kind = JobMessage if no_ack and queue not in self._fanout_queues else Message
+
+        def deliver(raw: Any) -> Any:
+            try:
+                envelope = raw if isinstance(raw, Envelope) else envelopes.checked(raw)
+                message = kind(envelope, channel=self)
+            except Exception as error:
+                came = raw.raw if isinstance(raw, Envelope) else json.dumps(raw, default=repr).encode()
+                receiving.set_aside(came, queue, _reason(error))
+                return None
+            if not no_ack:
+                self.qos.append(message, message.delivery_tag)
+            return callback(message)
+
+        self.connection._callbacks[queue] = deliver
+        return found
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """As kombu's, but for what is done with what came."""
+        try:
+            try:
+                popped = self.client.parse_response(self.client.connection, "BRPOP", **options)
+            except self.connection_errors:
+                # Disconnected, the next round connects again.
+                self.client.connection.disconnect()
+                raise
+            if not popped:
+                raise Empty()
+            key, raw = popped
+            queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
+            self._queue_cycle.rotate(queue)
+            self._take(queue, raw)
+            return True
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+
+    def _take(self, queue: str, raw: Any) -> None:
+        raw = raw.encode("utf-8", "surrogateescape") if isinstance(raw, str) else bytes(raw)
+        try:
+            envelope = envelopes.read(raw)
+        except Unreadable as error:
+            receiving.set_aside(raw, queue, str(error))
+            return
+        self.connection._deliver(envelope, queue)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, Unreadable) else f"no message can be made of it: {error!r}"
+
+
+class Transport(kombu_redis.Transport):
+    """`redis://` and `rediss://`."""
+
+    Channel = Channel
+
+
+class AMQPMessage(pyamqp.Message, _Unpacked):
+    """A message of RabbitMQ."""
+
+
+class AMQPChannel(pyamqp.Channel):
+    Message = AMQPMessage
+
+
+class AMQPConnection(pyamqp.Connection):
+    Channel = AMQPChannel
+
+
+class AMQPTransport(pyamqp.Transport):
+    """`amqp://`."""
+
+    Connection = AMQPConnection
+
+
+class AMQPSTransport(pyamqp.SSLTransport):
+    """`amqps://`."""
+
+    Connection = AMQPConnection
+
+
+#: kombu's transport -> ours.
+OURS: Final[dict[type, type]] = {
+    kombu_redis.Transport: Transport,
+    pyamqp.Transport: AMQPTransport,
+    pyamqp.SSLTransport: AMQPSTransport,
+}
+
+
+class Connection(kombu.Connection):
+    """kombu's, with our transports."""
+
+    def get_transport_cls(self) -> type:
+        found: type = super().get_transport_cls()
+        return OURS.get(found, found)

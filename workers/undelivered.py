@@ -1,0 +1,105 @@
+"""Delivering what stands in the rows of ended jobs: their worker died before it could, the result backend was away, or
+no worker was there to say how they ended."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+from celery import Celery
+from celery.app.task import Context
+from celery.exceptions import WorkerLostError
+from kombu.compression import decompress
+from kombu.serialization import loads, prepare_accept_content
+from sqlalchemy import Connection, Engine, text
+
+from routing import fence, outbox
+from routing import message as messages
+from routing.message import Tag
+from routing.states import State
+from workers.attempts import Attempt, held
+from workers.delivery import deliver
+from workers.stores import Stores
+
+logger = logging.getLogger(__name__)
+
+#: Rows delivered in one pass.
+MOST: Final = 1000
+
+_LEFT: Final = text(
+    "SELECT id, epoch, attempt, state, error, outbox, message, coalesce(incarnation, '') FROM jobs "
+    "WHERE outbox IS NOT NULL AND (CAST(:ids AS text[]) IS NULL OR id = ANY(CAST(:ids AS text[]))) "
+    "ORDER BY id LIMIT :most"
+)
+_DONE: Final = text("UPDATE jobs SET outbox = NULL WHERE id = :id AND outbox = :outbox")
+
+
+def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> int:
+    """Deliver for all jobs, or `only` these; returns for how many. Stops where the backend does not take one."""
+    delivered = 0
+    with stores.engine.connect() as connection:
+        rows = connection.execute(_LEFT, {"ids": only, "most": MOST}).all()
+        for row in rows:
+            if not _deliver(app, connection, row):
+                break
+            delivered += 1
+    return delivered
+
+
+def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: str, left: str) -> None:
+    """What an attempt left whose end the ledger refused: nobody's business, unless it had ended its job itself before
+    it lost its lease (`celery_capacity.fenced`). Then its value is the job's, however late it comes."""
+    epoch, _, attempt = token.partition(".")
+    with engine.connect() as connection:
+        if not fence.has_succeeded(connection, job, int(epoch), int(attempt)):
+            return
+    speaker = Attempt(Tag(job, int(epoch), int(attempt)), incarnation, patient=lambda: True)
+    deliver(app.backend, outbox.parse(left), speaker)
+
+
+def _deliver(app: Celery, connection: Connection, row: Any) -> bool:
+    job, epoch, attempt, state, error, left, message, incarnation = row
+    box = outbox.parse(left)
+    speaker = Attempt(Tag(job, epoch, attempt), incarnation, patient=lambda: True)
+    try:
+        deliver(app.backend, box, speaker)
+        if any("untold" in note for note in box.results):
+            with held(speaker):
+                _tell(app, job, State(state), error or "", bytes(message))
+    except Exception as problem:
+        # It stays where it is: whatever hinders it now concerns the backend, not the job.
+        logger.warning("what job %s left is not delivered yet: %s", job, problem)
+        return False
+    connection.execute(_DONE, {"id": job, "outbox": left})
+    return True
+
+
+def _tell(app: Celery, job: str, state: State, error: str, message: bytes) -> None:
+    """The result of a job that ended while no worker held it; its chord and its callbacks hear of it too."""
+    request = context_of(app, message)
+    if state is State.SUCCEEDED:
+        # It ended itself (`celery_capacity.fenced`), and its process died before it could return anything.
+        app.backend.mark_as_done(job, None, request=request)
+    elif state is State.LOST:
+        app.backend.mark_as_failure(job, WorkerLostError(error or "the job was lost with its workers"), request=request)
+    else:
+        app.backend.mark_as_revoked(job, error or state.value, request=request)
+
+
+def context_of(app: Celery, message: bytes) -> Context:
+    """A job's message as Celery's hooks know it: a request."""
+    envelope = messages.decode(message)
+    headers, properties = envelope["headers"], envelope["properties"]
+    body = messages.body_of(envelope)
+    if headers.get("compression"):
+        body = decompress(body, headers["compression"])
+    accept = prepare_accept_content(app.conf.accept_content)
+    args, kwargs, embed = loads(body, envelope["content-type"], envelope["content-encoding"], accept=accept)
+    return Context(
+        {**headers, **(embed or {})},
+        args=args,
+        kwargs=kwargs,
+        delivery_info=properties.get("delivery_info"),
+        reply_to=properties.get("reply_to"),
+        correlation_id=properties.get("correlation_id"),
+    )
