@@ -1,0 +1,66 @@
+-- The least that each part of the platform needs in Postgres. Run it as a superuser on the platform's database, after
+-- `celery -A platform db upgrade`, and again after each upgrade; what is there already is left as it is.
+--
+--   platform_owner      owns the tables, and changes them (`celery -A platform db upgrade`)
+--   platform_worker     workers and beat: reads and writes what they work on, changes no table
+--   platform_submitter  programs that submit: adds jobs, changes none, and reads no message
+--   platform_dashboard  `cluster`, `jobs`, `job`, the dashboard: reads all but what the jobs carry
+--
+-- Give each a way to log in, for instance: ALTER ROLE platform_worker LOGIN PASSWORD '...';
+
+DO $$
+DECLARE
+  role text;
+BEGIN
+  FOREACH role IN ARRAY ARRAY['platform_owner', 'platform_worker', 'platform_submitter', 'platform_dashboard'] LOOP
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role) THEN
+      EXECUTE format('CREATE ROLE %I NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE', role);
+    END IF;
+  END LOOP;
+  EXECUTE format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database());
+  EXECUTE format(
+    'GRANT CONNECT ON DATABASE %I TO platform_owner, platform_worker, platform_submitter, platform_dashboard',
+    current_database());
+END
+$$;
+
+REVOKE ALL ON SCHEMA public FROM PUBLIC;
+GRANT USAGE ON SCHEMA public TO platform_worker, platform_submitter, platform_dashboard;
+GRANT USAGE, CREATE ON SCHEMA public TO platform_owner;
+
+ALTER TABLE jobs OWNER TO platform_owner;
+ALTER TABLE attempts OWNER TO platform_owner;
+ALTER TABLE workers OWNER TO platform_owner;
+ALTER TABLE authority OWNER TO platform_owner;
+ALTER TABLE declarations OWNER TO platform_owner;
+ALTER TABLE quarantine OWNER TO platform_owner;
+ALTER TABLE alembic_version OWNER TO platform_owner;
+
+REVOKE ALL ON ALL TABLES IN SCHEMA public FROM PUBLIC, platform_worker, platform_submitter, platform_dashboard;
+
+-- Workers. Jobs are never deleted by them.
+GRANT SELECT, INSERT, UPDATE ON jobs, attempts, workers, declarations TO platform_worker;
+GRANT SELECT, UPDATE ON authority TO platform_worker;
+GRANT SELECT, INSERT, DELETE ON quarantine TO platform_worker;
+GRANT SELECT ON alembic_version TO platform_worker;
+
+-- Submitters. Of a row they see what tells whether a publish is the same again, and nothing that it carries.
+GRANT INSERT ON jobs TO platform_submitter;
+GRANT SELECT (id, seq, state, epoch, attempt, step, retries, nesting) ON jobs TO platform_submitter;
+GRANT SELECT ON authority TO platform_submitter;
+
+-- Those who look. `message`, `successor` and `outbox` hold the arguments and the results of jobs.
+GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarnation, priority, request, shape, declared,
+  queue, rerun, retries, nesting, root_id, parent_id, submitted_at, due_at, expires_at, admitted_at, started_at,
+  finished_at, error) ON jobs TO platform_dashboard;
+GRANT SELECT ON attempts, workers, authority, declarations, alembic_version TO platform_dashboard;
+GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;
+
+-- The same as one relation, for tools that list columns by themselves.
+CREATE OR REPLACE VIEW jobs_public AS
+  SELECT id, seq, name, state, epoch, attempt, losses, worker, priority, request, shape, declared, queue, retries,
+    root_id, parent_id, submitted_at, due_at, expires_at, admitted_at, started_at, finished_at, error,
+    length(message) AS message_bytes
+  FROM jobs;
+ALTER VIEW jobs_public OWNER TO platform_owner;
+GRANT SELECT ON jobs_public TO platform_dashboard;

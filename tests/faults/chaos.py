@@ -1,0 +1,315 @@
+"""Random faults under load, and the oracle's counts at the end. All of them must be 0.
+
+    python -m tests.faults.chaos --seconds 480 --jobs 20000 --seed 1
+
+Three to four workers, prefork and threads, work while something breaks every 4 to 8 s, two things at once in a third of
+the moments; beat is dead in the second half. All intervals of the platform are a tenth of the usual ones. The seed,
+which is printed, chooses every fault (`--plan` shows them); what the machine makes of them is its own affair.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from sqlalchemy.exc import SQLAlchemyError
+
+import workers.plugin  # noqa: F401  makes `platform.servers` importable
+from routing import keys
+from routing.errors import NotAccepted, OutcomeUnknown, PlatformError
+from tests.faults import breaking
+from tests.faults.breaking import World
+from tests.faults.healing import Times, times_of
+from tests.faults.oracle import COUNTS, Verdict
+from tests.faults.plan import WORKERS, Fault, plan
+from tests.faults.servers import own_servers
+from tests.fixtures.processes import READY
+from tests.fixtures.submitting import Submitter
+
+#: Seconds of a body, and the CPUs that it asks for.
+BODIES: Final = (0.01, 0.02, 0.05, 0.1, 0.2)
+CPUS: Final = (0.5, 1.0, 1.0, 2.0)
+#: Seconds between two lines of progress: on a terminal, and elsewhere.
+SHOW_EVERY: Final = (1.0, 10.0)
+#: Seconds between two looks at the processes, and after a submission that was refused.
+LOOK_EVERY: Final = 0.1
+#: Part of the run in which all jobs are submitted; what was refused meanwhile is made up for.
+SUBMIT_PART: Final = 0.95
+#: Seconds for all to come to its end after the last fault.
+REST_WITHIN: Final = 180.0
+
+
+@dataclass
+class Outcome:
+    """What a run came to. `found`: for each count, what it concerns."""
+
+    seed: int
+    seconds: float
+    faults: list[Fault]
+    accepted: int = 0
+    refused: int = 0
+    unsure: int = 0
+    verdict: Verdict = field(default_factory=Verdict)
+    times: dict[str, list[Times]] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "seconds": round(self.seconds, 1),
+            "jobs": self.accepted,
+            "refused": self.refused,
+            "unsure": self.unsure,
+            "faults": len(self.faults),
+            "counts": self.verdict.counts,
+            "found": {name: found for name, found in self.verdict.found.items() if found},
+            "healing": {kind: summary(times) for kind, times in sorted(self.times.items())},
+            "counters": self.counters,
+        }
+
+
+def summary(times: list[Times]) -> dict[str, Any]:
+    """Seconds: the median and the most over all faults of a kind."""
+    firsts = [one.first for one in times if one.first is not None]
+    alls = [one.all for one in times if one.all is not None]
+    return {
+        "faults": len(times),
+        "first": {"median": round(median(firsts), 2), "most": round(max(firsts), 2)} if firsts else None,
+        "all": {"median": round(median(alls), 2), "most": round(max(alls), 2)} if alls else None,
+    }
+
+
+class Load:
+    """Submits the jobs of a run in a thread, evenly over its time; what is refused is sent later under another id."""
+
+    def __init__(self, world: World, submitter: Submitter, jobs: int, seconds: float, seed: int) -> None:
+        self._world = world
+        self._submitter = submitter
+        self._jobs = jobs
+        self._seconds = seconds
+        self._seed = seed
+        self.refused = 0
+        self.unsure = 0
+        self.error: BaseException | None = None
+        self._give_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def finish(self, within: float) -> None:
+        self._thread.join(within)
+        self._give_up.set()
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        chance, oracle = random.Random(self._seed), self._world.oracle
+        began = time.monotonic()
+        for number in range(self._jobs):
+            seconds, cpus = chance.choice(BODIES), chance.choice(CPUS)
+            self._give_up.wait(began + self._seconds * number / self._jobs - time.monotonic())
+            while not self._give_up.is_set():
+                try:
+                    oracle.send(self._submitter, seconds=seconds, cpus=cpus)
+                    break
+                except NotAccepted:
+                    self.refused += 1
+                except OutcomeUnknown:
+                    self.unsure += 1
+                    break
+                except BaseException as error:
+                    self.error = error
+                    return
+                self._give_up.wait(LOOK_EVERY)
+
+
+def run(
+    seed: int, seconds: float, jobs: int, faults: list[Fault], folder: Path, say: Callable[[str], None]
+) -> Outcome:
+    """One run; `say` gets a line for each fault and what ended unasked."""
+    outcome = Outcome(seed, seconds, faults)
+    with own_servers() as servers, breaking.world(servers, folder) as world:
+        submitter = Submitter(world.platform)
+        started = [world.start(name) for name, _, _ in WORKERS]
+        for worker in started:
+            worker.wait_for(READY)
+        world.beat = world.platform.start("beat", "beat", "--schedule", str(folder / "schedule"))
+        load = Load(world, submitter, jobs, seconds * SUBMIT_PART, seed)
+        began = time.monotonic()
+        load.start()
+        _break_all(world, load, outcome.faults, began, seconds, say)
+        say(f"{seconds:6.1f} s: nothing breaks any more")
+        load.finish(REST_WITHIN)
+        with _tended(world, say):
+            outcome.verdict = world.oracle.verdict(REST_WITHIN)
+        outcome.accepted = len(world.oracle.values)
+        outcome.refused, outcome.unsure = load.refused, load.unsure
+        outcome.times = times_of(world.oracle, [(fault.kind, began + fault.until) for fault in outcome.faults])
+        outcome.counters = _counters(world)
+        outcome.seconds = time.monotonic() - began
+        if not outcome.verdict.zeros:
+            _keep(world, folder)
+        submitter.close()
+    return outcome
+
+
+def _break_all(
+    world: World, load: Load, faults: list[Fault], began: float, seconds: float, say: Callable[[str], None]
+) -> None:
+    """Each fault begins and ends at its time; meanwhile ended workers are started again."""
+    to_begin, open_ways = list(faults), list[tuple[float, Fault, Generator[None, None, None]]]()
+    beat_lives, pause = True, threading.Event()
+    while (now := time.monotonic() - began) < seconds:
+        for line in world.tend():
+            say(f"{now:6.1f} s: {line}, unasked")
+        if beat_lives and now >= seconds / 2:
+            beat_lives = False
+            world.kill_beat()
+            say(f"{now:6.1f} s: beat is dead from here on")
+        for ends_at, fault, way in [one for one in open_ways if one[0] <= now]:
+            breaking.end(way)
+            open_ways.remove((ends_at, fault, way))
+        while to_begin and to_begin[0].at <= now:
+            fault = to_begin.pop(0)
+            say(str(fault))
+            way = breaking.begin(world, fault)
+            if fault.until > fault.at:
+                open_ways.append((fault.until, fault, way))
+            else:
+                breaking.end(way)
+        if load.error is not None:
+            raise load.error
+        pause.wait(LOOK_EVERY)
+    for _, _, way in open_ways:
+        breaking.end(way)
+
+
+@contextmanager
+def _tended(world: World, say: Callable[[str], None]) -> Generator[None, None, None]:
+    """Ended workers are started again while the block waits."""
+    over = threading.Event()
+
+    def tend() -> None:
+        while not over.wait(LOOK_EVERY):
+            for line in world.tend():
+                say(f"{line}, unasked")
+
+    thread = threading.Thread(target=tend, name="tend", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _counters(world: World) -> dict[str, int]:
+    found: Any = world.platform.redis.hgetall(keys.COUNTERS)
+    return {name.decode(): int(value) for name, value in sorted(found.items())}
+
+
+def _keep(world: World, folder: Path) -> None:
+    """What the processes said, beside the trace."""
+    for number, process in enumerate(world.platform.processes):
+        (folder / f"{number:03d}-{process.name}.log").write_text(process.tail(5_000))
+
+
+# -- the command
+
+
+@click.command()
+@click.option("--seconds", default=480.0, show_default=True, help="How long things break.")
+@click.option("--jobs", default=20_400, show_default=True, help="Submissions meanwhile; a few are refused.")
+@click.option("--seed", type=int, help="Chooses the faults; a random one is taken and printed without it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--without", multiple=True, help="Leave out this kind of fault. May be given more than once.")
+@click.option("--plan", "plan_only", is_flag=True, help="Print the faults of this seed and do nothing.")
+def main(
+    seconds: float, jobs: int, seed: int | None, as_json: bool, without: tuple[str, ...], plan_only: bool
+) -> None:
+    """Break things at random under load, and count what was lost, doubled, leaked or overcommitted."""
+    seed = int(time.time()) % 1_000_000 if seed is None else seed
+    # What the submitter says of the stores that are broken is no news here.
+    logging.disable(logging.WARNING)
+    talk = Console(stderr=True, highlight=False)
+    faults = [fault for fault in plan(seed, seconds) if fault.kind not in without]
+    if plan_only:
+        for fault in faults:
+            click.echo(fault)
+        return
+    talk.print(f"seed {seed}: {jobs} jobs in {seconds:g} s, {len(faults)} faults")
+    folder = Path(tempfile.mkdtemp(prefix="celery-capacity-chaos-"))
+    folder.chmod(0o711)
+    with _progress(talk) as say:
+        outcome = run(seed, seconds, jobs, faults, folder, say)
+    if as_json:
+        click.echo(json.dumps(outcome.to_json(), indent=2))
+    else:
+        show(outcome)
+    if not outcome.verdict.zeros:
+        talk.print(f"The trace and what the processes said are in {folder}")
+        raise SystemExit(1)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _progress(talk: Console) -> Generator[Callable[[str], None], None, None]:
+    """On a terminal the last fault stands in one line that changes; elsewhere each has its line."""
+    if not talk.is_terminal:
+        yield lambda line: talk.print(line, markup=False)
+        return
+    with talk.status("starting") as status:
+
+        def say(line: str) -> None:
+            status.update(line)
+
+        yield say
+
+
+def show(outcome: Outcome) -> None:
+    """For people."""
+    click.echo(
+        f"seed {outcome.seed}: {outcome.accepted} jobs accepted, {outcome.refused} submissions refused, "
+        f"{outcome.unsure} with unknown outcome, {len(outcome.faults)} faults in {outcome.seconds:.0f} s"
+    )
+    click.echo(f"\n{'healing (s)':<40}{'faults':>7}{'first start':>18}{'all over':>18}")
+    click.echo(f"{'':<40}{'':>7}{'median':>9}{'most':>9}{'median':>9}{'most':>9}")
+    for kind, times in sorted(outcome.times.items()):
+        found = summary(times)
+        cells = [found[name] and found[name][part] for name in ("first", "all") for part in ("median", "most")]
+        shown = "".join(f"{'-' if cell is None else format(cell, '.1f'):>9}" for cell in cells)
+        click.echo(f"{kind:<40}{found['faults']:>7}{shown}")
+    click.echo()
+    for name, count in outcome.verdict.counts.items():
+        click.echo(f"{name:<16}{count:>6}  {COUNTS[name]}")
+    for line in outcome.verdict.lines():
+        click.echo(line)
+    refused = {name: count for name, count in outcome.counters.items() if name.startswith(("stale", "refused"))}
+    click.echo(f"refused writes and admissions: {refused}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (PlatformError, SQLAlchemyError) as error:
+        sys.exit(f"chaos: {error}")

@@ -1,0 +1,27 @@
+"""A program that submits jobs and may die meanwhile: `python -m tests.faults.client TRACE COUNT PREFIX`.
+
+It says the number of a job before it submits it and after, so that whoever reads it knows what was accepted: `try 3`,
+`took 3`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import workers.plugin  # noqa: F401  makes `platform.celery` importable
+from tests.faults.watching import TASK
+from tests.tasks import dying  # noqa: F401  may end this process at a step
+
+
+def main(trace: str, count: int, prefix: str) -> None:
+    from platform.celery import app
+
+    for number in range(count):
+        print("try", number, flush=True)
+        arguments = (trace, number, 0.02, 1000, "")
+        app.send_task(TASK, arguments, cpus=1, task_id=f"{prefix}-{number}")
+        print("took", number, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,57 @@
+"""Fixtures of the fault tests: servers of their own that may be ended, a platform on them, and the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults import breaking
+from tests.faults.breaking import World
+from tests.faults.servers import Servers, own_servers
+from tests.faults.watching import Oracle
+from tests.fixtures.healing import note
+from tests.fixtures.processes import Platform
+from tests.fixtures.submitting import standing_platform
+
+
+@pytest.fixture(scope="session")
+def own_pair() -> Iterator[Servers]:
+    with own_servers() as servers:
+        yield servers
+
+
+@pytest.fixture
+def servers(own_pair: Servers) -> Iterator[Servers]:
+    """Both servers run, and so they do for the next test."""
+    own_pair.whole()
+    yield own_pair
+    own_pair.whole()
+
+
+@pytest.fixture
+def platform(request: pytest.FixtureRequest, servers: Servers, tmp_path: Path) -> Iterator[Platform]:
+    """That of the world, where a test asks for one; else one that is reached without proxies."""
+    if "world" in request.fixturenames:
+        yield request.getfixturevalue("world").platform
+        return
+    with standing_platform(servers.pair, tmp_path, *breaking.IMPORTS) as running:
+        yield running
+
+
+@pytest.fixture
+def world(servers: Servers, tmp_path: Path) -> Iterator[World]:
+    with breaking.world(servers, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def oracle(request: pytest.FixtureRequest, platform: Platform, tmp_path: Path) -> Iterator[Oracle]:
+    """Its healing times are shown at the end of the run."""
+    if "world" in request.fixturenames:
+        watching: Oracle = request.getfixturevalue("world").oracle
+    else:
+        watching = Oracle(platform, tmp_path / "trace")
+    yield watching
+    note(request.node, [str(healing) for healing in watching.healings])

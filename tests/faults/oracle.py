@@ -1,0 +1,258 @@
+"""The oracle of the fault tests: what really ran, held against what the platform says.
+
+    oracle = Oracle(platform, tmp_path / "trace")
+    jobs = oracle.send(submitter, range(20), seconds=0.1)
+    ... something breaks, and is whole again ...
+    oracle.assert_zeros(within=60.0)
+
+It is a black box's view: the trace that bodies left in a file, their effects, the rows, the results and the processes.
+`judge` is pure; it counts each of COUNTS with the jobs concerned, and every one of them must be 0.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from routing.states import FINAL
+
+#: What is counted, and what it means.
+COUNTS: Final = {
+    "lost": "accepted, and not ended or ended without that a body ran to its end",
+    "misjudged": "ended in a state that what ran does not explain, or not with exactly one recorded end",
+    "doubled effects": "more than one effect of a job, or a succeeded one without its effect",
+    "two starts": "one attempt of a job started twice",
+    "overcommit": "attempts that held their lease ran at once above the capacity of their worker",
+    "leak": "at rest Redis and Postgres differ, or something is still allocated",
+    "stuck": "waits although it fits",
+    "wrong results": "a succeeded job whose result is missing or another",
+    "deaths": "processes that ended unasked",
+}
+#: Seconds by which a time read from Postgres (milliseconds, by the clock of the ledger) may be late.
+CLOCKS: Final = 0.05
+
+
+#: (epoch, attempt): which attempt of a job it is.
+Token = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the trace. `at`: seconds of the machine's monotonic clock."""
+
+    what: str
+    job: str
+    epoch: int
+    attempt: int
+    worker: str
+    incarnation: str
+    pid: int
+    at: float
+    millicores: int
+
+    @property
+    def token(self) -> Token:
+        return self.epoch, self.attempt
+
+
+def shown(token: Token) -> str:
+    return f"{token[0]}.{token[1]}"
+
+
+def read(trace: Path) -> list[Line]:
+    """What happened so far, in the order in which it was written."""
+    if not trace.exists():
+        return []
+    return [Line(**json.loads(line)) for line in trace.read_text().splitlines()]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A body that began; `ended` is None where it did not come to its end."""
+
+    start: Line
+    ended: float | None
+
+
+def runs_of(lines: Iterable[Line]) -> list[Run]:
+    """Starts with their ends: of the same process (and thread: a job and attempt there are one body)."""
+    open_runs: dict[tuple[str, Token, int], Line] = {}
+    runs = []
+    for line in lines:
+        key = (line.job, line.token, line.pid)
+        if line.what == "start":
+            if key in open_runs:
+                runs.append(Run(open_runs.pop(key), None))
+            open_runs[key] = line
+        else:
+            runs.append(Run(open_runs.pop(key), line.at))
+    return runs + [Run(line, None) for line in open_runs.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How an attempt ended by its row. `at`: seconds of the machine's monotonic clock, None while it is open."""
+
+    outcome: str | None
+    at: float | None
+
+
+@dataclass
+class Evidence:
+    """All that the oracle looks at. `expected`: each accepted job and the final states that are right for it."""
+
+    expected: Mapping[str, frozenset[str]]
+    states: Mapping[str, str]
+    attempts: Mapping[str, Mapping[Token, Ended]]
+    lines: Sequence[Line]
+    effects: Mapping[str, int]
+    capacities: Mapping[str, int]
+    wrong_results: Sequence[str] = ()
+    leaks: Sequence[str] = ()
+    stuck: Sequence[str] = ()
+    deaths: Sequence[str] = ()
+
+
+@dataclass
+class Verdict:
+    """The counts, and for each what it concerns."""
+
+    found: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in COUNTS})
+
+    @property
+    def zeros(self) -> bool:
+        return not any(self.found.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: len(found) for name, found in self.found.items()}
+
+    def lines(self, most: int = 8) -> Iterator[str]:
+        for name, found in self.found.items():
+            if found:
+                yield f"{name}: {len(found)} ({COUNTS[name]})"
+                yield from (f"    {one}" for one in found[:most])
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """Count what must not be. What is stuck is not counted as lost once more."""
+    verdict = Verdict()
+    runs = runs_of(evidence.lines)
+    done: dict[str, list[Token]] = defaultdict(list)
+    for run in runs:
+        if run.ended is not None:
+            done[run.start.job].append(run.start.token)
+    stuck = {one.partition(" ")[0] for one in evidence.stuck}
+    for job, expected in evidence.expected.items():
+        _judge_job(verdict, evidence, job, expected, done.get(job, []), job in stuck)
+    strangers = {run.start.job for run in runs} - evidence.expected.keys()
+    verdict.found["misjudged"] += [f"{job} ran and was never accepted" for job in sorted(strangers)]
+    starts = Counter((run.start.job, run.start.token) for run in runs)
+    for (job, token), times in starts.items():
+        if times > 1:
+            who = [f"pid {run.start.pid} of {run.start.worker}" for run in runs if run.start.job == job]
+            verdict.found["two starts"].append(f"{job} attempt {shown(token)}: {times} times ({', '.join(who)})")
+    verdict.found["overcommit"] += _overcommit(evidence, runs)
+    verdict.found["leak"] += evidence.leaks
+    verdict.found["stuck"] += evidence.stuck
+    verdict.found["wrong results"] += evidence.wrong_results
+    verdict.found["deaths"] += evidence.deaths
+    return verdict
+
+
+def _judge_job(
+    verdict: Verdict, evidence: Evidence, job: str, expected: frozenset[str], done: list[Token], stuck: bool
+) -> None:
+    state = evidence.states.get(job)
+    ends = [token for token, ended in evidence.attempts.get(job, {}).items() if ended.outcome in FINAL - {"lost"}]
+    effects = evidence.effects.get(job, 0)
+    if effects > 1:
+        verdict.found["doubled effects"].append(f"{job}: {effects}")
+    if state is None:
+        verdict.found["lost"].append(f"{job} has no row")
+        return
+    if state not in FINAL:
+        if not stuck:
+            verdict.found["lost"].append(f"{job} is {state}")
+        return
+    if state not in expected:
+        bodies = ", ".join(map(shown, done)) or "none"
+        verdict.found["misjudged"].append(f"{job} is {state}; bodies that ran to their end: {bodies}")
+    if state == "succeeded":
+        if not done:
+            verdict.found["lost"].append(f"{job} succeeded and no body ran to its end")
+        if effects == 0:
+            verdict.found["doubled effects"].append(f"{job}: succeeded, and has no effect")
+    if state in ("succeeded", "failed") and len(ends) != 1:
+        verdict.found["misjudged"].append(f"{job} is {state} and has ends at: {', '.join(map(shown, ends))}")
+
+
+def _is_later_life(line: Line, start: Line) -> bool:
+    return line.worker == start.worker and line.incarnation != start.incarnation and line.at > start.at
+
+
+def _overcommit(evidence: Evidence, runs: Sequence[Run]) -> list[str]:
+    """A run counts while its attempt held the lease. What neither ended nor lost its lease, ran to the last line."""
+    last = max((line.at for line in evidence.lines), default=0.0)
+    changes: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
+    for run in runs:
+        start = run.start
+        begin, end = start.at, run.ended
+        if end is None:
+            # Its process died; at the latest before the next life of its worker began to work.
+            lives = [line.at for line in evidence.lines if _is_later_life(line, start)]
+            end = min(lives, default=last)
+        ended = evidence.attempts.get(start.job, {}).get(start.token)
+        if ended is not None and ended.at is not None:
+            end = min(end, ended.at - CLOCKS if run.ended is None or ended.at < run.ended else end)
+        if end > begin:
+            name = f"{start.job} {shown(start.token)}"
+            changes[start.worker] += [(begin, start.millicores, name), (end, -start.millicores, name)]
+    found = []
+    for worker, moments in changes.items():
+        now, most, running, peak = 0, 0, set[str](), set[str]()
+        # At one moment what ends comes first.
+        for _, change, name in sorted(moments, key=lambda one: (one[0], one[1])):
+            now += change
+            (running.add if change > 0 else running.discard)(name)
+            if now > most:
+                most, peak = now, set(running)
+        capacity = evidence.capacities.get(worker)
+        if capacity is not None and most > capacity:
+            found.append(f"{worker}: {most} of {capacity} millicores ({', '.join(sorted(peak))})")
+    return found
+
+
+@dataclass
+class Healing:
+    """Seconds from the end of a fault to the first start of a body, and until all that was accepted is over."""
+
+    fault: str
+    first: float | None
+    all: float | None
+
+    def __str__(self) -> str:
+        first = "-" if self.first is None else f"{self.first:.1f} s"
+        all_ = "-" if self.all is None else f"{self.all:.1f} s"
+        return f"{self.fault}: first admission after {first}, all over after {all_}"
+
+
+def first_start(lines: Iterable[Line], after: float) -> float | None:
+    """Seconds from a moment of the monotonic clock to the first start of a body after it."""
+    found = min((line.at for line in lines if line.what == "start" and line.at > after), default=None)
+    return None if found is None else found - after
+
+
+def monotonic_of(seconds_since_1970: float) -> float:
+    """A time of the machine's usual clock by its monotonic one."""
+    return seconds_since_1970 - time.time() + time.monotonic()
+
+
+def decoded(value: Any) -> Any:
+    """What the result backend has under a task's key, as it was written."""
+    return None if value is None else json.loads(value)

@@ -1,0 +1,153 @@
+"""A pair of servers that a test may end, fill, empty and bring back where it was."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import psutil
+import redis
+from sqlalchemy import Engine, NullPool, create_engine, make_url, text
+
+from platform import postgres, servers, valkey
+from routing.home import Pair
+
+#: Systems give ports from here on to whoever connects somewhere: also that of a server that is down, to a client that
+#: asks for it.
+OUTGOING: Final = 32768
+#: Connections that the pair's Postgres takes, those for its superuser included.
+CONNECTIONS: Final = 200
+
+_pairs = itertools.count()
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The pair that tests may end. `pair`: its addresses, which stay."""
+
+    pair: Pair
+
+    # -- Redis
+
+    @property
+    def redis_folder(self) -> Path:
+        return Path(str(self.pair.data)) / "redis"
+
+    def kill_redis(self) -> None:
+        """As by `kill -9`: what it held is gone, but for a dump that was written before."""
+        server = valkey.running(self.redis_folder)
+        assert server is not None and server.kill()
+
+    def start_redis(self) -> None:
+        """Where it was: empty, or with what the last dump holds."""
+        found = valkey.start(self.redis_folder, urlsplit(self.pair.redis_url).port, durable=False)
+        assert found.url == self.pair.redis_url, f"{found.url} is not where it was, {self.pair.redis_url}"
+
+    def forget_dump(self) -> None:
+        (self.redis_folder / "dump.rdb").unlink(missing_ok=True)
+
+    def admin(self) -> redis.Redis:
+        """A client for what concerns the whole server."""
+        return redis.Redis.from_url(self.pair.redis_url, socket_timeout=30)
+
+    # -- Postgres
+
+    @property
+    def postgres_folder(self) -> Path:
+        return Path(str(self.pair.data)) / "postgres"
+
+    def kill_postgres(self) -> None:
+        """KILL to the process that holds all others; they notice and end."""
+        server = postgres.running(self.postgres_folder)
+        assert server is not None
+        process = psutil.Process(server.process.pid)
+        children = process.children(recursive=True)
+        process.kill()
+        # (It is nobody's child here, and waits for init to reap it.)
+        _, alive = psutil.wait_procs([process, *children], timeout=30)
+        assert not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+    def start_postgres(self) -> None:
+        found = postgres.start(self.postgres_folder, durable=False)
+        assert found.url == self.pair.database_url
+
+    def sessions(self, database: str) -> Engine:
+        """An engine for what a test does beside the platform: each connection is its own."""
+        url = make_url(self.pair.database_url).set(database=database)
+        return create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+
+    # -- both
+
+    def whole(self) -> None:
+        """Whatever a test left: both run, and refuse nothing."""
+        if valkey.running(self.redis_folder) is None:
+            self.start_redis()
+        if postgres.running(self.postgres_folder) is None:
+            self.start_postgres()
+        with self.admin() as client:
+            make_writable(client)
+            client.config_set("maxmemory", 0)
+        self.forget_dump()
+
+
+@contextmanager
+def own_servers() -> Iterator[Servers]:
+    """A pair that nobody else uses, for the time of the block, with Redis on a port that nobody is given meanwhile."""
+    with servers.private_pair(durable=False) as pair:
+        folder = Path(str(pair.data)) / "redis"
+        server = valkey.running(folder)
+        assert server is not None and server.kill()
+        port = OUTGOING - 1 - os.getpid() % 1_000 * 10 - next(_pairs) % 10
+        yield Servers(replace(pair, redis_url=valkey.start(folder, port, durable=False).url))
+
+
+def make_read_only(client: redis.Redis) -> None:
+    """A replica of a server that is not there: it answers reads, and refuses writes with READONLY."""
+    client.replicaof("127.0.0.1", 1)
+
+
+def make_writable(client: redis.Redis) -> None:
+    client.replicaof("NO", "ONE")
+
+
+def delete_half(client: redis.Redis, chance: random.Random) -> int:
+    """Deletes each key of this database with a chance of one half; returns how many."""
+    found: list[Any] = sorted(client.scan_iter(count=1000))
+    doomed = [key for key in found if chance.random() < 0.5]
+    if doomed:
+        client.delete(*doomed)
+    return len(doomed)
+
+
+def drop_redis(client: redis.Redis) -> int:
+    """Ends all connections to this database but the client's own; returns how many."""
+    return sum(client.client_kill_filter(_id=one) for one in redis_connections(client))
+
+
+def redis_connections(client: redis.Redis) -> list[str]:
+    """The ids of all connections to this database but the client's own."""
+    mine, database = client.client_id(), str(client.connection_pool.connection_kwargs.get("db", 0))
+    found: Any = client.client_list()
+    return [one["id"] for one in found if one["db"] == database and int(one["id"]) != mine]
+
+
+_OTHERS: Final = "datname = current_database() AND pid <> pg_backend_pid()"
+
+
+def postgres_connections(engine: Engine) -> list[int]:
+    with engine.connect() as connection:
+        return list(connection.execute(text(f"SELECT pid FROM pg_stat_activity WHERE {_OTHERS}")).scalars())
+
+
+def drop_postgres(engine: Engine) -> int:
+    """The same for Postgres."""
+    with engine.connect() as connection:
+        query = f"SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE {_OTHERS}"
+        return int(connection.execute(text(query)).scalar_one())

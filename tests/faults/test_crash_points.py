@@ -1,0 +1,219 @@
+"""The process of a worker dies at each step of what it does for a job, and of its own life: whoever is left, or comes
+next, goes on from what stands in the stores."""
+
+from __future__ import annotations
+
+import signal
+from itertools import count
+from typing import Any
+
+import pytest
+
+from routing import keys
+from tests.faults.watching import Oracle
+from tests.fixtures.processes import READY, Platform, Pool, Process
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+
+#: The call of a function at which its process dies: not the first one, so that what comes before is in flow.
+LATER = "@4"
+
+DELIVER_AND_CLAIM = (
+    f"before workers.ledger_thread:LedgerThread.arrive{LATER}",
+    f"before routing.ledger:Ledger.settle{LATER}",
+    f"after routing.ledger:Ledger.settle{LATER}",
+    f"before workers.runtime:Runtime._start_job{LATER}",
+)
+FINISH = (
+    f"before workers.ledger_thread:LedgerThread.end{LATER}",
+    f"after workers.ledger_thread:LedgerThread.end{LATER}",
+    f"before routing.ledger:Ledger._released{LATER}",
+)
+RELEASE = (
+    f"after routing.ledger:Ledger._released{LATER}",
+    f"before workers.recorder:Recorder.add{LATER}",
+    f"before routing.store:apply{LATER}",
+    f"after routing.store:apply{LATER}",
+    f"before routing.ledger:Ledger.forget{LATER}",
+)
+REGISTER = (
+    "after workers.membership:Membership.claim_name",
+    "after workers.membership:Membership._write_seen",
+    "before routing.ledger:Ledger.register",
+    "after routing.ledger:Ledger.register",
+)
+DRAIN = (
+    "before routing.ledger:Ledger.drain",
+    "after routing.ledger:Ledger.drain",
+    "before routing.ledger:Ledger.leave",
+    "after routing.ledger:Ledger.leave",
+)
+#: The second time: the first one opens a ledger that was never open.
+REBUILD = (
+    "after routing.rebuild:_wipe@2",
+    "after routing.ledger:Ledger.open@2",
+    "after routing.ledger:Ledger.reserve",
+    "before routing.rebuild:_file_backlog@2",
+    "before routing.ledger:Ledger.finish@2",
+)
+#: In a process of the pool: the effect is there, and nobody has heard of the end.
+CHILD = ("before tests.tasks.traced:leave_effect@2", "after tests.tasks.traced:leave_effect@2")
+
+_points = count()
+
+
+class Mortal:
+    """Starts workers that die at a step, and is sure that they did."""
+
+    def __init__(self, platform: Platform, oracle: Oracle) -> None:
+        self.platform = platform
+        self.oracle = oracle
+
+    def start(self, name: str, point: str, pool: Pool, ready: bool = True) -> Process:
+        once = self.platform.folder / f"died-{next(_points)}"
+        worker = self.platform.worker(
+            name, cpus=2, pool=pool, ready=ready, DIE_AT=point, DIE_ONCE=str(once), PYTHONFAULTHANDLER="1"
+        )
+        self.oracle.asked(worker)
+        return worker
+
+    def died(self, worker: Process, point: str) -> None:
+        assert worker.wait() == -signal.SIGKILL, f"{worker.name} did not die {point}:\n{worker.tail()}"
+        # What it had forked ends too, by itself or with the group.
+        worker.kill()
+
+
+@pytest.fixture
+def mortal(platform: Platform, oracle: Oracle) -> Mortal:
+    platform.environment["PLATFORM_IMPORTS"] += ",tests.tasks.dying"
+    return Mortal(platform, oracle)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("what", "points", "pool"),
+    [
+        ("deliver and claim", DELIVER_AND_CLAIM, "threads"),
+        ("finish", FINISH, "prefork"),
+        ("release", RELEASE, "threads"),
+    ],
+)
+def test_a_worker_dies_at_each_step_of_a_job(
+    platform: Platform,
+    submitter: Submitter,
+    oracle: Oracle,
+    mortal: Mortal,
+    what: str,
+    points: tuple[str, ...],
+    pool: Pool,
+) -> None:
+    platform.worker("b", cpus=2, pool="threads")
+    with oracle.flow(submitter, every=0.05, seconds=0.05):
+        for point in points:
+            mortal.died(mortal.start("a", point, pool), point)
+        platform.worker("a", cpus=2, pool=pool)
+        oracle.whole_again(f"a worker dies at each step of: {what}")
+        oracle.until_more(10)
+    oracle.assert_zeros()
+
+
+@pytest.mark.long
+def test_a_worker_dies_at_each_step_of_its_registration(
+    platform: Platform, submitter: Submitter, oracle: Oracle, mortal: Mortal
+) -> None:
+    platform.worker("b", cpus=2, pool="threads")
+    with oracle.flow(submitter, every=0.1, seconds=0.05):
+        for point in REGISTER:
+            worker = mortal.start("a", point, "threads", ready=False)
+            mortal.died(worker, point)
+            assert not any(READY in line for line in worker.lines)
+        platform.worker("a", cpus=2, pool="threads")
+        oracle.whole_again("a worker dies at each step of: register")
+        oracle.until_more(10)
+    oracle.assert_zeros()
+
+
+@pytest.mark.long
+def test_a_worker_dies_at_each_step_of_its_drain(
+    platform: Platform, submitter: Submitter, oracle: Oracle, mortal: Mortal
+) -> None:
+    platform.worker("b", cpus=2, pool="threads")
+    with oracle.flow(submitter, every=0.05, seconds=0.1):
+        for point in DRAIN:
+            worker = mortal.start("a", point, "threads")
+            oracle.until_more(4)
+            worker.signal(signal.SIGTERM)
+            mortal.died(worker, point)
+        platform.worker("a", cpus=2, pool="threads")
+        oracle.whole_again("a worker dies at each step of: drain")
+        oracle.until_more(10)
+    oracle.assert_zeros()
+
+
+@pytest.mark.long
+def test_the_only_worker_dies_at_each_step_of_a_rebuild(
+    platform: Platform, submitter: Submitter, oracle: Oracle, mortal: Mortal
+) -> None:
+    def waiting() -> int:
+        found: Any = platform.redis.zcard(keys.SHAPES)
+        return int(found)
+
+    for number, point in enumerate(REBUILD):
+        if number:
+            # Its first opening is that of what the dead one left.
+            point = point.removesuffix("@2")
+        worker = mortal.start("a", point, "threads", ready=number == 0)
+        if number == 0:
+            oracle.sends(submitter, 10, seconds=0.3)
+            oracle.until_more(2)
+            until(lambda: waiting() > 0, "jobs wait")
+            platform.redis.flushdb()
+            oracle.results_were_lost()
+        mortal.died(worker, point)
+        # The next one finds a ledger that is half open; and here it is emptied once more.
+        platform.redis.flushdb()
+        oracle.results_were_lost()
+    platform.worker("a", cpus=2, pool="threads")
+    oracle.whole_again("a worker dies at each step of: rebuild")
+    oracle.sends(submitter, 10)
+    oracle.assert_zeros()
+
+
+@pytest.mark.long
+def test_what_a_dead_worker_left_of_a_rebuild_is_finished_by_another(
+    platform: Platform, submitter: Submitter, oracle: Oracle, mortal: Mortal
+) -> None:
+    for number, point in enumerate(REBUILD):
+        if number:
+            # The ledger is open when it comes.
+            point = point.removesuffix("@2")
+        worker = mortal.start("a", point, "threads")
+        jobs = oracle.sends(submitter, 6, seconds=0.3)
+        oracle.until_more(2)
+        platform.redis.flushdb()
+        oracle.results_were_lost()
+        mortal.died(worker, point)
+        # Nothing is emptied meanwhile: the next one goes on where that one ended.
+        after = platform.worker("a", cpus=2, pool="threads")
+        for job in jobs:
+            submitter.ended(job)
+        oracle.asked(after)
+        after.kill()
+    platform.worker("a", cpus=2, pool="threads")
+    oracle.whole_again("a rebuild that another one finishes")
+    oracle.assert_zeros()
+
+
+@pytest.mark.long
+def test_a_process_of_the_pool_dies_around_the_commit_of_its_effect(
+    platform: Platform, submitter: Submitter, oracle: Oracle, mortal: Mortal
+) -> None:
+    platform.worker("b", cpus=2, pool="threads")
+    for point in CHILD:
+        worker = mortal.start("a", point, "prefork")
+        with oracle.flow(submitter, every=0.05, seconds=0.05):
+            worker.wait_for("died")
+            oracle.until_more(10)
+        assert worker.stop() == 0
+    oracle.whole_again("a process of the pool dies around the commit of its effect")
+    oracle.assert_zeros()

@@ -1,0 +1,91 @@
+"""What becomes of the platform when Postgres dies, is locked or takes no connection: submits raise, work goes on, and
+what ended meanwhile is written once."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from routing import keys
+from routing.errors import NotAccepted, OutcomeUnknown
+from tests.faults.breaking import World
+from tests.faults.servers import Servers
+from tests.faults.watching import Oracle
+from tests.fixtures import tasks
+from tests.fixtures.processes import Platform
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+
+ADD = "tests.fixtures.tasks.add"
+HOLD = "tests.fixtures.tasks.hold"
+
+#: A tenth of what the table of faults says, in seconds. The lock outlasts the time that a statement waits for one.
+POSTGRES = {
+    "kill Postgres": 2.0,
+    "lock the table of jobs": 4.0,
+    "use up the connections of Postgres": 2.0,
+    "Postgres is half open": 2.0,
+    "drop all connections to Postgres": 0.0,
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "seconds"), POSTGRES.items())
+def test_every_job_ends_once_whatever_becomes_of_postgres(
+    world: World, submitter: Submitter, oracle: Oracle, kind: str, seconds: float
+) -> None:
+    for name in ("a", "b"):
+        world.start(name, ready=True)
+    with oracle.flow(submitter):
+        oracle.until_runs(20)
+        with world.broken(kind, seconds):
+            pass
+        oracle.until_more(20)
+    oracle.assert_zeros()
+
+
+def lease_ms(platform: Platform, worker: str) -> int:
+    """When the worker's lease ends, by the ledger's clock."""
+    found: Any = platform.redis.hget(keys.book(worker), "lease")
+    return int(found)
+
+
+@pytest.mark.long
+def test_without_postgres_running_jobs_end_and_are_written_once_when_it_is_back(
+    servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle
+) -> None:
+    worker = platform.worker("a", cpus=4)
+    jobs = [submitter.send(HOLD, "gate", cpus=2) for _ in range(2)]
+    for _ in jobs:
+        tasks.started(platform.redis, "gate")
+    old = Celery("old", broker=platform.settings.redis_url, set_as_current=False)
+    servers.kill_postgres()
+    platform.engine.dispose()
+
+    for _ in range(3):
+        began = time.monotonic()
+        with pytest.raises((NotAccepted, OutcomeUnknown)):
+            oracle.send(submitter)
+        assert time.monotonic() - began < 10
+    left = old.send_task(ADD, [40, 2])
+    tasks.let_go(platform.redis, "gate", len(jobs))
+    assert [submitter.value(job) for job in jobs] == ["a", "a"]
+    until(lambda: submitter.allocated_cpus() == "0", "what they held is free")
+    worker.wait_for("Postgres does not take")
+    # The worker stays alive for the others, however long it takes.
+    before = lease_ms(platform, "a")
+    until(lambda: lease_ms(platform, "a") >= before + 2000, "its heartbeats go on")
+    assert submitter.view("a")["status"] == "ready"
+
+    servers.start_postgres()
+    rows = [submitter.ended(job) for job in jobs]
+    assert [(row.state, row.attempt, row.worker) for row in rows] == [("succeeded", 1, "a")] * 2
+    assert [submitter.outcomes(job) for job in jobs] == [["succeeded"]] * 2
+    assert submitter.ended(left.id).state == "succeeded"
+    assert submitter.value(submitter.send(ADD, 1, 1, cpus=4)) == 2
+    assert submitter.jobs() == 4
+    assert oracle.runs() == 0
+    old.close()

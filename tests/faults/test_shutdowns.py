@@ -1,0 +1,67 @@
+"""Workers are told to end in every way and at any moment: what they had goes to others, and counts as lost nowhere."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import threading
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy import text
+
+from tests.faults.watching import Oracle
+from tests.fixtures.processes import READY, Platform, Pool, Process
+from tests.fixtures.submitting import Submitter
+
+#: Ends of a worker in all; ROUNDS=100 for a night.
+ROUNDS = int(os.environ.get("ROUNDS", "8"))
+
+
+def warm(submitter: Submitter, worker: Process) -> None:
+    worker.signal(signal.SIGTERM)
+
+
+def cold(submitter: Submitter, worker: Process) -> None:
+    worker.signal(signal.SIGQUIT)
+
+
+def warm_and_then_cold(submitter: Submitter, worker: Process) -> None:
+    worker.signal(signal.SIGTERM)
+    worker.signal(signal.SIGQUIT)
+
+
+def by_control(submitter: Submitter, worker: Process) -> None:
+    submitter.app.control.shutdown(destination=[f"{worker.name}@{socket.gethostname()}"])
+
+
+WAYS: list[Callable[[Submitter, Process], None]] = [warm, cold, warm_and_then_cold, by_control]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_workers_that_are_told_to_end_at_any_moment_lose_nothing(
+    platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool
+) -> None:
+    chance, pause = random.Random(11), threading.Event()
+    platform.worker("b", cpus=2, pool="threads")
+    # (No more than the worker that stays can do.)
+    with oracle.flow(submitter, every=0.15, seconds=0.2):
+        for number in range(ROUNDS // 2):
+            soft = "0.1" if number % 3 == 2 else ""
+            worker = platform.worker("a", cpus=4, pool=pool, ready=False, SOFT_SHUTDOWN_SECONDS=soft)
+            oracle.asked(worker)
+            way = WAYS[number % len(WAYS)]
+            # One that is not there yet hears signals, and nothing else.
+            if way is by_control or chance.random() < 0.8:
+                worker.wait_for(READY)
+            pause.wait(chance.uniform(0.0, 0.6))
+            way(submitter, worker)
+            worker.wait(40)
+        oracle.whole_again(f"end workers ({pool})")
+    oracle.assert_zeros()
+    with platform.engine.connect() as connection:
+        lost = connection.execute(text("SELECT id, losses FROM jobs WHERE losses > 0")).all()
+    assert lost == []

@@ -1,0 +1,78 @@
+"""A worker that is stopped for longer than its jobs wait for it, and then goes on: nothing it still says is heard."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from routing import keys
+from tests.faults.oracle import read
+from tests.faults.watching import Oracle
+from tests.fixtures.processes import Platform, Pool
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+
+#: Seconds, a tenth of 90: longer than a worker may be silent before its jobs go to others.
+STOPPED = 9.0
+
+
+def refused_writes(platform: Platform) -> int:
+    """What stale attempts wanted to write, by the counters."""
+    found: Any = platform.redis.hgetall(keys.COUNTERS)
+    return sum(int(count) for name, count in found.items() if name.startswith(b"stale."))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_that_was_stopped_with_all_its_processes_leaves_one_effect_of_each_job(
+    platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool
+) -> None:
+    zombie = platform.worker("a", cpus=4, pool=pool)
+    jobs = oracle.sends(submitter, 4, seconds=2.0)
+    oracle.until_runs(4)
+    os.killpg(zombie.pid, signal.SIGSTOP)
+    try:
+        platform.worker("b", cpus=4, pool="threads")
+        with oracle.flow(submitter, every=0.1):
+            # They run again: a is given up, and b has them.
+            until(lambda: {submitter.row(job).attempt for job in jobs} == {2}, "all run again", STOPPED * 3)
+            until(lambda: all(submitter.row(job).state == "succeeded" for job in jobs), "they succeed")
+            os.killpg(zombie.pid, signal.SIGCONT)
+            oracle.whole_again(f"stop a worker with all its processes ({pool})")
+            until(lambda: oracle.ends_of(jobs) == 2 * len(jobs), "the bodies of the stopped worker end too")
+            oracle.until_more(10)
+    finally:
+        os.killpg(zombie.pid, signal.SIGCONT)
+    oracle.assert_zeros()
+    until(lambda: refused_writes(platform) >= len(jobs), lambda: f"refused writes: {refused_writes(platform)}")
+    assert [submitter.outcomes(job) for job in jobs] == [["lost", "succeeded"]] * len(jobs)
+    # It is a worker like any other again.
+    until(lambda: submitter.view("a").get("status") == "ready", "a is registered again")
+    again = [oracle.send(submitter, seconds=0.5) for _ in range(8)]
+    oracle.assert_zeros()
+    assert {line.worker for line in read(oracle.trace) if line.job in again} == {"a", "b"}
+
+
+@pytest.mark.long
+def test_a_worker_whose_main_process_alone_was_stopped_leaves_one_effect_of_each_job(
+    platform: Platform, submitter: Submitter, oracle: Oracle
+) -> None:
+    """Its pool goes on: what ends there is noted only when the main process comes to itself."""
+    zombie = platform.worker("a", cpus=4)
+    short = oracle.sends(submitter, 2, seconds=0.5)
+    long = oracle.sends(submitter, 2, seconds=STOPPED + 6.0)
+    oracle.until_runs(4)
+    zombie.signal(signal.SIGSTOP)
+    try:
+        platform.worker("b", cpus=4, pool="threads")
+        until(lambda: {submitter.row(job).attempt for job in long} == {2}, "those that ran run again", STOPPED * 3)
+        zombie.signal(signal.SIGCONT)
+        oracle.whole_again("stop a worker's main process")
+    finally:
+        zombie.signal(signal.SIGCONT)
+    oracle.assert_zeros()
+    until(lambda: refused_writes(platform) >= len(long), lambda: f"refused writes: {refused_writes(platform)}")
+    assert all(submitter.row(job).state == "succeeded" for job in short + long)

@@ -1,0 +1,302 @@
+"""What the oracle needs to know, gathered from a platform: what was accepted, what broke when, and who should live."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+from sqlalchemy import text
+
+from routing import verify
+from routing.errors import NotAccepted, OutcomeUnknown
+from routing.states import FINAL, State
+from tests.faults.oracle import Ended, Evidence, Healing, Line, Token, Verdict, first_start, judge, monotonic_of, read
+from tests.fixtures.processes import Platform, Process
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+from tests.tasks.traced import TABLE
+
+TASK: Final = "tests.tasks.traced.traced"
+SUCCEEDS: Final = frozenset({"succeeded"})
+#: Seconds for the result of a job that is over. It may have waited for its store with the outcome.
+RESULT_WITHIN: Final = 20.0
+#: Results that are read at once.
+CHUNK: Final = 500
+#: Seconds between two submissions of a flow.
+FLOW_EVERY: Final = 0.03
+
+_oracles = itertools.count()
+
+
+def _is_dead(line: Line) -> bool:
+    """Whether the process that wrote this line has ended."""
+    try:
+        return bool(psutil.Process(line.pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Oracle:
+    """One for each platform. `values`: what each accepted job must return."""
+
+    def __init__(self, platform: Platform, trace: Path) -> None:
+        self.platform = platform
+        self.trace = trace
+        self.values: dict[str, int] = {}
+        self.healings: list[Healing] = []
+        self._expected: dict[str, frozenset[str]] = {}
+        self._unsure: dict[str, tuple[int, frozenset[str]]] = {}
+        self._refused: set[str] = set()
+        self._numbers = itertools.count()
+        #: Of this oracle alone: several may watch one platform, one after the other.
+        self._prefix = f"job-{next(_oracles)}"
+        self._lock = threading.Lock()
+        # (What had ended before is none of this oracle's.)
+        self._asked = {process.pid for process in platform.processes if not process.alive}
+        self._results_from = 0.0
+        self._fault_ended: tuple[str, float] | None = None
+        self.errors: list[BaseException] = []
+        with platform.engine.connect() as connection, connection.begin():
+            connection.execute(text("SET LOCAL synchronous_commit = on"))
+            connection.execute(text(TABLE))
+            database = connection.execute(text("SELECT current_database()")).scalar_one()
+            # Its servers sync nothing to disk; what was committed survives the end of a process none the less.
+            connection.execute(text(f"ALTER DATABASE {database} SET synchronous_commit = on"))
+
+    # -- what is accepted
+
+    def send(
+        self,
+        submitter: Submitter,
+        seconds: float = 0.1,
+        cpus: float = 1,
+        how: str = "",
+        expected: Iterable[str] = SUCCEEDS,
+        **options: Any,
+    ) -> str:
+        """Submits one job; its id. It is accepted when this returns; raises what `apply_async` does."""
+        with self._lock:
+            number = next(self._numbers)
+        job = f"{self._prefix}-{number}"
+        arguments = (str(self.trace), number, seconds, round(cpus * 1000), how)
+        try:
+            submitter.send(TASK, *arguments, cpus=cpus, task_id=job, **options)
+        except NotAccepted:
+            self._refused.add(job)
+            raise
+        except OutcomeUnknown:
+            self.unsure(job, number, expected)
+            raise
+        self.accepted(job, number, expected)
+        return job
+
+    def sends(self, submitter: Submitter, count: int, **options: Any) -> list[str]:
+        return [self.send(submitter, **options) for _ in range(count)]
+
+    def accepted(self, job: str, value: int, expected: Iterable[str] = SUCCEEDS) -> None:
+        with self._lock:
+            self.values[job] = value
+            self._expected[job] = frozenset(expected)
+
+    def unsure(self, job: str, value: int, expected: Iterable[str] = SUCCEEDS) -> None:
+        """Accepted if there is a row of it, now or later."""
+        with self._lock:
+            self._unsure[job] = (value, frozenset(expected))
+
+    def expect(self, job: str, *states: str) -> None:
+        """Something was done to this job after which it may end in these states too."""
+        with self._lock:
+            self._expected[job] |= set(states)
+
+    @contextmanager
+    def flow(self, submitter: Submitter, every: float = FLOW_EVERY, **options: Any) -> Iterator[None]:
+        """Jobs are submitted for the time of the block, in a thread, whatever refuses them. What is raised beside
+        `NotAccepted` and `OutcomeUnknown` fails the test."""
+        over = threading.Event()
+
+        def submit() -> None:
+            while not over.is_set():
+                try:
+                    self.send(submitter, **options)
+                except (NotAccepted, OutcomeUnknown):
+                    over.wait(every * 10)
+                except BaseException as error:
+                    self.errors.append(error)
+                    return
+                over.wait(every)
+
+        thread = threading.Thread(target=submit, name="flow")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        if self.errors:
+            raise self.errors[0]
+
+    # -- what is broken
+
+    def asked(self, *processes: Process) -> None:
+        """These processes may end: somebody killed them or told them to go."""
+        self._asked.update(process.pid for process in processes)
+
+    def results_were_lost(self) -> None:
+        """Redis was emptied: the results of jobs that ended before are gone with it, as in plain Celery."""
+        self._results_from = time.time()
+
+    def whole_again(self, fault: str) -> None:
+        """From now on nothing is broken: the healing is counted from here."""
+        self._fault_ended = (fault, time.monotonic())
+
+    # -- what came of it
+
+    def runs(self) -> int:
+        """Bodies that began so far."""
+        return sum(line.what == "start" for line in read(self.trace))
+
+    def bytes_written(self) -> int:
+        """The size of the trace: it grows while work goes on."""
+        return self.trace.stat().st_size if self.trace.exists() else 0
+
+    def ends_of(self, jobs: Sequence[str]) -> int:
+        """Bodies of these jobs that came to their end so far."""
+        return sum(line.what == "end" and line.job in jobs for line in read(self.trace))
+
+    def until_runs(self, count: int, within: float = 60.0) -> None:
+        """Waits until so many bodies have begun since the test did."""
+        until(lambda: self.runs() >= count, lambda: f"{count} bodies began, {self.runs()} did", within)
+
+    def until_more(self, count: int, within: float = 60.0) -> None:
+        """Waits until so many more bodies have begun than now."""
+        self.until_runs(self.runs() + count, within)
+
+    def open_jobs(self) -> list[tuple[str, str]]:
+        """(job, state) of all that is accepted and not over; jobs without a row are not among them."""
+        with self.platform.engine.connect() as connection:
+            rows = connection.execute(text("SELECT id, state FROM jobs ORDER BY seq")).all()
+        self._settle_unsure({row.id for row in rows})
+        return [(row.id, row.state) for row in rows if row.state not in FINAL]
+
+    def _settle_unsure(self, rows: set[str]) -> None:
+        for job in [job for job in self._unsure if job in rows]:
+            self.accepted(job, *self._unsure.pop(job))
+
+    def verdict(self, within: float = 60.0, say: Callable[[str], None] | None = None) -> Verdict:
+        """Waits until every row is final, for so many seconds at most, and counts."""
+        late: list[tuple[str, str]] = []
+        try:
+            until(lambda: not self.open_jobs(), "all are over", within)
+        except AssertionError:
+            late = self.open_jobs()
+        self._note_healing(all_over=not late)
+        patience = 0.0 if late else None
+        report = verify.check(self.platform.engine, self.platform.redis, at_rest=True, patience=patience)
+        lines = read(self.trace)
+        rows = self._rows()
+        self._settle_unsure(set(rows))
+        strangers = [f"{job} was refused and has a row" for job in sorted(self._refused & rows.keys())]
+        waiting = (State.ACCEPTED, State.WAITING, State.ADMITTED, State.SCHEDULED)
+        verdict = judge(
+            Evidence(
+                expected=self._expected,
+                states={job: row.state for job, row in rows.items()},
+                attempts=self._attempts(),
+                lines=lines,
+                effects=self._effects(),
+                capacities=self._capacities(),
+                wrong_results=self._wrong_results(rows),
+                leaks=report.lines(),
+                stuck=[f"{job} is {state}" for job, state in late if state in waiting],
+                deaths=self._deaths(),
+            )
+        )
+        verdict.found["misjudged"] += strangers
+        return verdict
+
+    def assert_zeros(self, within: float = 60.0) -> None:
+        """All counts are 0."""
+        verdict = self.verdict(within)
+        assert verdict.zeros, "the oracle does not find all zeros:\n" + "\n".join(verdict.lines())
+
+    def _note_healing(self, all_over: bool) -> None:
+        if self._fault_ended is None:
+            return
+        (fault, since), self._fault_ended = self._fault_ended, None
+        first = first_start(read(self.trace), since)
+        self.healings.append(Healing(fault, first, time.monotonic() - since if all_over else None))
+
+    def _rows(self) -> dict[str, Any]:
+        with self.platform.engine.connect() as connection:
+            query = "SELECT id, state, (extract(epoch FROM finished_at))::float8 AS finished FROM jobs"
+            return {row.id: row for row in connection.execute(text(query))}
+
+    def _attempts(self) -> dict[str, dict[Token, Ended]]:
+        found: dict[str, dict[Token, Ended]] = {}
+        query = "SELECT job_id, epoch, attempt, outcome, (extract(epoch FROM ended_at))::float8 AS ended FROM attempts"
+        with self.platform.engine.connect() as connection:
+            for row in connection.execute(text(query)):
+                at = None if row.ended is None else monotonic_of(row.ended)
+                found.setdefault(row.job_id, {})[row.epoch, row.attempt] = Ended(row.outcome, at)
+        return found
+
+    def _effects(self) -> dict[str, int]:
+        with self.platform.engine.connect() as connection:
+            rows = connection.execute(text("SELECT job, count(*) FROM effects GROUP BY job"))
+            return {row[0]: row[1] for row in rows}
+
+    def _capacities(self) -> dict[str, int]:
+        """Millicores, by the name of the worker."""
+        with self.platform.engine.connect() as connection:
+            rows = connection.execute(text("SELECT name, max(cpus) FROM workers GROUP BY name"))
+            return {row[0]: row[1] for row in rows}
+
+    def _deaths(self) -> list[str]:
+        return [
+            f"{process.name} (pid {process.pid}) ended with {process.process.returncode}:\n{process.tail(15)}"
+            for process in self.platform.processes
+            if not process.alive and process.pid not in self._asked
+        ]
+
+    def _wrong_results(self, rows: dict[str, Any]) -> list[str]:
+        """Of the jobs that ended since results were lost last. One whose process died after it had committed its effect
+        has a result without the value, which nobody knows."""
+        ended = {line.job: line for line in read(self.trace) if line.what == "end"}
+        with self.platform.engine.connect() as connection:
+            query = text("SELECT incarnation FROM workers WHERE status NOT IN ('ready', 'draining')")
+            over = set(connection.execute(query).scalars())
+        wanted = {
+            job: self.values[job]
+            for job, row in rows.items()
+            if row.state == State.SUCCEEDED and job in self.values and row.finished > self._results_from
+        }
+        end = time.monotonic() + RESULT_WITHIN
+        while wrong := self._differing(wanted):
+            if time.monotonic() > end:
+                break
+            wanted = {job: wanted[job] for job, _ in wrong}
+            threading.Event().wait(0.1)
+        unknown = {job for job, line in ended.items() if line.incarnation in over or _is_dead(line)}
+        return [f"{job}: {found}" for job, found in wrong if found != ("SUCCESS", None) or job not in unknown]
+
+    def _differing(self, wanted: dict[str, int]) -> list[tuple[str, Any]]:
+        jobs, wrong = list(wanted), []
+        for start in range(0, len(jobs), CHUNK):
+            chunk = jobs[start : start + CHUNK]
+            for job, meta in zip(chunk, self.results_of(chunk), strict=True):
+                found = None if meta is None else (meta["status"], meta["result"])
+                if found != ("SUCCESS", wanted[job]):
+                    wrong.append((job, found))
+        return wrong
+
+    def results_of(self, jobs: Sequence[str]) -> list[Any]:
+        """What the result backend says of each, None where it says nothing. (Redis, under Celery's own keys.)"""
+        found: Any = self.platform.redis.mget([f"celery-task-meta-{job}" for job in jobs])
+        return [None if value is None else json.loads(value) for value in found]
