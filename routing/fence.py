@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 
 from routing.accept import Publisher
 from routing.outbox import UNTOLD
 from routing.states import FINAL, State, Step
+from routing.store import END_LOST
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 _HOLDING: Final = f"'{State.ADMITTED.value}', '{State.RUNNING.value}'"
@@ -78,10 +79,21 @@ def why_not(connection: Connection, attempt: Publisher) -> tuple[str, bool]:
     return "its worker was given up" if mine else f"attempt {number} has the job", False
 
 
-_CLOSE: Final = text(f"""
-UPDATE jobs SET step = {Step.ENDED.value}, outbox = coalesce(outbox, '{UNTOLD}')
-WHERE step = {Step.COMMITTED.value} AND id = :job AND epoch = :epoch AND attempt = :attempt RETURNING id
+# (What ended an attempt before this one may have been lost with the ledger: none of them goes on any more.)
+def _closing(which: str) -> TextClause:
+    return text(f"""
+WITH j AS (
+  UPDATE jobs SET step = {Step.ENDED.value}, outbox = coalesce(outbox, '{UNTOLD}')
+  WHERE step = {Step.COMMITTED.value} AND {which} RETURNING id, epoch, attempt
+), a AS (
+  UPDATE attempts SET ended_at = now(), outcome = coalesce(outcome, 'taken_back'), error = coalesce(error, '{END_LOST}')
+  FROM j WHERE job_id = j.id AND ended_at IS NULL AND (attempts.epoch, attempts.attempt) < (j.epoch, j.attempt)
+)
+SELECT id FROM j
 """)
+
+
+_CLOSE: Final = _closing("id = :job AND epoch = :epoch AND attempt = :attempt")
 _GIVE_UP: Final = text(f"""
 UPDATE jobs SET step = {Step.GIVEN_UP.value}
 WHERE incarnation = :incarnation AND state IN ({_HOLDING}) AND step < {Step.GIVEN_UP.value}
@@ -95,10 +107,7 @@ def close(connection: Connection, job: str, epoch: int, attempt: int) -> bool:
     return connection.execute(_CLOSE, values).first() is not None
 
 
-_CLOSE_FORMER: Final = text(f"""
-UPDATE jobs SET step = {Step.ENDED.value}, outbox = coalesce(outbox, '{UNTOLD}')
-WHERE step = {Step.COMMITTED.value} AND worker = :worker AND incarnation <> :incarnation
-""")
+_CLOSE_FORMER: Final = _closing("worker = :worker AND incarnation <> :incarnation")
 
 
 def close_former(connection: Connection, worker: str, incarnation: str) -> None:

@@ -91,9 +91,11 @@ class Pulse(threading.Thread):
         settings = self._ledger.settings
         now = time.monotonic()
         renew_at = now + settings.renew_interval
+        #: Seconds to wait at the least: a store that fails at once is not asked without a pause.
+        pause = 0.0
         while not self._stopping:
-            self._wake.wait(min(settings.due_interval, max(0.0, renew_at - time.monotonic())))
-            now = time.monotonic()
+            self._wake.wait(min(settings.due_interval, max(pause, renew_at - time.monotonic())))
+            now, pause = time.monotonic(), settings.due_interval
             ticked, self._ticked = self._ticked, False
             try:
                 self._membership.draining |= self._drain
@@ -117,6 +119,7 @@ class Pulse(threading.Thread):
                         self.on_missing()
                 self._said = ""
                 self._sight.note(lost=False)
+                pause = 0.0
             except LedgerClosed:
                 self._closed = True
                 self._sight.note(lost=False)

@@ -109,6 +109,17 @@ def test_an_attempt_that_died_after_its_commit_is_closed_once(stage: Stage) -> N
     assert (stage.row(job).step, stage.row(job).outbox is not None) == (Step.ENDED, True)
 
 
+def test_an_attempt_before_it_whose_end_was_lost_is_closed_with_it(stage: Stage) -> None:
+    job = running(stage)
+    with stage.engine.begin() as connection:
+        # (Its worker says that it runs; what ended it was lost with the ledger.)
+        stream.apply_all(stage.engine, stage.ledger)
+        assert fence.commit(connection, mine(stage, job, attempt=2))
+    with stage.engine.connect() as connection:
+        assert fence.close(connection, job, 1, 2)
+    assert outcome(stage, job) == ["taken_back", "succeeded"]
+
+
 def test_a_reconcile_leaves_a_committed_job_to_its_worker(stage: Stage) -> None:
     job = running(stage)
     commit(stage, job)

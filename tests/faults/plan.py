@@ -88,10 +88,12 @@ def _plan(chance: random.Random, seconds: float) -> Iterator[Fault]:
     kinds: list[Kind] = []
     while at < end:
         for _ in range(2 if chance.random() < DOUBLE else 1):
+            beat = at < seconds / 2
+            kinds = [kind for kind in kinds if beat or kind.touches != "beat"]
             if not kinds:
                 # Each kind comes once before any comes again.
                 kinds = chance.sample(KINDS, len(KINDS))
-            chosen = _possible(kinds, busy, at, end, beat=at < seconds / 2)
+            chosen = _possible(kinds, busy, at, end, beat)
             if chosen is None:
                 continue
             kind, targets = chosen

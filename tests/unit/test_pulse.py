@@ -1,0 +1,50 @@
+"""The heartbeat of a worker, without a worker."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+from routing.errors import StoreUnavailable
+from workers.pulse import Pulse
+
+
+class Gone:
+    """A ledger that refuses at once, as a server that is not there does."""
+
+    settings = SimpleNamespace(renew_interval=0.01, due_interval=0.2)
+    epoch = 1
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.twice = threading.Event()
+
+    def opened(self) -> Any:
+        self.asked += 1
+        if self.asked == 3:
+            self.twice.set()
+        raise StoreUnavailable("gone")
+
+
+def test_a_ledger_that_is_gone_is_not_asked_without_a_pause() -> None:
+    ledger: Any = Gone()
+    anything: Any = SimpleNamespace(draining=False, epoch=1, note=lambda **_: None)
+    pulse = Pulse(
+        ledger,
+        confirmation=anything,
+        membership=anything,
+        holdings=anything,
+        recorder=anything,
+        challenge=anything,
+        measure=anything,
+        on_open=anything,
+        on_taken=anything,
+        exclusive=threading.Lock(),
+        sight=anything,
+    )
+    pulse.start()
+    assert ledger.twice.wait(10)
+    pulse.stop(10)
+    # Without pauses some ten thousand in that time.
+    assert ledger.asked < 20
