@@ -28,7 +28,7 @@ def rabbitmq(tmp_path: Path) -> Iterator[str]:
     """The URL of a RabbitMQ of Debian's package that is this test's own, and so is Erlang's register of names."""
     program = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
     if not program.exists():
-        pytest.skip("RabbitMQ is not installed (Debian: apt-get install rabbitmq-server)")
+        pytest.fail("RabbitMQ is not installed (Debian: apt-get install rabbitmq-server)", pytrace=False)
     port, beside, register = free_ports(3)
     folder = tmp_path / "rabbitmq"
     folder.mkdir()
