@@ -71,7 +71,7 @@ def check_jobs(connection: Connection, ledger: Ledger, cards: Mapping[str, JobCa
 
 def _seat(connection: Connection, ledger: Ledger, job: str, card: JobCard, result: Reconciled) -> bool:
     seated = ledger.seat(job)
-    if seated is None and _give_home(connection, ledger, card.worker or "", result):
+    if seated is None and give_home(connection, ledger, card.worker or "", result):
         seated = ledger.seat(job)
     if seated:
         result.note("held without its place")
@@ -84,7 +84,7 @@ ORDER BY started_at DESC LIMIT 1
 """)
 
 
-def _give_home(connection: Connection, ledger: Ledger, worker: str, result: Reconciled) -> bool:
+def give_home(connection: Connection, ledger: Ledger, worker: str, result: Reconciled) -> bool:
     """A closed book for a worker whose book went missing, with what it holds: it registers again when it lives, and is
     lost after the usual grace when it does not. False where Postgres knows of no such worker."""
     row = connection.execute(_CAPACITY, {"name": worker}).one_or_none()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from redis.exceptions import RedisError
@@ -209,7 +210,7 @@ def _settle(connection: Connection, ledger: Ledger, suspects: Sequence[str], res
             continue
         if (card is None or card.state == ENDED) if row is None else row.agrees(card):
             continue
-        repaired = _repair(connection, ledger, job, row, card)
+        repaired = _repair(connection, ledger, job, row, card, result)
         if repaired is not None:
             there, here = row.state if row else "missing", card.state if card else "missing"
             result.note(f"{there} in Postgres, {here} in the ledger", repaired)
@@ -219,7 +220,9 @@ def _rows(connection: Connection, ids: Sequence[str]) -> dict[str, Row]:
     return {row[0]: Row(*row) for row in connection.execute(_THESE, {"ids": list(ids)})} if ids else {}
 
 
-def _repair(connection: Connection, ledger: Ledger, job: str, row: Row | None, card: JobCard | None) -> bool | None:
+def _repair(
+    connection: Connection, ledger: Ledger, job: str, row: Row | None, card: JobCard | None, result: Reconciled
+) -> bool | None:
     """None where it turned out that work went on meanwhile."""
     known = card is not None and card.state != ENDED
     if row is None or row.state in FINAL:
@@ -231,7 +234,7 @@ def _repair(connection: Connection, ledger: Ledger, job: str, row: Row | None, c
     if card is not None and known and not ledger.drop(job, card.token, final=False):
         return None
     if row.state == State.RUNNING:
-        return _hold_again(connection, ledger, row)
+        return _hold_again(connection, ledger, row, result)
     if row.state == State.ADMITTED:
         return _give_back(connection, ledger, row)
     # Scheduled rows come when they are due.
@@ -271,8 +274,9 @@ def _submit(connection: Connection, ledger: Ledger, job: str) -> bool:
     return bool(pending) and enroll.submit_rows(ledger, pending) == 1
 
 
-def _hold_again(connection: Connection, ledger: Ledger, row: Row) -> bool:
-    """Postgres says that a worker runs it: enter it into that worker's book; without one it is submitted again."""
+def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconciled) -> bool:
+    """Postgres says that a worker runs it: enter it into that worker's book; where that worker has left, or is another
+    life by now, it is submitted again."""
     if row.worker and row.incarnation:
         held = Adopted(
             row.id,
@@ -285,7 +289,9 @@ def _hold_again(connection: Connection, ledger: Ledger, row: Row) -> bool:
             row.losses,
             row.rerun,
         )
-        if not ledger.adopt(row.worker, row.incarnation, [held]):
+        adopt = partial(ledger.adopt, row.worker, row.incarnation, [held])
+        # (A book that went missing together with the job comes back first: its worker may not have missed it yet.)
+        if not adopt() or (places.give_home(connection, ledger, row.worker, result) and not adopt()):
             return True
     return _give_back(connection, ledger, row)
 

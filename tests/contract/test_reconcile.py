@@ -133,6 +133,29 @@ def test_a_running_job_keeps_its_attempt_when_only_its_places_were_lost(scene: S
     scene.stage.end(scene.running)
 
 
+def test_a_running_job_keeps_its_attempt_when_the_book_of_its_worker_was_lost_too(scene: Scene) -> None:
+    """Its worker lives, and registers again at its next heartbeat: a reconcile that comes before it takes nothing."""
+    stage = scene.stage
+    scene.redis.delete(keys.book("b"), keys.held("b"), keys.job(scene.other))
+    assert reconcile(stage.engine, stage.ledger).all_repaired
+    assert scene.redis.hget(keys.book("b"), "status") == b"closed"
+    assert (stage.row(scene.other).state, stage.row(scene.other).attempt) == ("running", 1)
+    stage.worker("b", cpus=3000)
+    assert check(scene) == []
+    stage.end(scene.other)
+    assert (stage.row(scene.other).state, stage.row(scene.other).attempt) == ("succeeded", 1)
+
+
+def test_a_running_job_of_a_worker_that_left_is_submitted_again(scene: Scene) -> None:
+    stage = scene.stage
+    scene.redis.delete(keys.book("b"), keys.held("b"), keys.job(scene.other))
+    stage.sql("UPDATE workers SET status = 'left' WHERE name = 'b'")
+    assert reconcile(stage.engine, stage.ledger).all_repaired
+    stage.apply()
+    assert (stage.row(scene.other).state, stage.row(scene.other).worker) == ("waiting", None)
+    assert not scene.redis.exists(keys.book("b"))
+
+
 def test_a_repair_admits_what_fits_now(scene: Scene) -> None:
     damage.a_running_job_has_ended_in_postgres(scene)
     reconcile(scene.stage.engine, scene.stage.ledger)
