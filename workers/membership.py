@@ -14,14 +14,14 @@ from redis.exceptions import OutOfMemoryError
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from routing import fence, keys, roster
+from routing import fence, keys, roster, stream
 from routing.amounts import format_cpus
 from routing.books import text
 from routing.capacity import Capacity
-from routing.errors import NameTaken
+from routing.errors import NameTaken, StoreUnavailable
 from routing.ledger import Ledger
 from routing.postgres import translate
-from routing.replies import Taken
+from routing.replies import LedgerClosed, Taken
 from routing.roster import WorkerRow
 from routing.takeback import take_back
 from workers import orphans
@@ -268,6 +268,12 @@ class Membership:
     def _write_former_lives(self) -> None:
         with self._engine.connect() as connection:
             roster.end_former_lives(connection, self.identity.name, self.identity.incarnation)
+            if self._ledger.epoch:
+                try:
+                    # What they said last has the values that their jobs returned.
+                    stream.apply_all(self._engine, self._ledger)
+                except (StoreUnavailable, LedgerClosed):
+                    return  # a reconcile closes them, when it has read the stream
             # Where the ledger was lost with such a life, nobody takes its jobs back, and what had committed still is.
             fence.close_former(connection, self.identity.name, self.identity.incarnation)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Final
 
-from celery import Celery
+from celery import Celery, states
 from celery.app.task import Context
 from celery.exceptions import WorkerLostError
 from kombu.compression import decompress
@@ -78,8 +78,11 @@ def _tell(app: Celery, job: str, state: State, error: str, message: bytes) -> No
     """The result of a job that ended while no worker held it; its chord and its callbacks hear of it too."""
     request = context_of(app, message)
     if state is State.SUCCEEDED:
-        # It ended itself (`celery_capacity.fenced`), and its process died before it could return anything.
-        app.backend.mark_as_done(job, None, request=request)
+        # It ended itself (`celery_capacity.fenced`), and its process died before it could return anything; or its value
+        # was stored with its end, of which Postgres did not hear: that one stays.
+        stored = app.backend.get_state(job) == states.SUCCESS
+        value = app.backend.get_result(job) if stored else None
+        app.backend.mark_as_done(job, value, request=request, store_result=not stored)
     elif state is State.LOST:
         app.backend.mark_as_failure(job, WorkerLostError(error or "the job was lost with its workers"), request=request)
     else:

@@ -27,6 +27,8 @@ TASK: Final = "tests.tasks.traced.traced"
 SUCCEEDS: Final = frozenset({"succeeded"})
 #: Seconds for the result of a job that is over. It may have waited for its store with the outcome.
 RESULT_WITHIN: Final = 20.0
+#: What the backend says of a job that succeeded and whose value nobody knows.
+NO_VALUE: Final = ("SUCCESS", None)
 #: Results that are read at once.
 CHUNK: Final = 500
 #: Seconds between two submissions of a flow.
@@ -277,14 +279,14 @@ class Oracle:
             for job, row in rows.items()
             if row.state == State.SUCCEEDED and job in self.values and row.finished > self._results_from
         }
+        unknown = {job for job, line in ended.items() if line.incarnation in over or _is_dead(line)}
         end = time.monotonic() + RESULT_WITHIN
-        while wrong := self._differing(wanted):
+        while wrong := [one for one in self._differing(wanted) if one[1] != NO_VALUE or one[0] not in unknown]:
             if time.monotonic() > end:
                 break
             wanted = {job: wanted[job] for job, _ in wrong}
             threading.Event().wait(0.1)
-        unknown = {job for job, line in ended.items() if line.incarnation in over or _is_dead(line)}
-        return [f"{job}: {found}" for job, found in wrong if found != ("SUCCESS", None) or job not in unknown]
+        return [f"{job}: {found}, its end: {ended.get(job)}" for job, found in wrong]
 
     def _differing(self, wanted: dict[str, int]) -> list[tuple[str, Any]]:
         jobs, wrong = list(wanted), []

@@ -113,6 +113,19 @@ def test_a_worker_that_dies_after_a_commit_is_lost_and_the_job_is_not_started_ag
     outcomes(submitter, job, "succeeded")
 
 
+def test_a_value_that_was_stored_before_its_worker_died_stays(platform: Platform, submitter: Submitter) -> None:
+    """The release stored it, and its transition was lost: Postgres knows that the job ended, and not with what."""
+    killed = platform.worker("a", cpus=2)
+    job = submitter.send(LEAVE, "held after", "gate")
+    at_gate(platform, "gate", job)
+    submitter.app.backend.store_result(job, "attempt 1", "SUCCESS")
+    killed.kill()
+    platform.worker("b", cpus=2, pool="threads")
+    until(lambda: submitter.row(job).step == Step.ENDED and submitter.row(job).outbox is None, "all was told", 30.0)
+    assert submitter.value(job) == "attempt 1"
+    assert (submitter.row(job).attempt, effects(platform, job)) == (1, [1])
+
+
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_a_worker_that_is_stopped_after_a_commit_hands_nothing_back(
     platform: Platform, submitter: Submitter, pool: Pool

@@ -35,7 +35,7 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
     closed = lost = taken = 0
     over = set(stores.ledger.lapsed_workers(grace_ms)) if watched else set()
     for worker in stores.ledger.lapsed_workers():
-        found = stores.ledger.lapse(worker, NEVER_MS, settings.most_losses)
+        found = takeback.close(stores.ledger, worker)
         closed += found.verdict == "closed"
         if worker in over and found.incarnation:
             with stores.engine.connect() as connection:
@@ -45,7 +45,3 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
             taken += given_up.taken_back
             lost += given_up.verdict == "gone"
     return {"closed": closed, "lost": lost, "taken_back": taken}
-
-
-#: Milliseconds of grace that no lease ever outlives: close, and take nothing back.
-NEVER_MS = 10**12
