@@ -1,4 +1,5 @@
-"""`python -m benchmarks`: measures the figures and reports them."""
+"""`python -m benchmarks`: measures the figures and reports them; `python -m benchmarks proposals`: the ways that were
+weighed."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.bench import Bench
 from benchmarks.figures import BY_NAME, FIGURES, Figure
+from benchmarks.proposals import report as proposals
 from benchmarks.report import (
     Line,
     Result,
@@ -56,7 +58,8 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measures this platform beside plain Celery on the same servers, in turn.",
-        epilog="Results of figures that --only leaves out stay in results.json as they are.",
+        epilog="Results of figures that --only leaves out stay in results.json as they are. "
+        "`python -m benchmarks proposals` measures the ways that were weighed.",
     )
     parser.add_argument("--rounds", type=count, default=ROUNDS, help="rounds a figure (default: %(default)s)")
     parser.add_argument("--only", type=figures, default=[*FIGURES], metavar="FIGURE,...", help="only these")
@@ -103,6 +106,8 @@ def judged(results: Mapping[str, Result]) -> list[Line]:
 
 def main(arguments: Sequence[str]) -> int:
     """Measures, writes, prints. 0, or 1 when a figure could not be measured."""
+    if arguments and arguments[0] == "proposals":
+        return proposals.main(arguments[1:])
     chosen = options(arguments)
     bench = Bench(chosen.rounds)
     run = measure(bench, chosen.only)

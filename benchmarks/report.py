@@ -17,8 +17,8 @@ from rich.table import Table
 
 from benchmarks.rounds import Sides
 
-#: Between these two lines of the page the table is replaced; the rest of the page is written by hand.
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+#: Between these two lines of a page a table is replaced; the rest of the page is written by hand.
+BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
 
 #: Digits that are kept of a measured number.
 DIGITS = 4
@@ -150,12 +150,12 @@ def machine(versions: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def update_page(path: Path, text: str) -> bool:
-    """Replaces what stands between the markers. False when the page does not exist or has no markers."""
+def update_page(path: Path, text: str, place: str = "benchmarks") -> bool:
+    """Replaces what stands between the markers of a place. False when the page does not exist or has none."""
     page = path.read_text() if path.exists() else ""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.partition(BEGIN.format(place))
+    _, end, after = rest.partition(END.format(place))
     if not (begin and end):
         return False
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
     return True
