@@ -1,0 +1,321 @@
+"""What the reference and the explanations say, held against the code: keys and fields of a ledger in use, tables as the
+migrations make them, counters, the public API, the policy's words and numbers, and figures that were measured."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from flower.events import PrometheusMetrics
+from sqlalchemy import Engine, text
+
+import celery_capacity
+from benchmarks.proposals.report import RESULTS, Report
+from platform import render
+from routing import keys, overview, policy, states
+from routing.explain import Explanation, Why, refuse
+from routing.policy import Admission, Book, Reason, order
+from routing.replies import Adopted
+from routing.request import Request
+from tests.fixtures.books import MESSAGE, open_ledger
+from tests.fixtures.cluster import ONE, Cluster
+from tests.fixtures.processes import ROOT
+
+DOCS: Final = ROOT / "docs"
+KEYS: Final = DOCS / "reference" / "keys.md"
+TABLES: Final = DOCS / "reference" / "tables.md"
+METRICS: Final = DOCS / "reference" / "metrics.md"
+API: Final = DOCS / "reference" / "api.md"
+POLICY: Final = DOCS / "explanation" / "policy.md"
+COMPARISON: Final = DOCS / "explanation" / "comparison.md"
+PROPOSALS: Final = DOCS / "RESOURCE_OPTIMIZATION_PROPOSALS.md"
+
+
+def sections(page: Path) -> dict[str, str]:
+    """The text under each heading of a page, by the heading without its marks; code blocks are left out."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    parts = re.split(r"^#+ (.+)$", prose, flags=re.MULTILINE)
+    return {name.replace("`", ""): body for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def rows(body: str) -> Iterator[list[str]]:
+    """The cells of the tables in a section, without their headers."""
+    lines = body.splitlines()
+    for number, line in enumerate(lines):
+        rule = [other.startswith("| ---") for other in lines[number : number + 2]]
+        if line.startswith("|") and not any(rule):
+            yield [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def names(cell: str) -> list[str]:
+    """What stands in code in a cell."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+# -- keys
+
+
+def documented_keys() -> dict[str, tuple[str, str]]:
+    """Pattern -> (type, lifetime)."""
+    return {names(cells[0])[0]: (cells[1], cells[3]) for cells in rows(sections(KEYS)["Keys in Redis"])}
+
+
+def test_the_page_of_keys_has_the_families_and_types_of_the_code() -> None:
+    known = dict(re.findall(r"^\| `([^`]+)` \| ([a-z ]+?)(?: with expiry)? \|", keys.__doc__ or "", re.MULTILINE))
+    assert {name: kind for name, (kind, _) in documented_keys().items()} == known
+    assert {name.partition("<")[0] for name in known} == set(keys.KEYS.values())
+
+
+@pytest.fixture
+def used(redis_url: str) -> Iterator[Cluster]:
+    """A ledger in which every kind of key stands, and jobs in every state."""
+    with open_ledger(redis_url) as ledger:
+        cluster = Cluster(ledger)
+        cluster.register()
+        for job in ("ended", "unnamed", "back", "succeeded"):
+            cluster.run(job)
+        cluster.end("ended", "1.1")
+        ledger.succeed("succeeded")
+        cluster.submit("admitted")
+        ledger.client.zadd(keys.UNCLAIMED, {"admitted": 0})
+        ledger.redeliver()
+        ledger.submit("once", ONE, order(0, 99), MESSAGE, rerun=False)
+        cluster.submit("wide", Request.of({"cpus": 99_000}).shape)
+        cluster.end("back", "1.1", "handed_back", admit=False)
+        cluster.renew("succeeded")
+        # One that has lost two attempts runs alone: the worker, on which others run, is kept for it.
+        cluster.submit("last", losses=2)
+        ledger.fill("w")
+        for worker in ("small", "smaller"):
+            cluster.register(worker, Request.of({"cpus": 1}).shape)
+        ledger.adopt("small", "small-life", [Adopted("adopted", "1.1", ONE, 1, 5, 6, "", 0)])
+        ledger.client.hset(keys.DECLARATIONS, "task", "{}")
+        ledger.take_turn("due", "w", 60_000)
+        ledger.client.hset(keys.EPOCH, "rebuilding", "1")
+        yield cluster
+
+
+def test_every_key_and_field_of_a_ledger_in_use_is_on_the_page(used: Cluster) -> None:
+    client: Any = used.client
+    documented = documented_keys()
+    fields = {
+        name: {field for cells in rows(body) for field in names(cells[0])}
+        for name, body in sections(KEYS).items()
+        if name in documented
+    }
+    met: dict[str, set[str]] = {}
+    for key in (found.decode() for found in client.scan_iter()):
+        if key.startswith("queue."):
+            continue  # the private queues of this test's workers
+        pattern = max((name for name in documented if key.startswith(name.partition("<")[0])), key=len)
+        kind, lifetime = documented[pattern]
+        assert client.type(key).decode() == {"sorted set": "zset"}.get(kind, kind), key
+        ended = pattern == "ledger:job:<id>" and client.hget(key, "state") == b"ended"
+        expires = ended or pattern in ("ledger:duty:<name>", "worker:<name>")
+        assert (client.pttl(key) > 0) == expires, f"{key}, whose lifetime is: {lifetime}"
+        seen = met.setdefault(pattern, set())
+        if pattern == "ledger:stream":
+            seen |= {field.decode() for _, entry in client.xrange(key) for field in entry}
+        elif pattern in fields:
+            seen |= {re.sub(r"^([ac])\..+", r"\1.<resource>", field.decode()) for field in client.hkeys(key)}
+    assert set(met) == set(documented), "a family of which this ledger has no key"
+    missing = {name: found - fields[name] for name, found in met.items() if name in fields}
+    assert {name: found for name, found in missing.items() if found} == {}
+    # What a worker says of itself in its view is compared where a worker runs.
+    for name in set(fields) - {"worker:<name>"}:
+        assert fields[name] == {field for field in fields[name] if field in met[name]}, name
+
+
+def test_the_view_of_the_page_is_what_a_worker_writes() -> None:
+    source = (ROOT / "workers" / "membership.py").read_text(encoding="utf-8")
+    view = ast.parse(source[source.index("    def _view") :].replace("\n    ", "\n").strip())
+    written = {
+        key.value
+        for node in ast.walk(view)
+        if isinstance(node, ast.Dict)
+        for key in node.keys
+        if isinstance(key, ast.Constant)
+    }
+    told = {field for cells in rows(sections(KEYS)["worker:<name>"]) for field in names(cells[0])}
+    assert told == written
+
+
+# -- tables
+
+
+def test_the_page_of_tables_is_what_the_migrations_make(engine: Engine) -> None:
+    columns = text(
+        "SELECT table_name, column_name, data_type FROM information_schema.columns WHERE table_schema = 'public'"
+    )
+    short = {"timestamp with time zone": "timestamptz", "character varying": "varchar"}
+    made: dict[str, dict[str, str]] = {}
+    with engine.connect() as connection:
+        for table, column, kind in connection.execute(columns):
+            made.setdefault(table, {})[column] = short.get(kind, kind)
+    told = {
+        name: {names(cells[0])[0]: cells[1] for cells in rows(body)}
+        for name, body in sections(TABLES).items()
+        if name in made
+    }
+    assert told == made
+
+
+def test_the_steps_of_the_page_are_those_of_the_code() -> None:
+    told = {names(cells[1])[0]: int(cells[0]) for cells in rows(sections(TABLES)["Steps"])}
+    assert told == {step.name: step.value for step in states.Step}
+
+
+# -- metrics
+
+
+def test_every_counter_is_on_the_page_of_metrics() -> None:
+    # A cancel counts under the state that it makes; reconcile counts in Python, and so does a refused attempt.
+    counted = {"cancelled", "expired", "drift"}
+    for path in [*(ROOT / "routing").glob("*.py"), *(ROOT / "workers").rglob("*.py")]:
+        counted |= set(re.findall(r"\bledger\.count\(\"([\w.]+)\"", path.read_text(encoding="utf-8")))
+    for path in (ROOT / "routing" / "lua").glob("*.lua"):
+        counted |= set(re.findall(r"\bcount\('([\w.]+)'", path.read_text(encoding="utf-8")))
+    told = [names(cells[0])[0] for cells in rows(sections(METRICS)["Counters"])]
+    assert sorted(told) == sorted(counted)
+
+
+def test_the_other_numbers_are_in_the_json(used: Cluster) -> None:
+    found = overview.from_ledger(used.client).to_json()
+    for cells in rows(sections(METRICS)["Other numbers of the same JSON"]):
+        for path in names(cells[0]):
+            value: Any = found
+            for part in path.split("."):
+                value = value[part.removesuffix("[]")]
+                value = value[0] if part.endswith("[]") else value
+
+
+def test_the_metrics_of_flower_are_those_that_it_has() -> None:
+    has = set(re.findall(r"'(flower_\w+)'", inspect.getsource(PrometheusMetrics)))
+    assert {names(cells[0])[0] for cells in rows(sections(METRICS)["Flower"])} == has
+
+
+# -- the API
+
+
+def shown(name: str) -> str:
+    """A public name with its parameters and their defaults, without types."""
+    parameters = []
+    for parameter in inspect.signature(getattr(celery_capacity, name)).parameters.values():
+        default = parameter.default
+        if default is not inspect.Parameter.empty:
+            default = default.__name__ if callable(default) else default
+            parameter = parameter.replace(default=_Bare(str(default)) if default == "resolve_running" else default)
+        parameters.append(parameter.replace(annotation=inspect.Parameter.empty))
+    return f"{name}{inspect.Signature(parameters)}"
+
+
+class _Bare(str):
+    """A default that is shown as a name."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def test_the_api_on_the_page_is_the_public_module() -> None:
+    page = API.read_text(encoding="utf-8")
+    told = re.findall(r"^### `(\w+)`$", page, re.MULTILINE)
+    assert sorted(told) == sorted(celery_capacity.__all__)
+    signatures = re.findall(r"^```python\n(\w+\(.*\))\n```$", page, re.MULTILINE)
+    # An error that takes what all take is not shown.
+    usual = shown("PlatformError").removeprefix("PlatformError")
+    special = {name for name in told if shown(name) != name + usual}
+    assert sorted(signatures) == sorted(map(shown, {"PlatformError", *special}))
+
+
+def test_the_methods_of_requests_on_the_page_exist() -> None:
+    body = sections(API)["Request"]
+    methods = {re.sub(r"^Request\.|\(.*", "", found) for cells in rows(body) for found in names(cells[0])} - {"str"}
+    assert {"from_options", "shape", "to_people"} <= methods
+    for method in methods:
+        assert hasattr(celery_capacity.Request, method)
+    kept = {"parameter", "amounts"}
+    public = {name for name in vars(celery_capacity.Request) if not name.startswith("_")} - kept
+    assert methods == public
+
+
+# -- explanations
+
+
+def test_the_numbers_of_the_policy_are_its_constants() -> None:
+    page = " ".join(POLICY.read_text(encoding="utf-8").split())
+    assert f"**{policy.CANDIDATES} candidates**" in page
+    assert f"**{policy.SHAPES} shapes**" in page
+    assert f"**{policy.MOST_ADMITTED} jobs**" in page
+
+
+def test_the_reasons_of_the_policy_are_all_there() -> None:
+    told = [names(cells[0])[0] for cells in rows(sections(POLICY)["An example"])]
+    assert told == [reason.value for reason in Reason]
+
+
+def test_the_example_of_the_policy_is_what_it_decides() -> None:
+    books = [Book("a", {"cpus": 8000, "slots": 8}, {"cpus": 5000, "slots": 1})]
+    books.append(Book("b", {"cpus": 16_000, "slots": 16}, {"cpus": 10_000, "slots": 1}))
+    for cpus, worker in ((2000, "a"), (4000, "b")):
+        assert policy.choose(Request.of({"cpus": cpus}), books, policy.CANDIDATES) == Admission(worker)
+    wide = Request.of({"cpus": 12_000})
+    refusal = refuse(wide, books, 0)
+    assert refusal is not None
+    why = Explanation(
+        "job",
+        states.State.WAITING,
+        Why(refusal.reason.value),
+        wide,
+        True,
+        resource=refusal.resource,
+        asked=refusal.asked,
+        free=refusal.free,
+        worker=refusal.worker,
+    )
+    said = re.search(r"^> (.+)$", POLICY.read_text(encoding="utf-8"), re.MULTILINE)
+    assert said is not None
+    assert said[1] in render.reasons(why)
+
+
+SYSTEMS: Final = ("Slurm", "HyperQueue", "Ray", "Dask", "Kueue", "Airflow pools", "Plain Celery")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_comparison_says_what_the_other_does_better_and_cites_it(system: str) -> None:
+    body = sections(COMPARISON)[system]
+    assert re.search(r"does better:", body)
+    assert "better here" in body
+    assert f"\nTake {system.split()[-1] if system == 'Plain Celery' else system.split()[0]}" in body.replace(
+        "Take plain Celery", "Take Celery"
+    )
+    assert re.search(r"\]\(https://\S+\)", body), "without a source"
+
+
+MERMAID: Final = [
+    (path, diagram)
+    for path in sorted(DOCS.rglob("*.md"))
+    for diagram in re.findall(r"^```mermaid\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("path", "diagram"), MERMAID, ids=lambda value: value.name if isinstance(value, Path) else "")
+def test_a_drawing_names_only_its_participants_and_closes_its_blocks(path: Path, diagram: str) -> None:
+    assert ";" not in diagram, "Mermaid takes it for the end of a line"
+    if not diagram.startswith("sequenceDiagram"):
+        return
+    participants = set(re.findall(r"participant (\w+) as", diagram))
+    arrows = re.findall(r"^ *(\w+)-?->>(\w+): \S", diagram, re.MULTILINE)
+    assert {name for arrow in arrows for name in arrow} == participants
+    opened = re.findall(r"^ *(alt|loop|opt|par)\b", diagram, re.MULTILINE)
+    assert len(opened) == len(re.findall(r"^ *end$", diagram, re.MULTILINE))
+
+
+def test_the_figures_of_the_proposals_are_those_that_were_measured() -> None:
+    page = PROPOSALS.read_text(encoding="utf-8")
+    found = dict(re.findall(r"<!-- proposals-(\w+):begin -->\n(.*?)\n<!-- proposals-\1:end -->", page, re.DOTALL))
+    assert found == Report.from_json(RESULTS.read_text(encoding="utf-8")).tables()
