@@ -288,11 +288,9 @@ SYSTEMS: Final = ("Slurm", "HyperQueue", "Ray", "Dask", "Kueue", "Airflow pools"
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_comparison_says_what_the_other_does_better_and_cites_it(system: str) -> None:
     body = sections(COMPARISON)[system]
-    assert re.search(r"does better:", body)
+    assert "does better:" in body
     assert "better here" in body
-    assert f"\nTake {system.split()[-1] if system == 'Plain Celery' else system.split()[0]}" in body.replace(
-        "Take plain Celery", "Take Celery"
-    )
+    assert re.search(r"^Take ", body, re.MULTILINE), "when to take it instead"
     assert re.search(r"\]\(https://\S+\)", body), "without a source"
 
 
