@@ -287,7 +287,7 @@ class Settings:
     )
     due_interval: float = _duration("PLATFORM_DUE_INTERVAL", 1.0, "Between two looks for scheduled jobs that are due.")
     sweep_interval: float = _duration(
-        "PLATFORM_SWEEP_INTERVAL", 10.0, "Between two sweeps for accepted jobs that the ledger does not know."
+        "PLATFORM_SWEEP_INTERVAL", 10.0, "An accepted job that the ledger does not know is brought in within this time."
     )
     reconcile_interval: float = _duration(
         "PLATFORM_RECONCILE_INTERVAL", 300.0, "Between two comparisons of both stores."

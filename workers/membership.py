@@ -293,6 +293,10 @@ class Membership:
             logger.warning("%d jobs that this worker no longer holds were taken back", renewed.taken_back)
         return renewed.known
 
+    def has_book(self) -> bool:
+        """Whether the ledger has a book of this name: cheap enough to be asked between two heartbeats."""
+        return bool(self._ledger.client.exists(keys.book(self.identity.name)))
+
     def resize(self, capacity: Capacity, holdings: Holdings) -> None:
         """Publish another capacity (the pool grew, a quota changed), less what attempts take up that lost their lease;
         what fits into more is admitted at once."""

@@ -109,7 +109,7 @@ class Pulse(threading.Thread):
                     self._drained = True
                     if handed:
                         logger.info("draining: %d jobs handed back", handed)
-                elif ticked or now >= renew_at:
+                elif ticked or now >= renew_at or not self._membership.has_book():
                     renew_at = now + settings.renew_interval
                     if not self._membership.draining:
                         # (The pool of a worker that stops has no size any more.)

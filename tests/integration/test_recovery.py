@@ -47,6 +47,14 @@ def test_duties_need_no_beat(platform: Platform, submitter: Submitter, monkeypat
     assert row.started_at >= row.due_at
 
 
+def test_a_worker_misses_its_book_between_two_heartbeats(platform: Platform, submitter: Submitter) -> None:
+    slow = {"PLATFORM_RENEW_INTERVAL": "100", "PLATFORM_WORKER_TTL": "300", "PLATFORM_LOST_AFTER": "400"}
+    platform.worker("a", cpus=2, pool="threads", **slow)
+    platform.redis.delete(keys.book("a"))
+    until(lambda: platform.redis.hget(keys.book("a"), "status") == b"ready", "its book is there again")
+    assert submitter.value(submitter.send(ADD, 1, 2)) == 3
+
+
 def test_the_messages_of_a_producer_that_knows_nothing_of_the_platform_become_jobs(
     platform: Platform, submitter: Submitter
 ) -> None:

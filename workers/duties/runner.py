@@ -53,13 +53,13 @@ DUTIES: Final = (
     Duty("stream", lambda s: s.due_interval, stream.run_once),
     Duty("outbox", lambda s: s.due_interval, outbox.run_once, OUTBOX, outbox.run_once),
     Duty("lapse", lambda s: s.due_interval, lapse.run_once, without=fallback.lapse),
-    Duty("sweep", lambda s: s.sweep_interval, sweep.run_once, ticks.SWEEP),
+    Duty("sweep", sweep.pause, sweep.run_once, ticks.SWEEP),
     Duty("reconcile", lambda s: s.reconcile_interval, reconciling.run_once, ticks.RECONCILE),
 )
 
-#: The same as the reconcile, out of its turn: asked for by whoever met a ledger that misses what it should have. One in
-#: each interval of the sweep, however many suspect.
-SUSPICION: Final = Duty("suspicion", lambda s: s.sweep_interval, reconciling.run_once)
+#: The same as the reconcile, out of its turn: asked for by whoever met a ledger that misses what it should have. One
+#: for each sweep, however many suspect.
+SUSPICION: Final = Duty("suspicion", sweep.pause, reconciling.run_once)
 
 
 class Runner(threading.Thread):

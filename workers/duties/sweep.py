@@ -7,9 +7,16 @@ from celery import Celery
 
 from routing import backlog, enroll, keys
 from routing.books import text
+from routing.settings import Settings
 from workers.stores import Stores
 
 MOST = 1000
+
+
+def pause(settings: Settings) -> float:
+    """Seconds between two sweeps, and of the age from which a job is looked after: half of the interval each, so that
+    it is brought in within the interval."""
+    return settings.sweep_interval / 2
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
@@ -25,7 +32,7 @@ def _stranded(stores: Stores) -> int:
     submitted, after = 0, 0
     while True:
         with stores.engine.connect() as connection:
-            rows = backlog.stranded(connection, stores.settings.sweep_interval, MOST, after)
+            rows = backlog.stranded(connection, pause(stores.settings), MOST, after)
         if not rows:
             return submitted
         submitted += enroll.submit_rows(stores.ledger, rows)
