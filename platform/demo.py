@@ -31,6 +31,7 @@ from routing import overview, server, stream, tables, verify
 from routing.amounts import CPUS, cpus_number, format_cpus
 from routing.settings import Settings
 from routing.states import FINAL, State
+from routing.url_files import SUFFIX
 from workers.app import platform_of
 from workers.stores import make_engine
 
@@ -178,11 +179,12 @@ def _with_servers(settings: Settings, stack: ExitStack) -> Settings:
 
 def _environ(environ: Mapping[str, str], settings: Settings, private: bool) -> dict[str, str]:
     """The environment of workers and submitter. On a private pair nothing leads to other servers."""
-    kept = {**environ, "REDIS_URL": str(settings.redis_url), "DATABASE_URL": str(settings.database_url)}
-    if private:
-        kept.pop("CELERY_BROKER_URL", None)
-        kept.pop("CELERY_RESULT_BACKEND", None)
-    return kept
+    if not private:
+        return dict(environ)
+    urls = {"REDIS_URL": str(settings.redis_url), "DATABASE_URL": str(settings.database_url)}
+    others = ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND")
+    left_out = {*others, *(name + SUFFIX for name in others)}
+    return {name: value for name, value in environ.items() if name not in left_out} | urls
 
 
 @contextmanager

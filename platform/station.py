@@ -113,7 +113,9 @@ class Station:
         self._settings = servers.ensure(self._given, self._say)
         redis_url, database_url = str(self._settings.redis_url), str(self._settings.database_url)
         migrations.upgrade(database_url)
-        self._environ |= {"REDIS_URL": redis_url, "DATABASE_URL": database_url}
+        if self.embedded:
+            # Servers that were given stay written as they were: a URL from a file is in no child's environment.
+            self._environ |= {"REDIS_URL": redis_url, "DATABASE_URL": database_url}
         own = specs or (self._whole(),)
         for spec in own:
             environ = self._environ if len(own) == 1 else {**self._environ, **self._share(spec, own)}

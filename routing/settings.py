@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from routing import amounts, names
+from routing import amounts, names, url_files
 from routing.errors import InvalidRequest, SettingsError, mask_url, show
 from routing.home import default_home
 
@@ -309,21 +309,22 @@ class Settings:
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
         """Read the settings; raises one `SettingsError` that names all that is wrong.
 
-        Reads nothing but `environ`, and asks the system for the user's home folder where HOME is not in it.
+        Reads nothing but `environ` and the files that it names for URLs (`url_files`), and asks the system for the
+        user's home folder where HOME is not in it.
         """
         values: dict[str, Any] = {"home": default_home(environ)}
         wrong: list[str] = []
         failed: set[str] = set()
         for setting in _described():
             meaning: Meaning = setting.metadata["setting"]
-            text = environ.get(meaning.env, "").strip()
-            if not text:
-                continue
             try:
-                values[setting.name] = meaning.parse(text, meaning.env)
+                value = url_files.parsed(environ, meaning.env, meaning.parse)
             except InvalidRequest as error:
                 wrong.append(str(error))
                 failed.add(setting.name)
+                continue
+            if value is not None:
+                values[setting.name] = value
         effective = {f.name: f.default for f in _described()} | values
         wrong += _contradictions({name: value for name, value in effective.items() if name not in failed})
         if wrong:
