@@ -1,15 +1,17 @@
-"""The four checks of `verify`: registration, resources, heartbeats, and what a read of the ledger costs."""
+"""The four checks of `verify`: registration, resources, heartbeats, and what a read of the ledger costs; and the
+two that concern one worker."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 import redis as redispy
 from redis.exceptions import RedisError
 from sqlalchemy import Engine
 
-from routing import amounts, keys, overview
+from routing import amounts, books, keys, overview
 from routing.amounts import CPUS
 from routing.overview import Overview, Reads
 from routing.settings import Settings
@@ -39,6 +41,41 @@ def run(client: redispy.Redis, engine: Engine, settings: Settings) -> list[Check
         _resources(seen),
         _heartbeats(seen, settings.heartbeat_interval + settings.renew_interval),
         _reads(overview.read_allocated(client, engine, READS)),
+    ]
+
+
+def run_for(client: redispy.Redis, settings: Settings, worker: str) -> list[Check]:
+    """The checks that concern one worker, by its own key alone: every worker of a large cluster can be asked often.
+
+    Postgres is not asked, and neither are other workers. Raises RedisError where the ledger does not answer.
+    """
+    pipe = client.pipeline(transaction=False)
+    pipe.hgetall(keys.view(worker))
+    pipe.pttl(keys.view(worker))
+    pipe.time()
+    fields, ms, (seconds, microseconds) = pipe.execute()
+    seen = {books.text(name): books.text(value) for name, value in fields.items()}
+    if not seen:
+        found = f"no live worker is named {worker}: its log says why, or `celery -A platform cluster` who is there"
+        missing = Check(f"{worker} is registered, and expires", False, found, {"workers": {}})
+        return [missing, Check(f"the heartbeat of {worker} is fresh", False, "no heartbeat", {"ages_seconds": {}})]
+    left = ms / 1000
+    beaten = datetime.fromisoformat(seen["heartbeat_at"]).timestamp() if seen.get("heartbeat_at") else None
+    age = None if beaten is None else max(0.0, seconds + microseconds / 1e6 - beaten)
+    fresh = settings.heartbeat_interval + settings.renew_interval
+    return [
+        Check(
+            f"{worker} is registered, and expires",
+            0 < left <= settings.worker_ttl,
+            f"{seen.get('status', 'no status')}, {left:.0f} s left",
+            {"workers": {worker: left}},
+        ),
+        Check(
+            f"the heartbeat of {worker} is fresh",
+            age is not None and age <= fresh,
+            "no heartbeat" if age is None else f"it is {age:.1f} s old, and may be {fresh:g} s",
+            {"ages_seconds": {worker: age}},
+        ),
     ]
 
 

@@ -215,6 +215,41 @@ def test_verify_without_redis_says_what_it_could_not_judge(
     assert (value["ok"], value["invariants"]) == (False, None)
 
 
+def test_verify_of_one_worker_asks_about_no_other(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    stage.worker("b", cpus=4000)
+    stage.redis.hset(keys.view("b"), "heartbeat_at", "2026-01-01T00:00:00+00:00")
+    result = run("verify", "--worker", "a")
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (exits.OK, "2/2")
+    late = run("verify", "--worker", "b")
+    assert late.exit_code == exits.FAILED
+    assert "2 FAILED the heartbeat of b is fresh" in late.stdout
+    value = _json(run("verify", "--worker", "a", "--json"))
+    assert (value["ok"], value["passed"], value["invariants"]) == (True, 2, None)
+    assert value["not_judged"] == "only a was asked about"
+
+
+def test_verify_of_a_worker_that_is_not_there_fails(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    stage.redis.delete(keys.view("a"))
+    result = run("verify", "--worker", "a")
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (exits.FAILED, "0/2")
+    assert "no live worker is named a" in result.stdout
+
+
+def test_verify_of_one_worker_needs_no_postgres(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.worker("a", cpus=4000)
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me@127.0.0.1:1/platform")
+    assert run("verify", "--worker", "a").exit_code == exits.OK
+
+
+def test_verify_of_one_worker_tells_a_ledger_that_does_not_answer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    result = run("verify", "--worker", "a")
+    assert result.exit_code == exits.UNAVAILABLE
+    assert "Redis does not answer" in result.stderr
+
+
 def test_reconcile_reports_drift_and_repairs_it(stage: Stage, run: Run) -> None:
     stage.worker("a", cpus=4000)
     assert _json(run("reconcile", "--json"))["drift"] == 0
