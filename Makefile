@@ -1,6 +1,6 @@
 # `make demo` and `make test` work as the first command in a clean clone: they make .venv and install into it, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench chaos clean
+.PHONY: help demo test test-docker check bench chaos clean
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -13,6 +13,7 @@ PROCESSES = $$($(BIN)/python -c 'import os; print(min(8, 1 + (os.cpu_count() or 
 help:
 	@echo 'make demo    replay a trace of 300 jobs on two workers, with the books balanced at the end'
 	@echo 'make test    ruff, mypy and the tests'
+	@echo 'make test-docker   the tests that need Docker with Compose'
 	@echo 'make check   ruff and mypy only'
 	@echo 'make bench   this platform beside plain Celery'
 	@echo 'make chaos   eight minutes of random faults under load, and what they cost: nothing'
@@ -22,7 +23,10 @@ demo: $(INSTALLED)
 	@$(BIN)/celery -A platform demo --worker worker-01=72 --worker worker-02=16 $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder -m 'not rabbitmq' $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder -m 'not rabbitmq and not docker' $(ARGS)
+
+test-docker: $(INSTALLED)
+	$(BIN)/python -m pytest -n 0 -m docker $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
