@@ -1,0 +1,129 @@
+"""The same suite on pytest-celery's Docker containers (`make test-docker`): its Redis, a Postgres, and a worker in the
+image of this project."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+from celery import Celery
+from pytest_celery import DEFAULT_WORKER_VOLUME, CeleryTestBroker, RedisContainer, RedisTestBackend
+from pytest_celery.vendors.worker import tasks
+from pytest_docker_tools import build, container, fetch, fxtr
+
+import migrations
+from routing.settings import Settings
+from tests.fixtures.celery_nodes import PlatformContainer
+from tests.fixtures.celery_smoke import Smoke
+from tests.fixtures.processes import FOREIGN, ROOT
+from tests.fixtures.servers import TENTH
+from workers.app import create_app
+
+pytestmark = [pytest.mark.docker, pytest.mark.long]
+
+#: Of a server that lives as long as a test.
+PASSWORD: Final = "smoke"
+#: Seconds until a container is ready.
+STARTING: Final = 120
+
+platform_image = build(path=str(ROOT), tag="celery-capacity:test")
+postgres_image = fetch(repository="postgres:18-alpine")
+postgres_server = container(
+    image="{postgres_image.id}",
+    environment={"POSTGRES_PASSWORD": PASSWORD},
+    network="{default_pytest_celery_network.name}",
+    ports={"5432/tcp": None},
+    timeout=STARTING,
+)
+default_worker_container = container(
+    image="{platform_image.id}",
+    environment=fxtr("default_worker_env"),
+    network="{default_pytest_celery_network.name}",
+    volumes={"{default_worker_volume.name}": DEFAULT_WORKER_VOLUME},
+    wrapper_class=PlatformContainer,
+    timeout=STARTING,
+    command=fxtr("default_worker_command"),
+)
+
+
+@pytest.fixture
+def celery_broker(celery_redis_broker: CeleryTestBroker) -> CeleryTestBroker:
+    """One broker, and not each that the plugin knows in turn."""
+    return celery_redis_broker
+
+
+@pytest.fixture
+def celery_backend(celery_redis_backend: RedisTestBackend) -> RedisTestBackend:
+    return celery_redis_backend
+
+
+@pytest.fixture
+def default_redis_broker_image() -> str:
+    """That of docker-compose.yml."""
+    return "redis:8-alpine"
+
+
+@pytest.fixture
+def default_redis_backend(default_redis_broker: RedisContainer) -> RedisContainer:
+    """One server for all, as the platform has it where nothing else is said."""
+    return default_redis_broker
+
+
+@pytest.fixture
+def settings(default_redis_broker: RedisContainer, postgres_server: Any) -> Settings:
+    """Of the app in this process: the servers by the ports that they publish. The tables are made."""
+    (port,) = postgres_server.ports["5432/tcp"]
+    found = Settings.from_environ(
+        {
+            "REDIS_URL": default_redis_broker.celeryconfig["host_url"],
+            "DATABASE_URL": f"postgresql://postgres:{PASSWORD}@127.0.0.1:{port}/postgres",
+            **TENTH,
+        }
+    )
+    migrations.upgrade(str(found.database_url))
+    return found
+
+
+@pytest.fixture
+def celery_setup_app(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        monkeypatch.delenv(name)
+    app = create_app("smoke", resolve=lambda _: settings)
+    yield app
+    app.close()
+    app.platform.engine.dispose()
+    app.platform.redis.close()
+
+
+@pytest.fixture
+def default_worker_container_cls() -> type[PlatformContainer]:
+    return PlatformContainer
+
+
+@pytest.fixture
+def default_worker_env(
+    settings: Settings, celery_worker_cluster_config: dict[str, Any], postgres_server: Any
+) -> dict[str, str]:
+    """Of the worker: the servers by their names in the network of the containers."""
+    (redis_url,) = celery_worker_cluster_config["celery_broker_cluster_config"]["urls"]
+    host = postgres_server.attrs["Config"]["Hostname"]
+    return {
+        **PlatformContainer.initial_env(celery_worker_cluster_config),
+        **PlatformContainer.settings(),
+        **TENTH,
+        "REDIS_URL": redis_url,
+        "DATABASE_URL": f"postgresql://postgres:{PASSWORD}@{host}:5432/postgres",
+    }
+
+
+@pytest.fixture
+def default_worker_initial_content() -> dict[str, bytes]:
+    """What lies in /app: the plugin's tasks, under the name that senders know them by. The app is in the image."""
+    return {f"{tasks.__name__.replace('.', '/')}.py": inspect.getsource(tasks).encode()}
+
+
+class TestOnContainers(Smoke):
+    """The suite."""
