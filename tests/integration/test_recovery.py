@@ -48,8 +48,12 @@ def test_duties_need_no_beat(platform: Platform, submitter: Submitter, monkeypat
 
 
 def test_a_worker_misses_its_book_between_two_heartbeats(platform: Platform, submitter: Submitter) -> None:
-    slow = {"PLATFORM_RENEW_INTERVAL": "100", "PLATFORM_WORKER_TTL": "300", "PLATFORM_LOST_AFTER": "400"}
-    platform.worker("a", cpus=2, pool="threads", **slow)
+    platform.environment |= {
+        "PLATFORM_RENEW_INTERVAL": "100",
+        "PLATFORM_WORKER_TTL": "300",
+        "PLATFORM_LOST_AFTER": "400",
+    }
+    platform.worker("a", cpus=2, pool="threads")
     platform.redis.delete(keys.book("a"))
     until(lambda: platform.redis.hget(keys.book("a"), "status") == b"ready", "its book is there again")
     assert submitter.value(submitter.send(ADD, 1, 2)) == 3
