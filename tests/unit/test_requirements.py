@@ -1,0 +1,70 @@
+"""What an installation without extras has is enough: all that our modules load is asked for, by us or by what we ask
+for. The environment of the tests has more."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Loads what a submitter, a worker on Redis and the commands load, where certain modules are not there.
+LOADED = """
+import importlib.abc, sys
+missing = set(sys.argv[1:])
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import workers.plugin
+from celery_capacity import create_app, fenced
+import kombu.transport.redis, celery.backends.redis
+from platform.commands import cluster, dashboard, db, job, jobs, reconcile, verify
+"""
+
+
+def name_of(requirement: str) -> str:
+    found = re.match(r"[\w.-]+", requirement)
+    assert found is not None
+    return re.sub(r"[-_.]+", "-", found[0]).lower()
+
+
+def asked_for(name: str, seen: set[str]) -> set[str]:
+    """A distribution and all that comes with it when no extra is asked for."""
+    if name in seen:
+        return seen
+    seen.add(name)
+    try:
+        wanted = requires(name) or []
+    except PackageNotFoundError:
+        return seen  # asked for on another system only
+    for requirement in wanted:
+        if "extra ==" not in requirement:
+            asked_for(name_of(requirement), seen)
+    return seen
+
+
+def our_requirements() -> list[str]:
+    """Those of setup.cfg itself: what is installed here may be of an older one."""
+    text = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    block = re.search(r"^install_requires =\n((?: .*\n)+)", text, re.MULTILINE)
+    assert block is not None
+    return [name_of(line.strip()) for line in block[1].splitlines()]
+
+
+def test_nothing_is_loaded_that_nobody_asked_for() -> None:
+    asked: set[str] = {"celery-capacity"}
+    for name in our_requirements():
+        asked_for(name, asked)
+    sources = packages_distributions()
+    missing = [module for module, names in sources.items() if not asked & {name_of(name) for name in names}]
+    assert {"pytest", "ruff"} <= set(missing)
+    command = [sys.executable, "-c", LOADED, *missing]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
