@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from platform.terminal import bar, table
-from routing.amounts import ALONE, CPUS, MEMORY, SLOTS, format_amount, format_cpus, format_memory
+from routing.amounts import ALONE, CPUS, GPUS, MEMORY, SLOTS, format_amount, format_cpus, format_memory
 from routing.explain import Explanation, Why
 from routing.request import Request
 
@@ -198,7 +198,8 @@ def _reason(why: Explanation) -> str:
     sentences = {
         Why.NO_WORKER: "No live worker admits jobs. Start one: celery -A platform worker",
         Why.UNKNOWN_RESOURCE: f"No worker publishes {why.resource}, and it needs {asked}."
-        " A worker publishes it through PLATFORM_RESOURCES.",
+        f" A worker publishes {'them' if why.resource == GPUS else 'it'} through"
+        f" {'PLATFORM_GPUS' if why.resource == GPUS else 'PLATFORM_RESOURCES'}.",
         Why.TOO_LARGE: f"It is too large for every worker: it needs {asked},"
         f" and {why.worker}, which comes closest, has {free} when empty.",
         Why.NO_ROOM: f"No worker has room now: {why.worker} is left to a job that must run alone."

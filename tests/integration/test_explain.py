@@ -44,7 +44,15 @@ def test_a_resource_that_no_worker_publishes_is_named(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
     found = _why(stage, stage.submit(cpus=1000, licence=1))
     assert (found.why, found.resource) == (Why.UNKNOWN_RESOURCE, "licence")
-    assert "No worker publishes licence, and it needs 1 licence" in _words(found)
+    words = "No worker publishes licence, and it needs 1 licence. A worker publishes it through PLATFORM_RESOURCES."
+    assert words in _words(found)
+
+
+def test_gpus_that_no_worker_publishes_have_a_setting_of_their_own(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    found = _why(stage, stage.submit(cpus=1000, gpus=2))
+    words = "No worker publishes gpus, and it needs 2 gpus. A worker publishes them through PLATFORM_GPUS."
+    assert words in _words(found)
 
 
 def test_a_job_too_large_for_every_worker_names_the_closest(stage: Stage) -> None:
