@@ -1,6 +1,6 @@
 # `make demo` and `make test` work as the first command in a clean clone: they make .venv and install into it, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-docker check bench chaos clean
+.PHONY: help demo test test-docker check docs bench chaos clean
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -12,9 +12,10 @@ PROCESSES = $$($(BIN)/python -c 'import os; print(min(8, 1 + (os.cpu_count() or 
 
 help:
 	@echo 'make demo    replay a trace of 300 jobs on two workers, with the books balanced at the end'
-	@echo 'make test    ruff, mypy and the tests'
+	@echo 'make test    ruff, mypy, the documents and the tests'
 	@echo 'make test-docker   the tests that need Docker with Compose'
 	@echo 'make check   ruff and mypy only'
+	@echo 'make docs    the documents as a site, in build/site; a warning is an error'
 	@echo 'make bench   this platform beside plain Celery'
 	@echo 'make chaos   eight minutes of random faults under load, and what they cost: nothing'
 	@echo 'make clean   remove .venv and what the tools left'
@@ -22,7 +23,7 @@ help:
 demo: $(INSTALLED)
 	@$(BIN)/celery -A platform demo --worker worker-01=72 --worker worker-02=16 $(ARGS)
 
-test: check
+test: check docs
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder -m 'not rabbitmq and not docker' $(ARGS)
 
 test-docker: $(INSTALLED)
@@ -31,6 +32,10 @@ test-docker: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Not --quiet, which would hide the warnings from --strict too. (The variable silences an advertisement of the theme.)
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks $(ARGS)
