@@ -1,28 +1,35 @@
 """What the documents say of the code, held against the code: links, commands and options, the crash table, keys,
-counters, deadlines, and the words of the glossary."""
+counters, deadlines, and the words of the glossary. What they say to type is typed in test_readme.py and
+test_pages.py."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import click
 import pytest
+from celery.bin.celery import celery
 
 import routing
 from routing import keys
+from routing.explain import Why
 from routing.settings import Settings
 from tests.fixtures.processes import ROOT
+from tests.fixtures.replay import blocks_of
+from workers.plugin import Lazy
 
 DOCS: Final = ROOT / "docs"
 HOW: Final = DOCS / "DYNAMIC_RESOURCE_MANAGEMENT.md"
 PAGES: Final = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 
-_LINK: Final = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
+_LINK: Final = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _FENCE: Final = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -32,22 +39,68 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The names of a page's headings in links, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """The names of a page's headings in links, as GitHub makes them: the second of the same words gets a number."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
+        words = re.sub(r"\]\([^)]*\)", "", heading.lower())
+        name = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        found.add(next(one for one in (name, *(f"{name}-{n}" for n in range(1, 99))) if one not in found))
+    return found
+
+
+def is_address(link: str) -> bool:
+    """Whether an external link is one by its form; whether something is there, only a network could tell."""
+    try:
+        parts = urlsplit(link)
+        port_is_number = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    return parts.scheme == "https" and "." in (parts.hostname or "") and port_is_number
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_between_documents_resolve(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     broken = []
     for link in _LINK.findall(prose(page)):
         if "://" in link:
+            broken += [] if is_address(link) else [link]
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+@pytest.mark.parametrize(
+    ("link", "right"),
+    [
+        ("https://keepachangelog.com/en/1.1.0/", True),
+        ("http://keepachangelog.com", False),
+        ("https://keepachangelog", False),
+        ("https://example.org:port/", False),
+    ],
+)
+def test_an_external_link_is_judged_by_its_form(link: str, right: bool) -> None:
+    assert is_address(link) == right
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lists_are_drawn_alike_here_and_in_the_site(page: Path) -> None:
+    # The site takes a list inside a list only by four spaces, and a list only after an empty line.
+    wrong = re.findall(r"^ {1,3}(?:[-*]|\d+\.) .*$", prose(page), re.MULTILINE)
+    wrong += re.findall(r"^(?![-*#|>< ]|\d+\. ).+\n(?:[-*]|1\.) .*$", prose(page), re.MULTILINE)
+    assert wrong == []
+
+
+def test_the_chinese_readme_has_all_that_the_english_one_has() -> None:
+    english, chinese = (prose(ROOT / name) for name in ("README.md", "README.zh.md"))
+    for what in (r"^(#+) ", r"^(\|)", r"^(- )", r"(`[^`\n]+`)"):
+        one, other = (sorted(re.findall(what, text, re.MULTILINE)) for text in (english, chinese))
+        assert one == other, what
+    links = [sorted(link.partition("#")[0] for link in _LINK.findall(text)) for text in (english, chinese)]
+    links[1] = [{"README.md": "README.zh.md"}.get(link, link) for link in links[1]]
+    assert links[0] == sorted(links[1])
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
@@ -111,6 +164,12 @@ def test_the_deadlines_are_the_defaults_of_the_settings() -> None:
     assert told == seconds
 
 
+def test_every_reason_to_wait_is_told() -> None:
+    page = DOCS / "how-to" / "why-does-my-task-wait.md"
+    told = {cells[1].strip("`") for cells in rows(page, "| it says | `why` | what to do |")}
+    assert told == {why.value for why in Why} - {Why.RUNS.value, Why.ENDED.value}
+
+
 def command(name: str) -> click.Command:
     """The command that stands behind a heading of the reference: `up`, `db upgrade`."""
     if name == "origins":
@@ -119,6 +178,35 @@ def command(name: str) -> click.Command:
     first, _, second = name.partition(" ")
     of: Any = import_module(f"platform.commands.{first}").command
     return of.commands[second] if second else of  # type: ignore[no-any-return]
+
+
+_TYPED: Final = re.compile(r"^(?:\$ )?(?:[A-Z_]+=\S+ )*celery -A (?:platform|proj) (.+)$")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_that_is_shown_is_there_with_its_options(page: Path) -> None:
+    # Those of blocks that are not run, too.
+    for line in (line for block in blocks_of(page) for line in block.lines):
+        found = _TYPED.match(line)
+        if found is None:
+            continue
+        words = shlex.split(found[1])
+        name = " ".join(words[:2]) if words[0] == "db" else words[0]
+        if name in celery.commands and not isinstance(celery.commands[name], Lazy):
+            if name == "flower":
+                continue  # it reads its options by itself
+            meant = celery.commands[name]
+        else:
+            meant = command(name)
+        known = {text for option in meant.params for text in option.opts}
+        assert {word.partition("=")[0] for word in words if word.startswith("-")} <= known, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_that_is_shown_is_python(page: Path) -> None:
+    for block in blocks_of(page):
+        if block.language == "python":
+            compile("\n".join(block.lines), str(page), "exec")
 
 
 def test_the_reference_has_every_command_with_all_its_options() -> None:

@@ -1,0 +1,44 @@
+"""Every page of docs/ as its reader uses it: what it says to type is typed, in order, in a fresh folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from routing.home import running_pair
+from tests.fixtures.processes import ROOT
+from tests.fixtures.replay import Terminal, blocks_of
+from tests.fixtures.servers import TENTH
+
+DOCS: Final = ROOT / "docs"
+
+#: Languages of blocks that a reader types or saves; others show something.
+TYPED: Final = ("console", "bash", "sh", "python", "sql")
+
+
+def is_run(page: Path) -> bool:
+    return any(block.language in TYPED and not block.not_run for block in blocks_of(page))
+
+
+RUN: Final = [page for page in sorted(DOCS.rglob("*.md")) if is_run(page)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(DOCS)))
+def test_what_a_page_says_to_type_works(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    text = page.read_text(encoding="utf-8")
+    servers_of_ones_own = "export REDIS_URL=" in text or "```sql" in text
+    # Without processes for each CPU: this machine may have many.
+    own = {"PLATFORM_CPUS": "4", **TENTH}
+    if servers_of_ones_own:
+        own["REDIS_URL"] = request.getfixturevalue("redis_url")
+        own["DATABASE_URL"] = request.getfixturevalue("database_url")
+    terminal = Terminal(tmp_path / "try", **own)
+    try:
+        terminal.replay(blocks_of(page))
+        terminal.ctrl_c()
+    finally:
+        terminal.leave()
+    assert running_pair(tmp_path / "try" / "home") is None
