@@ -90,6 +90,7 @@ def test_lists_are_drawn_alike_here_and_in_the_site(page: Path) -> None:
     # The site takes a list inside a list only by four spaces, and a list only after an empty line.
     wrong = re.findall(r"^ {1,3}(?:[-*]|\d+\.) .*$", prose(page), re.MULTILINE)
     wrong += re.findall(r"^(?![-*#|>< ]|\d+\. ).+\n(?:[-*]|1\.) .*$", prose(page), re.MULTILINE)
+    wrong += re.findall(r"\n\n    (?![ *-]).+(?:\n    .+)*\n((?:[-*]|\d+\.) .*)$", prose(page), re.MULTILINE)
     assert wrong == []
 
 
