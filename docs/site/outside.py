@@ -1,8 +1,9 @@
-"""A hook of mkdocs: what the pages link to outside of `docs/` comes into the site, so that links work there as they do
-in the repository.
+"""A hook of mkdocs: the pages work in the site as they do in the repository.
 
-A page names such a file as the repository has it, `../../deploy/redis.acl`; in the site it lies in `repository/`. The
-changelog becomes a page of its own.
+- What they link to outside of `docs/` comes into the site. A page names such a file as the repository has it,
+  `../../deploy/redis.acl`; in the site it lies in `repository/`. The changelog and the READMEs become pages, and so do
+  lists of the files of folders.
+- Anchors are those that GitHub makes of headings.
 """
 
 from __future__ import annotations
@@ -18,45 +19,81 @@ from mkdocs.structure.pages import Page
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 
-#: Where files of the repository lie in the site. Not their own names: a `README.md` would become the first page.
-FOLDER: Final = "repository"
-
-CHANGELOG: Final = "CHANGELOG.md"
+#: Pages of the root, and where they are in the site. (A page `README.md` would be the first page of its folder.)
+PAGES: Final = {
+    "CHANGELOG.md": "CHANGELOG.md",
+    "README.md": "repository/readme.md",
+    "README.zh.md": "repository/readme.zh.md",
+}
 
 _LINK: Final = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])")
 
 
-def _in_site(page: str, link: str) -> str | None:
-    """The place in the site of what a page links to, where that is outside of `docs/`; else None."""
+def slug(heading: str, _separator: str) -> str:
+    """The anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _source(page: str) -> str:
+    """Where a page of the site is in the repository."""
+    return next((source for source, place in PAGES.items() if place == page), f"docs/{page}")
+
+
+def _place(source: str) -> str | None:
+    """Where a file or folder of the repository is in the site; None where it does not come into it."""
+    if source in PAGES:
+        return PAGES[source]
+    if source.startswith("docs/"):
+        return source.removeprefix("docs/")
+    if (ROOT / source).is_dir():
+        return f"repository/{source}/index.md"
+    return f"repository/{source}" if (ROOT / source).exists() else None
+
+
+def _target(page: str, link: str) -> str | None:
+    """What a page of the site links to, as a path of the repository; None for the rest of the world."""
     if "://" in link or link.startswith("mailto:"):
         return None
-    # The changelog's own folder is the root, that of all other pages is below docs/.
-    folder = "." if page == CHANGELOG else f"docs/{dirname(page)}"
-    path = normpath(f"{folder}/{link}")
-    if path.startswith("docs/"):
-        return path.removeprefix("docs/") if page == CHANGELOG else None
-    if path == CHANGELOG:
-        return CHANGELOG
-    return f"{FOLDER}/{path}" if (ROOT / path).is_file() else None
+    return normpath(f"{dirname(_source(page)) or '.'}/{link}")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    config.mdx_configs["toc"]["slugify"] = slug
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    files.append(File.generated(config, CHANGELOG, abs_src_path=str(ROOT / CHANGELOG)))
-    linked: set[str] = set()
-    for file in files.documentation_pages():
-        for link in _LINK.findall(file.content_string):
-            place = _in_site(file.src_uri, link)
-            if place and place.startswith(f"{FOLDER}/"):
-                linked.add(place)
-    for place in sorted(linked):
-        source = ROOT / place.removeprefix(f"{FOLDER}/")
-        files.append(File.generated(config, place, abs_src_path=str(source)))
+    added = {"CHANGELOG.md"}
+    pages = [file.src_uri for file in files.documentation_pages()] + ["CHANGELOG.md"]
+    while pages:
+        page = pages.pop()
+        for link in _LINK.findall((ROOT / _source(page)).read_text(encoding="utf-8")):
+            target = _target(page, link)
+            place = None if target is None else _place(target)
+            if target is None or place is None or target.startswith("docs/") or target in added:
+                continue
+            added.add(target)
+            if target in PAGES:
+                pages.append(place)
+    for folder in sorted(target for target in added if (ROOT / target).is_dir()):
+        names = sorted(path.name for path in (ROOT / folder).iterdir() if path.is_file())
+        listed = "\n".join([f"# {folder}", "", *(f"- [{name}]({name})" for name in names)])
+        files.append(File.generated(config, str(_place(folder)), content=listed))
+        added |= {f"{folder}/{name}" for name in names}
+        added.remove(folder)
+    for source in sorted(added):
+        files.append(File.generated(config, str(_place(source)), abs_src_path=str(ROOT / source)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    here = page.file.src_uri
+    if here.startswith("repository/") and here not in PAGES.values():
+        return markdown  # made above, and its links with it
+
     def placed(link: re.Match[str]) -> str:
-        place = _in_site(page.file.src_uri, link[0])
-        return link[0] if place is None else relpath(place, dirname(page.file.src_uri) or ".")
+        target = _target(here, link[0])
+        place = None if target is None else _place(target)
+        return link[0] if place is None else relpath(place, dirname(here) or ".")
 
     return _LINK.sub(placed, markdown)

@@ -14,8 +14,8 @@ from tests.fixtures.servers import TENTH
 
 DOCS: Final = ROOT / "docs"
 
-#: Languages of blocks that a reader types or saves; others show something.
-TYPED: Final = ("console", "bash", "sh", "python", "sql")
+#: Languages of blocks that a reader types or saves as they are; others show something, or are to be adapted (`sh`).
+TYPED: Final = ("console", "bash", "python", "sql")
 
 
 def is_run(page: Path) -> bool:
