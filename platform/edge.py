@@ -1,30 +1,121 @@
-"""Where a command meets the person who typed it: the stores it works on, and errors that read well.
+"""Where a command meets the person who typed it: the stores it works on, its help, and an end that reads well.
 
-A mistake, a missing table or a store that is down ends a command with one message and an exit code of
-`exits`, never with a traceback; with `--json` the message is one `application/problem+json` object on stdout.
+A mistake, a missing table or a store that is down ends a command with one message and an exit code (`workers.exits`),
+never with a traceback; with `--json` the message is one `application/problem+json` object on stdout, also where the
+command line itself is wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from platform import exits
-from platform.terminal import fail
+from platform.terminal import OutputLost, fail, print_json, talk
 from routing.errors import PlatformError, StoreUnavailable
 from routing.postgres import translate
 from routing.replies import LedgerClosed
+from routing.settings import Settings
+from workers.exits import Exit, code_of
 
 if TYPE_CHECKING:
     from workers.stores import Stores
 
 #: The option of every command that prints facts.
 json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+
+#: Lines of help: what an example does, and its command.
+Examples = Sequence[tuple[str, str]]
+
+#: The codes that every command can give.
+ALWAYS: Final = (
+    Exit.OK,
+    Exit.USAGE,
+    Exit.UNAVAILABLE,
+    Exit.OUTPUT,
+    Exit.CONFIGURATION,
+    Exit.INTERRUPTED,
+    Exit.BROKEN_PIPE,
+)
+
+
+class WrongUsage(PlatformError):
+    """The command line is wrong."""
+
+    reference = "usage"
+    title = "the command line is wrong"
+    status = 400
+
+
+class Command(click.Command):
+    """A command whose help ends with examples and exit codes, and which ends with one of these.
+
+    `codes`: when this command ends with a code, where it is not what the code always means. `never`: of the codes that
+    other commands can give.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        examples: Examples = (),
+        codes: Mapping[Exit, str] | None = None,
+        never: Sequence[Exit] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.examples = examples
+        given = {**{code: code.meaning for code in ALWAYS if code not in never}, **(codes or {})}
+        self.codes = dict(sorted(given.items()))
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        write_examples(formatter, self.examples)
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(f"{code:<3} {code.name}", text) for code, text in self.codes.items()])
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        as_json = "--json" in args
+        try:
+            with _written():  # of --help
+                return super().make_context(info_name, args, parent, **extra)
+        except click.UsageError as error:
+            if not as_json:
+                raise
+            advice = f"`celery -A platform {error.ctx.command.name} --help` says what is right." if error.ctx else ""
+            print_json(WrongUsage(error.format_message(), advice=advice).to_problem())
+            raise SystemExit(Exit.USAGE) from error
+
+    def invoke(self, context: click.Context) -> Any:
+        if getattr(context.obj, "no_color", False):
+            os.environ["NO_COLOR"] = "1"  # Celery's --no-color, for this process and its children
+        with _written(), _interruptible(), answering(bool(context.params.get("as_json"))):
+            return super().invoke(context)
+
+
+class Group(click.Group):
+    """A group of such commands."""
+
+    def __init__(self, *arguments: Any, examples: Examples = (), **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.examples = examples
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        write_examples(formatter, self.examples)
+
+
+def write_examples(formatter: click.HelpFormatter, examples: Examples) -> None:
+    """The section of the help; each command on a line that can be copied whole."""
+    with formatter.section("Examples"):
+        for what, line in examples:
+            formatter.write(f"  {what}:\n    {line}\n")
 
 
 @contextmanager
@@ -38,19 +129,84 @@ def answering(as_json: bool) -> Iterator[None]:
         advice = "It is being opened again; repeat the command in some seconds."
         _end(StoreUnavailable(str(error), advice=advice), as_json)
     except RedisError as error:
-        _end(StoreUnavailable(f"Redis does not answer: {error}"), as_json)
+        _end(StoreUnavailable(f"Redis does not answer: {error}"), as_json, error)
     except DBAPIError as error:
-        _end(translate(error), as_json)
+        _end(translate(error), as_json, error)
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """End quietly after Ctrl-C, and where nobody reads on; with a message where the output cannot be written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(Exit.INTERRUPTED) from None
+    except BrokenPipeError:
+        _forsake(sys.stdout)
+        _forsake(sys.stderr)
+        raise SystemExit(Exit.BROKEN_PIPE) from None
+    except OutputLost as error:
+        _forsake(sys.stdout)
+        with suppress(OutputLost):  # standard error may lie on the same disk
+            talk().print(f"Error: {error}", soft_wrap=True)
+        raise SystemExit(Exit.OUTPUT) from None
+
+
+def _forsake(stream: Any) -> None:
+    """Let a stream lead nowhere: what is left in its buffer would fail once more when the interpreter ends."""
+    if stream is not None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the process as it stands, also while the driver waits for Postgres, where Python's own handler is
+    not called. It is what a kill does, and every command may be killed; those with children install their own handler.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # ignored, as by `nohup`, or somebody's own
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def stores_of(context: click.Context) -> Stores:
-    """The stores of the app that `-A` names. Raises PlatformError where it is not on the platform."""
+    """The stores of the app that `-A` names. Raises WrongUsage where it is not on the platform."""
     from workers.app import platform_of
 
     app: Any = context.obj.app
-    return platform_of(app)
+    try:
+        stores = platform_of(app)
+    except PlatformError as error:
+        raise WrongUsage(error.message, advice=error.advice) from error
+    _warn(stores.settings)
+    return stores
 
 
-def _end(error: PlatformError, as_json: bool) -> None:
+def settings_of_environment() -> Settings:
+    """The settings, for a command that needs no app; what looks like a slip in a name is told. Raises SettingsError."""
+    settings = Settings.from_environ(os.environ)
+    _warn(settings)
+    return settings
+
+
+def _warn(settings: Settings) -> None:
+    for warning in settings.warnings:
+        talk().print(f"Warning: {warning}", soft_wrap=True)
+
+
+def _end(error: PlatformError, as_json: bool, cause: Exception | None = None) -> None:
+    if cause is not None:
+        error.__cause__ = cause
     fail(error, as_json)
-    raise SystemExit(exits.code_of(error)) from error
+    raise SystemExit(exit_code(error)) from error
+
+
+def exit_code(error: PlatformError) -> Exit:
+    """The exit code of a command that ends with this error."""
+    return Exit.USAGE if isinstance(error, WrongUsage) else code_of(error)

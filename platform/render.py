@@ -31,7 +31,7 @@ NOTHING: Final = "-"
 
 
 def cluster(console: Console, overview: Overview) -> None:
-    """Totals, a bar for each worker, the backlog by request."""
+    """Totals, a line for each worker, the backlog by request."""
     source = {"ledger": "from the ledger", "postgres": "from Postgres: the ledger does not answer or is cold"}
     workers = len(overview.workers)
     console.print(f"{workers} worker{'s' if workers != 1 else ''}, {source[overview.source]}", soft_wrap=True)
@@ -46,12 +46,7 @@ def cluster(console: Console, overview: Overview) -> None:
     console.print(f"backlog {overview.waiting} waiting", soft_wrap=True)
     if overview.workers:
         console.print()
-        table(
-            console,
-            ("worker", "status", "", "CPUs", "memory", "slots", "heartbeat"),
-            [_worker(console, worker) for worker in overview.workers],
-            right=(3, 4, 5, 6),
-        )
+        _workers(console, overview.workers)
     if overview.backlog:
         console.print()
         rows = [(str(line.request), str(line.waiting), age(line.oldest)) for line in overview.backlog]
@@ -68,12 +63,39 @@ def cluster(console: Console, overview: Overview) -> None:
         table(console, ("reason", "queue", "messages", "last"), aside, right=(2,))
 
 
-def _worker(console: Console, worker: WorkerLine) -> tuple[str, ...]:
+def _workers(console: Console, workers: Sequence[WorkerLine]) -> None:
+    """A line each."""
+    header = ("worker", "status", "CPUs", "memory", "slots", "heartbeat")
+    rows = [_worker(worker) for worker in workers]
+    meters = [(worker.allocated.get(CPUS, 0), worker.capacity.get(CPUS, 0)) for worker in workers]
+    table_with_bars(console, header, rows, meters, place=2, right=(2, 3, 4, 5))
+
+
+def table_with_bars(
+    console: Console,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    meters: Sequence[tuple[float, float]],
+    place: int,
+    right: Sequence[int],
+) -> None:
+    """A table; on a terminal with a bar in each row, before the column `place`: (used, total) of `meters`."""
+    if not console.is_terminal:
+        table(console, header, rows, right)
+        return
+    drawn = [
+        (*row[:place], bar(used, total, unicode=_draws(console)), *row[place:])
+        for row, (used, total) in zip(rows, meters, strict=True)
+    ]
+    moved = [column + (column >= place) for column in right]
+    table(console, (*header[:place], "", *header[place:]), drawn, moved)
+
+
+def _worker(worker: WorkerLine) -> tuple[str, ...]:
     total, used = worker.capacity.get(CPUS, 0), worker.allocated.get(CPUS, 0)
     return (
         worker.name,
         worker.status,
-        bar(used, total, unicode=_draws(console)),
         f"{format_cpus(used)}/{format_cpus(total)}",
         _of(worker.allocated.get(MEMORY, 0), worker.capacity.get(MEMORY, 0)),
         f"{worker.allocated.get(SLOTS, 0)}/{worker.capacity.get(SLOTS, 0)}",

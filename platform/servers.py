@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from platform import postgres, valkey
-from routing.errors import NoServers, mask_url
+from routing.errors import NoServers, SettingsError, mask_url
 from routing.home import SERVERS_FILE, Pair, running_pair
 
 if TYPE_CHECKING:
     from routing.settings import Settings
 
-__all__ = ["describe", "ensure", "private_pair", "stop"]
+__all__ = ["describe", "ensure", "make_home", "private_pair", "stop"]
 
 #: Files there are in memory, on Linux; and the bytes that must be free for a pair that is not durable.
 MEMORY: Final = Path("/dev/shm")
@@ -186,19 +186,28 @@ def _write(path: Path, value: object) -> None:
     Path(file.name).replace(path)
 
 
-@contextmanager
-def _locked(home: Path) -> Iterator[None]:
+def make_home(home: Path) -> None:
+    """The folder, made if it is not there and writable. Raises SettingsError: PLATFORM_HOME is what names it."""
     try:
         if not home.exists():
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
             _let_through(home)
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        wrong = f"PLATFORM_HOME={str(home)!r} cannot be used: {error.strerror}"
+        raise SettingsError([f"{wrong}. It must be a folder that you may write."]) from error
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    make_home(home)
+    try:
         with (home / "servers.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        raise NoServers(
-            f"{error.filename or home}: {error.strerror}", advice="PLATFORM_HOME names another folder."
-        ) from error
+        raise NoServers(f"{error.filename or home}: {error.strerror}", advice=f"Look into {home}.") from error
 
 
 def _watch(home: Path, made: Path | None) -> subprocess.Popen[bytes]:

@@ -152,7 +152,7 @@ class Station:
         The child inherits the lock, so that it is held as long as this very beat lives.
         """
         home = self._settings.home
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        servers.make_home(home)
         pair = hashlib.sha256(f"{self._settings.redis_url} {self._settings.database_url}".encode())
         schedule = home / f"beat-{pair.hexdigest()[:8]}"
         with _locked(f"{schedule}.lock") as lock:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from routing.errors import PlatformError
 __all__ = [
     "Meter",
     "Meters",
+    "OutputLost",
     "bar",
     "facts",
     "fail",
@@ -57,11 +58,32 @@ def harmless(text: str) -> str:
     )
 
 
+class OutputLost(Exception):
+    """Standard output or error cannot be written, and somebody would read it: its disk is full."""
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputLost(
+            f"the output cannot be written: {error.strerror}. Make room where it goes, or send it elsewhere."
+        ) from error
+
+
 class _Console(Console):
     """Prints texts `harmless`."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*(harmless(one) if isinstance(one, str) else one for one in objects), **options)
+        with _writing():
+            super().print(*(harmless(one) if isinstance(one, str) else one for one in objects), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Rich itself would end the process here, with a code of its own."""
+        raise BrokenPipeError
 
 
 def _console(stderr: bool) -> Console:
@@ -74,7 +96,8 @@ def print_json(value: Any) -> None:
     """One JSON value on one line of stdout, flushed, so that a reader sees it while the command goes on."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     # Half of a surrogate pair (an argument that is not UTF-8) has no encoding; JSON can write it as an escape.
-    print(text if text.isprintable() else json.dumps(value, allow_nan=False), flush=True)
+    with _writing():
+        print(text if text.isprintable() else json.dumps(value, allow_nan=False), flush=True)
 
 
 def fail(error: PlatformError, as_json: bool = False) -> None:

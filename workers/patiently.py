@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from routing.errors import PlatformError, mask_url
+from routing.postgres import NOT_ALLOWED
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,17 @@ def may_pass(error: BaseException) -> bool:
             return True
         if isinstance(one, DBAPIError) and isinstance(one.orig, (psycopg2.OperationalError, psycopg2.InterfaceError)):
             return not any(words in str(one.orig) for words in _UNWELCOME)
+    return False
+
+
+def refused(error: BaseException) -> bool:
+    """Whether a store answered and does not let this process in: no waiting changes that, another user or password
+    does."""
+    for one in _chain(error):
+        if isinstance(one, (*_REFUSED, ssl.SSLCertVerificationError)):
+            return True
+        if isinstance(one, DBAPIError) and isinstance(one.orig, psycopg2.Error):
+            return one.orig.pgcode == NOT_ALLOWED or any(words in str(one.orig) for words in _UNWELCOME)
     return False
 
 

@@ -6,14 +6,16 @@ Therefore our folder `platform/` has no `__init__.py`, and importing this module
 group `celery.commands`) gives the standard module a `__path__`. From then on `platform.celery` is found
 there, and `platform.system()` is what it always was.
 
-Nothing else happens here: commands are loaded when they are called, so that `celery -A another_app worker`
-pays nothing.
+Besides, what a user got wrong ends Celery's own commands as it ends ours: with a message and an exit code. Nothing else
+happens here: commands are loaded when they are called, so that `celery -A another_app worker` pays nothing.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import click
@@ -26,6 +28,25 @@ FOLDER = Path(__file__).resolve().parent.parent / "platform"
 if str(FOLDER) not in getattr(platform, "__path__", ()):
     # A name that is already a package would be someone else's doing; ours is then looked at last.
     platform.__path__ = [*getattr(platform, "__path__", ()), str(FOLDER)]
+
+#: What showed an error before.
+_show = sys.excepthook
+
+
+def _say_cleanly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The hook for what nobody caught: an error of the platform is a message and an exit code, without a traceback."""
+    errors = sys.modules.get("routing.errors")
+    if errors is None or not isinstance(error, errors.PlatformError):
+        _show(kind, error, trace)
+        return
+    from workers.exits import code_of
+
+    print(f"celery-capacity: {error}", file=sys.stderr)
+    # What a hook raises is what the interpreter ends with.
+    raise SystemExit(code_of(error))
+
+
+sys.excepthook = _say_cleanly
 
 
 class Lazy(click.Command):

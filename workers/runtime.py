@@ -40,7 +40,7 @@ from workers.attempts import Attempt, held
 from workers.confirmation import Confirmation
 from workers.delivery import Delivery
 from workers.ends import PostgresEnds
-from workers.exits import EX_NAME_TAKEN
+from workers.exits import Exit
 from workers.holdings import Holdings
 from workers.identity import Identity
 from workers.intake import Intake
@@ -381,7 +381,7 @@ class Runtime:
     def _on_taken(self, error: NameTaken) -> None:
         """In the pulse's thread: end as after a TERM, with an exit code that says why."""
         logger.critical("this worker ends: %s", error)
-        worker_state.should_stop = EX_NAME_TAKEN
+        worker_state.should_stop = Exit.UNAVAILABLE
         self.drain()
 
 

@@ -12,10 +12,10 @@ from celery import current_app, signals
 from celery.app import trace
 
 from routing.capacity import default_concurrency, describe, detect
-from routing.errors import NameTaken, PlatformError
+from routing.errors import PlatformError
 from routing.secrets import HIDDEN
 from workers import orphans
-from workers.exits import EX_CONFIG, EX_NAME_TAKEN, EX_SOFTWARE
+from workers.exits import Exit, code_of
 from workers.identity import name_of, new_identity
 from workers.inherited import guard_children
 from workers.patiently import when_stores_answer
@@ -146,8 +146,10 @@ class _refusing:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, PlatformError):
             print(f"celery-capacity: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(EX_NAME_TAKEN if isinstance(error, NameTaken) else EX_CONFIG) from None
+            code = code_of(error)
+            # What is refused here is a name, an app or a declaration: part of the configuration.
+            raise SystemExit(Exit.CONFIGURATION if code is Exit.FAILED else code) from None
         if isinstance(error, Exception):
             # Celery would log it and say "ready." of a worker that nothing is admitted to.
             logger.critical("the worker cannot join the platform", exc_info=error)
-            raise SystemExit(EX_SOFTWARE) from None
+            raise SystemExit(Exit.DEFECT) from None

@@ -1,18 +1,25 @@
-"""`celery -A platform cluster`: totals, a bar per worker, the backlog by request."""
+"""`celery -A platform cluster`: totals, a line per worker, the backlog by request."""
 
 from __future__ import annotations
 
 import click
 
 from platform import render
-from platform.edge import answering, json_option, stores_of
+from platform.edge import Command, json_option, stores_of
 from platform.terminal import facts, print_json
 from routing import overview
 
 __all__ = ["command"]
 
 
-@click.command("cluster")
+@click.command(
+    "cluster",
+    cls=Command,
+    examples=(
+        ("What there is, what is allocated and what waits", "celery -A platform cluster"),
+        ("The same for a program", "celery -A platform cluster --json"),
+    ),
+)
 @json_option
 @click.pass_context
 def command(context: click.Context, as_json: bool) -> None:
@@ -21,9 +28,8 @@ def command(context: click.Context, as_json: bool) -> None:
     The numbers come from the ledger; where that is cold or does not answer, from Postgres, and the answer
     says so.
     """
-    with answering(as_json):
-        stores = stores_of(context)
-        seen = overview.read(overview.quick(stores.redis), stores.engine, stores.settings.worker_ttl)
+    stores = stores_of(context)
+    seen = overview.read(overview.quick(stores.redis), stores.engine, stores.settings.worker_ttl)
     if as_json:
         print_json(seen.to_json())
     else:

@@ -9,36 +9,48 @@ from typing import Any
 
 import click
 
-from platform import exits
-from platform.edge import answering, stores_of
+from platform.edge import Command, stores_of
 from platform.terminal import talk
 from routing import overview
 from routing.errors import InvalidRequest
+from workers.exits import Exit
 
 __all__ = ["command"]
 
 
-@click.command("dashboard")
-@click.option("--host", help="Address to listen on. Default: that of PLATFORM_DASHBOARD, 127.0.0.1.")
-@click.option("--port", type=click.IntRange(0, 65535), help="Port; 0 takes a free one. Default: 8000.")
+@click.command(
+    "dashboard",
+    cls=Command,
+    examples=(
+        ("Serve on this machine, as PLATFORM_DASHBOARD says", "celery -A platform dashboard"),
+        ("Take a free port, and say which", "celery -A platform dashboard --port 0"),
+        ("Serve whoever reaches this machine", "celery -A platform dashboard --host 0.0.0.0 --port 8080"),
+    ),
+    codes={
+        Exit.OK: "ended by Ctrl-C or `kill`",
+        Exit.FAILED: "it cannot listen there: the port is taken, the address is not this machine's",
+    },
+    never=(Exit.INTERRUPTED,),
+)
+@click.option("--host", metavar="HOST", help="Address to listen on, instead of PLATFORM_DASHBOARD's.")
+@click.option("--port", metavar="PORT", type=click.IntRange(0, 65535), help="Port; 0 takes a free one.")
 @click.pass_context
 def command(context: click.Context, host: str | None, port: int | None) -> None:
-    """Serve /api/v1/dashboard and /health over HTTP, on this machine only unless told otherwise.
+    """Serve /api/v1/dashboard and /health over HTTP until Ctrl-C.
 
-    There is no authentication: another address than a loopback one shows the cluster to whoever reaches it.
+    On this machine only (127.0.0.1:8000) unless PLATFORM_DASHBOARD or the options say otherwise. There is no
+    authentication: another address than a loopback one shows the cluster to whoever reaches it.
     """
-    with answering(as_json=False):
-        stores = stores_of(context)
-        own_host, own_port = stores.settings.dashboard
-        listen = host or own_host
-        sockets = _bind(listen, own_port if port is None else port)
-        client, engine, ttl = overview.quick(stores.redis), stores.engine, stores.settings.worker_ttl
+    stores = stores_of(context)
+    own_host, own_port = stores.settings.dashboard
+    listen = host or own_host
+    sockets = _bind(listen, own_port if port is None else port)
+    client, engine, ttl = overview.quick(stores.redis), stores.engine, stores.settings.worker_ttl
 
-        def read() -> dict[str, Any]:
-            return overview.read(client, engine, ttl).to_json()
+    def read() -> dict[str, Any]:
+        return overview.read(client, engine, ttl).to_json()
 
-        asyncio.run(_serve(read, sockets, listen))
-    context.exit(exits.OK)
+    asyncio.run(_serve(read, sockets, listen))
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:

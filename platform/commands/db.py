@@ -3,35 +3,74 @@
 from __future__ import annotations
 
 import sys
+from typing import Final
 
 import click
 
 import migrations
-from platform.edge import answering, json_option, stores_of
+from platform.edge import Command, Group, json_option, stores_of
 from platform.terminal import facts, print_json, talk
+from routing.errors import PlatformError
+from workers.exits import Exit
 
 __all__ = ["command"]
 
+UNKNOWN_REVISION: Final = {Exit.FAILED: "there is no such revision"}
 
-@click.group("db")
+
+class Declined(PlatformError):
+    """The person said no."""
+
+    reference = "declined"
+    title = "it was not wanted"
+
+
+@click.group(
+    "db",
+    cls=Group,
+    examples=(
+        ("Make the tables, or bring them up to date", "celery -A platform db upgrade"),
+        ("Whether an upgrade is needed", "celery -A platform db current"),
+    ),
+)
 def command() -> None:
     """Make, upgrade or look at the tables in Postgres."""
 
 
-@command.command("upgrade")
+@command.command(
+    "upgrade",
+    cls=Command,
+    examples=(
+        ("Make the tables, or bring them up to date", "celery -A platform db upgrade"),
+        ("Up to a revision", "celery -A platform db upgrade 0002"),
+    ),
+    codes=UNKNOWN_REVISION,
+)
 @click.argument("revision", default="head")
 @json_option
 @click.pass_context
 def upgrade(context: click.Context, revision: str, as_json: bool) -> None:
-    """Bring the tables up to REVISION (default: the newest). Harmless where they are."""
-    with answering(as_json):
-        url = _url(context)
-        before = migrations.current(url)
-        migrations.upgrade(url, revision)
-        _tell(before, migrations.current(url), as_json)
+    """Bring the tables up to REVISION, the newest by default.
+
+    Harmless where they are, and where two do it at once.
+    """
+    url = _url(context)
+    before = migrations.current(url)
+    migrations.upgrade(url, revision)
+    _tell(before, migrations.current(url), as_json)
 
 
-@command.command("downgrade", context_settings={"ignore_unknown_options": True})
+@command.command(
+    "downgrade",
+    cls=Command,
+    context_settings={"ignore_unknown_options": True},
+    examples=(
+        ("One revision back; on a terminal it asks first", "celery -A platform db downgrade"),
+        ("To a revision, without asking", "celery -A platform db downgrade 0001 --force"),
+        ("Drop all tables, with all jobs", "celery -A platform db downgrade base --force"),
+    ),
+    codes={Exit.FAILED: "there is no such revision, or you said no"},
+)
 @click.argument("revision", default="-1")
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
 @json_option
@@ -41,26 +80,40 @@ def downgrade(context: click.Context, revision: str, force: bool, as_json: bool)
 
     What the later revisions made is dropped, with the jobs in it; on a terminal it asks first.
     """
-    with answering(as_json):
-        url = _url(context)
-        before = migrations.current(url)
-        if sys.stdin.isatty() and not force:
-            click.confirm(
-                f"Take the tables back from {before} to {revision}? What is dropped, jobs included, is gone",
-                abort=True,
-                err=True,
-            )
-        migrations.downgrade(url, revision)
-        _tell(before, migrations.current(url), as_json)
+    url = _url(context)
+    before = migrations.current(url)
+    if sys.stdin is not None and sys.stdin.isatty() and not force:
+        _ask(f"Take the tables back from {before} to {revision}? What is dropped, jobs included, is gone")
+    migrations.downgrade(url, revision)
+    _tell(before, migrations.current(url), as_json)
 
 
-@command.command("current")
+def _ask(question: str) -> None:
+    """Raises Declined unless the answer is yes."""
+    try:
+        yes = click.confirm(question, err=True)
+    except click.Abort:  # the end of the input
+        yes = False
+    if not yes:
+        raise Declined("nothing was changed", advice="--force does it without asking.")
+
+
+@command.command(
+    "current",
+    cls=Command,
+    examples=(
+        ("The revision, and whether an upgrade is needed", "celery -A platform db current"),
+        ("The same for a program", "celery -A platform db current --json"),
+    ),
+)
 @json_option
 @click.pass_context
 def current(context: click.Context, as_json: bool) -> None:
-    """Print the revision of the tables, "none" where there are none; says so where an upgrade is needed."""
-    with answering(as_json):
-        found = migrations.current(_url(context))
+    """Print the revision of the tables, "none" without tables.
+
+    Says so, on standard error, where an upgrade is needed.
+    """
+    found = migrations.current(_url(context))
     if as_json:
         print_json({"current": found, "head": migrations.HEAD, "up_to_date": found == migrations.HEAD})
     else:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import click
 
-from platform import exits, render, trace
+from platform import render, trace
 from platform.demo import WORKERS, Replayed, Report, replay
-from platform.edge import answering, json_option
+from platform.edge import Command, json_option, settings_of_environment
 from platform.launch import Interrupted, WorkerSpec, dashboard_url, parse_workers
-from platform.terminal import Meters, bar, facts, print_json, table, talk
+from platform.terminal import Meters, facts, print_json, talk
 from routing.amounts import format_cpus
 from routing.errors import InvalidRequest
-from routing.settings import Settings
+from workers.exits import Exit
 
 __all__ = ["command"]
 
@@ -36,36 +36,43 @@ def _scale(_context: click.Context, _parameter: click.Parameter, text: str | Non
         raise click.BadParameter(str(error)) from error
 
 
-@click.command("demo")
+@click.command(
+    "demo",
+    cls=Command,
+    examples=(
+        ("The packaged trace, in about a minute", "celery -A platform demo"),
+        ("On workers of your sizes", "celery -A platform demo --worker big=96 --worker small=8"),
+        ("Your own trace, sixty times faster", "celery -A platform demo --trace my.csv --scale 60 --log log.csv"),
+    ),
+    codes={
+        Exit.OK: "every job ran once, and the invariants hold",
+        Exit.FAILED: "that is not so, a worker could not start, or the trace is refused",
+        Exit.HANGUP: Exit.HANGUP.meaning,
+        Exit.TERMINATED: Exit.TERMINATED.meaning,
+    },
+)
 @click.option(
     "--trace",
     "path",
+    metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     default=trace.PACKAGED,
-    help="CSV with a header that names submit,run (seconds) and cpus; other columns and # lines are ignored."
-    " Default: 300 jobs of five days on KTH's SP2.",
+    help="CSV to replay, instead of the packaged trace.",
 )
-@click.option(
-    "--scale",
-    metavar="N",
-    callback=_scale,
-    help="How many times faster than the trace, a decimal number. Default: so that it takes about a minute,"
-    " and never slower than the trace.",
-)
+@click.option("--scale", metavar="N", callback=_scale, help="How many times faster than the trace.")
 @click.option(
     "--worker",
     "workers",
     metavar="NAME=CPUS",
     multiple=True,
     callback=parse_workers,
-    help="A worker to start; may be given more than once. Default: "
-    + ", ".join(f"{spec.name}={format_cpus(spec.cpus)}" for spec in WORKERS)
-    + ".",
+    help="A worker to start; again for more.",
 )
 @click.option(
     "--log",
+    metavar="FILE",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write job,start,end,worker as CSV: the row of the trace, and seconds since the first submission.",
+    help="Write job,start,end,worker as CSV.",
 )
 @json_option
 @click.pass_context
@@ -83,34 +90,36 @@ def command(
     job at its time and reports how long the jobs waited, the most that each worker held, and whether the
     books balance. Each job holds its CPUs and sleeps. All that was started is ended again.
 
-    Exit code 0 if every job ran once and the invariants hold, 1 if not, 130 after Ctrl-C.
+    A trace has a header that names submit, run (seconds) and cpus; other columns and # lines are ignored. The
+    packaged one has 300 jobs of five days on KTH's SP2. Without --scale it takes about a minute, and is never
+    slower than the trace. Without --worker there are worker-01=72 and worker-02=16. The log has the row of the
+    trace, and seconds since the first submission.
     """
     console = talk()
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
-    with answering(as_json):
-        settings = Settings.from_environ(os.environ)
-        replayed = _read(path, scale, workers or WORKERS)
-        if log is not None:
-            _write_log(log, [])  # a folder that is not there is told now, and not after a minute
-        say(f"{len(replayed.jobs)} jobs of {replayed.name}, {replayed.scale:g} times faster than they were.")
-        try:
-            with Meters(console) as meters:
-                report = replay(replayed, settings, os.environ, meters, say)
-        except Interrupted as interrupted:
-            say("Interrupted; all that the demo had started has ended.")
-            context.exit(interrupted.code)
-        if log is not None:
-            _write_log(log, trace.log_rows(report.records, min(report.submitted.values())))
+    settings = settings_of_environment()
+    replayed = _read(path, scale, workers or WORKERS)
+    if log is not None:
+        _write_log(log, [])  # a folder that is not there is told now, and not after a minute
+    say(f"{len(replayed.jobs)} jobs of {replayed.name}, {replayed.scale:g} times faster than they were.")
+    try:
+        with Meters(console) as meters:
+            report = replay(replayed, settings, os.environ, meters, say)
+    except Interrupted as interrupted:
+        say("Interrupted; all that the demo had started has ended.")
+        context.exit(interrupted.code)
+    if log is not None:
+        _write_log(log, trace.log_rows(report.records, min(report.submitted.values())))
     if as_json:
         print_json(report.to_json())
     else:
         _show(report)
         facts().print()
         facts().print(NEXT.format(dashboard=dashboard_url(settings)), soft_wrap=True)
-    context.exit(exits.OK if report.ok else exits.FAILED)
+    context.exit(Exit.OK if report.ok else Exit.FAILED)
 
 
 def _read(path: Path, scale: float | None, workers: tuple[WorkerSpec, ...]) -> Replayed:
@@ -151,15 +160,10 @@ def _show(report: Report) -> None:
     rows = []
     for worker in report.workers:
         has = "?" if worker.cpus is None else format_cpus(worker.cpus)
-        rows.append(
-            (
-                worker.name,
-                bar(worker.peak, worker.cpus or 0, unicode=(console.encoding or "").startswith("utf")),
-                f"{format_cpus(worker.peak)} of {has} CPUs" + ("" if worker.within else "  EXCEEDED"),
-                str(worker.jobs),
-            )
-        )
-    table(console, ("worker", "", "peak allocation", "jobs"), rows, right=(3,))
+        peak = f"{format_cpus(worker.peak)} of {has} CPUs" + ("" if worker.within else "  EXCEEDED")
+        rows.append((worker.name, peak, str(worker.jobs)))
+    meters = [(worker.peak, worker.cpus or 0) for worker in report.workers]
+    render.table_with_bars(console, ("worker", "peak allocation", "jobs"), rows, meters, place=1, right=(2,))
     console.print()
     for row, state, text in report.errors:
         console.print(f"job {row} {state}: {text}", soft_wrap=True)

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from platform import servers
-from platform.edge import answering, json_option
+from platform.edge import Command, json_option, settings_of_environment
 from platform.terminal import facts, print_json
-from routing.settings import Settings
 
 __all__ = ["command"]
 
 
-@click.command("down")
+@click.command(
+    "down",
+    cls=Command,
+    examples=(
+        ("End the embedded servers of this user", "celery -A platform down"),
+        ("What was ended, for a program", "celery -A platform down --json"),
+    ),
+)
 @json_option
 def command(as_json: bool) -> None:
     """End the embedded servers; their data stay for the next start.
 
     Workers that still run wait for the servers and go on when they are back. Servers named by REDIS_URL and
-    DATABASE_URL are never ended. Exit code 0, also if none ran.
+    DATABASE_URL are never ended. Also done where none ran.
     """
-    with answering(as_json):
-        settings = Settings.from_environ(os.environ)
-        ended = servers.stop(settings)
+    settings = settings_of_environment()
+    ended = servers.stop(settings)
     if as_json:
         print_json({"ended": ended, "home": str(settings.home)})
     elif ended:

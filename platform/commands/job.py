@@ -4,41 +4,55 @@ from __future__ import annotations
 
 import click
 
-from platform import exits, render
-from platform.edge import answering, json_option, stores_of
-from platform.terminal import facts, fail, print_json
+from platform import render
+from platform.edge import Command, json_option, stores_of
+from platform.terminal import facts, print_json
 from routing import explain, lookup, overview
 from routing.errors import InvalidRequest
 from routing.names import check_job_id
+from workers.exits import Exit
 
 __all__ = ["command"]
 
 
-@click.command("job")
+class UnknownJob(InvalidRequest):
+    """No job has this id."""
+
+    reference = "unknown-job"
+    title = "there is no such job"
+    status = 404
+
+
+@click.command(
+    "job",
+    cls=Command,
+    examples=(
+        ("Its times, its attempts, and why it waits", "celery -A platform job e4855c54-e3fb-4f71-a177-e89ef6cfe2d5"),
+        ("The same for a program", "celery -A platform job e4855c54-e3fb-4f71-a177-e89ef6cfe2d5 --json"),
+    ),
+    codes={Exit.FAILED: "there is no such job; the nearest ids are named"},
+)
 @click.argument("job_id", metavar="ID")
 @json_option
 @click.pass_context
 def command(context: click.Context, job_id: str, as_json: bool) -> None:
     """Show one job: its times, its worker, its attempts, and why it waits.
 
-    Exit code 1 where there is no such job; the nearest ids are named.
+    ID is the id of the Celery task.
     """
-    with answering(as_json):
-        check_job_id(job_id)
-        stores = stores_of(context)
-        with stores.engine.connect() as connection:
-            found = lookup.find(connection, job_id)
-            if found is None:
-                near = lookup.nearest(connection, job_id)
-                fail(_unknown(job_id, near), as_json)
-                context.exit(exits.FAILED)
-            why = explain.explain(overview.quick(stores.redis), connection, job_id)
+    check_job_id(job_id)
+    stores = stores_of(context)
+    with stores.engine.connect() as connection:
+        found = lookup.find(connection, job_id)
+        if found is None:
+            raise _unknown(job_id, lookup.nearest(connection, job_id))
+        why = explain.explain(overview.quick(stores.redis), connection, job_id)
     if as_json:
         print_json({**found.to_json(), "why": None if why is None else why.to_json()})
     else:
         render.job(facts(), found, why)
 
 
-def _unknown(job_id: str, near: list[str]) -> InvalidRequest:
+def _unknown(job_id: str, near: list[str]) -> UnknownJob:
     advice = f"The nearest: {', '.join(near)}." if near else "`celery -A platform jobs` lists the newest."
-    return InvalidRequest(f"there is no job {job_id}", value=job_id, advice=advice)
+    return UnknownJob(f"there is no job {job_id}", value=job_id, advice=advice)

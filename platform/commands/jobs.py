@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from platform import render
-from platform.edge import answering, json_option, stores_of
+from platform.edge import Command, json_option, stores_of
 from platform.terminal import facts, print_json
 from routing import lookup
 from routing.states import State
@@ -13,20 +13,33 @@ from routing.states import State
 __all__ = ["command"]
 
 
-@click.command("jobs")
-@click.option("--state", type=click.Choice([state.value for state in State]), help="Only jobs in this state.")
+@click.command(
+    "jobs",
+    cls=Command,
+    examples=(
+        ("The newest 50", "celery -A platform jobs"),
+        ("The newest ten that failed", "celery -A platform jobs --state failed --limit 10"),
+        ("What waits, for a program", "celery -A platform jobs --state waiting --json"),
+    ),
+)
 @click.option(
-    "--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="At most so many jobs."
+    "--state", metavar="STATE", type=click.Choice([state.value for state in State]), help="Only jobs in this state."
+)
+@click.option(
+    "--limit", metavar="N", type=click.IntRange(1, 100_000), default=50, help="At most so many; 50 by default."
 )
 @json_option
 @click.pass_context
 def command(context: click.Context, state: str | None, limit: int, as_json: bool) -> None:
-    """List jobs, the newest first."""
-    with answering(as_json):
-        chosen = None if state is None else State(state)
-        with stores_of(context).engine.connect() as connection:
-            lines = lookup.newest(connection, chosen, limit)
-            total = lookup.count(connection, chosen) if len(lines) == limit else len(lines)
+    """List jobs, the newest first.
+
+    STATE is accepted, waiting, scheduled, admitted, running, replaced, succeeded, failed, cancelled, expired
+    or lost. The list is that of Postgres, which may be a second or two behind the ledger.
+    """
+    chosen = None if state is None else State(state)
+    with stores_of(context).engine.connect() as connection:
+        lines = lookup.newest(connection, chosen, limit)
+        total = lookup.count(connection, chosen) if len(lines) == limit else len(lines)
     if as_json:
         print_json([line.to_json() for line in lines])
     else:

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import click
 
-from platform import exits, render
-from platform.edge import answering, json_option, stores_of
+from platform import render
+from platform.edge import Command, json_option, stores_of
 from platform.terminal import facts, print_json
 from routing import rebuild, reconcile
+from workers.exits import Exit
 
 __all__ = ["command"]
 
 
-@click.command("reconcile")
+@click.command(
+    "reconcile",
+    cls=Command,
+    examples=(
+        ("Compare and repair, and say what differed", "celery -A platform reconcile"),
+        ("The same for a program", "celery -A platform reconcile --json"),
+    ),
+    codes={
+        Exit.OK: "nothing differed, or all was repaired",
+        Exit.FAILED: "not all was repaired; another pass may do it",
+    },
+)
 @json_option
 @click.pass_context
 def command(context: click.Context, as_json: bool) -> None:
     """Apply what the ledger noted and Postgres does not have, compare both ways, and repair.
 
     Beat does this every 300 s; by hand it is harmless at any time. A ledger that is cold is opened first.
-    Exit code 0 if nothing differed or all was repaired, 1 if not: the rest may be repaired by another pass.
     """
-    with answering(as_json):
-        stores = stores_of(context)
-        rebuilt = rebuild.open_if_cold(stores.engine, stores.ledger)
-        done = reconcile.reconcile(stores.engine, stores.ledger)
+    stores = stores_of(context)
+    rebuilt = rebuild.open_if_cold(stores.engine, stores.ledger)
+    done = reconcile.reconcile(stores.engine, stores.ledger)
     if as_json:
         opened = None
         if rebuilt is not None:
@@ -33,4 +43,4 @@ def command(context: click.Context, as_json: bool) -> None:
         print_json({**done.to_json(), "all_repaired": done.all_repaired, "rebuilt": opened})
     else:
         render.reconciled(facts(), done, rebuilt)
-    context.exit(exits.OK if done.all_repaired else exits.FAILED)
+    context.exit(Exit.OK if done.all_repaired else Exit.FAILED)

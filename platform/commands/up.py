@@ -8,33 +8,39 @@ from contextlib import closing
 
 import click
 
-from platform.edge import answering
+from platform.edge import Command, settings_of_environment
 from platform.launch import Interrupted, WorkerSpec, parse_workers
 from platform.processes import Family, prefixed
 from platform.station import Station
 from platform.terminal import facts, print_json, table, talk
-from routing.settings import Settings
+from workers.exits import Exit
 
 __all__ = ["command"]
 
 
-@click.command("up")
+@click.command(
+    "up",
+    cls=Command,
+    examples=(
+        ("One worker with all of this machine", "celery -A platform up"),
+        ("Two workers that share it", "celery -A platform up --worker worker-01=12 --worker worker-02=4"),
+        ("A rehearsal on threads, with more CPUs than there are", "celery -A platform up --worker big=72 -P threads"),
+    ),
+    codes={Exit.OK: "ended by Ctrl-C or `kill`", Exit.FAILED: "no worker became ready, or none is left"},
+    never=(Exit.INTERRUPTED,),
+)
 @click.option(
     "--worker",
     "workers",
     metavar="NAME=CPUS",
     multiple=True,
     callback=parse_workers,
-    help="A worker to start; may be given more than once. Their shares of the memory are as their CPUs."
-    " Default: one with all of this machine.",
+    help="A worker to start; again for more.",
 )
 @click.option(
-    "-P",
-    "--pool",
-    type=click.Choice(["prefork", "threads", "solo"]),
-    help="Pool of the workers. Default: prefork; threads for a worker with more CPUs than this machine has.",
+    "-P", "--pool", metavar="POOL", type=click.Choice(["prefork", "threads", "solo"]), help="Pool of the workers."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what runs as one JSON line once all of it is ready.")
+@click.option("--json", "as_json", is_flag=True, help="Print what runs as JSON once it is ready.")
 def command(workers: tuple[WorkerSpec, ...], pool: str | None, as_json: bool) -> None:
     """Run the platform on this machine until Ctrl-C.
 
@@ -42,6 +48,9 @@ def command(workers: tuple[WorkerSpec, ...], pool: str | None, as_json: bool) ->
     starts workers, beat and the dashboard; prints what runs where. Ctrl-C ends the workers warm (running jobs
     come to their end), then beat, then the dashboard; Ctrl-C again breaks running jobs off. The servers stay
     until `celery -A platform down`.
+
+    Without --worker there is one with all of this machine. Several share its memory as they do its CPUs.
+    POOL is prefork (the default), threads (that of a worker with more CPUs than this machine has) or solo.
     """
     console = talk()
 
@@ -49,8 +58,8 @@ def command(workers: tuple[WorkerSpec, ...], pool: str | None, as_json: bool) ->
         console.print(line, soft_wrap=True)
 
     family = Family(prefixed(sys.stderr))
-    with answering(as_json), closing(family), family.interruptible():
-        station = Station(Settings.from_environ(os.environ), os.environ, family, say)
+    with closing(family), family.interruptible():
+        station = Station(settings_of_environment(), os.environ, family, say)
         try:
             station.start(workers, pool)
             _show(station, as_json)

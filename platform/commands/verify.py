@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from platform import checks, exits, render
-from platform.edge import answering, json_option, stores_of
+from platform import checks, render
+from platform.edge import Command, json_option, stores_of
 from platform.terminal import facts, print_json
 from routing import overview, verify
 from routing.errors import StoreUnavailable
+from workers.exits import Exit
 
 if TYPE_CHECKING:
     from workers.stores import Stores
@@ -18,31 +19,41 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command("verify")
-@click.option("--worker", metavar="NAME", help="Ask about this worker alone, and not for the invariants: a probe.")
+@click.command(
+    "verify",
+    cls=Command,
+    examples=(
+        ("Whether all is well; the last two lines say it", "celery -A platform verify"),
+        ("The same for a program", "celery -A platform verify --json"),
+        ("Whether this worker is well, as a probe", "celery -A platform verify --worker worker-01"),
+    ),
+    codes={
+        Exit.OK: "all checks pass, and the invariants hold",
+        Exit.FAILED: "a check failed, an invariant is broken, or it cannot be judged",
+    },
+)
+@click.option("--worker", metavar="NAME", help="This worker alone, without the invariants.")
 @json_option
 @click.pass_context
 def command(context: click.Context, worker: str | None, as_json: bool) -> None:
     """Check workers, totals, heartbeats and reads, then the invariants.
 
-    Work may go on meanwhile: what holds only at rest is then named as such. Exit code 0 if all four checks
-    pass and the invariants hold, 1 if not.
+    Work may go on meanwhile: what holds only at rest is then named as such.
 
-    With --worker: 0 if that worker is registered and its heartbeat fresh, 1 if not. This reads one key of Redis.
+    With --worker: whether that worker is registered and its heartbeat fresh. This reads one key of Redis.
     """
-    with answering(as_json):
-        stores = stores_of(context)
-        client = overview.quick(stores.redis)
-        report: verify.Report | None = None
-        why_not: str | None = f"only {worker} was asked about"
-        if worker is not None:
-            results = checks.run_for(client, stores.settings, worker)
-        else:
-            results = checks.run(client, stores.engine, stores.settings)
-        if not as_json:
-            _show(results)
-        if worker is None:
-            report, why_not = _judge(stores)
+    stores = stores_of(context)
+    client = overview.quick(stores.redis)
+    report: verify.Report | None = None
+    why_not: str | None = f"only {worker} was asked about"
+    if worker is not None:
+        results = checks.run_for(client, stores.settings, worker)
+    else:
+        results = checks.run(client, stores.engine, stores.settings)
+    if not as_json:
+        _show(results)
+    if worker is None:
+        report, why_not = _judge(stores)
     passed = sum(result.passed for result in results)
     good = passed == len(results) and (worker is not None or (report is not None and report.holds))
     if as_json:
@@ -65,7 +76,7 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
         if worker is None:
             verdict = f"invariants: NOT JUDGED, {why_not}" if report is None else render.verdict_line(report)
             console.print(verdict, soft_wrap=True)
-    context.exit(exits.OK if good else exits.FAILED)
+    context.exit(Exit.OK if good else Exit.FAILED)
 
 
 def _judge(stores: Stores) -> tuple[verify.Report | None, str | None]:

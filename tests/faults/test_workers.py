@@ -19,7 +19,7 @@ from tests.fixtures import tasks
 from tests.fixtures.processes import READY, Platform, Pool
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
-from workers.exits import EX_NAME_TAKEN
+from workers.exits import Exit
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
@@ -229,7 +229,7 @@ def test_a_twin_is_refused_under_load_and_harms_nobody(
         oracle.until_runs(10)
         twin = platform.worker("a", cpus=4, pool="threads", ready=False)
         oracle.asked(twin)
-        assert twin.wait() == EX_NAME_TAKEN
+        assert twin.wait() == Exit.UNAVAILABLE
         oracle.until_more(10)
     oracle.assert_zeros()
     assert first.alive and submitter.view("a")["incarnation"] == incarnation

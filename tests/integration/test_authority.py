@@ -31,7 +31,7 @@ from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 from tests.fixtures.working import all_ended, send_work, states
 from tests.tasks.work import peaks, read, starts
-from workers.exits import EX_CONFIG
+from workers.exits import Exit
 
 ADD = "tests.fixtures.tasks.add"
 
@@ -343,10 +343,10 @@ def test_a_worker_that_starts_while_both_stores_are_down_waits_for_them(
 def test_a_wrong_password_or_database_is_not_waited_for(platform: Platform, servers: Servers) -> None:
     wrong = make_url(str(platform.settings.database_url)).set(database="nowhere").render_as_string(hide_password=False)
     done = platform.celery("worker", "--pool", "solo", NODE_NAME="a", DATABASE_URL=wrong)
-    assert done.returncode == EX_CONFIG
+    assert done.returncode == Exit.CONFIGURATION
     assert '"nowhere" does not exist' in done.stderr
     port = urlsplit(servers.pair.redis_url).port
     protected = urlsplit(str(platform.settings.redis_url))._replace(netloc=f"nobody:wrong@127.0.0.1:{port}")
     done = platform.celery("worker", "--pool", "solo", NODE_NAME="a", REDIS_URL=protected.geturl())
-    assert done.returncode == EX_CONFIG
+    assert done.returncode == Exit.CONFIGURATION
     assert "wrong" not in done.stderr.replace("WRONGPASS", "")

@@ -15,7 +15,7 @@ from celery_capacity import InvalidRequest, NotAccepted, NotMigrated, PlatformEr
 from routing.settings import Settings
 from tests.fixtures.processes import FOREIGN, Platform
 from tests.tasks import wrong
-from workers.exits import EX_CONFIG
+from workers.exits import Exit
 
 ADD = "tests.fixtures.tasks.add"
 
@@ -210,14 +210,14 @@ def test_a_worker_with_a_bad_name_does_not_start(platform: Platform, name: str) 
 def test_a_worker_with_a_bad_name_by_option_does_not_start(platform: Platform) -> None:
     for name in ("a:b@%h", "a b", "x" * 101):
         done = platform.celery("worker", "--pool", "solo", "-n", name)
-        assert done.returncode == EX_CONFIG
+        assert done.returncode == Exit.CONFIGURATION
         assert name.split("@")[0][:50] in done.stderr
         assert "Traceback" not in done.stderr
 
 
 def test_a_worker_whose_tasks_declare_nonsense_does_not_start(platform: Platform) -> None:
     done = platform.celery("worker", "--pool", "solo", NODE_NAME="a", PLATFORM_IMPORTS="tests.tasks.wrong")
-    assert done.returncode == EX_CONFIG
+    assert done.returncode == Exit.CONFIGURATION
     assert "tests.tasks.wrong." in done.stderr
     assert "Traceback" not in done.stderr
     assert platform.redis.keys("worker:*") == []

@@ -15,12 +15,12 @@ from click.testing import CliRunner, Result
 from sqlalchemy import Engine
 
 import migrations
-from platform import exits
 from routing import keys
 from routing.errors import SettingsError
 from routing.settings import Settings
 from tests.fixtures.processes import Platform
 from tests.fixtures.staged import Stage
+from workers.exits import Exit
 from workers.stores import Stores
 
 Run = Callable[..., Result]
@@ -62,18 +62,17 @@ def _json(result: Result) -> Any:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_cluster_shows_totals_a_bar_for_each_worker_and_the_backlog(stage: Stage, run: Run) -> None:
+def test_cluster_shows_totals_a_line_for_each_worker_and_the_backlog(stage: Stage, run: Run) -> None:
     stage.worker("big", cpus=72_000)
     stage.worker("small", cpus=4000)
     stage.submit(cpus=3000)
     stage.submit(cpus=100_000)
     result = run("cluster")
-    assert result.exit_code == exits.OK
+    assert result.exit_code == Exit.OK
     assert "2 workers, from the ledger" in result.stdout
     assert "3 of 76 allocated (3.95%), 73 available" in result.stdout
     small = next(line for line in result.stdout.splitlines() if line.startswith("small"))
     assert "3/4" in small
-    assert "█" in small
     assert "100 CPUs" in result.stdout
 
 
@@ -117,7 +116,7 @@ def test_jobs_of_one_state(stage: Stage, run: Run) -> None:
     text = run("jobs", "--state", "admitted").stdout
     assert running in text
     assert ended not in text
-    assert run("jobs", "--state", "sleeping").exit_code == exits.USAGE
+    assert run("jobs", "--state", "sleeping").exit_code == Exit.USAGE
 
 
 def test_no_jobs_is_an_answer(run: Run) -> None:
@@ -153,7 +152,7 @@ def test_job_says_why_it_waits(stage: Stage, run: Run) -> None:
 def test_an_unknown_job_names_the_nearest_ids(stage: Stage, run: Run) -> None:
     job = stage.submit(cpus=1000)
     result = run("job", job.replace("-1", "-7"))
-    assert (result.exit_code, result.stdout) == (exits.FAILED, "")
+    assert (result.exit_code, result.stdout) == (Exit.FAILED, "")
     assert f"there is no job job-7. The nearest: {job}." in result.stderr
     problem = _json(run("job", "something-else", "--json"))
     assert problem["detail"] == "there is no job something-else. `celery -A platform jobs` lists the newest."
@@ -166,7 +165,7 @@ def test_an_unknown_job_names_the_nearest_ids(stage: Stage, run: Run) -> None:
 def test_verify_ends_with_four_of_four_and_the_invariants(stage: Stage, run: Run) -> None:
     stage.worker("a", cpus=4000)
     result = run("verify")
-    assert result.exit_code == exits.OK, result.stdout
+    assert result.exit_code == Exit.OK, result.stdout
     assert result.stdout.splitlines()[-2:] == ["4/4", "invariants: I1, I2, I3, I4, I6 hold, at rest"]
     assert "total 4 CPUs, allocated 0, available 4, utilisation 0%" in result.stdout
     assert "100% answered by Redis" in result.stdout
@@ -176,7 +175,7 @@ def test_verify_names_what_holds_only_at_rest_while_work_runs(stage: Stage, run:
     stage.worker("a", cpus=4000)
     stage.submit(cpus=1000)
     result = run("verify")
-    assert result.exit_code == exits.OK, result.stdout
+    assert result.exit_code == Exit.OK, result.stdout
     last = result.stdout.splitlines()[-1]
     assert last == "invariants: I1, I4, I6 hold; I2, I3 hold only at rest, and work runs"
 
@@ -184,7 +183,7 @@ def test_verify_names_what_holds_only_at_rest_while_work_runs(stage: Stage, run:
 def test_verify_without_a_live_worker_fails_and_says_so(stage: Stage, run: Run) -> None:
     assert stage.ledger.allocated_cpus() == "0"
     result = run("verify")
-    assert result.exit_code == exits.FAILED
+    assert result.exit_code == Exit.FAILED
     assert "no live worker" in result.stdout
     assert result.stdout.splitlines()[-2] == "1/4"
 
@@ -194,7 +193,7 @@ def test_verify_fails_where_the_books_are_wrong(stage: Stage, run: Run, monkeypa
     stage.worker("a", cpus=4000)
     stage.redis.set(keys.ALLOCATED_CPUS, "7")
     seen = run("verify", "--json")
-    assert seen.exit_code == exits.FAILED
+    assert seen.exit_code == Exit.FAILED
     value = _json(seen)
     assert (value["passed"], value["ok"], value["invariants"]["holds"]) == (4, False, False)
     assert run("verify").stdout.splitlines()[-1] == "invariants: VIOLATED I6"
@@ -206,7 +205,7 @@ def test_verify_without_redis_says_what_it_could_not_judge(
     stage.worker("a", cpus=4000)
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
     result = run("verify")
-    assert result.exit_code == exits.FAILED
+    assert result.exit_code == Exit.FAILED
     assert "the ledger does not answer or is cold" in result.stdout
     *_, passed, verdict = result.stdout.splitlines()
     assert passed == "2/4"
@@ -220,9 +219,9 @@ def test_verify_of_one_worker_asks_about_no_other(stage: Stage, run: Run) -> Non
     stage.worker("b", cpus=4000)
     stage.redis.hset(keys.view("b"), "heartbeat_at", "2026-01-01T00:00:00+00:00")
     result = run("verify", "--worker", "a")
-    assert (result.exit_code, result.stdout.splitlines()[-1]) == (exits.OK, "2/2")
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (Exit.OK, "2/2")
     late = run("verify", "--worker", "b")
-    assert late.exit_code == exits.FAILED
+    assert late.exit_code == Exit.FAILED
     assert "2 FAILED the heartbeat of b is fresh" in late.stdout
     value = _json(run("verify", "--worker", "a", "--json"))
     assert (value["ok"], value["passed"], value["invariants"]) == (True, 2, None)
@@ -233,20 +232,20 @@ def test_verify_of_a_worker_that_is_not_there_fails(stage: Stage, run: Run) -> N
     stage.worker("a", cpus=4000)
     stage.redis.delete(keys.view("a"))
     result = run("verify", "--worker", "a")
-    assert (result.exit_code, result.stdout.splitlines()[-1]) == (exits.FAILED, "0/2")
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (Exit.FAILED, "0/2")
     assert "no live worker is named a" in result.stdout
 
 
 def test_verify_of_one_worker_needs_no_postgres(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stage.worker("a", cpus=4000)
     monkeypatch.setenv("DATABASE_URL", "postgresql://me@127.0.0.1:1/platform")
-    assert run("verify", "--worker", "a").exit_code == exits.OK
+    assert run("verify", "--worker", "a").exit_code == Exit.OK
 
 
 def test_verify_of_one_worker_tells_a_ledger_that_does_not_answer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
     result = run("verify", "--worker", "a")
-    assert result.exit_code == exits.UNAVAILABLE
+    assert result.exit_code == Exit.UNAVAILABLE
     assert "Redis does not answer" in result.stderr
 
 
@@ -256,7 +255,7 @@ def test_reconcile_reports_drift_and_repairs_it(stage: Stage, run: Run) -> None:
     job = stage.submit(cpus=9000)
     stage.redis.delete(keys.wait("cpus=9000,slots=1"), keys.job(job), keys.SHAPES)
     done = run("reconcile", "--json")
-    assert done.exit_code == exits.OK
+    assert done.exit_code == Exit.OK
     assert _json(done)["drift"] >= 1
     assert _json(done)["all_repaired"] is True
     assert _json(run("reconcile", "--json"))["drift"] == 0
@@ -266,7 +265,7 @@ def test_reconcile_opens_a_cold_ledger(stage: Stage, run: Run) -> None:
     job = stage.submit(cpus=9000)
     stage.redis.flushdb()
     result = run("reconcile")
-    assert result.exit_code == exits.OK, result.stdout
+    assert result.exit_code == Exit.OK, result.stdout
     assert "the ledger was cold: epoch 2 was opened with 0 workers, 0 held and 1 waiting jobs" in result.stdout
     assert stage.redis.hget(keys.job(job), "state") == b"waiting"
 
@@ -289,13 +288,13 @@ def test_db_goes_down_and_up_and_says_where_it_is(run: Run) -> None:
 
 
 def test_db_downgrade_takes_one_step_back_unless_told_otherwise(run: Run) -> None:
-    assert run("db", "downgrade", "-1").exit_code == exits.OK
+    assert run("db", "downgrade", "-1").exit_code == Exit.OK
     assert run("db", "current").stdout == "0001\n"
 
 
 def test_db_refuses_a_revision_that_it_does_not_know(run: Run) -> None:
     result = run("db", "upgrade", "nope")
-    assert result.exit_code == exits.FAILED
+    assert result.exit_code == Exit.FAILED
     assert "Error: revision 'nope'" in result.stderr
 
 
@@ -304,7 +303,7 @@ def test_without_tables_every_command_says_what_to_run(stage: Stage, run: Run, n
     stage.redis.flushdb()
     run("db", "downgrade", "base")
     result = run(name, *(["x"] if name == "job" else []))
-    assert result.exit_code == exits.CONFIGURATION
+    assert result.exit_code == Exit.CONFIGURATION
     assert "Run `celery -A platform db upgrade`" in result.stderr
 
 
@@ -313,7 +312,7 @@ def test_without_stores_every_command_says_so(run: Run, monkeypatch: pytest.Monk
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:secret@127.0.0.1:1/platform")
     result = run(name, "--json")
-    assert result.exit_code == exits.UNAVAILABLE
+    assert result.exit_code == Exit.UNAVAILABLE
     problem = _json(result)
     assert problem["reference"] == "store-unavailable"
     assert "secret" not in result.output
@@ -323,15 +322,15 @@ def test_wrong_settings_are_told_together(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PLATFORM_CPUS", "many")
     monkeypatch.setenv("PLATFORM_WORKER_TTL", "soon")
     result = run("cluster")
-    assert result.exit_code == exits.CONFIGURATION
+    assert result.exit_code == Exit.CONFIGURATION
     assert "PLATFORM_CPUS" in result.stderr
     assert "PLATFORM_WORKER_TTL" in result.stderr
 
 
 def test_a_real_command_line_keeps_facts_and_talk_apart(platform: Platform) -> None:
     shown = platform.celery("cluster", "--json")
-    assert shown.returncode == exits.OK, shown.stderr
+    assert shown.returncode == Exit.OK, shown.stderr
     assert json.loads(shown.stdout)["source"] == "postgres"
     missing = platform.celery("job", "nothing")
-    assert (missing.returncode, missing.stdout) == (exits.FAILED, "")
+    assert (missing.returncode, missing.stdout) == (Exit.FAILED, "")
     assert missing.stderr.startswith("Error: there is no job nothing.")

@@ -27,11 +27,12 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
 from celery_capacity import NotAccepted, OutcomeUnknown, PlatformError, create_app
-from platform import dashboard, exits
+from platform import dashboard
 from routing.settings import Settings
 from tests.fixtures.hostile import CORPUS, TEXTS, jsons, texts, values
 from tests.fixtures.processes import FOREIGN
 from tests.fixtures.staged import Stage
+from workers.exits import Exit
 from workers.intake import Intake
 from workers.stores import Stores
 
@@ -210,7 +211,7 @@ LOOKING = (
     ("demo", "--trace"),
     ("demo", "--worker"),
 )
-REFUSED = {exits.FAILED, exits.USAGE, exits.CONFIGURATION}
+REFUSED = {Exit.FAILED, Exit.USAGE, Exit.CONFIGURATION}
 
 
 def _is_possible(argument: str) -> bool:
@@ -243,7 +244,7 @@ def test_an_argument_of_a_command(run: Any, written: Written, words: tuple[str, 
 def test_any_argument_of_a_command(run: Any, written: Written, words: tuple[str, ...], argument: str) -> None:
     before = written.all()
     result = run(*words, "--", argument) if words[0] == "job" else run(*words, argument)
-    assert result.exit_code in {*REFUSED, exits.OK}
+    assert result.exit_code in {*REFUSED, Exit.OK}
     assert written.all() == before
 
 

@@ -17,7 +17,7 @@ from tests.fixtures import tasks
 from tests.fixtures.processes import READY, Platform, Pool, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
-from workers.exits import EX_NAME_TAKEN
+from workers.exits import Exit
 from workers.identity import platform_version
 
 ADD = "tests.fixtures.tasks.add"
@@ -170,7 +170,7 @@ def test_a_second_worker_of_a_live_name_ends_and_says_why(platform: Platform, su
     gates = [hold(platform, submitter, "gate")] if busy else []
     incarnation = submitter.view("a")["incarnation"]
     second = platform.worker("a", 1, "threads", ready=False)
-    assert second.wait(REFUSED_WITHIN) == EX_NAME_TAKEN
+    assert second.wait(REFUSED_WITHIN) == Exit.UNAVAILABLE
     line = second.wait_for("a live worker is named a already")
     assert f"pid {first.pid} on {socket.gethostname()}" in line
     assert "NODE_NAME" in line
@@ -202,7 +202,7 @@ def test_the_name_of_a_worker_that_is_stopped_and_not_dead_is_free_when_its_leas
     # It comes to itself, finds its name taken, and goes; whatever it still does is refused.
     os.killpg(stopped.pid, signal.SIGCONT)
     tasks.let_go(platform.redis, "gate", 2)
-    assert stopped.wait(30) == EX_NAME_TAKEN
+    assert stopped.wait(30) == Exit.UNAVAILABLE
     stopped.wait_for("a live worker is named a already")
     if job is not None:
         row = submitter.ended(job)

@@ -9,25 +9,26 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from platform import exits, render
+from platform import render
 from routing import errors
 from routing.overview import Overview, WorkerLine
 from routing.verify import INVARIANTS, Report, Verdict
+from workers.exits import Exit, code_of
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (errors.StoreUnavailable("x"), exits.UNAVAILABLE),
-        (errors.NoServers("x"), exits.UNAVAILABLE),
-        (errors.NotMigrated(), exits.CONFIGURATION),
-        (errors.SettingsError(["x"]), exits.CONFIGURATION),
-        (errors.InvalidRequest("x"), exits.FAILED),
-        (errors.PlatformError("x"), exits.FAILED),
+        (errors.StoreUnavailable("x"), Exit.UNAVAILABLE),
+        (errors.NoServers("x"), Exit.UNAVAILABLE),
+        (errors.NotMigrated(), Exit.CONFIGURATION),
+        (errors.SettingsError(["x"]), Exit.CONFIGURATION),
+        (errors.InvalidRequest("x"), Exit.FAILED),
+        (errors.PlatformError("x"), Exit.FAILED),
     ],
 )
 def test_every_error_ends_a_command_with_a_code_of_its_kind(error: errors.PlatformError, code: int) -> None:
-    assert exits.code_of(error) == code
+    assert code_of(error) == code
 
 
 @pytest.mark.parametrize(
@@ -52,11 +53,12 @@ def test_a_time_that_is_not_there_is_a_dash() -> None:
     assert len(render.moment(datetime(2026, 1, 2, tzinfo=UTC))) == 19
 
 
-def _cluster(encoding: str) -> str:
+def _cluster(encoding: str, terminal: bool = True) -> str:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
     worker = WorkerLine("a", "ready", {"cpus": 4000}, {"cpus": 2000}, None, None, None, "life", None, None)
-    render.cluster(Console(file=stream), Overview("ledger", datetime.now(UTC), (worker,), ()))
+    console = Console(file=stream, force_terminal=terminal, no_color=True, width=120)
+    render.cluster(console, Overview("ledger", datetime.now(UTC), (worker,), ()))
     stream.flush()
     return raw.getvalue().decode(encoding)
 
@@ -66,8 +68,11 @@ def test_bars_are_drawn_with_what_the_output_can_show() -> None:
     assert "############............" in _cluster("ascii")
 
 
-def test_off_a_terminal_there_are_no_colours() -> None:
-    assert "\x1b" not in _cluster("utf-8")
+def test_off_a_terminal_there_are_neither_colours_nor_bars() -> None:
+    said = _cluster("utf-8", terminal=False)
+    assert "\x1b" not in said
+    assert not {"█", "░"} & set(said)
+    assert said.splitlines()[-1].split()[:3] == ["a", "ready", "2/4"]
 
 
 def _report(at_rest: bool = True, **holds: bool | None) -> Report:
