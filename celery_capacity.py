@@ -162,13 +162,29 @@ _check_origins()
 def _origins_command() -> _Any:
     """The command `celery -A platform origins`. Its entry point also has every `celery` command make the
     check above."""
+    import json
+
     import click
 
-    @click.command("origins", short_help="The files that this installation runs from.")
-    def origins() -> None:
-        """The files that this installation runs from, one a line."""
-        for name in ("celery_capacity", *_PACKAGES):
-            click.echo(f"{name:<16}{_origin(name)}")
+    # By hand what other commands have from platform.edge, which needs modules that may be hidden.
+    ends = (
+        "\b\nExamples:\n"
+        "  Where a module comes from that a traceback names:\n    celery -A platform origins\n"
+        "  The same for a program:\n    celery -A platform origins --json\n\n"
+        "\b\nExit codes:\n"
+        "  0   OK             done, and the answer is yes\n  2   USAGE          the command line is wrong"
+    )
+
+    @click.command("origins", short_help="The files that this installation runs from.", epilog=ends)
+    @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+    def origins(as_json: bool) -> None:
+        """Print the files that this installation runs from, one a line."""
+        found = {name: _origin(name) for name in ("celery_capacity", *_PACKAGES)}
+        if as_json:
+            click.echo(json.dumps(found))
+            return
+        for name, file in found.items():
+            click.echo(f"{name:<16}{file}")
 
     return origins
 

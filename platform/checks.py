@@ -131,7 +131,8 @@ def _heartbeats(seen: Overview, fresh: float) -> Check:
         found = f"not heard for more than {fresh:g} s: {', '.join(late)}"
     else:
         found = f"the oldest is {max(known):.1f} s old, and may be {fresh:g} s"
-    return Check("heartbeats are fresh", bool(ages) and not late, found, {"ages_seconds": ages})
+    shown = {name: None if age is None else round(age, 3) for name, age in ages.items()}
+    return Check("heartbeats are fresh", bool(ages) and not late, found, {"ages_seconds": shown})
 
 
 def _reads(reads: Reads) -> Check:

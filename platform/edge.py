@@ -89,7 +89,8 @@ class Command(click.Command):
         except click.UsageError as error:
             if not as_json:
                 raise
-            advice = f"`celery -A platform {error.ctx.command.name} --help` says what is right." if error.ctx else ""
+            name = error.ctx.command_path.rpartition("celery ")[2] if error.ctx is not None else info_name
+            advice = f"`celery -A platform {name} --help` says what is right."
             print_json(WrongUsage(error.format_message(), advice=advice).to_problem())
             raise SystemExit(Exit.USAGE) from error
 

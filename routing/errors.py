@@ -250,7 +250,9 @@ class StoreUnavailable(PlatformError):
 
     reference = "store-unavailable"
     title = "a store does not answer"
-    default_advice = "Check that the server runs and that REDIS_URL and DATABASE_URL name it, with the right user and password."
+    default_advice = (
+        "Check that the server runs and that REDIS_URL and DATABASE_URL name it, with the right user and password."
+    )
     status = 503
 
 

@@ -47,7 +47,7 @@ class Exit(IntEnum):
     )
     HANGUP = (129, "ended by a closed terminal", "128 + SIGHUP")
     INTERRUPTED = (130, "ended by Ctrl-C", "128 + SIGINT; `up` and `dashboard` end with 0 then")
-    BROKEN_PIPE = (141, "nobody reads the output any more", "128 + SIGPIPE, as in `celery -A platform jobs | head -1`")
+    BROKEN_PIPE = (141, "nobody reads the output any more", "128 + SIGPIPE, where `head -1` has read its line")
     TERMINATED = (143, "ended by `kill`", "128 + SIGTERM; `up` and `dashboard` end with 0 then")
 
 

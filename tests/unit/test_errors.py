@@ -85,8 +85,8 @@ def make(kind: type[PlatformError]) -> PlatformError:
         ),
         (
             errors.StoreUnavailable("redis://host:6379/0 refuses connections"),
-            "redis://host:6379/0 refuses connections."
-            " Check that the server runs and that REDIS_URL and DATABASE_URL name it, with the right user and password.",
+            "redis://host:6379/0 refuses connections. Check that the server runs and that REDIS_URL and DATABASE_URL"
+            " name it, with the right user and password.",
         ),
         (
             errors.Unsupported("chord is not supported", advice="Use a group."),

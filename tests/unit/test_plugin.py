@@ -81,9 +81,27 @@ HIDING = [
 def test_celery_itself_names_a_module_that_hides_ours(tmp_path: Path, name: str, how: list[str]) -> None:
     (tmp_path / f"{name}.py").write_text("")
     done = _python(*how, "-A", "platform", "report", folder=tmp_path)
-    assert done.returncode != 0
+    assert done.returncode == 78  # Exit.CONFIGURATION
+    assert "Traceback" not in done.stderr
     assert f"the module {name!r} of celery-capacity is hidden" in done.stderr
     assert str(tmp_path / f"{name}.py") in done.stderr
+
+
+RAISES = "import workers.plugin; from celery_capacity import SettingsError; raise {error}"
+
+
+def test_an_error_of_ours_that_nobody_caught_is_a_message_and_a_code() -> None:
+    done = _python("-c", RAISES.format(error="SettingsError(['PLATFORM_CPUS is wrong'])"), folder=Path("/"))
+    assert done.returncode == 78  # Exit.CONFIGURATION
+    assert done.stderr.startswith("celery-capacity: PLATFORM_CPUS is wrong ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_any_other_error_is_shown_as_ever() -> None:
+    done = _python("-c", RAISES.format(error="KeyError('theirs')"), folder=Path("/"))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("KeyError: 'theirs'\n")
 
 
 @pytest.mark.parametrize("name", ["workers", "routing"])

@@ -1,4 +1,4 @@
-"""What people read: exit codes, ages, bars, the words of a verdict."""
+"""What people read: ages, bars, the words of a verdict."""
 
 from __future__ import annotations
 
@@ -10,25 +10,8 @@ import pytest
 from rich.console import Console
 
 from platform import render
-from routing import errors
 from routing.overview import Overview, WorkerLine
 from routing.verify import INVARIANTS, Report, Verdict
-from workers.exits import Exit, code_of
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (errors.StoreUnavailable("x"), Exit.UNAVAILABLE),
-        (errors.NoServers("x"), Exit.UNAVAILABLE),
-        (errors.NotMigrated(), Exit.CONFIGURATION),
-        (errors.SettingsError(["x"]), Exit.CONFIGURATION),
-        (errors.InvalidRequest("x"), Exit.FAILED),
-        (errors.PlatformError("x"), Exit.FAILED),
-    ],
-)
-def test_every_error_ends_a_command_with_a_code_of_its_kind(error: errors.PlatformError, code: int) -> None:
-    assert code_of(error) == code
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,108 @@
+"""The schemas of what the commands print: complete, closed, and of one voice."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from routing.errors import PlatformError
+from routing.explain import Why
+from routing.states import State
+from tests.fixtures.processes import ROOT
+from tests.fixtures.shapes import SCHEMAS, assert_shape, commands, prints_json, schema
+
+NAMES = sorted(path.stem for path in SCHEMAS.glob("*.json"))
+
+
+def parts(of: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
+    """All schemas within a schema, with where they stand."""
+    yield path, of
+    for group in ("properties", "$defs"):
+        for name, one in of.get(group, {}).items():
+            yield from parts(one, f"{path}.{name}")
+    for word in ("items", "additionalProperties", "propertyNames"):
+        if isinstance(of.get(word), dict):
+            yield from parts(of[word], f"{path}.{word}")
+    for word in ("prefixItems", "anyOf"):
+        for number, one in enumerate(of.get(word, [])):
+            yield from parts(one, f"{path}.{word}[{number}]")
+
+
+def test_every_command_with_json_has_a_schema_and_no_other_is_there() -> None:
+    with_json = {name.replace(" ", "-") for name, command in commands().items() if prints_json(command)}
+    assert set(NAMES) == with_json | {"error"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_schema_is_one_and_names_what_prints_it(name: str) -> None:
+    found = schema(name)
+    Draft202012Validator.check_schema(found)
+    assert found["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
+    assert found["$id"].endswith(f":{name}")
+    assert name == "error" or f"celery -A platform {name.replace('-', ' ')} " in found["title"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_object_is_closed_and_every_property_described(name: str) -> None:
+    for where, part in parts(schema(name)):
+        kinds = part.get("type", [])
+        if "object" in ([kinds] if isinstance(kinds, str) else kinds):
+            # Either no other names than these, or a map from any name to one kind of value.
+            assert part.get("additionalProperties", True) is not True, where
+        for property_name, one in part.get("properties", {}).items():
+            assert one.get("description") or "$ref" in one, f"{where}.{property_name}"
+
+
+def test_what_two_schemas_call_by_one_name_is_one_thing() -> None:
+    shared: dict[str, Any] = {}
+    for name in NAMES:
+        for word, definition in schema(name).get("$defs", {}).items():
+            assert shared.setdefault(word, definition) == definition, f"{word} of {name}"
+    own = {"attempts", "why"}
+    line, file = schema("jobs")["items"]["properties"], schema("job")["properties"]
+    assert {word: file[word] for word in line} == line
+    assert own <= set(file) - set(line)
+
+
+def every(kind: type[PlatformError]) -> Iterator[type[PlatformError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from every(child)
+
+
+def test_the_words_of_the_schemas_are_those_of_the_code() -> None:
+    commands()  # loads what defines errors of its own
+    ours = {kind.reference for kind in every(PlatformError) if not kind.__module__.startswith("tests.")}
+    assert set(schema("error")["properties"]["reference"]["enum"]) == ours
+    assert schema("jobs")["$defs"]["state"]["enum"] == [state.value for state in State]
+    assert schema("job")["properties"]["why"]["properties"]["why"]["enum"] == [why.value for why in Why]
+
+
+def documented() -> Iterator[tuple[str, str]]:
+    """(command, example) of every JSON block of the reference."""
+    text = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        heading, _, body = section.partition("\n")
+        name = heading if heading in commands() else "error"
+        for block in re.findall(r"^```json\n(.*?)^```", body, re.MULTILINE | re.DOTALL):
+            yield name, block
+
+
+def test_the_reference_shows_an_example_of_each_shape_that_fits_it() -> None:
+    shown = list(documented())
+    for name, block in shown:
+        assert_shape(name, json.loads(block))
+    assert {name.replace(" ", "-") for name, _ in shown} == set(NAMES)
+
+
+def test_a_value_that_is_not_its_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = {"current": "0001", "head": "0001", "up_to_date": True}
+    assert_shape("db current", good)
+    for wrong in ({**good, "more": 1}, {**good, "up_to_date": "yes"}, {"current": None, "head": "0001"}):
+        with pytest.raises(AssertionError, match="not a db current"):
+            assert_shape("db current", wrong)
