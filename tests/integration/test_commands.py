@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from importlib import import_module
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery
-from click.testing import CliRunner, Result
+from click.testing import Result
 from sqlalchemy import Engine
 
 import migrations
 from routing import keys
-from routing.errors import SettingsError
 from routing.settings import Settings
+from tests.fixtures.commanding import Run, in_process
 from tests.fixtures.processes import Platform
 from tests.fixtures.staged import Stage
 from workers.exits import Exit
-from workers.stores import Stores
-
-Run = Callable[..., Result]
 
 
 @pytest.fixture
@@ -34,24 +27,9 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 
 
 @pytest.fixture
-def run(platform_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(platform_environment: dict[str, str]) -> Run:
     """`run("jobs", "--json")`: the command as Celery calls it, in this process."""
-    for name, value in platform_environment.items():
-        monkeypatch.setenv(name, value)
-    app: Any = Celery("looking", set_as_current=False)
-    app.platform = Stores()
-
-    def invoke(name: str, *arguments: str) -> Result:
-        command = import_module(f"platform.commands.{name}").command
-        result = CliRunner().invoke(command, list(arguments), obj=SimpleNamespace(app=app))
-        # An exit is how a command ends; anything else is a traceback for the person.
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return result
-
-    yield invoke
-    with suppress(SettingsError):
-        app.platform.engine.dispose()
-        app.platform.redis.close()
+    return in_process(platform_environment)
 
 
 def _json(result: Result) -> Any:
@@ -199,18 +177,15 @@ def test_verify_fails_where_the_books_are_wrong(stage: Stage, run: Run, monkeypa
     assert run("verify").stdout.splitlines()[-1] == "invariants: VIOLATED I6"
 
 
-def test_verify_without_redis_says_what_it_could_not_judge(
-    stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_without_redis_says_what_it_could_not_judge(stage: Stage, run: Run) -> None:
     stage.worker("a", cpus=4000)
-    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
-    result = run("verify")
+    result = run("verify", REDIS_URL="redis://127.0.0.1:1/0")
     assert result.exit_code == Exit.FAILED
     assert "the ledger does not answer or is cold" in result.stdout
     *_, passed, verdict = result.stdout.splitlines()
     assert passed == "2/4"
     assert verdict.startswith("invariants: NOT JUDGED, Redis does not answer")
-    value = _json(run("verify", "--json"))
+    value = _json(run("verify", "--json", REDIS_URL="redis://127.0.0.1:1/0"))
     assert (value["ok"], value["invariants"]) == (False, None)
 
 
@@ -308,22 +283,25 @@ def test_without_tables_every_command_says_what_to_run(stage: Stage, run: Run, n
 
 
 @pytest.mark.parametrize("name", ["cluster", "jobs", "verify", "reconcile"])
-def test_without_stores_every_command_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
-    monkeypatch.setenv("DATABASE_URL", "postgresql://me:secret@127.0.0.1:1/platform")
-    result = run(name, "--json")
-    assert result.exit_code == Exit.UNAVAILABLE
-    problem = _json(result)
-    assert problem["reference"] == "store-unavailable"
+def test_without_stores_every_command_says_so(run: Run, name: str) -> None:
+    away = {"REDIS_URL": "redis://127.0.0.1:1/0", "DATABASE_URL": "postgresql://me:secret@127.0.0.1:1/platform"}
+    result = run(name, **away)
+    assert (result.exit_code, result.stdout) == (Exit.UNAVAILABLE, "")
+    assert "127.0.0.1" in result.stderr
     assert "secret" not in result.output
 
 
-def test_wrong_settings_are_told_together(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PLATFORM_CPUS", "many")
-    monkeypatch.setenv("PLATFORM_WORKER_TTL", "soon")
-    result = run("cluster")
+def test_wrong_settings_are_told_together(run: Run) -> None:
+    result = run("cluster", PLATFORM_CPUS="many", PLATFORM_WORKER_TTL="soon")
     assert result.exit_code == Exit.CONFIGURATION
     assert "PLATFORM_CPUS" in result.stderr
+    assert "PLATFORM_WORKER_TTL" in result.stderr
+
+
+def test_a_slip_in_the_name_of_a_setting_is_told_beside_the_facts(run: Run) -> None:
+    result = run("jobs", PLATFORM_WORKR_TTL="60")
+    assert (result.exit_code, result.stdout) == (Exit.OK, "no jobs\n")
+    assert result.stderr.startswith("Warning: PLATFORM_WORKR_TTL is not a setting")
     assert "PLATFORM_WORKER_TTL" in result.stderr
 
 
