@@ -80,7 +80,7 @@ def test_progress_is_drawn_on_the_terminal_while_the_facts_go_to_a_pipe(platform
     assert ESCAPE in shown.screen
 
 
-@pytest.mark.parametrize("typed", ["n\n", "\n", "\x04"])  # no, the default, and Ctrl-D
+@pytest.mark.parametrize("typed", ["n\n", "\x04"])  # no, and Ctrl-D
 def test_a_question_is_asked_on_a_terminal_and_no_is_an_answer(platform: Platform, typed: str) -> None:
     shown = show(platform, "-A", "platform", "db", "downgrade", "base", typed=typed)
     assert "Take the tables back from" in shown.screen
