@@ -74,7 +74,7 @@ def run_for(client: redispy.Redis, settings: Settings, worker: str) -> list[Chec
             f"the heartbeat of {worker} is fresh",
             age is not None and age <= fresh,
             "no heartbeat" if age is None else f"it is {age:.1f} s old, and may be {fresh:g} s",
-            {"ages_seconds": {worker: age}},
+            {"ages_seconds": {worker: None if age is None else round(age, 3)}},
         ),
     ]
 

@@ -147,6 +147,12 @@ def test_verify_and_reconcile_while_work_runs(at_work: Run) -> None:
     assert answer(at_work, "reconcile")["all_repaired"] is True
 
 
+def test_verify_of_one_worker_that_is_there_or_not(at_work: Run) -> None:
+    assert answer(at_work, "verify", "--worker", "a")["passed"] == 2
+    missing = answer(at_work, "verify", "--worker", "nobody", code=Exit.FAILED)
+    assert [check["passed"] for check in missing["checks"]] == [False, False]
+
+
 def test_a_demo_in_which_jobs_failed() -> None:
     """Its report alone: what it takes to fail is somebody else's worker, or a defect."""
     replayed = Replayed("t", (trace.Job(0, 0.0, 1.0, 1000, 2),), 1.0, ())

@@ -211,15 +211,14 @@ def test_verify_of_a_worker_that_is_not_there_fails(stage: Stage, run: Run) -> N
     assert "no live worker is named a" in result.stdout
 
 
-def test_verify_of_one_worker_needs_no_postgres(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_of_one_worker_needs_no_postgres(stage: Stage, run: Run) -> None:
     stage.worker("a", cpus=4000)
-    monkeypatch.setenv("DATABASE_URL", "postgresql://me@127.0.0.1:1/platform")
-    assert run("verify", "--worker", "a").exit_code == Exit.OK
+    away = "postgresql://me@127.0.0.1:1/platform"
+    assert run("verify", "--worker", "a", DATABASE_URL=away).exit_code == Exit.OK
 
 
-def test_verify_of_one_worker_tells_a_ledger_that_does_not_answer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
-    result = run("verify", "--worker", "a")
+def test_verify_of_one_worker_tells_a_ledger_that_does_not_answer(run: Run) -> None:
+    result = run("verify", "--worker", "a", REDIS_URL="redis://127.0.0.1:1/0")
     assert result.exit_code == Exit.UNAVAILABLE
     assert "Redis does not answer" in result.stderr
 
