@@ -15,10 +15,12 @@ from sqlalchemy import Connection, Engine, text
 
 from routing import fence, outbox
 from routing import message as messages
+from routing.errors import NotAccepted, Unsupported
 from routing.message import Tag
 from routing.states import State
 from workers.attempts import Attempt, held
 from workers.delivery import deliver
+from workers.results import HOPELESS
 from workers.stores import Stores
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ def _deliver(app: Celery, connection: Connection, row: Any) -> bool:
         deliver(app.backend, box, speaker)
         if any("untold" in note for note in box.results):
             with held(speaker):
-                _tell(app, job, State(state), error or "", bytes(message))
+                _tell_anyhow(app, job, State(state), error or "", bytes(message))
     except Exception as problem:
         # It stays where it is: whatever hinders it now concerns the backend, not the job.
         logger.warning("what job %s left is not delivered yet: %s", job, problem)
@@ -74,9 +76,24 @@ def _deliver(app: Celery, connection: Connection, row: Any) -> bool:
     return True
 
 
-def _tell(app: Celery, job: str, state: State, error: str, message: bytes) -> None:
+def _tell_anyhow(app: Celery, job: str, state: State, error: str, message: bytes) -> None:
+    """The same though its message, or what it says is to be called, is such that nobody can make anything of it: then
+    whoever waits hears of the end, and no other job's end is kept back."""
+    try:
+        request = context_of(app, message)
+    except Exception as problem:
+        # Nothing is asked of a store in there: it lies in the message, and will lie there the next time.
+        logger.warning("the message of job %s cannot be read, its result alone is told: %s", job, problem)
+        request = Context(id=job)
+    try:
+        _tell(app, job, state, error, request)
+    except (*HOPELESS, Unsupported, NotAccepted):
+        logger.exception("what follows job %s cannot be called, its result alone is told", job)
+        _tell(app, job, state, error, Context(id=job))
+
+
+def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> None:
     """The result of a job that ended while no worker held it; its chord and its callbacks hear of it too."""
-    request = context_of(app, message)
     if state is State.SUCCEEDED:
         # It ended itself (`celery_capacity.fenced`), and its process died before it could return anything; or its value
         # was stored with its end, of which Postgres did not hear: that one stays.

@@ -1,0 +1,70 @@
+"""Delivering what ended jobs left: each once, whatever the others are like."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from celery import Celery
+from sqlalchemy import Engine, text
+
+from routing.outbox import UNTOLD
+from routing.settings import Settings
+from routing.states import State
+from tests.fixtures.staged import Stage
+from workers.app import create_app
+from workers.control import end_before_start
+from workers.stores import Stores
+from workers.undelivered import deliver_rows
+
+#: Bodies of old producers of which no arguments can be made.
+UNREADABLE = (b"no JSON", b"[]", b"[[], {}, [1]]", b"[[], {}, {\"errbacks\": 1}]")
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def app(stage: Stage, settings: Settings) -> Iterator[Celery]:
+    app = create_app("undelivered", resolve=lambda _: settings)
+    yield app
+    stores: Stores = app.platform
+    stores.sending.close()
+    app.close()
+    stores.engine.dispose()
+
+
+def accept(app: Celery, job: str, body: bytes = b"[[], {}, {}]", **headers: object) -> None:
+    wire = {"task": "some.task", "id": job, **headers}
+    app.amqp.job_sender.accept_raw(body, "application/json", "utf-8", wire, "celery", {})
+
+
+def test_a_job_whose_message_cannot_be_read_keeps_back_no_other(app: Celery, stage: Stage) -> None:
+    jobs = [f"a-{number}" for number in range(len(UNREADABLE))]
+    for job, body in zip(jobs, UNREADABLE, strict=True):
+        accept(app, job, body)
+    accept(app, "b")
+    for job in [*jobs, "b"]:
+        assert end_before_start(app.platform, job, State.CANCELLED, "revoked")
+    deliver_rows(app, app.platform)
+    assert [app.backend.get_state(job) for job in [*jobs, "b"]] == ["REVOKED"] * (len(jobs) + 1)
+    assert [stage.row(job).outbox for job in [*jobs, "b"]] == [None] * (len(jobs) + 1)
+
+
+def test_a_callback_that_cannot_be_called_keeps_back_no_other(app: Celery, stage: Stage) -> None:
+    jobs = ["a-1", "a-2", "b"]
+    for job, options in (("a-1", {"queue": "elsewhere"}), ("a-2", {"priority": "high"}), ("b", {})):
+        errback = app.signature("some.errback", options=options)
+        accept(app, job, json.dumps([[], {}, {"errbacks": [errback]}]).encode())
+    stage.sql("UPDATE jobs SET state = 'lost', finished_at = now(), outbox = :untold", untold=UNTOLD)
+    deliver_rows(app, app.platform)
+    assert [app.backend.get_state(job) for job in jobs] == ["FAILURE"] * 3
+    assert [stage.row(job).outbox for job in jobs] == [None] * 3
+    with stage.engine.connect() as connection:
+        called = connection.execute(text("SELECT parent_id FROM jobs WHERE name = 'some.errback'")).scalars().all()
+    assert called == ["b"]
