@@ -20,6 +20,7 @@ from routing.message import Tag
 from routing.states import State
 from workers.attempts import Attempt, held
 from workers.delivery import deliver
+from workers.pull import transactions
 from workers.results import HOPELESS
 from workers.stores import Stores
 
@@ -33,18 +34,24 @@ _LEFT: Final = text(
     "WHERE outbox IS NOT NULL AND (CAST(:ids AS text[]) IS NULL OR id = ANY(CAST(:ids AS text[]))) "
     "ORDER BY id LIMIT :most"
 )
+#: Nobody else delivers a row that is locked, and one that was delivered since it was read is delivered no more.
+_MINE: Final = text("SELECT id FROM jobs WHERE id = :id AND outbox = :outbox FOR UPDATE SKIP LOCKED")
 _DONE: Final = text("UPDATE jobs SET outbox = NULL WHERE id = :id AND outbox = :outbox")
 
 
 def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> int:
     """Deliver for all jobs, or `only` these; returns for how many. Stops where the backend does not take one."""
     delivered = 0
-    with stores.engine.connect() as connection:
-        rows = connection.execute(_LEFT, {"ids": only, "most": MOST}).all()
+    with transactions(stores.engine).connect() as connection:
+        with connection.begin():
+            rows = connection.execute(_LEFT, {"ids": only, "most": MOST}).all()
         for row in rows:
-            if not _deliver(app, connection, row):
-                break
-            delivered += 1
+            with connection.begin():
+                if connection.execute(_MINE, {"id": row.id, "outbox": row.outbox}).first() is None:
+                    continue
+                if not _deliver(app, connection, row):
+                    break
+                delivered += 1
     return delivered
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from routing.outbox import UNTOLD
 from routing.settings import Settings
 from routing.states import State
 from tests.fixtures.staged import Stage
+from workers import undelivered
 from workers.app import create_app
 from workers.control import end_before_start
 from workers.stores import Stores
@@ -68,3 +70,28 @@ def test_a_callback_that_cannot_be_called_keeps_back_no_other(app: Celery, stage
     with stage.engine.connect() as connection:
         called = connection.execute(text("SELECT parent_id FROM jobs WHERE name = 'some.errback'")).scalars().all()
     assert called == ["b"]
+
+
+def test_two_who_deliver_at_once_call_what_follows_once(
+    app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass may last longer than the turn of its duty; and whoever revokes delivers by himself."""
+    accept(app, "job", json.dumps([[], {}, {"errbacks": [app.signature("some.errback")]}]).encode())
+    stage.sql("UPDATE jobs SET state = 'lost', finished_at = now(), outbox = :untold", untold=UNTOLD)
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        began.set()
+        assert go_on.wait(20.0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(undelivered, "deliver", slow)
+        first = threading.Thread(target=deliver_rows, args=(app, app.platform))
+        first.start()
+        assert began.wait(20.0)
+    assert deliver_rows(app, app.platform) == 0
+    go_on.set()
+    first.join()
+    assert stage.row("job").outbox is None
+    with stage.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM jobs WHERE name = 'some.errback'")).scalar_one() == 1
