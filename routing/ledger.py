@@ -104,6 +104,9 @@ class Ledger(LedgerServer):
     def _submitted(self, job: str, shape: str, reply: list[str]) -> Submitted:
         if reply[0] == "admitted":
             return Submitted("admitted", worker=reply[1], attempt=int(reply[2]))
+        if reply[0] == "late":
+            self.hear(int(reply[1]))
+            return Submitted("late")
         if reply[0] == "waiting":
             placed = self.place(shape, reply[1], reply[2]) if reply[1] else []
             own = next((one for one in placed if one.job == job), None)
@@ -323,7 +326,7 @@ class Ledger(LedgerServer):
 
     def lapsed_workers(self, grace_ms: int = 0) -> list[str]:
         """The workers whose leases ran out, so many milliseconds ago."""
-        found = self._guard(lambda: self.client.zrangebyscore(keys.LEASES, "-inf", self.now_ms() - grace_ms))
+        found = self._guard(lambda: self.client.zrangebyscore(keys.LEASES, "-inf", self.measure() - grace_ms))
         return [item.decode() for item in found]
 
     def adopt(self, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[str]:

@@ -79,6 +79,17 @@ class LedgerServer:
         after = time.time()
         self._clock_offset_ms = (int(seconds) + int(micros) / 1e6 - (before + after) / 2) * 1000
 
+    def measure(self) -> int:
+        """The server's clock in milliseconds, asked for: either clock may have been set since a connection was made."""
+        seconds, micros = self._guard(lambda: self.client.time())
+        self.hear(seconds * 1000 + micros / 1000)
+        return self.now_ms()
+
+    def hear(self, server_ms: float) -> None:
+        """The server's clock as an answer names it. (Where that was slow to come, deadlines are earlier by as much from
+        here on, never later.)"""
+        self._clock_offset_ms = server_ms - time.time() * 1000
+
     def descriptors(self) -> list[int]:
         """The sockets of this handle, as numbers: for a child that inherited them."""
         sockets = [getattr(connection, "_sock", None) for connection in self._connections]

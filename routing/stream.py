@@ -48,7 +48,7 @@ def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
 
 def read(ledger: Ledger, *, older_than_ms: int = 0, after: str = "-", most: int = CHUNK) -> list[Transition]:
     """The oldest entries, those that are at least so many milliseconds old."""
-    newest = f"{ledger.now_ms() - older_than_ms}-0" if older_than_ms else "+"
+    newest = f"{ledger.measure() - older_than_ms}-0" if older_than_ms else "+"
     try:
         found: Any = ledger.client.xrange(keys.STREAM, min=after, max=newest, count=most)
     except RedisError as error:

@@ -3,7 +3,7 @@
 -- ARGV: epoch, run_id, deadline (ms of the server), job, shape, order, message, attempt (admissions so far), losses, submitted (ms),
 --   rerun (0: its first lost attempt ends it), digest of the message
 -- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when every candidate was looked at)
---   | {exists, state} | {late} | {cold} | {epoch, current}
+--   | {exists, state} | {late, now (ms)} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read; independent of the number of workers and of waiting jobs
 -- Repeat: harmless: a job that is known (or ended within the last 60 s, by its tombstone) is left as it is
 local epoch, run_id, deadline, id = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
@@ -17,7 +17,7 @@ end
 local now = clock()
 if now > deadline then
   count('refused.late', 1)
-  return {'late'}
+  return {'late', int(now)}
 end
 local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt')
 if known[1] and (known[1] ~= 'ended' or known[2] or tonumber(known[3]) > tonumber(attempt)) then

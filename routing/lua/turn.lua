@@ -7,4 +7,8 @@
 -- Repeat: harmless: the turn is taken by then, and duties may be done twice
 local duty, caller, interval = ARGV[1], ARGV[2], ARGV[3]
 local taken = redis.call('SET', KEY.duty .. duty, caller, 'NX', 'PX', interval)
+if not taken and redis.call('PTTL', KEY.duty .. duty) > tonumber(interval) then
+  -- An expiry is a time, and the server's clock was set back since: nobody would have a turn until it is that late again.
+  taken = redis.call('SET', KEY.duty .. duty, caller, 'PX', interval)
+end
 return {'ok', taken and '1' or '0'}

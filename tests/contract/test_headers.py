@@ -158,7 +158,7 @@ BINDINGS: Final = {
             ("admitted", "w", "1"): "Submitted(state='admitted', worker='w', attempt=1, was=None)",
             ("waiting", "", ""): "Submitted(state='waiting', worker=None, attempt=None, was=None)",
             ("exists", "running"): "Submitted(state='exists', worker=None, attempt=None, was='running')",
-            ("late",): "Submitted(state='late', worker=None, attempt=None, was=None)",
+            ("late", "5"): "Submitted(state='late', worker=None, attempt=None, was=None)",
         },
     ),
     "succeed": Binding(lambda ledger: ledger.succeed("a"), 0, {("ok",): "True", ("missing",): "False"}),
