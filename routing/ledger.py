@@ -312,11 +312,12 @@ class Ledger(LedgerServer):
         """End the lease of an incarnation that is known to be dead."""
         self._call("condemn", *self._gate(), worker, incarnation)
 
-    def lapse(self, worker: str, grace_ms: int, most_losses: int) -> Lapsed:
-        """Close a worker whose lease ran out; take its jobs back once `grace_ms` are over too."""
+    def lapse(self, worker: str, grace_ms: int, most_losses: int, most: int = LAPSE_CHUNK) -> Lapsed:
+        """Close a worker whose lease ran out; take its jobs back once `grace_ms` are over too, so many at a time (0:
+        only say that it is `due`)."""
         taken = 0
         while True:
-            reply = self._call("lapse", *self._gate(), worker, grace_ms, most_losses, LAPSE_CHUNK)
+            reply = self._call("lapse", *self._gate(), worker, grace_ms, most_losses, most)
             if reply[0] in ("more", "gone"):
                 taken += len(reply) - 2
                 for shape in dict.fromkeys(reply[2:]):
@@ -324,9 +325,9 @@ class Ledger(LedgerServer):
             if reply[0] != "more":
                 return Lapsed(reply[0], incarnation=reply[1] if len(reply) > 1 else None, taken_back=taken)
 
-    def lapsed_workers(self, grace_ms: int = 0) -> list[str]:
-        """The workers whose leases ran out, so many milliseconds ago."""
-        found = self._guard(lambda: self.client.zrangebyscore(keys.LEASES, "-inf", self.measure() - grace_ms))
+    def lapsed_workers(self) -> list[str]:
+        """The workers whose leases ran out."""
+        found = self._guard(lambda: self.client.zrangebyscore(keys.LEASES, "-inf", self.measure()))
         return [item.decode() for item in found]
 
     def adopt(self, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[str]:

@@ -162,7 +162,8 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class Lapsed:
-    """`verdict`: alive, closed (just now; its jobs are taken back later), waits (for that), gone or unknown."""
+    """`verdict`: alive, closed (just now; its jobs are taken back later), waits (for that), due (for it), gone or
+    unknown."""
 
     verdict: str
     incarnation: str | None

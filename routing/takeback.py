@@ -7,22 +7,11 @@ nothing is taken back yet.
 
 from __future__ import annotations
 
-from typing import Final
-
 from sqlalchemy import Engine
 
 from routing import books, fence, roster, stream
 from routing.ledger import Ledger
 from routing.replies import Lapsed
-
-#: Milliseconds of grace that no lease ever outlives. The lease of a condemned worker ended at 0, so it is longer than
-#: any clock shows.
-NEVER_MS: Final = 10**14
-
-
-def close(ledger: Ledger, worker: str) -> Lapsed:
-    """Admit nothing more to a worker whose lease ran out; what it holds stays with it."""
-    return ledger.lapse(worker, NEVER_MS, ledger.settings.most_losses)
 
 
 def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, grace_ms: int) -> Lapsed:

@@ -150,7 +150,9 @@ class Registration:
         """What the duty `lapse` does: closes workers whose leases ran out, and takes back the jobs of those that are
         LOST."""
         grace_ms = round((self._settings.lost_after - self._settings.worker_ttl) * 1000)
-        for worker in self._ledger.lapsed_workers(grace_ms):
+        for worker in self._ledger.lapsed_workers():
+            if self._ledger.lapse(worker, grace_ms, self._settings.most_losses, most=0).verdict != "due":
+                continue
             takeback.take_back(self._engine, self._ledger, worker, self._lives[worker].incarnation, grace_ms)
 
     def empty(self) -> None:

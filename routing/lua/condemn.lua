@@ -14,7 +14,7 @@ end
 if redis.call('HGET', KEY.book .. worker, 'incarnation') ~= incarnation then
   return {'unknown'}
 end
-redis.call('HSET', KEY.book .. worker, 'lease', '0', 'status', 'closed')
+redis.call('HSET', KEY.book .. worker, 'lease', '0', 'lapsed', '0', 'status', 'closed')
 redis.call('ZADD', KEY.leases, '0', worker)
 redis.call('ZREM', KEY.free, worker)
 redis.call('DEL', KEY.view .. worker)

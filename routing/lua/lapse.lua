@@ -1,8 +1,9 @@
 #!lua flags=allow-oom
 -- Does: closes a worker whose lease ran out and, when the grace is over too, takes its jobs back as new attempts.
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, free, leases, view, allocated, allocated_cpus
--- ARGV: epoch, run_id, worker, grace (ms after the end of the lease), most_losses, most jobs to take back in this call
--- Replies: {alive} | {closed (just now) | waits (for the grace, as before), incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
+-- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that: the clock may have
+--   been set meanwhile), most_losses, most jobs to take back in this call (0: none, say whether it is time)
+-- Replies: {alive} | {closed (just now) | waits (for the grace, as before) | due, incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands for each job taken back
 -- Repeat: harmless: goes on where it stopped
 local epoch, run_id, worker = ARGV[1], ARGV[2], ARGV[3]
@@ -30,8 +31,15 @@ if book.status == 'ready' then
 end
 redis.call('ZREM', KEY.free, worker)
 redis.call('DEL', KEY.view .. worker)
-if now < book.lease + grace then
+if not book.lapsed then
+  book.lapsed = int(now)
+  redis.call('HSET', KEY.book .. worker, 'lapsed', book.lapsed)
+end
+if now < math.max(book.lease, tonumber(book.lapsed)) + grace then
   return {verdict, book.incarnation or ''}
+end
+if most == 0 then
+  return {'due', book.incarnation or ''}
 end
 local reply, changed, taken = {'gone', book.incarnation or ''}, {}, 0
 for _, id in ipairs(redis.call('HKEYS', KEY.held .. worker)) do

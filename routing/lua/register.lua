@@ -45,6 +45,7 @@ for name, amount in pairs(amounts_of(capacity)) do
   redis.call('HSETNX', key, 'a.' .. name, '0')
 end
 redis.call('HSET', key, unpack(fields))
+redis.call('HDEL', key, 'lapsed')
 redis.call('ZADD', KEY.leases, int(now + ttl), worker)
 redis.call('DEL', KEY.view .. worker)
 redis.call('HSET', KEY.view .. worker, unpack(ARGV, 10))

@@ -25,6 +25,9 @@ if book.status == 'closed' then
   book.status = 'ready'
 end
 redis.call('HSET', KEY.book .. worker, 'lease', int(book.lease), 'status', book.status)
+if book.lapsed then
+  redis.call('HDEL', KEY.book .. worker, 'lapsed')
+end
 redis.call('ZADD', KEY.leases, int(book.lease), worker)
 if view_size > 0 then
   redis.call('HSET', KEY.view .. worker, unpack(ARGV, 9, 8 + view_size))

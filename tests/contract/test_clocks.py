@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from routing import keys
-from tests.fixtures.books import open_ledger
+from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import Cluster
 
 HOUR_MS = 3_600_000
@@ -38,3 +38,50 @@ def test_what_is_submitted_is_taken_again_after_the_clock_was_set_forward(cluste
     assert cluster.submit("first") is None
     assert cluster.state("first") is None
     assert cluster.submit("first") == "w"
+
+
+def test_a_clock_that_is_set_forward_takes_no_job_from_a_worker_that_lives(cluster: Cluster) -> None:
+    """All leases run out at once, long ago, and each worker renews its own within the renew interval."""
+    cluster.run("job")
+    set_forward(cluster, HOUR_MS)
+    assert looked_at(cluster) == "closed"
+    assert looked_at(cluster) == "waits"
+    assert cluster.lapse(grace_ms=GRACE_MS) == "waits"
+    assert cluster.renew("job")
+    assert cluster.book()["status"] == "ready"
+    assert cluster.end("job", "1.1").verdict == "released"
+
+
+def test_a_worker_that_stays_silent_is_lost_when_the_grace_is_over_since_somebody_saw_it(cluster: Cluster) -> None:
+    cluster.run("job")
+    set_forward(cluster, HOUR_MS)
+    assert looked_at(cluster) == "closed"
+    cluster.client.hincrby(keys.book("w"), "lapsed", -GRACE_MS)
+    assert looked_at(cluster) == "due"
+    assert cluster.state("job") == "running"
+    assert cluster.lapse(grace_ms=GRACE_MS) == "gone"
+    assert cluster.state("job") == "waiting"
+
+
+def test_a_worker_that_renewed_has_the_whole_grace_again(cluster: Cluster) -> None:
+    set_forward(cluster, HOUR_MS)
+    looked_at(cluster)
+    cluster.client.hincrby(keys.book("w"), "lapsed", -GRACE_MS)
+    assert cluster.renew()
+    set_forward(cluster, HOUR_MS)
+    assert looked_at(cluster) == "closed"
+    cluster.register()
+    set_forward(cluster, HOUR_MS)
+    assert looked_at(cluster) == "closed"
+
+
+def set_forward(cluster: Cluster, by_ms: int) -> None:
+    """What the clock of the server, set forward, makes of the lease of `w`."""
+    end = int(cluster.book()["lease"]) - by_ms - HOUR_MS
+    cluster.client.hset(keys.book("w"), "lease", end)
+    cluster.client.zadd(keys.LEASES, {"w": end})
+
+
+def looked_at(cluster: Cluster) -> str:
+    """What the duty finds, before it takes anything back."""
+    return cluster.ledger.lapse("w", GRACE_MS, MOST_LOSSES, most=0).verdict

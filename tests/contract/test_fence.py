@@ -199,13 +199,13 @@ def test_nothing_is_taken_back_while_postgres_does_not_answer(stage: Stage) -> N
     assert lose(stage) == 1
 
 
-def test_closing_a_worker_that_is_known_to_be_dead_takes_nothing_back(stage: Stage) -> None:
+def test_looking_at_a_worker_that_is_known_to_be_dead_takes_nothing_back(stage: Stage) -> None:
     """Its jobs wait for `take_back`, which asks Postgres first what they had committed: none of them runs again."""
     committed = running(stage)
     assert commit(stage, committed)
     stage.worker("b", cpus=4000)
     stage.ledger.condemn("a", "a-life")
-    assert takeback.close(stage.ledger, "a").verdict == "waits"
+    assert stage.ledger.lapse("a", 0, MOST_LOSSES, most=0).verdict == "due"
     assert stage.redis.hget(keys.held("a"), committed) == b"1.1"
     assert lose(stage) == 0
     assert not stage.redis.exists(keys.held("b"))

@@ -98,6 +98,7 @@ BINDINGS: Final = {
             ("alive",): "Lapsed(verdict='alive', incarnation=None, taken_back=0)",
             ("closed", "life"): "Lapsed(verdict='closed', incarnation='life', taken_back=0)",
             ("waits", "life"): "Lapsed(verdict='waits', incarnation='life', taken_back=0)",
+            ("due", "life"): "Lapsed(verdict='due', incarnation='life', taken_back=0)",
             (("more", "life", "s", "s"), ("gone", "life", "t")): (
                 "Lapsed(verdict='gone', incarnation='life', taken_back=3)"
             ),

@@ -33,11 +33,10 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
     # A worker renews within the renew interval: after a gap each had the chance to be seen before it is given up.
     watched = window is None or window.seconds() >= min(settings.lost_after, settings.renew_interval * 2)
     closed = lost = taken = 0
-    over = set(stores.ledger.lapsed_workers(grace_ms)) if watched else set()
     for worker in stores.ledger.lapsed_workers():
-        found = takeback.close(stores.ledger, worker)
+        found = stores.ledger.lapse(worker, grace_ms, settings.most_losses, most=0)
         closed += found.verdict == "closed"
-        if worker in over and found.incarnation:
+        if watched and found.verdict == "due" and found.incarnation:
             with stores.engine.connect() as connection:
                 life = roster.find_worker(connection, found.incarnation)
             orphans.see_to(life, boot_id())
