@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from typing import Final
 
 from celery import Celery
+from sqlalchemy.exc import OperationalError
 
 from routing import roster, takeback
 from workers import orphans
 from workers.identity import boot_id
 from workers.stores import Stores
+
+
+logger = logging.getLogger(__name__)
+
+#: SQLSTATE: a lock was waited for in vain.
+LOCKED: Final = "55P03"
 
 
 class Window:
@@ -40,7 +49,14 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
             with stores.engine.connect() as connection:
                 life = roster.find_worker(connection, found.incarnation)
             orphans.see_to(life, boot_id())
-            given_up = takeback.take_back(stores.engine, stores.ledger, worker, found.incarnation, grace_ms)
+            try:
+                given_up = takeback.take_back(stores.engine, stores.ledger, worker, found.incarnation, grace_ms)
+            except OperationalError as error:
+                if getattr(error.orig, "pgcode", None) != LOCKED:
+                    raise
+                # It hangs within a commit (`routing.fence`), which the server ends some time. The others do not wait.
+                logger.warning("worker %s is lost, but a row of its jobs is locked: they are taken back later", worker)
+                continue
             taken += given_up.taken_back
             lost += given_up.verdict == "gone"
     return {"closed": closed, "lost": lost, "taken_back": taken}
