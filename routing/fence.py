@@ -46,14 +46,23 @@ INSERT INTO attempts (job_id, epoch, attempt, worker, incarnation, ended_at, out
 SELECT j.id, :epoch, :attempt, j.worker, :incarnation, j.finished_at, '{State.SUCCEEDED.value}' FROM j
 ON CONFLICT (job_id, epoch, attempt) DO UPDATE SET
   ended_at = coalesce(attempts.ended_at, excluded.ended_at), outcome = coalesce(attempts.outcome, excluded.outcome)
-RETURNING job_id
+RETURNING job_id, set_config('idle_in_transaction_session_timeout', CAST(:hangs_ms AS text), true)
 """)
 
 
-def commit(connection: Connection, attempt: Publisher) -> bool:
+#: Seconds after which a transaction is taken for one whose worker is lost, where nobody says otherwise.
+HANGS_AFTER: Final = 75.0
+
+
+def commit(connection: Connection, attempt: Publisher, hangs_after: float = HANGS_AFTER) -> bool:
     """End the job as succeeded by this attempt, with the caller's transaction. False where it may not: it lost its
-    lease, or the job has ended. (Postgres may be behind: the row may still be of an older attempt.)"""
+    lease, or the job has ended. (Postgres may be behind: the row may still be of an older attempt.)
+
+    From here to the end of the transaction the row is locked, and whoever gives the worker up waits for it: where
+    nothing is said for `hangs_after` seconds (its machine went away, it is stopped), the server ends the transaction.
+    """
     values = {
+        "hangs_ms": max(1, round(hangs_after * 1000)),
         "job": attempt.job,
         "epoch": attempt.epoch,
         "attempt": attempt.attempt,

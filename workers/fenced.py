@@ -84,7 +84,9 @@ def _elsewhere(where: str) -> InvalidRequest:
 
 def _end(session: Session, attempt: Attempt) -> None:
     connection = session.connection()
-    if fence.commit(connection, attempt.publisher):
+    stores = getattr(current_app, "platform", None)
+    hangs_after = stores.settings.lost_after if isinstance(stores, Stores) else fence.HANGS_AFTER
+    if fence.commit(connection, attempt.publisher, hangs_after):
         return
     why, itself = fence.why_not(connection, attempt.publisher)
     where = f"attempt {attempt.tag.attempt} of job {attempt.tag.job}"
@@ -92,7 +94,6 @@ def _end(session: Session, attempt: Attempt) -> None:
         raise PlatformError(
             f"{where} cannot end its job once more: {why}", advice="Leave one fenced() block in an attempt."
         )
-    stores = getattr(current_app, "platform", None)
     if isinstance(stores, Stores):
         stores.sending.ask(lambda ledger: ledger.count("stale.commit"))
     raise LeaseLost(f"{where} lost its lease: {why}; what it changed is rolled back")
