@@ -73,6 +73,9 @@ class Row:
         if self.step == Step.COMMITTED:
             # It ended the job itself, and its body goes on: its worker releases it.
             return (card.state, card.token) == (State.RUNNING, token)
+        if self.step == Step.GIVEN_UP and card.state in HOLDING:
+            # It lives after all, and what it claimed since is not written any more: its end is.
+            return (card.token, card.worker) == (token, self.worker)
         if self.state != card.state:
             return False
         return self.state == State.WAITING or (card.token, card.worker) == (token, self.worker)

@@ -27,7 +27,7 @@ def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, gra
                 return Lapsed("waits", incarnation, 0)
             fence.close(connection, job, epoch, attempt)
     found = ledger.lapse(worker, grace_ms, ledger.settings.most_losses)
-    if found.verdict == "alive":
+    if (found.verdict, found.incarnation) == ("alive", incarnation):
         # It renewed its lease just now: its next attempts may speak. (Those that it has may not commit any more.)
         with engine.connect() as connection:
             roster.revive_worker(connection, incarnation)

@@ -3,7 +3,7 @@
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, free, leases, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that: the clock may have
 --   been set meanwhile), most_losses, most jobs to take back in this call (0: none, say whether it is time)
--- Replies: {alive} | {closed (just now) | waits (for the grace, as before) | due, incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
+-- Replies: {alive, incarnation} | {closed (just now) | waits (for the grace, as before) | due, incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands for each job taken back
 -- Repeat: harmless: goes on where it stopped
 local epoch, run_id, worker = ARGV[1], ARGV[2], ARGV[3]
@@ -20,7 +20,7 @@ if not book then
   return {'unknown'}
 end
 if book.lease > now then
-  return {'alive'}
+  return {'alive', book.incarnation or ''}
 end
 local verdict = 'waits'
 -- One that drains stays so: should it be alive after all, it is not open again.

@@ -95,7 +95,7 @@ BINDINGS: Final = {
         lambda ledger: ledger.lapse("w", 15_000, 3),
         0,
         {
-            ("alive",): "Lapsed(verdict='alive', incarnation=None, taken_back=0)",
+            ("alive", "life"): "Lapsed(verdict='alive', incarnation='life', taken_back=0)",
             ("closed", "life"): "Lapsed(verdict='closed', incarnation='life', taken_back=0)",
             ("waits", "life"): "Lapsed(verdict='waits', incarnation='life', taken_back=0)",
             ("due", "life"): "Lapsed(verdict='due', incarnation='life', taken_back=0)",

@@ -8,8 +8,9 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from routing import fence
+from routing import fence, takeback
 from routing.accept import Publisher
+from routing.reconcile import reconcile
 from routing.settings import Settings
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
@@ -59,10 +60,11 @@ def test_a_lost_worker_whose_commit_hangs_does_not_keep_the_jobs_of_others(
 
 def test_a_commit_that_hangs_for_longer_than_a_worker_may_is_ended_by_the_server(engine: Engine, stage: Stage) -> None:
     job = running(stage, "a")
-    with engine.connect() as connection, pytest.raises(OperationalError), connection.begin():
+    with engine.connect() as connection:
         assert fence.commit(connection, Publisher(job, stage.ledger.epoch, 1, "a-life"), hangs_after=0.05)
         until(lambda: takes(stage, job), "the row is free")
-        connection.execute(text("SELECT 1"))
+        with pytest.raises(OperationalError):
+            connection.execute(text("SELECT 1"))
     assert stage.row(job).state == "running"
 
 
@@ -70,3 +72,29 @@ def takes(stage: Stage, job: str) -> bool:
     with stage.engine.connect() as connection:
         query = text("SELECT count(*) FROM (SELECT FROM jobs WHERE id = :id FOR UPDATE SKIP LOCKED) AS free")
         return bool(connection.execute(query, {"id": job}).scalar_one())
+
+
+def status(stage: Stage, incarnation: str) -> str:
+    with stage.engine.connect() as connection:
+        query = text("SELECT status FROM workers WHERE incarnation = :incarnation")
+        return str(connection.execute(query, {"incarnation": incarnation}).scalar_one())
+
+
+def test_a_life_that_is_over_is_not_revived_by_the_next_one_of_its_name(stage: Stage) -> None:
+    """Two take the same life back; the slower one meets a worker that has the name by then."""
+    running(stage, "a")
+    stage.sql("UPDATE workers SET incarnation = 'a-former', name = 'a', status = 'lost'")
+    stage.worker("a", cpus=1000)
+    takeback.take_back(stage.engine, stage.ledger, "a", "a-former", 0)
+    assert (status(stage, "a-former"), status(stage, "a-life")) == ("lost", "ready")
+
+
+def test_what_a_worker_claims_that_was_nearly_given_up_is_left_to_it(stage: Stage) -> None:
+    """It woke up with a message in its queue, at the moment in which its jobs were about to be taken back."""
+    stage.worker("a", cpus=1000)
+    job = stage.submit(cpus=1000)
+    assert takeback.take_back(stage.engine, stage.ledger, "a", "a-life", 0).verdict == "alive"
+    stage.start(job)
+    assert reconcile(stage.engine, stage.ledger).to_json()["kinds"] == {}
+    stage.end(job)
+    assert (stage.row(job).state, stage.row(job).attempt) == ("succeeded", 1)

@@ -14,7 +14,6 @@ from workers import orphans
 from workers.identity import boot_id
 from workers.stores import Stores
 
-
 logger = logging.getLogger(__name__)
 
 #: SQLSTATE: a lock was waited for in vain.
