@@ -78,19 +78,22 @@ class Recorder(threading.Thread):
                 batch, self._pending = self._pending[:MOST], self._pending[MOST:]
                 calls, self._calls = self._calls, []
                 self._writing = True
+            written = False
             try:
                 written = self._write(batch)
                 for action in calls:
                     self._run(action)
             finally:
                 with self._changed:
+                    # In one step: whoever flushes must find what was not written here or there.
                     self._writing = False
+                    if not written:
+                        self._pending = batch + self._pending
                     self._changed.notify_all()
             if written:
                 failures = 0
                 continue
             with self._changed:
-                self._pending = batch + self._pending
                 if self._stopping:
                     # The stream has them: whoever runs the duty writes them.
                     return
