@@ -19,8 +19,11 @@ if now > deadline then
   count('refused.late', 1)
   return {'late', int(now)}
 end
-local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt')
-if known[1] and (known[1] ~= 'ended' or known[2] or tonumber(known[3]) > tonumber(attempt)) then
+local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became')
+-- What its last attempt ended may go on all the same, with a successor of which only Postgres was told: then its row has
+-- that attempt. (One that was revoked or expired does not; and what was submitted before has an older attempt.)
+local went_on = known[4] and known[5] ~= 'cancelled' and known[5] ~= 'expired' and tonumber(known[3]) == tonumber(attempt)
+if known[1] and (known[1] ~= 'ended' or (known[2] and not went_on) or tonumber(known[3]) > tonumber(attempt)) then
   return {'exists', known[1]}
 end
 local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
