@@ -58,6 +58,8 @@ class Taken:
     losses: int
     started_ms: int
     message: str
+    #: False: its first lost attempt ends it.
+    rerun: bool = True
 
 
 # Two ordered parts, each by its own index: what waits, and what is due. Shapes that do not fit are left out here, so
@@ -124,13 +126,14 @@ WITH chosen AS (
     worker = :worker, incarnation = :incarnation, admitted_at = clock_timestamp(), started_at = clock_timestamp(),
     error = NULL
   FROM chosen WHERE jobs.id = chosen.id
-  RETURNING jobs.id, jobs.attempt, jobs.shape, jobs.priority, jobs.seq, jobs.losses, jobs.message, jobs.started_at
+  RETURNING jobs.id, jobs.attempt, jobs.shape, jobs.priority, jobs.seq, jobs.losses, jobs.message, jobs.started_at,
+    jobs.rerun
 ), a AS (
   INSERT INTO attempts (job_id, epoch, attempt, worker, incarnation, admitted_at, started_at)
   SELECT id, :epoch, attempt, :worker, :incarnation, started_at, started_at FROM taken
   ON CONFLICT DO NOTHING
 )
-SELECT id, attempt, shape, losses, (extract(epoch FROM started_at) * 1000)::bigint, message
+SELECT id, attempt, shape, losses, (extract(epoch FROM started_at) * 1000)::bigint, message, rerun
 FROM taken ORDER BY -priority, seq
 """)
 
@@ -139,9 +142,9 @@ def take(connection: Connection, epoch: int, worker: str, incarnation: str, jobs
     """Make attempts of these jobs, those of them that still wait; none where Postgres does not decide in this epoch."""
     rows = connection.execute(_TAKE, {"ids": list(jobs), "epoch": epoch, "worker": worker, "incarnation": incarnation})
     taken = []
-    for job, attempt, shape, losses, started_ms, message in rows:
+    for job, attempt, shape, losses, started_ms, message, rerun in rows:
         token = f"{epoch}.{attempt}"
-        taken.append(Taken(job, token, shape, losses, started_ms, tagged(bytes(message), job, token)))
+        taken.append(Taken(job, token, shape, losses, started_ms, tagged(bytes(message), job, token), rerun))
     return taken
 
 

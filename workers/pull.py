@@ -132,7 +132,8 @@ class Puller(threading.Thread):
             self._compared_until = compared_until
         for one in taken:
             request = held_by(Request.from_shape(one.shape), one.losses, most_losses)
-            holding = Holding(one.job, one.token, request, "", one.started_ms, one.started_ms, one.losses)
+            times = (one.started_ms, one.started_ms)
+            holding = Holding(one.job, one.token, request, "", *times, one.losses, one.rerun)
             self._holdings.add(holding)
             self._start_job(one.message)
         return len(taken)

@@ -273,3 +273,12 @@ def test_a_new_epoch_is_no_change_of_the_authority(engine: Engine) -> None:
         assert roster.next_epoch(connection) == 2
         assert roster.next_epoch(connection, above=40) == 41
         assert roster.read_authority(connection).changed == before.changed
+
+
+def test_a_job_that_must_not_run_again_is_known_as_such_by_who_takes_it(decides: Engine) -> None:
+    """When the ledger is back, its worker enters it there: the first loss must end it there too."""
+    submit(decides, "once", rerun=False)
+    submit(decides, "again")
+    with decides.begin() as connection:
+        taken = pull.take(connection, EPOCH, "w", "w-life", ["once", "again"])
+    assert {one.job: one.rerun for one in taken} == {"once": False, "again": True}
