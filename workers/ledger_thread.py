@@ -147,7 +147,8 @@ class LedgerThread(threading.Thread):
             offering = bool(self._refused) and time.monotonic() >= self._retry_at and self._confirmation.may_admit
             if self._late:
                 self._start_late()
-            if not (self._arrivals or self._ends or offering):
+            asking = self._unsure and self._confirmation.may_admit
+            if not (self._arrivals or self._ends or offering or asking):
                 if self._stopping:
                     return
                 self._wake.wait(RETRY_AFTER if self._refused or self._late else 60.0)
@@ -190,7 +191,7 @@ class LedgerThread(threading.Thread):
         if not ends and not arrivals:
             return False
         # From here to the answer: what it hands over may be lost with it.
-        self._unsure = True
+        unsure, self._unsure = self._unsure, True
         settled = self._ledger.settle(
             self._identity.name,
             self._identity.incarnation,
@@ -200,7 +201,8 @@ class LedgerThread(threading.Thread):
             admit=may_claim and not self._refused,
             nonce="" if self.draining else f"{self._identity.pid}.{next(self._nonces)}",
         )
-        self._unsure = False
+        # (What an answer before this one had, and this worker may not ask for now, is still to be asked for.)
+        self._unsure = unsure
         for _ in ends:
             self._ends.popleft()
         for _ in arrivals:

@@ -24,9 +24,9 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
     stage.close()
 
 
-def publish(stage: Stage, job: str, **identity: int) -> None:
+def publish(stage: Stage, job: str, retries: int = 0, nesting: int = 0) -> None:
     """As an attempt does while the ledger is left alone (by a breaker, say): Postgres alone hears of it."""
-    successor = NewJob(job, "task", ONE, MESSAGE, publisher=1, **identity)
+    successor = NewJob(job, "task", ONE, MESSAGE, publisher=1, retries=retries, nesting=nesting)
     with stage.engine.connect() as connection:
         assert accept.put_successor(connection, successor) == "running"
 

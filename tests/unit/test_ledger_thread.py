@@ -1,0 +1,96 @@
+"""What a worker's thread asks the ledger, answer by answer."""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from routing.errors import StoreUnavailable
+from routing.replies import HandedOver, Released, Settled
+from routing.request import Request
+from workers.holdings import Holding, Holdings
+from workers.ledger_thread import LedgerThread
+
+ONE = Request.of({"cpus": 1000, "slots": 1})
+
+
+class Ledger:
+    """Admits `next` with the first release, and loses that answer."""
+
+    def __init__(self) -> None:
+        self.epoch, self.settings = 1, type("Settings", (), {"most_losses": 3})
+        self.answers = [StoreUnavailable("lost"), None, None]
+
+    def now_ms(self) -> int:
+        return 0
+
+    def settle(self, *_: Any, ended: Any = (), **__: Any) -> Settled:
+        answer = self.answers.pop(0)
+        if answer is not None:
+            raise answer
+        return Settled([Released(one, "repeat", "succeeded", "") for one in ended], [], [])
+
+    def recover(self, worker: str, incarnation: str, known: list[str]) -> list[HandedOver]:
+        assert "next" not in known
+        return [HandedOver("next", "1.1", 1, 1, "", 0, ONE.shape, "message")]
+
+
+class Confirmation:
+    epoch, authority, may_admit = 1, "ledger", True
+
+
+@pytest.fixture
+def started() -> SimpleQueue[Any]:
+    return SimpleQueue()
+
+
+@pytest.fixture
+def confirmation() -> Confirmation:
+    return Confirmation()
+
+
+@pytest.fixture
+def thread(started: SimpleQueue[Any], confirmation: Confirmation) -> LedgerThread:
+    holdings = Holdings({"cpus": 4000, "slots": 4})
+    for job in ("first", "second"):
+        holdings.add(Holding(job, "1.1", ONE, ""))
+    nothing = Mock()
+    decides: Any = type("Ends", (), {"decides": False})()
+    identity: Any = type("Identity", (), {"name": "w", "incarnation": "life", "pid": 7})()
+    parts: Any = (Ledger(), identity, confirmation, holdings, nothing, nothing, started.put, nothing)
+    rest: Any = (threading.Lock(), decides, nothing, nothing)
+    return LedgerThread(*parts, *rest)
+
+
+def test_what_was_handed_over_in_a_lost_answer_is_asked_for_however_late_the_worker_may_decide(
+    thread: LedgerThread, started: SimpleQueue[Any], confirmation: Confirmation
+) -> None:
+    thread.end("first", "1.1", "succeeded")
+    with pytest.raises(StoreUnavailable):
+        thread._settle()
+    # Postgres does not confirm any more that this worker may admit: ends alone go on.
+    confirmation.may_admit = False
+    assert thread._settle()
+    confirmation.may_admit = True
+    thread.start()
+    thread.end("second", "1.1", "succeeded")
+    assert thread.stop(10.0)
+    assert started.get(timeout=10.0) == "message"
+
+
+def test_it_is_asked_for_though_nothing_else_is_to_be_said(
+    thread: LedgerThread, started: SimpleQueue[Any], confirmation: Confirmation
+) -> None:
+    thread.end("first", "1.1", "succeeded")
+    with pytest.raises(StoreUnavailable):
+        thread._settle()
+    confirmation.may_admit = False
+    assert thread._settle()
+    confirmation.may_admit = True
+    thread.start()
+    assert started.get(timeout=10.0) == "message"
+    assert thread.stop(10.0)
