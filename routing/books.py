@@ -137,13 +137,15 @@ class JobCard:
     entry: str | None = None
     outcome: str | None = None
     final: bool = False
+    #: The life of its worker that holds it.
+    incarnation: str | None = None
 
     @property
     def unapplied(self) -> bool:
         return self.entry is not None
 
 
-_CARD: Final = ("state", "epoch", "attempt", "worker", "shape", "order", "entry", "outcome", "final")
+_CARD: Final = ("state", "epoch", "attempt", "worker", "shape", "order", "entry", "outcome", "final", "incarnation")
 
 
 def read_cards(client: redis.Redis, jobs: Iterable[str]) -> dict[str, JobCard]:
@@ -155,10 +157,11 @@ def read_cards(client: redis.Redis, jobs: Iterable[str]) -> dict[str, JobCard]:
     cards = {}
     for job, values in zip(ids, pipe.execute(), strict=True):
         state, epoch, attempt, *rest = (None if v is None else text(v) for v in values)
-        worker, shape, order, entry, outcome, final = rest
+        worker, shape, order, entry, outcome, final, life = rest
         if state is not None:
             place = None if order is None else int(order)
-            cards[job] = JobCard(state, f"{epoch}.{attempt}", worker, shape, place, entry, outcome, final == "1")
+            token = f"{epoch}.{attempt}"
+            cards[job] = JobCard(state, token, worker, shape, place, entry, outcome, final == "1", life)
     return cards
 
 

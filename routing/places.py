@@ -43,7 +43,8 @@ def clear_marks(ledger: Ledger, cards: Mapping[str, JobCard], result: Reconciled
 
 
 def check_jobs(connection: Connection, ledger: Ledger, cards: Mapping[str, JobCard], result: Reconciled) -> list[str]:
-    """Put jobs where their keys say; returns those that are held by a worker which has no book and is not alive."""
+    """Put jobs where their keys say; returns those that are held by a worker, or a former
+    life of one, which has no book and is not alive."""
     pipe = ledger.client.pipeline(transaction=False)
     for job, card in cards.items():
         if card.state == State.WAITING:
@@ -53,7 +54,8 @@ def check_jobs(connection: Connection, ledger: Ledger, cards: Mapping[str, JobCa
         pipe.zscore(keys.UNCLAIMED, job)
     replies = iter(pipe.execute())
     holders = {card.worker for card in cards.values() if card.state != State.WAITING and card.worker is not None}
-    there = {name for name, book in books.read_books(ledger.client, holders).items() if book.epoch == ledger.epoch}
+    found = books.read_books(ledger.client, holders)
+    lives = {(name, book.incarnation) for name, book in found.items() if book.epoch == ledger.epoch}
     strays = []
     for job, card in cards.items():
         place, due = next(replies), next(replies)
@@ -62,7 +64,7 @@ def check_jobs(connection: Connection, ledger: Ledger, cards: Mapping[str, JobCa
                 result.note("waiting without its place")
                 ledger.place(card.shape or "")
             continue
-        seated = place is not None and books.text(place) == card.token and card.worker in there
+        seated = place is not None and books.text(place) == card.token and (card.worker, card.incarnation) in lives
         delivered = (due is not None) == (card.state == State.ADMITTED)
         if not (seated and delivered) and not _seat(connection, ledger, job, card, result):
             strays.append(job)

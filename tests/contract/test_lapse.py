@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from routing import fence, takeback
+from routing import fence, keys, takeback
 from routing.accept import Publisher
 from routing.reconcile import reconcile
 from routing.settings import Settings
@@ -98,3 +98,20 @@ def test_what_a_worker_claims_that_was_nearly_given_up_is_left_to_it(stage: Stag
     assert reconcile(stage.engine, stage.ledger).to_json()["kinds"] == {}
     stage.end(job)
     assert (stage.row(job).state, stage.row(job).attempt) == ("succeeded", 1)
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+def test_what_a_life_held_whose_book_went_missing_does_not_stay_with_the_next_one(stage: Stage, claimed: bool) -> None:
+    """Keys were deleted while the worker was dead: the book of its next life says nothing of the former one."""
+    stage.worker("a", cpus=1000)
+    job = stage.submit(cpus=1000)
+    if claimed:
+        stage.start(job)
+    stage.redis.delete(keys.book("a"))
+    stage.redis.zrem(keys.LEASES, "a")
+    stage.worker("a", cpus=1000, life="next")
+    reconcile(stage.engine, stage.ledger)
+    stage.apply()
+    row = stage.row(job)
+    assert (row.state, row.incarnation, row.attempt) == ("admitted", "a-next", 2)
+    assert stage.redis.hget(keys.book("a"), "a.cpus") == b"1000"
