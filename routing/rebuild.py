@@ -44,7 +44,10 @@ def open_if_cold(engine: Engine, ledger: Ledger) -> Rebuilt | None:
     """Open a new epoch when the ledger is cold, or go on with one whose opener died; None when there is nothing to do,
     or another process is doing it."""
     with engine.connect() as connection:
-        if not _is_wanting(roster.read_authority(connection), ledger) or not roster.lock_epoch(connection):
+        known = roster.read_authority(connection)
+        if known.age == 0:
+            roster.count_from_now(connection)
+        if not _is_wanting(known, ledger) or not roster.lock_epoch(connection):
             return None
         try:
             known = roster.read_authority(connection)

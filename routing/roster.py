@@ -66,6 +66,14 @@ def read_authority(connection: Connection) -> Authority:
     return Authority(*row)
 
 
+def count_from_now(connection: Connection) -> None:
+    """Where Postgres's clock was set back since the authority changed, count the time since then from now: else nobody
+    would decide until that clock has come so far again."""
+    connection.execute(
+        text("UPDATE authority SET changed_at = clock_timestamp() WHERE changed_at > clock_timestamp()")
+    )
+
+
 def next_epoch(connection: Connection, above: int = 0) -> int:
     """Begin a new epoch, newer than `above` too; the caller holds EPOCH_LOCK. (It is no change of the authority: the
     scripts compare it with the books, so nobody has to pause.)"""

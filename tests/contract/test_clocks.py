@@ -1,14 +1,18 @@
-"""The clock of the ledger's server is set: what was measured by it before is no measure any more."""
+"""The clock of a server is set: what was measured by it before is no measure any more."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import Engine
 
-from routing import keys
+from routing import keys, rebuild
+from routing.settings import Settings
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import Cluster
+from tests.fixtures.staged import Stage
+from tests.fixtures.waiting import until
 
 HOUR_MS = 3_600_000
 #: Milliseconds from the end of a lease until its worker is LOST.
@@ -85,3 +89,16 @@ def set_forward(cluster: Cluster, by_ms: int) -> None:
 def looked_at(cluster: Cluster) -> str:
     """What the duty finds, before it takes anything back."""
     return cluster.ledger.lapse("w", GRACE_MS, MOST_LOSSES, most=0).verdict
+
+
+def test_a_cold_ledger_is_opened_though_postgres_was_set_back_since_the_authority_changed(
+    engine: Engine, settings: Settings
+) -> None:
+    """Nobody decides for a while after a change; an hour that is still to come is not waited for."""
+    stage = Stage(engine, settings)
+    stage.sql("UPDATE authority SET changed_at = now() + interval '1 hour'")
+    stage.redis.flushdb()
+    assert rebuild.open_if_cold(stage.engine, stage.ledger) is None
+    opened = until(lambda: rebuild.open_if_cold(stage.engine, stage.ledger), "it is opened")
+    assert opened.epoch == 2
+    stage.close()
