@@ -226,16 +226,17 @@ def live_workers(connection: Connection, within: float) -> list[tuple[str, str]]
     return [(row[0], row[1]) for row in rows]
 
 
-def silent_workers(connection: Connection, beyond: float) -> list[tuple[str, str]]:
-    """(name, incarnation) of the workers that Postgres has not seen for so many seconds, and that never left."""
+def silent_workers(connection: Connection, beyond: float) -> dict[str, float]:
+    """The lives that Postgres has not seen for so many seconds, and that never left: when each was seen last (seconds
+    since 1970)."""
     rows = connection.execute(
         text(
-            "SELECT name, incarnation FROM workers WHERE status IN ('ready', 'draining') "
+            "SELECT incarnation, extract(epoch FROM seen_at)::float FROM workers WHERE status IN ('ready', 'draining') "
             "AND seen_at <= now() - make_interval(secs => :beyond) ORDER BY name"
         ),
         {"beyond": beyond},
     )
-    return [(row[0], row[1]) for row in rows]
+    return {row[0]: row[1] for row in rows}
 
 
 _ON_MACHINE: Final = text("""

@@ -14,7 +14,7 @@ from routing.reconcile import reconcile
 from routing.settings import Settings
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
-from workers.duties import lapse
+from workers.duties import fallback, lapse
 from workers.stores import Stores
 
 
@@ -115,3 +115,23 @@ def test_what_a_life_held_whose_book_went_missing_does_not_stay_with_the_next_on
     row = stage.row(job)
     assert (row.state, row.incarnation, row.attempt) == ("admitted", "a-next", 2)
     assert stage.redis.hget(keys.book("a"), "a.cpus") == b"1000"
+
+
+def test_a_worker_that_postgres_has_not_seen_is_given_up_by_who_watched_it_being_silent(
+    stage: Stage, stores: Stores
+) -> None:
+    """While Postgres decides its clock tells who is silent; set forward, it makes all so at once."""
+    dead, lives = running(stage, "a"), running(stage, "b")
+    stage.sql("UPDATE authority SET authority = 'postgres'")
+    window = lapse.Window()
+    window._since -= 3600
+    stage.sql("UPDATE workers SET seen_at = seen_at - interval '1 hour'")
+    assert fallback.lapse(None, stores, window) == {"lost": 0, "taken_back": 0}
+    stage.sql("UPDATE workers SET seen_at = now() - interval '1 hour' WHERE name = 'b'")
+    window._since -= 3600
+    window.looks = {life: (seen, at - 3600) for life, (seen, at) in window.looks.items()}
+    assert fallback.lapse(None, stores, window) == {"lost": 1, "taken_back": 1}
+    assert (stage.row(dead).state, stage.row(lives).state) == ("accepted", "running")
+    window.restart()
+    window._since -= 3600
+    assert fallback.lapse(None, stores, window) == {"lost": 0, "taken_back": 0}

@@ -34,8 +34,13 @@ def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str
     # A worker is seen within the renew interval: after a gap each had the chance to be before it is given up.
     watched = window is None or window.seconds() >= min(settings.lost_after, settings.renew_interval * 2)
     with transactions(stores.engine).begin() as connection:
-        silent = roster.silent_workers(connection, settings.lost_after) if watched else []
-        for _, incarnation in silent:
+        if window is None:
+            silent = list(roster.silent_workers(connection, settings.lost_after))
+        else:
+            seen = roster.silent_workers(connection, settings.worker_ttl)
+            over = window.silent_for(settings.lost_after - settings.worker_ttl, seen)
+            silent = over if watched else []
+        for incarnation in silent:
             roster.end_worker(connection, incarnation, "lost")
         pull.close_orphans(connection)
         orphans = pull.orphans(connection)
