@@ -107,10 +107,22 @@ def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> 
         stored = app.backend.get_state(job) == states.SUCCESS
         value = app.backend.get_result(job) if stored else None
         app.backend.mark_as_done(job, value, request=request, store_result=not stored)
+        _go_on(app, job, request, value)
     elif state is State.LOST:
         app.backend.mark_as_failure(job, WorkerLostError(error or "the job was lost with its workers"), request=request)
     else:
         app.backend.mark_as_revoked(job, error or state.value, request=request)
+
+
+def _go_on(app: Celery, job: str, request: Context, value: Any) -> None:
+    """Publish what comes after a body that succeeded, as Celery's trace does before it returns. (A step that was
+    published has its id already, and is left as it is.)"""
+    following = {"parent_id": job, "root_id": request.root_id or job}
+    for callback in request.callbacks or ():
+        app.signature(callback).apply_async((value,), **following)
+    *later, following_step = request.chain or (None,)
+    if following_step is not None:
+        app.signature(following_step).apply_async((value,), chain=later, **following)
 
 
 def context_of(app: Celery, message: bytes) -> Context:

@@ -18,7 +18,7 @@ from workers import undelivered
 from workers.app import create_app
 from workers.control import end_before_start
 from workers.stores import Stores
-from workers.undelivered import deliver_rows
+from workers.undelivered import context_of, deliver_rows
 
 #: Bodies of old producers of which no arguments can be made.
 UNREADABLE = (b"no JSON", b"[]", b"[[], {}, [1]]", b"[[], {}, {\"errbacks\": 1}]")
@@ -95,3 +95,23 @@ def test_two_who_deliver_at_once_call_what_follows_once(
     assert stage.row("job").outbox is None
     with stage.engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM jobs WHERE name = 'some.errback'")).scalar_one() == 1
+
+
+def test_a_chain_goes_on_after_a_step_that_committed_and_died_before_it_returned(app: Celery, stage: Stage) -> None:
+    """Its effect is there, once; who waits for the end of the chain must not wait for ever."""
+    steps = [app.signature(f"step.{number}", task_id=f"step-{number}") for number in (3, 2)]
+    link = app.signature("some.link", task_id="link")
+    accept(app, "job", json.dumps([[], {}, {"chain": steps, "callbacks": [link]}]).encode())
+    for _ in range(2):
+        stage.sql(
+            "UPDATE jobs SET state = 'succeeded', finished_at = now(), outbox = :untold WHERE id = 'job'", untold=UNTOLD
+        )
+        assert deliver_rows(app, app.platform) == 1
+    assert app.backend.get_state("job") == "SUCCESS"
+    assert [(stage.row(job).name, stage.row(job).parent_id) for job in ("step-2", "link")] == [
+        ("step.2", "job"),
+        ("some.link", "job"),
+    ]
+    following = context_of(app, bytes(stage.row("step-2").message))
+    assert following.args == [None]
+    assert [step["options"]["task_id"] for step in following.chain] == ["step-3"]
