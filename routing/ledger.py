@@ -14,9 +14,9 @@ from routing import keys
 from routing.envelope import digest_of
 from routing.policy import held_by, is_last_chance
 from routing.replies import (
+    NEVER_AGAIN,
     Adopted,
     Cancelled,
-    Claimed,
     Ended,
     Filled,
     HandedOver,
@@ -27,6 +27,8 @@ from routing.replies import (
     Settled,
     Submitted,
     Taken,
+    claims,
+    hand_overs,
 )
 from routing.request import Request
 from routing.scripts import SUBMIT_WITHIN_MS
@@ -37,8 +39,6 @@ LAPSE_CHUNK: Final = 100
 REDELIVER_CHUNK: Final = 100
 #: Pages of shapes that follow a release: 1,024 shapes in all. Where still more shapes wait, the heartbeat looks at all.
 RELEASE_PAGES: Final = 15
-#: What scripts are told, and say, of a job that its first lost attempt ends.
-NEVER_AGAIN: Final = "0"
 
 
 class Ledger(LedgerServer):
@@ -135,10 +135,12 @@ class Ledger(LedgerServer):
         most_losses: int,
         admit: bool = True,
         nonce: str = "",
+        follow: bool = True,
     ) -> Settled:
         """Release what ended and claim what arrived (job, token, nonce, and the digest of the message, if it is known).
 
         With a `nonce` of its own the worker takes what the release admits to it from the reply, claimed already.
+        Without `follow` the caller calls that itself, when it holds what it was given.
         """
         calls: list[tuple[str, Sequence[Any]]] = []
         if ended:
@@ -158,24 +160,33 @@ class Ledger(LedgerServer):
         settled = Settled([], [], [])
         for (name, _), reply in zip(calls, replies, strict=True):
             if name == "release":
-                self._released(worker, ended, reply, settled, admit)
+                self._released(ended, reply, settled, admit)
             else:
-                settled.claimed.extend(_claimed(arrived, reply))
+                settled.claimed.extend(claims(arrived, reply))
+        if follow:
+            self.follow(worker, settled)
         return settled
 
-    def _released(self, worker: str, ended: Sequence[Ended], reply: list[str], settled: Settled, admit: bool) -> None:
+    def _released(self, ended: Sequence[Ended], reply: list[str], settled: Settled, admit: bool) -> None:
         for index, end in enumerate(ended):
             verdict, state, entry, shape = reply[3 + 4 * index : 7 + 4 * index]
             settled.released.append(Released(end, verdict, state, entry))
             if admit and verdict == "released" and state == "waiting":
-                self.place(shape)
-        settled.handed_over.extend(_handed_over(reply[3 + 4 * len(ended) :]))
-        self.fill(worker, reply[2], RELEASE_PAGES)
+                settled.shapes.append(shape)
+        settled.handed_over.extend(hand_overs(reply[3 + 4 * len(ended) :]))
+        settled.cursors.append(reply[2])
+
+    def follow(self, worker: str, settled: Settled) -> None:
+        """After a release: what it put back may go to others, and what it did not look at to this worker."""
+        for shape in dict.fromkeys(settled.shapes):
+            self.place(shape)
+        for cursor in settled.cursors:
+            self.fill(worker, cursor, RELEASE_PAGES)
 
     def recover(self, worker: str, incarnation: str, holds: Iterable[str]) -> list[HandedOver]:
         """What this worker was handed over and does not hold, because a reply was lost."""
         reply = self._call("recover", *self._gate(), worker, incarnation, *holds)
-        return _handed_over(reply[1:])
+        return hand_overs(reply[1:])
 
     def fill(self, worker: str, cursor: str = "-inf", pages: int | None = None) -> int:
         """Admit what fits on a worker, from a cursor of shapes ('' means there is nothing left to look at), looking at
@@ -374,25 +385,5 @@ class Ledger(LedgerServer):
         return found.decode() if found is not None else None
 
 
-def _claimed(arrived: Sequence[tuple[str, ...]], reply: list[str]) -> Iterable[Claimed]:
-    for index, (job, token, *_) in enumerate(arrived):
-        verdict, admitted, started, entry, losses, rerun = reply[1 + 6 * index : 7 + 6 * index]
-        lost, again = int(losses or 0), rerun != NEVER_AGAIN
-        yield Claimed(job, token, verdict, _ms(admitted), _ms(started), entry, lost, again)
-
-
-def _handed_over(values: list[str]) -> list[HandedOver]:
-    found = []
-    for start in range(0, len(values), 9):
-        job, token, admitted, started, entry, losses, shape, rerun, message = values[start : start + 9]
-        again = rerun != NEVER_AGAIN
-        found.append(HandedOver(job, token, int(admitted), int(started), entry, int(losses), shape, message, again))
-    return found
-
-
 def _flag(rerun: bool) -> str:
     return "" if rerun else NEVER_AGAIN
-
-
-def _ms(text: str) -> int | None:
-    return int(text) if text else None

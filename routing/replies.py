@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 from routing.errors import StoreUnavailable
+
+#: What scripts are told, and say, of a job that its first lost attempt ends.
+NEVER_AGAIN: Final = "0"
 
 
 class LedgerClosed(Exception):
@@ -105,11 +110,14 @@ class HandedOver:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """The answers to what ended and what arrived, and what was handed over."""
+    """The answers to what ended and what arrived, and what was handed over. `shapes`, `cursors`: where the ledger is to
+    be asked for more (`Ledger.follow`)."""
 
     released: list[Released]
     claimed: list[Claimed]
     handed_over: list[HandedOver]
+    shapes: list[str] = field(default_factory=list)
+    cursors: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,3 +176,25 @@ class Lapsed:
     verdict: str
     incarnation: str | None
     taken_back: int
+
+
+def claims(arrived: Sequence[tuple[str, ...]], reply: list[str]) -> Iterable[Claimed]:
+    """The reply of the script claim, for what arrived."""
+    for index, (job, token, *_) in enumerate(arrived):
+        verdict, admitted, started, entry, losses, rerun = reply[1 + 6 * index : 7 + 6 * index]
+        lost, again = int(losses or 0), rerun != NEVER_AGAIN
+        yield Claimed(job, token, verdict, _ms(admitted), _ms(started), entry, lost, again)
+
+
+def hand_overs(values: list[str]) -> list[HandedOver]:
+    """Jobs in the reply of a script that hands over."""
+    found = []
+    for start in range(0, len(values), 9):
+        job, token, admitted, started, entry, losses, shape, rerun, message = values[start : start + 9]
+        again = rerun != NEVER_AGAIN
+        found.append(HandedOver(job, token, int(admitted), int(started), entry, int(losses), shape, message, again))
+    return found
+
+
+def _ms(text: str) -> int | None:
+    return int(text) if text else None

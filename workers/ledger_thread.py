@@ -200,6 +200,7 @@ class LedgerThread(threading.Thread):
             most_losses=self._ledger.settings.most_losses,
             admit=may_claim and not self._refused,
             nonce="" if self.draining else f"{self._identity.pid}.{next(self._nonces)}",
+            follow=False,
         )
         # (What an answer before this one had, and this worker may not ask for now, is still to be asked for.)
         self._unsure = unsure
@@ -212,6 +213,8 @@ class LedgerThread(threading.Thread):
         transitions += self._take_over(settled.handed_over)
         if transitions:
             self._record(transitions)
+        # Now that all of it is held here: a slow ledger would let two heartbeats miss it meanwhile.
+        self._ledger.follow(self._identity.name, settled)
         return True
 
     def _recover(self) -> None:

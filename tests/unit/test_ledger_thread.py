@@ -10,8 +10,10 @@ from unittest.mock import Mock
 import pytest
 
 from routing.errors import StoreUnavailable
+from routing.ledger import Ledger as Real
 from routing.replies import HandedOver, Released, Settled
 from routing.request import Request
+from routing.settings import Settings
 from workers.holdings import Holding, Holdings
 from workers.ledger_thread import LedgerThread
 
@@ -33,6 +35,9 @@ class Ledger:
         if answer is not None:
             raise answer
         return Settled([Released(one, "repeat", "succeeded", "") for one in ended], [], [])
+
+    def follow(self, worker: str, settled: Settled) -> None:
+        assert not settled.shapes
 
     def recover(self, worker: str, incarnation: str, known: list[str]) -> list[HandedOver]:
         assert "next" not in known
@@ -94,3 +99,25 @@ def test_it_is_asked_for_though_nothing_else_is_to_be_said(
     thread.start()
     assert started.get(timeout=10.0) == "message"
     assert thread.stop(10.0)
+
+
+def test_what_was_handed_over_is_held_before_the_ledger_is_asked_for_more(
+    thread: LedgerThread, started: SimpleQueue[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those questions take long where Redis is slow; two heartbeats that do not name a job take it back meanwhile."""
+    ledger: Any = thread._ledger
+    ledger.answers = []
+    handed_over = ["next", "1.1", "1", "1", "", "0", ONE.shape, "", "message"]
+    reply = ["ok", "1", "7", "released", "waiting", "", ONE.shape, *handed_over]
+    real = Real(Settings.from_environ({"REDIS_URL": "redis://nowhere:1", "DATABASE_URL": "postgresql://nowhere:1/x"}))
+    real.epoch = 1
+    monkeypatch.setattr(real, "_run_id", "life")
+    monkeypatch.setattr(real, "_calls", lambda calls: [reply])
+    held: list[list[str]] = []
+    for question in ("place", "fill"):
+        monkeypatch.setattr(real, question, lambda *_: held.append(thread._holdings.jobs()))
+    thread._ledger = real
+    thread.end("first", "1.1", "handed_back")
+    assert thread._settle()
+    assert started.get(timeout=10.0) == "message"
+    assert held == [["second", "next"]] * 2
