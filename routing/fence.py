@@ -46,7 +46,7 @@ INSERT INTO attempts (job_id, epoch, attempt, worker, incarnation, ended_at, out
 SELECT j.id, :epoch, :attempt, j.worker, :incarnation, j.finished_at, '{State.SUCCEEDED.value}' FROM j
 ON CONFLICT (job_id, epoch, attempt) DO UPDATE SET
   ended_at = coalesce(attempts.ended_at, excluded.ended_at), outcome = coalesce(attempts.outcome, excluded.outcome)
-RETURNING job_id, set_config('idle_in_transaction_session_timeout', CAST(:hangs_ms AS text), true)
+RETURNING job_id, set_config(:setting, CAST(:hangs_ms AS text), true)
 """)
 
 
@@ -62,6 +62,7 @@ def commit(connection: Connection, attempt: Publisher, hangs_after: float = HANG
     nothing is said for `hangs_after` seconds (its machine went away, it is stopped), the server ends the transaction.
     """
     values = {
+        "setting": "idle_in_transaction_session_timeout",
         "hangs_ms": max(1, round(hangs_after * 1000)),
         "job": attempt.job,
         "epoch": attempt.epoch,
