@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.exc import OperationalError
 
+from routing import postgres
 from routing.errors import InvalidRequest, NotMigrated, StoreUnavailable, show
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def downgrade(database_url: str, revision: str) -> None:
 def current(database: str | Engine) -> str | None:
     """The revision of the database, None where nothing was ever applied.
 
-    Raises StoreUnavailable when Postgres does not answer.
+    Raises StoreUnavailable when Postgres does not answer, and PlatformError when it is too old.
     """
     with _connected(database) as connection:
         table = connection.execute(text("SELECT to_regclass(:name)"), {"name": VERSION_TABLE})
@@ -117,4 +118,5 @@ def _connected(database: str | Engine) -> Iterator[Connection]:
         address = engine.url.render_as_string(hide_password=True)
         raise StoreUnavailable(f"Postgres at {address} does not answer: {str(error.orig).strip()}") from error
     with connection:
+        postgres.check_version(connection)
         yield connection

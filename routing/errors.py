@@ -38,12 +38,15 @@ SHOWN_CHARACTERS = 80
 
 # Up to the next space, once: a search that began anew at each "://" would take hours on a text of nothing else.
 _AUTHORITY = re.compile(r"://([^\s:/@?#]*):(\S*)")
+_NEXT_ADDRESS = re.compile(";sentinel(?=://)")
 _PASSWORD_IN_QUERY = re.compile(r"([?&](?:password|passwd|sslpassword|secret|token)=)[^&\s#'\"]*", re.IGNORECASE)
 
 
 def mask_url(text: str) -> str:
     """The text with the passwords of all URLs in it replaced by ``***``; users, hosts and paths stay."""
-    return _PASSWORD_IN_QUERY.sub(r"\1***", _AUTHORITY.sub(_without_password, text))
+    # Of several addresses that stand together each shows its host.
+    each = (_AUTHORITY.sub(_without_password, part) for part in _NEXT_ADDRESS.split(text))
+    return _PASSWORD_IN_QUERY.sub(r"\1***", ";sentinel".join(each))
 
 
 def _without_password(found: re.Match[str]) -> str:

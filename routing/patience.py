@@ -55,4 +55,7 @@ def bounded(client: redis.Redis) -> redis.Redis:
     """The client, with connections that obey `attempt`; it must have a socket time-out, and no connections yet."""
     pool = client.connection_pool
     pool.connection_class = _bounded_class(pool.connection_class)
+    # Where Sentinels are asked first, that is part of the attempt.
+    for sentinel in getattr(getattr(pool, "sentinel_manager", None), "sentinels", ()):
+        bounded(sentinel)
     return client

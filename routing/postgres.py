@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from routing.errors import NotMigrated, PlatformError, StoreUnavailable
 
+#: The oldest Postgres that is tested, and has all that the statements use.
+OLDEST: Final = 13
 #: SQLSTATE of a table that does not exist, and of a column.
 NOT_THERE: Final = ("42P01", "42703")
 #: SQLSTATE of what the role may not do.
@@ -24,3 +27,16 @@ def translate(error: DBAPIError, also: str = "") -> PlatformError:
             advice="Use a role that may (deploy/postgres-roles.sql).",
         )
     return StoreUnavailable(f"{also}Postgres does not answer: {str(error.orig).strip()}")
+
+
+def check_version(connection: Connection) -> None:
+    """Raise where the server is older than the platform's statements need."""
+    version = connection.dialect.server_version_info or (OLDEST,)
+    if int(version[0]) < OLDEST:
+        found = ".".join(map(str, version))
+        where = connection.engine.url.render_as_string(hide_password=True)
+        raise PlatformError(
+            f"Postgres at {where} is version {found}, and the platform needs {OLDEST}",
+            value=found,
+            advice=f"Use Postgres {OLDEST} or newer.",
+        )

@@ -35,6 +35,9 @@ PRELUDES: Final = ("prelude", "prelude_jobs")
 
 HEADER_FIELDS: Final = ("Does", "KEYS", "ARGV", "Replies", "Cost", "Repeat")
 FLAGS: Final = re.compile(r"\A#!lua[^\n]*\n")
+#: What does the same as `flags=allow-oom` on Redis 6.2, which lets a script of a full server go on where its first
+#: write takes up no memory: to remove a key that there never is.
+BEFORE_FLAGS: Final = "redis.call('unlink', 'ledger:no')\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ def load(start_ms: int, flags: bool) -> dict[str, Script]:
     """All scripts, by name.
 
     `start_ms`: milliseconds after which an unclaimed message is delivered again. `flags`: whether the server knows
-    the line `#!lua flags=...` (Redis 7 and Valkey do, 6.2 takes it for an error).
+    the line `#!lua flags=...` (Redis 7 and Valkey do, 6.2 takes it for an error and gets `BEFORE_FLAGS` instead).
     """
     values: dict[str, dict[str, str | int]] = {
         "KEY": dict(KEYS),
@@ -126,6 +129,7 @@ def load(start_ms: int, flags: bool) -> dict[str, Script]:
         body = FLAGS.sub("", own)
         text = "".join(functions[used] for used in _used(body, functions)) + body
         text = _VALUE.sub(lambda found: repr(values[found.group(1)][found.group(2)]), _COMMENT.sub("", text))
-        text = (first.group(0) if first and flags else "") + text
+        if first:
+            text = (first.group(0) if flags else BEFORE_FLAGS) + text
         scripts[name] = Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
     return scripts

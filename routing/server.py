@@ -13,8 +13,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
-from routing import keys
-from routing.errors import StoreUnavailable, mask_url
+from routing import addresses, keys, sentinels
+from routing.errors import PlatformError, StoreUnavailable, mask_url
 from routing.replies import LedgerClosed, LedgerFull
 from routing.scripts import load
 from routing.settings import Settings
@@ -22,12 +22,21 @@ from routing.settings import Settings
 #: Seconds to wait for a connection, and for an answer.
 CONNECT_TIMEOUT: Final = 3.0
 ANSWER_TIMEOUT: Final = 5.0
+#: The oldest Redis that has all commands which the scripts use, and the first that reads their line `#!lua flags=…`.
+#: (Valkey calls itself Redis 7.2, for those who ask so.)
+OLDEST: Final = (6, 2)
+WITH_FLAGS: Final = (7, 0)
+#: In an error of a script on Redis 6.2, which wraps what the command said.
+WRAPPED_OOM: Final = "-OOM "
 #: Milliseconds for which the trace of a probe stays.
 PROBE_MS: Final = 1000
 
 
 def connect(url: str, **options: Any) -> redis.Redis:
-    """A client with short time-outs that never sends anything twice by itself (redis-py retries by default)."""
+    """A client with short time-outs that never sends anything twice by itself (redis-py retries by default).
+
+    `url`: any that `routing.addresses` names; `options` are redis-py's.
+    """
     options = {
         "socket_connect_timeout": CONNECT_TIMEOUT,
         "socket_timeout": ANSWER_TIMEOUT,
@@ -36,7 +45,14 @@ def connect(url: str, **options: Any) -> redis.Redis:
         "protocol": 2,
         **options,
     }
-    return redis.Redis.from_url(url, **options)
+    address = addresses.read(url)
+    if address.scheme == addresses.SENTINEL:
+        return sentinels.client(address, options)
+    if not address.path:
+        return redis.Redis.from_url(url, **options)
+    del options["socket_keepalive"]
+    options |= {"username": address.user, "password": address.password, "db": address.number, "path": address.path}
+    return redis.Redis.from_pool(redis.ConnectionPool(redis.UnixDomainSocketConnection, **options))
 
 
 class LedgerServer:
@@ -71,8 +87,11 @@ class LedgerServer:
         if known and known != self._run_id:
             # The call that is on its way was meant for another life of the server, perhaps with other books.
             raise redis.ConnectionError("the server has restarted")
-        if int(about.get("redis_version", "7").split(".")[0]) < 7:
-            self._scripts = load(self._start_ms, False)
+        version = tuple(map(int, about.get("redis_version", "7.0").strip().split(".")[:2]))
+        if version < OLDEST:
+            connection.disconnect()
+            raise self._too_old(about["redis_version"].strip())
+        self._scripts = load(self._start_ms, version >= WITH_FLAGS)
         before = time.time()
         connection.send_command("TIME")
         seconds, micros = connection.read_response()
@@ -89,6 +108,14 @@ class LedgerServer:
         """The server's clock as an answer names it. (Where that was slow to come, deadlines are earlier by as much from
         here on, never later.)"""
         self._clock_offset_ms = server_ms - time.time() * 1000
+
+    def _too_old(self, version: str) -> PlatformError:
+        needed = ".".join(map(str, OLDEST))
+        return PlatformError(
+            f"Redis at {mask_url(self.settings.redis_url or '')} is version {version}, and the ledger needs {needed}",
+            value=version,
+            advice=f"Use Redis {needed} or newer, better 7, or Valkey.",
+        )
 
     def descriptors(self) -> list[int]:
         """The sockets of this handle, as numbers: for a child that inherited them."""
@@ -119,7 +146,8 @@ class LedgerServer:
             return action()
         except RedisError as error:
             where = mask_url(self.settings.redis_url or "")
-            kind = LedgerFull if isinstance(error, OutOfMemoryError) else StoreUnavailable
+            full = isinstance(error, OutOfMemoryError) or WRAPPED_OOM in str(error)
+            kind = LedgerFull if full else StoreUnavailable
             raise kind(f"Redis at {where} does not serve: {error}") from error
 
     def _call(self, name: str, *args: Any) -> list[str]:

@@ -16,9 +16,8 @@ from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-from routing import amounts, names, url_files
+from routing import addresses, amounts, names, url_files
 from routing.errors import InvalidRequest, SettingsError, mask_url, show
 from routing.home import default_home
 
@@ -51,25 +50,6 @@ def _text(value: str, env: str) -> str:
 
 def _wrong(env: str, value: str, right: str) -> InvalidRequest:
     return InvalidRequest(f"{env}={show(value)} is not valid", value=value, advice=right)
-
-
-def _redis_url(value: str, env: str) -> str:
-    right = f"{env} must be like redis://host:6379/0 (or rediss:// for TLS)."
-    try:
-        parts = urlsplit(value)
-        usable = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
-    except ValueError as error:
-        raise _wrong(env, value, right) from error
-    if not usable or not re.fullmatch(r"/?[0-9]*", parts.path):
-        raise _wrong(env, value, right)
-    return _verified(value, env)
-
-
-def _verified(value: str, env: str) -> str:
-    """A rediss:// URL that says itself that the server's certificate is verified, which kombu does not do unasked."""
-    if not value.startswith("rediss://") or "ssl_cert_reqs=" in value:
-        return value
-    return f"{value}{'&' if '?' in value else '?'}ssl_cert_reqs=required"
 
 
 def _database_url(value: str, env: str) -> str:
@@ -170,15 +150,15 @@ class Settings:
     redis_url: str | None = _setting(
         "REDIS_URL",
         "The ledger's Redis. Without it and DATABASE_URL, embedded servers serve.",
-        _redis_url,
+        addresses.check,
         unit="URL",
     )
     database_url: str | None = _setting("DATABASE_URL", "Postgres, the durable truth.", _database_url, unit="URL")
     broker_url: str | None = _setting(
-        "CELERY_BROKER_URL", "Where Celery's own messages go.", _verified, unit="URL", shown="REDIS_URL"
+        "CELERY_BROKER_URL", "Where Celery's own messages go.", addresses.elsewhere, unit="URL", shown="REDIS_URL"
     )
     result_backend: str | None = _setting(
-        "CELERY_RESULT_BACKEND", "Where Celery keeps results.", _verified, unit="URL", shown="REDIS_URL"
+        "CELERY_RESULT_BACKEND", "Where Celery keeps results.", addresses.elsewhere, unit="URL", shown="REDIS_URL"
     )
     node_name: str | None = _setting(
         "NODE_NAME",
@@ -335,7 +315,7 @@ class Settings:
         """The same settings on other servers; broker and results follow unless they have their own place."""
         return replace(
             self,
-            redis_url=_redis_url(redis_url, "REDIS_URL"),
+            redis_url=addresses.check(redis_url, "REDIS_URL"),
             database_url=_database_url(database_url, "DATABASE_URL"),
             broker_url=None if self.broker_url == self.redis_url else self.broker_url,
             result_backend=None if self.result_backend == self.redis_url else self.result_backend,

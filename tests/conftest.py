@@ -15,6 +15,7 @@ pytest.register_assert_rewrite("tests.fixtures")
 pytest_plugins = [
     "tests.fixtures.grouping",
     "tests.fixtures.healing",
+    "tests.fixtures.given",
     "tests.fixtures.servers",
     "tests.fixtures.processes",
     "tests.fixtures.proxy",

@@ -14,15 +14,19 @@ from contextlib import suppress
 from typing import Final
 from urllib.parse import urlsplit
 
+from routing import addresses, sentinels
 from routing.settings import Settings
 
 #: Ports where a URL names none.
-USUAL_PORTS: Final = {"redis": 6379, "rediss": 6379, "amqp": 5672, "amqps": 5671}
+USUAL_PORTS: Final = {"amqp": 5672, "amqps": 5671}
 POSTGRES_PORT: Final = 5432
 #: How the file of a Postgres socket is called.
 POSTGRES_SOCKET: Final = ".s.PGSQL."
 
-_guarded: dict[str, tuple[int, Collection[int]]] = {}
+#: A port, or the path of a socket.
+Place = int | str
+
+_guarded: dict[str, tuple[int, Collection[Place]]] = {}
 
 
 def guard_children(settings: Settings) -> None:
@@ -30,46 +34,55 @@ def guard_children(settings: Settings) -> None:
     platform: its own, and those that Celery holds."""
     if not _guarded:
         os.register_at_fork(after_in_child=_after_fork)
-    _guarded["main"] = (os.getpid(), ports_of(settings))
+    _guarded["main"] = (os.getpid(), places_of(settings))
 
 
 def _after_fork() -> None:
-    pid, ports = _guarded["main"]
+    pid, places = _guarded["main"]
     if os.getppid() == pid:
-        let_go(sockets_to(ports))
+        let_go(sockets_to({*places, *sentinels.ports}))
 
 
-def ports_of(settings: Settings) -> frozenset[int]:
-    """The ports at which the stores and the broker of a platform listen."""
-    found = set()
+def places_of(settings: Settings) -> frozenset[Place]:
+    """Where the stores and the broker of a platform listen. (Sentinels tell of their Redis when it is connected to.)"""
+    found: set[Place] = set()
     for url in (settings.redis_url, settings.broker_url, settings.result_backend, settings.database_url):
-        parts = urlsplit(url or "")
         with suppress(ValueError):
-            found.add(parts.port or USUAL_PORTS.get(parts.scheme, POSTGRES_PORT))
+            found |= _places(url or "")
     return frozenset(found)
 
 
-def sockets_to(ports: Collection[int]) -> list[int]:
-    """The descriptors of this process that are connected to such a port, or to the socket of a Postgres."""
+def _places(url: str) -> set[Place]:
+    try:
+        address = addresses.read(url)
+    except ValueError:
+        parts = urlsplit(url)
+        return {parts.port or USUAL_PORTS.get(parts.scheme, POSTGRES_PORT)}
+    return {address.path} if address.path else {port for _, port in address.hosts}
+
+
+def sockets_to(places: Collection[Place]) -> list[int]:
+    """The descriptors of this process that are connected to such a place, or to the socket of a Postgres."""
     found = []
     for name in os.listdir("/dev/fd"):
         descriptor = int(name)
         # (The descriptor of the listing itself is gone by now.)
         with suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(descriptor).st_mode) and _leads_to(descriptor, ports):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode) and _leads_to(descriptor, places):
                 found.append(descriptor)
     return found
 
 
-def _leads_to(descriptor: int, ports: Collection[int]) -> bool:
+def _leads_to(descriptor: int, places: Collection[Place]) -> bool:
     looked_at = socket.socket(fileno=descriptor)
     try:
         peer = looked_at.getpeername()
     finally:
         looked_at.detach()
     if isinstance(peer, tuple):
-        return peer[1] in ports
-    return POSTGRES_SOCKET in (peer if isinstance(peer, str) else os.fsdecode(peer))
+        return peer[1] in places
+    path = peer if isinstance(peer, str) else os.fsdecode(peer)
+    return POSTGRES_SOCKET in path or path in places
 
 
 def let_go(descriptors: Iterable[int]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
-from urllib.parse import urlsplit
 
 import redis
 from celery import Celery
@@ -11,7 +11,8 @@ from redis.exceptions import RedisError, ResponseError
 from sqlalchemy import Engine
 
 from migrations import check as check_tables
-from routing import roster
+from routing import addresses, roster
+from routing.addresses import BETWEEN, Address
 from routing.books import text
 from routing.errors import PlatformError, StoreUnavailable, Unsupported, mask_url
 from routing.settings import Settings
@@ -23,7 +24,7 @@ NO_EVICTION = "noeviction"
 
 #: The brokers that a worker can listen to beside its main loop (kombu's `memory`, `filesystem` and the like live in one
 #: process, or are only polled).
-BROKERS: Final = ("redis", "rediss", "amqp", "amqps", "pyamqp")
+BROKERS: Final = ("redis", "rediss", "redis+socket", "sentinel", "amqp", "amqps", "pyamqp")
 
 
 def check_stores(engine: Engine, client: redis.Redis, settings: Settings) -> None:
@@ -65,26 +66,27 @@ def shares_ledger(app: Celery, settings: Settings) -> bool:
     options = app.conf.broker_transport_options or {}
     if options.get("global_keyprefix"):
         return False
-    places = [_place(url) for url in _urls(app.conf.broker_read_url)]
-    return places == [_place(str(settings.redis_url))]
+    given = BETWEEN.join(_urls(app.conf.broker_read_url))
+    try:
+        broker, ledger = addresses.read(given), addresses.read(str(settings.redis_url))
+    except ValueError:
+        # Another kind of server, or several to choose from.
+        return False
+    master = broker.master or str(options.get(addresses.MASTER) or "")
+    return _place(replace(broker, master=master)) == _place(ledger)
 
 
 def _urls(broker_url: object) -> list[str]:
     given = broker_url if isinstance(broker_url, list | tuple) else [broker_url]
-    return [url for text in given for url in str(text).split(";")]
+    return [url for text in given for url in str(text).split(BETWEEN)]
 
 
-def _place(url: str) -> tuple[object, ...]:
-    """What a Redis URL leads to, as whom, and how; the usual port and database are the same as none."""
-    parts = urlsplit(url)
+def _place(address: Address) -> tuple[object, ...]:
+    """What an address leads to, as whom, and how. Sentinels that watch one Redis may be named in any order."""
+    hosts = frozenset((host.lower(), port) for host, port in address.hosts)
     return (
-        parts.scheme,
-        parts.username or "",
-        parts.password or "",
-        (parts.hostname or "").lower(),
-        parts.port or 6379,
-        parts.path.strip("/") or "0",
-        parts.query,
+        *(address.scheme, hosts, address.path, address.number, address.master),
+        *(address.user or "", address.password or "", frozenset(address.query)),
     )
 
 

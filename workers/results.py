@@ -13,15 +13,17 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from celery import current_app, states
 from celery.app.task import Context
-from celery.backends.redis import RedisBackend
+from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.result import result_from_tuple
 from kombu.exceptions import EncodeError
 from redis.exceptions import WatchError
 
+from routing import addresses, sentinels
 from routing.outbox import Outbox
 from routing.replies import Kept
 from workers import attempts
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 BACKENDS: Final = {
     "redis": "workers.results:PlatformRedisBackend",
     "rediss": "workers.results:PlatformRedisBackend",
+    "sentinel": "workers.results:PlatformSentinelBackend",
 }
 #: States that end an attempt.
 ENDS: Final = frozenset({*states.READY_STATES, states.RETRY})
@@ -152,6 +155,31 @@ class PlatformRedisBackend(RedisBackend):
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Nothing to prepare: `AsyncResult.get` and groups subscribe before they read."""
+
+    def _params_from_url(self, url: str, defaults: Any) -> Any:
+        found = super()._params_from_url(url, defaults)
+        if "path" in found:
+            # A Unix socket has no such option, and Celery hands it on all the same.
+            found.pop("socket_keepalive", None)
+        return found
+
+
+class PlatformSentinelBackend(PlatformRedisBackend, SentinelBackend):
+    """The same behind Sentinels: `master_name` may stand in the URL (Celery has an option), and a Sentinel that does
+    not answer is passed over at once."""
+
+    def __init__(self, *args: Any, url: str | None = None, **options: Any) -> None:
+        address = addresses.read(str(url))
+        self._master_name = address.master
+        super().__init__(*args, url=replace(address, master="").url, **options)
+
+    @property
+    def _transport_options(self) -> dict[str, Any]:
+        given = self.app.conf.get("result_backend_transport_options") or {}
+        return {addresses.MASTER: self._master_name, "sentinel_kwargs": sentinels.ASKING, **given}
+
+    def _get_sentinel_instance(self, **options: Any) -> Any:
+        return super()._get_sentinel_instance(**options, connection_class=sentinels.Watched)
 
 
 class CarriedRedisResults(CarriedResults):

@@ -4,8 +4,8 @@ kombu decodes what a queue holds and lets every error out into the loop that rea
 `null`, pushed by anybody, ends a Celery worker. Here a channel looks first; what no message can be made of is set aside
 (`Receiving.set_aside`), and the loop goes on. Bodies are decompressed up to a bound.
 
-`Connection` stands in for kombu's on an installed app: `redis://`, `rediss://` and `amqp://` mean what they always do,
-with our classes behind them.
+`Connection` stands in for kombu's on an installed app: `redis://`, `sentinel://`, `amqp://` and the others mean what
+they always do, with our classes behind them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from kombu.transport import pyamqp, virtual
 from kombu.transport import redis as kombu_redis
 from kombu.utils.encoding import bytes_to_str
 
+from routing import addresses, sentinels
 from routing import envelope as envelopes
 from routing.envelope import Envelope, Unreadable
 from workers.unpacking import TIMES, unpack
@@ -142,13 +143,23 @@ def digest_of(message: Any) -> str:
     return envelopes.digest(found) if isinstance(found, Envelope) and found.raw else ""
 
 
-class Channel(kombu_redis.Channel):
-    """Redis's channel, with an eye on what it delivers."""
+class _Looking:
+    """In front of a channel of Redis: an eye on what it delivers."""
 
     Message = Message
+    # What of kombu's channel is used here.
+    connection: Any
+    connection_errors: Any
+    client: Any
+    qos: Any
+    sep: str
+    _fanout_queues: Any
+    _flush_brpop_reauth: Any
+    _in_poll: Any
+    _queue_cycle: Any
 
     def basic_consume(self, queue: Any, no_ack: bool, callback: Any, consumer_tag: Any, **options: Any) -> Any:
-        found = super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
+        found = super().basic_consume(queue, no_ack, callback, consumer_tag, **options)  # type: ignore[misc]
         kind = JobMessage if no_ack and queue not in self._fanout_queues else Message
 
         def deliver(raw: Any) -> Any:
@@ -196,14 +207,31 @@ class Channel(kombu_redis.Channel):
         self.connection._deliver(envelope, queue)
 
 
+class Channel(_Looking, kombu_redis.Channel):
+    """Redis's channel."""
+
+
+class SentinelChannel(_Looking, kombu_redis.SentinelChannel):
+    """That of a Redis behind Sentinels."""
+
+    connection_class = sentinels.Watched
+    sentinel_kwargs = sentinels.ASKING
+
+
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, Unreadable) else f"no message can be made of it: {error!r}"
 
 
 class Transport(kombu_redis.Transport):
-    """`redis://` and `rediss://`."""
+    """`redis://`, `rediss://` and `redis+socket://`."""
 
     Channel = Channel
+
+
+class SentinelTransport(kombu_redis.SentinelTransport):
+    """`sentinel://`."""
+
+    Channel = SentinelChannel
 
 
 class AMQPMessage(pyamqp.Message, _Unpacked):
@@ -233,13 +261,22 @@ class AMQPSTransport(pyamqp.SSLTransport):
 #: kombu's transport -> ours.
 OURS: Final[dict[type, type]] = {
     kombu_redis.Transport: Transport,
+    kombu_redis.SentinelTransport: SentinelTransport,
     pyamqp.Transport: AMQPTransport,
     pyamqp.SSLTransport: AMQPSTransport,
 }
 
 
 class Connection(kombu.Connection):
-    """kombu's, with our transports."""
+    """kombu's, with our transports, and with what `master_name` in a URL of Sentinels says (kombu has an option)."""
+
+    def __init__(self, hostname: Any = "localhost", *args: Any, transport_options: Any = None, **options: Any) -> None:
+        if isinstance(hostname, str) and hostname.startswith(f"{addresses.SENTINEL}://"):
+            address = addresses.read(hostname)
+            named = {addresses.MASTER: address.master} if address.master else {}
+            transport_options = {**named, **(transport_options or {})}
+            hostname = replace(address, master="").url
+        super().__init__(hostname, *args, transport_options=transport_options, **options)
 
     def get_transport_cls(self) -> type:
         found: type = super().get_transport_cls()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from routing import keys, stream
+from routing.home import Pair
 from routing.ledger import Ledger
 from routing.replies import Adopted, Ended, LedgerFull
 from routing.request import Request
@@ -17,7 +18,7 @@ WHOLE = Request.of({"cpus": 4000}).shape
 
 
 @pytest.fixture
-def ledger(redis_url: str) -> Iterator[Ledger]:
+def ledger(own_embedded: Pair, redis_url: str) -> Iterator[Ledger]:
     with open_ledger(redis_url) as ledger:
         yield ledger
         ledger.client.config_set("maxmemory", 0)

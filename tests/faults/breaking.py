@@ -110,7 +110,7 @@ def world(servers: Servers, folder: Path) -> Iterator[World]:
     """A platform whose workers and submitters reach both servers by proxies; the test itself goes straight there."""
     with ExitStack() as stack:
         database_url = stack.enter_context(empty_database(servers.pair))
-        redis_url = empty_redis(servers.pair)
+        redis_url = stack.enter_context(empty_redis(servers.pair))
         paths = (Proxy(redis_url), Proxy(database_url))
         for path in paths:
             stack.callback(path.stop)

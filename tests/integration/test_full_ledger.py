@@ -19,15 +19,15 @@ WORK = "tests.tasks.work.work"
 
 
 @pytest.fixture
-def pair() -> Iterator[Pair]:
+def own_pair() -> Iterator[Pair]:
     """Servers of its own: their Redis is to be full."""
     with servers.private_pair(durable=False) as own:
         yield own
 
 
 @pytest.fixture
-def platform(pair: Pair, tmp_path: Path) -> Iterator[Platform]:
-    with standing_platform(pair, tmp_path, "tests.tasks.work") as running:
+def platform(own_pair: Pair, tmp_path: Path) -> Iterator[Platform]:
+    with standing_platform(own_pair, tmp_path, "tests.tasks.work") as running:
         yield running
 
 

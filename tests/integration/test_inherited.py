@@ -59,7 +59,7 @@ def in_a_child(do: Callable[[], object]) -> str:
 
 
 def sockets(settings: Settings) -> list[int]:
-    return inherited.sockets_to(inherited.ports_of(settings))
+    return inherited.sockets_to(inherited.places_of(settings))
 
 
 def test_a_child_has_no_connection_of_its_parent(stores: Stores, settings: Settings) -> None:

@@ -18,14 +18,14 @@ ADD = "tests.fixtures.tasks.add"
 
 
 @pytest.fixture
-def servers() -> Iterator[Servers]:
+def own_pair() -> Iterator[Servers]:
     with own_servers() as own:
         yield own
 
 
 @pytest.fixture
-def platform(servers: Servers, tmp_path: Path) -> Iterator[Platform]:
-    with standing_platform(servers.pair, tmp_path, "tests.tasks.celerys_own") as running:
+def platform(own_pair: Servers, tmp_path: Path) -> Iterator[Platform]:
+    with standing_platform(own_pair.pair, tmp_path, "tests.tasks.celerys_own") as running:
         yield running
 
 

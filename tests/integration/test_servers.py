@@ -215,10 +215,10 @@ def test_a_path_too_long_for_a_socket_gets_a_short_one(home: Path) -> None:
     assert not server.host.exists()
 
 
-def test_only_its_owner_reaches_the_socket_and_nobody_the_network(server_pair: Pair) -> None:
-    host = Path(server_pair.data or "").resolve() / "postgres" / "run"
+def test_only_its_owner_reaches_the_socket_and_nobody_the_network(own_embedded: Pair) -> None:
+    host = Path(own_embedded.data or "").resolve() / "postgres" / "run"
     assert host.stat().st_mode & 0o077 == 0
-    assert psutil.Process(server_pair.postgres_pid).net_connections("inet") == []
+    assert psutil.Process(own_embedded.postgres_pid).net_connections("inet") == []
 
 
 def test_a_private_pair_ends_with_its_owner_even_when_that_is_killed() -> None:

@@ -171,6 +171,7 @@ def test_a_problem_carries_value_and_advice_when_there_are_any() -> None:
         ),
         ("postgresql://h/db?user=me&password=s3cret&x=1", "postgresql://h/db?user=me&password=***&x=1"),
         ("cannot reach redis://:s3cret@h/0 now", "cannot reach redis://:***@h/0 now"),
+        ("sentinel://:s3cret@a:1/0;sentinel://:s3cret@b:2/0", "sentinel://:***@a:1/0;sentinel://:***@b:2/0"),
         ("amqp://a:s3cret@h1//;amqp://b:s3cret@h2//", "amqp://a:***@h2//"),
     ],
 )

@@ -141,7 +141,7 @@ def test_a_database_url_gets_the_driver_that_is_used(scheme: str) -> None:
 
 WRONG = [
     ("REDIS_URL", "localhost:6379", "must be like redis://host:6379/0"),
-    ("REDIS_URL", "unix:///run/redis.sock", "must be like redis://host:6379/0"),
+    ("REDIS_URL", "unix://run/redis.sock", "must be like redis://host:6379/0"),
     ("REDIS_URL", "redis://host:port/0", "must be like redis://host:6379/0"),
     ("REDIS_URL", "redis://host/name", "must be like redis://host:6379/0"),
     ("REDIS_URL", "redis://[::1/0", "must be like redis://host:6379/0"),

@@ -1,0 +1,63 @@
+"""A Redis that Sentinels watch: they say where it is, on each new connection.
+
+After a failover that is another server. Its `run_id` is another too, so the ledger is cold there and opened anew
+(`routing.rebuild`): what a replica had not yet received of its books is not missed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelManagedConnection
+
+from routing.addresses import Address
+
+#: What the Sentinels themselves are asked with: one that does not answer is passed over, and not tried again (redis-py
+#: tries ten times by default). Seconds.
+ASKING: Final[dict[str, Any]] = {
+    "socket_connect_timeout": 1.0,
+    "socket_timeout": 1.0,
+    "retry": Retry(NoBackoff(), 0),
+    "protocol": 2,
+}
+
+#: The ports of all servers that Sentinels have named to this process.
+ports: Final[set[int]] = set()
+
+
+class Watched(SentinelManagedConnection):
+    """A connection to the server that the Sentinels name. It leads to no replica: Sentinels, too, may be late."""
+
+    def connect_to(self, address: tuple[str, int]) -> None:
+        ports.add(int(address[1]))
+        super().connect_to(address)  # type: ignore[no-untyped-call]
+        try:
+            self._check_role(address)
+        except BaseException:
+            self.disconnect()  # type: ignore[no-untyped-call]
+            raise
+
+    def _check_role(self, address: tuple[str, int]) -> None:
+        self.send_command("INFO", "replication")  # type: ignore[no-untyped-call]
+        said = self.read_response()
+        if b"role:master" not in (said if isinstance(said, bytes) else str(said).encode()):
+            raise redis.ConnectionError(f"the Sentinels name {address[0]}:{address[1]}, which is not a primary (yet)")
+
+
+def client(address: Address, options: dict[str, Any]) -> redis.Redis:
+    """A client of the server that the Sentinels of an address watch; `options` are for its connections."""
+    within = {name: options[name] for name in ("socket_connect_timeout", "socket_timeout") if name in options}
+    shorter = {name: min(seconds, ASKING[name]) for name, seconds in within.items()}
+    sentinel = Sentinel(list(address.hosts), sentinel_kwargs={**ASKING, **shorter})  # type: ignore[no-untyped-call]
+    found: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
+        address.master,
+        connection_class=Watched,
+        username=address.user,
+        password=address.password,
+        db=address.number,
+        **options,
+    )
+    return found

@@ -1,0 +1,147 @@
+"""A Redis that Sentinels watch: every client finds it, and a failover loses and doubles nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from routing import addresses, roster, sentinels, verify
+from routing.addresses import numbered
+from routing.ledger import Ledger
+from routing.server import connect
+from routing.settings import Settings
+from tests.fixtures.processes import FOREIGN, Platform
+from tests.fixtures.redises import NAME, Watched, watched_redis
+from tests.fixtures.servers import environment_of
+from tests.fixtures.submitting import Submitter, platform_on
+from tests.fixtures.waiting import until
+from tests.tasks.work import read, starts
+from workers import inherited
+from workers.stores import Stores
+
+ADD = "tests.fixtures.tasks.add"
+WORK = "tests.tasks.work.work"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_the_persons(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    with watched_redis(tmp_path_factory.mktemp("watched")) as watched:
+        yield watched
+
+
+@pytest.fixture
+def platform(own_redis: Watched, database_url: str, tmp_path: Path) -> Iterator[Platform]:
+    environment = environment_of(own_redis.url(2), database_url, tmp_path)
+    environment["PLATFORM_IMPORTS"] = "tests.fixtures.tasks,tests.tasks.work"
+    with platform_on(environment, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def submitter(platform: Platform) -> Iterator[Submitter]:
+    submitter = Submitter(platform)
+    yield submitter
+    submitter.close()
+
+
+def test_a_dead_sentinel_is_passed_over_and_a_replica_is_not_written_to(own_redis: Watched) -> None:
+    first, second = own_redis.servers
+    own_redis.sentinels[0].kill()
+    with connect(own_redis.url(7)) as client:
+        client.set("key", "value")
+        assert first.client.info("keyspace").keys() == {"db7"}
+        pool = client.connection_pool
+        connection = pool.make_connection()
+        # What a Sentinel says that has not heard of a failover yet.
+        with pytest.raises(redis.ConnectionError, match="not a primary"):
+            connection.connect_to(("127.0.0.1", second.port))
+        assert connection._sock is None
+    # A child of a pool lets go of connections to whatever the Sentinels have named.
+    assert {first.port, second.port} <= sentinels.ports
+
+
+def test_a_name_that_the_sentinels_do_not_know_is_an_error_that_says_so(own_redis: Watched) -> None:
+    url = own_redis.url().replace(f"master_name={NAME}", "master_name=other")
+    with connect(url) as client, pytest.raises(redis.ConnectionError, match="'other'"):
+        client.ping()
+
+
+def test_a_child_has_no_connection_of_its_parent(platform: Platform) -> None:
+    stores = Stores(lambda _: platform.settings)
+    stores.redis.ping()
+    ours = set(stores.ledger.descriptors())
+    assert len(ours) == 1
+    places = {*inherited.places_of(platform.settings), *sentinels.ports}
+    assert ours <= set(inherited.sockets_to(places))
+    stores.redis.close()
+
+
+def test_a_failover_opens_a_new_epoch_and_loses_and_doubles_nothing(
+    platform: Platform, submitter: Submitter, own_redis: Watched, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    workers = [platform.worker("a", cpus=2), platform.worker("b", cpus=2, pool="threads")]
+    platform.beat()
+    before = submitter.send(ADD, 40, 2)
+    assert submitter.value(before) == 42
+    with platform.engine.connect() as connection:
+        epoch = roster.read_authority(connection).epoch
+    jobs = [submitter.send(WORK, str(trace), str(number), 1.0) for number in range(12)]
+    until(lambda: starts(read(trace)).total() >= 4, "four run and eight wait")
+    first, second = own_redis.servers
+    first.kill()
+    until(lambda: own_redis.primary_port() == second.port, "the Sentinels have made the replica the primary")
+    later = [submitter.send(WORK, str(trace), str(number), 0.1) for number in range(12, 16)]
+    assert [submitter.ended(job, 60).state for job in [*jobs, *later]] == ["succeeded"] * 16
+    assert [submitter.value(job) for job in later] == ["12", "13", "14", "15"]
+    # Of those that ran meanwhile none began a second time.
+    assert set(starts(read(trace)).values()) == {1}
+    # What the replica had received of the results is there.
+    assert submitter.value(before) == 42
+    with platform.engine.connect() as connection:
+        authority = roster.read_authority(connection)
+    assert authority.epoch > epoch
+    assert Ledger(platform.settings).opened() == (authority.epoch, second.run_id)
+    assert all(worker.alive for worker in workers)
+    until(lambda: verify.check(platform.engine, platform.redis).ok, "the books are right")
+
+
+@pytest.mark.parametrize("named_by", ["the URL", "Celery's options"])
+def test_celerys_options_may_name_the_redis_instead(
+    platform: Platform, own_redis: Watched, named_by: str, tmp_path: Path
+) -> None:
+    """A Celery project that is on Sentinels has its broker and results named so already."""
+    from celery import Celery
+
+    from celery_capacity import install
+
+    url = own_redis.url(2)
+    app = Celery("theirs", set_as_current=False)
+    if named_by == "Celery's options":
+        url = url.partition("?")[0]
+        app.conf.broker_transport_options = {addresses.MASTER: NAME}
+        app.conf.result_backend_transport_options = {addresses.MASTER: NAME}
+    app.conf.broker_url = app.conf.result_backend = url
+    install(app, resolve=lambda _: platform.settings)
+    with app.connection_for_write() as connection:
+        assert connection.default_channel.client.ping()
+    assert app.backend.client.ping()
+    app.backend.client.close()
+    app.close()
+
+
+def test_a_number_is_meant_for_the_redis_behind_them(own_redis: Watched) -> None:
+    with connect(numbered(own_redis.url(), 9)) as client:
+        client.set("key", "value")
+    assert own_redis.servers[0].client.info("keyspace").keys() == {"db9"}
+    assert Settings(redis_url=own_redis.url(), database_url="postgresql://h/d").broker_url == own_redis.url()
