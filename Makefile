@@ -1,6 +1,6 @@
 # `make demo` and `make test` work as the first command in a clean clone: they make .venv and install into it, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-docker check docs bench chaos clean
+.PHONY: help demo test test-docker test-servers test-installed test-pythons check docs bench chaos clean
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -9,11 +9,18 @@ BIN := $(VENV)/bin
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3 python
 # Test processes: one more than there are CPUs, since most tests wait for other processes, and not more than eight.
 PROCESSES = $$($(BIN)/python -c 'import os; print(min(8, 1 + (os.cpu_count() or 2)))')
+# Tests that need nothing which is not installed by this file.
+EVERYWHERE := not rabbitmq and not docker and not installed
+# Versions of Python that `make test-pythons` looks for.
+VERSIONS := 3.11 3.12 3.13
 
 help:
 	@echo 'make demo    replay a trace of 300 jobs on two workers, with the books balanced at the end'
 	@echo 'make test    ruff, mypy, the documents and the tests'
 	@echo 'make test-docker   the tests that need Docker with Compose'
+	@echo 'make test-servers REDIS_URL=... DATABASE_URL=...   the tests on servers of yours'
+	@echo 'make test-installed   tests that need programs of Debian or PyPI: old and TLS-speaking servers'
+	@echo 'make test-pythons     make test with each of Python $(VERSIONS) that is found'
 	@echo 'make check   ruff and mypy only'
 	@echo 'make docs    the documents as a site, in build/site; a warning is an error'
 	@echo 'make bench   this platform beside plain Celery'
@@ -24,10 +31,34 @@ demo: $(INSTALLED)
 	@$(BIN)/celery -A platform demo --worker worker-01=72 --worker worker-02=16 $(ARGS)
 
 test: check docs
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder -m 'not rabbitmq and not docker' $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder -m '$(EVERYWHERE)' $(ARGS)
 
 test-docker: $(INSTALLED)
 	$(BIN)/python -m pytest -n 0 -m docker $(ARGS)
+
+# Databases of this Redis above 0 are emptied, and databases celery_capacity_... made in this Postgres; what ends, empties
+# or reconfigures a whole server is left out.
+test-servers: $(INSTALLED)
+	@if test -z "$$REDIS_URL" || test -z "$$DATABASE_URL"; then \
+	    echo 'Which servers? make test-servers REDIS_URL=redis://127.0.0.1:6379 DATABASE_URL=postgresql://postgres@127.0.0.1/postgres' >&2; \
+	    exit 2; \
+	fi
+	@TEST_REDIS_URL="$$REDIS_URL" TEST_DATABASE_URL="$$DATABASE_URL" env -u REDIS_URL -u DATABASE_URL \
+	    $(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder \
+	    -m '$(EVERYWHERE)' $(or $(ARGS),tests/contract tests/integration)
+
+test-installed: $(INSTALLED)
+	$(BIN)/python -m pytest -n 0 -m installed $(or $(ARGS),tests)
+
+# Each interpreter gets a virtual environment of its own. With pyenv: PYENV_VERSION=3.11:3.12:3.13 make test-pythons
+test-pythons:
+	@found=; for version in $(VERSIONS); do \
+	    python$$version -c 'import ensurepip, venv' 2>/dev/null || { echo "python$$version: not found"; continue; }; \
+	    found="$$found $$version"; \
+	    echo "== $$(python$$version --version)"; \
+	    $(MAKE) --no-print-directory test VENV=.venv-$$version PYTHON=python$$version ARGS='$(ARGS)' || exit 1; \
+	done; \
+	test -n "$$found" || { echo 'None of these was found: $(VERSIONS)' >&2; exit 1; }
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -44,7 +75,7 @@ chaos: $(INSTALLED)
 	@$(BIN)/python -m tests.faults.chaos $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VERSIONS:%=.venv-%) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A virtual environment that was moved or whose Python is gone is made anew; otherwise only what is missing is installed.

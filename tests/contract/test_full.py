@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from routing import keys, stream
-from routing.home import Pair
 from routing.ledger import Ledger
 from routing.replies import Adopted, Ended, LedgerFull
 from routing.request import Request
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
+from tests.fixtures.installed import old_redis
+from tests.fixtures.redises import redis_server
 
 WHOLE = Request.of({"cpus": 4000}).shape
 
 
+@pytest.fixture(params=["embedded", pytest.param("Redis 6.2", marks=pytest.mark.installed)])
+def own_redis_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A server that may be full."""
+    if request.param == "embedded":
+        yield request.getfixturevalue("redis_url")
+        return
+    with redis_server(tmp_path, program=old_redis()) as server:
+        yield f"redis://127.0.0.1:{server.port}/0"
+
+
 @pytest.fixture
-def ledger(own_embedded: Pair, redis_url: str) -> Iterator[Ledger]:
-    with open_ledger(redis_url) as ledger:
+def ledger(own_redis_url: str) -> Iterator[Ledger]:
+    with open_ledger(own_redis_url) as ledger:
         yield ledger
         ledger.client.config_set("maxmemory", 0)
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 import redis
+from celery import Celery
 
+from celery_capacity import install
+from platform import valkey
 from routing import addresses, roster, sentinels, verify
 from routing.addresses import numbered
 from routing.ledger import Ledger
 from routing.server import connect
 from routing.settings import Settings
+from tests.fixtures.installed import debian_redis, old_redis
 from tests.fixtures.processes import FOREIGN, Platform
 from tests.fixtures.redises import NAME, Watched, watched_redis
 from tests.fixtures.servers import environment_of
@@ -33,9 +38,19 @@ def _nothing_of_the_persons(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-@pytest.fixture
-def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    with watched_redis(tmp_path_factory.mktemp("watched")) as watched:
+#: Whose program is primary, replica and Sentinel.
+PROGRAMS: Final = {"embedded": valkey.binary, "Debian": debian_redis, "Redis 6.2": old_redis}
+
+
+@pytest.fixture(
+    params=[
+        "embedded",
+        pytest.param("Debian", marks=pytest.mark.installed),
+        pytest.param("Redis 6.2", marks=pytest.mark.installed),
+    ]
+)
+def own_redis(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    with watched_redis(tmp_path_factory.mktemp("watched"), program=PROGRAMS[request.param]()) as watched:
         yield watched
 
 
@@ -121,10 +136,6 @@ def test_celerys_options_may_name_the_redis_instead(
     platform: Platform, own_redis: Watched, named_by: str, tmp_path: Path
 ) -> None:
     """A Celery project that is on Sentinels has its broker and results named so already."""
-    from celery import Celery
-
-    from celery_capacity import install
-
     url = own_redis.url(2)
     app = Celery("theirs", set_as_current=False)
     if named_by == "Celery's options":
