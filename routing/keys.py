@@ -72,6 +72,7 @@ COUNTERS: Final = KEYS["counters"]
 DECLARATIONS: Final = KEYS["declarations"]
 ALLOCATED_CPUS: Final = KEYS["allocated_cpus"]
 #: Patterns for SCAN.
+LEDGER: Final = "ledger:*"
 JOBS: Final = KEYS["job"] + "*"
 BOOKS: Final = KEYS["book"] + "*"
 WAITS: Final = KEYS["wait"] + "*"

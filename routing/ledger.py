@@ -13,6 +13,7 @@ from typing import Any, Final
 from routing import keys
 from routing.envelope import digest_of
 from routing.policy import held_by, is_last_chance
+from routing.repairs import Repairs
 from routing.replies import (
     NEVER_AGAIN,
     Adopted,
@@ -32,7 +33,6 @@ from routing.replies import (
 )
 from routing.request import Request
 from routing.scripts import SUBMIT_WITHIN_MS
-from routing.server import LedgerServer
 
 #: Most jobs that one lapse call takes back, so that admission never waits long for it.
 LAPSE_CHUNK: Final = 100
@@ -41,8 +41,8 @@ REDELIVER_CHUNK: Final = 100
 RELEASE_PAGES: Final = 15
 
 
-class Ledger(LedgerServer):
-    """The scripts, one method each."""
+class Ledger(Repairs):
+    """The scripts, one method each; those that reconcile alone uses are in `routing.repairs`."""
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 
@@ -235,15 +235,6 @@ class Ledger(LedgerServer):
             self.fill(reply[1])
         return reply[0] == "ok"
 
-    def mend(self, shape: str, job: str = "") -> bool:
-        """Make the queue of a shape right about one job and about its first job; True when something differed."""
-        return self._call("mend", *self._gate(), shape, job)[1] == "1"
-
-    def seat(self, job: str) -> int | None:
-        """Make the places of one job right; how many differed, or None where its worker has no book."""
-        reply = self._call("seat", *self._gate(), job)
-        return int(reply[1]) if reply[0] == "ok" else None
-
     # -- workers -------------------------------------------------------------------------------------------------
 
     def register(
@@ -370,14 +361,6 @@ class Ledger(LedgerServer):
         return self._call("turn", duty, caller, interval_ms)[1] == "1"
 
     # -- books ---------------------------------------------------------------------------------------------------
-
-    def recount(self, worker: str) -> int:
-        """Make a worker's allocations the sum of what it holds, and its places right; returns how much differed."""
-        return int(self._call("recount", *self._gate(), worker)[1])
-
-    def set_total(self, expected: int | None, total: int) -> bool:
-        """Set the sum of allocated millicores, unless it changed since it was read as `expected` (None: missing)."""
-        return self._call("total", *self._gate(), "" if expected is None else expected, total)[0] == "ok"
 
     def allocated_cpus(self) -> str | None:
         """`resource:allocated_cpus` as it stands."""

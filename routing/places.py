@@ -19,7 +19,7 @@ from routing.drift import Reconciled
 from routing.ledger import Ledger
 from routing.states import State
 
-#: Jobs looked at in one step.
+#: Jobs looked at in one step: some 2 ms of the server.
 CHUNK: Final = 500
 #: How often the sum is read again because workers came or admissions went on.
 TRIES: Final = 10
@@ -96,34 +96,32 @@ def give_home(connection: Connection, ledger: Ledger, worker: str, result: Recon
     return True
 
 
-def check_queues(ledger: Ledger, result: Reconciled) -> None:
+def check_queues(ledger: Ledger, shapes: set[str], result: Reconciled) -> None:
     """Each queue of a shape holds jobs that wait, in their order, and the index of shapes knows it; what is to be
-    delivered again was admitted."""
-    prefix = len(keys.KEYS["wait"])
-    shapes = {key.decode()[prefix:] for key in ledger.client.scan_iter(match=keys.WAITS, count=CHUNK)}
-    shapes |= {books.text(shape) for shape in ledger.client.zrange(keys.SHAPES, 0, -1)}
-    for shape in sorted(shapes):
-        for jobs in _chunks(ledger.client.zscan_iter(keys.wait(shape), count=CHUNK)):
-            cards = books.read_cards(ledger.client, [job for job, _ in jobs])
-            for job, place in jobs:
-                card = cards.get(job)
-                right = card is not None and (card.state, card.shape, card.order) == (State.WAITING, shape, int(place))
-                if not right and ledger.mend(shape, job):
+    delivered again was admitted. `shapes`: those of which there is a queue."""
+    for shape in sorted(shapes | {books.text(shape) for shape in ledger.client.zrange(keys.SHAPES, 0, -1)}):
+        seen, looked = 0, CHUNK
+        while looked == CHUNK:
+            looked, strays = ledger.misplaced(shape, seen, CHUNK)
+            seen += looked
+            for job in strays:
+                if ledger.mend(shape, job):
                     result.note("a place without its waiting job")
+                    seen -= 1  # all before it are nearer to the end now
         if ledger.mend(shape):
             result.note("a shape out of its place")
     for jobs in _chunks(ledger.client.zscan_iter(keys.UNCLAIMED, count=CHUNK)):
-        cards = books.read_cards(ledger.client, [job for job, _ in jobs])
-        for job, _ in jobs:
+        cards = books.read_cards(ledger.client, jobs)
+        for job in jobs:
             card = cards.get(job)
             if (card is None or card.state != State.ADMITTED) and ledger.seat(job):
                 result.note("a delivery of a job that was not admitted")
 
 
-def _chunks(scanned: Iterable[Any]) -> Iterator[list[tuple[str, float]]]:
-    batch: list[tuple[str, float]] = []
-    for member, score in scanned:
-        batch.append((books.text(member), score))
+def _chunks(scanned: Iterable[Any]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for member, _ in scanned:
+        batch.append(books.text(member))
         if len(batch) >= CHUNK:
             yield batch
             batch = []
@@ -131,37 +129,35 @@ def _chunks(scanned: Iterable[Any]) -> Iterator[list[tuple[str, float]]]:
         yield batch
 
 
-def check_books(ledger: Ledger, result: Reconciled) -> None:
-    """Each book is the sum of what is held and stands in the indexes, and the whole is the sum of the books."""
-    for worker in sorted(_workers(ledger)):
-        if ledger.recount(worker):
+def check_books(ledger: Ledger, workers: set[str], result: Reconciled) -> None:
+    """Each book is the sum of what is held and stands in the indexes, and the whole is the sum of the books.
+    `workers`: those of which there is a book or a list."""
+    names = sorted(workers | _indexed(ledger))
+    for worker, differs in zip(names, ledger.recount(names), strict=True):
+        if differs:
             result.note("a book that is not the sum")
             ledger.fill(worker)
     for _ in range(TRIES):
-        if _check_total(ledger, result):
+        if _check_total(ledger, workers, result):
             return
     result.note("a sum of CPUs that is not the sum of the books", False)
 
 
-def _workers(ledger: Ledger) -> set[str]:
-    """All of which there is a book, a list, a lease or a place in the index."""
-    names = {books.text(name) for key in (keys.FREE, keys.LEASES) for name in ledger.client.zrange(key, 0, -1)}
-    for family, pattern in (("book", keys.BOOKS), ("held", keys.HELDS)):
-        prefix = keys.KEYS[family]
-        names |= {books.text(k).removeprefix(prefix) for k in ledger.client.scan_iter(match=pattern, count=CHUNK)}
-    return names
+def _indexed(ledger: Ledger) -> set[str]:
+    """The workers that have a lease or a place in the index. (Whoever opens a book gets a lease in the same step.)"""
+    return {books.text(name) for key in (keys.FREE, keys.LEASES) for name in ledger.client.zrange(key, 0, -1)}
 
 
-def _check_total(ledger: Ledger, result: Reconciled) -> bool:
+def _check_total(ledger: Ledger, workers: set[str], result: Reconciled) -> bool:
     """Compare the sum with the books as of one moment; False where it has to be read again."""
-    workers = sorted(_workers(ledger))
+    names = sorted(workers | _indexed(ledger))
     pipe = ledger.client.pipeline(transaction=True)
     pipe.mget(keys.ALLOCATED, keys.ALLOCATED_CPUS)
     pipe.zrange(keys.LEASES, 0, -1)
-    for worker in workers:
+    for worker in names:
         pipe.hget(keys.book(worker), "a.cpus")
     (found, shown), leases, *parts = pipe.execute()
-    if not {books.text(name) for name in leases} <= set(workers):
+    if not {books.text(name) for name in leases} <= set(names):
         return False  # a worker came after the names were read
     total = sum(int(part) for part in parts if part is not None)
     said = None if found is None else int(found)

@@ -111,9 +111,9 @@ def _wipe(ledger: Ledger) -> None:
 
 
 _HELD: Final = text("""
-SELECT id, epoch, attempt, shape, priority, seq, losses, (extract(epoch FROM admitted_at) * 1000)::bigint,
+SELECT incarnation, id, epoch, attempt, shape, priority, seq, losses, (extract(epoch FROM admitted_at) * 1000)::bigint,
        (extract(epoch FROM started_at) * 1000)::bigint, rerun
-FROM jobs WHERE state IN ('admitted', 'running') AND incarnation = :incarnation ORDER BY id
+FROM jobs WHERE state IN ('admitted', 'running') AND incarnation IS NOT NULL ORDER BY id
 """)
 
 
@@ -126,10 +126,14 @@ def _reserve(connection: Connection, ledger: Ledger) -> tuple[list[tuple[str, st
         ),
         {"ttl": ledger.settings.worker_ttl * 2},
     ).all()
+    # In one statement: there is no index by incarnation, which every transition would pay for.
+    holdings: dict[str, list[Adopted]] = {}
+    for incarnation, *row in connection.execute(_HELD):
+        holdings.setdefault(incarnation, []).append(_adopted(row))
     held = 0
     for name, incarnation, capacity, _ in rows:
         ledger.reserve(name, incarnation, Capacity.from_people(capacity).shape)
-        found = [_adopted(row) for row in connection.execute(_HELD, {"incarnation": incarnation})]
+        found = holdings.get(incarnation, [])
         for start in range(0, len(found), BACKLOG_CHUNK):
             ledger.adopt(name, incarnation, found[start : start + BACKLOG_CHUNK])
         held += len(found)

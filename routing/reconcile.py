@@ -1,8 +1,10 @@
 """Making the ledger equal Postgres, and saying what differed.
 
 First the stream is applied: what it says is not drift, Postgres is only behind. Then both are compared, in both
-directions, in chunks of one round trip each, so that no admission waits for it. What looks different is read again
-before anything is touched, and each repair is a script or statement that checks once more: work goes on meanwhile.
+directions, in chunks of one round trip each, so that no admission waits for it. Nearly all jobs are right: Postgres
+writes what it says of them as text, a script compares that with the books, and this process only carries it from one to
+the other. What looks different is read again before anything is touched, and each repair is a script or statement that
+checks once more: work goes on meanwhile.
 
 Which store is right: a job with an entry in the stream is not judged. Else Postgres is, except where the ledger has a
 newer token or step: then the entry was lost with the stream, and Postgres is brought forward.
@@ -86,9 +88,14 @@ _COLUMNS: Final = (
     "coalesce((extract(epoch FROM admitted_at) * 1000)::bigint, 0), "
     "coalesce((extract(epoch FROM started_at) * 1000)::bigint, 0), rerun FROM jobs "
 )
-_OPEN: Final = text(
-    _COLUMNS + "WHERE state IN ('waiting', 'admitted', 'running') AND seq > :after ORDER BY seq LIMIT :most"
-)
+#: The states of jobs that the ledger has, in the order in which most jobs go through them.
+_OPEN: Final = (State.WAITING, State.ADMITTED, State.RUNNING)
+#: One state at a time: its rows stand in the index in their order.
+_SAID: Final = text("""
+SELECT max(seq), string_agg(concat_ws(' ', id, state, epoch || '.' || attempt, coalesce(worker, '-')), chr(10))
+FROM (SELECT seq, id, state, epoch, attempt, worker FROM jobs WHERE state = :state AND seq > :after
+      ORDER BY seq LIMIT :most) AS j
+""")
 _THESE: Final = text(_COLUMNS + "WHERE id = ANY(CAST(:ids AS text[]))")
 
 
@@ -125,11 +132,11 @@ def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
             ledger.epoch = known.epoch
             result.applied, applied = stream.apply_all(engine, ledger)
             enroll.go_on(engine, ledger, applied)
-            _ledger_against_rows(connection, ledger, result)
-            _rows_against_ledger(connection, ledger, result)
+            told = _rows_against_ledger(connection, ledger, result)
+            found = _ledger_against_rows(connection, ledger, told, result)
             _close_committed(connection, ledger, result)
-            places.check_queues(ledger, result)
-            places.check_books(ledger, result)
+            places.check_queues(ledger, found["wait"], result)
+            places.check_books(ledger, found["book"] | found["held"], result)
         if result.drift:
             ledger.client.hincrby(keys.COUNTERS, "drift", result.drift)
     except RedisError as error:
@@ -137,29 +144,57 @@ def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
     return result
 
 
-def _ledger_against_rows(connection: Connection, ledger: Ledger, result: Reconciled) -> None:
-    """Jobs that the ledger has and Postgres has ended, never had, or knows less of; and where they stand."""
-    prefix = len(keys.KEYS["job"])
+def _rows_against_ledger(connection: Connection, ledger: Ledger, result: Reconciled) -> set[str]:
+    """Jobs that wait or are held by what Postgres says. Returns them."""
+    told: set[str] = set()
+    for state in _OPEN:
+        after = -1
+        while True:
+            last, rows = connection.execute(_SAID, {"state": state.value, "after": after, "most": CHUNK}).one()
+            if last is None:
+                break
+            after = last
+            ids = [row.partition(" ")[0] for row in rows.split("\n")]
+            result.checked += len(ids)
+            told.update(ids)
+            _look_at(connection, ledger, ledger.compare(rows), result)
+    return told
+
+
+def _ledger_against_rows(
+    connection: Connection, ledger: Ledger, told: set[str], result: Reconciled
+) -> dict[str, set[str]]:
+    """Jobs that the ledger has besides: those that Postgres has ended, never had, or knows less of. Returns the names
+    of all other keys, by family."""
+    found: dict[str, set[str]] = {family: set() for family in ("wait", "book", "held")}
+    job, prefixes = keys.KEYS["job"], {family: keys.KEYS[family] for family in found}
     batch: list[str] = []
-    for key in ledger.client.scan_iter(match=keys.JOBS, count=CHUNK):
-        batch.append(key.decode()[prefix:])
+    for raw in ledger.client.scan_iter(match=keys.LEDGER, count=CHUNK):
+        key = raw.decode()
+        if not key.startswith(job):
+            for family, prefix in prefixes.items():
+                if key.startswith(prefix):
+                    found[family].add(key[len(prefix) :])
+            continue
+        name = key[len(job) :]
+        if name not in told:
+            batch.append(name)
         if len(batch) == CHUNK:
-            _check_cards(connection, ledger, batch, result)
+            _look_at(connection, ledger, batch, result)
             batch = []
-    if batch:
-        _check_cards(connection, ledger, batch, result)
+    _look_at(connection, ledger, batch, result)
+    return found
 
 
-def _check_cards(connection: Connection, ledger: Ledger, ids: Sequence[str], result: Reconciled) -> None:
+def _look_at(connection: Connection, ledger: Ledger, ids: Sequence[str], result: Reconciled) -> None:
+    """Compare these jobs one by one, and look where they stand."""
+    if not ids:
+        return
     cards = books.read_cards(ledger.client, ids)
     if places.clear_marks(ledger, cards, result):
         cards = books.read_cards(ledger.client, ids)
-    rows = _rows(connection, list(cards))
-    suspects = [
-        job
-        for job, card in cards.items()
-        if (row := rows.get(job)) is None or (row.state not in (State.WAITING, *HOLDING) and not row.agrees(card))
-    ]
+    rows = _rows(connection, ids)
+    suspects = [job for job in ids if _differ(rows.get(job), cards.get(job))]
     _settle(connection, ledger, suspects, result)
     standing = {job: card for job, card in cards.items() if card.state != ENDED and job not in suspects}
     for job in places.check_jobs(connection, ledger, standing, result):
@@ -168,17 +203,10 @@ def _check_cards(connection: Connection, ledger: Ledger, ids: Sequence[str], res
             result.note("held by a worker that has no book", _give_back(connection, ledger, row))
 
 
-def _rows_against_ledger(connection: Connection, ledger: Ledger, result: Reconciled) -> None:
-    """Jobs that wait or are held by what Postgres says."""
-    after = -1
-    while True:
-        rows = [Row(*row) for row in connection.execute(_OPEN, {"after": after, "most": CHUNK})]
-        if not rows:
-            return
-        after = rows[-1].seq
-        result.checked += len(rows)
-        cards = books.read_cards(ledger.client, [row.id for row in rows])
-        _settle(connection, ledger, [row.id for row in rows if not row.agrees(cards.get(row.id))], result)
+def _differ(row: Row | None, card: JobCard | None) -> bool:
+    if row is None:
+        return card is not None and card.state != ENDED
+    return not row.agrees(card)
 
 
 def _close_committed(connection: Connection, ledger: Ledger, result: Reconciled) -> None:
@@ -211,7 +239,7 @@ def _settle(connection: Connection, ledger: Ledger, suspects: Sequence[str], res
         row, card = before.get(job), cards.get(job)
         if row != after.get(job) or job in on_their_way:
             continue
-        if (card is None or card.state == ENDED) if row is None else row.agrees(card):
+        if not _differ(row, card):
             continue
         repaired = _repair(connection, ledger, job, row, card, result)
         if repaired is not None:

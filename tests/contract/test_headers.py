@@ -82,6 +82,7 @@ BINDINGS: Final = {
             )
         },
     ),
+    "compare": Binding(lambda ledger: ledger.compare("a waiting 1.0 -"), 0, {("ok", "a", "b"): "['a', 'b']"}),
     "condemn": Binding(lambda ledger: ledger.condemn("w", "life"), 0, {("ok",): "None", ("unknown",): "None"}),
     "drain": Binding(lambda ledger: ledger.drain("w", "life"), 0, {("ok", "s", "t"): "2", ("unknown",): "0"}),
     "drop": Binding(
@@ -110,12 +111,13 @@ BINDINGS: Final = {
     ),
     "mend": Binding(lambda ledger: ledger.mend("s", "a"), 0, {("ok", "1"): "True", ("ok", "0"): "False"}),
     "open": Binding(lambda ledger: ledger.open(5), 0, {("ok",): "None"}),
+    "misplaced": Binding(lambda ledger: ledger.misplaced("s", 500, 500), 0, {("ok", "7", "a"): "(7, ['a'])"}),
     "place": Binding(
         lambda ledger: ledger.place("s"),
         0,
         {(("admitted", "a", "w", "2"), ("more", "9", "x"), ("none",)): "[Placed(job='a', worker='w', attempt=2)]"},
     ),
-    "recount": Binding(lambda ledger: ledger.recount("w"), 0, {("ok", "2"): "2", ("unknown", "1"): "1"}),
+    "recount": Binding(lambda ledger: ledger.recount(["w"]), 0, {("ok", "2"): "[2]", ("unknown", "1"): "[1]"}),
     "recover": Binding(
         lambda ledger: ledger.recover("w", "life", ["x", "y"]),
         2,
@@ -267,7 +269,8 @@ def test_every_script_loads_on_the_server(name: str, redis_client: redis.Redis) 
 def test_every_script_is_called_by_exactly_one_method_of_the_ledger() -> None:
     assert sorted(BINDINGS) == list(NAMES)
     own = Path(str(bindings.__file__))
-    text = own.read_text(encoding="utf-8") + own.with_name("server.py").read_text(encoding="utf-8")
+    files = (own, own.with_name("repairs.py"), own.with_name("server.py"))
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
     called = re.findall(r"_calls?\(\s*\[?\(?\"(\w+)\"|calls\.append\(\(\"(\w+)\"|self\._script\(\"(\w+)\"", text)
     by_name = sorted("".join(found) for found in called)
     # The submits of many rows go in one round trip.

@@ -204,7 +204,7 @@ class Machine(JobRules):
     @rule()
     def reconcile(self) -> None:
         """What is right is left as it is."""
-        assert [self.ledger.recount(name) for name in self.model.workers] == [0] * len(self.model.workers)
+        assert self.ledger.recount(list(self.model.workers)) == [0] * len(self.model.workers)
         assert [self.ledger.seat(job_id) for job_id in self.model.jobs] == [0] * len(self.model.jobs)
         assert not any(self.ledger.mend(one.request.shape, one.job) for one in self.model.backlog())
 

@@ -14,12 +14,15 @@ from sqlalchemy import Engine, text
 from routing import backlog, enroll, keys, stream, verify
 from routing.drift import Reconciled
 from routing.ledger import Ledger
+from routing.places import CHUNK
+from routing.policy import order
 from routing.reconcile import reconcile
 from routing.replies import LedgerClosed
+from routing.request import Request
 from routing.settings import Settings
 from tests.fixtures import damage
 from tests.fixtures.damage import DAMAGES, Scene
-from tests.fixtures.staged import Stage
+from tests.fixtures.staged import MESSAGE, Stage
 from tests.fixtures.work import Work
 
 #: Seconds for which a violation must stay; nothing else moves when it is looked for.
@@ -176,6 +179,34 @@ def test_several_kinds_of_damage_at_once_are_all_repaired(scene: Scene) -> None:
     stream.apply_all(scene.stage.engine, scene.stage.ledger)
     assert check(scene) == []
     assert reconcile(scene.stage.engine, scene.stage.ledger).drift == 0
+
+
+def test_damage_is_found_wherever_it_is_in_a_backlog_of_many_chunks(scene: Scene) -> None:
+    stage, many = scene.stage, 2 * CHUNK + 300
+    request = Request.of({"cpus": 9500})
+    jobs = [stage.insert({"cpus": 9500}) for _ in range(many)]
+    rows = [(job, request.shape, order(0, stage.row(job).seq), MESSAGE, 0, 0, 0) for job in jobs]
+    assert {answer.state for answer in stage.ledger.submit_all(rows)} == {"waiting"}
+    stage.apply()
+    queue, first, last = keys.wait(request.shape), rows[0][2], rows[-1][2]
+    for number in range(CHUNK + 7):
+        scene.redis.zadd(queue, {f"first-{number}": first - 1, f"last-{number}": last + 1 + number})
+    spread = range(0, many, 99)
+    for number in spread:
+        scene.redis.delete(keys.job(jobs[number]))
+    for number in spread:
+        scene.redis.zadd(queue, {f"between-{number}": rows[number][2]})
+        scene.redis.zrem(queue, jobs[number + 1])
+    found = reconcile(stage.engine, stage.ledger)
+    assert found.to_json()["kinds"] == {
+        "a place without its waiting job": 2 * (CHUNK + 7) + len(spread),
+        "waiting in Postgres, missing in the ledger": len(spread),
+        "waiting without its place": len(spread),
+    }
+    assert (found.all_repaired, found.checked) == (True, many + 6)
+    stage.apply()
+    assert check(scene) == []
+    assert reconcile(stage.engine, stage.ledger).drift == 0
 
 
 def test_two_at_once_repair_it_once_and_do_no_harm(scene: Scene, settings: Settings) -> None:

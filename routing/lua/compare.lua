@@ -1,0 +1,40 @@
+#!lua flags=allow-oom
+-- Does: finds jobs of which the ledger says something else than Postgres, or that do not stand where their own keys say.
+-- KEYS: none; by name: epoch, job, wait, book, held, unclaimed, stream
+-- ARGV: epoch, run_id, rows (a line a job: job, state, token, worker; each of them without blanks)
+-- Replies: {ok, the jobs that differ} | {cold} | {epoch, current}
+-- Cost: three or four commands a job
+-- Repeat: harmless: nothing is written
+local epoch, run_id, rows = ARGV[1], ARGV[2], ARGV[3]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local reply, homes = {'ok'}, {}
+for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') do
+  local v = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'shape', 'order', 'entry')
+  local here, holder, entry, right = v[1], v[4], v[7], false
+  local own = here and v[2] .. '.' .. v[3]
+  if here == 'waiting' then
+    local place = redis.call('ZSCORE', KEY.wait .. v[5], id)
+    right = place and tonumber(place) == tonumber(v[6])
+  elseif here == 'admitted' or here == 'running' then
+    if homes[holder] == nil then
+      local book = redis.call('HMGET', KEY.book .. holder, 'epoch', 'lease')
+      homes[holder] = book[1] == epoch and book[2] ~= false
+    end
+    right = homes[holder] and redis.call('HGET', KEY.held .. holder, id) == own
+      and (redis.call('ZSCORE', KEY.unclaimed, id) ~= false) == (here == 'admitted')
+  end
+  if right and entry then
+    -- Its newest transition is on its way to Postgres, if it was not lost with the stream.
+    right = #redis.call('XRANGE', KEY.stream, entry, entry, 'COUNT', 1) == 1
+  elseif right then
+    right = here == state and (here == 'waiting' or (own == token and holder == worker))
+  end
+  if not right then
+    reply[#reply + 1] = id
+  end
+end
+return reply

@@ -1,0 +1,23 @@
+#!lua flags=allow-oom
+-- Does: finds places in the queue of a shape that no waiting job has.
+-- KEYS: none; by name: epoch, job, wait
+-- ARGV: epoch, run_id, shape, seen (places that were looked at, counted from the end), most (places to look at)
+-- Replies: {ok, places looked at, the jobs that do not belong there} | {cold} | {epoch, current}
+-- Cost: one command a place
+-- Repeat: harmless: nothing is written
+local epoch, run_id, shape, seen, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+-- From the end: jobs leave a queue at its front, which moves no place that is counted from there.
+local places = redis.call('ZRANGE', KEY.wait .. shape, int(-seen - most), int(-seen - 1), 'WITHSCORES')
+local reply = {'ok', int(#places / 2)}
+for i = 1, #places, 2 do
+  local job = redis.call('HMGET', KEY.job .. places[i], 'state', 'shape', 'order')
+  if job[1] ~= 'waiting' or job[2] ~= shape or tonumber(job[3]) ~= tonumber(places[i + 1]) then
+    reply[#reply + 1] = places[i]
+  end
+end
+return reply
