@@ -30,6 +30,9 @@ GRANT USAGE, CREATE ON SCHEMA public TO platform_owner;
 
 ALTER TABLE jobs OWNER TO platform_owner;
 ALTER TABLE attempts OWNER TO platform_owner;
+ALTER TABLE jobs_archive OWNER TO platform_owner;
+ALTER TABLE attempts_archive OWNER TO platform_owner;
+ALTER FUNCTION archive_finished(double precision, integer) OWNER TO platform_owner;
 ALTER TABLE workers OWNER TO platform_owner;
 ALTER TABLE authority OWNER TO platform_owner;
 ALTER TABLE declarations OWNER TO platform_owner;
@@ -38,7 +41,10 @@ ALTER TABLE alembic_version OWNER TO platform_owner;
 
 REVOKE ALL ON ALL TABLES IN SCHEMA public FROM PUBLIC, platform_worker, platform_submitter, platform_dashboard;
 
--- Workers. Jobs are never deleted by them.
+-- Workers. They delete no job: what has ended long ago is moved by a function, with its owner's rights.
+REVOKE ALL ON FUNCTION archive_finished(double precision, integer) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION archive_finished(double precision, integer) TO platform_worker;
+GRANT SELECT ON jobs_archive, attempts_archive TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON jobs, attempts, workers, declarations TO platform_worker;
 GRANT SELECT, UPDATE ON authority TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON quarantine TO platform_worker;
@@ -54,6 +60,7 @@ GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarn
   queue, rerun, retries, nesting, root_id, parent_id, submitted_at, due_at, expires_at, admitted_at, started_at,
   finished_at, error) ON jobs TO platform_dashboard;
 GRANT SELECT ON attempts, workers, authority, declarations, alembic_version TO platform_dashboard;
+GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;
 
 -- The same as one relation, for tools that list columns by themselves.

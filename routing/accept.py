@@ -100,12 +100,13 @@ def _statement(name: str, types: str, source: str, values: int) -> _Statement:
 
 
 _BY_ANYBODY: Final = _statement("celery_capacity_insert_job", _TYPES, f"VALUES ({_VALUES})", 16)
-#: Whether an attempt (job, epoch, attempt, incarnation) may still speak: its row has no newer attempt and did not take
-#: this one back or give it up, and its worker was not given up (which is noted before its jobs are taken back).
+#: Whether an attempt (job, epoch, attempt, incarnation) may still speak: its row is there (and not in the archive), has
+#: no newer attempt and did not take this one back or give it up, and its worker was not given up (which is noted before
+#: its jobs are taken back).
 _HOLDS: Final = (
-    "NOT EXISTS (SELECT 1 FROM jobs p WHERE p.id = {} AND "
+    "EXISTS (SELECT 1 FROM jobs p WHERE p.id = {} AND "
     f"(p.epoch, p.attempt, CASE p.step WHEN {Step.GIVEN_UP.value} THEN {Step.BACK.value} ELSE p.step END) "
-    f">= ({{}}, {{}}, {Step.BACK.value})) AND "
+    f"< ({{}}, {{}}, {Step.BACK.value})) AND "
     "NOT EXISTS (SELECT 1 FROM workers w WHERE w.incarnation = {} AND w.status = 'lost')"
 )
 _BY_ATTEMPT: Final = _statement(

@@ -104,7 +104,8 @@ class Explanation:
 
 
 def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanation | None:
-    """Why `job` is where it is; None where Postgres has no such job. At most four round trips to Redis."""
+    """Why `job` is where it is; None where Postgres has no such job (in the archive all have ended). At most four round
+    trips to Redis."""
     jobs, authority = tables.jobs.c, tables.authority.c
     row = connection.execute(
         select(
@@ -112,7 +113,7 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         ).where(jobs.id == job)
     ).one_or_none()
     if row is None:
-        return None
+        return _archived(connection, job)
     state, request = State(row.state), Request.from_shape(row.shape)
     simple = _without_books(state)
     if simple is not None:
@@ -151,6 +152,15 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         large_enough=sum(1 for book in live if _when_empty(request, book)),
         live_workers=len(live),
     )
+
+
+def _archived(connection: Connection, job: str) -> Explanation | None:
+    gone = tables.jobs_archive.c
+    query = select(gone.state, gone.request, gone.declared).where(gone.id == job).order_by(gone.seq.desc()).limit(1)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        return None
+    return Explanation(job, State(row.state), Why.ENDED, Request.from_people(row.request), row.declared)
 
 
 def refuse(request: Request, live: Sequence[Book], ahead: int) -> Refusal | None:

@@ -1,5 +1,5 @@
-"""Looking at jobs in Postgres: the newest ones, one with all its attempts, and ids that are like a wrong
-one."""
+"""Looking at jobs in Postgres: the newest ones, one with all its attempts (in the archive too), and ids that are like a
+wrong one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from typing import Any, Final
 
-from sqlalchemy import Connection, Select, func, null, select
+from sqlalchemy import ColumnElement, Connection, Select, Table, func, null, select
 
 from routing import tables
 from routing.states import State
@@ -21,42 +21,42 @@ SHORTEST: Final = 4
 #: Likeness (of difflib, 0 to 1) of an id with a slip of the pen; two random UUIDs have some 0.5.
 SIMILAR: Final = 0.8
 
-_jobs, _attempts = tables.jobs.c, tables.attempts.c
+_jobs = tables.jobs.c
 _SHOWN: Final = (
-    _jobs.id,
-    _jobs.name,
-    _jobs.state,
-    _jobs.attempt,
-    _jobs.worker,
-    _jobs.priority,
-    _jobs.request,
-    _jobs.submitted_at,
-    _jobs.admitted_at,
-    _jobs.started_at,
-    _jobs.finished_at,
-    _jobs.error,
+    "id",
+    "name",
+    "state",
+    "attempt",
+    "worker",
+    "priority",
+    "request",
+    "submitted_at",
+    "admitted_at",
+    "started_at",
+    "finished_at",
+    "error",
 )
 _DETAILS: Final = (
-    _jobs.epoch,
-    _jobs.declared,
-    _jobs.queue,
-    _jobs.retries,
-    _jobs.losses,
-    _jobs.root_id,
-    _jobs.parent_id,
-    _jobs.due_at,
-    _jobs.expires_at,
+    "epoch",
+    "declared",
+    "queue",
+    "retries",
+    "losses",
+    "root_id",
+    "parent_id",
+    "due_at",
+    "expires_at",
 )
 _TRIES: Final = (
-    _attempts.epoch,
-    _attempts.attempt,
-    _attempts.worker,
-    _attempts.incarnation,
-    _attempts.admitted_at,
-    _attempts.started_at,
-    _attempts.ended_at,
-    _attempts.outcome,
-    _attempts.error,
+    "epoch",
+    "attempt",
+    "worker",
+    "incarnation",
+    "admitted_at",
+    "started_at",
+    "ended_at",
+    "outcome",
+    "error",
 )
 
 
@@ -95,7 +95,7 @@ def plain(value: Any) -> Any:
 
 def newest(connection: Connection, state: State | None, limit: int) -> list[JobLine]:
     """At most `limit` jobs, those submitted last first; only of one state where it is given."""
-    query: Select[Any] = select(*_SHOWN).order_by(_jobs.seq.desc()).limit(limit)
+    query: Select[Any] = select(*(_jobs[name] for name in _SHOWN)).order_by(_jobs.seq.desc()).limit(limit)
     if state is not None:
         query = query.where(_jobs.state == state)
     return [_line(row) for row in connection.execute(query)]
@@ -110,20 +110,35 @@ def count(connection: Connection, state: State | None) -> int:
 
 
 def find(connection: Connection, job: str) -> JobFile | None:
-    """One job by its id, None where there is none."""
+    """One job by its id, None where there is none; of those in the archive that had this id, the newest."""
     # A role that may not read messages is not told how long they are either.
     readable = connection.execute(select(func.has_column_privilege("jobs", "message", "SELECT"))).scalar_one()
+    live, gone = tables.jobs, tables.jobs_archive
     size = func.length(_jobs.message) if readable else null()
-    row = connection.execute(
-        select(*_SHOWN, *_DETAILS, size.label("message_bytes"), func.clock_timestamp().label("now")).where(
-            _jobs.id == job
-        )
-    ).one_or_none()
+    query = select(*_columns(live), size.label("message_bytes")).where(_jobs.id == job)
+    found = _file(connection, query, tables.attempts, tables.attempts.c.job_id == job)
+    if found is not None:
+        return found
+    row = connection.execute(select(func.max(gone.c.seq)).where(gone.c.id == job)).scalar_one()
+    kept = gone.c.message_bytes if readable else null()
+    query = select(*_columns(gone), kept.label("message_bytes")).where(gone.c.seq == row)
+    return _file(connection, query, tables.attempts_archive, tables.attempts_archive.c.job_seq == row)
+
+
+def _columns(table: Table) -> list[ColumnElement[Any]]:
+    return [table.c[name] for name in (*_SHOWN, *_DETAILS)]
+
+
+def _file(
+    connection: Connection, query: Select[Any], attempts: Table, own: ColumnElement[bool]
+) -> JobFile | None:
+    """The job of a query, with those of the attempts that are its `own`."""
+    row = connection.execute(query.add_columns(func.clock_timestamp().label("now"))).one_or_none()
     if row is None:
         return None
     columns = dict(row._mapping)
     now = columns.pop("now")
-    tries = select(*_TRIES).where(_attempts.job_id == job).order_by(_attempts.epoch, _attempts.attempt)
+    tries = select(*(attempts.c[name] for name in _TRIES)).where(own).order_by(attempts.c.epoch, attempts.c.attempt)
     return JobFile(JobLine(columns), [_line(row) for row in connection.execute(tries)], now)
 
 

@@ -120,7 +120,7 @@ WITH chosen AS (
     AND (({_WAITS}) OR ({_IS_DUE}))
     AND (expires_at IS NULL OR expires_at > now())
     AND EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres' AND epoch = :epoch)
-  FOR UPDATE SKIP LOCKED
+  FOR NO KEY UPDATE SKIP LOCKED
 ), taken AS (
   UPDATE jobs SET state = 'running', epoch = :epoch, attempt = jobs.attempt + 1, step = {Step.RUNNING.value},
     worker = :worker, incarnation = :incarnation, admitted_at = clock_timestamp(), started_at = clock_timestamp(),
@@ -206,7 +206,7 @@ class Holder:
 
 _HOLDERS: Final = text("""
 SELECT id, epoch, attempt, step, losses, rerun, state, incarnation FROM jobs
-WHERE id = ANY(CAST(:ids AS text[])) ORDER BY id FOR UPDATE
+WHERE id = ANY(CAST(:ids AS text[])) ORDER BY id FOR NO KEY UPDATE
 """)
 
 

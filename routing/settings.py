@@ -269,10 +269,11 @@ class Settings:
     sweep_interval: float = _duration(
         "PLATFORM_SWEEP_INTERVAL", 10.0, "An accepted job that the ledger does not know is brought in within this time."
     )
-    reconcile_interval: float = _duration(
-        "PLATFORM_RECONCILE_INTERVAL", 300.0, "Between two comparisons of both stores."
-    )
+    reconcile_interval: float = _duration("PLATFORM_RECONCILE_INTERVAL", 300.0, "Between comparisons of both stores.")
     confirm_interval: float = _duration("PLATFORM_CONFIRM_INTERVAL", 5.0, "Between two questions which store admits.")
+    keep_finished: float = _setting(
+        "PLATFORM_KEEP_FINISHED", "Ended jobs are archived after it; 0: never.", _seconds, 2.592e6, "seconds", "2592000"
+    )
     #: what was odd in the environment and did no harm, a sentence each
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
@@ -340,7 +341,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     wrong = []
     values = dict(values)
     for name, meaning in described():
-        if meaning.parse is _seconds and name in values and not MIN_SECONDS <= values[name] <= MAX_SECONDS:
+        least = 0.0 if name == "keep_finished" and values.get(name) == 0 else MIN_SECONDS  # 0: never
+        if meaning.parse is _seconds and name in values and not least <= values[name] <= MAX_SECONDS:
             seconds = values.pop(name)  # its relations to others say nothing more
             wrong.append(f"{meaning.env}={seconds} must be from {MIN_SECONDS:g} to {MAX_SECONDS:.0f} seconds.")
     if "max_message" in values and not 0 < values["max_message"] <= MAX_MESSAGE_LIMIT:

@@ -62,6 +62,19 @@ WITH e AS (
     CAST(:admitted AS bigint[]), CAST(:started AS bigint[]), CAST(:at AS bigint[]), CAST(:losses AS smallint[]),
     CAST(:error AS text[]), CAST(:outbox AS text[]))
   AS e (job, epoch, attempt, state, step, worker, incarnation, admitted, started, at, losses, error, outbox)
+), j AS (
+  SELECT jobs.id, jobs.state IN ({_FINAL}) AS committed,
+    jobs.state NOT IN ({_FINAL}) AND jobs.successor IS NOT NULL AND e.step IN ({Step.ENDED.value}, {Step.BACK.value})
+      AND e.state <> '{State.CANCELLED.value}' AS goes_on
+  FROM jobs JOIN e ON jobs.id = e.job
+  WHERE (jobs.epoch, jobs.attempt, jobs.step) < (e.epoch, e.attempt, e.step) AND (jobs.state NOT IN ({_FINAL})
+    OR (jobs.step = {Step.COMMITTED.value} AND (jobs.epoch, jobs.attempt) = (e.epoch, e.attempt)))
+  ORDER BY jobs.id FOR NO KEY UPDATE OF jobs
+), k AS (
+  -- Rows that stay as they are. Locked, so that none goes into the archive while an attempt of it is written here.
+  SELECT id, state, epoch, attempt FROM jobs
+  WHERE id = ANY(CAST(:a_job AS text[])) AND NOT EXISTS (SELECT 1 FROM j WHERE j.id = jobs.id)
+  ORDER BY id FOR KEY SHARE
 ), a AS (
   INSERT INTO attempts (job_id, epoch, attempt, worker, incarnation, admitted_at, started_at, ended_at, outcome, error)
   SELECT x.job, x.epoch, x.attempt, x.worker, x.incarnation, to_timestamp(nullif(x.admitted, 0) / 1000.0),
@@ -71,9 +84,10 @@ WITH e AS (
     CAST(:a_worker AS text[]), CAST(:a_incarnation AS text[]), CAST(:a_admitted AS bigint[]),
     CAST(:a_started AS bigint[]), CAST(:a_ended AS bigint[]), CAST(:a_outcome AS text[]), CAST(:a_error AS text[]))
   AS x (job, epoch, attempt, worker, incarnation, admitted, started, ended, outcome, error)
-  -- (An attempt that was made after the job had ended itself came too late, and leaves no trace.)
-  WHERE NOT EXISTS (SELECT 1 FROM jobs f WHERE f.id = x.job AND f.state IN ({_FINAL})
-    AND (f.epoch, f.attempt) < (x.epoch, x.attempt))
+  -- (An attempt that was made after the job had ended itself came too late, and leaves no trace; nor does one of a job
+  -- that is in the archive by now.)
+  WHERE (EXISTS (SELECT 1 FROM j WHERE j.id = x.job) OR EXISTS (SELECT 1 FROM k WHERE k.id = x.job
+    AND NOT (k.state IN ({_FINAL}) AND (k.epoch, k.attempt) < (x.epoch, x.attempt))))
   -- (Nor does one of old books that Postgres, which decided meanwhile, has overtaken.)
   AND NOT EXISTS (SELECT 1 FROM attempts n WHERE n.job_id = x.job AND n.epoch > x.epoch AND n.attempt <= x.attempt)
   ON CONFLICT (job_id, epoch, attempt) DO UPDATE SET
@@ -85,14 +99,6 @@ WITH e AS (
                    ELSE coalesce(attempts.outcome, excluded.outcome) END,
     error = CASE WHEN attempts.error = '{END_LOST}' AND excluded.outcome IS NOT NULL THEN excluded.error
                  ELSE coalesce(attempts.error, excluded.error) END
-), j AS (
-  SELECT jobs.id, jobs.state IN ({_FINAL}) AS committed,
-    jobs.state NOT IN ({_FINAL}) AND jobs.successor IS NOT NULL AND e.step IN ({Step.ENDED.value}, {Step.BACK.value})
-      AND e.state <> '{State.CANCELLED.value}' AS goes_on
-  FROM jobs JOIN e ON jobs.id = e.job
-  WHERE (jobs.epoch, jobs.attempt, jobs.step) < (e.epoch, e.attempt, e.step) AND (jobs.state NOT IN ({_FINAL})
-    OR (jobs.step = {Step.COMMITTED.value} AND (jobs.epoch, jobs.attempt) = (e.epoch, e.attempt)))
-  ORDER BY jobs.id FOR UPDATE OF jobs
 )
 UPDATE jobs SET
   state = CASE WHEN committed THEN jobs.state WHEN goes_on THEN '{State.SCHEDULED.value}' ELSE e.state END,
@@ -216,12 +222,13 @@ def _close_overtaken(connection: Connection, newest: Sequence[Transition], chang
 _OVERTAKEN: Final = text("""
 SELECT x.number FROM unnest(CAST(:job AS text[]), CAST(:epoch AS bigint[]), CAST(:attempt AS int[]))
   WITH ORDINALITY AS x (job, epoch, attempt, number)
-JOIN jobs j ON j.id = x.job WHERE (j.epoch, j.attempt) > (x.epoch, x.attempt)
+LEFT JOIN jobs j ON j.id = x.job WHERE j.id IS NULL OR (j.epoch, j.attempt) > (x.epoch, x.attempt)
 """)
 
 
 def _publish(connection: Connection, transitions: Sequence[Transition]) -> list[str]:
-    """Insert what attempts left to be published, unless a newer one has their job; the ids of those that may start."""
+    """Insert what attempts left to be published, unless a newer one has their job, or it is in the archive; the ids of
+    those that may start."""
     if not transitions:
         return []
     values = {

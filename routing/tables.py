@@ -106,6 +106,7 @@ jobs = Table(
     ),
     Index("jobs_committed", "incarnation", postgresql_where=text("step = 3")),
     Index("jobs_outbox", "id", postgresql_where=text("outbox IS NOT NULL")),
+    Index("jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
     Index("jobs_due", "due_at", postgresql_where=text("state = 'scheduled'")),
     Index(
         "jobs_expiring",
@@ -126,6 +127,54 @@ attempts = Table(
     Column("started_at", DateTime(timezone=True)),
     Column("ended_at", DateTime(timezone=True)),
     Column("outcome", Text, comment="a final state, retried, handed_back, taken_back or lost"),
+    Column("error", Text),
+)
+
+# What ended long ago, without its message; `archive_finished` moves it here (migration 0003, routing.retention).
+jobs_archive = Table(
+    "jobs_archive",
+    metadata,
+    Column("seq", BigInteger, primary_key=True, autoincrement=False, comment="order of submission"),
+    Column("id", Text, nullable=False, comment="the Celery task id; it may be used again"),
+    Column("name", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("losses", SmallInteger, nullable=False),
+    Column("worker", Text),
+    Column("incarnation", Text),
+    Column("priority", SmallInteger, nullable=False),
+    Column("request", JSONB, nullable=False),
+    Column("declared", Boolean, nullable=False),
+    Column("queue", Text, nullable=False),
+    Column("retries", Integer, nullable=False),
+    Column("nesting", Integer, nullable=False),
+    Column("root_id", Text),
+    Column("parent_id", Text),
+    Column("submitted_at", DateTime(timezone=True), nullable=False),
+    Column("due_at", DateTime(timezone=True)),
+    Column("expires_at", DateTime(timezone=True)),
+    Column("admitted_at", DateTime(timezone=True)),
+    Column("started_at", DateTime(timezone=True)),
+    Column("finished_at", DateTime(timezone=True), nullable=False),
+    Column("error", Text),
+    Column("message_bytes", Integer, nullable=False, comment="how long the message was"),
+    Column("archived_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Index("jobs_archive_id", "id"),
+)
+
+attempts_archive = Table(
+    "attempts_archive",
+    metadata,
+    Column("job_seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("epoch", BigInteger, primary_key=True, autoincrement=False),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("worker", Text, nullable=False),
+    Column("incarnation", Text, nullable=False),
+    Column("admitted_at", DateTime(timezone=True)),
+    Column("started_at", DateTime(timezone=True)),
+    Column("ended_at", DateTime(timezone=True), nullable=False),
+    Column("outcome", Text),
     Column("error", Text),
 )
 

@@ -191,8 +191,13 @@ REFUSED = {
         "SET ROLE platform_owner",
         "COPY jobs TO PROGRAM 'cat'",
         "DELETE FROM authority",
+        "DELETE FROM jobs_archive",
+        "INSERT INTO jobs_archive SELECT FROM jobs_archive",
+        "DROP FUNCTION archive_finished(double precision, integer)",
     ),
     "submitter": (
+        "SELECT archive_finished(0, 1)",
+        "SELECT * FROM jobs_archive",
         "SELECT message FROM jobs",
         "SELECT * FROM jobs",
         "SELECT successor FROM jobs",
@@ -216,6 +221,8 @@ REFUSED = {
         "INSERT INTO jobs (id) VALUES ('x')",
         "DELETE FROM workers",
         "UPDATE authority SET authority = 'postgres'",
+        "SELECT archive_finished(0, 1)",
+        "UPDATE jobs_archive SET state = 'failed'",
         "CREATE TABLE mine (x int)",
     ),
 }
@@ -229,6 +236,23 @@ def test_postgres_refuses_what_a_role_has_no_need_of(role_url: Any, role: str) -
             with pytest.raises(ProgrammingError, match=r"permission denied|must be owner"):
                 connection.execute(text(statement))
     engine.dispose()
+
+
+def test_a_worker_moves_what_has_ended_and_nothing_that_it_shadows(role_url: Any, engine: Engine) -> None:
+    """The function means the platform's tables, whatever its caller calls by the same names."""
+    ended = create_engine(role_url("worker"), isolation_level="AUTOCOMMIT")
+    insert = (
+        "INSERT INTO jobs (id, name, state, step, request, shape, queue, message, finished_at) "
+        "VALUES ('done', 'task', 'succeeded', 9, '{}', 'slots=1', 'celery', '', now() - interval '1 s')"
+    )
+    with ended.connect() as connection:
+        connection.execute(text(insert))
+        connection.execute(text("SET search_path TO pg_temp"))
+        assert connection.execute(text("SELECT public.archive_finished(0, 10)")).scalar_one() == 1
+    ended.dispose()
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT id FROM jobs_archive")).scalars().all() == ["done"]
+        assert connection.execute(text("SELECT count(*) FROM jobs")).scalar_one() == 0
 
 
 def test_the_owner_migrates_and_the_view_has_no_message(role_url: Any, engine: Engine) -> None:

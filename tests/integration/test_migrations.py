@@ -17,7 +17,16 @@ import migrations
 from routing import tables
 from routing.errors import InvalidRequest, NotMigrated, StoreUnavailable
 
-TABLES = {"jobs", "attempts", "workers", "authority", "declarations", "quarantine"}
+TABLES = {
+    "jobs",
+    "attempts",
+    "jobs_archive",
+    "attempts_archive",
+    "workers",
+    "authority",
+    "declarations",
+    "quarantine",
+}
 
 
 @pytest.fixture

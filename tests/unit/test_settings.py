@@ -55,6 +55,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
         "sweep_interval": 10.0,
         "reconcile_interval": 300.0,
         "confirm_interval": 5.0,
+        "keep_finished": 2_592_000.0,
         "warnings": (),
     }
 
@@ -85,6 +86,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
         "PLATFORM_SWEEP_INTERVAL": "1",
         "PLATFORM_RECONCILE_INTERVAL": "30",
         "PLATFORM_CONFIRM_INTERVAL": "0.5",
+        "PLATFORM_KEEP_FINISHED": "86400",
     }
     assert set(environ) == {meaning.env for _, meaning in described()}
     assert Settings.from_environ(environ) == Settings(
@@ -113,6 +115,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
         sweep_interval=1.0,
         reconcile_interval=30.0,
         confirm_interval=0.5,
+        keep_finished=86_400.0,
     )
 
 
@@ -176,6 +179,7 @@ WRONG = [
     ("PLATFORM_DUE_INTERVAL", "soon", "must be a number of seconds"),
     ("PLATFORM_DUE_INTERVAL", "1_0", "must be a number of seconds"),
     ("PLATFORM_DUE_INTERVAL", "0", "must be from 0.001 to 31536000 seconds"),
+    ("PLATFORM_KEEP_FINISHED", "-1", "must be from 0.001 to 31536000 seconds"),
     ("PLATFORM_DUE_INTERVAL", "-1", "must be from 0.001 to 31536000 seconds"),
     ("PLATFORM_DUE_INTERVAL", "nan", "must be from 0.001 to 31536000 seconds"),
     ("PLATFORM_DUE_INTERVAL", "inf", "must be from 0.001 to 31536000 seconds"),
@@ -368,3 +372,7 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "servers.json").mkdir()
     with pytest.raises(NoServers, match=r"servers\.json cannot be read"):
         home.running_pair(tmp_path)
+
+
+def test_what_has_ended_may_be_kept_for_ever() -> None:
+    assert Settings.from_environ({"PLATFORM_KEEP_FINISHED": "0"}).keep_finished == 0
