@@ -11,13 +11,14 @@ local no = refused(epoch, run_id)
 if no then
   return no
 end
--- From the end: jobs leave a queue at its front, which moves no place that is counted from there.
-local places = redis.call('ZRANGE', KEY.wait .. shape, int(-seen - most), int(-seen - 1), 'WITHSCORES')
-local reply = {'ok', int(#places / 2)}
-for i = 1, #places, 2 do
-  local job = redis.call('HMGET', KEY.job .. places[i], 'state', 'shape', 'order')
-  if job[1] ~= 'waiting' or job[2] ~= shape or tonumber(job[3]) ~= tonumber(places[i + 1]) then
-    reply[#reply + 1] = places[i]
+-- From the end: jobs leave a queue at its front, which moves no place that is counted from there. (Whether a job that
+-- waits under this shape has the right place there is asked of each job.)
+local places = redis.call('ZRANGE', KEY.wait .. shape, int(-seen - most), int(-seen - 1))
+local reply = {'ok', int(#places)}
+for _, id in ipairs(places) do
+  local job = redis.call('HMGET', KEY.job .. id, 'state', 'shape')
+  if job[1] ~= 'waiting' or job[2] ~= shape then
+    reply[#reply + 1] = id
   end
 end
 return reply

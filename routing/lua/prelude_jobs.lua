@@ -130,9 +130,9 @@ local function sum_held(worker)
   local sums, strays = {}, {}
   local held = redis.call('HGETALL', KEY.held .. worker)
   for i = 1, #held, 2 do
-    local job = read_job(held[i])
-    if job and job.worker == worker and token_of(job) == held[i + 1] and (job.state == 'admitted' or job.state == 'running') then
-      for name, amount in pairs(amounts_of(job.shape)) do
+    local job = redis.call('HMGET', KEY.job .. held[i], 'state', 'worker', 'epoch', 'attempt', 'shape')
+    if (job[1] == 'admitted' or job[1] == 'running') and job[2] == worker and job[3] .. '.' .. job[4] == held[i + 1] then
+      for name, amount in pairs(amounts_of(job[5])) do
         sums[name] = (sums[name] or 0) + amount
       end
     else
