@@ -1,0 +1,91 @@
+"""A process that submits and releases while something else goes on, and notes how long each admission took."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from multiprocessing.connection import Connection
+from typing import Final
+
+from sqlalchemy import text
+
+from benchmarks.books import EMPTY, message
+from benchmarks.size.stock import engine_of
+from routing import accept, roster
+from routing.accept import NewJob
+from routing.ledger import Ledger
+from routing.policy import order
+from routing.replies import Ended, Taken
+from routing.settings import Settings
+
+#: The worker that always has room for these jobs, and for no others: those ask for a whole CPU at the least.
+WORKER: Final = "spare"
+INCARNATION: Final = "spare-life"
+QUEUE: Final = "queue.spare"
+CAPACITY: Final = "cpus=900,memory=1073741824,slots=8"
+SHAPE: Final = "cpus=100,slots=1"
+#: Seconds between two admissions.
+PAUSE: Final = 0.002
+
+
+class Admitting(threading.Thread):
+    """The loop. `taken`: milliseconds of each admission since it was last asked."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        super().__init__(daemon=True)
+        self._settings = Settings.from_environ(environment)
+        self._engine = engine_of(str(self._settings.database_url))
+        self._ledger = Ledger(self._settings)
+        self._message = message()
+        self.taken: list[float] = []
+        self.trouble = ""
+
+    def register(self) -> None:
+        with self._engine.connect() as connection:
+            self._ledger.epoch = roster.read_authority(connection).epoch
+            people = {"cpus": 0.9, "memory": 1073741824, "slots": 8}
+            connection.execute(
+                text(
+                    "INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, boot_id, "
+                    "version, started_at, seen_at) VALUES (:life, :name, 900, 1073741824, CAST(:people AS jsonb), "
+                    "'ready', 'host', 1, 'boot:', '0', now(), now())"
+                ),
+                {"life": INCARNATION, "name": WORKER, "people": json.dumps(people)},
+            )
+        if isinstance(self._ledger.register(WORKER, INCARNATION, QUEUE, CAPACITY, EMPTY), Taken):
+            raise RuntimeError("the spare worker is there already")
+
+    def run(self) -> None:
+        try:
+            while True:
+                self._once()
+                time.sleep(PAUSE)
+        except Exception as error:
+            self.trouble = f"{type(error).__name__}: {error}"
+
+    def _once(self) -> None:
+        job = str(uuid.uuid4())
+        with self._engine.connect() as connection:
+            inserted = accept.insert_job(connection, NewJob(job, "bench.noop", SHAPE, self._message))
+        begin = time.perf_counter()
+        answer = self._ledger.submit(job, SHAPE, order(0, inserted.seq or 0), self._message)
+        self.taken.append((time.perf_counter() - begin) * 1000)
+        if answer.state != "admitted":
+            raise RuntimeError(f"a job that fits became {answer.state}")
+        end = Ended(job, f"{self._ledger.epoch}.{answer.attempt}", "succeeded")
+        self._ledger.settle(WORKER, INCARNATION, ended=[end], most_losses=3)
+        self._ledger.client.delete(QUEUE)
+
+
+def serve(pipe: Connection, environment: dict[str, str]) -> None:
+    """The process: says "ready", and answers "taken" with the admissions since it was last asked."""
+    admitting = Admitting(environment)
+    admitting.register()
+    admitting.start()
+    pipe.send("ready")
+    while True:
+        pipe.recv()
+        taken, admitting.taken = admitting.taken, []
+        pipe.send((taken, admitting.trouble))

@@ -1,0 +1,67 @@
+"""Reconcile, where nothing differs and work goes on: how long it takes, and how long it holds up an admission."""
+
+from __future__ import annotations
+
+import time
+
+from sqlalchemy import text
+
+from benchmarks.bench import Bench
+from benchmarks.rounds import percentile
+from benchmarks.size import admitting
+from benchmarks.size.child import Child
+from benchmarks.size.scale import Scale
+from benchmarks.size.stock import Stock, engine_of, environment, fill
+from routing import rebuild, reconcile, stream
+from routing.ledger import Ledger
+from routing.settings import Settings
+
+
+def compared(bench: Bench, scale: Scale) -> dict[str, float]:
+    """20,000 jobs that run on 1,000 workers, 80,000 that wait, and some 200 admissions a second."""
+    stock = Stock(scale.of(1000), running=scale.of(20_000), waiting=scale.of(80_000))
+    with bench.pair() as pair:
+        engine = engine_of(pair.database_url)
+        with engine.connect() as connection:
+            fill(connection, stock)
+            # Nobody waits for workers that were not seen for so long.
+            connection.execute(text("UPDATE workers SET seen_at = now() - interval '1 day'"))
+        ledger = Ledger(Settings.from_environ(environment(pair)))
+        rebuild.open_if_cold(engine, ledger)
+        stream.apply_all(engine, ledger)
+        child = Child(admitting.serve, environment(pair))
+        try:
+            child.answer()
+            child.ask("taken")
+            time.sleep(2)
+            alone = _taken(child)
+            begin = time.monotonic()
+            done = reconcile.reconcile(engine, ledger)
+            seconds = time.monotonic() - begin
+            meanwhile = _taken(child)
+            bench.say(f"  {done.to_json()}")
+            bench.say(f"  admissions alone: {_spread(alone)}; meanwhile: {_spread(meanwhile)}")
+            if done.drift or done.checked < stock.running + stock.waiting:
+                raise RuntimeError(f"nothing differs, and reconcile found {done.to_json()}")
+            return {
+                "reconcile_s": seconds,
+                "reconcile_admission_p99_ms": percentile(meanwhile, 0.99),
+                "reconcile_admission_max_ms": max(meanwhile),
+                "idle_admission_max_ms": max(alone),
+            }
+        finally:
+            child.end()
+            ledger.client.close()
+            engine.dispose()
+
+
+def _taken(child: Child) -> list[float]:
+    taken: list[float]
+    taken, trouble = child.ask("taken")
+    if trouble:
+        raise RuntimeError(trouble)
+    return taken
+
+
+def _spread(taken: list[float]) -> str:
+    return f"{len(taken)}, p50 {percentile(taken, 0.5):.2f}, p99 {percentile(taken, 0.99):.2f}, max {max(taken):.2f} ms"

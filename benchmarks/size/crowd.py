@@ -1,0 +1,245 @@
+"""Many workers in one process: each with the threads of a real worker, and without Celery's consumer and pool.
+
+What a worker says to the stores is said by the platform's own code: registration and heartbeat (`Membership`, `Pulse`),
+messages (`Mailbox`), claims and releases (`LedgerThread`). Its jobs have no bodies: they end after `hold` seconds. The
+workers of one process share what they say to Postgres (`Recorder`, `Confirmation`), which has no connections for a
+thousand.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+from sqlalchemy import Engine, text
+
+from benchmarks.size.child import Child
+from benchmarks.size.stock import MEMORY, incarnation_of, worker_name
+from routing import envelope
+from routing.capacity import Capacity
+from routing.envelope import Envelope
+from routing.ledger import Ledger
+from routing.message import Tag, parse_tag
+from routing.replies import LedgerClosed
+from routing.request import Request
+from routing.settings import Settings
+from workers.confirmation import Confirmation
+from workers.ends import PostgresEnds
+from workers.holdings import Holding, Holdings
+from workers.identity import Identity, boot_id, platform_version
+from workers.ledger_thread import LedgerThread
+from workers.mailbox import Mailbox
+from workers.membership import Membership
+from workers.pulse import Pulse
+from workers.recorder import Recorder
+from workers.router import HEADER
+from workers.sight import Sight
+from workers.stores import make_engine
+
+#: Bytes of a thread's stack: a process has a thousand threads.
+STACK: Final = 256 * 1024
+#: Of a message that does not say.
+ONE_CPU: Final = Request.of({"cpus": 1000})
+
+
+class Arrived:
+    """A message as the platform's transport hands it on: with the bytes that its digest is made of."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw: Envelope = envelope.read(raw)
+
+    @property
+    def tag(self) -> Tag:
+        found = parse_tag(self._raw.tag)
+        if found is None:
+            raise RuntimeError(f"a message came without a tag: {self._raw.tag}")
+        return found
+
+    @property
+    def request(self) -> Request:
+        carried = self._raw["headers"].get(HEADER)
+        return Request.from_shape(str(carried["shape"])) if carried else ONE_CPU
+
+
+class Clock(threading.Thread):
+    """Calls what is due, in one thread."""
+
+    def __init__(self) -> None:
+        super().__init__(name="clock", daemon=True)
+        self._due: list[tuple[float, int, Callable[[], object]]] = []
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+
+    def call_in(self, seconds: float, action: Callable[[], object]) -> None:
+        with self._changed:
+            heapq.heappush(self._due, (time.monotonic() + seconds, next(self._numbers), action))
+            self._changed.notify()
+
+    def run(self) -> None:
+        while True:
+            with self._changed:
+                now = time.monotonic()
+                if not self._due or self._due[0][0] > now:
+                    self._changed.wait(self._due[0][0] - now if self._due else None)
+                    continue
+                action = heapq.heappop(self._due)[2]
+            action()
+
+
+class Shared:
+    """What the workers of one process have together. `cpus`: of each; `hold`: seconds that a job takes; None: for
+    ever."""
+
+    def __init__(self, settings: Settings, cpus: int, hold: float | None) -> None:
+        self.settings = settings
+        self.capacity = Capacity.of({"cpus": cpus * 1000, "memory": MEMORY, "slots": cpus})
+        self.hold = hold
+        self.engine: Engine = make_engine(str(settings.database_url))
+        self.confirmation = Confirmation(self.engine, settings.confirm_interval, lambda: None)
+        self.confirmation.ask()
+        self.ledger = Ledger(settings)
+        self.recorder = Recorder(self.engine, self.ledger)
+        self.clock = Clock()
+        self.troubles: list[str] = []
+        for thread in (self.confirmation, self.recorder, self.clock):
+            thread.start()
+        # The entries that a recorder drops are of whatever epoch is open.
+        self.ledger.epoch = self.confirmation.epoch
+
+
+class Worker:
+    """One worker. `held`: what it runs already, by what Postgres says."""
+
+    def __init__(self, shared: Shared, name: str, held: list[Holding]) -> None:
+        self._shared = shared
+        self.name = name
+        self.identity = _identity(name)
+        self.ledger = Ledger(shared.settings)
+        self.holdings = Holdings(dict(shared.capacity.amounts))
+        for holding in held:
+            self.holdings.add(holding)
+        later, exclusive = shared.recorder.call, threading.Lock()
+        confirmation, holdings, identity = shared.confirmation, self.holdings, self.identity
+        self.membership = Membership(shared.engine, self.ledger, identity, confirmation, later)
+        self.pulse = Pulse(
+            self.ledger,
+            confirmation,
+            self.membership,
+            holdings,
+            shared.recorder,
+            lambda: None,
+            lambda: shared.capacity,
+            lambda: None,
+            lambda error: shared.troubles.append(str(error)),
+            exclusive,
+            Sight(),
+        )
+        ends = PostgresEnds(
+            shared.engine, shared.settings, identity, confirmation, holdings, later, lambda: None, lambda: None
+        )
+        self.ledger_thread = LedgerThread(
+            self.ledger,
+            identity,
+            confirmation,
+            holdings,
+            shared.recorder,
+            shared.recorder.add,
+            self._start,
+            self.pulse.closed,
+            exclusive,
+            ends,
+            lambda raw, queue, reason: shared.troubles.append(f"{queue}: {reason}"),
+            lambda job, token, left: shared.troubles.append(f"{job} {token} came too late"),
+        )
+        self.pulse.on_missing = lambda: shared.troubles.append(f"{name} is not known")
+        self.ledger_thread.on_missing = lambda: shared.troubles.append(f"{name} does not hold what it ended")
+        self.mailbox = Mailbox(shared.settings, identity.queue, self._received)
+
+    def join(self) -> None:
+        """Register; where the ledger is cold, the heartbeat does it as soon as it is open."""
+        with suppress(LedgerClosed):
+            self.membership.register(self._shared.capacity, {}, lambda: None)
+
+    def run(self) -> None:
+        for thread in (self.pulse, self.ledger_thread, self.mailbox):
+            thread.start()
+
+    def _received(self, raw: bytes) -> None:
+        message = Arrived(raw)
+        self.ledger_thread.arrive(message.tag, message.request, message)
+
+    def _start(self, message: Any) -> None:
+        tag = message.tag if isinstance(message, Arrived) else Arrived(message.encode()).tag
+        if self._shared.hold is not None:
+            self._shared.clock.call_in(
+                self._shared.hold, lambda: self.ledger_thread.end(tag.job, tag.token, "succeeded")
+            )
+
+
+def _identity(name: str) -> Identity:
+    life, host, since = incarnation_of(name), f"{name}.example.org", "2026-01-01T00:00:00.000+00:00"
+    return Identity(name, life, host, os.getpid(), boot_id(), platform_version(), since)
+
+
+_HELD: Final = text("""
+SELECT id, epoch || '.' || attempt, shape, (extract(epoch FROM admitted_at) * 1000)::bigint,
+  (extract(epoch FROM started_at) * 1000)::bigint
+FROM jobs WHERE state = 'running' AND worker = :worker
+""")
+
+
+def _held(engine: Engine, worker: str) -> list[Holding]:
+    with engine.connect() as connection:
+        rows = connection.execute(_HELD, {"worker": worker})
+        return [Holding(row[0], row[1], Request.from_shape(row[2]), "", row[3], row[4]) for row in rows]
+
+
+def serve(
+    pipe: Connection, environment: dict[str, str], first: int, count: int, cpus: int, hold: float | None
+) -> None:
+    """The process: says "ready" when all are registered or wait for the ledger; answers "troubles"."""
+    threading.stack_size(STACK)
+    # Each of a thousand would say that it has registered again.
+    logging.getLogger("workers").setLevel(logging.ERROR)
+    shared = Shared(Settings.from_environ(environment), cpus, hold)
+    names = [worker_name(number) for number in range(first, first + count)]
+    workers = [Worker(shared, name, _held(shared.engine, name)) for name in names]
+    for worker in workers:
+        worker.join()
+    for worker in workers:
+        worker.run()
+    pipe.send("ready")
+    while True:
+        word = pipe.recv()
+        pipe.send({"troubles": shared.troubles}[word])
+
+
+class Crowd:
+    """So many workers, with so many CPUs each, in so many processes; all are there when the constructor returns."""
+
+    def __init__(
+        self, environment: dict[str, str], workers: int, processes: int, *, cpus: int, hold: float | None = None
+    ) -> None:
+        each = -(-workers // processes)
+        self.children = [
+            Child(serve, environment, first, min(each, workers - first), cpus, hold)
+            for first in range(0, workers, each)
+        ]
+        for child in self.children:
+            child.answer()
+
+    def troubles(self) -> list[str]:
+        """What any of them met that a healthy platform never shows."""
+        return [line for child in self.children for line in child.ask("troubles")]
+
+    def end(self) -> None:
+        for child in self.children:
+            child.end()

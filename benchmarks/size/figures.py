@@ -1,0 +1,88 @@
+"""The figures of the table: their names, units and targets, and what is measured together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.bench import Bench
+from benchmarks.size import comparing, keeping, rebuild, working
+from benchmarks.size.scale import Scale
+
+#: What measures several figures at once: name -> value.
+Measure = Callable[[Bench, Scale], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table. `at_most`, `at_least`: the target, in the figure's unit; neither: it is told only."""
+
+    name: str
+    unit: str
+    says: str
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def worst(self, values: list[float]) -> float:
+        """The value that a table shows of several rounds."""
+        return min(values) if self.at_least is not None else max(values)
+
+    def target(self) -> str:
+        if self.at_most is not None:
+            return f"≤ {self.at_most:,g}"
+        return "–" if self.at_least is None else f"≥ {self.at_least:,g}"
+
+    def reached(self, value: float) -> bool | None:
+        """None where there is no target."""
+        if self.at_most is not None:
+            return value <= self.at_most
+        return None if self.at_least is None else value >= self.at_least
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured together, on servers of its own."""
+
+    measure: Measure
+    figures: tuple[Figure, ...]
+
+
+PARTS: Mapping[str, Part] = {
+    "reconcile": Part(
+        comparing.compared,
+        (
+            Figure("reconcile_s", "s", "one pass over 20,000 running and 80,000 waiting jobs", at_most=3),
+            Figure("reconcile_admission_max_ms", "ms", "the slowest admission meanwhile", at_most=50),
+            Figure("reconcile_admission_p99_ms", "ms", "of 100 admissions meanwhile the second slowest"),
+            Figure("idle_admission_max_ms", "ms", "the slowest admission of the two seconds before"),
+        ),
+    ),
+    "rebuild": Part(
+        rebuild.rebuilt,
+        (
+            Figure("rebuild_first_s", "s", "an empty Redis until the first admission", at_most=5),
+            Figure("rebuild_all_s", "s", "until 1,000 running and 100,000 waiting jobs are back", at_most=30),
+            Figure("rebuild_level_s", "s", "until Postgres has all that this changed"),
+            Figure("redis_bytes_per_job", "bytes", "Redis's memory for a job that waits, message included"),
+        ),
+    ),
+    "workers": Part(
+        working.worked,
+        (
+            Figure("workers_registered", "workers", "on one Redis, all beating", at_least=1000),
+            Figure("workers_violations", "violations", "of the invariants, during 10,000 jobs and at rest", at_most=0),
+            Figure("workers_jobs_s", "jobs/s", "submitted, run for 8 s on 2,000 slots, and ended"),
+            Figure("workers_start_p95_ms", "ms", "from admission to claim, p95"),
+        ),
+    ),
+    "retention": Part(
+        keeping.kept,
+        (
+            Figure("submit_beside_finished", "×", "a submission beside a million finished rows", at_most=1.1),
+            Figure("submit_beside_archived", "×", "the same when they are in the archive", at_most=1.1),
+            Figure("archive_rows_s", "jobs/s", "moved into the archive"),
+            Figure("archive_statement_ms", "ms", "the longest statement that moved 1,000"),
+            Figure("archived_bytes_per_job", "bytes", "in Postgres, for a job in the archive with one attempt"),
+        ),
+    ),
+}

@@ -1,0 +1,71 @@
+"""What is made of the values: results.json, the table of the docs, and the same table on a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.report import machine, number, significant
+from benchmarks.size.figures import PARTS, Figure
+
+RESULTS: Final = Path(__file__).with_name("results.json")
+PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "reference" / "size.md"
+#: The place of the table in the page.
+PLACE: Final = "size"
+HEADINGS: Final = ("figure", "unit", "worst", "each round", "target", "reached", "what it is")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The values of each figure, a round each, and what they were measured on."""
+
+    about: str
+    values: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Iterable[float]], versions: Mapping[str, str]) -> Report:
+        about = ", ".join(f"{name} {version}" for name, version in machine(versions).items())
+        kept = {name: [significant(value) for value in of] for name, of in values.items()}
+        return cls(f"Measured on {datetime.now(UTC).date().isoformat()}: {about}.", kept)
+
+    @classmethod
+    def read(cls, path: Path = RESULTS) -> Report:
+        """That of an earlier run; an empty one where there is none."""
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"about": "", "values": {}}
+        return cls(found["about"], found["values"])
+
+    def over(self, earlier: Report) -> Report:
+        """This one, with what only the earlier one measured."""
+        return Report(self.about, {**earlier.values, **self.values})
+
+    def as_json(self) -> str:
+        return json.dumps({"about": self.about, "values": self.values}, indent=2) + "\n"
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """The table without its headings, in the order of the figures."""
+        return [_line(figure, self.values[figure.name]) for figure in figures() if figure.name in self.values]
+
+    def missed(self) -> list[str]:
+        """The figures that do not reach their targets."""
+        known = [figure for figure in figures() if figure.name in self.values]
+        return [one.name for one in known if one.reached(one.worst(self.values[one.name])) is False]
+
+    def markdown(self) -> str:
+        rule = tuple("---:" if heading in ("worst", "each round") else "---" for heading in HEADINGS)
+        table = "\n".join("| " + " | ".join(row) + " |" for row in (HEADINGS, rule, *self.lines()))
+        return f"{table}\n\n{self.about}"
+
+
+def figures() -> Iterable[Figure]:
+    return (figure for part in PARTS.values() for figure in part.figures)
+
+
+def _line(figure: Figure, values: list[float]) -> tuple[str, ...]:
+    worst = figure.worst(values)
+    reached = {True: "yes", False: "no", None: "–"}[figure.reached(worst)]
+    each = ", ".join(number(value) for value in values)
+    return f"`{figure.name}`", figure.unit, number(worst), each, figure.target(), reached, figure.says

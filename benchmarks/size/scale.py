@@ -1,0 +1,15 @@
+"""How large everything is, beside the sizes of the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """`part`: 1 for the sizes of the table, less for a try."""
+
+    part: float = 1.0
+
+    def of(self, size: int) -> int:
+        return max(1, round(size * self.part))

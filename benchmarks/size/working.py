@@ -1,0 +1,108 @@
+"""1,000 workers on one Redis: they register, beat, and take 10,000 jobs, and the books are exact."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from sqlalchemy import Engine, text
+
+from benchmarks.bench import Bench
+from benchmarks.processes import submitter
+from benchmarks.servers import Pair
+from benchmarks.size.crowd import Crowd
+from benchmarks.size.scale import Scale
+from benchmarks.size.stock import engine_of, environment
+from routing import keys, rebuild, verify
+from routing.books import text as as_text
+from routing.ledger import Ledger
+from routing.settings import Settings
+
+#: Processes of the crowd, and programs that submit.
+PROCESSES: Final = 4
+SUBMITTERS: Final = 2
+#: CPUs of each worker, and seconds that a job of one CPU takes: with 2,000 slots, 10,000 jobs take 40 s at the least,
+#: so that the workers become full, jobs wait, and releases admit.
+CPUS: Final = 2
+HOLD: Final = 8.0
+#: Heartbeats of each worker that are waited for, in renew intervals.
+BEATS: Final = 2.5
+#: Seconds for all jobs to end after the last was submitted.
+PATIENCE: Final = 120.0
+LOOK_EVERY: Final = 0.1
+
+_ENDED: Final = text("SELECT count(*) FROM jobs WHERE state = 'succeeded'")
+_RUNS: Final = text(
+    "SELECT count(*), count(DISTINCT job_id), count(DISTINCT worker), "
+    "coalesce(percentile_cont(0.95) WITHIN GROUP (ORDER BY extract(epoch FROM started_at - admitted_at)), 0)::float "
+    "FROM attempts"
+)
+
+
+def worked(bench: Bench, scale: Scale) -> dict[str, float]:
+    """Every submission is a real `delay()`; each worker has all threads of a real one and no pool."""
+    workers, jobs = scale.of(1000), scale.of(10_000)
+    with bench.pair() as pair:
+        engine = engine_of(pair.database_url)
+        ledger = Ledger(Settings.from_environ(environment(pair)))
+        rebuild.open_if_cold(engine, ledger)
+        begin = time.monotonic()
+        crowd = Crowd(environment(pair), workers, PROCESSES, cpus=CPUS, hold=HOLD)
+        try:
+            registered = time.monotonic() - begin
+            live = ledger.client.zcard(keys.LEASES)
+            bench.say(f"  {live} workers after {registered:.1f} s")
+            seconds, violations = _run(bench, pair, engine, ledger, jobs)
+            # Idle now: nothing is admitted, and each beats on.
+            time.sleep(BEATS * ledger.settings.renew_interval)
+            report = verify.check(engine, ledger.client, at_rest=True)
+            with engine.connect() as connection:
+                attempts, ran, used, taken = connection.execute(_RUNS).one()
+            counters = {as_text(k): int(v) for k, v in ledger.client.hgetall(keys.COUNTERS).items()}
+            troubles = crowd.troubles()
+            bench.say(f"  {attempts} attempts of {ran} jobs on {used} workers; {counters}; {troubles[:3]}")
+            wrong = [*report.lines(), *troubles]
+            wrong += [f"{live} of {workers} are registered"] if live != workers else []
+            free = ledger.client.zcard(keys.FREE)
+            wrong += [f"{free} of {workers} may be admitted to"] if free != workers else []
+            wrong += [f"{attempts} attempts of {ran} jobs, not {jobs}"] if {attempts, ran} != {jobs} else []
+            for line in wrong:
+                bench.say(f"  wrong: {line}")
+            return {
+                "workers_registered": float(live),
+                "workers_jobs_s": jobs / seconds,
+                "workers_start_p95_ms": taken * 1000,
+                "workers_violations": float(violations + len(wrong)),
+            }
+        finally:
+            crowd.end()
+            ledger.client.close()
+            engine.dispose()
+
+
+def _run(bench: Bench, pair: Pair, engine: Engine, ledger: Ledger, jobs: int) -> tuple[float, int]:
+    """Seconds from the first submission to the last end in Postgres, and violations that were seen meanwhile."""
+    violations = 0
+    with submitter("ours", pair) as one, submitter("ours", pair) as other, ThreadPoolExecutor(SUBMITTERS) as threads:
+        begin = time.monotonic()
+        share = jobs // SUBMITTERS
+        sent = [
+            threads.submit(sender.call, "submit", task="bench.noop", count=count)
+            for sender, count in ((one, share), (other, jobs - share))
+        ]
+        while True:
+            with engine.connect() as connection:
+                ended = int(connection.execute(_ENDED).scalar_one())
+            if ended == jobs:
+                break
+            if time.monotonic() - begin > PATIENCE + 300 * all(not one.done() for one in sent):
+                raise RuntimeError(f"only {ended} of {jobs} jobs have ended")
+            found = verify.check(engine, ledger.client, at_rest=False, patience=2.0)
+            violations += len(found.lines())
+            time.sleep(LOOK_EVERY)
+        seconds = time.monotonic() - begin
+        for call in sent:
+            call.result()
+    bench.say(f"  {jobs} jobs in {seconds:.1f} s, {violations} violations meanwhile")
+    return seconds, violations

@@ -1,0 +1,99 @@
+"""What `make bench-size` measures with: workers that speak the real protocol, and a table that says what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, text
+
+from benchmarks.size import stock
+from benchmarks.size.crowd import Crowd
+from benchmarks.size.figures import PARTS, Figure
+from benchmarks.size.report import Report, figures
+from benchmarks.size.stock import Stock, worker_name
+from routing import keys, rebuild, reconcile, stream, verify
+from routing.books import text as as_text
+from routing.ledger import Ledger
+from routing.settings import Settings
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+
+
+@pytest.fixture
+def ledger(settings: Settings) -> Iterator[Ledger]:
+    ledger = Ledger(settings)
+    yield ledger
+    ledger.client.close()
+
+
+def autocommitted(engine: Engine) -> Engine:
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def test_a_crowd_takes_jobs_and_its_books_are_exact(
+    engine: Engine, ledger: Ledger, submitter: Submitter, platform_environment: dict[str, str]
+) -> None:
+    rebuild.open_if_cold(autocommitted(engine), ledger)
+    workers = Crowd(platform_environment, 3, 2, cpus=2, hold=0.05)
+    try:
+        assert {as_text(name) for name in ledger.client.zrange(keys.LEASES, 0, -1)} == set(map(worker_name, range(3)))
+        jobs = [submitter.send("tests.fixtures.tasks.add", 1, 2) for _ in range(30)]
+        for job in jobs:
+            assert submitter.ended(job).state == "succeeded"
+        assert {submitter.row(job).attempt for job in jobs} == {1}
+        assert {submitter.row(job).worker for job in jobs} == set(map(worker_name, range(3)))
+        until(lambda: not ledger.client.xlen(keys.STREAM), "Postgres has all that the workers said")
+        assert verify.check(engine, ledger.client, at_rest=True).lines() == []
+        assert workers.troubles() == []
+    finally:
+        workers.end()
+
+
+def test_a_crowd_that_holds_jobs_says_so_to_an_emptied_ledger(
+    engine: Engine, ledger: Ledger, platform_environment: dict[str, str]
+) -> None:
+    server = autocommitted(engine)
+    with server.connect() as connection:
+        stock.fill(connection, Stock(2, running=4, waiting=60))
+    workers = Crowd(platform_environment, 2, 1, cpus=stock.CPUS * 2)
+    try:
+        done = rebuild.open_if_cold(server, ledger)
+        assert done is not None
+        assert (done.workers, done.held, done.filed) == (2, 4, 60)
+        stream.apply_all(server, ledger)
+        until(lambda: ledger.client.zcard(keys.FREE) == 2, "both workers are open again")
+        with server.connect() as connection:
+            before = "SELECT count(*) FROM jobs WHERE state = 'running' AND epoch = 1 AND attempt = 1"
+            assert connection.execute(text(before)).scalar_one() == 4
+        assert verify.check(engine, ledger.client).lines() == []
+        assert reconcile.reconcile(server, ledger).drift == 0
+        assert workers.troubles() == []
+    finally:
+        workers.end()
+
+
+def test_the_worst_round_is_judged() -> None:
+    values = {"reconcile_s": [2.0, 3.5], "workers_registered": [1000.0, 999.0], "archive_rows_s": [5.0]}
+    report = Report("about", values)
+    assert report.missed() == ["reconcile_s", "workers_registered"]
+    told = {line[0]: line[2:6] for line in report.lines()}
+    assert told == {
+        "`reconcile_s`": ("3.5", "2, 3.5", "≤ 3", "no"),
+        "`workers_registered`": ("999", "1,000, 999", "≥ 1,000", "no"),
+        "`archive_rows_s`": ("5", "5", "–", "–"),
+    }
+
+
+def test_what_was_not_measured_stays_as_it_was() -> None:
+    earlier, later = Report("then", {"a": [1.0], "b": [2.0]}), Report("now", {"b": [3.0]})
+    assert later.over(earlier) == Report("now", {"a": [1.0], "b": [3.0]})
+    assert json.loads(later.as_json()) == {"about": "now", "values": {"b": [3.0]}}
+
+
+def test_no_two_figures_have_one_name_and_none_has_two_targets() -> None:
+    all_of_them: list[Figure] = list(figures())
+    assert len({figure.name for figure in all_of_them}) == len(all_of_them)
+    assert not [figure for figure in all_of_them if figure.at_most is not None and figure.at_least is not None]
+    assert set(PARTS) == {"reconcile", "rebuild", "workers", "retention"}
