@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Select, Table, func, null, select
+from sqlalchemy import ColumnElement, Connection, Select, Table, func, null, select, union_all
 
 from routing import tables
 from routing.states import State
@@ -95,10 +95,20 @@ def plain(value: Any) -> Any:
 
 def newest(connection: Connection, state: State | None, limit: int) -> list[JobLine]:
     """At most `limit` jobs, those submitted last first; only of one state where it is given."""
-    query: Select[Any] = select(*(_jobs[name] for name in _SHOWN)).order_by(_jobs.seq.desc()).limit(limit)
-    if state is not None:
-        query = query.where(_jobs.state == state)
+    columns = (_jobs[name] for name in _SHOWN)
+    query = select(*columns).where(_jobs.id.in_(_newest(state, limit))).order_by(_jobs.seq.desc())
     return [_line(row) for row in connection.execute(query)]
+
+
+def _newest(state: State | None, limit: int) -> Select[Any]:
+    """The ids of the newest jobs. Asked of each state by itself: there they stand in an index in their order, and a
+    million jobs that have ended are not sorted."""
+    each = (
+        select(_jobs.id, _jobs.seq).where(_jobs.state == one).order_by(_jobs.seq.desc()).limit(limit).subquery()
+        for one in ([state] if state is not None else State)
+    )
+    found = union_all(*(select(one.c.id, one.c.seq) for one in each)).subquery()
+    return select(found.c.id).order_by(found.c.seq.desc()).limit(limit)
 
 
 def count(connection: Connection, state: State | None) -> int:
@@ -145,7 +155,7 @@ def _file(
 def nearest(connection: Connection, job: str, most: int = 3) -> list[str]:
     """Ids that a person may have meant, the likeliest first: those of the newest jobs that begin alike, or
     are much alike altogether."""
-    recent = connection.execute(select(_jobs.id).order_by(_jobs.seq.desc()).limit(LOOKED_AT)).scalars().all()
+    recent = connection.execute(_newest(None, LOOKED_AT)).scalars().all()
     begun = {known: _agree(known, job) for known in recent}
     alike = [known for known in recent if begun[known] >= min(SHORTEST, len(job))]
     alike.sort(key=lambda known: -begun[known])
