@@ -96,6 +96,7 @@ SELECT max(seq), string_agg(concat_ws(' ', id, state, epoch || '.' || attempt, c
 FROM (SELECT seq, id, state, epoch, attempt, worker FROM jobs WHERE state = :state AND seq > :after
       ORDER BY seq LIMIT :most) AS j
 """)
+_GOING_ON: Final = text("SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) AND finished_at IS NULL")
 _THESE: Final = text(_COLUMNS + "WHERE id = ANY(CAST(:ids AS text[]))")
 
 
@@ -180,10 +181,17 @@ def _ledger_against_rows(
         if name not in told:
             batch.append(name)
         if len(batch) == CHUNK:
-            _look_at(connection, ledger, batch, result)
+            _look_at(connection, ledger, _not_over(connection, ledger, batch), result)
             batch = []
-    _look_at(connection, ledger, batch, result)
+    _look_at(connection, ledger, _not_over(connection, ledger, batch), result)
     return found
+
+
+def _not_over(connection: Connection, ledger: Ledger, ids: Sequence[str]) -> list[str]:
+    """Those that are not over in both stores: nearly all others ended within the last minute."""
+    going_on = list(connection.execute(_GOING_ON, {"ids": list(ids)}).scalars()) if ids else []
+    over = set(ids).difference(going_on)
+    return [*going_on, *ledger.compare("\n".join(f"{job} {ENDED} - -" for job in over))]
 
 
 def _look_at(connection: Connection, ledger: Ledger, ids: Sequence[str], result: Reconciled) -> None:

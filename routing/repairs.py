@@ -19,7 +19,7 @@ class Repairs(LedgerServer):
 
     def compare(self, rows: str) -> list[str]:
         """The jobs of which the ledger says something else than Postgres, or that do not stand where their keys say.
-        `rows`: a line a job, with its id, state, token and worker (`-` for none)."""
+        `rows`: a line a job, with its id, state (`ended` where it is over), token and worker (`-` for none)."""
         return self._call("compare", *self._gate(), rows)[1:]
 
     def misplaced(self, shape: str, seen: int, most: int) -> tuple[int, list[str]]:

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: finds jobs of which the ledger says something else than Postgres, or that do not stand where their own keys say.
 -- KEYS: none; by name: epoch, job, wait, book, held, unclaimed, stream
--- ARGV: epoch, run_id, rows (a line a job: job, state, token, worker; each of them without blanks)
+-- ARGV: epoch, run_id, rows (a line a job: job, state, token, worker; each of them without blanks; ended: it is over)
 -- Replies: {ok, the jobs that differ} | {cold} | {epoch, current}
 -- Cost: three or four commands a job
 -- Repeat: harmless: nothing is written
@@ -16,7 +16,9 @@ for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') d
   local v = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'shape', 'order', 'entry')
   local here, holder, entry, right = v[1], v[4], v[7], false
   local own = here and v[2] .. '.' .. v[3]
-  if here == 'waiting' then
+  if here == 'ended' then
+    right = state == here
+  elseif here == 'waiting' then
     local place = redis.call('ZSCORE', KEY.wait .. v[5], id)
     right = place and tonumber(place) == tonumber(v[6])
   elseif here == 'admitted' or here == 'running' then
@@ -31,7 +33,7 @@ for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') d
     -- Its newest transition is on its way to Postgres, if it was not lost with the stream.
     right = #redis.call('XRANGE', KEY.stream, entry, entry, 'COUNT', 1) == 1
   elseif right then
-    right = here == state and (here == 'waiting' or (own == token and holder == worker))
+    right = here == state and (here == 'waiting' or here == 'ended' or (own == token and holder == worker))
   end
   if not right then
     reply[#reply + 1] = id
