@@ -293,10 +293,17 @@ class Ledger(Repairs):
         """A closed book for a worker that has not spoken in this epoch; False when it has."""
         return self._call("reserve", *self._gate(), worker, incarnation, capacity)[0] == "ok"
 
-    def has_reported(self, worker: str) -> bool:
-        """Whether a worker has opened its book in this epoch."""
-        status = self._guard(lambda: self.client.hget(keys.book(worker), "status"))
-        return status is not None and status != b"closed"
+    def unreported(self, workers: Sequence[str]) -> list[str]:
+        """Those of the workers that have not opened their books in this epoch, in one round trip."""
+
+        def ask() -> list[Any]:
+            pipe = self.client.pipeline(transaction=False)
+            for worker in workers:
+                pipe.hget(keys.book(worker), "status")
+            return pipe.execute()
+
+        found = self._guard(ask)
+        return [worker for worker, status in zip(workers, found, strict=True) if status in (None, b"closed")]
 
     def drain(self, worker: str, incarnation: str) -> int:
         """Admit nothing more there; returns how many jobs were handed back."""

@@ -153,7 +153,7 @@ def _await_reports(ledger: Ledger, workers: list[str]) -> None:
     pause = threading.Event()
     end = ledger.now_ms() + REPORT_WITHIN * 1000
     while workers and ledger.now_ms() < end:
-        workers = [name for name in workers if not ledger.has_reported(name)]
+        workers = ledger.unreported(workers)
         if workers:
             pause.wait(0.02)
 
