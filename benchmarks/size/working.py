@@ -30,7 +30,7 @@ HOLD: Final = 8.0
 BEATS: Final = 2.5
 #: Seconds for all jobs to end after the last was submitted.
 PATIENCE: Final = 120.0
-LOOK_EVERY: Final = 0.1
+LOOK_EVERY: Final = 1.0
 
 _ENDED: Final = text("SELECT count(*) FROM jobs WHERE state = 'succeeded'")
 _RUNS: Final = text(

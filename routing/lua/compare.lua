@@ -15,13 +15,13 @@ local reply, homes = {'ok'}, {}
 for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') do
   local v = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'shape', 'order', 'entry')
   local here, holder, entry, right = v[1], v[4], v[7], false
-  local own = here and v[2] .. '.' .. v[3]
+  local own = v[2] and v[3] and v[2] .. '.' .. v[3]
   if here == 'ended' then
     right = state == here
-  elseif here == 'waiting' then
+  elseif here == 'waiting' and v[5] then
     local place = redis.call('ZSCORE', KEY.wait .. v[5], id)
     right = place and tonumber(place) == tonumber(v[6])
-  elseif here == 'admitted' or here == 'running' then
+  elseif (here == 'admitted' or here == 'running') and holder then
     if homes[holder] == nil then
       local book = redis.call('HMGET', KEY.book .. holder, 'epoch', 'lease')
       homes[holder] = book[1] == epoch and book[2] ~= false
