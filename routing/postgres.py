@@ -15,6 +15,8 @@ OLDEST: Final = 13
 NOT_THERE: Final = ("42P01", "42703")
 #: SQLSTATE of what the role may not do.
 NOT_ALLOWED: Final = "42501"
+#: SQLSTATE of a lock that was waited for in vain.
+LOCKED: Final = "55P03"
 
 
 def translate(error: DBAPIError, also: str = "") -> PlatformError:
@@ -40,3 +42,12 @@ def check_version(connection: Connection) -> None:
             value=found,
             advice=f"Use Postgres {OLDEST} or newer.",
         )
+
+
+def is_locked(error: BaseException | None) -> bool:
+    """Whether it came of a row or a table that somebody else keeps locked: Postgres answers, and all else goes on."""
+    while error is not None:
+        if getattr(getattr(error, "orig", None), "pgcode", None) == LOCKED:
+            return True
+        error = error.__cause__
+    return False

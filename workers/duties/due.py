@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 from celery import Celery
 
 from routing import backlog, enroll
+from routing.errors import StoreUnavailable
+from routing.postgres import is_locked
 from routing.states import State
 from workers.control import end_before_start
 from workers.stores import Stores
 from workers.undelivered import deliver_rows
+
+logger = logging.getLogger(__name__)
 
 #: Rows looked at in one statement.
 MOST = 1000
@@ -20,7 +26,12 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
         overdue = backlog.overdue(connection, MOST)
     expired = 0
     for job in overdue:
-        expired += end_before_start(stores, job, State.EXPIRED, "expired")
+        try:
+            expired += end_before_start(stores, job, State.EXPIRED, "expired")
+        except StoreUnavailable as error:
+            if not is_locked(error):
+                raise
+            logger.warning("job %s has expired, and its row is locked: it ends later", job)
     if expired:
         deliver_rows(app, stores, overdue)
     return {"due": _due(stores, set(overdue)), "expired": expired}

@@ -5,21 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Final
 
 from celery import Celery
 from sqlalchemy.exc import OperationalError
 
 from routing import roster, takeback
+from routing.postgres import is_locked
 from workers import orphans
 from workers.identity import boot_id
 from workers.stores import Stores
 
 logger = logging.getLogger(__name__)
-
-#: SQLSTATE: a lock was waited for in vain.
-LOCKED: Final = "55P03"
-
 
 class Window:
     """How long the observer has been able to read the ledger without a gap: the silence of the store is not the
@@ -64,7 +60,7 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
             try:
                 given_up = takeback.take_back(stores.engine, stores.ledger, worker, found.incarnation, grace_ms)
             except OperationalError as error:
-                if getattr(error.orig, "pgcode", None) != LOCKED:
+                if not is_locked(error):
                     raise
                 # It hangs within a commit (`routing.fence`), which the server ends some time. The others do not wait.
                 logger.warning("worker %s is lost, but a row of its jobs is locked: they are taken back later", worker)

@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from routing import roster
 from routing.errors import PlatformError
+from routing.postgres import is_locked
 from routing.replies import LedgerClosed
 from routing.settings import Settings
 from workers import ticks
@@ -151,7 +152,13 @@ class Runner(threading.Thread):
                 return
             self._stores.ledger.epoch = known.epoch
         for duty in mine:
-            self._run_one(duty, duty.run)
+            try:
+                self._run_one(duty, duty.run)
+            except (PlatformError, SQLAlchemyError) as error:
+                if not is_locked(error):
+                    raise
+                # The other duties need not wait for whoever has the lock.
+                logger.warning("duty %s: what it needs is locked: %s", duty.name, error)
 
     def _run_without_ledger(self, due_now: list[Duty]) -> None:
         """One worker at a time: whoever has the lock of the duty."""
