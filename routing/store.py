@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import OperationalError
 
 from routing import outbox
 from routing.errors import storable
+from routing.postgres import is_locked
 from routing.states import FINAL, State, Step
 
 #: Characters of an error that a row keeps.
@@ -208,6 +210,27 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
         *(Applied(row[0], row[1], row[1] == State.SCHEDULED and bool(row[2])) for row in rows),
         *(Applied(job, State.ACCEPTED, True) for job in published),
     ]
+
+
+_LOCKED: Final = text("""
+WITH free AS (SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) FOR UPDATE SKIP LOCKED)
+SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) AND id NOT IN (SELECT id FROM free)
+""")
+
+
+def apply_unlocked(engine: Engine, transitions: Sequence[Transition]) -> tuple[list[Applied], list[Transition]]:
+    """The same, each statement committed by itself, but for jobs whose rows somebody keeps locked; returns also those
+    transitions, which are left for later. Raises what Postgres does where it cannot write any (a locked table)."""
+    try:
+        with engine.connect() as connection:
+            return apply(connection, transitions), []
+    except OperationalError as error:
+        if not is_locked(error):
+            raise
+    with engine.connect() as connection:
+        locked = set(connection.execute(_LOCKED, {"ids": [one.job for one in transitions]}).scalars())
+        applied = apply(connection, [one for one in transitions if one.job not in locked])
+    return applied, [one for one in transitions if one.job in locked]
 
 
 def _close_overtaken(connection: Connection, newest: Sequence[Transition], changed: set[str]) -> None:

@@ -66,14 +66,15 @@ def settled(transitions: Sequence[Transition]) -> list[tuple[str, str]]:
     return [(one.entry, "" if one.state in FINAL else one.job) for one in newest.values()]
 
 
-def write(engine: Engine, ledger: Ledger, transitions: Sequence[Transition]) -> list[Applied]:
-    """Write transitions into Postgres, then drop their entries."""
+def write(engine: Engine, ledger: Ledger, transitions: Sequence[Transition]) -> tuple[list[Applied], int]:
+    """Write transitions into Postgres, then drop their entries; returns also how many could not be written now, since
+    somebody keeps their rows locked."""
     if not transitions:
-        return []
-    with engine.connect() as connection:
-        applied = store.apply(connection, transitions)
-    ledger.forget(settled(transitions))
-    return applied
+        return [], 0
+    applied, left = store.apply_unlocked(engine, transitions)
+    kept = {one.entry for one in left}
+    ledger.forget(settled([one for one in transitions if one.entry not in kept]))
+    return applied, len(left)
 
 
 def apply_all(engine: Engine, ledger: Ledger, *, older_than_ms: int = 0) -> tuple[int, list[Applied]]:
@@ -87,9 +88,10 @@ def apply_all(engine: Engine, ledger: Ledger, *, older_than_ms: int = 0) -> tupl
         found = read(ledger, older_than_ms=older_than_ms)
         if not found:
             return entries, applied
-        applied += write(engine, ledger, found)
-        entries += len(found)
-        if len(found) < CHUNK:
+        written, left = write(engine, ledger, found)
+        applied += written
+        entries += len(found) - left
+        if len(found) < CHUNK or left:
             return entries, applied
 
 

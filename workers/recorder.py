@@ -78,19 +78,18 @@ class Recorder(threading.Thread):
                 batch, self._pending = self._pending[:MOST], self._pending[MOST:]
                 calls, self._calls = self._calls, []
                 self._writing = True
-            written = False
+            left = batch
             try:
-                written = self._write(batch)
+                left = self._write(batch)
                 for action in calls:
                     self._run(action)
             finally:
                 with self._changed:
                     # In one step: whoever flushes must find what was not written here or there.
                     self._writing = False
-                    if not written:
-                        self._pending = batch + self._pending
+                    self._pending = left + self._pending
                     self._changed.notify_all()
-            if written:
+            if not left:
                 failures = 0
                 continue
             with self._changed:
@@ -102,23 +101,25 @@ class Recorder(threading.Thread):
                 )
             failures += 1
 
-    def _write(self, batch: Sequence[Transition]) -> bool:
+    def _write(self, batch: list[Transition]) -> list[Transition]:
+        """What is left of it: nothing, or what Postgres does not take now."""
         if not batch:
-            return True
+            return []
         try:
-            with self._engine.connect() as connection:
-                applied = store.apply(connection, batch)
+            applied, left = store.apply_unlocked(self._engine, batch)
         except SQLAlchemyError as error:
             logger.warning(
                 "Postgres does not take %d outcomes, they are kept: %s", len(batch), error.__class__.__name__
             )
-            return False
+            return batch
         except Exception:
             # A transition that cannot be written at all must not end the thread that writes the others.
             logger.exception("%d outcomes cannot be written, they are kept", len(batch))
-            return False
-        self._after(batch, applied)
-        return True
+            return batch
+        if left:
+            logger.warning("the rows of %d outcomes are locked, they are kept", len(left))
+        self._after([one for one in batch if one not in left], applied)
+        return left
 
     def _after(self, batch: Sequence[Transition], applied: Sequence[Applied]) -> None:
         """Postgres has them. What fails from here on is repaired by the duties: entries are applied once more without
