@@ -13,7 +13,7 @@ if no then
 end
 local reply, homes = {'ok'}, {}
 for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') do
-  local v = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'shape', 'order', 'entry')
+  local v = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'shape', 'order', 'entry', 'incarnation')
   local here, holder, entry, right = v[1], v[4], v[7], false
   local own = v[2] and v[3] and v[2] .. '.' .. v[3]
   if here == 'ended' then
@@ -23,10 +23,11 @@ for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') d
     right = place and tonumber(place) == tonumber(v[6])
   elseif (here == 'admitted' or here == 'running') and holder then
     if homes[holder] == nil then
-      local book = redis.call('HMGET', KEY.book .. holder, 'epoch', 'lease')
-      homes[holder] = book[1] == epoch and book[2] ~= false
+      local book = redis.call('HMGET', KEY.book .. holder, 'epoch', 'lease', 'incarnation')
+      homes[holder] = book[1] == epoch and book[2] and book[3]
     end
-    right = homes[holder] and redis.call('HGET', KEY.held .. holder, id) == own
+    -- The book may be that of the next life of its worker.
+    right = homes[holder] and homes[holder] == v[8] and redis.call('HGET', KEY.held .. holder, id) == own
       and (redis.call('ZSCORE', KEY.unclaimed, id) ~= false) == (here == 'admitted')
   end
   if right and entry then

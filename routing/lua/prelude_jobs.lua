@@ -130,8 +130,8 @@ local function sum_held(worker)
   local sums, strays = {}, {}
   local held = redis.call('HGETALL', KEY.held .. worker)
   for i = 1, #held, 2 do
-    local job = redis.call('HMGET', KEY.job .. held[i], 'state', 'worker', 'epoch', 'attempt', 'shape')
-    if (job[1] == 'admitted' or job[1] == 'running') and job[2] == worker and job[3] .. '.' .. job[4] == held[i + 1] then
+    local job = redis.call('HMGET', KEY.job .. held[i], 'state', 'epoch', 'attempt', 'worker', 'shape')
+    if (job[1] == 'admitted' or job[1] == 'running') and job[4] == worker and job[2] .. '.' .. job[3] == held[i + 1] then
       for name, amount in pairs(amounts_of(job[5])) do
         sums[name] = (sums[name] or 0) + amount
       end
