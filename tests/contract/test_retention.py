@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from routing.reconcile import reconcile
 from routing.settings import Settings
 from routing.states import FINAL, State, Step
 from routing.store import Transition
+from tests.fixtures.processes import ROOT
 from tests.fixtures.staged import MESSAGE, Stage
 from tests.fixtures.work import Work
 from workers.duties import retention as duty
@@ -285,6 +287,20 @@ def test_a_job_that_the_ledger_still_has_is_taken_out_of_it_once_its_row_is_arch
     assert found.to_json()["kinds"] == {"missing in Postgres, running in the ledger": 1}
     assert found.all_repaired
     assert verify.check(stage.engine, stage.redis, at_rest=True, patience=0.2).lines() == []
+
+
+def test_the_archive_is_emptied_by_what_the_page_says(stage: Stage) -> None:
+    page = (ROOT / "docs" / "how-to" / "sizing.md").read_text(encoding="utf-8")
+    (statement,) = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+    old, young = done(stage), done(stage)
+    for job, days in ((old, 366), (young, 364)):
+        query = "UPDATE jobs SET finished_at = now() - make_interval(days => :days) WHERE id = :job"
+        stage.sql(query, job=job, days=days)
+    assert archive(stage) == 2
+    stage.sql(statement)
+    assert ids(stage, "jobs_archive") == [young]
+    with stage.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM attempts_archive")).scalar_one() == 1
 
 
 # -- the duty
