@@ -269,10 +269,17 @@ class Settings:
     sweep_interval: float = _duration(
         "PLATFORM_SWEEP_INTERVAL", 10.0, "An accepted job that the ledger does not know is brought in within this time."
     )
-    reconcile_interval: float = _duration("PLATFORM_RECONCILE_INTERVAL", 300.0, "Between comparisons of both stores.")
+    reconcile_interval: float = _duration(
+        "PLATFORM_RECONCILE_INTERVAL", 300.0, "Between two comparisons of both stores."
+    )
     confirm_interval: float = _duration("PLATFORM_CONFIRM_INTERVAL", 5.0, "Between two questions which store admits.")
     keep_finished: float = _setting(
-        "PLATFORM_KEEP_FINISHED", "Ended jobs are archived after it; 0: never.", _seconds, 2.592e6, "seconds", "2592000"
+        "PLATFORM_KEEP_FINISHED",
+        "Ended for so long, a job moves into the archive; 0: never.",
+        _seconds,
+        default=2_592_000.0,
+        unit="seconds",
+        shown="2592000",
     )
     #: what was odd in the environment and did no harm, a sentence each
     warnings: tuple[str, ...] = field(default=(), compare=False)
