@@ -9,8 +9,6 @@ BIN := $(VENV)/bin
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3 python
 # Test processes: one more than there are CPUs, since most tests wait for other processes, and not more than eight.
 PROCESSES = $$($(BIN)/python -c 'import os; print(min(8, 1 + (os.cpu_count() or 2)))')
-# Tests that need nothing which is not installed by this file.
-EVERYWHERE := not rabbitmq and not docker and not installed
 # Versions of Python that `make test-pythons` looks for.
 VERSIONS := 3.11 3.12 3.13
 
@@ -32,7 +30,7 @@ demo: $(INSTALLED)
 	@$(BIN)/celery -A platform demo --worker worker-01=72 --worker worker-02=16 $(ARGS)
 
 test: check docs
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder -m '$(EVERYWHERE)' $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder -m 'not rabbitmq and not docker and not installed' $(ARGS)
 
 test-docker: $(INSTALLED)
 	$(BIN)/python -m pytest -n 0 -m docker $(ARGS)
@@ -46,7 +44,7 @@ test-servers: $(INSTALLED)
 	fi
 	@TEST_REDIS_URL="$$REDIS_URL" TEST_DATABASE_URL="$$DATABASE_URL" env -u REDIS_URL -u DATABASE_URL \
 	    $(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder \
-	    -m '$(EVERYWHERE)' $(or $(ARGS),tests/contract tests/integration)
+	    -m 'not rabbitmq and not docker and not installed' $(or $(ARGS),tests/contract tests/integration)
 
 test-installed: $(INSTALLED)
 	$(BIN)/python -m pytest -n 0 -m installed $(or $(ARGS),tests)
