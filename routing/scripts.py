@@ -37,7 +37,7 @@ HEADER_FIELDS: Final = ("Does", "KEYS", "ARGV", "Replies", "Cost", "Repeat")
 FLAGS: Final = re.compile(r"\A#!lua[^\n]*\n")
 #: What does the same as `flags=allow-oom` on Redis 6.2, which lets a script of a full server go on where its first
 #: write takes up no memory: to remove a key that there never is.
-BEFORE_FLAGS: Final = "redis.call('unlink', 'ledger:no')\n"
+BEFORE_FLAGS: Final = "redis.call('del', 'ledger:no')\n"
 
 
 @dataclass(frozen=True, slots=True)
