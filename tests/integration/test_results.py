@@ -47,7 +47,7 @@ def results(request: pytest.FixtureRequest, platform: Platform, tmp_path: Path) 
     """Where results are kept: with the ledger, in another database of Redis, or in SQL."""
     url = {
         "redis": platform.settings.redis_url,
-        "redis elsewhere": str(platform.settings.redis_url).rpartition("/")[0] + "/0",
+        "redis elsewhere": request.getfixturevalue("redis_url"),
         "sql": f"db+sqlite:///{tmp_path}/results.db",
     }[request.param]
     platform.environment["CELERY_RESULT_BACKEND"] = str(url)
