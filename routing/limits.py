@@ -67,11 +67,14 @@ def check_value(value: Any, task: object) -> None:
     limit = MOST_CANVAS_LEVELS if canvas else MOST_LEVELS
     level, here = 0, [value]
     while here:
-        if level > limit + AROUND:
-            _refuse("an argument", level - AROUND)
         inside: dict[int, Any] = {}
         for one in here:
-            members = one.values() if isinstance(one, dict) else one if isinstance(one, _LISTS) else ()
+            members = one.values() if isinstance(one, dict) else one if isinstance(one, _LISTS) else None
+            if members is None:
+                continue
+            # (An empty list is a level too, as it is in the text.)
+            if level >= limit + AROUND:
+                _refuse("an argument", level + 1 - AROUND)
             # Once each: what holds the same list twice, which does so too, has twice as many members on each level.
             inside.update((id(member), member) for member in members)
         level, here = level + 1, list(inside.values())

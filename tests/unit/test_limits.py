@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -87,6 +87,8 @@ _VALUES = st.recursive(
 
 
 @given(value=_VALUES, more=st.integers(0, 60))
+@example(value=[], more=limits.MOST_LEVELS)
+@example(value={}, more=limits.MOST_LEVELS - 1)
 def test_the_depth_of_the_text_is_that_of_the_value(value: Any, more: int) -> None:
     levels = depth(deep := nested(more, value))
     text = body([deep])
