@@ -59,14 +59,14 @@ def test_an_answer_such_as_readonly_ends_no_worker(platform: Platform, submitter
 
 
 def test_a_broker_that_is_away_for_long_ends_no_worker(
-    platform: Platform, servers: Servers, submitter: Submitter
+    platform: Platform, own_pair: Servers, submitter: Submitter
 ) -> None:
     # (Celery's own 100 tries last some 46 minutes; one try shows the same.)
     ours, plain = both(platform, "broker_connection_max_retries=1")
-    servers.kill_redis()
+    own_pair.kill_redis()
     until(lambda: ended(plain), "the worker with Celery's own option ended", 60)
     assert ours.alive
-    servers.start_redis()
+    own_pair.start_redis()
     runs(platform, submitter)
     assert ours.alive
     platform.processes.remove(plain)
