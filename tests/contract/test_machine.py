@@ -26,8 +26,10 @@ from tests.fixtures.job_rules import JobRules
 from tests.fixtures.model import ALL, Model
 from tests.fixtures.modelled import Job, Worker
 
+#: How long ago a lease ends that ended (ms): more than a client's estimate of the server's clock may be off.
+AGO = 3_600_000
 #: A grace that is over as soon as the lease is, and one that never is (ms).
-OVER, NOT_OVER = 0, 10**14
+OVER, NOT_OVER = -AGO, 10**14
 
 NAMES: Final = st.sampled_from(["a", "b", "c"])
 CAPACITIES: Final = st.fixed_dictionaries(
@@ -100,10 +102,13 @@ class Machine(JobRules):
     def expire(self, data: st.DataObject) -> None:
         """The time of a lease is over, and nobody noticed yet."""
         name = data.draw(st.sampled_from(sorted(n for n, worker in self.model.workers.items() if worker.live)))
-        end = self.ledger.now_ms() - 1
+        self.end_lease(name)
+        self.model.workers[name].live = False
+
+    def end_lease(self, name: str) -> None:
+        end = self.ledger.now_ms() - AGO
         self.ledger.client.hset(keys.book(name), "lease", end)
         self.ledger.client.zadd(keys.LEASES, {name: end})
-        self.model.workers[name].live = False
 
     @rule(name=NAMES, over=st.booleans())
     def lapse(self, name: str, over: bool) -> None:
@@ -150,6 +155,7 @@ class Machine(JobRules):
             shape = Request.of(worker.capacity).shape
             assert self.ledger.reserve(name, worker.incarnation, shape)
             assert self.model.reserve(name, worker.incarnation, dict(worker.capacity))
+            self.end_lease(name)
             self.adopt(worker, [job for job in held if job.worker == name and job not in unknown])
         self.compare()
         early = data.draw(st.booleans())
