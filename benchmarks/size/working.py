@@ -100,6 +100,8 @@ def _run(bench: Bench, pair: Pair, engine: Engine, ledger: Ledger, jobs: int) ->
                 raise RuntimeError(f"only {ended} of {jobs} jobs have ended")
             found = verify.check(engine, ledger.client, at_rest=False, patience=2.0)
             violations += len(found.lines())
+            for line in found.lines():
+                bench.say(f"  wrong meanwhile: {line}")
             time.sleep(LOOK_EVERY)
         seconds = time.monotonic() - begin
         for call in sent:

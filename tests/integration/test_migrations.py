@@ -111,12 +111,16 @@ def test_upgrades_at_once_do_the_work_once(unmigrated: str) -> None:
 
 def test_an_upgrade_waits_for_one_in_another_process(unmigrated: str) -> None:
     engine = create_engine(unmigrated)
+    waiting = text(
+        "SELECT count(*) FROM pg_locks WHERE NOT granted "
+        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
     with engine.connect() as other, ThreadPoolExecutor(1) as threads:
         with other.begin():
             other.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": migrations._LOCK})
             upgrading = threads.submit(migrations.upgrade, unmigrated)
             # The upgrade is at the lock as soon as Postgres says that somebody waits for it.
-            while not other.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted")).scalar_one():
+            while not other.execute(waiting).scalar_one():
                 assert not upgrading.done()
         upgrading.result()
     engine.dispose()

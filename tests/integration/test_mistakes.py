@@ -187,14 +187,20 @@ def test_a_question_is_not_asked_where_there_is_no_standard_input(platform: Plat
 def test_ctrl_c_ends_a_command_that_waits_for_postgres(platform: Platform) -> None:
     """In the driver, where no handler of Python's is called."""
     engine = create_engine(str(platform.settings.database_url), isolation_level="AUTOCOMMIT")
-    waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+    waiting = text(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted "
+        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
     with engine.connect() as held, engine.connect() as other:
         held.execute(text("SELECT pg_advisory_lock(:key)"), {"key": int.from_bytes(b"migrate")})
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with start(platform, "-A", "platform", "db", "upgrade", **pipes) as waits:
             until(lambda: other.execute(waiting).scalar_one(), "the command waits for the lock")
             waits.send_signal(signal.SIGINT)
-            out, said = waits.communicate(timeout=10)
+            try:
+                out, said = waits.communicate(timeout=10)
+            finally:
+                waits.kill()
     engine.dispose()
     assert waits.returncode == -signal.SIGINT == 128 - Exit.INTERRUPTED
     assert (out, said) == ("", "")
