@@ -219,6 +219,17 @@ def test_secrets_are_made_once_and_a_password_that_is_gone_takes_its_url_with_it
     assert second["redis_conf"].split()[1] in second["redis_url"]
 
 
+def test_an_url_of_a_server_of_ones_own_stays_as_it_was_written(tmp_path: Path) -> None:
+    own = {
+        "redis_url": "rediss://:p@redis.example.org:6379/0\n",
+        "database_url": "postgresql://me:p@db.example.org/tasks\n",
+    }
+    for name, url in own.items():
+        (tmp_path / name).write_text(url)
+    subprocess.run([str(ROOT / "deploy" / "make-secrets"), str(tmp_path)], check=True, capture_output=True)
+    assert {name: (tmp_path / name).read_text() for name in own} == own
+
+
 # -- the two servers
 
 
