@@ -116,7 +116,7 @@ def _connected(database: str | Engine) -> Iterator[Connection]:
         connection = engine.connect()
     except OperationalError as error:
         address = engine.url.render_as_string(hide_password=True)
-        raise StoreUnavailable(f"Postgres at {address} does not answer: {str(error.orig).strip()}") from error
+        raise StoreUnavailable(f"Postgres at {address} does not answer: {postgres.told(error)}") from error
     with connection:
         postgres.check_version(connection)
         yield connection

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 #: Characters of an error or a name in a list.
 CUT: Final = 60
+#: Characters of a bar: as many of these as the screen has beside the rest.
+SHORTEST_BAR: Final = 8
+LONGEST_BAR: Final = 24
 #: What stands where there is nothing to say.
 NOTHING: Final = "-"
 
@@ -83,8 +86,10 @@ def table_with_bars(
     if not console.is_terminal:
         table(console, header, rows, right)
         return
+    others = sum(max(map(len, column)) + 2 for column in zip(header, *rows, strict=True))
+    width = min(max(console.width - others, SHORTEST_BAR), LONGEST_BAR)
     drawn = [
-        (*row[:place], bar(used, total, unicode=_draws(console)), *row[place:])
+        (*row[:place], bar(used, total, width, unicode=_draws(console)), *row[place:])
         for row, (used, total) in zip(rows, meters, strict=True)
     ]
     moved = [column + (column >= place) for column in right]

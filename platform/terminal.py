@@ -34,6 +34,8 @@ __all__ = [
     "talk",
 ]
 
+#: Characters of a table's line, at the most.
+WIDEST = 10_000
 #: Seconds between two plain progress lines.
 PLAIN_INTERVAL = 5.0
 
@@ -128,7 +130,12 @@ def table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]]
             drawn.add_column(Text(name), justify="right" if place in rights else "left", overflow="fold")
         for row in cells:
             drawn.add_row(*(Text(cell) for cell in row))
-        console.print(drawn)
+        # Where it is wider than the screen, its lines go on in the next one, as the terminal has it: a cell that was
+        # broken into a column of bits could be neither read nor copied.
+        screen = console.width
+        console.width = max(screen, console.measure(drawn, options=console.options.update(width=WIDEST)).maximum)
+        console.print(drawn, soft_wrap=True)
+        console.width = screen
         return
     lines = [list(header), *cells]
     widths = [max(len(line[place]) for line in lines) for place in range(len(header))]

@@ -23,7 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from routing import amounts, books, keys, quarantine, roster, tables
 from routing.amounts import ALONE, CPUS, MEMORY, SLOTS
-from routing.errors import NotMigrated
+from routing.errors import NotMigrated, mask_url
 from routing.policy import SUBMISSIONS, TOP_PRIORITY, order
 from routing.postgres import translate
 from routing.quarantine import Quarantined
@@ -104,6 +104,8 @@ class Overview:
     unapplied: int | None = None
     #: messages that nobody could read; None where Postgres was not asked, or does not answer
     quarantine: Quarantined | None = None
+    #: why Postgres was asked and not the ledger; empty where the ledger answered
+    why: str = ""
 
     def total(self, name: str) -> int:
         return sum(worker.capacity.get(name, 0) for worker in self.workers)
@@ -190,7 +192,8 @@ def read(client: redispy.Redis, engine: Engine, ttl: float = WORKER_TTL) -> Over
     except (RedisError, Cold) as error:
         try:
             with engine.connect() as connection:
-                return replace(from_postgres(connection, ttl), quarantine=quarantine.read(connection))
+                seen = from_postgres(connection, ttl)
+                return replace(seen, quarantine=quarantine.read(connection), why=mask_url(str(error)))
         except DBAPIError as second:
             raise translate(second, f"the ledger does not answer ({error}), and ") from second
 

@@ -19,16 +19,21 @@ NOT_ALLOWED: Final = "42501"
 LOCKED: Final = "55P03"
 
 
+def told(error: DBAPIError) -> str:
+    """What the driver said, in one line: it may have written several, and an empty one at their end."""
+    return " ".join(str(error.orig).split())
+
+
 def translate(error: DBAPIError, also: str = "") -> PlatformError:
     """An error of the driver as one of the platform; `also` goes in front of what Postgres said."""
     if getattr(error.orig, "pgcode", None) in NOT_THERE:
         return NotMigrated()
     if getattr(error.orig, "pgcode", None) == NOT_ALLOWED:
         return PlatformError(
-            f"{also}Postgres does not allow it: {str(error.orig).strip()}",
+            f"{also}Postgres does not allow it: {told(error)}",
             advice="Use a role that may (deploy/postgres-roles.sql).",
         )
-    return StoreUnavailable(f"{also}Postgres does not answer: {str(error.orig).strip()}")
+    return StoreUnavailable(f"{also}Postgres does not answer: {told(error)}")
 
 
 def check_version(connection: Connection) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redis.sentinel import Sentinel, SentinelManagedConnection
+from redis.sentinel import MasterNotFoundError, Sentinel, SentinelManagedConnection
 
 from routing.addresses import Address
 
@@ -47,11 +47,24 @@ class Watched(SentinelManagedConnection):
             raise redis.ConnectionError(f"the Sentinels name {address[0]}:{address[1]}, which is not a primary (yet)")
 
 
+class Sentinels(Sentinel):
+    """All of an address. What they say when they name no primary is an error that a person can read."""
+
+    def discover_master(self, service_name: str) -> tuple[str, int]:
+        try:
+            found: tuple[str, int] = super().discover_master(service_name)  # type: ignore[no-untyped-call]
+        except MasterNotFoundError as error:
+            asked = (one.connection_pool.connection_kwargs for one in self.sentinels)
+            places = ", ".join(sorted(f"{place['host']}:{place['port']}" for place in asked))
+            raise MasterNotFoundError(f"of the Sentinels {places} none names a primary {service_name!r}") from error
+        return found
+
+
 def client(address: Address, options: dict[str, Any]) -> redis.Redis:
     """A client of the server that the Sentinels of an address watch; `options` are for its connections."""
     within = {name: options[name] for name in ("socket_connect_timeout", "socket_timeout") if name in options}
     shorter = {name: min(seconds, ASKING[name]) for name, seconds in within.items()}
-    sentinel = Sentinel(list(address.hosts), sentinel_kwargs={**ASKING, **shorter})  # type: ignore[no-untyped-call]
+    sentinel = Sentinels(list(address.hosts), sentinel_kwargs={**ASKING, **shorter})  # type: ignore[no-untyped-call]
     found: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
         address.master,
         connection_class=Watched,

@@ -17,6 +17,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
 from routing import addresses, amounts, names, url_files
 from routing.errors import InvalidRequest, SettingsError, mask_url, show
 from routing.home import default_home
@@ -57,6 +60,10 @@ def _database_url(value: str, env: str) -> str:
     scheme, separator, rest = value.partition("://")
     if not separator or not rest or scheme not in ("postgres", "postgresql", "postgresql+psycopg2"):
         raise _wrong(env, value, f"{env} must be like postgresql://user@host:5432/name.")
+    try:
+        make_url(value)
+    except (ArgumentError, ValueError):  # a port that is no number, for one
+        raise _wrong(env, value, f"{env} must be like postgresql://user@host:5432/name.") from None
     if rest.partition("?")[0].count("@") > 1:
         # The driver would take the rest of the password for a host, and say so in its error.
         raise _wrong(env, value, f"An @ in the user or the password of {env} is written %40.")
@@ -351,7 +358,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         least = 0.0 if name == "keep_finished" and values.get(name) == 0 else MIN_SECONDS  # 0: never
         if meaning.parse is _seconds and name in values and not least <= values[name] <= MAX_SECONDS:
             seconds = values.pop(name)  # its relations to others say nothing more
-            wrong.append(f"{meaning.env}={seconds} must be from {MIN_SECONDS:g} to {MAX_SECONDS:.0f} seconds.")
+            never = ", or 0 for never" if name == "keep_finished" else ""
+            wrong.append(f"{meaning.env}={seconds} must be from {MIN_SECONDS:g} to {MAX_SECONDS:.0f} seconds{never}.")
     if "max_message" in values and not 0 < values["max_message"] <= MAX_MESSAGE_LIMIT:
         wrong.append(f"PLATFORM_MAX_MESSAGE={values['max_message']} must be from 1 to {MAX_MESSAGE_LIMIT} bytes.")
     if "most_losses" in values and not 1 <= values["most_losses"] <= MOST_LOSSES_LIMIT:

@@ -14,7 +14,7 @@ from workers import ticks
 from workers.amqp import amqp_class
 from workers.call import checking
 from workers.control import control_class
-from workers.preflight import check_broker
+from workers.preflight import check_broker, check_imports
 from workers.results import BACKENDS, backend_class
 from workers.router import Router
 from workers.stores import Resolve, Stores, resolve_running
@@ -62,6 +62,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     app.__dict__.pop("Task", None)
     app.loader.override_backends = {**BACKENDS, **app.loader.override_backends}
     _carry_results(app)
+    _check_imports(app, stores)
     app.send_task = checking(app.send_task)
     app.add_defaults(lambda: _defaults(app, stores))
     app.on_after_finalize.connect(_finish, weak=False)
@@ -81,6 +82,17 @@ def platform_of(app: Celery) -> Stores:
             advice="Use `celery -A platform`, or call celery_capacity.install(app) in its module.",
         )
     return stores
+
+
+def _check_imports(app: Celery, stores: Stores) -> None:
+    """Have whoever imports the tasks, a worker or beat, look first whether the modules of the settings are there."""
+    plain = app.loader.import_default_modules
+
+    def checked() -> Any:
+        check_imports(stores.settings.imports)
+        return plain()
+
+    app.loader.import_default_modules = checked
 
 
 def _carry_results(app: Celery) -> None:

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from routing.errors import NameTaken, NoServers, NotMigrated, PlatformError, SettingsError, StoreUnavailable
+from routing.errors import (
+    NameTaken,
+    NoServers,
+    NotMigrated,
+    PlatformError,
+    SettingsError,
+    StoreUnavailable,
+    Unsupported,
+)
 from workers.patiently import refused
 
 
@@ -53,6 +61,6 @@ class Exit(IntEnum):
 
 def code_of(error: PlatformError) -> Exit:
     """The exit code of a command that ends with this error."""
-    if isinstance(error, (SettingsError, NotMigrated)) or refused(error):
+    if isinstance(error, (SettingsError, NotMigrated, Unsupported)) or refused(error):
         return Exit.CONFIGURATION
     return Exit.UNAVAILABLE if isinstance(error, (StoreUnavailable, NoServers, NameTaken)) else Exit.FAILED

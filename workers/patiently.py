@@ -40,7 +40,14 @@ _UNWELCOME: Final = (
     "is not permitted to log in",
     "permission denied",
     "certificate verify failed",
+    # What the driver itself does not take: an option of the URL, or its value.
+    "invalid dsn",
+    "invalid connection option",
+    "invalid sslmode value",
+    "invalid port number",
 )
+#: What Redis says where the database's number is above those that it has.
+_NO_DATABASE: Final = "DB index is out of range"
 
 T = TypeVar("T")
 
@@ -62,6 +69,8 @@ def refused(error: BaseException) -> bool:
     does."""
     for one in _chain(error):
         if isinstance(one, (*_REFUSED, ssl.SSLCertVerificationError)):
+            return True
+        if isinstance(one, redis_errors.ResponseError) and _NO_DATABASE in str(one):
             return True
         if isinstance(one, DBAPIError) and isinstance(one.orig, psycopg2.Error):
             return one.orig.pgcode == NOT_ALLOWED or any(words in str(one.orig) for words in _UNWELCOME)

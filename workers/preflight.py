@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Final
 
 import redis
 from celery import Celery
+from celery.exceptions import ImproperlyConfigured
+from celery.utils.imports import cwd_in_path
 from redis.exceptions import RedisError, ResponseError
 from sqlalchemy import Engine
 
@@ -14,7 +20,7 @@ from migrations import check as check_tables
 from routing import addresses, roster
 from routing.addresses import BETWEEN, Address
 from routing.books import text
-from routing.errors import PlatformError, StoreUnavailable, Unsupported, mask_url
+from routing.errors import PlatformError, SettingsError, StoreUnavailable, Unsupported, mask_url
 from routing.settings import Settings
 from workers.identity import Identity
 
@@ -58,6 +64,41 @@ def check_broker(broker_url: object) -> None:
                 advice=f"Use one with {', '.join(f'{known}://' for known in BROKERS)}, or leave the broker out of the "
                 "app and CELERY_BROKER_URL out of the environment: then the ledger's Redis serves.",
             )
+
+
+def check_results(app: Celery) -> None:
+    """Raise where the app's results cannot be kept: nobody knows such a store, or its driver is not installed."""
+    try:
+        app.backend  # noqa: B018 - made at its first use
+    except (ImportError, AttributeError, ImproperlyConfigured) as error:
+        raise Unsupported(
+            f"results cannot be kept in {mask_url(str(app.conf.result_backend))}: {' '.join(str(error).split())}",
+            advice="Leave the backend out of the app and CELERY_RESULT_BACKEND out of the environment: then the"
+            " ledger's Redis serves. Or name one that Celery knows, and install its driver.",
+        ) from error
+
+
+def check_imports(names: Iterable[str]) -> None:
+    """Raise where a module of PLATFORM_IMPORTS is not there. What such a module itself fails to import is its author's
+    affair, and keeps its traceback."""
+    with cwd_in_path():
+        missing = [name for name in names if not _is_there(name)]
+    if missing:
+        raise SettingsError(
+            [
+                f"PLATFORM_IMPORTS names {name!r}, and there is no such module in {Path.cwd()} nor among what is"
+                f" installed for {sys.executable}. Start in the folder where it is, or install it."
+                for name in missing
+            ]
+        )
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return name in sys.modules or find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        # Where it is something else that is missing, it is there and needs that.
+        return not f"{name}.".startswith(f"{error.name}.")
 
 
 def shares_ledger(app: Celery, settings: Settings) -> bool:

@@ -31,7 +31,7 @@ from routing.errors import (
 from routing.ledger import Ledger
 from routing.names import check_job_id
 from routing.policy import TOP_PRIORITY, order
-from routing.postgres import NOT_ALLOWED
+from routing.postgres import NOT_ALLOWED, told
 from routing.replies import LedgerClosed
 from routing.request import Request
 from routing.states import FINAL, State
@@ -237,7 +237,7 @@ class Sender:
             inserted = self._insert_once(job, by)
         except (OperationalError, DBAPIError) as error:
             if not error.connection_invalidated:
-                raise NotAccepted(f"Postgres refused job {job.id}: {mask_url(str(error.orig))}") from error
+                raise NotAccepted(f"Postgres refused job {job.id}: {mask_url(told(error))}") from error
             # The connection was lost around the commit. The same statement on a new connection is safe: a row that
             # is there already is left as it is.
             try:

@@ -19,7 +19,7 @@ from workers.exits import Exit, code_of
 from workers.identity import name_of, new_identity
 from workers.inherited import guard_children
 from workers.patiently import when_stores_answer
-from workers.preflight import check_broker, neighbours
+from workers.preflight import check_broker, check_results, neighbours
 from workers.router import PLATFORM_PREFIX, Declarations, declaration
 from workers.runtime import Runtime
 from workers.stores import Stores
@@ -78,6 +78,7 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         orphans.mark(identity.incarnation)
         guard_children(stores.settings)
         check_broker(sender.app.conf.broker_read_url)
+        check_results(sender.app)
         runtime = Runtime(sender.app, stores, identity)
         pause = threading.Event()
         runtime.joining.meet(pause.wait)

@@ -6,7 +6,7 @@ import click
 
 from platform import render
 from platform.edge import Command, json_option, stores_of
-from platform.terminal import facts, print_json
+from platform.terminal import facts, print_json, talk
 from routing import overview
 
 __all__ = ["command"]
@@ -30,6 +30,8 @@ def command(context: click.Context, as_json: bool) -> None:
     """
     stores = stores_of(context)
     seen = overview.read(overview.quick(stores.redis), stores.engine, stores.settings.worker_ttl)
+    if seen.why:
+        talk().print(f"The ledger cannot be asked: {seen.why}", soft_wrap=True)
     if as_json:
         print_json(seen.to_json())
     else:

@@ -68,7 +68,9 @@ def test_cluster_without_a_ledger_answers_from_postgres_and_says_so(stage: Stage
     stage.worker("a", cpus=4000)
     stage.redis.flushdb()
     assert _json(run("cluster", "--json"))["source"] == "postgres"
-    assert "from Postgres" in run("cluster").stdout
+    told = run("cluster")
+    assert "from Postgres" in told.stdout
+    assert "The ledger cannot be asked: " in told.stderr
 
 
 # -- jobs, job

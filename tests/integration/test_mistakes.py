@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
+from routing.addresses import numbered
 from routing.home import Pair
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import standing_platform
@@ -65,6 +66,23 @@ MISTAKES = [
     Mistake("-A platform jobs", Exit.CONFIGURATION, ("'mysql://x/y'", "postgresql://"), {"DATABASE_URL": "mysql://x/y"}),
     Mistake("-A platform jobs", Exit.CONFIGURATION, ("DATABASE_URL is not", "set both"), {"DATABASE_URL": ""}),
     Mistake(
+        "-A platform jobs",
+        Exit.CONFIGURATION,
+        ("DATABASE_URL='postgresql://me:***@db:many/x' is not valid", "postgresql://user@host:5432/name"),
+        {"DATABASE_URL": "postgresql://me:hunter2@db:many/x"},
+    ),
+    Mistake(
+        "-A platform worker", Exit.CONFIGURATION, ("'nowhere'", "Start in the folder"), {"PLATFORM_IMPORTS": "nowhere"}
+    ),
+    Mistake("-A platform beat", Exit.CONFIGURATION, ("'a.b'", "Start in the folder"), {"PLATFORM_IMPORTS": "a.b"}),
+    Mistake("-A platform worker", Exit.CONFIGURATION, ("http://", "redis://"), {"CELERY_BROKER_URL": "http://x"}),
+    Mistake(
+        "-A platform worker",
+        Exit.CONFIGURATION,
+        ("nonsense://me:***@x", "CELERY_RESULT_BACKEND"),
+        {"CELERY_RESULT_BACKEND": "nonsense://me:hunter2@x"},
+    ),
+    Mistake(
         "-A platform cluster",
         Exit.CONFIGURATION,
         ("PLATFORM_HOME='/dev/null/home'", "a folder that you may write"),
@@ -75,11 +93,20 @@ MISTAKES = [
     Mistake(
         "-A platform jobs",
         Exit.UNAVAILABLE,
-        ('"127.0.0.1", port 1', "DATABASE_URL"),
+        ('"127.0.0.1", port 1', "Connection refused Is the server running", "DATABASE_URL"),
         {"DATABASE_URL": f"postgresql://me:hunter2@{NOWHERE}/platform"},
     ),
     Mistake("-A platform reconcile", Exit.CONFIGURATION, ("invalid username", "password."), {"REDIS_URL": "{guarded}"}),
     Mistake("-A platform db current", Exit.CONFIGURATION, ('"nobody"', "DATABASE_URL"), {"DATABASE_URL": "{nobody}"}),
+    Mistake("-A platform reconcile", Exit.CONFIGURATION, ("DB index is out of range",), {"REDIS_URL": "{beyond}"}),
+    Mistake("-A platform db current", Exit.CONFIGURATION, ('sslmode value: "safe"',), {"DATABASE_URL": "{unsafe}"}),
+    Mistake("-A platform db current", Exit.CONFIGURATION, ('option "colour"',), {"DATABASE_URL": "{coloured}"}),
+    Mistake(
+        "-A platform reconcile",
+        Exit.UNAVAILABLE,
+        (f"does not serve: of the Sentinels {NOWHERE}, 127.0.0.1:2 none names a primary 'main'. Check",),
+        {"REDIS_URL": f"sentinel://{NOWHERE}/0;sentinel://127.0.0.1:2/0?master_name=main"},
+    ),
     Mistake("-A platform verify", Exit.CONFIGURATION, ("celery -A platform db upgrade",), {"DATABASE_URL": "{empty}"}),
 ]
 
@@ -102,6 +129,9 @@ def there(platform: Platform) -> Iterator[dict[str, str]]:
             "guarded": redis.replace("//", "//me:hunter2@"),
             "nobody": database.set(username="nobody").render_as_string(hide_password=False),
             "empty": database.set(database="postgres").render_as_string(hide_password=False),
+            "beyond": numbered(redis, 99999),
+            "unsafe": database.update_query_dict({"sslmode": "safe"}).render_as_string(hide_password=False),
+            "coloured": database.update_query_dict({"colour": "1"}).render_as_string(hide_password=False),
             "port": str(taken.getsockname()[1]),
             "trace": str(trace),
             "folder": str(platform.folder),

@@ -36,11 +36,11 @@ def test_a_time_that_is_not_there_is_a_dash() -> None:
     assert len(render.moment(datetime(2026, 1, 2, tzinfo=UTC))) == 19
 
 
-def _cluster(encoding: str, terminal: bool = True) -> str:
+def _cluster(encoding: str, terminal: bool = True, width: int = 120) -> str:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
     worker = WorkerLine("a", "ready", {"cpus": 4000}, {"cpus": 2000}, None, None, None, "life", None, None)
-    console = Console(file=stream, force_terminal=terminal, no_color=True, width=120)
+    console = Console(file=stream, force_terminal=terminal, no_color=True, width=width)
     render.cluster(console, Overview("ledger", datetime.now(UTC), (worker,), ()))
     stream.flush()
     return raw.getvalue().decode(encoding)
@@ -49,6 +49,14 @@ def _cluster(encoding: str, terminal: bool = True) -> str:
 def test_bars_are_drawn_with_what_the_output_can_show() -> None:
     assert "████████████░░░░░░░░░░░░" in _cluster("utf-8")
     assert "############............" in _cluster("ascii")
+
+
+@pytest.mark.parametrize(("screen", "length"), [(70, 18), (30, 8)])
+def test_a_bar_is_as_long_as_the_screen_lets_it(screen: int, length: int) -> None:
+    line = _cluster("utf-8", width=screen).splitlines()[-1]
+    half = length // 2
+    assert f" {'█' * half}{'░' * half} " in line
+    assert "2/4" in line
 
 
 def test_off_a_terminal_there_are_neither_colours_nor_bars() -> None:

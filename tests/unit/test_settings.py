@@ -179,7 +179,7 @@ WRONG = [
     ("PLATFORM_DUE_INTERVAL", "soon", "must be a number of seconds"),
     ("PLATFORM_DUE_INTERVAL", "1_0", "must be a number of seconds"),
     ("PLATFORM_DUE_INTERVAL", "0", "must be from 0.001 to 31536000 seconds"),
-    ("PLATFORM_KEEP_FINISHED", "-1", "must be from 0.001 to 31536000 seconds"),
+    ("PLATFORM_KEEP_FINISHED", "-1", "must be from 0.001 to 31536000 seconds, or 0 for never"),
     ("PLATFORM_DUE_INTERVAL", "-1", "must be from 0.001 to 31536000 seconds"),
     ("PLATFORM_DUE_INTERVAL", "nan", "must be from 0.001 to 31536000 seconds"),
     ("PLATFORM_DUE_INTERVAL", "inf", "must be from 0.001 to 31536000 seconds"),

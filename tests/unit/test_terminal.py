@@ -49,6 +49,16 @@ def test_a_table_off_a_terminal_is_aligned_text_that_is_never_cut() -> None:
     assert stream.getvalue() == "name       cpus\nworker-01    72\n[b]          16\n"
 
 
+def test_a_table_that_is_wider_than_the_terminal_is_no_puzzle() -> None:
+    """Its lines go on in the next one of the screen, as the terminal has it; no cell is broken into bits."""
+    console, stream = on_terminal(width=40)
+    ids = [f"26d33879-a5f1-4281-bcd4-f02dd5caab7{number}" for number in range(3)]
+    terminal.table(console, ("id", "task"), [(one, "tasks.render") for one in ids])
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 1 + len(ids)
+    assert all(f"{one}  tasks.render" in line for one, line in zip(ids, lines[1:], strict=True))
+
+
 def test_a_table_on_a_terminal_shows_brackets_as_they_are() -> None:
     console, stream = on_terminal()
     terminal.table(console, ("name",), [("[b]",)])
