@@ -115,7 +115,8 @@ def look(connection: Connection, book: Book, most_losses: int) -> list[Candidate
 
 _TAKE: Final = text(f"""
 WITH chosen AS (
-  SELECT id FROM jobs
+  -- (Admitted and started at one moment: the clock is read once for both.)
+  SELECT id, clock_timestamp() AS at FROM jobs
   WHERE id = ANY(CAST(:ids AS text[]))
     AND (({_WAITS}) OR ({_IS_DUE}))
     AND (expires_at IS NULL OR expires_at > now())
@@ -123,7 +124,7 @@ WITH chosen AS (
   FOR NO KEY UPDATE SKIP LOCKED
 ), taken AS (
   UPDATE jobs SET state = 'running', epoch = :epoch, attempt = jobs.attempt + 1, step = {Step.RUNNING.value},
-    worker = :worker, incarnation = :incarnation, admitted_at = clock_timestamp(), started_at = clock_timestamp(),
+    worker = :worker, incarnation = :incarnation, admitted_at = chosen.at, started_at = chosen.at,
     error = NULL
   FROM chosen WHERE jobs.id = chosen.id
   RETURNING jobs.id, jobs.attempt, jobs.shape, jobs.priority, jobs.seq, jobs.losses, jobs.message, jobs.started_at,
