@@ -49,6 +49,8 @@ class NewJob:
     rerun: bool = True
     root_id: str | None = None
     parent_id: str | None = None
+    #: The job in whose replacement (`Task.replace`) this is a step.
+    replaces: str | None = None
     due_at: datetime | None = None
     expires_at: datetime | None = None
 
@@ -74,12 +76,13 @@ class Inserted:
 
 _COLUMNS: Final = (
     "id, name, state, shape, request, message, priority, declared, queue, retries, nesting, root_id, parent_id, "
-    "due_at, expires_at, rerun"
+    "due_at, expires_at, rerun, replaces"
 )
 _TYPES: Final = (
-    "text, text, text, text, jsonb, bytea, smallint, bool, text, int, int, text, text, timestamptz, timestamptz, bool"
+    "text, text, text, text, jsonb, bytea, smallint, bool, text, int, int, text, text, timestamptz, timestamptz, bool, "
+    "text"
 )
-_VALUES: Final = ", ".join(f"${number}" for number in range(1, 17))
+_VALUES: Final = ", ".join(f"${number}" for number in range(1, 18))
 _RETURNING: Final = (
     "ON CONFLICT (id) DO NOTHING RETURNING seq, (SELECT epoch FROM authority), (SELECT authority FROM authority)"
 )
@@ -99,7 +102,7 @@ def _statement(name: str, types: str, source: str, values: int) -> _Statement:
     return _Statement(name, prepare, f"EXECUTE {name} ({', '.join(['%s'] * values)})")
 
 
-_BY_ANYBODY: Final = _statement("celery_capacity_insert_job", _TYPES, f"VALUES ({_VALUES})", 16)
+_BY_ANYBODY: Final = _statement("celery_capacity_insert_job", _TYPES, f"VALUES ({_VALUES})", 17)
 #: Whether an attempt (job, epoch, attempt, incarnation) may still speak: its row is there (and not in the archive), has
 #: no newer attempt and did not take this one back or give it up, and its worker was not given up (which is noted before
 #: its jobs are taken back).
@@ -112,8 +115,8 @@ _HOLDS: Final = (
 _BY_ATTEMPT: Final = _statement(
     "celery_capacity_insert_job_by",
     f"{_TYPES}, text, bigint, int, text",
-    f"SELECT {_VALUES} WHERE {_HOLDS.format('$17', '$18', '$19', '$20')}",
-    20,
+    f"SELECT {_VALUES} WHERE {_HOLDS.format('$18', '$19', '$20', '$21')}",
+    21,
 )
 #: SQLSTATEs: a table is missing; a prepared statement is not known (a pooler gave us another session).
 _UNDEFINED_TABLE: Final = "42P01"
@@ -141,6 +144,7 @@ def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None)
         job.due_at,
         job.expires_at,
         job.rerun,
+        job.replaces,
     )
     try:
         if by is None:
@@ -187,26 +191,61 @@ def _execute_insert(connection: Connection, statement: _Statement, values: tuple
         cursor.close()
 
 
+def _if_replaced(column: str, value: str) -> str:
+    """The row goes on with the publish where its attempt has ended by a replacement; else this waits beside it."""
+    return f"{column} = CASE WHEN state = '{State.REPLACED.value}' THEN {value} ELSE {column} END"
+
+
+def _unless_replaced(column: str, value: str) -> str:
+    return f"{column} = CASE WHEN state <> '{State.REPLACED.value}' THEN {value} END"
+
+
+# One statement, so that a row which becomes `replaced` meanwhile is looked at again by Postgres itself.
 _SUCCESSOR: Final = text(f"""
-UPDATE jobs SET successor = :message, successor_shape = :shape, successor_request = CAST(:request AS jsonb),
-  successor_retries = :retries, successor_nesting = :nesting, successor_priority = :priority,
-  successor_due_at = :due_at, successor_expires_at = :expires_at
+UPDATE jobs SET
+  {_if_replaced("message", ":message")},
+  {_if_replaced("name", ":name")},
+  {_if_replaced("rerun", ":rerun")},
+  {_if_replaced("shape", ":shape")},
+  {_if_replaced("request", "CAST(:request AS jsonb)")},
+  {_if_replaced("retries", ":retries")},
+  {_if_replaced("nesting", ":nesting")},
+  {_if_replaced("priority", ":priority")},
+  {_if_replaced("due_at", "CAST(:due_at AS timestamptz)")},
+  {_if_replaced("expires_at", "CAST(:expires_at AS timestamptz)")},
+  {_if_replaced("step", str(Step.BACK.value))},
+  {_unless_replaced("successor", ":message")},
+  {_unless_replaced("successor_shape", ":shape")},
+  {_unless_replaced("successor_request", "CAST(:request AS jsonb)")},
+  {_unless_replaced("successor_name", "CAST(:name AS text)")},
+  {_unless_replaced("successor_rerun", "CAST(:rerun AS bool)")},
+  {_unless_replaced("successor_retries", "CAST(:retries AS int)")},
+  {_unless_replaced("successor_nesting", "CAST(:nesting AS int)")},
+  {_unless_replaced("successor_priority", "CAST(:priority AS smallint)")},
+  {_unless_replaced("successor_due_at", "CAST(:due_at AS timestamptz)")},
+  {_unless_replaced("successor_expires_at", "CAST(:expires_at AS timestamptz)")},
+  state = CASE WHEN state <> '{State.REPLACED.value}' THEN state
+               WHEN CAST(:due_at AS timestamptz) IS NULL THEN '{State.ACCEPTED.value}'
+               ELSE '{State.SCHEDULED.value}' END
 WHERE id = :id AND state NOT IN ({_FINAL})
   AND (retries, nesting) < (:retries, :nesting)
   AND (CAST(:publisher AS int) IS NULL OR attempt <= CAST(:publisher AS int))
   AND (successor IS NULL OR (successor_retries, successor_nesting) < (:retries, :nesting))
-RETURNING state
+RETURNING CASE WHEN successor IS NULL THEN '{State.REPLACED.value}' ELSE state END
 """)
 
 
 def put_successor(connection: Connection, job: NewJob) -> str | None:
-    """Keep a publish under an existing id as the successor of its running attempt (DESIGN: a publish is identified by
-    id, retries and nesting; equal or lower is there already). Returns the state of the row, None where refused."""
+    """Keep a publish under an existing id as the successor of its running attempt; a row whose attempt was replaced
+    long ago goes on with it at once. (A publish is identified by id, retries and nesting; equal or lower is there
+    already.) Returns the state that the row had, None where refused."""
     found = connection.execute(
         _SUCCESSOR,
         {
             "id": job.id,
             "message": job.message,
+            "name": job.name,
+            "rerun": job.rerun,
             "shape": job.shape,
             "request": request_json(job.shape),
             "retries": job.retries,

@@ -18,11 +18,14 @@ from sqlalchemy import Connection
 
 from routing import accept
 from routing.accept import NewJob
+from routing.states import State
 
 _TIMES: Final = ("due_at", "expires_at")
 #: The outbox of a job that ended where nobody could say its result (it waited, or was lost with its worker): whoever
 #: delivers it makes one of what the row says.
 UNTOLD: Final = '{"publishes": [], "results": [{"untold": true}]}'
+#: The same of one whose result Celery may have told with the end of another (`routing.replacing`).
+UNLESS_TOLD: Final = '{"publishes": [], "results": [{"untold": true, "unless_told": true}]}'
 
 
 @dataclass(slots=True)
@@ -34,9 +37,11 @@ class Outbox:
     results: list[dict[str, Any]] = field(default_factory=list)
     #: The attempt has ended its job itself (`routing.fence`). Known between the body's process and the worker only.
     committed: bool = False
+    #: The attempt has replaced its job (`Task.replace`), and ends by that. Known there only, too.
+    replaced: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.publishes or self.results or self.committed)
+        return bool(self.publishes or self.results or self.committed or self.replaced)
 
     def without_results(self) -> Outbox:
         return Outbox(self.publishes)
@@ -67,7 +72,8 @@ def publish(connection: Connection, text: str) -> list[str]:
     new = []
     for job in parse(text).publishes:
         if accept.insert_job(connection, job).seq is None:
-            accept.put_successor(connection, job)
+            if accept.put_successor(connection, job) == State.REPLACED and job.due_at is None:
+                new.append(job.id)
         elif job.due_at is None:
             new.append(job.id)
     return new

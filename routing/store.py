@@ -13,7 +13,7 @@ from typing import Final
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
-from routing import outbox
+from routing import outbox, replacing
 from routing.errors import storable
 from routing.postgres import is_locked
 from routing.states import FINAL, State, Step
@@ -120,6 +120,8 @@ UPDATE jobs SET
   message = CASE WHEN goes_on THEN jobs.successor ELSE jobs.message END,
   shape = CASE WHEN goes_on THEN jobs.successor_shape ELSE jobs.shape END,
   request = CASE WHEN goes_on THEN jobs.successor_request ELSE jobs.request END,
+  name = CASE WHEN goes_on THEN coalesce(jobs.successor_name, jobs.name) ELSE jobs.name END,
+  rerun = CASE WHEN goes_on THEN coalesce(jobs.successor_rerun, jobs.rerun) ELSE jobs.rerun END,
   retries = CASE WHEN goes_on THEN jobs.successor_retries ELSE jobs.retries END,
   nesting = CASE WHEN goes_on THEN jobs.successor_nesting ELSE jobs.nesting END,
   priority = CASE WHEN goes_on THEN jobs.successor_priority ELSE jobs.priority END,
@@ -129,7 +131,7 @@ UPDATE jobs SET
   successor_nesting = CASE WHEN goes_on THEN NULL ELSE jobs.successor_nesting END
 FROM e JOIN j ON j.id = e.job
 WHERE jobs.id = e.job
-RETURNING jobs.id, jobs.state, coalesce(jobs.due_at <= now(), false)
+RETURNING jobs.id, jobs.state, coalesce(jobs.due_at <= now(), false), jobs.replaces
 """)
 
 
@@ -206,6 +208,8 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
         },
     ).all()
     _close_overtaken(connection, newest, {row[0] for row in rows})
+    # (Those that have something to deliver are looked at when it is delivered.)
+    replacing.end_abandoned(connection, [row[3] for row in rows if row[3] and row[1] in FINAL])
     return [
         *(Applied(row[0], row[1], row[1] == State.SCHEDULED and bool(row[2])) for row in rows),
         *(Applied(job, State.ACCEPTED, True) for job in published),
@@ -288,7 +292,7 @@ def close_attempts(connection: Connection, job: str, epoch: int, attempt: int, n
 _DROP: Final = text(f"""
 UPDATE jobs SET state = :state, outbox = '{outbox.UNTOLD}', step = {Step.DROPPED.value}, finished_at = now(),
   error = coalesce(:error, error)
-WHERE id = :id AND (state IN ('accepted', 'scheduled')
+WHERE id = :id AND (state IN ('accepted', 'scheduled', 'replaced')
   OR (state = 'waiting' AND EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres')))
 RETURNING id
 """)

@@ -128,6 +128,8 @@ class JobRequest:
         if isinstance(error, WorkerLostError) and not return_ok:
             return self._child_lost(error)
         outcome, text = _outcome(error, exc_info)
+        if isinstance(error, Ignore) and self.outbox.replaced:
+            outcome, text = "replaced", None
         try:
             if isinstance(error, MemoryError):
                 # Celery would end the whole worker. The body's process has told the failure already.

@@ -38,6 +38,7 @@ from routing.states import FINAL, State
 from workers import attempts
 from workers.attempts import Attempt
 from workers.call import check_time, check_time_limits, check_times
+from workers.canvas import REPLACES
 from workers.router import HEADER, RERUN
 from workers.stores import Stores
 
@@ -199,6 +200,7 @@ class Sender:
             publisher=publisher if isinstance(publisher, int) else None,
             root_id=_parent(wire.get("root_id")),
             parent_id=_parent(wire.get("parent_id")),
+            replaces=_parent(wire.get(REPLACES)),
             due_at=due_at,
             expires_at=expires_at,
         )
@@ -262,7 +264,12 @@ class Sender:
                     " is refused"
                 )
             # (What was never retried or replaced succeeds nothing, and whoever only submits may not change a row.)
-            if (job.retries or job.nesting) and accept.put_successor(connection, job) is not None:
+            was = accept.put_successor(connection, job) if job.retries or job.nesting else None
+            if was == State.REPLACED:
+                # Its attempt ended long ago; this is the last step of its replacement, and the row goes on with it.
+                if job.due_at is None:
+                    self._bring(connection, job.id, inserted)
+            elif was is not None:
                 # The row knows; the ledger only spares it a detour.
                 self._ask(inserted, lambda ledger: ledger.succeed(job.id))
             else:
@@ -280,6 +287,10 @@ class Sender:
                 "under the job's id is refused"
             )
         if row.state in FINAL and (row.retries, row.nesting) < (job.retries, job.nesting):
+            if job.nesting > row.nesting and attempts.current() is not None:
+                # It was revoked before its replacement came to its last step, say. The step before is not to blame.
+                logger.warning("job %s has ended as %s, the last step of its replacement is dropped", job.id, row.state)
+                return
             raise Unsupported(
                 f"task id {job.id} has ended as {row.state}; it cannot be published again as a successor",
                 value=job.id,
@@ -287,14 +298,18 @@ class Sender:
             )
         if row.state == State.ACCEPTED:
             # It never reached the ledger, or came back from there: what goes now is the row, not this publish.
-            try:
-                rows = backlog.these(connection, [job.id])
-            except DBAPIError as error:
-                if getattr(error.orig, "pgcode", None) != NOT_ALLOWED:
-                    raise
-                # Whoever only submits may not read messages: the sweep brings it.
-                return
-            self._ask(inserted, lambda ledger: enroll.submit_rows(ledger, rows))
+            self._bring(connection, job.id, inserted)
+
+    def _bring(self, connection: Any, job: str, inserted: Inserted) -> None:
+        """Submit the row as it is."""
+        try:
+            rows = backlog.these(connection, [job])
+        except DBAPIError as error:
+            if getattr(error.orig, "pgcode", None) != NOT_ALLOWED:
+                raise
+            # Whoever only submits may not read messages: the sweep brings it.
+            return
+        self._ask(inserted, lambda ledger: enroll.submit_rows(ledger, rows))
 
     def _waiting(self) -> int | None:
         """How many jobs wait in the ledger; None where it does not say."""

@@ -1,14 +1,17 @@
-"""The platform's base for tasks: a request is declared by attributes, and what is not there yet says so."""
+"""The platform's base for tasks: a request is declared by attributes, and a replaced job is known as such."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from celery import Task
-from celery.canvas import Signature
+from celery.canvas import Signature, chunks
+from celery.exceptions import Ignore
 from kombu.utils.imports import symbol_by_name
 
-from routing.errors import Unsupported
+from workers import attempts
+from workers.canvas import REPLACES, Chunks, mark
 
 
 class PlatformTask:
@@ -20,15 +23,34 @@ class PlatformTask:
     resources: dict[str, int] | None = None
     #: False: it must not start twice by itself. Its first attempt that is lost with its worker or process ends the job.
     rerun: bool = True
+    request: Any
 
     def replace(self, sig: Signature) -> Any:
-        """As Celery's; a replacement by a chain, a group or a chord is not supported yet, and says so."""
-        if hasattr(sig, "tasks") or sig.get("subtask_type") is not None:
-            raise Unsupported(
-                f"Task.replace by a {sig.get('subtask_type') or 'canvas'} is not supported yet",
-                advice="Replace by a single task, or send the canvas from the task and return.",
-            )
-        return super().replace(sig)  # type: ignore[misc]
+        """As Celery's. (Chunks are the group that they are made into, which alone can carry an id on.)"""
+        return super().replace(sig.group() if isinstance(sig, chunks) else sig)  # type: ignore[misc]
+
+    def on_replace(self, sig: Signature) -> Any:
+        """As Celery's; the job is `replaced` until the last step of the replacement carries its id on."""
+        attempt = attempts.current()
+        if attempt is None or self.request.is_eager:
+            return super().on_replace(sig)  # type: ignore[misc]
+        mark(sig, self.request.id, (self.request.replaced_task_nesting or 0) + 1)
+        try:
+            return super().on_replace(sig)  # type: ignore[misc]
+        except Ignore:
+            attempt.outbox.replaced = True
+            raise
+
+    def chunks(self, it: Iterable[Any], n: int) -> Chunks:
+        """As Celery's; what they are given (`task.chunks(...).set(cpus=8)`) holds for each part."""
+        return Chunks(self.s(), it, n, app=self.app)  # type: ignore[attr-defined]
+
+    def add_to_chord(self, sig: Signature, lazy: bool = False) -> Any:
+        """As Celery's; what is added to a chord in a replacement is a step of that, too."""
+        replaces = self.request.get(REPLACES)
+        if replaces:
+            mark(sig, replaces, self.request.replaced_task_nesting or 0)
+        return super().add_to_chord(sig, lazy)  # type: ignore[misc]
 
 
 def task_class(base: Any) -> type:

@@ -8,12 +8,12 @@ from typing import Any, Final
 
 from celery import Celery, states
 from celery.app.task import Context
-from celery.exceptions import WorkerLostError
+from celery.exceptions import TaskError, WorkerLostError
 from kombu.compression import decompress
 from kombu.serialization import loads, prepare_accept_content
 from sqlalchemy import Connection, Engine, text
 
-from routing import fence, outbox
+from routing import fence, outbox, replacing
 from routing import message as messages
 from routing.errors import NotAccepted, Unsupported
 from routing.message import Tag
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 MOST: Final = 1000
 
 _LEFT: Final = text(
-    "SELECT id, epoch, attempt, state, error, outbox, message, coalesce(incarnation, '') FROM jobs "
-    "WHERE outbox IS NOT NULL AND (CAST(:ids AS text[]) IS NULL OR id = ANY(CAST(:ids AS text[]))) "
+    "SELECT id, epoch, attempt, state, error, outbox, message, coalesce(incarnation, '') AS incarnation, replaces "
+    "FROM jobs WHERE outbox IS NOT NULL AND (CAST(:ids AS text[]) IS NULL OR id = ANY(CAST(:ids AS text[]))) "
     "ORDER BY id LIMIT :most"
 )
 #: Nobody else delivers a row that is locked, and one that was delivered since it was read is delivered no more.
@@ -41,7 +41,7 @@ _DONE: Final = text("UPDATE jobs SET outbox = NULL WHERE id = :id AND outbox = :
 
 def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> int:
     """Deliver for all jobs, or `only` these; returns for how many. Stops where the backend does not take one."""
-    delivered = 0
+    delivered, replaced = 0, set[str]()
     with transactions(stores.engine).connect() as connection:
         with connection.begin():
             rows = connection.execute(_LEFT, {"ids": only, "most": MOST}).all()
@@ -52,7 +52,11 @@ def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> 
                 if not _deliver(app, connection, row):
                     break
                 delivered += 1
-    return delivered
+                replaced |= {row.replaces} - {None}
+        with connection.begin():
+            # What was a step of a replacement publishes nothing more.
+            ended = replacing.end_abandoned(connection, sorted(replaced))
+    return delivered + (deliver_rows(app, stores, ended) if ended else 0)
 
 
 def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: str, left: str) -> None:
@@ -67,14 +71,15 @@ def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: st
 
 
 def _deliver(app: Celery, connection: Connection, row: Any) -> bool:
-    job, epoch, attempt, state, error, left, message, incarnation = row
+    job, left = row.id, row.outbox
     box = outbox.parse(left)
-    speaker = Attempt(Tag(job, epoch, attempt), incarnation, patient=lambda: True)
+    speaker = Attempt(Tag(job, row.epoch, row.attempt), row.incarnation, patient=lambda: True)
     try:
         deliver(app.backend, box, speaker)
-        if any("untold" in note for note in box.results):
+        untold = [note for note in box.results if "untold" in note]
+        if untold and not (untold[0].get("unless_told") and app.backend.get_state(job) in states.READY_STATES):
             with held(speaker):
-                _tell_anyhow(app, job, State(state), error or "", bytes(message))
+                _tell_anyhow(app, job, State(row.state), row.error or "", bytes(row.message))
     except Exception as problem:
         # It stays where it is: whatever hinders it now concerns the backend, not the job.
         logger.warning("what job %s left is not delivered yet: %s", job, problem)
@@ -110,6 +115,9 @@ def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> 
         _go_on(app, job, request, value)
     elif state is State.LOST:
         app.backend.mark_as_failure(job, WorkerLostError(error or "the job was lost with its workers"), request=request)
+    elif state is State.FAILED:
+        # (Only of one that was replaced: whatever else fails is told by its worker.)
+        app.backend.mark_as_failure(job, TaskError(error), request=request)
     else:
         app.backend.mark_as_revoked(job, error or state.value, request=request)
 

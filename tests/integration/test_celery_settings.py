@@ -254,16 +254,6 @@ def test_the_first_protocol_is_refused(platform: Platform, submitter: Submitter)
     assert jobs(platform) == []
 
 
-def test_a_replacement_by_a_chain_fails_the_job_and_says_so(platform: Platform, submitter: Submitter) -> None:
-    platform.environment["PLATFORM_IMPORTS"] += f",{canvas.__name__}"
-    platform.worker("a", 1, "solo")
-    job = submitter.send(canvas.replaced_by_a_chain.name, 1)
-    row = submitter.ended(job)
-    assert row.state == "failed"
-    assert "Task.replace by a chain is not supported yet" in row.error
-    assert len(jobs(platform)) == 1
-
-
 def test_a_broker_that_no_worker_can_listen_to_is_refused(platform: Platform) -> None:
     done = platform.celery("worker", "--pool", "solo", CELERY_BROKER_URL="sqs://key:secret@")
     assert done.returncode != 0

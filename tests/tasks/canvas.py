@@ -1,12 +1,16 @@
-"""Tasks that are made into chains, groups and chords, and such as use what is not supported yet."""
+"""Tasks that are made into chains, groups and chords, and such as replace themselves."""
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
-from celery import shared_task
+import redis
+from celery import shared_task, signature
+from celery.exceptions import Ignore
 
-from tests.fixtures.tasks import add
+from tests.fixtures.tasks import add, held_at
 
 
 @shared_task(cpus=0.5)
@@ -14,14 +18,93 @@ def total(numbers: list[int]) -> int:
     return sum(numbers)
 
 
+@shared_task
+def listed(*values: Any) -> list[Any]:
+    return list(values)
+
+
+@shared_task
+def failing(*_: Any) -> None:
+    raise ValueError("the step failed")
+
+
+@shared_task
+def ignoring(*_: Any) -> None:
+    raise Ignore
+
+
+@shared_task(rerun=False)
+def dying(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@shared_task(bind=True)
+def gated(self: Any, *values: Any, gate: str) -> list[Any]:
+    """Says that it is there, waits to be let go, and returns what it was given."""
+    held_at(gate, self.request.id)
+    return list(values)
+
+
+def _note(key: str, what: str) -> None:
+    with redis.Redis.from_url(os.environ["REDIS_URL"]) as client:
+        client.rpush(key, what)
+
+
+@shared_task(bind=True)
+def carried(self: Any, *_: Any, case: str) -> int:
+    """Notes what it was sent with: its tenant and its priority."""
+    request = self.request
+    _note(case, f"{request.get('tenant')} {request.delivery_info['priority']}")
+    return 1
+
+
+@shared_task
+def told(*values: Any, case: str) -> None:
+    """A callback: notes that it was called, and with what."""
+    _note(case, f"told {len(values)}")
+
+
+@shared_task(bind=True)
+def becomes(self: Any, *given: Any, canvas: Any, gate: str | None = None, dies: bool = False) -> None:
+    """Is replaced by a canvas, which gets what this was given first."""
+    replacement = signature(canvas, app=self.app)
+    first = replacement.tasks[0] if replacement.get("subtask_type") == "chain" else replacement
+    first.args = (*given, *first.args)
+    if dies and self.request.attempt == 1:
+        try:
+            self.replace(replacement)
+        except Ignore:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if gate is not None:
+        held_at(gate, self.request.id)
+    raise self.replace(replacement)
+
+
+@shared_task(bind=True)
+def publishes_and_dies(self: Any, x: int) -> int:
+    """Its first attempt publishes the next step of its chain, as a task does at its end, and dies before it has ended
+    itself."""
+    if self.request.attempt == 1:
+        *later, following = self.request.chain
+        signature(following, app=self.app).apply_async((x,), chain=later, parent_id=self.request.id)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+@shared_task(bind=True)
+def becomes_chunks(self: Any) -> None:
+    raise self.replace(add.chunks([(1, 2), (3, 4), (5, 6)], 2))
+
+
+@shared_task(bind=True)
+def adding_to_its_chord(self: Any, x: int, more: Any) -> int:
+    self.add_to_chord(signature(more, app=self.app))
+    return x
+
+
 @shared_task(bind=True)
 def replaced(self: Any, x: int) -> None:
     raise self.replace(add.s(x, 100))
-
-
-@shared_task(bind=True)
-def replaced_by_a_chain(self: Any, x: int) -> None:
-    raise self.replace(add.s(x, 100) | add.s(1))
 
 
 @shared_task(autoretry_for=(ValueError,), default_retry_delay=0, max_retries=1)

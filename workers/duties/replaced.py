@@ -1,0 +1,19 @@
+"""Replaced jobs whose replacement publishes nothing more, see `routing.replacing`. In a healthy platform the end of the
+last step has ended them already."""
+
+from __future__ import annotations
+
+from celery import Celery
+
+from routing import replacing
+from workers.stores import Stores
+from workers.undelivered import deliver_rows
+
+
+def run_once(app: Celery, stores: Stores) -> dict[str, int]:
+    """Counts: `ended` jobs."""
+    with stores.engine.connect() as connection:
+        ended = replacing.end_abandoned(connection)
+    if ended:
+        deliver_rows(app, stores, ended)
+    return {"ended": len(ended)}
