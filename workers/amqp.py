@@ -94,6 +94,13 @@ class PlatformAMQP:
                 options[what] = mask_url(shown) if "://" in shown else shown
         return super().as_task_v2(task_id, name, args, kwargs, *more, **options)  # type: ignore[misc]
 
+    def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:
+        """As Celery's, by which a task publishes what follows it. Without a priority to be inherited it hands on None,
+        which would stand over the priority that the body of a chord was given."""
+        if options.get("priority", 0) is None:
+            del options["priority"]
+        return super()._retry_publish(publish, *args, **options)  # type: ignore[misc]
+
     @property
     def job_sender(self) -> Sender:
         found: Sender | None = self.__dict__.get("_job_sender")

@@ -16,6 +16,7 @@ from routing import keys
 from routing.books import text
 from routing.errors import InvalidRequest, PlatformError, Unsupported, show
 from routing.request import REQUEST_OPTIONS, Request
+from workers.canvas import COORDINATING, UNLOCKING, called_by, mark_of
 from workers.stores import Stores
 
 #: The header that carries the request: {"shape": ..., "declared": ...}.
@@ -81,6 +82,15 @@ class Router:
             )
         call = {option: options.pop(option) for option in REQUEST_OPTIONS if option in options}
         headers = dict(options.get("headers") or {})
+        # (Celery routes a map by the name of the task that it calls.)
+        own = task.name if task is not None else name
+        if own == UNLOCKING:
+            headers = {**mark_of(args), **headers}
+        called = called_by(own, kwargs) if HEADER not in headers else None
+        if called is not None:
+            # What it needs is what the task needs that it calls; its own signature still has the last word.
+            name, inner = called
+            task, call = None, {**{option: inner[option] for option in REQUEST_OPTIONS if option in inner}, **call}
         base, declared = self._base(name, headers, task)
         request = base.merged(call)
         carried = headers.get(HEADER)
@@ -160,6 +170,8 @@ def declaration(task: Any, default_cpus: int) -> dict[str, Any]:
 
 def declared_by(task: Any, default_cpus: int) -> Request:
     """The request that a task declares by its attributes: `@app.task(cpus=4, memory="2GiB")`. Errors name the task."""
+    if task.name in COORDINATING:
+        return Request.of({})
     options = {option: getattr(task, option, None) for option in REQUEST_OPTIONS}
     try:
         if options["resources"] is None:
