@@ -17,7 +17,7 @@ from typing import Any, Final
 from sqlalchemy import Connection
 
 from routing import accept
-from routing.accept import NewJob
+from routing.accept import Gates, NewJob, Rate
 
 _TIMES: Final = ("due_at", "expires_at")
 #: The outbox of a job that ended where nobody could say its result (it waited, or was lost with its worker): whoever
@@ -66,10 +66,12 @@ def publish(connection: Connection, text: str) -> list[str]:
     that may start. What was inserted before is left as it is."""
     new = []
     for job in parse(text).publishes:
-        if accept.insert_job(connection, job).seq is None:
+        inserted = accept.insert_job(connection, job)
+        if inserted.seq is not None:
+            if inserted.starts:
+                new.append(job.id)
+        elif inserted.same_as is None:
             accept.put_successor(connection, job)
-        elif job.due_at is None:
-            new.append(job.id)
     return new
 
 
@@ -86,4 +88,8 @@ def _job_in(values: Mapping[str, Any]) -> NewJob:
     found["message"] = base64.b64decode(found["message"])
     for name in _TIMES:
         found[name] = datetime.fromisoformat(found[name]) if found[name] else None
+    if gates := found.get("gates"):
+        rate = gates["rate"] and Rate(**gates["rate"])
+        # (There is nobody any more whom a refusal would reach.)
+        found["gates"] = Gates(**{**gates, "after": tuple(gates["after"]), "rate": rate, "tolerant": True})
     return NewJob(**found)

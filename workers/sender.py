@@ -37,7 +37,8 @@ from routing.request import Request
 from routing.states import FINAL, State
 from workers import attempts
 from workers.attempts import Attempt
-from workers.call import check_time, check_time_limits, check_times
+from workers.call import SameJob, check_time, check_time_limits, check_times
+from workers.gates import Rates
 from workers.router import HEADER, RERUN
 from workers.stores import Stores
 
@@ -67,6 +68,8 @@ class Sender:
         self._zone = zone
         self._keep_until = 0.0
         self._accepted = accepted
+        #: Of the tasks of the whole cluster.
+        self.rates = Rates(stores)
         self._backlog = limits.BacklogLimit(self._waiting, lambda: stores.engine)
 
     def accept(
@@ -136,14 +139,15 @@ class Sender:
             )
         if content_type == limits.JSON and not headers.get("compression"):
             limits.check_body(body, headers.get("task"))
-        job = self._job(body, content_type, content_encoding, headers, queue, properties)
         attempt = attempts.current()
+        may_ask = attempt is None or not (attempt.deferred or time.monotonic() < self._keep_until)
+        job = self._job(body, content_type, content_encoding, headers, queue, properties, may_ask)
         if attempt is None:
             # (What an attempt publishes is part of a job that was accepted.)
             self._backlog.check(self._stores.settings.max_backlog)
         began_ms = time.time() * 1000
         inserted = self._insert(job) if attempt is None else self._insert_for(attempt, job)
-        if inserted is None or job.due_at is not None:
+        if inserted is None or not inserted.starts:
             return
         self._to_ledger(job, inserted, began_ms)
 
@@ -155,6 +159,7 @@ class Sender:
         headers: Mapping[str, Any],
         queue: str,
         properties: Mapping[str, Any],
+        may_ask: bool,
     ) -> NewJob:
         settings = self._stores.settings
         wire = dict(headers)
@@ -164,6 +169,7 @@ class Sender:
             carried = {"shape": Request.from_options({}, settings.default_cpus).shape, "declared": False}
             wire[HEADER] = carried
         request = Request.from_shape(str(carried.get("shape")))
+        gates = self.rates.gates(wire, HEADER, may_ask)
         check_time_limits(wire.get("timelimit"))
         due_at, expires_at = (_time(wire.get(what), what, self._zone) for what in ("eta", "expires"))
         # The broker's message is a doorbell: the time is kept by the row alone.
@@ -201,6 +207,7 @@ class Sender:
             parent_id=_parent(wire.get("parent_id")),
             due_at=due_at,
             expires_at=expires_at,
+            gates=gates,
         )
 
     def _insert_for(self, attempt: Attempt, job: NewJob) -> Inserted | None:
@@ -255,6 +262,8 @@ class Sender:
             inserted = accept.insert_job(connection, job, by)
             if inserted.seq is not None:
                 return inserted
+            if inserted.same_as is not None:
+                raise SameJob(job.id, inserted.same_as)
             if by is not None and not accept.may_publish(connection, by):
                 self._ask(inserted, lambda ledger: ledger.count("stale.publish"))
                 raise LeaseLost(
