@@ -295,4 +295,5 @@ rates = Table(
     ),
     Column("tokens", Float(53), nullable=False, server_default=text("1"), comment="starts that are left"),
     Column("counted_at", DateTime(timezone=True), nullable=False, server_default=text("clock_timestamp()")),
+    Column("idle", Boolean, nullable=False, server_default=text("true"), comment="none is held back"),
 )

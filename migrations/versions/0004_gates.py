@@ -107,8 +107,8 @@ WHEN (NEW.awaited AND NEW.finished_at IS NOT NULL AND OLD.finished_at IS NULL) E
 """
 
 # A token bucket, by Postgres's clock. The row of the rate is locked: of two callers the second counts what the first
-# let go. What was let go and has not started yet takes room in it: so a cluster that was full does not start all of it
-# at once.
+# let go. What was let go and has not started yet takes room in it, so a cluster that was full does not start all of it
+# at once; nor are starts saved up while no job is held back: then one may go at once.
 _OPEN_RATE = f"""
 CREATE FUNCTION open_rate(task text, declared double precision, declared_as text, burst double precision, most integer)
 RETURNS SETOF text
@@ -118,7 +118,7 @@ DECLARE
   at_most double precision;
   filled double precision;
   room integer := most;
-  gone integer;
+  gone integer := 0;
 BEGIN
   IF declared IS NOT NULL THEN
     INSERT INTO rates AS known (name, rate, said) VALUES (task, declared, declared_as)
@@ -128,7 +128,8 @@ BEGIN
   SELECT * INTO r FROM rates WHERE name = task FOR UPDATE;
   IF FOUND AND r.rate > 0 THEN
     at_most := greatest(1, r.rate * burst);
-    filled := least(at_most, r.tokens + r.rate * greatest(0, extract(epoch FROM clock_timestamp() - r.counted_at)));
+    filled := least(CASE WHEN r.idle THEN 1 ELSE at_most END,
+      r.tokens + r.rate * greatest(0, extract(epoch FROM clock_timestamp() - r.counted_at)));
     room := least(most, floor(least(filled, at_most - (SELECT count(*) FROM jobs WHERE name = task AND {_LET_GO}))));
   END IF;
   IF room > 0 THEN
@@ -137,9 +138,11 @@ BEGIN
       ORDER BY (-priority), seq LIMIT room FOR NO KEY UPDATE SKIP LOCKED
     ) RETURNING id;
     GET DIAGNOSTICS gone = ROW_COUNT;
-    IF r.rate > 0 THEN
-      UPDATE rates SET tokens = filled - gone, counted_at = greatest(r.counted_at, clock_timestamp()) WHERE name = task;
-    END IF;
+  END IF;
+  IF r.rate > 0 AND (gone > 0 OR r.idle) THEN
+    UPDATE rates SET tokens = filled - gone, counted_at = greatest(r.counted_at, clock_timestamp()),
+      idle = NOT EXISTS (SELECT 1 FROM jobs WHERE name = task AND {_HELD})
+    WHERE name = task;
   END IF;
 END
 $$
@@ -198,6 +201,7 @@ def upgrade() -> None:
         _flag("by_control", "set at run time, which wins over what tasks declare"),
         sa.Column("tokens", sa.Float(53), nullable=False, server_default=sa.text("1"), comment="starts that are left"),
         _moment("counted_at"),
+        sa.Column("idle", sa.Boolean, nullable=False, server_default=sa.text("true"), comment="none is held back"),
     )
     for signature, function in _FUNCTIONS.items():
         op.execute(function)

@@ -4,6 +4,7 @@ decides who starts."""
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -20,14 +21,22 @@ from routing.accept import Gates, NewJob, Publisher, Rate
 from routing.errors import InvalidRequest
 from routing.explain import Why, explain
 from routing.outbox import Outbox
+from routing.replies import Ended
+from routing.request import Request
 from routing.settings import Settings
 from routing.states import State, Step
 from routing.store import Transition
 from tests.fixtures.staged import MESSAGE, Stage
+from tests.fixtures.waiting import until
 from workers.app import create_app
+from workers.confirmation import Confirmation
 from workers.duties import due, fallback, retention
+from workers.ends import End, PostgresEnds
 from workers.gates import key_of, rate_of
+from workers.holdings import Holding, Holdings
+from workers.identity import new_identity
 from workers.stores import Stores
+from workers.undelivered import deliver_rows
 
 TASK: Final = "some.task"
 SHAPE: Final = "cpus=1000,slots=1"
@@ -75,7 +84,6 @@ def send(app: Celery, **options: Any) -> str:
 
 
 def end_unfiled(stage: Stage, job: str) -> bool:
-    stage.sql("UPDATE jobs SET state = 'accepted', attempt = 0, step = 0 WHERE id = :id", id=job)
     with stage.engine.connect() as connection:
         return store.end_unfiled(connection, job, State.CANCELLED)
 
@@ -311,6 +319,46 @@ def test_an_end_that_is_committed_by_its_own_attempt_opens_gates_too(app: Celery
     assert stage.row(second).due_at is not None
 
 
+def test_a_worker_that_pulls_opens_gates_by_its_own_word(
+    app: Celery, stage: Stage, in_ledger: bool, settings: Settings
+) -> None:
+    """Where Postgres decides, the workers that wait for something to take are told at once."""
+    if in_ledger:
+        stage.sql("UPDATE authority SET authority = 'postgres'")
+    first = send(app)
+    second = send(app, after=first)
+    third = send(app, after=second)
+    told: list[str] = []
+    holdings = Holdings({"cpus": 8000, "slots": 8})
+    with stage.engine.connect() as connection:
+        (taken,) = pull.take(connection, 1, "a", "a-life", [first])
+        holdings.add(Holding(first, taken.token, Request.from_shape(taken.shape), ""))
+        connection.execute(text(f"LISTEN {pull.CHANNEL}"))
+        confirmation = Confirmation(stage.engine, 1.0, lambda: None)
+        confirmation.ask()
+        ends = PostgresEnds(
+            stage.engine,
+            settings,
+            new_identity("a"),
+            confirmation,
+            holdings,
+            lambda action: action(),
+            lambda: told.append("room"),
+            lambda: told.append("outbox"),
+        )
+        assert ends.settle(deque([End(Ended(first, taken.token, "succeeded"))]), deque())
+        heard: Any = connection.connection.driver_connection
+        until(lambda: heard.poll() or heard.notifies, "the workers are told")
+        assert takes(stage) == [second]
+        (taken,) = pull.take(connection, 1, "a", "a-life", [second])
+        holdings.add(Holding(second, taken.token, Request.from_shape(taken.shape), ""))
+        assert ends.settle(deque([End(Ended(second, taken.token, "failed"))]), deque())
+    assert stage.row(third).state == "cancelled"
+    assert told == ["room", "room", "outbox"]
+    deliver_rows(app, app.platform)
+    assert app.AsyncResult(third).state == "REVOKED"
+
+
 def test_an_end_at_the_same_moment_is_seen(app: Celery, stage: Stage, engine: Engine) -> None:
     """The job ends in a transaction that began before the other one says that it needs it, and commits after."""
     first = send(app)
@@ -332,7 +380,7 @@ def test_an_end_at_the_same_moment_is_seen(app: Celery, stage: Stage, engine: En
 
 def test_an_end_waits_for_one_who_says_that_it_needs_it(app: Celery, stage: Stage, engine: Engine) -> None:
     """The same the other way round."""
-    first = send(app)
+    first = stage.insert({"cpus": 1000})
     with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
         accept.insert_job(connection, NewJob("second", TASK, SHAPE, MESSAGE, gates=Gates(after=(first,))))
         ended = thread.submit(end_unfiled, stage, first)
