@@ -30,9 +30,9 @@ from tests.fixtures.staged import MESSAGE, Stage
 from tests.fixtures.waiting import until
 from workers.app import create_app
 from workers.confirmation import Confirmation
-from workers.duties import due, fallback, retention
+from workers.duties import due, fallback, keys
 from workers.ends import End, PostgresEnds
-from workers.gates import key_of, rate_of
+from workers.gates import declare_rates, key_of, rate_of
 from workers.holdings import Holding, Holdings
 from workers.identity import new_identity
 from workers.stores import Stores
@@ -209,9 +209,9 @@ def test_keys_that_keep_nobody_out_are_forgotten_after_a_while(app: Celery, stag
     ended, lives, lasts = send(app, unique="a"), send(app, unique="b"), send(app, unique="c", unique_for=3600)
     for job in (ended, lasts):
         run(stage, job)
-    assert retention.run_once(app, app.platform)["forgotten"] == 0
+    assert keys.run_once(app, app.platform)["forgotten"] == 0
     stage.sql("UPDATE unique_keys SET claimed_at = claimed_at - interval '1 hour'")
-    assert retention.run_once(app, app.platform)["forgotten"] == 1
+    assert keys.run_once(app, app.platform)["forgotten"] == 1
     assert (send(app, unique="b"), send(app, unique="c")) == (lives, lasts)
     assert send(app, unique="a") != ended
 
@@ -567,6 +567,25 @@ def test_what_the_code_declares_holds_unless_one_was_set_at_run_time(app: Celery
     assert stage.row(limited.delay().id).rated is False
     app.control.rate_limit(TASK, "2/h")
     assert stage.row(limited.delay().id).rated is True
+
+
+def test_workers_publish_what_their_tasks_declare_for_senders_that_do_not_have_them(
+    app: Celery, stage: Stage
+) -> None:
+    @app.task(name=TASK, rate_limit="1/h")
+    def limited() -> None: ...
+
+    declare_rates(app, app.platform)
+    del app.tasks[TASK]
+    jobs = [send(app) for _ in range(2)]
+    assert (started(stage, jobs), stage.row(jobs[1]).rated) == (jobs[:1], True)
+
+    @app.task(name=TASK)
+    def limited_no_more() -> None: ...
+
+    declare_rates(app, app.platform)
+    app.amqp.job_sender.rates.forget()
+    assert stage.row(limited_no_more.delay().id).rated is False
 
 
 def test_a_rate_that_is_none_is_refused(app: Celery) -> None:
