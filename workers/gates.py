@@ -204,6 +204,9 @@ class Rates:
             if wire.get("id") in gates.after:
                 advice = "Name other jobs."
                 raise InvalidRequest(f"job {wire['id']} cannot wait for itself", value=wire["id"], advice=advice)
+            if gates.after and (wire.get("retries") or wire.get("replaced_task_nesting")):
+                advice = "Send another job that waits, and return."
+                raise InvalidRequest("a retry or a replacement cannot wait for others", value="after", advice=advice)
         rate = self._of(wire.get("task"), declared, may_ask)
         if rate is not None:
             return replace(gates, rate=rate, burst=burst_of(self._stores.settings))

@@ -195,6 +195,8 @@ WRONG: Final[tuple[dict[str, Any], ...]] = (
     {"after": 7},
     {"after": ["a b"]},
     {"after": "mine", "task_id": "mine"},
+    {"after": "other", "retries": 1},
+    {"after": "other", "replaced_task_nesting": 1},
 )
 
 
