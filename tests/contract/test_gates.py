@@ -134,6 +134,21 @@ def test_of_many_who_submit_the_same_at_once_one_makes_the_job(app: Celery, stag
         assert connection.execute(text("SELECT count(*) FROM jobs")).scalar_one() == 1
 
 
+def test_one_that_is_not_committed_yet_is_waited_for(app: Celery, stage: Stage, engine: Engine) -> None:
+    """The second one began before the first one's row could be seen."""
+    for commits in (True, False):
+        key = key_of(TASK, [], {}, f"commits {commits}")
+        with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
+            accept.insert_job(connection, NewJob(f"first {commits}", TASK, SHAPE, MESSAGE, gates=Gates(key=key)))
+            second = thread.submit(send, app, unique=f"commits {commits}")
+            with stage.engine.connect() as other:
+                while not other.execute(text(WAITING)).scalar_one():
+                    pass
+            (connection.commit if commits else connection.rollback)()
+            assert (second.result() == f"first {commits}") is commits
+    stage.ledger.client.flushdb()
+
+
 def test_the_next_one_is_another_job_once_the_first_has_ended(app: Celery, stage: Stage) -> None:
     first = send(app, args=[1], unique=True)
     assert send(app, args=[1], unique=True) == first
