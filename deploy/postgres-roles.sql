@@ -33,6 +33,13 @@ ALTER TABLE attempts OWNER TO platform_owner;
 ALTER TABLE jobs_archive OWNER TO platform_owner;
 ALTER TABLE attempts_archive OWNER TO platform_owner;
 ALTER FUNCTION archive_finished(double precision, integer) OWNER TO platform_owner;
+ALTER TABLE unique_keys OWNER TO platform_owner;
+ALTER TABLE dependencies OWNER TO platform_owner;
+ALTER TABLE rates OWNER TO platform_owner;
+ALTER FUNCTION claim_key(text, text, double precision) OWNER TO platform_owner;
+ALTER FUNCTION gate_job(text, text[], boolean, timestamptz) OWNER TO platform_owner;
+ALTER FUNCTION note_awaited_end() OWNER TO platform_owner;
+ALTER FUNCTION open_rate(text, double precision, text, double precision, integer) OWNER TO platform_owner;
 ALTER TABLE workers OWNER TO platform_owner;
 ALTER TABLE authority OWNER TO platform_owner;
 ALTER TABLE declarations OWNER TO platform_owner;
@@ -46,6 +53,8 @@ REVOKE ALL ON FUNCTION archive_finished(double precision, integer) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION archive_finished(double precision, integer) TO platform_worker;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON jobs, attempts, workers, declarations TO platform_worker;
+GRANT SELECT, DELETE ON unique_keys, dependencies TO platform_worker;
+GRANT SELECT, INSERT, UPDATE ON rates TO platform_worker;
 GRANT SELECT, UPDATE ON authority TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON quarantine TO platform_worker;
 GRANT SELECT ON alembic_version TO platform_worker;
@@ -53,13 +62,20 @@ GRANT SELECT ON alembic_version TO platform_worker;
 -- Submitters. Of a row they see what tells whether a publish is the same again, and nothing that it carries.
 GRANT INSERT ON jobs TO platform_submitter;
 GRANT SELECT (id, seq, state, epoch, attempt, step, retries, nesting) ON jobs TO platform_submitter;
-GRANT SELECT ON authority TO platform_submitter;
+GRANT SELECT ON authority, rates TO platform_submitter;
+
+-- Gates of jobs are made by functions with their owner's rights: whoever submits may hold its own new job back, and has
+-- no say in others.
+REVOKE ALL ON FUNCTION claim_key(text, text, double precision), gate_job(text, text[], boolean, timestamptz),
+  note_awaited_end(), open_rate(text, double precision, text, double precision, integer) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION claim_key(text, text, double precision), gate_job(text, text[], boolean, timestamptz),
+  open_rate(text, double precision, text, double precision, integer) TO platform_worker, platform_submitter;
 
 -- Those who look. `message`, `successor` and `outbox` hold the arguments and the results of jobs.
 GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarnation, priority, request, shape, declared,
   queue, rerun, retries, nesting, root_id, parent_id, replaces, submitted_at, due_at, expires_at, admitted_at, started_at,
-  finished_at, error) ON jobs TO platform_dashboard;
-GRANT SELECT ON attempts, workers, authority, declarations, alembic_version TO platform_dashboard;
+  finished_at, error, needs, rated, not_before) ON jobs TO platform_dashboard;
+GRANT SELECT ON attempts, workers, authority, declarations, dependencies, rates, alembic_version TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;
 

@@ -238,6 +238,9 @@ def _reason(why: Explanation) -> str:
         Why.BEHIND_SHAPE: "There is room, and jobs with the same request come before it.",
         Why.ABOUT_TO_START: f"There is room on {why.worker or 'a worker'}: it is about to start.",
         Why.SCHEDULED: f"It must not start before {moment(why.due_at)}.",
+        Why.NEEDS_JOBS: f"It waits until {'this job has' if len(why.needs) == 1 else 'these jobs have'} succeeded:"
+        f" {', '.join(why.needs)}.",
+        Why.RATE_LIMIT: f"The rate limit of its task is {why.rate}, in the whole cluster, and others come before it.",
         Why.ON_ITS_WAY: "It is stored and on its way to the ledger; a sweep brings what a sender left.",
         Why.LEDGER_CLOSED: "The ledger is cold: nothing is admitted until its books are rebuilt.",
         Why.LEDGER_UNREACHABLE: "Redis does not answer, so nothing is admitted.",

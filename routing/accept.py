@@ -1,4 +1,4 @@
-"""Accepting jobs in Postgres: the durable row, and what is published under an id that exists.
+"""Accepting jobs in Postgres: the durable row with its gates. (See `successors` for a publish under a known id.)
 
 Each function is one guarded statement on the caller's connection, autocommitted unless the caller opened a transaction.
 What an attempt publishes is refused once that attempt has lost its lease: the guard is in the insert itself.
@@ -7,7 +7,10 @@ What an attempt publishes is refused once that attempt has lost its lease: the g
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -17,7 +20,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from routing import roster
-from routing.errors import NotMigrated
+from routing.errors import InvalidRequest, NotMigrated, show
 from routing.request import Request
 from routing.states import FINAL, State, Step
 
@@ -28,6 +31,31 @@ _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 def request_json(shape: str) -> str:
     """The column `request`: the shape in people's units, as JSON."""
     return json.dumps(Request.from_shape(shape).to_people())
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """How many jobs of a task may start. `per_second`: 0 means as many as fit. `said`: as somebody wrote it."""
+
+    per_second: float
+    said: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """What a job waits for beside its time and a worker (`routing.gates`), and what it must not be equal to.
+
+    `key`: '' for none; while another job has it, this one is not accepted. `key_for`: seconds after the first one in
+    which that is so though it has ended. `after`: ids of jobs that must have succeeded; `tolerant`: one that is unknown
+    cancels this job, rather than have it refused. `burst`: for how many seconds of its rate starts are saved up.
+    """
+
+    key: str = ""
+    key_for: float = 0.0
+    after: tuple[str, ...] = ()
+    rate: Rate | None = None
+    burst: float = 1.0
+    tolerant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +81,7 @@ class NewJob:
     replaces: str | None = None
     due_at: datetime | None = None
     expires_at: datetime | None = None
+    gates: Gates | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +96,15 @@ class Publisher:
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """`seq`: the order of submission; None where the id existed. `epoch`, `authority`: as confirmed by this insert."""
+    """`seq`: the order of submission; None where nothing was inserted: the id existed, or `same_as` is the id of a job
+    that has its key. `epoch`, `authority`: as confirmed by this insert. `starts`: False where it waits for its time, or
+    behind a gate."""
 
     seq: int | None
     epoch: int
     authority: str
+    starts: bool = True
+    same_as: str | None = None
 
 
 _COLUMNS: Final = (
@@ -95,11 +128,14 @@ class _Statement:
     name: str
     prepare: str
     execute: str
+    #: The same statement, not prepared.
+    plain: str
 
 
 def _statement(name: str, types: str, source: str, values: int) -> _Statement:
-    prepare = f"PREPARE {name} ({types}) AS INSERT INTO jobs ({_COLUMNS}) {source} {_RETURNING}"
-    return _Statement(name, prepare, f"EXECUTE {name} ({', '.join(['%s'] * values)})")
+    insert = f"INSERT INTO jobs ({_COLUMNS}) {source} {_RETURNING}"
+    execute = f"EXECUTE {name} ({', '.join(['%s'] * values)})"
+    return _Statement(name, f"PREPARE {name} ({types}) AS {insert}", execute, re.sub(r"\$\d+", "%s", insert))
 
 
 _BY_ANYBODY: Final = _statement("celery_capacity_insert_job", _TYPES, f"VALUES ({_VALUES})", 17)
@@ -126,7 +162,14 @@ _NOT_PREPARED: Final = "26000"
 def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None) -> Inserted:
     """Make a job durable; an id that exists is left as it is (`seq` is None). Nothing is written either where the
     attempt that publishes it has lost its lease (`may_publish` tells). Raises `NotMigrated`."""
-    state = State.SCHEDULED if job.due_at is not None else State.ACCEPTED
+    if job.gates is not None:
+        return _insert_gated(connection, job, job.gates, by)
+    return _insert(connection, job, by, State.SCHEDULED if job.due_at is not None else State.ACCEPTED)
+
+
+def _insert(
+    connection: Connection, job: NewJob, by: Publisher | None, state: State, gated: bool = False
+) -> Inserted:
     values = (
         job.id,
         job.name,
@@ -141,16 +184,17 @@ def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None)
         job.nesting,
         job.root_id,
         job.parent_id,
-        job.due_at,
+        None if gated else job.due_at,
         job.expires_at,
         job.rerun,
         job.replaces,
     )
     try:
         if by is None:
-            row = _execute_insert(connection, _BY_ANYBODY, values)
+            row = _execute_insert(connection, _BY_ANYBODY, values, gated)
         else:
-            row = _execute_insert(connection, _BY_ATTEMPT, (*values, by.job, by.epoch, by.attempt, by.incarnation))
+            by_values = (*values, by.job, by.epoch, by.attempt, by.incarnation)
+            row = _execute_insert(connection, _BY_ATTEMPT, by_values, gated)
     except DBAPIError as error:
         if getattr(error.orig, "pgcode", None) == _UNDEFINED_TABLE:
             raise NotMigrated() from error
@@ -160,14 +204,18 @@ def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None)
         return Inserted(None, known.epoch, known.authority)
     if row[1] is None:
         raise NotMigrated()
-    return Inserted(row[0], row[1], row[2])
+    return Inserted(row[0], row[1], row[2], job.due_at is None)
 
 
-def _execute_insert(connection: Connection, statement: _Statement, values: tuple[Any, ...]) -> Any:
+def _execute_insert(connection: Connection, statement: _Statement, values: tuple[Any, ...], plain: bool) -> Any:
     """The row that the insert returns. With the driver's own cursor: SQLAlchemy's result machinery would be a fifth of
-    the whole statement. Errors are SQLAlchemy's, and a connection that broke is given up, as it would do."""
+    the whole statement. Errors are SQLAlchemy's, and a connection that broke is given up, as it would do. `plain`: not
+    prepared, since in a transaction one that is not known here would end it."""
     cursor = connection.connection.cursor()
     try:
+        if plain:
+            cursor.execute(statement.plain, values)
+            return cursor.fetchone()
         # SQLAlchemy keeps `info` with the connection to the server, for as long as that lives.
         if statement.name not in connection.info:
             cursor.execute(statement.prepare)
@@ -191,72 +239,88 @@ def _execute_insert(connection: Connection, statement: _Statement, values: tuple
         cursor.close()
 
 
-def _if_replaced(column: str, value: str) -> str:
-    """The row goes on with the publish where its attempt has ended by a replacement; else this waits beside it."""
-    return f"{column} = CASE WHEN state = '{State.REPLACED.value}' THEN {value} ELSE {column} END"
+# -- gates
+
+_CLAIM_KEY: Final = text("SELECT claim_key(:key, :job, :seconds)")
+_GATE_JOB: Final = text("SELECT unknown, starts FROM gate_job(:job, CAST(:after AS text[]), :rated, :not_before)")
+#: How a rate lets jobs go; returns their ids.
+OPEN_RATE: Final = text("SELECT open_rate(:name, :rate, :said, :burst, :most)")
+#: Jobs of a task that one call lets go.
+MOST_LET_GO: Final = 1000
 
 
-def _unless_replaced(column: str, value: str) -> str:
-    return f"{column} = CASE WHEN state <> '{State.REPLACED.value}' THEN {value} END"
+class _NotInserted(Exception):
+    """Leaves the transaction, which wrote nothing."""
+
+    def __init__(self, inserted: Inserted) -> None:
+        self.inserted = inserted
 
 
-# One statement, so that a row which becomes `replaced` meanwhile is looked at again by Postgres itself.
-_SUCCESSOR: Final = text(f"""
-UPDATE jobs SET
-  {_if_replaced("message", ":message")},
-  {_if_replaced("name", ":name")},
-  {_if_replaced("rerun", ":rerun")},
-  {_if_replaced("shape", ":shape")},
-  {_if_replaced("request", "CAST(:request AS jsonb)")},
-  {_if_replaced("retries", ":retries")},
-  {_if_replaced("nesting", ":nesting")},
-  {_if_replaced("priority", ":priority")},
-  {_if_replaced("due_at", "CAST(:due_at AS timestamptz)")},
-  {_if_replaced("expires_at", "CAST(:expires_at AS timestamptz)")},
-  {_if_replaced("step", str(Step.BACK.value))},
-  {_unless_replaced("successor", ":message")},
-  {_unless_replaced("successor_shape", ":shape")},
-  {_unless_replaced("successor_request", "CAST(:request AS jsonb)")},
-  {_unless_replaced("successor_name", "CAST(:name AS text)")},
-  {_unless_replaced("successor_rerun", "CAST(:rerun AS bool)")},
-  {_unless_replaced("successor_retries", "CAST(:retries AS int)")},
-  {_unless_replaced("successor_nesting", "CAST(:nesting AS int)")},
-  {_unless_replaced("successor_priority", "CAST(:priority AS smallint)")},
-  {_unless_replaced("successor_due_at", "CAST(:due_at AS timestamptz)")},
-  {_unless_replaced("successor_expires_at", "CAST(:expires_at AS timestamptz)")},
-  state = CASE WHEN state <> '{State.REPLACED.value}' THEN state
-               WHEN CAST(:due_at AS timestamptz) IS NULL THEN '{State.ACCEPTED.value}'
-               ELSE '{State.SCHEDULED.value}' END
-WHERE id = :id AND state NOT IN ({_FINAL})
-  AND (retries, nesting) < (:retries, :nesting)
-  AND (CAST(:publisher AS int) IS NULL OR attempt <= CAST(:publisher AS int))
-  AND (successor IS NULL OR (successor_retries, successor_nesting) < (:retries, :nesting))
-RETURNING CASE WHEN successor IS NULL THEN '{State.REPLACED.value}' ELSE state END
-""")
+def _insert_gated(connection: Connection, job: NewJob, gates: Gates, by: Publisher | None) -> Inserted:
+    """The same with what holds it back, in one transaction. Raises `InvalidRequest` where a job that it needs is
+    unknown. (What is published under an id that exists, a retry say, passes no gate.)"""
+    waits = bool(gates.after) or gates.rate is not None
+    try:
+        with _in_one(connection):
+            if gates.key and not (job.retries or job.nesting):
+                values = {"key": gates.key, "job": job.id, "seconds": gates.key_for}
+                holder = connection.execute(_CLAIM_KEY, values).scalar_one()
+                if holder != job.id:
+                    known = roster.read_authority(connection)
+                    raise _NotInserted(Inserted(None, known.epoch, known.authority, False, str(holder)))
+            state = State.SCHEDULED if waits or job.due_at is not None else State.ACCEPTED
+            inserted = _insert(connection, job, by, state, gated=waits)
+            if inserted.seq is None:
+                raise _NotInserted(inserted)
+            if waits:
+                inserted = _gate(connection, job, gates, inserted)
+    except _NotInserted as why:
+        return why.inserted
+    if gates.rate is not None:
+        return replace(inserted, starts=_goes_at_once(connection, job, gates))
+    return inserted
 
 
-def put_successor(connection: Connection, job: NewJob) -> str | None:
-    """Keep a publish under an existing id as the successor of its running attempt; a row whose attempt was replaced
-    long ago goes on with it at once. (A publish is identified by id, retries and nesting; equal or lower is there
-    already.) Returns the state that the row had, None where refused."""
-    found = connection.execute(
-        _SUCCESSOR,
-        {
-            "id": job.id,
-            "message": job.message,
-            "name": job.name,
-            "rerun": job.rerun,
-            "shape": job.shape,
-            "request": request_json(job.shape),
-            "retries": job.retries,
-            "publisher": job.publisher,
-            "nesting": job.nesting,
-            "priority": job.priority,
-            "due_at": job.due_at,
-            "expires_at": job.expires_at,
-        },
-    ).scalar_one_or_none()
-    return str(found) if found is not None else None
+def _gate(connection: Connection, job: NewJob, gates: Gates, inserted: Inserted) -> Inserted:
+    values = {
+        "job": job.id,
+        "after": list(gates.after),
+        "rated": gates.rate is not None,
+        "not_before": job.due_at,
+    }
+    unknown, starts = connection.execute(_GATE_JOB, values).one()
+    if unknown and not gates.tolerant:
+        raise InvalidRequest(
+            f"after: {show(unknown[0])} is not the id of a job",
+            value=unknown[0],
+            advice="Submit the jobs that this one needs first, and give their ids or results.",
+        )
+    return replace(inserted, starts=starts)
+
+
+def _goes_at_once(connection: Connection, job: NewJob, gates: Gates) -> bool:
+    """Whether the rate of its task lets it go now. (Others that it lets go in its place are due, and come as such.)"""
+    assert gates.rate is not None
+    rate = {"name": job.name, "rate": gates.rate.per_second, "said": gates.rate.said}
+    return job.id in connection.execute(OPEN_RATE, {**rate, "burst": gates.burst, "most": MOST_LET_GO}).scalars().all()
+
+
+@contextmanager
+def _in_one(connection: Connection) -> Iterator[None]:
+    """Within, all is one transaction: of its own where statements are autocommitted, else a part of the caller's."""
+    driver: Any = connection.connection.driver_connection
+    if not driver.autocommit:
+        with connection.begin_nested():
+            yield
+        return
+    connection.exec_driver_sql("BEGIN")
+    try:
+        yield
+    except BaseException:
+        if not connection.invalidated:
+            connection.exec_driver_sql("ROLLBACK")
+        raise
+    connection.exec_driver_sql("COMMIT")
 
 
 _MAY_PUBLISH: Final = text(f"SELECT {_HOLDS.format(':job', ':epoch', ':attempt', ':incarnation')}")
@@ -266,22 +330,3 @@ def may_publish(connection: Connection, by: Publisher) -> bool:
     """Whether an attempt holds its lease, as far as Postgres knows."""
     values = {"job": by.job, "epoch": by.epoch, "attempt": by.attempt, "incarnation": by.incarnation}
     return bool(connection.execute(_MAY_PUBLISH, values).scalar_one())
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What tells one publish under an id from another."""
-
-    seq: int
-    state: str
-    attempt: int
-    retries: int
-    nesting: int
-
-
-def identity_of(connection: Connection, job: str) -> Identity | None:
-    """The identity of a row, None where there is no such job."""
-    row = connection.execute(
-        text("SELECT seq, state, attempt, retries, nesting FROM jobs WHERE id = :id"), {"id": job}
-    ).one_or_none()
-    return Identity(*row) if row is not None else None

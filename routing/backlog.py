@@ -61,7 +61,8 @@ _BACKLOG: Final = text(
     "ORDER BY -priority, seq LIMIT :most"
 )
 _THESE: Final = text(
-    _PENDING + "WHERE id = ANY(CAST(:ids AS text[])) AND state IN ('accepted', 'waiting', 'scheduled')"
+    _PENDING + "WHERE id = ANY(CAST(:ids AS text[])) "
+    "AND (state IN ('accepted', 'waiting') OR (state = 'scheduled' AND due_at <= now()))"
 )
 
 
@@ -87,7 +88,7 @@ def backlog(connection: Connection, most: int, after: tuple[int, int] = (-10, 0)
 
 
 def these(connection: Connection, ids: Sequence[str]) -> list[Pending]:
-    """Named jobs, those of them that have not started."""
+    """Named jobs, those of them that have not started and may."""
     return _pending(connection, _THESE, {"ids": list(ids)}) if ids else []
 
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from sqlalchemy import Engine
 
-from routing import backlog
+from routing import backlog, gates
 from routing.backlog import Pending
 from routing.ledger import Ledger
 from routing.replies import LedgerFull
@@ -35,8 +35,11 @@ def submit_rows(ledger: Ledger, rows: Sequence[Pending]) -> int:
 
 
 def go_on(engine: Engine, ledger: Ledger, applied: Sequence[Applied]) -> int:
-    """Submit at once the jobs whose attempt ended with a successor that is due (a retry without a countdown)."""
+    """Submit at once the jobs whose attempt ended with a successor that is due (a retry without a countdown), and those
+    that waited for one of these to end."""
     due = [one.job for one in applied if one.due]
+    if any(one.awaited for one in applied):
+        due += gates.open_needs(engine).due
     if not due:
         return 0
     with engine.connect() as connection:

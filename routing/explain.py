@@ -9,17 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Any
+from typing import Any, Final
 
 import redis as redispy
 from redis.exceptions import RedisError
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
-from routing import amounts, books, keys, tables
+from routing import amounts, books, gates, keys, tables
 from routing.amounts import CPUS
 from routing.policy import Admission, Book, Reason, Refusal, order, survey
 from routing.request import Request
 from routing.states import FINAL, HOLDING, State
+
+#: Jobs that an explanation names of those that are waited for.
+SHOWN_NEEDS: Final = 10
 
 
 class Why(Enum):
@@ -35,6 +38,10 @@ class Why(Enum):
     ABOUT_TO_START = "about-to-start"
     #: it must not start before its time
     SCHEDULED = "scheduled"
+    #: others must succeed first
+    NEEDS_JOBS = "needs-jobs"
+    #: as many jobs of its task have started as its rate allows
+    RATE_LIMIT = "rate-limit"
     #: durable and not in the ledger yet, which is open: the sender is at it, or died and the sweep brings it
     ON_ITS_WAY = "on-its-way"
     #: the ledger is cold, so nothing is admitted until its books are rebuilt
@@ -75,6 +82,10 @@ class Explanation:
     #: workers that would have room if they were empty
     large_enough: int | None = None
     live_workers: int | None = None
+    #: the jobs that it waits for, at most `SHOWN_NEEDS`
+    needs: tuple[str, ...] = ()
+    #: the rate of its task, as somebody wrote it
+    rate: str | None = None
 
     @property
     def waits(self) -> bool:
@@ -97,6 +108,8 @@ class Explanation:
             "due_at": None if self.due_at is None else self.due_at.astimezone(UTC).isoformat(),
             "large_enough": self.large_enough,
             "live_workers": self.live_workers,
+            "needs": list(self.needs),
+            "rate": self.rate,
         }
 
     def _number(self, amount: int | None) -> int | float | None:
@@ -109,12 +122,24 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
     jobs, authority = tables.jobs.c, tables.authority.c
     row = connection.execute(
         select(
-            jobs.state, jobs.shape, jobs.declared, jobs.worker, jobs.due_at, jobs.priority, jobs.seq
+            jobs.state,
+            jobs.shape,
+            jobs.declared,
+            jobs.worker,
+            jobs.due_at,
+            jobs.priority,
+            jobs.seq,
+            jobs.name,
+            jobs.needs,
+            jobs.not_before,
+            func.now().label("now"),
         ).where(jobs.id == job)
     ).one_or_none()
     if row is None:
         return _archived(connection, job)
     state, request = State(row.state), Request.from_shape(row.shape)
+    if state is State.SCHEDULED and row.due_at is None:
+        return _gated(connection, job, row, request)
     simple = _without_books(state)
     if simple is not None:
         worker = row.worker if state in HOLDING else None
@@ -151,6 +176,25 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         before=before,
         large_enough=sum(1 for book in live if _when_empty(request, book)),
         live_workers=len(live),
+    )
+
+
+def _gated(connection: Connection, job: str, row: Any, request: Request) -> Explanation:
+    """Of a job that is behind a gate: other jobs, the time that it has then, or the rate of its task."""
+    needs = gates.needs_of(connection, row.seq, SHOWN_NEEDS) if row.needs else []
+    later = row.not_before if row.not_before is not None and row.not_before > row.now else None
+    why = Why.NEEDS_JOBS if row.needs else Why.SCHEDULED if later else Why.RATE_LIMIT
+    rates = tables.rates.c
+    rate = connection.execute(select(rates.said).where(rates.name == row.name)).scalar_one_or_none()
+    return Explanation(
+        job,
+        State.SCHEDULED,
+        why,
+        request,
+        row.declared,
+        due_at=later,
+        needs=tuple(needs),
+        rate=rate if why is Why.RATE_LIMIT else None,
     )
 
 

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from routing import accept
-from routing.accept import NewJob
+from routing import accept, successors
+from routing.accept import Gates, NewJob, Rate
 from routing.states import State
 
 _TIMES: Final = ("due_at", "expires_at")
@@ -71,10 +71,15 @@ def publish(connection: Connection, text: str) -> list[str]:
     that may start. What was inserted before is left as it is."""
     new = []
     for job in parse(text).publishes:
-        if accept.insert_job(connection, job).seq is None:
-            if accept.put_successor(connection, job) == State.REPLACED and job.due_at is None:
+        inserted = accept.insert_job(connection, job)
+        if inserted.seq is not None:
+            if inserted.starts:
                 new.append(job.id)
-        elif job.due_at is None:
+        elif (
+            inserted.same_as is None
+            and successors.put_successor(connection, job) == State.REPLACED
+            and job.due_at is None
+        ):
             new.append(job.id)
     return new
 
@@ -92,4 +97,8 @@ def _job_in(values: Mapping[str, Any]) -> NewJob:
     found["message"] = base64.b64decode(found["message"])
     for name in _TIMES:
         found[name] = datetime.fromisoformat(found[name]) if found[name] else None
+    if gates := found.get("gates"):
+        rate = gates["rate"] and Rate(**gates["rate"])
+        # (There is nobody any more whom a refusal would reach.)
+        found["gates"] = Gates(**{**gates, "after": tuple(gates["after"]), "rate": rate, "tolerant": True})
     return NewJob(**found)

@@ -1,8 +1,8 @@
 """How a replaced job ends: with its replacement, whatever becomes of that.
 
 A task that replaces itself by a chain, a group or a chord (`Task.replace`) ends at once; its job's row is `replaced`
-and holds nothing. Only the last step of the replacement carries the job's id: once it is published the row goes on
-with it (`accept.put_successor`). Each step says in whose replacement it is (the column `replaces`), and is a row before
+and holds nothing. Only the last step of the replacement carries the job's id: once it is published the row goes on with
+it (`successors.put_successor`). Each step says in whose replacement it is (the column `replaces`), and is a row before
 the one that publishes it has ended. So a replacement is alive while one of its steps has not ended or has something to
 deliver (a part of a chord may publish the body); one that is not alive will publish nothing more, and the job ends as
 the step that stood in its way did. A step that is replaced itself is such a row, too: it ends first.
@@ -12,6 +12,7 @@ replacement is lost; the next one publishes a replacement of its own (Celery giv
 whichever comes first to its last step goes on with the job; the other's last step is there already.
 
 It is asked after each end of a step (`routing.store`, `workers.undelivered`), and by a duty for all that are replaced.
+
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class State(StrEnum):
     ACCEPTED = "accepted"
     #: in the backlog, no worker has room. Left by a release, a registration or the sweep
     WAITING = "waiting"
-    #: must not start before its time. Left by the duty for scheduled jobs
+    #: must not start before its time, or before its gates are open. Left by the duty for scheduled jobs
     SCHEDULED = "scheduled"
     #: holds an allocation, its message is in the worker's queue. Left by the claim; after a crash delivered
     #: again
@@ -47,7 +47,7 @@ class State(StrEnum):
     SUCCEEDED = "succeeded"
     #: final: raised, or was ended by a limit
     FAILED = "failed"
-    #: final: revoked
+    #: final: revoked, or a job that it needs did not succeed
     CANCELLED = "cancelled"
     #: final: its `expires` passed before it started
     EXPIRED = "expired"

@@ -57,6 +57,7 @@ END_LOST: Final = "its end was lost with the ledger"
 # A row says what its newest transition says, so the order and the batches in which they come make no difference; what
 # was before is in `attempts`. An attempt that ends while its row holds a successor does not end the job: it runs. One
 # that ended its job itself (`routing.fence`) has said how: its worker's word adds only what is left to be delivered.
+# (A job that starts by a rate goes on behind that gate again.)
 _APPLY: Final = text(f"""
 WITH e AS (
   SELECT * FROM unnest(CAST(:job AS text[]), CAST(:epoch AS bigint[]), CAST(:attempt AS int[]),
@@ -115,8 +116,9 @@ UPDATE jobs SET
   error = CASE WHEN NOT committed THEN nullif(e.error, '') END,
   outbox = CASE WHEN committed AND e.state NOT IN ({_FINAL}) THEN '{outbox.UNTOLD}'
                 WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN nullif(e.outbox, '') END,
-  due_at = CASE WHEN goes_on THEN coalesce(jobs.successor_due_at, now())
+  due_at = CASE WHEN goes_on AND jobs.rated THEN NULL WHEN goes_on THEN coalesce(jobs.successor_due_at, now())
                 WHEN e.state = '{State.SCHEDULED.value}' THEN coalesce(jobs.due_at, now()) ELSE jobs.due_at END,
+  not_before = CASE WHEN goes_on AND jobs.rated THEN jobs.successor_due_at ELSE jobs.not_before END,
   message = CASE WHEN goes_on THEN jobs.successor ELSE jobs.message END,
   shape = CASE WHEN goes_on THEN jobs.successor_shape ELSE jobs.shape END,
   request = CASE WHEN goes_on THEN jobs.successor_request ELSE jobs.request END,
@@ -131,17 +133,20 @@ UPDATE jobs SET
   successor_nesting = CASE WHEN goes_on THEN NULL ELSE jobs.successor_nesting END
 FROM e JOIN j ON j.id = e.job
 WHERE jobs.id = e.job
-RETURNING jobs.id, jobs.state, coalesce(jobs.due_at <= now(), false), jobs.replaces
+RETURNING jobs.id, jobs.state, coalesce(jobs.due_at <= now(), false), jobs.replaces,
+  jobs.awaited AND jobs.finished_at IS NOT NULL
 """)
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A row that a transition changed, or that an attempt had left to be inserted. `due`: it is to be submitted now."""
+    """A row that a transition changed, or that an attempt had left to be inserted. `due`: it is to be submitted now.
+    `awaited`: it has ended, and others wait for that (`routing.gates`)."""
 
     job: str
     state: str
     due: bool
+    awaited: bool = False
 
 
 def _newest(transitions: Iterable[Transition]) -> list[Transition]:
@@ -211,7 +216,7 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
     # (Those that have something to deliver are looked at when it is delivered.)
     replacing.end_abandoned(connection, [row[3] for row in rows if row[3] and row[1] in FINAL])
     return [
-        *(Applied(row[0], row[1], row[1] == State.SCHEDULED and bool(row[2])) for row in rows),
+        *(Applied(row[0], row[1], row[1] == State.SCHEDULED and bool(row[2]), bool(row[4])) for row in rows),
         *(Applied(job, State.ACCEPTED, True) for job in published),
     ]
 

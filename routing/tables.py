@@ -12,6 +12,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     DateTime,
+    Float,
     Identity,
     Index,
     Integer,
@@ -97,6 +98,11 @@ jobs = Table(
     Column("successor_priority", SmallInteger),
     Column("successor_due_at", DateTime(timezone=True)),
     Column("successor_expires_at", DateTime(timezone=True)),
+    # Gates (`routing.gates`): while one is shut the job is scheduled without a time.
+    Column("awaited", Boolean, nullable=False, server_default=text("false"), comment="another job waits for its end"),
+    Column("needs", Integer, nullable=False, server_default=text("0"), comment="jobs that it waits for"),
+    Column("rated", Boolean, nullable=False, server_default=text("false"), comment="it starts by the rate of its task"),
+    Column("not_before", DateTime(timezone=True), comment="its due_at once its gates are open"),
     CheckConstraint(f"state IN ({_states})", name="jobs_state_known"),
     CheckConstraint("priority BETWEEN 0 AND 9", name="jobs_priority_range"),
     CheckConstraint(f"(finished_at IS NOT NULL) = (state IN ({_final}))", name="jobs_finished_when_final"),
@@ -116,6 +122,20 @@ jobs = Table(
         "jobs_expiring",
         "expires_at",
         postgresql_where=text("expires_at IS NOT NULL AND state IN ('accepted', 'waiting', 'scheduled')"),
+    ),
+    Index(
+        "jobs_let_go",
+        "name",
+        postgresql_where=text(
+            "rated AND (state IN ('accepted', 'waiting', 'admitted') OR (state = 'scheduled' AND due_at IS NOT NULL))"
+        ),
+    ),
+    Index(
+        "jobs_held",
+        "name",
+        text("(- priority)"),
+        "seq",
+        postgresql_where=text("rated AND state = 'scheduled' AND due_at IS NULL AND needs = 0"),
     ),
 )
 
@@ -239,4 +259,45 @@ quarantine = Table(
     Column("worker", Text, comment="who set it aside"),
     Column("seen_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
     Index("quarantine_seen", "seen_at"),
+)
+
+# What must be unique, and the job that has it.
+unique_keys = Table(
+    "unique_keys",
+    metadata,
+    Column("key", Text, primary_key=True, comment="a digest of what must be unique"),
+    Column("job", Text, nullable=False, comment="who has it"),
+    Column("until", DateTime(timezone=True), comment="it has it until then, though it ends"),
+    Column("claimed_at", DateTime(timezone=True), nullable=False, server_default=text("clock_timestamp()")),
+)
+
+# Jobs that wait for others to succeed. A row goes when its gate was opened, or shut for good.
+dependencies = Table(
+    "dependencies",
+    metadata,
+    Column("job_seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("needs", Text, primary_key=True, comment="the job whose success it waits for"),
+    Column("job", Text, nullable=False, comment="the job that waits"),
+    Column("ended_as", Text, comment="how the other ended; null: it has not"),
+    Index("dependencies_open", "needs", postgresql_where=text("ended_as IS NULL")),
+    Index("dependencies_ripe", "job", postgresql_where=text("ended_as IS NOT NULL")),
+)
+
+# How many jobs of a task may start: a token bucket each.
+rates = Table(
+    "rates",
+    metadata,
+    Column("name", Text, primary_key=True, comment="name of a task"),
+    Column("rate", Float(53), nullable=False, comment="starts a second; 0: as many as fit"),
+    Column("said", Text, nullable=False, comment="the same as somebody wrote it: 10/m"),
+    Column(
+        "by_control",
+        Boolean,
+        nullable=False,
+        server_default=text("false"),
+        comment="set at run time, which wins over what tasks declare",
+    ),
+    Column("tokens", Float(53), nullable=False, server_default=text("1"), comment="starts that are left"),
+    Column("counted_at", DateTime(timezone=True), nullable=False, server_default=text("clock_timestamp()")),
+    Column("idle", Boolean, nullable=False, server_default=text("true"), comment="none is held back"),
 )

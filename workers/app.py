@@ -63,7 +63,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     app.loader.override_backends = {**BACKENDS, **app.loader.override_backends}
     _carry_results(app)
     _check_imports(app, stores)
-    app.send_task = checking(app.send_task)
+    app.send_task = checking(app)
     app.add_defaults(lambda: _defaults(app, stores))
     app.on_after_finalize.connect(_finish, weak=False)
     # Here, not at the import of this module: its signals concern the worker of an installed app only.

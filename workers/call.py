@@ -13,6 +13,7 @@ from functools import wraps
 from numbers import Real
 from typing import Any, Final
 
+from celery import Celery
 from kombu import Queue
 
 from routing.errors import InvalidRequest, show
@@ -21,12 +22,26 @@ from routing.errors import InvalidRequest, show
 MOST_SECONDS: Final = 2**31 - 1
 #: Years within which times must be, so that every time zone can show them.
 YEARS: Final = range(1900, 9999)
+#: Options by which something follows a job.
+FOLLOWED: Final = ("chain", "chord", "group_id", "link", "link_error")
 #: The most that a counter of retries or replacements may say (a column of Postgres).
 MOST_TIMES: Final = 2**31 - 1
 
 
-def checking(send_task: Callable[..., Any]) -> Callable[..., Any]:
-    """An app's `send_task` that looks at the call first. Raises `InvalidRequest`."""
+class SameJob(Exception):
+    """A submission (`refused`, its id) is the same as an earlier one (`first`), and was not accepted. Never reaches the
+    caller: what is sent is the first one."""
+
+    def __init__(self, refused: str, first: str) -> None:
+        super().__init__(f"{refused} is the same as {first}")
+        self.refused = refused
+        self.first = first
+
+
+def checking(app: Celery) -> Callable[..., Any]:
+    """The app's `send_task` that looks at the call first, and gives the result of the first of two that must be one.
+    Raises `InvalidRequest`."""
+    send_task = app.send_task
 
     @wraps(send_task)
     def checked(
@@ -54,9 +69,51 @@ def checking(send_task: Callable[..., Any]) -> Callable[..., Any]:
         for stamp in options.get("stamped_headers") or ():
             if stamp not in options:
                 raise _wrong("stamped_headers", stamp, "Each name in it must be given as an option too.")
-        return send_task(name, args, kwargs, countdown, eta, *more, **options)
+        task = options.get("task_type")
+        if "unique" in options or "unique_for" in options or (task is not None and _is_unique(task)):
+            _check_followed(name, options)
+        try:
+            return send_task(name, args, kwargs, countdown, eta, *more, **options)
+        except SameJob as same:
+            return _first_result(app, same, options)
 
     return checked
+
+
+def _is_unique(task: Any) -> bool:
+    said = getattr(task, "unique", None)
+    return said is not False and bool(said or getattr(task, "unique_for", None))
+
+
+def _check_followed(name: str, options: Mapping[str, Any]) -> None:
+    """What would follow a job (in a chain, a group, a chord, by a link) is never called where it turns out to be an
+    earlier one, and whoever waits for it would wait for ever."""
+    said = options.get("unique")
+    by_call = said is not None or options.get("unique_for") is not None
+    if said is False or not (by_call or _is_unique(options.get("task_type"))) or options.get("retries"):
+        return
+    for what in FOLLOWED:
+        # (The last step of a chain has an empty one: its id is that of the chain.)
+        if options.get(what) or (what == "chain" and options.get(what) is not None):
+            raise InvalidRequest(
+                f"{name} is unique, and is sent with {what}={show(options[what])}",
+                value=what,
+                advice="What is part of a canvas, or has a link, cannot be unique: submit it by itself.",
+            )
+
+
+def _first_result(app: Celery, same: SameJob, options: Mapping[str, Any]) -> Any:
+    """What `send_task` gives for a submission that is an earlier one."""
+    backend = app.backend
+    if hasattr(backend, "remove_pending_result"):
+        # Celery listens for the result of the id that it made, and nothing will be said of that.
+        backend.remove_pending_result(app.AsyncResult(same.refused))
+    result = (options.get("result_cls") or app.AsyncResult)(same.first)
+    result.ignored = options.get("ignore_result")
+    parent = app.current_worker_task
+    if parent and options.get("add_to_parent", True):
+        parent.add_trail(result)
+    return result
 
 
 def check_seconds(value: Any, what: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import pull, store
+from routing import gates, pull, store
 from routing.ledger import Ledger
 from routing.pull import Became, Holder
 from routing.replies import Ended
@@ -135,7 +135,22 @@ class PostgresEnds:
             applied = store.apply(connection, transitions)
             if any(one.due or one.state == "accepted" for one in applied):
                 pull.wake(connection)
+        if any(one.awaited for one in applied):
+            self._open_needs()
         return refused, lost
+
+    def _open_needs(self) -> None:
+        """What waited for these ends may start. (What fails here, a duty does.)"""
+        try:
+            opened = gates.open_needs(self._transactions)
+            if opened.due:
+                with self._transactions.begin() as connection:
+                    pull.wake(connection)
+        except SQLAlchemyError as error:
+            logger.info("left to the duties: %s", error)
+            return
+        if opened.cancelled:
+            self._on_outbox()
 
     def _transition(self, end: End, holding: Holding, row: Holder, now: int) -> Transition:
         ended = end.ended

@@ -16,6 +16,7 @@ from routing import keys
 from routing.books import text
 from routing.errors import InvalidRequest, PlatformError, Unsupported, show
 from routing.request import REQUEST_OPTIONS, Request
+from workers import gates
 from workers.canvas import COORDINATING, UNLOCKING, called_by, mark_of
 from workers.stores import Stores
 
@@ -30,9 +31,7 @@ Declarations = Mapping[str, Mapping[str, Any]]
 #: Seconds for which a sender trusts the declarations that it read.
 DECLARATIONS_FOR: Final = 10.0
 #: Options of later versions: said, rather than ignored.
-NOT_YET: Final = ("session", "unique", "unique_for", "after")
-
-
+NOT_YET: Final = ("session",)
 #: What people write for the names of a request, and what they mean.
 MISSPELT: Final = {"cpu": "cpus", "mem": "memory", "ram": "memory", "gpu": "gpus", "resource": "resources"}
 
@@ -74,12 +73,6 @@ class Router:
                 f"exchange {show(exchange)}: routing by exchange is not supported yet",
                 advice="Leave it out, and say what the task needs: cpus=, memory=, resources={...}.",
             )
-        rate_limit = getattr(task, "rate_limit", None)
-        if rate_limit:
-            raise Unsupported(
-                f"task {name} has rate_limit={rate_limit!r}, which is not supported yet",
-                advice="Publish a named resource (PLATFORM_RESOURCES) to bound how many run at once.",
-            )
         call = {option: options.pop(option) for option in REQUEST_OPTIONS if option in options}
         headers = dict(options.get("headers") or {})
         # (Celery routes a map by the name of the task that it calls.)
@@ -97,6 +90,9 @@ class Router:
         headers[HEADER] = {"shape": request.shape, "declared": declared or bool(call)}
         if not self._reruns(name, options.pop("rerun", None), carried, task):
             headers[HEADER][RERUN] = False
+        known = task if task is not None else self._tasks().get(name)
+        if not gates.OPTIONS.isdisjoint(options) or gates.declares(known):
+            headers[HEADER] |= gates.header_of(name, args, kwargs, options, known)
         options["headers"] = headers
         priority = options.get("priority")
         if priority is not None and (

@@ -15,7 +15,7 @@ from kombu.exceptions import EncodeError, SerializerNotInstalled
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import accept, backlog, enroll, limits, pull
+from routing import accept, backlog, enroll, limits, pull, successors
 from routing import message as messages
 from routing.accept import Inserted, NewJob, Publisher
 from routing.errors import (
@@ -37,8 +37,9 @@ from routing.request import Request
 from routing.states import FINAL, State
 from workers import attempts
 from workers.attempts import Attempt
-from workers.call import check_time, check_time_limits, check_times
+from workers.call import SameJob, check_time, check_time_limits, check_times
 from workers.canvas import REPLACES
+from workers.gates import Rates
 from workers.router import HEADER, RERUN
 from workers.stores import Stores
 
@@ -68,6 +69,8 @@ class Sender:
         self._zone = zone
         self._keep_until = 0.0
         self._accepted = accepted
+        #: Of the tasks of the whole cluster.
+        self.rates = Rates(stores)
         self._backlog = limits.BacklogLimit(self._waiting, lambda: stores.engine)
 
     def accept(
@@ -137,14 +140,15 @@ class Sender:
             )
         if content_type == limits.JSON and not headers.get("compression"):
             limits.check_body(body, headers.get("task"))
-        job = self._job(body, content_type, content_encoding, headers, queue, properties)
         attempt = attempts.current()
+        may_ask = attempt is None or not (attempt.deferred or time.monotonic() < self._keep_until)
+        job = self._job(body, content_type, content_encoding, headers, queue, properties, may_ask)
         if attempt is None:
             # (What an attempt publishes is part of a job that was accepted.)
             self._backlog.check(self._stores.settings.max_backlog)
         began_ms = time.time() * 1000
         inserted = self._insert(job) if attempt is None else self._insert_for(attempt, job)
-        if inserted is None or job.due_at is not None:
+        if inserted is None or not inserted.starts:
             return
         self._to_ledger(job, inserted, began_ms)
 
@@ -156,6 +160,7 @@ class Sender:
         headers: Mapping[str, Any],
         queue: str,
         properties: Mapping[str, Any],
+        may_ask: bool,
     ) -> NewJob:
         settings = self._stores.settings
         wire = dict(headers)
@@ -165,6 +170,7 @@ class Sender:
             carried = {"shape": Request.from_options({}, settings.default_cpus).shape, "declared": False}
             wire[HEADER] = carried
         request = Request.from_shape(str(carried.get("shape")))
+        gates = self.rates.gates(wire, HEADER, may_ask)
         check_time_limits(wire.get("timelimit"))
         due_at, expires_at = (_time(wire.get(what), what, self._zone) for what in ("eta", "expires"))
         # The broker's message is a doorbell: the time is kept by the row alone.
@@ -203,6 +209,7 @@ class Sender:
             replaces=_parent(wire.get(REPLACES)),
             due_at=due_at,
             expires_at=expires_at,
+            gates=gates,
         )
 
     def _insert_for(self, attempt: Attempt, job: NewJob) -> Inserted | None:
@@ -257,6 +264,8 @@ class Sender:
             inserted = accept.insert_job(connection, job, by)
             if inserted.seq is not None:
                 return inserted
+            if inserted.same_as is not None:
+                raise SameJob(job.id, inserted.same_as)
             if by is not None and not accept.may_publish(connection, by):
                 self._ask(inserted, lambda ledger: ledger.count("stale.publish"))
                 raise LeaseLost(
@@ -264,7 +273,7 @@ class Sender:
                     " is refused"
                 )
             # (What was never retried or replaced succeeds nothing, and whoever only submits may not change a row.)
-            was = accept.put_successor(connection, job) if job.retries or job.nesting else None
+            was = successors.put_successor(connection, job) if job.retries or job.nesting else None
             if was == State.REPLACED:
                 # Its attempt ended long ago; this is the last step of its replacement, and the row goes on with it.
                 if job.due_at is None:
@@ -278,7 +287,7 @@ class Sender:
 
     def _known(self, connection: Any, job: NewJob, inserted: Inserted) -> None:
         """The id exists and this is no successor: the same publish again, one that comes too late, or a stale one."""
-        row = accept.identity_of(connection, job.id)
+        row = successors.identity_of(connection, job.id)
         if row is None:
             return
         if job.publisher is not None and job.publisher < row.attempt:

@@ -16,6 +16,7 @@ from routing.errors import PlatformError
 from routing.secrets import HIDDEN
 from workers import orphans
 from workers.exits import Exit, code_of
+from workers.gates import declare_rates
 from workers.identity import name_of, new_identity
 from workers.inherited import guard_children
 from workers.patiently import when_stores_answer
@@ -103,6 +104,7 @@ def on_worker_ready(sender: Any = None, **_: Any) -> None:
                 "PLATFORM_CPUS is not set, and %s runs on this machine too: both publish the whole of it",
                 ", ".join(others),
             )
+        declare_rates(app, stores)
         detected, admitted = runtime.join(lambda: int(pool.num_processes), declarations(app, stores))
         logger.warning(
             "worker %s published %s%s",

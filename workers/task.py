@@ -15,7 +15,8 @@ from workers.canvas import REPLACES, Chunks, mark
 
 
 class PlatformTask:
-    """Mixed into the app's task class. `cpus`, `memory`, `gpus`, `resources` are the declared request."""
+    """Mixed into the app's task class. `cpus`, `memory`, `gpus`, `resources` are the declared request. (`rate_limit` is
+    Celery's, and holds for the whole cluster.)"""
 
     cpus: float | None = None
     memory: int | str | None = None
@@ -23,6 +24,10 @@ class PlatformTask:
     resources: dict[str, int] | None = None
     #: False: it must not start twice by itself. Its first attempt that is lost with its worker or process ends the job.
     rerun: bool = True
+    #: True: no two jobs with the same arguments at once. A text: none with this key.
+    unique: bool | str | None = None
+    #: Seconds after a submission in which an equal one is the same job though that has ended.
+    unique_for: float | None = None
     request: Any
 
     def replace(self, sig: Signature) -> Any:

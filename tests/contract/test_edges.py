@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from routing import accept, fence, rebuild, reconcile, scripts, store
+from routing import fence, rebuild, reconcile, scripts, store, successors
 from routing.states import FINAL, TRANSITIONS, Event, State, Step
 
 NAMES: Final = scripts.names()
@@ -141,4 +141,4 @@ def test_the_statement_that_drops_a_job_guards_the_states_it_leaves() -> None:
 def test_no_statement_leaves_a_final_state() -> None:
     final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
     assert f"jobs.state NOT IN ({final})" in str(store._APPLY)
-    assert f"state NOT IN ({final})" in str(accept._SUCCESSOR)
+    assert f"state NOT IN ({final})" in str(successors._SUCCESSOR)

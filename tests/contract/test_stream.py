@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 
-from routing import accept, keys, store, stream
+from routing import keys, store, stream, successors
 from routing.accept import NewJob
 from routing.replies import Ended
 from routing.request import Request
@@ -127,7 +127,7 @@ def test_two_writers_at_once_give_the_same_rows_and_do_not_wait_for_each_other_f
 
 
 def put_successor(rows: Rows, job: str = "j0", **more: Any) -> str | None:
-    return accept.put_successor(rows.connection, replace(SUCCESSOR, id=rows.prefix + job, **more))
+    return successors.put_successor(rows.connection, replace(SUCCESSOR, id=rows.prefix + job, **more))
 
 
 def with_a_worker(outcome: str, state: str) -> list[Transition]:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine
 
-from routing import accept, backlog, enroll, keys, outbox, pull, replacing, roster, stream
+from routing import accept, backlog, enroll, keys, outbox, pull, replacing, roster, stream, successors
 from routing.accept import NewJob
 from routing.outbox import Outbox
 from routing.request import Request
@@ -32,7 +32,7 @@ def publish(stage: Stage, job: str, retries: int = 0, nesting: int = 0) -> None:
     """As an attempt does while the ledger is left alone (by a breaker, say): Postgres alone hears of it."""
     successor = NewJob(job, "task", ONE, MESSAGE, publisher=1, retries=retries, nesting=nesting)
     with stage.engine.connect() as connection:
-        assert accept.put_successor(connection, successor) == "running"
+        assert successors.put_successor(connection, successor) == "running"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def last_step(stage: Stage, job: str, due_at: datetime | None = None) -> str | N
     """The step that carries the id on is published; the state of the row then."""
     new = NewJob(job, "task", ONE, LATER, nesting=1, priority=3, due_at=due_at)
     with stage.engine.connect() as connection:
-        return accept.put_successor(connection, new)
+        return successors.put_successor(connection, new)
 
 
 @pytest.mark.parametrize("remembered", [True, False])

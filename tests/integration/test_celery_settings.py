@@ -219,9 +219,6 @@ def test_events_are_sent_of_every_step(platform: Platform, submitter: Submitter)
         ({"queue": "other"}, "routing by queue"),
         ({"exchange": "other", "routing_key": "other"}, "routing by exchange"),
         ({"exchange": "other"}, "routing by exchange"),
-        ({"unique": True}, "unique"),
-        ({"unique_for": 5}, "unique_for"),
-        ({"after": ["job"]}, "after"),
         ({"session": object()}, "session"),
     ],
 )
@@ -231,12 +228,6 @@ def test_an_option_of_a_later_version_is_refused(
     with pytest.raises(Unsupported, match=said) as raised:
         submitter.app.send_task(ADD, [1, 2], **options)
     assert raised.value.advice
-    assert jobs(platform) == []
-
-
-def test_a_task_with_a_rate_limit_is_refused(platform: Platform, submitter: Submitter) -> None:
-    with pytest.raises(Unsupported, match="PLATFORM_RESOURCES"):
-        submitter.app.tasks[canvas.limited.name].delay()
     assert jobs(platform) == []
 
 

@@ -99,13 +99,20 @@ def test_the_whole_main_job_runs(platform: Platform, submitter: Celery, guarded_
     later = submitter.send_task(ADD, [1, 2], countdown=0.5)
     again = submitter.send_task(ADD, [1, 2], task_id=wide.id)
     assert (later.get(timeout=30), again.id) == (3, wide.id)
+    first = submitter.send_task(ADD, [1, 1], unique="one", unique_for=3600)
+    last = submitter.send_task(ADD, [2, 2], after=[first, later])
+    assert (submitter.send_task(ADD, [1, 1], unique="one").id, last.get(timeout=30)) == (first.id, 4)
+    with platform.engine.begin() as connection:
+        connection.execute(text("INSERT INTO rates (name, rate, said) VALUES (:name, 0.1, '6/m')"), {"name": ADD})
+    submitter.amqp.job_sender.rates.forget()
+    assert submitter.send_task(ADD, [3, 3]).get(timeout=30) == 6
 
     seen = platform.celery("cluster", "--json", **looking)
     assert seen.returncode == 0, seen.stderr
     cluster = json.loads(seen.stdout)
     assert (cluster["source"], cluster["resources"]["waiting_jobs"]) == ("ledger", 1)
     listed = platform.celery("jobs", "--json", **looking)
-    assert len(json.loads(listed.stdout)) == 7, listed.stderr
+    assert len(json.loads(listed.stdout)) == 10, listed.stderr
     one = json.loads(platform.celery("job", wide.id, "--json", **looking).stdout)
     assert (one["why"]["why"], one["message_bytes"]) == ("too-large", None)
     # An administrator's work, with the worker's rights: revoke what waits, and look at the invariants.
@@ -194,6 +201,9 @@ REFUSED = {
         "DELETE FROM jobs_archive",
         "INSERT INTO jobs_archive SELECT FROM jobs_archive",
         "DROP FUNCTION archive_finished(double precision, integer)",
+        "DROP TRIGGER jobs_awaited ON jobs",
+        "INSERT INTO unique_keys (key, job) VALUES ('x', 'x')",
+        "UPDATE dependencies SET ended_as = 'succeeded'",
     ),
     "submitter": (
         "SELECT archive_finished(0, 1)",
@@ -208,6 +218,9 @@ REFUSED = {
         "UPDATE authority SET epoch = 1",
         "INSERT INTO attempts (job_id) VALUES ('x')",
         "SELECT raw FROM quarantine",
+        "UPDATE rates SET rate = 1",
+        "SELECT * FROM unique_keys",
+        "DELETE FROM dependencies",
         "CREATE TABLE mine (x int)",
         "DROP TABLE jobs",
     ),
@@ -223,6 +236,9 @@ REFUSED = {
         "UPDATE authority SET authority = 'postgres'",
         "SELECT archive_finished(0, 1)",
         "UPDATE jobs_archive SET state = 'failed'",
+        "SELECT claim_key('x', 'x', 0)",
+        "SELECT open_rate('x', 1, '1', 1, 1)",
+        "SELECT * FROM unique_keys",
         "CREATE TABLE mine (x int)",
     ),
 }

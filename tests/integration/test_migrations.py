@@ -26,6 +26,9 @@ TABLES = {
     "authority",
     "declarations",
     "quarantine",
+    "unique_keys",
+    "dependencies",
+    "rates",
 }
 
 

@@ -115,8 +115,3 @@ def again_by_itself() -> None:
 @shared_task(acks_late=True, reject_on_worker_lost=True)
 def late(x: int) -> int:
     return x
-
-
-@shared_task(rate_limit="1/m")
-def limited() -> None:
-    """Not supported yet."""

@@ -1,4 +1,4 @@
-"""Scheduled jobs whose time has come go to the ledger; jobs past their expiry end."""
+"""Jobs past their expiry end, gates are opened, and scheduled jobs whose time has come go to the ledger."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import logging
 
 from celery import Celery
 
-from routing import backlog, enroll
+from routing import backlog, enroll, gates
 from routing.errors import StoreUnavailable
 from routing.postgres import is_locked
 from routing.states import State
-from workers.control import end_before_start
+from workers.control import end_before_start, open_gates
+from workers.gates import burst_of
 from workers.stores import Stores
 from workers.undelivered import deliver_rows
 
@@ -21,7 +22,7 @@ MOST = 1000
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `due` submitted, `expired` ended."""
+    """Counts: `expired` and `cancelled` jobs ended, `opened` gates, jobs `let_go` by their rate, `due` submitted."""
     with stores.engine.connect() as connection:
         overdue = backlog.overdue(connection, MOST)
     expired = 0
@@ -34,7 +35,21 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
             logger.warning("job %s has expired, and its row is locked: it ends later", job)
     if expired:
         deliver_rows(app, stores, overdue)
-    return {"due": _due(stores, set(overdue)), "expired": expired}
+    opened = open_all(app, stores)
+    return {"expired": expired, **opened, "due": _due(stores, set(overdue))}
+
+
+def open_all(app: Celery, stores: Stores) -> dict[str, int]:
+    """Give their time to the jobs whose gates are open now, whoever decides who starts. Counts: `opened`, `cancelled`,
+    `let_go`."""
+    opened = open_gates(app, stores)
+    with stores.engine.connect() as connection:
+        let_go = gates.let_go(connection, burst_of(stores.settings))
+    return {
+        "opened": len(opened.due) + len(opened.scheduled),
+        "cancelled": len(opened.cancelled),
+        "let_go": let_go,
+    }
 
 
 def _due(stores: Stores, gone: set[str]) -> int:

@@ -8,6 +8,7 @@ from celery import Celery
 
 from routing import backlog, pull, roster, store
 from routing.states import State
+from workers.duties import due
 from workers.duties.lapse import Window
 from workers.pull import transactions
 from workers.stores import Stores
@@ -18,13 +19,18 @@ MOST: Final = 1000
 
 
 def expire(app: Celery, stores: Stores) -> dict[str, int]:
-    """Jobs past their expiry end. (Those that are due are pulled as they are.) Counts: `expired`."""
+    """Jobs past their expiry end, and gates are opened. (Those that are due are pulled as they are.) Counts: `expired`,
+    and those of `due.open_all`."""
     with stores.engine.connect() as connection:
         overdue = backlog.overdue(connection, MOST)
         expired = [job for job in overdue if store.end_unfiled(connection, job, State.EXPIRED, "expired")]
     if expired:
         deliver_rows(app, stores, expired)
-    return {"expired": len(expired)}
+    opened = due.open_all(app, stores)
+    if opened["opened"] or opened["let_go"]:
+        with stores.engine.connect() as connection:
+            pull.wake(connection)
+    return {"expired": len(expired), **opened}
 
 
 def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str, int]:

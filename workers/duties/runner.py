@@ -21,7 +21,7 @@ from routing.postgres import is_locked
 from routing.replies import LedgerClosed
 from routing.settings import Settings
 from workers import ticks
-from workers.duties import due, fallback, lapse, outbox, reconciling, replaced, retention, stream, sweep
+from workers.duties import due, fallback, keys, lapse, outbox, reconciling, replaced, retention, stream, sweep
 from workers.duties.opening import open_ledger
 from workers.stores import Stores
 from workers.wake import Wake
@@ -58,6 +58,7 @@ DUTIES: Final = (
     Duty("reconcile", lambda s: s.reconcile_interval, reconciling.run_once, ticks.RECONCILE),
     Duty("retention", lambda s: s.sweep_interval, retention.run_once, without=retention.run_once),
     Duty("replaced", sweep.pause, replaced.run_once, without=replaced.run_once),
+    Duty("keys", lambda s: s.sweep_interval, keys.run_once, without=keys.run_once),
 )
 
 #: The same as the reconcile, out of its turn: asked for by whoever met a ledger that misses what it should have. One

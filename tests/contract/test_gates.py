@@ -1,0 +1,618 @@
+"""Gates of jobs, in Postgres: one job of equal ones, jobs that wait for others, and rates. The same rules hold whoever
+decides who starts."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import pytest
+from celery import Celery
+from celery.result import AsyncResult, GroupResult
+from hypothesis import HealthCheck, given, settings, strategies
+from sqlalchemy import Engine, text
+
+from routing import accept, fence, gates, outbox, pull, store, successors
+from routing.accept import Gates, NewJob, Publisher, Rate
+from routing.errors import InvalidRequest
+from routing.explain import Why, explain
+from routing.outbox import Outbox
+from routing.replies import Ended
+from routing.request import Request
+from routing.settings import Settings
+from routing.states import State, Step
+from routing.store import Transition
+from tests.fixtures.staged import MESSAGE, Stage
+from tests.fixtures.waiting import until
+from workers.app import create_app
+from workers.confirmation import Confirmation
+from workers.duties import due, fallback, keys
+from workers.ends import End, PostgresEnds
+from workers.gates import declare_rates, key_of, rate_of
+from workers.holdings import Holding, Holdings
+from workers.identity import new_identity
+from workers.stores import Stores
+from workers.undelivered import deliver_rows
+
+TASK: Final = "some.task"
+SHAPE: Final = "cpus=1000,slots=1"
+#: How many statements wait for somebody else's row.
+WAITING: Final = (
+    "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+)
+
+
+@pytest.fixture(params=["ledger", "postgres"])
+def stage(request: pytest.FixtureRequest, engine: Engine, settings: Settings) -> Iterator[Stage]:
+    """Both stores, with a worker `a` of eight CPUs, and one of them decides."""
+    stage = Stage(engine, settings)
+    stage.worker("a", cpus=8000)
+    stage.sql("UPDATE authority SET authority = :who", who=request.param)
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def in_ledger(stage: Stage) -> bool:
+    with stage.engine.connect() as connection:
+        return bool(connection.execute(text("SELECT authority = 'ledger' FROM authority")).scalar_one())
+
+
+@pytest.fixture
+def app(stage: Stage, settings: Settings) -> Iterator[Celery]:
+    app = create_app("gates", resolve=lambda _: settings)
+    app.platform.ledger.epoch = stage.ledger.epoch
+    yield app
+    stores: Stores = app.platform
+    stores.sending.close()
+    app.close()
+    stores.engine.dispose()
+
+
+@pytest.fixture
+def duty(app: Celery, in_ledger: bool) -> Callable[[], dict[str, int]]:
+    """One pass of the duty for what is due, as it is while this store decides."""
+    return lambda: (due.run_once if in_ledger else fallback.expire)(app, app.platform)
+
+
+def send(app: Celery, **options: Any) -> str:
+    return str(app.send_task(TASK, options.pop("args", []), **options).id)
+
+
+def end_unfiled(stage: Stage, job: str) -> bool:
+    with stage.engine.connect() as connection:
+        return store.end_unfiled(connection, job, State.CANCELLED)
+
+
+def state(stage: Stage, job: str) -> str:
+    """As Postgres says it, after all that the ledger noted."""
+    stage.apply()
+    return str(stage.row(job).state)
+
+
+def run(stage: Stage, job: str, outcome: str = "succeeded") -> None:
+    """A worker takes the job, if it may, and ends it."""
+    with stage.engine.connect() as connection:
+        if connection.execute(text("SELECT authority FROM authority")).scalar_one() == "ledger":
+            stage.apply()
+            stage.start(job)
+            stage.end(job, outcome)
+            return
+        epoch = connection.execute(text("SELECT epoch FROM authority")).scalar_one()
+        (taken,) = pull.take(connection, epoch, "a", "a-life", [job])
+        attempt = int(taken.token.partition(".")[2])
+        now = pull.now_ms(connection)
+        end = Transition(job, epoch, attempt, outcome, Step.ENDED, "a", "a-life", now, now, now, 0, outcome)
+        store.apply(connection, [end])
+
+
+def takes(stage: Stage) -> list[str]:
+    """What a worker would take from Postgres now."""
+    with stage.engine.connect() as connection:
+        return [one.job for one in pull.candidates(connection, 100)]
+
+
+# -- unique
+
+
+def test_of_many_who_submit_the_same_at_once_one_makes_the_job(app: Celery, stage: Stage) -> None:
+    start = threading.Barrier(32)
+
+    def submit(number: int) -> str:
+        start.wait()
+        return send(app, args=[1, {"b": 2, "a": number % 1}], unique=True)
+
+    with ThreadPoolExecutor(32) as threads:
+        ids = set(threads.map(submit, range(32)))
+    assert len(ids) == 1
+    assert stage.row(ids.pop()).state in ("accepted", "waiting", "admitted")
+    with stage.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM jobs")).scalar_one() == 1
+
+
+def test_one_that_is_not_committed_yet_is_waited_for(app: Celery, stage: Stage, engine: Engine) -> None:
+    """The second one began before the first one's row could be seen."""
+    for commits in (True, False):
+        key = key_of(TASK, [], {}, f"commits {commits}")
+        with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
+            accept.insert_job(connection, NewJob(f"first {commits}", TASK, SHAPE, MESSAGE, gates=Gates(key=key)))
+            second = thread.submit(send, app, unique=f"commits {commits}")
+            with stage.engine.connect() as other:
+                while not other.execute(text(WAITING)).scalar_one():
+                    pass
+            (connection.commit if commits else connection.rollback)()
+            assert (second.result() == f"first {commits}") is commits
+    stage.ledger.client.flushdb()
+
+
+def test_the_next_one_is_another_job_once_the_first_has_ended(app: Celery, stage: Stage) -> None:
+    first = send(app, args=[1], unique=True)
+    assert send(app, args=[1], unique=True) == first
+    others = {send(app, args=[2], unique=True), send(app, args=[1]), send(app, args=[1], unique="a text")}
+    assert first not in others and len(others) == 3
+    run(stage, first, "failed")
+    second = send(app, args=[1], unique=True)
+    assert second != first
+    assert send(app, args=[1], unique=True) == second
+
+
+def test_an_equal_one_is_the_same_job_for_a_time_though_it_has_ended(app: Celery, stage: Stage) -> None:
+    first = send(app, unique_for=60)
+    run(stage, first)
+    assert send(app, unique_for=60) == first
+    stage.sql("UPDATE unique_keys SET until = until - interval '1 minute'")
+    assert send(app, unique_for=60) != first
+
+
+def test_the_key_is_the_callers_whatever_the_task_and_the_id(app: Celery, stage: Stage) -> None:
+    first = send(app, unique="nightly")
+    again = app.send_task("another.task", [7], task_id="mine", unique="nightly")
+    assert isinstance(again, AsyncResult) and again.id == first
+    with stage.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM jobs")).scalar_one() == 1
+    # The same submission again, as after an answer that was lost.
+    assert send(app, unique="nightly", task_id=first) == first
+
+
+def test_a_retry_of_the_job_is_not_kept_out_by_its_own_key(app: Celery, stage: Stage) -> None:
+    first = send(app, unique=True)
+    stage.apply()
+    retry = NewJob(first, TASK, SHAPE, MESSAGE, retries=1, gates=Gates(key=key_of(TASK, [], {}, True)))
+    with stage.engine.connect() as connection:
+        assert accept.insert_job(connection, retry).same_as is None
+        assert successors.put_successor(connection, retry) is not None
+
+
+def test_a_submission_that_fails_leaves_its_key_free(app: Celery, stage: Stage) -> None:
+    with pytest.raises(InvalidRequest, match="not the id of a job"):
+        send(app, unique="key", after=["nobody"])
+    with stage.engine.connect() as connection:
+        for table in ("jobs", "unique_keys", "dependencies"):
+            assert connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one() == 0
+    assert state(stage, send(app, unique="key")) != "cancelled"
+
+
+#: Options that contradict themselves, or mean nothing.
+WRONG: Final[tuple[dict[str, Any], ...]] = (
+    {"unique": ""},
+    {"unique": 7},
+    {"unique": True, "args": [object()]},
+    {"unique_for": 0},
+    {"unique_for": float("nan")},
+    {"unique_for": "60"},
+    {"unique": True, "link": ["x"]},
+    {"unique": True, "chain": []},
+    {"unique": True, "group_id": "g"},
+    {"after": 7},
+    {"after": ["a b"]},
+    {"after": "mine", "task_id": "mine"},
+    {"after": "other", "retries": 1},
+    {"after": "other", "replaced_task_nesting": 1},
+)
+
+
+def test_what_cannot_be_meant_is_refused(app: Celery, stage: Stage) -> None:
+    for options in WRONG:
+        with pytest.raises(InvalidRequest):
+            send(app, **options)
+    assert takes(stage) == []
+
+
+def test_keys_that_keep_nobody_out_are_forgotten_after_a_while(app: Celery, stage: Stage) -> None:
+    ended, lives, lasts = send(app, unique="a"), send(app, unique="b"), send(app, unique="c", unique_for=3600)
+    for job in (ended, lasts):
+        run(stage, job)
+    assert keys.run_once(app, app.platform)["forgotten"] == 0
+    stage.sql("UPDATE unique_keys SET claimed_at = claimed_at - interval '1 hour'")
+    assert keys.run_once(app, app.platform)["forgotten"] == 1
+    assert (send(app, unique="b"), send(app, unique="c")) == (lives, lasts)
+    assert send(app, unique="a") != ended
+
+
+# -- after
+
+
+def test_a_job_waits_until_all_that_it_needs_have_succeeded(app: Celery, stage: Stage, duty: Any) -> None:
+    first, second = send(app), send(app)
+    last = send(app, after=[AsyncResult(first, app=app), second, second])
+    assert (state(stage, last), stage.row(last).needs) == ("scheduled", 2)
+    assert last not in takes(stage)
+    with stage.engine.connect() as connection:
+        found = explain(stage.redis, connection, last)
+        assert found is not None and (found.why, set(found.needs)) == (Why.NEEDS_JOBS, {first, second})
+    run(stage, first)
+    duty()
+    assert state(stage, last) == "scheduled"
+    run(stage, second)
+    duty()
+    run(stage, last)
+    assert state(stage, last) == "succeeded"
+    with stage.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM dependencies")).scalar_one() == 0
+
+
+def test_what_has_succeeded_already_is_not_waited_for(app: Celery, stage: Stage) -> None:
+    first, archived = send(app), send(app)
+    for job in (first, archived):
+        run(stage, job)
+    stage.sql("UPDATE jobs SET finished_at = finished_at - interval '1 day' WHERE id = :id", id=archived)
+    stage.sql("SELECT archive_finished(60, 10)")
+    results = GroupResult("g", [AsyncResult(first, app=app), AsyncResult(archived, app=app)])
+    job = send(app, after=results)
+    assert state(stage, job) in ("accepted", "admitted")
+    run(stage, job)
+
+
+@pytest.mark.parametrize("outcome", ["failed", "cancelled", "lost", "expired"])
+def test_one_that_did_not_succeed_ends_those_that_need_it_and_those_that_need_them(
+    app: Celery, stage: Stage, duty: Any, outcome: str
+) -> None:
+    first, other = send(app), send(app)
+    second = send(app, after=[first, other])
+    third = send(app, after=second)
+    with stage.engine.connect() as connection:
+        stage.apply()
+        row = stage.row(first)
+        ended = Transition(first, row.epoch, row.attempt, outcome, Step.DROPPED, "", "", 0, 0, 1, 0)
+        (applied,) = store.apply(connection, [ended])
+    assert applied.awaited
+    duty()
+    assert [(stage.row(job).state, stage.row(job).error) for job in (second, third)] == [
+        ("cancelled", f"job {first}, which it needs, ended as {outcome}"),
+        ("cancelled", f"job {second}, which it needs, ended as cancelled"),
+    ]
+    assert [app.AsyncResult(job).state for job in (second, third)] == ["REVOKED", "REVOKED"]
+    fourth = send(app, after=third)
+    duty()
+    assert "ended as cancelled" in stage.row(fourth).error
+    stage.sql("UPDATE jobs SET state = 'succeeded', finished_at = now(), outbox = NULL WHERE finished_at IS NULL")
+    duty()
+    with stage.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM dependencies")).scalar_one() == 0
+    stage.ledger.client.flushdb()
+
+
+def test_a_job_that_waits_for_others_keeps_its_time_and_its_expiry(app: Celery, stage: Stage, duty: Any) -> None:
+    first = send(app)
+    later = send(app, after=first, countdown=3600)
+    late = send(app, after=first, expires=3600)
+    stage.sql("UPDATE jobs SET expires_at = now() WHERE id = :id", id=late)
+    duty()
+    assert (stage.row(late).state, stage.row(later).due_at) == ("expired", None)
+    run(stage, first)
+    duty()
+    row = stage.row(later)
+    assert row.state == "scheduled" and row.due_at > datetime.now(UTC) + timedelta(minutes=50)
+
+
+def test_a_job_that_waits_for_others_can_be_revoked(app: Celery, stage: Stage, duty: Any) -> None:
+    first = send(app)
+    second = send(app, after=first)
+    third = send(app, after=second)
+    app.control.revoke(second)
+    assert [stage.row(job).state for job in (second, third)] == ["cancelled", "cancelled"]
+    assert app.AsyncResult(third).state == "REVOKED"
+    run(stage, first)
+    duty()
+    with stage.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM dependencies")).scalar_one() == 0
+
+
+def test_an_end_that_is_committed_by_its_own_attempt_opens_gates_too(app: Celery, stage: Stage, duty: Any) -> None:
+    first = send(app)
+    second = send(app, after=first)
+    stage.apply()
+    if stage.row(first).attempt == 0:
+        with stage.engine.connect() as connection:
+            pull.take(connection, 1, "a", "a-life", [first])
+    row = stage.row(first)
+    with stage.engine.connect() as connection:
+        assert fence.commit(connection, Publisher(first, row.epoch, row.attempt, "a-life"))
+    duty()
+    assert stage.row(second).due_at is not None
+
+
+def test_a_worker_that_pulls_opens_gates_by_its_own_word(
+    app: Celery, stage: Stage, in_ledger: bool, settings: Settings
+) -> None:
+    """Where Postgres decides, the workers that wait for something to take are told at once."""
+    if in_ledger:
+        stage.sql("UPDATE authority SET authority = 'postgres'")
+    first = send(app)
+    second = send(app, after=first)
+    third = send(app, after=second)
+    told: list[str] = []
+    holdings = Holdings({"cpus": 8000, "slots": 8})
+    with stage.engine.connect() as connection:
+        (taken,) = pull.take(connection, 1, "a", "a-life", [first])
+        holdings.add(Holding(first, taken.token, Request.from_shape(taken.shape), ""))
+        connection.execute(text(f"LISTEN {pull.CHANNEL}"))
+        confirmation = Confirmation(stage.engine, 1.0, lambda: None)
+        confirmation.ask()
+        ends = PostgresEnds(
+            stage.engine,
+            settings,
+            new_identity("a"),
+            confirmation,
+            holdings,
+            lambda action: action(),
+            lambda: told.append("room"),
+            lambda: told.append("outbox"),
+        )
+        assert ends.settle(deque([End(Ended(first, taken.token, "succeeded"))]), deque())
+        heard: Any = connection.connection.driver_connection
+        until(lambda: heard.poll() or heard.notifies, "the workers are told")
+        assert takes(stage) == [second]
+        (taken,) = pull.take(connection, 1, "a", "a-life", [second])
+        holdings.add(Holding(second, taken.token, Request.from_shape(taken.shape), ""))
+        assert ends.settle(deque([End(Ended(second, taken.token, "failed"))]), deque())
+    assert stage.row(third).state == "cancelled"
+    assert sorted(told) == ["outbox", "room", "room"]
+    deliver_rows(app, app.platform)
+    assert app.AsyncResult(third).state == "REVOKED"
+
+
+def test_an_end_at_the_same_moment_is_seen(app: Celery, stage: Stage, engine: Engine) -> None:
+    """The job ends in a transaction that began before the other one says that it needs it, and commits after."""
+    first = send(app)
+    ends = engine.connect()
+    ends.execute(
+        text("UPDATE jobs SET state = 'succeeded', finished_at = now(), step = 12 WHERE id = :id"), {"id": first}
+    )
+    with ThreadPoolExecutor(1) as thread:
+        sent = thread.submit(send, app, after=first)
+        with engine.connect() as connection:
+            while not connection.execute(text(WAITING)).scalar_one():
+                connection.rollback()
+        ends.commit()
+        second = sent.result()
+    ends.close()
+    assert stage.row(second).needs == 0
+    stage.ledger.client.flushdb()
+
+
+def test_an_end_waits_for_one_who_says_that_it_needs_it(app: Celery, stage: Stage, engine: Engine) -> None:
+    """The same the other way round."""
+    first = stage.insert({"cpus": 1000})
+    with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
+        accept.insert_job(connection, NewJob("second", TASK, SHAPE, MESSAGE, gates=Gates(after=(first,))))
+        ended = thread.submit(end_unfiled, stage, first)
+        with stage.engine.connect() as other:
+            while not other.execute(text(WAITING)).scalar_one():
+                pass
+        connection.commit()
+        assert ended.result()
+    assert gates.open_needs(stage.engine).cancelled == ["second"]
+    stage.ledger.client.flushdb()
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    needs=strategies.lists(strategies.sets(strategies.integers(0, 7), max_size=3), min_size=2, max_size=8),
+    outcomes=strategies.lists(strategies.sampled_from(["succeeded", "failed"]), min_size=8, max_size=8),
+    order=strategies.permutations(range(8)),
+)
+def test_any_jobs_that_need_one_another_end_as_the_rule_says(
+    engine: Engine, needs: list[set[int]], outcomes: list[str], order: list[int]
+) -> None:
+    """The rule: one runs if all that it needs succeeded; else it is cancelled."""
+    engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text("TRUNCATE jobs, dependencies"))
+        for number, before in enumerate(needs):
+            after = tuple(f"j{one}" for one in sorted(before) if one < number)
+            shut = Gates(after=after) if after else None
+            accept.insert_job(connection, NewJob(f"j{number}", TASK, SHAPE, MESSAGE, gates=shut))
+        may_run = "state = 'accepted' OR (state = 'scheduled' AND due_at <= clock_timestamp())"
+        while True:
+            open_now = connection.execute(text(f"SELECT id FROM jobs WHERE {may_run}")).scalars().all()
+            if not open_now:
+                break
+            job = min(open_now, key=lambda one: order.index(int(one[1:])))
+            ends = "UPDATE jobs SET state = :state, finished_at = now() WHERE id = :id"
+            connection.execute(text(ends), {"state": outcomes[int(job[1:])], "id": job})
+            gates.open_needs(engine)
+        found = {row.id: row.state for row in connection.execute(text("SELECT id, state FROM jobs"))}
+        left = connection.execute(text("SELECT count(*) FROM dependencies")).scalar_one()
+    expected: dict[str, str] = {}
+    for number, before in enumerate(needs):
+        ok = all(expected[f"j{one}"] == "succeeded" for one in before if one < number)
+        expected[f"j{number}"] = outcomes[number] if ok else "cancelled"
+    assert (found, left) == (expected, 0)
+
+
+def test_what_an_attempt_left_to_be_published_keeps_its_gates(stage: Stage) -> None:
+    left = [
+        NewJob("a", TASK, SHAPE, MESSAGE, gates=Gates(key="k" * 64)),
+        NewJob("b", TASK, SHAPE, MESSAGE, gates=Gates(key="k" * 64)),
+        NewJob("c", TASK, SHAPE, MESSAGE, gates=Gates(after=("a",))),
+        NewJob("d", TASK, SHAPE, MESSAGE, gates=Gates(after=("nobody",))),
+        NewJob("e", TASK, SHAPE, MESSAGE, gates=Gates(rate=Rate(0.5, "30/m"))),
+        NewJob("f", TASK, SHAPE, MESSAGE, gates=Gates(rate=Rate(0.5, "30/m"))),
+    ]
+    with stage.engine.connect() as connection:
+        assert outbox.publish(connection, Outbox(left).to_text()) == ["a", "e"]
+        rows = connection.execute(text("SELECT id || ' ' || state FROM jobs ORDER BY id")).scalars().all()
+    assert rows == ["a accepted", "c scheduled", "d scheduled", "e scheduled", "f scheduled"]
+    gates.open_needs(stage.engine)
+    assert stage.row("d").error == "job nobody, which it needs, is unknown"
+
+
+# -- rates
+
+
+def limit(app: Celery, stage: Stage, said: Any) -> None:
+    """A rate, set at run time, for which no time passes unless the test says so."""
+    app.control.rate_limit(TASK, said)
+    stage.sql("UPDATE rates SET counted_at = clock_timestamp() + interval '1 day'")
+
+
+def pass_time(stage: Stage, seconds: float) -> None:
+    stage.sql("UPDATE rates SET tokens = tokens + rate * :seconds", seconds=seconds)
+
+
+def started(stage: Stage, jobs: list[str]) -> list[str]:
+    """Those of these that were let go."""
+    return [job for job in jobs if stage.row(job).due_at is not None]
+
+
+def test_a_rate_lets_jobs_go_in_their_order_as_many_as_its_time_allows(
+    app: Celery, stage: Stage, duty: Any
+) -> None:
+    limit(app, stage, "20/s")
+    low = [send(app) for _ in range(12)]
+    high = send(app, priority=5)
+    assert started(stage, low) == low[:1]
+    pass_time(stage, 0.25)
+    duty()
+    assert (started(stage, low), started(stage, [high])) == (low[:5], [high])
+    duty()
+    assert started(stage, low) == low[:5]
+    with stage.engine.connect() as connection:
+        found = explain(stage.redis, connection, low[-1])
+        assert found is not None and (found.why, found.rate) == (Why.RATE_LIMIT, "20/s")
+
+
+def test_a_cluster_that_was_full_does_not_start_all_at_once_afterwards(app: Celery, stage: Stage, duty: Any) -> None:
+    limit(app, stage, "10/s")
+    jobs = [send(app) for _ in range(20)]
+    for _ in range(3):
+        pass_time(stage, 60)
+        duty()
+    # None of them was claimed: no more than a second's worth is ahead.
+    assert started(stage, jobs) == jobs[:10]
+    for job in jobs[:4]:
+        run(stage, job)
+    pass_time(stage, 60)
+    duty()
+    assert started(stage, jobs) == jobs[:14]
+
+
+def test_a_slow_rate_lets_the_first_go_at_once_and_no_second(app: Celery, stage: Stage, duty: Any) -> None:
+    limit(app, stage, "1/h")
+    jobs = [send(app) for _ in range(3)]
+    run(stage, jobs[0])
+    pass_time(stage, 3000)
+    duty()
+    assert started(stage, jobs) == jobs[:1]
+    pass_time(stage, 600)
+    duty()
+    assert started(stage, jobs) == jobs[:2]
+
+
+def test_a_rate_that_is_lifted_lets_all_go(app: Celery, stage: Stage, duty: Any) -> None:
+    limit(app, stage, "1/h")
+    jobs = [send(app) for _ in range(3)]
+    app.control.broadcast("rate_limit", arguments={"task_name": TASK, "rate_limit": "0"})
+    duty()
+    assert started(stage, jobs) == jobs
+    assert state(stage, send(app)) in ("accepted", "admitted")
+
+
+def test_a_job_under_a_rate_keeps_its_time_and_passes_its_other_gates_first(
+    app: Celery, stage: Stage, duty: Any
+) -> None:
+    limit(app, stage, "100/s")
+    first = send(app)
+    later, after = send(app, countdown=3600), send(app, after=first)
+    for _ in range(2):
+        pass_time(stage, 60)
+        duty()
+    assert started(stage, [first, later, after]) == [first]
+    with stage.engine.connect() as connection:
+        found = explain(stage.redis, connection, later)
+        assert found is not None and found.why is Why.SCHEDULED and found.due_at is not None
+    run(stage, first)
+    duty()
+    assert started(stage, [later, after]) == [after]
+
+
+def test_a_retry_starts_by_the_rate_too(app: Celery, stage: Stage, duty: Any) -> None:
+    limit(app, stage, "1/h")
+    job = send(app)
+    stage.apply()
+    if stage.row(job).attempt == 0:
+        with stage.engine.connect() as connection:
+            pull.take(connection, 1, "a", "a-life", [job])
+    else:
+        stage.start(job)
+    row = stage.row(job)
+    with stage.engine.connect() as connection:
+        assert successors.put_successor(connection, NewJob(job, TASK, SHAPE, MESSAGE, retries=1))
+        back = Transition(job, row.epoch, row.attempt, State.SCHEDULED, Step.BACK, "a", "a-life", 1, 1, 2, 0, "retried")
+        (applied,) = store.apply(connection, [back])
+    assert not applied.due
+    stage.ledger.drop(job, f"{row.epoch}.{row.attempt}", final=False)
+    duty()
+    assert started(stage, [job]) == []
+    pass_time(stage, 3600)
+    duty()
+    assert started(stage, [job]) == [job]
+
+
+def test_what_the_code_declares_holds_unless_one_was_set_at_run_time(app: Celery, stage: Stage) -> None:
+    @app.task(name=TASK, rate_limit="1/h")
+    def limited() -> None: ...
+
+    jobs = [limited.delay().id for _ in range(2)]
+    assert started(stage, jobs) == jobs[:1]
+    app.control.rate_limit(TASK, 0)
+    assert stage.row(limited.delay().id).rated is False
+    app.control.rate_limit(TASK, "2/h")
+    assert stage.row(limited.delay().id).rated is True
+
+
+def test_workers_publish_what_their_tasks_declare_for_senders_that_do_not_have_them(
+    app: Celery, stage: Stage
+) -> None:
+    @app.task(name=TASK, rate_limit="1/h")
+    def limited() -> None: ...
+
+    declare_rates(app, app.platform)
+    del app.tasks[TASK]
+    jobs = [send(app) for _ in range(2)]
+    assert (started(stage, jobs), stage.row(jobs[1]).rated) == (jobs[:1], True)
+
+    @app.task(name=TASK)
+    def limited_no_more() -> None: ...
+
+    declare_rates(app, app.platform)
+    app.amqp.job_sender.rates.forget()
+    assert stage.row(limited_no_more.delay().id).rated is False
+
+
+def test_a_rate_that_is_none_is_refused(app: Celery) -> None:
+    for limit in ("often", "1/y", -1, True, [1], "nan"):
+        with pytest.raises(InvalidRequest):
+            app.control.rate_limit(TASK, limit)
+    with pytest.raises(InvalidRequest, match="whole cluster"):
+        app.control.rate_limit(TASK, "1/m", destination=["a@host"])
+
+
+def test_a_rate_is_as_celery_reads_it() -> None:
+    read = [rate_of(said, "rate") for said in (None, "", 0, "0/s", 5, "5", "6/m", "36/h", "0.5/s")]
+    assert [rate and rate.per_second for rate in read] == [None, None, None, None, 5.0, 5.0, 0.1, 0.01, 0.5]
