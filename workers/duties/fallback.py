@@ -6,7 +6,7 @@ from typing import Final
 
 from celery import Celery
 
-from routing import backlog, pull, roster, store
+from routing import backlog, pull, revoking, roster, store
 from routing.states import State
 from workers.duties.lapse import Window
 from workers.pull import transactions
@@ -18,13 +18,16 @@ MOST: Final = 1000
 
 
 def expire(app: Celery, stores: Stores) -> dict[str, int]:
-    """Jobs past their expiry end. (Those that are due are pulled as they are.) Counts: `expired`."""
+    """Jobs past their expiry end, and those that were only marked as revoked. (Those that are due are pulled as they
+    are.) Counts: `expired`, `revoked`."""
     with stores.engine.connect() as connection:
         overdue = backlog.overdue(connection, MOST)
         expired = [job for job in overdue if store.end_unfiled(connection, job, State.EXPIRED, "expired")]
-    if expired:
-        deliver_rows(app, stores, expired)
-    return {"expired": len(expired)}
+        marked = [job for jobs in revoking.still_open(connection) for job in jobs]
+        revoked = [job for job in marked if store.end_unfiled(connection, job, State.CANCELLED, store.REVOKED)]
+    if expired or revoked:
+        deliver_rows(app, stores, [*expired, *revoked])
+    return {"expired": len(expired), "revoked": len(revoked)}
 
 
 def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str, int]:
