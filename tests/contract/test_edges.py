@@ -106,7 +106,9 @@ def test_every_state_that_the_lua_compares_or_writes_is_known() -> None:
 #: Statement -> the edges that it makes by itself, whatever the entry says.
 STATEMENTS: Final = {
     "store._DROP": [
-        (state, event) for state in (State.ACCEPTED, State.SCHEDULED) for event in (Event.CANCEL, Event.EXPIRE)
+        (state, event)
+        for state in (State.ACCEPTED, State.SCHEDULED, State.REPLACED)
+        for event in (Event.CANCEL, Event.EXPIRE)
     ],
     # an attempt that ended while its row holds a successor
     # (or, of one that was revoked meanwhile, would go on)
