@@ -74,7 +74,7 @@ GRANT EXECUTE ON FUNCTION claim_key(text, text, double precision), gate_job(text
 -- Those who look. `message`, `successor` and `outbox` hold the arguments and the results of jobs.
 GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarnation, priority, request, shape, declared,
   queue, rerun, retries, nesting, root_id, parent_id, replaces, submitted_at, due_at, expires_at, admitted_at, started_at,
-  finished_at, error, needs, rated, not_before) ON jobs TO platform_dashboard;
+  finished_at, revoked_at, error, needs, rated, not_before) ON jobs TO platform_dashboard;
 GRANT SELECT ON attempts, workers, authority, declarations, dependencies, rates, alembic_version TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;

@@ -35,6 +35,7 @@ Redis loses everything                            the epoch is missing: COLD, no
 Redis is gone, the broker is another server       every worker says so in Postgres: that decides, workers pull from it,
                                                   until Redis has answered for a while; then a new epoch is opened
 both stores are down when a worker starts         it waits for them, and says for what
+a job is revoked, row marked, ledger not told     sweep: what is marked and has not ended is told again (`revoking`)
 ================================================  =====================================================================
 
 Three rules make the repairs safe to run twice, at once, and by hand. The *token* only grows: a write that carries an

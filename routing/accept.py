@@ -82,6 +82,8 @@ class NewJob:
     due_at: datetime | None = None
     expires_at: datetime | None = None
     gates: Gates | None = None
+    #: Its stamped headers as JSON: {name: [values]}. None: it has none.
+    stamps: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +111,13 @@ class Inserted:
 
 _COLUMNS: Final = (
     "id, name, state, shape, request, message, priority, declared, queue, retries, nesting, root_id, parent_id, "
-    "due_at, expires_at, rerun, replaces"
+    "due_at, expires_at, rerun, replaces, stamps"
 )
 _TYPES: Final = (
     "text, text, text, text, jsonb, bytea, smallint, bool, text, int, int, text, text, timestamptz, timestamptz, bool, "
-    "text"
+    "text, jsonb"
 )
-_VALUES: Final = ", ".join(f"${number}" for number in range(1, 18))
+_VALUES: Final = ", ".join(f"${number}" for number in range(1, 19))
 _RETURNING: Final = (
     "ON CONFLICT (id) DO NOTHING RETURNING seq, (SELECT epoch FROM authority), (SELECT authority FROM authority)"
 )
@@ -138,7 +140,7 @@ def _statement(name: str, types: str, source: str, values: int) -> _Statement:
     return _Statement(name, f"PREPARE {name} ({types}) AS {insert}", execute, re.sub(r"\$\d+", "%s", insert))
 
 
-_BY_ANYBODY: Final = _statement("celery_capacity_insert_job", _TYPES, f"VALUES ({_VALUES})", 17)
+_BY_ANYBODY: Final = _statement("celery_capacity_insert_job", _TYPES, f"VALUES ({_VALUES})", 18)
 #: Whether an attempt (job, epoch, attempt, incarnation) may still speak: its row is there (and not in the archive), has
 #: no newer attempt and did not take this one back or give it up, and its worker was not given up (which is noted before
 #: its jobs are taken back).
@@ -151,8 +153,8 @@ _HOLDS: Final = (
 _BY_ATTEMPT: Final = _statement(
     "celery_capacity_insert_job_by",
     f"{_TYPES}, text, bigint, int, text",
-    f"SELECT {_VALUES} WHERE {_HOLDS.format('$18', '$19', '$20', '$21')}",
-    21,
+    f"SELECT {_VALUES} WHERE {_HOLDS.format('$19', '$20', '$21', '$22')}",
+    22,
 )
 #: SQLSTATEs: a table is missing; a prepared statement is not known (a pooler gave us another session).
 _UNDEFINED_TABLE: Final = "42P01"
@@ -188,6 +190,7 @@ def _insert(
         job.expires_at,
         job.rerun,
         job.replaces,
+        job.stamps,
     )
     try:
         if by is None:

@@ -25,9 +25,9 @@ In a book `status` is ready, draining or closed, `c.<resource>` the capacity and
 it, `kept` the shape for which the worker takes nothing else (`routing.policy`; the key `ledger:kept` only leads there).
 A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
 `shape`, `order`, `message` and its `digest`, the times `submitted`, `admitted` and `started`, the `nonce` of its
-claim, `losses`, `successor` (Postgres holds one), `entry` (of the stream, not yet applied), `noted` (the attempt it is
-about); one that ended has the `outcome` of its last attempt (none: it was cancelled in the backlog), the state it
-`became`, and `final` unless it goes on.
+claim, `losses`, `successor` (Postgres holds one), `revoked`, `entry` (of the stream, not yet applied), `noted` (the
+attempt it is about); one that ended has the `outcome` of its last attempt (none: it was cancelled in the backlog), the
+state it `became`, and `final` unless it goes on.
 
 Books are keys without expiry: an expired key would read as a free worker. Amounts are integers (millicores, bytes,
 counts), times are milliseconds of the server's own clock.

@@ -206,6 +206,10 @@ class Ledger(Repairs):
             return Cancelled("held", worker=reply[2])
         return Cancelled(reply[0], entry=reply[1] if reply[0] == "ended" else None)
 
+    def revoke(self, job: str) -> bool:
+        """Note that a job was revoked which a worker holds; False where none does."""
+        return self._call("revoke", *self._gate(), job)[0] == "held"
+
     def succeed(self, job: str) -> bool:
         """Note that a successor of the running attempt is in Postgres."""
         return self._call("succeed", job)[0] == "ok"

@@ -26,6 +26,8 @@ _TIMES: Final = ("due_at", "expires_at")
 UNTOLD: Final = '{"publishes": [], "results": [{"untold": true}]}'
 #: The same of one whose result Celery may have told with the end of another (`routing.replacing`).
 UNLESS_TOLD: Final = '{"publishes": [], "results": [{"untold": true, "unless_told": true}]}'
+#: The same once its result is told, by a process that is no worker: events and signals come from one.
+UNANNOUNCED: Final = '{"publishes": [], "results": [{"unannounced": true}]}'
 
 
 @dataclass(slots=True)

@@ -66,7 +66,7 @@ class Taken:
 # that ten thousand of them in front cost an index scan and no round trip.
 _PART: Final = """
 (SELECT id, shape, priority, seq, losses FROM jobs
- WHERE {} AND (expires_at IS NULL OR expires_at > now()) AND (-priority, seq) > (:priority, :seq)
+ WHERE {} AND (expires_at IS NULL OR expires_at > now()) AND revoked_at IS NULL AND (-priority, seq) > (:priority, :seq)
    AND shape <> ALL(CAST(:without AS text[]))
  ORDER BY -priority, seq LIMIT :most)
 """
@@ -120,6 +120,7 @@ WITH chosen AS (
   WHERE id = ANY(CAST(:ids AS text[]))
     AND (({_WAITS}) OR ({_IS_DUE}))
     AND (expires_at IS NULL OR expires_at > now())
+    AND revoked_at IS NULL
     AND EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres' AND epoch = :epoch)
   FOR NO KEY UPDATE SKIP LOCKED
 ), taken AS (

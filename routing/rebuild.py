@@ -14,7 +14,7 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 
-from routing import backlog, enroll, keys, pull, roster, stream
+from routing import backlog, enroll, keys, pull, revoking, roster, stream
 from routing.capacity import Capacity
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
@@ -85,6 +85,7 @@ def _rebuild(connection: Connection, ledger: Ledger) -> Rebuilt:
     epoch = ledger.epoch
     workers, held = _reserve(connection, ledger)
     _await_reports(ledger, [name for name, _ in workers])
+    revoking.tell_all(connection, ledger)
     filed = _file_backlog(connection, ledger)
     ledger.finish(epoch)
     return Rebuilt(epoch, len(workers), held, filed)

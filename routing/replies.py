@@ -85,6 +85,8 @@ class Claimed:
     entry: str
     losses: int
     rerun: bool = True
+    #: It was revoked after it had been admitted: whoever claims it ends it.
+    revoked: bool = False
 
     @property
     def ok(self) -> bool:
@@ -181,9 +183,9 @@ class Lapsed:
 def claims(arrived: Sequence[tuple[str, ...]], reply: list[str]) -> Iterable[Claimed]:
     """The reply of the script claim, for what arrived."""
     for index, (job, token, *_) in enumerate(arrived):
-        verdict, admitted, started, entry, losses, rerun = reply[1 + 6 * index : 7 + 6 * index]
+        verdict, admitted, started, entry, losses, rerun, revoked = reply[1 + 7 * index : 8 + 7 * index]
         lost, again = int(losses or 0), rerun != NEVER_AGAIN
-        yield Claimed(job, token, verdict, _ms(admitted), _ms(started), entry, lost, again)
+        yield Claimed(job, token, verdict, _ms(admitted), _ms(started), entry, lost, again, bool(revoked))
 
 
 def hand_overs(values: list[str]) -> list[HandedOver]:

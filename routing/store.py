@@ -51,13 +51,16 @@ class Transition:
         return self.epoch, self.attempt, self.step
 
 
+#: The error of a job that was revoked, and the text of the exception that its result carries, as Celery has it.
+REVOKED: Final = "revoked"
 #: Of an attempt: that it is over is known by what came after it.
 END_LOST: Final = "its end was lost with the ledger"
 
 # A row says what its newest transition says, so the order and the batches in which they come make no difference; what
 # was before is in `attempts`. An attempt that ends while its row holds a successor does not end the job: it runs. One
-# that ended its job itself (`routing.fence`) has said how: its worker's word adds only what is left to be delivered.
-# (A job that starts by a rate goes on behind that gate again.)
+# that ended its job itself (`routing.fence`) has said how: its worker's word adds only what is left to be delivered. A
+# job that would go on though it was revoked (`routing.revoking`) stops there, and one that starts by a rate goes on
+# behind that gate again.
 _APPLY: Final = text(f"""
 WITH e AS (
   SELECT * FROM unnest(CAST(:job AS text[]), CAST(:epoch AS bigint[]), CAST(:attempt AS int[]),
@@ -68,7 +71,9 @@ WITH e AS (
 ), j AS (
   SELECT jobs.id, jobs.state IN ({_FINAL}) AS committed,
     jobs.state NOT IN ({_FINAL}) AND jobs.successor IS NOT NULL AND e.step IN ({Step.ENDED.value}, {Step.BACK.value})
-      AND e.state <> '{State.CANCELLED.value}' AS goes_on
+      AND e.state <> '{State.CANCELLED.value}' AND jobs.revoked_at IS NULL AS goes_on,
+    jobs.state NOT IN ({_FINAL}) AND jobs.revoked_at IS NOT NULL AND (e.step = {Step.BACK.value} OR
+      (jobs.successor IS NOT NULL AND e.step = {Step.ENDED.value} AND e.state <> '{State.CANCELLED.value}')) AS stopped
   FROM jobs JOIN e ON jobs.id = e.job
   WHERE (jobs.epoch, jobs.attempt, jobs.step) < (e.epoch, e.attempt, e.step) AND (jobs.state NOT IN ({_FINAL})
     OR (jobs.step = {Step.COMMITTED.value} AND (jobs.epoch, jobs.attempt) = (e.epoch, e.attempt)))
@@ -104,17 +109,20 @@ WITH e AS (
                  ELSE coalesce(attempts.error, excluded.error) END
 )
 UPDATE jobs SET
-  state = CASE WHEN committed THEN jobs.state WHEN goes_on THEN '{State.SCHEDULED.value}' ELSE e.state END,
+  state = CASE WHEN committed THEN jobs.state WHEN stopped THEN '{State.CANCELLED.value}'
+               WHEN goes_on THEN '{State.SCHEDULED.value}' ELSE e.state END,
   epoch = e.epoch, attempt = e.attempt,
-  step = CASE WHEN committed THEN {Step.ENDED.value} WHEN goes_on THEN {Step.BACK.value} ELSE e.step END,
+  step = CASE WHEN committed THEN {Step.ENDED.value} WHEN stopped THEN {Step.DROPPED.value}
+              WHEN goes_on THEN {Step.BACK.value} ELSE e.step END,
   losses = CASE WHEN committed THEN jobs.losses ELSE greatest(jobs.losses, e.losses) END,
   worker = nullif(e.worker, ''), incarnation = nullif(e.incarnation, ''),
   admitted_at = to_timestamp(nullif(e.admitted, 0) / 1000.0),
   started_at = to_timestamp(nullif(e.started, 0) / 1000.0),
   finished_at = CASE WHEN committed THEN jobs.finished_at
-                     WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN to_timestamp(e.at / 1000.0) END,
-  error = CASE WHEN NOT committed THEN nullif(e.error, '') END,
-  outbox = CASE WHEN committed AND e.state NOT IN ({_FINAL}) THEN '{outbox.UNTOLD}'
+                     WHEN stopped OR (NOT goes_on AND e.state IN ({_FINAL})) THEN to_timestamp(e.at / 1000.0) END,
+  error = CASE WHEN stopped THEN :revoked WHEN NOT committed THEN nullif(e.error, '') END,
+  outbox = CASE WHEN stopped THEN '{outbox.UNTOLD}'
+                 WHEN committed AND e.state NOT IN ({_FINAL}) THEN '{outbox.UNTOLD}'
                 WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN nullif(e.outbox, '') END,
   due_at = CASE WHEN goes_on AND jobs.rated THEN NULL WHEN goes_on THEN coalesce(jobs.successor_due_at, now())
                 WHEN e.state = '{State.SCHEDULED.value}' THEN coalesce(jobs.due_at, now()) ELSE jobs.due_at END,
@@ -187,6 +195,7 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
     rows = connection.execute(
         _APPLY,
         {
+            "revoked": REVOKED,
             "job": [t.job for t in newest],
             "epoch": [t.epoch for t in newest],
             "attempt": [t.attempt for t in newest],

@@ -87,6 +87,9 @@ jobs = Table(
     Column("started_at", DateTime(timezone=True), comment="of the newest attempt"),
     Column("finished_at", DateTime(timezone=True)),
     Column("error", Text),
+    # Of a job that was revoked while a worker held it: should it come back from there, it ends.
+    Column("revoked_at", DateTime(timezone=True), comment="when it was revoked, if it had been admitted"),
+    Column("stamps", JSONB, comment="its stamped headers: {name: [values]}; null: none"),
     # A publish under the id of a running attempt (retry, replace): it waits here until that attempt ends.
     Column("successor", LargeBinary),
     Column("successor_shape", Text),
@@ -118,6 +121,18 @@ jobs = Table(
     Index("jobs_outbox", "id", postgresql_where=text("outbox IS NOT NULL")),
     Index("jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
     Index("jobs_due", "due_at", postgresql_where=text("state = 'scheduled'")),
+    Index(
+        "jobs_revoked",
+        "id",
+        postgresql_where=text("revoked_at IS NOT NULL AND finished_at IS NULL"),
+    ),
+    Index(
+        "jobs_stamps",
+        "stamps",
+        postgresql_using="gin",
+        postgresql_ops={"stamps": "jsonb_path_ops"},
+        postgresql_where=text("stamps IS NOT NULL AND finished_at IS NULL"),
+    ),
     Index(
         "jobs_expiring",
         "expires_at",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import Any
 
 from celery.app.amqp import AMQP
@@ -12,18 +14,23 @@ from kombu.serialization import prepare_accept_content
 from routing.errors import InvalidRequest, mask_url
 from routing.secrets import hidden
 from workers import ticks
+from workers.control import purge_queue
 from workers.router import PLATFORM_PREFIX, Router
 from workers.sender import Sender
 from workers.stores import Stores
 from workers.transport import Connection
 
+logger = logging.getLogger(__name__)
+
 
 class _JobProducer:
-    """Stands for kombu's producer while Celery sends a task: what it publishes becomes a row."""
+    """Stands for kombu's producer while Celery sends one task: what it publishes becomes a row. What is published after
+    that is the event `task-sent`, which no caller may mistake for the task."""
 
     def __init__(self, producer: Any, sender: Sender) -> None:
         self._producer = producer
         self._sender = sender
+        self._accepted = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._producer, name)
@@ -45,6 +52,17 @@ class _JobProducer:
         confirm_timeout: Any = None,
         **properties: Any,
     ) -> None:
+        if self._accepted:
+            given = {"serializer": serializer, "compression": compression, "delivery_mode": delivery_mode}
+            given |= {"exchange": exchange, "routing_key": routing_key, "declare": declare, "timeout": timeout}
+            try:
+                self._producer.publish(
+                    body, headers=headers, retry=retry, retry_policy=retry_policy, **given, **properties
+                )
+            except Exception as error:
+                # The job is durable, and whoever is told otherwise sends it again.
+                logger.warning("a job is accepted, and the event of it was not sent: %r", error)
+            return
         self._sender.accept(
             body,
             headers=headers,
@@ -53,6 +71,7 @@ class _JobProducer:
             routing_key=routing_key,
             properties=properties,
         )
+        self._accepted = True
 
 
 class PlatformAMQP:
@@ -60,11 +79,15 @@ class PlatformAMQP:
     the queue that this process, as a worker, consumes through the broker: '' where it takes it from the ledger's Redis
     itself, None where this process is no worker."""
 
-    #: (Celery makes all its connections by this.)
-    Connection = Connection
-
     stores: Stores
+    app: Any
     private_queue: str | None = None
+
+    def Connection(self, *args: Any, **options: Any) -> Connection:  # noqa: N802
+        """(Celery makes all its connections by this.)"""
+        connection = Connection(*args, **options)
+        connection.purge_jobs = partial(purge_queue, self.app, self.stores)
+        return connection
 
     def _create_task_sender(self) -> Any:
         plain = super()._create_task_sender()  # type: ignore[misc]
@@ -89,7 +112,7 @@ class PlatformAMQP:
             ("kwargsrepr", kwargs or {}, self.kwargsrepr_maxsize),  # type: ignore[attr-defined]
         ):
             if options.get(what) is None:
-                levels = self.app.conf.task_repr_maxlevels  # type: ignore[attr-defined]
+                levels = self.app.conf.task_repr_maxlevels
                 shown = saferepr(hidden(given), most, maxlevels=levels)
                 options[what] = mask_url(shown) if "://" in shown else shown
         return super().as_task_v2(task_id, name, args, kwargs, *more, **options)  # type: ignore[misc]
@@ -105,7 +128,7 @@ class PlatformAMQP:
     def job_sender(self) -> Sender:
         found: Sender | None = self.__dict__.get("_job_sender")
         if found is None:
-            app = self.app  # type: ignore[attr-defined]
+            app = self.app
             found = self.__dict__["_job_sender"] = Sender(
                 self.stores,
                 app.conf.task_default_queue,
@@ -119,11 +142,11 @@ class PlatformAMQP:
         # First, also where the user's configuration set task_routes anew; routers before it would end the search.
         mine = [route for route in self._rtable if isinstance(route, Router)]  # type: ignore[has-type]
         others = [route for route in self._rtable if not isinstance(route, Router)]  # type: ignore[has-type]
-        self._rtable = [*(mine or [Router(self.stores, lambda: self.app.tasks)]), *others]  # type: ignore[attr-defined]
+        self._rtable = [*(mine or [Router(self.stores, lambda: self.app.tasks)]), *others]
 
     def TaskConsumer(self, channel: Any, queues: Any = None, accept: Any = None, **options: Any) -> Any:  # noqa: N802
         if self.private_queue == "" and queues is None:
-            accept = self.app.conf.accept_content if accept is None else accept  # type: ignore[attr-defined]
+            accept = self.app.conf.accept_content if accept is None else accept
             return self.Consumer(channel, queues=[], accept=accept, **options)  # type: ignore[attr-defined]
         if self.private_queue is not None and queues is None:
             # Everything in it was admitted to this worker, and the row is durable: no acknowledgements.

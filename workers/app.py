@@ -12,6 +12,7 @@ from kombu.utils.imports import symbol_by_name
 from routing.errors import PlatformError
 from workers import ticks
 from workers.amqp import amqp_class
+from workers.announcing import teach_states
 from workers.call import checking
 from workers.control import control_class
 from workers.preflight import check_broker, check_imports
@@ -66,6 +67,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     app.send_task = checking(app)
     app.add_defaults(lambda: _defaults(app, stores))
     app.on_after_finalize.connect(_finish, weak=False)
+    teach_states()
     # Here, not at the import of this module: its signals concern the worker of an installed app only.
     from workers import steps
 

@@ -15,6 +15,7 @@ from celery.worker import state as worker_state
 from kombu.utils.imports import symbol_by_name
 
 from routing.secrets import HIDDEN
+from workers import panel  # noqa: F401  its commands take the places of Celery's
 from workers.pools import recall_unsent
 from workers.requests import JobRequest, request_class
 from workers.runtime import Runtime, runtime_of
@@ -47,6 +48,7 @@ class Consumer(celery_consumer.Consumer):
         super().update_strategies()
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
+        self.runtime.announcer.consumer = self
         self.runtime.handle = super().create_task_handler(*args, **options)
         return self.runtime.arrived
 
@@ -73,6 +75,8 @@ class Consumer(celery_consumer.Consumer):
         if self.blueprint.state == RUN:
             self.runtime.detach()
             return
+        # (Whatever asked for the stop: of a remote one Celery sends no signal.)
+        self.runtime.drain()
         self.runtime.stop_starting()
         if self.controller is not None and self.controller.semaphore is not None:
             self.controller.semaphore.clear()

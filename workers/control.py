@@ -1,14 +1,16 @@
-"""Celery's remote control, with a revoke that reaches jobs which no worker holds."""
+"""Celery's remote control, with a revoke that reaches jobs which no worker holds, and outlives the worker of others."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Final
 
 from celery.app.control import Control
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import gates, roster, store, stream
+from routing import gates, revoking, roster, store, stream
 from routing.accept import Rate
 from routing.errors import InvalidRequest, StoreUnavailable, show
 from routing.gates import Opened
@@ -16,18 +18,26 @@ from routing.names import check_job_id
 from routing.postgres import translate
 from routing.replies import Cancelled, LedgerClosed
 from routing.states import State
+from routing.store import REVOKED
 from workers.gates import rate_of
 from workers.stores import Stores
 from workers.undelivered import deliver_rows
 
-#: The text of the error, and of the exception that the result carries, as Celery has it.
-REVOKED = "revoked"
+#: The error of a job that `celery purge` ended.
+PURGED: Final = "purged"
+#: What a broadcast of these carries, where the rows have been seen to already (see `workers.panel`).
+TOLD: Final = "told"
+_COMMANDS: Final = ("revoke", "revoke_by_stamped_headers")
+
+#: Set while this process broadcasts a revoke of which the rows know.
+_told: ContextVar[bool] = ContextVar("celery-capacity told", default=False)
 
 
 class PlatformControl:
     """Mixed into the app's control class."""
 
     stores: Stores
+    app: Any
 
     def revoke(
         self,
@@ -37,22 +47,46 @@ class PlatformControl:
         signal: str = "SIGTERM",
         **kwargs: Any,
     ) -> Any:
-        """Revoke jobs. One that waits or is scheduled ends at once, for good, with the result REVOKED; of one that a
-        worker holds the worker is told, as Celery does (`terminate` ends its process)."""
+        """Revoke jobs (an id, or several). One that waits or is scheduled ends at once, for good, with the result
+        REVOKED; of one that a worker holds the worker is told, as Celery does (`terminate` ends its process), and its
+        row keeps it: the job runs no other attempt. Raises `StoreUnavailable`, `InvalidRequest`."""
         ids = [check_job_id(one) for one in ([task_id] if isinstance(task_id, str) else task_id)]
-        ended = [job for job in ids if end_before_start(self.stores, job, State.CANCELLED, REVOKED)]
-        if ended:
-            # (What the backend does not take now, a worker's duty brings.)
-            deliver_rows(self.app, self.stores, ended)  # type: ignore[attr-defined]
-            open_gates(self.app, self.stores)  # type: ignore[attr-defined]
-        return super().revoke(task_id, destination=destination, terminate=terminate, signal=signal, **kwargs)  # type: ignore[misc]
+        revoke_jobs(self.app, self.stores, ids)
+        with _telling():
+            return super().revoke(task_id, destination=destination, terminate=terminate, signal=signal, **kwargs)  # type: ignore[misc]
 
-    def broadcast(self, command: Any, arguments: Any = None, destination: Any = None, *more: Any, **kwargs: Any) -> Any:
+    def revoke_by_stamped_headers(
+        self, headers: Any, destination: Any = None, terminate: bool = False, signal: str = "SIGTERM", **kwargs: Any
+    ) -> Any:
+        """The same for all jobs that carry one of these stamps: {name: value or list of values}. Workers remember the
+        stamps, as Celery's do: what is submitted with one later ends when it is to start."""
+        revoke_stamped(self.app, self.stores, headers)
+        with _telling():
+            return super().revoke_by_stamped_headers(  # type: ignore[misc]
+                headers, destination=destination, terminate=terminate, signal=signal, **kwargs
+            )
+
+    def purge(self, connection: Any = None) -> int:
+        """Empty the queues: what waits in their backlogs ends as cancelled, and messages of old producers that are not
+        enrolled yet are dropped. Returns how many."""
+        if getattr(connection, "purge_jobs", None) is not None:
+            return int(super().purge(connection))  # type: ignore[misc]
+        # (Those of a pool are kombu's own, which know of no jobs.)
+        with self.app.connection_for_write() as own:
+            return int(super().purge(own))  # type: ignore[misc]
+
+    discard_all = purge
+
+    def broadcast(
+        self, command: Any, arguments: Any = None, destination: Any = None, *more: Any, **options: Any
+    ) -> Any:
         """As Celery's; a rate limit (`rate_limit`, or `celery control rate_limit`) holds for the whole cluster from
         then on, until another one is set: 0 lifts it."""
+        if command in _COMMANDS and _told.get():
+            arguments = {**(arguments or {}), TOLD: True}
         if command == "rate_limit":
             self._set_rate(dict(arguments or {}), destination)
-        return super().broadcast(command, arguments, destination, *more, **kwargs)  # type: ignore[misc]
+        return super().broadcast(command, arguments, destination, *more, **options)  # type: ignore[misc]
 
     def _set_rate(self, arguments: dict[str, Any], destination: Any) -> None:
         name, value = arguments.get("task_name"), arguments.get("rate_limit")
@@ -69,7 +103,82 @@ class PlatformControl:
             raise translate(problem, f"the rate limit of {name} was not set: ") from problem
         except PoolTimeout as problem:
             raise StoreUnavailable(f"the rate limit of {name} was not set: no connection was free") from problem
-        self.app.amqp.job_sender.rates.forget()  # type: ignore[attr-defined]
+        self.app.amqp.job_sender.rates.forget()
+
+
+class _telling:  # noqa: N801 - reads as a statement
+    """Within, what this thread broadcasts says that the rows know."""
+
+    def __enter__(self) -> None:
+        self._token = _told.set(True)
+
+    def __exit__(self, *_: object) -> None:
+        _told.reset(self._token)
+
+
+def revoke_jobs(app: Any, stores: Stores, ids: Sequence[str]) -> int:
+    """Revoke jobs in the stores: what waits ends, what a worker holds is marked. Returns how many ended."""
+    try:
+        with stores.engine.connect() as connection:
+            jobs = revoking.mark(connection, ids)
+    except DBAPIError as problem:
+        raise translate(problem, "nothing was revoked: ") from problem
+    except PoolTimeout as problem:
+        raise StoreUnavailable("nothing was revoked: no connection to Postgres was free") from problem
+    ended = [job for job in jobs if carry_out(stores, job)]
+    if ended:
+        # (What the backend does not take now, a worker's duty brings.)
+        deliver_rows(app, stores, ended)
+        open_gates(app, stores)
+    return len(ended)
+
+
+def revoke_stamped(app: Any, stores: Stores, headers: Any) -> int:
+    """The same for the jobs that carry stamps. Raises `InvalidRequest` where these are no stamps."""
+    if not isinstance(headers, Mapping) or not all(isinstance(name, str) for name in headers):
+        raise InvalidRequest(
+            "stamped headers are a mapping of names to values", value=headers, advice="Pass {'name': ['value', ...]}."
+        )
+    try:
+        with stores.engine.connect() as connection:
+            jobs = revoking.stamped(connection, headers)
+    except DBAPIError as problem:
+        raise translate(problem, "nothing was revoked: ") from problem
+    return revoke_jobs(app, stores, jobs)
+
+
+def carry_out(stores: Stores, job: str) -> bool:
+    """Go on with the revoke of a job whose row is marked: end it if it waits, and mark it in the ledger if a worker
+    holds it. Whether it ended. What a store does not take now the sweep does."""
+    for _ in range(revoking.TRIES):
+        if end_before_start(stores, job, State.CANCELLED, REVOKED):
+            return True
+        try:
+            with stores.engine.connect() as connection:
+                if roster.read_authority(connection).authority == "postgres":
+                    # The mark is all that it takes; and the ledger's server may be one that never answers.
+                    return False
+            if stores.ledger.revoke(job):
+                return False
+        except (LedgerClosed, StoreUnavailable):
+            return False
+        except DBAPIError as problem:
+            raise translate(problem, f"job {job} was not revoked: ") from problem
+    return False
+
+
+def purge_queue(app: Any, stores: Stores, queue: str) -> int:
+    """End what waits in a queue's backlog, as cancelled; returns how many jobs. What is scheduled stays, as what a
+    Celery worker holds until its time does."""
+    purged = 0
+    with stores.engine.connect() as connection:
+        for jobs in revoking.waiting_in(connection, queue):
+            ended = [job for job in jobs if end_before_start(stores, job, State.CANCELLED, PURGED)]
+            deliver_rows(app, stores, ended)
+            purged += len(ended)
+    if purged:
+        open_gates(app, stores)
+    return purged
 
 
 def open_gates(app: Any, stores: Stores) -> Opened:

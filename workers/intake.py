@@ -41,12 +41,16 @@ RETRY_AFTER: Final = 1.0
 
 
 class Intake(threading.Thread):
-    """`on_tick` is called with the name of each tick, in this thread."""
+    """`on_tick` is called with the name of each tick, `on_refused` with each message that is set aside, in this
+    thread."""
 
-    def __init__(self, app: Celery, on_tick: Callable[[str], None]) -> None:
+    def __init__(
+        self, app: Celery, on_tick: Callable[[str], None], on_refused: Callable[[Any], None] = lambda _: None
+    ) -> None:
         super().__init__(name="intake", daemon=True)
         self._app = app
         self._on_tick = on_tick
+        self._on_refused = on_refused
         self._ending = threading.Event()
 
     def challenge(self) -> None:
@@ -121,6 +125,7 @@ class Intake(threading.Thread):
         queue = str(delivery.get("routing_key") or self._app.conf.task_default_queue)
         receiving.set_aside(raw_of(message), queue, str(error) or type(error).__name__)
         message.ack()
+        self._on_refused(message)
 
     def _enroll(self, message: Any) -> None:
         """Make a job of a plain message. One that cannot be one is set aside; one that cannot be stored now is left."""

@@ -23,7 +23,7 @@ from routing.policy import held_by
 from routing.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
 from routing.request import Request
 from routing.states import Step
-from routing.store import Transition
+from routing.store import REVOKED, Transition
 from workers.confirmation import Confirmation
 from workers.ends import End, PostgresEnds
 from workers.holdings import Holding, Holdings
@@ -321,6 +321,7 @@ class LedgerThread(threading.Thread):
                 claim.rerun,
             )
             self._holdings.add(holding)
+            arrival.message.revoked = claim.revoked
             if fits:
                 transitions += self._start(holding, claim.entry, arrival.message)
             else:
@@ -329,6 +330,9 @@ class LedgerThread(threading.Thread):
 
     def _transition(self, holding: Holding, state: str, end: Ended, entry: str, now: int) -> Transition:
         back = state in ("waiting", "scheduled", "accepted")
+        # (It came back, and had been revoked meanwhile.)
+        stopped = state == "cancelled" and end.outcome != state
+        back = back or stopped
         epoch, _, attempt = holding.token.partition(".")
         return Transition(
             job=holding.job,
@@ -343,11 +347,11 @@ class LedgerThread(threading.Thread):
             at_ms=now,
             losses=holding.losses + (end.outcome == "lost"),
             outcome=end.outcome,
-            error=end.error or "",
+            error=REVOKED if stopped else end.error or "",
             entry=entry,
             # (A job that runs again has nothing to deliver but what it published itself, its retry.)
-            outbox="" if end.outcome == "handed_back" or (end.outcome == "lost" and back) else end.outbox,
-            told=True,
+            outbox="" if stopped or end.outcome == "handed_back" or (end.outcome == "lost" and back) else end.outbox,
+            told=not stopped,
         )
 
 

@@ -31,12 +31,16 @@ RETRY_AFTER: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 class Recorder(threading.Thread):
-    """`add` never blocks. `flush` waits until all that was added is written, or the time is over."""
+    """`add` never blocks. `flush` waits until all that was added is written, or the time is over. `on_applied` is
+    called with the rows that changed."""
 
-    def __init__(self, engine: Engine, ledger: Ledger) -> None:
+    def __init__(
+        self, engine: Engine, ledger: Ledger, on_applied: Callable[[Sequence[Applied]], None] = lambda _: None
+    ) -> None:
         super().__init__(name="recorder", daemon=True)
         self._engine = engine
         self._ledger = ledger
+        self._on_applied = on_applied
         self._pending: list[Transition] = []
         self._calls: list[Callable[[], object]] = []
         self._writing = False
@@ -127,6 +131,7 @@ class Recorder(threading.Thread):
         try:
             self._ledger.forget(stream.settled(batch))
             enroll.go_on(self._engine, self._ledger, applied)
+            self._on_applied(applied)
         except (PlatformError, LedgerClosed, SQLAlchemyError) as error:
             logger.info("left to the duties: %s", error)
 

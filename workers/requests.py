@@ -21,6 +21,7 @@ from celery.worker import state as worker_state
 from routing.errors import LeaseLost
 from routing.message import Tag, parse_tag
 from routing.outbox import Outbox
+from workers.announcing import allocation, request_of
 from workers.attempts import Attempt, held
 from workers.judging import BROKEN_OFF, LEASE_LOST, TERMINATED
 from workers.tracing import TracedPool, unpacked
@@ -41,6 +42,8 @@ class JobRequest:
     id: str
     _apply_result: Any
     time_start: float | None
+    hostname: str
+    request_dict: dict[str, Any]
     end_job: EndJob
     #: True while the worker stops without waiting for its jobs: what dies now is handed back, not lost.
     stopping_cold: Callable[[], bool]
@@ -59,8 +62,12 @@ class JobRequest:
             self._request_dict["attempt"] = self.tag.attempt  # type: ignore[attr-defined]
 
     def info(self, safe: bool = False) -> dict[str, Any]:
-        """For `inspect`: the arguments as they may be shown, whoever asks."""
-        return super().info(safe=True)  # type: ignore[misc, no-any-return]
+        """For `inspect`: the arguments as they may be shown, whoever asks; the request, and what the attempt holds."""
+        found: dict[str, Any] = super().info(safe=True)  # type: ignore[misc]
+        if self.tag is None:
+            return found
+        worker = str(self.hostname).partition("@")[0]
+        return {**found, "request": request_of(self.request_dict), "allocation": allocation(worker, self.tag)}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -36,6 +36,7 @@ from routing.outbox import Outbox
 from routing.replies import LedgerClosed
 from routing.request import Request
 from workers import duties, transport
+from workers.announcing import Announcer
 from workers.attempts import Attempt, held
 from workers.confirmation import Confirmation
 from workers.delivery import Delivery
@@ -84,14 +85,16 @@ class Runtime:
         self.ledger = ledger = Ledger(settings)
         exclusive = threading.Lock()
         self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
-        self.recorder = Recorder(engine, ledger)
+        self._loop = Wake()
+        self.announcer = Announcer(app, engine, identity.name, self._loop.set)
+        self.recorder = Recorder(engine, ledger, self.announcer.waiting)
         self.delivery = Delivery(lambda: app.backend, identity.incarnation, self.recorder.add)
         self.membership = Membership(engine, ledger, identity, self.confirmation, self.recorder.call)
         self.holdings = Holdings({})
         self.quarantine = Quarantine(engine, identity.name)
         transport.receiving.set_aside = self.quarantine.set_aside
         transport.receiving.most_bytes = TIMES * settings.max_message
-        self.intake = Intake(app, self.on_tick)
+        self.intake = Intake(app, self.on_tick, self.announcer.refused)
         self.sight = Sight()
         self.broker_apart = not shares_ledger(app, settings)
         #: Takes the messages of the private queue where Celery's loop does not.
@@ -154,7 +157,6 @@ class Runtime:
         self.handle: Callable[[Any], None] | None = None
         self._accept = prepare_accept_content(app.conf.accept_content)
         self._to_start: deque[Any] = deque()
-        self._loop = Wake()
         self._slots: Callable[[], int] = lambda: 1
         #: Whether the main loop runs: what is handed to it starts at once.
         self._attached = False
@@ -291,6 +293,7 @@ class Runtime:
     def _start_jobs(self) -> None:
         """In the main loop: what was claimed becomes requests."""
         self._loop.clear()
+        self.announcer.say()
         while self._to_start:
             message = self._to_start.popleft()
             assert self.handle is not None, "the consumer sets it before its loop runs"
@@ -299,6 +302,9 @@ class Runtime:
             try:
                 if message.spoiled is not None:
                     raise message.spoiled
+                if message.revoked:
+                    worker_state.revoked.add(message.headers.get("id"))
+                self.announcer.admitted(message)
                 self.handle(message)
             except Exception as error:
                 # Whatever it is, it concerns this one message.
@@ -376,7 +382,6 @@ class Runtime:
         """A new epoch is open and this worker is in it."""
         self.in_postgres.count_stale(self.ledger)
         self.ledger_thread.wake()
-
 
     def _on_taken(self, error: NameTaken) -> None:
         """In the pulse's thread: end as after a TERM, with an exit code that says why."""

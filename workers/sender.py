@@ -34,6 +34,7 @@ from routing.policy import TOP_PRIORITY, order
 from routing.postgres import NOT_ALLOWED, told
 from routing.replies import LedgerClosed
 from routing.request import Request
+from routing.revoking import stamps_json
 from routing.states import FINAL, State
 from workers import attempts
 from workers.attempts import Attempt
@@ -210,6 +211,7 @@ class Sender:
             due_at=due_at,
             expires_at=expires_at,
             gates=gates,
+            stamps=_stamps(wire) if wire.get("stamped_headers") else None,
         )
 
     def _insert_for(self, attempt: Attempt, job: NewJob) -> Inserted | None:
@@ -379,6 +381,14 @@ def _priority(value: Any) -> int:
 def _parent(value: Any) -> str | None:
     """The id of another task, as Celery passes it on."""
     return None if value is None else check_job_id(value)
+
+
+def _stamps(wire: Mapping[str, Any]) -> str | None:
+    """The stamps of a message, by which it can be revoked."""
+    names, stamps = wire["stamped_headers"], wire.get("stamps")
+    if not isinstance(names, (list, tuple)) or not isinstance(stamps, Mapping):
+        return None
+    return stamps_json(names, stamps)
 
 
 def _time(value: Any, what: str, zone: tzinfo) -> datetime | None:

@@ -78,8 +78,10 @@ class JobMessage(Message):
     """A message of this worker's own queue: its row is durable, so that nobody waits for an acknowledgement.
 
     A body that cannot be decompressed is no error of the message, which must be claimed before its job can end:
-    `spoiled` has it, and whoever starts the job looks there.
+    `spoiled` has it, and whoever starts the job looks there. `revoked`: the claim said that the job was revoked.
     """
+
+    revoked = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -177,6 +179,10 @@ class _Looking:
         self.connection._callbacks[queue] = deliver
         return found
 
+    def queue_purge(self, queue: str, **options: Any) -> int:
+        count: int = super().queue_purge(queue, **options)  # type: ignore[misc]
+        return count + _purge_jobs(self, queue)
+
     def _brpop_read(self, **options: Any) -> bool:
         """As kombu's, but for what is done with what came."""
         try:
@@ -218,6 +224,12 @@ class SentinelChannel(_Looking, kombu_redis.SentinelChannel):
     sentinel_kwargs = sentinels.ASKING
 
 
+def _purge_jobs(channel: Any, queue: str) -> int:
+    """What else a purge of a queue ends, where it came by a connection of an app on the platform."""
+    purge = getattr(channel.connection.client, "purge_jobs", None)
+    return purge(queue) if purge is not None else 0
+
+
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, Unreadable) else f"no message can be made of it: {error!r}"
 
@@ -240,6 +252,10 @@ class AMQPMessage(pyamqp.Message, _Unpacked):
 
 class AMQPChannel(pyamqp.Channel):
     Message = AMQPMessage
+
+    def queue_purge(self, queue: str = "", *more: Any, **options: Any) -> int:
+        count: int = super().queue_purge(queue, *more, **options) or 0
+        return count + _purge_jobs(self, queue)
 
 
 class AMQPConnection(pyamqp.Connection):
@@ -277,6 +293,14 @@ class Connection(kombu.Connection):
             transport_options = {**named, **(transport_options or {})}
             hostname = replace(address, master="").url
         super().__init__(hostname, *args, transport_options=transport_options, **options)
+
+    #: Set by the app: ends what waits in the backlog of a queue that is purged, and returns how many jobs.
+    purge_jobs: Callable[[str], int] | None = None
+
+    def clone(self, **options: Any) -> Connection:
+        twin: Connection = super().clone(**options)
+        twin.purge_jobs = self.purge_jobs
+        return twin
 
     def get_transport_cls(self) -> type:
         found: type = super().get_transport_cls()

@@ -17,7 +17,9 @@ from routing import fence, outbox, replacing
 from routing import message as messages
 from routing.errors import NotAccepted, Unsupported
 from routing.message import Tag
+from routing.outbox import Outbox
 from routing.states import State
+from workers.announcing import Announcer
 from workers.attempts import Attempt, held
 from workers.delivery import deliver
 from workers.pull import transactions
@@ -31,12 +33,13 @@ MOST: Final = 1000
 
 _LEFT: Final = text(
     "SELECT id, epoch, attempt, state, error, outbox, message, coalesce(incarnation, '') AS incarnation, replaces "
-    "FROM jobs WHERE outbox IS NOT NULL AND (CAST(:ids AS text[]) IS NULL OR id = ANY(CAST(:ids AS text[]))) "
+    "FROM jobs WHERE outbox IS NOT NULL AND (:announces OR outbox <> :unannounced) "
+    "AND (CAST(:ids AS text[]) IS NULL OR id = ANY(CAST(:ids AS text[]))) "
     "ORDER BY id LIMIT :most"
 )
 #: Nobody else delivers a row that is locked, and one that was delivered since it was read is delivered no more.
 _MINE: Final = text("SELECT id FROM jobs WHERE id = :id AND outbox = :outbox FOR UPDATE SKIP LOCKED")
-_DONE: Final = text("UPDATE jobs SET outbox = NULL WHERE id = :id AND outbox = :outbox")
+_DONE: Final = text("UPDATE jobs SET outbox = :rest WHERE id = :id AND outbox = :outbox")
 
 
 def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> int:
@@ -44,7 +47,8 @@ def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> 
     delivered, replaced = 0, set[str]()
     with transactions(stores.engine).connect() as connection:
         with connection.begin():
-            rows = connection.execute(_LEFT, {"ids": only, "most": MOST}).all()
+            announces = {"announces": announcer_of(app) is not None, "unannounced": outbox.UNANNOUNCED}
+            rows = connection.execute(_LEFT, {"ids": only, "most": MOST, **announces}).all()
         for row in rows:
             with connection.begin():
                 if connection.execute(_MINE, {"id": row.id, "outbox": row.outbox}).first() is None:
@@ -84,8 +88,33 @@ def _deliver(app: Celery, connection: Connection, row: Any) -> bool:
         # It stays where it is: whatever hinders it now concerns the backend, not the job.
         logger.warning("what job %s left is not delivered yet: %s", job, problem)
         return False
-    connection.execute(_DONE, {"id": job, "outbox": left})
+    rest = _announce(app, box, job, State(row.state), row.error, row.message)
+    connection.execute(_DONE, {"id": job, "outbox": left, "rest": rest})
     return True
+
+
+def _announce(app: Celery, box: Outbox, job: str, state: State, error: str | None, message: bytes) -> str | None:
+    """Where a job ended that no worker held, a worker says so to whoever listens to events and signals. What then stays
+    in the row: where this process is no worker, that it is not announced yet."""
+    silent = state in (State.CANCELLED, State.EXPIRED, State.LOST)
+    if not silent or not any("untold" in note or "unannounced" in note for note in box.results):
+        return None
+    announcer = announcer_of(app)
+    if announcer is None:
+        return outbox.UNANNOUNCED
+    try:
+        request = context_of(app, bytes(message))
+    except Exception as problem:
+        logger.info("the end of job %s is not announced, its message cannot be read: %s", job, problem)
+    else:
+        announcer.ended(job, state, error or "", request)
+    return None
+
+
+def announcer_of(app: Celery) -> Announcer | None:
+    """What tells events and signals in this process, None where it is no worker."""
+    found = getattr(getattr(app, "worker_runtime", None), "announcer", None)
+    return found if isinstance(found, Announcer) else None
 
 
 def _tell_anyhow(app: Celery, job: str, state: State, error: str, message: bytes) -> None:

@@ -5,7 +5,7 @@
 -- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, nonce (unique to this claim), digest of the
 --   message that arrived ('': it is not known, and not compared)
 -- Replies: {ok, then for each job: claimed | stale | forged | unknown (no such job in this epoch), admitted, started, entry,
---   losses, rerun} | {cold} | {epoch, current}
+--   losses, rerun, revoked ('1': it was, the worker ends it)} | {cold} | {epoch, current}
 -- Cost: a few commands a job
 -- Repeat: harmless: the nonce tells a claim that is sent again from a doubled message
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -49,5 +49,6 @@ for i = 5, #ARGV, 4 do
   reply[#reply + 1] = job and job.entry or ''
   reply[#reply + 1] = job and job.losses or '0'
   reply[#reply + 1] = job and job.rerun or ''
+  reply[#reply + 1] = job and job.revoked or ''
 end
 return reply

@@ -23,14 +23,14 @@ end
 -- What the ledger knows of a job (without its message), or nil.
 local function read_job(id)
   local v = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'incarnation', 'shape', 'order',
-    'admitted', 'started', 'nonce', 'losses', 'entry', 'noted', 'final', 'successor', 'submitted', 'rerun')
+    'admitted', 'started', 'nonce', 'losses', 'entry', 'noted', 'final', 'successor', 'submitted', 'rerun', 'revoked')
   if not v[1] then
     return nil
   end
   return {state = v[1], epoch = v[2], attempt = v[3], worker = v[4] or nil, incarnation = v[5] or nil,
     shape = v[6] or nil, order = v[7] or nil, admitted = v[8] or nil, started = v[9] or nil, nonce = v[10] or nil,
     losses = v[11] or nil, entry = v[12] or nil, noted = v[13] or nil, final = v[14] or nil,
-    successor = v[15] or nil, submitted = v[16] or nil, rerun = v[17] or nil}
+    successor = v[15] or nil, submitted = v[16] or nil, rerun = v[17] or nil, revoked = v[18] or nil}
 end
 
 -- "<epoch>.<attempt>": larger is newer.
@@ -176,13 +176,23 @@ local function hand_over(id, job, message, book, now, nonce, out)
 end
 
 -- Put a job that held an allocation back into the backlog (the caller gives the allocation back), or end it where it
--- was lost too often (then with its outbox). Returns the state it has now.
+-- was revoked meanwhile or lost too often (then with its outbox). Returns the state it has now.
 local function put_back(id, job, now, outcome, error_text, most_losses, outbox)
   redis.call('HDEL', KEY.held .. job.worker, id)
   redis.call('ZREM', KEY.unclaimed, id)
   if outcome == 'lost' then
     job.losses = int(tonumber(job.losses or '0') + 1)
     count('lost', 1)
+  end
+  if job.revoked then
+    note(id, job, 'cancelled', STEP.back, now, {outcome = outcome, error = 'revoked'})
+    redis.call('DEL', KEY.job .. id)
+    redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1',
+      'outcome', outcome, 'became', 'cancelled')
+    redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+    return 'cancelled'
+  end
+  if outcome == 'lost' then
     -- A successor that the attempt published before it was lost runs all the same.
     if (job.rerun == '0' or tonumber(job.losses) >= tonumber(most_losses)) and not job.successor then
       note(id, job, 'lost', STEP.ended, now, {outcome = 'lost', error = error_text, outbox = outbox})

@@ -81,6 +81,7 @@ def used(redis_url: str) -> Iterator[Cluster]:
             cluster.run(job)
         cluster.end("ended", "1.1")
         ledger.succeed("succeeded")
+        assert ledger.revoke("succeeded")
         cluster.submit("admitted")
         ledger.client.zadd(keys.UNCLAIMED, {"admitted": 0})
         ledger.redeliver()

@@ -27,6 +27,8 @@ NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
         (state, event) for state in HELD for event in (Event.HAND_BACK, Event.TAKE_BACK)
     ],
     ("put_back", "'lost'", "STEP.ended"): [(state, Event.LOSE) for state in HELD],
+    # what was revoked while it was held
+    ("put_back", "'cancelled'", "STEP.back"): [(state, Event.CANCEL) for state in HELD],
     # `scheduled` where a successor runs next, else `accepted`
     ("put_back", "state", "STEP.back"): [
         (state, event) for state in HELD for event in (Event.RETRY_LATER, Event.RESUBMIT)
@@ -104,10 +106,13 @@ def test_every_state_that_the_lua_compares_or_writes_is_known() -> None:
 #: Statement -> the edges that it makes by itself, whatever the entry says.
 STATEMENTS: Final = {
     "store._DROP": [
-        (state, event) for state in (State.ACCEPTED, State.SCHEDULED) for event in (Event.CANCEL, Event.EXPIRE)
+        (state, event)
+        for state in (State.ACCEPTED, State.SCHEDULED, State.REPLACED)
+        for event in (Event.CANCEL, Event.EXPIRE)
     ],
     # an attempt that ended while its row holds a successor
-    "store._APPLY": [(state, Event.RETRY_LATER) for state in HELD],
+    # (or, of one that was revoked meanwhile, would go on)
+    "store._APPLY": [(state, event) for state in HELD for event in (Event.RETRY_LATER, Event.CANCEL)],
     # by an attempt that runs, though its row may be behind
     "fence._COMMIT": [(state, Event.SUCCEED) for state in HELD],
 }

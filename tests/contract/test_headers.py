@@ -75,10 +75,10 @@ BINDINGS: Final = {
         claim,
         2,
         {
-            ("ok", "claimed", "1", "2", "3-0", "1", "0", "stale", "", "", "", "0", ""): (
+            ("ok", "claimed", "1", "2", "3-0", "1", "0", "1", "stale", "", "", "", "0", "", ""): (
                 "[Claimed(job='a', token='1.1', verdict='claimed', admitted_ms=1, started_ms=2, entry='3-0', losses=1, "
-                "rerun=False), Claimed(job='b', token='1.1', verdict='stale', admitted_ms=None, started_ms=None, "
-                "entry='', losses=0, rerun=True)]"
+                "rerun=False, revoked=True), Claimed(job='b', token='1.1', verdict='stale', admitted_ms=None, "
+                "started_ms=None, entry='', losses=0, rerun=True, revoked=False)]"
             )
         },
     ),
@@ -153,6 +153,7 @@ BINDINGS: Final = {
     "reserve": Binding(
         lambda ledger: ledger.reserve("w", "life", "cpus=4000,slots=4"), 0, {("ok",): "True", ("open",): "False"}
     ),
+    "revoke": Binding(lambda ledger: ledger.revoke("a"), 0, {("held", "w"): "True", ("free",): "False"}),
     "seat": Binding(lambda ledger: ledger.seat("a"), 0, {("ok", "2"): "2", ("homeless", "w"): "None"}),
     "submit": Binding(
         submit,

@@ -6,7 +6,7 @@ from typing import Final
 
 from celery import Celery
 
-from routing import backlog, pull, roster, store
+from routing import backlog, pull, revoking, roster, store
 from routing.states import State
 from workers.duties import due
 from workers.duties.lapse import Window
@@ -19,18 +19,20 @@ MOST: Final = 1000
 
 
 def expire(app: Celery, stores: Stores) -> dict[str, int]:
-    """Jobs past their expiry end, and gates are opened. (Those that are due are pulled as they are.) Counts: `expired`,
-    and those of `due.open_all`."""
+    """Jobs past their expiry end, those that were only marked as revoked too, and gates are opened. (Those that are due
+    are pulled as they are.) Counts: `expired`, `revoked`, and those of `due.open_all`."""
     with stores.engine.connect() as connection:
         overdue = backlog.overdue(connection, MOST)
         expired = [job for job in overdue if store.end_unfiled(connection, job, State.EXPIRED, "expired")]
-    if expired:
-        deliver_rows(app, stores, expired)
+        marked = [job for jobs in revoking.still_open(connection) for job in jobs]
+        revoked = [job for job in marked if store.end_unfiled(connection, job, State.CANCELLED, store.REVOKED)]
+    if expired or revoked:
+        deliver_rows(app, stores, [*expired, *revoked])
     opened = due.open_all(app, stores)
     if opened["opened"] or opened["let_go"]:
         with stores.engine.connect() as connection:
             pull.wake(connection)
-    return {"expired": len(expired), **opened}
+    return {"expired": len(expired), "revoked": len(revoked), **opened}
 
 
 def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str, int]:

@@ -7,7 +7,7 @@ from celery import Celery
 from routing import enroll, stream
 from routing.states import FINAL
 from workers.stores import Stores
-from workers.undelivered import deliver_rows
+from workers.undelivered import announcer_of, deliver_rows
 
 #: Milliseconds left to a worker to write its own.
 OLDER_THAN = 1000
@@ -17,6 +17,8 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     """Counts: `applied` entries, `continued` jobs with a successor that is due, `delivered` outboxes of theirs."""
     entries, applied = stream.apply_all(stores.engine, stores.ledger, older_than_ms=OLDER_THAN)
     continued = enroll.go_on(stores.engine, stores.ledger, applied)
+    if (announcer := announcer_of(app)) is not None:
+        announcer.waiting(applied)
     ended = [one.job for one in applied if one.state in FINAL]
     delivered = deliver_rows(app, stores, ended) if ended else 0
     return {"applied": entries, "continued": continued, "delivered": delivered}

@@ -1,13 +1,14 @@
-"""The safety net: accepted jobs that never reached the ledger, messages that never were claimed, and room that nobody
-filled. In a healthy platform it finds nothing."""
+"""The safety net: accepted jobs that never reached the ledger, messages that never were claimed, room that nobody
+filled, and revokes that only Postgres heard of. In a healthy platform it finds nothing."""
 
 from __future__ import annotations
 
 from celery import Celery
 
-from routing import backlog, enroll, keys
+from routing import backlog, enroll, keys, revoking
 from routing.books import text
 from routing.settings import Settings
+from workers.control import carry_out
 from workers.stores import Stores
 
 MOST = 1000
@@ -20,11 +21,13 @@ def pause(settings: Settings) -> float:
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `submitted` jobs, `redelivered` messages, `admitted` jobs that waited beside free room."""
+    """Counts: `submitted` jobs, `redelivered` messages, `admitted` jobs that waited beside free room,
+    `revoked` jobs that had been marked alone."""
     return {
         "submitted": _stranded(stores),
         "redelivered": stores.ledger.redeliver(),
         "admitted": _fill(stores),
+        "revoked": _revoked(stores),
     }
 
 
@@ -45,3 +48,8 @@ def _fill(stores: Stores) -> int:
         return 0
     workers = [text(worker) for worker in client.zrange(keys.FREE, 0, -1)]
     return sum(map(stores.ledger.fill, workers))
+
+
+def _revoked(stores: Stores) -> int:
+    with stores.engine.connect() as connection:
+        return sum(carry_out(stores, job) for jobs in revoking.still_open(connection) for job in jobs)

@@ -1,0 +1,19 @@
+#!lua flags=allow-oom
+-- Does: notes of a job that a worker holds that it was revoked: should it come back, it ends, and a claim is told so.
+-- KEYS: none; by name: epoch, job
+-- ARGV: epoch, run_id, job
+-- Replies: {held, worker} | {free} (no worker holds it) | {cold} | {epoch, current}
+-- Cost: constant
+-- Repeat: harmless
+local epoch, run_id, id = ARGV[1], ARGV[2], ARGV[3]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local found = redis.call('HMGET', KEY.job .. id, 'state', 'worker')
+if found[1] ~= 'admitted' and found[1] ~= 'running' then
+  return {'free'}
+end
+redis.call('HSET', KEY.job .. id, 'revoked', '1')
+return {'held', found[2] or ''}

@@ -1,0 +1,194 @@
+"""A job that was revoked while a worker held it never runs again, whatever becomes of the worker and of the books."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from celery import Celery
+from sqlalchemy import Engine, text
+
+from routing import accept, enroll, keys, pull, rebuild, revoking, roster, stream, successors
+from routing.accept import NewJob
+from routing.request import Request
+from routing.settings import Settings
+from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
+from workers.app import create_app
+from workers.control import carry_out, revoke_jobs
+from workers.duties import fallback, sweep
+from workers.stores import Stores
+
+ONE = Request.of({"cpus": 1000}).shape
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    stage.worker("a", cpus=4000)
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def app(stage: Stage, settings: Settings) -> Iterator[Celery]:
+    app = create_app("revoking", resolve=lambda _: settings)
+    yield app
+    stores: Stores = app.platform
+    stores.sending.close()
+    app.close()
+    stores.engine.dispose()
+
+
+def revoke(app: Celery, *jobs: str) -> int:
+    return revoke_jobs(app, app.platform, jobs)
+
+
+def lose_worker(stage: Stage) -> None:
+    end = stage.ledger.now_ms() - 1000
+    stage.redis.hset(keys.book("a"), "lease", end)
+    stage.redis.zadd(keys.LEASES, {"a": end})
+    assert stage.ledger.lapse("a", 0, MOST_LOSSES).verdict in ("closed", "gone")
+    stage.ledger.lapse("a", 0, MOST_LOSSES)
+    stage.apply()
+
+
+@pytest.mark.parametrize(("started", "outcome"), [(False, "taken_back"), (True, "lost")])
+def test_a_job_of_a_lost_worker_ends(stage: Stage, app: Celery, started: bool, outcome: str) -> None:
+    job = stage.submit(cpus=1000)
+    if started:
+        stage.start(job)
+    assert revoke(app, job) == 0
+    assert stage.row(job).revoked_at is not None
+    lose_worker(stage)
+    row = stage.row(job)
+    assert (row.state, row.error, row.attempt) == ("cancelled", "revoked", 1)
+    with stage.engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT outcome FROM attempts").scalars().all() == [outcome]
+    # Neither store gives it out again.
+    stage.worker("b", cpus=4000)
+    assert stage.ledger.submit(job, ONE, 1, MESSAGE, attempt=1).state == "exists"
+
+
+@pytest.mark.parametrize("outcome", ["handed_back", "lost", "retried"])
+def test_a_job_that_comes_back_ends(stage: Stage, app: Celery, outcome: str) -> None:
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    revoke(app, job)
+    if outcome == "retried":
+        with stage.engine.connect() as connection:
+            successor = NewJob(job, "task", ONE, MESSAGE, publisher=1, retries=1)
+            assert successors.put_successor(connection, successor) == "running"
+    stage.end(job, outcome, applied=False)
+    _, applied = stream.apply_all(stage.engine, stage.ledger)
+    assert enroll.go_on(stage.engine, stage.ledger, applied) == 0
+    row = stage.row(job)
+    assert (row.state, row.error, row.attempt) == ("cancelled", "revoked", 1)
+    assert row.finished_at is not None
+
+
+@pytest.mark.parametrize("outcome", ["succeeded", "failed"])
+def test_a_body_that_ends_all_the_same_has_its_own_end(stage: Stage, app: Celery, outcome: str) -> None:
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    revoke(app, job)
+    stage.end(job, outcome)
+    assert stage.row(job).state == outcome
+
+
+def test_a_replaced_job_does_not_go_on(stage: Stage, app: Celery) -> None:
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    revoke(app, job)
+    with stage.engine.connect() as connection:
+        assert successors.put_successor(connection, NewJob(job, "task", ONE, MESSAGE, publisher=1, nesting=1)) == "running"
+    stage.end(job)
+    assert stage.row(job).state == "cancelled"
+
+
+def test_a_claim_is_told(stage: Stage, app: Celery) -> None:
+    job, other = stage.submit(cpus=1000), stage.submit(cpus=1000)
+    revoke(app, job)
+    arrived = [(one, f"{stage.row(one).epoch}.1", "n") for one in (job, other)]
+    claimed = stage.ledger.settle("a", "a-life", arrived=arrived, most_losses=MOST_LOSSES).claimed
+    assert [(one.ok, one.revoked) for one in claimed] == [(True, True), (True, False)]
+    for one in (job, other):
+        stage.apply()
+        stage.end(one, "cancelled")
+
+
+def test_new_books_know_it(stage: Stage, app: Celery) -> None:
+    held, ends = stage.submit(cpus=1000), stage.submit(cpus=1000)
+    stage.start(held)
+    stage.start(ends)
+    stage.redis.delete(keys.EPOCH)
+    stage.sql("UPDATE authority SET changed_at = 'epoch'")
+    # While no ledger decides, the row alone hears of it.
+    revoke(app, held)
+    opened = rebuild.open_if_cold(stage.engine, stage.ledger)
+    assert opened is not None and opened.held == 2
+    assert stage.redis.hget(keys.job(held), "revoked") == b"1"
+    assert stage.redis.hget(keys.job(ends), "revoked") is None
+    lose_worker(stage)
+    assert (stage.row(held).state, stage.row(ends).state) == ("cancelled", "accepted")
+
+
+def test_the_sweep_goes_on_with_what_was_only_marked(stage: Stage, app: Celery) -> None:
+    """Whoever revoked died between the row and the ledger."""
+    running = stage.submit(cpus=4000)
+    stage.start(running)
+    waiting = stage.submit(cpus=1000)
+    with stage.engine.connect() as connection:
+        assert revoking.mark(connection, [running, waiting, "nobody"]) == [running, waiting]
+    # (As the runner of the duties does.)
+    app.platform.ledger.epoch = stage.ledger.epoch
+    assert sweep.run_once(app, app.platform)["revoked"] == 1
+    assert stage.row(waiting).state == "cancelled"
+    stage.end(running, "handed_back")
+    assert stage.row(running).state == "cancelled"
+    assert sweep.run_once(app, app.platform)["revoked"] == 0
+
+
+def test_what_has_ended_is_not_marked(stage: Stage, app: Celery) -> None:
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    stage.end(job)
+    assert revoke(app, job) == 0
+    assert not carry_out(app.platform, job)
+    row = stage.row(job)
+    assert (row.state, row.revoked_at) == ("succeeded", None)
+
+
+def test_without_the_ledger_the_row_is_enough(stage: Stage, app: Celery) -> None:
+    """Postgres decides: what a worker pulled and gives back is pulled by no other."""
+    stage.sql("UPDATE authority SET authority = 'postgres', changed_at = 'epoch'")
+    job, marked = stage.insert({"cpus": 1000}), stage.insert({"cpus": 1000})
+    with stage.engine.connect() as connection:
+        epoch = roster.read_authority(connection).epoch
+        assert [one.job for one in pull.take(connection, epoch, "a", "a-life", [job])] == [job]
+        assert revoking.mark(connection, [marked]) == [marked]
+        assert pull.take(connection, epoch, "a", "a-life", [marked]) == []
+        assert [one.job for one in pull.candidates(connection, 10)] == []
+    assert fallback.expire(app, app.platform) == {"expired": 0, "revoked": 1}
+    revoke(app, job)
+    with stage.engine.connect() as connection:
+        pull.give_back(connection, pull.open_attempts(connection, "a-life"), "taken_back", "gone", MOST_LOSSES)
+    assert {stage.row(one).state for one in (job, marked)} == {"cancelled"}
+
+
+STAMPS = [("text", "x"), ("number", 7), ("odd", "zero \0 and half a pair \udcff")]
+
+
+def test_jobs_are_found_by_their_stamps(stage: Stage) -> None:
+    with stage.engine.connect() as connection:
+        for name, value in STAMPS:
+            stamps = revoking.stamps_json([name, "none"], {name: [value, "more"]})
+            accept.insert_job(connection, NewJob(name, "task", ONE, MESSAGE, stamps=stamps))
+        accept.insert_job(connection, NewJob("plain", "task", ONE, MESSAGE))
+        for name, value in STAMPS:
+            assert revoking.stamped(connection, {name: value}) == [name]
+            assert revoking.stamped(connection, {name: ["another", value]}) == [name]
+            assert revoking.stamped(connection, {"no": value}) == []
+        assert revoking.stamped(connection, {"text": "x", "number": [7, 8]}) == ["number", "text"]
+        connection.exec_driver_sql("SET enable_seqscan = off")
+        plan = connection.execute(text(f"EXPLAIN {revoking._STAMPED}"), {"stamp": '{"text": ["x"]}'})
+        assert "jobs_stamps" in "\n".join(plan.scalars())

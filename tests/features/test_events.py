@@ -1,0 +1,209 @@
+"""Events (Celery: Monitoring and Management Guide, "Events"): the same life of a task as with plain Celery, and two
+events more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import pytest
+from celery import Celery, states
+from celery.events.state import State
+from kombu import Connection
+
+from routing.home import Pair
+from tests.fixtures import tasks
+from tests.fixtures.plain_workers import start_plain
+from tests.fixtures.processes import Platform
+from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.waiting import until
+from tests.tasks.plain import plain_app
+
+HOLD: Final = "tests.fixtures.tasks.hold"
+TASKS: Final = "tests.tasks.heard"
+OWN: Final = ("task-waiting", "task-admitted")
+
+
+class Ear:
+    """All events of an app's broker, heard by a thread."""
+
+    def __init__(self, app: Celery) -> None:
+        self.heard: list[dict[str, Any]] = []
+        self._ending = False
+        self._ready = threading.Event()
+        self._connection: Connection = app.connection_for_read()
+        self._receiver = app.events.Receiver(self._connection, handlers={"*": self.heard.append})
+        self._thread = threading.Thread(target=self._listen, name="ear", daemon=True)
+        self._thread.start()
+        assert self._ready.wait(20.0)
+
+    def _listen(self) -> None:
+        with self._receiver.consumer_context() as (connection, _, _):
+            self._ready.set()
+            while not self._ending:
+                try:
+                    connection.drain_events(timeout=0.1)
+                except TimeoutError:
+                    continue
+
+    def close(self) -> None:
+        self._ending = True
+        self._thread.join(20.0)
+        self._connection.release()
+
+    def of(self, job: str) -> list[dict[str, Any]]:
+        """The events of a job: first what its sender said (who may be slower than its worker), then by time."""
+        found = [one for one in list(self.heard) if one.get("uuid") == job]
+        return sorted(found, key=lambda one: (one["type"] != "task-sent", one["timestamp"]))
+
+    def until(self, job: str, kind: str, count: int = 1) -> list[dict[str, Any]]:
+        """The events of a job, as soon as so many of a kind are among them."""
+
+        def found() -> list[dict[str, Any]]:
+            events = self.of(job)
+            return events if sum(one["type"] == kind for one in events) >= count else []
+
+        return until(found, lambda: f"{kind} of {job}; there are {[one['type'] for one in self.of(job)]}")
+
+
+@pytest.fixture(scope="module")
+def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    folder = tmp_path_factory.mktemp("events")
+    with standing_platform(server_pair, folder, TASKS) as running:
+        running.worker("a", cpus=1, arguments=("-E",))
+        yield running
+
+
+@pytest.fixture
+def ear(submitter: Submitter) -> Iterator[Ear]:
+    submitter.app.conf.task_send_sent_event = True
+    ear = Ear(submitter.app)
+    yield ear
+    ear.close()
+
+
+def test_a_job_that_waits_is_told_of(platform: Platform, submitter: Submitter, ear: Ear) -> None:
+    full = submitter.send(HOLD, "full")
+    tasks.started(platform.redis, "full")
+    job = submitter.send(f"{TASKS}.done", 1, memory="1GiB")
+    waiting = ear.until(job, "task-waiting")[-1]
+    request = {"cpus": 1, "memory": 2**30, "slots": 1}
+    known = {"name": f"{TASKS}.done", "request": request, "queue": "celery"}
+    assert {**known, "attempt": 0, "allocation": None}.items() <= waiting.items()
+    tasks.let_go(platform.redis, "full")
+    events = ear.until(job, "task-succeeded")
+    assert [one["type"] for one in events] == [
+        *("task-sent", "task-waiting", "task-admitted", "task-received", "task-started", "task-succeeded")
+    ]
+    row = submitter.ended(job)
+    allocation = {"worker": "a", "attempt": 1, "token": f"{row.epoch}.1"}
+    assert {**known, "attempt": 1, "allocation": allocation}.items() <= events[2].items()
+    assert submitter.ended(full).state == "succeeded"
+
+    # Celery's own view of the cluster, and Flower's, which is made of it.
+    state = State()
+    for one in events:
+        state.event(dict(one))
+        seen = state.tasks[job]
+        assert seen.state == {
+            "task-sent": states.PENDING,
+            "task-waiting": "WAITING",
+            "task-admitted": "ADMITTED",
+            "task-received": states.RECEIVED,
+            "task-started": states.STARTED,
+            "task-succeeded": states.SUCCESS,
+        }[one["type"]]
+    assert (seen.name, seen.worker.hostname.partition("@")[0], seen.result) == (f"{TASKS}.done", "a", "1")
+    assert [node.partition("@")[0] for node in state.workers] == ["a"]
+    assert seen.as_dict()["uuid"] == job
+    assert [key for key, _ in state.tasks_by_time()][:1] == [job]
+    # Whatever order they come in, a job that was seen to run is not seen to wait again.
+    late = State()
+    for one in reversed(ear.of(job)):
+        late.event(dict(one))
+    assert late.tasks[job].state == states.SUCCESS
+
+
+def test_what_ends_in_the_backlog_is_told_as_celery_tells_it(
+    platform: Platform, submitter: Submitter, ear: Ear
+) -> None:
+    full = submitter.send(HOLD, "full")
+    tasks.started(platform.redis, "full")
+    revoked = submitter.send(f"{TASKS}.done", 1, countdown=60)
+    expired = submitter.send(f"{TASKS}.done", 1, expires=0.2)
+    submitter.result(revoked).revoke()
+    for job, how in ((revoked, False), (expired, True)):
+        *_, event = ear.until(job, "task-revoked")
+        assert (event["terminated"], event["signum"], event["expired"]) == (False, None, how)
+        state = State()
+        for one in ear.of(job):
+            state.event(dict(one))
+        assert state.tasks[job].state == states.REVOKED
+    tasks.let_go(platform.redis, "full")
+    submitter.ended(full)
+    for job in (revoked, expired):
+        assert [one["type"] for one in ear.of(job)].count("task-revoked") == 1
+
+
+@pytest.fixture(scope="module")
+def plain(platform: Platform) -> Iterator[Celery]:
+    """An app of plain Celery, with a worker on the same server, in another database."""
+    app = plain_app(platform.environment["REDIS_URL"], task_send_sent_event=True)
+    start_plain(platform, "-E")
+    yield app
+    app.close()
+
+
+def scenarios(app: Celery, redis: Any) -> dict[str, str]:
+    """How -> the id of the job to which that has happened, one after the other."""
+
+    def send(name: str, *args: Any, **options: Any) -> str:
+        return str(app.send_task(name, args, **options).id)
+
+    past = datetime.now(UTC) - timedelta(minutes=1)
+    found = {
+        "success": send(f"{TASKS}.done", 1),
+        "failure": send(f"{TASKS}.fails"),
+        "retry": send(f"{TASKS}.retries"),
+        "reject": send(f"{TASKS}.rejects"),
+        "replaced": send(f"{TASKS}.replaced"),
+        "expired": send(f"{TASKS}.done", 1, expires=past),
+        "terminated": send(HOLD, f"{app.main}.terminated"),
+    }
+    tasks.started(redis, f"{app.main}.terminated")
+    app.control.revoke(found["terminated"], terminate=True)
+    return found
+
+
+#: The last event of each.
+LAST: Final = {
+    "success": "task-succeeded",
+    "failure": "task-failed",
+    "retry": "task-succeeded",
+    # (Not `task-rejected`: its message was acknowledged when it started.)
+    "reject": "task-failed",
+    "replaced": "task-succeeded",
+    "expired": "task-revoked",
+    "terminated": "task-revoked",
+}
+#: Those in which a plain worker may have the message of the next attempt before it hears how the last one ended.
+RACES: Final = ("retry", "replaced")
+#: What tells one life from another, and need not be equal.
+_CHANGES: Final = {"uuid", "hostname", "timestamp", "local_received", "clock", "pid", "runtime", "traceback", "root_id"}
+
+
+def test_the_events_of_a_life_are_those_of_plain_celery(
+    platform: Platform, submitter: Submitter, ear: Ear, plain: Celery
+) -> None:
+    with closing(Ear(plain)) as other:
+        ours, theirs = scenarios(submitter.app, platform.redis), scenarios(plain, platform.redis)
+        for how, last in LAST.items():
+            lives = []
+            for ear_of, jobs in ((ear, ours), (other, theirs)):
+                events = [one for one in ear_of.until(jobs[how], last) if one["type"] not in OWN]
+                told = [(one["type"], *sorted(one.keys() - _CHANGES)) for one in events]
+                lives.append(sorted(told) if how in RACES else told)
+            assert lives[0] == lives[1], how

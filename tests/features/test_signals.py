@@ -1,0 +1,191 @@
+"""Signals (Celery: "Signals"): each fires once for what it stands for, with the arguments that plain Celery gives."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from celery import Celery, signals
+
+from routing.errors import InvalidRequest
+from routing.home import Pair
+from tests.fixtures.plain_workers import start_plain
+from tests.fixtures.processes import Platform
+from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.waiting import until
+from tests.tasks.heard import HEARD, OF_WORKERS
+from tests.tasks.plain import plain_app
+from workers.router import HEADER
+
+TASKS: Final = "tests.tasks.heard"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the workers heard: the platform's, and plain Celery's."""
+    folder = tmp_path_factory.mktemp("heard")
+    return {"ours": folder / "ours", "plain": folder / "plain"}
+
+
+@pytest.fixture(scope="module")
+def platform(
+    server_pair: Pair, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Platform]:
+    with standing_platform(server_pair, tmp_path_factory.mktemp("signals"), TASKS) as running:
+        running.environment[HEARD] = str(files["ours"])
+        running.worker("a", cpus=2)
+        start_plain(running, **{HEARD: str(files["plain"])})
+        yield running
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def heard_of(file: Path, job: str, last: str, count: int = 1) -> Counter[tuple[Any, ...]]:
+    """The signals of a job, as soon as so many of a kind are among them: name, sender, names of arguments, ..."""
+
+    def found() -> list[dict[str, Any]]:
+        own = [one for one in lines(file) if one["job"] == job]
+        return own if sum(one["signal"] == last for one in own) >= count else []
+
+    told = until(found, lambda: f"{last} of {job}: {[one['signal'] for one in lines(file) if one['job'] == job]}")
+    return Counter((one["signal"], one["sender"], *one["given"], one["expired"], one["terminated"]) for one in told)
+
+
+#: Task, options -> the last signal of it, and how many of these there are.
+LIVES: Final[dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str, int]]] = {
+    "success": (f"{TASKS}.done", (1,), {}, "task_postrun", 1),
+    "failure": (f"{TASKS}.fails", (), {}, "task_postrun", 1),
+    "retry": (f"{TASKS}.retries", (), {}, "task_success", 1),
+    "reject": (f"{TASKS}.rejects", (), {}, "task_failure", 1),
+    "replaced": (f"{TASKS}.replaced", (), {}, "task_success", 1),
+    "expired": (f"{TASKS}.done", (1,), {"expires": "2020-01-01T00:00:00+00:00"}, "task_revoked", 1),
+    "unknown": ("there.is.no.such.task", (), {}, "task_unknown", 1),
+}
+
+
+def test_the_signals_of_a_job_are_those_of_plain_celery(
+    platform: Platform, submitter: Submitter, files: dict[str, Path]
+) -> None:
+    plain = plain_app(platform.environment["REDIS_URL"])
+    jobs = {}
+    for how, (name, args, options, *_) in LIVES.items():
+        jobs[how] = [str(app.send_task(name, args, **options).id) for app in (submitter.app, plain)]
+    for how, (*_, last, count) in LIVES.items():
+        ours, theirs = jobs[how]
+        for file, job in ((files["ours"], ours), (files["plain"], theirs)):
+            heard_of(file, job, last, count)
+    for ours, _ in jobs.values():
+        submitter.ended(ours)
+    for how, (*_, last, count) in LIVES.items():
+        ours, theirs = jobs[how]
+        assert heard_of(files["ours"], ours, last, count) == heard_of(files["plain"], theirs, last, count), how
+    plain.close()
+
+
+def test_a_message_that_is_no_tasks_is_told_once(
+    platform: Platform, submitter: Submitter, files: dict[str, Path]
+) -> None:
+    plain = plain_app(platform.environment["REDIS_URL"])
+
+    def rejected(file: Path) -> list[dict[str, Any]]:
+        return [one for one in lines(file) if one["signal"] == "task_rejected"]
+
+    for app in (submitter.app, plain):
+        with app.connection_for_write() as connection:
+            connection.Producer().publish({"no": "task"}, routing_key="celery", exchange="", serializer="json")
+    until(lambda: all(rejected(file) for file in files.values()), "both say that it was rejected")
+    ours, theirs = (rejected(file) for file in files.values())
+    assert (ours, len(ours)) == (theirs, 1)
+    plain.close()
+
+
+def test_the_signals_of_a_worker_are_those_of_plain_celery(platform: Platform, files: dict[str, Path]) -> None:
+    """From its start to its end, with as many processes. (Heartbeats are by the time that it lived.)"""
+    ours, theirs = platform.processes[0], platform.processes[1]
+    assert (ours.stop(), theirs.stop()) == (0, 0)
+    told = []
+    for file in files.values():
+        found = [one for one in lines(file) if one["signal"] in OF_WORKERS]
+        told.append(Counter((one["signal"], *one["given"]) for one in found if one["signal"] != "heartbeat_sent"))
+        assert any(one["signal"] == "heartbeat_sent" for one in found)
+    assert told[0] == told[1]
+    assert {name for name, *_ in told[0]} == {*OF_WORKERS} - {"heartbeat_sent"}
+
+
+@contextmanager
+def connected(signal: Any, receiver: Callable[..., None]) -> Iterator[None]:
+    signal.connect(receiver, weak=False)
+    try:
+        yield
+    finally:
+        signal.disconnect(receiver)
+
+
+def published(app: Celery, **options: Any) -> tuple[str, list[tuple[str, Any, list[str]]]]:
+    """A job, and what its sender heard: (signal, sender, names of arguments)."""
+    heard: list[tuple[str, Any, list[str]]] = []
+
+    def listen(name: str) -> Callable[..., None]:
+        def note(sender: Any = None, signal: Any = None, **given: Any) -> None:
+            heard.append((name, sender, sorted(given)))
+
+        return note
+
+    names = ("before_task_publish", "after_task_publish", "task_sent")
+    with (
+        connected(signals.before_task_publish, listen(names[0])),
+        connected(signals.after_task_publish, listen(names[1])),
+        connected(signals.task_sent, listen(names[2])),
+    ):
+        job = str(app.send_task(f"{TASKS}.done", (1,), **options).id)
+    return job, heard
+
+
+def test_who_submits_hears_what_plain_celery_says(platform: Platform, submitter: Submitter) -> None:
+    plain = plain_app(platform.environment["REDIS_URL"])
+    assert published(submitter.app, countdown=60)[1] == published(plain)[1]
+    plain.control.purge()
+    plain.close()
+
+
+def test_before_it_is_published_a_job_may_still_be_changed(platform: Platform, submitter: Submitter) -> None:
+    def change(headers: Any = None, properties: Any = None, **_: Any) -> None:
+        headers["mine"] = "kept"
+        headers[HEADER] = {**headers.get(HEADER, {}), "shape": "cpus=2000,memory=1073741824,slots=1"}
+        properties["priority"] = 7
+
+    with connected(signals.before_task_publish, change):
+        job = submitter.send(f"{TASKS}.done", 1, countdown=60)
+    row = submitter.row(job)
+    assert (row.request, row.priority) == ({"cpus": 2, "memory": 2**30, "slots": 1}, 7)
+    assert b'"mine":"kept"' in bytes(row.message)
+    submitter.app.control.revoke(job)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda headers: headers[HEADER].update(shape="cpus=-1,slots=1"),
+        lambda headers: headers[HEADER].update(shape="much"),
+        lambda headers: headers.update(id="x" * 10_000),
+        lambda headers: headers.update(mine=object()),
+    ],
+    ids=["a negative request", "no request", "an id that is none", "what JSON cannot hold"],
+)
+def test_what_a_signal_makes_invalid_is_refused(
+    platform: Platform, submitter: Submitter, wrong: Callable[[Any], None]
+) -> None:
+    before = submitter.jobs()
+    with (
+        connected(signals.before_task_publish, lambda headers=None, **_: wrong(headers)),
+        pytest.raises(InvalidRequest),
+    ):
+        submitter.send(f"{TASKS}.done", 1)
+    assert submitter.jobs() == before

@@ -1,0 +1,155 @@
+"""What Celery's events and signals say of a job beside what Celery's own request does.
+
+`task-waiting` and `task-admitted` are events of the platform's own; and where a job ends that no worker holds (revoked
+in the backlog, expired, lost), a worker says so as Celery's would: `task-revoked` and the signal `task_revoked`. All is
+said in the main loop, by the consumer's own dispatcher, which no other thread may use.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from celery import signals
+from celery import states as celery_states
+from celery.app.task import Context
+from sqlalchemy import Engine, text
+
+from routing.errors import PlatformError
+from routing.message import Tag, parse_tag
+from routing.request import Request
+from routing.states import State
+from workers.router import HEADER
+
+logger = logging.getLogger(__name__)
+
+#: The states that Celery's `State` makes of the events, and their places among its own: a state that it does not know
+#: it puts above STARTED and REVOKED, so that a job that was admitted would never be seen to start.
+PLACES: Final = {"WAITING": "PENDING", "ADMITTED": "REJECTED"}
+
+_ROWS: Final = text("SELECT id, name, attempt, request, queue FROM jobs WHERE id = ANY(CAST(:ids AS text[]))")
+
+
+def teach_states() -> None:
+    """Tell this process's Celery where the states of the platform's events belong (Flower, `celery events`)."""
+    for name, like in PLACES.items():
+        celery_states.PRECEDENCE_LOOKUP[name] = celery_states.PRECEDENCE_LOOKUP[like]
+
+
+def allocation(worker: str, tag: Tag) -> dict[str, Any]:
+    """What events and `inspect` say of the allocation that an attempt holds."""
+    return {"worker": worker, "attempt": tag.attempt, "token": tag.token}
+
+
+def request_of(headers: Any) -> dict[str, int | float] | None:
+    """The request that a message carries, in people's units; None where it carries none."""
+    carried = headers.get(HEADER) if isinstance(headers, dict) else None
+    if not isinstance(carried, dict):
+        return None
+    try:
+        return Request.from_shape(str(carried.get("shape"))).to_people()
+    except PlatformError:
+        return None
+
+
+class Announcer:
+    """`wake` makes the main loop call `say`. `consumer`: Celery's, set once it is there."""
+
+    def __init__(self, app: Any, engine: Engine, worker: str, wake: Callable[[], None]) -> None:
+        self._app = app
+        self._engine = engine
+        self._worker = worker
+        self._wake = wake
+        self.consumer: Any = None
+        self._pending: deque[Callable[[], None]] = deque()
+
+    @property
+    def events(self) -> Any:
+        """Celery's dispatcher where events are sent (`-E`), else None."""
+        dispatcher = getattr(self.consumer, "event_dispatcher", None)
+        if dispatcher is None or not dispatcher.enabled:
+            return None
+        return None if dispatcher.groups and "task" not in dispatcher.groups else dispatcher
+
+    def say(self) -> None:
+        """In the main loop: what others left to be said. What goes wrong with it concerns nobody's job."""
+        while self._pending:
+            try:
+                self._pending.popleft()()
+            except Exception:
+                logger.exception("what became of a job could not be announced")
+
+    def _later(self, action: Callable[[], None]) -> None:
+        self._pending.append(action)
+        self._wake()
+
+    def admitted(self, message: Any) -> None:
+        """In the main loop, of a message that is about to become a request."""
+        events = self.events
+        if events is None:
+            return
+        tag, headers = parse_tag(message.delivery_tag), message.headers
+        name = headers.get("task") if isinstance(headers, dict) else None
+        if tag is None or not self._sends(name):
+            return
+        try:
+            events.send(
+                "task-admitted",
+                uuid=tag.job,
+                name=name,
+                attempt=tag.attempt,
+                request=request_of(headers),
+                queue=(message.delivery_info or {}).get("routing_key"),
+                allocation=allocation(self._worker, tag),
+            )
+        except Exception:
+            # Whatever it is, the job starts all the same.
+            logger.exception("the admission of job %s could not be announced", tag.job)
+
+    def waiting(self, applied: Sequence[Any]) -> None:
+        """In any thread that may ask Postgres: rows that changed (`routing.store.Applied`)."""
+        ids = [one.job for one in applied if one.state == State.WAITING]
+        if not ids or self.events is None:
+            return
+        with self._engine.connect() as connection:
+            rows = connection.execute(_ROWS, {"ids": ids}).all()
+        for row in rows:
+            if self._sends(row.name):
+                self._later(lambda row=row: self._send_waiting(row))  # type: ignore[misc]
+
+    def _send_waiting(self, row: Any) -> None:
+        if self.events is not None:
+            request, name, queue = row.request, row.name, row.queue
+            fields = {"name": name, "attempt": row.attempt, "request": request, "queue": queue, "allocation": None}
+            self.events.send("task-waiting", uuid=row.id, **fields)
+
+    def refused(self, message: Any) -> None:
+        """In any thread: a message of an old producer is no task's, and was set aside."""
+        self._later(lambda: signals.task_rejected.send(sender=self.consumer, message=message, exc=None))
+
+    def ended(self, job: str, state: State, error: str, request: Context) -> None:
+        """In any thread: a job that no worker held has ended, and its result says so."""
+        self._later(lambda: self._say_end(job, state, error, request))
+
+    def _say_end(self, job: str, state: State, error: str, request: Context) -> None:
+        task = self._app.tasks.get(request.task)
+        events = self.events if self._sends(request.task) else None
+        if state is State.LOST:
+            if events is not None:
+                events.send("task-failed", uuid=job, exception=f"WorkerLostError({error!r})", traceback="")
+            return
+        expired = state is State.EXPIRED
+        if events is not None:
+            events.send("task-revoked", uuid=job, terminated=False, signum=None, expired=expired)
+        signals.task_revoked.send(
+            sender=task if task is not None else request.task,
+            request=request,
+            terminated=False,
+            signum=None,
+            expired=expired,
+        )
+
+    def _sends(self, name: Any) -> bool:
+        return bool(getattr(self._app.tasks.get(name), "send_events", True))
