@@ -21,6 +21,7 @@ errors, all derived from `PlatformError`:
     │   └── BacklogFull      more jobs wait than are allowed
     ├── NotMigrated      the tables are missing or of another version
     ├── OutcomeUnknown   it may have been written; the error has the job's id
+    ├── PartlyAccepted   of many jobs some were accepted, then one was not
     ├── SettingsError    every wrong setting at once
     ├── StoreUnavailable Redis or Postgres does not answer
     └── Unsupported      a feature of Celery that the platform does not carry out yet
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         NotAccepted,
         NotMigrated,
         OutcomeUnknown,
+        PartlyAccepted,
         PlatformError,
         SettingsError,
         StoreUnavailable,
@@ -74,6 +76,7 @@ __all__ = [
     "NotAccepted",
     "NotMigrated",
     "OutcomeUnknown",
+    "PartlyAccepted",
     "PlatformError",
     "Request",
     "SettingsError",

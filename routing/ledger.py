@@ -110,7 +110,10 @@ class Ledger(Repairs):
             self.hear(int(reply[1]))
             return 0
         for start in range(2, len(reply), 3):
-            self.place(*reply[start : start + 3])
+            # Whoever took the first may have room for the next one, and stands before the cursor now.
+            shape, *cursor = reply[start : start + 3]
+            while self.place(shape, *cursor):
+                cursor = []
         return int(reply[1])
 
     def _submitted(self, job: str, shape: str, reply: list[str]) -> Submitted:

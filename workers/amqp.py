@@ -12,6 +12,7 @@ from kombu.serialization import prepare_accept_content
 from routing.errors import InvalidRequest, mask_url
 from routing.secrets import hidden
 from workers import ticks
+from workers.gathering import here
 from workers.router import PLATFORM_PREFIX, Router
 from workers.sender import Sender
 from workers.stores import Stores
@@ -76,6 +77,9 @@ class PlatformAMQP:
             if name.startswith(PLATFORM_PREFIX):
                 advice = f"{PLATFORM_PREFIX} begins the platform's own names."
                 raise InvalidRequest(f"no task may be named {name}", value=name, advice=advice)
+            gathering = here(self)
+            if gathering is not None:
+                return gathering.publish(plain, producer, name, message, options)
             return plain(_JobProducer(producer, sender), name, message, **options)
 
         return send_task_message
@@ -92,6 +96,9 @@ class PlatformAMQP:
                 levels = self.app.conf.task_repr_maxlevels  # type: ignore[attr-defined]
                 shown = saferepr(hidden(given), most, maxlevels=levels)
                 options[what] = mask_url(shown) if "://" in shown else shown
+        gathering = here(self)
+        if gathering is not None:
+            gathering.made(name, kwargs, more, options)
         return super().as_task_v2(task_id, name, args, kwargs, *more, **options)  # type: ignore[misc]
 
     def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:

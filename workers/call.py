@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import datetime, tzinfo
 from functools import wraps
 from numbers import Real
 from typing import Any, Final
@@ -16,6 +16,8 @@ from typing import Any, Final
 from kombu import Queue
 
 from routing.errors import InvalidRequest, show
+from routing.names import check_job_id
+from routing.policy import TOP_PRIORITY
 
 #: Seconds from now, the furthest that a job may be put off (Celery's own bound).
 MOST_SECONDS: Final = 2**31 - 1
@@ -105,6 +107,39 @@ def check_time_limits(value: Any) -> None:
     for limit, what in zip(value, ("time_limit", "soft_time_limit"), strict=False):
         if limit is not None and check_seconds(limit, what) < 0:
             raise _wrong(what, limit, "It must not be negative.")
+
+
+def check_priority(value: Any) -> int:
+    """A priority of a message; none is 0."""
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= TOP_PRIORITY:
+        raise InvalidRequest(f"priority {show(value)} is not valid", value=value, advice="It must be 0 to 9, 9 first.")
+    return value
+
+
+def check_parent(value: Any) -> str | None:
+    """The id of another task, as Celery passes it on."""
+    return None if value is None else check_job_id(value)
+
+
+def check_zoned(value: Any, what: str, zone: tzinfo) -> datetime | None:
+    """A time of a message, None where there is none. `zone`: of one that names none."""
+    if value is None:
+        return None
+    when = check_time(value, what)
+    return when if when.tzinfo is not None else when.replace(tzinfo=zone)
+
+
+def check_name(value: Any) -> str:
+    """A task's name."""
+    if not isinstance(value, str) or not value or len(value) > 255 or not value.isprintable():
+        raise InvalidRequest(
+            f"task name {show(value)} is not valid",
+            value=value,
+            advice="It must be 1 to 255 printable characters.",
+        )
+    return value
 
 
 def _expires(value: Any) -> Any:
