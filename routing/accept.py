@@ -156,11 +156,16 @@ def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None)
             raise NotMigrated() from error
         raise
     if row is None:
-        known = roster.read_authority(connection)
-        return Inserted(None, known.epoch, known.authority)
+        return confirmed(connection)
     if row[1] is None:
         raise NotMigrated()
     return Inserted(row[0], row[1], row[2])
+
+
+def confirmed(connection: Connection) -> Inserted:
+    """Nothing was inserted; who decides, all the same."""
+    known = roster.read_authority(connection)
+    return Inserted(None, known.epoch, known.authority)
 
 
 def _execute_insert(connection: Connection, statement: _Statement, values: tuple[Any, ...]) -> Any:

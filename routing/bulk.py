@@ -39,8 +39,8 @@ _NULL: Final = "\\N"
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
-    """`seqs`: the order of submission of each job, by id. `epoch`, `authority`: as Postgres says after the commit."""
+class Committed:
+    """`seqs`: the order of submission of each job that is there, by id. `epoch`, `authority`: as Postgres says now."""
 
     seqs: Mapping[str, int]
     epoch: int
@@ -76,16 +76,17 @@ def is_known(error: DBAPIError) -> bool:
     return getattr(error.orig, "pgcode", None) == _EXISTS
 
 
-def copied(connection: Connection, jobs: Sequence[NewJob]) -> Copied:
-    """What became of rows that were committed. Raises `NotMigrated`."""
-    rows = connection.execute(_COPIED, {"ids": [job.id for job in jobs]}).all()
+def committed(connection: Connection, jobs: Sequence[NewJob]) -> Committed:
+    """Which of these jobs have a row. Raises `NotMigrated`."""
+    rows = connection.execute(_COMMITTED, {"ids": [job.id for job in jobs]}).all()
     if not rows:
         raise NotMigrated()
-    return Copied({row[0]: row[1] for row in rows}, rows[0][2], rows[0][3])
+    seqs = {row[2]: row[3] for row in rows if row[2] is not None}
+    return Committed(seqs, rows[0][0], rows[0][1])
 
 
-_COPIED: Final = text(
-    "SELECT j.id, j.seq, a.epoch, a.authority FROM jobs j CROSS JOIN authority a WHERE j.id = ANY(CAST(:ids AS text[]))"
+_COMMITTED: Final = text(
+    "SELECT a.epoch, a.authority, j.id, j.seq FROM authority a LEFT JOIN jobs j ON j.id = ANY(CAST(:ids AS text[]))"
 )
 _LOCK: Final = text("SELECT 1 FROM jobs WHERE id = :job FOR SHARE")
 

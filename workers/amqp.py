@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.app.amqp import AMQP
 from celery.utils.saferepr import saferepr
@@ -18,11 +18,14 @@ from workers.sender import Sender
 from workers.stores import Stores
 from workers.transport import Connection
 
+if TYPE_CHECKING:
+    from workers.transactional import Transaction
+
 
 class _JobProducer:
     """Stands for kombu's producer while Celery sends a task: what it publishes becomes a row."""
 
-    def __init__(self, producer: Any, sender: Sender) -> None:
+    def __init__(self, producer: Any, sender: Sender | Transaction) -> None:
         self._producer = producer
         self._sender = sender
 
@@ -71,12 +74,18 @@ class PlatformAMQP:
         plain = super()._create_task_sender()  # type: ignore[misc]
         sender = self.job_sender
 
-        def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
+        def send_task_message(producer: Any, name: str, message: Any, session: Any = None, **options: Any) -> Any:
             if name in ticks.NAMES:
                 return ticks.publish(producer, name)
             if name.startswith(PLATFORM_PREFIX):
                 advice = f"{PLATFORM_PREFIX} begins the platform's own names."
                 raise InvalidRequest(f"no task may be named {name}", value=name, advice=advice)
+            if session is not None:
+                # (Few programs use it, and it loads SQLAlchemy's ORM.)
+                from workers.transactional import Transaction
+
+                within = Transaction(sender, self.stores, session)
+                return plain(_JobProducer(producer, within), name, message, **options)
             gathering = here(self)
             if gathering is not None:
                 return gathering.publish(plain, producer, name, message, options)

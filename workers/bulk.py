@@ -100,6 +100,7 @@ def submit_many(
     kwargs: Mapping[str, Any] | None = None,
     chunk: int = CHUNK,
     progress: Callable[[int], object] | None = None,
+    session: Any = None,
     **options: Any,
 ) -> JobRange:
     """Submit a job of a task for each item of `arguments` (the positional arguments of one). All are durable when this
@@ -107,14 +108,22 @@ def submit_many(
 
     `kwargs` and `options` (those of `apply_async`: cpus=, priority=, countdown=, ...) are the same for all. An error of
     the first chunk's beginning is raised as `delay()` raises it, and nothing was written; a later one as
-    `PartlyAccepted`, with that error as its cause.
+    `PartlyAccepted`, with that error as its cause. With a `session` all of it is part of that transaction, and errors
+    are raised as they are.
     """
     for option in _NOT_HERE & options.keys():
         raise InvalidRequest(f"submit_many({option}=...) is not an option", value=option, advice="Leave it out.")
     check_chunk(chunk)
     known: Task | str = app.tasks.get(task, task) if isinstance(task, str) else task
     common, number = uuid()[:_COMMON], 0
-    jobs = Chunks(app.amqp.job_sender, app.platform, attempts.current(), chunk, progress)
+    sender = app.amqp.job_sender
+    within = None
+    if session is not None:
+        # (It loads SQLAlchemy's ORM.)
+        from workers.transactional import Transaction
+
+        within = Transaction(sender, app.platform, session).add
+    jobs = Chunks(sender, app.platform, attempts.current(), chunk, progress, within)
     with stored_together(app, jobs) as gathering:
         call = _Call(app, gathering, known, dict(kwargs or {}), options)
         for number, item in enumerate(arguments, 1):

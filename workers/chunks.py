@@ -13,9 +13,9 @@ from functools import partial
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import bulk, enroll, roster
+from routing import accept, bulk, enroll
 from routing.accept import Inserted, NewJob
-from routing.bulk import Copied
+from routing.bulk import Committed
 from routing.errors import NotAccepted, OutcomeUnknown, mask_url
 from routing.ledger import Ledger
 from routing.policy import order
@@ -30,7 +30,8 @@ After = Callable[[], None] | None
 
 
 class Chunks:
-    """Jobs on their way in. All but `_store` runs in the caller's thread. `done` gets the number that is stored."""
+    """Jobs on their way in. All but `_store` runs in the caller's thread. `done` gets the number that is stored.
+    `within`: writes them into the caller's own transaction instead, in the caller's thread."""
 
     def __init__(
         self,
@@ -39,18 +40,20 @@ class Chunks:
         attempt: Attempt | None,
         size: int = bulk.CHUNK,
         done: Callable[[int], object] | None = None,
+        within: Callable[[Sequence[NewJob]], None] | None = None,
     ) -> None:
         self._sender = sender
         self._stores = stores
         self._attempt = attempt
         self._size = size
         self._done = done
+        self._within = within
         self._jobs: list[NewJob] = []
         self._after: list[After] = []
         self._thread: ThreadPoolExecutor | None = None
         self._storing: Future[None] | None = None
         self._stored: list[After] = []
-        #: Jobs that are durable.
+        #: Jobs that are stored.
         self.accepted = 0
         #: The ids of those of which it is not known.
         self.unknown: tuple[str, ...] = ()
@@ -62,7 +65,11 @@ class Chunks:
         self._sender.admits(self._attempt)
         self._jobs.append(job)
         self._after.append(after)
-        if len(self._jobs) >= self._size:
+        if len(self._jobs) < self._size:
+            return
+        if self._within is not None:
+            self.flush()
+        else:
             self._settle()
             self._thread = self._thread or ThreadPoolExecutor(1, "bulk")
             jobs, self._jobs = self._jobs, []
@@ -77,6 +84,11 @@ class Chunks:
             self._stored, self._after = self._after, []
             self._store(jobs)
             self._tell()
+
+    @property
+    def stand(self) -> bool:
+        """Whether anything of this stays, whatever else happens."""
+        return self._within is None and bool(self.accepted or self.unknown)
 
     def close(self) -> None:
         """What was not flushed is not stored; what is being stored is waited for."""
@@ -107,9 +119,13 @@ class Chunks:
             raise
 
     def _store_chunk(self, jobs: list[NewJob]) -> None:
+        if self._within is not None:
+            self._within(jobs)
+            self.accepted += len(jobs)
+            return
         attempt, began_ms = self._attempt, time.time() * 1000
         try:
-            copied = self._copy(jobs)
+            committed = self._copy(jobs)
         except (NotAccepted, OutcomeUnknown) as error:
             if attempt is None or not may_pass(error):
                 raise
@@ -117,16 +133,16 @@ class Chunks:
             attempt.outbox.publishes.extend(jobs)
             self.accepted += len(jobs)
             return
-        if copied is None:
+        if committed is None:
             # One by one: what is there already is left as it is, or succeeded.
             for job in jobs:
                 self._sender.store_for(attempt, job)
                 self.accepted += 1
             return
         self.accepted += len(jobs)
-        self._to_ledger(jobs, copied, began_ms)
+        to_ledger(self._sender, jobs, committed, began_ms)
 
-    def _copy(self, jobs: Sequence[NewJob]) -> Copied | None:
+    def _copy(self, jobs: Sequence[NewJob]) -> Committed | None:
         """Make the rows durable; None where an id existed, and nothing was written."""
         try:
             return self._copy_once(jobs)
@@ -140,7 +156,7 @@ class Chunks:
         except PoolTimeout as error:
             raise NotAccepted(f"no connection to Postgres was free for {len(jobs)} jobs") from error
 
-    def _copy_again(self, jobs: Sequence[NewJob]) -> Copied | None:
+    def _copy_again(self, jobs: Sequence[NewJob]) -> Committed | None:
         try:
             return self._copy_once(jobs)
         except (DBAPIError, PoolTimeout) as error:
@@ -150,30 +166,31 @@ class Chunks:
             message = f"the connection broke while {len(jobs)} jobs were stored; they may have been accepted"
             raise OutcomeUnknown(jobs[0].id, message) from error
 
-    def _copy_once(self, jobs: Sequence[NewJob]) -> Copied:
+    def _copy_once(self, jobs: Sequence[NewJob]) -> Committed:
         engine, attempt = self._stores.engine, self._attempt
         if attempt is None:
             with engine.connect() as connection:
                 bulk.copy_jobs(connection, jobs)
-                return bulk.copied(connection, jobs)
+                return bulk.committed(connection, jobs)
         with engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
             kept = bulk.copy_jobs(connection, jobs, attempt.publisher)
         with engine.connect() as connection:
             if kept:
-                return bulk.copied(connection, jobs)
-            known = roster.read_authority(connection)
-        return self._sender.refuse(Inserted(None, known.epoch, known.authority), jobs[0], attempt.publisher)
+                return bulk.committed(connection, jobs)
+            confirmed = accept.confirmed(connection)
+        return self._sender.refuse(confirmed, jobs[0], attempt.publisher)
 
-    def _to_ledger(self, jobs: Sequence[NewJob], copied: Copied, began_ms: float) -> None:
-        """Admit or file, in order. Whatever goes wrong here leaves accepted rows, which the sweep brings in."""
-        now = round(time.time() * 1000)
-        rows = [
-            (job.id, job.shape, order(job.priority, copied.seqs[job.id]), job.message, 0, 0, now, began_ms, job.rerun)
-            for job in jobs
-            if job.due_at is None
-        ]
-        inserted = Inserted(None, copied.epoch, copied.authority)
-        for start in range(0, len(rows), enroll.CHUNK):
-            some = rows[start : start + enroll.CHUNK]
-            if not self._sender.ask(inserted, partial(Ledger.submit_many, rows=some)):
-                return
+
+def to_ledger(sender: Sender, jobs: Sequence[NewJob], committed: Committed, began_ms: float) -> None:
+    """Admit or file jobs whose rows were written after `began_ms`, in order. Whatever goes wrong here leaves accepted
+    rows, which the sweep brings in."""
+    now = round(time.time() * 1000)
+    rows = [
+        (job.id, job.shape, order(job.priority, committed.seqs[job.id]), job.message, 0, 0, now, began_ms, job.rerun)
+        for job in jobs
+        if job.due_at is None
+    ]
+    confirmed = Inserted(None, committed.epoch, committed.authority)
+    for start in range(0, len(rows), enroll.CHUNK):
+        if not sender.ask(confirmed, partial(Ledger.submit_many, rows=rows[start : start + enroll.CHUNK])):
+            return

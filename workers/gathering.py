@@ -176,7 +176,7 @@ def active(gathering: Gathering | None) -> Iterator[None]:
 @contextmanager
 def stored_together(app: Celery, jobs: Chunks) -> Iterator[Gathering]:
     """What is gathered within is stored at the end, if not before. An error leaves what was taken before it accepted:
-    it is raised as it is where there is nothing of that, else as the cause of `PartlyAccepted`."""
+    it is raised as it is where nothing of that stands, else as the cause of `PartlyAccepted`."""
     try:
         yield Gathering(app, jobs)
         jobs.flush()
@@ -187,7 +187,7 @@ def stored_together(app: Celery, jobs: Chunks) -> Iterator[Gathering]:
                 jobs.flush()
             except Exception as another:
                 first = another
-        if isinstance(first, LeaseLost) or not (jobs.accepted or jobs.unknown):
+        if isinstance(first, LeaseLost) or not jobs.stand:
             raise first from first.__cause__
         said = f"{jobs.accepted} jobs were accepted, then one was not: {first}"
         raise PartlyAccepted(jobs.accepted, jobs.unknown, said) from first

@@ -30,7 +30,7 @@ Declarations = Mapping[str, Mapping[str, Any]]
 #: Seconds for which a sender trusts the declarations that it read.
 DECLARATIONS_FOR: Final = 10.0
 #: Options of later versions: said, rather than ignored.
-NOT_YET: Final = ("session", "unique", "unique_for", "after")
+NOT_YET: Final = ("unique", "unique_for", "after")
 
 
 #: What people write for the names of a request, and what they mean.

@@ -128,7 +128,7 @@ def test_many_submitted_at_once_take_what_the_policy_takes_one_after_another(
         rows.append((f"job-{seq}", request_.shape, order(0, seq), MESSAGE, 0, 0, 0))
         expected.append(asked(decision))
     assert ledger.submit_many(rows) == len(rows)
-    cards = [ledger.client.hmget(keys.job(row[0]), "state", "worker", "digest") for row in rows]
+    cards: Any = [ledger.client.hmget(keys.job(row[0]), "state", "worker", "digest") for row in rows]
     assert [worker.decode() if worker else None for _, worker, _ in cards] == expected
     assert [state for state, *_ in cards] == [b"admitted" if worker else b"waiting" for worker in expected]
     assert {digest for *_, digest in cards} == {digest_of(MESSAGE).encode()}

@@ -195,16 +195,16 @@ def test_an_error_in_the_middle_leaves_what_came_before_it(
 def test_a_commit_whose_answer_is_lost_stores_nothing_twice(
     app: Any, submitter: Submitter, platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, copied, lost = rows(platform), bulk.copied, [1]
+    before, committed, lost = rows(platform), bulk.committed, [1]
 
     def losing(connection: Connection, jobs: Any) -> Any:
         if lost and lost.pop():
             mine = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
             with platform.engine.connect() as other:
                 other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": mine})
-        return copied(connection, jobs)
+        return committed(connection, jobs)
 
-    monkeypatch.setattr(bulk, "copied", losing)
+    monkeypatch.setattr(bulk, "committed", losing)
     handle = app.submit_many(double, [(n,) for n in range(6)], chunk=3)
     assert rows(platform) == before + 6
     assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(6)]
@@ -253,7 +253,12 @@ def test_a_large_group_goes_in_chunks_and_keeps_its_order(
 ) -> None:
     chunks: list[int] = []
     copy = bulk.copy_jobs
-    monkeypatch.setattr(bulk, "copy_jobs", lambda *given: chunks.append(len(given[1])) or copy(*given))
+
+    def counted(connection: Connection, jobs: Any, by: Any = None) -> bool:
+        chunks.append(len(jobs))
+        return copy(connection, jobs, by)
+
+    monkeypatch.setattr(bulk, "copy_jobs", counted)
     result = group(double.s(n) for n in range(1050)).apply_async(priority=2)
     assert chunks == [1000, 50]
     assert result.get(timeout=60) == [2 * n for n in range(1050)]
