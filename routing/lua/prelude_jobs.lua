@@ -17,6 +17,9 @@ local function note(id, job, state, step, now, more)
     'admitted', job.admitted or '', 'started', job.started or '', 'at', int(now), 'losses', job.losses or '0',
     'outcome', more and more.outcome or '', 'error', more and more.error or '', 'outbox', more and more.outbox or '')
   job.noted = span
+  -- Whoever watches the job hears of it on the channel that has the name of its key (routing/watching.py).
+  redis.call('PUBLISH', KEY.job .. id, job.epoch .. ' ' .. job.attempt .. ' ' .. step .. ' ' .. state .. ' ' .. int(now) ..
+    ' ' .. (job.worker or ''))
   return job.entry
 end
 
