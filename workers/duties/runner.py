@@ -22,7 +22,6 @@ from routing.replies import LedgerClosed
 from routing.settings import Settings
 from workers import ticks
 from workers.duties import due, fallback, lapse, outbox, reconciling, replaced, retention, stream, sweep
-from workers.duties import due, fallback, lapse, outbox, reconciling, retention, stream, sweep
 from workers.duties.listening import Listener
 from workers.duties.opening import open_ledger
 from workers.stores import Stores
