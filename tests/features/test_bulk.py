@@ -22,7 +22,6 @@ from tests.tasks.bulky import double, spread
 from tests.tasks.canvas import total
 from workers import attempts
 from workers.attempts import Attempt
-from workers.stores import make_engine
 
 #: What differs between two messages of one task.
 OWN = ("id", "root_id", "argsrepr", "kwargsrepr")
@@ -213,20 +212,20 @@ def test_a_commit_whose_answer_is_lost_stores_nothing_twice(
 def test_a_store_that_takes_no_more_says_how_many_it_took(
     app: Any, submitter: Submitter, platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = rows(platform)
+    before, copy, chunks = rows(platform), bulk.copy_jobs, []
 
-    def numbers() -> Iterator[tuple[int]]:
-        for number in range(100):
-            if number == 15:
-                # (The first chunk is stored by now, and the next one is refused.)
-                monkeypatch.setitem(submitter.app.platform._made, "engine", make_engine(nowhere))
-            yield (number,)
+    def refused_at_the_second(connection: Connection, jobs: Any, by: Any = None) -> bool:
+        chunks.append(len(jobs))
+        if len(chunks) == 2:
+            connection.execute(text("SELECT 1 / 0"))
+        return copy(connection, jobs, by)
 
-    nowhere = "postgresql+psycopg2://nobody@127.0.0.1:1/none"
+    monkeypatch.setattr(bulk, "copy_jobs", refused_at_the_second)
     with pytest.raises(PartlyAccepted) as wrong:
-        app.submit_many(double, numbers(), chunk=10)
+        app.submit_many(double, ((n,) for n in range(100)), chunk=10)
     assert isinstance(wrong.value.__cause__, NotAccepted)
-    assert wrong.value.accepted == 10
+    # What was built meanwhile is not stored after it.
+    assert (wrong.value.accepted, wrong.value.unknown, chunks) == (10, (), [10, 10])
     assert rows(platform) == before + 10
     until(lambda: submitter.allocated_cpus() == "0", "all of them ran")
 
