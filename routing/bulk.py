@@ -31,7 +31,7 @@ _EXISTS: Final = "23505"
 #: In the order of `_line`.
 _COPY: Final = (
     "COPY jobs (id, root_id, message, name, state, shape, request, priority, declared, queue, retries, nesting, "
-    "parent_id, due_at, expires_at, rerun) FROM STDIN"
+    "parent_id, due_at, expires_at, rerun, replaces) FROM STDIN"
 )
 #: What COPY's text form writes otherwise.
 _ESCAPES: Final = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -111,6 +111,7 @@ def _line(job: NewJob) -> str:
         job.due_at,
         job.expires_at,
         job.rerun,
+        job.replaces,
     )
     return f"{_text(job.id)}\t{_text(job.root_id)}\t\\\\x{job.message.hex()}\t{rest}\n"
 
@@ -129,6 +130,7 @@ def _rest(
     due_at: datetime | None,
     expires_at: datetime | None,
     rerun: bool,
+    replaces: str | None,
 ) -> str:
     state = State.ACCEPTED if due_at is None else State.SCHEDULED
     columns = (
@@ -145,6 +147,7 @@ def _rest(
         _time(due_at),
         _time(expires_at),
         _bool(rerun),
+        replaces,
     )
     return "\t".join(map(_text, columns))
 

@@ -94,4 +94,5 @@ def _row(job: NewJob) -> dict[str, Any]:
         "due_at": job.due_at,
         "expires_at": job.expires_at,
         "rerun": job.rerun,
+        "replaces": job.replaces,
     }
