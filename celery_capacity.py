@@ -6,8 +6,9 @@
     app.send_task("demo.sleep", args=[1.0], cpus=4, memory="2GiB")
 
 `create_app` makes a Celery app whose tasks are placed by capacity, `install` does it to an app that exists,
-`Request` is what a job asks for, `fenced` commits a task's rows together with the end of its job, and the rest are the
-errors, all derived from `PlatformError`:
+`Request` is what a job asks for, `fenced` commits a task's rows together with the end of its job, `job` is a job that
+asyncio programs wait for (a `Job`, whose states are `JobEvent`s), and the rest are the errors, all derived from
+`PlatformError`:
 
     PlatformError
     ├── IllegalTransition a job cannot do this in its state
@@ -21,6 +22,7 @@ errors, all derived from `PlatformError`:
     │   └── BacklogFull      more jobs wait than are allowed
     ├── NotMigrated      the tables are missing or of another version
     ├── OutcomeUnknown   it may have been written; the error has the job's id
+    ├── PartlyAccepted   of many jobs some were accepted, then one was not
     ├── SettingsError    every wrong setting at once
     ├── StoreUnavailable Redis or Postgres does not answer
     └── Unsupported      a feature of Celery that the platform does not carry out yet
@@ -52,19 +54,24 @@ if TYPE_CHECKING:
         NotAccepted,
         NotMigrated,
         OutcomeUnknown,
+        PartlyAccepted,
         PlatformError,
         SettingsError,
         StoreUnavailable,
         Unsupported,
     )
     from routing.request import Request
+    from routing.watching import JobEvent
     from workers.app import create_app, install
     from workers.fenced import fenced
+    from workers.jobs import Job, job
 
 __all__ = [
     "BacklogFull",
     "IllegalTransition",
     "InvalidRequest",
+    "Job",
+    "JobEvent",
     "LeaseLost",
     "MessageTooDeep",
     "MessageTooLarge",
@@ -74,6 +81,7 @@ __all__ = [
     "NotAccepted",
     "NotMigrated",
     "OutcomeUnknown",
+    "PartlyAccepted",
     "PlatformError",
     "Request",
     "SettingsError",
@@ -82,15 +90,19 @@ __all__ = [
     "create_app",
     "fenced",
     "install",
+    "job",
 ]
 
 #: Where the names that are looked up when used come from; what is not here is an error and comes from
 #: routing.errors.
 _SOURCES = {
+    "Job": "workers.jobs",
+    "JobEvent": "routing.watching",
     "Request": "routing.request",
     "create_app": "workers.app",
     "fenced": "workers.fenced",
     "install": "workers.app",
+    "job": "workers.jobs",
 }
 
 #: Our top-level packages that share their name with what projects like to call their own.

@@ -30,6 +30,11 @@ def ratio_at_least(least: float) -> Reached:
     return lambda result, _: result.ratio is not None and result.ratio >= least
 
 
+def bulk_at_least(least: float, times: float) -> Reached:
+    """Ours is at least `least`, in the figure's unit, and `times` as much as plain."""
+    return lambda result, _: result.ours >= least and result.ratio is not None and result.ratio >= times
+
+
 def ratio_at_most(most: float) -> Reached:
     """Ours is at most `most` times plain."""
     return lambda result, _: result.ratio is not None and result.ratio <= most
@@ -64,6 +69,8 @@ def flat(other: str, growth: float, most: float) -> Reached:
 FIGURES: tuple[Figure, ...] = (
     Figure("submit", "jobs/s", throughput.submit, "≥ 0.65 × plain", ratio_at_least(0.65)),
     Figure("end_to_end", "jobs/s", throughput.end_to_end, "≥ 0.7 × plain", ratio_at_least(0.7)),
+    Figure("bulk", "jobs/s", throughput.bulk, "≥ 8,000 and 5 × a plain group", bulk_at_least(8000, 5)),
+    Figure("chord_1000", "jobs/s", throughput.chord, "≥ 0.8 × plain", ratio_at_least(0.8)),
     Figure("drain", "jobs/s", throughput.drain, "≥ 0.75 × plain", ratio_at_least(0.75)),
     Figure("latency_p50", "ms", latency.latency_p50, "≤ 1.5 × plain", ratio_at_most(1.5)),
     Figure("latency_p95", "ms", latency.latency_p95, "≤ 1.5 × plain", ratio_at_most(1.5)),

@@ -18,6 +18,12 @@ def noop() -> None:
     """Does nothing."""
 
 
+@shared_task(name="bench.count")
+def count(values: list[Any]) -> int:
+    """The body of a chord: how many values it got."""
+    return len(values)
+
+
 @shared_task(name="bench.stamp")
 def stamp() -> tuple[float, float]:
     """Does nothing, and says when: start and end in seconds of this machine's monotonic clock."""

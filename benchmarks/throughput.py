@@ -9,6 +9,9 @@ from benchmarks.rounds import Sides
 #: Jobs of one round of each figure.
 SUBMITTED, END_TO_END, DRAINED = 1000, 1000, 1000
 
+#: The same of those that are submitted in one call: more than fit in a chunk, and than workers have room for.
+TOGETHER, CHORD = 5000, 1000
+
 #: Jobs that run before the first round, so that connections, scripts and pools are warm.
 WARM_UP = 50
 
@@ -51,6 +54,44 @@ def end_to_end(bench: Bench) -> Sides:
             return END_TO_END / seconds
 
         contest.warm_up("end_to_end", task="bench.noop", count=WARM_UP)
+        return Sides(*contest.in_turn(rate))
+
+
+def bulk(bench: Bench) -> Sides:
+    """Jobs a second that one process submits in one call: `app.submit_many` beside a group of plain Celery.
+
+    The worker is stopped while the clock runs, as in `submit`, and has room for two: most of ours are filed, as a bulk
+    usually is.
+    """
+    with bench.contest(concurrency=CONCURRENCY) as contest:
+
+        def rate(side: Side) -> float:
+            sender, receiver = contest.senders[side], contest.workers[side]
+            receiver.pause()
+            try:
+                with contest.metered(side, TOGETHER):
+                    seconds: float = sender.call("submit_together", task="bench.noop", count=TOGETHER)
+            finally:
+                receiver.resume()
+            sender.call("gather")
+            bench.say(f"  {side}: {TOGETHER / seconds:.0f} jobs/s")
+            return TOGETHER / seconds
+
+        contest.warm_up("end_to_end", task="bench.noop", count=WARM_UP)
+        return Sides(*contest.in_turn(rate))
+
+
+def chord(bench: Bench) -> Sides:
+    """Jobs a second of a chord of 1,000 tasks, from the call to the result of its body; two worker processes."""
+    with bench.contest(concurrency=CONCURRENCY) as contest:
+
+        def rate(side: Side) -> float:
+            with contest.metered(side, CHORD):
+                seconds: float = contest.senders[side].call("chord", task="bench.noop", count=CHORD)
+            bench.say(f"  {side}: {CHORD / seconds:.0f} jobs/s")
+            return CHORD / seconds
+
+        contest.warm_up("chord", task="bench.noop", count=WARM_UP)
         return Sides(*contest.in_turn(rate))
 
 

@@ -203,11 +203,16 @@ def _insert(
             raise NotMigrated() from error
         raise
     if row is None:
-        known = roster.read_authority(connection)
-        return Inserted(None, known.epoch, known.authority)
+        return confirmed(connection)
     if row[1] is None:
         raise NotMigrated()
     return Inserted(row[0], row[1], row[2], job.due_at is None)
+
+
+def confirmed(connection: Connection) -> Inserted:
+    """Nothing was inserted; who decides, all the same."""
+    known = roster.read_authority(connection)
+    return Inserted(None, known.epoch, known.authority)
 
 
 def _execute_insert(connection: Connection, statement: _Statement, values: tuple[Any, ...], plain: bool) -> Any:

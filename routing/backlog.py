@@ -92,6 +92,14 @@ def these(connection: Connection, ids: Sequence[str]) -> list[Pending]:
     return _pending(connection, _THESE, {"ids": list(ids)}) if ids else []
 
 
+_ACCEPTED: Final = text(_PENDING + "WHERE id = ANY(CAST(:ids AS text[])) AND state = 'accepted' ORDER BY seq")
+
+
+def accepted(connection: Connection, ids: Sequence[str]) -> list[Pending]:
+    """Named jobs, those of them of which the ledger has told nothing yet, in order of submission."""
+    return _pending(connection, _ACCEPTED, {"ids": list(ids)})
+
+
 _OVERDUE: Final = text(
     "SELECT id FROM jobs WHERE expires_at <= now() AND expires_at IS NOT NULL "
     "AND state IN ('accepted', 'waiting', 'scheduled') ORDER BY expires_at LIMIT :most"

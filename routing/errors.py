@@ -9,6 +9,7 @@
     ├── NotAccepted          the job could not be stored; nothing was written
     │   └── BacklogFull      more jobs wait than are allowed
     ├── OutcomeUnknown       the connection broke around the commit: the job may have been stored
+    ├── PartlyAccepted       of many jobs some were accepted, then one was not
     ├── LeaseLost            this attempt no longer holds its job
     ├── SettingsError        one or more settings are wrong, all of them named
     ├── NotMigrated          the tables are missing or older than the code
@@ -180,6 +181,28 @@ class OutcomeUnknown(PlatformError):
 
     def to_problem(self) -> dict[str, Any]:
         return {**super().to_problem(), "job_id": self.job_id}
+
+
+class PartlyAccepted(PlatformError):
+    """Of jobs that were submitted together the first `accepted` are durable; then one was not, for the reason that is
+    this error's cause. `unknown`: the ids that follow, where the connection broke around their commit."""
+
+    reference = "partly-accepted"
+    title = "some of the jobs were accepted"
+    default_advice = "Submit the others again, not those that were accepted: they run."
+    status = 503
+
+    accepted: int
+    unknown: tuple[str, ...]
+
+    def __init__(self, accepted: int, unknown: Sequence[str] = (), message: str = "", *, advice: str = "") -> None:
+        text = message or f"{accepted} jobs were accepted, then one was not"
+        super().__init__(text, advice=advice)
+        self.accepted, self.unknown = accepted, tuple(unknown)
+        self.args = (accepted, self.unknown, self.message)
+
+    def to_problem(self) -> dict[str, Any]:
+        return {**super().to_problem(), "accepted": self.accepted, "unknown": list(self.unknown)}
 
 
 class LeaseLost(PlatformError):

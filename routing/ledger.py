@@ -95,11 +95,26 @@ class Ledger(Repairs):
         reply = self._call("submit", *args)
         return self._submitted(job, args[4], reply)
 
-    def submit_all(self, rows: Iterable[tuple[Any, ...]]) -> list[Submitted]:
-        """The same for many jobs in one round trip; rows as the arguments of `submit`, in their order."""
+    def submit_many(self, rows: Sequence[tuple[Any, ...]]) -> int:
+        """The same for many jobs in one step; rows as the arguments of `submit`, in their order. How many were taken:
+        the others were known, or all came too late."""
+        if not rows:
+            return 0
         calls = [self._submit_args(*row) for row in rows]
-        replies = self._calls([("submit", args) for args in calls])
-        return [self._submitted(args[3], args[4], reply) for args, reply in zip(calls, replies, strict=True)]
+        # The three that stand first are those of the caller; the deadline is that of the row that was read first.
+        args: list[Any] = [*calls[0][:2], min(call[2] for call in calls)]
+        for call in calls:
+            args += call[3:]
+        reply = self._call("submit_many", *args)
+        if reply[0] == "late":
+            self.hear(int(reply[1]))
+            return 0
+        for start in range(2, len(reply), 3):
+            # Whoever took the first may have room for the next one, and stands before the cursor now.
+            shape, *cursor = reply[start : start + 3]
+            while self.place(shape, *cursor):
+                cursor = []
+        return int(reply[1])
 
     def _submitted(self, job: str, shape: str, reply: list[str]) -> Submitted:
         if reply[0] == "admitted":

@@ -21,6 +21,8 @@ from routing.errors import InvalidRequest, MessageTooDeep, MessageTooLarge
 
 #: Characters of a token at the most: two numbers of 64 bits. (A longer one was written by nobody of ours.)
 TOKEN_LENGTH: Final = 40
+#: As `json.dumps` with these separators, which makes an encoder at each call.
+_compact: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def encode(
         "properties": {**properties, "body_encoding": "base64"},
     }
     try:
-        text = json.dumps(envelope, separators=(",", ":")).encode("ascii")
+        text = _compact(envelope).encode("ascii")
     except RecursionError as error:
         raise MessageTooDeep("the message's headers are nested too deep") from error
     except (TypeError, ValueError) as error:

@@ -195,6 +195,10 @@ class LedgerServer:
         run_id = self._meant.run_id = self.run_id
         return str(self.epoch), run_id
 
+    def announce(self, job: str) -> None:
+        """Have whoever watches a job look at its row: what became of it no script has told."""
+        self._guard(lambda: self.client.publish(keys.job(job), ""))
+
     # -- epochs --------------------------------------------------------------------------------------------------
 
     def opened(self) -> tuple[int, str] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.app.amqp import AMQP
 from celery.utils.saferepr import saferepr
@@ -15,10 +15,14 @@ from routing.errors import InvalidRequest, mask_url
 from routing.secrets import hidden
 from workers import ticks
 from workers.control import purge_queue
+from workers.gathering import here
 from workers.router import PLATFORM_PREFIX, Router
 from workers.sender import Sender
 from workers.stores import Stores
 from workers.transport import Connection
+
+if TYPE_CHECKING:
+    from workers.transactional import Transaction
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +31,7 @@ class _JobProducer:
     """Stands for kombu's producer while Celery sends one task: what it publishes becomes a row. What is published after
     that is the event `task-sent`, which no caller may mistake for the task."""
 
-    def __init__(self, producer: Any, sender: Sender) -> None:
+    def __init__(self, producer: Any, sender: Sender | Transaction) -> None:
         self._producer = producer
         self._sender = sender
         self._accepted = False
@@ -93,12 +97,21 @@ class PlatformAMQP:
         plain = super()._create_task_sender()  # type: ignore[misc]
         sender = self.job_sender
 
-        def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
+        def send_task_message(producer: Any, name: str, message: Any, session: Any = None, **options: Any) -> Any:
             if name in ticks.NAMES:
                 return ticks.publish(producer, name)
             if name.startswith(PLATFORM_PREFIX):
                 advice = f"{PLATFORM_PREFIX} begins the platform's own names."
                 raise InvalidRequest(f"no task may be named {name}", value=name, advice=advice)
+            if session is not None:
+                # (Few programs use it, and it loads SQLAlchemy's ORM.)
+                from workers.transactional import Transaction
+
+                within = Transaction(sender, self.stores, session)
+                return plain(_JobProducer(producer, within), name, message, **options)
+            gathering = here(self)
+            if gathering is not None:
+                return gathering.publish(plain, producer, name, message, options)
             return plain(_JobProducer(producer, sender), name, message, **options)
 
         return send_task_message
@@ -115,6 +128,9 @@ class PlatformAMQP:
                 levels = self.app.conf.task_repr_maxlevels
                 shown = saferepr(hidden(given), most, maxlevels=levels)
                 options[what] = mask_url(shown) if "://" in shown else shown
+        gathering = here(self)
+        if gathering is not None:
+            gathering.made(name, kwargs, more, options)
         return super().as_task_v2(task_id, name, args, kwargs, *more, **options)  # type: ignore[misc]
 
     def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:

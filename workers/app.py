@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Final, cast
 
 from celery import Celery
@@ -10,7 +11,7 @@ from celery.app import backends
 from kombu.utils.imports import symbol_by_name
 
 from routing.errors import PlatformError
-from workers import ticks
+from workers import bulk, gathering, ticks
 from workers.amqp import amqp_class
 from workers.announcing import teach_states
 from workers.call import checking
@@ -65,6 +66,8 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     _carry_results(app)
     _check_imports(app, stores)
     app.send_task = checking(app)
+    app.submit_many = partial(bulk.submit_many, app)
+    gathering.connect()
     app.add_defaults(lambda: _defaults(app, stores))
     app.on_after_finalize.connect(_finish, weak=False)
     teach_states()

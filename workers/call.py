@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import datetime, tzinfo
 from functools import wraps
 from numbers import Real
 from typing import Any, Final
@@ -17,6 +17,9 @@ from celery import Celery
 from kombu import Queue
 
 from routing.errors import InvalidRequest, show
+from routing.names import check_job_id
+from routing.policy import TOP_PRIORITY
+from routing.revoking import stamps_json
 
 #: Seconds from now, the furthest that a job may be put off (Celery's own bound).
 MOST_SECONDS: Final = 2**31 - 1
@@ -70,7 +73,7 @@ def checking(app: Celery) -> Callable[..., Any]:
             if stamp not in options:
                 raise _wrong("stamped_headers", stamp, "Each name in it must be given as an option too.")
         task = options.get("task_type")
-        if "unique" in options or "unique_for" in options or (task is not None and _is_unique(task)):
+        if "unique" in options or "unique_for" in options or (task is not None and is_unique(task)):
             _check_followed(name, options)
         try:
             return send_task(name, args, kwargs, countdown, eta, *more, **options)
@@ -80,7 +83,8 @@ def checking(app: Celery) -> Callable[..., Any]:
     return checked
 
 
-def _is_unique(task: Any) -> bool:
+def is_unique(task: Any) -> bool:
+    """Whether a task says of itself that equal submissions of it are one."""
     said = getattr(task, "unique", None)
     return said is not False and bool(said or getattr(task, "unique_for", None))
 
@@ -90,7 +94,7 @@ def _check_followed(name: str, options: Mapping[str, Any]) -> None:
     earlier one, and whoever waits for it would wait for ever."""
     said = options.get("unique")
     by_call = said is not None or options.get("unique_for") is not None
-    if said is False or not (by_call or _is_unique(options.get("task_type"))) or options.get("retries"):
+    if said is False or not (by_call or is_unique(options.get("task_type"))) or options.get("retries"):
         return
     for what in FOLLOWED:
         # (The last step of a chain has an empty one: its id is that of the chain.)
@@ -162,6 +166,47 @@ def check_time_limits(value: Any) -> None:
     for limit, what in zip(value, ("time_limit", "soft_time_limit"), strict=False):
         if limit is not None and check_seconds(limit, what) < 0:
             raise _wrong(what, limit, "It must not be negative.")
+
+
+def check_priority(value: Any) -> int:
+    """A priority of a message; none is 0."""
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= TOP_PRIORITY:
+        raise InvalidRequest(f"priority {show(value)} is not valid", value=value, advice="It must be 0 to 9, 9 first.")
+    return value
+
+
+def check_parent(value: Any) -> str | None:
+    """The id of another task, as Celery passes it on."""
+    return None if value is None else check_job_id(value)
+
+
+def stamps_of(headers: Mapping[str, Any]) -> str | None:
+    """The stamps of a message, by which it can be revoked, as JSON; None where what it says of them is none."""
+    names, stamps = headers["stamped_headers"], headers.get("stamps")
+    if not isinstance(names, (list, tuple)) or not isinstance(stamps, Mapping):
+        return None
+    return stamps_json(names, stamps)
+
+
+def check_zoned(value: Any, what: str, zone: tzinfo) -> datetime | None:
+    """A time of a message, None where there is none. `zone`: of one that names none."""
+    if value is None:
+        return None
+    when = check_time(value, what)
+    return when if when.tzinfo is not None else when.replace(tzinfo=zone)
+
+
+def check_name(value: Any) -> str:
+    """A task's name."""
+    if not isinstance(value, str) or not value or len(value) > 255 or not value.isprintable():
+        raise InvalidRequest(
+            f"task name {show(value)} is not valid",
+            value=value,
+            advice="It must be 1 to 255 printable characters.",
+        )
+    return value
 
 
 def _expires(value: Any) -> Any:

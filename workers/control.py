@@ -202,7 +202,10 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
                 # Perhaps no worker lives that would write it.
                 stream.apply_entry(stores.engine, stores.ledger, cancelled.entry)
                 return True
-            return cancelled.verdict == "missing" and store.end_unfiled(connection, job, state, error)
+            ended = cancelled.verdict == "missing" and store.end_unfiled(connection, job, state, error)
+            if ended:
+                stores.sending.ask(lambda ledger: ledger.announce(job))
+            return ended
     except DBAPIError as problem:
         raise translate(problem, f"job {job} was not ended: ") from problem
     except PoolTimeout as problem:

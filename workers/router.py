@@ -30,8 +30,6 @@ PLATFORM_PREFIX: Final = "platform."
 Declarations = Mapping[str, Mapping[str, Any]]
 #: Seconds for which a sender trusts the declarations that it read.
 DECLARATIONS_FOR: Final = 10.0
-#: Options of later versions: said, rather than ignored.
-NOT_YET: Final = ("session",)
 #: What people write for the names of a request, and what they mean.
 MISSPELT: Final = {"cpu": "cpus", "mem": "memory", "ram": "memory", "gpu": "gpus", "resource": "resources"}
 
@@ -59,11 +57,6 @@ class Router:
     ) -> None:
         if name.startswith(PLATFORM_PREFIX):
             return
-        for option in NOT_YET:
-            if options.get(option) is not None:
-                raise Unsupported(
-                    f"apply_async({option}=...) of {name} is not supported yet", advice=f"Leave {option} out."
-                )
         for option in MISSPELT.keys() & options.keys():
             advice = f"Write {MISSPELT[option]}=."
             raise InvalidRequest(f"apply_async({option}=...) of {name} is not an option", value=option, advice=advice)

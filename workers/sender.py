@@ -6,8 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from datetime import UTC, datetime, tzinfo
-from typing import Any, Final
+from datetime import UTC, tzinfo
+from typing import Any, Final, NoReturn
 
 from kombu import compression as compressors
 from kombu import serialization
@@ -30,15 +30,23 @@ from routing.errors import (
 )
 from routing.ledger import Ledger
 from routing.names import check_job_id
-from routing.policy import TOP_PRIORITY, order
+from routing.policy import order
 from routing.postgres import NOT_ALLOWED, told
 from routing.replies import LedgerClosed
 from routing.request import Request
-from routing.revoking import stamps_json
 from routing.states import FINAL, State
 from workers import attempts
 from workers.attempts import Attempt
-from workers.call import SameJob, check_time, check_time_limits, check_times
+from workers.call import (
+    SameJob,
+    check_name,
+    check_parent,
+    check_priority,
+    check_time_limits,
+    check_times,
+    check_zoned,
+    stamps_of,
+)
 from workers.canvas import REPLACES
 from workers.gates import Rates
 from workers.router import HEADER, RERUN
@@ -74,7 +82,11 @@ class Sender:
         self.rates = Rates(stores)
         self._backlog = limits.BacklogLimit(self._waiting, lambda: stores.engine)
 
-    def accept(
+    def accept(self, body: Any, **message: Any) -> None:
+        """Accept a message as Celery publishes it (as `encoded`). When this returns, the job is durable."""
+        self.store(self.encoded(body, **message))
+
+    def encoded(
         self,
         body: Any,
         *,
@@ -83,8 +95,8 @@ class Sender:
         compression: str | None,
         routing_key: str | None,
         properties: Mapping[str, Any],
-    ) -> None:
-        """Accept a message as Celery publishes it. When this returns, the job is durable."""
+    ) -> NewJob:
+        """The job that such a message makes; nothing is written. Raises `InvalidRequest` and `Unsupported`."""
         if isinstance(body, Mapping):
             raise Unsupported("task protocol 1 is not supported yet", advice="Leave task_protocol at 2.")
         try:
@@ -119,9 +131,8 @@ class Sender:
                 raise InvalidRequest(
                     f"compression {show(compression)} is not known", advice="Pass 'gzip', or leave it out."
                 ) from error
-        self.accept_raw(
-            raw, content_type, content_encoding, wire, routing_key or self._default_queue, properties
-        )
+        queue = routing_key or self._default_queue
+        return self.encoded_already(raw, content_type, content_encoding, wire, queue, properties)
 
     def accept_raw(
         self,
@@ -133,6 +144,18 @@ class Sender:
         properties: Mapping[str, Any],
     ) -> None:
         """Accept a message that is encoded already."""
+        self.store(self.encoded_already(body, content_type, content_encoding, headers, queue, properties))
+
+    def encoded_already(
+        self,
+        body: bytes,
+        content_type: str,
+        content_encoding: str,
+        headers: Mapping[str, Any],
+        queue: str,
+        properties: Mapping[str, Any],
+    ) -> NewJob:
+        """The same as `encoded`."""
         if queue != self._default_queue:
             raise Unsupported(
                 f"queue {show(queue)}: routing by queue is not supported yet",
@@ -143,10 +166,22 @@ class Sender:
             limits.check_body(body, headers.get("task"))
         attempt = attempts.current()
         may_ask = attempt is None or not (attempt.deferred or time.monotonic() < self._keep_until)
-        job = self._job(body, content_type, content_encoding, headers, queue, properties, may_ask)
+        return self._job(body, content_type, content_encoding, headers, queue, properties, may_ask)
+
+    def admits(self, attempt: Attempt | None) -> None:
+        """Raise `BacklogFull` where too many jobs wait. (What an attempt publishes is part of a job that was
+        accepted.)"""
         if attempt is None:
-            # (What an attempt publishes is part of a job that was accepted.)
             self._backlog.check(self._stores.settings.max_backlog)
+
+    def store(self, job: NewJob) -> None:
+        """Make one job durable, and bring it to the ledger."""
+        attempt = attempts.current()
+        self.admits(attempt)
+        self.store_for(attempt, job)
+
+    def store_for(self, attempt: Attempt | None, job: NewJob) -> None:
+        """The same, in any thread, for the attempt that publishes it."""
         began_ms = time.time() * 1000
         inserted = self._insert(job) if attempt is None else self._insert_for(attempt, job)
         if inserted is None or not inserted.starts:
@@ -173,10 +208,10 @@ class Sender:
         request = Request.from_shape(str(carried.get("shape")))
         gates = self.rates.gates(wire, HEADER, may_ask)
         check_time_limits(wire.get("timelimit"))
-        due_at, expires_at = (_time(wire.get(what), what, self._zone) for what in ("eta", "expires"))
+        due_at, expires_at = (check_zoned(wire.get(what), what, self._zone) for what in ("eta", "expires"))
         # The broker's message is a doorbell: the time is kept by the row alone.
         wire["eta"] = None
-        priority = _priority(properties.get("priority"))
+        priority = check_priority(properties.get("priority"))
         # Of a retry or a replacement: the attempt that publishes it.
         publisher = wire.pop(ATTEMPT_HEADER, None)
         wire_properties = {
@@ -188,7 +223,7 @@ class Sender:
         }
         return NewJob(
             id=check_job_id(wire.get("id")),
-            name=_name(wire.get("task")),
+            name=check_name(wire.get("task")),
             shape=request.shape,
             message=messages.encode(
                 body,
@@ -205,13 +240,13 @@ class Sender:
             retries=check_times(wire.get("retries"), "retries"),
             nesting=check_times(wire.get("replaced_task_nesting"), "replaced_task_nesting"),
             publisher=publisher if isinstance(publisher, int) else None,
-            root_id=_parent(wire.get("root_id")),
-            parent_id=_parent(wire.get("parent_id")),
-            replaces=_parent(wire.get(REPLACES)),
+            root_id=check_parent(wire.get("root_id")),
+            parent_id=check_parent(wire.get("parent_id")),
+            replaces=check_parent(wire.get(REPLACES)),
             due_at=due_at,
             expires_at=expires_at,
             gates=gates,
-            stamps=_stamps(wire) if wire.get("stamped_headers") else None,
+            stamps=stamps_of(wire) if wire.get("stamped_headers") else None,
         )
 
     def _insert_for(self, attempt: Attempt, job: NewJob) -> Inserted | None:
@@ -225,7 +260,7 @@ class Sender:
         try:
             return self._insert(job, attempt.publisher)
         except (NotAccepted, OutcomeUnknown) as error:
-            if not _may_pass(error):
+            if not may_pass(error):
                 raise
             logger.warning("Postgres is away: what job %s publishes goes with its end: %s", attempt.tag.job, error)
             self._keep_until = time.monotonic() + POSTGRES_PAUSE
@@ -238,7 +273,7 @@ class Sender:
             try:
                 return self._insert(job)
             except (NotAccepted, OutcomeUnknown) as error:
-                if not (_may_pass(error) and may_wait()):
+                if not (may_pass(error) and may_wait()):
                     raise
             pause.wait(AGAIN_AFTER)
 
@@ -269,11 +304,7 @@ class Sender:
             if inserted.same_as is not None:
                 raise SameJob(job.id, inserted.same_as)
             if by is not None and not accept.may_publish(connection, by):
-                self._ask(inserted, lambda ledger: ledger.count("stale.publish"))
-                raise LeaseLost(
-                    f"attempt {by.attempt} of job {by.job} lost its lease: what it publishes, {job.id} ({job.name}),"
-                    " is refused"
-                )
+                self.refuse(inserted, job, by)
             # (What was never retried or replaced succeeds nothing, and whoever only submits may not change a row.)
             was = successors.put_successor(connection, job) if job.retries or job.nesting else None
             if was == State.REPLACED:
@@ -282,10 +313,17 @@ class Sender:
                     self._bring(connection, job.id, inserted)
             elif was is not None:
                 # The row knows; the ledger only spares it a detour.
-                self._ask(inserted, lambda ledger: ledger.succeed(job.id))
+                self.ask(inserted, lambda ledger: ledger.succeed(job.id))
             else:
                 self._known(connection, job, inserted)
         return None
+
+    def refuse(self, inserted: Inserted, job: NewJob, by: Publisher) -> NoReturn:
+        """An attempt that lost its lease publishes nothing."""
+        self.ask(inserted, lambda ledger: ledger.count("stale.publish"))
+        raise LeaseLost(
+            f"attempt {by.attempt} of job {by.job} lost its lease: what it publishes, {job.id} ({job.name}), is refused"
+        )
 
     def _known(self, connection: Any, job: NewJob, inserted: Inserted) -> None:
         """The id exists and this is no successor: the same publish again, one that comes too late, or a stale one."""
@@ -320,7 +358,7 @@ class Sender:
                 raise
             # Whoever only submits may not read messages: the sweep brings it.
             return
-        self._ask(inserted, lambda ledger: enroll.submit_rows(ledger, rows))
+        self.ask(inserted, lambda ledger: enroll.submit_rows(ledger, rows))
 
     def _waiting(self) -> int | None:
         """How many jobs wait in the ledger; None where it does not say."""
@@ -332,29 +370,29 @@ class Sender:
             return
         place = order(job.priority, inserted.seq)
         submitted_ms = round(time.time() * 1000)
-        self._ask(
+        self.ask(
             inserted,
             lambda ledger: ledger.submit(
                 job.id, job.shape, place, job.message, submitted_ms=submitted_ms, read_ms=began_ms, rerun=job.rerun
             ),
         )
 
-    def _ask(self, inserted: Inserted, question: Callable[[Ledger], object]) -> None:
+    def ask(self, inserted: Inserted, question: Callable[[Ledger], object]) -> bool:
         """Tell the ledger, in the epoch that this insert confirmed; what it does not hear or take, the duties bring.
-        Where Postgres decides, tell those who take jobs there."""
+        Where Postgres decides, tell those who take jobs there. Whether the ledger answered."""
         if inserted.authority != "ledger":
             self._wake_pullers()
-            return
+            return False
 
         def asked(ledger: Ledger) -> object:
             ledger.epoch = inserted.epoch
             return question(ledger)
 
         try:
-            self._stores.sending.ask(asked)
+            return self._stores.sending.ask(asked) is not None
         except LedgerClosed:
             # Cold, or of another epoch: a worker opens it, and brings in what is accepted.
-            return
+            return False
 
     def _wake_pullers(self) -> None:
         try:
@@ -365,44 +403,6 @@ class Sender:
             logger.info("the workers were not told of a job: %s", error)
 
 
-def _may_pass(error: BaseException) -> bool:
+def may_pass(error: BaseException) -> bool:
     """Whether Postgres did not answer, rather than refuse what it was asked."""
     return isinstance(error, OutcomeUnknown) or isinstance(error.__cause__, (OperationalError, PoolTimeout))
-
-
-def _priority(value: Any) -> int:
-    if value is None:
-        return 0
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= TOP_PRIORITY:
-        raise InvalidRequest(f"priority {show(value)} is not valid", value=value, advice="It must be 0 to 9, 9 first.")
-    return value
-
-
-def _parent(value: Any) -> str | None:
-    """The id of another task, as Celery passes it on."""
-    return None if value is None else check_job_id(value)
-
-
-def _stamps(wire: Mapping[str, Any]) -> str | None:
-    """The stamps of a message, by which it can be revoked."""
-    names, stamps = wire["stamped_headers"], wire.get("stamps")
-    if not isinstance(names, (list, tuple)) or not isinstance(stamps, Mapping):
-        return None
-    return stamps_json(names, stamps)
-
-
-def _time(value: Any, what: str, zone: tzinfo) -> datetime | None:
-    if value is None:
-        return None
-    when = check_time(value, what)
-    return when if when.tzinfo is not None else when.replace(tzinfo=zone)
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str) or not value or len(value) > 255 or not value.isprintable():
-        raise InvalidRequest(
-            f"task name {show(value)} is not valid",
-            value=value,
-            advice="It must be 1 to 255 printable characters.",
-        )
-    return value

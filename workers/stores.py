@@ -20,6 +20,7 @@ from routing.ledger import Ledger
 from routing.settings import Settings
 from workers.breaker import Breaker
 from workers.inherited import let_go
+from workers.watching import Watcher
 
 #: Seconds to wait for a connection to Postgres, for one of the pool, and for a lock of a table.
 CONNECT_WITHIN: Final = 3
@@ -116,6 +117,12 @@ class Stores:
         return found
 
     @property
+    def watcher(self) -> Watcher:
+        """Hears what becomes of the jobs that this process watches."""
+        found: Watcher = self._get("watcher", lambda: Watcher(self.settings))
+        return found
+
+    @property
     def redis(self) -> redis.Redis:
         """The ledger's client."""
         return self.ledger.client
@@ -123,7 +130,7 @@ class Stores:
     def forget_after_fork(self) -> None:
         """In a child: drop what the parent made, without a word on the parent's connections."""
         self._lock = threading.RLock()
-        for name in ("ledger", "sending"):
+        for name in ("ledger", "sending", "watcher"):
             if name in self._made:
                 let_go(self._made[name].descriptors())
         made, self._made = self._made, {k: v for k, v in self._made.items() if k == "settings"}

@@ -204,7 +204,7 @@ class Registration:
             job = NewJob(id=str(uuid.uuid4()), name="tasks.render", shape=SHAPE, message=self._message)
             inserted = accept.insert_job(self._connection, job)
             rows.append((job.id, SHAPE, order(0, inserted.seq or 0), self._message, 0, 0, 0))
-        answers = self._ledger.submit_all(rows)
+        answers = [self._ledger.submit(*row[:4]) for row in rows]
         for (job_id, _, place, *_), answer in zip(rows, answers, strict=True):
             life = self._lives[str(answer.worker)]
             token, nonce = f"{self._ledger.epoch}.{answer.attempt}", str(next(self._numbers))

@@ -16,4 +16,6 @@ end
 redis.call('SET', KEY.allocated, '0')
 redis.call('SET', KEY.allocated_cpus, '0')
 redis.call('HSET', KEY.epoch, 'epoch', epoch, 'run_id', run_id, 'opened', int(clock()), 'rebuilding', '1')
+-- Whoever watches a job looks at it anew: what became of it since the books were lost was told by nobody.
+redis.call('PUBLISH', KEY.epoch, epoch)
 return {'ok'}

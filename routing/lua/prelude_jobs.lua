@@ -17,6 +17,9 @@ local function note(id, job, state, step, now, more)
     'admitted', job.admitted or '', 'started', job.started or '', 'at', int(now), 'losses', job.losses or '0',
     'outcome', more and more.outcome or '', 'error', more and more.error or '', 'outbox', more and more.outbox or '')
   job.noted = span
+  -- Whoever watches the job hears of it on the channel that has the name of its key (routing/watching.py).
+  redis.call('PUBLISH', KEY.job .. id, job.epoch .. ' ' .. job.attempt .. ' ' .. step .. ' ' .. state .. ' ' .. int(now) ..
+    ' ' .. (job.worker or ''))
   return job.entry
 end
 
@@ -156,6 +159,63 @@ local function grant(id, job, message, book, now)
   redis.call('HSET', KEY.held .. book.worker, id, token_of(job))
   redis.call('ZADD', KEY.unclaimed, int(now + LIMIT.start), id)
   redis.call('LPUSH', book.queue, tagged(message, id, job))
+end
+
+-- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. One that is
+-- known (or ended within the last 60 s, by its tombstone) is left as it is. `job` has epoch, attempt (admissions so far),
+-- shape, order, losses, submitted. Returns what became of it, as submit.lua replies.
+local function take_in(id, job, message, digest, rerun, now)
+  local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became')
+  local attempt = tonumber(job.attempt)
+  -- What its last attempt ended may go on all the same, with a successor of which only Postgres was told: then its row
+  -- has that attempt. (One that was revoked or expired does not; and what was submitted before has an older attempt.)
+  local went_on = known[4] and known[5] ~= 'cancelled' and known[5] ~= 'expired' and tonumber(known[3]) == attempt
+  if known[1] and (known[1] ~= 'ended' or (known[2] and not went_on) or tonumber(known[3]) > attempt) then
+    return {'exists', known[1]}
+  end
+  if known[1] then
+    redis.call('DEL', KEY.job .. id)
+  end
+  -- What never changes is written once, with all the rest.
+  job.first = {'digest', digest}
+  if rerun == '0' then
+    job.first[3], job.first[4] = 'rerun', rerun
+  end
+  local cursor_score, cursor_worker = '', ''
+  -- A job whose shape already waits would find no room either: it is filed unseen.
+  if not redis.call('ZSCORE', KEY.shapes, job.shape) then
+    local amounts = amounts_of(job.shape)
+    local least, looked_at = int(amounts.cpus or 0), 0
+    -- The first few are nearly always enough; the others are fetched only when they are needed.
+    for _, size in ipairs({LIMIT.few, LIMIT.candidates - LIMIT.few}) do
+      local found = redis.call('ZRANGEBYSCORE', KEY.free, least, '+inf', 'LIMIT', looked_at, size)
+      local book = first_with_room(found, job.epoch, now, amounts)
+      if book then
+        job.attempt = int(attempt + 1)
+        grant(id, job, message, book, now)
+        enter(book, amounts)
+        count('admitted', 1)
+        return {'admitted', book.worker, job.attempt}
+      end
+      looked_at = looked_at + #found
+      if #found < size then
+        break
+      end
+      cursor_worker = found[#found]
+    end
+    if looked_at == LIMIT.candidates then
+      cursor_score = redis.call('ZSCORE', KEY.free, cursor_worker)
+    else
+      cursor_worker = ''
+    end
+  end
+  note(id, job, 'waiting', STEP.filed, now)
+  redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'epoch', job.epoch, 'attempt', job.attempt, 'shape', job.shape,
+    'order', job.order, 'losses', job.losses, 'submitted', job.submitted, 'message', message, 'entry', job.entry,
+    'noted', job.noted, unpack(job.first))
+  file(id, job.shape, job.order)
+  count('filed', 1)
+  return {'waiting', cursor_score, cursor_worker}
 end
 
 -- Admit a job to the worker that is asking, and give it the lease at once: its message goes into the reply (`out`), so

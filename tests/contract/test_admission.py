@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from routing import keys
+from routing.envelope import digest_of
 from routing.ledger import Ledger
 from routing.policy import (
     CANDIDATES,
@@ -27,6 +29,7 @@ from routing.policy import (
 )
 from routing.replies import Ended, Filled
 from routing.request import Request
+from routing.scripts import SUBMIT_WITHIN_MS
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger, write_book
 
 #: Each example takes some milliseconds of the server.
@@ -109,6 +112,28 @@ def test_submits_one_after_another_take_what_the_policy_takes_one_after_another(
             books = [book.holding(request_) if book.worker == decision.worker else book for book in books]
         else:
             waiting.add(request_.shape)
+
+
+@ON_A_SERVER
+@given(BOOKS, st.lists(REQUESTS, min_size=2, max_size=12))
+def test_many_submitted_at_once_take_what_the_policy_takes_one_after_another(
+    ledger: Ledger, books: list[Book], requests: list[Request]
+) -> None:
+    write(ledger, books)
+    rows, expected = [], []
+    for seq, request_ in enumerate(requests):
+        decision: Admission | Refusal = choose(request_, books, CANDIDATES)
+        if isinstance(decision, Admission):
+            books = [book.holding(request_) if book.worker == decision.worker else book for book in books]
+        rows.append((f"job-{seq}", request_.shape, order(0, seq), MESSAGE, 0, 0, 0))
+        expected.append(asked(decision))
+    assert ledger.submit_many(rows) == len(rows)
+    cards: Any = [ledger.client.hmget(keys.job(row[0]), "state", "worker", "digest") for row in rows]
+    assert [worker.decode() if worker else None for _, worker, _ in cards] == expected
+    assert [state for state, *_ in cards] == [b"admitted" if worker else b"waiting" for worker in expected]
+    assert {digest for *_, digest in cards} == {digest_of(MESSAGE).encode()}
+    # Again: all of them are known.
+    assert ledger.submit_many(rows) == 0
 
 
 BACKLOG: Final = st.lists(st.tuples(REQUESTS, st.integers(0, 9)), max_size=40).map(
@@ -239,6 +264,23 @@ def test_the_search_goes_on_by_the_cursor_until_a_worker_is_found(ledger: Ledger
     submitted = ledger.submit("job", request_.shape, order(0, 1), MESSAGE)
     assert (submitted.state, submitted.worker, submitted.attempt) == ("admitted", books[-1].worker, 1)
     assert ledger.client.zcard(keys.SHAPES) == 0
+
+
+def test_many_submitted_at_once_search_on_by_the_cursor_too(ledger: Ledger) -> None:
+    *books, last = crowd({f"w{n:04}": 4000 for n in range(2 * CANDIDATES)})
+    last = replace(last, capacity={**last.capacity, "licence": 2})
+    write(ledger, [*books, last])
+    shape = Request.of({"cpus": 1000, "licence": 1}).shape
+    assert ledger.submit_many([(f"job-{n}", shape, order(0, n), MESSAGE, 0, 0, 0) for n in range(3)]) == 3
+    took = last.worker.encode()
+    assert [ledger.client.hget(keys.job(f"job-{n}"), "worker") for n in range(3)] == [took, took, None]
+
+
+def test_of_many_that_come_too_late_none_is_taken(ledger: Ledger) -> None:
+    late = time.time() * 1000 - SUBMIT_WITHIN_MS - 1000
+    rows = [(f"job-{n}", Request.of({}).shape, n, MESSAGE, 0, 0, 0, late + 1e6 * n) for n in range(2)]
+    assert ledger.submit_many(rows) == 0
+    assert ledger.client.exists(keys.job("job-0"), keys.job("job-1")) == 0
 
 
 def test_the_cursor_of_a_submit_is_the_one_that_the_policy_says(ledger: Ledger) -> None:

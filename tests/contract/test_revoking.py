@@ -100,7 +100,8 @@ def test_a_replaced_job_does_not_go_on(stage: Stage, app: Celery) -> None:
     stage.start(job)
     revoke(app, job)
     with stage.engine.connect() as connection:
-        assert successors.put_successor(connection, NewJob(job, "task", ONE, MESSAGE, publisher=1, nesting=1)) == "running"
+        new = NewJob(job, "task", ONE, MESSAGE, publisher=1, nesting=1)
+        assert successors.put_successor(connection, new) == "running"
     stage.end(job)
     assert stage.row(job).state == "cancelled"
 

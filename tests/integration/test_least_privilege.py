@@ -20,6 +20,7 @@ from celery.result import AsyncResult
 from redis.exceptions import NoPermissionError
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.orm import Session
 
 from celery_capacity import InvalidRequest, NotAccepted, create_app
 from routing import keys
@@ -106,13 +107,18 @@ def test_the_whole_main_job_runs(platform: Platform, submitter: Celery, guarded_
         connection.execute(text("INSERT INTO rates (name, rate, said) VALUES (:name, 0.1, '6/m')"), {"name": ADD})
     submitter.amqp.job_sender.rates.forget()
     assert submitter.send_task(ADD, [3, 3]).get(timeout=30) == 6
+    many = submitter.submit_many(ADD, [(1, number) for number in range(3)])
+    with Session(submitter.platform.engine.execution_options(isolation_level="READ COMMITTED")) as session:
+        bought = submitter.send_task(ADD, [1, 2], session=session)
+        session.commit()
+    assert [one.get(timeout=30) for one in (*many, bought)] == [1, 2, 3, 3]
 
     seen = platform.celery("cluster", "--json", **looking)
     assert seen.returncode == 0, seen.stderr
     cluster = json.loads(seen.stdout)
     assert (cluster["source"], cluster["resources"]["waiting_jobs"]) == ("ledger", 1)
     listed = platform.celery("jobs", "--json", **looking)
-    assert len(json.loads(listed.stdout)) == 10, listed.stderr
+    assert len(json.loads(listed.stdout)) == 14, listed.stderr
     one = json.loads(platform.celery("job", wide.id, "--json", **looking).stdout)
     assert (one["why"]["why"], one["message_bytes"]) == ("too-large", None)
     # An administrator's work, with the worker's rights: revoke what waits, and look at the invariants.

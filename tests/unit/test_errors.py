@@ -21,6 +21,8 @@ KINDS: list[type[PlatformError]] = [
 def make(kind: type[PlatformError]) -> PlatformError:
     if kind is errors.OutcomeUnknown:
         return errors.OutcomeUnknown("job-1")
+    if kind is errors.PartlyAccepted:
+        return errors.PartlyAccepted(7, ["job-8"])
     if kind is errors.SettingsError:
         return errors.SettingsError(["PLATFORM_CPUS='x' is wrong.", "PLATFORM_GPUS='y' is wrong."])
     return kind()
@@ -115,6 +117,7 @@ def test_references_are_stable_and_unique() -> None:
         "not-accepted",
         "backlog-full",
         "outcome-unknown",
+        "partly-accepted",
         "lease-lost",
         "wrong-settings",
         "not-migrated",

@@ -22,6 +22,7 @@ from routing.replies import LedgerClosed
 from routing.settings import Settings
 from workers import ticks
 from workers.duties import due, fallback, keys, lapse, outbox, reconciling, replaced, retention, stream, sweep
+from workers.duties.listening import Listener
 from workers.duties.opening import open_ledger
 from workers.stores import Stores
 from workers.wake import Wake
@@ -72,6 +73,7 @@ class Runner(threading.Thread):
     def __init__(self, app: Celery, stores: Stores, incarnation: str) -> None:
         super().__init__(name="duties", daemon=True)
         self._app = app
+        self._listener = Listener(stores.apart(), incarnation)
         # With a handle of the ledger of their own: its epoch is the one in which duties may act.
         self._stores = stores.apart()
         self._incarnation = incarnation
@@ -82,6 +84,10 @@ class Runner(threading.Thread):
         self._asked: set[str] = set()
         self._suspected = False
         self._said = ""
+
+    def start(self) -> None:
+        super().start()
+        self._listener.start()
 
     def tick(self, name: str) -> None:
         """Beat asks for a duty, in any thread."""
@@ -97,6 +103,7 @@ class Runner(threading.Thread):
     def stop(self, within: float) -> None:
         self._stopping = True
         self._wake.set()
+        self._listener.stop(within)
         if self.is_alive():
             self.join(within)
 

@@ -1,0 +1,185 @@
+"""Waiting for jobs in asyncio programs: `job.wait(state)` and `job.events()`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+
+import celery_capacity
+from celery_capacity import InvalidRequest, Job, JobEvent, PlatformError
+from routing import keys
+from routing.home import Pair
+from tests.fixtures import tasks
+from tests.fixtures.processes import Platform
+from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.waiting import until
+from workers.watching import NAME
+
+ADD, FAIL, HOLD = (f"tests.fixtures.tasks.{name}" for name in ("add", "fail", "hold"))
+AGAIN = "tests.tasks.canvas.again_by_itself"
+#: Seconds that no test comes near.
+LONG = 30.0
+
+
+@pytest.fixture(scope="module")
+def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    with standing_platform(server_pair, tmp_path_factory.mktemp("waiting"), "tests.tasks.canvas") as running:
+        running.worker("a", cpus=2, pool="threads", slots=4)
+        yield running
+
+
+def watched(submitter: Submitter, job: str) -> Job:
+    return celery_capacity.job(job, app=submitter.app)
+
+
+@pytest.fixture
+def looks(submitter: Submitter) -> Iterator[list[str]]:
+    """The statements that this process sends to Postgres to look at a job."""
+    said: list[str] = []
+
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if "FROM jobs" in statement:
+            said.append(statement)
+
+    engine = submitter.app.platform.engine
+    event.listen(engine, "before_cursor_execute", note)
+    yield said
+    event.remove(engine, "before_cursor_execute", note)
+
+
+def listening(platform: Platform) -> list[dict[str, Any]]:
+    database = str(platform.redis.connection_pool.connection_kwargs["db"])
+    found: Any = platform.redis.client_list(_type="pubsub")
+    return [one for one in found if one["name"] == NAME and one["db"] == database]
+
+
+async def all_of(job: Job) -> list[JobEvent]:
+    return [event async for event in job.events()]
+
+
+def test_a_job_s_states_are_told_as_they_come(submitter: Submitter, platform: Platform, looks: list[str]) -> None:
+    first = submitter.send(HOLD, "first", cpus=2)
+    tasks.started(platform.redis, "first")
+    second = watched(submitter, submitter.send(HOLD, "second", cpus=2))
+
+    async def follow() -> list[JobEvent]:
+        seen = asyncio.create_task(all_of(second))
+        assert (await second.wait("waiting", timeout=LONG)).state == "waiting"
+        with pytest.raises(TimeoutError):
+            await second.wait("running", timeout=0.05)
+        running = asyncio.create_task(second.wait("running", timeout=LONG))
+        # It is heard of, not looked for.
+        before = len(looks)
+        await watched(submitter, first).wait("running", timeout=LONG)
+        tasks.let_go(platform.redis, "first")
+        assert (await running).worker == "a"
+        tasks.let_go(platform.redis, "second")
+        ended = await second.wait(timeout=LONG)
+        assert (ended.state, ended.final, ended.attempt) == ("succeeded", True, 1)
+        events = await seen
+        assert len(looks) <= before + 3
+        return events
+
+    events = asyncio.run(follow())
+    assert [one.state for one in events] in (
+        ["waiting", "running", "succeeded"],
+        ["waiting", "admitted", "running", "succeeded"],
+    )
+    times = [one.at for one in events if one.at is not None]
+    assert times == sorted(times)
+    assert len(times) >= 2
+    assert {one.job for one in events} == {second.id}
+
+
+def test_what_has_ended_is_told_at_once_and_waits_for_nothing(submitter: Submitter) -> None:
+    job = submitter.send(FAIL, "no")
+    submitter.ended(job)
+    result = submitter.result(job)
+    found = asyncio.run(celery_capacity.job(result).wait("running", timeout=LONG))
+    assert (found.state, found.job) == ("failed", job)
+    assert [one.state for one in asyncio.run(all_of(watched(submitter, job)))] == ["failed"]
+    assert asyncio.run(watched(submitter, job).now()).final
+
+
+def test_a_retry_is_another_attempt_and_a_revoke_an_end(submitter: Submitter) -> None:
+    again = submitter.send(AGAIN, countdown=0.3)
+    put_off = submitter.send(ADD, 1, 2, countdown=3600)
+
+    async def follow() -> tuple[list[JobEvent], list[JobEvent]]:
+        both = asyncio.gather(all_of(watched(submitter, again)), all_of(watched(submitter, put_off)))
+        assert (await watched(submitter, put_off).wait("scheduled", timeout=LONG)).state == "scheduled"
+        await asyncio.to_thread(submitter.app.control.revoke, put_off)
+        first, second = await asyncio.wait_for(both, LONG)
+        return first, second
+
+    retried, revoked = asyncio.run(follow())
+    assert [one.state for one in revoked] == ["scheduled", "cancelled"]
+    assert (retried[0].state, retried[-1].state, retried[-1].attempt) == ("scheduled", "failed", 2)
+    assert [one.attempt for one in retried if one.state == "running"] == [1, 2]
+
+
+def test_all_that_a_process_watches_shares_one_connection(submitter: Submitter, platform: Platform) -> None:
+    jobs = [watched(submitter, submitter.send(HOLD, "many", cpus=0.5)) for _ in range(8)]
+
+    async def follow() -> list[JobEvent]:
+        waits = [asyncio.create_task(job.wait(timeout=LONG)) for job in (*jobs, *jobs)]
+        await asyncio.gather(*(job.wait("running", timeout=LONG) for job in jobs[:4]))
+        assert len(listening(platform)) == 1
+        tasks.let_go(platform.redis, "many", 8)
+        return await asyncio.gather(*waits)
+
+    assert {one.state for one in asyncio.run(follow())} == {"succeeded"}
+    # In another loop, as another thread of the program may have one.
+    assert asyncio.run(jobs[0].wait(timeout=LONG)).final
+
+
+def test_after_a_gap_the_job_is_looked_at_again(
+    submitter: Submitter, platform: Platform, looks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = watched(submitter, submitter.send(HOLD, "gap", cpus=1))
+
+    async def follow() -> JobEvent:
+        ended = asyncio.create_task(job.wait(timeout=LONG))
+        await job.wait("running", timeout=LONG)
+        before = len(looks)
+        for one in listening(platform):
+            platform.redis.client_kill_filter(_id=one["id"])
+        # (Between the two it looks, and listens again.)
+        await asyncio.to_thread(until, lambda: len(looks) > before and listening(platform), "it listens again")
+        tasks.let_go(platform.redis, "gap")
+        return await ended
+
+    assert asyncio.run(follow()).state == "succeeded"
+
+
+def test_what_nobody_told_is_seen_when_a_new_epoch_is(submitter: Submitter, platform: Platform) -> None:
+    job = watched(submitter, submitter.send(ADD, 1, 2, countdown=3600))
+
+    async def follow() -> JobEvent:
+        ended = asyncio.create_task(job.wait(timeout=LONG))
+        await job.wait("scheduled", timeout=LONG)
+        # As Postgres does it, while it decides.
+        with platform.engine.begin() as connection:
+            query = "UPDATE jobs SET state = 'expired', finished_at = now(), step = 12 WHERE id = :id"
+            connection.execute(text(query), {"id": job.id})
+        platform.redis.publish(keys.EPOCH, "2")
+        return await ended
+
+    assert asyncio.run(follow()).state == "expired"
+
+
+def test_what_cannot_be_waited_for_is_refused(submitter: Submitter) -> None:
+    with pytest.raises(InvalidRequest, match="there is no job nobody"):
+        asyncio.run(watched(submitter, "nobody").wait(timeout=LONG))
+    with pytest.raises(InvalidRequest, match="state 'done' is not valid"):
+        asyncio.run(watched(submitter, "nobody").wait("done"))
+    with pytest.raises(InvalidRequest, match="task_id"):
+        watched(submitter, "a b")
+    from celery import Celery
+
+    with pytest.raises(PlatformError, match="not on the platform"):
+        celery_capacity.job("x", app=Celery("plain", set_as_current=False))
