@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from celery.app.amqp import AMQP
-from celery.utils.saferepr import saferepr
 from kombu import Exchange, Queue
 from kombu.serialization import prepare_accept_content
 
-from routing.errors import InvalidRequest, mask_url
-from routing.secrets import hidden
+from routing.errors import InvalidRequest
 from workers import ticks
+from workers.protocols import shown
+from workers.queues import queue_of
 from workers.router import PLATFORM_PREFIX, Router
 from workers.sender import Sender
 from workers.stores import Stores
@@ -21,9 +22,10 @@ from workers.transport import Connection
 class _JobProducer:
     """Stands for kombu's producer while Celery sends a task: what it publishes becomes a row."""
 
-    def __init__(self, producer: Any, sender: Sender) -> None:
+    def __init__(self, producer: Any, sender: Sender, queues: Mapping[str, Queue]) -> None:
         self._producer = producer
         self._sender = sender
+        self._queues = queues
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._producer, name)
@@ -50,7 +52,7 @@ class _JobProducer:
             headers=headers,
             serializer=serializer,
             compression=compression,
-            routing_key=routing_key,
+            routing_key=queue_of(self._queues, exchange, routing_key) if exchange else routing_key,
             properties=properties,
         )
 
@@ -69,6 +71,7 @@ class PlatformAMQP:
     def _create_task_sender(self) -> Any:
         plain = super()._create_task_sender()  # type: ignore[misc]
         sender = self.job_sender
+        queues: Mapping[str, Queue] = self.queues  # type: ignore[attr-defined]
 
         def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
             if name in ticks.NAMES:
@@ -76,7 +79,7 @@ class PlatformAMQP:
             if name.startswith(PLATFORM_PREFIX):
                 advice = f"{PLATFORM_PREFIX} begins the platform's own names."
                 raise InvalidRequest(f"no task may be named {name}", value=name, advice=advice)
-            return plain(_JobProducer(producer, sender), name, message, **options)
+            return plain(_JobProducer(producer, sender, queues), name, message, **options)
 
         return send_task_message
 
@@ -89,9 +92,7 @@ class PlatformAMQP:
             ("kwargsrepr", kwargs or {}, self.kwargsrepr_maxsize),  # type: ignore[attr-defined]
         ):
             if options.get(what) is None:
-                levels = self.app.conf.task_repr_maxlevels  # type: ignore[attr-defined]
-                shown = saferepr(hidden(given), most, maxlevels=levels)
-                options[what] = mask_url(shown) if "://" in shown else shown
+                options[what] = shown(given, most, self.app.conf.task_repr_maxlevels)  # type: ignore[attr-defined]
         return super().as_task_v2(task_id, name, args, kwargs, *more, **options)  # type: ignore[misc]
 
     def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:

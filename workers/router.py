@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from routing import keys
+from routing.amounts import DEFAULT_QUEUE
 from routing.books import text
 from routing.errors import InvalidRequest, PlatformError, Unsupported, show
 from routing.request import REQUEST_OPTIONS, Request
@@ -45,11 +46,9 @@ class Router:
         self,
         stores: Stores,
         tasks: Callable[[], Mapping[str, Any]] = dict,
-        default_exchange: str = "celery",
     ) -> None:
         self._stores = stores
         self._tasks = tasks
-        self._default_exchange = default_exchange
         self._published: dict[str, Request] = {}
         #: Those of them that run only until their first loss.
         self._never_again: set[str] = set()
@@ -68,12 +67,6 @@ class Router:
         for option in MISSPELT.keys() & options.keys():
             advice = f"Write {MISSPELT[option]}=."
             raise InvalidRequest(f"apply_async({option}=...) of {name} is not an option", value=option, advice=advice)
-        exchange = options.get("exchange")
-        if exchange and getattr(exchange, "name", exchange) != self._default_exchange:
-            raise Unsupported(
-                f"exchange {show(exchange)}: routing by exchange is not supported yet",
-                advice="Leave it out, and say what the task needs: cpus=, memory=, resources={...}.",
-            )
         rate_limit = getattr(task, "rate_limit", None)
         if rate_limit:
             raise Unsupported(
@@ -91,12 +84,7 @@ class Router:
             # What it needs is what the task needs that it calls; its own signature still has the last word.
             name, inner = called
             task, call = None, {**{option: inner[option] for option in REQUEST_OPTIONS if option in inner}, **call}
-        base, declared = self._base(name, headers, task)
-        request = base.merged(call)
-        carried = headers.get(HEADER)
-        headers[HEADER] = {"shape": request.shape, "declared": declared or bool(call)}
-        if not self._reruns(name, options.pop("rerun", None), carried, task):
-            headers[HEADER][RERUN] = False
+        headers[HEADER] = self.header(name, headers.get(HEADER), task, call, options.pop("rerun", None))
         options["headers"] = headers
         priority = options.get("priority")
         if priority is not None and (
@@ -108,10 +96,23 @@ class Router:
                 advice="It must be 0 to 9, 9 first.",
             )
 
-    def _base(self, name: str, headers: Mapping[str, Any], task: Any) -> tuple[Request, bool]:
-        carried = headers.get(HEADER)
+    def header(
+        self,
+        name: str,
+        carried: Any = None,
+        task: Any = None,
+        call: Mapping[str, Any] | None = None,
+        rerun: Any = None,
+    ) -> dict[str, Any]:
+        """The header `HEADER` of a message. `carried`: what it has already; `call`: what the caller asks for."""
+        base, declared = self._base(name, carried, task)
+        found = {"shape": base.merged(call or {}).shape, "declared": declared or bool(call)}
+        return found if self._reruns(name, rerun, carried, task) else {**found, RERUN: False}
+
+    def _base(self, name: str, carried: Any, task: Any) -> tuple[Request, bool]:
         if isinstance(carried, Mapping):
-            return Request.from_shape(str(carried.get("shape"))), bool(carried.get("declared"))
+            # (In which queue, is said anew: a retry may go to another one.)
+            return Request.from_shape(str(carried.get("shape"))).within(DEFAULT_QUEUE), bool(carried.get("declared"))
         known = task if task is not None else self._tasks().get(name)
         if known is not None:
             return declared_by(known, self._stores.settings.default_cpus), True

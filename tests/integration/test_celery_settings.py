@@ -216,9 +216,6 @@ def test_events_are_sent_of_every_step(platform: Platform, submitter: Submitter)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"queue": "other"}, "routing by queue"),
-        ({"exchange": "other", "routing_key": "other"}, "routing by exchange"),
-        ({"exchange": "other"}, "routing by exchange"),
         ({"unique": True}, "unique"),
         ({"unique_for": 5}, "unique_for"),
         ({"after": ["job"]}, "after"),
@@ -237,20 +234,6 @@ def test_an_option_of_a_later_version_is_refused(
 def test_a_task_with_a_rate_limit_is_refused(platform: Platform, submitter: Submitter) -> None:
     with pytest.raises(Unsupported, match="PLATFORM_RESOURCES"):
         submitter.app.tasks[canvas.limited.name].delay()
-    assert jobs(platform) == []
-
-
-def test_the_users_own_routes_to_other_queues_are_refused(platform: Platform, submitter: Submitter) -> None:
-    submitter.app.conf.task_routes = {ADD: {"queue": "theirs"}}
-    with pytest.raises(Unsupported, match="'theirs'"):
-        submitter.app.send_task(ADD, [1, 2])
-    assert jobs(platform) == []
-
-
-def test_the_first_protocol_is_refused(platform: Platform, submitter: Submitter) -> None:
-    submitter.app.conf.task_protocol = 1
-    with pytest.raises(Unsupported, match="task_protocol"):
-        submitter.app.send_task(ADD, [1, 2])
     assert jobs(platform) == []
 
 
