@@ -11,7 +11,18 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from platform.terminal import bar, table
-from routing.amounts import ALONE, CPUS, GPUS, MEMORY, SLOTS, format_amount, format_cpus, format_memory
+from routing.amounts import (
+    ALONE,
+    CPUS,
+    DEFAULT_QUEUE,
+    GPUS,
+    MEMORY,
+    SLOTS,
+    format_amount,
+    format_cpus,
+    format_memory,
+    queues_of,
+)
 from routing.explain import Explanation, Why
 from routing.request import Request
 
@@ -52,8 +63,12 @@ def cluster(console: Console, overview: Overview) -> None:
         _workers(console, overview.workers)
     if overview.backlog:
         console.print()
-        rows = [(str(line.request), str(line.waiting), age(line.oldest)) for line in overview.backlog]
-        table(console, ("request", "waiting", "oldest"), rows, right=(1, 2))
+        rows = [
+            (str(line.request), str(line.waiting), age(line.oldest), line.request.queue) for line in overview.backlog
+        ]
+        header = ("request", "waiting", "oldest", "queue")
+        shown = len(header) - all(row[-1] == DEFAULT_QUEUE for row in rows)
+        table(console, header[:shown], [row[:shown] for row in rows], right=(1, 2))
     if overview.quarantine is not None and overview.quarantine.messages:
         console.print()
         console.print(
@@ -68,8 +83,10 @@ def cluster(console: Console, overview: Overview) -> None:
 
 def _workers(console: Console, workers: Sequence[WorkerLine]) -> None:
     """A line each."""
-    header = ("worker", "status", "CPUs", "memory", "slots", "heartbeat")
+    header: tuple[str, ...] = ("worker", "status", "CPUs", "memory", "slots", "heartbeat", "queues")
     rows = [_worker(worker) for worker in workers]
+    shown = len(header) - all(row[-1] == DEFAULT_QUEUE for row in rows)
+    header, rows = header[:shown], [row[:shown] for row in rows]
     meters = [(worker.allocated.get(CPUS, 0), worker.capacity.get(CPUS, 0)) for worker in workers]
     table_with_bars(console, header, rows, meters, place=2, right=(2, 3, 4, 5))
 
@@ -105,6 +122,7 @@ def _worker(worker: WorkerLine) -> tuple[str, ...]:
         _of(worker.allocated.get(MEMORY, 0), worker.capacity.get(MEMORY, 0)),
         f"{worker.allocated.get(SLOTS, 0)}/{worker.capacity.get(SLOTS, 0)}",
         "unknown" if worker.heartbeat_age is None else f"{age(worker.heartbeat_age)} ago",
+        ", ".join(queues_of(worker.capacity)),
     )
 
 
@@ -161,6 +179,7 @@ def job(console: Console, file: JobFile, why: Explanation | None) -> None:
         ("task", line["name"]),
         ("state", line["state"]),
         ("request", f"{Request.from_people(line['request'])}{declared}"),
+        ("queue", "" if line["queue"] == DEFAULT_QUEUE else line["queue"]),
         ("priority", str(line["priority"])),
         ("worker", line["worker"] or NOTHING),
         ("submitted", moment(line["submitted_at"])),
@@ -223,7 +242,11 @@ def _reason(why: Explanation) -> str:
     asked = _amount(why.resource, why.asked)
     free = _amount(why.resource, max(0, why.free or 0))
     sentences = {
-        Why.NO_WORKER: "No live worker admits jobs. Start one: celery -A platform worker",
+        Why.NO_WORKER: "No live worker admits jobs. Start one: celery -A platform worker"
+        if why.request.queue == DEFAULT_QUEUE
+        else f"No live worker that serves queue {why.request.queue} admits jobs.",
+        Why.NO_QUEUE: f"No worker serves queue {why.request.queue}."
+        f" Start one: celery -A platform worker -Q {why.request.queue}",
         Why.UNKNOWN_RESOURCE: f"No worker publishes {why.resource}, and it needs {asked}."
         f" A worker publishes {'them' if why.resource == GPUS else 'it'} through"
         f" {'PLATFORM_GPUS' if why.resource == GPUS else 'PLATFORM_RESOURCES'}.",

@@ -17,7 +17,7 @@ from numbers import Integral
 from typing import Any, NoReturn
 
 from routing.errors import InvalidRequest, show
-from routing.names import check_resource_name
+from routing.names import check_queue_name, check_resource_name
 
 #: millicores in one CPU; nothing finer can be asked for
 MILLICORES = 1000
@@ -32,6 +32,19 @@ MAX_NAMES = 16
 CPUS, MEMORY, GPUS, SLOTS = "cpus", "memory", "gpus", "slots"
 #: The ledger's own: every worker has one, and an attempt that runs alone on its worker holds it. Nobody else names it.
 ALONE = "alone"
+#: The queue that is meant where nobody names one. A shape says nothing of it.
+DEFAULT_QUEUE = "celery"
+#: Begins the label of any other queue: a job asks for one of it, and a worker that serves the queue has no end of it.
+#: No named resource can be called so.
+LABEL = "queue:"
+#: Published by a worker that does not serve the default queue: it takes only what has a label.
+ONLY_LABELLED = LABEL
+#: Of each label that a worker publishes: more than can be allocated.
+ENDLESS = 10**9
+#: labels of one worker; bounds what a script has to read of its book
+MAX_QUEUES = 100
+#: In the JSON of a capacity, the queues of a worker that serves others than the default one.
+QUEUES = "queues"
 #: resources that have their own argument; not allowed as named resources
 STANDARD = (CPUS, MEMORY, GPUS, SLOTS)
 
@@ -210,34 +223,72 @@ def canonical(amounts: Mapping[str, int] | Iterable[tuple[str, int]]) -> Amounts
     """The one form of a vector: names checked, zeros dropped, sorted by name, at most `MAX_NAMES` names."""
     given = dict(amounts)
     kept = []
-    for name in sorted(map(check_resource_name, given)):
+    for name in sorted(map(_check_name, given)):
         amount = given[name]
         if type(amount) is not int or not 0 <= amount <= MAX_AMOUNT:  # the rule of parse_count, without its price
             amount = parse_count(amount, name)
         if amount:
             kept.append((name, amount))
     if len(kept) > MAX_NAMES:
-        raise InvalidRequest(
-            f"{len(kept)} resources are too many",
-            value=[name for name, _ in kept],
-            advice=f"At most {MAX_NAMES} may be named, {', '.join(STANDARD)} included.",
-        )
+        named = [name for name, _ in kept if not is_label(name)]
+        if len(named) > MAX_NAMES:
+            raise InvalidRequest(
+                f"{len(named)} resources are too many",
+                value=named,
+                advice=f"At most {MAX_NAMES} may be named, {', '.join(STANDARD)} included.",
+            )
+        if len(kept) - len(named) > MAX_QUEUES:
+            raise InvalidRequest(
+                f"{len(kept) - len(named)} queues are too many for one worker",
+                advice=f"It may serve {MAX_QUEUES}: name fewer with -Q, or start more workers.",
+            )
     return tuple(kept)
 
 
+def is_label(name: str) -> bool:
+    """Whether an amount is not of a resource, but says which queues a worker serves, or a job is in."""
+    return name.startswith(LABEL)
+
+
+def _check_name(name: object) -> str:
+    if isinstance(name, str) and name.startswith(LABEL):
+        if name != ONLY_LABELLED:
+            check_queue_name(name.removeprefix(LABEL))
+        return name
+    return check_resource_name(name)
+
+
+def labels(queues: Iterable[str]) -> dict[str, int]:
+    """What a worker that serves these queues publishes of them; nothing where that is the default queue alone."""
+    named = {check_queue_name(queue) for queue in queues}
+    found = {LABEL + queue: ENDLESS for queue in named if queue != DEFAULT_QUEUE}
+    return found if DEFAULT_QUEUE in named else {**found, ONLY_LABELLED: 1}
+
+
+def queues_of(amounts: Iterable[str]) -> list[str]:
+    """The queues that a worker serves which publishes (or a job is in which asks for) these names, sorted."""
+    names = set(amounts)
+    labelled = [name.removeprefix(LABEL) for name in names if is_label(name) and name != ONLY_LABELLED]
+    return sorted(labelled if ONLY_LABELLED in names else [*labelled, DEFAULT_QUEUE])
+
+
 def to_people(amounts: Amounts) -> dict[str, int | float]:
-    """A vector in the units of people, standard resources first: CPUs (also 0) as a number, bytes, counts."""
+    """A vector in the units of people, standard resources first: CPUs (also 0) as a number, bytes, counts. Queues are
+    none of these."""
     given = dict(amounts)
     people: dict[str, int | float] = {CPUS: cpus_number(given.get(CPUS, 0))}
     people.update((name, given[name]) for name in STANDARD[1:] if name in given)
-    people.update((name, amount) for name, amount in amounts if name not in (*STANDARD, ALONE))
+    people.update((name, amount) for name, amount in amounts if name not in (*STANDARD, ALONE) and not is_label(name))
     return people
 
 
 def from_people(mapping: Mapping[str, Any]) -> dict[str, int]:
     """What `to_people` made, read back: name → millicores, bytes or count. Not yet canonical."""
     parsers = {CPUS: parse_cpus, MEMORY: parse_memory}
-    return {name: parsers.get(name, parse_count)(value, str(name)) for name, value in mapping.items()}
+    found = {
+        name: parsers.get(name, parse_count)(value, str(name)) for name, value in mapping.items() if name != QUEUES
+    }
+    return {**found, **labels(mapping[QUEUES])} if QUEUES in mapping else found
 
 
 def named_resources(value: object, what: str = "resources") -> dict[str, int]:
@@ -254,7 +305,7 @@ def named_resources(value: object, what: str = "resources") -> dict[str, int]:
 def refuse_standard(name: str, what: str) -> str:
     """The name, unless it is one of the standard resources, which are never given among the named ones, or the ledger's
     own."""
-    if name == ALONE:
+    if name in (ALONE, QUEUES):
         raise InvalidRequest(
             f"{what} names {name!r}, which the platform uses itself",
             value=name,

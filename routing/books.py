@@ -42,8 +42,7 @@ class WorkerBook:
 
     def over(self) -> tuple[str, ...]:
         """The resources of which more is allocated than there is."""
-        book = self.to_policy(0)
-        return tuple(name for name in sorted(self.allocated) if book.free(name) < 0)
+        return tuple(self.to_policy(0).exceeded)
 
     def to_policy(self, now: int) -> Book:
         """The book as the policy takes it."""

@@ -7,7 +7,7 @@ the host and not the container, so limits of the cgroups and the CPU affinity co
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -58,9 +58,23 @@ class Capacity:
         """The text of the ledger: "cpus=72000,memory=68719476736,slots=72"."""
         return ",".join(f"{name}={amount}" for name, amount in self.amounts)
 
-    def to_people(self) -> dict[str, int | float]:
-        """{"cpus": 72, "memory": 68719476736, "slots": 72}: what Postgres, JSON and pages show."""
-        return _amounts.to_people(self.amounts)
+    def to_people(self) -> dict[str, Any]:
+        """{"cpus": 72, "memory": 68719476736, "slots": 72}: what Postgres, JSON and pages show; with "queues": [...]
+        where the worker serves others than the default one."""
+        people: dict[str, Any] = _amounts.to_people(self.amounts)
+        if any(map(_amounts.is_label, dict(self.amounts))):
+            people[_amounts.QUEUES] = self.queues
+        return people
+
+    @property
+    def queues(self) -> list[str]:
+        """The queues that a worker with this capacity serves, by name."""
+        return _amounts.queues_of(dict(self.amounts))
+
+    def serving(self, queues: Iterable[str]) -> Capacity:
+        """The same of a worker that serves these queues."""
+        own = {name: amount for name, amount in self.amounts if not _amounts.is_label(name)}
+        return Capacity.of({**own, **_amounts.labels(queues)})
 
 
 @dataclass(frozen=True)
@@ -130,14 +144,20 @@ def _memory(facts: Facts) -> tuple[int, str]:
     return facts.machine_memory, "psutil"
 
 
-def detect(settings: Settings, slots: int | None = None, machine: Machine | None = None) -> Detected:
-    """What this machine, or another one, publishes with these settings and so many slots."""
-    return publish(settings, (machine or Machine()).read(), slots)
+def detect(
+    settings: Settings,
+    slots: int | None = None,
+    machine: Machine | None = None,
+    queues: Iterable[str] = (_amounts.DEFAULT_QUEUE,),
+) -> Detected:
+    """What this machine, or another one, publishes with these settings, so many slots and these queues."""
+    found = publish(settings, (machine or Machine()).read(), slots)
+    return Detected(found.capacity.serving(queues), found.sources)
 
 
 def describe(detected: Detected) -> str:
-    """One line for the log: "72 CPUs (affinity), 62.8 GiB memory (psutil), 72 slots (pool)"."""
-    known = dict(detected.capacity.amounts)
+    """One line for the log: "72 CPUs (affinity), 62.8 GiB memory (psutil), 72 slots (pool)"; without the queues."""
+    known = {name: amount for name, amount in detected.capacity.amounts if name in detected.sources}
     names = [name for name in STANDARD if name in known] + [name for name in known if name not in STANDARD]
     return ", ".join(f"{format_amount(name, known[name])} ({detected.sources[name]})" for name in names)
 

@@ -29,6 +29,7 @@ class Why(Enum):
     """What keeps a job from running; the value is the stable name in JSON. The first are the policy's."""
 
     NO_WORKER = Reason.NO_WORKER.value
+    NO_QUEUE = Reason.NO_QUEUE.value
     UNKNOWN_RESOURCE = Reason.UNKNOWN_RESOURCE.value
     TOO_LARGE = Reason.TOO_LARGE.value
     NO_ROOM = Reason.NO_ROOM.value
@@ -224,7 +225,8 @@ def _without_books(state: State) -> Why | None:
 
 
 def _when_empty(request: Request, book: Book) -> bool:
-    return book.admitting and all(amount <= book.capacity.get(name, 0) for name, amount in request.amounts)
+    large_enough = all(amount <= book.capacity.get(name, 0) for name, amount in request.amounts)
+    return book.admitting and book.serves(request) and large_enough
 
 
 def _ahead(client: redispy.Redis, shapes: Sequence[str], shape: str, place: int) -> tuple[int, int]:

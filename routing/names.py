@@ -15,6 +15,8 @@ MAX_WORKER_NAME = 100
 MAX_RESOURCE_NAME = 64
 #: characters of a job's id
 MAX_JOB_ID = 255
+#: characters of a queue's name
+MAX_QUEUE_NAME = 100
 
 # Always with fullmatch: "$" would let a newline at the end pass.
 _WORKER_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_WORKER_NAME}}}")
@@ -40,6 +42,20 @@ def check_resource_name(name: object, what: str = "resource name") -> str:
         f"{what} {show(name)} is not valid",
         value=name,
         advice=f"It must be 1 to {MAX_RESOURCE_NAME} characters of a-z 0-9 _ . - such as 'licence'.",
+    )
+
+
+def check_queue_name(name: object) -> str:
+    """A queue's name: 1 to 100 printable characters without white space, ``=`` and ``,``, which part the amounts of a
+    shape."""
+    # (See check_job_id about isprintable.)
+    if isinstance(name, str) and name.isprintable() and 1 <= len(name) <= MAX_QUEUE_NAME and not set(name) & set(" =,"):
+        return name
+    raise InvalidRequest(
+        f"queue {show(name)} is not valid",
+        value=name,
+        advice=f"Its name must be 1 to {MAX_QUEUE_NAME} printable characters without white space, = and , such as"
+        " 'video'.",
     )
 
 

@@ -67,6 +67,7 @@ class WorkerLine:
             "slots": self.capacity.get(SLOTS, 0),
             "allocated_slots": self.allocated.get(SLOTS, 0),
             "named": _named(self.capacity, self.allocated),
+            "queues": amounts.queues_of(self.capacity),
             "hostname": self.hostname,
             "pid": self.pid,
             "incarnation": self.incarnation,
@@ -85,6 +86,7 @@ class BacklogLine:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "queue": self.request.queue,
             "request": self.request.to_people(),
             "waiting": self.waiting,
             "oldest_seconds": None if self.oldest is None else round(self.oldest, 3),
@@ -157,7 +159,7 @@ class Overview:
 
 
 def _named(capacity: Mapping[str, int], allocated: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    names = sorted({*capacity, *allocated} - {*_OWN, ALONE})
+    names = sorted(name for name in {*capacity, *allocated} - {*_OWN, ALONE} if not amounts.is_label(name))
     return {name: {"total": capacity.get(name, 0), "allocated": allocated.get(name, 0)} for name in names}
 
 

@@ -9,6 +9,10 @@ The rules:
 - A worker takes a job if it has room for the whole request. What a worker does not publish, it has none of.
 - A worker whose allocations exceed its capacity in any resource (the capacity shrank) takes nothing, not
   even a job that asks for nothing, until it fits again. It is passed over like one that is cordoned.
+- A job is in a queue, and only workers that serve it take it. A queue other than the default one is a label: the job
+  asks for one of it, and workers that serve it have more than can be allocated. A worker that does not serve the
+  default queue takes only what has a label. Labels are no capacity: a worker that serves a queue no more is not over
+  for what it still holds of it.
 - Best fit: of the workers with room, the one with the fewest free CPUs, ties by name.
 - Waiting jobs come in order of priority (9 first) and then of submission. One that does not fit holds up no
   other. (The reservation that keeps a wide job from starving belongs in `fill`, before a later job is
@@ -28,7 +32,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
-from routing.amounts import ALONE, CPUS, SLOTS
+from routing.amounts import ALONE, CPUS, DEFAULT_QUEUE, LABEL, ONLY_LABELLED, SLOTS, is_label
 from routing.request import Request
 
 #: priorities from 0 to this; higher comes first
@@ -52,6 +56,8 @@ class Reason(Enum):
 
     #: no worker admits anything: none lives, or all are cordoned, draining or closed
     NO_WORKER = "no-worker"
+    #: no worker serves its queue
+    NO_QUEUE = "no-queue"
     #: no worker publishes this resource
     UNKNOWN_RESOURCE = "unknown-resource"
     #: fits no worker that admits, even if it were empty
@@ -131,7 +137,18 @@ class Book:
     @property
     def over(self) -> str | None:
         """The first resource, by name, in which allocations exceed capacity."""
-        return next((resource for resource in sorted(self.allocated) if self.free(resource) < 0), None)
+        return next(iter(self.exceeded), None)
+
+    @property
+    def exceeded(self) -> list[str]:
+        """All of these."""
+        return [name for name in sorted(self.allocated) if self.free(name) < 0 and not is_label(name)]
+
+    def serves(self, request: Request) -> bool:
+        """Whether it takes jobs of this request's queue."""
+        if request.queue == DEFAULT_QUEUE:
+            return not self.capacity.get(ONLY_LABELLED, 0)
+        return self.capacity.get(LABEL + request.queue, 0) > 0
 
     def holding(self, request: Request) -> Book:
         """The book after this request was admitted."""
@@ -188,10 +205,12 @@ def asked_shape(shape: str) -> str:
 
 
 def shortages(request: Request, book: Book) -> list[Shortage]:
-    """Every resource of which the worker has too little, by name; while it is over in any, only those."""
-    over = [name for name in sorted(book.allocated) if book.free(name) < 0]
-    if over:
-        return [Shortage(name, request.get(name), book.free(name)) for name in over]
+    """Every resource of which the worker has too little, by name; while it is over in any, only those; of one that does
+    not serve the request's queue, only that."""
+    if book.over:
+        return [Shortage(name, request.get(name), book.free(name)) for name in book.exceeded]
+    if not book.serves(request):
+        return [Shortage(LABEL + request.queue, 1, 0)]
     alone = request.get(ALONE)
     if book.allocated.get(ALONE, 0) or (book.kept and book.kept != request.shape) or (alone and not book.empty):
         return [Shortage(ALONE, alone, 0)]
@@ -237,7 +256,10 @@ def survey(request: Request, books: Iterable[Book], ahead: int = 0) -> Admission
 
     `ahead`: jobs of the same request that wait before this one; they would get the room first.
     """
-    known = list(books)
+    live = list(books)
+    known = [book for book in live if book.serves(request)]
+    if live and not known:
+        return Refusal(Reason.NO_QUEUE)
     admitting = [book for book in known if book.admitting]
     if not admitting:
         return Refusal(Reason.NO_WORKER)

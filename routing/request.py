@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from routing import amounts as _amounts
-from routing.amounts import ALONE, CPUS, GPUS, MEMORY, SLOTS, Amounts
+from routing.amounts import ALONE, CPUS, DEFAULT_QUEUE, GPUS, LABEL, MEMORY, ONLY_LABELLED, SLOTS, Amounts
 from routing.errors import InvalidRequest, show
 
 #: what `@app.task(…)` and `apply_async(…)` accept
@@ -38,6 +38,11 @@ class Request:
             )
         if self.get(SLOTS) < 1:
             raise InvalidRequest("slots=0 is too few", value=0, advice="Every job takes at least one slot.")
+        labels = [pair for pair in self.amounts if _amounts.is_label(pair[0])]
+        if labels and (len(labels) > 1 or labels[0][1] != 1 or labels[0][0] in (ONLY_LABELLED, LABEL + DEFAULT_QUEUE)):
+            raise InvalidRequest(
+                f"queues {show(labels)} are not valid", value=labels, advice="A job is in one queue, by one label."
+            )
 
     @classmethod
     def of(cls, given: Mapping[str, int]) -> Request:
@@ -79,13 +84,26 @@ class Request:
         given = _given(options)
         return Request.of({**dict(self.amounts), **given}) if given else self
 
+    @property
+    def queue(self) -> str:
+        """The queue that a job with this request is in."""
+        return next((name.removeprefix(LABEL) for name, _ in self.amounts if _amounts.is_label(name)), DEFAULT_QUEUE)
+
+    def within(self, queue: str) -> Request:
+        """The same of a job in this queue."""
+        if queue == self.queue:
+            return self
+        own = {name: amount for name, amount in self.amounts if not _amounts.is_label(name)}
+        return Request.of(own if queue == DEFAULT_QUEUE else {**own, LABEL + queue: 1})
+
     def to_people(self) -> dict[str, int | float]:
         """{"cpus": 4, "memory": 2147483648, "slots": 1}: what Postgres, JSON and pages show."""
         return _amounts.to_people(self.amounts)
 
     def __str__(self) -> str:
-        """In words: "4 CPUs, 2 GiB memory, 1 licence". The one slot is not worth a word."""
-        named = [(n, a) for n, a in self.amounts if n not in (ALONE, CPUS, SLOTS) or (n == SLOTS and a > 1)]
+        """In words: "4 CPUs, 2 GiB memory, 1 licence". The one slot is not worth a word; the queue is not told."""
+        hidden = (ALONE, CPUS, SLOTS)
+        named = [(n, a) for n, a in self.amounts if not (n in hidden or _amounts.is_label(n)) or (n == SLOTS and a > 1)]
         return ", ".join(_amounts.format_amount(n, a) for n, a in [(CPUS, self.get(CPUS)), *named])
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
 from routing import outbox, replacing
+from routing.amounts import DEFAULT_QUEUE, LABEL
 from routing.errors import storable
 from routing.postgres import is_locked
 from routing.states import FINAL, State, Step
@@ -53,6 +54,8 @@ class Transition:
 
 #: The error of a job that was revoked, and the text of the exception that its result carries, as Celery has it.
 REVOKED: Final = "revoked"
+#: The queue of a successor, of its shape (`Request.queue`).
+_QUEUE_OF: Final = f"coalesce(substring(jobs.successor_shape from '{LABEL}([^=,]+)=1'), '{DEFAULT_QUEUE}')"
 #: Of an attempt: that it is over is known by what came after it.
 END_LOST: Final = "its end was lost with the ledger"
 
@@ -129,6 +132,7 @@ UPDATE jobs SET
   not_before = CASE WHEN goes_on AND jobs.rated THEN jobs.successor_due_at ELSE jobs.not_before END,
   message = CASE WHEN goes_on THEN jobs.successor ELSE jobs.message END,
   shape = CASE WHEN goes_on THEN jobs.successor_shape ELSE jobs.shape END,
+  queue = CASE WHEN goes_on THEN {_QUEUE_OF} ELSE jobs.queue END,
   request = CASE WHEN goes_on THEN jobs.successor_request ELSE jobs.request END,
   name = CASE WHEN goes_on THEN coalesce(jobs.successor_name, jobs.name) ELSE jobs.name END,
   rerun = CASE WHEN goes_on THEN coalesce(jobs.successor_rerun, jobs.rerun) ELSE jobs.rerun END,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery.app.amqp import AMQP
-from celery.utils.saferepr import saferepr
 from kombu import Exchange, Queue
 from kombu.serialization import prepare_accept_content
 
-from routing.errors import InvalidRequest, mask_url
-from routing.secrets import hidden
+from routing.errors import InvalidRequest
 from workers import ticks
 from workers.control import purge_queue
 from workers.gathering import here
+from workers.protocols import shown
+from workers.queues import queue_of
 from workers.router import PLATFORM_PREFIX, Router
 from workers.sender import Sender
 from workers.stores import Stores
@@ -31,9 +32,10 @@ class _JobProducer:
     """Stands for kombu's producer while Celery sends one task: what it publishes becomes a row. What is published after
     that is the event `task-sent`, which no caller may mistake for the task."""
 
-    def __init__(self, producer: Any, sender: Sender | Transaction) -> None:
+    def __init__(self, producer: Any, sender: Sender | Transaction, queues: Mapping[str, Queue]) -> None:
         self._producer = producer
         self._sender = sender
+        self._queues = queues
         self._accepted = False
 
     def __getattr__(self, name: str) -> Any:
@@ -72,7 +74,7 @@ class _JobProducer:
             headers=headers,
             serializer=serializer,
             compression=compression,
-            routing_key=routing_key,
+            routing_key=queue_of(self._queues, exchange, routing_key) if exchange else routing_key,
             properties=properties,
         )
         self._accepted = True
@@ -96,6 +98,7 @@ class PlatformAMQP:
     def _create_task_sender(self) -> Any:
         plain = super()._create_task_sender()  # type: ignore[misc]
         sender = self.job_sender
+        queues: Mapping[str, Queue] = self.queues  # type: ignore[attr-defined]
 
         def send_task_message(producer: Any, name: str, message: Any, session: Any = None, **options: Any) -> Any:
             if name in ticks.NAMES:
@@ -108,11 +111,11 @@ class PlatformAMQP:
                 from workers.transactional import Transaction
 
                 within = Transaction(sender, self.stores, session)
-                return plain(_JobProducer(producer, within), name, message, **options)
+                return plain(_JobProducer(producer, within, queues), name, message, **options)
             gathering = here(self)
             if gathering is not None:
                 return gathering.publish(plain, producer, name, message, options)
-            return plain(_JobProducer(producer, sender), name, message, **options)
+            return plain(_JobProducer(producer, sender, queues), name, message, **options)
 
         return send_task_message
 
@@ -125,9 +128,7 @@ class PlatformAMQP:
             ("kwargsrepr", kwargs or {}, self.kwargsrepr_maxsize),  # type: ignore[attr-defined]
         ):
             if options.get(what) is None:
-                levels = self.app.conf.task_repr_maxlevels
-                shown = saferepr(hidden(given), most, maxlevels=levels)
-                options[what] = mask_url(shown) if "://" in shown else shown
+                options[what] = shown(given, most, self.app.conf.task_repr_maxlevels)
         gathering = here(self)
         if gathering is not None:
             gathering.made(name, kwargs, more, options)

@@ -17,9 +17,10 @@ from celery import Celery
 from kombu import Queue
 
 from routing.errors import InvalidRequest, show
-from routing.names import check_job_id
+from routing.names import check_job_id, check_queue_name
 from routing.policy import TOP_PRIORITY
 from routing.revoking import stamps_json
+from workers.queues import check_queue
 
 #: Seconds from now, the furthest that a job may be put off (Celery's own bound).
 MOST_SECONDS: Final = 2**31 - 1
@@ -226,9 +227,11 @@ def _stamps(value: Any) -> Any:
 
 
 def _queue(value: Any) -> Any:
-    if not isinstance(value, (str, Queue)):
-        raise _wrong("queue", value, "Leave it out, and say what the task needs: cpus=, memory=, resources={...}.")
-    return value
+    if isinstance(value, Queue):
+        return check_queue(value)
+    if not isinstance(value, str):
+        raise _wrong("queue", value, "It must be a name, or a kombu Queue.")
+    return check_queue_name(value)
 
 
 _CHECKS: Final[Mapping[str, Callable[[Any], Any]]] = {

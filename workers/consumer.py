@@ -17,6 +17,7 @@ from kombu.utils.imports import symbol_by_name
 from routing.secrets import HIDDEN
 from workers import panel  # noqa: F401  its commands take the places of Celery's
 from workers.pools import recall_unsent
+from workers.queues import as_queue
 from workers.requests import JobRequest, request_class
 from workers.runtime import Runtime, runtime_of
 
@@ -51,6 +52,29 @@ class Consumer(celery_consumer.Consumer):
         self.runtime.announcer.consumer = self
         self.runtime.handle = super().create_task_handler(*args, **options)
         return self.runtime.arrived
+
+    # Remote control, about what this worker publishes. Celery's own would consume the queues beside the worker's own.
+
+    def add_task_queue(
+        self, queue: str, exchange: Any = None, exchange_type: Any = None, routing_key: Any = None, **options: Any
+    ) -> None:
+        added = as_queue(self.app.amqp.queues, queue, exchange, exchange_type, routing_key, **options)
+        self.app.amqp.queues.select_add(added)
+        if self.runtime.serving.add(added):
+            logger.info("serving queue %s", added.name)
+
+    def cancel_task_queue(self, queue: str) -> None:
+        queues = self.app.amqp.queues
+        queues.deselect(queue)
+        name = queues.aliases[queue].name if queue in queues.aliases else queue
+        if self.runtime.serving.cancel(name):
+            logger.info("serving queue %s no more", name)
+
+    def _update_prefetch_count(self, index: int = 0) -> None:
+        """Called where the pool, or the range of its autoscaler, has changed its size."""
+        super()._update_prefetch_count(index)
+        # (Soon: the autoscaler says it before it has its new range.)
+        self.call_soon(self.runtime.remeasure)
 
     def register_with_event_loop(self, hub: Any) -> None:
         super().register_with_event_loop(hub)

@@ -19,6 +19,7 @@ from routing.accept import NewJob
 from routing.errors import LeaseLost, PartlyAccepted
 from workers import attempts
 from workers.chunks import After, Chunks
+from workers.queues import queue_of
 from workers.stores import Stores
 
 _here = threading.local()
@@ -98,12 +99,13 @@ class Gathering:
     def encode(self, body: Any, options: dict[str, Any]) -> NewJob:
         """The job that a message makes, as its sender published it."""
         properties = {name: value for name, value in options.items() if name not in _PUBLISHING}
+        exchange, key = options["exchange"], options["routing_key"]
         job: NewJob = self.amqp.job_sender.encoded(
             body,
             headers=options["headers"],
             serializer=options["serializer"],
             compression=options["compression"],
-            routing_key=options["routing_key"],
+            routing_key=queue_of(self.amqp.queues, exchange, key) if exchange else key,
             properties=properties,
         )
         return job

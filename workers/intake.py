@@ -1,21 +1,25 @@
 """What a worker hears besides its own queue: beat's ticks, and messages of producers that know nothing of the platform.
 
 A thread with a broker connection of its own, outside the main loop: a full pool does not delay it. Messages in the
-default queue are enrolled as jobs and acknowledged after the commit; those that cannot be are set aside.
+queues that the worker serves are enrolled as jobs of these queues and acknowledged after the commit; those that cannot
+be are set aside.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 from celery import Celery
 from kombu import Consumer
 from kombu.exceptions import OperationalError
+from kombu.serialization import registry
 from sqlalchemy.exc import DBAPIError
 
+from routing import limits
 from routing.errors import (
     BacklogFull,
     InvalidRequest,
@@ -27,6 +31,9 @@ from routing.errors import (
 )
 from routing.secrets import hidden_headers
 from workers import ticks
+from workers.router import HEADER, Router
+from workers.sender import Sender
+from workers.serving import Serving
 from workers.transport import raw_of, receiving
 
 #: Of SQLSTATEs: the classes of errors that lie in the data, and will lie there the next time.
@@ -36,6 +43,11 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between looks at whether to stop.
 LOOK_EVERY: Final = 0.5
+#: Content that is stored as it came: of the one the depth is read off the text, and decoding the other does what its
+#: sender says, which is left to whoever runs the task.
+NOT_DECODED: Final = (limits.JSON, "application/x-python-serialize")
+#: How ticks are encoded, whatever tasks may be.
+TICKS_ARE: Final = "json"
 #: Seconds between tries to reach the broker.
 RETRY_AFTER: Final = 1.0
 
@@ -45,10 +57,17 @@ class Intake(threading.Thread):
     thread."""
 
     def __init__(
-        self, app: Celery, on_tick: Callable[[str], None], on_refused: Callable[[Any], None] = lambda _: None
+        self,
+        app: Celery,
+        serving: Serving,
+        on_tick: Callable[[str], None],
+        on_refused: Callable[[Any], None] = lambda _: None,
     ) -> None:
         super().__init__(name="intake", daemon=True)
         self._app = app
+        self._serving = serving
+        #: Knows what the tasks of old producers need.
+        self._router = Router(app.platform, lambda: app.tasks)
         self._on_tick = on_tick
         self._on_refused = on_refused
         self._ending = threading.Event()
@@ -84,28 +103,34 @@ class Intake(threading.Thread):
         return (*connection.connection_errors, *connection.channel_errors, OperationalError, OSError)
 
     def _consume(self) -> None:
-        queues = list(self._app.amqp.queues.consume_from.values())
+        """Until the end, or until the worker serves other queues."""
+        version = self._serving.version
         with self._app.connection_for_read() as connection, connection.channel() as channel:
             consumers = [
-                self._consumer(channel, [ticks.queue()], self._tick, no_ack=True),
-                self._consumer(channel, queues, self._enroll, no_ack=False),
+                self._consumer(channel, ticks.queue(), self._tick, [TICKS_ARE], no_ack=True),
+                *(
+                    self._consumer(channel, queue, partial(self._enroll, queue.name), self._app.conf.accept_content)
+                    for queue in self._serving.queues
+                ),
             ]
             for consumer in consumers:
                 consumer.consume()
-            while not self._ending.is_set():
+            while not self._ending.is_set() and version == self._serving.version:
                 try:
                     connection.drain_events(timeout=LOOK_EVERY)
                 except TimeoutError:
                     continue
 
-    def _consumer(self, channel: Any, queues: list[Any], on_message: Callable[[Any], None], *, no_ack: bool) -> Any:
+    def _consumer(
+        self, channel: Any, queue: Any, on_message: Callable[[Any], None], accept: Any, no_ack: bool = False
+    ) -> Any:
         return Consumer(
             channel,
-            queues=queues,
+            [queue],
             on_message=on_message,
             on_decode_error=self._refuse,
             no_ack=no_ack,
-            accept=["json"],
+            accept=accept,
         )
 
     def _tick(self, message: Any) -> None:
@@ -127,24 +152,10 @@ class Intake(threading.Thread):
         message.ack()
         self._on_refused(message)
 
-    def _enroll(self, message: Any) -> None:
+    def _enroll(self, queue: str, message: Any) -> None:
         """Make a job of a plain message. One that cannot be one is set aside; one that cannot be stored now is left."""
-        headers = message.headers
-        if not isinstance(headers, dict) or "task" not in headers or "id" not in headers:
-            self._refuse(message, "not a task message (protocol 2)")
-            return
         try:
-            body = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
-            if getattr(message, "was_compressed", False):
-                headers = {name: value for name, value in headers.items() if name != "compression"}
-            self._app.amqp.job_sender.accept_raw(
-                body,
-                message.content_type,
-                message.content_encoding,
-                hidden_headers(headers),
-                self._app.conf.task_default_queue,
-                dict(message.properties),
-            )
+            enroll(self._app.amqp.job_sender, self._router, message, queue)
         except (InvalidRequest, LeaseLost, Unsupported) as error:
             # (What says that it is a retry, of an attempt that is not the job's any more, is no less final.)
             self._refuse(message, error)
@@ -152,7 +163,7 @@ class Intake(threading.Thread):
             if _lies_in_the_data(error):
                 self._refuse(message, error)
                 return
-            logger.warning("a message is left in the default queue: %s", error)
+            logger.warning("a message is left in the queue %s: %s", queue, error)
             message.requeue()
             self._ending.wait(RETRY_AFTER)
         except Exception as error:
@@ -160,6 +171,41 @@ class Intake(threading.Thread):
             self._refuse(message, f"no job can be made of it: {error!r}")
         else:
             message.ack()
+
+
+def enroll(sender: Sender, router: Router, message: Any, queue: str) -> None:
+    """Make a job of a message (protocol 1 or 2, in whatever the configuration accepts) that came to a queue. Raises
+    what `Sender.accept` does, and what decoding it does where it cannot be read.
+
+    A signed message (Celery's serializer `auth`) is verified here, before anything is written, and stored as it came,
+    so that the worker verifies it again.
+    """
+    headers = message.headers if isinstance(message.headers, dict) else {}
+    body = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
+    if getattr(message, "was_compressed", False):
+        headers = {name: value for name, value in headers.items() if name != "compression"}
+    headers, properties = hidden_headers(headers), dict(message.properties)
+    is_protocol2 = "task" in headers and "id" in headers
+    if message.content_type == limits.JSON:
+        limits.check_body(body, headers.get("task"))
+    if not is_protocol2 or message.content_type not in NOT_DECODED or body.lstrip()[:1] == b"{":
+        payload = message.decode()
+        if isinstance(payload, Mapping):
+            serializer = registry.type_to_name[message.content_type]
+            sender.accept(
+                payload,
+                headers={HEADER: router.header(payload.get("task", "")), **headers},
+                serializer=serializer,
+                compression=None,
+                routing_key=queue,
+                properties=properties,
+            )
+            return
+        limits.check_value(payload, headers.get("task"))
+    if not is_protocol2:
+        raise InvalidRequest("not a task message (protocol 1 or 2)")
+    headers = {HEADER: router.header(headers["task"]), **headers}
+    sender.accept_raw(body, message.content_type, message.content_encoding, headers, queue, properties)
 
 
 def _lies_in_the_data(error: PlatformError) -> bool:

@@ -316,8 +316,8 @@ class Membership:
         self._see("ready")
         logger.warning(
             "capacity changed from %s to %s; %d waiting jobs were admitted",
-            before and before.shape,
-            capacity.shape,
+            before and before.to_people(),
+            capacity.to_people(),
             reply.admitted,
         )
 

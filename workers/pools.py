@@ -1,9 +1,16 @@
-"""Taking back from Celery's pools what was given to them and has not started."""
+"""What is asked of Celery's pools: how large they are, and what was given to them and has not started."""
 
 from __future__ import annotations
 
 from inspect import GEN_CREATED, getgeneratorstate
 from typing import Any
+
+
+def slots_of(worker: Any) -> int:
+    """Jobs that the pool of a worker runs at once. One that grows by itself (`--autoscale`) has room for its largest
+    size: it grows as jobs come."""
+    scaler = getattr(worker, "autoscaler", None)
+    return int(scaler.max_concurrency if scaler is not None else worker.pool.num_processes)
 
 
 def recall_unsent(pool: Any) -> set[str]:

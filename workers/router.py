@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import Any, Final
 
 from routing import keys
+from routing.amounts import DEFAULT_QUEUE
 from routing.books import text
-from routing.errors import InvalidRequest, PlatformError, Unsupported, show
+from routing.errors import InvalidRequest, PlatformError, show
 from routing.request import REQUEST_OPTIONS, Request
 from workers import gates
 from workers.canvas import COORDINATING, UNLOCKING, called_by, mark_of
@@ -42,11 +43,9 @@ class Router:
         self,
         stores: Stores,
         tasks: Callable[[], Mapping[str, Any]] = dict,
-        default_exchange: str = "celery",
     ) -> None:
         self._stores = stores
         self._tasks = tasks
-        self._default_exchange = default_exchange
         self._published: dict[str, Request] = {}
         #: Those of them that run only until their first loss.
         self._never_again: set[str] = set()
@@ -60,12 +59,6 @@ class Router:
         for option in MISSPELT.keys() & options.keys():
             advice = f"Write {MISSPELT[option]}=."
             raise InvalidRequest(f"apply_async({option}=...) of {name} is not an option", value=option, advice=advice)
-        exchange = options.get("exchange")
-        if exchange and getattr(exchange, "name", exchange) != self._default_exchange:
-            raise Unsupported(
-                f"exchange {show(exchange)}: routing by exchange is not supported yet",
-                advice="Leave it out, and say what the task needs: cpus=, memory=, resources={...}.",
-            )
         call = {option: options.pop(option) for option in REQUEST_OPTIONS if option in options}
         headers = dict(options.get("headers") or {})
         # (Celery routes a map by the name of the task that it calls.)
@@ -77,12 +70,7 @@ class Router:
             # What it needs is what the task needs that it calls; its own signature still has the last word.
             name, inner = called
             task, call = None, {**{option: inner[option] for option in REQUEST_OPTIONS if option in inner}, **call}
-        base, declared = self._base(name, headers, task)
-        request = base.merged(call)
-        carried = headers.get(HEADER)
-        headers[HEADER] = {"shape": request.shape, "declared": declared or bool(call)}
-        if not self._reruns(name, options.pop("rerun", None), carried, task):
-            headers[HEADER][RERUN] = False
+        headers[HEADER] = self.header(name, headers.get(HEADER), task, call, options.pop("rerun", None))
         known = task if task is not None else self._tasks().get(name)
         if not gates.OPTIONS.isdisjoint(options) or gates.declares(known):
             headers[HEADER] |= gates.header_of(name, args, kwargs, options, known)
@@ -97,10 +85,23 @@ class Router:
                 advice="It must be 0 to 9, 9 first.",
             )
 
-    def _base(self, name: str, headers: Mapping[str, Any], task: Any) -> tuple[Request, bool]:
-        carried = headers.get(HEADER)
+    def header(
+        self,
+        name: str,
+        carried: Any = None,
+        task: Any = None,
+        call: Mapping[str, Any] | None = None,
+        rerun: Any = None,
+    ) -> dict[str, Any]:
+        """The header `HEADER` of a message. `carried`: what it has already; `call`: what the caller asks for."""
+        base, declared = self._base(name, carried, task)
+        found = {"shape": base.merged(call or {}).shape, "declared": declared or bool(call)}
+        return found if self._reruns(name, rerun, carried, task) else {**found, RERUN: False}
+
+    def _base(self, name: str, carried: Any, task: Any) -> tuple[Request, bool]:
         if isinstance(carried, Mapping):
-            return Request.from_shape(str(carried.get("shape"))), bool(carried.get("declared"))
+            # (In which queue, is said anew: a retry may go to another one.)
+            return Request.from_shape(str(carried.get("shape"))).within(DEFAULT_QUEUE), bool(carried.get("declared"))
         known = task if task is not None else self._tasks().get(name)
         if known is not None:
             return declared_by(known, self._stores.settings.default_cpus), True

@@ -26,7 +26,7 @@ from celery.exceptions import InvalidTaskError
 from celery.worker import state as worker_state
 from kombu.serialization import prepare_accept_content
 
-from routing.capacity import Capacity, Detected, detect
+from routing.capacity import Detected
 from routing.envelope import Unreadable, tag_at_end
 from routing.errors import NameTaken, PlatformError
 from routing.ledger import Ledger
@@ -56,6 +56,7 @@ from workers.pulse import Pulse
 from workers.quarantine import Quarantine
 from workers.recorder import Recorder
 from workers.router import HEADER, Declarations
+from workers.serving import Serving
 from workers.sight import Sight, Switch
 from workers.stores import Stores
 from workers.undelivered import tell_late
@@ -94,7 +95,8 @@ class Runtime:
         self.quarantine = Quarantine(engine, identity.name)
         transport.receiving.set_aside = self.quarantine.set_aside
         transport.receiving.most_bytes = TIMES * settings.max_message
-        self.intake = Intake(app, self.on_tick, self.announcer.refused)
+        self.serving = Serving(app, settings, self.remeasure)
+        self.intake = Intake(app, self.serving, self.on_tick, self.announcer.refused)
         self.sight = Sight()
         self.broker_apart = not shares_ledger(app, settings)
         #: Takes the messages of the private queue where Celery's loop does not.
@@ -131,7 +133,7 @@ class Runtime:
             self.holdings,
             self.recorder,
             self.intake.challenge,
-            self._measure,
+            lambda: self.serving.detect().capacity,
             self._on_open,
             self._on_taken,
             exclusive,
@@ -157,7 +159,6 @@ class Runtime:
         self.handle: Callable[[Any], None] | None = None
         self._accept = prepare_accept_content(app.conf.accept_content)
         self._to_start: deque[Any] = deque()
-        self._slots: Callable[[], int] = lambda: 1
         #: Whether the main loop runs: what is handed to it starts at once.
         self._attached = False
         self._cold = False
@@ -169,9 +170,9 @@ class Runtime:
     def join(self, slots: Callable[[], int], declared: Declarations) -> tuple[Detected, int]:
         """Register, and start the threads. `slots` tells the size of the pool, now and later. Returns what was
         published, and how many waiting jobs were admitted at once."""
-        self._slots = slots
+        self.serving.slots = slots
         sys.setswitchinterval(SWITCH_INTERVAL)
-        detected = detect(self.stores.settings, slots())
+        detected = self.serving.detect()
         capacity = detected.capacity
         self.holdings.capacity = dict(capacity.amounts)
         self.recorder.start()
@@ -194,9 +195,12 @@ class Runtime:
         self._loop.wait(seconds)
         worker_state.maybe_shutdown()
 
-    def _measure(self) -> Capacity:
-        """The capacity as it is now."""
-        return detect(self.stores.settings, self._slots()).capacity
+    def remeasure(self) -> None:
+        """The pool, or what this worker serves, has changed: the heartbeat publishes it. What is admitted meanwhile and
+        fits no more is handed back; what runs goes on."""
+        self.holdings.capacity = dict(self.serving.detect().capacity.amounts)
+        self.pulse.tick()
+        self.puller.wake()
 
     def drain(self) -> None:
         """Safe in a signal handler."""

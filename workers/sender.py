@@ -18,6 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from routing import accept, backlog, enroll, limits, pull, successors
 from routing import message as messages
 from routing.accept import Inserted, NewJob, Publisher
+from routing.amounts import DEFAULT_QUEUE, LABEL
 from routing.errors import (
     InvalidRequest,
     LeaseLost,
@@ -29,7 +30,7 @@ from routing.errors import (
     show,
 )
 from routing.ledger import Ledger
-from routing.names import check_job_id
+from routing.names import check_job_id, check_queue_name
 from routing.policy import order
 from routing.postgres import NOT_ALLOWED, told
 from routing.replies import LedgerClosed
@@ -49,6 +50,7 @@ from workers.call import (
 )
 from workers.canvas import REPLACES
 from workers.gates import Rates
+from workers.protocols import to_protocol2
 from workers.router import HEADER, RERUN
 from workers.stores import Stores
 
@@ -98,7 +100,7 @@ class Sender:
     ) -> NewJob:
         """The job that such a message makes; nothing is written. Raises `InvalidRequest` and `Unsupported`."""
         if isinstance(body, Mapping):
-            raise Unsupported("task protocol 1 is not supported yet", advice="Leave task_protocol at 2.")
+            body, headers = to_protocol2(body, headers)
         try:
             content_type, content_encoding, payload = serialization.dumps(
                 body, serializer=serializer or "json"
@@ -115,13 +117,6 @@ class Sender:
             ) from error
         raw = payload.encode(content_encoding) if isinstance(payload, str) else bytes(payload)
         wire = dict(headers)
-        if content_type not in self._accepted:
-            # No worker of this configuration would read it.
-            raise InvalidRequest(
-                f"serializer {show(serializer)} is not accepted here",
-                value=serializer,
-                advice="Leave it out, or name it in accept_content.",
-            )
         if compression or content_type != limits.JSON:
             limits.check_value(body, headers.get("task"))
         if compression:
@@ -156,11 +151,13 @@ class Sender:
         properties: Mapping[str, Any],
     ) -> NewJob:
         """The same as `encoded`."""
-        if queue != self._default_queue:
-            raise Unsupported(
-                f"queue {show(queue)}: routing by queue is not supported yet",
-                value=queue,
-                advice="Leave the queue out, and say what the task needs: cpus=, memory=, resources={...}.",
+        if content_type not in self._accepted:
+            # No worker of this configuration would read it.
+            serializer = serialization.registry.type_to_name.get(content_type, content_type)
+            raise InvalidRequest(
+                f"serializer {show(serializer)} is not accepted here",
+                value=serializer,
+                advice="Leave it out, or name it in accept_content.",
             )
         if content_type == limits.JSON and not headers.get("compression"):
             limits.check_body(body, headers.get("task"))
@@ -206,6 +203,9 @@ class Sender:
             carried = {"shape": Request.from_options({}, settings.default_cpus).shape, "declared": False}
             wire[HEADER] = carried
         request = Request.from_shape(str(carried.get("shape")))
+        if queue != DEFAULT_QUEUE or LABEL in request.shape:
+            request = request.within(check_queue_name(queue))
+            wire[HEADER] = {**carried, "shape": request.shape}
         gates = self.rates.gates(wire, HEADER, may_ask)
         check_time_limits(wire.get("timelimit"))
         due_at, expires_at = (check_zoned(wire.get(what), what, self._zone) for what in ("eta", "expires"))

@@ -14,12 +14,13 @@ from celery.app import trace
 from routing.capacity import default_concurrency, describe, detect
 from routing.errors import PlatformError
 from routing.secrets import HIDDEN
-from workers import orphans
+from workers import orphans, queue_commands
 from workers.exits import Exit, code_of
 from workers.gates import declare_rates
 from workers.identity import name_of, new_identity
 from workers.inherited import guard_children
 from workers.patiently import when_stores_answer
+from workers.pools import slots_of
 from workers.preflight import check_broker, check_results, neighbours
 from workers.router import PLATFORM_PREFIX, Declarations, declaration
 from workers.runtime import Runtime
@@ -77,6 +78,7 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
     with _refusing():
         identity = new_identity(name_of(stores.settings, sender.hostname))
         orphans.mark(identity.incarnation)
+        queue_commands.connect()
         guard_children(stores.settings)
         check_broker(sender.app.conf.broker_read_url)
         check_results(sender.app)
@@ -95,7 +97,6 @@ def on_worker_ready(sender: Any = None, **_: Any) -> None:
         return
     with _refusing():
         runtime = app.worker_runtime
-        pool = sender.pool
         others = when_stores_answer(
             lambda: neighbours(stores.engine, stores.settings, runtime.identity), runtime.wait_to_start
         )
@@ -105,7 +106,7 @@ def on_worker_ready(sender: Any = None, **_: Any) -> None:
                 ", ".join(others),
             )
         declare_rates(app, stores)
-        detected, admitted = runtime.join(lambda: int(pool.num_processes), declarations(app, stores))
+        detected, admitted = runtime.join(lambda: slots_of(sender.controller), declarations(app, stores))
         logger.warning(
             "worker %s published %s%s",
             runtime.identity.name,

@@ -74,6 +74,11 @@ local function room(book, name)
   return (book.capacity[name] or 0) - (book.allocated[name] or 0)
 end
 
+-- Does a worker take jobs of this queue at all? One that does not serve the default queue takes only what has a label.
+local function serves(book, shape)
+  return not book.capacity['queue:'] or string.find(shape, 'queue:', 1, true) ~= nil
+end
+
 -- Does the whole vector fit into what is free?
 local function fits(book, amounts)
   for name, amount in pairs(amounts) do
@@ -94,10 +99,10 @@ local function fits_empty(book, amounts)
   return true
 end
 
--- More allocated than there is, in any resource: nothing is admitted until it fits again.
+-- More allocated than there is, in any resource: nothing is admitted until it fits again. (Queues are none.)
 local function over(book)
   for name, amount in pairs(book.allocated) do
-    if amount > (book.capacity[name] or 0) then
+    if amount > (book.capacity[name] or 0) and string.sub(name, 1, 6) ~= 'queue:' then
       return true
     end
   end
@@ -155,12 +160,18 @@ end
 -- What admission asks of a book: the fields for these amounts, always in the same order.
 local function asked_fields(amounts)
   local fields, names = {'epoch', 'lease', 'incarnation', 'queue', 'c.cpus', 'a.cpus', 'c.slots', 'a.slots'}, {'cpus', 'slots'}
+  local labelled = false
   for name in pairs(amounts) do
+    labelled = labelled or string.sub(name, 1, 6) == 'queue:'
     if name ~= 'cpus' and name ~= 'slots' and name ~= 'alone' then
       names[#names + 1] = name
       fields[#fields + 1] = 'c.' .. name
       fields[#fields + 1] = 'a.' .. name
     end
+  end
+  if not labelled then
+    -- Last: that the worker takes only what has a label.
+    fields[#fields + 1] = 'c.queue:'
   end
   return fields, names
 end
@@ -169,6 +180,9 @@ end
 local function with_room(worker, epoch, now, amounts, fields, names)
   local values = redis.call('HMGET', KEY.book .. worker, unpack(fields))
   if values[1] ~= epoch or not values[2] or tonumber(values[2]) <= now then
+    return nil
+  end
+  if #fields > 4 + 2 * #names and values[#fields] then
     return nil
   end
   local book = {worker = worker, incarnation = values[3], queue = values[4], capacity = {}, allocated = {}}

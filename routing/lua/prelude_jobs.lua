@@ -93,7 +93,7 @@ local function is_kept_elsewhere(shape, amounts, worker, epoch, now)
   if not book or book.kept ~= shape then
     return false
   end
-  if book.status == 'ready' and book.lease > now and fits_empty(book, amounts) then
+  if book.status == 'ready' and book.lease > now and serves(book, shape) and fits_empty(book, amounts) then
     return true
   end
   redis.call('HDEL', KEY.book .. other, 'kept')
@@ -296,7 +296,7 @@ local function fill_one(worker, epoch, now, after, nonce, out)
   if book.kept then
     local kept, head = book.kept, redis.call('ZSCORE', KEY.shapes, book.kept)
     local mine = redis.call('HGET', KEY.kept, kept) == worker
-    if mine and head and fits_empty(book, amounts_of(kept)) then
+    if mine and head and serves(book, kept) and fits_empty(book, amounts_of(kept)) then
       if (book.allocated.slots or 0) > 0 then
         return 0, ''
       end
@@ -322,7 +322,7 @@ local function fill_one(worker, epoch, now, after, nonce, out)
   local candidates = {}
   for i = 1, #found, 2 do
     local amounts = amounts_of(found[i])
-    if fits(book, amounts) or (amounts.alone and fits_empty(book, amounts)) then
+    if serves(book, found[i]) and (fits(book, amounts) or (amounts.alone and fits_empty(book, amounts))) then
       candidates[#candidates + 1] = {shape = found[i], order = tonumber(found[i + 1]), amounts = amounts}
     end
   end

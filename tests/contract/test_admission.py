@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from routing import keys
+from routing.amounts import DEFAULT_QUEUE, labels
+from routing.capacity import Capacity
 from routing.envelope import digest_of
 from routing.ledger import Ledger
 from routing.policy import (
@@ -37,9 +39,11 @@ ON_A_SERVER = settings(suppress_health_check=[HealthCheck.function_scoped_fixtur
 
 #: Few amounts, so that workers tie, requests equal what is free, and a request of nothing comes about.
 AMOUNTS: Final = {"cpus": (0, 500, 1000, 1500, 2000, 4000), "memory": (0, 1, 2, 3), "licence": (0, 1, 2)}
-REQUESTS: Final = st.fixed_dictionaries({name: st.sampled_from(amounts) for name, amounts in AMOUNTS.items()}).map(
-    Request.of
-)
+VECTORS: Final = st.fixed_dictionaries({name: st.sampled_from(amounts) for name, amounts in AMOUNTS.items()})
+#: Most jobs are in the default queue, most workers serve it.
+JOB_QUEUES: Final = st.sampled_from([DEFAULT_QUEUE, DEFAULT_QUEUE, "Vidéo/hd", "mail"])
+REQUESTS: Final = st.builds(lambda amounts, queue: Request.of(amounts).within(queue), VECTORS, JOB_QUEUES)
+SERVED: Final = st.sampled_from([(DEFAULT_QUEUE,), (DEFAULT_QUEUE, "mail"), ("mail",), ("Vidéo/hd", "mail"), ()])
 
 
 @pytest.fixture
@@ -53,11 +57,20 @@ def vectors(slots: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, int]]:
     return st.fixed_dictionaries({"slots": slots}, optional=amounts)
 
 
+def capacities(slots: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, int]]:
+    return st.builds(lambda amounts, queues: {**amounts, **labels(queues)}, vectors(slots), SERVED)
+
+
 #: Names that sort otherwise by number than by text.
 NAMES: Final = st.integers(1, 40).map(lambda number: f"w{number}")
+#: Of a queue that it may not serve any more.
+HELD: Final = st.sampled_from([{}, {}, {"queue:mail": 1}])
 #: Books with room, full ones, and ones over their capacity (of what they do not even publish).
 BOOKS: Final = st.lists(
-    st.builds(Book, NAMES, vectors(st.integers(1, 3)), vectors(st.integers(0, 3)), st.booleans()),
+    st.builds(
+        lambda name, capacity, allocated, held, admitting: Book(name, capacity, {**allocated, **held}, admitting),
+        *(NAMES, capacities(st.integers(1, 3)), vectors(st.integers(0, 3)), HELD, st.booleans()),
+    ),
     min_size=1,
     max_size=30,
     unique_by=lambda book: book.worker,
@@ -166,31 +179,33 @@ def passes(book: Book, backlog: Sequence[Waiting]) -> list[str]:
 
 
 @ON_A_SERVER
-@given(BACKLOG, vectors(st.integers(1, 50)))
+@given(BACKLOG, capacities(st.integers(1, 50)))
 def test_a_registration_admits_what_the_policy_fills_in_with_in_its_order(
     ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int]
 ) -> None:
     write(ledger, [])
     file(ledger, backlog)
     expected = passes(Book("w", capacity, {}), backlog)
-    registered = ledger.register("w", "life", "queue", Request.of(capacity).shape, VIEW)
+    registered = ledger.register("w", "life", "queue", Capacity.of(capacity).shape, VIEW)
     assert registered == Filled(len(expected))
     assert delivered(ledger.client, "queue") == expected
 
 
 @ON_A_SERVER
-@given(BACKLOG, vectors(st.integers(1, 50)), vectors(st.just(1)))
+@given(BACKLOG, vectors(st.integers(1, 50)), vectors(st.just(1)), SERVED)
 def test_a_release_admits_what_the_policy_fills_in_with_in_its_order(
-    ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int], held: dict[str, int]
+    ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int], held: dict[str, int], queues: tuple[str, ...]
 ) -> None:
     write(ledger, [])
     ledger.register("w", "life", "queue", Request.of({**capacity, **held}).shape, VIEW)
     # What runs takes the whole worker, so that the backlog waits until it is released.
     whole = Request.of({**capacity, **held})
     assert ledger.submit("first", whole.shape, order(9, 0), MESSAGE).worker == "w"
+    # From now on it serves these queues. (What it holds is of none that it has left.)
+    ledger.register("w", "life", "queue", Capacity(whole.amounts).serving(queues).shape, VIEW)
     file(ledger, backlog)
     ledger.client.delete("queue")
-    expected = passes(Book("w", {**capacity, **held}, {}), backlog)
+    expected = passes(Book("w", {**capacity, **held, **labels(queues)}, {}), backlog)
     ended = [Ended("first", "1.1", "succeeded")]
     assert ledger.settle("w", "life", ended=ended, most_losses=MOST_LOSSES).released[0].verdict == "released"
     assert delivered(ledger.client, "queue") == expected

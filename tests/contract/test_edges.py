@@ -8,6 +8,7 @@ from typing import Final
 import pytest
 
 from routing import fence, rebuild, reconcile, scripts, store, successors
+from routing.amounts import DEFAULT_QUEUE
 from routing.states import FINAL, TRANSITIONS, Event, State, Step
 
 NAMES: Final = scripts.names()
@@ -126,8 +127,8 @@ def test_every_edge_that_a_statement_makes_is_in_the_table_of_transitions(
 
 
 def test_the_statements_use_only_states_of_the_table() -> None:
-    # and statuses of workers, outcomes of attempts, and who decides
-    known = {state.value for state in State} | {"ready", "draining", "taken_back", "postgres", ""}
+    # and statuses of workers, outcomes of attempts, who decides, and the default queue
+    known = {state.value for state in State} | {"ready", "draining", "taken_back", "postgres", DEFAULT_QUEUE, ""}
     for module in (store, rebuild, reconcile, fence):
         for name, statement in vars(module).items():
             if not hasattr(statement, "bindparams"):

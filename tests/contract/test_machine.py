@@ -16,10 +16,11 @@ from hypothesis.stateful import (
 )
 
 from routing import keys
+from routing.amounts import labels
+from routing.capacity import Capacity
 from routing.ledger import Ledger
 from routing.policy import Refusal, choose
 from routing.replies import Adopted, Ended
-from routing.request import Request
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.comparing import differences, expected, observe
 from tests.fixtures.job_rules import JobRules
@@ -32,10 +33,12 @@ AGO = 3_600_000
 OVER, NOT_OVER = -AGO, 10**14
 
 NAMES: Final = st.sampled_from(["a", "b", "c"])
-CAPACITIES: Final = st.fixed_dictionaries(
+AMOUNTS: Final = st.fixed_dictionaries(
     {"cpus": st.sampled_from([1000, 2000, 4000, 6000]), "slots": st.sampled_from([1, 2, 5])},
     optional={"memory": st.sampled_from([2, 4]), "licence": st.just(1)},
 )
+QUEUES: Final = st.sampled_from([["celery"], ["celery"], ["celery", "mail"], ["mail"], ["celery", "Vidéo", "mail"]])
+CAPACITIES: Final = st.builds(lambda amounts, queues: {**amounts, **labels(queues)}, AMOUNTS, QUEUES)
 #: A worker of a new epoch opens its book at once, or after it said what it holds.
 REJOINS: Final = st.sampled_from(["closed", "ready"])
 
@@ -152,7 +155,7 @@ class Machine(JobRules):
         held = [job for job in before.jobs.values() if job.holds]
         unknown = data.draw(st.lists(st.sampled_from(held), unique_by=lambda job: job.id)) if held else []
         for name, worker in sorted(before.workers.items()):
-            shape = Request.of(worker.capacity).shape
+            shape = Capacity.of(worker.capacity).shape
             assert self.ledger.reserve(name, worker.incarnation, shape)
             assert self.model.reserve(name, worker.incarnation, dict(worker.capacity))
             self.end_lease(name)

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from routing import pull, roster, store
+from routing.capacity import Capacity
 from routing.message import parse_tag
 from routing.policy import Book
 from routing.pull import Candidate
@@ -84,6 +85,35 @@ def test_jobs_are_taken_in_the_order_of_the_backlog_as_far_as_they_fit(decides: 
     assert take(decides, book()) == ["high", "low", "waiting"]
     assert take(decides, book(cpus=3000, slots=3)) == []
     assert take(decides, book()) == ["wide"]
+
+
+def test_a_worker_takes_what_is_in_the_queues_that_it_serves(decides: Engine) -> None:
+    one = Request.from_shape(ONE)
+    # In front, more of another queue than one page has.
+    for number in range(pull.PAGE + 1):
+        submit(decides, f"mail-{number}", one.within("mail").shape, queue="mail", priority=9)
+    submit(decides, "video", one.within("video").shape, queue="video")
+    submit(decides, "plain")
+
+    def serving(*queues: str) -> Book:
+        return Book("", dict(Capacity.of({"cpus": 4000, "slots": 8}).serving(queues).amounts), {})
+
+    assert take(decides, serving()) == []
+    assert take(decides, serving("video")) == ["video"]
+    assert take(decides, serving("celery", "video")) == ["plain"]
+    assert len(take(decides, serving("mail"))) == 4
+
+
+def test_the_queue_of_a_successor_is_that_of_its_shape(decides: Engine) -> None:
+    one = Request.from_shape(ONE)
+    for job, before, after in (("in", "celery", "Vidéo:queue:x"), ("out", "mail", "celery"), ("stays", "mail", "mail")):
+        columns = {"successor": MESSAGE, "successor_retries": 1, "successor_nesting": 0, "successor_priority": 0}
+        columns |= {"successor_shape": one.within(after).shape, "successor_request": "{}", "attempt": 1, "epoch": EPOCH}
+        submit(decides, job, one.within(before).shape, queue=before, state="running", step=int(Step.RUNNING), **columns)
+        with decides.begin() as connection:
+            store.apply(connection, [Transition(job, EPOCH, 1, "scheduled", Step.BACK, "w", "w-life", 1, 1, 2, 0)])
+        found = row(decides, job)
+        assert (found.queue, found.shape, found.state) == (after, one.within(after).shape, "scheduled")
 
 
 def test_an_attempt_is_made_with_its_token_in_the_row_and_in_the_message(decides: Engine) -> None:

@@ -62,7 +62,7 @@ def test_a_job_whose_message_cannot_be_read_keeps_back_no_other(app: Celery, sta
 
 def test_a_callback_that_cannot_be_called_keeps_back_no_other(app: Celery, stage: Stage) -> None:
     jobs = ["a-1", "a-2", "b"]
-    for job, options in (("a-1", {"queue": "elsewhere"}), ("a-2", {"priority": "high"}), ("b", {})):
+    for job, options in (("a-1", {"queue": "no queue"}), ("a-2", {"priority": "high"}), ("b", {})):
         errback = app.signature("some.errback", options=options)
         accept(app, job, json.dumps([[], {}, {"errbacks": [errback]}]).encode())
     stage.sql("UPDATE jobs SET state = 'lost', finished_at = now(), outbox = :untold", untold=UNTOLD)

@@ -210,39 +210,7 @@ def test_events_are_sent_of_every_step(platform: Platform, submitter: Submitter)
     ]
 
 
-# -- what is not there yet
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"queue": "other"}, "routing by queue"),
-        ({"exchange": "other", "routing_key": "other"}, "routing by exchange"),
-        ({"exchange": "other"}, "routing by exchange"),
-        ({"session": object()}, "session"),
-    ],
-)
-def test_an_option_of_a_later_version_is_refused(
-    platform: Platform, submitter: Submitter, options: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(Unsupported, match=said) as raised:
-        submitter.app.send_task(ADD, [1, 2], **options)
-    assert raised.value.advice
-    assert jobs(platform) == []
-
-
-def test_the_users_own_routes_to_other_queues_are_refused(platform: Platform, submitter: Submitter) -> None:
-    submitter.app.conf.task_routes = {ADD: {"queue": "theirs"}}
-    with pytest.raises(Unsupported, match="'theirs'"):
-        submitter.app.send_task(ADD, [1, 2])
-    assert jobs(platform) == []
-
-
-def test_the_first_protocol_is_refused(platform: Platform, submitter: Submitter) -> None:
-    submitter.app.conf.task_protocol = 1
-    with pytest.raises(Unsupported, match="task_protocol"):
-        submitter.app.send_task(ADD, [1, 2])
-    assert jobs(platform) == []
+# -- what is refused
 
 
 def test_a_broker_that_no_worker_can_listen_to_is_refused(platform: Platform) -> None:

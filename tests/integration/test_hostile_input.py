@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from celery import Celery
 from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from kombu.serialization import loads
 from sqlalchemy import Engine, text
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
@@ -32,8 +34,10 @@ from routing.settings import Settings
 from tests.fixtures.hostile import CORPUS, TEXTS, jsons, texts, values
 from tests.fixtures.processes import FOREIGN
 from tests.fixtures.staged import Stage
+from workers.app import platform_of
 from workers.exits import Exit
 from workers.intake import Intake
+from workers.serving import Serving
 from workers.stores import Stores
 
 TASK = "tests.fixtures.tasks.add"
@@ -381,6 +385,9 @@ class Message:
         self.channel = None
         self.answers: list[str] = []
 
+    def decode(self) -> Any:
+        return loads(self.body, self.content_type, self.content_encoding, accept={"application/json"})
+
     def ack(self, *_: Any, **__: Any) -> None:
         self.answers.append("ack")
 
@@ -393,7 +400,8 @@ class Message:
 
 @pytest.fixture
 def enroll(app: Celery) -> Callable[[Message], None]:
-    return Intake(app, lambda _: None)._enroll
+    serving = Serving(app, platform_of(app).settings, lambda: None)
+    return partial(Intake(app, serving, lambda _: None)._enroll, "celery")
 
 
 FIELDS = (

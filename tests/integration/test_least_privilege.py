@@ -24,10 +24,14 @@ from sqlalchemy.orm import Session
 
 from celery_capacity import InvalidRequest, NotAccepted, create_app
 from routing import keys
+from routing.ledger import Ledger
+from routing.policy import CANDIDATES, Book
 from routing.settings import Settings
+from tests.fixtures.books import write_book
 from tests.fixtures.guarded import guarded_server
 from tests.fixtures.processes import ROOT, Platform
 from tests.fixtures.servers import environment_of
+from tests.fixtures.setting_aside import epoch_of
 
 ADD = "tests.fixtures.tasks.add"
 ACL = ROOT / "deploy" / "redis.acl"
@@ -124,6 +128,23 @@ def test_the_whole_main_job_runs(platform: Platform, submitter: Celery, guarded_
     # An administrator's work, with the worker's rights: revoke what waits, and look at the invariants.
     assert platform.celery("verify", "--json").returncode == 0
     # Nothing that any of them needs was refused to it. (Whether CONFIG tells the eviction policy is tried.)
+    assert [entry for entry in denied(platform.redis) if "config" not in entry] == []
+
+
+def test_a_submitter_looks_on_where_the_first_candidates_have_no_room(platform: Platform, submitter: Celery) -> None:
+    platform.worker("z", cpus=4)
+    crowd = [f"small-{number}" for number in range(CANDIDATES + 1)]
+    ledger = Ledger(platform.settings)
+    ledger.epoch = epoch_of(platform)
+    for name in crowd:
+        write_book(ledger, Book(name, {"cpus": 2000, "slots": 2}, {}))
+    try:
+        assert submitter.send_task(ADD, [1, 2], cpus=1, memory="1GiB").get(timeout=30) == 3
+    finally:
+        platform.redis.delete(*map(keys.book, crowd))
+        for index in (keys.FREE, keys.LEASES):
+            platform.redis.zrem(index, *crowd)
+        ledger.client.close()
     assert [entry for entry in denied(platform.redis) if "config" not in entry] == []
 
 

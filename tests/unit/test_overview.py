@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from routing.capacity import Capacity
 from routing.overview import BacklogLine, Overview, WorkerLine, sum_up
 from routing.request import Request
 
@@ -54,6 +55,7 @@ def test_a_worker_shows_its_own_numbers_and_the_age_of_its_heartbeat() -> None:
             "slots": 1,
             "allocated_slots": 0,
             "named": {"gpus": {"total": 2, "allocated": 1}},
+            "queues": ["celery"],
             "hostname": "host",
             "pid": 42,
             "incarnation": "a-life",
@@ -63,13 +65,21 @@ def test_a_worker_shows_its_own_numbers_and_the_age_of_its_heartbeat() -> None:
     ]
 
 
-def test_the_backlog_is_told_by_request() -> None:
-    line = BacklogLine(Request.of({"cpus": 4000, "memory": 2**31}), 12, 33.25)
-    seen = _overview(backlog=(line,))
+def test_a_worker_shows_the_queues_that_it_serves_and_no_labels_of_them() -> None:
+    capacity = Capacity.of({"cpus": 500, "slots": 1}).serving(["video", "mail"])
+    (seen,) = _overview(_worker("a", dict(capacity.amounts), {"queue:video": 1})).to_json()["workers"]
+    assert (seen["queues"], seen["named"]) == (["mail", "video"], {})
+
+
+def test_the_backlog_is_told_by_queue_and_request() -> None:
+    request = Request.of({"cpus": 4000, "memory": 2**31})
+    seen = _overview(backlog=(BacklogLine(request, 12, 33.25), BacklogLine(request.within("video"), 1, None)))
+    people = {"cpus": 4, "memory": 2147483648, "slots": 1}
     assert seen.to_json()["backlog"] == [
-        {"request": {"cpus": 4, "memory": 2147483648, "slots": 1}, "waiting": 12, "oldest_seconds": 33.25}
+        {"queue": "celery", "request": people, "waiting": 12, "oldest_seconds": 33.25},
+        {"queue": "video", "request": people, "waiting": 1, "oldest_seconds": None},
     ]
-    assert seen.waiting == 12
+    assert seen.waiting == 13
 
 
 def test_the_rest_of_the_object_says_where_and_when_it_is_from() -> None:

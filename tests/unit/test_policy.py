@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing import policy
+from routing.capacity import Capacity
 from routing.policy import (
     SUBMISSIONS,
     TOP_PRIORITY,
@@ -206,6 +207,38 @@ def test_the_order_in_which_workers_are_given_does_not_matter(
 )
 def test_each_reason_says_what_is_short_where(request_: Request, books: list[Book], reason: Refusal) -> None:
     assert survey(request_, books) == reason
+
+
+def serving(worker: str, *queues: str, cpus: int = 8, admitting: bool = True) -> Book:
+    capacity = Capacity.of({"cpus": cpus, "slots": 8}).serving(queues)
+    return Book(worker, dict(capacity.amounts), {}, admitting)
+
+
+def test_only_a_worker_that_serves_its_queue_takes_a_job() -> None:
+    books = [serving("a", "celery"), serving("b", "celery", "video"), serving("c", "video"), serving("d")]
+    assert [b.worker for b in books if fits(need(1), b) is None] == ["a", "b"]
+    assert [b.worker for b in books if fits(need(1).within("video"), b) is None] == ["b", "c"]
+    assert not any(fits(need(1).within("mail"), b) is None for b in books)
+    waiting = [Waiting("1", need(1), 1), Waiting("2", need(1).within("video"), 2), Waiting("3", need(1), 3)]
+    assert [[one.job for one in fill(b, waiting, 9, 9)] for b in books] == [["1", "3"], ["1", "2", "3"], ["2"], []]
+
+
+def test_why_nobody_takes_it_names_the_queue_first_and_then_only_those_that_serve_it() -> None:
+    video = need(9).within("video")
+    assert survey(video, [serving("a", "celery", cpus=99)]) == Refusal(Reason.NO_QUEUE)
+    assert survey(need(1), [serving("a", "video")]) == Refusal(Reason.NO_QUEUE)
+    assert survey(video, []) == Refusal(Reason.NO_WORKER)
+    books = [serving("a", "celery", cpus=99), serving("b", "video", admitting=False)]
+    assert survey(video, books) == Refusal(Reason.NO_WORKER)
+    books = [serving("a", "celery", cpus=99), serving("b", "video")]
+    assert survey(video, books) == Refusal(Reason.TOO_LARGE, "cpus", 9, 8, "b")
+
+
+def test_a_worker_that_leaves_a_queue_is_not_over_for_what_it_still_holds_of_it() -> None:
+    left = replace(serving("a", "celery"), allocated={"slots": 1, "queue:video": 1})
+    assert (left.over, left.open) == (None, True)
+    assert fits(need(1), left) is None
+    assert fits(need(1).within("video"), left) == ("queue:video", 1, 0)
 
 
 def test_two_workers_that_lack_one_thing_each_are_too_small_together() -> None:

@@ -1,0 +1,25 @@
+"""Gives a worker settings of Celery's: `CONFIGURED` in its environment is a JSON object of them.
+
+(A worker imports this before it looks at any of them.) `SIGNED`, a folder with key.pem and cert.crt, has it sign and
+verify messages by Celery's serializer `auth`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from celery import current_app
+
+if given := os.environ.get("CONFIGURED"):
+    current_app.conf.update(json.loads(given))
+
+if folder := os.environ.get("SIGNED"):
+    current_app.conf.update(
+        security_key=f"{folder}/key.pem",
+        security_certificate=f"{folder}/cert.crt",
+        security_cert_store=f"{folder}/*.crt",
+        task_serializer="auth",
+        accept_content=["auth"],
+    )
+    current_app.setup_security()

@@ -1,0 +1,32 @@
+"""Sends signed tasks from a process of its own, since Celery sets signing up for the whole process.
+
+`python -m tests.tasks.signing FOLDER ours:2 plain:1 ...`: with the key of that folder, by an app on the platform or a
+plain one, in that protocol; prints the ids of the tasks, a line each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from celery import Celery
+
+from celery_capacity import install
+
+if __name__ == "__main__":
+    folder, *ways = sys.argv[1:]
+    for way in ways:
+        how, protocol = way.split(":")
+        app = Celery("signing", broker=os.environ["REDIS_URL"], set_as_current=False)
+        app.conf.update(
+            security_key=f"{folder}/key.pem",
+            security_certificate=f"{folder}/cert.crt",
+            security_cert_store=f"{folder}/*.crt",
+            task_serializer="auth",
+            accept_content=["auth"],
+            task_protocol=int(protocol),
+        )
+        if how == "ours":
+            install(app)
+        app.setup_security()
+        print(app.send_task("tests.fixtures.tasks.add", [40, 2]).id)

@@ -1,0 +1,98 @@
+"""Which queue a message goes to: Celery's exchanges, routing keys and bindings, resolved before it becomes a row.
+
+Nothing of them reaches a broker here. A job is one and is in one queue, so that what a broker would copy to several
+queues is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from kombu import Exchange, Queue
+
+from routing.errors import InvalidRequest, Unsupported, show
+from routing.names import check_queue_name
+
+
+def queue_of(queues: Mapping[str, Queue], exchange: Any, routing_key: str | None) -> str:
+    """The name of the queue that a message to this exchange, with this routing key, arrives in. Raises `InvalidRequest`
+    where there is none, `Unsupported` where it would be copied."""
+    name = exchange.name if isinstance(exchange, Exchange) else exchange
+    if not name:
+        return str(routing_key)
+    key = routing_key or ""
+    bound: set[str] = {queue.name for queue, kind, own in _bindings(queues, name) if _matches(kind, own, key)}
+    if len(bound) == 1:
+        return bound.pop()
+    if bound:
+        raise Unsupported(
+            f"routing key {show(routing_key)} of exchange {show(name)} leads to {len(bound)} queues:"
+            f" {', '.join(sorted(bound))}",
+            value=routing_key,
+            advice="A job is in one queue: name it (queue=...), or submit one job for each.",
+        )
+    raise InvalidRequest(
+        f"no queue is bound to exchange {show(name)} with routing key {show(routing_key)}",
+        value=routing_key,
+        advice="Name the queue (queue=...), or declare it in task_queues with this exchange and key.",
+    )
+
+
+def check_queue(queue: Queue) -> Queue:
+    """A queue that jobs can be in, or that a worker is to serve. Raises `InvalidRequest`, `Unsupported`."""
+    for _, kind, _ in _bindings({queue.name: queue}, None):
+        _check_kind(queue, kind)
+    check_queue_name(queue.name)
+    return queue
+
+
+def as_queue(
+    queues: Mapping[str, Queue],
+    name: str,
+    exchange: str | None = None,
+    exchange_type: str | None = None,
+    routing_key: str | None = None,
+    **options: Any,
+) -> Queue:
+    """A queue that is declared, or one as these options say (else direct, with an exchange and a key of its name).
+    Raises as `check_queue` does."""
+    # (Asking for one that is missing would make it.)
+    if name in queues:
+        return check_queue(queues[name])
+    made = Exchange(exchange or name, exchange_type or "direct")
+    return check_queue(Queue(name, made, routing_key or name, **options))
+
+
+def _bindings(queues: Mapping[str, Queue], exchange: str | None) -> Iterator[tuple[Queue, str, str]]:
+    """(queue, type of the exchange, routing key) of all bindings to an exchange; None: to any."""
+    for queue in list(queues.values()):
+        own = (queue.exchange, queue.routing_key)
+        for to, key in (own, *((one.exchange, one.routing_key) for one in queue.bindings or ())):
+            if to is not None and (exchange is None or to.name == exchange):
+                _check_kind(queue, to.type)
+                yield queue, to.type, key or ""
+
+
+def _check_kind(queue: Queue, kind: str) -> None:
+    if kind not in ("direct", "topic"):
+        raise Unsupported(
+            f"queue {show(queue.alias or queue.name)} is bound to an exchange of the type {kind}: a job is one, and is"
+            " in one queue",
+            value=kind,
+            advice="Use a direct or topic exchange; to reach every worker use remote control (app.control.broadcast).",
+        )
+
+
+def _matches(kind: str, bound: str, key: str) -> bool:
+    return bound == key if kind == "direct" else _topic(bound).fullmatch(f".{key}") is not None
+
+
+@lru_cache(maxsize=1024)
+def _topic(bound: str) -> re.Pattern[str]:
+    """The keys that a topic binding takes, each with a dot in front of every word: `*` stands for one word, `#` for any
+    number of them."""
+    words = {"*": r"\.[^.]+", "#": r"(?:\.[^.]+)*"}
+    return re.compile("".join(words.get(word, r"\." + re.escape(word)) for word in bound.split(".")))
