@@ -223,6 +223,14 @@ class Settings:
         default=3,
         unit="attempts",
     )
+    requests: Path | None = field(
+        default=None,
+        metadata={
+            "setting": Meaning(
+                *("PLATFORM_REQUESTS", "none", "absolute path"), "A TOML file with requests by names of tasks.", _folder
+            )
+        },
+    )
     imports: tuple[str, ...] = _setting(
         "PLATFORM_IMPORTS",
         "Modules with tasks.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Final, cast
 
 from celery import Celery
@@ -11,6 +12,7 @@ from kombu.utils.imports import symbol_by_name
 
 from routing.errors import PlatformError
 from workers import ticks
+from workers.adoption import cover_tasks, make_anew, unproxied
 from workers.amqp import amqp_class
 from workers.call import checking
 from workers.control import control_class
@@ -18,7 +20,7 @@ from workers.preflight import check_broker, check_imports
 from workers.results import BACKENDS, backend_class
 from workers.router import Router
 from workers.stores import Resolve, Stores, resolve_running
-from workers.task import task_class
+from workers.task import cover, task_class
 
 #: Seconds. kombu waits for ever on a dead connection by default.
 BROKER_TRANSPORT: Final = {
@@ -46,26 +48,32 @@ def create_app(
 
 
 def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
-    """Give an existing app admission by capacity. Call it before the first task is sent; the app is returned.
+    """Give an existing app admission by capacity; the app is returned. A second time changes nothing.
 
-    Its own AMQP, control and task classes are kept and extended. Settings that it names itself are kept too.
+    Call it when the app is made: before or after its tasks are defined, its configuration is read or something was
+    sent. Its own AMQP, control, task, request and consumer classes are kept and extended, as are settings that it names
+    itself. Where the app has read its configuration already, the environment is read at once (and `SettingsError` or
+    `NoServers` raised), else when it does.
     """
-    if getattr(app, "platform", None) is not None:
+    app = unproxied(app)
+    if isinstance(getattr(app, "platform", None), Stores):
         return app
     stores = Stores(resolve)
     app.platform = stores
     app.amqp_cls = amqp_class(_as_class(app.amqp_cls), stores)
-    app.__dict__.pop("amqp", None)
     app.control_cls = control_class(_as_class(app.control_cls), stores)
-    app.__dict__.pop("control", None)
     app.task_cls = task_class(app.task_cls)
-    app.__dict__.pop("Task", None)
     app.loader.override_backends = {**BACKENDS, **app.loader.override_backends}
     _carry_results(app)
     _check_imports(app, stores)
     app.send_task = checking(app.send_task)
-    app.add_defaults(lambda: _defaults(app, stores))
+    app.add_defaults(partial(_defaults_of, app, stores))
+    app.on_after_configure.connect(_configured, weak=False)
     app.on_after_finalize.connect(_finish, weak=False)
+    make_anew(app)
+    cover_tasks(app)
+    if app.finalized:
+        _finish(app)
     # Here, not at the import of this module: its signals concern the worker of an installed app only.
     from workers import steps
 
@@ -109,6 +117,21 @@ def _as_class(of: Any) -> type:
     return cast("type", symbol_by_name(of))
 
 
+def _defaults_of(app: Celery, stores: Stores) -> dict[str, Any]:
+    """Made once, so that `_configured` knows it again."""
+    made: dict[str, Any] | None = app.__dict__.get("platform_defaults")
+    if made is None:
+        made = app.platform_defaults = _defaults(app, stores)
+    return made
+
+
+def _configured(sender: Celery, **_: Any) -> None:
+    """A configuration that was read anew (`config_from_object` after a first use) has lost all defaults."""
+    made = _defaults_of(sender, platform_of(sender))
+    if not any(known is made for known in sender.conf.defaults):
+        sender.conf.add_defaults(made)
+
+
 def _defaults(app: Celery, stores: Stores) -> dict[str, Any]:
     """What the platform asks of Celery's configuration; the app's own settings win over it."""
     settings = stores.settings
@@ -147,7 +170,10 @@ def _defaults(app: Celery, stores: Stores) -> dict[str, Any]:
 
 
 def _finish(sender: Celery, **_: Any) -> None:
-    """Once the app is final: a schedule of the user's own does not lose the platform's ticks."""
+    """Once the app is final: a schedule of the user's own does not lose the platform's ticks, and no task is left
+    that was decorated before `install` and made since."""
+    for task in sender._tasks.values():
+        cover(task)
     stores = platform_of(sender)
     schedule = sender.conf.beat_schedule
     for name, entry in ticks.beat_entries(stores.settings).items():

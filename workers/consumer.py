@@ -6,6 +6,7 @@ It wires; what is decided is in `ledger_thread` and `requests`.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from celery.worker import state as worker_state
 from kombu.utils.imports import symbol_by_name
 
 from routing.secrets import HIDDEN
+from workers import steps
 from workers.pools import recall_unsent
 from workers.requests import JobRequest, request_class
 from workers.runtime import Runtime, runtime_of
@@ -59,9 +61,13 @@ class Consumer(celery_consumer.Consumer):
             hub.call_repeatedly(CHILDREN_EVERY, maintain)
 
     def on_ready(self) -> None:
-        """A process of the pool that was killed while the worker joined is replaced, as any later one is: Celery would
+        """Ready means that it can be admitted to, also in a worker of `celery.contrib.testing`, which sends no signal.
+        A process of the pool that was killed while the worker joined is replaced, as any later one is: Celery would
         end the worker, for it takes the pool for one that cannot start."""
         super().on_ready()
+        if not self.runtime.joining.begun:
+            # (Nobody sent Celery's signal.)
+            steps.on_worker_ready(self)
         maintain = getattr(getattr(self.pool, "_pool", None), "maintain_pool", None)
         if maintain is not None:
             maintain()
@@ -81,6 +87,12 @@ class Consumer(celery_consumer.Consumer):
             if isinstance(request, JobRequest) and (request.never_sent or request.id in recalled):
                 worker_state.task_ready(request)
                 request.hand_back()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if threading.current_thread() is not threading.main_thread():
+            # The process goes on, and Celery tells nobody of this end: a test's worker.
+            self.runtime.leave()
 
     # Messages that never become a request end their job here. Celery would write their bodies into the log.
 
@@ -103,3 +115,9 @@ class Consumer(celery_consumer.Consumer):
     def on_unknown_message(self, body: Any, message: Any) -> None:
         with self.runtime.refusing(message, "not a task message"):
             super().on_unknown_message(HIDDEN, message)
+
+
+def consumer_class(base: Any) -> type:
+    """The consumer class that the app names, with the platform's in front of it."""
+    found: type = symbol_by_name(base)
+    return found if issubclass(found, Consumer) else type("Consumer", (Consumer, found), {})

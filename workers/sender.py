@@ -34,11 +34,12 @@ from routing.policy import TOP_PRIORITY, order
 from routing.postgres import NOT_ALLOWED, told
 from routing.replies import LedgerClosed
 from routing.request import Request
+from routing.request_file import RERUN
 from routing.states import FINAL, State
 from workers import attempts
 from workers.attempts import Attempt
 from workers.call import check_time, check_time_limits, check_times
-from workers.router import HEADER, RERUN
+from workers.router import HEADER
 from workers.stores import Stores
 
 #: Where Celery carries on what a task saw as self.request.attempt.

@@ -6,10 +6,11 @@ import logging
 import socket
 import sys
 import threading
-from typing import Any
+from typing import Any, Final
 
 from celery import current_app, signals
 from celery.app import trace
+from kombu.utils.imports import symbol_by_name
 
 from routing.capacity import default_concurrency, describe, detect
 from routing.errors import PlatformError
@@ -23,6 +24,9 @@ from workers.preflight import check_broker, check_results, neighbours
 from workers.router import PLATFORM_PREFIX, Declarations, declaration
 from workers.runtime import Runtime
 from workers.stores import Stores
+
+#: By name, as Celery finds it: what only submits never loads it.
+CONSUMER: Final = "workers.consumer:consumer_class"
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +78,9 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
     if stores is None:
         return
     with _refusing():
+        sender.consumer_cls = symbol_by_name(CONSUMER)(sender.consumer_cls)
+        if rules := stores.requests:
+            logger.info("%s names requests for %d patterns of task names", stores.settings.requests, len(rules.rules))
         identity = new_identity(name_of(stores.settings, sender.hostname))
         orphans.mark(identity.incarnation)
         guard_children(stores.settings)
@@ -116,7 +123,7 @@ def declarations(app: Any, stores: Stores) -> Declarations:
     """The requests of all tasks that this worker knows, by name; Celery's and the platform's own are left out."""
     default = stores.settings.default_cpus
     return {
-        name: declaration(task, default)
+        name: declaration(task, default, stores.requests)
         for name, task in app.tasks.items()
         if not name.startswith((PLATFORM_PREFIX, "celery."))
     }

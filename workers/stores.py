@@ -14,9 +14,11 @@ from typing import Any, Final
 import redis
 from sqlalchemy import Engine, create_engine, event
 
+from routing import request_file
 from routing.errors import NoServers
 from routing.home import running_pair
 from routing.ledger import Ledger
+from routing.request_file import RequestRules
 from routing.settings import Settings
 from workers.breaker import Breaker
 from workers.inherited import let_go
@@ -94,6 +96,12 @@ class Stores:
         return settings if settings.redis_url else self._resolve(settings)
 
     @property
+    def requests(self) -> RequestRules:
+        """What `PLATFORM_REQUESTS` says of tasks. Raises `SettingsError`."""
+        found: RequestRules = self._get("requests", lambda: request_file.read(self.settings.requests))
+        return found
+
+    @property
     def engine(self) -> Engine:
         found: Engine = self._get("engine", lambda: make_engine(str(self.settings.database_url)))
         return found
@@ -126,7 +134,7 @@ class Stores:
         for name in ("ledger", "sending"):
             if name in self._made:
                 let_go(self._made[name].descriptors())
-        made, self._made = self._made, {k: v for k, v in self._made.items() if k == "settings"}
+        made, self._made = self._made, {k: v for k, v in self._made.items() if k in ("settings", "requests")}
         engine = made.get("engine")
         if engine is not None:
             engine.dispose(close=False)
