@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import sys
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 from celery import current_app, signals
 from celery.app import trace
+from celery.utils.nodenames import anon_nodename
 from kombu.utils.imports import symbol_by_name
 
 from routing.capacity import default_concurrency, describe, detect
@@ -27,6 +29,9 @@ from workers.stores import Stores
 
 #: By name, as Celery finds it: what only submits never loads it.
 CONSUMER: Final = "workers.consumer:consumer_class"
+
+#: Numbers of the workers of this process that nobody named.
+_lives: Final = itertools.count(1)
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +86,9 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         sender.consumer_cls = symbol_by_name(CONSUMER)(sender.consumer_cls)
         if rules := stores.requests:
             logger.info("%s names requests for %d patterns of task names", stores.settings.requests, len(rules.rules))
+        if sender.hostname == anon_nodename() and not stores.settings.node_name:
+            # A worker of `celery.contrib.testing`, in a thread: this process may have had one, or have two.
+            sender.hostname = anon_nodename(prefix=f"gen{next(_lives)}-")
         identity = new_identity(name_of(stores.settings, sender.hostname))
         orphans.mark(identity.incarnation)
         guard_children(stores.settings)

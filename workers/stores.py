@@ -87,13 +87,20 @@ class Stores:
 
     @property
     def settings(self) -> Settings:
-        """Read from the environment once; with the URLs of the servers that serve."""
+        """Read from the environment once; with the URLs of the servers that serve. Raises `NoServers`."""
         found: Settings = self._get("settings", self._read_settings)
         return found
 
     def _read_settings(self) -> Settings:
         settings = Settings.from_environ(os.environ)
         return settings if settings.redis_url else self._resolve(settings)
+
+    def settings_without_servers(self) -> Settings:
+        """The same, without any URL where no servers are named or running."""
+        try:
+            return self.settings
+        except NoServers:
+            return Settings.from_environ(os.environ)
 
     @property
     def requests(self) -> RequestRules:

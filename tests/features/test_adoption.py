@@ -166,6 +166,28 @@ def test_a_configuration_that_is_read_anew_keeps_the_platforms_defaults(environ:
     assert app.conf.timezone == "Europe/Berlin"
     assert app.conf.worker_consumer == "workers.consumer:Consumer"
     assert app.conf.broker_url == platform_of(app).settings.redis_url
+    app.finalize()
+    app.config_from_object({"beat_schedule": {}}, force=True)
+    assert {entry["task"] for entry in app.conf.beat_schedule.values()} == ticks.NAMES
+
+
+def test_a_configuration_module_wins_over_the_platforms_defaults_as_it_does_over_celerys(environ: None) -> None:
+    app = install(Celery("module", set_as_current=False))
+    entry = {"task": "adopted.late", "schedule": 60.0}
+    theirs = {"WORK_TASK_DEFAULT_QUEUE": "work", "WORK_TASK_ACKS_LATE": True, "WORK_BEAT_SCHEDULE": {"late": entry}}
+    app.config_from_object(theirs, namespace="WORK")
+    assert (app.conf.task_default_queue, app.conf.task_acks_late) == ("work", True)
+    assert app.conf.worker_prefetch_multiplier == 0
+    app.finalize()
+    assert app.conf.beat_schedule["late"] == entry
+    assert {entry["task"] for entry in app.conf.beat_schedule.values()} >= ticks.NAMES
+
+
+def test_one_apps_ticks_are_not_anothers(environ: None) -> None:
+    app = install(Celery("ours", set_as_current=False))
+    app.finalize()
+    assert app.conf.beat_schedule
+    assert Celery("plain", set_as_current=False).conf.beat_schedule == {}
 
 
 def test_a_base_of_the_apps_own_declares_for_the_tasks_that_do_not(environ: None) -> None:

@@ -43,6 +43,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
         "max_message": 1048576,
         "max_backlog": 0,
         "most_losses": 3,
+        "requests": None,
         "imports": (),
         "home": home.default_home({"HOME": "/home/ada"}),
         "dashboard": ("127.0.0.1", 8000),
