@@ -40,6 +40,11 @@ class Consumer(celery_consumer.Consumer):
     def runtime(self) -> Runtime:
         return runtime_of(self.app)
 
+    def start(self) -> None:
+        if not self.runtime.joining.met:
+            self.runtime.joining.meet(threading.Event().wait)
+        super().start()
+
     def update_strategies(self) -> None:
         runtime = self.runtime
         for task in self.app.tasks.values():

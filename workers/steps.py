@@ -95,8 +95,9 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         check_broker(sender.app.conf.broker_read_url)
         check_results(sender.app)
         runtime = Runtime(sender.app, stores, identity)
-        pause = threading.Event()
-        runtime.joining.meet(pause.wait)
+        if type(sender) is not sender.app.WorkController:
+            # (One that was only made is looked at, by `celery graph bootsteps`: it meets the others when it starts.)
+            runtime.joining.meet(threading.Event().wait)
         sender.app.worker_runtime = runtime
         sender.app.amqp.private_queue = "" if runtime.broker_apart else identity.queue
 
