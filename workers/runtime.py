@@ -26,6 +26,7 @@ from celery.exceptions import InvalidTaskError
 from celery.worker import state as worker_state
 from kombu.serialization import prepare_accept_content
 
+from routing import formats
 from routing.capacity import Capacity, Detected, detect
 from routing.envelope import Unreadable, tag_at_end
 from routing.errors import NameTaken, PlatformError
@@ -255,6 +256,7 @@ class Runtime:
         try:
             if tag is None or not isinstance(carried, dict):
                 raise Unreadable("no message of an attempt")
+            formats.check_message(carried)
             check_job_id(tag.job)
             request = Request.from_shape(str(carried.get("shape")))
         except (PlatformError, Unreadable) as error:

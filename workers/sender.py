@@ -15,7 +15,7 @@ from kombu.exceptions import EncodeError, SerializerNotInstalled
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import accept, backlog, enroll, limits, pull
+from routing import accept, backlog, enroll, formats, limits, pull
 from routing import message as messages
 from routing.accept import Inserted, NewJob, Publisher
 from routing.errors import (
@@ -163,7 +163,7 @@ class Sender:
         if not isinstance(carried, Mapping):
             # An old producer, or a publish that passed no router.
             carried = {"shape": Request.from_options({}, settings.default_cpus).shape, "declared": False}
-            wire[HEADER] = carried
+        wire[HEADER] = {**carried, "format": formats.MESSAGE}
         request = Request.from_shape(str(carried.get("shape")))
         check_time_limits(wire.get("timelimit"))
         due_at, expires_at = (_time(wire.get(what), what, self._zone) for what in ("eta", "expires"))
