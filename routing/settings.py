@@ -223,13 +223,8 @@ class Settings:
         default=3,
         unit="attempts",
     )
-    requests: Path | None = field(
-        default=None,
-        metadata={
-            "setting": Meaning(
-                *("PLATFORM_REQUESTS", "none", "absolute path"), "A TOML file with requests by names of tasks.", _folder
-            )
-        },
+    requests: Path | None = _setting(  # noqa: RUF009 - it does not change
+        "PLATFORM_REQUESTS", "A TOML file with requests by names of tasks.", _folder, unit="absolute path", shown="none"
     )
     imports: tuple[str, ...] = _setting(
         "PLATFORM_IMPORTS",
