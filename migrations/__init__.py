@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from routing import postgres
+from routing import formats, postgres
 from routing.errors import InvalidRequest, NotMigrated, StoreUnavailable, show
 
 if TYPE_CHECKING:
@@ -67,10 +67,13 @@ def current(database: str | Engine) -> str | None:
     return None if found is None else str(found)
 
 
-def check(database: str | Engine) -> None:
-    """Raise NotMigrated unless the database is at the revision that this version of the platform needs."""
+def check(database: str | Engine) -> str | None:
+    """Raise NotMigrated unless the database has the tables that this version of the platform needs. Returns the
+    revision where it is a newer one of the same format (`routing.formats`), which has these and more; else None."""
     found = current(database)
     if found is not None and found > HEAD:
+        if formats.of_revision(found) == formats.of_revision(HEAD):
+            return found
         raise NotMigrated(
             f"Postgres is at revision {found}, and this version of the platform knows {HEAD} as the newest",
             value=found,
@@ -78,6 +81,7 @@ def check(database: str | Engine) -> None:
         )
     if found != HEAD:
         raise NotMigrated(f"Postgres is at revision {found or 'none'} and must be at {HEAD}", value=found)
+    return None
 
 
 def _config(connection: Connection) -> Config:

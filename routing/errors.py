@@ -242,7 +242,8 @@ class SettingsError(PlatformError):
 
 
 class NotMigrated(PlatformError):
-    """The platform's tables are missing in Postgres, or older than this version needs."""
+    """The platform's tables are missing in Postgres or older than this version needs; or they, or the ledger, are of a
+    newer format (`routing.formats`)."""
 
     reference = "not-migrated"
     title = "Postgres has not been migrated"

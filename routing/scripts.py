@@ -14,6 +14,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Final
 
+from routing import formats
 from routing.keys import KEYS
 from routing.policy import CANDIDATES, MOST_ADMITTED, SHAPES
 from routing.states import Step
@@ -119,6 +120,7 @@ def load(start_ms: int, flags: bool) -> dict[str, Script]:
             "tombstone": TOMBSTONE_MS,
             "start": start_ms,
             "hand_over": HAND_OVER_BYTES,
+            "format": formats.LEDGER,
         },
     }
     functions = _functions()

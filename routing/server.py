@@ -13,8 +13,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
-from routing import addresses, keys, sentinels
-from routing.errors import PlatformError, StoreUnavailable, mask_url
+from routing import addresses, formats, keys, sentinels
+from routing.errors import NotMigrated, PlatformError, StoreUnavailable, mask_url
 from routing.replies import LedgerClosed, LedgerFull
 from routing.scripts import load
 from routing.settings import Settings
@@ -202,8 +202,15 @@ class LedgerServer:
     # -- epochs --------------------------------------------------------------------------------------------------
 
     def opened(self) -> tuple[int, str] | None:
-        """The epoch and the server life in which the ledger was opened, or None when it is cold."""
-        found = self._guard(lambda: self.client.hmget(keys.EPOCH, "epoch", "run_id"))
+        """The epoch and the server life in which the ledger was opened, or None when it is cold. Raises `NotMigrated`
+        where a newer release opened it, in a format that this one does not know."""
+        found = self._guard(lambda: self.client.hmget(keys.EPOCH, "epoch", "run_id", "format"))
+        if int(found[2] or formats.FIRST) > formats.LEDGER:
+            raise NotMigrated(
+                f"the ledger is of format {int(found[2])}, and this version of the platform knows {formats.LEDGER}",
+                value=int(found[2]),
+                advice="Install the version of the platform that opened it.",
+            )
         if found[0] is None or found[1] is None:
             return None
         return int(found[0]), found[1].decode()

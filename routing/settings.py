@@ -223,6 +223,9 @@ class Settings:
         default=3,
         unit="attempts",
     )
+    requests: Path | None = _setting(  # noqa: RUF009 - it does not change
+        "PLATFORM_REQUESTS", "A TOML file with requests by names of tasks.", _folder, unit="absolute path", shown="none"
+    )
     imports: tuple[str, ...] = _setting(
         "PLATFORM_IMPORTS",
         "Modules with tasks.",

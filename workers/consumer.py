@@ -6,6 +6,7 @@ It wires; what is decided is in `ledger_thread` and `requests`.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -15,7 +16,10 @@ from celery.worker import state as worker_state
 from kombu.utils.imports import symbol_by_name
 
 from routing.secrets import HIDDEN
-from workers import panel  # noqa: F401  its commands take the places of Celery's
+from workers import (
+    panel,  # noqa: F401  its commands take the places of Celery's
+    steps,
+)
 from workers.pools import recall_unsent
 from workers.queues import as_queue
 from workers.requests import JobRequest, request_class
@@ -39,6 +43,11 @@ class Consumer(celery_consumer.Consumer):
     @property
     def runtime(self) -> Runtime:
         return runtime_of(self.app)
+
+    def start(self) -> None:
+        if not self.runtime.joining.met:
+            self.runtime.joining.meet(threading.Event().wait)
+        super().start()
 
     def update_strategies(self) -> None:
         runtime = self.runtime
@@ -85,9 +94,13 @@ class Consumer(celery_consumer.Consumer):
             hub.call_repeatedly(CHILDREN_EVERY, maintain)
 
     def on_ready(self) -> None:
-        """A process of the pool that was killed while the worker joined is replaced, as any later one is: Celery would
+        """Ready means that it can be admitted to, also in a worker of `celery.contrib.testing`, which sends no signal.
+        A process of the pool that was killed while the worker joined is replaced, as any later one is: Celery would
         end the worker, for it takes the pool for one that cannot start."""
         super().on_ready()
+        if not self.runtime.joining.begun:
+            # (Nobody sent Celery's signal.)
+            steps.on_worker_ready(self)
         maintain = getattr(getattr(self.pool, "_pool", None), "maintain_pool", None)
         if maintain is not None:
             maintain()
@@ -110,6 +123,12 @@ class Consumer(celery_consumer.Consumer):
                 worker_state.task_ready(request)
                 request.hand_back()
 
+    def shutdown(self) -> None:
+        super().shutdown()
+        if threading.current_thread() is not threading.main_thread():
+            # The process goes on, and Celery tells nobody of this end: a test's worker.
+            self.runtime.leave()
+
     # Messages that never become a request end their job here. Celery would write their bodies into the log.
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
@@ -131,3 +150,9 @@ class Consumer(celery_consumer.Consumer):
     def on_unknown_message(self, body: Any, message: Any) -> None:
         with self.runtime.refusing(message, "not a task message"):
             super().on_unknown_message(HIDDEN, message)
+
+
+def consumer_class(base: Any) -> type:
+    """The consumer class that the app names, with the platform's in front of it."""
+    found: type = symbol_by_name(base)
+    return found if issubclass(found, Consumer) else type("Consumer", (Consumer, found), {})

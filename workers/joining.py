@@ -44,14 +44,18 @@ class Joining:
         self._sight = sight
         self._challenge = challenge
         self._broker_apart = broker_apart
+        #: Whether this life has met the others, and has begun to register.
+        self.met = self.begun = False
 
     def meet(self, wait: Callable[[float], object]) -> None:
         """Look at the stores, and make sure of the name, as soon as they let it. `wait` waits for so many seconds, and
         raises where the process is to end. Raises `NameTaken`, and what no waiting changes."""
         when_stores_answer(self._meet, wait)
+        self.met = True
 
     def enter(self, capacity: Capacity, declared: Declarations, wait: Callable[[float], object]) -> int:
         """Register with whoever decides, as soon as that lets it; returns how many waiting jobs were admitted."""
+        self.begun = True
         return when_stores_answer(lambda: self._enter(capacity, declared, wait), wait)
 
     def _meet(self) -> None:

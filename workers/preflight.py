@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -24,6 +25,8 @@ from routing.errors import PlatformError, SettingsError, StoreUnavailable, Unsup
 from routing.settings import Settings
 from workers.identity import Identity
 
+logger = logging.getLogger(__name__)
+
 #: The only policy under which books are never evicted: a book that is gone closes its worker, a whole ledger that is
 #: gone stops admission until it is rebuilt.
 NO_EVICTION = "noeviction"
@@ -35,7 +38,8 @@ BROKERS: Final = ("redis", "rediss", "redis+socket", "sentinel", "amqp", "amqps"
 
 def check_stores(engine: Engine, client: redis.Redis, settings: Settings) -> None:
     """Raise what would make this worker useless: tables that are missing or old, a Redis that evicts keys."""
-    check_tables(engine)
+    if newer := check_tables(engine):
+        logger.warning("Postgres is at revision %s, of a newer version of the platform: upgrade this worker", newer)
     try:
         limit = client.config_get("maxmemory").get("maxmemory", "0")
         policy = text(client.config_get("maxmemory-policy").get("maxmemory-policy", NO_EVICTION))

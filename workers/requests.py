@@ -49,6 +49,8 @@ class JobRequest:
     stopping_cold: Callable[[], bool]
     #: The life of the worker.
     incarnation: str
+    #: The task's own class, of which `request_class` made this one.
+    plain_class: type
     tag: Tag | None
     #: What the body left to be delivered.
     outbox: Outbox
@@ -228,13 +230,17 @@ def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | Non
 
 @lru_cache(maxsize=256)
 def request_class(base: type, incarnation: str, end_job: EndJob, stopping_cold: Callable[[], bool]) -> type:
-    """A task's request class with the platform's in front of it."""
+    """A task's request class with the platform's in front of it, for this life of a worker: a process that is one anew
+    (a test's, in a thread) gets one of the same plain class again."""
     if issubclass(base, JobRequest):
-        return base
+        if "plain_class" not in base.__dict__:
+            return base
+        base = base.plain_class
     return type(
         "Request",
         (JobRequest, base),
         {
+            "plain_class": base,
             "incarnation": incarnation,
             "end_job": staticmethod(end_job),
             "stopping_cold": staticmethod(stopping_cold),

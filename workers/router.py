@@ -17,14 +17,13 @@ from routing.amounts import DEFAULT_QUEUE
 from routing.books import text
 from routing.errors import InvalidRequest, PlatformError, show
 from routing.request import REQUEST_OPTIONS, Request
+from routing.request_file import NO_RULES, RERUN, RequestRules
 from workers import gates
 from workers.canvas import COORDINATING, UNLOCKING, called_by, mark_of
 from workers.stores import Stores
 
 #: The header that carries the request: {"shape": ..., "declared": ...}.
 HEADER: Final = "capacity_request"
-#: Stands in it, as in what workers publish of a task, where the first lost attempt ends the job: {"rerun": false}.
-RERUN: Final = "rerun"
 #: The names of the platform's own messages (ticks): they make no job.
 PLATFORM_PREFIX: Final = "platform."
 #: Task name -> what workers publish of it (`declaration`).
@@ -102,6 +101,12 @@ class Router:
         if isinstance(carried, Mapping):
             # (In which queue, is said anew: a retry may go to another one.)
             return Request.from_shape(str(carried.get("shape"))).within(DEFAULT_QUEUE), bool(carried.get("declared"))
+        base, declared = self._declared(name, task)
+        if rules := self._stores.requests:
+            return rules.over(name, base), declared or rules.of(name) is not None
+        return base, declared
+
+    def _declared(self, name: str, task: Any) -> tuple[Request, bool]:
         known = task if task is not None else self._tasks().get(name)
         if known is not None:
             return declared_by(known, self._stores.settings.default_cpus), True
@@ -116,6 +121,9 @@ class Router:
             return check_rerun(called, f"apply_async(rerun=...) of {name}")
         if isinstance(carried, Mapping):
             return carried.get(RERUN) is not False
+        rule = self._stores.requests.of(name)
+        if rule is not None and rule.rerun is not None:
+            return rule.rerun
         known = task if task is not None else self._tasks().get(name)
         if known is not None:
             return reruns(known)
@@ -152,10 +160,13 @@ def reruns(task: Any) -> bool:
     return check_rerun(getattr(task, RERUN, True), f"the declaration of task {task.name}: rerun")
 
 
-def declaration(task: Any, default_cpus: int) -> dict[str, Any]:
-    """What workers publish of a task: its request as people write it, and that it does not run again."""
-    people: dict[str, Any] = declared_by(task, default_cpus).to_people()
-    return people if reruns(task) else {**people, RERUN: False}
+def declaration(task: Any, default_cpus: int, rules: RequestRules = NO_RULES) -> dict[str, Any]:
+    """What workers publish of a task: its request as people write it, and that it does not run again. `rules`: what the
+    file of `PLATFORM_REQUESTS` says over the task."""
+    people: dict[str, Any] = rules.over(task.name, declared_by(task, default_cpus)).to_people()
+    rule = rules.of(task.name)
+    again = reruns(task) if rule is None or rule.rerun is None else rule.rerun
+    return people if again else {**people, RERUN: False}
 
 
 def declared_by(task: Any, default_cpus: int) -> Request:

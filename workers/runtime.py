@@ -16,16 +16,16 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final
 
 from celery import Celery
-from celery.exceptions import InvalidTaskError
 from celery.worker import state as worker_state
 from kombu.serialization import prepare_accept_content
 
+from routing import formats
 from routing.capacity import Detected
 from routing.envelope import Unreadable, tag_at_end
 from routing.errors import NameTaken, PlatformError
@@ -37,7 +37,6 @@ from routing.replies import LedgerClosed
 from routing.request import Request
 from workers import duties, transport
 from workers.announcing import Announcer
-from workers.attempts import Attempt, held
 from workers.confirmation import Confirmation
 from workers.delivery import Delivery
 from workers.ends import PostgresEnds
@@ -55,6 +54,7 @@ from workers.pull import Puller
 from workers.pulse import Pulse
 from workers.quarantine import Quarantine
 from workers.recorder import Recorder
+from workers.refusing import refusing
 from workers.router import HEADER, Declarations
 from workers.serving import Serving
 from workers.sight import Sight, Switch
@@ -261,6 +261,7 @@ class Runtime:
         try:
             if tag is None or not isinstance(carried, dict):
                 raise Unreadable("no message of an attempt")
+            formats.check_message(carried)
             check_job_id(tag.job)
             request = Request.from_shape(str(carried.get("shape")))
         except (PlatformError, Unreadable) as error:
@@ -328,25 +329,9 @@ class Runtime:
             if tag is not None:
                 self.ledger_thread.end(tag.job, tag.token, "handed_back", "not started")
 
-    @contextmanager
-    def refusing(self, message: Any, error: str) -> Iterator[None]:
-        """A message that never becomes a request ends its job; what Celery says of it within goes with the end."""
-        tag = parse_tag(message.delivery_tag) if isinstance(message, transport.JobMessage) else None
-        if tag is None:
-            # Of remote control, which is no job's.
-            queue = str((message.delivery_info or {}).get("routing_key") or "")
-            self.quarantine.set_aside(transport.raw_of(message), queue, error)
-            yield
-            return
-        attempt = Attempt(tag, self.identity.incarnation, deferred=True)
-        try:
-            with held(attempt):
-                yield
-                if not attempt.outbox:
-                    # Celery says nothing of most of them, and whoever waits would wait for ever.
-                    self.app.backend.mark_as_failure(tag.job, InvalidTaskError(error))
-        finally:
-            self.end_job(tag.job, tag.token, "failed", error, attempt.outbox, None)
+    def refusing(self, message: Any, error: str) -> AbstractContextManager[None]:
+        """See `workers.refusing`."""
+        return refusing(message, error, self.identity, self.app, self.quarantine, self.end_job)
 
     def end_job(
         self,

@@ -9,20 +9,17 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, tzinfo
 from typing import Any, Final, NoReturn
 
-from kombu import compression as compressors
 from kombu import serialization
-from kombu.exceptions import EncodeError, SerializerNotInstalled
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import accept, backlog, enroll, limits, pull, successors
+from routing import accept, backlog, enroll, formats, limits, pull, successors
 from routing import message as messages
 from routing.accept import Inserted, NewJob, Publisher
 from routing.amounts import DEFAULT_QUEUE, LABEL
 from routing.errors import (
     InvalidRequest,
     LeaseLost,
-    MessageTooDeep,
     NotAccepted,
     OutcomeUnknown,
     Unsupported,
@@ -35,6 +32,7 @@ from routing.policy import order
 from routing.postgres import NOT_ALLOWED, told
 from routing.replies import LedgerClosed
 from routing.request import Request
+from routing.request_file import RERUN
 from routing.states import FINAL, State
 from workers import attempts
 from workers.attempts import Attempt
@@ -49,9 +47,10 @@ from workers.call import (
     stamps_of,
 )
 from workers.canvas import REPLACES
+from workers.encoding import encode
 from workers.gates import Rates
 from workers.protocols import to_protocol2
-from workers.router import HEADER, RERUN
+from workers.router import HEADER
 from workers.stores import Stores
 
 #: Where Celery carries on what a task saw as self.request.attempt.
@@ -101,31 +100,7 @@ class Sender:
         """The job that such a message makes; nothing is written. Raises `InvalidRequest` and `Unsupported`."""
         if isinstance(body, Mapping):
             body, headers = to_protocol2(body, headers)
-        try:
-            content_type, content_encoding, payload = serialization.dumps(
-                body, serializer=serializer or "json"
-            )
-        except (SerializerNotInstalled, TypeError) as error:
-            raise InvalidRequest(f"serializer {show(serializer)} is not known", advice="Leave it out.") from error
-        except EncodeError as error:
-            if isinstance(error.__cause__ or error.args[0], RecursionError):
-                raise MessageTooDeep(f"the arguments of {headers.get('task')} are nested too deep") from error
-            raise InvalidRequest(
-                f"the arguments of {headers.get('task')} cannot be written as {serializer or 'json'}: {error}",
-                value=headers.get("argsrepr"),
-                advice="Pass text, numbers, lists and dicts, or a reference (a path, a key) to the data.",
-            ) from error
-        raw = payload.encode(content_encoding) if isinstance(payload, str) else bytes(payload)
-        wire = dict(headers)
-        if compression or content_type != limits.JSON:
-            limits.check_value(body, headers.get("task"))
-        if compression:
-            try:
-                raw, wire["compression"] = compressors.compress(raw, compression)
-            except (KeyError, TypeError) as error:
-                raise InvalidRequest(
-                    f"compression {show(compression)} is not known", advice="Pass 'gzip', or leave it out."
-                ) from error
+        raw, content_type, content_encoding, wire = encode(body, headers, serializer, compression)
         queue = routing_key or self._default_queue
         return self.encoded_already(raw, content_type, content_encoding, wire, queue, properties)
 
@@ -201,7 +176,7 @@ class Sender:
         if not isinstance(carried, Mapping):
             # An old producer, or a publish that passed no router.
             carried = {"shape": Request.from_options({}, settings.default_cpus).shape, "declared": False}
-            wire[HEADER] = carried
+        carried = wire[HEADER] = {**carried, "format": formats.MESSAGE}
         request = Request.from_shape(str(carried.get("shape")))
         if queue != DEFAULT_QUEUE or LABEL in request.shape:
             request = request.within(check_queue_name(queue))

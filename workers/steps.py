@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import sys
 import threading
-from typing import Any
+from typing import Any, Final
 
 from celery import current_app, signals
 from celery.app import trace
+from celery.utils.nodenames import anon_nodename
+from kombu.utils.imports import symbol_by_name
 
 from routing.capacity import default_concurrency, describe, detect
 from routing.errors import PlatformError
@@ -25,6 +28,12 @@ from workers.preflight import check_broker, check_results, neighbours
 from workers.router import PLATFORM_PREFIX, Declarations, declaration
 from workers.runtime import Runtime
 from workers.stores import Stores
+
+#: By name, as Celery finds it: what only submits never loads it.
+CONSUMER: Final = "workers.consumer:consumer_class"
+
+#: Numbers of the workers of this process that nobody named.
+_lives: Final = itertools.count(1)
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +85,12 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
     if stores is None:
         return
     with _refusing():
+        sender.consumer_cls = symbol_by_name(CONSUMER)(sender.consumer_cls)
+        if rules := stores.requests:
+            logger.info("%s names requests for %d patterns of task names", stores.settings.requests, len(rules.rules))
+        if sender.hostname == anon_nodename() and not stores.settings.node_name:
+            # A worker of `celery.contrib.testing`, in a thread: this process may have had one, or have two.
+            sender.hostname = anon_nodename(prefix=f"gen{next(_lives)}-")
         identity = new_identity(name_of(stores.settings, sender.hostname))
         orphans.mark(identity.incarnation)
         queue_commands.connect()
@@ -83,8 +98,9 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         check_broker(sender.app.conf.broker_read_url)
         check_results(sender.app)
         runtime = Runtime(sender.app, stores, identity)
-        pause = threading.Event()
-        runtime.joining.meet(pause.wait)
+        if type(sender) is not sender.app.WorkController:
+            # (One that was only made is looked at, by `celery graph bootsteps`: it meets the others when it starts.)
+            runtime.joining.meet(threading.Event().wait)
         sender.app.worker_runtime = runtime
         sender.app.amqp.private_queue = "" if runtime.broker_apart else identity.queue
 
@@ -119,7 +135,7 @@ def declarations(app: Any, stores: Stores) -> Declarations:
     """The requests of all tasks that this worker knows, by name; Celery's and the platform's own are left out."""
     default = stores.settings.default_cpus
     return {
-        name: declaration(task, default)
+        name: declaration(task, default, stores.requests)
         for name, task in app.tasks.items()
         if not name.startswith((PLATFORM_PREFIX, "celery."))
     }

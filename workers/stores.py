@@ -14,9 +14,11 @@ from typing import Any, Final
 import redis
 from sqlalchemy import Engine, create_engine, event
 
+from routing import request_file
 from routing.errors import NoServers
 from routing.home import running_pair
 from routing.ledger import Ledger
+from routing.request_file import RequestRules
 from routing.settings import Settings
 from workers.breaker import Breaker
 from workers.inherited import let_go
@@ -86,13 +88,26 @@ class Stores:
 
     @property
     def settings(self) -> Settings:
-        """Read from the environment once; with the URLs of the servers that serve."""
+        """Read from the environment once; with the URLs of the servers that serve. Raises `NoServers`."""
         found: Settings = self._get("settings", self._read_settings)
         return found
 
     def _read_settings(self) -> Settings:
         settings = Settings.from_environ(os.environ)
         return settings if settings.redis_url else self._resolve(settings)
+
+    def settings_without_servers(self) -> Settings:
+        """The same, without any URL where no servers are named or running."""
+        try:
+            return self.settings
+        except NoServers:
+            return Settings.from_environ(os.environ)
+
+    @property
+    def requests(self) -> RequestRules:
+        """What `PLATFORM_REQUESTS` says of tasks. Raises `SettingsError`."""
+        found: RequestRules = self._get("requests", lambda: request_file.read(self.settings.requests))
+        return found
 
     @property
     def engine(self) -> Engine:
@@ -133,7 +148,7 @@ class Stores:
         for name in ("ledger", "sending", "watcher"):
             if name in self._made:
                 let_go(self._made[name].descriptors())
-        made, self._made = self._made, {k: v for k, v in self._made.items() if k == "settings"}
+        made, self._made = self._made, {k: v for k, v in self._made.items() if k in ("settings", "requests")}
         engine = made.get("engine")
         if engine is not None:
             engine.dispose(close=False)

@@ -61,4 +61,25 @@ class PlatformTask:
 def task_class(base: Any) -> type:
     """The app's task class with the platform's in front of it."""
     found = symbol_by_name(base) if base is not None else Task
-    return type("Task", (PlatformTask, found), {"abstract": True, "__module__": __name__})
+    return _in_front(found, "Task", {"abstract": True, "__module__": __name__})
+
+
+def cover(task: Any) -> Any:
+    """Give the platform's class to a task that does not have it: one that was made before `install`, or whose base
+    derives from `celery.Task` and not from the app's. Returns it."""
+    cls = type(task)
+    if not issubclass(cls, PlatformTask):
+        told = {name: cls.__dict__[name] for name in ("__module__", "__doc__", "__qualname__") if name in cls.__dict__}
+        # (Its own class is its own alone: Celery makes one for each task.)
+        task.__class__ = _in_front(cls, cls.__name__, told)
+    return task
+
+
+def _in_front(base: type, name: str, namespace: dict[str, Any]) -> type:
+    """A class with the platform's methods before those of `base`, and what `base` declares before our defaults."""
+    declared = {
+        attribute: getattr(base, attribute)
+        for attribute, value in vars(PlatformTask).items()
+        if not attribute.startswith("__") and not callable(value) and hasattr(base, attribute)
+    }
+    return type(name, (PlatformTask, base), {**declared, **namespace})

@@ -15,7 +15,8 @@ if current[1] == epoch and current[2] == run_id then
 end
 redis.call('SET', KEY.allocated, '0')
 redis.call('SET', KEY.allocated_cpus, '0')
-redis.call('HSET', KEY.epoch, 'epoch', epoch, 'run_id', run_id, 'opened', int(clock()), 'rebuilding', '1')
+redis.call('HSET', KEY.epoch, 'epoch', epoch, 'run_id', run_id, 'opened', int(clock()), 'rebuilding', '1',
+  'format', LIMIT.format)
 -- Whoever watches a job looks at it anew: what became of it since the books were lost was told by nobody.
 redis.call('PUBLISH', KEY.epoch, epoch)
 return {'ok'}

@@ -15,8 +15,9 @@ end
 
 -- nil when this caller may act on these books, else the reply that refuses it.
 local function refused(epoch, run_id)
-  local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id')
-  if not current[1] or current[2] ~= run_id then
+  local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format')
+  -- (Books of a newer format are closed to a process of before: what it accepted waits in Postgres for one that knows.)
+  if not current[1] or current[2] ~= run_id or tonumber(current[3] or 1) > LIMIT.format then
     return {'cold'}
   end
   if current[1] ~= epoch then

@@ -195,7 +195,7 @@ def test_an_unknown_name_with_a_request_of_its_own_is_declared(submitter: Submit
 def test_the_request_is_in_the_message_and_survives_a_retry(submitter: Submitter) -> None:
     job = submitter.send(f"{DECLARED}.three_again", memory="1GiB")
     carried = message.decode(bytes(submitter.row(job).message))["headers"][HEADER]
-    assert carried == {"shape": f"cpus=3000,memory={2**30},slots=1", "declared": True}
+    assert carried == {"shape": f"cpus=3000,memory={2**30},slots=1", "declared": True, "format": 1}
     row = submitter.ended(job)
     assert (row.state, row.retries, row.request) == ("succeeded", 1, {"cpus": 3, "memory": 2**30, "slots": 1})
     assert message.decode(bytes(row.message))["headers"][HEADER] == carried

@@ -1,0 +1,1 @@
+"""Orders: a table, two views and the tasks behind them."""

@@ -1,0 +1,67 @@
+"""Periodic tasks: a project's own schedules (intervals, crontab, the sun, added ones) beside the platform's ticks, with
+the requests of their entries."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+from celery.beat import PersistentScheduler
+from sqlalchemy import text
+
+from tests.fixtures.processes import Platform
+from tests.fixtures.waiting import until
+from tests.tasks.periodic import SCHEDULE
+
+#: Kind of schedule -> the request and the priority of its jobs.
+ASKED = {
+    "interval": ({"cpus": 2, "memory": 1024**2, "slots": 1}, 7),
+    "crontab": ({"cpus": 1.5, "slots": 1}, 0),
+    "solar": ({"cpus": 0.5, "slots": 1}, 0),
+    "added": ({"cpus": 0.25, "slots": 1}, 0),
+}
+
+
+def was_away(days: int, file: Path) -> None:
+    """Have beat's file say that it ran last so many days ago: what goes by the clock is due at once."""
+    app = Celery("away", set_as_current=False)
+    app.conf.beat_schedule = dict(SCHEDULE)
+    scheduler = PersistentScheduler(app, schedule_filename=str(file))
+    for entry in scheduler.schedule.values():
+        entry.last_run_at = datetime.now(UTC) - timedelta(days=days)
+    scheduler.close()
+
+
+def rows(platform: Platform) -> list[Any]:
+    with platform.engine.connect() as connection:
+        return list(connection.execute(text("SELECT id, state, request, priority FROM jobs ORDER BY seq")))
+
+
+def runs(platform: Platform) -> dict[str, list[Any]]:
+    """Request and priority of the jobs that succeeded, by the kind of their schedule."""
+    found: dict[str, list[Any]] = {kind: [] for kind in ASKED}
+    for row in rows(platform):
+        if row.state == "succeeded":
+            stored: Any = platform.redis.get(f"celery-task-meta-{row.id}")
+            found[json.loads(stored)["result"]].append((row.request, row.priority))
+    return found
+
+
+def test_entries_of_every_kind_run_with_their_requests_beside_the_platforms_ticks(platform: Platform) -> None:
+    platform.app = "tests.tasks.periodic"
+    platform.environment.pop("PLATFORM_IMPORTS")
+    was_away(2, platform.folder / "celerybeat-schedule")
+    beat = platform.beat()
+    for name in ("interval", "crontab", "solar", "added", "platform: heartbeat", "platform: sweep"):
+        beat.wait_for(f"Sending due task {name} ")
+    beat.stop()
+    # All of it was accepted before there was any worker, and runs when there is one.
+    sent = len(rows(platform))
+    platform.worker("w", cpus=4, pool="threads")
+    until(lambda: sum(map(len, runs(platform).values())) == sent, lambda: f"all have run: {rows(platform)}")
+    for kind, found in runs(platform).items():
+        assert found, kind
+        assert all(one == ASKED[kind] for one in found), kind

@@ -1,0 +1,173 @@
+"""Rolling upgrade: from plain Celery by the steps of docs/how-to/rolling-upgrade.md while a producer goes on, and from
+one version of the platform to the next."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from celery.result import AsyncResult
+from sqlalchemy import Engine, text
+
+import migrations
+from celery_capacity import InvalidRequest
+from routing import formats, keys
+from routing import message as messages
+from tests.fixtures.processes import READY, Platform, Process
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+from tests.tasks import rolling
+from workers import identity
+from workers.app import platform_of
+
+ADD = "tests.fixtures.tasks.add"
+#: Seconds between two messages of a producer.
+EVERY = 0.03
+
+
+class Producer:
+    """Sends numbers, one after the other, until it is told to stop."""
+
+    def __init__(self, app: Any, first: int) -> None:
+        self.app = app
+        self.sent: list[AsyncResult] = []
+        self._first = first
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(EVERY):
+            number = self._first + len(self.sent)
+            # Some are for later: a worker of plain Celery holds them until then.
+            self.sent.append(self.app.tasks["rolling.count"].apply_async([number], countdown=number % 7 or None))
+
+    def reaches(self, more: int) -> None:
+        """Waits until it has sent so many more."""
+        goal = len(self.sent) + more
+        until(lambda: len(self.sent) >= goal, f"{goal} are sent")
+
+    @contextmanager
+    def going_on(self) -> Iterator[Producer]:
+        self._thread.start()
+        yield self
+        self._stop.set()
+        self._thread.join()
+
+
+def plain_worker(platform: Platform, name: str) -> Process:
+    options = ("--concurrency", "2", "--loglevel", "INFO", "-n", f"{name}@%h")
+    return platform.start(name, "worker", *options, says=READY, ROLLING="plain", NODE_NAME="")
+
+
+@pytest.mark.long
+def test_old_and_new_workers_share_a_broker_and_every_task_runs_once(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in platform.environment.items():
+        if name.startswith(("REDIS_URL", "DATABASE_URL", "PLATFORM_")):
+            monkeypatch.setenv(name, value)
+    platform.app = "tests.tasks.rolling"
+    platform.environment.pop("PLATFORM_IMPORTS")
+    old, new = Producer(rolling.make(plain=True), 0), Producer(rolling.make(plain=False), 1_000_000)
+    before = [plain_worker(platform, name) for name in ("old-1", "old-2")]
+    with old.going_on():
+        old.reaches(50)
+        # New workers beside the old ones.
+        platform.worker("new-1", cpus=4, ROLLING="platform")
+        old.reaches(50)
+        # The old ones go, one after the other; what they hold and have not begun goes back to the queue.
+        for worker in before:
+            assert worker.stop(60) == 0
+            old.reaches(50)
+        # New producers beside the old one, which goes last.
+        with new.going_on():
+            new.reaches(50)
+    results = [*old.sent, *new.sent]
+    values = [result.get(timeout=60) for result in results]
+    ran: Any = platform.redis.hgetall(rolling.RAN)
+    assert len(ran) == len(results)
+    assert {number: times for number, times in ran.items() if times != b"1"} == {}
+    where = {value.partition(" on ")[2] for value in values}
+    assert where == {"old-1", "old-2", "new-1"}
+    # What the old workers did not run is a job, and each ended once.
+    jobs = sum(value.endswith("new-1") for value in values)
+    with platform.engine.connect() as connection:
+        states = connection.exec_driver_sql("SELECT state, count(*) FROM jobs GROUP BY state").all()
+    assert [tuple(row) for row in states] == [("succeeded", jobs)]
+    stores = platform_of(new.app)
+    stores.sending.close()
+    stores.engine.dispose()
+    stores.redis.close()
+
+
+# -- from one version of the platform to the next
+
+#: Revisions that this version does not know: of its own format, and of the next.
+NEXT_MINOR, NEXT_MAJOR = "0999", "1000"
+
+
+def set_revision(engine: Engine, revision: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(f"UPDATE {migrations.VERSION_TABLE} SET version_num = :to"), {"to": revision})
+
+
+def test_a_worker_of_before_starts_on_newer_tables_and_works_beside_newer_workers(
+    platform: Platform, submitter: Submitter
+) -> None:
+    """What is additive: a revision, a column of jobs, fields of messages and of the ledger's books."""
+    with platform.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE jobs ADD COLUMN of_the_next_release text DEFAULT 'new'"))
+    set_revision(platform.engine, NEXT_MINOR)
+    worker = platform.worker("w", pool="threads")
+    assert f"revision {NEXT_MINOR}" in worker.tail()
+    platform.redis.hset(keys.EPOCH, "of_the_next_release", "new")
+    platform.redis.hset(keys.book("w"), "of_the_next_release", "new")
+    assert submitter.value(submitter.send(ADD, 40, 2)) == 42
+    # One that the release before sent says no format; one of the next may say more than this release knows.
+    newer = {"capacity_request": {"shape": "cpus=1000,slots=1", "declared": True, "of_the_next_release": [1]}}
+    job = submitter.send(ADD, 1, 1, headers=newer)
+    assert submitter.value(job) == 2
+    assert message_of(submitter, job)["headers"]["capacity_request"]["format"] == formats.MESSAGE
+    view = submitter.view("w")
+    assert view["version"] == identity.platform_version()
+
+
+def message_of(submitter: Submitter, job: str) -> dict[str, Any]:
+    """The message as the job's row keeps it."""
+    return messages.decode(bytes(submitter.row(job).message))
+
+
+def test_a_worker_refuses_tables_and_a_ledger_of_a_newer_format(platform: Platform, submitter: Submitter) -> None:
+    set_revision(platform.engine, NEXT_MAJOR)
+    tables = platform.start("tables", "worker")
+    assert tables.wait() == 78
+    assert f"revision {NEXT_MAJOR}" in tables.tail()
+    set_revision(platform.engine, migrations.HEAD)
+    worker = platform.worker("w", pool="threads")
+    platform.redis.hset(keys.EPOCH, "format", formats.LEDGER + 1)
+    books = platform.start("books", "worker", NODE_NAME="books")
+    assert books.wait() == 78
+    assert f"the ledger is of format {formats.LEDGER + 1}" in books.tail()
+    # A submitter of before keeps what it accepts for those who know: nothing is lost, nothing is written there.
+    job = submitter.send(ADD, 40, 2)
+    assert submitter.row(job).state == "accepted"
+    assert not platform.redis.exists(keys.job(job))
+    assert worker.alive
+    platform.redis.hset(keys.EPOCH, "format", formats.LEDGER)
+    assert submitter.value(job) == 42
+
+
+@pytest.mark.parametrize("said", [2, 0, "1", True, [1]])
+def test_a_message_of_a_format_that_nobody_here_knows_is_no_message(said: object) -> None:
+    with pytest.raises(InvalidRequest, match="format"):
+        formats.check_message({"format": said})
+    formats.check_message({"format": formats.MESSAGE})
+    formats.check_message({})
+
+
+def test_the_format_of_the_tables_is_in_the_number_of_their_revision() -> None:
+    assert [formats.of_revision(revision) for revision in ("0001", "0999", "1000", "12345")] == [0, 0, 1, 12]
+    assert formats.of_revision(migrations.HEAD) == 0

@@ -1,0 +1,129 @@
+"""A project as it was before the platform, with classes of its own for all that Celery lets one replace.
+
+`make(when)` installs the platform before its tasks are defined, or after, when they were used. `app` is what
+`-A tests.tasks.adopted` finds; `INSTALLED` in the environment says when.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from celery import Celery, Task, shared_task
+from celery.app.amqp import AMQP
+from celery.app.control import Control
+from celery.worker import consumer as celery_consumer
+from celery.worker import request as celery_request
+from celery.worker import strategy as celery_strategy
+
+from celery_capacity import install
+
+
+class OwnRequest(celery_request.Request):
+    """Tells the body that it was there."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._request_dict["own_request"] = True
+
+
+def own_strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Any:
+    """Celery's, which it wraps."""
+    handle = celery_strategy.default(task, app, consumer, **options)
+
+    def handle_and_tell(message: Any, body: Any, *more: Any, **given: Any) -> Any:
+        message.headers["own_strategy"] = True
+        return handle(message, body, *more, **given)
+
+    return handle_and_tell
+
+
+class OwnTask(Task):
+    """The project's base; what it declares is for all tasks."""
+
+    abstract = True
+    cpus = 0.5
+    Request = OwnRequest
+    Strategy = "tests.tasks.adopted:own_strategy"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        said = super().__call__(*args, **kwargs)
+        seen = ["own_task", *(name for name in ("own_request", "own_strategy") if getattr(self.request, name, None))]
+        return [*seen, *(["own_consumer"] if OwnConsumer.made else []), said]
+
+
+class OwnAMQP(AMQP):
+    """Writes a header of its own."""
+
+    def as_task_v2(self, *args: Any, **options: Any) -> Any:
+        message = super().as_task_v2(*args, **options)
+        message.headers["own_amqp"] = True
+        return message
+
+
+class OwnControl(Control):
+    """Has a command more."""
+
+    def own(self) -> str:
+        return "own_control"
+
+
+class OwnConsumer(celery_consumer.Consumer):
+    """Says that it was made."""
+
+    made = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        OwnConsumer.made = True
+        super().__init__(*args, **options)
+
+
+@shared_task(name="adopted.shared", cpus=0.25)
+def shared() -> str:
+    return "shared"
+
+
+@shared_task(name="adopted.apart", base=Task, cpus=0.75, memory="1MiB", rerun=False, bind=True)
+def apart(self: Any) -> str:
+    """Of Celery's own class, whatever the app's is."""
+    return f"own_amqp {self.request.get('own_amqp', False)}"
+
+
+class ByClass(Task):
+    """A task as a class."""
+
+    name = "adopted.by_class"
+    cpus = 1.5
+
+    def run(self) -> str:
+        return "by class"
+
+
+def make(when: str) -> Celery:
+    """The project. `when`: "first", or "last": after its tasks and the app's parts were used."""
+    app = Celery("adopted", task_cls=OwnTask, amqp=OwnAMQP, control=OwnControl, set_as_current=False)
+    app.conf.worker_consumer = OwnConsumer
+    if when == "first":
+        install(app)
+
+    @app.task(name="adopted.inherits", shared=False)
+    def inherits() -> str:
+        return "inherits"
+
+    @app.task(name="adopted.declares", shared=False, cpus=1)
+    def declares() -> str:
+        return "declares"
+
+    app.register_task(ByClass())
+    if when == "last":
+        assert inherits.name and app.finalized and app.amqp.router and app.control.own() and app.Task
+        install(app)
+
+    @app.task(name="adopted.later", shared=False, base=Task, cpus=0.125)
+    def later() -> str:
+        return "later"
+
+    return install(app)
+
+
+app = make(os.environ["INSTALLED"]) if "INSTALLED" in os.environ else None

@@ -1,0 +1,125 @@
+"""What the platform asks of Celery's configuration. The app's own settings win over it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+from celery import Celery
+from celery.backends.base import DisabledBackend
+
+from routing.errors import NoServers
+from workers import ticks
+from workers.preflight import check_broker
+from workers.router import Router
+from workers.stores import Stores
+
+#: Seconds. kombu waits for ever on a dead connection by default.
+BROKER_TRANSPORT: Final = {
+    "socket_timeout": 5.0,
+    "socket_connect_timeout": 3.0,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+}
+
+#: A broker that nobody connects to.
+EAGER: Final = "memory://"
+#: The settings that name servers.
+SERVERS: Final = ("broker_url", "result_backend")
+
+
+class Defaults(dict[str, Any]):
+    """Celery's settings by name. The addresses of servers are looked up when somebody needs them: tests that call tasks
+    in their own process (`task_always_eager`, `apply`) and commands that only look at the code need none."""
+
+    def __init__(self, app: Celery, stores: Stores) -> None:
+        self._app = app
+        self._stores = stores
+        settings = stores.settings_without_servers()
+        if settings.broker_url is not None:
+            check_broker(settings.broker_url)
+        super().__init__(
+            {
+                "broker_url": settings.broker_url,
+                "result_backend": settings.result_backend,
+                "imports": settings.imports,
+                "task_routes": [Router(stores, lambda: app.tasks)],
+                "task_default_queue": "celery",
+                # Rows own the retries: the broker's message is acknowledged early, or not at all.
+                "task_acks_late": False,
+                "task_reject_on_worker_lost": False,
+                # All that is in a worker's queue was admitted to it.
+                "worker_prefetch_multiplier": 0,
+                "worker_disable_rate_limits": True,
+                "worker_consumer": "workers.consumer:Consumer",
+                # An answer such as OOM, MISCONF or READONLY must not end the worker (celery#7946).
+                "broker_channel_error_retry": True,
+                "broker_connection_max_retries": None,
+                "broker_connection_retry_on_startup": True,
+                "broker_transport_options": dict(BROKER_TRANSPORT),
+                "redis_socket_timeout": 5.0,
+                "redis_socket_connect_timeout": 3.0,
+                "redis_socket_keepalive": True,
+                # Whoever reads a result while the backend restarts waits for it: nine tries, in the end some five
+                # seconds apart (with Celery's base of 10 ms, doubled each time), about ten seconds in all.
+                "result_backend_always_retry": True,
+                "result_backend_max_retries": 9,
+                "task_serializer": "json",
+                "result_serializer": "json",
+                "accept_content": ["json"],
+                "result_accept_content": ["json"],
+                # (Without one, `add_periodic_task` would write into Celery's, which all apps share.)
+                "beat_schedule": ticks.beat_entries(settings),
+            }
+        )
+
+    def put_last(self, conf: Any) -> None:
+        """Into an app's configuration, before Celery's own defaults alone: what the app's configuration module says, or
+        Django's settings, wins. (`app.add_defaults` would put it in front of these.)"""
+        if any(known is self for known in conf.maps):
+            return
+        conf.maps.insert(-1, self)
+        conf.defaults.insert(-1, self)
+        testing = sys.modules.get("celery.contrib.testing.app")
+        if testing is not None:
+            _drop_servers_of_tests(conf, testing.DEFAULT_TEST_CONFIG)
+
+    def __getitem__(self, name: str) -> Any:
+        """Raises `NoServers` for an address where none are named or running."""
+        found = super().__getitem__(name)
+        if found is None and name in SERVERS:
+            try:
+                return getattr(self._stores.settings, name)
+            except NoServers:
+                if name == "broker_url" and self._app.conf.task_always_eager:
+                    # Celery asks for a producer to look at the arguments, and publishes nothing.
+                    return EAGER
+                raise
+        return found
+
+
+def _drop_servers_of_tests(conf: Any, theirs: Mapping[str, Any]) -> None:
+    """An app of `celery.contrib.pytest` for which nobody chose servers has, among its defaults, a broker and results in
+    its own memory."""
+    for mapping in conf.defaults:
+        for name in SERVERS:
+            if type(mapping) is dict and mapping.get(name) == theirs[name]:
+                del mapping[name]
+
+
+class NoBackend(DisabledBackend):
+    """Results where no servers are named or running: a task that is called in this process needs none, and whoever
+    asks for the result of a job hears what is missing."""
+
+    def __init__(self, app: Celery, missing: NoServers) -> None:
+        super().__init__(app=app)
+        self._missing = missing
+
+    def _is_disabled(self, *args: Any, **options: Any) -> Any:
+        # They may be there the next time.
+        self.app._backend_cache = self.app._local.backend = None
+        raise self._missing
+
+    ensure_chords_allowed = get_state = get_status = get_result = get_traceback = _is_disabled
+    get_task_meta_for = wait_for = get_many = _is_disabled

@@ -1,0 +1,44 @@
+"""Messages of the worker's own queue that never become a request: unknown, invalid, undecodable, not to be started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from celery import Celery
+from celery.exceptions import InvalidTaskError
+
+from routing.message import parse_tag
+from workers import transport
+from workers.attempts import Attempt, held
+from workers.identity import Identity
+from workers.quarantine import Quarantine
+
+
+@contextmanager
+def refusing(
+    message: Any,
+    error: str,
+    identity: Identity,
+    app: Celery,
+    quarantine: Quarantine,
+    end_job: Callable[..., bool],
+) -> Iterator[None]:
+    """A message that never becomes a request ends its job; what Celery says of it within goes with the end."""
+    tag = parse_tag(message.delivery_tag) if isinstance(message, transport.JobMessage) else None
+    if tag is None:
+        # Of remote control, which is no job's.
+        queue = str((message.delivery_info or {}).get("routing_key") or "")
+        quarantine.set_aside(transport.raw_of(message), queue, error)
+        yield
+        return
+    attempt = Attempt(tag, identity.incarnation, deferred=True)
+    try:
+        with held(attempt):
+            yield
+            if not attempt.outbox:
+                # Celery says nothing of most of them, and whoever waits would wait for ever.
+                app.backend.mark_as_failure(tag.job, InvalidTaskError(error))
+    finally:
+        end_job(tag.job, tag.token, "failed", error, attempt.outbox, None)
