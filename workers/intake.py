@@ -35,6 +35,7 @@ from workers.router import HEADER, Router
 from workers.sender import Sender
 from workers.serving import Serving
 from workers.transport import raw_of, receiving
+from workers.unpacking import as_bytes
 
 #: Of SQLSTATEs: the classes of errors that lie in the data, and will lie there the next time.
 DATA_ERRORS: Final = ("22", "23")
@@ -181,7 +182,7 @@ def enroll(sender: Sender, router: Router, message: Any, queue: str) -> None:
     so that the worker verifies it again.
     """
     headers = message.headers if isinstance(message.headers, dict) else {}
-    body = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
+    body = as_bytes(message.body)
     if getattr(message, "was_compressed", False):
         headers = {name: value for name, value in headers.items() if name != "compression"}
     headers, properties = hidden_headers(headers), dict(message.properties)

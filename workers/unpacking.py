@@ -43,9 +43,19 @@ _BOUNDED: Final[dict[str, Callable[[bytes, int], tuple[bytes, bool]]]] = {
 }
 
 
+def as_bytes(body: Any) -> bytes:
+    """A body as it came, in bytes. Raises `TypeError` for what is none: `bytes(10**10)` would be ten gigabytes."""
+    if isinstance(body, str):
+        return body.encode()
+    if isinstance(body, (bytes, bytearray, memoryview)):
+        return bytes(body)
+    raise TypeError(f"a body is text or bytes, not {type(body).__name__}")
+
+
 def unpack(body: Any, method: object, most: int) -> bytes:
-    """The body, decompressed. Raises `TooLarge`, `KeyError` for an unknown method, or what the method raises."""
-    data = body.encode() if isinstance(body, str) else bytes(body)
+    """The body, decompressed. Raises `TooLarge`, `TypeError` where it is no body, `KeyError` for an unknown method, or
+    what the method raises."""
+    data = as_bytes(body)
     bounded = _BOUNDED.get(method) if isinstance(method, str) else None
     if bounded is None:
         # Another one (zstd, brotli, the user's own) is decompressed by what is registered with kombu.

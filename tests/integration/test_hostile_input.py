@@ -39,6 +39,7 @@ from workers.exits import Exit
 from workers.intake import Intake
 from workers.serving import Serving
 from workers.stores import Stores
+from workers.transport import receiving
 
 TASK = "tests.fixtures.tasks.add"
 
@@ -469,6 +470,17 @@ def test_any_message_in_the_default_queue(
     enroll: Any, written: Written, body: Any, headers: Any, properties: Any, content_type: Any, encoding: Any
 ) -> None:
     _judge(enroll, written, Message(body, headers, properties, content_type, encoding))
+
+
+def test_a_body_that_is_a_number_takes_no_memory(
+    enroll: Any, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(receiving, "set_aside", lambda raw, queue, reason: said.append(reason))
+    before = written.rows()
+    enroll(Message(10_000, _plain(0), {"priority": 0}, "application/json", "utf-8"))
+    assert (written.rows(), len(said)) == (before, 1)
+    assert "text or bytes, not int" in said[0]
 
 
 def test_nothing_hostile_is_left_in_the_keys_of_the_ledger(
