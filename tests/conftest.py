@@ -30,10 +30,11 @@ settings.register_profile("default", deadline=None, print_blob=True)
 settings.register_profile("long", settings.get_profile("default"), max_examples=2_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# In the background of a shell without job control SIGINT is ignored, and every process started from here would inherit
-# that; what Ctrl-C does is tested.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# In the background of a shell without job control these are ignored, and every process started from here would inherit
+# that; what they do is tested.
+for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(_signal) == signal.SIG_IGN:
+        signal.signal(_signal, _handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -169,7 +169,8 @@ def test_without_the_ledger_the_row_is_enough(stage: Stage, app: Celery) -> None
         assert revoking.mark(connection, [marked]) == [marked]
         assert pull.take(connection, epoch, "a", "a-life", [marked]) == []
         assert [one.job for one in pull.candidates(connection, 10)] == []
-    assert fallback.expire(app, app.platform) == {"expired": 0, "revoked": 1}
+    counts = fallback.expire(app, app.platform)
+    assert (counts["expired"], counts["revoked"]) == (0, 1)
     revoke(app, job)
     with stage.engine.connect() as connection:
         pull.give_back(connection, pull.open_attempts(connection, "a-life"), "taken_back", "gone", MOST_LOSSES)
