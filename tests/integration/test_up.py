@@ -10,7 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import PIPE, run
 from typing import Any
 
 import psutil
@@ -19,19 +19,20 @@ from sqlalchemy import text
 
 from routing.home import running_pair
 from tests.fixtures.processes import Platform, Process
+from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 
 #: Seconds for what takes far less, on a busy machine.
 PATIENCE = 30.0
 
-#: A program of somebody else: it submits, prints the id, and waits for the result if told to.
+SLEEP = "demo.sleep"
+
+#: A program of somebody else: it submits, waits for the result, and prints which worker it came from.
 SUBMIT = """
 import sys
 from celery_capacity import create_app
-result = create_app().send_task("demo.sleep", args=[float(sys.argv[1])], cpus=float(sys.argv[2]))
-print(result.id, flush=True)
-if sys.argv[3:]:
-    print(result.get(timeout=30)["worker"], flush=True)
+result = create_app().send_task("demo.sleep", args=[0.01], cpus=float(sys.argv[1]))
+print(result.get(timeout=30)["worker"])
 """
 
 
@@ -43,17 +44,18 @@ def up(platform: Platform, *arguments: str, **environment: Any) -> tuple[Process
     return running, json.loads(running.wait_for('"workers"'))
 
 
-def submit(platform: Platform, seconds: float, cpus: float, *more: str, **environment: str) -> list[str]:
-    child = Popen(
-        [sys.executable, "-c", SUBMIT, str(seconds), str(cpus), *more],
+def submit(platform: Platform, cpus: float, **environment: str) -> str:
+    """The worker that a job of somebody else's program ran on."""
+    done = run(
+        [sys.executable, "-c", SUBMIT, str(cpus)],
         env={**platform.environment, **environment},
         cwd=platform.folder,
         stdout=PIPE,
         text=True,
+        timeout=60,
+        check=True,
     )
-    out, _ = child.communicate(timeout=60)
-    assert child.returncode == 0
-    return out.split()
+    return done.stdout.strip()
 
 
 def state(platform: Platform, job: str) -> str:
@@ -77,7 +79,7 @@ def test_it_runs_workers_beat_and_the_dashboard_until_ctrl_c(platform: Platform)
     assert all(psutil.pid_exists(pid) for pid in pids(said))
     with urllib.request.urlopen(said["dashboard"]["url"], timeout=PATIENCE) as answer:
         assert json.load(answer)["resources"]["total_cpus"] == 8
-    assert submit(platform, 0.01, 4, "and wait")[1] == "big"
+    assert submit(platform, 4) == "big"
 
     running.signal(signal.SIGINT)
     assert running.wait() == 0
@@ -96,9 +98,9 @@ def test_several_workers_share_the_memory_that_one_would_have(platform: Platform
 
 
 @pytest.mark.long
-def test_sigterm_lets_a_running_job_come_to_its_end(platform: Platform) -> None:
+def test_sigterm_lets_a_running_job_come_to_its_end(platform: Platform, submitter: Submitter) -> None:
     running, _ = up(platform, "--worker", "a=2", "--pool", "threads")
-    job = submit(platform, 2, 1)[0]
+    job = submitter.send(SLEEP, 2)
     until_state(platform, job, "running")
     running.signal(signal.SIGTERM)
     assert running.wait() == 0
@@ -106,9 +108,9 @@ def test_sigterm_lets_a_running_job_come_to_its_end(platform: Platform) -> None:
 
 
 @pytest.mark.long
-def test_a_second_ctrl_c_breaks_running_jobs_off(platform: Platform) -> None:
+def test_a_second_ctrl_c_breaks_running_jobs_off(platform: Platform, submitter: Submitter) -> None:
     running, said = up(platform, "--worker", "a=2", "--pool", "prefork")
-    job = submit(platform, 600, 1)[0]
+    job = submitter.send(SLEEP, 600)
     until_state(platform, job, "running")
     running.signal(signal.SIGINT)
     running.wait_for("Ending the workers")
@@ -121,14 +123,14 @@ def test_a_second_ctrl_c_breaks_running_jobs_off(platform: Platform) -> None:
 
 
 @pytest.mark.long
-def test_a_child_that_dies_is_told_and_the_others_go_on(platform: Platform) -> None:
+def test_a_child_that_dies_is_told_and_the_others_go_on(platform: Platform, submitter: Submitter) -> None:
     running, said = up(platform, "--worker", "a=1", "--worker", "b=1", "--pool", "threads")
     os.kill(said["workers"][0]["pid"], signal.SIGKILL)
     running.wait_for("a was ended by SIGKILL")
     os.kill(said["dashboard"]["pid"], signal.SIGKILL)
     running.wait_for("dashboard was ended by SIGKILL")
     assert running.alive
-    assert submit(platform, 0.01, 1, "and wait")[1] == "b"
+    assert submitter.value(submitter.send(SLEEP, 0.01))["worker"] == "b"
 
 
 @pytest.mark.long
@@ -172,7 +174,7 @@ def test_embedded_servers_outlive_up_and_end_with_down(
     assert said["embedded"] is True
     running.wait_for("Started embedded servers")
     # Somebody else, from another folder, without any URL.
-    assert submit(platform, 0.01, 1, "and wait", **embedded)[1] == "a"
+    assert submit(platform, 1, **embedded) == "a"
     cluster = json.loads(platform.celery("cluster", "--json", **embedded).stdout)
     assert cluster["resources"]["total_cpus"] == 2
 
