@@ -1,5 +1,5 @@
 """What a person gets wrong ends a command with one message and the exit code of its kind, and never with a traceback.
-Each is a process as it is started by hand."""
+Where streams and signals matter, the process is started as by hand."""
 
 from __future__ import annotations
 
@@ -151,15 +151,13 @@ def test_a_mistake_is_told_with_its_value_and_what_to_do(
     platform: Platform, there: dict[str, str], mistake: Mistake
 ) -> None:
     words = shlex.split(mistake.line.format(**there))
-    environment = {name: value.format(**there) for name, value in mistake.environment.items()}
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with start(platform, *words, environment=environment, **pipes) as process:
-        out, said = process.communicate(timeout=60)
-    assert process.returncode == mistake.code, said
-    assert "Traceback" not in out + said
-    assert "hunter2" not in out + said
+    environment: dict[str, Any] = {name: value.format(**there) for name, value in mistake.environment.items()}
+    done = platform.run(*words, **environment)
+    assert done.returncode == mistake.code, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
     for part in mistake.says:
-        assert part.format(**there) in said
+        assert part.format(**there) in done.stderr
 
 
 def test_every_way_to_be_wrong_is_in_the_table() -> None:
