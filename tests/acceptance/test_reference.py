@@ -18,6 +18,8 @@ import celery_capacity
 from benchmarks.proposals.report import RESULTS, Report
 from platform import render
 from routing import keys, overview, policy, states
+from routing.amounts import LABEL, labels
+from routing.capacity import Capacity
 from routing.explain import Explanation, Why, refuse
 from routing.policy import Admission, Book, Reason, order
 from routing.replies import Adopted
@@ -94,11 +96,19 @@ def used(redis_url: str) -> Iterator[Cluster]:
         ledger.fill("w")
         for worker in ("small", "smaller"):
             cluster.register(worker, Request.of({"cpus": 1}).shape)
+        cluster.register("labelled", Capacity.of({"cpus": 1, "slots": 1, **labels(["video"])}).shape)
         ledger.adopt("small", "small-life", [Adopted("adopted", "1.1", ONE, 1, 5, 6, "", 0)])
         ledger.client.hset(keys.DECLARATIONS, "task", "{}")
         ledger.take_turn("due", "w", 60_000)
         ledger.client.hset(keys.EPOCH, "rebuilding", "1")
         yield cluster
+
+
+def pattern_of(field: str) -> str:
+    """How the page writes a field of a hash."""
+    if field.startswith(f"c.{LABEL}"):
+        return field if field == f"c.{LABEL}" else f"c.{LABEL}<queue>"
+    return re.sub(r"^([ac])\..+", r"\1.<resource>", field)
 
 
 def test_every_key_and_field_of_a_ledger_in_use_is_on_the_page(used: Cluster) -> None:
@@ -123,7 +133,7 @@ def test_every_key_and_field_of_a_ledger_in_use_is_on_the_page(used: Cluster) ->
         if pattern == "ledger:stream":
             seen |= {field.decode() for _, entry in client.xrange(key) for field in entry}
         elif pattern in fields:
-            seen |= {re.sub(r"^([ac])\..+", r"\1.<resource>", field.decode()) for field in client.hkeys(key)}
+            seen |= {pattern_of(field.decode()) for field in client.hkeys(key)}
     assert set(met) == set(documented), "a family of which this ledger has no key"
     missing = {name: found - fields[name] for name, found in met.items() if name in fields}
     assert {name: found for name, found in missing.items() if found} == {}
