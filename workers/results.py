@@ -19,6 +19,7 @@ from typing import Any, Final
 from celery import current_app, states
 from celery.app.task import Context
 from celery.backends.redis import RedisBackend, SentinelBackend
+from celery.backends.rpc import RPCBackend
 from celery.result import result_from_tuple
 from kombu.exceptions import EncodeError
 from redis.exceptions import WatchError
@@ -42,6 +43,7 @@ ENDS: Final = frozenset({*states.READY_STATES, states.RETRY})
 HOPELESS: Final = (EncodeError, TypeError, ValueError, AttributeError, LookupError)
 #: What is kept of a request for a part of a chord.
 _CHORD: Final = ("id", "group", "group_index", "chord", "root_id", "parent_id", "errbacks", "chain", "reply_to")
+
 
 class CarriedResults:
     """Mixed into the app's backend class (`backend_class`)."""
@@ -231,12 +233,47 @@ class CarriedRedisResults(CarriedResults):
         pipe.publish(key, text)
 
 
+class CarriedReplies(CarriedResults):
+    """The same where a result is a message to whoever waits (`rpc://`): nobody stores it, so nobody can look it up."""
+
+    def _store_passing(self, task_id: str, encoded: Any, state: str, traceback: Any, request: Any) -> None:
+        meta = self._get_result_meta(encoded, state, traceback, request)  # type: ignore[attr-defined]
+        meta["task_id"] = task_id
+        try:
+            self._reply([(request.reply_to, request.correlation_id, meta)])
+        except Exception as error:
+            logger.warning("the state %s of job %s could not be told: %s", state, task_id, error)
+
+    def deliver_results(self, notes: Sequence[dict[str, Any]]) -> None:
+        self._reply([(note["reply_to"], note["correlation_id"], self._unpacked(note)) for note in notes])
+
+    def _reply(self, replies: Sequence[tuple[str | None, str | None, dict[str, Any]]]) -> None:
+        with self.app.amqp.producer_pool.acquire(block=True) as producer:
+            for reply_to, correlation_id, meta in replies:
+                # (Old producers, and programs that wait for nothing, name no queue.)
+                if reply_to:
+                    producer.publish(
+                        meta,
+                        exchange=self.exchange,  # type: ignore[attr-defined]
+                        routing_key=reply_to,
+                        correlation_id=correlation_id or meta["task_id"],
+                        serializer=self.serializer,  # type: ignore[attr-defined]
+                        # A connection that was lost meanwhile is made anew; more than that is left to the duties.
+                        retry=True,
+                        retry_policy={"max_retries": 1, "interval_start": 0},
+                        delivery_mode=self.delivery_mode,  # type: ignore[attr-defined]
+                    )
+
+
 def backend_class(base: type) -> type:
     """A backend class with the platform's in front of it."""
     if issubclass(base, CarriedResults):
         return base
-    mixin = CarriedRedisResults if issubclass(base, RedisBackend) else CarriedResults
+    mixin = next((mixin for kind, mixin in _MIXINS if issubclass(base, kind)), CarriedResults)
     return type(base.__name__, (mixin, base), {"__module__": base.__module__, "plain_class": base})
+
+
+_MIXINS: Final[Sequence[tuple[type, type]]] = ((RedisBackend, CarriedRedisResults), (RPCBackend, CarriedReplies))
 
 
 def unpickle_backend(base: type, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -1,0 +1,162 @@
+"""Tasks: what a body says, how it may end, and what is kept of that, by the sections of Celery's documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from celery import states
+from celery.exceptions import Reject, SoftTimeLimitExceeded
+
+from routing.home import Pair
+from tests.fixtures import tasks
+from tests.fixtures.processes import Platform, Pool
+from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.tasks import add
+from tests.fixtures.waiting import until
+from tests.tasks import bodies
+
+
+@pytest.fixture(scope="module", params=["prefork", "threads"])
+def platform(
+    request: pytest.FixtureRequest, server_pair: Pair, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Platform]:
+    """One worker `a` with 2 CPUs and as many slots."""
+    pool: Pool = request.param
+    with standing_platform(server_pair, tmp_path_factory.mktemp(pool), "tests.tasks.bodies") as running:
+        running.worker("a", cpus=2, pool=pool)
+        yield running
+
+
+def pool_of(platform: Platform) -> str:
+    arguments = platform.processes[0].process.args
+    assert isinstance(arguments, list)
+    return str(arguments[arguments.index("--pool") + 1])
+
+
+def test_a_message_carries_headers_and_a_shadow_to_the_body(platform: Platform, submitter: Submitter) -> None:
+    result = bodies.seen.apply_async(
+        headers={"tenant": "blue"}, shadow="a name for people", time_limit=60, soft_time_limit=50, cpus=0.5
+    )
+    assert result.get(timeout=20) == {
+        "id": result.id,
+        "tenant": "blue",
+        "in headers": "blue",
+        "shadow": "a name for people",
+        "timelimit": [60, 50],
+        "root_id": result.id,
+        "ignore_result": False,
+        "eager": False,
+        "called": False,
+    }
+    # People read it in the log; the job is of the task that it is.
+    platform.processes[0].wait_for(f"Task a name for people[{result.id}] succeeded")
+    assert submitter.ended(result.id).name == bodies.seen.name
+    assert bodies.shadowed.delay(7).get(timeout=20) == "adding 7"
+
+
+def test_limits_of_the_task_are_those_of_its_calls_that_name_none(platform: Platform, submitter: Submitter) -> None:
+    assert bodies.limits.delay().get(timeout=20) == [50, 40]
+    assert bodies.limits.apply_async(time_limit=30, soft_time_limit=20).get(timeout=20) == [30, 20]
+    if pool_of(platform) == "threads":
+        # No pool but prefork can interrupt a body.
+        return
+    assert bodies.cleaning_up.delay("never").get(timeout=20) == "cleaned up"
+    caught = bodies.tracked.apply_async(("never",), soft_time_limit=0.5)
+    with pytest.raises(SoftTimeLimitExceeded):
+        caught.get(timeout=20)
+    assert submitter.ended(caught.id).state == "failed"
+
+
+def test_started_is_a_state_where_the_task_asks_for_it(platform: Platform, submitter: Submitter) -> None:
+    result = bodies.tracked.delay("tracked")
+    _, pid = tasks.started(platform.redis, "tracked")
+    assert result.state == states.STARTED
+    assert (result.info["pid"], result.info["hostname"].partition("@")[0]) == (pid, "a")
+    plain = tasks.hold.delay("plain")
+    tasks.started(platform.redis, "plain")
+    assert plain.state == states.PENDING
+    for gate in ("tracked", "plain"):
+        tasks.let_go(platform.redis, gate)
+    assert (result.get(timeout=20), plain.get(timeout=20)) == ("over", "a")
+
+
+def test_states_of_ones_own_are_seen_while_the_body_runs(platform: Platform, submitter: Submitter) -> None:
+    result = bodies.progressing.delay("progress")
+    tasks.started(platform.redis, "progress")
+    assert (result.state, result.info) == ("PROGRESS", {"done": 1, "of": 2})
+    tasks.let_go(platform.redis, "progress")
+    assert (result.get(timeout=20), result.state) == ("over", states.SUCCESS)
+    # What is said before Ignore stays, and nothing comes after it.
+    left = bodies.stopping_half_way.delay()
+    assert submitter.ended(left.id).state == "succeeded"
+    assert (left.state, left.info) == ("HALF", {"done": 1})
+
+
+def test_a_task_that_rejects_its_message_has_failed(platform: Platform, submitter: Submitter) -> None:
+    result = bodies.rejecting.delay()
+    row = submitter.ended(result.id)
+    assert (row.state, row.error) == ("failed", "rejected: not mine")
+    with pytest.raises(Reject):
+        result.get(timeout=20)
+    assert result.state == states.FAILURE
+
+
+def test_errors_that_a_task_may_raise_are_no_alarm(platform: Platform, submitter: Submitter) -> None:
+    worker = platform.processes[0]
+    results = {known: bodies.throwing.delay(known) for known in (True, False)}
+    for known, result in results.items():
+        with pytest.raises(bodies.Expected if known else ValueError, match="as said"):
+            result.get(timeout=20)
+        assert submitter.ended(result.id).state == "failed"
+    expected, other = (worker.wait_for(f"{result.id}] raised") for result in results.values())
+    assert "INFO" in expected and "raised expected: " in expected
+    assert "ERROR" in other and "raised unexpected: " in other
+
+
+def test_results_that_nobody_wants_are_not_kept(platform: Platform, submitter: Submitter) -> None:
+    wanted = bodies.silent.apply_async((1,), ignore_result=False)
+    ignored = [
+        bodies.silent.delay(1),
+        add.apply_async((1, 1), ignore_result=True),
+        bodies.silent_failure.delay(),
+    ]
+    assert wanted.get(timeout=20) == 1
+    assert [submitter.ended(one.id).state for one in ignored] == ["succeeded", "succeeded", "failed"]
+    assert [(one.get(timeout=1), one.state) for one in ignored] == [(None, states.PENDING)] * 3
+    heard = bodies.heard_failure.delay()
+    assert submitter.ended(heard.id).state == "failed"
+    until(lambda: submitter.result(heard.id).state == states.FAILURE, "the error is kept")
+    with pytest.raises(ValueError, match="heard of"):
+        submitter.result(heard.id).get(timeout=20)
+
+
+def test_a_result_knows_what_its_task_sent(platform: Platform, submitter: Submitter) -> None:
+    leading = bodies.leading.delay()
+    sent = leading.get(timeout=20)
+    assert [child.id for child in leading.children] == sent
+    assert [value for _, value in leading.collect(timeout=20)] == [sent, 2, 4]
+    nobody = bodies.leading_nobody.delay()
+    (alone,) = nobody.get(timeout=20)
+    assert not nobody.children
+    assert submitter.value(alone) == 2
+
+
+def test_called_in_this_process_a_task_makes_no_job(platform: Platform, submitter: Submitter) -> None:
+    # (A task reads this when its app is made.)
+    submitter.app.conf.task_store_eager_result = True
+    before = submitter.jobs()
+    applied = bodies.seen.apply(headers={"tenant": "blue"}, cpus=100, task_id="mine")
+    assert (applied.state, applied.get()["eager"], applied.id) == (states.SUCCESS, True, "mine")
+    assert bodies.seen()["called"] is True
+    submitter.app.conf.task_always_eager = True
+    assert add.apply_async((1, 2), cpus=100, priority=9, queue="elsewhere").get() == 3
+    failed = bodies.throwing.delay(True)
+    assert (failed.state, type(failed.result)) == (states.FAILURE, bodies.Expected)
+    submitter.app.conf.task_eager_propagates = True
+    with pytest.raises(bodies.Expected):
+        bodies.throwing.delay(True)
+    submitter.app.conf.task_eager_propagates = False
+    kept = add.delay(3, 4)
+    assert submitter.result(kept.id).get(timeout=20) == 7
+    assert submitter.jobs() == before

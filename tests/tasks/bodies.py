@@ -1,0 +1,118 @@
+"""Tasks with the options that Celery's documentation gives to a body, one each."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from celery import shared_task
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+
+from tests.fixtures.tasks import add, held_at
+
+
+class Expected(Exception):
+    """What a task says that it may raise."""
+
+
+@shared_task(bind=True)
+def seen(self: Any) -> dict[str, Any]:
+    """What a body sees of its own message."""
+    request = self.request
+    return {
+        "id": request.id,
+        "tenant": request.get("tenant"),
+        "in headers": (request.headers or {}).get("tenant"),
+        "shadow": request.shadow,
+        "timelimit": request.timelimit,
+        "root_id": request.root_id,
+        "ignore_result": request.ignore_result,
+        "eager": request.is_eager,
+        "called": request.called_directly,
+    }
+
+
+@shared_task(bind=True, track_started=True)
+def tracked(self: Any, gate: str) -> str:
+    held_at(gate, self.request.id)
+    return "over"
+
+
+@shared_task(bind=True)
+def progressing(self: Any, gate: str) -> str:
+    self.update_state(state="PROGRESS", meta={"done": 1, "of": 2})
+    held_at(gate, self.request.id)
+    return "over"
+
+
+@shared_task(bind=True)
+def stopping_half_way(self: Any) -> None:
+    self.update_state(state="HALF", meta={"done": 1})
+    raise Ignore
+
+
+@shared_task
+def rejecting() -> None:
+    raise Reject("not mine", requeue=False)
+
+
+@shared_task(throws=(Expected,))
+def throwing(known: bool) -> None:
+    raise Expected("as said") if known else ValueError("not as said")
+
+
+@shared_task(ignore_result=True)
+def silent(x: int) -> int:
+    return x
+
+
+@shared_task(ignore_result=True)
+def silent_failure() -> None:
+    raise ValueError("nobody hears of it")
+
+
+@shared_task(ignore_result=True, store_errors_even_if_ignored=True)
+def heard_failure() -> None:
+    raise ValueError("heard of")
+
+
+@shared_task
+def leading() -> list[str]:
+    """Has two children."""
+    return [add.delay(1, 1).id, add.delay(2, 2).id]
+
+
+@shared_task(trail=False)
+def leading_nobody() -> list[str]:
+    return [add.delay(1, 1).id]
+
+
+@shared_task(bind=True, soft_time_limit=0.5, time_limit=50)
+def cleaning_up(self: Any, gate: str) -> str:
+    """Has a limit of its own, and makes something of it."""
+    try:
+        held_at(gate, self.request.id)
+    except SoftTimeLimitExceeded:
+        return "cleaned up"
+    return "in time"
+
+
+@shared_task(bind=True, soft_time_limit=40, time_limit=50)
+def limits(self: Any) -> list[float | None]:
+    return list(self.request.timelimit)
+
+
+def _named_by_what_it_does(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> str:
+    return f"adding {args[0]}"
+
+
+@shared_task(bind=True, shadow_name=_named_by_what_it_does)
+def shadowed(self: Any, x: int) -> str | None:
+    shadow: str | None = self.request.shadow
+    return shadow
+
+
+@shared_task
+def process() -> int:
+    """The process that runs it."""
+    return os.getpid()
