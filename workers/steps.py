@@ -24,7 +24,7 @@ from workers.identity import name_of, new_identity
 from workers.inherited import guard_children
 from workers.patiently import when_stores_answer
 from workers.pools import slots_of
-from workers.preflight import check_broker, check_results, neighbours
+from workers.preflight import check_broker, check_pool, check_results, neighbours
 from workers.router import PLATFORM_PREFIX, Declarations, declaration
 from workers.runtime import Runtime
 from workers.stores import Stores
@@ -85,6 +85,7 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
     if stores is None:
         return
     with _refusing():
+        check_pool(sender.pool_cls)
         sender.consumer_cls = symbol_by_name(CONSUMER)(sender.consumer_cls)
         if rules := stores.requests:
             logger.info("%s names requests for %d patterns of task names", stores.settings.requests, len(rules.rules))

@@ -155,6 +155,12 @@ def test_what_is_kept_can_be_found_again_and_forgotten(platform: Platform, waite
     assert GroupResult.restore(results.id, app=waiter.app) is None
 
 
+def test_a_task_that_waits_for_another_must_say_so(platform: Platform, waiter: Submitter) -> None:
+    assert bodies.waiting_for_another.delay(1, True).get(timeout=30) == 2
+    with pytest.raises(RuntimeError, match="Never call result.get"):
+        bodies.waiting_for_another.delay(1, False).get(timeout=20)
+
+
 def test_a_program_that_waits_for_nothing_is_told_nothing(platform: Platform, waiter: Submitter) -> None:
     waiter.app.conf.result_backend = "disabled://"
     waiter.app._backend_cache = None

@@ -113,6 +113,13 @@ def shadowed(self: Any, x: int) -> str | None:
 
 
 @shared_task
+def waiting_for_another(x: int, may: bool) -> int:
+    """Waits for a task within a task, as Celery lets only those do that say so."""
+    value: int = add.delay(x, 1).get(timeout=20, disable_sync_subtasks=not may)
+    return value
+
+
+@shared_task
 def process() -> int:
     """The process that runs it."""
     return os.getpid()

@@ -1,0 +1,86 @@
+"""Concurrency: what each pool of Celery's does with jobs, and processes that are replaced by new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from routing.errors import Unsupported
+from routing.home import Pair
+from tests.fixtures import tasks
+from tests.fixtures.processes import Platform, Process
+from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.waiting import until
+from tests.tasks import bodies
+from workers.exits import Exit
+from workers.preflight import check_pool
+
+
+@pytest.fixture(scope="module")
+def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """Three workers, told apart by what their jobs ask for: `counted` has processes that run two jobs each, those of
+    `weighed` have always too much memory, and `single` has no process but its own."""
+    with standing_platform(server_pair, tmp_path_factory.mktemp("pools"), "tests.tasks.bodies") as running:
+        for name, pool, arguments in (
+            ("counted", "prefork", ("--max-tasks-per-child", "2")),
+            # (KiB)
+            ("weighed", "prefork", ("worker.max_memory_per_child=1000",)),
+            ("single", "solo", ()),
+        ):
+            running.worker(
+                *(name, 2, pool),  # type: ignore[arg-type]
+                arguments=arguments,
+                ready=False,
+                PLATFORM_RESOURCES=f"{name}=100",
+            )
+        for process in running.processes:
+            process.wait_for(" ready.")
+        yield running
+
+
+def worker(platform: Platform, name: str) -> Process:
+    (found,) = [process for process in platform.processes if process.name == name]
+    return found
+
+
+@pytest.mark.parametrize(("name", "most"), [("counted", 2), ("weighed", 1)])
+def test_processes_that_are_replaced_lose_nothing(
+    platform: Platform, submitter: Submitter, name: str, most: int
+) -> None:
+    sent = [bodies.process.apply_async(cpus=0.5, resources={name: 1}) for _ in range(10)]
+    ran = [result.get(timeout=30) for result in sent]
+    assert max(ran.count(pid) for pid in ran) <= most
+    assert worker(platform, name).pid not in ran
+    rows = [submitter.ended(result.id) for result in sent]
+    assert [(row.state, row.attempt, row.losses) for row in rows] == [("succeeded", 1, 0)] * 10
+    # The size of the pool is what it was.
+    assert submitter.view(name)["slots"] == "2"
+
+
+def test_a_solo_pool_runs_one_job_at_a_time_in_the_worker_itself(platform: Platform, submitter: Submitter) -> None:
+    assert submitter.view("single")["slots"] == "1"
+    held = submitter.send("tests.fixtures.tasks.hold", "single", resources={"single": 1}, cpus=0.5)
+    assert tasks.started(platform.redis, "single") == (held, worker(platform, "single").pid)
+    after = [bodies.process.apply_async(cpus=0.5, resources={"single": 1}) for _ in range(3)]
+    for result in after:
+        submitter.until(result.id, "waiting")
+    tasks.let_go(platform.redis, "single")
+    assert {result.get(timeout=20) for result in after} == {worker(platform, "single").pid}
+    assert submitter.value(held) == "single"
+    until(lambda: submitter.allocated_cpus() == "0", "all is released")
+
+
+def test_a_pool_of_green_threads_is_refused_with_what_to_do(platform: Platform) -> None:
+    done = platform.celery("worker", "-P", "gevent", NODE_NAME="green")
+    assert done.returncode == Exit.CONFIGURATION
+    assert "the pool celery.concurrency.gevent:TaskPool is not supported" in done.stderr
+    assert "-P threads" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_other_pool_is_taken_by_name() -> None:
+    for pool in ("prefork", "processes", "threads", "solo"):
+        check_pool(pool)
+    with pytest.raises(Unsupported, match="gevent"):
+        check_pool("gevent")
