@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
+from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
 
 from routing.message import parse_tag
@@ -39,6 +40,7 @@ def refusing(
             yield
             if not attempt.outbox:
                 # Celery says nothing of most of them, and whoever waits would wait for ever.
-                app.backend.mark_as_failure(tag.job, InvalidTaskError(error))
+                answer = {name: message.properties.get(name) for name in ("reply_to", "correlation_id")}
+                app.backend.mark_as_failure(tag.job, InvalidTaskError(error), request=Context(id=tag.job, **answer))
     finally:
         end_job(tag.job, tag.token, "failed", error, attempt.outbox, None)

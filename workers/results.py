@@ -240,7 +240,7 @@ class CarriedReplies(CarriedResults):
         meta = self._get_result_meta(encoded, state, traceback, request)  # type: ignore[attr-defined]
         meta["task_id"] = task_id
         try:
-            self._reply([(request.reply_to, request.correlation_id, meta)])
+            self._reply([(*self.destination_for(task_id, request), meta)])  # type: ignore[attr-defined]
         except Exception as error:
             logger.warning("the state %s of job %s could not be told: %s", state, task_id, error)
 

@@ -135,20 +135,33 @@ def _tell_anyhow(app: Celery, job: str, state: State, error: str, message: bytes
 
 def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> None:
     """The result of a job that ended while no worker held it; its chord and its callbacks hear of it too."""
+    value_wanted, errors = _wanted(app, request)
     if state is State.SUCCEEDED:
         # It ended itself (`celery_capacity.fenced`), and its process died before it could return anything; or its value
         # was stored with its end, of which Postgres did not hear: that one stays.
         stored = app.backend.get_state(job) == states.SUCCESS
         value = app.backend.get_result(job) if stored else None
-        app.backend.mark_as_done(job, value, request=request, store_result=not stored)
+        app.backend.mark_as_done(job, value, request=request, store_result=value_wanted and not stored)
         _go_on(app, job, request, value)
     elif state is State.LOST:
-        app.backend.mark_as_failure(job, WorkerLostError(error or "the job was lost with its workers"), request=request)
+        lost = WorkerLostError(error or "the job was lost with its workers")
+        app.backend.mark_as_failure(job, lost, request=request, store_result=errors)
     elif state is State.FAILED:
         # (Only of one that was replaced: whatever else fails is told by its worker.)
-        app.backend.mark_as_failure(job, TaskError(error), request=request)
+        app.backend.mark_as_failure(job, TaskError(error), request=request, store_result=errors)
     else:
-        app.backend.mark_as_revoked(job, error or state.value, request=request)
+        # (As with Celery, whoever revokes a job finds it revoked, whatever is kept of its task.)
+        kept = errors or state is State.CANCELLED
+        app.backend.mark_as_revoked(job, error or state.value, request=request, store_result=kept)
+
+
+def _wanted(app: Celery, request: Context) -> tuple[bool, bool]:
+    """Whether the value of a job is kept, and whether an error is, as Celery's worker would say."""
+    task = app.tasks.get(request.task) if request.task else None
+    ignored = vars(request).get("ignore_result")
+    if ignored is None:
+        ignored = getattr(task, "ignore_result", False)
+    return not ignored, not ignored or bool(getattr(task, "store_errors_even_if_ignored", False))
 
 
 def _go_on(app: Celery, job: str, request: Context, value: Any) -> None:

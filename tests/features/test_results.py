@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from celery import chord, group, states
-from celery.exceptions import TaskRevokedError, TimeLimitExceeded
+from celery.exceptions import InvalidTaskError, NotRegistered, TaskRevokedError, TimeLimitExceeded
 from celery.exceptions import TimeoutError as NotInTime
 from celery.result import GroupResult
 
@@ -75,6 +75,11 @@ def test_a_waiting_job_is_waited_for(platform: Platform, waiter: Submitter) -> N
 
 
 def test_each_end_has_its_result(platform: Platform, waiter: Submitter) -> None:
+    # (No worker reads that.)
+    waiter.app.conf.accept_content = ["json", "yaml"]
+    unread = add.apply_async((1, 1), serializer="yaml")
+    with pytest.raises(InvalidTaskError, match="yaml"):
+        unread.get(timeout=20)
     failed = tasks.fail.delay("of itself")
     with pytest.raises(ValueError, match="of itself"):
         failed.get(timeout=20)
@@ -83,6 +88,10 @@ def test_each_end_has_its_result(platform: Platform, waiter: Submitter) -> None:
     limited = tasks.hold.apply_async(("never",), time_limit=0.5)
     with pytest.raises(TimeLimitExceeded):
         limited.get(timeout=20)
+    with pytest.raises(NotRegistered):
+        waiter.app.send_task("tests.nobody.knows").get(timeout=20)
+    with pytest.raises(TypeError, match="argument"):
+        waiter.app.send_task(add.name, (1, 2, 3)).get(timeout=20)
     assert retrying.with_others.delay(1).get(timeout=20) == 2
     # It ends without any worker; one tells of it.
     later = add.apply_async((1, 1), countdown=600)

@@ -131,6 +131,21 @@ def test_results_that_nobody_wants_are_not_kept(platform: Platform, submitter: S
         submitter.result(heard.id).get(timeout=20)
 
 
+def test_what_ends_without_a_worker_is_kept_where_it_is_wanted(platform: Platform, submitter: Submitter) -> None:
+    full = tasks.hold.apply_async(("full",), cpus=2)
+    tasks.started(platform.redis, "full")
+    wanted = add.apply_async((1, 1), cpus=2, expires=0.3)
+    silent = bodies.silent.apply_async((1,), cpus=2, expires=0.3)
+    heard = bodies.heard_failure.apply_async((), cpus=2, expires=0.3)
+    assert [submitter.ended(one.id).state for one in (wanted, silent, heard)] == ["expired"] * 3
+    tasks.let_go(platform.redis, "full")
+    assert full.get(timeout=20) == "a"
+    for one in (wanted, heard):
+        until(lambda one=one: submitter.result(one.id).state == states.REVOKED, "it is kept")  # type: ignore[misc]
+    until(lambda: submitter.row(silent.id).outbox is None, "nothing is left to be told of it")
+    assert submitter.result(silent.id).state == states.PENDING
+
+
 def test_a_result_knows_what_its_task_sent(platform: Platform, submitter: Submitter) -> None:
     leading = bodies.leading.delay()
     sent = leading.get(timeout=20)
