@@ -92,11 +92,12 @@ def check_pool(pool: Any) -> None:
     """
     found = get_implementation(pool)
     if getattr(found, "is_green", False):
+        name = f"{found.__module__}:{found.__qualname__}"
         raise Unsupported(
-            f"the pool {found.__module__}:{found.__qualname__} is not supported: its threads give way to each other only"
-            " where they wait, and a job that computes would stop the worker's heartbeat",
-            value=pool if isinstance(pool, str) else f"{found.__module__}:{found.__qualname__}",
-            advice="For jobs that mostly wait use -P threads -c 100, and cpus=0.01 on their tasks; for others leave -P out.",
+            f"the pool {name} is not supported: its threads give way to each other only where they wait, and a job that"
+            " computes would stop the worker's heartbeat",
+            value=pool if isinstance(pool, str) else name,
+            advice="For tasks that mostly wait use -P threads -c 100, and cpus=0.01 on them; for others leave -P out.",
         )
 
 

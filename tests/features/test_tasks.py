@@ -18,20 +18,17 @@ from tests.tasks import bodies
 
 
 @pytest.fixture(scope="module", params=["prefork", "threads"])
-def platform(
-    request: pytest.FixtureRequest, server_pair: Pair, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Platform]:
+def pool(request: pytest.FixtureRequest) -> Pool:
+    found: Pool = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def platform(pool: Pool, server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """One worker `a` with 2 CPUs and as many slots."""
-    pool: Pool = request.param
     with standing_platform(server_pair, tmp_path_factory.mktemp(pool), "tests.tasks.bodies") as running:
         running.worker("a", cpus=2, pool=pool)
         yield running
-
-
-def pool_of(platform: Platform) -> str:
-    arguments = platform.processes[0].process.args
-    assert isinstance(arguments, list)
-    return str(arguments[arguments.index("--pool") + 1])
 
 
 def test_a_message_carries_headers_and_a_shadow_to_the_body(platform: Platform, submitter: Submitter) -> None:
@@ -55,10 +52,12 @@ def test_a_message_carries_headers_and_a_shadow_to_the_body(platform: Platform, 
     assert bodies.shadowed.delay(7).get(timeout=20) == "adding 7"
 
 
-def test_limits_of_the_task_are_those_of_its_calls_that_name_none(platform: Platform, submitter: Submitter) -> None:
+def test_limits_of_the_task_are_those_of_its_calls_that_name_none(
+    platform: Platform, submitter: Submitter, pool: Pool
+) -> None:
     assert bodies.limits.delay().get(timeout=20) == [50, 40]
     assert bodies.limits.apply_async(time_limit=30, soft_time_limit=20).get(timeout=20) == [30, 20]
-    if pool_of(platform) == "threads":
+    if pool == "threads":
         # No pool but prefork can interrupt a body.
         return
     assert bodies.cleaning_up.delay("never").get(timeout=20) == "cleaned up"
