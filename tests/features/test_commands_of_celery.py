@@ -137,7 +137,7 @@ def test_multi_starts_restarts_and_stops_workers_by_their_names(
     first = (pidfiles / "one.pid").read_text()
     jobs = [submitter.send(ADD, number, 1) for number in range(4)]
     assert [submitter.value(job) for job in jobs] == [1, 2, 3, 4]
-    assert {submitter.row(job).worker for job in jobs} <= {"one", "two"}
+    assert {submitter.ended(job).worker for job in jobs} <= {"one", "two"}
     assert sorted(platform.redis.keys("worker:*")) == [b"worker:one", b"worker:two"]
     restarted = platform.celery("multi", "restart", "one", *options)
     assert restarted.returncode == 0, restarted.stdout + restarted.stderr

@@ -205,8 +205,8 @@ def test_events_are_sent_of_every_step(platform: Platform, submitter: Submitter)
         receiver.should_stop = True
         listener.join()
     assert [one for one in seen if one.startswith("task-")] == [
-        *("task-received", "task-started", "task-succeeded"),
-        *("task-received", "task-started", "task-failed"),
+        *("task-admitted", "task-received", "task-started", "task-succeeded"),
+        *("task-admitted", "task-received", "task-started", "task-failed"),
     ]
 
 
