@@ -73,7 +73,7 @@ def test_the_messages_of_a_producer_that_knows_nothing_of_the_platform_become_jo
     later = old.send_task(ADD, [3, 4], countdown=0.5)
     assert [one.get(timeout=RESULT_WITHIN) for one in (before, *after, later)] == [3, 0, 2, 4, 6, 8, 8, 7]
     row = submitter.ended(before.id)
-    assert (row.state, row.worker, row.attempt, row.declared) == ("succeeded", "a", 1, False)
+    assert (row.state, row.worker, row.attempt, row.declared) == ("succeeded", "a", 1, True)
     assert row.request == {"cpus": 1, "slots": 1}
     row = submitter.ended(later.id)
     assert row.started_at >= row.due_at
