@@ -225,9 +225,9 @@ class Ledger(Repairs):
         """Note that a job was revoked which a worker holds; False where none does."""
         return self._call("revoke", *self._gate(), job)[0] == "held"
 
-    def succeed(self, job: str) -> bool:
-        """Note that a successor of the running attempt is in Postgres."""
-        return self._call("succeed", job)[0] == "ok"
+    def succeed(self, job: str, message: bytes) -> bool:
+        """Note that a successor of the running attempt, with this message, is in Postgres."""
+        return self._call("succeed", job, digest_of(message))[0] == "ok"
 
     def count(self, what: str, by: int = 1) -> None:
         """Count what no script saw."""

@@ -288,7 +288,7 @@ class Sender:
                     self._bring(connection, job.id, inserted)
             elif was is not None:
                 # The row knows; the ledger only spares it a detour.
-                self.ask(inserted, lambda ledger: ledger.succeed(job.id))
+                self.ask(inserted, lambda ledger: ledger.succeed(job.id, job.message))
             else:
                 self._known(connection, job, inserted)
         return None

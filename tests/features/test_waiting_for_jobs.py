@@ -57,8 +57,13 @@ def listening(platform: Platform) -> list[dict[str, Any]]:
     return [one for one in found if one["name"] == NAME and one["db"] == database]
 
 
-async def all_of(job: Job) -> list[JobEvent]:
-    return [event async for event in job.events()]
+async def all_of(job: Job, begun: asyncio.Event | None = None) -> list[JobEvent]:
+    events = []
+    async for one in job.events():
+        events.append(one)
+        if begun is not None:
+            begun.set()
+    return events
 
 
 def test_a_job_s_states_are_told_as_they_come(submitter: Submitter, platform: Platform, looks: list[str]) -> None:
@@ -110,7 +115,9 @@ def test_a_retry_is_another_attempt_and_a_revoke_an_end(submitter: Submitter) ->
     put_off = submitter.send(ADD, 1, 2, countdown=3600)
 
     async def follow() -> tuple[list[JobEvent], list[JobEvent]]:
-        both = asyncio.gather(all_of(watched(submitter, again)), all_of(watched(submitter, put_off)))
+        begun = asyncio.Event()
+        both = asyncio.gather(all_of(watched(submitter, again)), all_of(watched(submitter, put_off), begun))
+        await begun.wait()
         assert (await watched(submitter, put_off).wait("scheduled", timeout=LONG)).state == "scheduled"
         await asyncio.to_thread(submitter.app.control.revoke, put_off)
         first, second = await asyncio.wait_for(both, LONG)
