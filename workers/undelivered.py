@@ -157,8 +157,10 @@ def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> 
 
 def _wanted(app: Celery, request: Context) -> tuple[bool, bool]:
     """Whether the value of a job is kept, and whether an error is, as Celery's worker would say."""
-    task = app.tasks.get(request.task) if request.task else None
-    ignored = vars(request).get("ignore_result")
+    said = vars(request)
+    # (Of a message that cannot be read nothing is known.)
+    task = app.tasks.get(said.get("task"))
+    ignored = said.get("ignore_result")
     if ignored is None:
         ignored = getattr(task, "ignore_result", False)
     return not ignored, not ignored or bool(getattr(task, "store_errors_even_if_ignored", False))

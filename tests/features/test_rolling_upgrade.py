@@ -94,9 +94,14 @@ def test_old_and_new_workers_share_a_broker_and_every_task_runs_once(
     assert where == {"old-1", "old-2", "new-1"}
     # What the old workers did not run is a job, and each ended once.
     jobs = sum(value.endswith("new-1") for value in values)
-    with platform.engine.connect() as connection:
-        states = connection.exec_driver_sql("SELECT state, count(*) FROM jobs GROUP BY state").all()
-    assert [tuple(row) for row in states] == [("succeeded", jobs)]
+
+    def states() -> list[tuple[str, int]]:
+        with platform.engine.connect() as connection:
+            found = connection.exec_driver_sql("SELECT state, count(*) FROM jobs GROUP BY state").all()
+        return [(row[0], row[1]) for row in found]
+
+    # (A result is there before its row knows.)
+    until(lambda: states() == [("succeeded", jobs)], lambda: f"{jobs} jobs have succeeded: {states()}")
     stores = platform_of(new.app)
     stores.sending.close()
     stores.engine.dispose()
