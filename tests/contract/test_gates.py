@@ -575,7 +575,7 @@ def test_a_retry_starts_by_the_rate_too(app: Celery, stage: Stage, duty: Any) ->
 
 
 def test_what_the_code_declares_holds_unless_one_was_set_at_run_time(app: Celery, stage: Stage) -> None:
-    @app.task(name=TASK, rate_limit="1/h")
+    @app.task(name=TASK, rate_limit="1/h", shared=False)
     def limited() -> None: ...
 
     jobs = [limited.delay().id for _ in range(2)]
@@ -589,7 +589,7 @@ def test_what_the_code_declares_holds_unless_one_was_set_at_run_time(app: Celery
 def test_workers_publish_what_their_tasks_declare_for_senders_that_do_not_have_them(
     app: Celery, stage: Stage
 ) -> None:
-    @app.task(name=TASK, rate_limit="1/h")
+    @app.task(name=TASK, rate_limit="1/h", shared=False)
     def limited() -> None: ...
 
     declare_rates(app, app.platform)
@@ -597,7 +597,7 @@ def test_workers_publish_what_their_tasks_declare_for_senders_that_do_not_have_t
     jobs = [send(app) for _ in range(2)]
     assert (started(stage, jobs), stage.row(jobs[1]).rated) == (jobs[:1], True)
 
-    @app.task(name=TASK)
+    @app.task(name=TASK, shared=False)
     def limited_no_more() -> None: ...
 
     declare_rates(app, app.platform)
