@@ -9,7 +9,8 @@ A **job** is a Celery message with a row in Postgres; a **worker** publishes its
 1. *Accept.* The sender inserts the row with the whole message, in one autocommitted statement (`accept.insert_job`).
    From here on the job cannot be lost. The insert returns the authority row, so it confirms the epoch as well.
 2. *Admit or file.* One script (`submit`) chooses a worker with room for the whole request, allocates, and pushes the
-   message into that worker's own queue, all in one atomic step; or files the job under its *shape* in the backlog.
+   message into that worker's own queue, all in one atomic step; or files the job under its *shape* in the backlog. Of
+   jobs that a process submits in a row, a thread brings several at once (`submit_many`); it may die before, as in 1.
 3. *Claim.* The worker takes the message and claims the lease (`claim`). Only the holder of the current token
    `(epoch, attempt)` gets it; a stale or doubled message is dropped.
 4. *Release.* When the attempt is over, one script (`release`) gives back the allocation first, admits to that worker

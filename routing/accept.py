@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 import psycopg2
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, PoolProxiedConnection, text
 from sqlalchemy.exc import DBAPIError
 
 from routing import roster
@@ -169,10 +169,22 @@ def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None)
     return _insert(connection, job, by, State.SCHEDULED if job.due_at is not None else State.ACCEPTED)
 
 
-def _insert(
-    connection: Connection, job: NewJob, by: Publisher | None, state: State, gated: bool = False
-) -> Inserted:
-    values = (
+def insert_alone(engine: Engine, job: NewJob) -> Inserted | None:
+    """The same for a job that nothing holds back and no attempt publishes, without SQLAlchemy's connection, which would
+    be a tenth of the whole; None where nothing was inserted. Errors of the driver are raised as they are where none of
+    its connections is to be had."""
+    pooled = engine.raw_connection()
+    try:
+        state = State.SCHEDULED if job.due_at is not None else State.ACCEPTED
+        with _migrated():
+            row = _execute_insert(pooled, pooled.invalidate, _BY_ANYBODY, _values(job, state), False)
+        return None if row is None else _inserted(row, job)
+    finally:
+        pooled.close()
+
+
+def _values(job: NewJob, state: State, gated: bool = False) -> tuple[Any, ...]:
+    return (
         job.id,
         job.name,
         state.value,
@@ -192,21 +204,34 @@ def _insert(
         job.replaces,
         job.stamps,
     )
-    try:
-        if by is None:
-            row = _execute_insert(connection, _BY_ANYBODY, values, gated)
-        else:
-            by_values = (*values, by.job, by.epoch, by.attempt, by.incarnation)
-            row = _execute_insert(connection, _BY_ATTEMPT, by_values, gated)
-    except DBAPIError as error:
-        if getattr(error.orig, "pgcode", None) == _UNDEFINED_TABLE:
-            raise NotMigrated() from error
-        raise
-    if row is None:
-        return confirmed(connection)
+
+
+def _insert(
+    connection: Connection, job: NewJob, by: Publisher | None, state: State, gated: bool = False
+) -> Inserted:
+    statement, values = _BY_ANYBODY, _values(job, state, gated)
+    if by is not None:
+        statement, values = _BY_ATTEMPT, (*values, by.job, by.epoch, by.attempt, by.incarnation)
+    with _migrated():
+        row = _execute_insert(connection.connection, connection.invalidate, statement, values, gated)
+    return confirmed(connection) if row is None else _inserted(row, job)
+
+
+def _inserted(row: Any, job: NewJob) -> Inserted:
     if row[1] is None:
         raise NotMigrated()
     return Inserted(row[0], row[1], row[2], job.due_at is None)
+
+
+class _migrated:  # noqa: N801 - reads as a statement
+    """Within, a table that is not there is `NotMigrated`."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, DBAPIError) and getattr(error.orig, "pgcode", None) == _UNDEFINED_TABLE:
+            raise NotMigrated() from error
 
 
 def confirmed(connection: Connection) -> Inserted:
@@ -215,19 +240,25 @@ def confirmed(connection: Connection) -> Inserted:
     return Inserted(None, known.epoch, known.authority)
 
 
-def _execute_insert(connection: Connection, statement: _Statement, values: tuple[Any, ...], plain: bool) -> Any:
+def _execute_insert(
+    pooled: PoolProxiedConnection,
+    invalidate: Callable[[BaseException], None],
+    statement: _Statement,
+    values: tuple[Any, ...],
+    plain: bool,
+) -> Any:
     """The row that the insert returns. With the driver's own cursor: SQLAlchemy's result machinery would be a fifth of
     the whole statement. Errors are SQLAlchemy's, and a connection that broke is given up, as it would do. `plain`: not
     prepared, since in a transaction one that is not known here would end it."""
-    cursor = connection.connection.cursor()
+    cursor = pooled.cursor()
     try:
         if plain:
             cursor.execute(statement.plain, values)
             return cursor.fetchone()
         # SQLAlchemy keeps `info` with the connection to the server, for as long as that lives.
-        if statement.name not in connection.info:
+        if statement.name not in pooled.info:
             cursor.execute(statement.prepare)
-            connection.info[statement.name] = True
+            pooled.info[statement.name] = True
         try:
             cursor.execute(statement.execute, values)
         except psycopg2.Error as error:
@@ -237,9 +268,9 @@ def _execute_insert(connection: Connection, statement: _Statement, values: tuple
             cursor.execute(statement.execute, values)
         return cursor.fetchone()
     except psycopg2.Error as error:
-        broken = bool(getattr(connection.connection.driver_connection, "closed", 0))
+        broken = bool(getattr(pooled.driver_connection, "closed", 0))
         if broken:
-            connection.invalidate(error)
+            invalidate(error)
         raise DBAPIError.instance(
             statement.execute, None, error, psycopg2.Error, hide_parameters=True, connection_invalidated=broken
         ) from error

@@ -68,10 +68,8 @@ class Ledger(Repairs):
 
     def _held(self, shape: str, losses: int) -> str:
         """The shape of what the next attempt of a job holds; it may be given already."""
-        most_losses = self.settings.most_losses
-        if not is_last_chance(losses, most_losses):
-            return shape
-        return held_by(Request.from_shape(shape), losses, most_losses).shape
+        most = self.settings.most_losses
+        return held_by(Request.from_shape(shape), losses, most).shape if is_last_chance(losses, most) else shape
 
     def submit(
         self,
@@ -91,9 +89,12 @@ class Ledger(Repairs):
         `read_ms`: when the caller read or wrote the row, by its own clock (milliseconds); now where it is None.
         `rerun`: False where its first lost attempt ends it.
         """
-        args = self._submit_args(job, shape, order, message, attempt, losses, submitted_ms, read_ms, rerun)
-        reply = self._call("submit", *args)
-        return self._submitted(job, args[4], reply)
+        return self.submit_one((job, shape, order, message, attempt, losses, submitted_ms, read_ms, rerun))
+
+    def submit_one(self, row: tuple[Any, ...]) -> Submitted:
+        """The same, with a row of `submit_many`."""
+        args = self._submit_args(*row)
+        return self._submitted(args[3], args[4], self._call("submit", *args))
 
     def submit_many(self, rows: Sequence[tuple[Any, ...]]) -> int:
         """The same for many jobs in one step; rows as the arguments of `submit`, in their order. How many were taken:

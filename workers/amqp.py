@@ -128,7 +128,7 @@ class PlatformAMQP:
             ("kwargsrepr", kwargs or {}, self.kwargsrepr_maxsize),  # type: ignore[attr-defined]
         ):
             if options.get(what) is None:
-                options[what] = shown(given, most, self.app.conf.task_repr_maxlevels)
+                options[what] = shown(given, most, self.app.conf.task_repr_maxlevels) if given else repr(given)
         gathering = here(self)
         if gathering is not None:
             gathering.made(name, kwargs, more, options)

@@ -3,7 +3,7 @@
 A row that is durable is accepted, whatever Redis does; only its way into the ledger is then left to the sweep. So a
 sender asks the ledger as long as that answers quickly. The first failure or slow answer *opens* the breaker: from then
 on nobody is asked, and a thread looks by itself until an answer comes quickly again, which *closes* it. While it is
-closed there is no thread, and no question beyond those of the senders.
+closed nothing looks, and there is no question beyond those of the senders.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import Final, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import groupby
+from typing import Any, Final, TypeVar
 
 from redis.exceptions import RedisError
 
 from routing import patience
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
+from routing.replies import LedgerClosed
 from routing.server import connect
 from routing.settings import Settings
+from workers.submissions import Submission, Submissions
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +50,7 @@ class Breaker:
             str(settings.redis_url), socket_connect_timeout=ANSWER_WITHIN, socket_timeout=ANSWER_WITHIN
         )
         self._ledger = Ledger(settings, patience.bounded(client))
+        self._submissions = Submissions(self._bring)
         self._lock = threading.Lock()
         self._open = False
         self._looking: threading.Thread | None = None
@@ -56,7 +62,28 @@ class Breaker:
         return not self._open
 
     def ask(self, question: Callable[[Ledger], T]) -> T | None:
-        """What the ledger answers; None where it is left alone, or does not answer. Raises `LedgerClosed`."""
+        """What the ledger answers, once it has what was submitted before; None where it is left alone, or does not
+        answer. Raises `LedgerClosed`."""
+        self._submissions.flush()
+        return self._ask(question)
+
+    def submit(self, job: Submission, *, alone: bool) -> None:
+        """Bring a job to the ledger that is durable. `alone`: before this returns. What the ledger does not hear or
+        take, the duties bring."""
+        if not self._open:
+            self._submissions.add(job, alone=alone)
+
+    def flush(self) -> bool:
+        """Wait until the ledger was told of all that was submitted; whether it was."""
+        return self._submissions.flush()
+
+    def _bring(self, jobs: Sequence[Submission]) -> None:
+        for epoch, together in groupby(jobs, key=lambda job: job.epoch):
+            # Cold, or of another epoch: a worker opens it, and brings in what is accepted.
+            with suppress(LedgerClosed):
+                self._ask(partial(_submit, epoch, [job.args for job in together]))
+
+    def _ask(self, question: Callable[[Ledger], T]) -> T | None:
         if self._open:
             return None
         began = time.monotonic()
@@ -76,6 +103,7 @@ class Breaker:
 
     def close(self) -> None:
         """End the connections, and the thread where there is one."""
+        self._submissions.flush()
         self._ended.set()
         if self._looking is not None:
             self._looking.join(ATTEMPT_WITHIN)
@@ -110,3 +138,12 @@ class Breaker:
                 self._open = False
                 return
             pause = min(2 * pause, LOOK_AT_MOST)
+
+
+def _submit(epoch: int, jobs: list[tuple[Any, ...]], ledger: Ledger) -> bool:
+    ledger.epoch = epoch
+    if len(jobs) == 1:
+        ledger.submit_one(jobs[0])
+    else:
+        ledger.submit_many(jobs)
+    return True

@@ -20,6 +20,7 @@ from routing.errors import InvalidRequest, show
 from routing.names import check_job_id, check_queue_name
 from routing.policy import TOP_PRIORITY
 from routing.revoking import stamps_json
+from workers.producers import SpareProducer
 from workers.queues import check_queue
 
 #: Seconds from now, the furthest that a job may be put off (Celery's own bound).
@@ -76,10 +77,16 @@ def checking(app: Celery) -> Callable[..., Any]:
         task = options.get("task_type")
         if "unique" in options or "unique_for" in options or (task is not None and is_unique(task)):
             _check_followed(name, options)
+        spare = None
+        if len(more) < 2 and not any(options.get(given) for given in ("producer", "publisher", "connection")):
+            spare = options["producer"] = SpareProducer(app)
         try:
             return send_task(name, args, kwargs, countdown, eta, *more, **options)
         except SameJob as same:
             return _first_result(app, same, options)
+        finally:
+            if spare is not None:
+                spare.release()
 
     return checked
 

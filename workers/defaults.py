@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from celery import Celery
+from celery.app.utils import Settings
 from celery.backends.base import DisabledBackend
 
 from routing.errors import NoServers
@@ -27,6 +28,22 @@ BROKER_TRANSPORT: Final = {
 EAGER: Final = "memory://"
 #: The settings that name servers.
 SERVERS: Final = ("broker_url", "result_backend")
+_NOT_THERE: Final = object()
+
+
+class QuickSettings(Settings):
+    """Celery's settings, which are read five times for each task that is sent: without an exception for each mapping
+    that a name is not in."""
+
+    def __getitem__(self, key: str) -> Any:
+        keys = self._to_keys(key)
+        for mapping in self.maps:
+            get = mapping.get
+            for name in keys:
+                found = get(name, _NOT_THERE)
+                if found is not _NOT_THERE:
+                    return found
+        return super().__getitem__(key)
 
 
 class Defaults(dict[str, Any]):
@@ -81,13 +98,22 @@ class Defaults(dict[str, Any]):
             return
         conf.maps.insert(-1, self)
         conf.defaults.insert(-1, self)
+        if type(conf) is Settings:
+            # (To set an attribute of it would be a setting.)
+            object.__setattr__(conf, "__class__", QuickSettings)
         testing = sys.modules.get("celery.contrib.testing.app")
         if testing is not None:
             _drop_servers_of_tests(conf, testing.DEFAULT_TEST_CONFIG)
 
     def __getitem__(self, name: str) -> Any:
         """Raises `NoServers` for an address where none are named or running."""
-        found = super().__getitem__(name)
+        return self._found(name, super().__getitem__(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As `[name]`, the default where there is no such name."""
+        return self._found(name, super().get(name, default))
+
+    def _found(self, name: str, found: Any) -> Any:
         if found is None and name in SERVERS:
             try:
                 return getattr(self._stores.settings, name)

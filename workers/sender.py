@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, tzinfo
 from typing import Any, Final, NoReturn
 
+import psycopg2
 from kombu import serialization
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -52,6 +53,7 @@ from workers.gates import Rates
 from workers.protocols import to_protocol2
 from workers.router import HEADER
 from workers.stores import Stores
+from workers.submissions import Submission
 
 #: Where Celery carries on what a task saw as self.request.attempt.
 ATTEMPT_HEADER: Final = "attempt"
@@ -158,7 +160,8 @@ class Sender:
         inserted = self._insert(job) if attempt is None else self._insert_for(attempt, job)
         if inserted is None or not inserted.starts:
             return
-        self._to_ledger(job, inserted, began_ms)
+        # (A worker's process may end as soon as its task has.)
+        self._to_ledger(job, inserted, began_ms, attempt is not None)
 
     def _job(
         self,
@@ -272,6 +275,14 @@ class Sender:
         return inserted
 
     def _insert_once(self, job: NewJob, by: Publisher | None) -> Inserted | None:
+        if by is None and job.gates is None:
+            try:
+                alone = accept.insert_alone(self._stores.engine, job)
+            except psycopg2.Error:
+                # No connection: SQLAlchemy's error of it says which kind that is.
+                alone = None
+            if alone is not None:
+                return alone
         with self._stores.engine.connect() as connection:
             inserted = accept.insert_job(connection, job, by)
             if inserted.seq is not None:
@@ -339,18 +350,16 @@ class Sender:
         """How many jobs wait in the ledger; None where it does not say."""
         return self._stores.sending.ask(lambda ledger: limits.waiting_in_ledger(ledger.client))
 
-    def _to_ledger(self, job: NewJob, inserted: Inserted, began_ms: float) -> None:
+    def _to_ledger(self, job: NewJob, inserted: Inserted, began_ms: float, alone: bool) -> None:
         """Admit or file. Whatever goes wrong here leaves a row that is accepted, which the sweep brings in."""
         if inserted.seq is None:
             return
-        place = order(job.priority, inserted.seq)
-        submitted_ms = round(time.time() * 1000)
-        self.ask(
-            inserted,
-            lambda ledger: ledger.submit(
-                job.id, job.shape, place, job.message, submitted_ms=submitted_ms, read_ms=began_ms, rerun=job.rerun
-            ),
-        )
+        if inserted.authority != "ledger":
+            self._wake_pullers()
+            return
+        place, now_ms = order(job.priority, inserted.seq), round(time.time() * 1000)
+        args = (job.id, job.shape, place, job.message, 0, 0, now_ms, began_ms, job.rerun)
+        self._stores.sending.submit(Submission(inserted.epoch, args), alone=alone)
 
     def ask(self, inserted: Inserted, question: Callable[[Ledger], object]) -> bool:
         """Tell the ledger, in the epoch that this insert confirmed; what it does not hear or take, the duties bring.

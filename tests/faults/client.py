@@ -1,7 +1,7 @@
-"""A program that submits jobs and may die meanwhile: `python -m tests.faults.client TRACE COUNT PREFIX`.
+"""A program that submits jobs and may die meanwhile: `python -m tests.faults.client TRACE COUNT PREFIX [STEP_BY_STEP]`.
 
 It says the number of a job before it submits it and after, so that whoever reads it knows what was accepted: `try 3`,
-`took 3`.
+`took 3`. Step by step, it waits after each until the ledger was told.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from tests.faults.watching import TASK
 from tests.tasks import dying  # noqa: F401  may end this process at a step
 
 
-def main(trace: str, count: int, prefix: str) -> None:
+def main(trace: str, count: int, prefix: str, step_by_step: str = "") -> None:
     from platform.celery import app
 
     for number in range(count):
         print("try", number, flush=True)
         arguments = (trace, number, 0.02, 1000, "")
         app.send_task(TASK, arguments, cpus=1, task_id=f"{prefix}-{number}")
+        if step_by_step:
+            app.platform.sending.flush()
         print("took", number, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -22,18 +22,18 @@ _clients = count()
 STEPS = (
     "before workers.sender:Sender._insert_once@3",
     "after workers.sender:Sender._insert_once@3",
-    "before routing.ledger:Ledger.submit@3",
-    "after routing.ledger:Ledger.submit@3",
+    "before workers.breaker:Breaker._bring@3",
+    "after workers.breaker:Breaker._bring@3",
 )
 #: Submissions at once: a tenth of 10,000.
 BURST = 1_000
 SUBMITTERS = 4
 
 
-def client(platform: Platform, oracle: Oracle, jobs: int, **environment: str) -> Process:
+def client(platform: Platform, oracle: Oracle, jobs: int, *how: str, **environment: str) -> Process:
     """Submits so many jobs in a process of its own; the oracle is told what it accepted, when it has ended."""
     prefix = f"client-{next(_clients)}"
-    arguments = [sys.executable, "-m", "tests.faults.client", str(oracle.trace), str(jobs), prefix]
+    arguments = [sys.executable, "-m", "tests.faults.client", str(oracle.trace), str(jobs), prefix, *how]
     process = Process(prefix, arguments, {**platform.environment, **environment}, platform.folder)
     process.wait()
     process.finish(10.0)
@@ -53,7 +53,7 @@ def test_a_program_that_dies_at_any_step_of_a_submission_loses_and_doubles_nothi
     platform.worker("a", cpus=4, pool="threads")
     for number, step in enumerate(STEPS):
         once = platform.folder / f"died-{number}"
-        process = client(platform, oracle, 5, DIE_AT=step, DIE_ONCE=str(once))
+        process = client(platform, oracle, 5, "step by step", DIE_AT=step, DIE_ONCE=str(once))
         assert once.exists(), f"nobody came to {step}:\n{process.tail()}"
         assert process.wait() == -9
     oracle.whole_again("a client dies between insert and admission")
@@ -61,6 +61,21 @@ def test_a_program_that_dies_at_any_step_of_a_submission_loses_and_doubles_nothi
     with_rows = {job for job in oracle.values if submitter.row(job)}
     # Two of five were accepted before each death, and the third one where the row was written.
     assert len(with_rows) == 2 * len(STEPS) + 3
+
+
+def test_a_program_that_dies_with_jobs_that_its_thread_was_to_bring_loses_and_doubles_nothing(
+    platform: Platform, submitter: Submitter, oracle: Oracle
+) -> None:
+    platform.worker("a", cpus=4, pool="threads")
+    for when in ("before", "after"):
+        once = platform.folder / f"died-{when}"
+        # (The first one goes by itself.)
+        step = f"{when} workers.breaker:Breaker._bring@2"
+        process = client(platform, oracle, 200, DIE_AT=step, DIE_ONCE=str(once))
+        assert once.exists(), f"nobody came to {step}:\n{process.tail()}"
+        assert process.wait() == -9
+    oracle.whole_again("a client dies with jobs in its hands")
+    oracle.assert_zeros()
 
 
 @pytest.mark.parametrize("step", [3600.0, -3600.0], ids=["forwards", "backwards"])

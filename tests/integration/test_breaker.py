@@ -81,7 +81,8 @@ def test_a_ledger_that_does_not_answer_costs_a_submitter_a_moment_once(
     began = time.monotonic()
     jobs.append(app.send_task(ADD, [1, 1]).id)
     assert time.monotonic() - began < PROMISED + SLACK
-    assert not sending(app).closed
+    # (Of a second job in a row a thread tells the ledger.)
+    until(lambda: not sending(app).closed, "the ledger is left alone")
     began = time.monotonic()
     # (If each of them asked, it would be half a minute or, where Redis is down, nothing to speak of.)
     jobs += [app.send_task(ADD, [1, 1]).id for _ in range(30)]

@@ -1,0 +1,129 @@
+"""Jobs on their way to the ledger: at once, or in a row by a thread; in their order, and none is forgotten."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from tests.fixtures.waiting import until
+from workers import submissions
+from workers.submissions import Submission, Submissions
+
+#: Seconds, longer than any test takes.
+ALWAYS = 1000.0
+
+
+class Ledger:
+    """Notes what was brought, and by which threads; `open` lets what is on its way go on."""
+
+    def __init__(self) -> None:
+        self.brought: list[list[int]] = []
+        self.threads: list[str] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.fails = False
+
+    def __call__(self, jobs: Sequence[Submission]) -> None:
+        self.open.wait()
+        self.brought.append([job.args[0] for job in jobs])
+        self.threads.append(threading.current_thread().name)
+        if self.fails:
+            raise RuntimeError("something that nobody thought of")
+
+    @property
+    def jobs(self) -> list[int]:
+        return [job for step in self.brought for job in step]
+
+
+def job(number: int) -> Submission:
+    return Submission(1, (number,))
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger()
+
+
+@pytest.fixture
+def sent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Submissions:
+    """Where whatever follows a first job is in a row with it."""
+    monkeypatch.setattr(submissions, "IN_A_ROW", ALWAYS)
+    made = Submissions(ledger)
+    made._last = -10 * ALWAYS
+    return made
+
+
+def test_a_single_job_is_there_when_its_sender_is_back(ledger: Ledger, sent: Submissions) -> None:
+    sent.add(job(1), alone=False)
+    assert ledger.brought == [[1]]
+    assert ledger.threads == [threading.current_thread().name]
+
+
+def test_jobs_in_a_row_are_brought_by_a_thread_together_and_in_their_order(ledger: Ledger, sent: Submissions) -> None:
+    sent.add(job(0), alone=False)
+    ledger.open.clear()
+    sent.add(job(1), alone=False)
+    until(lambda: sent._busy, "the thread has the second one")
+    for number in range(2, 50):
+        sent.add(job(number), alone=False)
+    assert ledger.jobs == [0]
+    ledger.open.set()
+    assert sent.flush()
+    assert ledger.brought == [[0], [1], [*range(2, 50)]]
+    assert set(ledger.threads[1:]) == {"submissions"}
+
+
+def test_one_that_must_not_wait_goes_behind_those_that_do(ledger: Ledger, sent: Submissions) -> None:
+    for number in range(5):
+        sent.add(job(number), alone=False)
+    sent.add(job(5), alone=True)
+    assert ledger.jobs == [*range(6)]
+    assert ledger.threads[-1] == threading.current_thread().name
+
+
+def test_senders_wait_for_a_thread_that_cannot_keep_up(
+    ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions, "MOST_WAITING", 10)
+    monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
+    sent.add(job(0), alone=False)
+    ledger.open.clear()
+    sent.add(job(1), alone=False)
+    until(lambda: sent._busy, "the thread has the second one")
+    for number in range(2, 12):
+        sent.add(job(number), alone=False)
+    another = threading.Thread(target=sent.add, args=(job(12),), kwargs={"alone": False})
+    another.start()
+    until(lambda: sent._flushing, "the sender waits")
+    assert len(sent._waiting) == 10
+    ledger.open.set()
+    another.join()
+    assert sent.flush()
+    assert ledger.jobs == [*range(13)]
+
+
+def test_an_error_that_nobody_thought_of_stops_nothing(
+    ledger: Ledger, sent: Submissions, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent.add(job(0), alone=False)
+    ledger.fails = True
+    sent.add(job(1), alone=False)
+    assert sent.flush()
+    assert "1 jobs were not brought to the ledger" in caplog.text
+    ledger.fails = False
+    sent.add(job(2), alone=False)
+    assert sent.flush()
+    assert ledger.jobs == [0, 1, 2]
+
+
+def test_the_thread_ends_when_nothing_comes_and_another_one_follows(
+    ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions, "REST_AT_MOST", 0.01)
+    sent.add(job(0), alone=False)
+    for number in range(1, 4):
+        sent.add(job(number), alone=False)
+        until(lambda: sent._thread is None, "the thread has ended")
+    assert ledger.brought == [[0], [1], [2], [3]]

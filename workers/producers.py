@@ -1,0 +1,63 @@
+"""A producer that is taken from the app's pool only when something is published by it.
+
+Celery takes one for each task that it sends, with its connection to the broker; a job goes by Postgres and the ledger.
+It is needed for what else may be published on the way: the event `task-sent`, the platform's ticks, the reply queue of
+`rpc://`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+
+
+class SpareProducer:
+    """Stands for kombu's producer for one call; `release` it then. Not thread-safe."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._taken: Any = None
+        self.connection = _SpareConnection(self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.take(), name)
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether there is a producer behind it."""
+        return self._taken is not None
+
+    def take(self) -> Any:
+        """The producer. Raises what the pool raises."""
+        if self._taken is None:
+            timeout = self._app.conf.broker_pool_acquire_timeout
+            self._taken = self._app.producer_pool.acquire(block=True, timeout=timeout)
+        return self._taken
+
+    def release(self) -> None:
+        """Give it back."""
+        if self._taken is not None:
+            self._taken.release()
+
+
+class _SpareConnection:
+    """The connection of that producer."""
+
+    def __init__(self, producer: SpareProducer) -> None:
+        self._producer = producer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer.take().connection, name)
+
+    def _reraise_as_library_errors(self) -> _SpareConnection:
+        """Celery sends within it. Only what the producer raises is an error of the broker."""
+        return self
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if error is not None and self._producer.is_taken:
+            with self._producer.take().connection._reraise_as_library_errors():
+                raise error

@@ -1,0 +1,132 @@
+"""Jobs on their way to the ledger.
+
+A sender has nothing to do with what the ledger answers: its job is durable. One that sends a single job asks the ledger
+by itself, and is back when that has the job. One that sends job after job leaves them to a thread, which brings what
+has come together in one step, while the sender waits for Postgres: to ask each time would cost it as much again as the
+insert. The jobs go in their order, and what a process asks the ledger besides goes behind them.
+
+What a process had not told the ledger when it died are rows that are accepted: the sweep brings them in.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two submissions below which they are a row of them.
+IN_A_ROW: Final = 0.005
+#: Seconds for which the thread lets jobs come together: what one step costs hardly grows with them.
+GATHER: Final = 0.003
+#: Jobs that wait for the thread, above which a sender waits for it.
+MOST_WAITING: Final = 100
+#: Seconds for which a sender waits then, and a process at its end.
+PATIENCE: Final = 1.0
+#: Seconds for which the thread waits for another job, before it ends.
+REST_AT_MOST: Final = 5.0
+
+
+class Submission(NamedTuple):
+    """A job for `Ledger.submit`: its arguments, in the epoch that the insert of its row confirmed."""
+
+    epoch: int
+    args: tuple[Any, ...]
+
+
+class Submissions:
+    """The jobs that one process submits. `bring` takes them to the ledger, and raises nothing. Thread-safe; not carried
+    over a fork."""
+
+    def __init__(self, bring: Callable[[Sequence[Submission]], object]) -> None:
+        self._bring = bring
+        self._last = 0.0
+        self._waiting: list[Submission] = []
+        self._thread: threading.Thread | None = None
+        #: Whether the thread waits for a job.
+        self._resting = False
+        #: Whether it has taken jobs, and is not done with them.
+        self._busy = False
+        #: Those who wait for it.
+        self._flushing = 0
+        self._changed = threading.Condition()
+        _all.add(self)
+
+    def add(self, job: Submission, *, alone: bool) -> None:
+        """Bring a job to the ledger, now or soon. `alone`: now."""
+        now = time.monotonic()
+        with self._changed:
+            in_a_row, self._last = now - self._last < IN_A_ROW, now
+            if in_a_row and not alone:
+                self._leave(job)
+                return
+        self.flush()
+        self._bring([job])
+
+    def flush(self) -> bool:
+        """Wait until all that was added has been brought; whether it has."""
+        with self._changed:
+            return self._wait(lambda: not (self._waiting or self._busy))
+
+    def _wait(self, until: Callable[[], bool]) -> bool:
+        """Have the thread hurry, and wait for it."""
+        if until():
+            return True
+        self._flushing += 1
+        self._changed.notify_all()
+        try:
+            return self._changed.wait_for(until, PATIENCE)
+        finally:
+            self._flushing -= 1
+
+    def _leave(self, job: Submission) -> None:
+        self._wait(lambda: len(self._waiting) < MOST_WAITING)
+        self._waiting.append(job)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="submissions", daemon=True)
+            self._thread.start()
+        elif self._resting:
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        """The thread: until nothing was added for a while."""
+        while jobs := self._take():
+            try:
+                self._bring(jobs)
+            except Exception:
+                # Whatever it was: the next jobs are to be brought, and the sweep brings these.
+                logger.exception("%d jobs were not brought to the ledger", len(jobs))
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    def _take(self) -> list[Submission]:
+        with self._changed:
+            self._resting = True
+            self._changed.wait_for(lambda: self._waiting, REST_AT_MOST)
+            self._resting = False
+            if self._waiting:
+                self._changed.wait_for(lambda: self._flushing, GATHER)
+            jobs, self._waiting = self._waiting, []
+            self._busy = bool(jobs)
+            if not jobs:
+                self._thread = None
+            return jobs
+
+
+_all: weakref.WeakSet[Submissions] = weakref.WeakSet()
+# A child has none of the thread, and its copy of what was to be brought is not its own to bring.
+os.register_at_fork(after_in_child=_all.clear)
+
+
+@atexit.register
+def _flush_all() -> None:
+    """A program may end right after it sent something."""
+    for submissions in list(_all):
+        submissions.flush()
