@@ -32,7 +32,7 @@ FEW: Final = 4
 HAND_OVER_BYTES: Final = 65_536
 
 #: The files with what the operations share.
-PRELUDES: Final = ("prelude", "prelude_jobs")
+PRELUDES: Final = ("prelude", "prelude_search", "prelude_jobs", "prelude_fill")
 
 HEADER_FIELDS: Final = ("Does", "KEYS", "ARGV", "Replies", "Cost", "Repeat")
 FLAGS: Final = re.compile(r"\A#!lua[^\n]*\n")

@@ -1,0 +1,187 @@
+-- Shared by the scripts of the ledger, as prelude.lua is. Here: what a worker holds, whether it is kept, and the pass that
+-- fills it.
+
+-- What a worker holds: the sum of the amounts, and those entries of its list that no job's own key speaks of.
+local function sum_held(worker)
+  local sums, strays = {}, {}
+  local held = redis.call('HGETALL', KEY.held .. worker)
+  for i = 1, #held, 2 do
+    local job = redis.call('HMGET', KEY.job .. held[i], 'state', 'epoch', 'attempt', 'worker', 'shape')
+    if (job[1] == 'admitted' or job[1] == 'running') and job[4] == worker and job[2] .. '.' .. job[3] == held[i + 1] then
+      for name, amount in pairs(amounts_of(job[5])) do
+        sums[name] = (sums[name] or 0) + amount
+      end
+    else
+      strays[#strays + 1] = held[i]
+    end
+  end
+  return sums, strays
+end
+
+-- Nobody waits under a shape any more: the worker that was kept for it is so no longer. Returns it, to be filled.
+local function unkeep(shape, epoch)
+  local worker = redis.call('HGET', KEY.kept, shape)
+  if not worker then
+    return nil
+  end
+  redis.call('HDEL', KEY.kept, shape)
+  if redis.call('HGET', KEY.book .. worker, 'kept') ~= shape then
+    return nil
+  end
+  redis.call('HDEL', KEY.book .. worker, 'kept')
+  local book = read_book(worker, epoch)
+  if book then
+    write_book(book, {})
+  end
+  return worker
+end
+
+-- Is another worker kept for a shape? One that cannot take it any more is kept no longer.
+local function is_kept_elsewhere(shape, amounts, worker, epoch, now)
+  local other = redis.call('HGET', KEY.kept, shape)
+  local book = other and other ~= worker and read_book(other, epoch)
+  if not book or book.kept ~= shape then
+    return false
+  end
+  if book.status == 'ready' and book.lease > now and serves(book, shape) and fits_empty(book, amounts) then
+    return true
+  end
+  redis.call('HDEL', KEY.book .. other, 'kept')
+  book.kept = nil
+  write_book(book, {})
+  return false
+end
+
+-- One pass of `fill` over one worker. Returns also a worker that was kept until now for a job that went to this one.
+local function fill_one(worker, epoch, now, after, nonce, out)
+  if not redis.call('ZSCORE', KEY.free, worker) and not redis.call('HGET', KEY.book .. worker, 'kept') then
+    return 0, ''
+  end
+  local book = read_book(worker, epoch)
+  if not book or book.lease <= now or book.status ~= 'ready' or over(book) then
+    return 0, ''
+  end
+  local found
+  if book.kept then
+    local kept, head = book.kept, redis.call('ZSCORE', KEY.shapes, book.kept)
+    local mine = redis.call('HGET', KEY.kept, kept) == worker
+    if mine and head and serves(book, kept) and fits_empty(book, amounts_of(kept)) then
+      if (book.allocated.slots or 0) > 0 then
+        return 0, ''
+      end
+      found = {kept, head}
+    end
+    if mine then
+      redis.call('HDEL', KEY.kept, kept)
+    end
+    redis.call('HDEL', KEY.book .. worker, 'kept')
+    book.kept = nil
+    write_book(book, {})
+  end
+  if room(book, 'slots') < 1 or (book.allocated.alone or 0) > 0 then
+    return 0, ''
+  end
+  found = found or redis.call('ZRANGEBYSCORE', KEY.shapes, after == '' and '-inf' or '(' .. after, '+inf', 'WITHSCORES',
+    'LIMIT', 0, LIMIT.shapes)
+  local cursor = ''
+  if #found == 2 * LIMIT.shapes then
+    cursor = found[#found]
+  end
+  -- Candidates in order of their first jobs; a shape that does not fit now cannot fit later in this pass.
+  local candidates = {}
+  for i = 1, #found, 2 do
+    local amounts = amounts_of(found[i])
+    if serves(book, found[i]) and (fits(book, amounts) or (amounts.alone and fits_empty(book, amounts))) then
+      candidates[#candidates + 1] = {shape = found[i], order = tonumber(found[i + 1]), amounts = amounts}
+    end
+  end
+  local admitted, changed, freed = 0, {}, nil
+  while #candidates > 0 do
+    local first = table.remove(candidates, 1)
+    local alone, occupied = first.amounts.alone, admitted > 0 or (book.allocated.slots or 0) > 0
+    -- Its turn has come, and others run here: the worker is kept for it, unless another one is.
+    local keep = alone and occupied and not is_kept_elsewhere(first.shape, first.amounts, worker, epoch, now)
+    if keep or (not (alone and occupied) and fits(book, first.amounts)) then
+      if admitted == LIMIT.most then
+        cursor = after == '' and '-inf' or after
+        break
+      end
+      if keep then
+        redis.call('HSET', KEY.kept, first.shape, worker)
+        redis.call('HSET', KEY.book .. worker, 'kept', first.shape)
+        book.kept, cursor = first.shape, ''
+        break
+      end
+      local id = redis.call('ZPOPMIN', KEY.wait .. first.shape)[1]
+      local job = id and read_job(id)
+      local message = job and redis.call('HGET', KEY.job .. id, 'message')
+      if message then
+        job.epoch, job.attempt = epoch, int(tonumber(job.attempt) + 1)
+        if nonce and #message <= LIMIT.hand_over then
+          hand_over(id, job, message, book, now, nonce, out)
+        else
+          grant(id, job, message, book, now)
+        end
+        admitted = admitted + 1
+        for name, amount in pairs(first.amounts) do
+          changed[name] = (changed[name] or 0) + amount
+          -- write_book adds the differences once more: take them as lent meanwhile.
+          book.capacity[name] = (book.capacity[name] or 0) - amount
+        end
+      elseif id then
+        count('drift', 1)
+      end
+      local order = refile(first.shape)
+      if alone then
+        freed = not order and unkeep(first.shape, epoch) or nil
+        if admitted > 0 then
+          break
+        end
+      end
+      if order then
+        first.order = order
+        local place = #candidates + 1
+        for i, other in ipairs(candidates) do
+          if order < other.order then
+            place = i
+            break
+          end
+        end
+        table.insert(candidates, place, first)
+      end
+    end
+  end
+  if admitted > 0 then
+    for name, amount in pairs(changed) do
+      book.capacity[name] = book.capacity[name] + amount
+    end
+    write_book(book, changed)
+    count('admitted', admitted)
+  elseif book.kept then
+    write_book(book, {})
+  end
+  return admitted, cursor, freed
+end
+
+-- Admit to one worker what now fits on it, in order, looking at LIMIT.shapes shapes (those after the cursor `after`)
+-- and admitting LIMIT.most jobs at the most. Returns the number admitted and the cursor to go on with, '' when done.
+-- With a nonce the worker itself is asking: what is not large is handed over in `out`, without the way by the broker.
+local function fill(worker, epoch, now, after, nonce, out)
+  local admitted, cursor, freed = fill_one(worker, epoch, now, after, nonce, out)
+  while freed do
+    local _
+    _, _, freed = fill_one(freed, epoch, now, '')
+  end
+  return admitted, cursor
+end
+
+-- After a job left the queue of a shape, otherwise than by `fill`.
+local function leave_queue(shape, epoch, now)
+  if refile(shape) or not string.find(shape, 'alone=', 1, true) then
+    return
+  end
+  local freed = unkeep(shape, epoch)
+  if freed then
+    fill(freed, epoch, now, '')
+  end
+end
