@@ -250,6 +250,11 @@ def is_label(name: str) -> bool:
     return name.startswith(LABEL)
 
 
+def has_index(name: str) -> bool:
+    """Whether not every worker has it: the ledger keeps an index of those that do, and of what waits for it."""
+    return name not in (CPUS, MEMORY, SLOTS, ALONE, ONLY_LABELLED)
+
+
 def _check_name(name: object) -> str:
     if isinstance(name, str) and name.startswith(LABEL):
         if name != ONLY_LABELLED:

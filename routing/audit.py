@@ -11,14 +11,14 @@ A worker's book and what it holds are read in one transaction, so sums over them
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
 import redis as redispy
 from sqlalchemy import Connection, Row, text
 
-from routing import amounts, books, keys
+from routing import amounts, books, indexes, keys
 from routing.books import JobCard, WorkerBook
 from routing.overview import sum_up
 from routing.policy import asked_shape
@@ -59,7 +59,7 @@ class Shelf:
     head: books.Head
     books: dict[str, WorkerBook] = field(default_factory=dict)
     held: dict[str, dict[str, str]] = field(default_factory=dict)
-    free: dict[str, int | None] = field(default_factory=dict)
+    places: indexes.Indexes = field(default_factory=indexes.Indexes)
     waits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     shapes: dict[str, int] = field(default_factory=dict)
     unclaimed: list[str] = field(default_factory=list)
@@ -143,19 +143,20 @@ def read_ledger(client: redispy.Redis) -> Shelf:
     families = _scan(client, shelf)
     workers = sorted(shelf.head.leases.keys() | families["book"] | families["held"])
     for chunk in _chunks(workers):
+        places = indexes.read_places(client, chunk)
         pipe = client.pipeline(transaction=True)
         for worker in chunk:
             pipe.hgetall(keys.book(worker))
             pipe.hgetall(keys.held(worker))
-            pipe.zscore(keys.FREE, worker)
+            indexes.ask(pipe, worker, places[worker])
         replies = iter(pipe.execute())
         for worker in chunk:
             book = books.parse_book(worker, next(replies))
             if book is not None:
                 shelf.books[worker] = book
             shelf.held[worker] = {books.text(job): books.text(token) for job, token in next(replies).items()}
-            score = next(replies)
-            shelf.free[worker] = None if score is None else int(score)
+            indexes.note(shelf.places, worker, places[worker], replies)
+    indexes.read_rest(client, shelf.places, families["free_of"], families["shapes_of"])
     shelf.allocated = _totals(client, workers)
     _read_queues(client, shelf, families["wait"])
     known = families["job"].union(shelf.unclaimed, *shelf.held.values())
@@ -285,12 +286,6 @@ def _books(shelf: Shelf) -> Iterator[Suspicion]:
                     yield Suspicion(
                         "I1", f"worker {worker} has {used} {name} allocated, its jobs hold {sum_}"
                     )
-        room = book.capacity.get(amounts.CPUS, 0) - book.allocated.get(amounts.CPUS, 0)
-        indexed = room if replace(book.to_policy(0), admitting=book.status == "ready").open else None
-        if shelf.free[worker] != indexed:
-            yield Suspicion(
-                "I6", f"worker {worker} has {room} free and stands as {shelf.free[worker]} in the index"
-            )
     for job, workers in holders.items():
         if len(workers) > 1:
             yield Suspicion("I4", f"job {job} is held by {', '.join(workers)}")
@@ -298,16 +293,18 @@ def _books(shelf: Shelf) -> Iterator[Suspicion]:
 
 def _queues(shelf: Shelf) -> Iterator[Suspicion]:
     """I6: the ledger agrees with itself."""
+    first = {shape: queue[0][1] if queue else None for shape, queue in shelf.waits.items()}
+    for wrong in (*indexes.wrong_places(shelf.places, shelf.books), *indexes.wrong_shapes(shelf.places, first)):
+        yield Suspicion("I6", wrong)
     total, shown, summed = shelf.allocated
     if total != summed:
         yield Suspicion("I6", f"ledger:allocated is {total}, the books have {summed}")
     if total is not None and shown != amounts.format_cpus(total):
         yield Suspicion("I6", f"resource:allocated_cpus is {shown}, ledger:allocated {total}")
     for shape, queue in shelf.waits.items():
-        first = queue[0][1] if queue else None
-        if shelf.shapes.get(shape) != first:
+        if shelf.shapes.get(shape) != first[shape]:
             yield Suspicion(
-                "I6", f"shape {shape} begins at {first}, and at {shelf.shapes.get(shape)} in the index"
+                "I6", f"shape {shape} begins at {first[shape]}, and at {shelf.shapes.get(shape)} in the index"
             )
         for job, _ in queue:
             card = shelf.cards.get(job)
@@ -319,8 +316,8 @@ def _queues(shelf: Shelf) -> Iterator[Suspicion]:
             yield Suspicion("I6", f"job {job} is to be delivered again, and its own key says {card}")
     for key in shelf.strangers:
         yield Suspicion("I6", f"key {key} is of no known family")
-    for wrong in shelf.wrong_expiry:
-        yield Suspicion("I6", f"key {wrong}")
+    for key in shelf.wrong_expiry:
+        yield Suspicion("I6", f"key {key}")
 
 
 def _agreement(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:

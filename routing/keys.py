@@ -5,12 +5,15 @@
 | `ledger:epoch` | hash | `epoch`, `run_id` of the server, `opened` (ms). Missing: the ledger is COLD |
 | `ledger:book:<worker>` | hash | `epoch`, `incarnation`, `status`, `queue`, `lease` (ms), the resources |
 | `ledger:free` | sorted set | worker, free millicores; only workers that may be admitted to |
+| `ledger:free:<resource>` | sorted set | the same; only workers that have a resource which not every worker has |
 | `ledger:leases` | sorted set | worker, end of its lease (ms) |
+| `ledger:indexed` | sorted set | the same; only workers whose processes know of `ledger:free:<resource>` |
 | `ledger:held:<worker>` | hash | job, token of the attempt that holds an allocation there |
 | `ledger:missing:<worker>` | set | attempts (`<job> <token>`) held there that its last list did not name |
 | `ledger:job:<id>` | hash | one job; of one that ended a tombstone of 60 s |
 | `ledger:wait:<shape>` | sorted set | waiting job, order |
 | `ledger:shapes` | sorted set | shape that waits, order of its first job |
+| `ledger:shapes:<resource>` | sorted set | the same; each shape in one of these |
 | `ledger:kept` | hash | shape that must run alone, the worker that is kept for it |
 | `ledger:unclaimed` | sorted set | admitted job, when its message is delivered again (ms) |
 | `ledger:stream` | stream | transitions that Postgres does not have yet |
@@ -22,7 +25,9 @@
 | `resource:allocated_cpus` | string | CPUs allocated in all, as a decimal number |
 
 In a book `status` is ready, draining or closed, `c.<resource>` the capacity and `a.<resource>` what is allocated of
-it, `kept` the shape for which the worker takes nothing else (`routing.policy`; the key `ledger:kept` only leads there).
+it, `kept` the shape for which the worker takes nothing else (`routing.policy`; the key `ledger:kept` only leads there),
+`places` the resources in whose indexes of free CPUs it stands when it may be admitted to. Such a resource is any but
+`cpus`, `memory`, `slots` and `alone`; queues are among them, by their labels (`routing.amounts`).
 A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
 `shape`, `order`, `message` and its `digest`, the times `submitted`, `admitted` and `started`, the `nonce` of its
 claim, `losses`, `successor` (Postgres holds one), `revoked`, `entry` (of the stream, not yet applied), `noted` (the
@@ -44,12 +49,15 @@ KEYS: Final = {
     "epoch": "ledger:epoch",
     "book": "ledger:book:",
     "free": "ledger:free",
+    "free_of": "ledger:free:",
     "leases": "ledger:leases",
+    "indexed": "ledger:indexed",
     "held": "ledger:held:",
     "missing": "ledger:missing:",
     "job": "ledger:job:",
     "wait": "ledger:wait:",
     "shapes": "ledger:shapes",
+    "shapes_of": "ledger:shapes:",
     "kept": "ledger:kept",
     "unclaimed": "ledger:unclaimed",
     "stream": "ledger:stream",
@@ -64,6 +72,7 @@ KEYS: Final = {
 EPOCH: Final = KEYS["epoch"]
 FREE: Final = KEYS["free"]
 LEASES: Final = KEYS["leases"]
+INDEXED: Final = KEYS["indexed"]
 SHAPES: Final = KEYS["shapes"]
 UNCLAIMED: Final = KEYS["unclaimed"]
 STREAM: Final = KEYS["stream"]
@@ -102,6 +111,14 @@ def job(job_id: str) -> str:
 
 def wait(shape: str) -> str:
     return KEYS["wait"] + shape
+
+
+def free_of(resource: str) -> str:
+    return KEYS["free_of"] + resource
+
+
+def shapes_of(resource: str) -> str:
+    return KEYS["shapes_of"] + resource
 
 
 def duty(name: str) -> str:

@@ -37,7 +37,7 @@ from routing.scripts import SUBMIT_WITHIN_MS
 #: Most jobs that one lapse call takes back, so that admission never waits long for it.
 LAPSE_CHUNK: Final = 100
 REDELIVER_CHUNK: Final = 100
-#: Pages of shapes that follow a release: 1,024 shapes in all. Where still more shapes wait, the heartbeat looks at all.
+#: Pages of shapes that follow a release: 1,024 that the worker may take. Where more wait, the heartbeat looks at all.
 RELEASE_PAGES: Final = 15
 
 

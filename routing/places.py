@@ -17,6 +17,7 @@ from routing.books import JobCard
 from routing.capacity import Capacity
 from routing.drift import Reconciled
 from routing.ledger import Ledger
+from routing.policy import waits_beside
 from routing.states import State
 
 #: Jobs looked at in one step: some 2 ms of the server.
@@ -96,9 +97,15 @@ def give_home(connection: Connection, ledger: Ledger, worker: str, result: Recon
     return True
 
 
-def check_queues(ledger: Ledger, shapes: set[str], result: Reconciled) -> None:
-    """Each queue of a shape holds jobs that wait, in their order, and the index of shapes knows it; what is to be
-    delivered again was admitted. `shapes`: those of which there is a queue."""
+def check_queues(ledger: Ledger, shapes: set[str], resources: set[str], result: Reconciled) -> None:
+    """Each queue of a shape holds jobs that wait, in their order, and the indexes of shapes know it; what is to be
+    delivered again was admitted. `shapes`: those of which there is a queue; `resources`: those of which there is an
+    index of shapes."""
+    for resource in sorted(resources):
+        for shape in map(books.text, ledger.client.zrange(keys.shapes_of(resource), 0, -1)):
+            if waits_beside(shape) != resource and ledger.mend(shape, seen_in=resource):
+                result.note("a shape out of its place")
+            shapes.add(shape)
     for shape in sorted(shapes | {books.text(shape) for shape in ledger.client.zrange(keys.SHAPES, 0, -1)}):
         seen, looked = 0, CHUNK
         while looked == CHUNK:
@@ -129,9 +136,16 @@ def _chunks(scanned: Iterable[Any]) -> Iterator[list[str]]:
         yield batch
 
 
-def check_books(ledger: Ledger, workers: set[str], result: Reconciled) -> None:
+def check_books(ledger: Ledger, workers: set[str], resources: set[str], result: Reconciled) -> None:
     """Each book is the sum of what is held and stands in the indexes, and the whole is the sum of the books.
-    `workers`: those of which there is a book or a list."""
+    `workers`: those of which there is a book or a list; `resources`: those of which there is an index of workers."""
+    for resource in sorted(resources):
+        seen, looked = 0, CHUNK
+        while looked == CHUNK:
+            looked, taken = ledger.unlist(resource, seen, CHUNK)
+            seen += looked - taken
+            for _ in range(taken):
+                result.note("a worker in the index of what it does not have")
     names = sorted(workers | _indexed(ledger))
     for worker, differs in zip(names, ledger.recount(names), strict=True):
         if differs:

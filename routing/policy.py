@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
-from routing.amounts import ALONE, CPUS, DEFAULT_QUEUE, LABEL, ONLY_LABELLED, SLOTS, is_label
+from routing.amounts import ALONE, CPUS, DEFAULT_QUEUE, LABEL, ONLY_LABELLED, SLOTS, has_index, is_label
 from routing.request import Request
 
 #: priorities from 0 to this; higher comes first
@@ -144,6 +144,14 @@ class Book:
         """All of these."""
         return [name for name in sorted(self.allocated) if self.free(name) < 0 and not is_label(name)]
 
+    @property
+    def places(self) -> frozenset[str]:
+        """The resources in whose indexes it stands while it is open: what it has and not every worker does. One that
+        takes only what has a label is found by its queues alone."""
+        only = self.capacity.get(ONLY_LABELLED, 0)
+        own = (name for name, amount in self.capacity.items() if amount and has_index(name))
+        return frozenset(name for name in own if is_label(name) or not only)
+
     def serves(self, request: Request) -> bool:
         """Whether it takes jobs of this request's queue."""
         if request.queue == DEFAULT_QUEUE:
@@ -223,6 +231,23 @@ def fits(request: Request, book: Book) -> Shortage | None:
     return short[0] if short else None
 
 
+def found_by(request: Request, books: Iterable[Book]) -> str:
+    """The index in which a request's candidates stand: that of its queue; in the default queue that of the resource it
+    asks for which the fewest open workers have, of equal ones the first by name; "" for all that serve that queue."""
+    if request.queue != DEFAULT_QUEUE:
+        return LABEL + request.queue
+    named = [name for name, _ in request.amounts if has_index(name)]
+    places = [book.places for book in books if book.open] if named else []
+    return min(named, key=lambda name: sum(name in own for own in places), default="")
+
+
+def waits_beside(shape: str) -> str:
+    """The index of waiting shapes in which one stands beside the whole one: that of its queue; in the default queue
+    that of the first resource it asks for which not every worker has."""
+    names = [name for name in (part.partition("=")[0] for part in shape.split(",")) if has_index(name)]
+    return next((name for name in names if is_label(name)), next(iter(names), LABEL + DEFAULT_QUEUE))
+
+
 def choose(
     request: Request, books: Iterable[Book], candidates: int, after: tuple[int, str] | None = None
 ) -> Admission | Refusal:
@@ -230,13 +255,20 @@ def choose(
 
     The candidates are the admitting workers, none over its capacity, with a free slot and enough free CPUs, in
     order of (free CPUs, name), behind `after` where a cursor is given; not one on which a job is alone, or that is kept
-    for one. The first with room for the whole request is it.
+    for one; and of these only what stands in the index that the request is `found_by`. The first with room for the
+    whole request is it.
     """
+    books = list(books)
     admitting = [book for book in books if book.admitting]
     if not admitting:
         return Refusal(Reason.NO_WORKER)
+    place = found_by(request, books)
     index = sorted(
-        ((book.free(CPUS), book.worker, book) for book in admitting if book.open),
+        (
+            (book.free(CPUS), book.worker, book)
+            for book in admitting
+            if book.open and (place in book.places if place else book.serves(request))
+        ),
         key=lambda row: row[:2],
     )
     asked = request.get(CPUS)
@@ -307,7 +339,8 @@ def fill_or_keep(
 ) -> Filling:
     """One pass over a worker, which may come to be kept for a shape (those `elsewhere` have a worker that is).
 
-    It looks at the first `shapes` shapes by the order of their first job. Again and again the first
+    It looks at the first `shapes` shapes by the order of their first job, and at the first `shapes` behind these that
+    wait beside a resource which the worker has, or for its default queue. Again and again the first
     waiting job of these that fits is admitted, until none fits or `most` jobs are, or it is the turn of one that must
     be alone here and others run: then the worker is kept for it. A worker that is kept takes only the shape that it is
     kept for, once it is empty; when that no longer waits, or would not fit, it is kept no more.
@@ -319,7 +352,9 @@ def fill_or_keep(
     for waiting in sorted(backlog, key=lambda waiting: (waiting.order, waiting.job)):
         queues.setdefault(waiting.request.shape, []).append(waiting)
     heads = [(queue[0].order, shape) for shape, queue in queues.items()]
-    looked_at = {shape: deque(queues[shape]) for _, shape in sorted(heads)[:shapes]}
+    in_order = [shape for _, shape in sorted(heads)]
+    behind = [shape for shape in in_order[shapes:] if _stands_by(book, queues[shape][0].request)]
+    looked_at = {shape: deque(queues[shape]) for shape in [*in_order[:shapes], *behind[:shapes]]}
     if book.kept:
         first = queues.get(book.kept)
         if first and fits(first[0].request, replace(book, allocated={})) is None:
@@ -345,6 +380,12 @@ def fill_or_keep(
         admitted.append(waiting)
         book = book.holding(waiting.request)
     return Filling(admitted, "")
+
+
+def _stands_by(book: Book, request: Request) -> bool:
+    """Whether a worker looks for what waits into the index in which a request's shape stands."""
+    place = waits_beside(request.shape)
+    return place in book.places or (place == LABEL + DEFAULT_QUEUE and book.serves(request))
 
 
 def _keeps(shape: str, request: Request, book: Book, elsewhere: Collection[str]) -> bool:

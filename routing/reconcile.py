@@ -96,6 +96,8 @@ SELECT max(seq), string_agg(concat_ws(' ', id, state, epoch || '.' || attempt, c
 FROM (SELECT seq, id, state, epoch, attempt, worker FROM jobs WHERE state = :state AND seq > :after
       ORDER BY seq LIMIT :most) AS j
 """)
+#: Families of keys besides those of the jobs.
+_PLACES: Final = ("wait", "book", "held", "free_of", "shapes_of")
 _GOING_ON: Final = text("SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) AND finished_at IS NULL")
 _THESE: Final = text(_COLUMNS + "WHERE id = ANY(CAST(:ids AS text[]))")
 
@@ -136,8 +138,8 @@ def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
             told = _rows_against_ledger(connection, ledger, result)
             found = _ledger_against_rows(connection, ledger, told, result)
             _close_committed(connection, ledger, result)
-            places.check_queues(ledger, found["wait"], result)
-            places.check_books(ledger, found["book"] | found["held"], result)
+            places.check_queues(ledger, found["wait"], found["shapes_of"], result)
+            places.check_books(ledger, found["book"] | found["held"], found["free_of"], result)
         if result.drift:
             ledger.client.hincrby(keys.COUNTERS, "drift", result.drift)
     except RedisError as error:
@@ -167,7 +169,7 @@ def _ledger_against_rows(
 ) -> dict[str, set[str]]:
     """Jobs that the ledger has besides: those that Postgres has ended, never had, or knows less of. Returns the names
     of all other keys, by family."""
-    found: dict[str, set[str]] = {family: set() for family in ("wait", "book", "held")}
+    found: dict[str, set[str]] = {family: set() for family in _PLACES}
     job, prefixes = keys.KEYS["job"], {family: keys.KEYS[family] for family in found}
     batch: list[str] = []
     for raw in ledger.client.scan_iter(match=keys.LEDGER, count=CHUNK):

@@ -28,9 +28,16 @@ class Repairs(LedgerServer):
         reply = self._call("misplaced", *self._gate(), shape, seen, most)
         return int(reply[1]), reply[2:]
 
-    def mend(self, shape: str, job: str = "") -> bool:
-        """Make the queue of a shape right about one job and about its first job; True when something differed."""
-        return self._call("mend", *self._gate(), shape, job)[1] == "1"
+    def mend(self, shape: str, job: str = "", seen_in: str = "") -> bool:
+        """Make the queue of a shape right about one job, and the indexes about its first job (that of the resource in
+        which it was seen, too); True when something differed."""
+        return self._call("mend", *self._gate(), shape, job, seen_in)[1] == "1"
+
+    def unlist(self, resource: str, seen: int, most: int) -> tuple[int, int]:
+        """Take out of the index of a resource whoever does not belong there, among `most` places behind the first
+        `seen` ones; how many were looked at, and how many taken out."""
+        reply = self._call("unlist", *self._gate(), resource, seen, most)
+        return int(reply[1]), int(reply[2])
 
     def seat(self, job: str) -> int | None:
         """Make the places of one job right; how many differed, or None where its worker has no book."""

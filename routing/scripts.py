@@ -15,6 +15,7 @@ from importlib.resources import files
 from typing import Final
 
 from routing import formats
+from routing.amounts import DEFAULT_QUEUE, LABEL
 from routing.keys import KEYS
 from routing.policy import CANDIDATES, MOST_ADMITTED, SHAPES
 from routing.states import Step
@@ -121,6 +122,7 @@ def load(start_ms: int, flags: bool) -> dict[str, Script]:
             "start": start_ms,
             "hand_over": HAND_OVER_BYTES,
             "format": formats.LEDGER,
+            "unlabelled": LABEL + DEFAULT_QUEUE,
         },
     }
     functions = _functions()

@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Does: ends a job that waits (revoked, or past its expiry).
--- KEYS: none; by name: epoch, job, wait, shapes, counters, stream, held, unclaimed, kept, book, free, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, job, wait, shapes, shapes_of, counters, stream, held, unclaimed, kept, book, free, free_of,
+--   view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, job, state (cancelled or expired), error
 -- Replies: {ended, entry} | {held, state, worker} | {over} | {missing} | {cold} | {epoch, current}
 -- Cost: constant

@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Does: admits nothing more to a worker, and hands back what was admitted to it and not started.
--- KEYS: none; by name: epoch, book, held, job, unclaimed, counters, stream, wait, shapes, free, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, book, held, job, unclaimed, counters, stream, wait, shapes, shapes_of, free, free_of, view,
+--   allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, incarnation
 -- Replies: {ok, then the shapes of the jobs handed back} | {unknown} | {cold} | {epoch, current}
 -- Cost: grows with the jobs that this worker holds

@@ -1,9 +1,10 @@
 #!lua flags=allow-oom
 -- Does: admits to one worker what fits on it and waits, going on after a cursor of shapes.
--- KEYS: none; by name: epoch, free, book, shapes, wait, job, held, unclaimed, counters, stream, view, allocated, allocated_cpus, kept
+-- KEYS: none; by name: epoch, free, free_of, book, shapes, shapes_of, wait, job, held, unclaimed, counters, stream, view,
+--   allocated, allocated_cpus, kept
 -- ARGV: epoch, run_id, worker, cursor ('' to begin)
 -- Replies: {ok, admitted, cursor ('' when done)} | {cold} | {epoch, current}
--- Cost: at the worst LIMIT.shapes shapes are looked at and LIMIT.most jobs admitted
+-- Cost: at the worst twice LIMIT.shapes shapes are looked at and LIMIT.most jobs admitted
 -- Repeat: harmless: what was admitted waits no longer
 local epoch, run_id, worker, after = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 

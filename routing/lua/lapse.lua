@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Does: closes a worker whose lease ran out and, when the grace is over too, takes its jobs back as new attempts.
--- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, free, leases, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, shapes_of, free, free_of,
+--   leases, indexed, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that: the clock may have
 --   been set meanwhile), most_losses, most jobs to take back in this call (0: none, say whether it is time)
 -- Replies: {alive, incarnation} | {closed (just now) | waits (for the grace, as before) | due, incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
@@ -17,6 +18,7 @@ local now = clock()
 local book = read_book(worker, epoch)
 if not book then
   redis.call('ZREM', KEY.leases, worker)
+  redis.call('ZREM', KEY.indexed, worker)
   return {'unknown'}
 end
 if book.lease > now then
@@ -29,7 +31,7 @@ if book.status == 'ready' then
   redis.call('HSET', KEY.book .. worker, 'status', 'closed')
   count('lapsed', 1)
 end
-redis.call('ZREM', KEY.free, worker)
+withdraw(worker)
 redis.call('DEL', KEY.view .. worker)
 if not book.lapsed then
   book.lapsed = int(now)
@@ -68,5 +70,6 @@ if reply[1] == 'gone' then
     redis.call('DEL', book.queue)
   end
   redis.call('ZREM', KEY.leases, worker)
+  redis.call('ZREM', KEY.indexed, worker)
 end
 return reply

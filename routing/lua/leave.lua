@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: closes the book of a worker that holds nothing any more, and removes its private queue.
--- KEYS: none; by name: epoch, book, held, missing, view, leases, free
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, indexed, free, free_of
 -- ARGV: epoch, run_id, worker, incarnation
 -- Replies: {ok} | {held, number} | {unknown} | {cold} | {epoch, current}
 -- Cost: constant
@@ -19,7 +19,8 @@ local held = redis.call('HLEN', KEY.held .. worker)
 if held > 0 then
   return {'held', int(held)}
 end
+withdraw(worker)
 redis.call('DEL', KEY.book .. worker, KEY.missing .. worker, KEY.view .. worker, book[2])
 redis.call('ZREM', KEY.leases, worker)
-redis.call('ZREM', KEY.free, worker)
+redis.call('ZREM', KEY.indexed, worker)
 return {'ok'}

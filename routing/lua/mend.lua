@@ -1,11 +1,12 @@
 #!lua flags=allow-oom
--- Does: makes the queue of a shape right about one job, and the index of shapes right about its first job.
--- KEYS: none; by name: epoch, job, wait, shapes
--- ARGV: epoch, run_id, shape, job ('' when only the shape is looked at)
+-- Does: makes the queue of a shape right about one job, and the indexes of shapes right about its first job.
+-- KEYS: none; by name: epoch, job, wait, shapes, shapes_of
+-- ARGV: epoch, run_id, shape, job ('' when only the shape is looked at), resource in whose index of shapes it was seen
+--   ('': none)
 -- Replies: {ok, 1 when something differed, else 0} | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
-local epoch, run_id, shape, id = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local epoch, run_id, shape, id, seen = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 
 local no = refused(epoch, run_id)
 if no then
@@ -24,9 +25,13 @@ if id ~= '' then
     different = 1
   end
 end
-local before = redis.call('ZSCORE', KEY.shapes, shape)
+local beside = shapes_beside(shape)
+local before, before_beside = redis.call('ZSCORE', KEY.shapes, shape), redis.call('ZSCORE', beside, shape)
 local after = refile(shape)
-if (before and tonumber(before) or nil) ~= after then
+if (before and tonumber(before) or nil) ~= after or (before_beside and tonumber(before_beside) or nil) ~= after then
+  different = 1
+end
+if seen ~= '' and KEY.shapes_of .. seen ~= beside and redis.call('ZREM', KEY.shapes_of .. seen, shape) == 1 then
   different = 1
 end
 return {'ok', int(different)}

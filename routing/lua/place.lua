@@ -1,11 +1,13 @@
 #!lua flags=allow-oom
 -- Does: looks for a worker for the first waiting job of a shape, among the candidates after a cursor, and admits it.
--- KEYS: none; by name: epoch, job, shapes, free, book, wait, counters, stream, held, unclaimed, view, allocated, allocated_cpus, kept
--- ARGV: epoch, run_id, shape, cursor_score, cursor_worker (both '' to begin)
+-- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed, view,
+--   allocated, allocated_cpus, kept, indexed, leases
+-- ARGV: epoch, run_id, shape, cursor_score, cursor_worker (both '' to begin; '*' before the score: in the whole index)
 -- Replies: {admitted, job, worker, attempt} | {more, cursor_score, cursor_worker} | {none} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read
 -- Repeat: harmless: the job that was admitted waits no longer, the next one is looked at
 local epoch, run_id, shape, cursor_score, cursor_worker = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local whole = string.sub(cursor_score, 1, 1) == '*'
 
 local no = refused(epoch, run_id)
 if no then
@@ -17,17 +19,17 @@ local head = redis.call('ZRANGE', KEY.wait .. shape, 0, 0)[1]
 if not head then
   return {'none'}
 end
-local start
+local index, at, start = whole and KEY.free or index_for(amounts), whole and string.sub(cursor_score, 2) or cursor_score, nil
 if cursor_worker == '' then
-  start = redis.call('ZCOUNT', KEY.free, '-inf', '(' .. int(amounts.cpus or 0))
-elseif redis.call('ZSCORE', KEY.free, cursor_worker) == cursor_score then
-  start = redis.call('ZRANK', KEY.free, cursor_worker) + 1
+  start = redis.call('ZCOUNT', index, '-inf', '(' .. int(amounts.cpus or 0))
+elseif redis.call('ZSCORE', index, cursor_worker) == at then
+  start = redis.call('ZRANK', index, cursor_worker) + 1
 else
   -- The worker at the cursor moved meanwhile: begin again with those that have as much as it had.
-  start = redis.call('ZCOUNT', KEY.free, '-inf', '(' .. cursor_score)
+  start = redis.call('ZCOUNT', index, '-inf', '(' .. at)
 end
-local found = redis.call('ZRANGE', KEY.free, start, start + LIMIT.candidates - 1)
-local book = first_with_room(found, epoch, now, amounts)
+local found = redis.call('ZRANGE', index, start, start + LIMIT.candidates - 1)
+local book = first_with_room(index, found, epoch, now, amounts)
 if book then
   redis.call('ZREM', KEY.wait .. shape, head)
   local job = read_job(head)
@@ -45,6 +47,9 @@ if book then
   return {'admitted', head, book.worker, job.attempt}
 end
 if #found == LIMIT.candidates then
-  return {'more', redis.call('ZSCORE', KEY.free, found[#found]), found[#found]}
+  return {'more', (whole and '*' or '') .. redis.call('ZSCORE', index, found[#found]), found[#found]}
+end
+if lacks_some(index, now) then
+  return {'more', '*', ''}
 end
 return {'none'}

@@ -1,6 +1,7 @@
 -- Shared by the scripts of the ledger: the loader puts in front of each the functions that it uses, and writes the values
 -- of KEY, STEP and LIMIT (routing/keys.py, routing/states.py, routing/policy.py) where their names stand. Server time is
--- spent at every call on each function that is there, so there are no others. Here: values and books.
+-- spent at every call on each function that is there, so there are no others. Here: values, and the books with their
+-- places in the indexes.
 
 -- A whole number as text: tostring() would write 1e+15.
 local function int(number)
@@ -75,9 +76,81 @@ local function room(book, name)
   return (book.capacity[name] or 0) - (book.allocated[name] or 0)
 end
 
+-- The queue of a shape as it asks for it, nil for the default one.
+local function label_of(shape)
+  return string.find(shape, 'queue:', 1, true) and string.match(shape, '(queue:[^=,]+)=')
+end
+
 -- Does a worker take jobs of this queue at all? One that does not serve the default queue takes only what has a label.
 local function serves(book, shape)
-  return not book.capacity['queue:'] or string.find(shape, 'queue:', 1, true) ~= nil
+  local label = label_of(shape)
+  if label then
+    return (book.capacity[label] or 0) > 0
+  end
+  return not book.capacity['queue:']
+end
+
+-- Are there indexes of the workers that have a resource, and of the shapes that ask for it? (Not where all have it.)
+local function has_index(name)
+  return name ~= 'cpus' and name ~= 'slots' and name ~= 'memory' and name ~= 'alone' and name ~= 'queue:'
+end
+
+-- The resources in whose indexes of free CPUs a worker stands: all that it has of them, but of one that takes only what
+-- has a label the queues alone.
+local function resources_of(book)
+  local names, only = {}, book.capacity['queue:']
+  for name, amount in pairs(book.capacity) do
+    if has_index(name) and amount > 0 and (not only or string.sub(name, 1, 6) == 'queue:') then
+      names[#names + 1] = name
+    end
+  end
+  return names
+end
+
+-- Write into a book in which indexes its worker stands, as its capacity says. Where it stood it stands no more until the
+-- book is written. Called for a worker that keeps these indexes itself, and by nobody for another: then it has none.
+local function choose_places(book)
+  local names = resources_of(book)
+  table.sort(names)
+  local places = #names > 0 and table.concat(names, ',') or nil
+  if places == book.places then
+    return
+  end
+  for name in string.gmatch(book.places or '', '[^,]+') do
+    redis.call('ZREM', KEY.free_of .. name, book.worker)
+  end
+  book.places = places
+  if places then
+    redis.call('HSET', KEY.book .. book.worker, 'places', places)
+  else
+    redis.call('HDEL', KEY.book .. book.worker, 'places')
+  end
+end
+
+-- Put a worker into the indexes of free CPUs in which it stands, or with free = nil take it out of them. One that takes
+-- only what has a label (`only`) stands in the whole index before all others, where no search looks: it is found by its
+-- queues.
+local function stand(worker, free, only, places)
+  if free then
+    redis.call('ZADD', KEY.free, only and places and '-1' or free, worker)
+  else
+    redis.call('ZREM', KEY.free, worker)
+  end
+  if not places then
+    return
+  end
+  for name in string.gmatch(places, '[^,]+') do
+    if free then
+      redis.call('ZADD', KEY.free_of .. name, free, worker)
+    else
+      redis.call('ZREM', KEY.free_of .. name, worker)
+    end
+  end
+end
+
+-- Take a worker out of the indexes of free CPUs before its book goes, or closes.
+local function withdraw(worker)
+  stand(worker, nil, nil, redis.call('HGET', KEY.book .. worker, 'places'))
 end
 
 -- Does the whole vector fit into what is free?
@@ -135,21 +208,18 @@ local function write_amounts(book, changed)
   end
 end
 
--- The same for a whole book, whose place in the index of free CPUs is found anew. In the index stand the workers that
--- may be admitted to: ready, not over their capacity, with a slot free, which every job needs, and no job alone there,
--- or waiting to be.
+-- The same for a whole book, whose places in the indexes of free CPUs are found anew. There stand the workers that may be
+-- admitted to: ready, not over their capacity, with a slot free, which every job needs, and no job alone there, or
+-- waiting to be.
 local function write_book(book, changed)
   write_amounts(book, changed)
   local too_much = over(book)
   if book.shrunk and not too_much then
     redis.call('HDEL', KEY.book .. book.worker, 'shrunk')
   end
-  if book.status == 'ready' and not too_much and room(book, 'slots') >= 1 and (book.allocated.alone or 0) == 0
-      and not book.kept then
-    redis.call('ZADD', KEY.free, int(room(book, 'cpus')), book.worker)
-  else
-    redis.call('ZREM', KEY.free, book.worker)
-  end
+  local open = book.status == 'ready' and not too_much and room(book, 'slots') >= 1 and (book.allocated.alone or 0) == 0
+    and not book.kept
+  stand(book.worker, open and int(room(book, 'cpus')), book.capacity['queue:'], book.places)
 end
 
 -- All that a book has allocated, into a view that was made just now.

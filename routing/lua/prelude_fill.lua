@@ -52,6 +52,45 @@ local function is_kept_elsewhere(shape, amounts, worker, epoch, now)
   return false
 end
 
+-- The shapes behind an order that a worker may take, by the indexes of what it has, LIMIT.shapes of them at the most:
+-- shape, order, shape, order, ... (Each index is read a few at a time: there may be a hundred of them.)
+local function shapes_behind(book, order)
+  local lists = {}
+  for _, name in ipairs(resources_of(book)) do
+    lists[#lists + 1] = {key = KEY.shapes_of .. name}
+  end
+  if not book.capacity['queue:'] then
+    lists[#lists + 1] = {key = KEY.shapes_of .. LIMIT.unlabelled}
+  end
+  local size = math.max(LIMIT.few, math.ceil(LIMIT.shapes / #lists))
+  local function step(list)
+    list.at = (list.at or 2 * size - 1) + 2
+    if list.at > 2 * size then
+      list.rows = redis.call('ZRANGEBYSCORE', list.key, '(' .. order, '+inf', 'WITHSCORES', 'LIMIT', list.seen or 0, size)
+      list.seen, list.at = (list.seen or 0) + size, 1
+    end
+    list.order = tonumber(list.rows[list.at + 1])
+  end
+  for _, list in ipairs(lists) do
+    step(list)
+  end
+  local found = {}
+  while #found < 2 * LIMIT.shapes do
+    local first
+    for _, list in ipairs(lists) do
+      if list.order and (not first or list.order < first.order) then
+        first = list
+      end
+    end
+    if not first then
+      break
+    end
+    found[#found + 1], found[#found + 2] = first.rows[first.at], first.rows[first.at + 1]
+    step(first)
+  end
+  return found
+end
+
 -- One pass of `fill` over one worker. Returns also a worker that was kept until now for a job that went to this one.
 local function fill_one(worker, epoch, now, after, nonce, out)
   if not redis.call('ZSCORE', KEY.free, worker) and not redis.call('HGET', KEY.book .. worker, 'kept') then
@@ -81,18 +120,25 @@ local function fill_one(worker, epoch, now, after, nonce, out)
   if room(book, 'slots') < 1 or (book.allocated.alone or 0) > 0 then
     return 0, ''
   end
-  found = found or redis.call('ZRANGEBYSCORE', KEY.shapes, after == '' and '-inf' or '(' .. after, '+inf', 'WITHSCORES',
-    'LIMIT', 0, LIMIT.shapes)
-  local cursor = ''
-  if #found == 2 * LIMIT.shapes then
-    cursor = found[#found]
+  local first_page, second_page, cursor = found or {}, {}, ''
+  if not found and after == '' then
+    first_page = redis.call('ZRANGE', KEY.shapes, 0, LIMIT.shapes - 1, 'WITHSCORES')
+  end
+  -- Behind these stand perhaps a thousand that ask for what this worker does not have.
+  if not found and (after ~= '' or #first_page == 2 * LIMIT.shapes) then
+    second_page = shapes_behind(book, after == '' and first_page[#first_page] or after)
+  end
+  if #second_page == 2 * LIMIT.shapes then
+    cursor = second_page[#second_page]
   end
   -- Candidates in order of their first jobs; a shape that does not fit now cannot fit later in this pass.
   local candidates = {}
-  for i = 1, #found, 2 do
-    local amounts = amounts_of(found[i])
-    if serves(book, found[i]) and (fits(book, amounts) or (amounts.alone and fits_empty(book, amounts))) then
-      candidates[#candidates + 1] = {shape = found[i], order = tonumber(found[i + 1]), amounts = amounts}
+  for _, page in ipairs({first_page, second_page}) do
+    for i = 1, #page, 2 do
+      local amounts = serves(book, page[i]) and amounts_of(page[i])
+      if amounts and (fits(book, amounts) or (amounts.alone and fits_empty(book, amounts))) then
+        candidates[#candidates + 1] = {shape = page[i], order = tonumber(page[i + 1]), amounts = amounts}
+      end
     end
   end
   local admitted, changed, freed = 0, {}, nil
@@ -163,9 +209,9 @@ local function fill_one(worker, epoch, now, after, nonce, out)
   return admitted, cursor, freed
 end
 
--- Admit to one worker what now fits on it, in order, looking at LIMIT.shapes shapes (those after the cursor `after`)
--- and admitting LIMIT.most jobs at the most. Returns the number admitted and the cursor to go on with, '' when done.
--- With a nonce the worker itself is asking: what is not large is handed over in `out`, without the way by the broker.
+-- Admit to one worker what now fits on it, in order, looking at the first LIMIT.shapes shapes and as many behind these
+-- that it may take (after a cursor only at such), and admitting LIMIT.most jobs at the most. Returns the number admitted
+-- and the cursor to go on with, '' when done. With a nonce the worker itself is asking: what is not large is handed over in `out`, without the way by the broker.
 local function fill(worker, epoch, now, after, nonce, out)
   local admitted, cursor, freed = fill_one(worker, epoch, now, after, nonce, out)
   while freed do

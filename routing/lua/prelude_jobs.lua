@@ -47,12 +47,28 @@ local function tagged(message, id, job)
   return string.sub(message, 1, -3) .. ',"delivery_tag":' .. cjson.encode(id .. ':' .. token_of(job)) .. '}}'
 end
 
+-- The index of waiting shapes in which one stands beside the whole one: that of its queue; in the default queue that of
+-- the first resource it asks for which not every worker has.
+local function shapes_beside(shape)
+  local label = label_of(shape)
+  if label then
+    return KEY.shapes_of .. label
+  end
+  for name in string.gmatch(shape, '([^=,]+)=') do
+    if has_index(name) then
+      return KEY.shapes_of .. name
+    end
+  end
+  return KEY.shapes_of .. LIMIT.unlabelled
+end
+
 -- File a job under its shape. The job's own hash is the caller's.
 local function file(id, shape, order)
   redis.call('ZADD', KEY.wait .. shape, order, id)
   local head = redis.call('ZSCORE', KEY.shapes, shape)
   if not head or tonumber(order) < tonumber(head) then
     redis.call('ZADD', KEY.shapes, order, shape)
+    redis.call('ZADD', shapes_beside(shape), order, shape)
   end
 end
 
@@ -62,9 +78,11 @@ local function refile(shape)
   local head = redis.call('ZRANGE', KEY.wait .. shape, 0, 0, 'WITHSCORES')
   if not head[1] then
     redis.call('ZREM', KEY.shapes, shape)
+    redis.call('ZREM', shapes_beside(shape), shape)
     return nil
   end
   redis.call('ZADD', KEY.shapes, head[2], shape)
+  redis.call('ZADD', shapes_beside(shape), head[2], shape)
   return tonumber(head[2])
 end
 
@@ -134,11 +152,12 @@ local function take_in(id, job, message, digest, rerun, now)
   -- A job whose shape already waits would find no room either: it is filed unseen.
   if not redis.call('ZSCORE', KEY.shapes, job.shape) then
     local amounts = amounts_of(job.shape)
+    local index = index_for(amounts)
     local least, looked_at = int(amounts.cpus or 0), 0
     -- The first few are nearly always enough; the others are fetched only when they are needed.
     for _, size in ipairs({LIMIT.few, LIMIT.candidates - LIMIT.few}) do
-      local found = redis.call('ZRANGEBYSCORE', KEY.free, least, '+inf', 'LIMIT', looked_at, size)
-      local book = first_with_room(found, job.epoch, now, amounts)
+      local found = redis.call('ZRANGEBYSCORE', index, least, '+inf', 'LIMIT', looked_at, size)
+      local book = first_with_room(index, found, job.epoch, now, amounts)
       if book then
         job.attempt = int(attempt + 1)
         grant(id, job, message, book, now)
@@ -153,9 +172,9 @@ local function take_in(id, job, message, digest, rerun, now)
       cursor_worker = found[#found]
     end
     if looked_at == LIMIT.candidates then
-      cursor_score = redis.call('ZSCORE', KEY.free, cursor_worker)
+      cursor_score = redis.call('ZSCORE', index, cursor_worker)
     else
-      cursor_worker = ''
+      cursor_score, cursor_worker = lacks_some(index, now) and '*' or '', ''
     end
   end
   note(id, job, 'waiting', STEP.filed, now)

@@ -1,36 +1,55 @@
 -- Shared by the scripts of the ledger, as prelude.lua is. Here: the search for a worker.
 
+-- The index of the workers that may have room for these amounts: that of their queue; in the default queue that of the
+-- resource which the fewest have, of equal ones the first by name; else the whole one.
+local function index_for(amounts)
+  local first, fewest = nil, nil
+  for name in pairs(amounts) do
+    if has_index(name) then
+      if string.sub(name, 1, 6) == 'queue:' then
+        return KEY.free_of .. name
+      end
+      local have = redis.call('ZCARD', KEY.free_of .. name)
+      if not first or have < fewest or (have == fewest and name < first) then
+        first, fewest = name, have
+      end
+    end
+  end
+  return first and KEY.free_of .. first or KEY.free
+end
+
+-- Does an index lack workers? Those that a version before it keeps stand in the whole one alone. (Whoever renews a lease
+-- says whether it knows the others.)
+local function lacks_some(index, now)
+  return index ~= KEY.free
+    and redis.call('ZCOUNT', KEY.leases, int(now), '+inf') > redis.call('ZCOUNT', KEY.indexed, int(now), '+inf')
+end
+
 -- What admission asks of a book: the fields for these amounts, always in the same order.
 local function asked_fields(amounts)
-  local fields, names = {'epoch', 'lease', 'incarnation', 'queue', 'c.cpus', 'a.cpus', 'c.slots', 'a.slots'}, {'cpus', 'slots'}
-  local labelled = false
+  local fields = {'epoch', 'lease', 'incarnation', 'queue', 'places', 'c.queue:', 'c.cpus', 'a.cpus', 'c.slots', 'a.slots'}
+  local names, labelled = {'cpus', 'slots'}, false
   for name in pairs(amounts) do
-    labelled = labelled or string.sub(name, 1, 6) == 'queue:'
     if name ~= 'cpus' and name ~= 'slots' and name ~= 'alone' then
+      labelled = labelled or string.sub(name, 1, 6) == 'queue:'
       names[#names + 1] = name
       fields[#fields + 1] = 'c.' .. name
       fields[#fields + 1] = 'a.' .. name
     end
   end
-  if not labelled then
-    -- Last: that the worker takes only what has a label.
-    fields[#fields + 1] = 'c.queue:'
-  end
-  return fields, names
+  return fields, names, labelled
 end
 
 -- The part of a candidate's book that these amounts concern, if it has room for all of them and its lease lives.
-local function with_room(worker, epoch, now, amounts, fields, names)
+local function with_room(worker, epoch, now, amounts, fields, names, labelled)
   local values = redis.call('HMGET', KEY.book .. worker, unpack(fields))
-  if values[1] ~= epoch or not values[2] or tonumber(values[2]) <= now then
+  if values[1] ~= epoch or not values[2] or tonumber(values[2]) <= now or (values[6] and not labelled) then
     return nil
   end
-  if #fields > 4 + 2 * #names and values[#fields] then
-    return nil
-  end
-  local book = {worker = worker, incarnation = values[3], queue = values[4], capacity = {}, allocated = {}}
+  local book = {worker = worker, incarnation = values[3], queue = values[4], places = values[5] or nil, only = values[6],
+    capacity = {}, allocated = {}}
   for i, name in ipairs(names) do
-    local capacity, allocated = tonumber(values[3 + 2 * i] or '0'), tonumber(values[4 + 2 * i] or '0')
+    local capacity, allocated = tonumber(values[5 + 2 * i] or '0'), tonumber(values[6 + 2 * i] or '0')
     if amounts[name] and capacity - allocated < amounts[name] then
       return nil
     end
@@ -42,13 +61,16 @@ local function with_room(worker, epoch, now, amounts, fields, names)
   return book
 end
 
--- The first of some candidates that has room: its book, or nil.
-local function first_with_room(candidates, epoch, now, amounts)
-  local fields, names = asked_fields(amounts)
+-- The first of some candidates from an index that has room: its book, or nil. (A version before the other indexes takes
+-- workers out of the whole one alone: who does not stand there may not be admitted to.)
+local function first_with_room(index, candidates, epoch, now, amounts)
+  local fields, names, labelled = asked_fields(amounts)
   for _, worker in ipairs(candidates) do
-    local book = with_room(worker, epoch, now, amounts, fields, names)
-    if book then
-      return book
+    if index == KEY.free or redis.call('ZSCORE', KEY.free, worker) then
+      local book = with_room(worker, epoch, now, amounts, fields, names, labelled)
+      if book then
+        return book
+      end
     end
   end
   return nil
@@ -57,9 +79,6 @@ end
 -- Enter an admission into the book that with_room gave.
 local function enter(book, amounts)
   write_amounts(book, amounts)
-  if book.capacity.slots > book.allocated.slots and not amounts.alone then
-    redis.call('ZADD', KEY.free, int(book.capacity.cpus - book.allocated.cpus), book.worker)
-  else
-    redis.call('ZREM', KEY.free, book.worker)
-  end
+  local open = book.capacity.slots > book.allocated.slots and not amounts.alone
+  stand(book.worker, open and int(book.capacity.cpus - book.allocated.cpus), book.only, book.places)
 end

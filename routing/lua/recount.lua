@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: makes a worker's allocations the sum of what it holds, and repairs its places in the indexes and in the sums.
--- KEYS: none; by name: epoch, book, held, job, free, leases, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, book, held, job, free, free_of, leases, indexed, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker
 -- Replies: {ok, number of fields that differed} | {unknown, the same} | {cold} | {epoch, current}
 -- Cost: grows with the jobs that this worker holds
@@ -20,6 +20,7 @@ local book = read_book(worker, epoch)
 if not book then
   -- Nothing may be admitted to a worker without a book.
   local found = redis.call('ZREM', KEY.free, worker) + redis.call('ZREM', KEY.leases, worker)
+  redis.call('ZREM', KEY.indexed, worker)
   return {'unknown', int(different + found)}
 end
 local changed = {}
@@ -35,9 +36,26 @@ for name, sum in pairs(sums) do
     different = different + 1
   end
 end
-local before = redis.call('ZSCORE', KEY.free, worker)
+-- Of a worker of a version before the indexes of resources only the whole one is looked at.
+local known, indexes = redis.call('ZSCORE', KEY.indexed, worker), {KEY.free}
+if known and tonumber(known) == book.lease then
+  for _, name in ipairs(resources_of(book)) do
+    indexes[#indexes + 1] = KEY.free_of .. name
+  end
+end
+local before = {}
+for i, index in ipairs(indexes) do
+  before[i] = redis.call('ZSCORE', index, worker)
+end
+if #indexes > 1 then
+  choose_places(book)
+end
 write_book(book, changed)
-if different == 0 and redis.call('ZSCORE', KEY.free, worker) ~= before then
+local moved = false
+for i, index in ipairs(indexes) do
+  moved = moved or redis.call('ZSCORE', index, worker) ~= before[i]
+end
+if different == 0 and moved then
   different = 1
 end
 local lease = redis.call('ZSCORE', KEY.leases, worker)

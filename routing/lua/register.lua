@@ -1,11 +1,12 @@
 #!lua flags=allow-oom
 -- Does: opens a worker's book with its capacity (or changes the capacity of this incarnation), and admits what fits.
--- KEYS: none; by name: epoch, book, held, missing, view, leases, free, allocated, allocated_cpus, shapes, wait, job, unclaimed, counters, stream, kept
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, indexed, free, free_of, allocated, allocated_cpus, shapes,
+--   shapes_of, wait, job, unclaimed, counters, stream, kept
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), status (ready, or closed until the
 --   worker has said what it holds and renews), admit (1: go on to admit, 0: this caller may not), then the fields of the
 --   view: name, value, ...
 -- Replies: {ok, admitted, cursor of shapes} | {taken, incarnation, lease left (ms, negative when it ran out), held} | {cold} | {epoch, current}
--- Cost: one pass over LIMIT.shapes shapes
+-- Cost: one pass as that of fill, and a command for each resource and queue that not every worker has
 -- Repeat: harmless: the same incarnation keeps its allocations
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local queue, ttl, capacity, status, admit = ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9]
@@ -22,6 +23,7 @@ if before[1] and before[1] ~= incarnation then
   if left > 0 or held > 0 then
     return {'taken', before[1], int(left), int(held)}
   end
+  withdraw(worker)
   redis.call('DEL', key, KEY.missing .. worker)
   if before[3] and before[3] ~= '' then
     redis.call('DEL', before[3])
@@ -47,6 +49,7 @@ end
 redis.call('HSET', key, unpack(fields))
 redis.call('HDEL', key, 'lapsed')
 redis.call('ZADD', KEY.leases, int(now + ttl), worker)
+redis.call('ZADD', KEY.indexed, int(now + ttl), worker)
 redis.call('DEL', KEY.view .. worker)
 redis.call('HSET', KEY.view .. worker, unpack(ARGV, 10))
 redis.call('HSET', KEY.view .. worker, 'status', status)
@@ -58,6 +61,7 @@ if over(book) then
   redis.call('HSET', key, 'shrunk', '1')
 end
 show(book)
+choose_places(book)
 write_book(book, {})
 local admitted, cursor = 0, ''
 if admit == '1' then

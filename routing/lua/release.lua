@@ -1,14 +1,16 @@
 #!lua flags=allow-oom
 -- Does: gives back the allocations of attempts that are over and stores their results, then admits to that worker what
 --   now fits.
--- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, free, view, allocated, allocated_cpus, kept
+-- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, shapes_of, free, free_of, view,
+--   allocated, allocated_cpus, kept
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not '':
 --   the worker is asking, hand over to it), then for each job: job, token, outcome (succeeded, failed, cancelled, expired,
 --   replaced, retried, handed_back, lost), error, outbox, number of results that are kept in this Redis, and for each of
 --   these: its key (of Celery's backend), seconds to live (0: for ever), result
 -- Replies: {ok, admitted, cursor of shapes, then for each job: released | repeat | stale, state, entry, shape, then for each
 --   job handed over: job, token, admitted, started, entry, losses, shape, rerun, message} | {cold} | {epoch, current}
--- Cost: a few commands a job, and one pass over LIMIT.shapes shapes
+-- Cost: a few commands a job, one pass as that of fill, and a command for each resource and queue that the worker has and
+--   not every worker does
 -- Repeat: harmless: keyed by job and token; the same end of an attempt that ended its job is answered 'repeat', any other 'stale'
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local most_losses, admit, nonce = ARGV[5], ARGV[6], ARGV[7]

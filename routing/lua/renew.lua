@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Does: renews the lease of a worker and its view, and takes back running jobs that two lists in a row did not name.
--- KEYS: none; by name: epoch, book, held, missing, view, leases, free, allocated, allocated_cpus, job, unclaimed, counters, stream, wait, shapes, kept
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, indexed, free, free_of, allocated, allocated_cpus, job,
+--   unclaimed, counters, stream, wait, shapes, shapes_of, kept
 -- ARGV: epoch, run_id, worker, incarnation, ttl (ms), most_losses, admit (1: go on to admit, 0: this caller may not), number of view
 --   arguments, the view's fields: name, value, ..., then the ids of the jobs that the worker holds
 -- Replies: {ok, admitted, cursor of shapes, then the shapes of jobs that were taken back} | {unknown} | {cold} | {epoch, current}
@@ -29,6 +30,7 @@ if book.lapsed then
   redis.call('HDEL', KEY.book .. worker, 'lapsed')
 end
 redis.call('ZADD', KEY.leases, int(book.lease), worker)
+redis.call('ZADD', KEY.indexed, int(book.lease), worker)
 if view_size > 0 then
   redis.call('HSET', KEY.view .. worker, unpack(ARGV, 9, 8 + view_size))
 end
@@ -69,6 +71,7 @@ for _, attempt in ipairs(missing) do
   redis.call('SADD', KEY.missing .. worker, attempt)
 end
 show(book)
+choose_places(book)
 write_book(book, changed)
 local admitted, cursor = 0, ''
 if admit == '1' then

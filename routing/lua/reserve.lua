@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: gives a worker that has not spoken in this epoch a closed book, so that what it holds is not taken for free.
--- KEYS: none; by name: epoch, book, held, job, leases
+-- KEYS: none; by name: epoch, book, held, job, leases, indexed, free, free_of
 -- ARGV: epoch, run_id, worker, incarnation, capacity (as a shape)
 -- Replies: {ok} | {open} where there is a book in this epoch | {cold} | {epoch, current}
 -- Cost: grows with the jobs that are held there already: none, but where a book went missing
@@ -26,7 +26,9 @@ for name, sum in pairs(sums) do
   fields[#fields + 1] = 'a.' .. name
   fields[#fields + 1] = int(sum)
 end
+withdraw(worker)
 redis.call('DEL', KEY.book .. worker)
 redis.call('HSET', KEY.book .. worker, unpack(fields))
 redis.call('ZADD', KEY.leases, int(now), worker)
+redis.call('ZREM', KEY.indexed, worker)
 return {'ok'}

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: makes the places of one job right: the list of its worker (with the book) and the deliveries to come.
--- KEYS: none; by name: epoch, job, book, held, unclaimed, free, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, job, book, held, unclaimed, free, free_of, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, job
 -- Replies: {ok, number of places that differed} | {homeless, worker} where its worker has no book | {cold} | {epoch, current}
 -- Cost: constant

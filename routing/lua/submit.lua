@@ -1,10 +1,13 @@
 -- Does: admits a job whose row is durable to the best worker and delivers it, or files it in the backlog.
--- KEYS: none; by name: epoch, job, shapes, free, book, wait, counters, stream, held, unclaimed, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed, view,
+--   allocated, allocated_cpus, indexed, leases
 -- ARGV: epoch, run_id, deadline (ms of the server), job, shape, order, message, attempt (admissions so far), losses, submitted (ms),
 --   rerun (0: its first lost attempt ends it), digest of the message
--- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when every candidate was looked at)
+-- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when every candidate was looked at,
+--   '*' for the score: go on in the whole index)
 --   | {exists, state} | {late, now (ms)} | {cold} | {epoch, current}
--- Cost: at the worst LIMIT.candidates books are read; independent of the number of workers and of waiting jobs
+-- Cost: at the worst LIMIT.candidates books are read, and a command for each resource and queue that the chosen worker has
+--   and not every worker does; independent of the number of workers and of waiting jobs
 -- Repeat: harmless: a job that is known (or ended within the last 60 s, by its tombstone) is left as it is
 local epoch, run_id, deadline = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local id, shape, order, message, attempt = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8]

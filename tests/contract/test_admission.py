@@ -264,9 +264,9 @@ def test_one_script_admits_as_many_as_the_policy_and_says_where_to_go_on(ledger:
 
 
 def crowd(free: Mapping[str, int]) -> list[Book]:
-    """Workers with so many free CPUs, of which only the last one publishes a licence."""
+    """Workers with so many free CPUs, of which only the last one publishes memory."""
     books = [Book(name, {"cpus": cpus, "slots": 5}, {}) for name, cpus in free.items()]
-    return [*books[:-1], replace(books[-1], capacity={**books[-1].capacity, "licence": 1})]
+    return [*books[:-1], replace(books[-1], capacity={**books[-1].capacity, "memory": 1})]
 
 
 @pytest.mark.parametrize("workers", [CANDIDATES, CANDIDATES + 1, 2 * CANDIDATES, 3 * CANDIDATES + 1])
@@ -274,7 +274,7 @@ def crowd(free: Mapping[str, int]) -> list[Book]:
 def test_the_search_goes_on_by_the_cursor_until_a_worker_is_found(ledger: Ledger, workers: int, equal: bool) -> None:
     books = crowd({f"w{n:04}": 4000 if equal else 4000 + n for n in range(workers)})
     write(ledger, books)
-    request_ = Request.of({"cpus": 1000, "licence": 1})
+    request_ = Request.of({"cpus": 1000, "memory": 1})
     assert choose(request_, books, len(books)) == Admission(books[-1].worker)
     submitted = ledger.submit("job", request_.shape, order(0, 1), MESSAGE)
     assert (submitted.state, submitted.worker, submitted.attempt) == ("admitted", books[-1].worker, 1)
@@ -283,9 +283,9 @@ def test_the_search_goes_on_by_the_cursor_until_a_worker_is_found(ledger: Ledger
 
 def test_many_submitted_at_once_search_on_by_the_cursor_too(ledger: Ledger) -> None:
     *books, last = crowd({f"w{n:04}": 4000 for n in range(2 * CANDIDATES)})
-    last = replace(last, capacity={**last.capacity, "licence": 2})
+    last = replace(last, capacity={**last.capacity, "memory": 2})
     write(ledger, [*books, last])
-    shape = Request.of({"cpus": 1000, "licence": 1}).shape
+    shape = Request.of({"cpus": 1000, "memory": 1}).shape
     assert ledger.submit_many([(f"job-{n}", shape, order(0, n), MESSAGE, 0, 0, 0) for n in range(3)]) == 3
     took = last.worker.encode()
     assert [ledger.client.hget(keys.job(f"job-{n}"), "worker") for n in range(3)] == [took, took, None]
@@ -301,7 +301,7 @@ def test_of_many_that_come_too_late_none_is_taken(ledger: Ledger) -> None:
 def test_the_cursor_of_a_submit_is_the_one_that_the_policy_says(ledger: Ledger) -> None:
     books = crowd({f"w{n:04}": 4000 + n for n in range(CANDIDATES + 5)})
     write(ledger, books)
-    request_ = Request.of({"cpus": 1000, "licence": 1})
+    request_ = Request.of({"cpus": 1000, "memory": 1})
     refusal = choose(request_, books, CANDIDATES)
     args = ledger._submit_args("job", request_.shape, order(0, 1), MESSAGE, 0, 0, 0)
     reply = ledger._call("submit", *args)
@@ -312,7 +312,7 @@ def test_the_cursor_of_a_submit_is_the_one_that_the_policy_says(ledger: Ledger) 
 def test_a_search_whose_cursor_moved_meanwhile_still_finds_the_worker(ledger: Ledger) -> None:
     books = crowd({f"w{n:04}": 4000 for n in range(3 * CANDIDATES)})
     write(ledger, books)
-    request_ = Request.of({"cpus": 1000, "licence": 1})
+    request_ = Request.of({"cpus": 1000, "memory": 1})
     reply = ledger._call("submit", *ledger._submit_args("job", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
     assert reply[0] == "waiting"
     # The worker at the cursor is admitted to: it leaves its place.
@@ -323,7 +323,7 @@ def test_a_search_whose_cursor_moved_meanwhile_still_finds_the_worker(ledger: Le
 def test_a_job_that_fits_nowhere_is_filed_after_all_workers_were_looked_at(ledger: Ledger) -> None:
     books = crowd({f"w{n:04}": 4000 for n in range(3 * CANDIDATES)})
     write(ledger, books)
-    request_ = Request.of({"cpus": 1000, "licence": 2})
+    request_ = Request.of({"cpus": 1000, "memory": 2})
     assert ledger.submit("job", request_.shape, order(0, 1), MESSAGE).state == "waiting"
     assert ledger.client.zrange(keys.wait(request_.shape), 0, -1) == [b"job"]
 
@@ -331,7 +331,7 @@ def test_a_job_that_fits_nowhere_is_filed_after_all_workers_were_looked_at(ledge
 def test_a_job_behind_others_of_its_shape_leaves_the_search_to_the_first_of_them(ledger: Ledger) -> None:
     books = crowd({f"w{n:04}": 4000 for n in range(CANDIDATES + 1)})
     write(ledger, books)
-    request_ = Request.of({"cpus": 1000, "licence": 1})
+    request_ = Request.of({"cpus": 1000, "memory": 1})
     first = ledger._call("submit", *ledger._submit_args("first", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
     assert first[0] == "waiting"
     # The caller of the first one died here; the next one is filed unseen, and the sweep's fill finds both.

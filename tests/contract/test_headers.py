@@ -172,6 +172,7 @@ BINDINGS: Final = {
     ),
     "submit_many": Binding(submit_many, 2, {("ok", "2", "s", "9", "x"): "2", ("late", "5"): "0"}),
     "succeed": Binding(lambda ledger: ledger.succeed("a", b"next"), 0, {("ok",): "True", ("missing",): "False"}),
+    "unlist": Binding(lambda ledger: ledger.unlist("gpus", 5, 500), 0, {("ok", "7", "2"): "(7, 2)"}),
     "turn": Binding(lambda ledger: ledger.take_turn("due", "life", 90), 0, {("ok", "1"): "True", ("ok", "0"): "False"}),
     "total": Binding(lambda ledger: ledger.set_total(1, 2), 0, {("ok",): "True", ("changed",): "False"}),
 }

@@ -35,7 +35,7 @@ OVER, NOT_OVER = -AGO, 10**14
 NAMES: Final = st.sampled_from(["a", "b", "c"])
 AMOUNTS: Final = st.fixed_dictionaries(
     {"cpus": st.sampled_from([1000, 2000, 4000, 6000]), "slots": st.sampled_from([1, 2, 5])},
-    optional={"memory": st.sampled_from([2, 4]), "licence": st.just(1)},
+    optional={"memory": st.sampled_from([2, 4]), "licence": st.just(1), "gpus": st.just(2)},
 )
 QUEUES: Final = st.sampled_from([["celery"], ["celery"], ["celery", "mail"], ["mail"], ["celery", "Vidéo", "mail"]])
 CAPACITIES: Final = st.builds(lambda amounts, queues: {**amounts, **labels(queues)}, AMOUNTS, QUEUES)

@@ -33,7 +33,7 @@ BRIEFLY: Final = 0.2
 def scene(engine: Engine, settings: Settings) -> Iterator[Scene]:
     stage = Stage(engine, settings)
     stage.worker("a", cpus=4000)
-    stage.worker("b", cpus=3000)
+    stage.worker("b", cpus=3000, licence=3)
     done = stage.submit(cpus=4000)
     stage.start(done)
     stage.end(done)

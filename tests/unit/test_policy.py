@@ -26,6 +26,7 @@ from routing.policy import (
     choose,
     fill,
     fits,
+    found_by,
     order,
     shortages,
     split_order,
@@ -119,12 +120,29 @@ def test_best_fit_leaves_the_least_cpus_and_ties_go_by_name() -> None:
 
 
 def test_only_the_first_candidates_are_looked_at() -> None:
-    books = [book("a", 1), book("b", 2), book("c", 3, licence=1)]
-    asks = need(1, licence=1)
+    books = [book("a", 1), book("b", 2), book("c", 3, memory=1)]
+    asks = need(1, memory=1)
     assert choose(asks, books, 3) == Admission("c")
     assert choose(asks, books, 2) == Refusal(Reason.LOOK_FURTHER, "cpus", 1, 2, "b")
     assert choose(asks, books, 2, after=(2, "b")) == Admission("c")
     assert choose(asks, books, 2, after=(3, "c")).__class__ is Refusal
+
+
+def test_workers_without_the_queue_or_the_resource_are_not_among_the_candidates() -> None:
+    books = [*(book(f"a{n}", 1) for n in range(9)), serving("b", "video"), book("c", 3, licence=1)]
+    assert choose(need(1).within("video"), books, 1) == Admission("b")
+    assert choose(need(1, licence=1), books, 1) == Admission("c")
+    only = [*(serving(f"a{n}", "video") for n in range(9)), serving("b", "celery")]
+    assert choose(need(1), only, 1) == Admission("b")
+
+
+def test_candidates_are_those_that_have_the_rarest_of_what_is_asked_for_in_the_default_queue() -> None:
+    books = [book("a", 1, gpus=1, licence=1), book("b", 2, licence=1), book("c", 3, licence=2, gpus=2)]
+    assert found_by(need(1, gpus=1, licence=1), books) == "gpus"
+    assert found_by(need(1, gpus=1, licence=1).within("video"), books) == "queue:video"
+    assert found_by(need(1, memory=1), books) == ""
+    gpus_for_video_only = replace(serving("d", "video"), capacity={**serving("d", "video").capacity, "gpus": 1})
+    assert gpus_for_video_only.places == {"queue:video"}
 
 
 def test_workers_with_too_few_cpus_are_not_among_the_candidates() -> None:
@@ -327,9 +345,17 @@ def test_a_release_admits_at_most_so_many() -> None:
 
 
 def test_a_release_looks_at_so_many_shapes() -> None:
-    backlog = waiting((9, 0), (8, 0), (1, 0), (1, 0))
-    assert fill(book("a", 4), backlog, shapes=2, most=10) == []
-    assert names(fill(book("a", 4), backlog, shapes=3, most=10)) == ["job-2", "job-3"]
+    backlog = waiting((9, 0), (8, 0), (7, 0), (6, 0), (1, 0), (1, 0))
+    assert fill(book("a", 4), backlog, shapes=2, most=10) == [], "the first two, and two behind these"
+    assert names(fill(book("a", 4), backlog, shapes=3, most=10)) == ["job-4", "job-5"]
+
+
+def test_what_waits_for_others_hides_nothing_from_a_release() -> None:
+    asks = [need(1).within(f"queue-{n}") for n in range(9)] + [need(1, licence=1 + n) for n in range(9)] + [need(1)]
+    backlog = [Waiting(f"job-{n}", request, n) for n, request in enumerate(asks)]
+    assert names(fill(book("a", 4), backlog, shapes=2, most=10)) == ["job-18"]
+    assert names(fill(serving("a", "queue-8", cpus=4), backlog, shapes=2, most=10)) == ["job-8"]
+    assert names(fill(book("a", 4, licence=9), backlog, shapes=2, most=10)) == ["job-9", "job-10"]
 
 
 def test_nothing_is_admitted_to_a_worker_that_is_cordoned_or_over() -> None:

@@ -1,0 +1,22 @@
+#!lua flags=allow-oom
+-- Does: takes out of the index of a resource the workers whose books do not say that they stand there.
+-- KEYS: none; by name: epoch, book, free_of
+-- ARGV: epoch, run_id, resource, seen (places that were looked at and stay), most (places to look at)
+-- Replies: {ok, places looked at, workers taken out} | {cold} | {epoch, current}
+-- Cost: two commands a place
+-- Repeat: harmless
+local epoch, run_id, resource, seen, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local index, taken = KEY.free_of .. resource, 0
+local found = redis.call('ZRANGE', index, int(seen), int(seen + most - 1))
+for _, worker in ipairs(found) do
+  local book = redis.call('HMGET', KEY.book .. worker, 'epoch', 'places')
+  if book[1] ~= epoch or not string.find(',' .. (book[2] or '') .. ',', ',' .. resource .. ',', 1, true) then
+    taken = taken + redis.call('ZREM', index, worker)
+  end
+end
+return {'ok', int(#found), int(taken)}

@@ -1,0 +1,247 @@
+"""A search looks at nothing that does not concern it: what it costs is counted, not timed, and is the same however many
+workers do not have what a job asks for, and however much waits that a worker may not take. Beside a version that knows
+the whole indexes alone it still finds what there is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from routing import keys
+from routing.amounts import labels
+from routing.capacity import Capacity
+from routing.ledger import Ledger
+from routing.policy import CANDIDATES, SHAPES, Admission, Book, Waiting, choose, order
+from routing.replies import Ended
+from routing.request import Request
+from tests.contract.test_admission import ON_A_SERVER, delivered, file, passes, write
+from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger, write_book
+
+ROOM: Final = {"cpus": 4000, "memory": 8, "slots": 4}
+ONE: Final = Request.of({"cpus": 1000})
+#: What most workers have, what one of them has, and what that one alone can take.
+RARE: Final = {
+    "a queue beside the default one": (labels(["celery"]), labels(["celery", "mail"]), ONE.within("mail")),
+    "a queue alone": (labels(["celery"]), labels(["mail"]), ONE.within("mail")),
+    "the default queue": (labels(["mail"]), labels(["celery"]), ONE),
+    "gpus": ({}, {"gpus": 9}, Request.of({"cpus": 1000, "gpus": 1})),
+    "of two resources the rarer one": (
+        {"licence": 9},
+        {"licence": 9, "gpus": 9},
+        Request.of({"cpus": 1000, "gpus": 1, "licence": 1}),
+    ),
+    "gpus, where others have a queue alone": (
+        {"gpus": 9, **labels(["mail"])},
+        {"gpus": 9},
+        Request.of({"cpus": 1000, "gpus": 1}),
+    ),
+}
+
+
+@pytest.fixture
+def ledger(redis_url: str) -> Iterator[Ledger]:
+    with open_ledger(redis_url) as ledger:
+        yield ledger
+
+
+def commands(ledger: Ledger, action: Callable[[], object]) -> Counter[str]:
+    """How often each command ran in the server meanwhile: a candidate that is looked at is an HMGET."""
+    ledger.client.config_resetstat()
+    action()
+    stats: Any = ledger.client.info("commandstats")
+    # (EVAL: the server did not have the script yet.)
+    return Counter({name: found["calls"] for name, found in stats.items() if name != "cmdstat_eval"})
+
+
+def crowd(workers: int, most: Mapping[str, int], one: Mapping[str, int], allocated: int = 0) -> list[Book]:
+    """So many workers that come before the one by their names."""
+    books = [Book(f"w{n:04}", {**ROOM, **most}, {}) for n in range(workers)]
+    return [*books, Book("x", {**ROOM, **one}, {"slots": allocated})]
+
+
+# -- a worker for a job
+
+
+@pytest.mark.parametrize("what", RARE)
+def test_a_search_costs_the_same_however_many_workers_do_not_have_what_is_asked_for(ledger: Ledger, what: str) -> None:
+    most, one, request = RARE[what]
+    costs = []
+    for workers in (1, 3 * CANDIDATES):
+        write(ledger, crowd(workers, most, one))
+
+        def submit() -> None:
+            taken = ledger.submit("job", request.shape, order(0, 1), MESSAGE)
+            assert (taken.state, taken.worker) == ("admitted", "x")
+
+        costs.append(commands(ledger, submit))
+    assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize("what", RARE)
+def test_a_search_in_vain_costs_the_same_too(ledger: Ledger, what: str) -> None:
+    most, one, request = RARE[what]
+    costs = []
+    for workers in (1, 3 * CANDIDATES):
+        write(ledger, crowd(workers, most, one, allocated=ROOM["slots"]))
+
+        def submit() -> None:
+            assert ledger.submit("job", request.shape, order(0, 1), MESSAGE).state == "waiting"
+
+        costs.append(commands(ledger, submit))
+        costs.append(commands(ledger, lambda: ledger.place(request.shape)))
+    assert costs[:2] == costs[2:]
+
+
+def test_a_worker_that_is_closed_or_leaves_stands_in_no_index(ledger: Ledger) -> None:
+    def standing() -> list[str]:
+        return sorted(key.decode() for key in ledger.client.scan_iter("ledger:free*"))
+
+    def register(*queues: str, life: str = "life", **amounts: int) -> None:
+        capacity = Capacity.of({**ROOM, **amounts}).serving(queues)
+        ledger.register("w", life, "queue", capacity.shape, VIEW)
+
+    register("celery", "mail", gpus=1)
+    assert standing() == ["ledger:free", "ledger:free:gpus", "ledger:free:queue:mail"]
+    register("mail", "Vidéo")
+    assert standing() == ["ledger:free", "ledger:free:queue:Vidéo", "ledger:free:queue:mail"]
+    assert ledger.client.zscore(keys.FREE, "w") == -1, "found by its queues alone"
+    ledger.condemn("w", "life")
+    assert standing() == []
+    register("celery", "mail", life="next")
+    assert standing() == ["ledger:free", "ledger:free:queue:mail"]
+    ledger.client.hdel(keys.book("w"), "epoch")  # torn: COLD for this worker
+    assert ledger.reserve("w", "next", Capacity.of(ROOM).shape)
+    assert standing() == []
+    register("celery", "mail", life="next")
+    assert ledger.leave("w", "next") == 0
+    assert standing() == []
+    assert ledger.client.zcard(keys.INDEXED) == 0
+
+
+# -- a job for a worker
+
+#: What waits before a job that fits, and may not go to a worker of the default queue without gpus.
+FOREIGN: Final[dict[str, Callable[[int], Request]]] = {
+    "of other queues": lambda n: ONE.within(f"queue-{n % 7}").merged({"cpus": 1 + n / 1000}),
+    "each of its own queue": lambda n: ONE.within(f"queue-{n}"),
+    "for gpus": lambda n: Request.of({"cpus": 1000 + n, "gpus": 1}),
+}
+
+
+@pytest.mark.parametrize("queues", [("celery",), tuple(f"own-{n}" for n in range(30))], ids=["one", "thirty"])
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_release_costs_the_same_however_much_waits_for_others(
+    ledger: Ledger, what: str, queues: tuple[str, ...]
+) -> None:
+    costs = []
+    for shapes in (2 * SHAPES, 30 * SHAPES):
+        write(ledger, [])
+        capacity = Capacity.of({"cpus": 1000, "slots": 1}).serving(queues)
+        ledger.register("w", "life", "queue", capacity.shape, VIEW)
+        own = ONE.within(queues[-1])
+        assert ledger.submit("first", own.shape, order(9, 0), MESSAGE).worker == "w"
+        rows = [(f"other-{n}", FOREIGN[what](n).shape, order(9, 1 + n), MESSAGE, 0, 0, 0) for n in range(shapes)]
+        assert ledger.submit_many(rows) == shapes == ledger.client.zcard(keys.SHAPES)
+        assert ledger.submit("own", own.shape, order(0, 9999), MESSAGE).state == "waiting"
+
+        def release() -> None:
+            ended = [Ended("first", "1.1", "succeeded")]
+            (settled,) = ledger.settle("w", "life", ended=ended, most_losses=MOST_LOSSES, follow=False).released
+            assert settled.verdict == "released"
+
+        costs.append(commands(ledger, release))
+        assert ledger.client.hget(keys.job("own"), "worker") == b"w"
+    assert costs[0] == costs[1]
+
+
+ASKED: Final = st.tuples(
+    st.sampled_from(["celery", "mail", "Vidéo", "other"]), st.sampled_from([None, None, "gpus", "licence"])
+)
+HAS: Final = st.tuples(
+    st.lists(st.sampled_from(["celery", "mail", "Vidéo", *(f"more-{n}" for n in range(20))]), min_size=1, unique=True),
+    st.sets(st.sampled_from(["gpus", "licence"])),
+)
+
+
+@settings(ON_A_SERVER, max_examples=15)
+@given(st.lists(ASKED, min_size=SHAPES // 2, max_size=SHAPES), st.integers(1, 60), HAS)
+def test_of_more_shapes_than_a_page_a_worker_takes_what_the_policy_says_in_its_order(
+    ledger: Ledger, asked: Sequence[tuple[str, str | None]], slots: int, has: tuple[list[str], set[str]]
+) -> None:
+    # Of the first page it may take little.
+    asked = [*(("celery" if n % 9 == 0 else "other", None) for n in range(SHAPES)), *asked]
+    backlog = [
+        Waiting(f"job-{n}", Request.of({"cpus": n % 50, "memory": 1 + n, **({of: 1} if of else {})}).within(queue), n)
+        for n, (queue, of) in enumerate(asked)
+    ]
+    queues, resources = has
+    capacity = {"cpus": 10**6, "memory": 10**6, "slots": slots, **dict.fromkeys(resources, 9)}
+    write(ledger, [])
+    file(ledger, backlog)
+    ledger.register("w", "life", "queue", Capacity.of(capacity).serving(queues).shape, VIEW)
+    assert delivered(ledger.client, "queue") == passes(Book("w", {**capacity, **labels(queues)}, {}), backlog)
+
+
+# -- beside a version that knows the whole indexes alone
+
+
+@pytest.mark.parametrize("what", RARE)
+def test_what_a_version_before_keeps_is_found_in_the_whole_index(ledger: Ledger, what: str) -> None:
+    most, one, request = RARE[what]
+    write(ledger, [])
+    books = crowd(2 * CANDIDATES, most, one)
+    for book in books:
+        write_book(ledger, book, by_this_version=False)
+    assert choose(request, books, len(books)) == Admission("x")
+    assert ledger.submit("one", request.shape, order(0, 1), MESSAGE).worker == "x"
+    assert ledger.submit_many([("two", request.shape, order(0, 2), MESSAGE, 0, 0, 0)]) == 1
+    assert ledger.client.hget(keys.job("two"), "worker") == b"x"
+    # Its heartbeat by this version puts it into the indexes, and after those of the others nobody looks elsewhere.
+    for book in books:
+        assert ledger.renew(book.worker, f"{book.worker}-life", {}, ["one", "two"], MOST_LOSSES).known
+    before = commands(ledger, lambda: ledger.submit("three", request.shape, order(0, 3), MESSAGE))
+    assert ledger.client.hget(keys.job("three"), "worker") == b"x"
+    assert before["cmdstat_hmget"] <= 4, before
+
+
+def test_one_worker_of_a_version_before_is_found_among_others(ledger: Ledger) -> None:
+    mail = labels(["celery", "mail"])
+    new, old = Book("new", {**ROOM, **mail}, {}), Book("old", {**ROOM, **mail}, {})
+    write(ledger, [new])
+    write_book(ledger, old, by_this_version=False)
+    shape = ONE.within("mail").shape
+    took = [ledger.submit(f"job-{n}", shape, order(0, n), MESSAGE).worker for n in range(9)]
+    assert took == [*["new"] * 4, *["old"] * 4, None]
+
+
+def test_whom_a_version_before_closed_is_not_admitted_to(ledger: Ledger) -> None:
+    write(ledger, crowd(0, {}, labels(["celery", "mail"])))
+    ledger.client.hset(keys.book("x"), "status", "draining")
+    ledger.client.zrem(keys.FREE, "x")
+    assert ledger.client.zscore(keys.free_of("queue:mail"), "x") == 4000
+    assert ledger.submit("job", ONE.within("mail").shape, order(0, 1), MESSAGE).state == "waiting"
+
+
+def test_room_that_a_version_before_gave_back_is_found_after_the_next_heartbeat(ledger: Ledger) -> None:
+    write(ledger, crowd(0, {}, labels(["mail"])))
+    index = keys.free_of("queue:mail")
+    ledger.client.zadd(keys.FREE, {"x": 4000})
+    ledger.client.zrem(index, "x")
+    assert ledger.renew("x", "x-life", {}, [], MOST_LOSSES).known
+    assert (ledger.client.zscore(index, "x"), ledger.client.zscore(keys.FREE, "x")) == (4000, -1)
+
+
+def test_what_a_version_before_filed_is_taken_by_a_release(ledger: Ledger) -> None:
+    write(ledger, [])
+    ledger.register("w", "life", "queue", Capacity.of(ROOM).shape, VIEW)
+    first = [ledger.submit(f"first-{n}", ONE.shape, order(0, n), MESSAGE).worker for n in range(4)]
+    assert first == ["w"] * 4
+    assert ledger.submit("job", ONE.shape, order(0, 9), MESSAGE).state == "waiting"
+    ledger.client.delete(keys.shapes_of("queue:celery"))
+    ledger.settle("w", "life", ended=[Ended("first-0", "1.1", "succeeded")], most_losses=MOST_LOSSES)
+    assert ledger.client.hget(keys.job("job"), "worker") == b"w"
