@@ -26,6 +26,10 @@ EMPTY = {"status": "ready", "allocated_cpus": "0", "allocated_memory": "0", "all
 #: What a measured job asks for: one CPU, like a task that declares nothing.
 REQUEST = "cpus=1000,slots=1"
 
+#: The same in another queue than the default one, and a worker that serves both.
+REQUEST_OF_QUEUE = "cpus=1000,queue:rare=1,slots=1"
+CAPACITY_WITH_QUEUE = f"cpus={CPUS}000,memory={256 * 2**30},queue:rare={10**9},slots={CPUS}"
+
 #: Jobs of the backlog that are filed in one round trip.
 CHUNK = 1000
 
@@ -42,12 +46,12 @@ class Books:
         self._sequence = 0
         self._incarnations: dict[str, str] = {}
 
-    def register(self, worker: str) -> None:
+    def register(self, worker: str, capacity: str = CAPACITY) -> None:
         """Opens the book of a worker as its process would. Raises RuntimeError when the name is taken."""
         self._incarnations[worker] = incarnation = str(uuid.uuid4())
         queue = private_queue(worker, incarnation)
         view = self.view(worker) | EMPTY
-        if isinstance(self.ledger.register(worker, incarnation, queue, CAPACITY, view), Taken):
+        if isinstance(self.ledger.register(worker, incarnation, queue, capacity, view), Taken):
             raise RuntimeError(f"the name {worker} is taken")
 
     def leave(self, worker: str) -> None:

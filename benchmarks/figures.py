@@ -91,6 +91,13 @@ FIGURES: tuple[Figure, ...] = (
         "≤ 2 × EVALSHA, ≤ 1.3 × at 3",
         flat("admit_vs_evalsha_3", growth=1.3, most=2),
     ),
+    Figure(
+        "admit_rare_queue_1000",
+        "ms",
+        scripts.admit_rare_queue_1000,
+        "≤ 1.3 × in the default queue",
+        ratio_at_most(1.3),
+    ),
     Figure("read_vs_ping", "ms", scripts.read_vs_ping, "≤ 1.3 × PING", ratio_at_most(1.3)),
     Figure("reads_1000_ms", "ms", scripts.reads_1000_ms, "≤ 30 ms", value_at_most(30)),
     Figure("register_ms", "ms", registration.register_ms, "< 10 ms", value_below(10)),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from benchmarks.bench import Bench
-from benchmarks.books import CPUS, REQUEST, Books, books
+from benchmarks.books import CAPACITY_WITH_QUEUE, CPUS, REQUEST, REQUEST_OF_QUEUE, Books, books
 from benchmarks.costs import Costs, read
 from benchmarks.rounds import Sides, in_turn, percentile
 from routing import keys
@@ -41,6 +41,18 @@ def admit_vs_evalsha_10000(bench: Bench) -> Sides:
 def admit_vs_evalsha_10000_waiting_100000(bench: Bench) -> Sides:
     """The same while 100,000 jobs of 50 shapes wait."""
     return admissions(bench, workers=10_000, waiting=WAITING)
+
+
+def admit_rare_queue_1000(bench: Bench) -> Sides:
+    """Milliseconds (p50) of the admission of a job whose queue one of 1,000 workers serves, beside that of a job of the
+    default queue, which all serve."""
+    with bench.pair() as pair, books(pair, 999) as opened:
+        opened.register("x", CAPACITY_WITH_QUEUE)
+        sides = paired(
+            bench, lambda: admission(opened, REQUEST_OF_QUEUE), lambda: admission(opened), "in the default queue"
+        )
+        bench.profile = admission_costs(opened, REQUEST_OF_QUEUE)
+        return sides
 
 
 def admissions(bench: Bench, workers: int, waiting: int) -> Sides:
@@ -105,22 +117,22 @@ def paired(bench: Bench, ours: Callable[[], float], plain: Callable[[], float], 
     return sides
 
 
-def admission(opened: Books) -> float:
+def admission(opened: Books, request: str = REQUEST) -> float:
     """Milliseconds of one admission."""
     job, place = opened.new_job()
     answers: list[Submitted] = []
-    taken = milliseconds(lambda: answers.append(opened.ledger.submit(job, REQUEST, place, opened.message)))
+    taken = milliseconds(lambda: answers.append(opened.ledger.submit(job, request, place, opened.message)))
     opened.release(job, answers[0])
     return taken
 
 
-def admission_costs(opened: Books) -> list[str]:
+def admission_costs(opened: Books, request: str = REQUEST) -> list[str]:
     """What the server does in one admission, and how long it takes by its own count."""
     costs = Costs()
     for _ in range(CALLS // BATCH):
         jobs = [opened.new_job() for _ in range(BATCH)]
         before = read(opened.ledger.client, {})
-        answers = [opened.ledger.submit(job, REQUEST, place, opened.message) for job, place in jobs]
+        answers = [opened.ledger.submit(job, request, place, opened.message) for job, place in jobs]
         costs.add(read(opened.ledger.client, {}).since(before), BATCH)
         for (job, _), answer in zip(jobs, answers, strict=True):
             opened.release(job, answer)
