@@ -17,7 +17,7 @@ help:
 	@echo 'make test    ruff, mypy, the documents and the tests'
 	@echo 'make test-docker   the tests that need Docker with Compose'
 	@echo 'make test-servers REDIS_URL=... DATABASE_URL=...   the tests on servers of yours'
-	@echo 'make test-installed   tests that need programs of Debian or PyPI: old and TLS-speaking servers'
+	@echo 'make test-installed   tests that need programs of Debian or PyPI: old and TLS-speaking servers, RabbitMQ'
 	@echo 'make test-pythons     make test with each of Python $(VERSIONS) that is found'
 	@echo 'make check   ruff and mypy only'
 	@echo 'make docs    the documents as a site, in build/site; a warning is an error'
@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	@$(BIN)/celery -A platform demo --worker worker-01=72 --worker worker-02=16 $(ARGS)
 
 test: check docs
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder -m 'not rabbitmq and not docker and not installed' $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder -m 'not docker and not installed' $(ARGS)
 
 test-docker: $(INSTALLED)
 	$(BIN)/python -m pytest -n 0 -m docker $(ARGS)
@@ -44,7 +44,7 @@ test-servers: $(INSTALLED)
 	fi
 	@TEST_REDIS_URL="$$REDIS_URL" TEST_DATABASE_URL="$$DATABASE_URL" env -u REDIS_URL -u DATABASE_URL \
 	    $(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder \
-	    -m 'not rabbitmq and not docker and not installed' $(or $(ARGS),tests/contract tests/integration)
+	    -m 'not docker and not installed' $(or $(ARGS),tests/contract tests/integration)
 
 test-installed: $(INSTALLED)
 	$(BIN)/python -m pytest -n 0 -m installed $(or $(ARGS),tests)
