@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -94,6 +97,46 @@ def test_what_runs_is_shown_with_its_request_and_allocation(platform: Platform, 
     assert shown["a"][0]["allocation"] == expected["allocation"]
     tasks.let_go(platform.redis, "seen")
     assert submitter.value(job) == "a"
+
+
+@contextmanager
+def stopped(pids: list[int]) -> Iterator[None]:
+    """Within, these processes do nothing."""
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_what_was_admitted_and_has_not_begun_is_reserved(platform: Platform, submitter: Submitter) -> None:
+    """A worker holds no job that it could not begin at once: it takes processes that do not answer to see one."""
+    for _ in range(5):
+        submitter.send(HOLD, "all")
+    holders = dict(tasks.started(platform.redis, "all") for _ in range(5))
+    tasks.let_go(platform.redis, "all", len(holders))
+    pool = [pid for job, pid in holders.items() if submitter.value(job) == "a"]
+    assert len(pool) == 4
+    with stopped(pool):
+        job = submitter.send(ADD, 1, 2, cpus=2, memory="1GiB")
+        (entry,) = until(lambda: asked(submitter, "reserved", "a")["a"], "it is reserved")
+        row = submitter.until(job, "running")
+        known = {
+            "id": job,
+            "request": {"cpus": 2, "memory": 2**30, "slots": 1},
+            "allocation": {"worker": "a", "attempt": 1, "token": f"{row.epoch}.1"},
+        }
+        assert known.items() <= entry.items()
+        assert asked(submitter, "active", "a") == {"a": []}
+        state, shown = asked(submitter, "query_task", "a", ids=(job,))["a"][job]
+        assert state == "reserved"
+        assert known.items() <= shown.items()
+        assert asked(submitter, "stats", "a")["a"]["allocated"]["cpus"] == 2
+    assert submitter.value(job) == 3
+    assert asked(submitter, "reserved", "a") == {"a": []}
+    assert submitter.outcomes(submitter.ended(job).id) == ["succeeded"]
 
 
 def test_a_time_limit_given_to_the_workers_holds(platform: Platform, submitter: Submitter) -> None:
