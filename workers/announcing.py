@@ -1,8 +1,9 @@
 """What Celery's events and signals say of a job beside what Celery's own request does.
 
 `task-waiting` and `task-admitted` are events of the platform's own; and where a job ends that no worker holds (revoked
-in the backlog, expired, lost), a worker says so as Celery's would: `task-revoked` and the signal `task_revoked`. All is
-said in the main loop, by the consumer's own dispatcher, which no other thread may use.
+in the backlog, expired, lost), a worker says so as Celery's would: `task-revoked` and the signal `task_revoked`, or
+`task-failed` and `task_failure`. All is said in the main loop, by the consumer's own dispatcher, which no other thread
+may use.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from billiard.einfo import ExceptionInfo
 from celery import signals
 from celery import states as celery_states
 from celery.app.task import Context
+from celery.exceptions import WorkerLostError
+from celery.utils.saferepr import saferepr
 from sqlalchemy import Engine, text
 
 from routing.errors import PlatformError
@@ -54,6 +58,35 @@ def request_of(headers: Any) -> dict[str, int | float] | None:
         return None
 
 
+def signal_failure(task: Any, request: Context, error: BaseException, info: ExceptionInfo) -> None:
+    """Send `task_failure` as Celery's own request does, which has the job's request on the stack of its task. `task` is
+    the name alone where this process does not know it."""
+    stack = getattr(task, "request_stack", None)
+    if stack is not None:
+        stack.push(request)
+    try:
+        signals.task_failure.send(
+            sender=task,
+            task_id=request.id,
+            exception=error,
+            args=request.args,
+            kwargs=request.kwargs,
+            traceback=info.traceback,
+            einfo=info,
+        )
+    finally:
+        if stack is not None:
+            stack.pop()
+
+
+def raised(error: Exception) -> ExceptionInfo:
+    """What Celery tells of an exception that nobody has raised."""
+    try:
+        raise error
+    except type(error):
+        return ExceptionInfo()
+
+
 class Announcer:
     """`wake` makes the main loop call `say`. `consumer`: Celery's, set once it is there."""
 
@@ -81,7 +114,8 @@ class Announcer:
             except Exception:
                 logger.exception("what became of a job could not be announced")
 
-    def _later(self, action: Callable[[], None]) -> None:
+    def later(self, action: Callable[[], None]) -> None:
+        """In any thread: say this in the main loop."""
         self._pending.append(action)
         self._wake()
 
@@ -117,7 +151,7 @@ class Announcer:
             rows = connection.execute(_ROWS, {"ids": ids}).all()
         for row in rows:
             if self._sends(row.name):
-                self._later(lambda row=row: self._send_waiting(row))  # type: ignore[misc]
+                self.later(lambda row=row: self._send_waiting(row))  # type: ignore[misc]
 
     def _send_waiting(self, row: Any) -> None:
         if self.events is not None:
@@ -127,29 +161,26 @@ class Announcer:
 
     def refused(self, message: Any) -> None:
         """In any thread: a message of an old producer is no task's, and was set aside."""
-        self._later(lambda: signals.task_rejected.send(sender=self.consumer, message=message, exc=None))
+        self.later(lambda: signals.task_rejected.send(sender=self.consumer, message=message, exc=None))
 
     def ended(self, job: str, state: State, error: str, request: Context) -> None:
         """In any thread: a job that no worker held has ended, and its result says so."""
-        self._later(lambda: self._say_end(job, state, error, request))
+        self.later(lambda: self._say_end(job, state, error, request))
 
     def _say_end(self, job: str, state: State, error: str, request: Context) -> None:
-        task = self._app.tasks.get(request.task)
+        task = self._app.tasks.get(request.task, request.task)
         events = self.events if self._sends(request.task) else None
         if state is State.LOST:
+            lost = WorkerLostError(error)
+            info = raised(lost)
+            signal_failure(task, request, lost, info)
             if events is not None:
-                events.send("task-failed", uuid=job, exception=f"WorkerLostError({error!r})", traceback="")
+                events.send("task-failed", uuid=job, exception=saferepr(lost), traceback=info.traceback)
             return
         expired = state is State.EXPIRED
         if events is not None:
             events.send("task-revoked", uuid=job, terminated=False, signum=None, expired=expired)
-        signals.task_revoked.send(
-            sender=task if task is not None else request.task,
-            request=request,
-            terminated=False,
-            signum=None,
-            expired=expired,
-        )
+        signals.task_revoked.send(sender=task, request=request, terminated=False, signum=None, expired=expired)
 
     def _sends(self, name: Any) -> bool:
         return bool(getattr(self._app.tasks.get(name), "send_events", True))

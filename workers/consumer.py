@@ -53,7 +53,11 @@ class Consumer(celery_consumer.Consumer):
         runtime = self.runtime
         for task in self.app.tasks.values():
             task.Request = request_class(
-                symbol_by_name(task.Request), runtime.identity.incarnation, runtime.end_job, runtime.stopping_cold
+                symbol_by_name(task.Request),
+                runtime.identity.incarnation,
+                runtime.end_job,
+                runtime.stopping_cold,
+                runtime.announcer.later,
             )
         super().update_strategies()
 

@@ -15,6 +15,7 @@ from workers import transport
 from workers.attempts import Attempt, held
 from workers.identity import Identity
 from workers.quarantine import Quarantine
+from workers.results import kept_of
 
 
 @contextmanager
@@ -41,6 +42,11 @@ def refusing(
             if not attempt.outbox:
                 # Celery says nothing of most of them, and whoever waits would wait for ever.
                 answer = {name: message.properties.get(name) for name in ("reply_to", "correlation_id")}
-                app.backend.mark_as_failure(tag.job, InvalidTaskError(error), request=Context(id=tag.job, **answer))
+                headers = message.headers if isinstance(message.headers, dict) else {}
+                # (A name that is none is no task's.)
+                name = headers.get("task") if isinstance(headers.get("task"), str) else None
+                request = Context(id=tag.job, task=name, ignore_result=headers.get("ignore_result"), **answer)
+                _, kept = kept_of(app, request)
+                app.backend.mark_as_failure(tag.job, InvalidTaskError(error), request=request, store_result=kept)
     finally:
         end_job(tag.job, tag.token, "failed", error, attempt.outbox, None)

@@ -21,7 +21,7 @@ from celery.worker import state as worker_state
 from routing.errors import LeaseLost
 from routing.message import Tag, parse_tag
 from routing.outbox import Outbox
-from workers.announcing import allocation, request_of
+from workers.announcing import allocation, raised, request_of, signal_failure
 from workers.attempts import Attempt, held
 from workers.judging import BROKEN_OFF, LEASE_LOST, TERMINATED
 from workers.tracing import TracedPool, unpacked
@@ -47,6 +47,8 @@ class JobRequest:
     end_job: EndJob
     #: True while the worker stops without waiting for its jobs: what dies now is handed back, not lost.
     stopping_cold: Callable[[], bool]
+    #: Has something said in the main loop, to events and signals.
+    later: Callable[[Callable[[], None]], None]
     #: The life of the worker.
     incarnation: str
     #: The task's own class, of which `request_class` made this one.
@@ -135,7 +137,7 @@ class JobRequest:
         if isinstance(error, ExceptionWithTraceback):
             error = error.exc
         if isinstance(error, WorkerLostError) and not return_ok:
-            return self._child_lost(error)
+            return self._child_lost(error, exc_info)
         outcome, text = _outcome(error, exc_info)
         if isinstance(error, Ignore) and self.outbox.replaced:
             outcome, text = "replaced", None
@@ -151,7 +153,7 @@ class JobRequest:
             if outcome is not None:
                 self._end(BROKEN_OFF if outcome == "failed" and self.outbox.committed else outcome, text)
 
-    def _child_lost(self, error: WorkerLostError) -> None:
+    def _child_lost(self, error: WorkerLostError, info: Any) -> None:
         """The pool's process died with the body. The job is not over: it runs again as a new attempt, until it was
         lost too often; only then has it a result, and a failure that Celery's hooks may see."""
         worker_state.task_ready(self)
@@ -165,10 +167,17 @@ class JobRequest:
                 request.id, error, request=request._context, store_result=request.store_errors
             )
 
-        def tell() -> None:
-            request.send_event("task-failed", exception=saferepr(error), traceback="")
+        self._end("lost", str(error), lambda: self._say_failed(error, info))
 
-        self._end("lost", str(error), tell)
+    def _say_failed(self, error: Exception, info: Any) -> None:
+        """In any thread: tell whoever listens to events and signals, as Celery's hooks would have."""
+        request: Any = self
+
+        def say() -> None:
+            signal_failure(request.task, request._context, error, info)
+            request.send_event("task-failed", exception=saferepr(error), traceback=info.traceback)
+
+        type(self).later(say)
 
     def future_done(self, future: Future[Any]) -> None:
         """A threads pool keeps to itself what is raised around a body (its result could not be stored), and drops what
@@ -179,8 +188,12 @@ class JobRequest:
             worker_state.task_ready(self)
             request: Any = self
             with self._speaking():
-                request.task.backend.mark_as_failure(request.id, error, request=request._context)
+                request.task.backend.mark_as_failure(
+                    request.id, error, request=request._context, store_result=request.store_errors
+                )
             self._end("failed", saferepr(error))
+            if isinstance(error, Exception):
+                self._say_failed(error, raised(error))
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         try:
@@ -229,7 +242,13 @@ def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | Non
 
 
 @lru_cache(maxsize=256)
-def request_class(base: type, incarnation: str, end_job: EndJob, stopping_cold: Callable[[], bool]) -> type:
+def request_class(
+    base: type,
+    incarnation: str,
+    end_job: EndJob,
+    stopping_cold: Callable[[], bool],
+    later: Callable[[Callable[[], None]], None],
+) -> type:
     """A task's request class with the platform's in front of it, for this life of a worker: a process that is one anew
     (a test's, in a thread) gets one of the same plain class again."""
     if issubclass(base, JobRequest):
@@ -244,5 +263,6 @@ def request_class(base: type, incarnation: str, end_job: EndJob, stopping_cold: 
             "incarnation": incarnation,
             "end_job": staticmethod(end_job),
             "stopping_cold": staticmethod(stopping_cold),
+            "later": staticmethod(later),
         },
     )

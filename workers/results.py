@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from celery import current_app, states
+from celery import Celery, current_app, states
 from celery.app.task import Context
 from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.backends.rpc import RPCBackend
@@ -263,6 +263,17 @@ class CarriedReplies(CarriedResults):
                         retry_policy={"max_retries": 1, "interval_start": 0},
                         delivery_mode=self.delivery_mode,  # type: ignore[attr-defined]
                     )
+
+
+def kept_of(app: Celery, request: Context) -> tuple[bool, bool]:
+    """Whether the value of a job is kept, and whether an error is, as Celery's worker would say."""
+    said = vars(request)
+    # (Of a message that cannot be read nothing is known.)
+    task = app.tasks.get(said.get("task"))
+    ignored = said.get("ignore_result")
+    if ignored is None:
+        ignored = getattr(task, "ignore_result", False)
+    return not ignored, not ignored or bool(getattr(task, "store_errors_even_if_ignored", False))
 
 
 def backend_class(base: type) -> type:

@@ -23,7 +23,7 @@ from workers.announcing import Announcer
 from workers.attempts import Attempt, held
 from workers.delivery import deliver
 from workers.pull import transactions
-from workers.results import HOPELESS
+from workers.results import HOPELESS, kept_of
 from workers.stores import Stores
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def _tell_anyhow(app: Celery, job: str, state: State, error: str, message: bytes
 
 def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> None:
     """The result of a job that ended while no worker held it; its chord and its callbacks hear of it too."""
-    value_wanted, errors = _wanted(app, request)
+    value_wanted, errors = kept_of(app, request)
     if state is State.SUCCEEDED:
         # It ended itself (`celery_capacity.fenced`), and its process died before it could return anything; or its value
         # was stored with its end, of which Postgres did not hear: that one stays.
@@ -153,17 +153,6 @@ def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> 
         # (As with Celery, whoever revokes a job finds it revoked, whatever is kept of its task.)
         kept = errors or state is State.CANCELLED
         app.backend.mark_as_revoked(job, error or state.value, request=request, store_result=kept)
-
-
-def _wanted(app: Celery, request: Context) -> tuple[bool, bool]:
-    """Whether the value of a job is kept, and whether an error is, as Celery's worker would say."""
-    said = vars(request)
-    # (Of a message that cannot be read nothing is known.)
-    task = app.tasks.get(said.get("task"))
-    ignored = said.get("ignore_result")
-    if ignored is None:
-        ignored = getattr(task, "ignore_result", False)
-    return not ignored, not ignored or bool(getattr(task, "store_errors_even_if_ignored", False))
 
 
 def _go_on(app: Celery, job: str, request: Context, value: Any) -> None:

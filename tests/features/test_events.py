@@ -3,7 +3,6 @@ events more."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -12,61 +11,18 @@ from typing import Any, Final
 import pytest
 from celery import Celery, states
 from celery.events.state import State
-from kombu import Connection
 
 from routing.home import Pair
 from tests.fixtures import tasks
+from tests.fixtures.ear import Ear
 from tests.fixtures.plain_workers import start_plain
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform
-from tests.fixtures.waiting import until
 from tests.tasks.plain import plain_app
 
 HOLD: Final = "tests.fixtures.tasks.hold"
 TASKS: Final = "tests.tasks.heard"
 OWN: Final = ("task-waiting", "task-admitted")
-
-
-class Ear:
-    """All events of an app's broker, heard by a thread."""
-
-    def __init__(self, app: Celery) -> None:
-        self.heard: list[dict[str, Any]] = []
-        self._ending = False
-        self._ready = threading.Event()
-        self._connection: Connection = app.connection_for_read()
-        self._receiver = app.events.Receiver(self._connection, handlers={"*": self.heard.append})
-        self._thread = threading.Thread(target=self._listen, name="ear", daemon=True)
-        self._thread.start()
-        assert self._ready.wait(20.0)
-
-    def _listen(self) -> None:
-        with self._receiver.consumer_context() as (connection, _, _):
-            self._ready.set()
-            while not self._ending:
-                try:
-                    connection.drain_events(timeout=0.1)
-                except TimeoutError:
-                    continue
-
-    def close(self) -> None:
-        self._ending = True
-        self._thread.join(20.0)
-        self._connection.release()
-
-    def of(self, job: str) -> list[dict[str, Any]]:
-        """The events of a job: first what its sender said (who may be slower than its worker), then by time."""
-        found = [one for one in list(self.heard) if one.get("uuid") == job]
-        return sorted(found, key=lambda one: (one["type"] != "task-sent", one["timestamp"]))
-
-    def until(self, job: str, kind: str, count: int = 1) -> list[dict[str, Any]]:
-        """The events of a job, as soon as so many of a kind are among them."""
-
-        def found() -> list[dict[str, Any]]:
-            events = self.of(job)
-            return events if sum(one["type"] == kind for one in events) >= count else []
-
-        return until(found, lambda: f"{kind} of {job}; there are {[one['type'] for one in self.of(job)]}")
 
 
 @pytest.fixture(scope="module")

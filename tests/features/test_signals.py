@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +12,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from celery import Celery, signals
+from celery import Celery, signals, states
+from celery.events.state import State
+from celery.exceptions import WorkerLostError
 
 from routing.errors import InvalidRequest
 from routing.home import Pair
+from tests.fixtures import tasks
+from tests.fixtures.ear import Ear
 from tests.fixtures.plain_workers import start_plain
-from tests.fixtures.processes import Platform
+from tests.fixtures.processes import Platform, Process
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
 from tests.tasks.heard import HEARD, OF_WORKERS
@@ -23,6 +29,7 @@ from tests.tasks.plain import plain_app
 from workers.router import HEADER
 
 TASKS: Final = "tests.tasks.heard"
+HOLD: Final = "tests.fixtures.tasks.hold"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,9 @@ def platform(
 ) -> Iterator[Platform]:
     with standing_platform(server_pair, tmp_path_factory.mktemp("signals"), TASKS) as running:
         running.environment[HEARD] = str(files["ours"])
-        running.worker("a", cpus=2)
+        # A job whose process dies is over, as with plain Celery.
+        running.environment["PLATFORM_MOST_LOSSES"] = "1"
+        running.worker("a", cpus=2, arguments=("-E",))
         start_plain(running, **{HEARD: str(files["plain"])})
         yield running
 
@@ -47,14 +56,17 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def heard_of(file: Path, job: str, last: str, count: int = 1) -> Counter[tuple[Any, ...]]:
+def heard_of(file: Path, job: str, last: str, count: int = 1, more: Path | None = None) -> Counter[tuple[Any, ...]]:
     """The signals of a job, as soon as so many of a kind are among them: name, sender, names of arguments, ..."""
 
-    def found() -> list[dict[str, Any]]:
-        own = [one for one in lines(file) if one["job"] == job]
-        return own if sum(one["signal"] == last for one in own) >= count else []
+    def own() -> list[dict[str, Any]]:
+        return [one for one in [*lines(file), *(lines(more) if more else ())] if one["job"] == job]
 
-    told = until(found, lambda: f"{last} of {job}: {[one['signal'] for one in lines(file) if one['job'] == job]}")
+    def found() -> list[dict[str, Any]]:
+        told = own()
+        return told if sum(one["signal"] == last for one in told) >= count else []
+
+    told = until(found, lambda: f"{last} of {job}: {[one['signal'] for one in own()]}")
     return Counter((one["signal"], one["sender"], *one["given"], one["expired"], one["terminated"]) for one in told)
 
 
@@ -63,6 +75,7 @@ LIVES: Final[dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str, int]]] =
     "success": (f"{TASKS}.done", (1,), {}, "task_postrun", 1),
     "failure": (f"{TASKS}.fails", (), {}, "task_postrun", 1),
     "retry": (f"{TASKS}.retries", (), {}, "task_success", 1),
+    "a hook that fails": (f"{TASKS}.fails_twice", (), {}, "task_failure", 1),
     "reject": (f"{TASKS}.rejects", (), {}, "task_failure", 1),
     "replaced": (f"{TASKS}.replaced", (), {}, "task_success", 1),
     "expired": (f"{TASKS}.done", (1,), {"expires": "2020-01-01T00:00:00+00:00"}, "task_revoked", 1),
@@ -85,7 +98,53 @@ def test_the_signals_of_a_job_are_those_of_plain_celery(
         submitter.ended(ours)
     for how, (*_, last, count) in LIVES.items():
         ours, theirs = jobs[how]
-        assert heard_of(files["ours"], ours, last, count) == heard_of(files["plain"], theirs, last, count), how
+        heard = heard_of(files["ours"], ours, last, count)
+        assert heard == heard_of(files["plain"], theirs, last, count), how
+        assert ("task_internal_error" in {one[0] for one in heard}) == (how == "a hook that fails")
+    plain.close()
+
+
+@pytest.fixture
+def ear(submitter: Submitter) -> Iterator[Ear]:
+    ear = Ear(submitter.app)
+    yield ear
+    ear.close()
+
+
+def test_a_job_that_is_lost_has_failed(
+    platform: Platform, submitter: Submitter, files: dict[str, Path], ear: Ear, tmp_path: Path
+) -> None:
+    """With the process of its pool, and with the whole worker: of that another worker tells."""
+    plain = plain_app(platform.environment["REDIS_URL"])
+    theirs = str(plain.send_task(HOLD, ("theirs",)).id)
+    ours = submitter.send(HOLD, "ours")
+    others = tmp_path / "others"
+
+    def start() -> Process:
+        return platform.worker("dying", cpus=4, arguments=("-E",), **{HEARD: str(others)})  # type: ignore[arg-type]
+
+    dying = start()
+    with_worker = submitter.send(HOLD, "worker", cpus=4)
+    for gate in ("theirs", "ours"):
+        os.kill(tasks.started(platform.redis, gate)[1], signal.SIGKILL)
+    tasks.started(platform.redis, "worker")
+    dying.kill()
+    # (It takes over at once.)
+    its_next_life = start()
+    expected = heard_of(files["plain"], theirs, "task_failure")
+    for job in (ours, with_worker):
+        assert submitter.ended(job).state == "lost"
+        assert heard_of(files["ours"], job, "task_failure", more=others) == expected
+        event = ear.until(job, "task-failed")[-1]
+        assert event["exception"].startswith("WorkerLostError(")
+        assert "WorkerLostError" in event["traceback"]
+        seen = State()
+        for one in ear.of(job):
+            seen.event(dict(one))
+        assert seen.tasks[job].state == states.FAILURE
+        with pytest.raises(WorkerLostError):
+            submitter.value(job)
+    assert its_next_life.stop() == 0
     plain.close()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from celery import states
-from celery.exceptions import Reject, SoftTimeLimitExceeded
+from celery.exceptions import InvalidTaskError, Reject, SoftTimeLimitExceeded
 
 from routing.home import Pair
 from tests.fixtures import tasks
@@ -114,15 +114,23 @@ def test_errors_that_a_task_may_raise_are_no_alarm(platform: Platform, submitter
 
 
 def test_results_that_nobody_wants_are_not_kept(platform: Platform, submitter: Submitter) -> None:
+    # (No worker reads yaml.)
+    submitter.app.conf.accept_content = ["json", "yaml"]
     wanted = bodies.silent.apply_async((1,), ignore_result=False)
+    unread = bodies.silent.apply_async((1,), ignore_result=False, serializer="yaml")
     ignored = [
         bodies.silent.delay(1),
         add.apply_async((1, 1), ignore_result=True),
         bodies.silent_failure.delay(),
+        bodies.silent.apply_async((1,), serializer="yaml"),
+        add.apply_async((1, 1), serializer="yaml", ignore_result=True),
     ]
     assert wanted.get(timeout=20) == 1
-    assert [submitter.ended(one.id).state for one in ignored] == ["succeeded", "succeeded", "failed"]
-    assert [(one.get(timeout=1), one.state) for one in ignored] == [(None, states.PENDING)] * 3
+    with pytest.raises(InvalidTaskError, match="yaml"):
+        unread.get(timeout=20)
+    ended = [submitter.ended(one.id).state for one in ignored]
+    assert ended == ["succeeded", "succeeded", "failed", "failed", "failed"]
+    assert [(one.get(timeout=1), one.state) for one in ignored] == [(None, states.PENDING)] * 5
     heard = bodies.heard_failure.delay()
     assert submitter.ended(heard.id).state == "failed"
     until(lambda: submitter.result(heard.id).state == states.FAILURE, "the error is kept")

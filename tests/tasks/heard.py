@@ -9,7 +9,7 @@ import json
 import os
 from typing import Any
 
-from celery import shared_task, signals
+from celery import Task, shared_task, signals
 from celery.exceptions import Reject
 
 from tests.fixtures.tasks import held_at
@@ -68,6 +68,19 @@ def done(x: int) -> int:
 @shared_task
 def fails() -> None:
     raise ValueError("as told")
+
+
+class Clumsy(Task):
+    """Fails once more when it hears of a failure."""
+
+    def on_failure(self, exc: Exception, *_: Any) -> None:
+        if not isinstance(exc, LookupError):
+            raise LookupError("in the hook")
+
+
+@shared_task(base=Clumsy)
+def fails_twice() -> None:
+    raise ValueError("in the body")
 
 
 @shared_task

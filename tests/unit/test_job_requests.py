@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
+from celery import signals
+from celery.app.task import Context
+from celery.utils.threads import LocalStack
 
 from routing.message import Tag
 from routing.outbox import Outbox
@@ -16,58 +22,92 @@ from workers.tracing import TracedPool
 class Backend:
     """Takes a failure as `workers.results` does: it goes into the outbox of the attempt."""
 
-    def mark_as_failure(self, job: str, error: BaseException, **_: Any) -> None:
+    def mark_as_failure(self, job: str, error: BaseException, store_result: bool = True, **_: Any) -> None:
         attempt = attempts.current()
         assert attempt is not None and attempt.deferred
-        attempt.outbox.results.append({"result": job, "error": repr(error)})
+        if store_result:
+            attempt.outbox.results.append({"result": job, "error": repr(error)})
+
+
+class CeleryTask:
+    """As little of Celery's task."""
+
+    def __init__(self) -> None:
+        self.backend = Backend()
+        self.request_stack: Any = LocalStack()
 
 
 class CeleryRequest:
     """As little of Celery's request as is needed to give one to a pool."""
 
     id = "job"
-    _context = None
-    task = SimpleNamespace(backend=Backend())
+    _context = Context(id="job", args=(1,), kwargs={})
+    task = CeleryTask()
+    store_errors = True
     future: Future[None]
 
     def __init__(self, message: Any) -> None:
         self._request_dict: dict[str, Any] = {}
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def send_event(self, kind: str, **fields: Any) -> None:
+        self.events.append((kind, fields))
 
     def execute_using_pool(self, pool: Any, **options: Any) -> Any:
         assert isinstance(pool, TracedPool)
         return SimpleNamespace(f=self.future)
 
 
-def given_to_a_threads_pool() -> tuple[Future[None], list[tuple[str, str, str, str | None, int]]]:
-    """The future of a job that a threads pool runs, and the ends that were reported of it, each with the number of
-    results that go with it."""
-    ends: list[tuple[str, str, str, str | None, int]] = []
-    future: Future[None] = Future()
+class Given:
+    """A job that was given to a threads pool: the ends that were reported of it, each with the number of results that
+    go with it, and what is left to be said in the main loop."""
 
-    def end_job(job: str, token: str, outcome: str, error: str | None, outbox: Outbox, on_lost: Any) -> bool:
-        ends.append((job, token, outcome, error, len(outbox.results)))
+    def __init__(self) -> None:
+        self.ends: list[tuple[str, str, str, str | None, int]] = []
+        self.to_say: list[Callable[[], None]] = []
+        self.future: Future[None] = Future()
+        kind = request_class(CeleryRequest, "life", self._end_job, lambda: False, self.to_say.append)
+        self.request: Any = kind(SimpleNamespace(delivery_tag="job:1.2"))
+        self.request.future = self.future
+        assert self.request.tag == Tag("job", 1, 2)
+        self.request.execute_using_pool(None)
+
+    def _end_job(self, job: str, token: str, outcome: str, error: str | None, outbox: Outbox, on_lost: Any) -> bool:
+        self.ends.append((job, token, outcome, error, len(outbox.results)))
         return True
 
-    request: Any = request_class(CeleryRequest, "life", end_job, lambda: False)(SimpleNamespace(delivery_tag="job:1.2"))
-    request.future = future
-    assert request.tag == Tag("job", 1, 2)
-    request.execute_using_pool(None)
-    return future, ends
 
+@pytest.mark.parametrize("errors_are_kept", [True, False])
+def test_a_trace_that_raises_in_a_thread_ends_the_job(errors_are_kept: bool) -> None:
+    given, heard = Given(), []
+    given.request.store_errors = errors_are_kept
 
-def test_a_trace_that_raises_in_a_thread_ends_the_job() -> None:
-    future, ends = given_to_a_threads_pool()
-    future.set_exception(ConnectionError("the result cannot be stored"))
-    assert ends == [("job", "1.2", "failed", "ConnectionError('the result cannot be stored')", 1)]
+    def hear(sender: Any = None, **told: Any) -> None:
+        heard.append((told["task_id"], repr(told["exception"]), told["args"], sender.request_stack.top.id))
+
+    given.future.set_exception(ConnectionError("the result cannot be stored"))
+    said = "ConnectionError('the result cannot be stored')"
+    assert given.ends == [("job", "1.2", "failed", said, 1 if errors_are_kept else 0)]
+    signals.task_failure.connect(hear)
+    try:
+        (say,) = given.to_say
+        say()
+    finally:
+        signals.task_failure.disconnect(hear)
+    assert heard == [("job", said, (1,), "job")]
+    assert given.request.task.request_stack.top is None
+    ((kind, fields),) = given.request.events
+    assert (kind, fields["exception"]) == ("task-failed", said)
+    assert "cannot be stored" in fields["traceback"]
 
 
 def test_a_trace_that_returned_is_left_to_celery_s_hooks() -> None:
-    future, ends = given_to_a_threads_pool()
-    future.set_result(None)
-    assert ends == []
+    given = Given()
+    given.future.set_result(None)
+    assert (given.ends, given.to_say) == ([], [])
 
 
 def test_a_job_that_a_stopping_threads_pool_never_began_goes_back() -> None:
-    future, ends = given_to_a_threads_pool()
-    future.cancel()
-    assert ends == [("job", "1.2", "handed_back", "not started", 0)]
+    given = Given()
+    given.future.cancel()
+    assert given.ends == [("job", "1.2", "handed_back", "not started", 0)]
