@@ -1,4 +1,5 @@
-"""Messages that are gathered while Celery publishes them, and stored a chunk at a time: bulk submission, large groups.
+"""Messages that are gathered while Celery publishes them, and stored a chunk at a time: bulk submission, large groups;
+or all at once, where they are part of a transaction of the caller's: groups and chords.
 
 Within `gathering(...)` what this thread publishes is built by Celery's own code up to the moment at which its sender
 hands the message over. What Celery does after that (signals, the event `task-sent`) waits until the chunk is stored.
@@ -6,6 +7,7 @@ hands the message over. What Celery does after that (signals, the event `task-se
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -200,7 +202,41 @@ def stored_together(app: Celery, jobs: Chunks) -> Iterator[Gathering]:
         jobs.close()
 
 
-# -- groups
+@contextmanager
+def within_session(app: Celery, session: Any) -> Iterator[None]:
+    """What is published within is written at its end, into the transaction of a session: all of it, or nothing.
+
+    Nothing is written before all is known to be right; what Postgres refuses after that fails the whole transaction.
+    Raises `InvalidRequest` for a session that cannot be used, before anything is published.
+    """
+    # (It loads SQLAlchemy's ORM.)
+    from workers.transactional import Transaction
+
+    transaction = Transaction(app.amqp.job_sender, app.platform, session)
+    transaction.check()
+    jobs = Chunks(app.amqp.job_sender, app.platform, attempts.current(), sys.maxsize, within=transaction.add)
+    with active(Gathering(app, jobs)):
+        yield
+    jobs.flush()
+
+
+# -- groups and chords
+
+
+def in_transaction(apply_async: Callable[..., Any]) -> Callable[..., Any]:
+    """Celery's `chord.apply_async`, which hands its options on to the messages of its header, where a session cannot
+    be: here all that it publishes is part of the session's transaction."""
+
+    @wraps(apply_async)
+    def applied(self: Any, *args: Any, session: Any = None, **options: Any) -> Any:
+        app = self.app
+        if session is None or app.conf.task_always_eager or not isinstance(getattr(app, "platform", None), Stores):
+            given = {} if session is None else {"session": session}
+            return apply_async(self, *args, **given, **options)
+        with within_session(app, session):
+            return apply_async(self, *args, **options)
+
+    return applied
 
 
 def in_chunks(apply_tasks: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
@@ -212,11 +248,15 @@ def in_chunks(apply_tasks: Callable[..., Iterable[Any]]) -> Callable[..., Iterab
         self: Any, tasks: Iterable[Any], producer: Any = None, app: Celery | None = None, *more: Any, **options: Any
     ) -> Iterable[Any]:
         app = app or self.app
+        on_platform = isinstance(getattr(app, "platform", None), Stores)
+        if on_platform and options.get("session") is not None:
+            with within_session(app, options.pop("session")):
+                return list(apply_tasks(self, _aside(tasks), producer, app, *more, **options))
         attempt = attempts.current()
         # What the worker itself publishes may not wait, or waits for Postgres; and in a group within a group the outer
         # one gathers.
         alone = attempt is not None and (attempt.deferred or attempt.patient is not None)
-        if not isinstance(getattr(app, "platform", None), Stores) or alone or here(app.amqp) is not None:
+        if not on_platform or alone or here(app.amqp) is not None:
             return apply_tasks(self, tasks, producer, app, *more, **options)
         jobs = Chunks(app.amqp.job_sender, app.platform, attempt)
         with stored_together(app, jobs) as found, active(found):
@@ -239,6 +279,7 @@ def _aside(tasks: Iterable[Any]) -> Iterator[Any]:
 
 
 def connect() -> None:
-    """Have groups go together. Once for all apps."""
+    """Have groups go together, and chords with a session. Once for all apps."""
     if not hasattr(canvas.group._apply_tasks, "__wrapped__"):
         canvas.group._apply_tasks = in_chunks(canvas.group._apply_tasks)
+        canvas._chord.apply_async = in_transaction(canvas._chord.apply_async)

@@ -50,6 +50,10 @@ class Transaction:
         self._sender.admits(attempts.current())
         self.add([job])
 
+    def check(self) -> None:
+        """Raises `InvalidRequest` for a session elsewhere."""
+        self._home(self._connection())
+
     def add(self, jobs: Sequence[NewJob]) -> None:
         """Write the rows of jobs. Raises `InvalidRequest` for a session elsewhere, `Unsupported`, `NotAccepted`."""
         for job in jobs:

@@ -5,17 +5,18 @@ The sweep of this platform comes once in ten minutes: what runs here was brought
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import group
+from celery import chain, chord, group
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from celery_capacity import InvalidRequest, LeaseLost, NotAccepted
+from celery_capacity import InvalidRequest, LeaseLost, NotAccepted, Unsupported
 from routing import keys
 from routing.home import Pair
 from routing.message import Tag
@@ -23,7 +24,7 @@ from tests.fixtures.processes import Platform
 from tests.fixtures.servers import empty_database
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
-from tests.tasks.bulky import double
+from tests.tasks.bulky import double, total
 from workers import attempts
 from workers.attempts import Attempt
 from workers.duties.listening import LISTEN_LOCK
@@ -44,9 +45,11 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture
-def app(submitter: Submitter) -> Any:
+def app(submitter: Submitter) -> Iterator[Any]:
     submitter.app.set_current()
-    return submitter.app
+    yield submitter.app
+    # (What is left of results that never came says so to Redis, which must still be there.)
+    gc.collect()
 
 
 @pytest.fixture
@@ -173,6 +176,62 @@ def test_many_jobs_are_part_of_one_transaction(app: Any, submitter: Submitter, s
         app.submit_many(double, [(1,), (object(),)], session=session, chunk=1)
     before = submitter.jobs()
     session.rollback()
+    assert submitter.jobs() == before
+
+
+def canvases(app: Any) -> dict[str, tuple[Any, Any]]:
+    """What a canvas gives, by what it is."""
+    of_three = chord([double.s(1), double.s(2), double.s(3)], total.s())
+    return {
+        "a chain": (chain(double.s(1), double.s(), double.s()), 8),
+        "a group": (group(double.s(1), double.s(2)), [2, 4]),
+        "a chord": (of_three, 12),
+        "a chord without a header": (chord([], total.s(), app=app), 0),
+        "a chain of a group": (chain(group(double.s(1), double.s(2)), total.s(), double.s()), 12),
+        "a group of a chain and a chord": (group(chain(double.s(1), double.s()), of_three.clone()), [4, 12]),
+        "a chord of chains with a group as its body": (
+            chord([chain(double.s(1), double.s())] * 2, group(total.s(), total.s())),
+            [8, 8],
+        ),
+    }
+
+
+def test_a_canvas_is_part_of_the_transaction_as_a_whole(
+    app: Any, submitter: Submitter, session: Session, engine_of_the_program: Engine
+) -> None:
+    before = submitter.jobs()
+    given = canvases(app)
+    for canvas, _ in given.values():
+        canvas.apply_async(session=session)
+    session.rollback()
+    assert submitter.jobs() == before
+    sent = [canvas.apply_async(session=session, priority=2) for canvas, _ in given.values()]
+    assert submitter.jobs() == before
+    session.commit()
+    assert [one.get(timeout=30) for one in sent] == [value for _, value in given.values()]
+    with engine_of_the_program.begin() as connection:
+        result = chord([double.s(4)], total.s()).apply_async(session=connection)
+    assert result.get(timeout=20) == 8
+    assert submitter.row(result.parent.results[0].id).priority == 0
+    assert {submitter.row(one.id).priority for one in sent[1].results} == {2}
+
+
+def test_of_a_canvas_that_cannot_be_sent_nothing_is_in_the_transaction(
+    app: Any, submitter: Submitter, session: Session
+) -> None:
+    before = submitter.jobs()
+    for wrong, error, said in (
+        (double.s(object()), InvalidRequest, "cannot be written"),
+        (double.s(1).set(cpus=-1), InvalidRequest, "cpus"),
+        (double.s(1).set(after=["another"]), Unsupported, "after the commit"),
+    ):
+        for canvas in (group([double.s(1), wrong]), chord([double.s(1), wrong], total.s())):
+            with pytest.raises(error, match=said):
+                canvas.apply_async(session=session)
+    with pytest.raises(InvalidRequest, match="Session or a Connection"):
+        chord([double.s(1)], total.s()).apply_async(session="postgresql://")
+    buy(session, 30)
+    session.commit()
     assert submitter.jobs() == before
 
 

@@ -12,6 +12,11 @@ def double(x: int, by: int = 2) -> int:
     return x * by
 
 
+@shared_task(cpus=0.5)
+def total(numbers: list[int]) -> int:
+    return sum(numbers)
+
+
 @shared_task(bind=True)
 def spread(self: Any, many: int) -> list[str]:
     """Submits many jobs at once, and as many in a group; the ids of all."""
