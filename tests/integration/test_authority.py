@@ -29,7 +29,8 @@ from tests.fixtures.proxy import Proxy
 from tests.fixtures.servers import ANSWER_WITHIN, empty_database, environment_of
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
-from tests.fixtures.working import all_ended, send_work, states
+from tests.fixtures.working import WORK, all_ended, send_work, states
+from tests.tasks import gated
 from tests.tasks.work import peaks, read, starts
 from workers.exits import Exit
 
@@ -76,7 +77,7 @@ def platform(servers: Servers, broker: str, results: str, tmp_path: Path) -> Ite
         environment |= {
             "CELERY_BROKER_URL": broker,
             "CELERY_RESULT_BACKEND": results,
-            "PLATFORM_IMPORTS": "tests.fixtures.tasks,tests.tasks.work,tests.tasks.ends",
+            "PLATFORM_IMPORTS": "tests.fixtures.tasks,tests.tasks.work,tests.tasks.ends,tests.tasks.gated",
         }
         engine = create_engine(database_url)
         with redis.Redis.from_url(environment["REDIS_URL"], socket_timeout=ANSWER_WITHIN) as client:
@@ -269,6 +270,51 @@ def test_retries_countdowns_expiries_and_revokes_work_without_the_ledger(
         with pytest.raises(TaskRevokedError):
             submitter.value(job)
     assert [submitter.ended(job).state for job in full] == ["succeeded"] * 4
+
+
+def test_gates_open_and_shut_without_the_ledger_and_stay_so_when_it_is_back(
+    alone: Platform, servers: Servers, submitter: Submitter, tmp_path: Path
+) -> None:
+    trace = str(tmp_path / "trace")
+    # One of equal ones, until it has ended.
+    only = submitter.send(WORK, trace, "only", 1.0, unique="one of these")
+    assert submitter.send(WORK, trace, "only", 1.0, unique="one of these") == only
+    # What needs others starts when they have succeeded, and ends where one has not.
+    after = submitter.send(ADD, 1, 2, after=[only])
+    failed = submitter.send("tests.fixtures.tasks.fail", "no")
+    never = submitter.send(ADD, 1, 2, after=[only, failed])
+    assert submitter.value(after) == 3
+    assert submitter.ended(only).finished_at <= submitter.ended(after).started_at
+    with pytest.raises(TaskRevokedError, match="which it needs"):
+        submitter.value(never)
+    assert submitter.ended(never).state == "cancelled"
+    again = submitter.send(WORK, trace, "again", 0.05, unique="one of these")
+    assert again != only
+    # Two workers together start no more than a rate allows, which is another one when somebody says so.
+    often = [submitter.send(gated.often.name) for _ in range(8)]
+    due = sorted(submitter.ended(job).due_at for job in often)
+    assert all(number <= 20 * (at - due[0]).total_seconds() + 1 for number, at in enumerate(due))
+    seldom = [submitter.send(gated.seldom.name) for _ in range(3)]
+    assert submitter.ended(seldom[0]).state == "succeeded"
+    assert [submitter.row(job).state for job in seldom[1:]] == ["scheduled"] * 2
+    submitter.app.control.rate_limit(gated.seldom.name, "20/s")
+    assert {submitter.ended(job).state for job in seldom} == {"succeeded"}
+    # What waits goes over to the ledger with its gates, and they open there.
+    submitter.app.control.rate_limit(gated.unlimited.name, "1/h")
+    limited = [submitter.send(gated.unlimited.name) for _ in range(2)]
+    assert submitter.ended(limited[0]).state == "succeeded"
+    running = submitter.send(WORK, trace, "running", 4.0)
+    later = submitter.send(ADD, 3, 4, after=running)
+    until(lambda: starts(read(Path(trace)))["running"], "it runs")
+    assert authority(alone).authority == "postgres"
+    servers.start_redis()
+    decides(alone, "ledger")
+    assert submitter.row(limited[1]).state == "scheduled"
+    submitter.app.control.rate_limit(gated.unlimited.name, 0)
+    assert submitter.value(later) == 7
+    assert {submitter.ended(job).state for job in (limited[1], running, again)} == {"succeeded"}
+    assert submitter.ended(running).finished_at <= submitter.ended(later).started_at
+    assert starts(read(Path(trace))) == {"only": 1, "again": 1, "running": 1}
 
 
 def test_a_job_that_loses_its_process_is_alone_at_last_and_lost_then(
