@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from migrations import HEAD
 from routing.errors import PlatformError
 from routing.explain import Why
 from routing.states import State
@@ -98,6 +99,15 @@ def test_the_reference_shows_an_example_of_each_shape_that_fits_it() -> None:
     for name, block in shown:
         assert_shape(name, json.loads(block))
     assert {name.replace(" ", "-") for name, _ in shown} == set(NAMES)
+
+
+def test_revisions_in_the_documents_are_the_newest() -> None:
+    shown = [json.loads(block) for name, block in documented() if name.startswith("db ")]
+    assert {one["head"] for one in shown} == {HEAD}
+    assert [one["current"] for one in shown if one.get("up_to_date", one.get("before", "") is None)] == [HEAD] * 2
+    pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md"))]
+    said = re.compile(r"(?:knows |newest revision: `)(\d{4})(?: as the newest|`)")
+    assert {found for page in pages for found in said.findall(page)} == {HEAD}
 
 
 def test_a_value_that_is_not_its_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
