@@ -22,7 +22,7 @@ help:
 	@echo 'make check   ruff and mypy only'
 	@echo 'make docs    the documents as a site, in build/site; a warning is an error'
 	@echo 'make bench   this platform beside plain Celery'
-	@echo 'make bench-size  100,000 jobs, 1,000 workers and a million finished rows: ten minutes and 4 GB of disk'
+	@echo 'make bench-size  100,000 jobs, 1,000 workers and a million finished rows: twenty minutes and 5 GB of disk'
 	@echo 'make chaos   eight minutes of random faults under load, and what they cost: nothing'
 	@echo 'make clean   remove .venv and what the tools left'
 

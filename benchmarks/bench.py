@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,15 +31,18 @@ class Contest:
     costs: dict[Side, Costs] = field(default_factory=lambda: {side: Costs() for side in SIDES})
 
     @contextmanager
-    def metered(self, side: Side, jobs: int, worker: Worker | None = None) -> Iterator[None]:
-        """Adds what the block costs to the costs of a side. `worker`: where it is not the contest's own."""
+    def metered(
+        self, side: Side, jobs: int, worker: Worker | None = None, senders: Sequence[Submitter] = ()
+    ) -> Iterator[None]:
+        """Adds what the block costs to the costs of a side. `worker`, `senders`: where they are not the contest's
+        own."""
         receiver = worker or self.workers[side]
-        processes = {
-            "submitter": self.senders[side].pid,
-            "worker": receiver.pid,
-            "Redis": self.pair.redis_pid,
-            "Postgres": self.pair.postgres_pid,
-        }
+        processes = [
+            *(("submitter", sender.pid) for sender in senders or (self.senders[side],)),
+            ("worker", receiver.pid),
+            ("Redis", self.pair.redis_pid),
+            ("Postgres", self.pair.postgres_pid),
+        ]
         with redis.Redis.from_url(self.pair.redis_url) as client:
             before = read(client, processes)
             yield

@@ -7,7 +7,7 @@ meanwhile belongs to the side whose turn it was.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import psutil
@@ -63,14 +63,16 @@ class Costs:
         return [f"{side}, per job:", *processes, f"  Redis calls{scripts}: {calls}"]
 
 
-def read(client: redis.Redis, processes: Mapping[str, int]) -> Reading:
-    """The totals now, of processes (role, pid) and their children."""
+def read(client: redis.Redis, processes: Iterable[tuple[str, int]]) -> Reading:
+    """The totals now, of processes (role, pid) and their children; those of one role are added up."""
     stats: dict[str, dict[str, int]] = client.info("commandstats")
     calls = Counter({name.removeprefix("cmdstat_"): int(of["calls"]) for name, of in stats.items()})
     del calls["info"]  # our own
     scripts = sum(int(stats[name]["usec"]) for name in ("cmdstat_eval", "cmdstat_evalsha") if name in stats)
-    cpu = Counter({role: cpu_seconds(pid) for role, pid in processes.items()})
-    return Reading(cpu, calls, scripts)
+    cpu: dict[str, float] = {}
+    for role, pid in processes:
+        cpu[role] = cpu.get(role, 0.0) + cpu_seconds(pid)
+    return Reading(Counter(cpu), calls, scripts)
 
 
 def cpu_seconds(pid: int) -> float:

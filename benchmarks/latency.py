@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from benchmarks.bench import Bench
-from benchmarks.processes import Side
+from benchmarks.processes import Side, submitter, worker
 from benchmarks.rounds import Sides, percentile
 
 #: Jobs of one round, one after the other.
@@ -64,6 +64,32 @@ def release_to_start_p95(bench: Bench) -> Sides:
 
         contest.warm_up("hold", jobs=jobs[:SLOTS])
         return Sides(*contest.in_turn(gap))
+
+
+def commit_to_start_session_p95(bench: Bench) -> Sides:
+    """Milliseconds from the commit of a SQLAlchemy Session to the start of a job that is part of it, p95."""
+    return _commits(bench, "session")
+
+
+def commit_to_start_connection_p95(bench: Bench) -> Sides:
+    """The same of a bare Connection, whose commit only a worker hears of."""
+    return _commits(bench, "connection")
+
+
+def _commits(bench: Bench, by: str) -> Sides:
+    """One job at a time on an idle worker. Plain Celery has no counterpart."""
+    with (
+        bench.pair() as pair,
+        worker("ours", pair, pool="threads", concurrency=CONCURRENCY, cpus=CONCURRENCY),
+        submitter("ours", pair) as sender,
+    ):
+        sender.call("committed", by=by, count=WARM_UP)
+        values = []
+        for _ in range(bench.rounds):
+            taken: list[float] = sender.call("committed", by=by, count=JOBS)
+            bench.say(f"  p50 {percentile(taken, 0.5):.2f} ms, p95 {percentile(taken, 0.95):.2f} ms")
+            values.append(percentile(taken, 0.95))
+        return Sides(values)
 
 
 def idle_gaps(ran: list[tuple[float, float]], slots: int) -> list[float]:

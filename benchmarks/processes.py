@@ -134,10 +134,18 @@ class Submitter:
 
     def call(self, name: str, **arguments: Any) -> Any:
         """The value of the call. Raises ProcessFailed when it raised there or the process ended."""
+        self.begin(name, **arguments)
+        return self.answer(name)
+
+    def begin(self, name: str, **arguments: Any) -> None:
+        """Makes the call, and leaves its value to `answer`: several submitters can be at work at once."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
         self._process.stdin.flush()
+
+    def answer(self, name: str) -> Any:
+        """The value of the call that was begun. Raises as `call` does."""
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise ProcessFailed(f"the {self.side} submitter ended with {self._process.wait()} during {name}")

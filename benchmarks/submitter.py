@@ -86,6 +86,44 @@ class Submitter:
             taken.append((time.perf_counter() - begin) * 1000)
         return taken
 
+    def committed(self, by: str, count: int) -> list[float]:
+        """Milliseconds from the commit of a transaction to the start of the one job in it, for `count` of them, one on
+        its way at a time. `by`: "session" or "connection" of SQLAlchemy. Both ends are of this machine's monotonic
+        clock; the commit's own time counts."""
+        from sqlalchemy import create_engine, text
+        from sqlalchemy.orm import Session
+
+        task = self._app.tasks["bench.stamp"]
+        engine = create_engine(os.environ["DATABASE_URL"])
+        taken: list[float] = []
+        for _ in range(count):
+            with Session(engine) if by == "session" else engine.connect() as transaction:
+                transaction.execute(text("SELECT 1"))
+                result = task.apply_async(session=transaction)
+                begin = time.monotonic()
+                transaction.commit()
+            started, _ = result.get(timeout=PATIENCE)
+            taken.append((started - begin) * 1000)
+        engine.dispose()
+        return taken
+
+    def grown(self, task: str, first: int, count: int) -> float:
+        """MB (10^6 bytes) by which this process is larger at its largest while it submits `count` tasks in one call
+        from a generator, than at its largest while it submits `first`."""
+        import psutil
+
+        process = psutil.Process()
+        largest = [0, 0]
+
+        def look(_: int) -> None:
+            largest[-1] = max(largest[-1], process.memory_info().rss)
+
+        for place, jobs in enumerate((first, count)):
+            largest[-1] = 0
+            self._app.submit_many(self._app.tasks[task], (() for _ in range(jobs)), progress=look)
+            largest[place] = largest[-1]
+        return (largest[1] - largest[0]) / 1e6
+
     def hold(self, jobs: list[tuple[float, dict[str, Any]]]) -> list[Any]:
         """Submits a sleeping task per (seconds, options of `apply_async`) and waits for all. Their values."""
         task = self._app.tasks["bench.hold"]

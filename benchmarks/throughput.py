@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack
+
 from benchmarks.bench import Bench
-from benchmarks.processes import Side, worker
+from benchmarks.processes import SIDES, Side, submitter, worker
 from benchmarks.rounds import Sides
 
 #: Jobs of one round of each figure.
 SUBMITTED, END_TO_END, DRAINED = 1000, 1000, 1000
+
+#: Processes that submit at once, and the jobs of each.
+SUBMITTERS, EACH = 4, 250
 
 #: The same of those that are submitted in one call: more than fit in a chunk, and than workers have room for.
 TOGETHER, CHORD = 5000, 1000
@@ -40,6 +46,41 @@ def submit(bench: Bench) -> Sides:
             return SUBMITTED / seconds
 
         contest.warm_up("end_to_end", task="bench.noop", count=WARM_UP)
+        return Sides(*contest.in_turn(rate))
+
+
+def submit_4(bench: Bench) -> Sides:
+    """Jobs a second that four processes submit at once, each of them one by one: as `submit` in all else."""
+    with bench.contest(pool="threads", concurrency=2 * SUBMITTERS * EACH) as contest, ExitStack() as stack:
+        senders = {
+            side: [
+                contest.senders[side],
+                *(stack.enter_context(submitter(side, contest.pair)) for _ in range(SUBMITTERS - 1)),
+            ]
+            for side in SIDES
+        }
+
+        def rate(side: Side) -> float:
+            receiver, count = contest.workers[side], SUBMITTERS * EACH
+            receiver.pause()
+            try:
+                with contest.metered(side, count, senders=senders[side]):
+                    begin = time.perf_counter()
+                    for sender in senders[side]:
+                        sender.begin("submit", task="bench.noop", count=EACH)
+                    for sender in senders[side]:
+                        sender.answer("submit")
+                    seconds = time.perf_counter() - begin
+            finally:
+                receiver.resume()
+            for sender in senders[side]:
+                sender.call("gather")
+            bench.say(f"  {side}: {count / seconds:.0f} jobs/s")
+            return count / seconds
+
+        for side in SIDES:
+            for sender in senders[side]:
+                sender.call("end_to_end", task="bench.noop", count=WARM_UP)
         return Sides(*contest.in_turn(rate))
 
 

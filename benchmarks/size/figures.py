@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.bench import Bench
-from benchmarks.size import comparing, keeping, rebuild, working
+from benchmarks.size import comparing, keeping, rebuild, streaming, working
 from benchmarks.size.scale import Scale
 
 #: What measures several figures at once: name -> value.
@@ -83,6 +83,13 @@ PARTS: Mapping[str, Part] = {
             Figure("archive_rows_s", "jobs/s", "moved into the archive"),
             Figure("archive_statement_ms", "ms", "the longest statement that moved 1,000"),
             Figure("archived_bytes_per_job", "bytes", "in Postgres, for a job in the archive with one attempt"),
+        ),
+    ),
+    "bulk": Part(
+        streaming.streamed,
+        (
+            Figure("bulk_memory_mb", "MB", "a submitter's growth from 10,000 to a million jobs", at_most=32),
+            Figure("bulk_jobs_s", "jobs/s", "submitted meanwhile, all of them to wait"),
         ),
     ),
 }
