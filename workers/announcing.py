@@ -163,6 +163,15 @@ class Announcer:
         """In any thread: a message of an old producer is no task's, and was set aside."""
         self.later(lambda: signals.task_rejected.send(sender=self.consumer, message=message, exc=None))
 
+    def failed(self, job: str, name: Any, error: Exception) -> None:
+        """In any thread: a job that was admitted here has failed, and will never be a request."""
+        self.later(lambda: self._send_failed(job, name, error))
+
+    def _send_failed(self, job: str, name: Any, error: Exception) -> None:
+        events = self.events if self._sends(name) else None
+        if events is not None:
+            events.send("task-failed", uuid=job, exception=saferepr(error), traceback="")
+
     def ended(self, job: str, state: State, error: str, request: Context) -> None:
         """In any thread: a job that no worker held has ended, and its result says so."""
         self.later(lambda: self._say_end(job, state, error, request))
@@ -183,4 +192,5 @@ class Announcer:
         signals.task_revoked.send(sender=task, request=request, terminated=False, signum=None, expired=expired)
 
     def _sends(self, name: Any) -> bool:
-        return bool(getattr(self._app.tasks.get(name), "send_events", True))
+        known = self._app.tasks.get(name) if isinstance(name, str) else None
+        return bool(getattr(known, "send_events", True))

@@ -26,8 +26,10 @@ def refusing(
     app: Celery,
     quarantine: Quarantine,
     end_job: Callable[..., bool],
+    failed: Callable[[str, Any, Exception], None],
 ) -> Iterator[None]:
-    """A message that never becomes a request ends its job; what Celery says of it within goes with the end."""
+    """A message that never becomes a request ends its job; what Celery says of it within goes with the end. `failed`
+    is told (job, task's name, error) where it says nothing."""
     tag = parse_tag(message.delivery_tag) if isinstance(message, transport.JobMessage) else None
     if tag is None:
         # Of remote control, which is no job's.
@@ -47,6 +49,8 @@ def refusing(
                 name = headers.get("task") if isinstance(headers.get("task"), str) else None
                 request = Context(id=tag.job, task=name, ignore_result=headers.get("ignore_result"), **answer)
                 _, kept = kept_of(app, request)
-                app.backend.mark_as_failure(tag.job, InvalidTaskError(error), request=request, store_result=kept)
+                problem = InvalidTaskError(error)
+                app.backend.mark_as_failure(tag.job, problem, request=request, store_result=kept)
+                failed(tag.job, name, problem)
     finally:
         end_job(tag.job, tag.token, "failed", error, attempt.outbox, None)

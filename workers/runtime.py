@@ -331,7 +331,9 @@ class Runtime:
 
     def refusing(self, message: Any, error: str) -> AbstractContextManager[None]:
         """See `workers.refusing`."""
-        return refusing(message, error, self.identity, self.app, self.quarantine, self.end_job)
+        return refusing(
+            message, error, self.identity, self.app, self.quarantine, self.end_job, self.announcer.failed
+        )
 
     def end_job(
         self,

@@ -104,6 +104,22 @@ def test_what_ends_in_the_backlog_is_told_as_celery_tells_it(
         assert [one["type"] for one in ear.of(job)].count("task-revoked") == 1
 
 
+def test_what_cannot_be_begun_is_told_to_have_failed(platform: Platform, submitter: Submitter, ear: Ear) -> None:
+    """Celery says nothing of a message that it cannot read, and its task would seem to be under way for ever."""
+    submitter.app.conf.accept_content = ["json", "yaml"]
+    job = submitter.send(f"{TASKS}.done", 1, serializer="yaml")
+    assert submitter.ended(job).state == "failed"
+    *_, event = events = ear.until(job, "task-failed")
+    assert [one["type"] for one in events] == ["task-sent", "task-admitted", "task-failed"]
+    assert event["exception"].startswith("InvalidTaskError(")
+    # Of a task that it does not know it does, once.
+    unknown = submitter.send("nobody.knows.this")
+    assert submitter.ended(unknown).state == "failed"
+    ear.until(unknown, "task-failed")
+    assert submitter.value(submitter.send(f"{TASKS}.done", 1)) == 1
+    assert [one["type"] for one in ear.of(unknown)].count("task-failed") == 1
+
+
 @pytest.fixture(scope="module")
 def plain(platform: Platform) -> Iterator[Celery]:
     """An app of plain Celery, with a worker on the same server, in another database."""
