@@ -100,6 +100,8 @@ OPTIONS = (
 
 def _send(app: Celery, written: Written, name: Any, args: Any, options: dict[str, Any]) -> None:
     """It is accepted, with one row; or refused by an error of the platform that says so, with none."""
+    # (Of several jobs in a row the ledger hears a moment later.)
+    assert app.platform.sending.flush()
     before = written.all()
     try:
         app.send_task(name, args, **options)
