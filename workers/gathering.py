@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any, Final
 
 from celery import Celery, canvas, signals
+from celery.utils.functional import _regen
 from celery.utils.nodenames import anon_nodename
 
 from routing.accept import NewJob
@@ -229,10 +230,16 @@ def in_transaction(apply_async: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(apply_async)
     def applied(self: Any, *args: Any, session: Any = None, **options: Any) -> Any:
+        if session is None:
+            return apply_async(self, *args, **options)
         app = self.app
-        if session is None or app.conf.task_always_eager or not isinstance(getattr(app, "platform", None), Stores):
-            given = {} if session is None else {"session": session}
-            return apply_async(self, *args, **given, **options)
+        if not isinstance(getattr(app, "platform", None), Stores):
+            return apply_async(self, *args, session=session, **options)
+        if app.conf.task_always_eager:
+            return apply_async(self, *args, **options)
+        if isinstance(self.tasks, _regen):
+            # What the caller's own code publishes while it makes the header is no part of this.
+            list(self.tasks)
         with within_session(app, session):
             return apply_async(self, *args, **options)
 

@@ -216,6 +216,32 @@ def test_a_canvas_is_part_of_the_transaction_as_a_whole(
     assert {submitter.row(one.id).priority for one in sent[1].results} == {2}
 
 
+@pytest.mark.parametrize("kind", ["group", "chord"])
+def test_what_a_generator_of_tasks_publishes_itself_is_no_part_of_the_transaction(
+    app: Any, submitter: Submitter, session: Session, kind: str
+) -> None:
+    apart: list[Any] = []
+
+    def made() -> Iterator[Any]:
+        for number in range(5):
+            apart.append(double.delay(number))
+            yield double.s(number)
+
+    before = submitter.jobs()
+    canvas = group(made()) if kind == "group" else chord(made(), total.s())
+    canvas.apply_async(session=session)
+    session.rollback()
+    assert [one.get(timeout=20) for one in apart] == [0, 2, 4, 6, 8]
+    assert submitter.jobs() == before + 5
+
+
+def test_a_session_means_nothing_where_tasks_run_in_this_process(app: Any, session: Session) -> None:
+    app.conf.task_always_eager = True
+    assert chord([double.s(1), double.s(2)], total.s()).apply_async(session=session).get() == 6
+    assert group(double.s(1), double.s(2)).apply_async(session=session).get() == [2, 4]
+    assert double.apply_async((4,), session=session).get() == 8
+
+
 def test_of_a_canvas_that_cannot_be_sent_nothing_is_in_the_transaction(
     app: Any, submitter: Submitter, session: Session
 ) -> None:
