@@ -255,16 +255,15 @@ def test_a_mailbox_whose_connection_is_half_open_finds_its_messages_again(
 # -- between
 
 
-def test_a_sender_that_dies_between_commit_and_admission_leaves_its_job_to_the_sweep(
+def test_a_sender_that_dies_between_commit_and_admission_leaves_its_job_to_the_workers(
     platform: Platform, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = platform.worker("a", 2, "threads")
+    platform.worker("a", 2, "threads")
     with monkeypatch.context() as dying:
         dying.setattr(Sender, "_to_ledger", lambda *_: None)
         job = submitter.send(ADD, 1, 2)
-    assert submitter.row(job).state == "accepted"
+    # (By the sweep, or by who begins to listen just now.)
     assert submitter.value(job) == 3
-    worker.wait_for("duty sweep: submitted 1")
 
 
 def test_a_drain_hands_back_what_is_in_the_mailbox(platform: Platform, submitter: Submitter) -> None:
