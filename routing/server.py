@@ -13,7 +13,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
-from routing import addresses, formats, keys, sentinels
+from routing import addresses, formats, keys, native, sentinels
 from routing.errors import NotMigrated, PlatformError, StoreUnavailable, mask_url
 from routing.replies import LedgerClosed, LedgerFull
 from routing.scripts import load
@@ -47,12 +47,12 @@ def connect(url: str, **options: Any) -> redis.Redis:
     }
     address = addresses.read(url)
     if address.scheme == addresses.SENTINEL:
-        return sentinels.client(address, options)
+        return native.by_thread(sentinels.client(address, options))
     if not address.path:
-        return redis.Redis.from_url(url, **options)
+        return native.by_thread(redis.Redis.from_url(url, **options))
     del options["socket_keepalive"]
     options |= {"username": address.user, "password": address.password, "db": address.number, "path": address.path}
-    return redis.Redis.from_pool(redis.ConnectionPool(redis.UnixDomainSocketConnection, **options))
+    return native.by_thread(redis.Redis.from_pool(redis.ConnectionPool(redis.UnixDomainSocketConnection, **options)))
 
 
 class LedgerServer:

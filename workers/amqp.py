@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from celery.app.amqp import AMQP
 from kombu import Exchange, Queue
+from kombu.pools import ProducerPool
 from kombu.serialization import prepare_accept_content
 
+from routing import native
 from routing.errors import InvalidRequest
 from workers import ticks
 from workers.control import purge_queue
@@ -153,6 +156,21 @@ class PlatformAMQP:
                 prepare_accept_content(app.conf.accept_content),
             )
         return found
+
+    @property
+    def producer_pool(self) -> Any:
+        """The process's. Beside greenlets each thread of the platform has one, since its connections are its own."""
+        if not native.is_apart():
+            return super().producer_pool  # type: ignore[misc]
+        found = self.apart.__dict__
+        if "pool" not in found:
+            found["pool"] = ProducerPool(self.app.connection_for_write().Pool(1), limit=1)
+        return found["pool"]
+
+    @cached_property
+    def apart(self) -> threading.local:
+        """What one thread has of it."""
+        return threading.local()
 
     def flush_routes(self) -> None:
         super().flush_routes()  # type: ignore[misc]

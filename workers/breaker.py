@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 from redis.exceptions import RedisError
 
-from routing import patience
+from routing import native, patience
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
@@ -53,8 +53,8 @@ class Breaker:
         self._submissions = Submissions(self._bring)
         self._lock = threading.Lock()
         self._open = False
-        self._looking: threading.Thread | None = None
-        self._ended = threading.Event()
+        self._looking: native.Thread | None = None
+        self._ended = native.Event()
 
     @property
     def closed(self) -> bool:
@@ -114,7 +114,7 @@ class Breaker:
             if self._open:
                 return
             self._open = True
-            self._looking = threading.Thread(target=self._look, name="breaker", daemon=True)
+            self._looking = native.Thread(target=self._look, name="breaker", daemon=True)
         logger.warning("the ledger is left alone until it answers quickly (jobs are accepted meanwhile): %s", why)
         self._looking.start()
 

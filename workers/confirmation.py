@@ -6,7 +6,6 @@ A thread of its own asks, since a Postgres that hangs must not hold up a heartbe
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -14,13 +13,13 @@ from datetime import datetime
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import roster
+from routing import native, roster
 from routing.errors import PlatformError
 from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 
-class Confirmation(threading.Thread):
+class Confirmation(native.Thread):
     """One thread asks, all read: assignments of one value each. `on_regained` is called in this thread when the answer
     is valid again after it was not."""
 

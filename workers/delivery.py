@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from routing import native
 from routing.message import Tag
 from routing.outbox import Outbox, parse
 from routing.store import Transition
@@ -56,7 +57,7 @@ def _try(action: Callable[[Any], None], notes: Any) -> None:
         logger.exception("what a job left for the result backend cannot be delivered and is dropped: %.200r", notes)
 
 
-class Delivery(threading.Thread):
+class Delivery(native.Thread):
     """`add` never blocks. Transitions go on to `record` when what they carry was delivered, or has to wait."""
 
     def __init__(

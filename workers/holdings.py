@@ -50,7 +50,7 @@ class Holdings:
     _held: dict[tuple[str, str], Holding] = field(default_factory=dict)
     #: Those of them of which the ledger said that they lost their lease.
     _strays: set[tuple[str, str]] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=lambda: threading.Lock())
 
     def book(self) -> Book:
         """What runs here beside the capacity, as a book."""

@@ -6,8 +6,8 @@ is lost in it, and locks of a dead session are held. Closing such a connection p
 
 from __future__ import annotations
 
+import _socket
 import os
-import socket
 import stat
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -74,7 +74,8 @@ def sockets_to(places: Collection[Place]) -> list[int]:
 
 
 def _leads_to(descriptor: int, places: Collection[Place]) -> bool:
-    looked_at = socket.socket(fileno=descriptor)
+    # (Not gevent's, which would have its loop watch it.)
+    looked_at = _socket.socket(fileno=descriptor)
     try:
         peer = looked_at.getpeername()
     finally:

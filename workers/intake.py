@@ -8,7 +8,6 @@ be are set aside.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
@@ -19,7 +18,7 @@ from kombu.exceptions import OperationalError
 from kombu.serialization import registry
 from sqlalchemy.exc import DBAPIError
 
-from routing import limits
+from routing import limits, native
 from routing.errors import (
     BacklogFull,
     InvalidRequest,
@@ -53,7 +52,7 @@ TICKS_ARE: Final = "json"
 RETRY_AFTER: Final = 1.0
 
 
-class Intake(threading.Thread):
+class Intake(native.Thread):
     """`on_tick` is called with the name of each tick, `on_refused` with each message that is set aside, in this
     thread."""
 
@@ -71,7 +70,7 @@ class Intake(threading.Thread):
         self._router = Router(app.platform, lambda: app.tasks)
         self._on_tick = on_tick
         self._on_refused = on_refused
-        self._ending = threading.Event()
+        self._ending = native.Event()
 
     def challenge(self) -> None:
         """Ask every worker for a heartbeat now."""

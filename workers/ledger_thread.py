@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from routing import native
 from routing.errors import StoreUnavailable, storable
 from routing.ledger import Ledger
 from routing.message import Tag
@@ -57,7 +58,7 @@ class Arrival:
     nonce: str
 
 
-class LedgerThread(threading.Thread):
+class LedgerThread(native.Thread):
     """`arrive` and `end` never block and may be called in any thread. `start_job` is called in this thread."""
 
     def __init__(

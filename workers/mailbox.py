@@ -9,13 +9,13 @@ control, events and the default queue of old producers.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from typing import Any, Final
 
 import redis
 from redis.exceptions import RedisError
 
+from routing import native
 from routing.server import connect
 from routing.settings import Settings
 
@@ -31,14 +31,14 @@ BATCH: Final = 100
 RETRY_AFTER: Final = 0.25
 
 
-class Mailbox(threading.Thread):
+class Mailbox(native.Thread):
     """`received` is called with the bytes of each message, in this thread, and must not raise."""
 
     def __init__(self, settings: Settings, queue: str, received: Callable[[bytes], None]) -> None:
         super().__init__(name="mailbox", daemon=True)
         self._queue = queue
         self._received = received
-        self._ending = threading.Event()
+        self._ending = native.Event()
         self._client: redis.Redis = connect(str(settings.redis_url), socket_timeout=ANSWER_WITHIN)
 
     def stop(self, within: float) -> None:

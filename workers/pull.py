@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import select
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -16,7 +15,7 @@ import psycopg2
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import fence, pull
+from routing import fence, native, pull
 from routing.policy import held_by
 from routing.request import Request
 from routing.settings import Settings
@@ -35,7 +34,7 @@ FLUSH_WITHIN: Final = 5.0
 MOST_MISSES: Final = 5
 
 
-class Puller(threading.Thread):
+class Puller(native.Thread):
     """`start_job` gets the text of each message, in this thread; `can_start` says whether it would start at once.
     `flush` waits until what this worker noted before is in Postgres. This is the one thread that never waits for the
     ledger: so here Postgres is told that the worker lives (`tell`), and who decides is looked at."""
@@ -168,7 +167,7 @@ class Puller(threading.Thread):
             return
         if self._listening is None:
             self._listen()
-        poll = select.poll()
+        poll = native.poll()
         poll.register(self._wake.fileno(), select.POLLIN)
         poll.register(self._listening.fileno(), select.POLLIN)
         ready = poll.poll(self._settings.due_interval * 1000)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
+from routing import native
 from routing.capacity import Capacity
 from routing.errors import NameTaken, PlatformError, StoreUnavailable
 from routing.ledger import Ledger
@@ -24,7 +25,7 @@ from workers.wake import Wake
 logger = logging.getLogger(__name__)
 
 
-class Pulse(threading.Thread):
+class Pulse(native.Thread):
     """Confirms the authority, renews the lease, sees a new epoch, and drains when it is told to."""
 
     def __init__(

@@ -14,7 +14,7 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import quarantine
+from routing import native, quarantine
 from routing.quarantine import SetAside
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ RETRY_AFTER: Final = 1.0
 SHOWN: Final = 200
 
 
-class Quarantine(threading.Thread):
+class Quarantine(native.Thread):
     """`set_aside` never waits for a store and may be called in any thread."""
 
     def __init__(self, engine: Engine, worker: str) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import enroll, store, stream
+from routing import enroll, native, store, stream
 from routing.errors import PlatformError
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
@@ -30,7 +30,7 @@ MOST: Final = 1000
 RETRY_AFTER: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
-class Recorder(threading.Thread):
+class Recorder(native.Thread):
     """`add` never blocks. `flush` waits until all that was added is written, or the time is over. `on_applied` is
     called with the rows that changed."""
 

@@ -6,6 +6,8 @@ import os
 import select
 from typing import Final
 
+from routing import native
+
 _ALL: Final = 4096
 
 
@@ -37,7 +39,7 @@ class Wake:
 
     def wait(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds; True when it was woken."""
-        poll = select.poll()
+        poll = native.poll()
         poll.register(self._read, select.POLLIN)
         woken = bool(poll.poll(max(0, timeout) * 1000))
         if woken:

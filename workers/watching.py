@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from routing import watching
+from routing import native, watching
 from routing.server import connect
 from routing.settings import Settings
 from routing.watching import JobEvent
@@ -43,7 +43,7 @@ class Watcher:
         self._told: dict[str, list[Tell]] = {}
         self._jobs: dict[str, str] = {}
         self._wake = Wake()
-        self._thread: threading.Thread | None = None
+        self._thread: native.Thread | None = None
         self._pubsub: Any = None
         #: Channels to which this connection has been subscribed, and those of which it was confirmed.
         self._asked: set[str] = set()
@@ -58,7 +58,7 @@ class Watcher:
             self._told.setdefault(name, []).append(tell)
             self._jobs[name] = job
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+                self._thread = native.Thread(target=self._run, name="watch", daemon=True)
                 self._thread.start()
             heard = name in self._subscribed
         if heard:
@@ -144,7 +144,7 @@ class Watcher:
         number = self._number()
         if number is None:
             raise ConnectionError("the connection is gone")
-        poll = select.poll()
+        poll = native.poll()
         poll.register(self._wake.fileno(), select.POLLIN)
         poll.register(number, select.POLLIN)
         poll.poll(SILENT_FOR * 1000)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import select
-import threading
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import backlog, enroll, pull, roster
+from routing import backlog, enroll, native, pull, roster
 from routing.errors import PlatformError
 from routing.replies import LedgerClosed
 from workers.stores import TCP_WITHIN_MS, Stores
@@ -40,7 +39,7 @@ _SHORT_LIVED: Final = (
 )
 
 
-class Listener(threading.Thread):
+class Listener(native.Thread):
     """`stores`: with a handle of the ledger of its own."""
 
     def __init__(self, stores: Stores, incarnation: str) -> None:
@@ -108,7 +107,7 @@ class Listener(threading.Thread):
 
     def _hear(self, within: float) -> None:
         """Wait for notifications, and bring in what they name."""
-        poll = select.poll()
+        poll = native.poll()
         poll.register(self._wake.fileno(), select.POLLIN)
         poll.register(self._listening.fileno(), select.POLLIN)
         ready = poll.poll(within * 1000)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import roster
+from routing import native, roster
 from routing.errors import PlatformError
 from routing.postgres import is_locked
 from routing.replies import LedgerClosed
@@ -67,7 +66,7 @@ DUTIES: Final = (
 SUSPICION: Final = Duty("suspicion", sweep.pause, reconciling.run_once)
 
 
-class Runner(threading.Thread):
+class Runner(native.Thread):
     """Runs each duty when its turn is free. What a store refuses is tried again in the next interval."""
 
     def __init__(self, app: Celery, stores: Stores, incarnation: str) -> None:
