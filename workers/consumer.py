@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from celery.bootsteps import RUN
@@ -63,7 +64,7 @@ class Consumer(celery_consumer.Consumer):
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         self.runtime.announcer.consumer = self
-        self.runtime.handle = super().create_task_handler(*args, **options)
+        self.runtime.starting.handle = super().create_task_handler(*args, **options)
         return self.runtime.arrived
 
     # Remote control, about what this worker publishes. Celery's own would consume the queues beside the worker's own.
@@ -86,8 +87,9 @@ class Consumer(celery_consumer.Consumer):
     def _update_prefetch_count(self, index: int = 0) -> None:
         """Called where the pool, or the range of its autoscaler, has changed its size."""
         super()._update_prefetch_count(index)
-        # (Soon: the autoscaler says it before it has its new range.)
-        self.call_soon(self.runtime.remeasure)
+        # (Soon: the autoscaler says it before it has its new range. Without a hub, Celery's "soon" is two seconds.)
+        soon = self.call_soon if self.hub is not None else partial(self.timer.call_after, 0)
+        soon(self.runtime.remeasure)
 
     def register_with_event_loop(self, hub: Any) -> None:
         super().register_with_event_loop(hub)
@@ -101,6 +103,8 @@ class Consumer(celery_consumer.Consumer):
         """Ready means that it can be admitted to, also in a worker of `celery.contrib.testing`, which sends no signal.
         A process of the pool that was killed while the worker joined is replaced, as any later one is: Celery would
         end the worker, for it takes the pool for one that cannot start."""
+        if getattr(self.pool, "is_green", False):
+            self.runtime.attach(None)
         super().on_ready()
         if not self.runtime.joining.begun:
             # (Nobody sent Celery's signal.)
@@ -114,11 +118,11 @@ class Consumer(celery_consumer.Consumer):
         connection everything goes on, and at the stop what has provably not started is handed back. What was given to
         the pool runs to its end, and says so itself."""
         if self.blueprint.state == RUN:
-            self.runtime.detach()
+            self.runtime.starting.detach()
             return
         # (Whatever asked for the stop: of a remote one Celery sends no signal.)
         self.runtime.drain()
-        self.runtime.stop_starting()
+        self.runtime.starting.stop()
         if self.controller is not None and self.controller.semaphore is not None:
             self.controller.semaphore.clear()
         recalled = recall_unsent(self.pool)

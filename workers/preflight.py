@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import redis
 from celery import Celery
-from celery.concurrency import get_implementation
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.imports import cwd_in_path
 from redis.exceptions import RedisError, ResponseError
@@ -81,24 +80,6 @@ def check_results(app: Celery) -> None:
             advice="Leave the backend out of the app and CELERY_RESULT_BACKEND out of the environment: then the"
             " ledger's Redis serves. Or name one that Celery knows, and install its driver.",
         ) from error
-
-
-def check_pool(pool: Any) -> None:
-    """Raise for a pool of green threads (gevent, eventlet), given as Celery takes it: by name, or as a class.
-
-    All threads of such a worker are one, those of the ledger and of the heartbeat as well: a body that computes, and
-    each question to Postgres, would stop them all, and the worker would be taken for dead while it works. And Celery's
-    main loop has none of the events there by which a worker hears of its jobs.
-    """
-    found = get_implementation(pool)
-    if getattr(found, "is_green", False):
-        name = f"{found.__module__}:{found.__qualname__}"
-        raise Unsupported(
-            f"the pool {name} is not supported: its threads give way to each other only where they wait, and a job that"
-            " computes would stop the worker's heartbeat",
-            value=pool if isinstance(pool, str) else name,
-            advice="For tasks that mostly wait use -P threads -c 100, and cpus=0.01 on them; for others leave -P out.",
-        )
 
 
 def check_imports(names: Iterable[str]) -> None:

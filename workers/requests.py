@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from billiard.einfo import ExceptionWithTraceback
-from celery.exceptions import Ignore, Reject, Retry, Terminated, WorkerLostError
+from celery.exceptions import Ignore, Reject, Retry, TaskError, Terminated, WorkerLostError
 from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 
@@ -23,6 +23,7 @@ from routing.message import Tag, parse_tag
 from routing.outbox import Outbox
 from workers.announcing import allocation, raised, request_of, signal_failure
 from workers.attempts import Attempt, held
+from workers.green import Killed, problem_of, was_killed
 from workers.judging import BROKEN_OFF, LEASE_LOST, TERMINATED
 from workers.tracing import TracedPool, unpacked
 
@@ -56,6 +57,8 @@ class JobRequest:
     tag: Tag | None
     #: What the body left to be delivered.
     outbox: Outbox
+    #: Why the worker itself ends it, '' where it does not.
+    ended_by: Literal["", "revoke", "stop"] = ""
 
     def __init__(self, message: Any, *args: Any, **options: Any) -> None:
         super().__init__(message, *args, **options)  # type: ignore[call-arg]
@@ -89,6 +92,8 @@ class JobRequest:
         future = getattr(result, "f", None)
         if isinstance(future, Future):
             future.add_done_callback(self.future_done)
+        elif hasattr(result, "link"):
+            result.link(self.greenlet_done)
         return result
 
     def _end(self, outcome: str, error: str | None = None, on_lost: Callable[[], None] | None = None) -> None:
@@ -185,15 +190,40 @@ class JobRequest:
         if future.cancelled():
             self.hand_back()
         elif (error := future.exception()) is not None:
-            worker_state.task_ready(self)
-            request: Any = self
-            with self._speaking():
-                request.task.backend.mark_as_failure(
-                    request.id, error, request=request._context, store_result=request.store_errors
-                )
-            self._end("failed", saferepr(error))
-            if isinstance(error, Exception):
-                self._say_failed(error, raised(error))
+            self._fail(error)
+
+    def greenlet_done(self, greenlet: Any) -> None:
+        """A pool of greenlets keeps the same to itself."""
+        if (error := problem_of(greenlet)) is not None:
+            self.killed() if was_killed(error) else self._fail(error)
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        self.ended_by = "revoke"
+        super().terminate(pool, signal)  # type: ignore[misc]
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        self.ended_by = "stop"
+        super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
+
+    def killed(self) -> None:
+        """Its greenlet was ended from outside. Of one that was revoked all is said; when the worker stops it goes back;
+        else somebody did it who knows nothing of jobs."""
+        worker_state.task_ready(self)
+        if self.ended_by == "stop":
+            self._end("handed_back", "the worker was stopped")
+        elif not self.ended_by:
+            self._fail(TaskError("the greenlet of this job was killed"))
+
+    def _fail(self, error: BaseException) -> None:
+        worker_state.task_ready(self)
+        request: Any = self
+        with self._speaking():
+            request.task.backend.mark_as_failure(
+                request.id, error, request=request._context, store_result=request.store_errors
+            )
+        self._end("failed", saferepr(error))
+        if isinstance(error, Exception):
+            self._say_failed(error, raised(error))
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         try:
@@ -211,6 +241,8 @@ def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
             return self.on_failure(failed__retval__runtime, return_ok=True)
         failed__retval__runtime, self.outbox = unpacked(failed__retval__runtime)
         failed, value, _ = failed__retval__runtime
+        if isinstance(value, Killed):
+            return self.killed()
         if not failed:
             self._end("succeeded")
             return on_success(self, failed__retval__runtime, **options)

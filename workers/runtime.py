@@ -15,7 +15,6 @@ import logging
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -27,7 +26,7 @@ from kombu.serialization import prepare_accept_content
 
 from routing import formats
 from routing.capacity import Detected
-from routing.envelope import Unreadable, tag_at_end
+from routing.envelope import Unreadable
 from routing.errors import NameTaken, PlatformError
 from routing.ledger import Ledger
 from routing.message import parse_tag
@@ -58,6 +57,7 @@ from workers.refusing import refusing
 from workers.router import HEADER, Declarations
 from workers.serving import Serving
 from workers.sight import Sight, Switch
+from workers.starting import Starting
 from workers.stores import Stores
 from workers.undelivered import tell_late
 from workers.unpacking import TIMES
@@ -73,9 +73,10 @@ LEAVE_WITHIN: Final = 5.0
 
 
 class Runtime:
-    """One for each worker process. Made at `worker_init`, running from `worker_ready` to `worker_shutdown`."""
+    """One for each worker process. Made at `worker_init`, running from `worker_ready` to `worker_shutdown`. `green`:
+    its pool is one of greenlets (`workers.green`)."""
 
-    def __init__(self, app: Celery, stores: Stores, identity: Identity) -> None:
+    def __init__(self, app: Celery, stores: Stores, identity: Identity, green: bool) -> None:
         self.app = app
         self.stores = stores
         self.identity = identity
@@ -88,6 +89,8 @@ class Runtime:
         self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
         self._loop = Wake()
         self.announcer = Announcer(app, engine, identity.name, self._loop.set)
+        self._accept = prepare_accept_content(app.conf.accept_content)
+        self.starting = Starting(self._loop, green, self.announcer, self._accept, self.refusing, self._hand_back)
         self.recorder = Recorder(engine, ledger, self.announcer.waiting)
         self.delivery = Delivery(lambda: app.backend, identity.incarnation, self.recorder.add)
         self.membership = Membership(engine, ledger, identity, self.confirmation, self.recorder.call)
@@ -100,7 +103,7 @@ class Runtime:
         self.sight = Sight()
         self.broker_apart = not shares_ledger(app, settings)
         #: Takes the messages of the private queue where Celery's loop does not.
-        self.mailbox = Mailbox(settings, identity.queue, self._received) if self.broker_apart else None
+        self.mailbox = Mailbox(settings, identity.queue, self._received) if self.broker_apart or green else None
         self.joining = Joining(
             stores, self.membership, self.confirmation, self.sight, self.intake.challenge, self.broker_apart
         )
@@ -113,8 +116,8 @@ class Runtime:
             Switch(engine, settings, self.confirmation, self.sight, self.broker_apart),
             self._flush,
             lambda flush: self.membership.tell_postgres(self.sight.lost, flush),
-            self._start_job,
-            lambda: self._attached,
+            self.starting.take,
+            lambda: self.starting.attached,
         )
         self.in_postgres = PostgresEnds(
             engine,
@@ -146,7 +149,7 @@ class Runtime:
             self.holdings,
             self.recorder,
             self.delivery.add,
-            self._start_job,
+            self.starting.take,
             self.pulse.closed,
             exclusive,
             self.in_postgres,
@@ -155,14 +158,7 @@ class Runtime:
         )
         self.duties = duties.Runner(app, stores, identity.incarnation)
         self.pulse.on_missing = self.ledger_thread.on_missing = self.duties.suspect
-        #: Celery's own handler of a message, set by the consumer.
-        self.handle: Callable[[Any], None] | None = None
-        self._accept = prepare_accept_content(app.conf.accept_content)
-        self._to_start: deque[Any] = deque()
-        #: Whether the main loop runs: what is handed to it starts at once.
-        self._attached = False
         self._cold = False
-        self._stopped_starting = False
         self._left = False
 
     # -- the life of the worker ----------------------------------------------------------------------------------
@@ -278,56 +274,10 @@ class Runtime:
             return
         self.arrived(message)
 
-    def _start_job(self, message: Any) -> None:
-        """In the ledger thread: hand a claimed message to the main loop, or the text of one that came in a reply."""
-        self._to_start.append(message)
-        if self._stopped_starting:
-            self.hand_back_unstarted()
-        self._loop.set()
-
     def attach(self, hub: Any) -> None:
-        hub.add_reader(self._loop.fileno(), self._start_jobs)
-        self._attached = True
-        self._loop.set()
+        """See `Starting.attach`."""
+        self.starting.attach(hub)
         self.puller.wake()
-
-    def detach(self) -> None:
-        """The main loop waits for its broker: what is handed to it would not start."""
-        self._attached = False
-
-    def _start_jobs(self) -> None:
-        """In the main loop: what was claimed becomes requests."""
-        self._loop.clear()
-        self.announcer.say()
-        while self._to_start:
-            message = self._to_start.popleft()
-            assert self.handle is not None, "the consumer sets it before its loop runs"
-            if isinstance(message, str):
-                message = transport.replied_message(message, self._accept)
-            try:
-                if message.spoiled is not None:
-                    raise message.spoiled
-                if message.revoked:
-                    worker_state.revoked.add(message.headers.get("id"))
-                self.announcer.admitted(message)
-                self.handle(message)
-            except Exception as error:
-                # Whatever it is, it concerns this one message.
-                with self.refusing(message, f"cannot be started: {error!r}"):
-                    logger.exception("the message of %s cannot be started", message.delivery_tag)
-
-    def stop_starting(self) -> None:
-        """In the main loop, which will not run again: what was claimed and not started, now or later, goes back."""
-        self._stopped_starting = True
-        self.hand_back_unstarted()
-
-    def hand_back_unstarted(self) -> None:
-        """The loop will not run again: what was claimed and not started goes back."""
-        while self._to_start:
-            message = self._to_start.popleft()
-            tag = parse_tag(tag_at_end(message.encode()) if isinstance(message, str) else message.delivery_tag)
-            if tag is not None:
-                self.ledger_thread.end(tag.job, tag.token, "handed_back", "not started")
 
     def refusing(self, message: Any, error: str) -> AbstractContextManager[None]:
         """See `workers.refusing`."""
@@ -352,6 +302,9 @@ class Runtime:
         results, rest = self.app.backend.kept_in(self.stores.settings.redis_url, outbox)
         whole = outbox.to_text if results else None
         return self.ledger_thread.end(job, token, outcome, error, on_lost, rest.to_text(), results, whole)
+
+    def _hand_back(self, job: str, token: str) -> None:
+        self.ledger_thread.end(job, token, "handed_back", "not started")
 
     def _flush(self, within: float) -> bool:
         """Wait until Postgres has all that this worker noted."""

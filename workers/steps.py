@@ -20,11 +20,12 @@ from routing.secrets import HIDDEN
 from workers import orphans, queue_commands
 from workers.exits import Exit, code_of
 from workers.gates import declare_rates
+from workers.green import check_pool, prepare
 from workers.identity import name_of, new_identity
 from workers.inherited import guard_children
 from workers.patiently import when_stores_answer
 from workers.pools import slots_of
-from workers.preflight import check_broker, check_pool, check_results, neighbours
+from workers.preflight import check_broker, check_results, neighbours
 from workers.router import PLATFORM_PREFIX, Declarations, declaration
 from workers.runtime import Runtime
 from workers.stores import Stores
@@ -85,7 +86,9 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
     if stores is None:
         return
     with _refusing():
-        check_pool(sender.pool_cls)
+        green = check_pool(sender.pool_cls)
+        if green:
+            prepare(sender.app, _drain)
         sender.consumer_cls = symbol_by_name(CONSUMER)(sender.consumer_cls)
         if rules := stores.requests:
             logger.info("%s names requests for %d patterns of task names", stores.settings.requests, len(rules.rules))
@@ -98,12 +101,12 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         guard_children(stores.settings)
         check_broker(sender.app.conf.broker_read_url)
         check_results(sender.app)
-        runtime = Runtime(sender.app, stores, identity)
+        runtime = Runtime(sender.app, stores, identity, green)
         if type(sender) is not sender.app.WorkController:
             # (One that was only made is looked at, by `celery graph bootsteps`: it meets the others when it starts.)
             runtime.joining.meet(threading.Event().wait)
         sender.app.worker_runtime = runtime
-        sender.app.amqp.private_queue = "" if runtime.broker_apart else identity.queue
+        sender.app.amqp.private_queue = "" if runtime.mailbox is not None else identity.queue
 
 
 def on_worker_ready(sender: Any = None, **_: Any) -> None:
@@ -145,9 +148,15 @@ def declarations(app: Any, stores: Stores) -> Declarations:
 def on_worker_shutting_down(sender: Any = None, how: str = "", **_: Any) -> None:
     """In a signal handler: only flags are set and pipes written."""
     runtime = getattr(current_app, "worker_runtime", None)
+    if isinstance(runtime, Runtime) and how.lower() == "cold":
+        runtime.stop_cold()
+    _drain()
+
+
+def _drain() -> None:
+    """In a signal handler."""
+    runtime = getattr(current_app, "worker_runtime", None)
     if isinstance(runtime, Runtime):
-        if how.lower() == "cold":
-            runtime.stop_cold()
         runtime.drain()
 
 

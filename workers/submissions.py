@@ -19,6 +19,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
+from routing import native
+
 logger = logging.getLogger(__name__)
 
 #: Seconds between two submissions below which they are a row of them.
@@ -48,7 +50,7 @@ class Submissions:
         self._bring = bring
         self._last = 0.0
         self._waiting: list[Submission] = []
-        self._thread: threading.Thread | None = None
+        self._thread: native.Thread | None = None
         #: Whether the thread waits for a job.
         self._resting = False
         #: Whether it has taken jobs, and is not done with them.
@@ -89,7 +91,7 @@ class Submissions:
         self._wait(lambda: len(self._waiting) < MOST_WAITING)
         self._waiting.append(job)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="submissions", daemon=True)
+            self._thread = native.Thread(target=self._run, name="submissions", daemon=True)
             self._thread.start()
         elif self._resting:
             self._changed.notify_all()

@@ -15,6 +15,7 @@ from typing import Any
 from routing.message import parse_tag
 from routing.outbox import Outbox
 from workers.attempts import Attempt, held
+from workers.green import Killed, was_killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,14 @@ def traced(tag: str, incarnation: str, trace: Callable[..., Any], *args: Any) ->
     is to be delivered."""
     parsed = parse_tag(tag)
     assert parsed is not None, "only claimed messages become requests"
-    with held(Attempt(parsed, incarnation)) as attempt:
-        failed, value, runtime = trace(*args)
+    try:
+        with held(Attempt(parsed, incarnation)) as attempt:
+            failed, value, runtime = trace(*args)
+    except BaseException as error:
+        if not was_killed(error):
+            raise
+        # (Celery's pool would say that it returned None.)
+        return False, Killed(), None
     return failed, Carried(value, attempt.outbox) if attempt.outbox else value, runtime
 
 

@@ -22,7 +22,7 @@ DELIVER_AND_CLAIM = (
     f"before workers.ledger_thread:LedgerThread.arrive{LATER}",
     f"before routing.ledger:Ledger.settle{LATER}",
     f"after routing.ledger:Ledger.settle{LATER}",
-    f"before workers.runtime:Runtime._start_job{LATER}",
+    f"before workers.starting:Starting.take{LATER}",
 )
 FINISH = (
     f"before workers.ledger_thread:LedgerThread.end{LATER}",

@@ -41,7 +41,7 @@ WAYS: list[Callable[[Submitter, Process], None]] = [warm, cold, warm_and_then_co
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
 def test_workers_that_are_told_to_end_at_any_moment_lose_nothing(
     platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool
 ) -> None:

@@ -26,7 +26,7 @@ def refused_writes(platform: Platform) -> int:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
 def test_a_worker_that_was_stopped_with_all_its_processes_leaves_one_effect_of_each_job(
     platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool
 ) -> None:

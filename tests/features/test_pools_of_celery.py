@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
 from tests.tasks import bodies
 from workers.exits import Exit
-from workers.preflight import check_pool
+from workers.green import check_pool
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +72,31 @@ def test_a_solo_pool_runs_one_job_at_a_time_in_the_worker_itself(platform: Platf
     until(lambda: submitter.allocated_cpus() == "0", "all is released")
 
 
-def test_a_pool_of_green_threads_is_refused_with_what_to_do(platform: Platform) -> None:
-    done = platform.celery("worker", "-P", "gevent", NODE_NAME="green")
+#: Celery's way to a pool that it has no name for.
+CUSTOM = "CELERY_CUSTOM_WORKER_POOL"
+
+
+@pytest.mark.parametrize(
+    ("module", "says", "advice"),
+    [
+        ("eventlet", "the pool celery.concurrency.eventlet:TaskPool is not supported", "-P gevent"),
+        ("gevent", "the pool celery.concurrency.gevent:TaskPool was not named early enough", "worker -P gevent"),
+    ],
+)
+def test_a_pool_that_would_stop_the_heartbeat_is_refused_with_what_to_do(
+    platform: Platform, module: str, says: str, advice: str
+) -> None:
+    named: dict[str, Any] = {CUSTOM: f"celery.concurrency.{module}:TaskPool"}
+    done = platform.celery("worker", "-P", "custom", **named, NODE_NAME="green")
     assert done.returncode == Exit.CONFIGURATION
-    assert "the pool celery.concurrency.gevent:TaskPool is not supported" in done.stderr
-    assert "-P threads" in done.stderr
+    assert says in done.stderr
+    assert advice in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_every_other_pool_is_taken_by_name() -> None:
     for pool in ("prefork", "processes", "threads", "solo"):
-        check_pool(pool)
-    with pytest.raises(Unsupported, match="gevent"):
-        check_pool("gevent")
+        assert not check_pool(pool)
+    for pool in ("eventlet", "gevent"):
+        with pytest.raises(Unsupported, match=pool):
+            check_pool(pool)

@@ -1,0 +1,62 @@
+"""Tasks for a worker whose pool is of greenlets: they wait as users' code does, compute, and are ended from outside."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from typing import Any
+
+import gevent
+from celery import shared_task
+
+from tests.fixtures.tasks import MOST_SECONDS, _client, add, held_at
+
+
+@shared_task(bind=True)
+def napping(self: Any, gate: str) -> float:
+    """Says that it is there, and sleeps until the key `<gate>:over` is there. Returns how long, in seconds."""
+    began = time.monotonic()
+    with _client() as client:
+        client.rpush(f"{gate}:started", f"{self.request.id} {os.getpid()}")
+        while not client.exists(f"{gate}:over") and time.monotonic() - began < MOST_SECONDS:
+            time.sleep(0.2)
+    return time.monotonic() - began
+
+
+@shared_task(bind=True)
+def computing(self: Any, gate: str, file: str) -> int:
+    """Says that it is there, and then gives way to nobody until the file is there."""
+    with _client() as client:
+        client.rpush(f"{gate}:started", f"{self.request.id} {os.getpid()}")
+    total = 0
+    while not os.path.exists(file):
+        total += sum(range(1000))
+    return total
+
+
+@shared_task(bind=True)
+def tidy(self: Any, gate: str) -> None:
+    """Is held, and says in the list `<gate>:left` that it left, however that comes."""
+    try:
+        held_at(gate, self.request.id)
+    finally:
+        with _client() as client:
+            client.rpush(f"{gate}:left", self.request.id)
+
+
+@shared_task
+def asking_a_program(word: str) -> str:
+    return subprocess.run(["sh", "-c", f"sleep 0.1; echo {word}"], capture_output=True, text=True, check=True).stdout
+
+
+@shared_task
+def sending(count: int) -> list[str]:
+    """Sends so many jobs in a row; their ids."""
+    return [add.apply_async((1, number), cpus=0.005, resources={"green": 1}).id for number in range(count)]
+
+
+@shared_task
+def killing_itself() -> None:
+    gevent.kill(gevent.getcurrent())
+    time.sleep(60)
