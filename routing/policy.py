@@ -49,6 +49,9 @@ CANDIDATES = 64
 SHAPES = 64
 #: Jobs that one script admits: a worker with 96 CPUs that was empty is filled in a few calls.
 MOST_ADMITTED = 32
+#: Passes at once over a worker that is kept for a shape no more: it is empty, or nearly, and nobody goes on with it.
+#: They fill 128 slots; what may be behind is for the sweep. This is as rare as a job's last attempt.
+FREED_PASSES = 4
 
 
 class Reason(Enum):

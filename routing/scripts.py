@@ -17,7 +17,7 @@ from typing import Final
 from routing import formats
 from routing.amounts import DEFAULT_QUEUE, LABEL
 from routing.keys import KEYS
-from routing.policy import CANDIDATES, MOST_ADMITTED, SHAPES
+from routing.policy import CANDIDATES, FREED_PASSES, MOST_ADMITTED, SHAPES
 from routing.states import Step
 
 #: Milliseconds for which an ended job is remembered, so that a submit that was stuck cannot run it again. Longer than
@@ -118,6 +118,7 @@ def load(start_ms: int, flags: bool) -> dict[str, Script]:
             "few": FEW,
             "shapes": SHAPES,
             "most": MOST_ADMITTED,
+            "passes": FREED_PASSES,
             "tombstone": TOMBSTONE_MS,
             "start": start_ms,
             "hand_over": HAND_OVER_BYTES,

@@ -209,14 +209,30 @@ local function fill_one(worker, epoch, now, after, nonce, out)
   return admitted, cursor, freed
 end
 
+-- Fill a worker that was kept until now, and whoever is kept no more by that. Nobody hears of a cursor here, so it takes
+-- LIMIT.passes at once: it is empty, or nearly, and after the first one nothing ends there that would go on.
+local function fill_freed(worker, epoch, now)
+  local freed = {worker}
+  while #freed > 0 do
+    local other, cursor = table.remove(freed), ''
+    for _ = 1, LIMIT.passes do
+      local _, on, too = fill_one(other, epoch, now, cursor == '-inf' and '' or cursor)
+      cursor = on
+      freed[#freed + 1] = too
+      if cursor == '' then
+        break
+      end
+    end
+  end
+end
+
 -- Admit to one worker what now fits on it, in order, looking at the first LIMIT.shapes shapes and as many behind these
 -- that it may take (after a cursor only at such), and admitting LIMIT.most jobs at the most. Returns the number admitted
 -- and the cursor to go on with, '' when done. With a nonce the worker itself is asking: what is not large is handed over in `out`, without the way by the broker.
 local function fill(worker, epoch, now, after, nonce, out)
   local admitted, cursor, freed = fill_one(worker, epoch, now, after, nonce, out)
-  while freed do
-    local _
-    _, _, freed = fill_one(freed, epoch, now, '')
+  if freed then
+    fill_freed(freed, epoch, now)
   end
   return admitted, cursor
 end
@@ -228,6 +244,6 @@ local function leave_queue(shape, epoch, now)
   end
   local freed = unkeep(shape, epoch)
   if freed then
-    fill(freed, epoch, now, '')
+    fill_freed(freed, epoch, now)
   end
 end

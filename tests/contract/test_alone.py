@@ -105,6 +105,26 @@ def test_a_worker_is_kept_no_more_for_a_job_that_is_revoked(cluster: Cluster) ->
     assert cluster.client.hlen(keys.KEYS["kept"]) == 0
 
 
+@pytest.mark.parametrize("how", ["is revoked", "goes elsewhere"])
+def test_a_worker_that_is_kept_no_more_is_filled_with_more_than_one_pass_admits(cluster: Cluster, how: str) -> None:
+    cluster.register(capacity=Request.of({"cpus": 10**6, "memory": 10**6, "slots": 1000}).shape)
+    cluster.run("one")
+    cluster.submit("last", losses=LAST)
+    cluster.renew("one")
+    assert kept(cluster) == ALONE
+    # More jobs than a pass admits, behind more shapes that it may take, and that do not fit, than a pass looks at.
+    for n in range(2 * policy.SHAPES):
+        cluster.submit(f"wide-{n}", Request.of({"cpus": 10**7 + n}).shape)
+    small = [f"small-{n}" for n in range(2 * policy.MOST_ADMITTED + 1)]
+    assert [cluster.submit(job) for job in small] == [None] * len(small)
+    if how == "is revoked":
+        cluster.ledger.cancel("last", "cancelled")
+    else:
+        cluster.register("x")
+        assert cluster.client.hget(keys.job("last"), "worker") == b"x"
+    assert (kept(cluster), {cluster.state(job) for job in small}) == ("", {"admitted"})
+
+
 def test_a_worker_that_shrinks_below_the_job_is_kept_no_more(cluster: Cluster) -> None:
     cluster.run("one")
     cluster.submit("last", Request.of({"cpus": 3000}).shape, losses=LAST)
