@@ -25,9 +25,10 @@ local function lacks_some(index, now)
     and redis.call('ZCOUNT', KEY.leases, int(now), '+inf') > redis.call('ZCOUNT', KEY.indexed, int(now), '+inf')
 end
 
--- What admission asks of a book: the fields for these amounts, always in the same order.
+-- What admission asks of a book: the fields for these amounts, always in the same order. (Not `places`, which may be as
+-- long as the names of a hundred queues: it is read of the one that is chosen.)
 local function asked_fields(amounts)
-  local fields = {'epoch', 'lease', 'incarnation', 'queue', 'places', 'c.queue:', 'c.cpus', 'a.cpus', 'c.slots', 'a.slots'}
+  local fields = {'epoch', 'lease', 'incarnation', 'queue', 'c.queue:', 'c.cpus', 'a.cpus', 'c.slots', 'a.slots'}
   local names, labelled = {'cpus', 'slots'}, false
   for name in pairs(amounts) do
     if name ~= 'cpus' and name ~= 'slots' and name ~= 'alone' then
@@ -43,13 +44,12 @@ end
 -- The part of a candidate's book that these amounts concern, if it has room for all of them and its lease lives.
 local function with_room(worker, epoch, now, amounts, fields, names, labelled)
   local values = redis.call('HMGET', KEY.book .. worker, unpack(fields))
-  if values[1] ~= epoch or not values[2] or tonumber(values[2]) <= now or (values[6] and not labelled) then
+  if values[1] ~= epoch or not values[2] or tonumber(values[2]) <= now or (values[5] and not labelled) then
     return nil
   end
-  local book = {worker = worker, incarnation = values[3], queue = values[4], places = values[5] or nil, only = values[6],
-    capacity = {}, allocated = {}}
+  local book = {worker = worker, incarnation = values[3], queue = values[4], only = values[5], capacity = {}, allocated = {}}
   for i, name in ipairs(names) do
-    local capacity, allocated = tonumber(values[5 + 2 * i] or '0'), tonumber(values[6 + 2 * i] or '0')
+    local capacity, allocated = tonumber(values[4 + 2 * i] or '0'), tonumber(values[5 + 2 * i] or '0')
     if amounts[name] and capacity - allocated < amounts[name] then
       return nil
     end
@@ -80,5 +80,6 @@ end
 local function enter(book, amounts)
   write_amounts(book, amounts)
   local open = book.capacity.slots > book.allocated.slots and not amounts.alone
-  stand(book.worker, open and int(book.capacity.cpus - book.allocated.cpus), book.only, book.places)
+  stand(book.worker, open and int(book.capacity.cpus - book.allocated.cpus), book.only,
+    redis.call('HGET', KEY.book .. book.worker, 'places'))
 end

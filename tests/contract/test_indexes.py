@@ -97,6 +97,21 @@ def test_a_search_in_vain_costs_the_same_too(ledger: Ledger, what: str) -> None:
     assert costs[:2] == costs[2:]
 
 
+def test_of_a_candidate_that_is_passed_over_nothing_is_read_that_grows_with_its_queues(ledger: Ledger) -> None:
+    queues = labels(["celery", *(f"queue-{n}" for n in range(99))])
+    write(ledger, crowd(9, queues, {**queues, "memory": 9}))
+    client: Any = ledger.client
+    with client.monitor() as monitor:
+        assert ledger.submit("job", ONE.merged({"memory": 9}).shape, order(0, 1), MESSAGE).worker == "x"
+        client.echo("end")
+        ran: list[str] = []
+        while not ran or not ran[-1].startswith("ECHO"):
+            ran.append(monitor.next_command()["command"])
+    read = [command.split() for command in ran if command.startswith("HMGET ledger:book:")]
+    assert (len(read), max(map(len, read))) == (10, 13), read
+    assert [command for command in ran if command.startswith("HGET ")] == ["HGET ledger:book:x places"]
+
+
 def test_a_worker_that_is_closed_or_leaves_stands_in_no_index(ledger: Ledger) -> None:
     def standing() -> list[str]:
         return sorted(key.decode() for key in ledger.client.scan_iter("ledger:free*"))
