@@ -20,7 +20,7 @@ local book = read_book(worker, epoch)
 if not book then
   -- Nothing may be admitted to a worker without a book.
   local found = redis.call('ZREM', KEY.free, worker) + redis.call('ZREM', KEY.leases, worker)
-  redis.call('ZREM', KEY.indexed, worker)
+    + redis.call('ZREM', KEY.indexed, worker)
   return {'unknown', int(different + found)}
 end
 local changed = {}
