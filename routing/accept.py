@@ -171,9 +171,13 @@ def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None)
 
 def insert_alone(engine: Engine, job: NewJob) -> Inserted | None:
     """The same for a job that nothing holds back and no attempt publishes, without SQLAlchemy's connection, which would
-    be a tenth of the whole; None where nothing was inserted. Errors of the driver are raised as they are where none of
-    its connections is to be had."""
-    pooled = engine.raw_connection()
+    be a tenth of the whole; None where nothing was inserted."""
+    try:
+        pooled = engine.raw_connection()
+    except psycopg2.Error as error:
+        given: Any = error
+        lost = engine.dialect.is_disconnect(given, None, None)
+        raise DBAPIError.instance(None, None, error, psycopg2.Error, connection_invalidated=lost) from error
     try:
         state = State.SCHEDULED if job.due_at is not None else State.ACCEPTED
         with _migrated():

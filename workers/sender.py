@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, tzinfo
 from typing import Any, Final, NoReturn
 
-import psycopg2
 from kombu import serialization
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -276,11 +275,7 @@ class Sender:
 
     def _insert_once(self, job: NewJob, by: Publisher | None) -> Inserted | None:
         if by is None and job.gates is None:
-            try:
-                alone = accept.insert_alone(self._stores.engine, job)
-            except psycopg2.Error:
-                # No connection: SQLAlchemy's error of it says which kind that is.
-                alone = None
+            alone = accept.insert_alone(self._stores.engine, job)
             if alone is not None:
                 return alone
         with self._stores.engine.connect() as connection:

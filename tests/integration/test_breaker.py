@@ -22,6 +22,7 @@ from tests.fixtures.processes import FOREIGN, Platform
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
+from workers import gates
 from workers.app import create_app
 from workers.breaker import ATTEMPT_WITHIN, Breaker
 from workers.stores import Stores
@@ -123,6 +124,7 @@ def test_the_same_publish_again_obeys_the_breaker(
     held = [submitter.send(HOLD, "gate") for _ in range(4)]
     ledger_path.refuse()
     jobs = [app.send_task(ADD, [1, 1], task_id=f"job-{number}").id for number in range(10)]
+    assert sending(app).flush()
     ledger_path.restore()
     until(lambda: sending(app).closed, "the ledger is asked again")
     ledger_path.swallow()
@@ -141,6 +143,8 @@ def test_a_child_of_a_submitter_has_a_breaker_of_its_own(
     app.send_task(ADD, [1, 1])
     ledger_path.refuse()
     app.send_task(ADD, [1, 1])
+    # (In a row with the one before, a thread asks.)
+    assert sending(app).flush()
     assert not sending(app).closed
     child = os.fork()
     if child == 0:
@@ -191,6 +195,29 @@ def test_a_locked_table_is_an_error_in_three_seconds(
         assert submitter.app.control.ping(destination=None, timeout=2.0)
         assert worker.alive
     assert submitter.value(submitter.send(ADD, 1, 3)) == 4
+
+
+def test_a_server_that_lets_nobody_in_is_an_error_in_three_seconds(
+    platform: Platform, submitter: Submitter, proxied: Callable[[str], Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # (What the first job reads once in a while, it reads before.)
+    monkeypatch.setattr(gates, "RATES_FOR", 1000.0)
+    platform.worker("a", 4, "threads")
+    postgres_path = proxied(str(platform.settings.database_url))
+    settings = platform.settings.with_urls(str(platform.settings.redis_url), postgres_path.url)
+    app = create_app("far away", resolve=lambda _: settings)
+    assert submitter.value(app.send_task(ADD, [1, 0]).id) == 1
+    app.platform.engine.dispose()
+    postgres_path.swallow()
+    began = time.monotonic()
+    with pytest.raises(NotAccepted, match="timeout expired"):
+        app.send_task(ADD, [1, 1])
+    assert time.monotonic() - began < PROMISED + SLACK
+    postgres_path.restore()
+    assert submitter.value(app.send_task(ADD, [1, 2]).id) == 3
+    app.platform.sending.close()
+    app.close()
+    app.platform.engine.dispose()
 
 
 def test_an_exhausted_pool_is_an_error_in_three_seconds(platform: Platform, submitter: Submitter) -> None:
