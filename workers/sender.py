@@ -354,7 +354,7 @@ class Sender:
             return
         place, now_ms = order(job.priority, inserted.seq), round(time.time() * 1000)
         args = (job.id, job.shape, place, job.message, 0, 0, now_ms, began_ms, job.rerun)
-        self._stores.sending.submit(Submission(inserted.epoch, args), alone=alone)
+        self._stores.sending.submit(Submission(inserted.epoch, args, len(job.message)), alone=alone)
 
     def ask(self, inserted: Inserted, question: Callable[[Ledger], object]) -> bool:
         """Tell the ledger, in the epoch that this insert confirmed; what it does not hear or take, the duties bring.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -29,6 +30,8 @@ IN_A_ROW: Final = 0.005
 GATHER: Final = 0.003
 #: Jobs that wait for the thread, above which a sender waits for it.
 MOST_WAITING: Final = 100
+#: Bytes of their messages, likewise: the server takes them at one time, and answers nobody else meanwhile.
+MOST_BYTES: Final = 4 * 1024**2
 #: Seconds for which a sender waits then, and a process at its end.
 PATIENCE: Final = 1.0
 #: Seconds for which the thread waits for another job, before it ends.
@@ -36,10 +39,12 @@ REST_AT_MOST: Final = 5.0
 
 
 class Submission(NamedTuple):
-    """A job for `Ledger.submit`: its arguments, in the epoch that the insert of its row confirmed."""
+    """A job for `Ledger.submit`: its arguments, in the epoch that the insert of its row confirmed. `size`: the bytes of
+    its message."""
 
     epoch: int
     args: tuple[Any, ...]
+    size: int = 0
 
 
 class Submissions:
@@ -50,13 +55,16 @@ class Submissions:
         self._bring = bring
         self._last = 0.0
         self._waiting: list[Submission] = []
+        #: Their bytes.
+        self._size = 0
         self._thread: native.Thread | None = None
         #: Whether the thread waits for a job.
         self._resting = False
         #: Whether it has taken jobs, and is not done with them.
         self._busy = False
-        #: Those who wait for it.
+        #: Those who wait for it, and those who wait for its end.
         self._flushing = 0
+        self._dismissing = 0
         self._changed = threading.Condition()
         _all.add(self)
 
@@ -65,8 +73,7 @@ class Submissions:
         now = time.monotonic()
         with self._changed:
             in_a_row, self._last = now - self._last < IN_A_ROW, now
-            if in_a_row and not alone:
-                self._leave(job)
+            if in_a_row and not alone and not _ending and self._leave(job):
                 return
         self.flush()
         self._bring([job])
@@ -75,6 +82,20 @@ class Submissions:
         """Wait until all that was added has been brought; whether it has."""
         with self._changed:
             return self._wait(lambda: not (self._waiting or self._busy))
+
+    def dismiss(self) -> None:
+        """The same, and have the thread end; another one follows when it is needed."""
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return
+        with self._changed:
+            self._dismissing += 1
+            self._changed.notify_all()
+        try:
+            thread.join(PATIENCE)
+        finally:
+            with self._changed:
+                self._dismissing -= 1
 
     def _wait(self, until: Callable[[], bool]) -> bool:
         """Have the thread hurry, and wait for it."""
@@ -87,14 +108,23 @@ class Submissions:
         finally:
             self._flushing -= 1
 
-    def _leave(self, job: Submission) -> None:
-        self._wait(lambda: len(self._waiting) < MOST_WAITING)
-        self._waiting.append(job)
+    def _leave(self, job: Submission) -> bool:
+        """Leave a job to the thread; False where there can be none."""
+        self._wait(lambda: len(self._waiting) < MOST_WAITING and self._size < MOST_BYTES)
         if self._thread is None:
-            self._thread = native.Thread(target=self._run, name="submissions", daemon=True)
-            self._thread.start()
-        elif self._resting:
+            thread = native.Thread(target=self._run, name="submissions", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                # The system has no more threads for us, or the interpreter ends. (Nothing waits without a thread.)
+                return False
+            self._thread = thread
+            _flush_at_the_end()
+        self._waiting.append(job)
+        self._size += job.size
+        if self._resting:
             self._changed.notify_all()
+        return True
 
     def _run(self) -> None:
         """The thread: until nothing was added for a while."""
@@ -111,11 +141,11 @@ class Submissions:
     def _take(self) -> list[Submission]:
         with self._changed:
             self._resting = True
-            self._changed.wait_for(lambda: self._waiting, REST_AT_MOST)
+            self._changed.wait_for(lambda: self._waiting or self._dismissing, REST_AT_MOST)
             self._resting = False
             if self._waiting:
-                self._changed.wait_for(lambda: self._flushing, GATHER)
-            jobs, self._waiting = self._waiting, []
+                self._changed.wait_for(lambda: self._flushing or self._dismissing, GATHER)
+            jobs, self._waiting, self._size = self._waiting, [], 0
             self._busy = bool(jobs)
             if not jobs:
                 self._thread = None
@@ -123,12 +153,42 @@ class Submissions:
 
 
 _all: weakref.WeakSet[Submissions] = weakref.WeakSet()
-# A child has none of the thread, and its copy of what was to be brought is not its own to bring.
-os.register_at_fork(after_in_child=_all.clear)
+#: Whether this process ends: nothing is left to a thread any more.
+_ending = False
+#: Whether `multiprocessing` has been told.
+_told = False
 
 
 @atexit.register
 def _flush_all() -> None:
-    """A program may end right after it sent something."""
+    """A program may end right after it sent something, or because of it."""
+    global _ending
+    _ending = True
     for submissions in list(_all):
         submissions.flush()
+
+
+def _flush_at_the_end() -> None:
+    """A child that `multiprocessing` forked leaves `atexit` out; it has an end of its own."""
+    global _told
+    if not _told:
+        _told = True
+        for util in map(sys.modules.get, ("multiprocessing.util", "billiard.util")):
+            if util is not None:
+                util.Finalize(None, _flush_all, exitpriority=0)
+
+
+def _before_fork() -> None:
+    """A program of one thread may fork, and no child finds a lock that a thread held which it has not."""
+    for submissions in list(_all):
+        submissions.dismiss()
+
+
+def _after_fork() -> None:
+    """A child has none of the thread, and its copy of what was to be brought is not its own to bring."""
+    global _told
+    _told = False
+    _all.clear()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork)

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from typing import Any
 
-import pytest
-
 from routing import keys, limits
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter
@@ -18,31 +16,52 @@ from tests.fixtures.waiting import PATIENCE
 ADD = "tests.fixtures.tasks.add"
 MANY = 60
 
-#: A program that submits one job after the other, and ends.
-PROGRAM = f"""
+SEND = f"""
 from celery_capacity import create_app
 
 app = create_app("short")
-for number in range({MANY}):
-    app.send_task("{ADD}", [number, 1], cpus=1, task_id=f"job-{{number}}")
+
+def send(who):
+    for number in range({MANY}):
+        app.send_task("{ADD}", [number, 1], cpus=1, task_id=f"{{who}}-{{number}}")
 """
+#: Programs that submit one job after the other, and end.
+PROGRAMS = {
+    "plain": f"""{SEND}
+send("plain")
+""",
+    # A child, made in the middle, ends while its parent still has jobs in hand.
+    "forking": f"""{SEND}
+import os, sys, threading
 
-
-#: The same; a child of it, made in the middle, ends while its parent still has jobs in hand.
-FORKING = f"""
-import os, sys
-from celery_capacity import create_app
-
-app = create_app("forking")
-for number in range({MANY}):
-    app.send_task("{ADD}", [number, 1], cpus=1, task_id=f"job-{{number}}")
-    if number == {MANY // 2}:
-        child = os.fork()
-        if child == 0:
-            app.send_task("{ADD}", [number, 1], cpus=1, task_id="of-the-child")
-            sys.exit()
+send("parent")
+child = os.fork()
+if child == 0:
+    send("child")
+    sys.exit()
+assert threading.active_count() == 1, threading.enumerate()
+send("parent-again")
 sys.exit(os.waitpid(child, 0)[1])
-"""
+""",
+    # Its children end by `os._exit`, with what `multiprocessing` does before.
+    "multiprocessing": f"""{SEND}
+import multiprocessing
+
+send("ahead")
+child = multiprocessing.get_context("fork").Process(target=send, args=["process"])
+child.start()
+child.join()
+assert child.exitcode == 0
+""",
+    # What was registered first comes last.
+    "at its exit": f"""
+import atexit
+atexit.register(lambda: send("last"))
+{SEND}
+atexit.register(lambda: send("first"))
+""",
+}
+SENDERS = ("plain", "parent", "child", "parent-again", "ahead", "process", "first", "last")
 
 
 def _known(platform: Platform) -> set[str]:
@@ -51,25 +70,25 @@ def _known(platform: Platform) -> set[str]:
     return {key.decode().removeprefix(prefix) for key in found}
 
 
-@pytest.mark.parametrize(("program", "also"), [(PROGRAM, ()), (FORKING, ("of-the-child",))], ids=["plain", "forking"])
 def test_a_program_that_ends_right_after_it_sent_jobs_has_told_the_ledger(
-    platform: Platform, submitter: Submitter, program: str, also: tuple[str, ...]
+    platform: Platform, submitter: Submitter
 ) -> None:
     worker = platform.worker("a", 1, "threads")
     before = submitter.send(ADD, 0, 0)
     assert submitter.value(before) == 0
     worker.signal(signal.SIGSTOP)
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, **platform.environment},
-        timeout=PATIENCE,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (ran.returncode, ran.stderr) == (0, "")
-    sent = {*also, *(f"job-{number}" for number in range(MANY))}
-    assert _known(platform) >= sent
+    for name, program in PROGRAMS.items():
+        ran = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **platform.environment},
+            timeout=PATIENCE,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (name, ran.returncode, ran.stderr) == (name, 0, "")
+    sent = {f"{who}-{number}" for who in SENDERS for number in range(MANY)}
+    assert sent - _known(platform) == set()
     worker.signal(signal.SIGCONT)
     assert {submitter.ended(job).state for job in sent} == {"succeeded"}
 

@@ -127,3 +127,52 @@ def test_the_thread_ends_when_nothing_comes_and_another_one_follows(
         sent.add(job(number), alone=False)
         until(lambda: sent._thread is None, "the thread has ended")
     assert ledger.brought == [[0], [1], [2], [3]]
+
+
+def test_where_there_can_be_no_thread_each_job_goes_at_once(
+    ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as there:
+        there.setattr(threading.Thread, "start", refused)
+        for number in range(3):
+            sent.add(job(number), alone=False)
+        assert ledger.brought == [[0], [1], [2]]
+    sent.add(job(3), alone=False)
+    assert sent.flush()
+    assert ledger.threads[3:] == ["submissions"]
+
+
+def test_large_jobs_wait_in_smaller_numbers(
+    ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
+    sent.add(job(0), alone=False)
+    ledger.open.clear()
+    sent.add(job(1), alone=False)
+    until(lambda: sent._busy, "the thread has the second one")
+    half = submissions.MOST_BYTES // 2
+    for number in (2, 3):
+        sent.add(Submission(1, (number,), half), alone=False)
+    another = threading.Thread(target=sent.add, args=(Submission(1, (4,), half),), kwargs={"alone": False})
+    another.start()
+    until(lambda: sent._flushing, "the sender waits")
+    ledger.open.set()
+    another.join()
+    assert sent.flush()
+    assert ledger.brought == [[0], [1], [2, 3], [4]]
+
+
+def test_a_thread_that_is_dismissed_brings_what_it_has_and_ends(ledger: Ledger, sent: Submissions) -> None:
+    for number in range(3):
+        sent.add(job(number), alone=False)
+    thread = sent._thread
+    assert thread is not None
+    sent.dismiss()
+    assert not thread.is_alive()
+    assert ledger.jobs == [0, 1, 2]
+    sent.add(job(3), alone=False)
+    assert sent.flush()
+    assert ledger.jobs == [0, 1, 2, 3]
