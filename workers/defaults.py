@@ -38,11 +38,19 @@ class QuickSettings(Settings):
     def __getitem__(self, key: str) -> Any:
         keys = self._to_keys(key)
         for mapping in self.maps:
-            get = mapping.get
+            if type(mapping) in (dict, Defaults):
+                get = mapping.get
+                for name in keys:
+                    found = get(name, _NOT_THERE)
+                    if found is not _NOT_THERE:
+                        return found
+                continue
+            # One of the user's own may make a value when it is asked for it, which its `get` need not do.
             for name in keys:
-                found = get(name, _NOT_THERE)
-                if found is not _NOT_THERE:
-                    return found
+                try:
+                    return mapping[name]
+                except KeyError:
+                    continue
         return super().__getitem__(key)
 
 

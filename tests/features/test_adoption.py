@@ -183,6 +183,17 @@ def test_a_configuration_module_wins_over_the_platforms_defaults_as_it_does_over
     assert {entry["task"] for entry in app.conf.beat_schedule.values()} >= ticks.NAMES
 
 
+def test_a_configuration_that_makes_its_values_when_they_are_read_still_does(environ: None) -> None:
+    class Lazy(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            return super().__getitem__(name)()
+
+    app = install(Celery("lazy", set_as_current=False))
+    app.config_from_object(Lazy(task_default_queue=lambda: "work", result_expires=lambda: None))
+    assert (app.conf.task_default_queue, app.conf["result_expires"]) == ("work", None)
+    assert app.conf.worker_prefetch_multiplier == 0
+
+
 def test_one_apps_ticks_are_not_anothers(environ: None) -> None:
     app = install(Celery("ours", set_as_current=False))
     app.finalize()
