@@ -254,8 +254,9 @@ def _execute_insert(
     """The row that the insert returns. With the driver's own cursor: SQLAlchemy's result machinery would be a fifth of
     the whole statement. Errors are SQLAlchemy's, and a connection that broke is given up, as it would do. `plain`: not
     prepared, since in a transaction one that is not known here would end it."""
-    cursor = pooled.cursor()
+    cursor: Any = None
     try:
+        cursor = pooled.cursor()
         if plain:
             cursor.execute(statement.plain, values)
             return cursor.fetchone()
@@ -279,7 +280,8 @@ def _execute_insert(
             statement.execute, None, error, psycopg2.Error, hide_parameters=True, connection_invalidated=broken
         ) from error
     finally:
-        cursor.close()
+        if cursor is not None:
+            cursor.close()
 
 
 # -- gates

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -235,6 +236,10 @@ def test_an_exhausted_pool_is_an_error_in_three_seconds(platform: Platform, subm
     for connection in taken:
         connection.close()
     submitter.send(ADD, 1, 3)
+    # One that was closed behind the pool's back is given up, not handed out again and again.
+    with closing(stores.engine.raw_connection()) as pooled:
+        pooled.driver_connection.close()  # type: ignore[union-attr]
+    assert submitter.value(submitter.send(ADD, 1, 4)) == 5
 
 
 def test_the_bound_of_an_attempt_is_the_promised_one() -> None:
