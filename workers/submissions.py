@@ -57,6 +57,8 @@ class Submissions:
         self._waiting: list[Submission] = []
         #: Their bytes.
         self._size = 0
+        #: Jobs that were left to the thread, and those that it is done with.
+        self._left = self._done = 0
         self._thread: native.Thread | None = None
         #: Whether the thread waits for a job.
         self._resting = False
@@ -79,9 +81,10 @@ class Submissions:
         self._bring([job])
 
     def flush(self) -> bool:
-        """Wait until all that was added has been brought; whether it has."""
+        """Wait until all that was added before has been brought; whether it has."""
         with self._changed:
-            return self._wait(lambda: not (self._waiting or self._busy))
+            left = self._left
+            return self._wait(lambda: self._done >= left)
 
     def dismiss(self) -> None:
         """The same, and have the thread end; another one follows when it is needed."""
@@ -122,6 +125,7 @@ class Submissions:
             _flush_at_the_end()
         self._waiting.append(job)
         self._size += job.size
+        self._left += 1
         if self._resting:
             self._changed.notify_all()
         return True
@@ -136,6 +140,7 @@ class Submissions:
                 logger.exception("%d jobs were not brought to the ledger", len(jobs))
             with self._changed:
                 self._busy = False
+                self._done += len(jobs)
                 self._changed.notify_all()
 
     def _take(self) -> list[Submission]:

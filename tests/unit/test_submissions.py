@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.fixtures.waiting import until
+from tests.fixtures.waiting import PATIENCE, until
 from workers import submissions
 from workers.submissions import Submission, Submissions
 
@@ -102,6 +102,35 @@ def test_senders_wait_for_a_thread_that_cannot_keep_up(
     another.join()
     assert sent.flush()
     assert ledger.jobs == [*range(13)]
+
+
+def test_who_waits_for_the_thread_does_not_wait_for_what_others_send_meanwhile(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions, "IN_A_ROW", ALWAYS)
+    monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
+    others = threading.Event()
+
+    def bring(jobs: Sequence[Submission]) -> None:
+        if jobs[0].args[0] > 1:
+            others.wait()
+        ledger(jobs)
+
+    sent = Submissions(bring)
+    sent.add(job(0), alone=False)
+    ledger.open.clear()
+    sent.add(job(1), alone=False)
+    until(lambda: sent._busy, "the thread has it")
+    waits = threading.Thread(target=sent.flush, daemon=True)
+    waits.start()
+    until(lambda: sent._flushing, "somebody waits for it")
+    sent.add(job(2), alone=False)
+    ledger.open.set()
+    waits.join(PATIENCE)
+    assert ledger.jobs == [0, 1]
+    others.set()
+    assert sent.flush()
+    assert ledger.jobs == [0, 1, 2]
 
 
 def test_an_error_that_nobody_thought_of_stops_nothing(
