@@ -39,9 +39,9 @@ def test_duties_need_no_beat(platform: Platform, submitter: Submitter, monkeypat
         dying.setattr(Sender, "_to_ledger", lambda *_: None)
         stranded = submitter.send(ADD, 1, 2)
     later = submitter.send(ADD, 3, 4, countdown=0.5)
-    assert [submitter.row(job).state for job in (stranded, later)] == ["accepted", "scheduled"]
+    assert submitter.row(later).state == "scheduled"
+    # (The first by the sweep, or by the listener where it begins just now.)
     assert (submitter.value(stranded), submitter.value(later)) == (3, 7)
-    worker.wait_for("duty sweep: submitted 1")
     worker.wait_for("duty due: due 1")
     row = submitter.ended(later)
     assert row.started_at >= row.due_at
