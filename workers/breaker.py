@@ -67,11 +67,11 @@ class Breaker:
         self._submissions.flush()
         return self._ask(question)
 
-    def submit(self, job: Submission, *, alone: bool) -> None:
-        """Bring a job to the ledger that is durable. `alone`: before this returns. What the ledger does not hear or
-        take, the duties bring."""
+    def submit(self, job: Submission, began: float, *, alone: bool) -> None:
+        """Bring a job to the ledger that is durable. `began`: when its sender began (monotonic). `alone`: before this
+        returns. What the ledger does not hear or take, the duties bring."""
         if not self._open:
-            self._submissions.add(job, alone=alone)
+            self._submissions.add(job, began, alone=alone)
 
     def flush(self) -> bool:
         """Wait until the ledger was told of all that was submitted; whether it was."""

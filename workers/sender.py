@@ -155,12 +155,12 @@ class Sender:
 
     def store_for(self, attempt: Attempt | None, job: NewJob) -> None:
         """The same, in any thread, for the attempt that publishes it."""
-        began_ms = time.time() * 1000
+        began, began_ms = time.monotonic(), time.time() * 1000
         inserted = self._insert(job) if attempt is None else self._insert_for(attempt, job)
         if inserted is None or not inserted.starts:
             return
         # (A worker's process may end as soon as its task has.)
-        self._to_ledger(job, inserted, began_ms, attempt is not None)
+        self._to_ledger(job, inserted, began, began_ms, attempt is not None)
 
     def _job(
         self,
@@ -345,7 +345,7 @@ class Sender:
         """How many jobs wait in the ledger; None where it does not say."""
         return self._stores.sending.ask(lambda ledger: limits.waiting_in_ledger(ledger.client))
 
-    def _to_ledger(self, job: NewJob, inserted: Inserted, began_ms: float, alone: bool) -> None:
+    def _to_ledger(self, job: NewJob, inserted: Inserted, began: float, began_ms: float, alone: bool) -> None:
         """Admit or file. Whatever goes wrong here leaves a row that is accepted, which the sweep brings in."""
         if inserted.seq is None:
             return
@@ -354,7 +354,7 @@ class Sender:
             return
         place, now_ms = order(job.priority, inserted.seq), round(time.time() * 1000)
         args = (job.id, job.shape, place, job.message, 0, 0, now_ms, began_ms, job.rerun)
-        self._stores.sending.submit(Submission(inserted.epoch, args, len(job.message)), alone=alone)
+        self._stores.sending.submit(Submission(inserted.epoch, args, len(job.message)), began, alone=alone)
 
     def ask(self, inserted: Inserted, question: Callable[[Ledger], object]) -> bool:
         """Tell the ledger, in the epoch that this insert confirmed; what it does not hear or take, the duties bring.

@@ -25,7 +25,7 @@ from routing import native
 logger = logging.getLogger(__name__)
 
 #: Seconds between two submissions below which they are a row of them.
-IN_A_ROW: Final = 0.005
+IN_A_ROW: Final = 0.001
 #: Seconds for which the thread lets jobs come together: what one step costs hardly grows with them.
 GATHER: Final = 0.003
 #: Jobs that wait for the thread, above which a sender waits for it.
@@ -70,15 +70,18 @@ class Submissions:
         self._changed = threading.Condition()
         _all.add(self)
 
-    def add(self, job: Submission, *, alone: bool) -> None:
-        """Bring a job to the ledger, now or soon. `alone`: now."""
-        now = time.monotonic()
-        with self._changed:
-            in_a_row, self._last = now - self._last < IN_A_ROW, now
-            if in_a_row and not alone and not _ending and self._leave(job):
-                return
-        self.flush()
-        self._bring([job])
+    def add(self, job: Submission, began: float, *, alone: bool) -> None:
+        """Bring a job to the ledger, now or soon. `began`: when its sender began (monotonic). `alone`: now."""
+        try:
+            with self._changed:
+                # (Whoever waits for a result in between is not in a hurry to send, but to have it.)
+                in_a_row = began - self._last < IN_A_ROW
+                if in_a_row and not alone and not _ending and self._leave(job):
+                    return
+            self.flush()
+            self._bring([job])
+        finally:
+            self._last = time.monotonic()
 
     def flush(self) -> bool:
         """Wait until all that was added before has been brought; whether it has."""

@@ -56,18 +56,18 @@ def sent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Submissions:
 
 
 def test_a_single_job_is_there_when_its_sender_is_back(ledger: Ledger, sent: Submissions) -> None:
-    sent.add(job(1), alone=False)
+    sent.add(job(1), 0.0, alone=False)
     assert ledger.brought == [[1]]
     assert ledger.threads == [threading.current_thread().name]
 
 
 def test_jobs_in_a_row_are_brought_by_a_thread_together_and_in_their_order(ledger: Ledger, sent: Submissions) -> None:
-    sent.add(job(0), alone=False)
+    sent.add(job(0), 0.0, alone=False)
     ledger.open.clear()
-    sent.add(job(1), alone=False)
+    sent.add(job(1), 0.0, alone=False)
     until(lambda: sent._busy, "the thread has the second one")
     for number in range(2, 50):
-        sent.add(job(number), alone=False)
+        sent.add(job(number), 0.0, alone=False)
     assert ledger.jobs == [0]
     ledger.open.set()
     assert sent.flush()
@@ -77,8 +77,8 @@ def test_jobs_in_a_row_are_brought_by_a_thread_together_and_in_their_order(ledge
 
 def test_one_that_must_not_wait_goes_behind_those_that_do(ledger: Ledger, sent: Submissions) -> None:
     for number in range(5):
-        sent.add(job(number), alone=False)
-    sent.add(job(5), alone=True)
+        sent.add(job(number), 0.0, alone=False)
+    sent.add(job(5), 0.0, alone=True)
     assert ledger.jobs == [*range(6)]
     assert ledger.threads[-1] == threading.current_thread().name
 
@@ -88,13 +88,13 @@ def test_senders_wait_for_a_thread_that_cannot_keep_up(
 ) -> None:
     monkeypatch.setattr(submissions, "MOST_WAITING", 10)
     monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
-    sent.add(job(0), alone=False)
+    sent.add(job(0), 0.0, alone=False)
     ledger.open.clear()
-    sent.add(job(1), alone=False)
+    sent.add(job(1), 0.0, alone=False)
     until(lambda: sent._busy, "the thread has the second one")
     for number in range(2, 12):
-        sent.add(job(number), alone=False)
-    another = threading.Thread(target=sent.add, args=(job(12),), kwargs={"alone": False})
+        sent.add(job(number), 0.0, alone=False)
+    another = threading.Thread(target=sent.add, args=(job(12), 0.0), kwargs={"alone": False})
     another.start()
     until(lambda: sent._flushing, "the sender waits")
     assert len(sent._waiting) == 10
@@ -117,14 +117,15 @@ def test_who_waits_for_the_thread_does_not_wait_for_what_others_send_meanwhile(
         ledger(jobs)
 
     sent = Submissions(bring)
-    sent.add(job(0), alone=False)
+    sent._last = -10 * ALWAYS
+    sent.add(job(0), 0.0, alone=False)
     ledger.open.clear()
-    sent.add(job(1), alone=False)
+    sent.add(job(1), 0.0, alone=False)
     until(lambda: sent._busy, "the thread has it")
     waits = threading.Thread(target=sent.flush, daemon=True)
     waits.start()
     until(lambda: sent._flushing, "somebody waits for it")
-    sent.add(job(2), alone=False)
+    sent.add(job(2), 0.0, alone=False)
     ledger.open.set()
     waits.join(PATIENCE)
     assert ledger.jobs == [0, 1]
@@ -136,13 +137,13 @@ def test_who_waits_for_the_thread_does_not_wait_for_what_others_send_meanwhile(
 def test_an_error_that_nobody_thought_of_stops_nothing(
     ledger: Ledger, sent: Submissions, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sent.add(job(0), alone=False)
+    sent.add(job(0), 0.0, alone=False)
     ledger.fails = True
-    sent.add(job(1), alone=False)
+    sent.add(job(1), 0.0, alone=False)
     assert sent.flush()
     assert "1 jobs were not brought to the ledger" in caplog.text
     ledger.fails = False
-    sent.add(job(2), alone=False)
+    sent.add(job(2), 0.0, alone=False)
     assert sent.flush()
     assert ledger.jobs == [0, 1, 2]
 
@@ -151,9 +152,9 @@ def test_the_thread_ends_when_nothing_comes_and_another_one_follows(
     ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submissions, "REST_AT_MOST", 0.01)
-    sent.add(job(0), alone=False)
+    sent.add(job(0), 0.0, alone=False)
     for number in range(1, 4):
-        sent.add(job(number), alone=False)
+        sent.add(job(number), 0.0, alone=False)
         until(lambda: sent._thread is None, "the thread has ended")
     assert ledger.brought == [[0], [1], [2], [3]]
 
@@ -167,9 +168,9 @@ def test_where_there_can_be_no_thread_each_job_goes_at_once(
     with monkeypatch.context() as there:
         there.setattr(threading.Thread, "start", refused)
         for number in range(3):
-            sent.add(job(number), alone=False)
+            sent.add(job(number), 0.0, alone=False)
         assert ledger.brought == [[0], [1], [2]]
-    sent.add(job(3), alone=False)
+    sent.add(job(3), 0.0, alone=False)
     assert sent.flush()
     assert ledger.threads[3:] == ["submissions"]
 
@@ -178,14 +179,14 @@ def test_large_jobs_wait_in_smaller_numbers(
     ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
-    sent.add(job(0), alone=False)
+    sent.add(job(0), 0.0, alone=False)
     ledger.open.clear()
-    sent.add(job(1), alone=False)
+    sent.add(job(1), 0.0, alone=False)
     until(lambda: sent._busy, "the thread has the second one")
     half = submissions.MOST_BYTES // 2
     for number in (2, 3):
-        sent.add(Submission(1, (number,), half), alone=False)
-    another = threading.Thread(target=sent.add, args=(Submission(1, (4,), half),), kwargs={"alone": False})
+        sent.add(Submission(1, (number,), half), 0.0, alone=False)
+    another = threading.Thread(target=sent.add, args=(Submission(1, (4,), half), 0.0), kwargs={"alone": False})
     another.start()
     until(lambda: sent._flushing, "the sender waits")
     ledger.open.set()
@@ -196,12 +197,12 @@ def test_large_jobs_wait_in_smaller_numbers(
 
 def test_a_thread_that_is_dismissed_brings_what_it_has_and_ends(ledger: Ledger, sent: Submissions) -> None:
     for number in range(3):
-        sent.add(job(number), alone=False)
+        sent.add(job(number), 0.0, alone=False)
     thread = sent._thread
     assert thread is not None
     sent.dismiss()
     assert not thread.is_alive()
     assert ledger.jobs == [0, 1, 2]
-    sent.add(job(3), alone=False)
+    sent.add(job(3), 0.0, alone=False)
     assert sent.flush()
     assert ledger.jobs == [0, 1, 2, 3]
