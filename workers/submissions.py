@@ -62,8 +62,6 @@ class Submissions:
         self._thread: native.Thread | None = None
         #: Whether the thread waits for a job.
         self._resting = False
-        #: Whether it has taken jobs, and is not done with them.
-        self._busy = False
         #: Those who wait for it, and those who wait for its end.
         self._flushing = 0
         self._dismissing = 0
@@ -142,7 +140,6 @@ class Submissions:
                 # Whatever it was: the next jobs are to be brought, and the sweep brings these.
                 logger.exception("%d jobs were not brought to the ledger", len(jobs))
             with self._changed:
-                self._busy = False
                 self._done += len(jobs)
                 self._changed.notify_all()
 
@@ -154,7 +151,6 @@ class Submissions:
             if self._waiting:
                 self._changed.wait_for(lambda: self._flushing or self._dismissing, GATHER)
             jobs, self._waiting, self._size = self._waiting, [], 0
-            self._busy = bool(jobs)
             if not jobs:
                 self._thread = None
             return jobs

@@ -55,6 +55,14 @@ def sent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Submissions:
     return made
 
 
+def hold_up(ledger: Ledger, sent: Submissions) -> None:
+    """Have the thread bring job 1 until the ledger is open again. (Job 0 goes by itself.)"""
+    sent.add(job(0), 0.0, alone=False)
+    ledger.open.clear()
+    sent.add(job(1), 0.0, alone=False)
+    until(lambda: sent._left == 1 and not sent._waiting, "the thread has it")
+
+
 def test_a_single_job_is_there_when_its_sender_is_back(ledger: Ledger, sent: Submissions) -> None:
     sent.add(job(1), 0.0, alone=False)
     assert ledger.brought == [[1]]
@@ -62,10 +70,7 @@ def test_a_single_job_is_there_when_its_sender_is_back(ledger: Ledger, sent: Sub
 
 
 def test_jobs_in_a_row_are_brought_by_a_thread_together_and_in_their_order(ledger: Ledger, sent: Submissions) -> None:
-    sent.add(job(0), 0.0, alone=False)
-    ledger.open.clear()
-    sent.add(job(1), 0.0, alone=False)
-    until(lambda: sent._busy, "the thread has the second one")
+    hold_up(ledger, sent)
     for number in range(2, 50):
         sent.add(job(number), 0.0, alone=False)
     assert ledger.jobs == [0]
@@ -88,10 +93,7 @@ def test_senders_wait_for_a_thread_that_cannot_keep_up(
 ) -> None:
     monkeypatch.setattr(submissions, "MOST_WAITING", 10)
     monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
-    sent.add(job(0), 0.0, alone=False)
-    ledger.open.clear()
-    sent.add(job(1), 0.0, alone=False)
-    until(lambda: sent._busy, "the thread has the second one")
+    hold_up(ledger, sent)
     for number in range(2, 12):
         sent.add(job(number), 0.0, alone=False)
     another = threading.Thread(target=sent.add, args=(job(12), 0.0), kwargs={"alone": False})
@@ -118,10 +120,7 @@ def test_who_waits_for_the_thread_does_not_wait_for_what_others_send_meanwhile(
 
     sent = Submissions(bring)
     sent._last = -10 * ALWAYS
-    sent.add(job(0), 0.0, alone=False)
-    ledger.open.clear()
-    sent.add(job(1), 0.0, alone=False)
-    until(lambda: sent._busy, "the thread has it")
+    hold_up(ledger, sent)
     waits = threading.Thread(target=sent.flush, daemon=True)
     waits.start()
     until(lambda: sent._flushing, "somebody waits for it")
@@ -179,10 +178,7 @@ def test_large_jobs_wait_in_smaller_numbers(
     ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
-    sent.add(job(0), 0.0, alone=False)
-    ledger.open.clear()
-    sent.add(job(1), 0.0, alone=False)
-    until(lambda: sent._busy, "the thread has the second one")
+    hold_up(ledger, sent)
     half = submissions.MOST_BYTES // 2
     for number in (2, 3):
         sent.add(Submission(1, (number,), half), 0.0, alone=False)
