@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 import psycopg2
-from sqlalchemy import Connection, Engine, PoolProxiedConnection, text
+from sqlalchemy import Connection, PoolProxiedConnection, text
 from sqlalchemy.exc import DBAPIError
 
 from routing import roster
@@ -119,13 +119,13 @@ _TYPES: Final = (
 )
 _VALUES: Final = ", ".join(f"${number}" for number in range(1, 19))
 _RETURNING: Final = (
-    "ON CONFLICT (id) DO NOTHING RETURNING seq, (SELECT epoch FROM authority), (SELECT authority FROM authority)"
+    "ON CONFLICT (id) DO NOTHING RETURNING seq, (SELECT epoch || ' ' || authority FROM authority)"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class _Statement:
-    """The hot path of every submit: prepared once for each connection, which halves its cost in Postgres."""
+class Statement:
+    """An insert, on the hot path of every submit: prepared once for each connection, which halves its cost there."""
 
     name: str
     prepare: str
@@ -133,14 +133,15 @@ class _Statement:
     #: The same statement, not prepared.
     plain: str
 
+    @classmethod
+    def of(cls, name: str, columns: str, types: str, source: str, values: int) -> Statement:
+        """`source` gives the columns their values, by so many parameters of those types: $1, $2, ..."""
+        insert = f"INSERT INTO jobs ({columns}) {source} {_RETURNING}"
+        execute = f"EXECUTE {name} ({', '.join(['%s'] * values)})"
+        return cls(name, f"PREPARE {name} ({types}) AS {insert}", execute, re.sub(r"\$\d+", "%s", insert))
 
-def _statement(name: str, types: str, source: str, values: int) -> _Statement:
-    insert = f"INSERT INTO jobs ({_COLUMNS}) {source} {_RETURNING}"
-    execute = f"EXECUTE {name} ({', '.join(['%s'] * values)})"
-    return _Statement(name, f"PREPARE {name} ({types}) AS {insert}", execute, re.sub(r"\$\d+", "%s", insert))
 
-
-_BY_ANYBODY: Final = _statement("celery_capacity_insert_job", _TYPES, f"VALUES ({_VALUES})", 18)
+BY_ANYBODY: Final = Statement.of("celery_capacity_insert_job", _COLUMNS, _TYPES, f"VALUES ({_VALUES})", 18)
 #: Whether an attempt (job, epoch, attempt, incarnation) may still speak: its row is there (and not in the archive), has
 #: no newer attempt and did not take this one back or give it up, and its worker was not given up (which is noted before
 #: its jobs are taken back).
@@ -150,8 +151,9 @@ _HOLDS: Final = (
     f"< ({{}}, {{}}, {Step.BACK.value})) AND "
     "NOT EXISTS (SELECT 1 FROM workers w WHERE w.incarnation = {} AND w.status = 'lost')"
 )
-_BY_ATTEMPT: Final = _statement(
+_BY_ATTEMPT: Final = Statement.of(
     "celery_capacity_insert_job_by",
+    _COLUMNS,
     f"{_TYPES}, text, bigint, int, text",
     f"SELECT {_VALUES} WHERE {_HOLDS.format('$19', '$20', '$21', '$22')}",
     22,
@@ -166,28 +168,13 @@ def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None)
     attempt that publishes it has lost its lease (`may_publish` tells). Raises `NotMigrated`."""
     if job.gates is not None:
         return _insert_gated(connection, job, job.gates, by)
-    return _insert(connection, job, by, State.SCHEDULED if job.due_at is not None else State.ACCEPTED)
+    return _insert(connection, job, by)
 
 
-def insert_alone(engine: Engine, job: NewJob) -> Inserted | None:
-    """The same for a job that nothing holds back and no attempt publishes, without SQLAlchemy's connection, which would
-    be a tenth of the whole; None where nothing was inserted."""
-    try:
-        pooled = engine.raw_connection()
-    except psycopg2.Error as error:
-        given: Any = error
-        lost = engine.dialect.is_disconnect(given, None, None)
-        raise DBAPIError.instance(None, None, error, psycopg2.Error, connection_invalidated=lost) from error
-    try:
+def values_of(job: NewJob, state: State | None = None, gated: bool = False) -> tuple[Any, ...]:
+    """The parameters of `BY_ANYBODY`."""
+    if state is None:
         state = State.SCHEDULED if job.due_at is not None else State.ACCEPTED
-        with _migrated():
-            row = _execute_insert(pooled, pooled.invalidate, _BY_ANYBODY, _values(job, state), False)
-        return None if row is None else _inserted(row, job)
-    finally:
-        pooled.close()
-
-
-def _values(job: NewJob, state: State, gated: bool = False) -> tuple[Any, ...]:
     return (
         job.id,
         job.name,
@@ -211,31 +198,22 @@ def _values(job: NewJob, state: State, gated: bool = False) -> tuple[Any, ...]:
 
 
 def _insert(
-    connection: Connection, job: NewJob, by: Publisher | None, state: State, gated: bool = False
+    connection: Connection, job: NewJob, by: Publisher | None, state: State | None = None, gated: bool = False
 ) -> Inserted:
-    statement, values = _BY_ANYBODY, _values(job, state, gated)
+    statement, values = BY_ANYBODY, values_of(job, state, gated)
     if by is not None:
         statement, values = _BY_ATTEMPT, (*values, by.job, by.epoch, by.attempt, by.incarnation)
-    with _migrated():
-        row = _execute_insert(connection.connection, connection.invalidate, statement, values, gated)
-    return confirmed(connection) if row is None else _inserted(row, job)
+    row = execute_insert(connection.connection, connection.invalidate, statement, values, gated)
+    return confirmed(connection) if row is None else inserted_by(row, job)
 
 
-def _inserted(row: Any, job: NewJob) -> Inserted:
-    if row[1] is None:
+def inserted_by(row: Any, job: NewJob) -> Inserted:
+    """What the row says that the insert of a job returned. Raises `NotMigrated`."""
+    seq, confirmation = row
+    if confirmation is None:
         raise NotMigrated()
-    return Inserted(row[0], row[1], row[2], job.due_at is None)
-
-
-class _migrated:  # noqa: N801 - reads as a statement
-    """Within, a table that is not there is `NotMigrated`."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, DBAPIError) and getattr(error.orig, "pgcode", None) == _UNDEFINED_TABLE:
-            raise NotMigrated() from error
+    epoch, _, authority = confirmation.partition(" ")
+    return Inserted(seq, int(epoch), authority, job.due_at is None)
 
 
 def confirmed(connection: Connection) -> Inserted:
@@ -244,16 +222,16 @@ def confirmed(connection: Connection) -> Inserted:
     return Inserted(None, known.epoch, known.authority)
 
 
-def _execute_insert(
+def execute_insert(
     pooled: PoolProxiedConnection,
     invalidate: Callable[[BaseException], None],
-    statement: _Statement,
+    statement: Statement,
     values: tuple[Any, ...],
-    plain: bool,
+    plain: bool = False,
 ) -> Any:
-    """The row that the insert returns. With the driver's own cursor: SQLAlchemy's result machinery would be a fifth of
-    the whole statement. Errors are SQLAlchemy's, and a connection that broke is given up, as it would do. `plain`: not
-    prepared, since in a transaction one that is not known here would end it."""
+    """The row that the insert returns, None for none. With the driver's own cursor: SQLAlchemy's result machinery would
+    be a fifth of the whole statement. Errors are SQLAlchemy's, and a connection that broke is given up, as it would do.
+    `plain`: not prepared, since in a transaction one that is not known here would end it. Raises `NotMigrated`."""
     cursor: Any = None
     try:
         cursor = pooled.cursor()
@@ -273,6 +251,8 @@ def _execute_insert(
             cursor.execute(statement.execute, values)
         return cursor.fetchone()
     except psycopg2.Error as error:
+        if error.pgcode == _UNDEFINED_TABLE:
+            raise NotMigrated() from error
         broken = bool(getattr(pooled.driver_connection, "closed", 0))
         if broken:
             invalidate(error)

@@ -29,11 +29,14 @@ SUBMIT_WITHIN_MS: Final = 30_000
 #: Candidates that a submit fetches first; the others only when none of these has room.
 FEW: Final = 4
 
+#: Jobs of one shape whose changes a submit keeps until it writes them together; Lua gives a command 8,000 arguments.
+RUN: Final = 1000
+
 #: Bytes of a message that a release may give back to the worker that is asking; larger ones go by the broker.
 HAND_OVER_BYTES: Final = 65_536
 
 #: The files with what the operations share.
-PRELUDES: Final = ("prelude", "prelude_search", "prelude_jobs", "prelude_fill")
+PRELUDES: Final = ("prelude", "prelude_search", "prelude_jobs", "prelude_submit", "prelude_fill")
 
 HEADER_FIELDS: Final = ("Does", "KEYS", "ARGV", "Replies", "Cost", "Repeat")
 FLAGS: Final = re.compile(r"\A#!lua[^\n]*\n")
@@ -116,6 +119,7 @@ def load(start_ms: int, flags: bool) -> dict[str, Script]:
         "LIMIT": {
             "candidates": CANDIDATES,
             "few": FEW,
+            "run": RUN,
             "shapes": SHAPES,
             "most": MOST_ADMITTED,
             "passes": FREED_PASSES,

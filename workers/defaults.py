@@ -29,6 +29,9 @@ EAGER: Final = "memory://"
 #: The settings that name servers.
 SERVERS: Final = ("broker_url", "result_backend")
 _NOT_THERE: Final = object()
+#: Where `QuickSettings` keeps the names of settings, and what it finds there at first.
+_KEYS: Final = "_platform_keys"
+_NONE: Final[tuple[Any, dict[str, tuple[str, ...]]]] = (None, {})
 
 
 class QuickSettings(Settings):
@@ -36,14 +39,13 @@ class QuickSettings(Settings):
     that a name is not in."""
 
     def __getitem__(self, key: str) -> Any:
-        keys = self._to_keys(key)
+        keys = self._all_keys(key)
         for mapping in self.maps:
             if type(mapping) in (dict, Defaults):
-                get = mapping.get
                 for name in keys:
-                    found = get(name, _NOT_THERE)
+                    found = dict.get(mapping, name, _NOT_THERE)
                     if found is not _NOT_THERE:
-                        return found
+                        return mapping[name] if found is None else found
                 continue
             # One of the user's own may make a value when it is asked for it, which its `get` need not do.
             for name in keys:
@@ -52,6 +54,19 @@ class QuickSettings(Settings):
                 except KeyError:
                     continue
         return super().__getitem__(key)
+
+    def _all_keys(self, key: str) -> tuple[str, ...]:
+        """The names under which a setting may stand. They are made of its own and of these two alone."""
+        of, known = self.__dict__.get(_KEYS, _NONE)
+        by = (self.prefix, self._keys)
+        if of != by:
+            known = {}
+            # (To set an attribute would be a setting.)
+            self.__dict__[_KEYS] = (by, known)
+        keys: tuple[str, ...] | None = known.get(key)
+        if keys is None:
+            keys = known[key] = tuple(self._to_keys(key))
+        return keys
 
 
 class Defaults(dict[str, Any]):

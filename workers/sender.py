@@ -275,9 +275,9 @@ class Sender:
 
     def _insert_once(self, job: NewJob, by: Publisher | None) -> Inserted | None:
         if by is None and job.gates is None:
-            alone = accept.insert_alone(self._stores.engine, job)
-            if alone is not None:
-                return alone
+            at_once = self._stores.inserter.insert(job)
+            if at_once is not None:
+                return at_once
         with self._stores.engine.connect() as connection:
             inserted = accept.insert_job(connection, job, by)
             if inserted.seq is not None:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import redis
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Engine, NullPool, create_engine, event
 
 from routing import request_file
 from routing.errors import NoServers
 from routing.home import running_pair
+from routing.inserter import Inserter
 from routing.ledger import Ledger
 from routing.request_file import RequestRules
 from routing.settings import Settings
@@ -44,16 +45,16 @@ def resolve_running(settings: Settings) -> Settings:
     return settings.with_urls(pair.redis_url, pair.database_url)
 
 
-def make_engine(url: str) -> Engine:
-    """An engine whose statements are autocommitted one by one, with short time-outs."""
+def make_engine(url: str, *, pooled: bool = True) -> Engine:
+    """An engine whose statements are autocommitted one by one, with short time-outs. `pooled`: False where whoever
+    connects keeps the connection."""
+    pool: dict[str, Any] = {"pool_size": 1, "max_overflow": 9, "pool_timeout": CONNECT_WITHIN}
     engine = create_engine(
         url,
         isolation_level="AUTOCOMMIT",
-        pool_size=1,
-        max_overflow=9,
-        pool_timeout=CONNECT_WITHIN,
         # Autocommitted statements leave nothing to roll back: the reset would cost a round trip each time.
         pool_reset_on_return=None,
+        **(pool if pooled else {"poolclass": NullPool}),
         connect_args={
             "connect_timeout": CONNECT_WITHIN,
             # A server that went away without a word is noticed in seconds, not in hours (over TCP).
@@ -69,7 +70,7 @@ def make_engine(url: str) -> Engine:
 
 
 class Stores:
-    """One for each app; `settings`, `engine`, `redis` and `ledger` are made when they are first asked for."""
+    """One for each app; `settings`, `engine`, `redis`, `ledger` and others are made when they are first asked for."""
 
     def __init__(self, resolve: Resolve = resolve_running) -> None:
         self._resolve = resolve
@@ -112,6 +113,16 @@ class Stores:
     @property
     def engine(self) -> Engine:
         found: Engine = self._get("engine", lambda: make_engine(str(self.settings.database_url)))
+        return found
+
+    @property
+    def inserter(self) -> Inserter:
+        """Inserts the jobs that are submitted one by one."""
+
+        def make() -> Inserter:
+            return Inserter(make_engine(str(self.settings.database_url), pooled=False), self.engine)
+
+        found: Inserter = self._get("inserter", make)
         return found
 
     def apart(self) -> Stores:

@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two submissions below which they are a row of them.
 IN_A_ROW: Final = 0.001
-#: Seconds for which the thread lets jobs come together: what one step costs hardly grows with them.
-GATHER: Final = 0.003
+#: The share of the time since a row began for which the thread lets jobs come together, and the seconds of it at the
+#: most: what one step costs hardly grows with them, and who sends for a second does not feel a hundredth.
+GATHER: Final = 0.1
+GATHER_AT_MOST: Final = 0.01
 #: Jobs that wait for the thread, above which a sender waits for it.
 MOST_WAITING: Final = 100
 #: Bytes of their messages, likewise: the server takes them at one time, and answers nobody else meanwhile.
@@ -53,7 +55,8 @@ class Submissions:
 
     def __init__(self, bring: Callable[[Sequence[Submission]], object]) -> None:
         self._bring = bring
-        self._last = 0.0
+        #: When the last sender was back, and when the first one of the row began.
+        self._last = self._row = 0.0
         self._waiting: list[Submission] = []
         #: Their bytes.
         self._size = 0
@@ -74,6 +77,8 @@ class Submissions:
             with self._changed:
                 # (Whoever waits for a result in between is not in a hurry to send, but to have it.)
                 in_a_row = began - self._last < IN_A_ROW
+                if not in_a_row:
+                    self._row = began
                 if in_a_row and not alone and not _ending and self._leave(job):
                     return
             self.flush()
@@ -149,7 +154,8 @@ class Submissions:
             self._changed.wait_for(lambda: self._waiting or self._dismissing, REST_AT_MOST)
             self._resting = False
             if self._waiting:
-                self._changed.wait_for(lambda: self._flushing or self._dismissing, GATHER)
+                gather = min(GATHER * (time.monotonic() - self._row), GATHER_AT_MOST)
+                self._changed.wait_for(lambda: self._flushing or self._dismissing, gather)
             jobs, self._waiting, self._size = self._waiting, [], 0
             if not jobs:
                 self._thread = None

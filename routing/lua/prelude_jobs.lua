@@ -62,13 +62,13 @@ local function shapes_beside(shape)
   return KEY.shapes_of .. LIMIT.unlabelled
 end
 
--- File a job under its shape. The job's own hash is the caller's.
-local function file(id, shape, order)
-  redis.call('ZADD', KEY.wait .. shape, order, id)
+-- File jobs under their shape: order, id, order, id, ... of which `first` is the least. Their own hashes are the caller's.
+local function file(shape, jobs, first)
+  redis.call('ZADD', KEY.wait .. shape, unpack(jobs))
   local head = redis.call('ZSCORE', KEY.shapes, shape)
-  if not head or tonumber(order) < tonumber(head) then
-    redis.call('ZADD', KEY.shapes, order, shape)
-    redis.call('ZADD', shapes_beside(shape), order, shape)
+  if not head or tonumber(first) < tonumber(head) then
+    redis.call('ZADD', KEY.shapes, first, shape)
+    redis.call('ZADD', shapes_beside(shape), first, shape)
   end
 end
 
@@ -112,10 +112,9 @@ local function shape_held(shape, losses, most_losses)
   return table.concat(parts, ',')
 end
 
--- Admit a job to a worker and deliver its message, in this atomic step. The caller has checked that it fits, and
--- writes the book. `job` has epoch, attempt (the new one), shape, order, losses, submitted, entry, and of a new job the
--- fields that are written once (`first`).
-local function grant(id, job, message, book, now)
+-- Write down that a job is admitted to a worker. `job` has epoch, attempt (the new one), shape, order, losses, submitted,
+-- entry, and of a new job the fields that are written once (`first`).
+local function note_admission(id, job, message, book, now)
   job.state, job.worker, job.incarnation = 'admitted', book.worker, book.incarnation
   job.admitted, job.started = int(now), nil
   note(id, job, 'admitted', STEP.admitted, now)
@@ -123,67 +122,20 @@ local function grant(id, job, message, book, now)
     'worker', book.worker, 'incarnation', book.incarnation, 'shape', job.shape, 'order', job.order,
     'admitted', job.admitted, 'losses', job.losses or '0', 'submitted', job.submitted or '0',
     'entry', job.entry, 'noted', job.noted, 'message', message, unpack(job.first or {}))
-  redis.call('HSET', KEY.held .. book.worker, id, token_of(job))
-  redis.call('ZADD', KEY.unclaimed, int(now + LIMIT.start), id)
-  redis.call('LPUSH', book.queue, tagged(message, id, job))
 end
 
--- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. One that is
--- known (or ended within the last 60 s, by its tombstone) is left as it is. `job` has epoch, attempt (admissions so far),
--- shape, order, losses, submitted. Returns what became of it, as submit.lua replies.
-local function take_in(id, job, message, digest, rerun, now)
-  local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became')
-  local attempt = tonumber(job.attempt)
-  -- What its last attempt ended may go on all the same, with a successor of which only Postgres was told: then its row
-  -- has that attempt. (One that was revoked or expired does not; and what was submitted before has an older attempt.)
-  local went_on = known[4] and known[5] ~= 'cancelled' and known[5] ~= 'expired' and tonumber(known[3]) == attempt
-  if known[1] and (known[1] ~= 'ended' or (known[2] and not went_on) or tonumber(known[3]) > attempt) then
-    return {'exists', known[1]}
-  end
-  if known[1] then
-    redis.call('DEL', KEY.job .. id)
-  end
-  -- What never changes is written once, with all the rest.
-  job.first = {'digest', digest}
-  if rerun == '0' then
-    job.first[3], job.first[4] = 'rerun', rerun
-  end
-  local cursor_score, cursor_worker = '', ''
-  -- A job whose shape already waits would find no room either: it is filed unseen.
-  if not redis.call('ZSCORE', KEY.shapes, job.shape) then
-    local amounts = amounts_of(job.shape)
-    local index = index_for(amounts)
-    local least, looked_at = int(amounts.cpus or 0), 0
-    -- The first few are nearly always enough; the others are fetched only when they are needed.
-    for _, size in ipairs({LIMIT.few, LIMIT.candidates - LIMIT.few}) do
-      local found = redis.call('ZRANGEBYSCORE', index, least, '+inf', 'LIMIT', looked_at, size)
-      local book = first_with_room(index, found, job.epoch, now, amounts)
-      if book then
-        job.attempt = int(attempt + 1)
-        grant(id, job, message, book, now)
-        enter(book, amounts)
-        count('admitted', 1)
-        return {'admitted', book.worker, job.attempt}
-      end
-      looked_at = looked_at + #found
-      if #found < size then
-        break
-      end
-      cursor_worker = found[#found]
-    end
-    if looked_at == LIMIT.candidates then
-      cursor_score = redis.call('ZSCORE', index, cursor_worker)
-    else
-      cursor_score, cursor_worker = lacks_some(index, now) and '*' or '', ''
-    end
-  end
-  note(id, job, 'waiting', STEP.filed, now)
-  redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'epoch', job.epoch, 'attempt', job.attempt, 'shape', job.shape,
-    'order', job.order, 'losses', job.losses, 'submitted', job.submitted, 'message', message, 'entry', job.entry,
-    'noted', job.noted, unpack(job.first))
-  file(id, job.shape, job.order)
-  count('filed', 1)
-  return {'waiting', cursor_score, cursor_worker}
+-- Deliver what was admitted to a worker: id, token, id, token, ...; due, id, due, id, ...; message, message, ...
+local function deliver(book, tokens, due, messages)
+  redis.call('HSET', KEY.held .. book.worker, unpack(tokens))
+  redis.call('ZADD', KEY.unclaimed, unpack(due))
+  redis.call('LPUSH', book.queue, unpack(messages))
+end
+
+-- Admit a job to a worker and deliver its message, in this atomic step. The caller has checked that it fits, and
+-- writes the book.
+local function grant(id, job, message, book, now)
+  note_admission(id, job, message, book, now)
+  deliver(book, {id, token_of(job)}, {int(now + LIMIT.start), id}, {tagged(message, id, job)})
 end
 
 -- Admit a job to the worker that is asking, and give it the lease at once: its message goes into the reply (`out`), so
@@ -247,6 +199,6 @@ local function put_back(id, job, now, outcome, error_text, most_losses, outbox)
   redis.call('HDEL', KEY.job .. id, 'worker', 'incarnation', 'admitted', 'started', 'nonce', 'redelivered')
   redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'shape', job.shape, 'losses', job.losses or '0',
     'entry', job.entry, 'noted', job.noted)
-  file(id, job.shape, job.order)
+  file(job.shape, {job.order, id}, job.order)
   return 'waiting'
 end

@@ -23,4 +23,8 @@ if now > deadline then
   return {'late', int(now)}
 end
 local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
-return take_in(id, job, message, digest, rerun, now)
+local reply, run = take_in(id, job, message, digest, rerun, now)
+if run then
+  end_run(run)
+end
+return reply

@@ -5,7 +5,7 @@
 --   losses, submitted (ms), rerun (0: its first lost attempt ends it), digest of the message
 -- Replies: {ok, taken, then shape, cursor_score, cursor_worker of each shape that found no room among those looked at, while
 --   there were others} | {late, now (ms)} | {cold} | {epoch, current}
--- Cost: at the worst that of as many submits; jobs of one shape look for room until one does not find it
+-- Cost: at the worst that of as many submits; jobs of one shape in a row look for room once, and again where a worker is full
 -- Repeat: harmless: a job that is known (or ended within the last 60 s, by its tombstone) is left as it is
 local epoch, run_id, deadline = ARGV[1], ARGV[2], tonumber(ARGV[3])
 
@@ -18,12 +18,13 @@ if now > deadline then
   count('refused.late', 1)
   return {'late', int(now)}
 end
-local reply, taken = {'ok', ''}, 0
+local reply, taken, run = {'ok', ''}, 0, nil
 for i = 4, #ARGV, 9 do
   local shape = ARGV[i + 1]
   local job = {epoch = epoch, attempt = ARGV[i + 4], shape = shape, order = ARGV[i + 2], losses = ARGV[i + 5],
     submitted = ARGV[i + 6]}
-  local became = take_in(ARGV[i], job, ARGV[i + 3], ARGV[i + 8], ARGV[i + 7], now)
+  local became
+  became, run = take_in(ARGV[i], job, ARGV[i + 3], ARGV[i + 8], ARGV[i + 7], now, run)
   if became[1] ~= 'exists' then
     taken = taken + 1
   end
@@ -31,6 +32,9 @@ for i = 4, #ARGV, 9 do
     local n = #reply
     reply[n + 1], reply[n + 2], reply[n + 3] = shape, became[2], became[3]
   end
+end
+if run then
+  end_run(run)
 end
 reply[2] = int(taken)
 return reply

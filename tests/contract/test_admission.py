@@ -31,7 +31,7 @@ from routing.policy import (
 )
 from routing.replies import Ended, Filled
 from routing.request import Request
-from routing.scripts import SUBMIT_WITHIN_MS
+from routing.scripts import RUN, SUBMIT_WITHIN_MS
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger, write_book
 
 #: Each example takes some milliseconds of the server.
@@ -147,6 +147,63 @@ def test_many_submitted_at_once_take_what_the_policy_takes_one_after_another(
     assert {digest for *_, digest in cards} == {digest_of(MESSAGE).encode()}
     # Again: all of them are known.
     assert ledger.submit_many(rows) == 0
+
+
+#: Jobs of one request, in a row: one, some, or more than most workers have slots.
+RUNS: Final = st.lists(st.tuples(REQUESTS, st.integers(0, 2), st.integers(1, 6)), min_size=1, max_size=5)
+
+
+def standing(ledger: Ledger) -> dict[bytes, Any]:
+    """All that the ledger holds beside the stream and the times of its entries."""
+    client: Any = ledger.client
+    found: dict[bytes, Any] = {}
+    for key in sorted(client.scan_iter()):
+        kind = client.type(key)
+        if kind == b"hash":
+            fields = client.hgetall(key)
+            times = (b"lease", b"entry", b"admitted", b"opened") if key != keys.COUNTERS.encode() else ()
+            found[key] = {name: value for name, value in fields.items() if name not in times}
+        elif kind == b"zset":
+            timed = key.decode() in (keys.LEASES, keys.INDEXED, keys.UNCLAIMED)
+            found[key] = client.zrange(key, 0, -1, withscores=not timed)
+            found[key] = sorted(found[key]) if timed else found[key]
+        elif kind == b"list":
+            found[key] = client.lrange(key, 0, -1)
+        elif kind == b"string":
+            found[key] = client.get(key)
+    return found
+
+
+@ON_A_SERVER
+@given(BOOKS, RUNS)
+def test_many_submitted_at_once_leave_the_ledger_as_one_after_another_do(
+    ledger: Ledger, books: list[Book], runs: list[tuple[Request, int, int]]
+) -> None:
+    rows: list[Any] = []
+    for request_, rank, times in runs:
+        for _ in range(times):
+            rows.append((f"job-{len(rows)}", request_.shape, order(rank, len(rows)), MESSAGE, 0, 0, 0))
+    write(ledger, books)
+    for row in rows:
+        ledger.submit_one(row)
+    expected = standing(ledger)
+    write(ledger, books)
+    # (One that is named twice is known the second time.)
+    assert ledger.submit_many([*rows, rows[-1]]) == len(rows)
+    assert standing(ledger) == expected
+
+
+def test_a_run_that_is_longer_than_a_command_may_be_goes_on_by_another(ledger: Ledger) -> None:
+    many = 2 * RUN + 1
+    write(ledger, [Book("w1", {"cpus": 1000 * many, "memory": 9, "slots": many}, {})])
+    shape, more = Request.of({"cpus": 1000}).shape, 10
+    rows = [(f"job-{n}", shape, order(0, n), MESSAGE, 0, 0, 0) for n in range(many + more)]
+    assert ledger.submit_many(rows) == many + more
+    client: Any = ledger.client
+    assert client.llen("queue.w1") == client.hlen(keys.held("w1")) == client.zcard(keys.UNCLAIMED) == many
+    assert client.hmget(keys.book("w1"), "a.cpus", "a.slots") == [str(1000 * many).encode(), str(many).encode()]
+    assert client.zrange(keys.wait(shape), 0, -1) == [row[0].encode() for row in rows[many:]]
+    assert client.hmget(keys.COUNTERS, "admitted", "filed") == [str(many).encode(), str(more).encode()]
 
 
 BACKLOG: Final = st.lists(st.tuples(REQUESTS, st.integers(0, 9)), max_size=40).map(

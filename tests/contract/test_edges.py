@@ -17,7 +17,7 @@ HELD: Final = (State.ADMITTED, State.RUNNING)
 #: (script or function of the prelude, state, step) of each `note` in the Lua -> the edges it makes.
 NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
     # submit admits a row as it comes; fill, place and the scripts that fill admit what waits.
-    ("grant", "'admitted'", "STEP.admitted"): [
+    ("note_admission", "'admitted'", "STEP.admitted"): [
         (state, Event.ADMIT) for state in (State.ACCEPTED, State.SCHEDULED, State.WAITING)
     ],
     # admitted and claimed in one step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -78,6 +79,25 @@ def test_jobs_in_a_row_are_brought_by_a_thread_together_and_in_their_order(ledge
     assert sent.flush()
     assert ledger.brought == [[0], [1], [*range(2, 50)]]
     assert set(ledger.threads[1:]) == {"submissions"}
+
+
+def test_a_row_that_has_gone_on_for_long_is_brought_in_larger_steps_than_one_that_begins(
+    ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions, "GATHER_AT_MOST", ALWAYS)
+    now = time.monotonic()
+    sent._last = now - 2 * ALWAYS
+    sent.add(job(0), now, alone=False)
+    for number in (1, 2):
+        # It has just begun: nobody asks for this, and it comes.
+        sent.add(job(number), now, alone=False)
+        until(lambda number=number: ledger.jobs == [*range(number + 1)], "it is there")  # type: ignore[misc]
+    sent._row = now - 100 * ALWAYS
+    sent.add(job(3), now, alone=False)
+    until(lambda: not sent._resting, "the thread knows of it")
+    sent.add(job(4), now, alone=False)
+    assert sent.flush()
+    assert ledger.brought == [[0], [1], [2], [3, 4]]
 
 
 def test_one_that_must_not_wait_goes_behind_those_that_do(ledger: Ledger, sent: Submissions) -> None:

@@ -1,0 +1,121 @@
+-- Shared by the scripts of the ledger, as prelude.lua is. Here: jobs whose rows are durable come in.
+--
+-- Of those that one script brings, jobs of one shape that follow one another are a run. Where one of them finds no room,
+-- none behind it does; and the worker that took one is the best for the next as long as it has room: it had the least that
+-- sufficed, and has less now. So a run looks once, and what it changes beside the jobs' own keys is written at its end
+-- (`end_run`), before anything else looks there.
+
+-- What a run begins with.
+local function new_run(shape)
+  return {shape = shape, amounts = amounts_of(shape), lent = {}, tokens = {}, due = {}, messages = {}, waiting = {}}
+end
+
+local function end_run(run)
+  local admitted, filed = #run.messages, #run.waiting / 2
+  if admitted > 0 then
+    for name, amount in pairs(run.lent) do
+      run.book.capacity[name] = run.book.capacity[name] + amount
+    end
+    enter(run.book, run.lent)
+    deliver(run.book, run.tokens, run.due, run.messages)
+    count('admitted', admitted)
+  end
+  if filed > 0 then
+    file(run.shape, run.waiting, run.first)
+    count('filed', filed)
+  end
+  run.book, run.lent, run.tokens, run.due, run.messages, run.waiting, run.first = nil, {}, {}, {}, {}, {}, nil
+end
+
+-- Is there room for one more of a run on the worker that took the last one?
+local function has_more(run)
+  local book = run.book
+  if not book or run.amounts.alone or room(book, 'slots') < 1 then
+    return false
+  end
+  return fits(book, run.amounts)
+end
+
+-- Look for the best worker for a run: its book, or nil and the cursor from which there may be others.
+local function search(run, epoch, now)
+  local index = index_for(run.amounts)
+  local least, looked_at, last = int(run.amounts.cpus or 0), 0, nil
+  -- The first few are nearly always enough; the others are fetched only when they are needed.
+  for _, size in ipairs({LIMIT.few, LIMIT.candidates - LIMIT.few}) do
+    local found = redis.call('ZRANGEBYSCORE', index, least, '+inf', 'LIMIT', looked_at, size)
+    local book = first_with_room(index, found, epoch, now, run.amounts)
+    if book then
+      return book
+    end
+    looked_at = looked_at + #found
+    if #found < size then
+      break
+    end
+    last = found[#found]
+  end
+  if looked_at == LIMIT.candidates then
+    return nil, redis.call('ZSCORE', index, last), last
+  end
+  return nil, lacks_some(index, now) and '*' or '', ''
+end
+
+-- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. One that is
+-- known (or ended within the last 60 s, by its tombstone) is left as it is. `job` has epoch, attempt (admissions so far),
+-- shape, order, losses, submitted. Returns what became of it, as submit.lua replies, and the run that it is of, which the
+-- caller gives on with the next job, or ends.
+local function take_in(id, job, message, digest, rerun, now, run)
+  local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became')
+  local attempt = tonumber(job.attempt)
+  -- What its last attempt ended may go on all the same, with a successor of which only Postgres was told: then its row
+  -- has that attempt. (One that was revoked or expired does not; and what was submitted before has an older attempt.)
+  local went_on = known[4] and known[5] ~= 'cancelled' and known[5] ~= 'expired' and tonumber(known[3]) == attempt
+  if known[1] and (known[1] ~= 'ended' or (known[2] and not went_on) or tonumber(known[3]) > attempt) then
+    return {'exists', known[1]}, run
+  end
+  if known[1] then
+    redis.call('DEL', KEY.job .. id)
+  end
+  -- What never changes is written once, with all the rest.
+  job.first = {'digest', digest}
+  if rerun == '0' then
+    job.first[3], job.first[4] = 'rerun', rerun
+  end
+  if not run or run.shape ~= job.shape or #run.messages == LIMIT.run or #run.waiting == 2 * LIMIT.run then
+    if run then
+      end_run(run)
+    end
+    run = new_run(job.shape)
+    -- A job whose shape already waits would find no room either: it is filed unseen.
+    run.full = redis.call('ZSCORE', KEY.shapes, job.shape)
+  end
+  local cursor_score, cursor_worker = '', ''
+  if not run.full and not has_more(run) then
+    end_run(run)
+    run.book, cursor_score, cursor_worker = search(run, job.epoch, now)
+    run.full = not run.book
+  end
+  if not run.full then
+    job.attempt = int(attempt + 1)
+    note_admission(id, job, message, run.book, now)
+    local n = #run.messages
+    run.tokens[2 * n + 1], run.tokens[2 * n + 2] = id, token_of(job)
+    run.due[2 * n + 1], run.due[2 * n + 2] = int(now + LIMIT.start), id
+    run.messages[n + 1] = tagged(message, id, job)
+    for name, amount in pairs(run.amounts) do
+      run.lent[name] = (run.lent[name] or 0) + amount
+      -- As lent, until `enter` writes the sum.
+      run.book.capacity[name] = (run.book.capacity[name] or 0) - amount
+    end
+    return {'admitted', run.book.worker, job.attempt}, run
+  end
+  note(id, job, 'waiting', STEP.filed, now)
+  redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'epoch', job.epoch, 'attempt', job.attempt, 'shape', job.shape,
+    'order', job.order, 'losses', job.losses, 'submitted', job.submitted, 'message', message, 'entry', job.entry,
+    'noted', job.noted, unpack(job.first))
+  local n = #run.waiting
+  run.waiting[n + 1], run.waiting[n + 2] = job.order, id
+  if not run.first or tonumber(job.order) < tonumber(run.first) then
+    run.first = job.order
+  end
+  return {'waiting', cursor_score, cursor_worker}, run
+end
