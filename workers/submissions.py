@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import resource
 import sys
 import threading
 import time
@@ -24,8 +25,10 @@ from routing import native
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two submissions below which they are a row of them.
+#: Seconds between two submissions below which they are a row of them; and those below which they are where their thread
+#: waited for nothing in between but a processor.
 IN_A_ROW: Final = 0.001
+IN_A_ROW_BUSY: Final = 0.02
 #: The share of the time since a row began for which the thread lets jobs come together, and the seconds of it at the
 #: most: what one step costs hardly grows with them, and who sends for a second does not feel a hundredth.
 GATHER: Final = 0.1
@@ -40,6 +43,10 @@ PATIENCE: Final = 1.0
 REST_AT_MOST: Final = 5.0
 
 
+#: Linux counts for each thread.
+_THREAD: Final[int | None] = getattr(resource, "RUSAGE_THREAD", None)
+
+
 class Submission(NamedTuple):
     """A job for `Ledger.submit`: its arguments, in the epoch that the insert of its row confirmed. `size`: the bytes of
     its message."""
@@ -49,6 +56,25 @@ class Submission(NamedTuple):
     size: int = 0
 
 
+class Moment(NamedTuple):
+    """When (monotonic), in which thread, and how often that had waited for anything (-1 where nobody counts)."""
+
+    at: float
+    thread: int = 0
+    waits: int = -1
+
+    @classmethod
+    def now(cls) -> Moment:
+        waits = resource.getrusage(_THREAD).ru_nvcsw if _THREAD is not None else -1
+        return cls(time.monotonic(), threading.get_ident(), waits)
+
+    def in_a_row(self, last: Moment) -> bool:
+        """Whether what begins now follows at once on what ended then. (Whoever waits for a result in between is in a
+        hurry to have it, not to send.)"""
+        gap = self.at - last.at
+        return gap < IN_A_ROW or (gap < IN_A_ROW_BUSY and self.waits >= 0 and self[1:] == last[1:])
+
+
 class Submissions:
     """The jobs that one process submits. `bring` takes them to the ledger, and raises nothing. Thread-safe; not carried
     over a fork."""
@@ -56,7 +82,8 @@ class Submissions:
     def __init__(self, bring: Callable[[Sequence[Submission]], object]) -> None:
         self._bring = bring
         #: When the last sender was back, and when the first one of the row began.
-        self._last = self._row = 0.0
+        self._last = Moment(0.0)
+        self._row = 0.0
         self._waiting: list[Submission] = []
         #: Their bytes.
         self._size = 0
@@ -71,20 +98,19 @@ class Submissions:
         self._changed = threading.Condition()
         _all.add(self)
 
-    def add(self, job: Submission, began: float, *, alone: bool) -> None:
-        """Bring a job to the ledger, now or soon. `began`: when its sender began (monotonic). `alone`: now."""
+    def add(self, job: Submission, began: Moment, *, alone: bool) -> None:
+        """Bring a job to the ledger, now or soon. `began`: when its sender began. `alone`: now."""
         try:
             with self._changed:
-                # (Whoever waits for a result in between is not in a hurry to send, but to have it.)
-                in_a_row = began - self._last < IN_A_ROW
+                in_a_row = began.in_a_row(self._last)
                 if not in_a_row:
-                    self._row = began
+                    self._row = began.at
                 if in_a_row and not alone and not _ending and self._leave(job):
                     return
             self.flush()
             self._bring([job])
         finally:
-            self._last = time.monotonic()
+            self._last = Moment.now()
 
     def flush(self) -> bool:
         """Wait until all that was added before has been brought; whether it has."""

@@ -10,10 +10,12 @@ import pytest
 
 from tests.fixtures.waiting import PATIENCE, until
 from workers import submissions
-from workers.submissions import Submission, Submissions
+from workers.submissions import IN_A_ROW, IN_A_ROW_BUSY, Moment, Submission, Submissions
 
 #: Seconds, longer than any test takes.
 ALWAYS = 1000.0
+#: When every sender began.
+START = Moment(0.0)
 
 
 class Ledger:
@@ -52,20 +54,36 @@ def sent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Submissions:
     """Where whatever follows a first job is in a row with it."""
     monkeypatch.setattr(submissions, "IN_A_ROW", ALWAYS)
     made = Submissions(ledger)
-    made._last = -10 * ALWAYS
+    made._last = Moment(-10 * ALWAYS)
     return made
 
 
 def hold_up(ledger: Ledger, sent: Submissions) -> None:
     """Have the thread bring job 1 until the ledger is open again. (Job 0 goes by itself.)"""
-    sent.add(job(0), 0.0, alone=False)
+    sent.add(job(0), START, alone=False)
     ledger.open.clear()
-    sent.add(job(1), 0.0, alone=False)
+    sent.add(job(1), START, alone=False)
     until(lambda: sent._left == 1 and not sent._waiting, "the thread has it")
 
 
+def test_who_waited_for_nothing_is_in_a_row_though_it_waited_for_a_processor() -> None:
+    last = Moment(10.0, thread=1, waits=5)
+    soon, later, long = last.at + IN_A_ROW / 2, last.at + IN_A_ROW * 2, last.at + IN_A_ROW_BUSY * 2
+    assert Moment(soon, thread=1, waits=6).in_a_row(last)
+    assert Moment(later, thread=1, waits=5).in_a_row(last)
+    assert not Moment(later, thread=1, waits=6).in_a_row(last)
+    assert not Moment(later, thread=2, waits=5).in_a_row(last)
+    assert not Moment(long, thread=1, waits=5).in_a_row(last)
+    # Where nobody counts, only time tells.
+    assert not Moment(later).in_a_row(Moment(last.at))
+    # Whoever waits has waited once more.
+    before = Moment.now()
+    time.sleep(0.001)
+    assert Moment.now()[1:] != before[1:] or before.waits < 0
+
+
 def test_a_single_job_is_there_when_its_sender_is_back(ledger: Ledger, sent: Submissions) -> None:
-    sent.add(job(1), 0.0, alone=False)
+    sent.add(job(1), START, alone=False)
     assert ledger.brought == [[1]]
     assert ledger.threads == [threading.current_thread().name]
 
@@ -73,7 +91,7 @@ def test_a_single_job_is_there_when_its_sender_is_back(ledger: Ledger, sent: Sub
 def test_jobs_in_a_row_are_brought_by_a_thread_together_and_in_their_order(ledger: Ledger, sent: Submissions) -> None:
     hold_up(ledger, sent)
     for number in range(2, 50):
-        sent.add(job(number), 0.0, alone=False)
+        sent.add(job(number), START, alone=False)
     assert ledger.jobs == [0]
     ledger.open.set()
     assert sent.flush()
@@ -86,24 +104,24 @@ def test_a_row_that_has_gone_on_for_long_is_brought_in_larger_steps_than_one_tha
 ) -> None:
     monkeypatch.setattr(submissions, "GATHER_AT_MOST", ALWAYS)
     now = time.monotonic()
-    sent._last = now - 2 * ALWAYS
-    sent.add(job(0), now, alone=False)
+    sent._last = Moment(now - 2 * ALWAYS)
+    sent.add(job(0), Moment(now), alone=False)
     for number in (1, 2):
         # It has just begun: nobody asks for this, and it comes.
-        sent.add(job(number), now, alone=False)
+        sent.add(job(number), Moment(now), alone=False)
         until(lambda number=number: ledger.jobs == [*range(number + 1)], "it is there")  # type: ignore[misc]
     sent._row = now - 100 * ALWAYS
-    sent.add(job(3), now, alone=False)
+    sent.add(job(3), Moment(now), alone=False)
     until(lambda: not sent._resting, "the thread knows of it")
-    sent.add(job(4), now, alone=False)
+    sent.add(job(4), Moment(now), alone=False)
     assert sent.flush()
     assert ledger.brought == [[0], [1], [2], [3, 4]]
 
 
 def test_one_that_must_not_wait_goes_behind_those_that_do(ledger: Ledger, sent: Submissions) -> None:
     for number in range(5):
-        sent.add(job(number), 0.0, alone=False)
-    sent.add(job(5), 0.0, alone=True)
+        sent.add(job(number), START, alone=False)
+    sent.add(job(5), START, alone=True)
     assert ledger.jobs == [*range(6)]
     assert ledger.threads[-1] == threading.current_thread().name
 
@@ -115,8 +133,8 @@ def test_senders_wait_for_a_thread_that_cannot_keep_up(
     monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
     hold_up(ledger, sent)
     for number in range(2, 12):
-        sent.add(job(number), 0.0, alone=False)
-    another = threading.Thread(target=sent.add, args=(job(12), 0.0), kwargs={"alone": False})
+        sent.add(job(number), START, alone=False)
+    another = threading.Thread(target=sent.add, args=(job(12), START), kwargs={"alone": False})
     another.start()
     until(lambda: sent._flushing, "the sender waits")
     assert len(sent._waiting) == 10
@@ -139,12 +157,12 @@ def test_who_waits_for_the_thread_does_not_wait_for_what_others_send_meanwhile(
         ledger(jobs)
 
     sent = Submissions(bring)
-    sent._last = -10 * ALWAYS
+    sent._last = Moment(-10 * ALWAYS)
     hold_up(ledger, sent)
     waits = threading.Thread(target=sent.flush, daemon=True)
     waits.start()
     until(lambda: sent._flushing, "somebody waits for it")
-    sent.add(job(2), 0.0, alone=False)
+    sent.add(job(2), START, alone=False)
     ledger.open.set()
     waits.join(PATIENCE)
     assert ledger.jobs == [0, 1]
@@ -156,13 +174,13 @@ def test_who_waits_for_the_thread_does_not_wait_for_what_others_send_meanwhile(
 def test_an_error_that_nobody_thought_of_stops_nothing(
     ledger: Ledger, sent: Submissions, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sent.add(job(0), 0.0, alone=False)
+    sent.add(job(0), START, alone=False)
     ledger.fails = True
-    sent.add(job(1), 0.0, alone=False)
+    sent.add(job(1), START, alone=False)
     assert sent.flush()
     assert "1 jobs were not brought to the ledger" in caplog.text
     ledger.fails = False
-    sent.add(job(2), 0.0, alone=False)
+    sent.add(job(2), START, alone=False)
     assert sent.flush()
     assert ledger.jobs == [0, 1, 2]
 
@@ -171,9 +189,9 @@ def test_the_thread_ends_when_nothing_comes_and_another_one_follows(
     ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submissions, "REST_AT_MOST", 0.01)
-    sent.add(job(0), 0.0, alone=False)
+    sent.add(job(0), START, alone=False)
     for number in range(1, 4):
-        sent.add(job(number), 0.0, alone=False)
+        sent.add(job(number), START, alone=False)
         until(lambda: sent._thread is None, "the thread has ended")
     assert ledger.brought == [[0], [1], [2], [3]]
 
@@ -187,9 +205,9 @@ def test_where_there_can_be_no_thread_each_job_goes_at_once(
     with monkeypatch.context() as there:
         there.setattr(threading.Thread, "start", refused)
         for number in range(3):
-            sent.add(job(number), 0.0, alone=False)
+            sent.add(job(number), START, alone=False)
         assert ledger.brought == [[0], [1], [2]]
-    sent.add(job(3), 0.0, alone=False)
+    sent.add(job(3), START, alone=False)
     assert sent.flush()
     assert ledger.threads[3:] == ["submissions"]
 
@@ -201,8 +219,8 @@ def test_large_jobs_wait_in_smaller_numbers(
     hold_up(ledger, sent)
     half = submissions.MOST_BYTES // 2
     for number in (2, 3):
-        sent.add(Submission(1, (number,), half), 0.0, alone=False)
-    another = threading.Thread(target=sent.add, args=(Submission(1, (4,), half), 0.0), kwargs={"alone": False})
+        sent.add(Submission(1, (number,), half), START, alone=False)
+    another = threading.Thread(target=sent.add, args=(Submission(1, (4,), half), START), kwargs={"alone": False})
     another.start()
     until(lambda: sent._flushing, "the sender waits")
     ledger.open.set()
@@ -213,12 +231,12 @@ def test_large_jobs_wait_in_smaller_numbers(
 
 def test_a_thread_that_is_dismissed_brings_what_it_has_and_ends(ledger: Ledger, sent: Submissions) -> None:
     for number in range(3):
-        sent.add(job(number), 0.0, alone=False)
+        sent.add(job(number), START, alone=False)
     thread = sent._thread
     assert thread is not None
     sent.dismiss()
     assert not thread.is_alive()
     assert ledger.jobs == [0, 1, 2]
-    sent.add(job(3), 0.0, alone=False)
+    sent.add(job(3), START, alone=False)
     assert sent.flush()
     assert ledger.jobs == [0, 1, 2, 3]
