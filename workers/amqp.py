@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Mapping
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.amqp import AMQP
+from celery.utils.nodenames import anon_nodename
 from kombu import Exchange, Queue
 from kombu.pools import ProducerPool
 from kombu.serialization import prepare_accept_content
@@ -29,6 +31,17 @@ if TYPE_CHECKING:
     from workers.transactional import Transaction
 
 logger = logging.getLogger(__name__)
+
+
+#: Where the origin stands among Celery's arguments behind those of the task.
+_ORIGIN: Final = 19
+
+
+@lru_cache(maxsize=1)
+def origin(process: int) -> str:
+    """What a message says of the process that sent it, as Celery makes it for each."""
+    name: str = anon_nodename()
+    return name
 
 
 class _JobProducer:
@@ -132,6 +145,8 @@ class PlatformAMQP:
         ):
             if options.get(what) is None:
                 options[what] = shown(given, most, self.app.conf.task_repr_maxlevels) if given else repr(given)
+        if len(more) <= _ORIGIN:
+            options.setdefault("origin", origin(os.getpid()))
         gathering = here(self)
         if gathering is not None:
             gathering.made(name, kwargs, more, options)

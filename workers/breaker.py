@@ -25,7 +25,7 @@ from routing.ledger import Ledger
 from routing.replies import LedgerClosed
 from routing.server import connect
 from routing.settings import Settings
-from workers.submissions import Moment, Submission, Submissions
+from workers.submissions import Beginning, Submission, Submissions
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,12 @@ class Breaker:
         self._submissions.flush()
         return self._ask(question)
 
-    def submit(self, job: Submission, began: Moment, *, alone: bool) -> None:
-        """Bring a job to the ledger that is durable. `began`: when its sender began. `alone`: before this
+    def begin(self) -> Beginning:
+        """A sender begins with a job."""
+        return self._submissions.begin()
+
+    def submit(self, job: Submission, began: Beginning, *, alone: bool) -> None:
+        """Bring a job to the ledger that is durable. `began`: what `begin` said. `alone`: before this
         returns. What the ledger does not hear or take, the duties bring."""
         if not self._open:
             self._submissions.add(job, began, alone=alone)

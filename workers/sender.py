@@ -52,7 +52,7 @@ from workers.gates import Rates
 from workers.protocols import to_protocol2
 from workers.router import HEADER
 from workers.stores import Stores
-from workers.submissions import Moment, Submission
+from workers.submissions import Beginning, Submission
 
 #: Where Celery carries on what a task saw as self.request.attempt.
 ATTEMPT_HEADER: Final = "attempt"
@@ -155,7 +155,7 @@ class Sender:
 
     def store_for(self, attempt: Attempt | None, job: NewJob) -> None:
         """The same, in any thread, for the attempt that publishes it."""
-        began, began_ms = Moment.now(), time.time() * 1000
+        began, began_ms = self._stores.sending.begin(), time.time() * 1000
         inserted = self._insert(job) if attempt is None else self._insert_for(attempt, job)
         if inserted is None or not inserted.starts:
             return
@@ -345,7 +345,7 @@ class Sender:
         """How many jobs wait in the ledger; None where it does not say."""
         return self._stores.sending.ask(lambda ledger: limits.waiting_in_ledger(ledger.client))
 
-    def _to_ledger(self, job: NewJob, inserted: Inserted, began: Moment, began_ms: float, alone: bool) -> None:
+    def _to_ledger(self, job: NewJob, inserted: Inserted, began: Beginning, began_ms: float, alone: bool) -> None:
         """Admit or file. Whatever goes wrong here leaves a row that is accepted, which the sweep brings in."""
         if inserted.seq is None:
             return

@@ -68,11 +68,18 @@ class Moment(NamedTuple):
         waits = resource.getrusage(_THREAD).ru_nvcsw if _THREAD is not None else -1
         return cls(time.monotonic(), threading.get_ident(), waits)
 
-    def in_a_row(self, last: Moment) -> bool:
-        """Whether what begins now follows at once on what ended then. (Whoever waits for a result in between is in a
-        hurry to have it, not to send.)"""
-        gap = self.at - last.at
-        return gap < IN_A_ROW or (gap < IN_A_ROW_BUSY and self.waits >= 0 and self[1:] == last[1:])
+    def goes_on(self, at: float, now: Callable[[], Moment]) -> bool:
+        """Whether what begins `at` a time, which is `now`, follows at once on what ended at this moment. (Whoever waits
+        for a result in between is in a hurry to have it, not to send.)"""
+        gap = at - self.at
+        return gap < IN_A_ROW or (gap < IN_A_ROW_BUSY and self.waits >= 0 and self[1:] == now()[1:])
+
+
+class Beginning(NamedTuple):
+    """When a sender began (monotonic), and whether it goes on with a row."""
+
+    at: float
+    in_a_row: bool
 
 
 class Submissions:
@@ -98,14 +105,18 @@ class Submissions:
         self._changed = threading.Condition()
         _all.add(self)
 
-    def add(self, job: Submission, began: Moment, *, alone: bool) -> None:
-        """Bring a job to the ledger, now or soon. `began`: when its sender began. `alone`: now."""
+    def begin(self) -> Beginning:
+        """A sender begins with a job."""
+        at = time.monotonic()
+        return Beginning(at, self._last.goes_on(at, Moment.now))
+
+    def add(self, job: Submission, began: Beginning, *, alone: bool) -> None:
+        """Bring a job to the ledger, now or soon. `began`: what `begin` said. `alone`: now."""
         try:
             with self._changed:
-                in_a_row = began.in_a_row(self._last)
-                if not in_a_row:
+                if not began.in_a_row:
                     self._row = began.at
-                if in_a_row and not alone and not _ending and self._leave(job):
+                if began.in_a_row and not alone and not _ending and self._leave(job):
                     return
             self.flush()
             self._bring([job])

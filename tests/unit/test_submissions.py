@@ -14,8 +14,6 @@ from workers.submissions import IN_A_ROW, IN_A_ROW_BUSY, Moment, Submission, Sub
 
 #: Seconds, longer than any test takes.
 ALWAYS = 1000.0
-#: When every sender began.
-START = Moment(0.0)
 
 
 class Ledger:
@@ -44,6 +42,10 @@ def job(number: int) -> Submission:
     return Submission(1, (number,))
 
 
+def add(sent: Submissions, job: Submission, *, alone: bool = False) -> None:
+    sent.add(job, sent.begin(), alone=alone)
+
+
 @pytest.fixture
 def ledger() -> Ledger:
     return Ledger()
@@ -60,22 +62,24 @@ def sent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Submissions:
 
 def hold_up(ledger: Ledger, sent: Submissions) -> None:
     """Have the thread bring job 1 until the ledger is open again. (Job 0 goes by itself.)"""
-    sent.add(job(0), START, alone=False)
+    add(sent, job(0))
     ledger.open.clear()
-    sent.add(job(1), START, alone=False)
+    add(sent, job(1))
     until(lambda: sent._left == 1 and not sent._waiting, "the thread has it")
 
 
 def test_who_waited_for_nothing_is_in_a_row_though_it_waited_for_a_processor() -> None:
     last = Moment(10.0, thread=1, waits=5)
     soon, later, long = last.at + IN_A_ROW / 2, last.at + IN_A_ROW * 2, last.at + IN_A_ROW_BUSY * 2
-    assert Moment(soon, thread=1, waits=6).in_a_row(last)
-    assert Moment(later, thread=1, waits=5).in_a_row(last)
-    assert not Moment(later, thread=1, waits=6).in_a_row(last)
-    assert not Moment(later, thread=2, waits=5).in_a_row(last)
-    assert not Moment(long, thread=1, waits=5).in_a_row(last)
+    same, other, waited = last, last._replace(thread=2), last._replace(waits=6)
+    assert last.goes_on(soon, lambda: waited)
+    assert last.goes_on(later, lambda: same)
+    assert not last.goes_on(later, lambda: waited)
+    assert not last.goes_on(later, lambda: other)
+    assert not last.goes_on(long, lambda: same)
     # Where nobody counts, only time tells.
-    assert not Moment(later).in_a_row(Moment(last.at))
+    uncounted = Moment(last.at)
+    assert not uncounted.goes_on(later, lambda: uncounted)
     # Whoever waits has waited once more.
     before = Moment.now()
     time.sleep(0.001)
@@ -83,7 +87,7 @@ def test_who_waited_for_nothing_is_in_a_row_though_it_waited_for_a_processor() -
 
 
 def test_a_single_job_is_there_when_its_sender_is_back(ledger: Ledger, sent: Submissions) -> None:
-    sent.add(job(1), START, alone=False)
+    add(sent, job(1))
     assert ledger.brought == [[1]]
     assert ledger.threads == [threading.current_thread().name]
 
@@ -91,7 +95,7 @@ def test_a_single_job_is_there_when_its_sender_is_back(ledger: Ledger, sent: Sub
 def test_jobs_in_a_row_are_brought_by_a_thread_together_and_in_their_order(ledger: Ledger, sent: Submissions) -> None:
     hold_up(ledger, sent)
     for number in range(2, 50):
-        sent.add(job(number), START, alone=False)
+        add(sent, job(number))
     assert ledger.jobs == [0]
     ledger.open.set()
     assert sent.flush()
@@ -105,23 +109,23 @@ def test_a_row_that_has_gone_on_for_long_is_brought_in_larger_steps_than_one_tha
     monkeypatch.setattr(submissions, "GATHER_AT_MOST", ALWAYS)
     now = time.monotonic()
     sent._last = Moment(now - 2 * ALWAYS)
-    sent.add(job(0), Moment(now), alone=False)
+    add(sent, job(0))
     for number in (1, 2):
         # It has just begun: nobody asks for this, and it comes.
-        sent.add(job(number), Moment(now), alone=False)
+        add(sent, job(number))
         until(lambda number=number: ledger.jobs == [*range(number + 1)], "it is there")  # type: ignore[misc]
     sent._row = now - 100 * ALWAYS
-    sent.add(job(3), Moment(now), alone=False)
+    add(sent, job(3))
     until(lambda: not sent._resting, "the thread knows of it")
-    sent.add(job(4), Moment(now), alone=False)
+    add(sent, job(4))
     assert sent.flush()
     assert ledger.brought == [[0], [1], [2], [3, 4]]
 
 
 def test_one_that_must_not_wait_goes_behind_those_that_do(ledger: Ledger, sent: Submissions) -> None:
     for number in range(5):
-        sent.add(job(number), START, alone=False)
-    sent.add(job(5), START, alone=True)
+        add(sent, job(number))
+    add(sent, job(5), alone=True)
     assert ledger.jobs == [*range(6)]
     assert ledger.threads[-1] == threading.current_thread().name
 
@@ -133,8 +137,8 @@ def test_senders_wait_for_a_thread_that_cannot_keep_up(
     monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
     hold_up(ledger, sent)
     for number in range(2, 12):
-        sent.add(job(number), START, alone=False)
-    another = threading.Thread(target=sent.add, args=(job(12), START), kwargs={"alone": False})
+        add(sent, job(number))
+    another = threading.Thread(target=add, args=(sent, job(12)))
     another.start()
     until(lambda: sent._flushing, "the sender waits")
     assert len(sent._waiting) == 10
@@ -162,7 +166,7 @@ def test_who_waits_for_the_thread_does_not_wait_for_what_others_send_meanwhile(
     waits = threading.Thread(target=sent.flush, daemon=True)
     waits.start()
     until(lambda: sent._flushing, "somebody waits for it")
-    sent.add(job(2), START, alone=False)
+    add(sent, job(2))
     ledger.open.set()
     waits.join(PATIENCE)
     assert ledger.jobs == [0, 1]
@@ -174,13 +178,13 @@ def test_who_waits_for_the_thread_does_not_wait_for_what_others_send_meanwhile(
 def test_an_error_that_nobody_thought_of_stops_nothing(
     ledger: Ledger, sent: Submissions, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sent.add(job(0), START, alone=False)
+    add(sent, job(0))
     ledger.fails = True
-    sent.add(job(1), START, alone=False)
+    add(sent, job(1))
     assert sent.flush()
     assert "1 jobs were not brought to the ledger" in caplog.text
     ledger.fails = False
-    sent.add(job(2), START, alone=False)
+    add(sent, job(2))
     assert sent.flush()
     assert ledger.jobs == [0, 1, 2]
 
@@ -189,9 +193,9 @@ def test_the_thread_ends_when_nothing_comes_and_another_one_follows(
     ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submissions, "REST_AT_MOST", 0.01)
-    sent.add(job(0), START, alone=False)
+    add(sent, job(0))
     for number in range(1, 4):
-        sent.add(job(number), START, alone=False)
+        add(sent, job(number))
         until(lambda: sent._thread is None, "the thread has ended")
     assert ledger.brought == [[0], [1], [2], [3]]
 
@@ -205,9 +209,9 @@ def test_where_there_can_be_no_thread_each_job_goes_at_once(
     with monkeypatch.context() as there:
         there.setattr(threading.Thread, "start", refused)
         for number in range(3):
-            sent.add(job(number), START, alone=False)
+            add(sent, job(number))
         assert ledger.brought == [[0], [1], [2]]
-    sent.add(job(3), START, alone=False)
+    add(sent, job(3))
     assert sent.flush()
     assert ledger.threads[3:] == ["submissions"]
 
@@ -219,8 +223,8 @@ def test_large_jobs_wait_in_smaller_numbers(
     hold_up(ledger, sent)
     half = submissions.MOST_BYTES // 2
     for number in (2, 3):
-        sent.add(Submission(1, (number,), half), START, alone=False)
-    another = threading.Thread(target=sent.add, args=(Submission(1, (4,), half), START), kwargs={"alone": False})
+        add(sent, Submission(1, (number,), half))
+    another = threading.Thread(target=add, args=(sent, Submission(1, (4,), half)))
     another.start()
     until(lambda: sent._flushing, "the sender waits")
     ledger.open.set()
@@ -231,12 +235,12 @@ def test_large_jobs_wait_in_smaller_numbers(
 
 def test_a_thread_that_is_dismissed_brings_what_it_has_and_ends(ledger: Ledger, sent: Submissions) -> None:
     for number in range(3):
-        sent.add(job(number), START, alone=False)
+        add(sent, job(number))
     thread = sent._thread
     assert thread is not None
     sent.dismiss()
     assert not thread.is_alive()
     assert ledger.jobs == [0, 1, 2]
-    sent.add(job(3), START, alone=False)
+    add(sent, job(3))
     assert sent.flush()
     assert ledger.jobs == [0, 1, 2, 3]
