@@ -53,7 +53,7 @@ end
 -- A worker's whole book, or nil where it is missing or of another epoch (COLD for that worker, never 0).
 local function read_book(worker, epoch)
   local flat = redis.call('HGETALL', KEY.book .. worker)
-  local book = {worker = worker, capacity = {alone = 1}, allocated = {}}
+  local book = {worker = worker, capacity = {alone = 1}, allocated = {}, unwritten = {}}
   for i = 1, #flat, 2 do
     local field, value = flat[i], flat[i + 1]
     local kind = string.sub(field, 1, 2)
@@ -183,23 +183,35 @@ local function over(book)
   return false
 end
 
--- Write the difference that allocations made on a book: the book itself, the sums, the view for people.
+-- Allocate amounts on a book so many times (-1: give them back). To be written, once, when all that one script changes is.
+local function allocate(book, amounts, times)
+  for name, amount in pairs(amounts) do
+    book.allocated[name] = (book.allocated[name] or 0) + times * amount
+    book.unwritten[name] = (book.unwritten[name] or 0) + times * amount
+  end
+end
+
+-- Write the difference that allocations made on a book, these (`changed`) among them: the book itself, the sums, the view
+-- for people. What was given back and taken again leaves none.
 local function write_amounts(book, changed)
+  allocate(book, changed, 1)
   local fields, shown, n, m = {}, {}, 0, 0
-  for name, difference in pairs(changed) do
-    local allocated = (book.allocated[name] or 0) + difference
-    book.allocated[name] = allocated
-    fields[n + 1], fields[n + 2], n = 'a.' .. name, int(allocated), n + 2
-    if name == 'cpus' then
-      shown[m + 1], shown[m + 2], m = 'allocated_cpus', cpus_text(allocated), m + 2
-    elseif name == 'memory' or name == 'slots' then
-      shown[m + 1], shown[m + 2], m = 'allocated_' .. name, int(allocated), m + 2
+  for name, difference in pairs(book.unwritten) do
+    if difference ~= 0 or changed[name] then
+      local allocated = book.allocated[name]
+      fields[n + 1], fields[n + 2], n = 'a.' .. name, int(allocated), n + 2
+      if name == 'cpus' then
+        shown[m + 1], shown[m + 2], m = 'allocated_cpus', cpus_text(allocated), m + 2
+      elseif name == 'memory' or name == 'slots' then
+        shown[m + 1], shown[m + 2], m = 'allocated_' .. name, int(allocated), m + 2
+      end
     end
   end
+  local cpus = book.unwritten.cpus or 0
+  book.unwritten = {}
   if n > 0 then
     redis.call('HSET', KEY.book .. book.worker, unpack(fields))
   end
-  local cpus = changed.cpus or 0
   if cpus ~= 0 then
     redis.call('SET', KEY.allocated_cpus, cpus_text(redis.call('INCRBY', KEY.allocated, int(cpus))))
   end
@@ -208,18 +220,20 @@ local function write_amounts(book, changed)
   end
 end
 
--- The same for a whole book, whose places in the indexes of free CPUs are found anew. There stand the workers that may be
--- admitted to: ready, not over their capacity, with a slot free, which every job needs, and no job alone there, or
--- waiting to be.
+-- May a worker be admitted to, and does it stand in the indexes of free CPUs? It is ready, not over its capacity, with a
+-- slot free, which every job needs, and no job alone there, or waiting to be.
+local function is_open(book)
+  return book.status == 'ready' and not over(book) and room(book, 'slots') >= 1 and (book.allocated.alone or 0) == 0
+    and not book.kept
+end
+
+-- The same for a whole book, whose places in the indexes of free CPUs are found anew.
 local function write_book(book, changed)
   write_amounts(book, changed)
-  local too_much = over(book)
-  if book.shrunk and not too_much then
+  if book.shrunk and not over(book) then
     redis.call('HDEL', KEY.book .. book.worker, 'shrunk')
   end
-  local open = book.status == 'ready' and not too_much and room(book, 'slots') >= 1 and (book.allocated.alone or 0) == 0
-    and not book.kept
-  stand(book.worker, open and int(room(book, 'cpus')), book.capacity['queue:'], book.places)
+  stand(book.worker, is_open(book) and int(room(book, 'cpus')), book.capacity['queue:'], book.places)
 end
 
 -- All that a book has allocated, into a view that was made just now.

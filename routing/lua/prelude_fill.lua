@@ -92,11 +92,18 @@ local function shapes_behind(book, order)
 end
 
 -- One pass of `fill` over one worker. Returns also a worker that was kept until now for a job that went to this one.
-local function fill_one(worker, epoch, now, after, nonce, out)
-  if not redis.call('ZSCORE', KEY.free, worker) and not redis.call('HGET', KEY.book .. worker, 'kept') then
-    return 0, ''
+local function fill_one(worker, epoch, now, after, nonce, out, given)
+  local book = given
+  if given then
+    if not is_open(given) and not given.kept then
+      return 0, ''
+    end
+  else
+    if not redis.call('ZSCORE', KEY.free, worker) and not redis.call('HGET', KEY.book .. worker, 'kept') then
+      return 0, ''
+    end
+    book = read_book(worker, epoch)
   end
-  local book = read_book(worker, epoch)
   if not book or book.lease <= now or book.status ~= 'ready' or over(book) then
     return 0, ''
   end
@@ -141,7 +148,7 @@ local function fill_one(worker, epoch, now, after, nonce, out)
       end
     end
   end
-  local admitted, changed, freed = 0, {}, nil
+  local admitted, freed = 0, nil
   while #candidates > 0 do
     local first = table.remove(candidates, 1)
     local alone, occupied = first.amounts.alone, admitted > 0 or (book.allocated.slots or 0) > 0
@@ -169,11 +176,7 @@ local function fill_one(worker, epoch, now, after, nonce, out)
           grant(id, job, message, book, now)
         end
         admitted = admitted + 1
-        for name, amount in pairs(first.amounts) do
-          changed[name] = (changed[name] or 0) + amount
-          -- write_book adds the differences once more: take them as lent meanwhile.
-          book.capacity[name] = (book.capacity[name] or 0) - amount
-        end
+        allocate(book, first.amounts, 1)
       elseif id then
         count('drift', 1)
       end
@@ -198,10 +201,7 @@ local function fill_one(worker, epoch, now, after, nonce, out)
     end
   end
   if admitted > 0 then
-    for name, amount in pairs(changed) do
-      book.capacity[name] = book.capacity[name] + amount
-    end
-    write_book(book, changed)
+    write_book(book, {})
     count('admitted', admitted)
   elseif book.kept then
     write_book(book, {})
@@ -228,9 +228,13 @@ end
 
 -- Admit to one worker what now fits on it, in order, looking at the first LIMIT.shapes shapes and as many behind these
 -- that it may take (after a cursor only at such), and admitting LIMIT.most jobs at the most. Returns the number admitted
--- and the cursor to go on with, '' when done. With a nonce the worker itself is asking: what is not large is handed over in `out`, without the way by the broker.
-local function fill(worker, epoch, now, after, nonce, out)
-  local admitted, cursor, freed = fill_one(worker, epoch, now, after, nonce, out)
+-- and the cursor to go on with, '' when done. With a nonce the worker itself is asking: what is not large is handed over in
+-- `out`, without the way by the broker. Whoever changed its book gives it with what is not written yet, to be written here.
+local function fill(worker, epoch, now, after, nonce, out, book)
+  local admitted, cursor, freed = fill_one(worker, epoch, now, after, nonce, out, book)
+  if book and next(book.unwritten) then
+    write_book(book, {})
+  end
   if freed then
     fill_freed(freed, epoch, now)
   end

@@ -47,7 +47,8 @@ local function with_room(worker, epoch, now, amounts, fields, names, labelled)
   if values[1] ~= epoch or not values[2] or tonumber(values[2]) <= now or (values[5] and not labelled) then
     return nil
   end
-  local book = {worker = worker, incarnation = values[3], queue = values[4], only = values[5], capacity = {}, allocated = {}}
+  local book = {worker = worker, incarnation = values[3], queue = values[4], only = values[5], capacity = {alone = 1},
+    allocated = {}, unwritten = {}}
   for i, name in ipairs(names) do
     local capacity, allocated = tonumber(values[4 + 2 * i] or '0'), tonumber(values[5 + 2 * i] or '0')
     if amounts[name] and capacity - allocated < amounts[name] then
@@ -76,10 +77,10 @@ local function first_with_room(index, candidates, epoch, now, amounts)
   return nil
 end
 
--- Enter an admission into the book that with_room gave.
+-- Write what was allocated, these amounts among it, into the book that with_room gave.
 local function enter(book, amounts)
   write_amounts(book, amounts)
-  local open = book.capacity.slots > book.allocated.slots and not amounts.alone
-  stand(book.worker, open and int(book.capacity.cpus - book.allocated.cpus), book.only,
+  local open = room(book, 'slots') >= 1 and (book.allocated.alone or 0) == 0
+  stand(book.worker, open and int(room(book, 'cpus')), book.only,
     redis.call('HGET', KEY.book .. book.worker, 'places'))
 end

@@ -7,16 +7,13 @@
 
 -- What a run begins with.
 local function new_run(shape)
-  return {shape = shape, amounts = amounts_of(shape), lent = {}, tokens = {}, due = {}, messages = {}, waiting = {}}
+  return {shape = shape, amounts = amounts_of(shape), tokens = {}, due = {}, messages = {}, waiting = {}}
 end
 
 local function end_run(run)
   local admitted, filed = #run.messages, #run.waiting / 2
   if admitted > 0 then
-    for name, amount in pairs(run.lent) do
-      run.book.capacity[name] = run.book.capacity[name] + amount
-    end
-    enter(run.book, run.lent)
+    enter(run.book, {})
     deliver(run.book, run.tokens, run.due, run.messages)
     count('admitted', admitted)
   end
@@ -24,16 +21,13 @@ local function end_run(run)
     file(run.shape, run.waiting, run.first)
     count('filed', filed)
   end
-  run.book, run.lent, run.tokens, run.due, run.messages, run.waiting, run.first = nil, {}, {}, {}, {}, {}, nil
+  run.book, run.tokens, run.due, run.messages, run.waiting, run.first = nil, {}, {}, {}, {}, nil
 end
 
 -- Is there room for one more of a run on the worker that took the last one?
 local function has_more(run)
   local book = run.book
-  if not book or run.amounts.alone or room(book, 'slots') < 1 then
-    return false
-  end
-  return fits(book, run.amounts)
+  return book and not run.amounts.alone and room(book, 'slots') >= 1 and fits(book, run.amounts)
 end
 
 -- Look for the best worker for a run: its book, or nil and the cursor from which there may be others.
@@ -101,11 +95,7 @@ local function take_in(id, job, message, digest, rerun, now, run)
     run.tokens[2 * n + 1], run.tokens[2 * n + 2] = id, token_of(job)
     run.due[2 * n + 1], run.due[2 * n + 2] = int(now + LIMIT.start), id
     run.messages[n + 1] = tagged(message, id, job)
-    for name, amount in pairs(run.amounts) do
-      run.lent[name] = (run.lent[name] or 0) + amount
-      -- As lent, until `enter` writes the sum.
-      run.book.capacity[name] = (run.book.capacity[name] or 0) - amount
-    end
+    allocate(run.book, run.amounts, 1)
     return {'admitted', run.book.worker, job.attempt}, run
   end
   note(id, job, 'waiting', STEP.filed, now)

@@ -22,7 +22,7 @@ end
 local now = clock()
 local book = read_book(worker, epoch)
 local mine = book and book.incarnation == incarnation
-local changed, any = {}, false
+local any = false
 local reply = {'ok', '0', ''}
 local i = 8
 while i <= #ARGV do
@@ -37,9 +37,7 @@ while i <= #ARGV do
   elseif mine and job and token_of(job) == token and job.incarnation == incarnation
       and (job.state == 'admitted' or job.state == 'running') then
     verdict, any = 'released', true
-    for name, amount in pairs(amounts_of(job.shape)) do
-      changed[name] = (changed[name] or 0) - amount
-    end
+    allocate(book, amounts_of(job.shape), -1)
     if outcome == 'handed_back' or outcome == 'lost' then
       if outcome == 'handed_back' then
         count('handed_back', 1)
@@ -79,11 +77,10 @@ while i <= #ARGV do
   reply[#reply + 1] = entry
   reply[#reply + 1] = job and job.shape or ''
 end
-if any then
-  write_book(book, changed)
-  if admit == '1' then
-    local admitted, cursor = fill(worker, epoch, now, '', nonce ~= '' and nonce or nil, reply)
-    reply[2], reply[3] = int(admitted), cursor
-  end
+if any and admit == '1' then
+  local admitted, cursor = fill(worker, epoch, now, '', nonce ~= '' and nonce or nil, reply, book)
+  reply[2], reply[3] = int(admitted), cursor
+elseif any then
+  write_book(book, {})
 end
 return reply
