@@ -6,6 +6,7 @@ Statements are autocommitted one by one unless the caller opened a transaction.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -17,10 +18,13 @@ from routing import outbox, replacing
 from routing.amounts import DEFAULT_QUEUE, LABEL
 from routing.errors import storable
 from routing.postgres import is_locked
+from routing.prepared import Prepared
 from routing.states import FINAL, State, Step
 
 #: Characters of an error that a row keeps.
 ERROR_LENGTH: Final = 8000
+#: Jobs, and attempts, for which the statement is not planned anew.
+FEW: Final = 100
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 
 
@@ -64,15 +68,23 @@ END_LOST: Final = "its end was lost with the ledger"
 # that ended its job itself (`routing.fence`) has said how: its worker's word adds only what is left to be delivered. A
 # job that would go on though it was revoked (`routing.revoking`) stops there, and one that starts by a rate goes on
 # behind that gate again.
-_APPLY: Final = text(f"""
+# It comes some 50 times a second, so each table is joined once, by its key, and the rows come as two texts: Postgres
+# parses, plans and evaluates each parameter of a prepared statement for itself; 23 arrays were a sixth of the whole.
+# (It takes such a text for 100 rows. Told their number it knows better, or takes them for 10 where it plans for any.)
+_APPLY: Final = Prepared.of(
+    "celery_capacity_apply",
+    f"""
 WITH e AS (
-  SELECT * FROM unnest(CAST(:job AS text[]), CAST(:epoch AS bigint[]), CAST(:attempt AS int[]),
-    CAST(:state AS text[]), CAST(:step AS smallint[]), CAST(:worker AS text[]), CAST(:incarnation AS text[]),
-    CAST(:admitted AS bigint[]), CAST(:started AS bigint[]), CAST(:at AS bigint[]), CAST(:losses AS smallint[]),
-    CAST(:error AS text[]), CAST(:outbox AS text[]))
-  AS e (job, epoch, attempt, state, step, worker, incarnation, admitted, started, at, losses, error, outbox)
+  SELECT * FROM json_to_recordset(CAST(:newest AS json)) AS e (job text, epoch bigint, attempt int, state text,
+    step smallint, worker text, incarnation text, admitted bigint, started bigint, at bigint, losses smallint,
+    error text, outbox text)
+  LIMIT CAST(:jobs AS int)
+), x AS (
+  SELECT * FROM json_to_recordset(CAST(:attempts AS json)) AS x (job text, epoch bigint, attempt int, worker text,
+    incarnation text, admitted bigint, started bigint, ended bigint, outcome text, error text)
+  LIMIT CAST(:noted AS int)
 ), j AS (
-  SELECT jobs.id, jobs.state IN ({_FINAL}) AS committed,
+  SELECT e.*, jobs.state IN ({_FINAL}) AS committed,
     jobs.state NOT IN ({_FINAL}) AND jobs.successor IS NOT NULL AND e.step IN ({Step.ENDED.value}, {Step.BACK.value})
       AND e.state <> '{State.CANCELLED.value}' AND jobs.revoked_at IS NULL AS goes_on,
     jobs.state NOT IN ({_FINAL}) AND jobs.revoked_at IS NOT NULL AND (e.step = {Step.BACK.value} OR
@@ -84,20 +96,17 @@ WITH e AS (
 ), k AS (
   -- Rows that stay as they are. Locked, so that none goes into the archive while an attempt of it is written here.
   SELECT id, state, epoch, attempt FROM jobs
-  WHERE id = ANY(CAST(:a_job AS text[])) AND NOT EXISTS (SELECT 1 FROM j WHERE j.id = jobs.id)
+  WHERE id = ANY(ARRAY(SELECT job FROM x)) AND id NOT IN (SELECT job FROM j)
   ORDER BY id FOR KEY SHARE
 ), a AS (
   INSERT INTO attempts (job_id, epoch, attempt, worker, incarnation, admitted_at, started_at, ended_at, outcome, error)
   SELECT x.job, x.epoch, x.attempt, x.worker, x.incarnation, to_timestamp(nullif(x.admitted, 0) / 1000.0),
     to_timestamp(nullif(x.started, 0) / 1000.0), to_timestamp(nullif(x.ended, 0) / 1000.0), nullif(x.outcome, ''),
     nullif(x.error, '')
-  FROM unnest(CAST(:a_job AS text[]), CAST(:a_epoch AS bigint[]), CAST(:a_attempt AS int[]),
-    CAST(:a_worker AS text[]), CAST(:a_incarnation AS text[]), CAST(:a_admitted AS bigint[]),
-    CAST(:a_started AS bigint[]), CAST(:a_ended AS bigint[]), CAST(:a_outcome AS text[]), CAST(:a_error AS text[]))
-  AS x (job, epoch, attempt, worker, incarnation, admitted, started, ended, outcome, error)
+  FROM x
   -- (An attempt that was made after the job had ended itself came too late, and leaves no trace; nor does one of a job
   -- that is in the archive by now.)
-  WHERE (EXISTS (SELECT 1 FROM j WHERE j.id = x.job) OR EXISTS (SELECT 1 FROM k WHERE k.id = x.job
+  WHERE (x.job IN (SELECT job FROM j) OR EXISTS (SELECT 1 FROM k WHERE k.id = x.job
     AND NOT (k.state IN ({_FINAL}) AND (k.epoch, k.attempt) < (x.epoch, x.attempt))))
   -- (Nor does one of old books that Postgres, which decided meanwhile, has overtaken.)
   AND NOT EXISTS (SELECT 1 FROM attempts n WHERE n.job_id = x.job AND n.epoch > x.epoch AND n.attempt <= x.attempt)
@@ -123,7 +132,7 @@ UPDATE jobs SET
   started_at = to_timestamp(nullif(e.started, 0) / 1000.0),
   finished_at = CASE WHEN committed THEN jobs.finished_at
                      WHEN stopped OR (NOT goes_on AND e.state IN ({_FINAL})) THEN to_timestamp(e.at / 1000.0) END,
-  error = CASE WHEN stopped THEN :revoked WHEN NOT committed THEN nullif(e.error, '') END,
+  error = CASE WHEN stopped THEN '{REVOKED}' WHEN NOT committed THEN nullif(e.error, '') END,
   outbox = CASE WHEN stopped THEN '{outbox.UNTOLD}'
                  WHEN committed AND e.state NOT IN ({_FINAL}) THEN '{outbox.UNTOLD}'
                 WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN nullif(e.outbox, '') END,
@@ -143,11 +152,11 @@ UPDATE jobs SET
   successor = CASE WHEN goes_on THEN NULL ELSE jobs.successor END,
   successor_retries = CASE WHEN goes_on THEN NULL ELSE jobs.successor_retries END,
   successor_nesting = CASE WHEN goes_on THEN NULL ELSE jobs.successor_nesting END
-FROM e JOIN j ON j.id = e.job
-WHERE jobs.id = e.job
+FROM j AS e WHERE jobs.id = e.job
 RETURNING jobs.id, jobs.state, coalesce(jobs.due_at <= now(), false), jobs.replaces,
   jobs.awaited AND jobs.finished_at IS NOT NULL
-""")
+""",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +197,47 @@ def _attempts(transitions: Iterable[Transition]) -> list[Transition]:
     return [known[key] for key in sorted(known)]
 
 
+def _said(one: Transition) -> dict[str, str | int]:
+    """What it says of its job, for `_APPLY`."""
+    return {
+        "job": one.job,
+        "epoch": one.epoch,
+        "attempt": one.attempt,
+        "state": one.state,
+        "step": one.step,
+        "worker": one.worker,
+        "incarnation": one.incarnation,
+        "admitted": one.admitted_ms,
+        "started": one.started_ms,
+        "at": one.at_ms,
+        "losses": one.losses,
+        "error": storable(one.error, ERROR_LENGTH),
+        "outbox": _outbox(one),
+    }
+
+
+def _noted(one: Transition) -> dict[str, str | int]:
+    """What it says of its attempt, for `_APPLY`."""
+    over = one.step in (Step.ENDED, Step.BACK)
+    return {
+        "job": one.job,
+        "epoch": one.epoch,
+        "attempt": one.attempt,
+        "worker": one.worker,
+        "incarnation": one.incarnation,
+        "admitted": one.admitted_ms,
+        "started": one.started_ms,
+        "ended": one.at_ms if over else 0,
+        "outcome": one.outcome if over else "",
+        "error": storable(one.error, ERROR_LENGTH),
+    }
+
+
+def _rows(said: Iterable[dict[str, str | int]]) -> str:
+    # (A database's encoding may lack characters that \u1234 could name: it is sent as it is.)
+    return json.dumps(list(said), ensure_ascii=False)
+
+
 def apply(connection: Connection, transitions: Sequence[Transition]) -> list[Applied]:
     """Write transitions into `jobs` and `attempts`; one that is older than its row, or after its end, has no effect.
     What their attempts had left to be published is inserted first: a retry must be there before its attempt ends."""
@@ -195,36 +245,13 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
         return []
     published = _publish(connection, [one for one in transitions if outbox.publishes(one.outbox)])
     newest, attempts = _newest(transitions), _attempts(transitions)
-    over = (Step.ENDED, Step.BACK)
-    rows = connection.execute(
-        _APPLY,
-        {
-            "revoked": REVOKED,
-            "job": [t.job for t in newest],
-            "epoch": [t.epoch for t in newest],
-            "attempt": [t.attempt for t in newest],
-            "state": [t.state for t in newest],
-            "step": [t.step for t in newest],
-            "worker": [t.worker for t in newest],
-            "incarnation": [t.incarnation for t in newest],
-            "admitted": [t.admitted_ms for t in newest],
-            "started": [t.started_ms for t in newest],
-            "at": [t.at_ms for t in newest],
-            "losses": [t.losses for t in newest],
-            "error": [storable(t.error, ERROR_LENGTH) for t in newest],
-            "outbox": [_outbox(t) for t in newest],
-            "a_job": [t.job for t in attempts],
-            "a_epoch": [t.epoch for t in attempts],
-            "a_attempt": [t.attempt for t in attempts],
-            "a_worker": [t.worker for t in attempts],
-            "a_incarnation": [t.incarnation for t in attempts],
-            "a_admitted": [t.admitted_ms for t in attempts],
-            "a_started": [t.started_ms for t in attempts],
-            "a_ended": [t.at_ms if t.step in over else 0 for t in attempts],
-            "a_outcome": [t.outcome if t.step in over else "" for t in attempts],
-            "a_error": [storable(t.error, ERROR_LENGTH) for t in attempts],
-        },
-    ).all()
+    values: dict[str, str | int] = {
+        "newest": _rows(_said(t) for t in newest),
+        "jobs": len(newest),
+        "attempts": _rows(_noted(t) for t in attempts),
+        "noted": len(attempts),
+    }
+    rows = _APPLY.rows(connection, values, few=len(newest) <= FEW and len(attempts) <= FEW)
     _close_overtaken(connection, newest, {row[0] for row in rows})
     # (Those that have something to deliver are looked at when it is delivered.)
     replacing.end_abandoned(connection, [row[3] for row in rows if row[3] and row[1] in FINAL])

@@ -146,5 +146,5 @@ def test_the_statement_that_drops_a_job_guards_the_states_it_leaves() -> None:
 
 def test_no_statement_leaves_a_final_state() -> None:
     final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
-    assert f"jobs.state NOT IN ({final})" in str(store._APPLY)
+    assert f"jobs.state NOT IN ({final})" in str(store._APPLY.plain)
     assert f"state NOT IN ({final})" in str(successors._SUCCESSOR)

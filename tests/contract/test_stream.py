@@ -235,7 +235,9 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
     stage.close()
 
 
-@pytest.mark.parametrize("said", ["NUL \x00 inside", "half a character \ud800", "ünïcödé", "x" * 8000])
+@pytest.mark.parametrize(
+    "said", ["NUL \x00 inside", '"quoted" \\u0041 %s', "half a character \ud800", "ünïcödé", "x" * 8000]
+)
 def test_any_error_text_of_a_task_reaches_the_row(stage: Stage, said: str) -> None:
     job = stage.submit(cpus=1000)
     stage.start(job)
@@ -284,4 +286,3 @@ def ended_attempts(connection: Connection) -> list[tuple[int, str, str | None]]:
     query = text("SELECT attempt, outcome, error FROM attempts WHERE ended_at IS NOT NULL ORDER BY 1")
     found = connection.execute(query)
     return [(row[0], row[1], row[2]) for row in found]
-
