@@ -47,6 +47,12 @@ class Inserter:
         self._others = others
         self._free = threading.Lock()
         self._connection: PoolProxiedConnection | None = None
+        #: Whether it is to be made anew before it is used.
+        self._doubted = False
+
+    def doubt(self) -> None:
+        """Another connection broke: the one that is kept may have, too, and is made anew. Waits for nobody."""
+        self._doubted = True
 
     def insert(self, job: NewJob) -> Inserted | None:
         """Make a job durable, as `accept.insert_job`; None where nothing was inserted. Raises `NotMigrated`, and
@@ -56,6 +62,9 @@ class Inserter:
                 inserted = accept.insert_job(connection, job)
             return None if inserted.seq is None else inserted
         try:
+            if self._doubted:
+                self._doubted = False
+                self._give_up(None)
             connected = self._connection or self._connect()
             if _is_simple(job):
                 values: tuple[Any, ...] = (
@@ -84,7 +93,7 @@ class Inserter:
             raise DBAPIError.instance(None, None, error, psycopg2.Error, connection_invalidated=lost) from error
         return made
 
-    def _give_up(self, error: BaseException) -> None:
+    def _give_up(self, error: BaseException | None) -> None:
         broken, self._connection = self._connection, None
         if broken is not None:
             broken.invalidate(error)

@@ -263,6 +263,7 @@ class Sender:
                 raise NotAccepted(f"Postgres refused job {job.id}: {mask_url(told(error))}") from error
             # The connection was lost around the commit. The same statement on a new connection is safe: a row that
             # is there already is left as it is.
+            self._stores.doubt_connections()
             try:
                 inserted = self._insert_once(job, by)
             except PoolTimeout as again:

@@ -125,6 +125,13 @@ class Stores:
         found: Inserter = self._get("inserter", make)
         return found
 
+    def doubt_connections(self) -> None:
+        """One connection to Postgres broke: with a restart all did, so those that nobody uses now are made anew."""
+        # As SQLAlchemy does where it sees the error itself. (`dispose` would leave what others use now to a pool that
+        # nobody empties.)
+        self.engine.pool._invalidate(None)  # type: ignore[arg-type]
+        self.inserter.doubt()
+
     def apart(self) -> Stores:
         """The same settings and engine with a handle of the ledger of its own: the epoch of a handle is its user's."""
         twin = Stores(self._resolve)
