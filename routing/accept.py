@@ -240,8 +240,13 @@ def execute_insert(
             return cursor.fetchone()
         # SQLAlchemy keeps `info` with the connection to the server, for as long as that lives.
         if statement.name not in pooled.info:
-            cursor.execute(statement.prepare)
+            # (Noted before: a signal raises its error, a time limit say, when the server has answered.)
             pooled.info[statement.name] = True
+            try:
+                cursor.execute(statement.prepare)
+            except psycopg2.Error:
+                del pooled.info[statement.name]
+                raise
         try:
             cursor.execute(statement.execute, values)
         except psycopg2.Error as error:

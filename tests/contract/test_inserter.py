@@ -1,0 +1,118 @@
+"""The short way into Postgres writes what the long one does, and survives what may come in between."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import Engine, NullPool, create_engine, text
+
+from routing import accept
+from routing.accept import NewJob
+from routing.inserter import Inserter
+from routing.request import Request
+from tests.fixtures.waiting import until
+
+#: Ends of the jobs' ids.
+NUMBERS = itertools.count()
+WHEN = datetime(2100, 1, 1, tzinfo=UTC)
+JOBS = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["a.task", "é%s$1"]),
+        "shape": st.sampled_from([Request.of({"cpus": 1000}).shape, Request.of({"memory": 3, "gpus": 2}).shape]),
+        "message": st.binary(max_size=8),
+        "priority": st.integers(0, 9),
+        "declared": st.booleans(),
+        "queue": st.sampled_from(["celery", "mail"]),
+        "root_id": st.sampled_from(["itself", "itself", None, "another"]),
+    },
+    # One in each is what a job says that is not simple.
+    optional={
+        "retries": st.just(1),
+        "nesting": st.just(1),
+        "rerun": st.just(False),
+        "parent_id": st.just("another"),
+        "replaces": st.just("another"),
+        "due_at": st.just(WHEN),
+        "expires_at": st.just(WHEN),
+        "stamps": st.just('{"by": ["x"]}'),
+    },
+)
+SIMPLE = st.fixed_dictionaries({"name": st.just("a.task"), "root_id": st.just("itself"), "message": st.binary()}).map(
+    lambda fields: {**fields, "shape": Request.of({"cpus": 500}).shape}
+)
+
+
+@pytest.fixture
+def inserter(engine: Engine) -> Iterator[Inserter]:
+    own = create_engine(engine.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    made = Inserter(own, engine)
+    yield made
+    made.close()
+
+
+def job_of(fields: dict[str, Any]) -> NewJob:
+    job = NewJob(id=f"job-{next(NUMBERS)}", **fields)
+    return replace(job, root_id=job.id) if job.root_id == "itself" else job
+
+
+def test_a_row_is_the_same_by_either_way(engine: Engine, inserter: Inserter) -> None:
+    @given(st.one_of(JOBS, SIMPLE))
+    def check(fields: dict[str, Any]) -> None:
+        short, long = job_of(fields), job_of(fields)
+        one = inserter.insert(short)
+        with engine.connect() as connection:
+            other = accept.insert_job(connection.execution_options(isolation_level="AUTOCOMMIT"), long)
+            rows = [
+                {**connection.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job.id}).one()._mapping}
+                for job in (short, long)
+            ]
+        assert one is not None and replace(one, seq=None) == replace(other, seq=None)
+        for row, job in zip(rows, (short, long), strict=True):
+            row["root_id"] = "itself" if row["root_id"] == job.id else row["root_id"]
+            row["message"] = bytes(row["message"])
+            del row["id"], row["seq"], row["submitted_at"]
+        assert rows[0] == rows[1]
+        assert inserter.insert(short) is None
+
+    check()
+
+
+class Interrupted(Exception):
+    """As a time limit raises it, in whatever the thread is at."""
+
+
+def interrupt(*_: Any) -> NoReturn:
+    raise Interrupted
+
+
+def test_a_signal_while_a_statement_is_prepared_spoils_one_job(engine: Engine, inserter: Inserter) -> None:
+    job = job_of({"name": "a.task", "shape": Request.of({"cpus": 500}).shape, "message": b"", "root_id": "itself"})
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    with engine.connect() as locker:
+        locker.execute(text("LOCK TABLE jobs"))
+        waits = text("SELECT count(*) FROM pg_locks WHERE relation = 'jobs'::regclass AND NOT granted")
+
+        def signal_meanwhile() -> None:
+            until(lambda: locker.execute(waits).scalar_one(), "the statement waits for the table")
+            os.kill(os.getpid(), signal.SIGUSR1)
+            locker.rollback()
+
+        thread = threading.Thread(target=signal_meanwhile)
+        thread.start()
+        try:
+            with pytest.raises(Interrupted):
+                inserter.insert(job)
+        finally:
+            thread.join()
+            signal.signal(signal.SIGUSR1, before)
+    assert inserter.insert(job) is not None
