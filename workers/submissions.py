@@ -57,22 +57,23 @@ class Submission(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When (monotonic), in which thread, and how often that had waited for anything (-1 where nobody counts)."""
+    """When (monotonic), in which thread, and how often that had waited for anything. (0 where nobody counts: macOS, and
+    gVisor, which answers without counting. Whoever sent a job has waited for Postgres.)"""
 
     at: float
     thread: int = 0
-    waits: int = -1
+    waits: int = 0
 
     @classmethod
     def now(cls) -> Moment:
-        waits = resource.getrusage(_THREAD).ru_nvcsw if _THREAD is not None else -1
+        waits = resource.getrusage(_THREAD).ru_nvcsw if _THREAD is not None else 0
         return cls(time.monotonic(), threading.get_ident(), waits)
 
     def goes_on(self, at: float, now: Callable[[], Moment]) -> bool:
         """Whether what begins `at` a time, which is `now`, follows at once on what ended at this moment. (Whoever waits
         for a result in between is in a hurry to have it, not to send.)"""
         gap = at - self.at
-        return gap < IN_A_ROW or (gap < IN_A_ROW_BUSY and self.waits >= 0 and self[1:] == now()[1:])
+        return gap < IN_A_ROW or (gap < IN_A_ROW_BUSY and self.waits > 0 and self[1:] == now()[1:])
 
 
 class Beginning(NamedTuple):
