@@ -124,18 +124,13 @@ local function note_admission(id, job, message, book, now)
     'entry', job.entry, 'noted', job.noted, 'message', message, unpack(job.first or {}))
 end
 
--- Deliver what was admitted to a worker: id, token, id, token, ...; due, id, due, id, ...; message, message, ...
-local function deliver(book, tokens, due, messages)
-  redis.call('HSET', KEY.held .. book.worker, unpack(tokens))
-  redis.call('ZADD', KEY.unclaimed, unpack(due))
-  redis.call('LPUSH', book.queue, unpack(messages))
-end
-
 -- Admit a job to a worker and deliver its message, in this atomic step. The caller has checked that it fits, and
 -- writes the book.
 local function grant(id, job, message, book, now)
   note_admission(id, job, message, book, now)
-  deliver(book, {id, token_of(job)}, {int(now + LIMIT.start), id}, {tagged(message, id, job)})
+  redis.call('HSET', KEY.held .. book.worker, id, token_of(job))
+  redis.call('ZADD', KEY.unclaimed, int(now + LIMIT.start), id)
+  redis.call('LPUSH', book.queue, tagged(message, id, job))
 end
 
 -- Admit a job to the worker that is asking, and give it the lease at once: its message goes into the reply (`out`), so

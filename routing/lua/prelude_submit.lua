@@ -3,31 +3,25 @@
 -- Of those that one script brings, jobs of one shape that follow one another are a run. Where one of them finds no room,
 -- none behind it does; and the worker that took one is the best for the next as long as it has room: it had the least that
 -- sufficed, and has less now. So a run looks once, and what it changes beside the jobs' own keys is written at its end
--- (`end_run`), before anything else looks there.
+-- (`end_run`), before anything else looks there, or when it is as long as a command may be.
 
--- What a run begins with.
-local function new_run(shape)
-  return {shape = shape, amounts = amounts_of(shape), tokens = {}, due = {}, messages = {}, waiting = {}}
-end
-
+-- A run has `shape`, `amounts`, and `full` where all that follows is filed; until it is written, `book` with what was
+-- admitted there: `tokens` (id, token, id, token, ...), `due` (time, id, time, id, ...) and `messages`; and `waiting` with
+-- the least of its orders, `first`, as `file` takes them.
 local function end_run(run)
-  local admitted, filed = #run.messages, #run.waiting / 2
-  if admitted > 0 then
+  if run.messages then
     enter(run.book, {})
-    deliver(run.book, run.tokens, run.due, run.messages)
-    count('admitted', admitted)
+    redis.call('HSET', KEY.held .. run.book.worker, unpack(run.tokens))
+    redis.call('ZADD', KEY.unclaimed, unpack(run.due))
+    redis.call('LPUSH', run.book.queue, unpack(run.messages))
+    count('admitted', #run.messages)
+    run.messages = nil
   end
-  if filed > 0 then
+  if run.waiting then
     file(run.shape, run.waiting, run.first)
-    count('filed', filed)
+    count('filed', #run.waiting / 2)
+    run.waiting = nil
   end
-  run.book, run.tokens, run.due, run.messages, run.waiting, run.first = nil, {}, {}, {}, {}, nil
-end
-
--- Is there room for one more of a run on the worker that took the last one?
-local function has_more(run)
-  local book = run.book
-  return book and not run.amounts.alone and room(book, 'slots') >= 1 and fits(book, run.amounts)
 end
 
 -- Look for the best worker for a run: its book, or nil and the cursor from which there may be others.
@@ -74,27 +68,35 @@ local function take_in(id, job, message, digest, rerun, now, run)
   if rerun == '0' then
     job.first[3], job.first[4] = 'rerun', rerun
   end
-  if not run or run.shape ~= job.shape or #run.messages == LIMIT.run or #run.waiting == 2 * LIMIT.run then
+  if not run or run.shape ~= job.shape or #(run.messages or run.waiting) == LIMIT.run then
     if run then
       end_run(run)
     end
-    run = new_run(job.shape)
     -- A job whose shape already waits would find no room either: it is filed unseen.
-    run.full = redis.call('ZSCORE', KEY.shapes, job.shape)
+    run = {shape = job.shape, amounts = amounts_of(job.shape), full = redis.call('ZSCORE', KEY.shapes, job.shape)}
   end
   local cursor_score, cursor_worker = '', ''
-  if not run.full and not has_more(run) then
-    end_run(run)
-    run.book, cursor_score, cursor_worker = search(run, job.epoch, now)
-    run.full = not run.book
+  if not run.full then
+    local book = run.book
+    -- Is there room for one more where the last one went?
+    if not book or run.amounts.alone or room(book, 'slots') < 1 or not fits(book, run.amounts) then
+      end_run(run)
+      run.book, cursor_score, cursor_worker = search(run, job.epoch, now)
+      run.full = not run.book
+    end
   end
   if not run.full then
     job.attempt = int(attempt + 1)
     note_admission(id, job, message, run.book, now)
-    local n = #run.messages
-    run.tokens[2 * n + 1], run.tokens[2 * n + 2] = id, token_of(job)
-    run.due[2 * n + 1], run.due[2 * n + 2] = int(now + LIMIT.start), id
-    run.messages[n + 1] = tagged(message, id, job)
+    local token, due, tag = token_of(job), int(now + LIMIT.start), tagged(message, id, job)
+    if run.messages then
+      local n = #run.messages
+      run.tokens[2 * n + 1], run.tokens[2 * n + 2] = id, token
+      run.due[2 * n + 1], run.due[2 * n + 2] = due, id
+      run.messages[n + 1] = tag
+    else
+      run.tokens, run.due, run.messages = {id, token}, {due, id}, {tag}
+    end
     allocate(run.book, run.amounts, 1)
     return {'admitted', run.book.worker, job.attempt}, run
   end
@@ -102,9 +104,13 @@ local function take_in(id, job, message, digest, rerun, now, run)
   redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'epoch', job.epoch, 'attempt', job.attempt, 'shape', job.shape,
     'order', job.order, 'losses', job.losses, 'submitted', job.submitted, 'message', message, 'entry', job.entry,
     'noted', job.noted, unpack(job.first))
+  if not run.waiting then
+    run.waiting, run.first = {job.order, id}, job.order
+    return {'waiting', cursor_score, cursor_worker}, run
+  end
   local n = #run.waiting
   run.waiting[n + 1], run.waiting[n + 2] = job.order, id
-  if not run.first or tonumber(job.order) < tonumber(run.first) then
+  if tonumber(job.order) < tonumber(run.first) then
     run.first = job.order
   end
   return {'waiting', cursor_score, cursor_worker}, run
