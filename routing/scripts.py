@@ -29,8 +29,8 @@ SUBMIT_WITHIN_MS: Final = 30_000
 #: Candidates that a submit fetches first; the others only when none of these has room.
 FEW: Final = 4
 
-#: Jobs of one shape, at the most, whose changes a submit keeps until it writes them together. (Lua gives a command 8,000
-#: arguments at the most.)
+#: Jobs of one shape, at the most, whose changes a submit keeps until it writes them together. (Lua gives a command
+#: 8,000 arguments at the most.)
 RUN: Final = 1000
 
 #: Bytes of a message that a release may give back to the worker that is asking; larger ones go by the broker.
