@@ -132,13 +132,17 @@ class Statement:
     execute: str
     #: The same statement, not prepared.
     plain: str
+    #: What stands for each %s in `prepare`, quoted by the driver; such a statement has no plain form.
+    common: tuple[Any, ...] | None = None
 
     @classmethod
-    def of(cls, name: str, columns: str, types: str, source: str, values: int) -> Statement:
+    def of(
+        cls, name: str, columns: str, types: str, source: str, values: int, common: tuple[Any, ...] | None = None
+    ) -> Statement:
         """`source` gives the columns their values, by so many parameters of those types: $1, $2, ..."""
         insert = f"INSERT INTO jobs ({columns}) {source} {_RETURNING}"
         execute = f"EXECUTE {name} ({', '.join(['%s'] * values)})"
-        return cls(name, f"PREPARE {name} ({types}) AS {insert}", execute, re.sub(r"\$\d+", "%s", insert))
+        return cls(name, f"PREPARE {name} ({types}) AS {insert}", execute, re.sub(r"\$\d+", "%s", insert), common)
 
 
 BY_ANYBODY: Final = Statement.of("celery_capacity_insert_job", _COLUMNS, _TYPES, f"VALUES ({_VALUES})", 18)
@@ -243,7 +247,7 @@ def execute_insert(
             # (Noted before: a signal raises its error, a time limit say, when the server has answered.)
             pooled.info[statement.name] = True
             try:
-                cursor.execute(statement.prepare)
+                cursor.execute(statement.prepare, statement.common)
             except psycopg2.Error:
                 del pooled.info[statement.name]
                 raise
@@ -252,7 +256,7 @@ def execute_insert(
         except psycopg2.Error as error:
             if error.pgcode != _NOT_PREPARED:
                 raise
-            cursor.execute(statement.prepare)
+            cursor.execute(statement.prepare, statement.common)
             cursor.execute(statement.execute, values)
         return cursor.fetchone()
     except psycopg2.Error as error:

@@ -2,7 +2,8 @@
 
 To submit is to wait for Postgres's log; all else is to be little. So a process keeps one connection for this, rather
 than check one out of the pool each time, and a job that says nothing unusual is inserted by a statement that names only
-what it says: each parameter of a prepared statement is parsed, planned and evaluated anew.
+what it says: each parameter of a prepared statement is parsed, planned and evaluated anew. What jobs that come time and
+again have in common stands in a statement of theirs.
 """
 
 from __future__ import annotations
@@ -18,13 +19,23 @@ from routing import accept
 from routing.accept import Inserted, NewJob
 from routing.states import State
 
+_COLUMNS: Final = "id, name, state, shape, request, message, priority, declared, queue, root_id"
+#: Of any such job.
 _SIMPLE: Final = accept.Statement.of(
     "celery_capacity_insert_simple_job",
-    "id, name, state, shape, request, message, priority, declared, queue, root_id",
+    _COLUMNS,
     "text, text, text, jsonb, bytea, smallint, bool, text",
     f"VALUES ($1, $2, '{State.ACCEPTED.value}', $3, $4, $5, $6, $7, $8, $1)",
     8,
 )
+#: Jobs after which a kind of them is common, and has a statement of its own, of two parameters; the kinds that are
+#: counted, and that may have one (it costs the server some ten kB).
+_COMMON: Final = 8
+_COUNTED: Final = 256
+_MOST_KINDS: Final = 32
+
+#: What jobs of one kind have in common, as `_SIMPLE` has it: name, shape, request, priority, declared, queue.
+_Kind = tuple[str, str, str, int, bool, str]
 
 
 def _is_simple(job: NewJob) -> bool:
@@ -38,6 +49,17 @@ def _is_simple(job: NewJob) -> bool:
     )
 
 
+def _general(job: NewJob) -> tuple[accept.Statement, tuple[Any, ...]]:
+    return accept.BY_ANYBODY, accept.values_of(job)
+
+
+def _own_statement(number: int, kind: _Kind) -> accept.Statement:
+    """The insert of jobs of one kind: all that they have in common stands in it."""
+    source = f"VALUES ($1, %s, '{State.ACCEPTED.value}', %s, %s, $2, %s, %s, %s, $1)"
+    name = f"celery_capacity_insert_job_{number}"
+    return accept.Statement.of(name, _COLUMNS, "text, bytea", source, 2, common=kind)
+
+
 class Inserter:
     """Inserts jobs by a connection of its own, which `engine` makes (it keeps none); a second thread that comes
     meanwhile takes one of `others`. Thread-safe; not carried over a fork."""
@@ -49,6 +71,9 @@ class Inserter:
         self._connection: PoolProxiedConnection | None = None
         #: Whether it is to be made anew before it is used.
         self._doubted = False
+        #: How often jobs of a kind came, and the statements of those that are common.
+        self._came: dict[_Kind, int] = {}
+        self._own: dict[_Kind, accept.Statement] = {}
 
     def doubt(self) -> None:
         """Another connection broke: the one that is kept may have, too, and is made anew. Waits for nobody."""
@@ -66,23 +91,34 @@ class Inserter:
                 self._doubted = False
                 self._give_up(None)
             connected = self._connection or self._connect()
-            if _is_simple(job):
-                values: tuple[Any, ...] = (
-                    job.id,
-                    job.name,
-                    job.shape,
-                    accept.request_json(job.shape),
-                    job.message,
-                    job.priority,
-                    job.declared,
-                    job.queue,
-                )
-                row = accept.execute_insert(connected, self._give_up, _SIMPLE, values)
-            else:
-                row = accept.execute_insert(connected, self._give_up, accept.BY_ANYBODY, accept.values_of(job))
+            statement, values = self._simple(job) if _is_simple(job) else _general(job)
+            row = accept.execute_insert(connected, self._give_up, statement, values)
         finally:
             self._free.release()
         return None if row is None else accept.inserted_by(row, job)
+
+    def _simple(self, job: NewJob) -> tuple[accept.Statement, tuple[Any, ...]]:
+        """The insert of a simple job, and its parameters."""
+        shape = job.shape
+        kind = (job.name, shape, accept.request_json(shape), job.priority, job.declared, job.queue)
+        own = self._own.get(kind) or self._count(kind)
+        if own is not None:
+            return own, (job.id, job.message)
+        name, shape, request, *others = kind
+        return _SIMPLE, (job.id, name, shape, request, job.message, *others)
+
+    def _count(self, kind: _Kind) -> accept.Statement | None:
+        """Another one of a kind that has no statement of its own; the one that it gets for that."""
+        if len(self._own) == _MOST_KINDS:
+            return None
+        came = self._came.pop(kind, 0) + 1
+        if came == _COMMON:
+            own = self._own[kind] = _own_statement(len(self._own), kind)
+            return own
+        if len(self._came) == _COUNTED:
+            self._came.clear()
+        self._came[kind] = came
+        return None
 
     def _connect(self) -> PoolProxiedConnection:
         try:

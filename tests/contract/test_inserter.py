@@ -65,7 +65,14 @@ def job_of(fields: dict[str, Any]) -> NewJob:
     return replace(job, root_id=job.id) if job.root_id == "itself" else job
 
 
-def test_a_row_is_the_same_by_either_way(engine: Engine, inserter: Inserter) -> None:
+@pytest.mark.parametrize("often", [1, 2])
+def test_a_row_is_the_same_by_either_way(
+    engine: Engine, inserter: Inserter, monkeypatch: pytest.MonkeyPatch, often: int
+) -> None:
+    # Where every kind of job is common, where those are that came before, or none that has come too late.
+    monkeypatch.setattr("routing.inserter._COMMON", often)
+    monkeypatch.setattr("routing.inserter._COUNTED", 3)
+
     @given(st.one_of(JOBS, SIMPLE))
     def check(fields: dict[str, Any]) -> None:
         short, long = job_of(fields), job_of(fields)
@@ -85,6 +92,37 @@ def test_a_row_is_the_same_by_either_way(engine: Engine, inserter: Inserter) -> 
         assert inserter.insert(short) is None
 
     check()
+
+
+def test_a_common_kind_of_jobs_has_a_statement_of_its_own_on_each_connection(
+    engine: Engine, inserter: Inserter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("routing.inserter._MOST_KINDS", 2)
+    kinds = [
+        {"name": name, "shape": Request.of({"cpus": 500}).shape, "message": b"\\'", "root_id": "itself"}
+        for name in ("it's", "100% \\ done", "a third")
+    ]
+
+    def submitted() -> list[Any]:
+        jobs = [job_of(fields) for fields in kinds for _ in range(10)]
+        assert all(inserter.insert(job) for job in jobs)
+        with engine.connect() as connection:
+            ids = {"ids": [job.id for job in jobs]}
+            names = connection.execute(text("SELECT name FROM jobs WHERE id = ANY(:ids)"), ids)
+            assert sorted(names.scalars()) == sorted(job.name for job in jobs)
+        kept: Any = inserter._connection
+        with kept.cursor() as cursor:
+            cursor.execute("SELECT name FROM pg_prepared_statements ORDER BY name")
+            return [row[0].removeprefix("celery_capacity_insert_") for row in cursor]
+
+    assert submitted() == ["job_0", "job_1", "simple_job"]
+    inserter.close()
+    assert submitted() == ["job_0", "job_1", "simple_job"]
+    # A session that knows none of them: a pooler's.
+    kept: Any = inserter._connection
+    with kept.cursor() as cursor:
+        cursor.execute("DEALLOCATE ALL")
+    assert submitted() == ["job_0", "job_1", "simple_job"]
 
 
 class Interrupted(Exception):
