@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 IN_A_ROW: Final = 0.001
 IN_A_ROW_BUSY: Final = 0.02
 #: The share of the time since a row began for which the thread lets jobs come together, and the seconds of it at the
-#: most: what one step costs hardly grows with them, and who sends for a second does not feel a fiftieth of it.
+#: most: what one step costs hardly grows with them, and who sends for a second does not feel a hundredth of it.
 GATHER: Final = 0.1
-GATHER_AT_MOST: Final = 0.02
+GATHER_AT_MOST: Final = 0.01
 #: Jobs that wait for the thread, above which a sender waits for it.
 MOST_WAITING: Final = 100
 #: Bytes of their messages, likewise: the server takes them at one time, and answers nobody else meanwhile.
