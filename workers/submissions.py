@@ -41,9 +41,7 @@ MOST_BYTES: Final = 4 * 1024**2
 PATIENCE: Final = 1.0
 #: Seconds for which the thread waits for another job, before it ends.
 REST_AT_MOST: Final = 5.0
-
-
-#: Linux counts for each thread.
+#: Linux counts for each thread what it waited for.
 _THREAD: Final[int | None] = getattr(resource, "RUSAGE_THREAD", None)
 
 
