@@ -12,17 +12,28 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+from uuid import uuid4
 
 from routing import limits
 from routing.errors import InvalidRequest, MessageTooDeep, MessageTooLarge
 
 #: Characters of a token at the most: two numbers of 64 bits. (A longer one was written by nobody of ours.)
 TOKEN_LENGTH: Final = 40
+#: What a template leaves open beside the id and the body, and where it stands.
+OPEN: Final = {
+    "argsrepr": "headers",
+    "kwargsrepr": "headers",
+    "origin": "headers",
+    "reply_to": "properties",
+}
 #: As `json.dumps` with these separators, which makes an encoder at each call.
 _compact: Final = json.JSONEncoder(separators=(",", ":")).encode
+#: What it makes of a text.
+_quoted: Final = json.encoder.encode_basestring_ascii
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +74,7 @@ def encode(
     """The text of a message. Raises `InvalidRequest` where its headers are not JSON, `MessageTooLarge` where it has
     more than `limit` bytes, `MessageTooDeep`."""
     envelope = {
-        "body": base64.b64encode(body).decode("ascii"),
+        "body": _text_of(body),
         "content-encoding": content_encoding,
         "content-type": content_type,
         "headers": dict(headers),
@@ -78,12 +89,48 @@ def encode(
             f"the message's headers cannot be written as JSON: {error}",
             advice="Pass headers and stamps that are text, numbers, lists or dicts.",
         ) from error
-    # The body as it is, not as base64 makes it.
-    size = len(text) - len(envelope["body"]) + len(body)
-    if size > limit:
-        raise MessageTooLarge(f"the message has {size} bytes, {limit} are allowed", value=size)
+    _check_size(text, body, limit)
     limits.check_headers(text)
     return text
+
+
+def _text_of(body: bytes) -> str:
+    return base64.b64encode(body).decode("ascii")
+
+
+def _check_size(message: bytes, body: bytes, limit: int) -> None:
+    # The body as it is, not as base64 makes it: four characters for three bytes.
+    size = len(message) - (len(body) + 2) // 3 * 4 + len(body)
+    if size > limit:
+        raise MessageTooLarge(f"the message has {size} bytes, {limit} are allowed", value=size)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Messages that differ by their body, by `OPEN` and by their id alone, which is that of their root too. `form`:
+    the text, with a place in Python's form (`%(name)s`) for each of these."""
+
+    form: str
+
+    @classmethod
+    def of(cls, message: bytes) -> Template:
+        """The template of a message such as `encode` makes."""
+        envelope, mark = decode(message), uuid4().hex
+        headers, properties = envelope["headers"], envelope["properties"]
+        envelope["body"] = f"{mark}body"
+        for part, name in OPEN.items():
+            envelope[name][part] = mark + part
+        headers["id"] = headers["root_id"] = properties["correlation_id"] = f"{mark}id"
+        text = _compact(envelope).replace("%", "%%")
+        return cls(re.sub(f'"{mark}([a-z_]+)"', r"%(\1)s", text))
+
+    def fill(self, job: str, body: bytes, limit: int, **opened: str) -> bytes:
+        """The message of another job. `opened`: a value for each of `OPEN`. Raises `MessageTooLarge` as `encode`."""
+        values = {name: _quoted(value) for name, value in opened.items()}
+        values["id"], values["body"] = _quoted(job), f'"{_text_of(body)}"'
+        text = (self.form % values).encode("ascii")
+        _check_size(text, body, limit)
+        return text
 
 
 def decode(message: bytes) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from routing.errors import InvalidRequest
 from workers import ticks
 from workers.control import purge_queue
 from workers.gathering import here
+from workers.producers import SpareProducer
 from workers.protocols import shown
 from workers.queues import queue_of
 from workers.router import PLATFORM_PREFIX, Router
@@ -85,7 +86,7 @@ class _JobProducer:
                 # The job is durable, and whoever is told otherwise sends it again.
                 logger.warning("a job is accepted, and the event of it was not sent: %r", error)
             return
-        self._sender.accept(
+        job = self._sender.accept(
             body,
             headers=headers,
             serializer=serializer,
@@ -94,6 +95,8 @@ class _JobProducer:
             properties=properties,
         )
         self._accepted = True
+        if isinstance(self._producer, SpareProducer):
+            self._producer.job = job
 
 
 class PlatformAMQP:
@@ -139,18 +142,22 @@ class PlatformAMQP:
         self, task_id: str, name: str, args: Any = None, kwargs: Any = None, *more: Any, **options: Any
     ) -> Any:
         """As Celery's; what logs, events and pages show of the arguments leaves out what looks secret."""
-        for what, given, most in (
-            ("argsrepr", args or (), self.argsrepr_maxsize),  # type: ignore[attr-defined]
-            ("kwargsrepr", kwargs or {}, self.kwargsrepr_maxsize),  # type: ignore[attr-defined]
-        ):
+        for what, given in (("argsrepr", args or ()), ("kwargsrepr", kwargs or {})):
             if options.get(what) is None:
-                options[what] = shown(given, most, self.app.conf.task_repr_maxlevels) if given else repr(given)
+                options[what] = self.shown(what, given)
         if len(more) <= _ORIGIN:
             options.setdefault("origin", origin(os.getpid()))
         gathering = here(self)
         if gathering is not None:
             gathering.made(name, kwargs, more, options)
         return super().as_task_v2(task_id, name, args, kwargs, *more, **options)  # type: ignore[misc]
+
+    def shown(self, what: str, given: Any) -> str:
+        """The header `what` (argsrepr, kwargsrepr) of arguments."""
+        if not given:
+            return repr(given)
+        most: int = getattr(self, f"{what}_maxsize")
+        return shown(given, most, self.app.conf.task_repr_maxlevels)
 
     def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:
         """As Celery's, by which a task publishes what follows it. Without a priority to be inherited it hands on None,

@@ -22,6 +22,7 @@ from workers.preflight import check_imports
 from workers.results import BACKENDS, backend_class
 from workers.stores import Resolve, Stores, resolve_running
 from workers.task import cover, task_class
+from workers.templates import Templates
 
 
 def create_app(
@@ -60,6 +61,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     _carry_results(app)
     _check_imports(app, stores)
     app.send_task = checking(app)
+    app.platform_templates = Templates(app, stores)
     app.submit_many = partial(bulk.submit_many, app)
     gathering.connect()
     teach_states()

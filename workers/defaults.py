@@ -31,7 +31,8 @@ SERVERS: Final = ("broker_url", "result_backend")
 _NOT_THERE: Final = object()
 #: Where `QuickSettings` keeps the names of settings, and what it finds there at first.
 _KEYS: Final = "_platform_keys"
-_NONE: Final[tuple[Any, dict[str, tuple[str, ...]]]] = (None, {})
+_NONE: Final[tuple[Any, Any, dict[str, tuple[str, ...]]]] = (_NOT_THERE, None, {})
+_get: Final = dict.get
 
 
 class QuickSettings(Settings):
@@ -39,11 +40,19 @@ class QuickSettings(Settings):
     that a name is not in."""
 
     def __getitem__(self, key: str) -> Any:
-        keys = self._all_keys(key)
+        prefix, own, known = self.__dict__.get(_KEYS, _NONE)
+        if prefix is not self.prefix or own is not self._keys:
+            known = {}
+            # (To set an attribute would be a setting.)
+            self.__dict__[_KEYS] = (self.prefix, self._keys, known)
+        # The names under which it may stand, which are made of its own and of these two alone.
+        keys = known.get(key)
+        if keys is None:
+            keys = known[key] = tuple(self._to_keys(key))
         for mapping in self.maps:
-            if type(mapping) in (dict, Defaults):
+            if type(mapping) in _PLAIN:
                 for name in keys:
-                    found = dict.get(mapping, name, _NOT_THERE)
+                    found = _get(mapping, name, _NOT_THERE)
                     if found is not _NOT_THERE:
                         return mapping[name] if found is None else found
                 continue
@@ -54,19 +63,6 @@ class QuickSettings(Settings):
                 except KeyError:
                     continue
         return super().__getitem__(key)
-
-    def _all_keys(self, key: str) -> tuple[str, ...]:
-        """The names under which a setting may stand. They are made of its own and of these two alone."""
-        of, known = self.__dict__.get(_KEYS, _NONE)
-        by = (self.prefix, self._keys)
-        if of != by:
-            known = {}
-            # (To set an attribute would be a setting.)
-            self.__dict__[_KEYS] = (by, known)
-        keys: tuple[str, ...] | None = known.get(key)
-        if keys is None:
-            keys = known[key] = tuple(self._to_keys(key))
-        return keys
 
 
 class Defaults(dict[str, Any]):
@@ -155,6 +151,10 @@ def _drop_servers_of_tests(conf: Any, theirs: Mapping[str, Any]) -> None:
         for name in SERVERS:
             if type(mapping) is dict and mapping.get(name) == theirs[name]:
                 del mapping[name]
+
+
+#: Mappings that hold their values.
+_PLAIN: Final = frozenset({dict, Defaults})
 
 
 class NoBackend(DisabledBackend):

@@ -11,6 +11,8 @@ from typing import Any
 
 from celery import Celery
 
+from routing.accept import NewJob
+
 
 class SpareProducer:
     """Stands for kombu's producer for one call; `release` it then. Not thread-safe."""
@@ -18,6 +20,8 @@ class SpareProducer:
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._taken: Any = None
+        #: The job that was made of what Celery published by it.
+        self.job: NewJob | None = None
         self.connection = _SpareConnection(self)
 
     def __getattr__(self, name: str) -> Any:

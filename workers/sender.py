@@ -84,9 +84,11 @@ class Sender:
         self.rates = Rates(stores)
         self._backlog = limits.BacklogLimit(self._waiting, lambda: stores.engine)
 
-    def accept(self, body: Any, **message: Any) -> None:
+    def accept(self, body: Any, **message: Any) -> NewJob:
         """Accept a message as Celery publishes it (as `encoded`). When this returns, the job is durable."""
-        self.store(self.encoded(body, **message))
+        job = self.encoded(body, **message)
+        self.store(job)
+        return job
 
     def encoded(
         self,

@@ -30,6 +30,14 @@ class PlatformTask:
     unique_for: float | None = None
     request: Any
 
+    def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+        """As Celery's; the messages of calls that are alike are made by a template (`workers.templates`)."""
+        plain = super().apply_async  # type: ignore[misc]
+        templates = getattr(self._get_app(), "platform_templates", None)  # type: ignore[attr-defined]
+        if more or templates is None:
+            return plain(args, kwargs, *more, **options)
+        return templates.apply_async(self, plain, args, kwargs, options)
+
     def replace(self, sig: Signature) -> Any:
         """As Celery's. (Chunks are the group that they are made into, which alone can carry an id on.)"""
         return super().replace(sig.group() if isinstance(sig, chunks) else sig)  # type: ignore[misc]

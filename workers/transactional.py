@@ -44,11 +44,12 @@ class Transaction:
         self._stores = stores
         self._session = _checked(session)
 
-    def accept(self, body: Any, **message: Any) -> None:
+    def accept(self, body: Any, **message: Any) -> NewJob:
         """As `Sender.accept`, up to the commit."""
         job = self._sender.encoded(body, **message)
         self._sender.admits(attempts.current())
         self.add([job])
+        return job
 
     def check(self) -> None:
         """Raises `InvalidRequest` for a session elsewhere."""

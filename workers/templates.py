@@ -1,0 +1,282 @@
+"""Calls that are alike.
+
+Celery makes the message of each call anew: options, routes, headers, serialiser, signals. Two ordinary calls of a task
+with the same options give the same message but for the id and the arguments. So the first of them goes through Celery,
+a template is kept of what came of it, and the next ones fill that in, for a third of the time.
+
+A call is ordinary where all that its message depends on is a simple option, is part of the state of the task and the
+app that is looked at each time, or is filled in. All others go through Celery: with other options, in a task that runs,
+while somebody listens to Celery's signals, with routes or classes of the app's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from operator import attrgetter, is_
+from typing import Any, Final
+
+from celery import Celery, Task, signals
+from celery.app import amqp as celery_amqp
+from celery.app import base as celery_base
+from celery.app import routes as celery_routes
+from celery.app import task as celery_task
+
+from routing import limits
+from routing.accept import NewJob
+from routing.message import Template
+from routing.names import check_job_id
+from routing.request import REQUEST_OPTIONS
+from routing.request_file import RERUN
+from workers import amqp as platform_amqp
+from workers import attempts, call
+from workers.amqp import PlatformAMQP, origin
+from workers.encoding import encode
+from workers.gates import declares
+from workers.gathering import here
+from workers.producers import SpareProducer
+from workers.router import HEADER, PLATFORM_PREFIX, Router
+from workers.sender import Sender
+from workers.stores import Stores
+
+#: What Celery's own code reads of a task for its message, and ours.
+_OF_TASK: Final = attrgetter(
+    *("__class__", "name", "_exec_options", "ignore_result", "time_limit", "soft_time_limit"),
+    *("_dump_pydantic_arguments", "cpus", "memory", "gpus", "resources", "rerun", "unique", "unique_for", "rate_limit"),
+)
+#: The same of the app's AMQP. (The serialiser and the like belong to the sender that Celery makes once.)
+_OF_AMQP: Final = ("create_task_message", "send_task_message", "router", "queues")
+#: Options with which a call may be ordinary, and the types of their values.
+_OPTIONS: Final = frozenset(
+    {"ignore_result", "priority", "queue", "serializer", "time_limit", "soft_time_limit", RERUN, *REQUEST_OPTIONS}
+)
+_SIMPLE: Final = frozenset({str, int, bool})
+#: Types of a request's amounts that cannot change while they are the same object.
+_AMOUNTS: Final = frozenset({type(None), int, float, str})
+#: Tasks whose request is that of others that they call, and the platform's messages, which make no job.
+_SPECIAL: Final = (limits.CANVAS_PREFIX, PLATFORM_PREFIX)
+#: What follows a task that nothing follows: the third part of a body.
+_NOTHING: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+#: Kinds of calls that an app keeps, and how often one is learnt anew: what changes all the time is not worth it.
+MOST_KINDS: Final = 1000
+MOST_CHANGES: Final = 100
+
+_APPLY_ASYNC: Final = Task.apply_async
+_SHADOW_NAME: Final = Task.shadow_name
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One kind of calls, and the state in which they are alike. `first`: the job of one of them."""
+
+    state: tuple[Any, ...]
+    first: NewJob
+    template: Template
+    amqp: Any
+    sender: Sender
+    ignored: Any
+    queue: Any
+    queue_name: str
+
+
+class Templates:
+    """The templates of one app. Thread-safe."""
+
+    def __init__(self, app: Celery, stores: Stores) -> None:
+        self._app = app
+        self._stores = stores
+        self._kinds: dict[Any, _Kind] = {}
+        self._learnt: dict[Any, int] = {}
+
+    def apply_async(
+        self, task: Any, plain: Callable[..., Any], args: Any, kwargs: Any, options: Mapping[str, Any]
+    ) -> Any:
+        """As `plain`, which is the task's own of Celery. Raises what that raises."""
+        if not self._is_ordinary(task, plain, args, kwargs, options):
+            return plain(args, kwargs, **options)
+        # (True equals 1, and is written otherwise.)
+        told = [(option, type(value), value) for option, value in options.items() if option != "task_id"]
+        key = (task, *told) if told else task
+        amqp = self._app.amqp
+        kind, state = self._kinds.get(key), self._state(task, amqp)
+        if kind is not None and all(map(is_, state, kind.state)) and _queue(amqp, kind.queue_name) is kind.queue:
+            if task.typing:
+                task.__header__(*(args or ()), **(kwargs or {}))
+            return self._send(kind, task, args, kwargs, options.get("task_id"))
+        if self._learnt.get(key, 0) >= MOST_CHANGES or not _is_plain_app(self._app):
+            return plain(args, kwargs, **options)
+        producer = SpareProducer(self._app)
+        try:
+            result = plain(args, kwargs, producer=producer, **options)
+        finally:
+            producer.release()
+        # (The first call of all makes some of what the state is of.)
+        if producer.job is not None and all(map(is_, state, self._state(task, amqp))):
+            self._learn(key, task, state, producer.job, args, kwargs, options)
+        return result
+
+    def _is_ordinary(self, task: Any, plain: Any, args: Any, kwargs: Any, options: Mapping[str, Any]) -> bool:
+        """Whether nothing takes part in this call but what Celery and the platform always do."""
+        app, conf = self._app, self._app.conf
+        for option, value in options.items():
+            if not (option == "task_id" or (option in _OPTIONS and type(value) in _SIMPLE)):
+                return False
+        return not (
+            signals.before_task_publish.receivers
+            or signals.after_task_publish.receivers
+            or signals.task_sent.receivers
+            or attempts.current() is not None
+            or app.current_worker_task is not None
+            or getattr(plain, "__func__", None) is not _APPLY_ASYNC
+            or getattr(task.shadow_name, "__func__", None) is not _SHADOW_NAME
+            or not isinstance(args or (), (list, tuple))
+            or not isinstance(kwargs or {}, dict)
+            or conf["task_always_eager"]
+            or conf["task_send_sent_event"]
+            or here(app.amqp) is not None
+        )
+
+    def _state(self, task: Any, amqp: Any) -> tuple[Any, ...]:
+        """All else that the messages of a task's calls depend on, at this moment: they are alike while each is the same
+        object."""
+        app, stores = self._app, self._stores
+        made = vars(amqp)
+        routes = (made.get("router") or amqp.router).routes
+        return (
+            *_OF_TASK(task),
+            *[made.get(name) for name in _OF_AMQP],
+            amqp,
+            app.conf["task_default_queue"],
+            app.send_task,
+            stores.settings,
+            stores.requests,
+            len(routes),
+            *routes[:1],
+        )
+
+    def _send(self, kind: _Kind, task: Any, args: Any, kwargs: Any, task_id: Any) -> Any:
+        app = self._app
+        job = self._fill(kind, check_job_id(task_id) if task_id else celery_base.uuid(), args, kwargs)
+        if not kind.ignored:
+            producer = SpareProducer(app)
+            try:
+                with producer.connection._reraise_as_library_errors():
+                    app.backend.on_task_call(producer, job.id)
+            finally:
+                producer.release()
+        kind.sender.store(job)
+        result = task.AsyncResult(job.id)
+        result.ignored = kind.ignored
+        return result
+
+    def _fill(self, kind: _Kind, job: str, args: Any, kwargs: Any) -> NewJob:
+        """The job of a call. Raises `InvalidRequest`, `MessageTooDeep`, `MessageTooLarge` as the sender."""
+        app, first, amqp = self._app, kind.first, kind.amqp
+        args, kwargs = args or (), kwargs or {}
+        said = {"argsrepr": amqp.shown("argsrepr", args), "kwargsrepr": amqp.shown("kwargsrepr", kwargs)}
+        body = encode((args, kwargs, _NOTHING), {"task": first.name, **said}, None, None)[0]
+        limits.check_body(body, first.name)
+        said |= {"origin": origin(os.getpid()), "reply_to": app.thread_oid}
+        return NewJob(
+            job,
+            first.name,
+            first.shape,
+            kind.template.fill(job, body, self._stores.settings.max_message, **said),
+            first.priority,
+            first.declared,
+            first.queue,
+            rerun=first.rerun,
+            root_id=job,
+            gates=kind.sender.rates.gates({"task": first.name, HEADER: {}}, HEADER, may_ask=True),
+        )
+
+    def _learn(
+        self,
+        key: Any,
+        task: Any,
+        state: tuple[Any, ...],
+        job: NewJob,
+        args: Any,
+        kwargs: Any,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Celery made this job of such a call, in this state."""
+        if len(self._learnt) >= MOST_KINDS:
+            self._kinds.clear()
+            self._learnt.clear()
+        self._learnt[key] = self._learnt.get(key, 0) + 1
+        options = {**task._get_exec_options(), "ignore_result": task.ignore_result, **options, "task_id": None}
+        name = options.get("queue") or self._app.conf.task_default_queue
+        if not (_is_plain_task(task, options) and isinstance(name, str)):
+            return
+        amqp = self._app.amqp
+        queue = _queue(amqp, name)
+        if queue is None or queue.exchange.type != "direct":
+            return
+        first = replace(job, gates=None)
+        simple = NewJob(
+            job.id,
+            task.name,
+            job.shape,
+            job.message,
+            job.priority,
+            job.declared,
+            queue.name,
+            rerun=job.rerun,
+            root_id=job.id,
+        )
+        template = Template.of(job.message)
+        kind = _Kind(state, first, template, amqp, amqp.job_sender, options["ignore_result"], queue, name)
+        # What was not thought of shows here: the template gives what Celery gave.
+        if first == simple and self._fill(kind, job.id, args, kwargs) == job:
+            self._kinds[key] = kind
+
+
+def _queue(amqp: Any, name: str) -> Any:
+    """As Celery finds it, without making one."""
+    queues = amqp.queues
+    return queues.aliases.get(name) or queues.get(name)
+
+
+def _is_plain_task(task: Any, options: Mapping[str, Any]) -> bool:
+    return (
+        not task.name.startswith(_SPECIAL)
+        and not declares(task)
+        and {type(task.cpus), type(task.memory), type(task.gpus)} <= _AMOUNTS
+        and task.resources is None
+        and type(task.rerun) is bool
+        and task._dump_pydantic_arguments is None
+        and type(task)._get_exec_options is Task._get_exec_options
+        and not task.__v2_compat__
+        and (hasattr(task, "__header__") or not task.typing)
+        and all(value is None or (option in _OPTIONS and type(value) in _SIMPLE) for option, value in options.items())
+    )
+
+
+def _is_plain_app(app: Celery) -> bool:
+    """Whether what makes and sends a message is Celery's and the platform's, with nothing around or in between."""
+    amqp: Any = app.amqp
+    routes = amqp.router.routes
+    return (
+        type(amqp).__mro__[1:3] == (PlatformAMQP, celery_amqp.AMQP)
+        and getattr(amqp.create_task_message, "__func__", None) is PlatformAMQP.as_task_v2
+        and _is_of(amqp.send_task_message, platform_amqp)
+        and type(amqp.queues) is celery_amqp.Queues
+        and type(amqp.router) is celery_routes.Router
+        and len(routes) == 1
+        and type(routes[0]) is Router
+        and _is_of(app.send_task, call)
+        and _is_of(getattr(app.send_task, "__wrapped__", None), celery_base)
+        and _is_of(app.producer_or_acquire, celery_base)
+        and _is_of(celery_amqp.AMQP.as_task_v2, celery_amqp)
+        and _is_of(celery_amqp.AMQP._create_task_sender, celery_amqp)
+        and _is_of(celery_routes.Router.route, celery_routes)
+        and _is_of(_APPLY_ASYNC, celery_task)
+        and _is_of(_SHADOW_NAME, celery_task)
+    )
+
+
+def _is_of(function: Any, module: Any) -> bool:
+    """Whether a function was written in a module. (One that wraps it has its name, and says so of itself.)"""
+    return getattr(function, "__globals__", None) is vars(module)
