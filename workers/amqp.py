@@ -96,7 +96,7 @@ class _JobProducer:
         )
         self._accepted = True
         if isinstance(self._producer, SpareProducer):
-            self._producer.job = job
+            self._producer.job, self._producer.serializer = job, serializer
 
 
 class PlatformAMQP:

@@ -22,6 +22,8 @@ class SpareProducer:
         self._taken: Any = None
         #: The job that was made of what Celery published by it.
         self.job: NewJob | None = None
+        #: What wrote its body; None for Celery's default.
+        self.serializer: str | None = None
         self.connection = _SpareConnection(self)
 
     def __getattr__(self, name: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import redis
@@ -86,6 +86,11 @@ class Stores:
                 if found is None:
                     found = self._made[name] = make()
         return found
+
+    @property
+    def made(self) -> Mapping[str, Any]:
+        """Those that have been made, by name."""
+        return self._made
 
     @property
     def settings(self) -> Settings:

@@ -6,15 +6,17 @@ a template is kept of what came of it, and the next ones fill that in, for a thi
 
 A call is ordinary where all that its message depends on is a simple option, is part of the state of the task and the
 app that is looked at each time, or is filled in. All others go through Celery: with other options, in a task that runs,
-while somebody listens to Celery's signals, with routes or classes of the app's own.
+while somebody listens to Celery's signals, with routers or classes of the app's own.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter, is_
+from types import FunctionType, MethodType
 from typing import Any, Final
 
 from celery import Celery, Task, signals
@@ -25,7 +27,7 @@ from celery.app import task as celery_task
 
 from routing import limits
 from routing.accept import NewJob
-from routing.message import Template
+from routing.message import Template, decode
 from routing.names import check_job_id
 from routing.request import REQUEST_OPTIONS
 from routing.request_file import RERUN
@@ -37,7 +39,6 @@ from workers.gates import declares
 from workers.gathering import here
 from workers.producers import SpareProducer
 from workers.router import HEADER, PLATFORM_PREFIX, Router
-from workers.sender import Sender
 from workers.stores import Stores
 
 #: What Celery's own code reads of a task for its message, and ours.
@@ -52,10 +53,20 @@ _OPTIONS: Final = frozenset(
     {"ignore_result", "priority", "queue", "serializer", "time_limit", "soft_time_limit", RERUN, *REQUEST_OPTIONS}
 )
 _SIMPLE: Final = frozenset({str, int, bool})
+#: The serialiser of kombu's that templates write with.
+JSON: Final = "json"
 #: Types of a request's amounts that cannot change while they are the same object.
 _AMOUNTS: Final = frozenset({type(None), int, float, str})
 #: Tasks whose request is that of others that they call, and the platform's messages, which make no job.
 _SPECIAL: Final = (limits.CANVAS_PREFIX, PLATFORM_PREFIX)
+#: The headers of a message that has nothing of anybody else's.
+_HEADERS: Final = frozenset(
+    {
+        *("lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id"),
+        *("parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result", "replaced_task_nesting", "stamped_headers"),
+        *("stamps", HEADER),
+    }
+)
 #: What follows a task that nothing follows: the third part of a body.
 _NOTHING: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 #: Kinds of calls that an app keeps, and how often one is learnt anew: what changes all the time is not worth it.
@@ -65,16 +76,17 @@ MOST_CHANGES: Final = 100
 _APPLY_ASYNC: Final = Task.apply_async
 _SHADOW_NAME: Final = Task.shadow_name
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """One kind of calls, and the state in which they are alike. `first`: the job of one of them."""
+    """One kind of calls, and the state in which they are alike. `first`: the job of one of them, without its message,
+    which has the arguments."""
 
     state: tuple[Any, ...]
     first: NewJob
     template: Template
-    amqp: Any
-    sender: Sender
     ignored: Any
     queue: Any
     queue_name: str
@@ -87,7 +99,8 @@ class Templates:
         self._app = app
         self._stores = stores
         self._kinds: dict[Any, _Kind] = {}
-        self._learnt: dict[Any, int] = {}
+        #: Kinds that were seen, and how often they were learnt.
+        self._seen: dict[Any, int] = {}
 
     def apply_async(
         self, task: Any, plain: Callable[..., Any], args: Any, kwargs: Any, options: Mapping[str, Any]
@@ -95,26 +108,45 @@ class Templates:
         """As `plain`, which is the task's own of Celery. Raises what that raises."""
         if not self._is_ordinary(task, plain, args, kwargs, options):
             return plain(args, kwargs, **options)
-        # (True equals 1, and is written otherwise.)
-        told = [(option, type(value), value) for option, value in options.items() if option != "task_id"]
-        key = (task, *told) if told else task
+        # (True equals 1, and is written otherwise. The state has the task itself, whose class may say what equals it.)
+        key = (id(task), *[(option, type(value), value) for option, value in options.items() if option != "task_id"])
+        learnt = self._seen.get(key)
+        if learnt is None:
+            # Options that are other ones each time come once.
+            self._note(key, 0)
+            return plain(args, kwargs, **options)
         amqp = self._app.amqp
-        kind, state = self._kinds.get(key), self._state(task, amqp)
+        try:
+            state = self._state(task, amqp)
+        except AttributeError:
+            # A property of the task's own that has none, which Celery's path takes for nothing said.
+            return plain(args, kwargs, **options)
+        kind = self._kinds.get(key)
         if kind is not None and all(map(is_, state, kind.state)) and _queue(amqp, kind.queue_name) is kind.queue:
-            if task.typing:
-                task.__header__(*(args or ()), **(kwargs or {}))
-            return self._send(kind, task, args, kwargs, options.get("task_id"))
-        if self._learnt.get(key, 0) >= MOST_CHANGES or not _is_plain_app(self._app):
+            if task.typing and (check := getattr(task, "__header__", None)) is not None:
+                check(*(args or ()), **(kwargs or {}))
+            return self._send(kind, task, amqp, args, kwargs, options.get("task_id"))
+        if learnt >= MOST_CHANGES or not _is_plain_app(self._app):
             return plain(args, kwargs, **options)
         producer = SpareProducer(self._app)
         try:
             result = plain(args, kwargs, producer=producer, **options)
         finally:
             producer.release()
-        # (The first call of all makes some of what the state is of.)
-        if producer.job is not None and all(map(is_, state, self._state(task, amqp))):
-            self._learn(key, task, state, producer.job, args, kwargs, options)
+        try:
+            if producer.job is not None and all(map(is_, state, self._state(task, amqp))):
+                self._note(key, learnt + 1)
+                self._learn(key, task, state, producer, args, kwargs, options)
+        except Exception:
+            # The job is accepted, and whoever is told otherwise sends it again.
+            logger.debug("no template of %s was made", task.name, exc_info=True)
         return result
+
+    def _note(self, key: Any, times: int) -> None:
+        if len(self._seen) >= MOST_KINDS and key not in self._seen:
+            self._kinds.clear()
+            self._seen.clear()
+        self._seen[key] = times
 
     def _is_ordinary(self, task: Any, plain: Any, args: Any, kwargs: Any, options: Mapping[str, Any]) -> bool:
         """Whether nothing takes part in this call but what Celery and the platform always do."""
@@ -128,8 +160,8 @@ class Templates:
             or signals.task_sent.receivers
             or attempts.current() is not None
             or app.current_worker_task is not None
-            or getattr(plain, "__func__", None) is not _APPLY_ASYNC
-            or getattr(task.shadow_name, "__func__", None) is not _SHADOW_NAME
+            or not _is_method(plain, _APPLY_ASYNC)
+            or not _is_method(task.shadow_name, _SHADOW_NAME)
             or not isinstance(args or (), (list, tuple))
             or not isinstance(kwargs or {}, dict)
             or conf["task_always_eager"]
@@ -140,24 +172,27 @@ class Templates:
     def _state(self, task: Any, amqp: Any) -> tuple[Any, ...]:
         """All else that the messages of a task's calls depend on, at this moment: they are alike while each is the same
         object."""
-        app, stores = self._app, self._stores
-        made = vars(amqp)
-        routes = (made.get("router") or amqp.router).routes
+        # (Nothing is made here: Celery makes it in its order, and its errors come first.)
+        made, stores = vars(amqp), self._stores.made
+        routes = made["router"].routes if "router" in made else ()
         return (
-            *_OF_TASK(task),
-            *[made.get(name) for name in _OF_AMQP],
-            amqp,
-            app.conf["task_default_queue"],
-            app.send_task,
-            stores.settings,
-            stores.requests,
             len(routes),
-            *routes[:1],
+            *routes,
+            task,
+            *_OF_TASK(task),
+            amqp,
+            *[made.get(name) for name in _OF_AMQP],
+            celery_amqp.AMQP.as_task_v2,
+            celery_routes.Router.route,
+            self._app.send_task,
+            self._app.conf["task_default_queue"],
+            stores.get("settings"),
+            stores.get("requests"),
         )
 
-    def _send(self, kind: _Kind, task: Any, args: Any, kwargs: Any, task_id: Any) -> Any:
+    def _send(self, kind: _Kind, task: Any, amqp: Any, args: Any, kwargs: Any, task_id: Any) -> Any:
         app = self._app
-        job = self._fill(kind, check_job_id(task_id) if task_id else celery_base.uuid(), args, kwargs)
+        job = self._fill(kind, amqp, task_id or celery_base.uuid(), args, kwargs)
         if not kind.ignored:
             producer = SpareProducer(app)
             try:
@@ -165,19 +200,20 @@ class Templates:
                     app.backend.on_task_call(producer, job.id)
             finally:
                 producer.release()
-        kind.sender.store(job)
+        amqp.job_sender.store(job)
         result = task.AsyncResult(job.id)
         result.ignored = kind.ignored
         return result
 
-    def _fill(self, kind: _Kind, job: str, args: Any, kwargs: Any) -> NewJob:
+    def _fill(self, kind: _Kind, amqp: Any, job: Any, args: Any, kwargs: Any) -> NewJob:
         """The job of a call. Raises `InvalidRequest`, `MessageTooDeep`, `MessageTooLarge` as the sender."""
-        app, first, amqp = self._app, kind.first, kind.amqp
-        args, kwargs = args or (), kwargs or {}
+        first, args, kwargs = kind.first, args or (), kwargs or {}
         said = {"argsrepr": amqp.shown("argsrepr", args), "kwargsrepr": amqp.shown("kwargsrepr", kwargs)}
         body = encode((args, kwargs, _NOTHING), {"task": first.name, **said}, None, None)[0]
         limits.check_body(body, first.name)
-        said |= {"origin": origin(os.getpid()), "reply_to": app.thread_oid}
+        gates = amqp.job_sender.rates.gates({"task": first.name, HEADER: {}}, HEADER, may_ask=True)
+        check_job_id(job)
+        said |= {"origin": origin(os.getpid()), "reply_to": self._app.thread_oid}
         return NewJob(
             job,
             first.name,
@@ -188,7 +224,7 @@ class Templates:
             first.queue,
             rerun=first.rerun,
             root_id=job,
-            gates=kind.sender.rates.gates({"task": first.name, HEADER: {}}, HEADER, may_ask=True),
+            gates=gates,
         )
 
     def _learn(
@@ -196,40 +232,29 @@ class Templates:
         key: Any,
         task: Any,
         state: tuple[Any, ...],
-        job: NewJob,
+        producer: SpareProducer,
         args: Any,
         kwargs: Any,
         options: Mapping[str, Any],
     ) -> None:
-        """Celery made this job of such a call, in this state."""
-        if len(self._learnt) >= MOST_KINDS:
-            self._kinds.clear()
-            self._learnt.clear()
-        self._learnt[key] = self._learnt.get(key, 0) + 1
+        """Celery published the job of such a call by `producer`, in this state."""
+        job, amqp = producer.job, self._app.amqp
         options = {**task._get_exec_options(), "ignore_result": task.ignore_result, **options, "task_id": None}
-        name = options.get("queue") or self._app.conf.task_default_queue
-        if not (_is_plain_task(task, options) and isinstance(name, str)):
-            return
-        amqp = self._app.amqp
-        queue = _queue(amqp, name)
-        if queue is None or queue.exchange.type != "direct":
-            return
-        first = replace(job, gates=None)
-        simple = NewJob(
-            job.id,
-            task.name,
-            job.shape,
-            job.message,
-            job.priority,
-            job.declared,
-            queue.name,
-            rerun=job.rerun,
-            root_id=job.id,
+        routed: Mapping[str, Any] = next(
+            (found for route in amqp.router.routes[1:] if (found := route(task.name)) is not None), {}
         )
-        template = Template.of(job.message)
-        kind = _Kind(state, first, template, amqp, amqp.job_sender, options["ignore_result"], queue, name)
+        if not (job is not None and producer.serializer in (None, JSON) and _is_plain_task(task)):
+            return
+        if not (_are_plain(options) and _are_plain(routed) and decode(job.message)["headers"].keys() == _HEADERS):
+            return
+        name: Any = options.get("queue") or routed.get("queue") or self._app.conf.task_default_queue
+        queue = _queue(amqp, name)
+        if queue is None or queue.exchange.type != "direct" or queue.name != job.queue:
+            return
+        first = replace(job, message=b"", gates=None)
+        kind = _Kind(state, first, Template.of(job.message), options["ignore_result"], queue, name)
         # What was not thought of shows here: the template gives what Celery gave.
-        if first == simple and self._fill(kind, job.id, args, kwargs) == job:
+        if self._fill(kind, amqp, job.id, args, kwargs) == job:
             self._kinds[key] = kind
 
 
@@ -239,18 +264,19 @@ def _queue(amqp: Any, name: str) -> Any:
     return queues.aliases.get(name) or queues.get(name)
 
 
-def _is_plain_task(task: Any, options: Mapping[str, Any]) -> bool:
+def _are_plain(options: Mapping[str, Any]) -> bool:
+    return all(value is None or (option in _OPTIONS and type(value) in _SIMPLE) for option, value in options.items())
+
+
+def _is_plain_task(task: Any) -> bool:
     return (
         not task.name.startswith(_SPECIAL)
         and not declares(task)
         and {type(task.cpus), type(task.memory), type(task.gpus)} <= _AMOUNTS
         and task.resources is None
-        and type(task.rerun) is bool
         and task._dump_pydantic_arguments is None
         and type(task)._get_exec_options is Task._get_exec_options
         and not task.__v2_compat__
-        and (hasattr(task, "__header__") or not task.typing)
-        and all(value is None or (option in _OPTIONS and type(value) in _SIMPLE) for option, value in options.items())
     )
 
 
@@ -264,8 +290,8 @@ def _is_plain_app(app: Celery) -> bool:
         and _is_of(amqp.send_task_message, platform_amqp)
         and type(amqp.queues) is celery_amqp.Queues
         and type(amqp.router) is celery_routes.Router
-        and len(routes) == 1
         and type(routes[0]) is Router
+        and all(type(route) is celery_routes.MapRoute for route in routes[1:])
         and _is_of(app.send_task, call)
         and _is_of(getattr(app.send_task, "__wrapped__", None), celery_base)
         and _is_of(app.producer_or_acquire, celery_base)
@@ -278,5 +304,9 @@ def _is_plain_app(app: Celery) -> bool:
 
 
 def _is_of(function: Any, module: Any) -> bool:
-    """Whether a function was written in a module. (One that wraps it has its name, and says so of itself.)"""
-    return getattr(function, "__globals__", None) is vars(module)
+    """Whether a function was written in a module. (What wraps one may answer as that one to all but `type`: wrapt.)"""
+    return type(function) in (FunctionType, MethodType) and function.__globals__ is vars(module)
+
+
+def _is_method(bound: Any, function: Any) -> bool:
+    return type(bound) is MethodType and bound.__func__ is function

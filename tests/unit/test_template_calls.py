@@ -1,0 +1,328 @@
+"""Which calls go by a template, and which through Celery: all that are not ordinary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+from celery import Celery, Task, signals
+from celery.app.amqp import AMQP
+from celery.result import AsyncResult
+from kombu import Exchange, Queue
+
+from routing.errors import InvalidRequest
+from routing.message import Tag
+from tests.fixtures.alike import (
+    NOWHERE,
+    caught,
+    compare,
+    counted,
+    deep,
+    make_app,
+    run,
+    two,
+)
+from workers.app import install
+from workers.attempts import Attempt, held
+from workers.templates import MOST_CHANGES, MOST_KINDS
+
+pytestmark = pytest.mark.filterwarnings("ignore:[\\s\\S]*task attribute is deprecated")
+
+
+@pytest.fixture
+def app() -> Iterator[Celery]:
+    made = make_app()
+    with caught():
+        yield made
+
+
+def by_celery(app: Celery, call: Callable[[], Any]) -> bool:
+    """Whether Celery makes the message of a call, though others like it came before."""
+    for _ in range(3):
+        app.tasks["free"].delay(1)
+    with counted() as sent:
+        call()
+    return bool(sent)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"priority": 3}, {"queue": "video"}, {"cpus": 2, "memory": "1GiB"}, {"ignore_result": True}, {"rerun": False}],
+)
+@pytest.mark.parametrize("name", ["free", "told", "once"])
+def test_calls_that_are_alike_go_by_a_template(app: Celery, name: str, options: dict[str, Any]) -> None:
+    task = app.tasks[name]
+    with counted() as sent:
+        for number in range(10):
+            task.apply_async((number,), {"k": number}, **options)
+        before = len(sent)
+        for number in range(10):
+            task.apply_async((number,), {"other": [number]}, task_id=f"mine-{number}", **options)
+    assert len(sent) == before
+
+
+def test_each_call_has_an_id_and_a_result_of_its_own(app: Celery) -> None:
+    results = [app.tasks["free"].delay() for _ in range(10)]
+    assert len({result.id for result in results}) == 10
+    assert all(type(result) is type(results[0]) and result.ignored is False for result in results)
+    assert results[9].app is app
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"countdown": 5},
+        {"expires": 5},
+        {"headers": {"a": 1}},
+        {"link": []},
+        {"unique": "key"},
+        {"after": []},
+        {"shadow": "other"},
+        {"resources": {"licence": 1}},
+        {"priority": None},
+        {"time_limit": 1.5},
+    ],
+)
+def test_calls_with_other_options_go_through_celery(app: Celery, options: dict[str, Any]) -> None:
+    task = app.tasks["free"]
+    for _ in range(3):
+        task.apply_async((1,), **options)
+    assert by_celery(app, lambda: task.apply_async((1,), **options))
+
+
+@pytest.mark.parametrize("signal", [signals.before_task_publish, signals.after_task_publish, signals.task_sent])
+def test_celery_s_signals_are_sent_where_somebody_listens(app: Celery, signal: Any) -> None:
+    heard: list[str] = []
+
+    def hear(sender: Any, **_: Any) -> None:
+        heard.append(str(sender))
+
+    assert not by_celery(app, app.tasks["free"].delay)
+    signal.connect(hear)
+    try:
+        assert by_celery(app, app.tasks["free"].delay)
+    finally:
+        signal.disconnect(hear)
+    assert heard[-1] == "free"
+    assert not by_celery(app, app.tasks["free"].delay)
+
+
+def test_a_task_that_is_called_at_once_is_not_sent(app: Celery) -> None:
+    assert not by_celery(app, app.tasks["free"].delay)
+    app.conf.task_always_eager = True
+    assert type(app.tasks["free"].delay(1)).__name__ == "EagerResult"
+
+
+def test_the_event_of_a_task_that_is_sent_is_made_where_it_is_asked_for(app: Celery) -> None:
+    assert not by_celery(app, app.tasks["free"].delay)
+    app.conf.task_send_sent_event = True
+    with mock.patch("workers.amqp._JobProducer.publish") as publish:
+        assert by_celery(app, app.tasks["free"].delay)
+    assert publish.call_args_list[-1].kwargs["routing_key"] == "task.sent"
+
+
+def test_what_a_test_puts_in_the_place_of_celery_is_called_as_ever(app: Celery) -> None:
+    task = app.tasks["free"]
+    assert not by_celery(app, task.delay)
+    with mock.patch.object(app, "send_task") as send:
+        task.delay(1)
+    assert send.call_args.kwargs["producer"] is None
+    with mock.patch.object(Task, "apply_async") as apply:
+        task.delay(1)
+    apply.assert_called_once_with((1,), {})
+    with mock.patch.object(app.amqp, "send_task_message") as send:
+        task.delay(1)
+    assert send.call_args.args[1] == "free"
+    assert not by_celery(app, task.delay)
+
+
+@pytest.mark.parametrize(
+    "options", [{"task_compression": "gzip"}, {"task_serializer": "yaml", "accept_content": ["yaml"]}]
+)
+def test_what_is_not_written_as_a_template_would_goes_through_celery(options: dict[str, Any]) -> None:
+    app = make_app(**options)
+    with caught() as jobs:
+        for _ in range(4):
+            compare(app, jobs, "free", ("a",), {})
+
+
+def test_what_speaks_for_an_attempt_goes_through_celery(app: Celery) -> None:
+    with held(Attempt(Tag("parent", 1, 1), "life", deferred=True)):
+        assert by_celery(app, app.tasks["free"].delay)
+
+
+def test_an_own_router_is_asked_for_each_call(app: Celery) -> None:
+    app.amqp.router.routes.append(lambda _, args, *__, **___: {"queue": args[0]})
+    with caught() as jobs:
+        for queue in ("celery", "celery", "celery", "video"):
+            app.tasks["free"].delay(queue)
+    assert [job.queue for job in jobs] == ["celery", "celery", "celery", "video"]
+    del app.amqp.router.routes[0]
+    with caught() as jobs:
+        for queue in ("celery", "celery", "celery", "video"):
+            app.tasks["free"].delay(queue)
+    assert [job.queue for job in jobs] == ["celery", "celery", "celery", "video"]
+
+
+@pytest.mark.parametrize("routes", [{"fr*": "video"}, {"free": {"queue": "video", "priority": 3}}, {"other": "video"}])
+def test_routes_that_go_by_the_name_are_part_of_what_is_alike(app: Celery, routes: Any) -> None:
+    app.conf.task_routes = routes
+    app.amqp.flush_routes()
+    with caught() as jobs:
+        for _ in range(4):
+            compare(app, jobs, "free", (1,), {})
+    assert not by_celery(app, app.tasks["free"].delay)
+
+
+@pytest.mark.parametrize(
+    "routes", [{"free": {"queue": "video", "headers": {"a": 1}}}, {"free": {"compression": "gzip"}}]
+)
+def test_routes_that_say_more_go_through_celery(app: Celery, routes: Any) -> None:
+    app.conf.task_routes = routes
+    app.amqp.flush_routes()
+    assert by_celery(app, app.tasks["free"].delay)
+
+
+def test_a_queue_that_others_may_be_bound_like_is_looked_up_for_each_call(app: Celery) -> None:
+    app.amqp.queues.add(Queue("celery", Exchange("all", type="topic"), routing_key="all.#"))
+    with caught() as jobs:
+        for _ in range(3):
+            compare(app, jobs, "free", (), {})
+        app.amqp.queues.add(Queue("too", Exchange("all", type="topic"), routing_key="all.#"))
+        assert compare(app, jobs, "free", (), {}).error
+
+
+def test_what_can_change_within_itself_is_looked_at_for_each_call(app: Celery) -> None:
+    amounts = app.tasks["free"].resources = {"licence": 1}
+    with caught() as jobs:
+        for _ in range(3):
+            compare(app, jobs, "free", (), {})
+        amounts["licence"] = 2
+        assert "licence=2" in compare(app, jobs, "free", (), {}).jobs[0][0].shape
+
+
+@pytest.mark.parametrize("task_id", ["a\nb", 5, "x" * 300])
+def test_an_id_that_cannot_be_one_is_refused(app: Celery, task_id: Any) -> None:
+    with caught() as jobs:
+        for _ in range(3):
+            compare(app, jobs, "free", (), {})
+        assert compare(app, jobs, "free", (), {}, task_id=task_id).error[0] is InvalidRequest
+
+
+def test_what_is_equal_and_is_not_the_same_is_written_as_it_is(app: Celery) -> None:
+    with caught() as jobs:
+        for ignored in (1, 1, 1, True, True, True, 0, 0, 0, False, False):
+            compare(app, jobs, "free", (), {}, ignore_result=ignored)
+
+
+@pytest.mark.parametrize(
+    "args", [(deep(60),), [object()], ({1: object()},), ("\ud800",), "text", iter([1]), {"a": 1}, 5, (float("nan"),)]
+)
+def test_arguments_that_cannot_be_sent_are_refused_as_ever(app: Celery, args: Any) -> None:
+    with caught() as jobs:
+        for _ in range(3):
+            compare(app, jobs, "free", (1,), {})
+        compare(app, jobs, "free", args, {})
+
+
+def test_wrong_arguments_are_an_error_of_the_call(app: Celery) -> None:
+    task = app.tasks["typed"]
+    for _ in range(3):
+        task.delay(1)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'a'"):
+        task.delay()
+    task.typing = False
+    assert isinstance(task.delay(), AsyncResult)
+
+
+def test_what_is_shown_of_arguments_leaves_out_what_looks_secret(app: Celery) -> None:
+    with caught() as jobs:
+        for _ in range(4):
+            app.tasks["free"].delay("redis://me:hunter2@there/0", password="hunter2")
+    assert [b"hunter2" in job.message for job in jobs] == [False] * 4
+
+
+class OwnAMQP(AMQP):
+    """An app's own: it may do anything."""
+
+    def as_task_v2(self, *args: Any, **options: Any) -> Any:
+        found = super().as_task_v2(*args, **options)
+        found.headers["own"] = True
+        return found
+
+
+class OwnApp(Celery):
+    """The same."""
+
+    def send_task(self, *args: Any, **options: Any) -> Any:
+        return super().send_task(*args, **{**options, "shadow": "own"})
+
+
+def test_an_app_with_classes_of_its_own_goes_through_them() -> None:
+    app = make_app(amqp=OwnAMQP)
+    with caught() as jobs:
+        for _ in range(5):
+            app.tasks["free"].delay()
+    assert all(b'"own":true' in job.message for job in jobs)
+
+
+def test_an_app_that_sends_in_its_own_way_does_so() -> None:
+    app = install(OwnApp("own"), resolve=lambda found: found.with_urls(*NOWHERE))
+    task = app.task(two, name="two", typing=False)
+    with caught() as jobs:
+        for _ in range(5):
+            task.delay()
+    assert all(b'"shadow":"own"' in job.message for job in jobs)
+
+
+class OwnTask(Task):
+    """A base that people have already."""
+
+    def apply_async(self, *args: Any, **options: Any) -> Any:
+        return super().apply_async(*args, **options, headers={"own": True})
+
+
+def test_a_task_with_a_base_of_its_own_goes_through_that(app: Celery) -> None:
+    own = app.task(run, name="own", base=OwnTask)
+    with caught() as jobs:
+        for _ in range(5):
+            own.delay()
+    assert all(b'"own":true' in job.message for job in jobs)
+
+
+class Counting(Task):
+    """A task that is a class, as people wrote them once. Celery does not look at its arguments."""
+
+    name = "counting"
+
+    def run(self, a: Any) -> None:
+        """(It is never run here.)"""
+
+
+def test_a_task_that_is_a_class_goes_by_a_template_too(app: Celery) -> None:
+    task = app.register_task(Counting())
+    with caught() as jobs:
+        for _ in range(4):
+            compare(app, jobs, "counting", (), {"of": "anything"})
+    assert not by_celery(app, task.delay)
+
+
+def test_a_state_that_changes_all_the_time_is_learnt_so_often_and_no_more(app: Celery) -> None:
+    task = app.tasks["free"]
+    for number in range(MOST_CHANGES + 10):
+        task.cpus = number % 7 + 1
+        task.delay()
+    task.delay()
+    assert by_celery(app, lambda: task.apply_async())
+
+
+def test_so_many_kinds_are_kept_and_no_more(app: Celery) -> None:
+    task = app.tasks["free"]
+    for number in range(MOST_KINDS + 10):
+        for _ in range(2):
+            task.apply_async(time_limit=number + 1)
+    made = app.platform_templates
+    assert 0 < len(made._kinds) <= MOST_KINDS
+    assert len(made._seen) <= MOST_KINDS
