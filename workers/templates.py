@@ -1,8 +1,8 @@
 """Calls that are alike.
 
 Celery makes the message of each call anew: options, routes, headers, serialiser, signals. Two ordinary calls of a task
-with the same options give the same message but for the id and the arguments. So the first of them goes through Celery,
-a template is kept of what came of it, and the next ones fill that in, for a third of the time.
+with the same options give the same message but for the id and the arguments. So the first ones go through Celery, a
+template is kept of what came of them, and the next ones fill that in, for a third of the time.
 
 A call is ordinary where all that its message depends on is a simple option, is part of the state of the task and the
 app that is looked at each time, or is filled in. All others go through Celery: with other options, in a task that runs,
@@ -283,15 +283,15 @@ def _is_plain_task(task: Any) -> bool:
 def _is_plain_app(app: Celery) -> bool:
     """Whether what makes and sends a message is Celery's and the platform's, with nothing around or in between."""
     amqp: Any = app.amqp
+    if type(amqp).__mro__[1:3] != (PlatformAMQP, celery_amqp.AMQP):
+        return False
     routes = amqp.router.routes
     return (
-        type(amqp).__mro__[1:3] == (PlatformAMQP, celery_amqp.AMQP)
-        and getattr(amqp.create_task_message, "__func__", None) is PlatformAMQP.as_task_v2
+        getattr(amqp.create_task_message, "__func__", None) is PlatformAMQP.as_task_v2
         and _is_of(amqp.send_task_message, platform_amqp)
         and type(amqp.queues) is celery_amqp.Queues
         and type(amqp.router) is celery_routes.Router
-        and type(routes[0]) is Router
-        and all(type(route) is celery_routes.MapRoute for route in routes[1:])
+        and [type(route) for route in routes] == [Router, *[celery_routes.MapRoute] * (len(routes) - 1)]
         and _is_of(app.send_task, call)
         and _is_of(getattr(app.send_task, "__wrapped__", None), celery_base)
         and _is_of(app.producer_or_acquire, celery_base)

@@ -268,6 +268,15 @@ def test_an_app_with_classes_of_its_own_goes_through_them() -> None:
     assert all(b'"own":true' in job.message for job in jobs)
 
 
+@pytest.mark.parametrize("routes", [[], [lambda *_, **__: {"queue": "video"}]])
+def test_an_app_without_the_platform_s_router_is_called_as_ever(app: Celery, routes: Any) -> None:
+    app.amqp.router.routes[:] = routes
+    with caught() as jobs:
+        for _ in range(4):
+            compare(app, jobs, "free", (1,), {})
+    assert by_celery(app, app.tasks["free"].delay)
+
+
 def test_an_app_that_sends_in_its_own_way_does_so() -> None:
     app = install(OwnApp("own"), resolve=lambda found: found.with_urls(*NOWHERE))
     task = app.task(two, name="two", typing=False)
