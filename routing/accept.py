@@ -6,6 +6,7 @@ What an attempt publishes is refused once that attempt has lost its lease: the g
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -141,6 +142,8 @@ class Statement:
     ) -> Statement:
         """`source` gives the columns their values, by so many parameters of those types: $1, $2, ..."""
         insert = f"INSERT INTO jobs ({columns}) {source} {_RETURNING}"
+        # (Behind a pooler a session may know the statements of others: what has the same name is the same.)
+        name = f"{name}_{hashlib.sha256(repr((insert, common)).encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
         execute = f"EXECUTE {name} ({', '.join(['%s'] * values)})"
         return cls(name, f"PREPARE {name} ({types}) AS {insert}", execute, re.sub(r"\$\d+", "%s", insert), common)
 
@@ -162,9 +165,11 @@ _BY_ATTEMPT: Final = Statement.of(
     f"SELECT {_VALUES} WHERE {_HOLDS.format('$19', '$20', '$21', '$22')}",
     22,
 )
-#: SQLSTATEs: a table is missing; a prepared statement is not known (a pooler gave us another session).
+#: SQLSTATEs: a table is missing; a prepared statement is not known, or is known already (a pooler gave us another
+#: session).
 _UNDEFINED_TABLE: Final = "42P01"
 _NOT_PREPARED: Final = "26000"
+_PREPARED: Final = "42P05"
 
 
 def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None) -> Inserted:
@@ -248,9 +253,10 @@ def execute_insert(
             pooled.info[statement.name] = True
             try:
                 cursor.execute(statement.prepare, statement.common)
-            except psycopg2.Error:
-                del pooled.info[statement.name]
-                raise
+            except psycopg2.Error as error:
+                if error.pgcode != _PREPARED:
+                    del pooled.info[statement.name]
+                    raise
         try:
             cursor.execute(statement.execute, values)
         except psycopg2.Error as error:

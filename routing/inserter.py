@@ -53,11 +53,10 @@ def _general(job: NewJob) -> tuple[accept.Statement, tuple[Any, ...]]:
     return accept.BY_ANYBODY, accept.values_of(job)
 
 
-def _own_statement(number: int, kind: _Kind) -> accept.Statement:
+def _own_statement(kind: _Kind) -> accept.Statement:
     """The insert of jobs of one kind: all that they have in common stands in it."""
     source = f"VALUES ($1, %s, '{State.ACCEPTED.value}', %s, %s, $2, %s, %s, %s, $1)"
-    name = f"celery_capacity_insert_job_{number}"
-    return accept.Statement.of(name, _COLUMNS, "text, bytea", source, 2, common=kind)
+    return accept.Statement.of("celery_capacity_insert_own_job", _COLUMNS, "text, bytea", source, 2, common=kind)
 
 
 class Inserter:
@@ -113,7 +112,7 @@ class Inserter:
             return None
         came = self._came.pop(kind, 0) + 1
         if came == _COMMON:
-            own = self._own[kind] = _own_statement(len(self._own), kind)
+            own = self._own[kind] = _own_statement(kind)
             return own
         if len(self._came) == _COUNTED:
             self._came.clear()

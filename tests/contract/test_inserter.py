@@ -113,16 +113,46 @@ def test_a_common_kind_of_jobs_has_a_statement_of_its_own_on_each_connection(
         kept: Any = inserter._connection
         with kept.cursor() as cursor:
             cursor.execute("SELECT name FROM pg_prepared_statements ORDER BY name")
-            return [row[0].removeprefix("celery_capacity_insert_") for row in cursor]
+            return [row[0].removeprefix("celery_capacity_insert_").rpartition("_")[0] for row in cursor]
 
-    assert submitted() == ["job_0", "job_1", "simple_job"]
+    assert submitted() == ["own_job", "own_job", "simple_job"]
     inserter.close()
-    assert submitted() == ["job_0", "job_1", "simple_job"]
+    assert submitted() == ["own_job", "own_job", "simple_job"]
     # A session that knows none of them: a pooler's.
     kept: Any = inserter._connection
     with kept.cursor() as cursor:
         cursor.execute("DEALLOCATE ALL")
-    assert submitted() == ["job_0", "job_1", "simple_job"]
+    assert submitted() == ["own_job", "own_job", "simple_job"]
+
+
+def test_two_processes_to_which_a_pooler_gives_each_other_s_sessions_write_what_they_mean(engine: Engine) -> None:
+    made = [Inserter(create_engine(engine.url, isolation_level="AUTOCOMMIT", poolclass=NullPool), engine) for _ in "ab"]
+    sent: list[NewJob] = []
+
+    def send() -> None:
+        for name, inserter in zip(("one", "another"), made, strict=True):
+            for _ in range(10):
+                job = job_of(
+                    {"name": name, "shape": Request.of({"cpus": 500}).shape, "message": b"m", "root_id": "itself"}
+                )
+                assert inserter.insert(job) is not None
+                sent.append(job)
+
+    try:
+        send()
+        one, another = (inserter._connection for inserter in made)
+        assert one is not None and another is not None
+        one.dbapi_connection, another.dbapi_connection = another.dbapi_connection, one.dbapi_connection  # type: ignore[misc]
+        send()
+        # And to one that is new a session of before.
+        one.info.clear()
+        send()
+    finally:
+        for inserter in made:
+            inserter.close()
+    with engine.connect() as connection:
+        rows = connection.execute(text("SELECT id, name FROM jobs WHERE id = ANY(:ids)"), {"ids": [j.id for j in sent]})
+        assert dict(rows.all()) == {job.id: job.name for job in sent}
 
 
 class Interrupted(Exception):
