@@ -143,7 +143,7 @@ class Statement:
         """`source` gives the columns their values, by so many parameters of those types: $1, $2, ..."""
         insert = f"INSERT INTO jobs ({columns}) {source} {_RETURNING}"
         # (Behind a pooler a session may know the statements of others: what has the same name is the same.)
-        name = f"{name}_{hashlib.sha256(repr((insert, common)).encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+        name = f"{name}_{hashlib.sha256(json.dumps((types, insert, common)).encode()).hexdigest()[:16]}"
         execute = f"EXECUTE {name} ({', '.join(['%s'] * values)})"
         return cls(name, f"PREPARE {name} ({types}) AS {insert}", execute, re.sub(r"\$\d+", "%s", insert), common)
 
@@ -207,12 +207,17 @@ def values_of(job: NewJob, state: State | None = None, gated: bool = False) -> t
 
 
 def _insert(
-    connection: Connection, job: NewJob, by: Publisher | None, state: State | None = None, gated: bool = False
+    connection: Connection,
+    job: NewJob,
+    by: Publisher | None,
+    state: State | None = None,
+    gated: bool = False,
+    plain: bool = False,
 ) -> Inserted:
     statement, values = BY_ANYBODY, values_of(job, state, gated)
     if by is not None:
         statement, values = _BY_ATTEMPT, (*values, by.job, by.epoch, by.attempt, by.incarnation)
-    row = execute_insert(connection.connection, connection.invalidate, statement, values, gated)
+    row = execute_insert(connection.connection, connection.invalidate, statement, values, plain)
     return confirmed(connection) if row is None else inserted_by(row, job)
 
 
@@ -249,14 +254,13 @@ def execute_insert(
             return cursor.fetchone()
         # SQLAlchemy keeps `info` with the connection to the server, for as long as that lives.
         if statement.name not in pooled.info:
-            # (Noted before: a signal raises its error, a time limit say, when the server has answered.)
-            pooled.info[statement.name] = True
             try:
                 cursor.execute(statement.prepare, statement.common)
             except psycopg2.Error as error:
+                # (Known also where a signal raised its error, a time limit say, when the server had answered.)
                 if error.pgcode != _PREPARED:
-                    del pooled.info[statement.name]
                     raise
+            pooled.info[statement.name] = True
         try:
             cursor.execute(statement.execute, values)
         except psycopg2.Error as error:
@@ -309,7 +313,7 @@ def _insert_gated(connection: Connection, job: NewJob, gates: Gates, by: Publish
                     known = roster.read_authority(connection)
                     raise _NotInserted(Inserted(None, known.epoch, known.authority, False, str(holder)))
             state = State.SCHEDULED if waits or job.due_at is not None else State.ACCEPTED
-            inserted = _insert(connection, job, by, state, gated=waits)
+            inserted = _insert(connection, job, by, state, gated=waits, plain=True)
             if inserted.seq is None:
                 raise _NotInserted(inserted)
             if waits:

@@ -47,7 +47,7 @@ _OF_TASK: Final = attrgetter(
     *("_dump_pydantic_arguments", "cpus", "memory", "gpus", "resources", "rerun", "unique", "unique_for", "rate_limit"),
 )
 #: The same of the app's AMQP. (The serialiser and the like belong to the sender that Celery makes once.)
-_OF_AMQP: Final = ("create_task_message", "send_task_message", "router", "queues")
+_OF_AMQP: Final = ("create_task_message", "send_task_message", "router", "queues", "default_queue")
 #: Options with which a call may be ordinary, and the types of their values.
 _OPTIONS: Final = frozenset(
     {"ignore_result", "priority", "queue", "serializer", "time_limit", "soft_time_limit", RERUN, *REQUEST_OPTIONS}
@@ -88,6 +88,7 @@ class _Kind:
     first: NewJob
     template: Template
     ignored: Any
+    routed: Mapping[str, Any]
     queue: Any
     queue_name: str
 
@@ -116,15 +117,16 @@ class Templates:
             self._note(key, 0)
             return plain(args, kwargs, **options)
         amqp = self._app.amqp
+        kind = self._kinds.get(key)
         try:
             state = self._state(task, amqp)
-        except AttributeError:
-            # A property of the task's own that has none, which Celery's path takes for nothing said.
+            known = kind is not None and all(map(is_, state, kind.state)) and _goes_there(kind, amqp)
+        except Exception:
+            # Of a property of the task's own, say. Where Celery meets it too, it is its to raise.
             return plain(args, kwargs, **options)
-        kind = self._kinds.get(key)
-        if kind is not None and all(map(is_, state, kind.state)) and _queue(amqp, kind.queue_name) is kind.queue:
-            if task.typing and (check := getattr(task, "__header__", None)) is not None:
-                check(*(args or ()), **(kwargs or {}))
+        if kind is not None and known:
+            if task.typing and hasattr(task, "__header__"):
+                task.__header__(*(args or ()), **(kwargs or {}))
             return self._send(kind, task, amqp, args, kwargs, options.get("task_id"))
         if learnt >= MOST_CHANGES or not _is_plain_app(self._app):
             return plain(args, kwargs, **options)
@@ -138,7 +140,7 @@ class Templates:
                 self._note(key, learnt + 1)
                 self._learn(key, task, state, producer, args, kwargs, options)
         except Exception:
-            # The job is accepted, and whoever is told otherwise sends it again.
+            # The job is accepted, and whoever is told otherwise sends it again. (It may be what a signal raises.)
             logger.debug("no template of %s was made", task.name, exc_info=True)
         return result
 
@@ -191,27 +193,26 @@ class Templates:
         )
 
     def _send(self, kind: _Kind, task: Any, amqp: Any, args: Any, kwargs: Any, task_id: Any) -> Any:
-        app = self._app
-        job = self._fill(kind, amqp, task_id or celery_base.uuid(), args, kwargs)
-        if not kind.ignored:
-            producer = SpareProducer(app)
-            try:
-                with producer.connection._reraise_as_library_errors():
-                    app.backend.on_task_call(producer, job.id)
-            finally:
-                producer.release()
-        amqp.job_sender.store(job)
+        app, job_id, producer = self._app, task_id or celery_base.uuid(), SpareProducer(self._app)
+        try:
+            with producer.connection._reraise_as_library_errors():
+                if not kind.ignored:
+                    app.backend.on_task_call(producer, job_id)
+                job = self._fill(kind, amqp, job_id, args, kwargs)
+                amqp.job_sender.store(job)
+        finally:
+            producer.release()
         result = task.AsyncResult(job.id)
         result.ignored = kind.ignored
         return result
 
-    def _fill(self, kind: _Kind, amqp: Any, job: Any, args: Any, kwargs: Any) -> NewJob:
+    def _fill(self, kind: _Kind, amqp: Any, job: Any, args: Any, kwargs: Any, may_ask: bool = True) -> NewJob:
         """The job of a call. Raises `InvalidRequest`, `MessageTooDeep`, `MessageTooLarge` as the sender."""
         first, args, kwargs = kind.first, args or (), kwargs or {}
         said = {"argsrepr": amqp.shown("argsrepr", args), "kwargsrepr": amqp.shown("kwargsrepr", kwargs)}
         body = encode((args, kwargs, _NOTHING), {"task": first.name, **said}, None, None)[0]
         limits.check_body(body, first.name)
-        gates = amqp.job_sender.rates.gates({"task": first.name, HEADER: {}}, HEADER, may_ask=True)
+        gates = amqp.job_sender.rates.gates({"task": first.name, HEADER: {}}, HEADER, may_ask)
         check_job_id(job)
         said |= {"origin": origin(os.getpid()), "reply_to": self._app.thread_oid}
         return NewJob(
@@ -240,9 +241,7 @@ class Templates:
         """Celery published the job of such a call by `producer`, in this state."""
         job, amqp = producer.job, self._app.amqp
         options = {**task._get_exec_options(), "ignore_result": task.ignore_result, **options, "task_id": None}
-        routed: Mapping[str, Any] = next(
-            (found for route in amqp.router.routes[1:] if (found := route(task.name)) is not None), {}
-        )
+        routed = _routed(amqp, task.name)
         if not (job is not None and producer.serializer in (None, JSON) and _is_plain_task(task)):
             return
         if not (_are_plain(options) and _are_plain(routed) and decode(job.message)["headers"].keys() == _HEADERS):
@@ -252,9 +251,9 @@ class Templates:
         if queue is None or queue.exchange.type != "direct" or queue.name != job.queue:
             return
         first = replace(job, message=b"", gates=None)
-        kind = _Kind(state, first, Template.of(job.message), options["ignore_result"], queue, name)
+        kind = _Kind(state, first, Template.of(job.message), options["ignore_result"], routed, queue, name)
         # What was not thought of shows here: the template gives what Celery gave.
-        if self._fill(kind, amqp, job.id, args, kwargs) == job:
+        if self._fill(kind, amqp, job.id, args, kwargs, may_ask=False) == job:
             self._kinds[key] = kind
 
 
@@ -262,6 +261,16 @@ def _queue(amqp: Any, name: str) -> Any:
     """As Celery finds it, without making one."""
     queues = amqp.queues
     return queues.aliases.get(name) or queues.get(name)
+
+
+def _routed(amqp: Any, name: str) -> Mapping[str, Any]:
+    """What the routes behind the platform's say of a task."""
+    return next((found for route in amqp.router.routes[1:] if (found := route(name)) is not None), {})
+
+
+def _goes_there(kind: _Kind, amqp: Any) -> bool:
+    """Whether calls still go where those of the kind went."""
+    return _queue(amqp, kind.queue_name) is kind.queue and _routed(amqp, kind.first.name) == kind.routed
 
 
 def _are_plain(options: Mapping[str, Any]) -> bool:

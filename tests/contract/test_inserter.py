@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, NullPool, create_engine, text
 
 from routing import accept
-from routing.accept import NewJob
+from routing.accept import Gates, NewJob
 from routing.inserter import Inserter
 from routing.request import Request
 from tests.fixtures.waiting import until
@@ -153,6 +153,40 @@ def test_two_processes_to_which_a_pooler_gives_each_other_s_sessions_write_what_
     with engine.connect() as connection:
         rows = connection.execute(text("SELECT id, name FROM jobs WHERE id = ANY(:ids)"), {"ids": [j.id for j in sent]})
         assert dict(rows.all()) == {job.id: job.name for job in sent}
+
+
+class Masked(str):
+    """A name that does not show itself."""
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def test_what_a_statement_is_called_tells_all_that_it_says(engine: Engine, inserter: Inserter) -> None:
+    shape = Request.of({"cpus": 500}).shape
+    jobs = [
+        job_of({"name": Masked(name), "shape": shape, "message": b"m", "root_id": "itself"})
+        for _ in range(20)
+        for name in ("one", "two")
+    ]
+    assert all(inserter.insert(job) for job in jobs)
+    with engine.connect() as connection:
+        rows = connection.execute(text("SELECT id, name FROM jobs WHERE id = ANY(:ids)"), {"ids": [j.id for j in jobs]})
+        assert {row.id: row.name for row in rows} == {job.id: str(job.name) for job in jobs}
+
+
+@pytest.mark.parametrize("key", ["", "only one"])
+@pytest.mark.parametrize("known", ["by the session alone", "by us alone"])
+def test_a_job_in_a_transaction_needs_no_prepared_statement(engine: Engine, key: str, known: str) -> None:
+    fields = {"name": "a.task", "shape": Request.of({"cpus": 500}).shape, "message": b"m"}
+    with create_engine(engine.url, isolation_level="AUTOCOMMIT", poolclass=NullPool).connect() as connection:
+        assert accept.insert_job(connection, job_of(fields)).seq is not None
+        if known == "by us alone":
+            connection.exec_driver_sql("DEALLOCATE ALL")
+        else:
+            connection.info.pop(accept.BY_ANYBODY.name)
+        gates = Gates(key=f"{key} {known}") if key else None
+        assert accept.insert_job(connection, job_of({**fields, "gates": gates})).seq is not None
 
 
 class Interrupted(Exception):

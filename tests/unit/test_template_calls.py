@@ -185,6 +185,26 @@ def test_routes_that_say_more_go_through_celery(app: Celery, routes: Any) -> Non
     assert by_celery(app, app.tasks["free"].delay)
 
 
+def test_a_route_that_says_another_thing_now_is_followed(app: Celery) -> None:
+    app.conf.task_routes = {"free": {"queue": "video"}}
+    app.amqp.flush_routes()
+    with caught() as jobs:
+        for _ in range(4):
+            compare(app, jobs, "free", (1,), {})
+        app.conf.task_routes["free"]["queue"] = "other"
+        assert compare(app, jobs, "free", (1,), {}).jobs[0][0].queue == "other"
+
+
+def test_another_default_queue_is_where_calls_go(app: Celery) -> None:
+    app.conf.task_routes = {"free": {"priority": 3}}
+    app.amqp.flush_routes()
+    with caught() as jobs:
+        for _ in range(4):
+            compare(app, jobs, "free", (1,), {})
+        app.amqp.default_queue = Queue("moved")
+        compare(app, jobs, "free", (1,), {})
+
+
 def test_a_queue_that_others_may_be_bound_like_is_looked_up_for_each_call(app: Celery) -> None:
     app.amqp.queues.add(Queue("celery", Exchange("all", type="topic"), routing_key="all.#"))
     with caught() as jobs:

@@ -214,3 +214,26 @@ def test_the_first_of_two_errors_is_the_one_that_celery_meets_first(app: Celery)
         for _ in range(3):
             compare(app, jobs, "free", (1,), None)
         compare(app, jobs, "free", (object(),), None, task_id="a b")
+
+
+def test_a_backend_that_fails_is_heard_before_arguments_that_cannot_be_written(app: Celery) -> None:
+    with caught() as jobs:
+        for _ in range(3):
+            compare(app, jobs, "free", (1,), None)
+        with mock.patch.object(app.backend, "on_task_call", side_effect=OSError("away")):
+            assert compare(app, jobs, "free", (object(),), None).error[0] is OSError
+
+
+class Broken(Task):
+    """It fails where it is asked what it needs."""
+
+    @property
+    def gpus(self) -> int:
+        raise RuntimeError("not configured")
+
+
+def test_wrong_arguments_are_the_error_though_the_task_itself_fails_too(app: Celery) -> None:
+    app.task(two, name="broken", base=Broken, shared=False)
+    with caught() as jobs:
+        for args in ((1,), (1,), (), ()):
+            compare(app, jobs, "broken", args, None)
