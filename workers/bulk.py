@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, overload
 
 from celery import Celery, Task
+from celery.app import task as celery_task
 from celery.result import AsyncResult
 from kombu.utils.uuid import uuid
 
@@ -23,10 +24,13 @@ from routing.bulk import CHUNK
 from routing.errors import InvalidRequest, show
 from routing.request import REQUEST_OPTIONS
 from workers import attempts
+from workers import task as platform_task
 from workers.call import is_unique
 from workers.chunks import Chunks
 from workers.gathering import Gathering, active, stored_together
 from workers.router import Router
+from workers.task import PlatformTask
+from workers.templates import is_of, sends_plainly
 
 #: Characters of an id that all have in common, and what numbers the rest can be.
 _COMMON: Final = 28
@@ -184,12 +188,12 @@ class _Call:
 
 def _is_plain(app: Celery, task: Task) -> bool:
     """Whether nothing but Celery's and the platform's own code looks at each call."""
-    own = (Task.apply_async, Task.shadow_name)
-    found = (task.__class__.apply_async, task.__class__.shadow_name)
+    ours = is_of(task.apply_async, platform_task)
+    behind: Any = super(PlatformTask, task) if ours and isinstance(task, PlatformTask) else task
     return (
-        all(one is other and not hasattr(one, "__wrapped__") for one, other in zip(found, own, strict=True))
-        and type(app).send_task is Celery.send_task
-        and not hasattr(Celery.send_task, "__wrapped__")
+        is_of(behind.apply_async, celery_task)
+        and is_of(task.shadow_name, celery_task)
+        and sends_plainly(app)
         and getattr(task, "_dump_pydantic_arguments", None) is None
         and all(isinstance(route, Router) for route in app.amqp.routes)
         and not app.conf.task_always_eager

@@ -297,22 +297,26 @@ def _is_plain_app(app: Celery) -> bool:
     routes = amqp.router.routes
     return (
         getattr(amqp.create_task_message, "__func__", None) is PlatformAMQP.as_task_v2
-        and _is_of(amqp.send_task_message, platform_amqp)
+        and is_of(amqp.send_task_message, platform_amqp)
         and type(amqp.queues) is celery_amqp.Queues
         and type(amqp.router) is celery_routes.Router
         and [type(route) for route in routes] == [Router, *[celery_routes.MapRoute] * (len(routes) - 1)]
-        and _is_of(app.send_task, call)
-        and _is_of(getattr(app.send_task, "__wrapped__", None), celery_base)
-        and _is_of(app.producer_or_acquire, celery_base)
-        and _is_of(celery_amqp.AMQP.as_task_v2, celery_amqp)
-        and _is_of(celery_amqp.AMQP._create_task_sender, celery_amqp)
-        and _is_of(celery_routes.Router.route, celery_routes)
-        and _is_of(_APPLY_ASYNC, celery_task)
-        and _is_of(_SHADOW_NAME, celery_task)
+        and sends_plainly(app)
+        and is_of(app.producer_or_acquire, celery_base)
+        and is_of(celery_amqp.AMQP.as_task_v2, celery_amqp)
+        and is_of(celery_amqp.AMQP._create_task_sender, celery_amqp)
+        and is_of(celery_routes.Router.route, celery_routes)
+        and is_of(_APPLY_ASYNC, celery_task)
+        and is_of(_SHADOW_NAME, celery_task)
     )
 
 
-def _is_of(function: Any, module: Any) -> bool:
+def sends_plainly(app: Celery) -> bool:
+    """Whether `send_task` is Celery's with the platform's around it, and nothing else."""
+    return is_of(app.send_task, call) and is_of(getattr(app.send_task, "__wrapped__", None), celery_base)
+
+
+def is_of(function: Any, module: Any) -> bool:
     """Whether a function was written in a module. (What wraps one may answer as that one to all but `type`: wrapt.)"""
     return type(function) in (FunctionType, MethodType) and function.__globals__ is vars(module)
 

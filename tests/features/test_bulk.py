@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import chord, group
+from celery import Task, chord, group
 from celery.signals import after_task_publish, before_task_publish
 from sqlalchemy import Connection, text
 
@@ -22,6 +22,8 @@ from tests.tasks.bulky import double, spread
 from tests.tasks.canvas import total
 from workers import attempts
 from workers.attempts import Attempt
+from workers.router import Router
+from workers.task import PlatformTask
 
 #: What differs between two messages of one task.
 OWN = ("id", "root_id", "argsrepr", "kwargsrepr")
@@ -90,6 +92,38 @@ def test_each_message_is_the_one_that_apply_async_sends(app: Any, submitter: Sub
         assert submitter.ended(job).state == "succeeded"
     for job in by_name.ids():
         assert submitter.ended(job).state == "failed"
+
+
+def test_what_is_the_same_for_all_is_made_once(app: Any, submitter: Submitter, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    plain = Router.__call__
+
+    def ask(self: Router, name: str, *more: Any, **options: Any) -> Any:
+        asked.append(name)
+        return plain(self, name, *more, **options)
+
+    monkeypatch.setattr(Router, "__call__", ask)
+    handle = app.submit_many(double, ((n,) for n in range(25)), chunk=10)
+    assert asked == [double.name]
+    assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(25)]
+
+
+def test_what_stands_around_a_call_sees_each_job(
+    app: Any, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = app.tasks[double.name]
+    for holder in (task, type(task), PlatformTask, Task):
+        seen: list[Any] = []
+        plain = holder.apply_async
+
+        def look(*args: Any, plain: Any = plain, seen: list[Any] = seen, **options: Any) -> Any:
+            seen.append(options["task_id"])
+            return plain(*args, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(holder, "apply_async", look)
+            handle = app.submit_many(task, [(1,), (2,), (3,)])
+        assert seen == list(handle.ids()), holder
 
 
 def test_a_put_off_bulk_waits_for_its_time(app: Any, submitter: Submitter) -> None:
