@@ -15,7 +15,7 @@ import redis
 from benchmarks.costs import Costs, read
 from benchmarks.processes import SIDES, Side, Submitter, Worker, submitter, worker
 from benchmarks.rounds import in_turn
-from benchmarks.servers import Pair, private_pair, versions
+from benchmarks.servers import Pair, private_pair, sync_ms, versions
 
 V = TypeVar("V")
 
@@ -65,7 +65,7 @@ class Bench:
         self.rounds = rounds
         #: What explains the newest figure, a line each.
         self.profile: list[str] = []
-        #: Name and version of each server that was measured on.
+        #: Name and version of each server that was measured on, and how fast their disk is.
         self.versions: dict[str, str] = {}
         self._measured: dict[Callable[..., Any], tuple[Any, list[str]]] = {}
 
@@ -86,7 +86,8 @@ class Bench:
     def pair(self) -> Iterator[Pair]:
         """Fresh servers in a temporary folder, so that no figure meets what another one left."""
         with tempfile.TemporaryDirectory(prefix="bench-") as folder, private_pair(Path(folder)) as pair:
-            self.versions = self.versions or versions(pair)
+            if not self.versions:
+                self.versions = {**versions(pair), "one sync of the disk": f"{sync_ms(Path(folder)):.2f} ms"}
             yield pair
 
     @contextmanager

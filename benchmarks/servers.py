@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from benchmarks.plain import PLAIN_URL
 
 #: Number of the Redis database of plain Celery. Ours is the one in the pair's own URL.
 PLAIN_DATABASE = 1
+
+#: Bytes of a page of Postgres's log, pages of the file that stands for it, and syncs that are timed.
+PAGE, PAGES, SYNCS = 8192, 512, 400
 
 #: Environment names that must not reach a measured process from outside.
 FOREIGN = ("PLATFORM_", "CELERY_", "BENCH_", "REDIS_URL", "DATABASE_URL", "NODE_NAME")
@@ -75,3 +80,25 @@ def versions(pair: Pair) -> dict[str, str]:
         name.capitalize(): str(about.get(f"{name}_version", about["redis_version"])),
         "PostgreSQL": str(postgres).split()[0],
     }
+
+
+def sync_ms(folder: Path) -> float:
+    """Milliseconds (median) in which the disk under a folder keeps one page that is written over, as Postgres's log is
+    with each commit: what no submitter can be faster than."""
+    # (Postgres's own default on Linux; macOS has only the other.)
+    sync = getattr(os, "fdatasync", os.fsync)
+    path = folder / "synced"
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
+    taken: list[float] = []
+    try:
+        os.write(file, bytes(PAGES * PAGE))
+        os.fsync(file)
+        for number in range(SYNCS):
+            begin = time.perf_counter()
+            os.pwrite(file, number.to_bytes(PAGE, "little"), number % PAGES * PAGE)
+            sync(file)
+            taken.append((time.perf_counter() - begin) * 1000)
+    finally:
+        os.close(file)
+        path.unlink()
+    return statistics.median(taken)
