@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from routing import roster
 from routing.errors import InvalidRequest, NotMigrated, show
+from routing.postgres import is_lost
 from routing.request import Request
 from routing.states import FINAL, State, Step
 
@@ -272,7 +273,7 @@ def execute_insert(
     except psycopg2.Error as error:
         if error.pgcode == _UNDEFINED_TABLE:
             raise NotMigrated() from error
-        broken = bool(getattr(pooled.driver_connection, "closed", 0))
+        broken = is_lost(error, pooled.driver_connection)
         if broken:
             invalidate(error)
         raise DBAPIError.instance(

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 from routing.accept import NewJob, Publisher, may_publish, request_json
 from routing.errors import NotMigrated
-from routing.postgres import NOT_THERE
+from routing.postgres import NOT_THERE, is_lost
 from routing.states import State
 
 #: Rows of one statement: enough that its round trip and its commit do not count, and some 1 MB of memory.
@@ -60,7 +60,7 @@ def copy_jobs(connection: Connection, jobs: Sequence[NewJob], by: Publisher | No
     except psycopg2.Error as error:
         if error.pgcode in NOT_THERE:
             raise NotMigrated() from error
-        broken = bool(getattr(connection.connection.driver_connection, "closed", 0))
+        broken = is_lost(error, connection.connection.driver_connection)
         if broken:
             connection.invalidate(error)
         raise DBAPIError.instance(

@@ -35,12 +35,16 @@ def submit_rows(ledger: Ledger, rows: Sequence[Pending]) -> int:
 
 def go_on(engine: Engine, ledger: Ledger, applied: Sequence[Applied]) -> int:
     """Submit at once the jobs whose attempt ended with a successor that is due (a retry without a countdown), and those
-    that waited for one of these to end."""
-    due = [one.job for one in applied if one.due]
+    that waited for one of these to end. (Those that end with it are heard of.)"""
+    due, opened = [one.job for one in applied if one.due], gates.Opened()
     if any(one.awaited for one in applied):
-        due += gates.open_needs(engine).due
-    if not due:
-        return 0
-    with engine.connect() as connection:
-        rows = backlog.these(connection, due)
-    return submit_rows(ledger, rows)
+        opened = gates.open_needs(engine)
+        due += opened.due
+    rows: list[Pending] = []
+    if due:
+        with engine.connect() as connection:
+            rows = backlog.these(connection, due)
+    taken = submit_rows(ledger, rows)
+    if opened.cancelled:
+        ledger.announce(opened.cancelled)
+    return taken

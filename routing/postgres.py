@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
+import psycopg2
 from sqlalchemy import Connection
+from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.exc import DBAPIError
 
 from routing.errors import NotMigrated, PlatformError, StoreUnavailable
@@ -17,6 +19,14 @@ NOT_THERE: Final = ("42P01", "42703")
 NOT_ALLOWED: Final = "42501"
 #: SQLSTATE of a lock that was waited for in vain.
 LOCKED: Final = "55P03"
+
+_DIALECT: Final[Any] = PGDialect_psycopg2(dbapi=psycopg2)  # type: ignore[no-untyped-call]
+
+
+def is_lost(error: psycopg2.Error, connection: Any) -> bool:
+    """Whether an error of the driver's connection means that it is of no more use: what it was in the middle of may or
+    may not be done. (Over a socket of a server that was killed libpq does not always say that it is closed.)"""
+    return bool(getattr(connection, "closed", 0)) or bool(_DIALECT.is_disconnect(error, None, None))
 
 
 def told(error: DBAPIError) -> str:

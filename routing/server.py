@@ -195,9 +195,16 @@ class LedgerServer:
         run_id = self._meant.run_id = self.run_id
         return str(self.epoch), run_id
 
-    def announce(self, job: str) -> None:
-        """Have whoever watches a job look at its row: what became of it no script has told."""
-        self._guard(lambda: self.client.publish(keys.job(job), ""))
+    def announce(self, jobs: Sequence[str]) -> None:
+        """Have whoever watches one of these jobs look at its row: what became of it no script has told."""
+
+        def publish() -> None:
+            pipe = self.client.pipeline(transaction=False)
+            for job in jobs:
+                pipe.publish(keys.job(job), "")
+            pipe.execute()
+
+        self._guard(publish)
 
     # -- epochs --------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ from workers.queues import check_queue
 MOST_SECONDS: Final = 2**31 - 1
 #: Years within which times must be, so that every time zone can show them.
 YEARS: Final = range(1900, 9999)
+#: The first parameters of Celery's `send_task`.
+PARAMETERS: Final = ("name", "args", "kwargs", "countdown", "eta", "task_id", "producer", "connection")
 #: Options by which something follows a job.
 FOLLOWED: Final = ("chain", "chord", "group_id", "link", "link_error")
 #: The most that a counter of retries or replacements may say (a column of Postgres).
@@ -46,28 +48,26 @@ class SameJob(Exception):
 def checking(app: Celery) -> Callable[..., Any]:
     """The app's `send_task` that looks at the call first, and gives the result of the first of two that must be one.
     Raises `InvalidRequest`."""
-    send_task = app.send_task
+    known, own = _of_class(app), vars(app).get("send_task")
 
-    @wraps(send_task)
-    def checked(
-        name: Any,
-        args: Any = None,
-        kwargs: Any = None,
-        countdown: Any = None,
-        eta: Any = None,
-        *more: Any,
-        **options: Any,
-    ) -> Any:
+    @wraps(app.send_task)
+    def checked(*given: Any, **options: Any) -> Any:
+        said = {**dict(zip(PARAMETERS, given, strict=False)), **options}
+        name, args, kwargs, eta = said.get("name", ""), said.get("args"), said.get("kwargs"), said.get("eta")
         if not isinstance(name, str):
             raise _wrong("task name", name, "It must be text, such as 'tasks.add'.")
         if args and not isinstance(args, (list, tuple)):
             raise _wrong("args", args, "They must be a list or a tuple.")
         if kwargs and not isinstance(kwargs, Mapping):
             raise _wrong("kwargs", kwargs, "They must be a mapping.")
-        if countdown:
+        if countdown := said.get("countdown"):
             check_seconds(countdown, "countdown")
         if eta is not None and eta != "":
-            eta = check_time(eta, "eta")
+            eta, place = check_time(eta, "eta"), PARAMETERS.index("eta")
+            if len(given) > place:
+                given = (*given[:place], eta, *given[place + 1 :])
+            else:
+                options["eta"] = eta
         for option in CHECKED & options.keys():
             if options[option] is not None:
                 options[option] = _CHECKS[option](options[option])
@@ -77,11 +77,14 @@ def checking(app: Celery) -> Callable[..., Any]:
         task = options.get("task_type")
         if "unique" in options or "unique_for" in options or (task is not None and is_unique(task)):
             _check_followed(name, options)
+        # (Somebody may have put something in its place since, a test say, and sees the call as it was made.)
+        now = _of_class(app)
+        send_task = own or (now.__get__(app, type(app)) if hasattr(type(now), "__get__") else now)
         spare = None
-        if len(more) < 2 and not any(options.get(given) for given in ("producer", "publisher", "connection")):
+        if now is known and not any(said.get(given) for given in ("producer", "publisher", "connection")):
             spare = options["producer"] = SpareProducer(app)
         try:
-            return send_task(name, args, kwargs, countdown, eta, *more, **options)
+            return send_task(*given, **options)
         except SameJob as same:
             return _first_result(app, same, options)
         finally:
@@ -89,6 +92,11 @@ def checking(app: Celery) -> Callable[..., Any]:
                 spare.release()
 
     return checked
+
+
+def _of_class(app: Celery) -> Any:
+    """The `send_task` that an app's class has now, not bound."""
+    return next(vars(cls)["send_task"] for cls in type(app).__mro__ if "send_task" in vars(cls))
 
 
 def is_unique(task: Any) -> bool:

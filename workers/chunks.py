@@ -71,19 +71,26 @@ class Chunks:
             self.flush()
         else:
             self._settle()
-            self._thread = self._thread or ThreadPoolExecutor(1, "bulk")
-            jobs, self._jobs = self._jobs, []
-            self._stored, self._after = self._after, []
-            self._storing = self._thread.submit(self._store, jobs)
+            jobs = self._taken()
+            try:
+                self._thread = self._thread or ThreadPoolExecutor(1, "bulk")
+                self._storing = self._thread.submit(self._store, jobs)
+            except RuntimeError:
+                # The interpreter ends, and starts no thread.
+                self._store(jobs)
+                self._tell()
 
     def flush(self) -> None:
         """Store what there is."""
         self._settle()
         while self._jobs:
-            jobs, self._jobs = self._jobs, []
-            self._stored, self._after = self._after, []
-            self._store(jobs)
+            self._store(self._taken())
             self._tell()
+
+    def _taken(self) -> list[NewJob]:
+        jobs, self._jobs = self._jobs, []
+        self._stored, self._after = self._after, []
+        return jobs
 
     @property
     def stand(self) -> bool:

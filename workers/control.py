@@ -186,6 +186,7 @@ def open_gates(app: Any, stores: Stores) -> Opened:
     opened = gates.open_needs(stores.engine)
     if opened.cancelled:
         deliver_rows(app, stores, opened.cancelled)
+        stores.sending.ask(lambda ledger: ledger.announce(opened.cancelled))
     return opened
 
 
@@ -204,7 +205,7 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
                 return True
             ended = cancelled.verdict == "missing" and store.end_unfiled(connection, job, state, error)
             if ended:
-                stores.sending.ask(lambda ledger: ledger.announce(job))
+                stores.sending.ask(lambda ledger: ledger.announce([job]))
             return ended
     except DBAPIError as problem:
         raise translate(problem, f"job {job} was not ended: ") from problem

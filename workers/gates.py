@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -111,27 +111,31 @@ def _seconds(value: Any) -> float:
 
 def after_ids(value: Any) -> list[str]:
     """The ids that `after` names: ids, results, results of groups, and lists of them."""
-    found = dict.fromkeys(_ids(value))
-    if len(found) > MOST_NEEDS:
-        advice = "Have a job in between that waits for a part of them."
-        raise InvalidRequest(f"after names {len(found)} jobs, and at most {MOST_NEEDS} are possible", advice=advice)
+    found: dict[str, None] = {}
+    for one in _ids(value):
+        found[one] = None
+        if len(found) > MOST_NEEDS:
+            advice = "Have a job in between that waits for a part of them."
+            raise InvalidRequest(f"after names more than {MOST_NEEDS} jobs, the most that are possible", advice=advice)
     return list(found)
 
 
-def _ids(value: Any) -> list[str]:
+def _ids(value: Any) -> Iterator[str]:
     if value is None:
-        return []
+        return
     if isinstance(value, str):
-        return [check_job_id(value)]
-    if isinstance(value, ResultSet):
-        return [one for result in value.results for one in _ids(result)]
-    if isinstance(value, AsyncResult):
-        return [check_job_id(value.id)]
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [one for part in value for one in _ids(part)]
-    raise InvalidRequest(
-        f"after {show(value)} is not valid", value=value, advice="It must be the ids or the results of jobs."
-    )
+        yield check_job_id(value)
+    elif isinstance(value, ResultSet):
+        for result in value.results:
+            yield from _ids(result)
+    elif isinstance(value, AsyncResult):
+        yield check_job_id(value.id)
+    elif isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, (bytes, bytearray)):
+        for part in value:
+            yield from _ids(part)
+    else:
+        advice = "It must be the ids or the results of jobs."
+        raise InvalidRequest(f"after {show(value)} is not valid", value=value, advice=advice)
 
 
 def rate_of(value: Any, what: str) -> Rate | None:

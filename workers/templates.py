@@ -187,6 +187,7 @@ class Templates:
             celery_amqp.AMQP.as_task_v2,
             celery_routes.Router.route,
             self._app.send_task,
+            type(self._app).send_task,
             self._app.conf["task_default_queue"],
             stores.get("settings"),
             stores.get("requests"),
@@ -313,7 +314,8 @@ def _is_plain_app(app: Celery) -> bool:
 
 def sends_plainly(app: Celery) -> bool:
     """Whether `send_task` is Celery's with the platform's around it, and nothing else."""
-    return is_of(app.send_task, call) and is_of(getattr(app.send_task, "__wrapped__", None), celery_base)
+    around, wrapped = app.send_task, getattr(app.send_task, "__wrapped__", None)
+    return is_of(around, call) and is_of(wrapped, celery_base) and is_of(type(app).send_task, celery_base)
 
 
 def is_of(function: Any, module: Any) -> bool:

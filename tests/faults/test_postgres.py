@@ -4,11 +4,13 @@ what ended meanwhile is written once."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from celery import Celery
 
+from platform import postgres
 from routing import keys
 from routing.errors import NotAccepted, OutcomeUnknown
 from tests.faults.breaking import World
@@ -89,3 +91,28 @@ def test_without_postgres_running_jobs_end_and_are_written_once_when_it_is_back(
     assert submitter.jobs() == 4
     assert oracle.runs() == 0
     old.close()
+
+
+@pytest.mark.parametrize("how", ["killed", "crashed"])
+def test_who_submits_after_postgres_was_started_again_does_not_notice(
+    servers: Servers, platform: Platform, submitter: Submitter, how: str
+) -> None:
+    platform.worker("a", cpus=4)
+    ways: dict[str, Callable[[], str]] = {
+        "at once": lambda: submitter.send(ADD, 1, 1),
+        "put off": lambda: submitter.send(ADD, 1, 1, countdown=0.1),
+        "many": lambda: submitter.app.submit_many(ADD, [(1, 1)] * 3).id(0),
+    }
+    for name, send in ways.items():
+        # (Its connections are there, and nobody uses them meanwhile. What a test's server had taken may be lost.)
+        submitter.ended(send())
+        if how == "killed":
+            servers.kill_postgres()
+        else:
+            # (Each of its processes says so to its client before it ends.)
+            server = postgres.running(servers.postgres_folder)
+            assert server is not None
+            assert server.kill()
+        servers.start_postgres()
+        platform.engine.dispose()
+        assert submitter.ended(send()).state == "succeeded", name

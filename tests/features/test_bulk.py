@@ -108,6 +108,16 @@ def test_what_is_the_same_for_all_is_made_once(app: Any, submitter: Submitter, m
     assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(25)]
 
 
+def test_where_the_interpreter_ends_and_starts_no_thread_many_are_stored_all_the_same(
+    app: Any, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("concurrent.futures.thread._shutdown", True)
+    stored: list[int] = []
+    handle = app.submit_many(double, [(n,) for n in range(25)], chunk=10, progress=stored.append)
+    assert stored == [10, 20, 25]
+    assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(25)]
+
+
 def test_what_stands_around_a_call_sees_each_job(
     app: Any, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

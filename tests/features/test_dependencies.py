@@ -4,6 +4,7 @@ they cannot."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from celery.exceptions import TaskRevokedError
@@ -101,3 +102,13 @@ def test_a_chain_waits_as_a_whole_and_a_group_can_be_waited_for(submitter: Submi
     assert chain.get(timeout=20) == 3
     started = submitter.ended(chain.parent.id).started_at
     assert started >= max(submitter.ended(part.id).finished_at for part in parts.results)
+
+
+@pytest.mark.usefixtures("usual")
+def test_what_many_were_submitted_as_can_be_waited_for(submitter: Submitter) -> None:
+    many = submitter.app.submit_many(ADD, [(n, n) for n in range(5)])
+    last = submitter.ended(submitter.send(ADD, 1, 1, after=many))
+    assert last.started_at >= max(submitter.ended(job).finished_at for job in many.ids())
+    most = submitter.app.submit_many(ADD, ((n, n) for n in range(2)))
+    with pytest.raises(InvalidRequest, match="more than 10000"):
+        submitter.send(ADD, 1, 1, after=replace(most, length=10**9))

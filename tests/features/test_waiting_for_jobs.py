@@ -129,6 +129,21 @@ def test_a_retry_is_another_attempt_and_a_revoke_an_end(submitter: Submitter) ->
     assert [one.attempt for one in retried if one.state == "running"] == [1, 2]
 
 
+def test_a_job_that_is_cancelled_since_one_that_it_needs_failed_has_ended(submitter: Submitter) -> None:
+    needed = submitter.send(FAIL, "no", countdown=0.5)
+    withdrawn = submitter.send(ADD, 1, 2, countdown=3600)
+    left = [watched(submitter, submitter.send(ADD, 1, 2, after=one)) for one in (needed, withdrawn)]
+    left.append(watched(submitter, submitter.send(ADD, 1, 2, after=left[0].id)))
+
+    async def follow() -> list[JobEvent]:
+        waiting = [asyncio.create_task(one.wait(timeout=LONG)) for one in left]
+        await watched(submitter, needed).wait(timeout=LONG)
+        await asyncio.to_thread(submitter.app.control.revoke, withdrawn)
+        return await asyncio.gather(*waiting)
+
+    assert [one.state for one in asyncio.run(follow())] == ["cancelled"] * 3
+
+
 def test_all_that_a_process_watches_shares_one_connection(submitter: Submitter, platform: Platform) -> None:
     jobs = [watched(submitter, submitter.send(HOLD, "many", cpus=0.5)) for _ in range(8)]
 

@@ -19,7 +19,7 @@ from routing.accept import NewJob
 from routing.errors import NoServers
 from routing.message import Template, decode
 from tests.fixtures.alike import NOWHERE, caught, compare, make_app, run, two
-from workers.app import create_app
+from workers.app import create_app, install
 from workers.sender import Sender
 
 LATER: Final = datetime(2100, 1, 1, tzinfo=UTC)
@@ -93,7 +93,7 @@ def test_a_transparent_wrapper_around_send_task_is_called_each_time() -> None:
     assert traces(jobs) == ["trace-0", "trace-1", "trace-2", "trace-3"]
 
 
-@pytest.mark.parametrize("target", [(AMQP, "as_task_v2"), (CeleryRouter, "route")])
+@pytest.mark.parametrize("target", [(AMQP, "as_task_v2"), (CeleryRouter, "route"), (Celery, "send_task")])
 def test_what_is_patched_after_the_first_calls_is_called_too(app: Celery, target: tuple[Any, str]) -> None:
     task = app.tasks["free"]
     for _ in range(3):
@@ -101,6 +101,38 @@ def test_what_is_patched_after_the_first_calls_is_called_too(app: Celery, target
     with mock.patch.object(*target, autospec=True, side_effect=getattr(*target)) as patched:
         task.delay()
     assert patched.called
+
+
+def test_what_stands_in_the_place_of_send_task_sees_each_call_as_it_was_made(app: Celery) -> None:
+    task = app.tasks["free"]
+    for _ in range(3):
+        task.delay()
+    with mock.patch("celery.app.base.Celery.send_task") as patched:
+        app.send_task("free", (1,))
+        task.delay()
+    first, second = patched.call_args_list
+    assert first == mock.call("free", (1,))
+    assert second.args[:3] == ("free", (), {})
+    assert second.kwargs["producer"] is None
+
+
+class Tenants(Celery):
+    """Celery itself gives all but these by name, and so did nobody notice that there are no others."""
+
+    def send_task(self, name: Any, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        return super().send_task(name, args, kwargs, **{**options, "headers": {"tenant": "x"}})
+
+
+def test_a_send_task_of_an_app_s_own_is_called_as_celery_calls_it() -> None:
+    app = Tenants("tenants", set_as_current=False)
+    app.task(two, name="two", shared=False)
+    install(app, resolve=lambda found: found.with_urls(*NOWHERE))
+    with caught() as jobs:
+        for _ in range(3):
+            app.tasks["two"].apply_async((1,), countdown=5, eta=None)
+        app.send_task("two", (1,), eta=LATER)
+    assert all(b'"tenant":"x"' in job.message for job in jobs)
+    assert [job.due_at is not None for job in jobs] == [True] * 4
 
 
 def write_mine(value: Any) -> str:
