@@ -7,6 +7,7 @@ be are set aside.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -204,8 +205,23 @@ def enroll(sender: Sender, router: Router, message: Any, queue: str) -> None:
         limits.check_value(payload, headers.get("task"))
     if not is_protocol2:
         raise InvalidRequest("not a task message (protocol 1 or 2)")
+    if message.content_type == limits.JSON:
+        body = with_arguments(body)
     headers = {HEADER: router.header(headers["task"]), **headers}
     sender.accept_raw(body, message.content_type, message.content_encoding, headers, queue, properties)
+
+
+def with_arguments(body: bytes) -> bytes:
+    """A body of protocol 2 in JSON, with empty arguments for what other languages write instead: `null`, and PHP a list
+    for an empty map. (Of no arguments at all Celery makes no call, and no error either.)"""
+    try:
+        args, kwargs, embed = json.loads(body)
+    except (ValueError, TypeError, RecursionError):
+        # Whoever starts it says what is wrong with it.
+        return body
+    if args is not None and kwargs is not None and kwargs != []:
+        return body
+    return json.dumps([args or [], kwargs or {}, embed]).encode()
 
 
 def _lies_in_the_data(error: PlatformError) -> bool:

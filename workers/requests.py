@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal
 
-from billiard.einfo import ExceptionWithTraceback
-from celery.exceptions import Ignore, Reject, Retry, TaskError, Terminated, WorkerLostError
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TaskError, Terminated, WorkerLostError
 from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 
@@ -243,6 +243,9 @@ def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
         failed, value, _ = failed__retval__runtime
         if isinstance(value, Killed):
             return self.killed()
+        if not failed and value is None:
+            # (Of a body that returned, Celery gives a text. Here it made no call of the arguments.)
+            return self.on_failure(_not_called(), return_ok=False)
         if not failed:
             self._end("succeeded")
             return on_success(self, failed__retval__runtime, **options)
@@ -255,6 +258,13 @@ def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
         return on_success(self, failed__retval__runtime, **options)
 
     return ends_first
+
+
+def _not_called() -> ExceptionInfo:
+    try:
+        raise InvalidTaskError("the task was not called: its arguments are not a list and a mapping")
+    except InvalidTaskError:
+        return ExceptionInfo()
 
 
 def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | None]:

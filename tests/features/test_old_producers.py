@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import InvalidTaskError, TaskRevokedError
+from kombu.utils.uuid import uuid
 
 from routing.home import Pair
 from tests.fixtures.processes import Platform
@@ -128,6 +129,28 @@ def test_a_message_written_by_hand_is_a_job(platform: Platform, submitter: Submi
     assert timedelta(minutes=119) < later.due_at - later.submitted_at < timedelta(minutes=121)
     submitter.app.control.revoke("by-hand-4")
     assert submitter.ended("by-hand-4").state == "cancelled"
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [([40, 2], None), ([40, 2], []), (None, {"x": 40, "y": 2})])
+def test_what_other_languages_write_for_no_arguments_is_that(
+    platform: Platform, submitter: Submitter, args: Any, kwargs: Any
+) -> None:
+    job = uuid()
+    push(platform, "celery", [args, kwargs, None], {"lang": "php", "task": ADD, "id": job})
+    assert submitter.value(job) == 42
+
+
+@pytest.mark.parametrize("kwargs", [5, "x=40", [["x", 40]]])
+def test_a_task_that_cannot_be_called_with_its_arguments_has_failed(
+    platform: Platform, submitter: Submitter, kwargs: Any
+) -> None:
+    job = uuid()
+    push(platform, "celery", [[40, 2], kwargs, {}], {"task": ADD, "id": job})
+    row = submitter.ended(job)
+    assert row.state == "failed"
+    assert "a mapping" in row.error
+    with pytest.raises(InvalidTaskError, match="a mapping"):
+        submitter.result(job).get(timeout=RESULT_WITHIN)
 
 
 def test_what_can_be_no_job_is_set_aside(platform: Platform, submitter: Submitter) -> None:
