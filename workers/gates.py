@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,8 +23,9 @@ from kombu.exceptions import EncodeError
 from kombu.utils.json import dumps
 from sqlalchemy.exc import SQLAlchemyError
 
+from routing import watching
 from routing.accept import Gates, Rate
-from routing.errors import InvalidRequest, show
+from routing.errors import InvalidRequest, NotAccepted, show
 from routing.gates import KnownRate, known_rates, lift_rates, set_rate
 from routing.names import check_job_id
 from routing.settings import Settings
@@ -42,6 +44,9 @@ CARRIED: Final = frozenset({UNIQUE, AFTER, RATE})
 MOST_NEEDS: Final = 10_000
 #: Seconds for which a sender trusts the rates that it read: so long a rate that is set at run time takes to be known.
 RATES_FOR: Final = 5.0
+#: Seconds in which the end of a job is written, and between looks at whether it is (a worker writes ends in batches).
+WRITTEN_WITHIN: Final = 5.0
+LOOK_EVERY: Final = 0.005
 #: Intervals of the duty for which starts are saved up, since none of its passes comes exactly in time.
 BURST_INTERVALS: Final = 1.5
 
@@ -188,6 +193,23 @@ def declare_rates(app: Celery, stores: Stores) -> None:
                     set_rate(connection, name, rate, by_control=False)
     except SQLAlchemyError as error:
         logger.warning("the rate limits of this worker's tasks are not published: %s", type(error).__name__)
+
+
+def until_written(stores: Stores, job: str) -> bool:
+    """Wait for the row of a job that the ledger knows to have ended: its result is out before, and whoever has that
+    submits another job, not the same once more. False where the job has not ended. Raises `NotAccepted`."""
+    known = stores.sending.ask(lambda ledger: watching.in_ledger(ledger.client, job))
+    if known is None or not known.final:
+        return False
+    deadline, pause = time.monotonic() + WRITTEN_WITHIN, threading.Event()
+    while True:
+        with stores.engine.connect() as connection:
+            written = watching.in_postgres(connection, job)
+        if written is None or written.final:
+            return True
+        if time.monotonic() >= deadline:
+            raise NotAccepted(f"job {job} has the same key and has ended, and Postgres does not say so yet")
+        pause.wait(LOOK_EVERY)
 
 
 class Rates:

@@ -48,7 +48,7 @@ from workers.call import (
 )
 from workers.canvas import REPLACES
 from workers.encoding import encode
-from workers.gates import Rates
+from workers.gates import Rates, until_written
 from workers.protocols import to_protocol2
 from workers.router import HEADER
 from workers.stores import Stores
@@ -258,6 +258,14 @@ class Sender:
 
     def _insert(self, job: NewJob, by: Publisher | None = None) -> Inserted | None:
         """The durable insert. None where the id belongs to a job that runs, and this is its successor (or known)."""
+        try:
+            return self._insert_safely(job, by)
+        except SameJob as same:
+            if not until_written(self._stores, same.first):
+                raise
+        return self._insert_safely(job, by)
+
+    def _insert_safely(self, job: NewJob, by: Publisher | None) -> Inserted | None:
         try:
             inserted = self._insert_once(job, by)
         except (OperationalError, DBAPIError) as error:

@@ -139,13 +139,13 @@ def test_one_that_is_not_committed_yet_is_waited_for(app: Celery, stage: Stage, 
     for commits in (True, False):
         key = key_of(TASK, [], {}, f"commits {commits}")
         with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
-            accept.insert_job(connection, NewJob(f"first {commits}", TASK, SHAPE, MESSAGE, gates=Gates(key=key)))
+            accept.insert_job(connection, NewJob(f"first-{commits}", TASK, SHAPE, MESSAGE, gates=Gates(key=key)))
             second = thread.submit(send, app, unique=f"commits {commits}")
             with stage.engine.connect() as other:
                 while not other.execute(text(WAITING)).scalar_one():
                     pass
             (connection.commit if commits else connection.rollback)()
-            assert (second.result() == f"first {commits}") is commits
+            assert (second.result() == f"first-{commits}") is commits
     stage.ledger.client.flushdb()
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from celery import signals
 from celery.beat import Scheduler
 from celery.result import AsyncResult
+from sqlalchemy import event, text
 
 from routing.home import Pair
 from tests.fixtures import tasks
@@ -43,6 +46,36 @@ def test_whoever_submits_the_second_one_gets_the_result_of_the_first(platform: P
     tasks.let_go(platform.redis, "gate")
     assert submitter.value(only.delay("gate").id) == "gate"
     assert submitter.jobs() == before + 3
+
+
+def test_whoever_has_the_result_of_the_first_submits_another(platform: Platform, submitter: Submitter) -> None:
+    only, before = submitter.app.tasks[gated.only.name], submitter.jobs()
+    engine, looked = submitter.app.platform.engine, threading.Event()
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if "FROM jobs WHERE id" in statement:
+            looked.set()
+
+    first = only.delay("gate")
+    tasks.started(platform.redis, "gate")
+    with ThreadPoolExecutor(1) as pool, platform.engine.connect() as connection, connection.begin() as locking:
+        # Its end cannot be written.
+        connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": first.id})
+        tasks.let_go(platform.redis, "gate")
+        assert first.get(timeout=20) == "gate"
+        second = pool.submit(only.delay, "gate")
+        assert looked.wait(20)
+        assert not second.done()
+        locking.rollback()
+        assert second.result(timeout=20).id != first.id
+    event.remove(engine, "before_cursor_execute", note)
+    tasks.let_go(platform.redis, "gate")
+    assert submitter.value(second.result().id) == "gate"
+    for _ in range(20):
+        tasks.let_go(platform.redis, "gate")
+        assert only.delay("gate").get(timeout=20) == "gate"
+    assert submitter.jobs() == before + 22
 
 
 def test_a_call_says_otherwise_than_its_task(platform: Platform, submitter: Submitter) -> None:

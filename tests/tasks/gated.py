@@ -27,7 +27,7 @@ def only_again(self: Any) -> int:
 @shared_task
 def twice() -> list[str]:
     """Publishes the same twice, and what waits for it; the ids of all."""
-    first = add.apply_async((1, 1), unique="published within")
+    first = add.apply_async((1, 1), unique="published within", countdown=1)
     again = add.apply_async((1, 1), unique="published within")
     last = add.apply_async((2, 2), after=first)
     return [first.id, again.id, last.id]
