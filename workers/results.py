@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
 
 from celery import Celery, current_app, states
+from celery._state import _task_stack
 from celery.app.task import Context
 from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.backends.rpc import RPCBackend
@@ -42,7 +44,7 @@ ENDS: Final = frozenset({*states.READY_STATES, states.RETRY})
 #: What a backend raises for a result that it will never take; anything else may pass.
 HOPELESS: Final = (EncodeError, TypeError, ValueError, AttributeError, LookupError)
 #: What is kept of a request for a part of a chord.
-_CHORD: Final = ("id", "group", "group_index", "chord", "root_id", "parent_id", "errbacks", "chain", "reply_to")
+_CHORD: Final = ("id", "task", "group", "group_index", "chord", "root_id", "parent_id", "errbacks", "chain", "reply_to")
 
 
 class CarriedResults:
@@ -92,6 +94,7 @@ class CarriedResults:
         if attempt is None or attempt.patient is not None:
             return super().on_chord_part_return(request, state, result, **options)  # type: ignore[misc]
         kept = {name: getattr(request, name, None) for name in _CHORD}
+        kept["delivery_info"] = {"priority": (request.delivery_info or {}).get("priority")}
         encoded = self.encode_result(result, state)  # type: ignore[attr-defined]
         attempt.outbox.results.append(
             {"chord": request.id, "state": state, **self._packed({"request": kept, "result": encoded})}
@@ -130,7 +133,9 @@ class CarriedResults:
     def deliver_chord(self, note: dict[str, Any]) -> None:
         """Count a part of a chord. The caller is patient (`attempts.Attempt`): the last part publishes the body."""
         kept = self._unpacked(note)
-        self.on_chord_part_return(Context(kept["request"]), note["state"], kept["result"])
+        request = Context(kept["request"], called_directly=False)
+        with _current(self.app, request):
+            self.on_chord_part_return(request, note["state"], kept["result"])
 
     def _packed(self, data: Any) -> dict[str, str]:
         """In the serialiser of results, as it fits into JSON."""
@@ -141,6 +146,24 @@ class CarriedResults:
 
     def _unpacked(self, note: dict[str, Any]) -> Any:
         return self.decode(_payload(note))  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _current(app: Any, request: Context) -> Iterator[None]:
+    """Within, a task is the current one, as Celery has it while it counts a part of a chord: what is published then has
+    it as its parent, its root, and where the app says so its priority."""
+    task = app.tasks.get(request.task)
+    if task is None:
+        # (Of another process's modules.)
+        yield
+        return
+    _task_stack.push(task)
+    task.request_stack.push(request)
+    try:
+        yield
+    finally:
+        task.request_stack.pop()
+        _task_stack.pop()
 
 
 def _payload(note: dict[str, Any]) -> Any:

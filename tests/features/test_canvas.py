@@ -294,6 +294,23 @@ def test_the_body_of_a_chord_and_its_callbacks_hear_of_a_part_that_failed(
     assert submitter.row(sent["chord"].id) is None
 
 
+def test_the_body_of_a_chord_is_a_child_of_the_part_that_completed_it(submitter: Submitter, native: bool) -> None:
+    if not native:
+        # (There the task that joins is its parent.)
+        return
+    parts, first = [add.s(n, n) for n in range(3)], add.s(0, 0)
+    alone = chord(parts, total.s())()
+    within = (first | group(add.s(n) for n in range(3)) | total.s() | listed.s()).apply_async()
+    assert (alone.get(timeout=WITHIN), within.get(timeout=WITHIN)) == (6, [3])
+    body = submitter.row(alone.id)
+    assert body.parent_id == body.root_id
+    assert body.parent_id in [part.id for part in alone.parent.results]
+    last, joined = submitter.row(within.id), submitter.row(within.parent.id)
+    header = within.parent.parent
+    assert (last.parent_id, joined.parent_id in [part.id for part in header.results]) == (within.parent.id, True)
+    assert {last.root_id, joined.root_id} == {header.parent.id}
+
+
 def test_links_are_called_with_what_their_task_returned(platform: Platform, submitter: Submitter) -> None:
     result = add.apply_async((1, 1), link=[told.s(case="linked"), add.s(5) | told.s(case="linked")])
     assert result.get(timeout=WITHIN) == 2
