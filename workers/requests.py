@@ -7,7 +7,7 @@ would store or publish is collected (`_speaking`), since neither may wait for a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import lru_cache
@@ -25,6 +25,7 @@ from workers.announcing import allocation, raised, request_of, signal_failure
 from workers.attempts import Attempt, held
 from workers.green import Killed, problem_of, was_killed
 from workers.judging import BROKEN_OFF, LEASE_LOST, TERMINATED
+from workers.router import ETA, HEADER
 from workers.tracing import TracedPool, unpacked
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,10 @@ class JobRequest:
         if self.tag is not None:
             # What a task sees as self.request.attempt.
             self._request_dict["attempt"] = self.tag.attempt  # type: ignore[attr-defined]
+            carried = self._request_dict.get(HEADER)  # type: ignore[attr-defined]
+            if isinstance(carried, Mapping) and ETA in carried:
+                # (Its time has come: Celery, which has looked for one before this line, holds nothing back.)
+                self._request_dict["eta"] = carried[ETA]  # type: ignore[attr-defined]
 
     def info(self, safe: bool = False) -> dict[str, Any]:
         """For `inspect`: the arguments as they may be shown, whoever asks; the request, and what the attempt holds."""

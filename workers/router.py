@@ -24,6 +24,8 @@ from workers.stores import Stores
 
 #: The header that carries the request: {"shape": ..., "declared": ...}.
 HEADER: Final = "capacity_request"
+#: In it: the time that the job was put off to, which its task sees as `self.request.eta`.
+ETA: Final = "eta"
 #: The names of the platform's own messages (ticks): they make no job.
 PLATFORM_PREFIX: Final = "platform."
 #: Task name -> what workers publish of it (`declaration`).

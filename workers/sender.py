@@ -50,7 +50,7 @@ from workers.canvas import REPLACES
 from workers.encoding import encode
 from workers.gates import Rates, until_written
 from workers.protocols import to_protocol2
-from workers.router import HEADER
+from workers.router import ETA, HEADER
 from workers.stores import Stores
 from workers.submissions import Beginning, Submission
 
@@ -188,8 +188,11 @@ class Sender:
         gates = self.rates.gates(wire, HEADER, may_ask)
         check_time_limits(wire.get("timelimit"))
         due_at, expires_at = (check_zoned(wire.get(what), what, self._zone) for what in ("eta", "expires"))
-        # The broker's message is a doorbell: the time is kept by the row alone.
-        wire["eta"] = None
+        # The broker's message is a doorbell: the time is kept by the row alone, and told to the task.
+        wire[HEADER].pop(ETA, None)
+        eta, wire["eta"] = wire.get("eta"), None
+        if eta:
+            wire[HEADER][ETA] = str(eta)
         priority = check_priority(properties.get("priority"))
         # Of a retry or a replacement: the attempt that publishes it.
         publisher = wire.pop(ATTEMPT_HEADER, None)
@@ -276,9 +279,7 @@ class Sender:
             self._stores.doubt_connections()
             try:
                 inserted = self._insert_once(job, by)
-            except PoolTimeout as again:
-                raise OutcomeUnknown(job.id) from again
-            except DBAPIError as again:
+            except (PoolTimeout, DBAPIError) as again:
                 raise OutcomeUnknown(job.id) from again
         except PoolTimeout as error:
             raise NotAccepted(f"no connection to Postgres was free for job {job.id}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from celery import states
@@ -50,6 +51,17 @@ def test_a_message_carries_headers_and_a_shadow_to_the_body(platform: Platform, 
     platform.processes[0].wait_for(f"Task a name for people[{result.id}] succeeded")
     assert submitter.ended(result.id).name == bodies.seen.name
     assert bodies.shadowed.delay(7).get(timeout=20) == "adding 7"
+
+
+def test_a_task_that_was_put_off_sees_to_when(submitter: Submitter) -> None:
+    when = datetime.now(UTC) + timedelta(seconds=0.3)
+    named = bodies.due.apply_async(eta=when)
+    counted = bodies.due.apply_async(countdown=0.2)
+    again = bodies.due.apply_async((True,), eta=when)
+    assert named.get(timeout=20) == when.isoformat()
+    assert datetime.fromisoformat(counted.get(timeout=20)) == submitter.ended(counted.id).due_at
+    assert again.get(timeout=20) is None
+    assert bodies.due.delay().get(timeout=20) is None
 
 
 def test_limits_of_the_task_are_those_of_its_calls_that_name_none(

@@ -123,3 +123,12 @@ def waiting_for_another(x: int, may: bool) -> int:
 def process() -> int:
     """The process that runs it."""
     return os.getpid()
+
+
+@shared_task(bind=True)
+def due(self: Any, again: bool = False) -> str | None:
+    """When it was to start, as its request says."""
+    if again and not self.request.retries:
+        raise self.retry(countdown=0)
+    found: str | None = self.request.eta
+    return found
