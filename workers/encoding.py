@@ -13,6 +13,10 @@ from routing import limits
 from routing.errors import InvalidRequest, MessageTooDeep, show
 
 
+class NotEncodable(InvalidRequest, EncodeError):
+    """Arguments that the serialiser cannot write: for who catches what kombu raises there."""
+
+
 def encode(
     body: Any, headers: Mapping[str, Any], serializer: str | None, compression: str | None
 ) -> tuple[bytes, str, str, dict[str, Any]]:
@@ -24,7 +28,7 @@ def encode(
     except EncodeError as error:
         if isinstance(error.__cause__ or error.args[0], RecursionError):
             raise MessageTooDeep(f"the arguments of {headers.get('task')} are nested too deep") from error
-        raise InvalidRequest(
+        raise NotEncodable(
             f"the arguments of {headers.get('task')} cannot be written as {serializer or 'json'}: {error}",
             value=headers.get("argsrepr"),
             advice="Pass text, numbers, lists and dicts, or a reference (a path, a key) to the data.",

@@ -14,9 +14,10 @@ from celery import Celery, Task
 from celery.app.amqp import AMQP
 from celery.app.routes import Router as CeleryRouter
 from kombu import serialization
+from kombu.exceptions import EncodeError
 
 from routing.accept import NewJob
-from routing.errors import NoServers
+from routing.errors import InvalidRequest, NoServers
 from routing.message import Template, decode
 from tests.fixtures.alike import NOWHERE, caught, compare, make_app, run, two
 from workers.app import create_app, install
@@ -271,3 +272,12 @@ def test_wrong_arguments_are_the_error_though_the_task_itself_fails_too(app: Cel
     with caught() as jobs:
         for args in ((1,), (1,), (), ()):
             compare(app, jobs, "broken", args, None)
+
+
+@pytest.mark.parametrize("arguments", [({1, 2},), (object(),), ({(1, 2): 3},)])
+def test_arguments_that_cannot_be_written_raise_what_kombu_does_each_time(app: Celery, arguments: Any) -> None:
+    for _ in range(3):
+        with pytest.raises(EncodeError) as caught_here:
+            app.tasks["free"].apply_async(arguments)
+        assert isinstance(caught_here.value, InvalidRequest)
+        app.tasks["free"].delay(1)
