@@ -100,13 +100,10 @@ class _JobProducer:
 
 
 class PlatformAMQP:
-    """Mixed into the app's own AMQP class (`amqp_class`). `stores` belongs to the app; `private_queue` is the name of
-    the queue that this process, as a worker, consumes through the broker: '' where it takes it from the ledger's Redis
-    itself, None where this process is no worker."""
+    """Mixed into the app's own AMQP class (`amqp_class`). `stores` belongs to the app."""
 
     stores: Stores
     app: Any
-    private_queue: str | None = None
 
     def Connection(self, *args: Any, **options: Any) -> Connection:  # noqa: N802
         """(Celery makes all its connections by this.)"""
@@ -202,20 +199,13 @@ class PlatformAMQP:
         self._rtable = [*(mine or [Router(self.stores, lambda: self.app.tasks)]), *others]
 
     def TaskConsumer(self, channel: Any, queues: Any = None, accept: Any = None, **options: Any) -> Any:  # noqa: N802
-        if self.private_queue == "" and queues is None:
+        private = getattr(channel, "private_queue", None)
+        if private == "" and queues is None:
             accept = self.app.conf.accept_content if accept is None else accept
             return self.Consumer(channel, queues=[], accept=accept, **options)  # type: ignore[attr-defined]
-        if self.private_queue is not None and queues is None:
+        if private is not None and queues is None:
             # Everything in it was admitted to this worker, and the row is durable: no acknowledgements.
-            queues = [
-                Queue(
-                    self.private_queue,
-                    Exchange(""),
-                    routing_key=self.private_queue,
-                    durable=False,
-                    no_declare=True,
-                )
-            ]
+            queues = [Queue(private, Exchange(""), routing_key=private, durable=False, no_declare=True)]
             options["no_ack"] = True
         return super().TaskConsumer(channel, queues=queues, accept=accept, **options)  # type: ignore[misc]
 

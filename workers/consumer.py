@@ -14,6 +14,7 @@ from typing import Any, Final
 from celery.bootsteps import RUN
 from celery.worker import consumer as celery_consumer
 from celery.worker import state as worker_state
+from kombu.asynchronous import set_event_loop
 from kombu.utils.imports import symbol_by_name
 
 from routing.secrets import HIDDEN
@@ -24,13 +25,16 @@ from workers import (
 from workers.pools import recall_unsent
 from workers.queues import as_queue
 from workers.requests import JobRequest, request_class
-from workers.runtime import Runtime, runtime_of
+from workers.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between looks for dead children. Celery looks when a child's pipe closes, which may be a moment before the
 #: kernel lets it be reaped, and then not again for 5 s; for so long its job would hold what nobody uses.
 CHILDREN_EVERY: Final = 0.25
+
+#: Held while the tasks of an app name the requests of one worker.
+_naming: Final = threading.Lock()
 
 
 class Consumer(celery_consumer.Consumer):
@@ -43,7 +47,13 @@ class Consumer(celery_consumer.Consumer):
 
     @property
     def runtime(self) -> Runtime:
-        return runtime_of(self.app)
+        found: Runtime = self.controller.platform_runtime
+        return found
+
+    def connect(self) -> Any:
+        connection = super().connect()
+        connection.private_queue = "" if self.runtime.mailbox is not None else self.runtime.identity.queue
+        return connection
 
     def start(self) -> None:
         if not self.runtime.joining.met:
@@ -51,16 +61,18 @@ class Consumer(celery_consumer.Consumer):
         super().start()
 
     def update_strategies(self) -> None:
+        """(A strategy keeps the class that the task names meanwhile; another worker of the app names its own.)"""
         runtime = self.runtime
-        for task in self.app.tasks.values():
-            task.Request = request_class(
-                symbol_by_name(task.Request),
-                runtime.identity.incarnation,
-                runtime.end_job,
-                runtime.stopping_cold,
-                runtime.announcer.later,
-            )
-        super().update_strategies()
+        with _naming:
+            for task in self.app.tasks.values():
+                task.Request = request_class(
+                    symbol_by_name(task.Request),
+                    runtime.identity.incarnation,
+                    runtime.end_job,
+                    runtime.stopping_cold,
+                    runtime.announcer.later,
+                )
+            super().update_strategies()
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         self.runtime.announcer.consumer = self
@@ -123,19 +135,20 @@ class Consumer(celery_consumer.Consumer):
         # (Whatever asked for the stop: of a remote one Celery sends no signal.)
         self.runtime.drain()
         self.runtime.starting.stop()
+        if self.hub is not None:
+            # Where Celery's pool, when it stops, looks for the loop of its worker: another one may have begun since.
+            set_event_loop(self.hub)
         if self.controller is not None and self.controller.semaphore is not None:
             self.controller.semaphore.clear()
         recalled = recall_unsent(self.pool)
+        # (Celery has those of all workers of the process in one set.)
+        mine = self.runtime.identity.incarnation
         for request in tuple(worker_state.reserved_requests):
-            if isinstance(request, JobRequest) and (request.never_sent or request.id in recalled):
+            if not isinstance(request, JobRequest) or request.incarnation != mine:
+                continue
+            if request.never_sent or request.id in recalled:
                 worker_state.task_ready(request)
                 request.hand_back()
-
-    def shutdown(self) -> None:
-        super().shutdown()
-        if threading.current_thread() is not threading.main_thread():
-            # The process goes on, and Celery tells nobody of this end: a test's worker.
-            self.runtime.leave()
 
     # Messages that never become a request end their job here. Celery would write their bodies into the log.
 

@@ -20,7 +20,7 @@ from celery.worker.control import Panel
 
 from routing import amounts
 from workers.control import TOLD, revoke_jobs, revoke_stamped
-from workers.runtime import Runtime
+from workers.runtime import Runtime, runtime_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ def _in_place_of(plain: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
     def put(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(plain)
         def chosen(state: Any, *args: Any, **options: Any) -> Any:
-            runtime = getattr(state.app, "worker_runtime", None)
-            if not isinstance(runtime, Runtime):
+            runtime = runtime_of(state.consumer.controller)
+            if runtime is None:
                 options.pop(TOLD, None)
                 return plain(state, *args, **options)
             return command(state, runtime, *args, **options)

@@ -12,7 +12,7 @@ from celery.worker import control
 
 from routing.errors import PlatformError
 from workers.queues import as_queue
-from workers.runtime import Runtime
+from workers.runtime import Runtime, runtime_of
 
 
 def connect() -> None:
@@ -24,8 +24,8 @@ def connect() -> None:
 
 def _instead(celerys: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     def command(state: Any, *args: Any, **options: Any) -> Any:
-        runtime = getattr(state.app, "worker_runtime", None)
-        if not isinstance(runtime, Runtime):
+        runtime = runtime_of(state.consumer.controller)
+        if runtime is None:
             return celerys(state, *args, **options)
         return ours(runtime, state, *args, **options)
 

@@ -1,4 +1,4 @@
-"""What a worker process of the platform is made of, put together: one attribute of the app, `worker_runtime`.
+"""What a worker of the platform is made of, put together: one attribute of the worker, `platform_runtime`.
 
 ::
 
@@ -34,7 +34,7 @@ from routing.names import check_job_id
 from routing.outbox import Outbox
 from routing.replies import LedgerClosed
 from routing.request import Request
-from workers import duties, transport
+from workers import duties, living, transport
 from workers.announcing import Announcer
 from workers.confirmation import Confirmation
 from workers.delivery import Delivery
@@ -73,8 +73,8 @@ LEAVE_WITHIN: Final = 5.0
 
 
 class Runtime:
-    """One for each worker process. Made at `worker_init`, running from `worker_ready` to `worker_shutdown`. `green`:
-    its pool is one of greenlets (`workers.green`)."""
+    """One for each worker. Made at `worker_init`, running from `worker_ready` until its worker ends. `green`: its pool
+    is one of greenlets (`workers.green`)."""
 
     def __init__(self, app: Celery, stores: Stores, identity: Identity, green: bool) -> None:
         self.app = app
@@ -96,8 +96,6 @@ class Runtime:
         self.membership = Membership(engine, ledger, identity, self.confirmation, self.recorder.call)
         self.holdings = Holdings({})
         self.quarantine = Quarantine(engine, identity.name)
-        transport.receiving.set_aside = self.quarantine.set_aside
-        transport.receiving.most_bytes = TIMES * settings.max_message
         self.serving = Serving(app, settings, self.remeasure)
         self.intake = Intake(app, self.serving, self.on_tick, self.announcer.refused)
         self.sight = Sight()
@@ -162,6 +160,21 @@ class Runtime:
         self._left = False
 
     # -- the life of the worker ----------------------------------------------------------------------------------
+
+    def run(self, start: Callable[[], None]) -> None:
+        """`start` is the worker's, which returns at its end. Whatever that was, nothing of the runtime goes on behind
+        it. (Of most ends of a worker in a thread Celery tells nobody.)"""
+        living.begin(self)
+        self._receive()
+        try:
+            start()
+        finally:
+            self.leave()
+
+    def _receive(self) -> None:
+        """What this process receives and cannot read is set aside here."""
+        transport.receiving.set_aside = self.quarantine.set_aside
+        transport.receiving.most_bytes = TIMES * self.stores.settings.max_message
 
     def join(self, slots: Callable[[], int], declared: Declarations) -> tuple[Detected, int]:
         """Register, and start the threads. `slots` tells the size of the pool, now and later. Returns what was
@@ -240,6 +253,9 @@ class Runtime:
         except (PlatformError, LedgerClosed) as error:
             logger.warning("could not deregister, the lease will run out: %s", error)
         self.recorder.stop(LEAVE_WITHIN)
+        living.end(self)
+        for newest in living.running()[-1:]:
+            newest._receive()
         self.quarantine.stop(LEAVE_WITHIN)
 
     def stop_cold(self) -> None:
@@ -334,10 +350,7 @@ class Runtime:
         self.drain()
 
 
-def runtime_of(app: Celery) -> Runtime:
-    runtime = getattr(app, "worker_runtime", None)
-    if not isinstance(runtime, Runtime):
-        raise PlatformError(
-            "this process is not a worker of the platform", advice="Start it with `celery -A ... worker`."
-        )
-    return runtime
+def runtime_of(worker: Any) -> Runtime | None:
+    """That of a worker (Celery's `WorkController`), None where it is not one of the platform."""
+    runtime = getattr(worker, "platform_runtime", None)
+    return runtime if isinstance(runtime, Runtime) else None

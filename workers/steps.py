@@ -7,17 +7,19 @@ import logging
 import socket
 import sys
 import threading
+from functools import partial
 from typing import Any, Final
 
-from celery import current_app, signals
+from celery import signals
 from celery.app import trace
 from celery.utils.nodenames import anon_nodename
+from kombu.asynchronous import set_event_loop
 from kombu.utils.imports import symbol_by_name
 
 from routing.capacity import default_concurrency, describe, detect
 from routing.errors import PlatformError
 from routing.secrets import HIDDEN
-from workers import orphans, queue_commands
+from workers import living, orphans, queue_commands
 from workers.exits import Exit, code_of
 from workers.gates import declare_rates
 from workers.green import check_pool, prepare
@@ -27,7 +29,7 @@ from workers.patiently import when_stores_answer
 from workers.pools import slots_of
 from workers.preflight import check_broker, check_results, neighbours
 from workers.router import PLATFORM_PREFIX, Declarations, declaration
-from workers.runtime import Runtime
+from workers.runtime import Runtime, runtime_of
 from workers.stores import Stores
 
 #: By name, as Celery finds it: what only submits never loads it.
@@ -105,8 +107,11 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         if type(sender) is not sender.app.WorkController:
             # (One that was only made is looked at, by `celery graph bootsteps`: it meets the others when it starts.)
             runtime.joining.meet(threading.Event().wait)
-        sender.app.worker_runtime = runtime
-        sender.app.amqp.private_queue = "" if runtime.mailbox is not None else identity.queue
+        if living.running():
+            # Celery would have both wait with one event loop, in two threads.
+            set_event_loop(None)
+        sender.platform_runtime = runtime
+        sender.start = partial(runtime.run, sender.start)
 
 
 def on_worker_ready(sender: Any = None, **_: Any) -> None:
@@ -116,7 +121,7 @@ def on_worker_ready(sender: Any = None, **_: Any) -> None:
     if stores is None:
         return
     with _refusing():
-        runtime = app.worker_runtime
+        runtime = sender.runtime
         others = when_stores_answer(
             lambda: neighbours(stores.engine, stores.settings, runtime.identity), runtime.wait_to_start
         )
@@ -147,23 +152,22 @@ def declarations(app: Any, stores: Stores) -> Declarations:
 
 def on_worker_shutting_down(sender: Any = None, how: str = "", **_: Any) -> None:
     """In a signal handler: only flags are set and pipes written."""
-    runtime = getattr(current_app, "worker_runtime", None)
-    if isinstance(runtime, Runtime) and how.lower() == "cold":
-        runtime.stop_cold()
+    if how.lower() == "cold":
+        for runtime in living.running():
+            runtime.stop_cold()
     _drain()
 
 
 def _drain() -> None:
     """In a signal handler."""
-    runtime = getattr(current_app, "worker_runtime", None)
-    if isinstance(runtime, Runtime):
+    for runtime in living.running():
         runtime.drain()
 
 
 def on_worker_shutdown(sender: Any = None, **_: Any) -> None:
-    """The pool has ended: settle and deregister."""
-    runtime = getattr(sender.app, "worker_runtime", None)
-    if isinstance(runtime, Runtime):
+    """The pool has ended: settle and deregister, before whoever else hears of it."""
+    runtime = runtime_of(sender)
+    if runtime is not None:
         runtime.leave()
 
 

@@ -296,6 +296,9 @@ class Connection(kombu.Connection):
 
     #: Set by the app: ends what waits in the backlog of a queue that is purged, and returns how many jobs.
     purge_jobs: Callable[[str], int] | None = None
+    #: Set by a worker's consumer on its own connection: the queue that it consumes there; '' where it takes its
+    #: messages from the ledger's Redis itself. None on every other connection.
+    private_queue: str | None = None
 
     def clone(self, **options: Any) -> Connection:
         twin: Connection = super().clone(**options)

@@ -19,6 +19,7 @@ from routing.errors import NotAccepted, Unsupported
 from routing.message import Tag
 from routing.outbox import Outbox
 from routing.states import State
+from workers import living
 from workers.announcing import Announcer
 from workers.attempts import Attempt, held
 from workers.delivery import deliver
@@ -113,8 +114,9 @@ def _announce(app: Celery, box: Outbox, job: str, state: State, error: str | Non
 
 def announcer_of(app: Celery) -> Announcer | None:
     """What tells events and signals in this process, None where it is no worker."""
-    found = getattr(getattr(app, "worker_runtime", None), "announcer", None)
-    return found if isinstance(found, Announcer) else None
+    runtime = living.newest(app)
+    announcer: Announcer | None = None if runtime is None else runtime.announcer
+    return announcer
 
 
 def _tell_anyhow(app: Celery, job: str, state: State, error: str, message: bytes) -> None:

@@ -71,6 +71,84 @@ def test_pools(pool):
         assert attempt.delay().get(timeout=20) == 1
 """
 
+#: A project whose tests have its own app in both places, as docs/how-to/testing.md says.
+ONE_APP = {
+    "proj.py": """
+import threading
+from celery.contrib.testing import tasks
+from celery_capacity import create_app
+from workers.app import platform_of
+
+app = create_app("proj")
+both = threading.Barrier(2)
+
+@app.task(cpus=1)
+def add(x, y):
+    return x + y
+
+@app.task(cpus=4)
+def meet():
+    return both.wait(20)
+
+def live():
+    with platform_of(app).engine.connect() as connection:
+        statement = "SELECT name FROM workers WHERE status NOT IN ('left', 'lost')"
+        return [*connection.exec_driver_sql(statement).scalars()]
+""",
+    "conftest.py": """
+import pytest
+from proj import app
+
+pytest_plugins = ["celery.contrib.pytest"]
+
+@pytest.fixture
+def celery_app():
+    return app
+
+@pytest.fixture(scope="session")
+def celery_session_app():
+    return app
+""",
+    "test_theirs.py": """
+import pytest
+from celery.contrib.testing.worker import start_worker
+from proj import add, app, live, meet
+from tests.fixtures.waiting import until
+from workers.transport import receiving
+from workers.undelivered import announcer_of
+
+@pytest.mark.parametrize("order", [1, -1], ids=["first", "second"])
+def test_each_ends_for_itself(order):
+    with start_worker(app) as first, start_worker(app) as second:
+        ends, stays = (first, second)[::order]
+        until(lambda: app.control.ping([ends.hostname]), "an answer")
+        app.control.shutdown(destination=[ends.hostname])
+        until(lambda: live() == [stays.hostname.partition("@")[0]], live)
+        assert add.delay(1, 2).get(timeout=20) == 3
+        # What this process receives and says concerns the one that is left.
+        runtime = stays.platform_runtime
+        until(lambda: receiving.set_aside == runtime.quarantine.set_aside, lambda: receiving)
+        assert announcer_of(app) is runtime.announcer
+    assert live() == []
+
+def test_one_that_is_terminated_from_another_thread_leaves():
+    with start_worker(app) as worker:
+        worker.terminate()
+    assert live() == []
+
+def test_one_of_all_tests(celery_session_worker):
+    assert add.delay(1, 2).get(timeout=20) == 3
+
+def test_one_of_all_tests_beside_one_of_this_test(celery_session_worker, celery_worker):
+    assert {result.get(timeout=20) for result in [meet.delay(), meet.delay()]} == {0, 1}
+    for worker in celery_session_worker, celery_worker:
+        until(lambda: app.control.ping([worker.hostname]), worker.hostname)
+
+def test_the_next_one(celery_worker):
+    assert add.delay(1, 2).get(timeout=20) == 3
+""",
+}
+
 
 def run_pytest(platform: Platform, *arguments: str) -> subprocess.CompletedProcess[str]:
     return python(platform, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, PLATFORM_CPUS="4")
@@ -91,6 +169,15 @@ def test_the_fixtures_of_celery_work_with_an_app_that_is_installed(platform: Pla
     done = run_pytest(platform, "test_theirs.py")
     assert "5 passed" in done.stdout, done.stdout + done.stderr
     # Each worker left as one that is stopped, and took nothing with it.
+    assert left(platform) == ([], ["succeeded"])
+
+
+@pytest.mark.long
+def test_workers_of_one_app_in_one_process(platform: Platform) -> None:
+    for name, text in ONE_APP.items():
+        (platform.folder / name).write_text(text, encoding="utf-8")
+    done = run_pytest(platform, "test_theirs.py")
+    assert "6 passed" in done.stdout, done.stdout + done.stderr
     assert left(platform) == ([], ["succeeded"])
 
 
