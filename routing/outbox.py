@@ -41,6 +41,8 @@ class Outbox:
     committed: bool = False
     #: The attempt has replaced its job (`Task.replace`), and ends by that. Known there only, too.
     replaced: bool = False
+    #: The life of the worker that is delivering this just now: while it lives, nobody else does.
+    by: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.publishes or self.results or self.committed or self.replaced)
@@ -52,7 +54,9 @@ class Outbox:
         """As JSON; '' where it is empty."""
         if not (self.publishes or self.results):
             return ""
-        return json.dumps({"publishes": [_job_out(job) for job in self.publishes], "results": self.results})
+        # (In this order: `publishes` looks at the beginning, and whoever asks for `by` at the end.)
+        said = {"by": self.by} if self.by else {}
+        return json.dumps({"publishes": [_job_out(job) for job in self.publishes], "results": self.results, **said})
 
 
 def parse(text: str) -> Outbox:
@@ -60,7 +64,7 @@ def parse(text: str) -> Outbox:
     if not text:
         return Outbox()
     found = json.loads(text)
-    return Outbox([_job_in(job) for job in found["publishes"]], list(found["results"]))
+    return Outbox([_job_in(job) for job in found["publishes"]], list(found["results"]), by=found.get("by", ""))
 
 
 def publishes(text: str) -> bool:

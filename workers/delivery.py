@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from routing.message import Tag
 from routing.outbox import Outbox, parse
 from routing.store import Transition
 from workers.attempts import Attempt, held
+from workers.parts import GIVEN_UP_AFTER, Part, Parts
 from workers.results import HOPELESS
 
 logger = logging.getLogger(__name__)
@@ -29,17 +30,28 @@ PAUSE: Final = 1.0
 MOST: Final = 200
 
 
-def deliver(backend: Any, box: Outbox, attempt: Attempt) -> Outbox:
-    """Deliver results, then parts of chords; returns what is left. Raises what the backend raises, where it may pass:
-    then all is left. What it will never take is logged and dropped."""
+def deliver(backend: Any, box: Outbox, attempt: Attempt) -> None:
+    """Deliver results, then parts of chords, which may take as long as they like (see `workers.parts`). Raises what the
+    backend raises, where it may pass: then all is left. What it will never take is logged and dropped."""
     results = [note for note in box.results if "result" in note]
     if results:
         _store(backend, results)
-    for note in box.results:
-        if "chord" in note:
-            with held(attempt):
-                _try(backend.deliver_chord, note)
-    return Outbox(box.publishes)
+    for note in chords_in(box):
+        with held(attempt):
+            _try(backend.deliver_chord, note)
+
+
+def chords_in(box: Outbox) -> list[dict[str, Any]]:
+    return [note for note in box.results if "chord" in note]
+
+
+def key_of(attempt: Attempt, box: Outbox) -> Hashable:
+    """What makes the parts of chords that an attempt left the same."""
+    return attempt.tag, Outbox([], chords_in(box)).to_text()
+
+
+def name_of(box: Outbox) -> str:
+    return ", ".join(f"chord {note.get('group')}" for note in chords_in(box)) or "whoever waits for its end"
 
 
 def _store(backend: Any, results: Sequence[dict[str, Any]]) -> None:
@@ -58,15 +70,23 @@ def _try(action: Callable[[Any], None], notes: Any) -> None:
 
 
 class Delivery(native.Thread):
-    """`add` never blocks. Transitions go on to `record` when what they carry was delivered, or has to wait."""
+    """`add` never blocks. Transitions go on to `record` when what they carry was delivered, or has to wait. `settle`
+    (job, what was left, what is left) brings the row up to date where a part of a chord was late."""
 
     def __init__(
-        self, backend: Callable[[], Any], incarnation: str, record: Callable[[Sequence[Transition]], None]
+        self,
+        backend: Callable[[], Any],
+        incarnation: str,
+        record: Callable[[Sequence[Transition]], None],
+        parts: Parts,
+        settle: Callable[[str, str, str], None],
     ) -> None:
         super().__init__(name="delivery", daemon=True)
         self._backend = backend
         self._incarnation = incarnation
         self._record = record
+        self._parts = parts
+        self._settle = settle
         self._pending: list[Transition] = []
         self._delivering = False
         self._changed = threading.Condition()
@@ -99,35 +119,88 @@ class Delivery(native.Thread):
     def run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._stopping)
+                self._changed.wait_for(lambda: self._pending or self._stopping, GIVEN_UP_AFTER)
+                stopped = self._stopping and not self._pending
                 batch, self._pending = self._pending[:MOST], self._pending[MOST:]
                 self._delivering = bool(batch)
-            if not batch:
+            if stopped:
                 return
-            self._record(self._deliver(batch))
+            if batch:
+                self._deliver(batch)
+            self._parts.complain()
             with self._changed:
                 self._delivering = False
                 self._changed.notify_all()
 
-    def _deliver(self, batch: Sequence[Transition]) -> list[Transition]:
+    def _deliver(self, batch: Sequence[Transition]) -> None:
         boxes = [parse(one.outbox) for one in batch]
         if time.monotonic() < self._down_until:
-            return list(batch)
+            self._record(batch)
+            return
         try:
             _store(self._backend(), [note for box in boxes for note in box.results if "result" in note])
-            return [self._parts(one, box) for one, box in zip(batch, boxes, strict=True)]
         except Exception as error:
-            # Whatever it is: the ends themselves go on, and the duty tries again.
-            self._down_until = time.monotonic() + PAUSE
-            logger.warning("the result backend does not take %d results, they are kept: %s", len(batch), error)
-            return list(batch)
+            self._leave(len(batch), error)
+            self._record(batch)
+            return
+        rest = [_without(one, box) for one, box in zip(batch, boxes, strict=True) if not chords_in(box)]
+        if rest:
+            self._record(rest)
+        self._deliver_parts([(one, box) for one, box in zip(batch, boxes, strict=True) if chords_in(box)])
 
-    def _parts(self, one: Transition, box: Outbox) -> Transition:
-        chords = [note for note in box.results if "chord" in note]
-        if chords:
-            attempt = Attempt(Tag(one.job, one.epoch, one.attempt), self._incarnation, patient=self._may_wait)
-            deliver(self._backend(), Outbox([], chords), attempt)
-        return replace(one, outbox=Outbox(box.publishes).to_text(), told=True)
+    def _leave(self, number: int, error: Exception) -> None:
+        """Whatever it is: the ends themselves go on, and the duty tries again."""
+        self._down_until = time.monotonic() + PAUSE
+        logger.warning("the result backend does not take %d results, they are kept: %s", number, error)
+
+    def _deliver_parts(self, carrying: Sequence[tuple[Transition, Outbox]]) -> None:
+        parts = [self._part(one, box) for one, box in carrying]
+        told = list[Transition]()
+        kept, failed = 0, None
+        for part, (one, box) in zip(self._parts.bring(parts), carrying, strict=True):
+            if part.late:
+                # At once: others take what is in the stream for left behind soon.
+                self._record([*told, replace(one, outbox=self._under_way(box).to_text())])
+                told = []
+            elif part.done:
+                told.append(_without(one, box))
+            else:
+                told.append(replace(one, outbox=_left(box).to_text()))
+                kept, failed = kept + 1, failed or part.error
+        if failed is not None:
+            self._leave(kept, failed)
+        if told:
+            self._record(told)
+
+    def _part(self, one: Transition, box: Outbox) -> Part:
+        attempt = Attempt(Tag(one.job, one.epoch, one.attempt), self._incarnation, patient=self._may_wait)
+
+        def afterwards(error: Exception | None) -> None:
+            if error is not None:
+                logger.warning("the part of a chord that job %s left is kept: %s", one.job, error)
+            self._settle(one.job, self._under_way(box).to_text(), _left(box).to_text() if error is not None else "")
+
+        return Part(
+            job=one.job,
+            chord=name_of(box),
+            key=key_of(attempt, box),
+            deliver=lambda: deliver(self._backend(), Outbox([], chords_in(box)), attempt),
+            afterwards=afterwards,
+            remembered=True,
+        )
+
+    def _under_way(self, box: Outbox) -> Outbox:
+        return replace(_left(box), by=self._incarnation)
 
     def _may_wait(self) -> bool:
         return not self._stopping
+
+
+def _left(box: Outbox) -> Outbox:
+    """Once its results are delivered."""
+    return Outbox(box.publishes, chords_in(box))
+
+
+def _without(one: Transition, box: Outbox) -> Transition:
+    """Once all is delivered."""
+    return replace(one, outbox=Outbox(box.publishes).to_text(), told=True)

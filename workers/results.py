@@ -97,7 +97,12 @@ class CarriedResults:
         kept["delivery_info"] = {"priority": (request.delivery_info or {}).get("priority")}
         encoded = self.encode_result(result, state)  # type: ignore[attr-defined]
         attempt.outbox.results.append(
-            {"chord": request.id, "state": state, **self._packed({"request": kept, "result": encoded})}
+            {
+                "chord": request.id,
+                "group": kept["group"],
+                "state": state,
+                **self._packed({"request": kept, "result": encoded}),
+            }
         )
         return None
 

@@ -48,6 +48,7 @@ from workers.judging import JUDGED, judge
 from workers.ledger_thread import LedgerThread
 from workers.mailbox import Mailbox
 from workers.membership import Membership
+from workers.parts import Parts
 from workers.preflight import shares_ledger
 from workers.pull import Puller
 from workers.pulse import Pulse
@@ -59,7 +60,7 @@ from workers.serving import Serving
 from workers.sight import Sight, Switch
 from workers.starting import Starting
 from workers.stores import Stores
-from workers.undelivered import tell_late
+from workers.undelivered import settle, tell_late
 from workers.unpacking import TIMES
 from workers.wake import Wake
 
@@ -92,7 +93,11 @@ class Runtime:
         self._accept = prepare_accept_content(app.conf.accept_content)
         self.starting = Starting(self._loop, green, self.announcer, self._accept, self.refusing, self._hand_back)
         self.recorder = Recorder(engine, ledger, self.announcer.waiting)
-        self.delivery = Delivery(lambda: app.backend, identity.incarnation, self.recorder.add)
+        #: Deliver parts of chords, whoever asks for it: a join may wait without limit.
+        self.parts = Parts(identity.incarnation)
+        self.delivery = Delivery(
+            lambda: app.backend, identity.incarnation, self.recorder.add, self.parts, self._settle
+        )
         self.membership = Membership(engine, ledger, identity, self.confirmation, self.recorder.call)
         self.holdings = Holdings({})
         self.quarantine = Quarantine(engine, identity.name)
@@ -325,6 +330,11 @@ class Runtime:
     def _flush(self, within: float) -> bool:
         """Wait until Postgres has all that this worker noted."""
         return self.delivery.flush(within) and self.recorder.flush(within)
+
+    def _settle(self, job: str, left: str, rest: str) -> None:
+        """In the thread of a late part. (Where its row is not written by then, a duty of this worker's comes to it.)"""
+        self._flush(LEAVE_WITHIN)
+        settle(self.stores.engine, job, left, rest)
 
     # -- between the threads -------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ no worker was there to say how they ended."""
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import replace
 from typing import Any, Final
 
 from celery import Celery, states
@@ -22,7 +24,8 @@ from routing.states import State
 from workers import living
 from workers.announcing import Announcer
 from workers.attempts import Attempt, held
-from workers.delivery import deliver
+from workers.delivery import chords_in, deliver, key_of, name_of
+from workers.parts import Part, Parts
 from workers.pull import transactions
 from workers.results import HOPELESS, kept_of
 from workers.stores import Stores
@@ -36,25 +39,37 @@ _LEFT: Final = text(
     "SELECT id, epoch, attempt, state, error, outbox, message, coalesce(incarnation, '') AS incarnation, replaces "
     "FROM jobs WHERE outbox IS NOT NULL AND (:announces OR outbox <> :unannounced) "
     "AND (CAST(:ids AS text[]) IS NULL OR id = ANY(CAST(:ids AS text[]))) "
+    # (Who delivers it just now stands at its end, see `Outbox.to_text`.)
+    "AND NOT EXISTS (SELECT 1 FROM workers w WHERE w.incarnation <> :me AND w.status IN ('ready', 'draining') "
+    """AND w.incarnation = substring(right(outbox, :tail) FROM '"by": "([^"]+)"[}]$')) """
     "ORDER BY id LIMIT :most"
 )
+#: Characters of an outbox in which that stands.
+_TAIL: Final = 500
 #: Nobody else delivers a row that is locked, and one that was delivered since it was read is delivered no more.
 _MINE: Final = text("SELECT id FROM jobs WHERE id = :id AND outbox = :outbox FOR UPDATE SKIP LOCKED")
 _DONE: Final = text("UPDATE jobs SET outbox = :rest WHERE id = :id AND outbox = :outbox")
+#: Whoever writes the row at this moment is waited for.
+_LOCK: Final = text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE")
 
 
 def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> int:
     """Deliver for all jobs, or `only` these; returns for how many. Stops where the backend does not take one."""
     delivered, replaced = 0, set[str]()
+    parts = parts_of(app)
     with transactions(stores.engine).connect() as connection:
         with connection.begin():
             announces = {"announces": announcer_of(app) is not None, "unannounced": outbox.UNANNOUNCED}
-            rows = connection.execute(_LEFT, {"ids": only, "most": MOST, **announces}).all()
+            by = {"me": parts.incarnation if parts is not None else "", "tail": _TAIL}
+            rows = connection.execute(_LEFT, {"ids": only, "most": MOST, **announces, **by}).all()
         for row in rows:
             with connection.begin():
                 if connection.execute(_MINE, {"id": row.id, "outbox": row.outbox}).first() is None:
                     continue
-                if not _deliver(app, connection, row):
+                done = _deliver(app, connection, row, parts)
+                if done is None:
+                    continue
+                if not done:
                     break
                 delivered += 1
                 replaced |= {row.replaces} - {None}
@@ -72,26 +87,85 @@ def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: st
         if not fence.has_succeeded(connection, job, int(epoch), int(attempt)):
             return
     speaker = Attempt(Tag(job, int(epoch), int(attempt)), incarnation, patient=lambda: True)
-    deliver(app.backend, outbox.parse(left), speaker)
+    box, parts = outbox.parse(left), parts_of(app)
+
+    def afterwards(error: Exception | None) -> None:
+        if error is not None:
+            logger.warning("what job %s left late is dropped: %s", job, error)
+
+    part = Part(job, name_of(box), key_of(speaker, box), lambda: deliver(app.backend, box, speaker), afterwards)
+    _bring(parts, part)
+    if part.late:
+        return
+    if part.error is not None:
+        raise part.error
+    if not part.done:
+        logger.error("what job %s left late is dropped: too many parts of chords are late", job)
 
 
-def _deliver(app: Celery, connection: Connection, row: Any) -> bool:
-    job, left = row.id, row.outbox
-    box = outbox.parse(left)
+def settle(engine: Engine, job: str, left: str, rest: str | None) -> None:
+    """Note what is left of what a late part's job left, once the row says the latter."""
+    with transactions(engine).begin() as connection:
+        connection.execute(_LOCK, {"id": job})
+        connection.execute(_DONE, {"id": job, "outbox": left, "rest": rest or None})
+
+
+def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None) -> bool | None:
+    """Whether it is delivered. None where it takes long, or has to wait for others that do."""
+    job, box = row.id, outbox.parse(row.outbox)
     speaker = Attempt(Tag(job, row.epoch, row.attempt), row.incarnation, patient=lambda: True)
-    try:
-        deliver(app.backend, box, speaker)
-        untold = [note for note in box.results if "untold" in note]
-        if untold and not (untold[0].get("unless_told") and app.backend.get_state(job) in states.READY_STATES):
-            with held(speaker):
-                _tell_anyhow(app, job, State(row.state), row.error or "", bytes(row.message))
-    except Exception as problem:
+    by = replace(box, by=parts.incarnation if parts is not None else "").to_text()
+    engine = connection.engine
+
+    def announce() -> str | None:
+        return _announce(app, box, job, State(row.state), row.error, row.message)
+
+    def afterwards(error: Exception | None) -> None:
+        if error is not None:
+            logger.warning("what job %s left is not delivered yet: %s", job, error)
+        settle(engine, job, by, announce() if error is None else replace(box, by="").to_text())
+
+    part = Part(job, name_of(box), key_of(speaker, box), lambda: _tell_all(app, row, box, speaker), afterwards)
+    part.late = parts is not None and parts.is_under_way(part.key)
+    if not part.late:
+        # (Results alone take as long as the backend.)
+        _bring(parts if chords_in(box) or _untold(box) else None, part)
+    if part.late:
+        # Also where a row says nothing of it: it was made of what the stream said.
+        connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": by})
+        return None
+    if part.error is not None:
         # It stays where it is: whatever hinders it now concerns the backend, not the job.
-        logger.warning("what job %s left is not delivered yet: %s", job, problem)
+        logger.warning("what job %s left is not delivered yet: %s", job, part.error)
         return False
-    rest = _announce(app, box, job, State(row.state), row.error, row.message)
-    connection.execute(_DONE, {"id": job, "outbox": left, "rest": rest})
+    if not part.done:
+        return None
+    connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": announce()})
     return True
+
+
+def _bring(parts: Parts | None, part: Part) -> None:
+    """Without threads for what may take long (a process that is no worker) it is waited for."""
+    if parts is not None:
+        list(parts.bring([part]))
+        return
+    try:
+        part.deliver()
+        part.done = True
+    except Exception as error:
+        part.error = error
+
+
+def _tell_all(app: Celery, row: Any, box: Outbox, speaker: Attempt) -> None:
+    deliver(app.backend, box, speaker)
+    untold = _untold(box)
+    if untold and not (untold[0].get("unless_told") and app.backend.get_state(row.id) in states.READY_STATES):
+        with held(speaker):
+            _tell_anyhow(app, row.id, State(row.state), row.error or "", bytes(row.message))
+
+
+def _untold(box: Outbox) -> list[dict[str, Any]]:
+    return [note for note in box.results if "untold" in note]
 
 
 def _announce(app: Celery, box: Outbox, job: str, state: State, error: str | None, message: bytes) -> str | None:
@@ -110,6 +184,13 @@ def _announce(app: Celery, box: Outbox, job: str, state: State, error: str | Non
     else:
         announcer.ended(job, state, error or "", request)
     return None
+
+
+def parts_of(app: Celery) -> Parts | None:
+    """What delivers parts of chords in this process, None where it is no worker."""
+    runtime = living.newest(app)
+    found: Parts | None = None if runtime is None else runtime.parts
+    return found if found is not None and found.pid == os.getpid() else None
 
 
 def announcer_of(app: Celery) -> Announcer | None:

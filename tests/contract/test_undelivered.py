@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from celery import Celery
 from sqlalchemy import Engine, text
 
-from routing.outbox import UNANNOUNCED, UNTOLD
+from routing.outbox import UNANNOUNCED, UNTOLD, Outbox, parse
 from routing.settings import Settings
 from routing.states import State
 from tests.fixtures.staged import Stage
-from workers import undelivered
+from tests.fixtures.waiting import until
+from workers import living, undelivered
 from workers.app import create_app
 from workers.control import end_before_start
+from workers.parts import Parts
+from workers.results import CarriedResults
 from workers.stores import Stores
 from workers.undelivered import context_of, deliver_rows
 
@@ -117,3 +122,92 @@ def test_a_chain_goes_on_after_a_step_that_committed_and_died_before_it_returned
     following = context_of(app, bytes(stage.row("step-2").message))
     assert following.args == [None]
     assert [step["options"]["task_id"] for step in following.chain] == ["step-3"]
+
+
+@pytest.fixture
+def become(app: Celery) -> Iterator[Callable[[Parts | None], None]]:
+    """Makes this process a worker with such threads, or (None) none."""
+    running: list[Any] = []
+
+    def change(parts: Parts | None) -> None:
+        while running:
+            living.end(running.pop())
+        if parts is not None:
+            running.append(SimpleNamespace(app=app, parts=parts, announcer=None))
+            living.begin(running[0])
+
+    yield change
+    change(None)
+
+
+def test_a_part_that_takes_long_is_left_to_whoever_delivers_it_while_that_worker_lives(
+    app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch, become: Callable[[Parts | None], None]
+) -> None:
+    """It keeps back nobody, and no row stays locked; what became of it is noted when it is known."""
+    mine, other = stage.worker("a"), Parts(stage.worker("b"))
+    first = Parts(mine)
+    become(first)
+    for job in ("a", "b"):
+        accept(app, job)
+        stage.sql(
+            "UPDATE jobs SET state = 'succeeded', finished_at = now(), outbox = :left WHERE id = :job",
+            job=job,
+            left=Outbox([], [{"chord": job, "group": "g"}]).to_text(),
+        )
+    counted, go_on = list[str](), threading.Event()
+
+    def deliver_chord(_: object, note: dict[str, str]) -> None:
+        counted.append(note["chord"])
+        if note["chord"] == "a" and counted.count("a") < 3:
+            assert go_on.wait(20.0)
+            if counted.count("a") == 1:
+                raise ConnectionError("away")
+
+    monkeypatch.setattr(CarriedResults, "deliver_chord", deliver_chord)
+    assert deliver_rows(app, app.platform) == 1
+    assert stage.row("b").outbox is None
+    assert parse(stage.row("a").outbox).by == mine
+    # Neither this worker nor another one delivers it again.
+    assert deliver_rows(app, app.platform) == 0
+    become(other)
+    assert deliver_rows(app, app.platform) == 0
+    become(None)
+    assert deliver_rows(app, app.platform) == 0
+    # Nor where the row was made of what the stream said, in which nobody is named.
+    left = Outbox([], [{"chord": "a", "group": "g"}]).to_text()
+    stage.sql("UPDATE jobs SET outbox = :left WHERE id = 'a'", left=left)
+    become(first)
+    assert deliver_rows(app, app.platform) == 0
+    assert parse(stage.row("a").outbox).by == mine
+    assert counted == ["a", "b"]
+    # It failed: it is anybody's.
+    go_on.set()
+    until(lambda: not parse(stage.row("a").outbox).by, "it is left")
+    go_on.clear()
+    assert deliver_rows(app, app.platform) == 0
+    assert (parse(stage.row("a").outbox).by, counted) == (mine, ["a", "b", "a"])
+    # Its worker died: it is delivered once more. (Nobody knows whether it was.)
+    stage.sql("UPDATE workers SET status = 'lost' WHERE incarnation = :mine", mine=mine)
+    become(other)
+    assert deliver_rows(app, app.platform) == 1
+    assert stage.row("a").outbox is None
+    go_on.set()
+
+
+def test_what_a_late_part_left_is_noted_when_it_has_come_through(
+    app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch, become: Callable[[Parts | None], None]
+) -> None:
+    become(Parts(stage.worker("a")))
+    accept(app, "job")
+    stage.sql("UPDATE jobs SET state = 'cancelled', finished_at = now(), outbox = :untold", untold=UNTOLD)
+    told, go_on = list[str](), threading.Event()
+
+    def tell(_: Celery, job: str, *__: object) -> None:
+        told.append(job)
+        assert go_on.wait(20.0)
+
+    monkeypatch.setattr(undelivered, "_tell", tell)
+    assert [deliver_rows(app, app.platform) for _ in range(2)] == [0, 0]
+    go_on.set()
+    until(lambda: stage.row("job").outbox == UNANNOUNCED, "its result is told")
+    assert told == ["job"]

@@ -30,6 +30,7 @@ from tests.tasks.canvas import (
     listed,
     told,
     total,
+    waiting,
 )
 
 #: Seconds for a canvas of some dozen jobs, each of which waits for the only CPU.
@@ -309,6 +310,33 @@ def test_the_body_of_a_chord_is_a_child_of_the_part_that_completed_it(submitter:
     header = within.parent.parent
     assert (last.parent_id, joined.parent_id in [part.id for part in header.results]) == (within.parent.id, True)
     assert {last.root_id, joined.root_id} == {header.parent.id}
+
+
+def test_an_error_callback_that_takes_long_keeps_back_its_own_chord_alone(
+    platform: Platform, submitter: Submitter, native: bool
+) -> None:
+    if not native:
+        # A job joins the results there: what takes long has its slot.
+        return
+    late = [chord([failing.s()], total.s().on_error(waiting.s(gate="errback"))).apply_async() for _ in range(3)]
+    for _ in late:
+        # All of them wait at once, and each for longer than this.
+        tasks.started(platform.redis, "errback", 20)
+    assert add.apply_async((1, 1), countdown=0.5).get(timeout=WITHIN) == 2
+    assert chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async().get(timeout=WITHIN) == 6
+    tasks.let_go(platform.redis, "errback", len(late))
+    for result in late:
+        with pytest.raises((ChordError, ValueError), match="the step failed"):
+            pytest.fail(f"the chord returned {result.get(timeout=WITHIN)}")
+    at_rest(platform)
+
+    def undelivered() -> list[Any]:
+        with platform.engine.connect() as connection:
+            return list(connection.execute(text("SELECT id, outbox FROM jobs WHERE outbox IS NOT NULL")))
+
+    until(lambda: not undelivered(), lambda: f"nothing is left: {undelivered()}", WITHIN)
+    # Each was called once, though rows said for a while that it was still to be.
+    assert platform.redis.llen("errback:started") == 0
 
 
 def test_links_are_called_with_what_their_task_returned(platform: Platform, submitter: Submitter) -> None:

@@ -64,6 +64,12 @@ def told(*values: Any, case: str) -> None:
     _note(case, f"told {len(values)}")
 
 
+@shared_task
+def waiting(request: Any, error: Exception, traceback: Any, gate: str) -> None:
+    """An error callback that is called where the failure is found, and takes its time."""
+    held_at(gate, request.id)
+
+
 @shared_task(bind=True)
 def becomes(self: Any, *given: Any, canvas: Any, gate: str | None = None, dies: bool = False) -> None:
     """Is replaced by a canvas, which gets what this was given first."""
