@@ -203,8 +203,11 @@ def until_written(stores: Stores, job: str) -> bool:
         return False
     deadline, pause = time.monotonic() + WRITTEN_WITHIN, threading.Event()
     while True:
-        with stores.engine.connect() as connection:
-            written = watching.in_postgres(connection, job)
+        try:
+            with stores.engine.connect() as connection:
+                written = watching.in_postgres(connection, job)
+        except SQLAlchemyError as error:
+            raise NotAccepted(f"whether job {job}, which has the same key, has ended is not known") from error
         if written is None or written.final:
             return True
         if time.monotonic() >= deadline:
