@@ -212,6 +212,7 @@ class Thread(threading.Thread):
             threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), self)))
         finally:
             _leave_pools()
+            _leave_loop()
             _threads.discard(_ident())
             self._runs.release()
 
@@ -224,6 +225,16 @@ class Thread(threading.Thread):
             super().join(timeout)
         elif self._runs.acquire(True, -1 if timeout is None else max(0.0, timeout)):
             self._runs.release()
+
+
+def _leave_loop() -> None:
+    """End the loop that gevent made for this thread, if it used a socket: nobody else does, and it has files and a
+    thread of its own."""
+    from gevent import _hub_local
+
+    hub = _hub_local.get_hub_if_exists()
+    if hub is not None:
+        hub.destroy(destroy_loop=True)
 
 
 def is_apart() -> bool:

@@ -76,7 +76,10 @@ class Chunks:
                 self._thread = self._thread or ThreadPoolExecutor(1, "bulk")
                 self._storing = self._thread.submit(self._store, jobs)
             except RuntimeError:
-                # The interpreter ends, and starts no thread.
+                # The interpreter ends, or the system has no thread for us; what it would have done is not kept.
+                if self._thread is not None:
+                    self._thread.shutdown(wait=False, cancel_futures=True)
+                self._thread = None
                 self._store(jobs)
                 self._tell()
 

@@ -7,6 +7,7 @@ back.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for which a backend that did not answer is left alone.
 PAUSE: Final = 1.0
+#: Seconds after which those whose parts have come through are recorded, though others of the same batch have not.
+RECORD_EVERY: Final = 0.25
 #: Ends delivered together.
 MOST: Final = 200
 
@@ -46,8 +49,8 @@ def chords_in(box: Outbox) -> list[dict[str, Any]]:
 
 
 def key_of(attempt: Attempt, box: Outbox) -> Hashable:
-    """What makes the parts of chords that an attempt left the same."""
-    return attempt.tag, Outbox([], chords_in(box)).to_text()
+    """What makes the parts of chords that an attempt left the same. (They may be large, and it is kept.)"""
+    return attempt.tag, hashlib.sha256(Outbox([], chords_in(box)).to_text().encode()).digest()
 
 
 def name_of(box: Outbox) -> str:
@@ -155,18 +158,22 @@ class Delivery(native.Thread):
 
     def _deliver_parts(self, carrying: Sequence[tuple[Transition, Outbox]]) -> None:
         parts = [self._part(one, box) for one, box in carrying]
-        told = list[Transition]()
+        told, since = list[Transition](), time.monotonic()
         kept, failed = 0, None
         for part, (one, box) in zip(self._parts.bring(parts), carrying, strict=True):
             if part.late:
                 # At once: others take what is in the stream for left behind soon.
                 self._record([*told, replace(one, outbox=self._under_way(box).to_text())])
-                told = []
-            elif part.done:
+                told, since = [], time.monotonic()
+                continue
+            if part.done:
                 told.append(_without(one, box))
             else:
                 told.append(replace(one, outbox=_left(box).to_text()))
                 kept, failed = kept + 1, failed or part.error
+            if time.monotonic() - since > RECORD_EVERY:
+                self._record(told)
+                told, since = [], time.monotonic()
         if failed is not None:
             self._leave(kept, failed)
         if told:

@@ -210,6 +210,9 @@ def until_written(stores: Stores, job: str) -> bool:
             raise NotAccepted(f"whether job {job}, which has the same key, has ended is not known") from error
         if written is None or written.final:
             return True
+        if written.rank > known.rank:
+            # It goes on: by what Postgres decided, the ledger is behind.
+            return False
         if time.monotonic() >= deadline:
             raise NotAccepted(f"job {job} has the same key and has ended, and Postgres does not say so yet")
         pause.wait(LOOK_EVERY)

@@ -47,6 +47,8 @@ LOOK_EVERY: Final = 0.5
 #: Content that is stored as it came: of the one the depth is read off the text, and decoding the other does what its
 #: sender says, which is left to whoever runs the task.
 NOT_DECODED: Final = (limits.JSON, "application/x-python-serialize")
+#: Encodings of which ASCII is a part.
+PLAIN: Final = frozenset({"utf-8", "utf8", "ascii", "us-ascii", "binary"})
 #: How ticks are encoded, whatever tasks may be.
 TICKS_ARE: Final = "json"
 #: Seconds between tries to reach the broker.
@@ -205,7 +207,7 @@ def enroll(sender: Sender, router: Router, message: Any, queue: str) -> None:
         limits.check_value(payload, headers.get("task"))
     if not is_protocol2:
         raise InvalidRequest("not a task message (protocol 1 or 2)")
-    if message.content_type == limits.JSON:
+    if message.content_type == limits.JSON and str(message.content_encoding).lower() in PLAIN:
         body = with_arguments(body)
     headers = {HEADER: router.header(headers["task"]), **headers}
     sender.accept_raw(body, message.content_type, message.content_encoding, headers, queue, properties)

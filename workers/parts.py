@@ -131,8 +131,12 @@ class Parts:
             hand = self._idle.pop()
         elif self._hands < MOST:
             hand = _Hand(self)
+            try:
+                hand.start()
+            except RuntimeError as error:
+                logger.error("parts of chords wait in the rows of their jobs: %s", error)
+                return None
             self._hands += 1
-            hand.start()
         else:
             if not self._full:
                 logger.error("%d parts of chords are late: others wait until one has come through", MOST)
@@ -207,6 +211,9 @@ class _Hand(native.Thread):
             part.deliver()
         except Exception as error:
             part.error = error
+        except BaseException:
+            # (An error callback that ends its process, say. It would do so again.)
+            logger.exception("what job %s left for %s is dropped", part.job, part.chord)
         if self._parts.over(self, part):
             try:
                 part.afterwards(part.error)

@@ -157,9 +157,9 @@ class CarriedResults:
 def _current(app: Any, request: Context) -> Iterator[None]:
     """Within, a task is the current one, as Celery has it while it counts a part of a chord: what is published then has
     it as its parent, its root, and where the app says so its priority."""
-    task = app.tasks.get(request.task)
+    task = app.tasks.get(getattr(request, "task", None))
     if task is None:
-        # (Of another process's modules.)
+        # (Of another process's modules, or left by a version that did not say which.)
         yield
         return
     _task_stack.push(task)

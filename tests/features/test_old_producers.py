@@ -18,6 +18,7 @@ from routing.home import Pair
 from tests.fixtures.processes import Platform
 from tests.fixtures.setting_aside import until_set_aside
 from tests.fixtures.submitting import RESULT_WITHIN, Submitter, standing_platform
+from workers.intake import with_arguments
 
 ADD = "tests.fixtures.tasks.add"
 FAIL = "tests.fixtures.tasks.fail"
@@ -138,6 +139,13 @@ def test_what_other_languages_write_for_no_arguments_is_that(
     job = uuid()
     push(platform, "celery", [args, kwargs, None], {"lang": "php", "task": ADD, "id": job})
     assert submitter.value(job) == 42
+
+
+def test_what_is_given_its_arguments_keeps_its_encoding() -> None:
+    said = [None, {"x": "ü"}, {}]
+    assert json.loads(with_arguments(json.dumps(said).encode())) == [[], {"x": "ü"}, {}]
+    for kept in (b"[1, 2]", b"no JSON", b"[[1], {}, {}]", b"\xff[", json.dumps([[1], {"x": 1}, None]).encode()):
+        assert with_arguments(kept) == kept
 
 
 @pytest.mark.parametrize("kwargs", [5, "x=40", [["x", 40]]])

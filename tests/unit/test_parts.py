@@ -6,15 +6,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
+from unittest import mock
 
 import pytest
+from celery import Celery
 
+from routing.message import Tag
 from routing.outbox import Outbox, parse
 from routing.states import Step
 from routing.store import Transition
 from workers import parts as module
-from workers.delivery import Delivery
+from workers.attempts import Attempt
+from workers.delivery import Delivery, key_of
 from workers.parts import Part, Parts
+from workers.results import CarriedResults
 
 PATIENCE = 20.0
 
@@ -193,3 +198,35 @@ def test_the_end_of_a_job_whose_part_is_late_is_written_with_what_is_left(
     assert backend.results == ["slow", "a", "b"]
     assert sorted(backend.counted.get(timeout=PATIENCE) for _ in range(3)) == ["a", "b", "slow"]
     assert backend.counted.empty()
+
+
+def test_where_the_system_has_no_thread_parts_are_left(chords: Chords, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Hand, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        assert chords.bring(chords.part("a"), chords.part("b")) == ["left", "left"]
+    assert not chords.parts.is_under_way("a")
+    assert chords.bring(chords.part("a"), chords.part("b")) == ["done", "done"]
+
+
+def test_a_callback_that_ends_its_thread_is_not_called_again(chords: Chords) -> None:
+    def leaves() -> None:
+        raise SystemExit(3)
+
+    assert chords.bring(chords.part("a", leaves), chords.part("b")) == ["done", "done"]
+    assert chords.delivered == ["a", "b"]
+    assert not chords.parts.is_under_way("a")
+
+
+def test_what_came_through_is_known_without_what_it_said() -> None:
+    box = Outbox([], [{"chord": "a", "group": "g", "text": "x" * 10_000}])
+    key: Any = key_of(Attempt(Tag("a", 1, 1), "life"), box)
+    assert key == key_of(Attempt(Tag("a", 1, 1), "another"), box)
+    assert len(repr(key)) < 1000
+
+
+def test_a_part_that_a_former_version_left_is_delivered() -> None:
+    app = Celery("former", set_as_current=False)
+    backend: Any = mock.Mock(app=app, _unpacked=lambda _: {"request": {"id": "a", "group": "g"}, "result": 1})
+    CarriedResults.deliver_chord(backend, {"chord": "a", "state": "SUCCESS"})
+    (request, state, value), _ = backend.on_chord_part_return.call_args
+    assert (request.id, state, value) == ("a", "SUCCESS", 1)
