@@ -94,7 +94,8 @@ def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: st
             logger.warning("what job %s left late is dropped: %s", job, error)
 
     part = Part(job, name_of(box), key_of(speaker, box), lambda: deliver(app.backend, box, speaker), afterwards)
-    _bring(parts, part)
+    # (A value alone is dropped for no others that take long.)
+    _bring(parts if chords_in(box) else None, part)
     if part.late:
         return
     if part.error is not None:

@@ -12,18 +12,19 @@ import pytest
 from celery import Celery
 from sqlalchemy import Engine, text
 
+from routing import fence
 from routing.outbox import UNANNOUNCED, UNTOLD, Outbox, parse
 from routing.settings import Settings
 from routing.states import State
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
-from workers import living, undelivered
+from workers import living, parts, undelivered
 from workers.app import create_app
 from workers.control import end_before_start
 from workers.parts import Parts
 from workers.results import CarriedResults
 from workers.stores import Stores
-from workers.undelivered import context_of, deliver_rows
+from workers.undelivered import context_of, deliver_rows, tell_late
 
 #: Bodies of old producers of which no arguments can be made.
 UNREADABLE = (b"no JSON", b"[]", b"[[], {}, [1]]", b"[[], {}, {\"errbacks\": 1}]")
@@ -211,3 +212,16 @@ def test_what_a_late_part_left_is_noted_when_it_has_come_through(
     go_on.set()
     until(lambda: stage.row("job").outbox == UNANNOUNCED, "its result is told")
     assert told == ["job"]
+
+
+def test_a_value_alone_that_comes_late_waits_for_no_thread(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, become: Callable[[Parts | None], None]
+) -> None:
+    become(Parts("life"))
+    monkeypatch.setattr(parts, "MOST", 0)
+    monkeypatch.setattr(fence, "has_succeeded", lambda *_: True)
+    stored: list[dict[str, str]] = []
+    monkeypatch.setattr(app.backend, "deliver_results", stored.extend)
+    left = [{"result": "job"}]
+    tell_late(app, app.platform.engine, "life", "job", "1.1", Outbox([], left).to_text())
+    assert stored == left
