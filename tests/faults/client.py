@@ -6,6 +6,7 @@ It says the number of a job before it submits it and after, so that whoever read
 
 from __future__ import annotations
 
+import os
 import sys
 
 import workers.plugin  # noqa: F401  makes `platform.celery` importable
@@ -13,16 +14,21 @@ from tests.faults.watching import TASK
 from tests.tasks import dying  # noqa: F401  may end this process at a step
 
 
+def say(line: str) -> None:
+    """All of it or nothing: `print` writes each word by itself, and this process may be killed between two."""
+    os.write(1, f"{line}\n".encode())
+
+
 def main(trace: str, count: int, prefix: str, step_by_step: str = "") -> None:
     from platform.celery import app
 
     for number in range(count):
-        print("try", number, flush=True)
+        say(f"try {number}")
         arguments = (trace, number, 0.02, 1000, "")
         app.send_task(TASK, arguments, cpus=1, task_id=f"{prefix}-{number}")
         if step_by_step:
             app.platform.sending.flush()
-        print("took", number, flush=True)
+        say(f"took {number}")
 
 
 if __name__ == "__main__":
