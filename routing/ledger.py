@@ -32,7 +32,6 @@ from routing.replies import (
     hand_overs,
 )
 from routing.request import Request
-from routing.scripts import SUBMIT_WITHIN_MS
 
 #: Most jobs that one lapse call takes back, so that admission never waits long for it.
 LAPSE_CHUNK: Final = 100
@@ -61,7 +60,7 @@ class Ledger(Repairs):
         epoch, run_id = self._gate()
         # Counted from when the row was read or written, by this process's clock: a pause since then (a stopped process,
         # a suspended machine) must not outlive the tombstone of a job that has ended meanwhile.
-        deadline = (self.now_ms() if read_ms is None else self.server_ms(read_ms)) + SUBMIT_WITHIN_MS
+        deadline = (self.now_ms() if read_ms is None else self.server_ms(read_ms)) + self.submit_within_ms
         shape = self._held(shape, losses)
         last = (attempt, losses, submitted_ms, _flag(rerun), digest_of(message))
         return (epoch, run_id, deadline, job, shape, order, message, *last)

@@ -20,12 +20,6 @@ from routing.keys import KEYS
 from routing.policy import CANDIDATES, FREED_PASSES, MOST_ADMITTED, SHAPES
 from routing.states import Step
 
-#: Milliseconds for which an ended job is remembered, so that a submit that was stuck cannot run it again. Longer than
-#: SUBMIT_WITHIN_MS, after which such a submit is refused by itself.
-TOMBSTONE_MS: Final = 60_000
-#: Milliseconds within which a submit must have reached the ledger.
-SUBMIT_WITHIN_MS: Final = 30_000
-
 #: Candidates that a submit fetches first; the others only when none of these has room.
 FEW: Final = 4
 
@@ -108,10 +102,11 @@ def _used(body: str, functions: dict[str, str]) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def load(start_ms: int, flags: bool) -> dict[str, Script]:
+def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
     """All scripts, by name.
 
-    `start_ms`: milliseconds after which an unclaimed message is delivered again. `flags`: whether the server knows
+    `start_ms`: milliseconds after which an unclaimed message is delivered again. `tombstone_ms`: milliseconds for which
+    an ended job is remembered after Postgres has its end. `flags`: whether the server knows
     the line `#!lua flags=...` (Redis 7 and Valkey do, 6.2 takes it for an error and gets `BEFORE_FLAGS` instead).
     """
     values: dict[str, dict[str, str | int]] = {
@@ -124,7 +119,7 @@ def load(start_ms: int, flags: bool) -> dict[str, Script]:
             "shapes": SHAPES,
             "most": MOST_ADMITTED,
             "passes": FREED_PASSES,
-            "tombstone": TOMBSTONE_MS,
+            "tombstone": tombstone_ms,
             "start": start_ms,
             "hand_over": HAND_OVER_BYTES,
             "format": formats.LEDGER,

@@ -16,7 +16,7 @@ from redis.retry import Retry
 from routing import addresses, formats, keys, native, sentinels
 from routing.errors import NotMigrated, PlatformError, StoreUnavailable, mask_url
 from routing.replies import LedgerClosed, LedgerFull
-from routing.scripts import load
+from routing.scripts import Script, load
 from routing.settings import Settings
 
 #: Seconds to wait for a connection, and for an answer.
@@ -72,8 +72,11 @@ class LedgerServer:
         self.client = client if client is not None else connect(str(settings.redis_url))
         pool = self.client.connection_pool
         pool.connection_kwargs["redis_connect_func"] = self._on_connect
-        self._start_ms = round(settings.start_timeout * 1000)
-        self._scripts = load(self._start_ms, True)
+        self._tombstone_ms = max(2, round(settings.tombstone * 1000))
+        #: Milliseconds from reading a row to its submit, at the most: half of the time for which an ended job is
+        #: remembered. So the ledger still remembers a job that ended after its row was read.
+        self.submit_within_ms = self._tombstone_ms // 2
+        self._scripts = self._load(flags=True)
 
     def _on_connect(self, connection: Any) -> None:
         """Ask each new connection which server life it leads to, and how far the server's clock is from ours."""
@@ -91,12 +94,15 @@ class LedgerServer:
         if version < OLDEST:
             connection.disconnect()
             raise self._too_old(about["redis_version"].strip())
-        self._scripts = load(self._start_ms, version >= WITH_FLAGS)
+        self._scripts = self._load(flags=version >= WITH_FLAGS)
         before = time.time()
         connection.send_command("TIME")
         seconds, micros = connection.read_response()
         after = time.time()
         self._clock_offset_ms = (int(seconds) + int(micros) / 1e6 - (before + after) / 2) * 1000
+
+    def _load(self, *, flags: bool) -> dict[str, Script]:
+        return load(round(self.settings.start_timeout * 1000), self._tombstone_ms, flags)
 
     def measure(self) -> int:
         """The server's clock in milliseconds, asked for: either clock may have been set since a connection was made."""

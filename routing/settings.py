@@ -10,18 +10,14 @@ as a table.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError
-
-from routing import addresses, amounts, names, url_files
-from routing.errors import InvalidRequest, SettingsError, mask_url, show
+from routing import addresses, amounts, names, setting_values, url_files
+from routing.errors import InvalidRequest, SettingsError, mask_url
 from routing.home import default_home
 
 PREFIX = "PLATFORM_"
@@ -34,9 +30,6 @@ MAX_MESSAGE_LIMIT = 512 * 1024**2
 #: lost attempts after which a job may be ended at the latest; a column of Postgres counts them
 MOST_LOSSES_LIMIT = 1000
 
-_MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
-
-
 class Meaning(NamedTuple):
     """What a field's metadata holds: variable, default as the docs write it, unit, what it does."""
 
@@ -47,94 +40,10 @@ class Meaning(NamedTuple):
     parse: Callable[[str, str], Any]
 
 
-def _text(value: str, env: str) -> str:
-    return value
-
-
-def _wrong(env: str, value: str, right: str) -> InvalidRequest:
-    return InvalidRequest(f"{env}={show(value)} is not valid", value=value, advice=right)
-
-
-def _database_url(value: str, env: str) -> str:
-    """SQLAlchemy wants its driver in the scheme; Postgres's own tools and most hosts leave it out."""
-    scheme, separator, rest = value.partition("://")
-    if not separator or not rest or scheme not in ("postgres", "postgresql", "postgresql+psycopg2"):
-        raise _wrong(env, value, f"{env} must be like postgresql://user@host:5432/name.")
-    try:
-        make_url(value)
-    except (ArgumentError, ValueError):  # a port that is no number, for one
-        raise _wrong(env, value, f"{env} must be like postgresql://user@host:5432/name.") from None
-    if rest.partition("?")[0].count("@") > 1:
-        # The driver would take the rest of the password for a host, and say so in its error.
-        raise _wrong(env, value, f"An @ in the user or the password of {env} is written %40.")
-    return f"postgresql+psycopg2://{rest}"
-
-
-def _positive_cpus(value: str, env: str) -> int:
-    millicores = amounts.parse_cpus_text(value, env)
-    if not millicores:
-        raise _wrong(env, value, f"{env} must be above 0; a worker without CPUs is one that does not run.")
-    return millicores
-
-
-def _bytes(value: str, env: str) -> int:
-    return amounts.parse_memory(value, env)
-
-
-def _resources(value: str, env: str) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for part in filter(None, map(str.strip, value.split(","))):
-        name, separator, count = (piece.strip() for piece in part.partition("="))
-        if not separator:
-            raise _wrong(env, value, f"{env} must be like licence=3,scratch=200.")
-        amounts.refuse_standard(names.check_resource_name(name, f"{env}: resource name"), env)
-        if name in found:
-            raise _wrong(env, value, f"{name} stands there twice; name each resource once.")
-        found[name] = amounts.parse_count_text(count, f"{env}: {name}")
-    most = amounts.MAX_NAMES - len(amounts.STANDARD)
-    if len(found) > most:
-        raise _wrong(env, value, f"{env} may name at most {most} resources.")
-    return found
-
-
-def _modules(value: str, env: str) -> tuple[str, ...]:
-    found = tuple(filter(None, map(str.strip, value.split(","))))
-    for name in found:
-        if not _MODULE.fullmatch(name):
-            raise _wrong(env, name, f"{env} must be names of modules, separated by commas, such as tasks,jobs.nightly.")
-    return found
-
-
-def _folder(value: str, env: str) -> Path:
-    try:
-        path = Path(value).expanduser()
-    except RuntimeError:  # "~stranger": no such user
-        path = Path(value)
-    if not path.is_absolute():
-        raise _wrong(env, value, f"{env} must be an absolute path: commands from any folder share it.")
-    return path
-
-
-def _address(value: str, env: str) -> tuple[str, int]:
-    host, separator, port = value.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    usable = separator and bare and (":" not in bare or bare != host) and port.isascii() and port.isdigit()
-    if not usable or len(port) > 5 or int(port) > 65535:
-        raise _wrong(env, value, f"{env} must be host:port, such as 127.0.0.1:8000 or [::1]:8000.")
-    return bare, int(port)
-
-
-def _seconds(value: str, env: str) -> float:
-    try:
-        return float(value.replace("_", "?"))
-    except ValueError as error:
-        raise _wrong(env, value, f"{env} must be a number of seconds, such as 30 or 0.5.") from error
-
-
 def _setting(
     env: str,
     text: str,
-    parse: Callable[[str, str], Any] = _text,
+    parse: Callable[[str, str], Any] = setting_values.plain_text,
     default: Any = None,
     unit: str = "",
     shown: str = "",
@@ -147,7 +56,7 @@ def _setting(
 
 
 def _duration(env: str, default: float, text: str) -> Any:
-    return _setting(env, text, _seconds, default, "seconds", f"{default:g}")
+    return _setting(env, text, setting_values.seconds, default, "seconds", f"{default:g}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,7 +69,9 @@ class Settings:
         addresses.check,
         unit="URL",
     )
-    database_url: str | None = _setting("DATABASE_URL", "Postgres, the durable truth.", _database_url, unit="URL")
+    database_url: str | None = _setting(
+        "DATABASE_URL", "Postgres, the durable truth.", setting_values.database_url, unit="URL"
+    )
     broker_url: str | None = _setting(
         "CELERY_BROKER_URL", "Where Celery's own messages go.", addresses.elsewhere, unit="URL", shown="REDIS_URL"
     )
@@ -174,12 +85,12 @@ class Settings:
         unit="name",
     )
     cpus: int | None = _setting(
-        "PLATFORM_CPUS", "CPUs that this worker publishes.", _positive_cpus, unit="CPUs", shown="detected"
+        "PLATFORM_CPUS", "CPUs that this worker publishes.", setting_values.positive_cpus, unit="CPUs", shown="detected"
     )
     memory: int | None = _setting(
         "PLATFORM_MEMORY",
         "Memory that this worker publishes.",
-        _bytes,
+        setting_values.memory,
         unit="bytes, or text like 16GiB",
         shown="detected",
     )
@@ -189,7 +100,7 @@ class Settings:
     resources: Mapping[str, int] = _setting(
         "PLATFORM_RESOURCES",
         "Named resources that this worker publishes.",
-        _resources,
+        setting_values.resources,
         default={},
         unit="counts, like licence=3,scratch=200",
         shown="none",
@@ -205,7 +116,7 @@ class Settings:
     max_message: int = _setting(
         "PLATFORM_MAX_MESSAGE",
         "The largest task message that is accepted.",
-        _bytes,
+        setting_values.memory,
         default=1024**2,
         unit="bytes",
     )
@@ -224,12 +135,16 @@ class Settings:
         unit="attempts",
     )
     requests: Path | None = _setting(  # noqa: RUF009 - it does not change
-        "PLATFORM_REQUESTS", "A TOML file with requests by names of tasks.", _folder, unit="absolute path", shown="none"
+        "PLATFORM_REQUESTS",
+        "A TOML file with requests by names of tasks.",
+        setting_values.folder,
+        unit="absolute path",
+        shown="none",
     )
     imports: tuple[str, ...] = _setting(
         "PLATFORM_IMPORTS",
         "Modules with tasks.",
-        _modules,
+        setting_values.modules,
         default=(),
         unit="names, separated by commas",
         shown="none",
@@ -242,14 +157,14 @@ class Settings:
                 "the user's state folder/celery-capacity",
                 "absolute path",
                 "Folder of the embedded servers.",
-                _folder,
+                setting_values.folder,
             )
         },
     )
     dashboard: tuple[str, int] = _setting(
         "PLATFORM_DASHBOARD",
         "Where the dashboard listens.",
-        _address,
+        setting_values.address,
         default=("127.0.0.1", 8000),
         unit="host:port",
         shown="127.0.0.1:8000",
@@ -283,10 +198,16 @@ class Settings:
         "PLATFORM_RECONCILE_INTERVAL", 300.0, "Between two comparisons of both stores."
     )
     confirm_interval: float = _duration("PLATFORM_CONFIRM_INTERVAL", 5.0, "Between two questions which store admits.")
+    tombstone: float = _duration(
+        "PLATFORM_TOMBSTONE",
+        60.0,
+        "The ledger remembers an ended job for so long after Postgres has its end. Submits older than half of it are"
+        " refused.",
+    )
     keep_finished: float = _setting(
         "PLATFORM_KEEP_FINISHED",
         "Ended for so long, a job moves into the archive; 0: never.",
-        _seconds,
+        setting_values.seconds,
         default=2_592_000.0,
         unit="seconds",
         shown="2592000",
@@ -334,7 +255,7 @@ class Settings:
         return replace(
             self,
             redis_url=addresses.check(redis_url, "REDIS_URL"),
-            database_url=_database_url(database_url, "DATABASE_URL"),
+            database_url=setting_values.database_url(database_url, "DATABASE_URL"),
             broker_url=None if self.broker_url == self.redis_url else self.broker_url,
             result_backend=None if self.result_backend == self.redis_url else self.result_backend,
         )
@@ -359,7 +280,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     values = dict(values)
     for name, meaning in described():
         least = 0.0 if name == "keep_finished" and values.get(name) == 0 else MIN_SECONDS  # 0: never
-        if meaning.parse is _seconds and name in values and not least <= values[name] <= MAX_SECONDS:
+        if meaning.parse is setting_values.seconds and name in values and not least <= values[name] <= MAX_SECONDS:
             seconds = values.pop(name)  # its relations to others say nothing more
             never = ", or 0 for never" if name == "keep_finished" else ""
             wrong.append(f"{meaning.env}={seconds} must be from {MIN_SECONDS:g} to {MAX_SECONDS:.0f} seconds{never}.")

@@ -31,7 +31,7 @@ from routing.policy import (
 )
 from routing.replies import Ended, Filled
 from routing.request import Request
-from routing.scripts import RUN, SUBMIT_WITHIN_MS
+from routing.scripts import RUN
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger, write_book
 
 #: Each example takes some milliseconds of the server.
@@ -349,7 +349,7 @@ def test_many_submitted_at_once_search_on_by_the_cursor_too(ledger: Ledger) -> N
 
 
 def test_of_many_that_come_too_late_none_is_taken(ledger: Ledger) -> None:
-    late = time.time() * 1000 - SUBMIT_WITHIN_MS - 1000
+    late = time.time() * 1000 - ledger.submit_within_ms - 1000
     rows = [(f"job-{n}", Request.of({}).shape, n, MESSAGE, 0, 0, 0, late + 1e6 * n) for n in range(2)]
     assert ledger.submit_many(rows) == 0
     assert ledger.client.exists(keys.job("job-0"), keys.job("job-1")) == 0

@@ -269,7 +269,7 @@ def test_the_loops_of_a_script_go_through_its_arguments_as_the_header_counts_the
 @pytest.mark.parametrize("name", NAMES)
 def test_every_script_loads_on_the_server(name: str, redis_client: redis.Redis) -> None:
     about: Any = redis_client.info("server")
-    script = scripts.load(15_000, int(about["redis_version"].split(".")[0]) >= 7)[name]
+    script = scripts.load(15_000, 60_000, int(about["redis_version"].split(".")[0]) >= 7)[name]
     assert redis_client.script_load(script.text) == script.sha
     assert not re.search(r"\b(KEY|STEP|LIMIT)\.", script.text)
 
