@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +13,7 @@ from sqlalchemy import Engine, text
 
 from routing.settings import Settings
 from tests.fixtures.staged import Stage
-from workers.duties import DUTIES
+from workers.duties import DUTIES, Duty
 from workers.duties.runner import Runner
 from workers.stores import Stores
 
@@ -51,3 +53,46 @@ def test_a_row_that_somebody_keeps_locked_stops_no_other_duty(engine: Engine, st
         assert stage.row(due).state == "waiting"
         assert runner._window.seconds() > 60
     assert stage.row(expired).state == "accepted"
+
+
+@pytest.mark.parametrize("failing", ["due", "stream", "outbox", "sweep", "reconcile", "retention", "replaced", "keys"])
+def test_duty_that_fails_stops_no_other_duty(
+    stage: Stage, runner: Runner, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Whatever it is; and a worker that died is lost all the same."""
+    lost, due = stage.submit(cpus=1000), stage.insert({"cpus": 2000}, due_at=datetime.now(UTC))
+    stage.start(lost)
+    stage.ledger.condemn("a", "a-life")
+    done = []
+
+    def fail(*_: Any, **__: Any) -> dict[str, int]:
+        raise RuntimeError("by the test")
+
+    def instead(duty: Duty) -> Duty:
+        def run(app: Any, stores: Stores, **more: Any) -> Any:
+            done.append(duty.name)
+            return duty.run(app, stores, **more)
+
+        return replace(duty, run=fail if duty.name == failing else run)
+
+    runner._run([instead(duty) for duty in DUTIES])
+    assert done == [duty.name for duty in DUTIES if duty.name != failing]
+    stage.apply()
+    assert (stage.row(lost).state, stage.row(lost).losses) == ("waiting", 1)
+    assert stage.row(due).state == ("scheduled" if failing == "due" else "waiting")
+    assert runner._window.seconds() > 60
+
+
+def test_duty_that_fails_is_tried_again_sooner_than_its_interval(stage: Stage, runner: Runner) -> None:
+    def fail(*_: Any) -> dict[str, int]:
+        raise RuntimeError("by the test")
+
+    reconcile = replace(next(duty for duty in DUTIES if duty.name == "reconcile"), run=fail)
+    interval = reconcile.interval(runner._stores.settings)
+    runner._next_at[reconcile.name] = time.monotonic() + interval
+    runner._run_one(reconcile, reconcile.run)
+    first = runner._next_at[reconcile.name] - time.monotonic()
+    assert first < interval / 2
+    for _ in range(20):
+        runner._run_one(reconcile, reconcile.run)
+    assert first < runner._next_at[reconcile.name] - time.monotonic() <= interval

@@ -6,17 +6,16 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from celery import Celery
 from redis.exceptions import RedisError
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from routing import native, roster
 from routing.errors import PlatformError
-from routing.postgres import is_locked
+from routing.postgres import is_locked, told
 from routing.replies import LedgerClosed
 from routing.settings import Settings
 from workers import ticks
@@ -30,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 #: Part of an interval for which a turn is taken: the next one may be a little early, never a whole interval late.
 TURN_PART: Final = 0.9
+#: Doublings of the pause after which a duty that failed is tried again; it is at most its interval.
+MOST_DOUBLINGS: Final = 6
+#: What is said to fail where no duty could begin.
+STORES: Final = "duties"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ SUSPICION: Final = Duty("suspicion", sweep.pause, reconciling.run_once)
 
 
 class Runner(native.Thread):
-    """Runs each duty when its turn is free. What a store refuses is tried again in the next interval."""
+    """Runs each duty when its turn is free. Each stands alone: one that fails is tried again after a pause of its own,
+    and the others are done."""
 
     def __init__(self, app: Celery, stores: Stores, incarnation: str) -> None:
         super().__init__(name="duties", daemon=True)
@@ -82,7 +86,10 @@ class Runner(native.Thread):
         self._looked_at = time.monotonic()
         self._asked: set[str] = set()
         self._suspected = False
-        self._said = ""
+        #: When each duty is due (monotonic), its failures in a row, and what was said of the last one.
+        self._next_at: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
+        self._said: dict[str, str] = {}
 
     def start(self) -> None:
         super().start()
@@ -109,16 +116,16 @@ class Runner(native.Thread):
     def run(self) -> None:
         settings = self._stores.settings
         # The first reconcile is due an interval after the start, not at it.
-        next_at = {
+        self._next_at = {
             duty.name: time.monotonic() + (duty.interval(settings) if duty.tick else 0.0) for duty in DUTIES
         }
         while not self._stopping:
-            self._wake.wait(max(0.0, min(next_at.values()) - time.monotonic()))
+            self._wake.wait(max(0.0, min(self._next_at.values()) - time.monotonic()))
             asked, self._asked = self._asked, set()
             now = time.monotonic()
-            due_now = [duty for duty in DUTIES if now >= next_at[duty.name] or duty.tick in asked]
+            due_now = [duty for duty in DUTIES if now >= self._next_at[duty.name] or duty.tick in asked]
             for duty in due_now:
-                next_at[duty.name] = now + duty.interval(settings)
+                self._next_at[duty.name] = now + duty.interval(settings)
             if self._suspected:
                 due_now.append(SUSPICION)
             if due_now and not self._stopping:
@@ -135,15 +142,12 @@ class Runner(native.Thread):
                 self._run_without_ledger(due_now)
             else:
                 self._run_with_ledger(due_now)
-            self._said = ""
-        except (PlatformError, LedgerClosed, RedisError, SQLAlchemyError) as error:
+            self._said.pop(STORES, None)
+        except Exception as error:
             self._window.restart()
-            said = f"duties wait for a store: {type(error).__name__}: {error}"
-            if said != self._said:
-                self._said = said
-                logger.warning(said)
-        except Exception:
-            logger.exception("a duty failed; it runs again in its next interval")
+            for duty in due_now:
+                self._try_soon(duty)
+            self._say(STORES, error)
         self._looked_at = time.monotonic()
 
     def _run_with_ledger(self, due_now: list[Duty]) -> None:
@@ -160,13 +164,7 @@ class Runner(native.Thread):
                 return
             self._stores.ledger.epoch = known.epoch
         for duty in mine:
-            try:
-                self._run_one(duty, duty.run)
-            except (PlatformError, SQLAlchemyError) as error:
-                if not is_locked(error):
-                    raise
-                # The other duties need not wait for whoever has the lock.
-                logger.warning("duty %s: what it needs is locked: %s", duty.name, error)
+            self._run_one(duty, duty.run)
 
     def _run_without_ledger(self, due_now: list[Duty]) -> None:
         """One worker at a time: whoever has the lock of the duty."""
@@ -182,17 +180,55 @@ class Runner(native.Thread):
                         connection.execute(text("SELECT pg_advisory_unlock(:key)"), lock)
 
     def _run_one(self, duty: Duty, run: Callable[..., Mapping[str, int]]) -> None:
-        if duty.name == "lapse":
-            run = partial(run, window=self._window)
-        counts: dict[str, Any] = {
-            name: number for name, number in run(self._app, self._stores).items() if number
-        }
+        """Do one duty. One that fails concerns no other: it is tried again after a pause of its own."""
+        more = {"window": self._window} if duty.name == "lapse" else {}
+        try:
+            found = run(self._app, self._stores, **more)
+        except Exception as error:
+            self._failures[duty.name] = self._failures.get(duty.name, 0) + 1
+            self._try_soon(duty)
+            self._say(f"duty {duty.name}", error)
+            # LOST counts only time in which heartbeats could be read.
+            if _lies_in(RedisError if run is duty.run else SQLAlchemyError, error):
+                self._window.restart()
+            return
+        self._failures.pop(duty.name, None)
+        self._said.pop(f"duty {duty.name}", None)
+        counts = {name: number for name, number in found.items() if number}
         if counts:
             logger.info(
                 "duty %s: %s", duty.name, ", ".join(f"{name} {number}" for name, number in counts.items())
             )
 
+    def _try_soon(self, duty: Duty) -> None:
+        """Not at its next interval, which may be long, and not at once."""
+        if duty.name in self._next_at:
+            settings = self._stores.settings
+            pause = settings.due_interval * 2 ** min(self._failures.get(duty.name, 0), MOST_DOUBLINGS)
+            self._next_at[duty.name] = time.monotonic() + min(pause, duty.interval(settings))
+
+    def _say(self, what: str, error: Exception) -> None:
+        """Say what failed, once and not at every try."""
+        why = told(error) if isinstance(error, DBAPIError) else str(error)
+        said = f"{what} is tried again: {type(error).__name__}: {why}"
+        if said == self._said.get(what):
+            return
+        self._said[what] = said
+        passes = isinstance(error, (PlatformError, LedgerClosed, RedisError, SQLAlchemyError))
+        logger.warning("%s", said, exc_info=None if passes else error)
+
     def _turn(self, duty: Duty) -> bool:
         """One worker in each interval: whoever sets the key, which expires."""
         milliseconds = max(1, round(duty.interval(self._stores.settings) * TURN_PART * 1000))
         return self._stores.ledger.take_turn(duty.name, self._incarnation, milliseconds)
+
+
+def _lies_in(store: type[Exception], error: BaseException | None) -> bool:
+    """Whether an error came of a store that could not be read. (One that keeps a row locked answers.)"""
+    if is_locked(error):
+        return False
+    while error is not None:
+        if isinstance(error, (store, LedgerClosed)):
+            return True
+        error = error.__cause__
+    return False
