@@ -267,12 +267,16 @@ SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) AND id NOT IN (SELECT i
 """)
 
 
-def apply_unlocked(engine: Engine, transitions: Sequence[Transition]) -> tuple[list[Applied], list[Transition]]:
-    """The same, each statement committed by itself, but for jobs whose rows somebody keeps locked; returns also those
-    transitions, which are left for later. Raises what Postgres does where it cannot write any (a locked table)."""
+def apply_unlocked(
+    engine: Engine, transitions: Sequence[Transition], *, wait: bool = True
+) -> tuple[list[Applied], list[Transition]]:
+    """Write transitions as `apply`, each statement committed by itself, but for jobs whose rows somebody keeps locked;
+    returns also those transitions, which are left for later. Without `wait` it looks at once which rows are locked.
+    Raises what Postgres does where it cannot write any (a locked table)."""
     try:
-        with engine.connect() as connection:
-            return apply(connection, transitions), []
+        if wait:
+            with engine.connect() as connection:
+                return apply(connection, transitions), []
     except OperationalError as error:
         if not is_locked(error):
             raise

@@ -8,7 +8,7 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from sqlalchemy import Engine
 
-from routing import keys, store
+from routing import bad_transitions, keys
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
 from routing.states import FINAL, Step
@@ -47,13 +47,30 @@ def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
 
 
 def read(ledger: Ledger, *, older_than_ms: int = 0, after: str = "-", most: int = CHUNK) -> list[Transition]:
-    """The oldest entries, those that are at least so many milliseconds old."""
+    """Return the oldest readable entries, those that are at least so many milliseconds old."""
     newest = f"{ledger.measure() - older_than_ms}-0" if older_than_ms else "+"
+    return _parsed(_page(ledger, after, newest, most))[0]
+
+
+def _page(ledger: Ledger, oldest: str, newest: str, most: int | None = None) -> list[tuple[bytes, dict[bytes, bytes]]]:
     try:
-        found: Any = ledger.client.xrange(keys.STREAM, min=after, max=newest, count=most)
+        found: Any = ledger.client.xrange(keys.STREAM, min=oldest, max=newest, count=most)
     except RedisError as error:
         raise StoreUnavailable(f"the stream cannot be read: {error}") from error
-    return [parse(entry, fields) for entry, fields in found]
+    return [(entry, fields) for entry, fields in found]
+
+
+def _parsed(
+    page: Sequence[tuple[bytes, dict[bytes, bytes]]],
+) -> tuple[list[Transition], list[tuple[bytes, dict[bytes, bytes]]]]:
+    """The transitions of a page, and the entries of which none can be made."""
+    transitions, unreadable = [], []
+    for entry, fields in page:
+        try:
+            transitions.append(parse(entry, fields))
+        except ValueError:
+            unreadable.append((entry, fields))
+    return transitions, unreadable
 
 
 def settled(transitions: Sequence[Transition]) -> list[tuple[str, str]]:
@@ -66,39 +83,50 @@ def settled(transitions: Sequence[Transition]) -> list[tuple[str, str]]:
     return [(one.entry, "" if one.state in FINAL else one.job) for one in newest.values()]
 
 
-def write(engine: Engine, ledger: Ledger, transitions: Sequence[Transition]) -> tuple[list[Applied], int]:
-    """Write transitions into Postgres, then drop their entries; returns also how many could not be written now, since
-    somebody keeps their rows locked."""
+def write(
+    engine: Engine, ledger: Ledger, transitions: Sequence[Transition], *, wait: bool = True
+) -> tuple[list[Applied], int]:
+    """Write transitions into Postgres, then drop their entries; returns also how many are left: somebody keeps their
+    rows locked, or Postgres takes them in no way (`routing.bad_transitions`)."""
     if not transitions:
         return [], 0
-    applied, left = store.apply_unlocked(engine, transitions)
+    applied, left = bad_transitions.write(engine, transitions, wait=wait)
     kept = {one.entry for one in left}
     ledger.forget(settled([one for one in transitions if one.entry not in kept]))
     return applied, len(left)
 
 
-def apply_all(engine: Engine, ledger: Ledger, *, older_than_ms: int = 0) -> tuple[int, list[Applied]]:
-    """Apply what is in the stream; returns the number of entries, and the rows that changed.
+def _set_aside(
+    engine: Engine, ledger: Ledger, unreadable: Sequence[tuple[bytes, dict[bytes, bytes]]]
+) -> None:
+    """Keep entries that no script wrote, and drop them from the stream."""
+    for entry, fields in unreadable:
+        said = {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in fields.items()}
+        bad_transitions.set_aside(engine, said, f"entry {entry.decode()} is no transition")
+        ledger.forget([(entry.decode(), said.get("job", ""))])
 
-    Entries younger than `older_than_ms` are left to the worker that is about to write them in its own batch.
+
+def apply_all(engine: Engine, ledger: Ledger, *, older_than_ms: int = 0) -> tuple[int, list[Applied]]:
+    """Apply what is in the stream; returns the number of entries that left it, and the rows that changed.
+
+    Entries younger than `older_than_ms` are left to the worker that is about to write them in its own batch. Entries
+    that cannot be written now stay, and the pass goes on behind them; it waits for locked rows once.
     """
-    entries = 0
+    newest = f"{ledger.measure() - older_than_ms}-0" if older_than_ms else "+"
+    oldest, entries, wait = "-", 0, True
     applied: list[Applied] = []
     while True:
-        found = read(ledger, older_than_ms=older_than_ms)
-        if not found:
-            return entries, applied
-        written, left = write(engine, ledger, found)
+        page = _page(ledger, oldest, newest, CHUNK)
+        transitions, unreadable = _parsed(page)
+        written, left = write(engine, ledger, transitions, wait=wait)
+        _set_aside(engine, ledger, unreadable)
         applied += written
-        entries += len(found) - left
-        if len(found) < CHUNK or left:
+        entries += len(page) - left
+        if len(page) < CHUNK:
             return entries, applied
+        oldest, wait = f"({page[-1][0].decode()}", wait and not left
 
 
 def apply_entry(engine: Engine, ledger: Ledger, entry: str) -> None:
     """Write one entry now, for a caller after whom perhaps nobody comes. One that is gone was written by another."""
-    try:
-        found: Any = ledger.client.xrange(keys.STREAM, min=entry, max=entry)
-    except RedisError as error:
-        raise StoreUnavailable(f"the stream cannot be read: {error}") from error
-    write(engine, ledger, [parse(entry, fields) for entry, fields in found])
+    write(engine, ledger, _parsed(_page(ledger, entry, entry))[0])

@@ -1,6 +1,7 @@
 """Writing outcomes to Postgres: in batches, from a thread of its own, so that nothing waits for the database.
 
-Until they are written, transitions are in two places: here, and in the ledger's stream.
+Until they are written, transitions are in two places: here, and in the ledger's stream. A transition whose row somebody
+keeps locked is put aside and tried again later, and those behind it go on: rows take them in any order.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import enroll, native, store, stream
+from routing import bad_transitions, enroll, native, stream
 from routing.errors import PlatformError
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
@@ -42,6 +43,9 @@ class Recorder(native.Thread):
         self._ledger = ledger
         self._on_applied = on_applied
         self._pending: list[Transition] = []
+        #: Those that could not be written, though Postgres takes others, and when they are tried again (monotonic).
+        self._put_off: list[Transition] = []
+        self._try_again_at = 0.0
         self._calls: list[Callable[[], object]] = []
         self._writing = False
         self._changed = threading.Condition()
@@ -59,8 +63,9 @@ class Recorder(native.Thread):
             self._changed.notify_all()
 
     def flush(self, within: float) -> bool:
+        """Wait until all that was added is written; False where that did not come about in time."""
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._pending or self._calls or self._writing), within)
+            return self._changed.wait_for(lambda: not (self._work() or self._put_off or self._writing), within)
 
     def stop(self, within: float) -> None:
         """Write what is pending, if Postgres takes it, and end."""
@@ -74,56 +79,73 @@ class Recorder(native.Thread):
         failures = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._calls or self._stopping)
-                if self._stopping and not (self._pending or self._calls):
-                    return
-                if self._pending and not self._stopping:
-                    self._changed.wait_for(lambda: len(self._pending) >= MOST or self._stopping, BATCH_WITHIN)
-                batch, self._pending = self._pending[:MOST], self._pending[MOST:]
+                batch, again = self._next_batch()
                 calls, self._calls = self._calls, []
+                if not (batch or calls):
+                    return
                 self._writing = True
-            left = batch
+            kept, put_off = batch, list[Transition]()
             try:
-                left = self._write(batch)
+                kept, put_off = self._write(batch, wait=not again)
                 for action in calls:
                     self._run(action)
             finally:
                 with self._changed:
                     # In one step: whoever flushes must find what was not written here or there.
                     self._writing = False
-                    self._pending = left + self._pending
+                    self._pending = kept + self._pending
+                    self._put_off += put_off
                     self._changed.notify_all()
-            if not left:
-                failures = 0
-                continue
+            failures = failures + 1 if kept or (again and put_off) else 0
+            pause = RETRY_AFTER[min(max(0, failures - 1), len(RETRY_AFTER) - 1)]
+            if put_off:
+                self._try_again_at = time.monotonic() + pause
             with self._changed:
-                if self._stopping:
+                if kept and self._stopping:
                     # The stream has them: whoever runs the duty writes them.
                     return
-                self._changed.wait_for(
-                    lambda: self._stopping, RETRY_AFTER[min(failures, len(RETRY_AFTER) - 1)]
-                )
-            failures += 1
+                if kept:
+                    self._changed.wait_for(lambda: self._stopping, pause)
 
-    def _write(self, batch: list[Transition]) -> list[Transition]:
-        """What is left of it: nothing, or what Postgres does not take now."""
+    def _work(self) -> bool:
+        return bool(self._pending or self._calls)
+
+    def _next_batch(self) -> tuple[list[Transition], bool]:
+        """What is to be written next, and whether it was tried before; nothing where there are only calls, or where
+        this thread is to end. The caller has the lock."""
+        while True:
+            again_in = self._try_again_at - time.monotonic() if self._put_off and not self._stopping else None
+            if again_in is not None and again_in <= 0:
+                batch, self._put_off = self._put_off[:MOST], self._put_off[MOST:]
+                return batch, True
+            if self._work() or self._stopping:
+                break
+            self._changed.wait(again_in)
+        if self._pending and not self._stopping:
+            self._changed.wait_for(lambda: len(self._pending) >= MOST or self._stopping, BATCH_WITHIN)
+        batch, self._pending = self._pending[:MOST], self._pending[MOST:]
+        return batch, False
+
+    def _write(self, batch: list[Transition], *, wait: bool) -> tuple[list[Transition], list[Transition]]:
+        """What Postgres does not take now, since it takes nothing; and what it does not take though it takes others."""
         if not batch:
-            return []
+            return [], []
         try:
-            applied, left = store.apply_unlocked(self._engine, batch)
+            applied, left = bad_transitions.write(self._engine, batch, wait=wait)
         except SQLAlchemyError as error:
             logger.warning(
                 "Postgres does not take %d outcomes, they are kept: %s", len(batch), error.__class__.__name__
             )
-            return batch
+            return batch, []
         except Exception:
-            # A transition that cannot be written at all must not end the thread that writes the others.
+            # Whatever it is, it must not end the thread that writes the others.
             logger.exception("%d outcomes cannot be written, they are kept", len(batch))
-            return batch
-        if left:
-            logger.warning("the rows of %d outcomes are locked, they are kept", len(left))
-        self._after([one for one in batch if one not in left], applied)
-        return left
+            return batch, []
+        if left and wait:
+            logger.warning("the rows of %d outcomes are locked or damaged, they are kept", len(left))
+        kept = set(map(id, left))
+        self._after([one for one in batch if id(one) not in kept], applied)
+        return [], left
 
     def _after(self, batch: Sequence[Transition], applied: Sequence[Applied]) -> None:
         """Postgres has them. What fails from here on is repaired by the duties: entries are applied once more without
@@ -134,6 +156,8 @@ class Recorder(native.Thread):
             self._on_applied(applied)
         except (PlatformError, LedgerClosed, SQLAlchemyError) as error:
             logger.info("left to the duties: %s", error)
+        except Exception:
+            logger.exception("a step after the write of outcomes failed; it is left to the duties")
 
     def _run(self, action: Callable[[], object]) -> None:
         started = time.monotonic()

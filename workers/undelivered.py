@@ -15,7 +15,7 @@ from kombu.compression import decompress
 from kombu.serialization import loads, prepare_accept_content
 from sqlalchemy import Connection, Engine, text
 
-from routing import fence, outbox, replacing
+from routing import bad_transitions, fence, outbox, replacing
 from routing import message as messages
 from routing.errors import NotAccepted, Unsupported
 from routing.message import Tag
@@ -113,7 +113,7 @@ def settle(engine: Engine, job: str, left: str, rest: str | None) -> None:
 
 def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None) -> bool | None:
     """Whether it is delivered. None where it takes long, or has to wait for others that do."""
-    job, box = row.id, outbox.parse(row.outbox)
+    job, box = row.id, _box(connection.engine, row)
     speaker = Attempt(Tag(job, row.epoch, row.attempt), row.incarnation, patient=lambda: True)
     by = replace(box, by=parts.incarnation if parts is not None else "").to_text()
     engine = connection.engine
@@ -143,6 +143,16 @@ def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None)
         return None
     connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": announce()})
     return True
+
+
+def _box(engine: Engine, row: Any) -> Outbox:
+    """What a job left. What cannot be read is set aside, and the result is made of what the row says."""
+    try:
+        return outbox.parse(row.outbox)
+    except (ValueError, TypeError, LookupError) as error:
+        left = {"job": row.id, "outbox": row.outbox}
+        bad_transitions.set_aside(engine, left, f"what job {row.id} left cannot be read: {error!r}")
+        return outbox.parse(outbox.UNTOLD)
 
 
 def _bring(parts: Parts | None, part: Part) -> None:

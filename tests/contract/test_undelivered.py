@@ -66,6 +66,19 @@ def test_a_job_whose_message_cannot_be_read_keeps_back_no_other(app: Celery, sta
     assert deliver_rows(app, app.platform) == 0
 
 
+def test_an_outbox_that_cannot_be_read_keeps_back_no_other(app: Celery, stage: Stage) -> None:
+    boxes = {"a-1": '{"publishes": [', "a-2": "[]", "a-3": '{"publishes": [{"id": 7}], "results": []}', "b": UNTOLD}
+    for job, box in boxes.items():
+        accept(app, job)
+        ended = "UPDATE jobs SET state = 'lost', finished_at = now(), outbox = :outbox WHERE id = :job"
+        stage.sql(ended, job=job, outbox=box)
+    deliver_rows(app, app.platform)
+    assert [app.backend.get_state(job) for job in boxes] == ["FAILURE"] * 4
+    with stage.engine.connect() as connection:
+        reasons = connection.execute(text("SELECT reason FROM quarantine ORDER BY id")).scalars().all()
+    assert [job in reason for job, reason in zip(boxes, reasons, strict=False)] == [True] * 3
+
+
 def test_a_callback_that_cannot_be_called_keeps_back_no_other(app: Celery, stage: Stage) -> None:
     jobs = ["a-1", "a-2", "b"]
     for job, options in (("a-1", {"queue": "no queue"}), ("a-2", {"priority": "high"}), ("b", {})):

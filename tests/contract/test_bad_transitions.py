@@ -1,0 +1,244 @@
+"""A transition that Postgres never takes: it is set aside with its job marked, and everything else goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Final
+
+import pytest
+from sqlalchemy import Engine, create_engine, text
+
+from routing import keys, outbox, stream
+from routing.accept import NewJob
+from routing.outbox import Outbox
+from routing.replies import Ended
+from routing.request import Request
+from routing.settings import Settings
+from routing.states import Step
+from routing.store import Transition
+from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
+from tests.fixtures.waiting import until
+from workers.recorder import Recorder
+from workers.stores import make_engine
+
+#: An error in no way that a database in ASCII can hold.
+ERROR: Final = "größer ✓"
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    stage.worker("a", cpus=40_000)
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def in_ascii(database_url: str) -> Iterator[Engine]:
+    """Connections that can say ASCII only, as those to a database in SQL_ASCII (`initdb` under LANG=C)."""
+    engine = create_engine(database_url, isolation_level="AUTOCOMMIT", client_encoding="sql_ascii")
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def workers_own(settings: Settings) -> Iterator[Engine]:
+    """As workers have it: with a bound for locks."""
+    engine = make_engine(str(settings.database_url))
+    yield engine
+    engine.dispose()
+
+
+def refuse(stage: Stage, condition: str, code: str = "22P05") -> None:
+    """Have Postgres refuse each write to `jobs` that makes the new row so."""
+    stage.sql(
+        f"CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'refused by the test' "
+        f"USING ERRCODE = '{code}'; END $$"
+    )
+    stage.sql(
+        f"CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON jobs FOR EACH ROW WHEN ({condition}) "
+        "EXECUTE FUNCTION refuse()"
+    )
+
+
+def set_aside(stage: Stage) -> list[Any]:
+    with stage.engine.connect() as connection:
+        query = text("SELECT convert_from(raw, 'UTF8') AS raw, queue, reason, worker FROM quarantine ORDER BY id")
+        return list(connection.execute(query))
+
+
+def started(stage: Stage, number: int) -> list[str]:
+    jobs = [stage.submit(cpus=1000, applied=False) for _ in range(number)]
+    stage.apply()
+    for job in jobs:
+        stage.start(job)
+    return jobs
+
+
+def fail(stage: Stage, job: str, error: str, box: str = "") -> None:
+    ended = [Ended(job, "1.1", "failed", error, box)]
+    assert stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES).released[0].verdict == "released"
+
+
+def write_by_stream(engine: Engine, stage: Stage) -> None:
+    stream.apply_all(engine, stage.ledger)
+
+
+def write_by_recorder(engine: Engine, stage: Stage) -> None:
+    recorder = Recorder(engine, stage.ledger)
+    recorder.start()
+    recorder.add(stream.read(stage.ledger))
+    assert recorder.flush(20.0)
+    recorder.stop(5.0)
+
+
+WRITERS: Final = pytest.mark.parametrize("write", [write_by_stream, write_by_recorder])
+
+
+@WRITERS
+def test_error_that_postgres_cannot_hold_is_written_escaped(stage: Stage, in_ascii: Engine, write: Any) -> None:
+    jobs = started(stage, 5)
+    for job in jobs:
+        fail(stage, job, ERROR if job == jobs[2] else "plain")
+    write(in_ascii, stage)
+    assert [stage.row(job).state for job in jobs] == ["failed"] * 5
+    assert stage.row(jobs[2]).error == "gr\\xf6\\xdfer \\u2713"
+    assert stage.row(jobs[1]).error == "plain"
+    assert stage.redis.xlen(keys.STREAM) == 0
+    assert set_aside(stage) == []
+
+
+@WRITERS
+def test_end_that_postgres_refuses_in_any_words_is_set_aside(stage: Stage, write: Any) -> None:
+    """The job ends all the same, so that somebody sees it, and nobody runs it again."""
+    jobs = started(stage, 5)
+    for job in jobs:
+        stage.end(job, applied=False)
+    refuse(stage, f"NEW.id = '{jobs[2]}' AND NEW.step = {Step.ENDED.value}")
+    write(stage.engine, stage)
+    assert [stage.row(job).state for job in jobs] == ["succeeded"] * 5
+    (found,) = set_aside(stage)
+    assert (found.queue, found.worker) == (keys.STREAM, "a")
+    assert jobs[2] in found.reason
+    assert json.loads(found.raw)["job"] == jobs[2]
+    assert "set aside" in stage.row(jobs[2]).error
+    assert stage.redis.xlen(keys.STREAM) == 0
+    assert not stage.redis.hexists(keys.job(jobs[2]), "entry")
+
+
+@WRITERS
+def test_start_that_postgres_refuses_marks_its_job_and_the_end_follows(stage: Stage, write: Any) -> None:
+    jobs = [stage.submit(cpus=1000, applied=False) for _ in range(3)]
+    refuse(stage, f"NEW.id = '{jobs[1]}' AND NEW.step = {Step.ADMITTED.value}", "XX001")
+    write(stage.engine, stage)
+    assert [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"]
+    assert "set aside" in stage.row(jobs[1]).error
+    settled = stage.ledger.settle("a", "a-life", arrived=[(jobs[1], "1.1", "n")], most_losses=MOST_LOSSES)
+    assert settled.claimed[0].ok
+    stage.ledger.settle("a", "a-life", ended=[Ended(jobs[1], "1.1", "succeeded")], most_losses=MOST_LOSSES)
+    write(stage.engine, stage)
+    assert (stage.row(jobs[1]).state, stage.row(jobs[1]).error) == ("succeeded", None)
+
+
+def test_unreadable_entry_of_the_stream_is_set_aside(stage: Stage) -> None:
+    job = stage.submit(cpus=1000, applied=False)
+    stage.redis.xadd(keys.STREAM, {"job": "job-x", "attempt": "many"})
+    other = stage.submit(cpus=1000, applied=False)
+    assert stream.apply_all(stage.engine, stage.ledger)[0] == 3
+    assert [stage.row(one).state for one in (job, other)] == ["admitted", "admitted"]
+    assert stage.redis.xlen(keys.STREAM) == 0
+    (found,) = set_aside(stage)
+    assert json.loads(found.raw)["attempt"] == "many"
+
+
+@WRITERS
+def test_publish_that_postgres_refuses_keeps_no_end_back(stage: Stage, write: Any) -> None:
+    jobs = started(stage, 3)
+    refuse(stage, "NEW.id = 'child'")
+    child = NewJob("child", "task", Request.of({"cpus": 1000}).shape, MESSAGE)
+    fail(stage, jobs[0], "it broke", Outbox([child], [{"result": "kept"}]).to_text())
+    stage.end(jobs[1], applied=False)
+    write(stage.engine, stage)
+    assert [stage.row(job).state for job in jobs] == ["failed", "succeeded", "running"]
+    assert outbox.parse(stage.row(jobs[0]).outbox).results == [{"result": "kept"}]
+    (found,) = set_aside(stage)
+    assert jobs[0] in found.reason
+    assert "child" in found.raw
+
+
+def test_retry_that_postgres_refuses_ends_its_job(stage: Stage) -> None:
+    """Without its successor the attempt would begin anew, for ever."""
+    (job,) = started(stage, 1)
+    refuse(stage, f"NEW.id = '{job}' AND NEW.successor IS NOT NULL")
+    retry = NewJob(job, "task", Request.of({"cpus": 1000}).shape, MESSAGE, retries=1)
+    ended = [Ended(job, "1.1", "retried", "", Outbox([retry]).to_text())]
+    stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES)
+    stage.apply()
+    assert stage.row(job).state == "failed"
+    assert "set aside" in stage.row(job).error
+    assert len(set_aside(stage)) == 1
+
+
+def test_postgres_that_takes_nothing_sets_nothing_aside(stage: Stage) -> None:
+    """Read-only, say: no entry is to blame."""
+    jobs = [stage.submit(cpus=1000, applied=False) for _ in range(3)]
+    refuse(stage, "true", "25006")
+    with pytest.raises(Exception, match="refused by the test"):
+        stage.apply()
+    stage.sql("DROP TRIGGER refuse ON jobs")
+    assert set_aside(stage) == []
+    stage.apply()
+    assert [stage.row(job).state for job in jobs] == ["admitted"] * 3
+
+
+def test_row_that_cannot_be_written_at_all_keeps_its_entry_and_stops_nobody(stage: Stage) -> None:
+    jobs = [stage.submit(cpus=1000, applied=False) for _ in range(3)]
+    refuse(stage, f"NEW.id = '{jobs[1]}'", "XX001")
+    stage.apply()
+    assert [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"]
+    assert [one.job for one in stream.read(stage.ledger)] == [jobs[1]]
+    stage.sql("DROP TRIGGER refuse ON jobs")
+    stage.apply()
+    assert stage.row(jobs[1]).state == "admitted"
+
+
+# -- locked rows
+
+
+def lock_all(stage: Stage, engine: Engine, jobs: list[str]) -> Any:
+    connection = engine.connect()
+    connection.execute(text("SELECT 1 FROM jobs WHERE id = ANY(:ids) FOR UPDATE"), {"ids": jobs})
+    return connection
+
+
+def test_stream_is_applied_behind_a_thousand_locked_rows(engine: Engine, stage: Stage, workers_own: Engine) -> None:
+    locked = [stage.submit(cpus=0, applied=False) for _ in range(1001)]
+    free = [stage.submit(cpus=0, applied=False) for _ in range(3)]
+    connection = lock_all(stage, engine, locked)
+    try:
+        assert stream.apply_all(workers_own, stage.ledger)[0] == 3
+        assert {stage.row(job).state for job in free} <= {"admitted", "waiting"}
+    finally:
+        connection.close()
+    assert stream.apply_all(workers_own, stage.ledger)[0] == 1001
+
+
+def test_recorder_writes_behind_a_thousand_locked_rows(engine: Engine, stage: Stage, workers_own: Engine) -> None:
+    locked = [stage.insert({"cpus": 1000}) for _ in range(1001)]
+    free = stage.insert({"cpus": 1000})
+    one = Transition("", 1, 1, "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0)
+    recorder = Recorder(workers_own, stage.ledger)
+    connection = lock_all(stage, engine, locked)
+    try:
+        recorder.start()
+        recorder.add([replace(one, job=job) for job in locked])
+        recorder.add([replace(one, job=free)])
+        until(lambda: stage.row(free).state == "running", "what is behind them is written")
+        assert not recorder.flush(0.01)
+    finally:
+        connection.close()
+    assert recorder.flush(30.0)
+    recorder.stop(5.0)
+    assert {stage.row(job).state for job in locked} == {"running"}
