@@ -211,10 +211,10 @@ def _read_queues(client: redispy.Redis, shelf: Shelf, waiting: set[str]) -> None
 
 
 def _read_expiries(client: redispy.Redis, shelf: Shelf) -> None:
-    """An ended job's tombstone expires; what may be read as free (books) and what waits never does."""
+    """A tombstone expires once Postgres has the end; what may be read as free (books) and what waits never does."""
     never = [keys.book(worker) for worker in shelf.books] + [keys.held(worker) for worker in shelf.held]
     never += [keys.job(job) for job, card in shelf.cards.items() if card.state != "ended"]
-    some = [keys.job(job) for job, card in shelf.cards.items() if card.state == "ended"]
+    some = [keys.job(job) for job, card in shelf.cards.items() if card.state == "ended" and not card.unapplied]
     some += [books.text(key) for key in client.scan_iter(match=keys.VIEWS, count=1000)]
     some += [books.text(key) for key in client.scan_iter(match=keys.KEYS["duty"] + "*", count=1000)]
     for names, expires in ((never, False), (some, True)):

@@ -10,7 +10,7 @@
 | `ledger:indexed` | sorted set | the same; only workers whose processes know of `ledger:free:<resource>` |
 | `ledger:held:<worker>` | hash | job, token of the attempt that holds an allocation there |
 | `ledger:missing:<worker>` | set | attempts (`<job> <token>`) held there that its last list did not name |
-| `ledger:job:<id>` | hash | one job; of one that ended a tombstone of 60 s |
+| `ledger:job:<id>` | hash | one job; of one that ended a tombstone |
 | `ledger:wait:<shape>` | sorted set | waiting job, order |
 | `ledger:shapes` | sorted set | shape that waits, order of its first job |
 | `ledger:shapes:<resource>` | sorted set | the same; each shape in one of these |
@@ -31,11 +31,12 @@ it, `kept` the shape for which the worker takes nothing else (`routing.policy`; 
 A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
 `shape`, `order`, `message` and its `digest`, the times `submitted`, `admitted` and `started`, the `nonce` of its
 claim, `losses`, `successor` (Postgres holds one), `revoked`, `entry` (of the stream, not yet applied), `noted` (the
-attempt it is about); one that ended has the `outcome` of its last attempt (none: it was cancelled in the backlog), the
-state it `became`, and `final` unless it goes on.
+attempt it is about); one that ended, a tombstone, has the `outcome` of its last attempt (none: it was cancelled in the
+backlog), the state it `became`, and `final` unless it goes on.
 
-Books are keys without expiry: an expired key would read as a free worker. Amounts are integers (millicores, bytes,
-counts), times are milliseconds of the server's own clock.
+Books are keys without expiry: an expired key would read as a free worker. A tombstone expires only once it names no
+`entry` any more: while Postgres does not have the end of a job, the ledger knows it. Amounts are integers (millicores,
+bytes, counts), times are milliseconds of the server's own clock.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from routing import bad_transitions, keys
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
-from routing.states import FINAL, Step
+from routing.states import Step
 from routing.store import Applied, Transition
 
 #: Entries applied in one statement: some 20 ms of Postgres.
@@ -75,12 +75,12 @@ def _parsed(
 
 def settled(transitions: Sequence[Transition]) -> list[tuple[str, str]]:
     """The entries to forget (entry, job) once these are written. Of an attempt only the newest entry exists, since each
-    replaces the one before; a job that ended has no entry in its tombstone."""
+    replaces the one before."""
     newest: dict[tuple[str, int, int, bool], Transition] = {}
     for one in transitions:
         if one.entry:
             newest[one.job, one.epoch, one.attempt, one.step >= Step.FILED] = one
-    return [(one.entry, "" if one.state in FINAL else one.job) for one in newest.values()]
+    return [(one.entry, one.job) for one in newest.values()]
 
 
 def write(

@@ -24,7 +24,9 @@ if not job or job.state == 'ended' then
   -- Perhaps it is on its way here: whoever submits it finds that it has ended. What Postgres says decides.
   redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', epoch, 'attempt', job and job.attempt or '0', 'final', '1',
     'became', state)
-  redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+  if not (job and job.entry) then
+    redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+  end
   return {'missing'}
 end
 if job.state ~= 'waiting' then
@@ -35,10 +37,7 @@ redis.call('ZREM', KEY.wait .. job.shape, id)
 job.epoch = epoch
 -- The attempt before (if there was one) has its own entry; this one is of the job.
 local entry = note(id, job, state, STEP.dropped, now, {error = error_text})
-redis.call('DEL', KEY.job .. id)
-redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1',
-  'became', state)
-redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+bury(id, job, state, nil, true)
 count(state, 1)
 leave_queue(job.shape, epoch, now)
 return {'ended', entry}

@@ -17,7 +17,8 @@ for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') d
   local here, holder, entry, right = v[1], v[4], v[7], false
   local own = v[2] and v[3] and v[2] .. '.' .. v[3]
   if here == 'ended' then
-    right = state == here
+    -- (How it ended may be on its way to Postgres, as below.)
+    right = entry or state == here
   elseif here == 'waiting' and v[5] then
     local place = redis.call('ZSCORE', KEY.wait .. v[5], id)
     right = place and tonumber(place) == tonumber(v[6])

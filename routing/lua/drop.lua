@@ -33,9 +33,9 @@ else
     write_book(book, changed)
   end
 end
-redis.call('DEL', KEY.job .. id)
 if final == '1' then
-  redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt, 'final', '1')
-  redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+  bury(id, job, nil, nil, true)
+else
+  redis.call('DEL', KEY.job .. id)
 end
 return {'ok', worker}

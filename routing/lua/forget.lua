@@ -1,16 +1,20 @@
 #!lua flags=allow-oom
--- Does: drops stream entries that Postgres has.
+-- Does: drops stream entries that Postgres has. From then on the tombstone of a job that ended has its time.
 -- KEYS: none; by name: stream, job
--- ARGV: for each entry: entry, job ('' where the job has ended: its tombstone names no entry)
+-- ARGV: for each entry: entry, job
 -- Replies: {ok, dropped}
--- Cost: two or three commands an entry
+-- Cost: two to four commands an entry
 -- Repeat: harmless
 local dropped = 0
 for i = 1, #ARGV, 2 do
   local entry, id = ARGV[i], ARGV[i + 1]
   dropped = dropped + redis.call('XDEL', KEY.stream, entry)
-  if id ~= '' and redis.call('HGET', KEY.job .. id, 'entry') == entry then
+  local job = redis.call('HMGET', KEY.job .. id, 'entry', 'state')
+  if job[1] == entry then
     redis.call('HDEL', KEY.job .. id, 'entry', 'noted')
+    if job[2] == 'ended' then
+      redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+    end
   end
 end
 return {'ok', int(dropped)}

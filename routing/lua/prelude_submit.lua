@@ -48,16 +48,17 @@ local function search(run, epoch, now)
 end
 
 -- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. One that is
--- known (or ended within the last 60 s, by its tombstone) is left as it is. `job` has epoch, attempt (admissions so far),
+-- known (or has ended, by its tombstone) is left as it is. `job` has epoch, attempt (admissions so far),
 -- shape, order, losses, submitted. Returns what became of it, as submit.lua replies, and the run that it is of, which the
 -- caller gives on with the next job, or ends.
 local function take_in(id, job, message, digest, rerun, now, run)
-  local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became')
+  local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became', 'entry')
   local attempt = tonumber(job.attempt)
   -- What its last attempt ended may go on all the same, with a successor of which only Postgres was told: then its row
   -- has that attempt. (One that was revoked or expired does not; and what was submitted before has an older attempt.)
+  -- While Postgres does not have how that attempt ended, no row says what the job is now, whoever read it.
   local went_on = known[4] and known[5] ~= 'cancelled' and known[5] ~= 'expired' and tonumber(known[3]) == attempt
-  if known[1] and (known[1] ~= 'ended' or (known[2] and not went_on) or tonumber(known[3]) > attempt) then
+  if known[1] and (known[1] ~= 'ended' or known[6] or (known[2] and not went_on) or tonumber(known[3]) > attempt) then
     return {'exists', known[1]}, run
   end
   if known[1] then

@@ -31,9 +31,9 @@ while i <= #ARGV do
   i = results + 3 * tonumber(ARGV[i + 5])
   local job = read_job(id)
   local verdict, state, entry = 'stale', '', ''
-  local before = job and job.state == 'ended' and token_of(job) == token and redis.call('HMGET', KEY.job .. id, 'outcome', 'became')
+  local before = job and job.state == 'ended' and token_of(job) == token and redis.call('HMGET', KEY.job .. id, 'outcome', 'became', 'entry')
   if before and before[1] == outcome then
-    verdict, state = 'repeat', before[2]
+    verdict, state, entry = 'repeat', before[2], before[3] or ''
   elseif mine and job and token_of(job) == token and job.incarnation == incarnation
       and (job.state == 'admitted' or job.state == 'running') then
     verdict, any = 'released', true
@@ -52,12 +52,9 @@ while i <= #ARGV do
       end
       note(id, job, state, final and STEP.ended or STEP.back, now, {outcome = outcome, error = error_text,
         outbox = outbox})
-      redis.call('DEL', KEY.job .. id)
       -- Where Postgres holds a successor, or waits for a replacement, the job goes on, unless it was revoked.
       local for_good = final and outcome ~= 'replaced' and (outcome == 'cancelled' or not job.successor)
-      redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt,
-        'outcome', outcome, 'became', state, unpack(for_good and {'final', '1'} or {}))
-      redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+      bury(id, job, state, outcome, for_good)
     end
     entry = job.entry
     -- (What is run again has no result, unless it says itself that it is retried.)

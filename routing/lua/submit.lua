@@ -8,7 +8,7 @@
 --   | {exists, state} | {late, now (ms)} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read, and a command for each resource and queue that the chosen worker has
 --   and not every worker does; independent of the number of workers and of waiting jobs
--- Repeat: harmless: a job that is known (or ended within the last 60 s, by its tombstone) is left as it is
+-- Repeat: harmless: a job that is known (or has ended, by its tombstone) is left as it is
 local epoch, run_id, deadline = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local id, shape, order, message, attempt = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local losses, submitted, rerun, digest = ARGV[9], ARGV[10], ARGV[11], ARGV[12]

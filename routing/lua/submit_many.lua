@@ -6,7 +6,7 @@
 -- Replies: {ok, taken, then shape, cursor_score, cursor_worker of each shape that found no room among those looked at, while
 --   there were others} | {late, now (ms)} | {cold} | {epoch, current}
 -- Cost: at the worst that of as many submits; jobs of one shape in a row look for room once, and again where a worker is full
--- Repeat: harmless: a job that is known (or ended within the last 60 s, by its tombstone) is left as it is
+-- Repeat: harmless: a job that is known (or has ended, by its tombstone) is left as it is
 local epoch, run_id, deadline = ARGV[1], ARGV[2], tonumber(ARGV[3])
 
 local no = refused(epoch, run_id)

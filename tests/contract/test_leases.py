@@ -138,6 +138,7 @@ def test_an_attempt_that_ends_with_a_successor_leaves_the_id_to_it(cluster: Clus
     cluster.ledger.succeed("job", b"its successor")
     assert cluster.end("job", "1.1", outcome).state == outcome
     # Postgres takes the successor, and the job is submitted again at once.
+    cluster.written()
     assert cluster.submit("job", attempt=1) == "w"
 
 
@@ -146,6 +147,7 @@ def test_a_job_that_is_lost_for_good_still_runs_its_successor(cluster: Cluster) 
     cluster.claim("job", "1.1")
     cluster.ledger.succeed("job", b"its successor")
     assert cluster.end("job", "1.1", "lost").state == "scheduled"
+    cluster.written()
     assert cluster.submit("job", attempt=1, losses=MOST_LOSSES) == "w"
 
 
@@ -154,6 +156,7 @@ def test_that_there_is_a_successor_is_not_noted_on_the_attempt_that_runs_it(clus
     taken for one whose job goes on, and run again although it may not."""
     cluster.run("job")
     cluster.end("job", "1.1", "retried")
+    cluster.written()
     assert cluster.submit("job", attempt=1) == "w"
     cluster.claim("job", "1.2")
     assert not cluster.ledger.succeed("job", MESSAGE)
@@ -187,6 +190,7 @@ def test_an_attempt_that_a_list_lacked_says_nothing_of_the_next_attempt(cluster:
     cluster.run("job")
     cluster.renew()
     cluster.end("job", "1.1", "retried")
+    cluster.written()
     assert cluster.submit("job", attempt=1) == "w"
     # The list was made just before this claim.
     assert cluster.claim("job", "1.2").ok

@@ -294,6 +294,26 @@ def _lock_table(world: World, fault: Fault) -> Generator[None, None, None]:
         yield
 
 
+def _lock_writes(world: World, fault: Fault) -> Generator[None, None, None]:
+    """As CREATE INDEX does: who reads goes on."""
+    engine = world.servers.sessions(str(world.platform.engine.url.database))
+    with engine.connect().execution_options(isolation_level="READ COMMITTED") as connection, connection.begin():
+        connection.execute(text("LOCK TABLE jobs IN SHARE MODE"))
+        yield
+
+
+def _read_only_postgres(world: World, fault: Fault) -> Generator[None, None, None]:
+    """Every new transaction reads only, as after a failover to a standby."""
+    for word in ("on", "off"):
+        engine = world.servers.sessions("postgres")
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("SET default_transaction_read_only = off"))
+            connection.execute(text(f"ALTER SYSTEM SET default_transaction_read_only = {word}"))
+            connection.execute(text("SELECT pg_reload_conf()"))
+        if word == "on":
+            yield
+
+
 def _use_up_connections(world: World, fault: Fault) -> Generator[None, None, None]:
     """Those of the platform end, and others take all that there are."""
     engine = world.servers.sessions(str(world.platform.engine.url.database))
@@ -370,6 +390,8 @@ WAYS: Final[dict[str, Way]] = {
     "drop all connections to Redis": _drop_redis,
     "kill Postgres": _kill_postgres,
     "lock the table of jobs": _lock_table,
+    "lock the table of jobs for who writes": _lock_writes,
+    "Postgres is read-only": _read_only_postgres,
     "use up the connections of Postgres": _use_up_connections,
     "Postgres is half open": _half_open_postgres,
     "drop all connections to Postgres": _drop_postgres,

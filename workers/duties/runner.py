@@ -53,8 +53,9 @@ OUTBOX: Final = "outbox"
 DUTY_LOCK: Final = 0x_CE1E_0100
 
 DUTIES: Final = (
-    Duty("due", lambda s: s.due_interval, due.run_once, without=fallback.expire),
+    # First what the ledger knows and Postgres does not: by their rows the others judge what to bring in.
     Duty("stream", lambda s: s.due_interval, stream.run_once),
+    Duty("due", lambda s: s.due_interval, due.run_once, without=fallback.expire),
     Duty("outbox", lambda s: s.due_interval, outbox.run_once, OUTBOX, outbox.run_once),
     Duty("lapse", lambda s: s.due_interval, lapse.run_once, without=fallback.lapse),
     Duty("sweep", sweep.pause, sweep.run_once, ticks.SWEEP),
