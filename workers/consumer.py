@@ -22,6 +22,7 @@ from workers import (
     panel,  # noqa: F401  its commands take the places of Celery's
     steps,
 )
+from workers.pool_loop import PoolLoop
 from workers.pools import recall_unsent
 from workers.queues import as_queue
 from workers.requests import JobRequest, request_class
@@ -40,10 +41,14 @@ _naming: Final = threading.Lock()
 class Consumer(celery_consumer.Consumer):
     """`worker_consumer` of an app on the platform."""
 
+    #: Celery's: nothing was ever tried.
+    first_connection_attempt: bool
+
     def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **options: Any) -> None:
         # Workers find each other in the ledger; a chat between all of them does not grow to a thousand.
         quiet = {"without_mingle": True, "without_gossip": True}
         super().__init__(*args, worker_options={**(worker_options or {}), **quiet}, **options)
+        self.pool_loop = PoolLoop(self)
 
     @property
     def runtime(self) -> Runtime:
@@ -52,8 +57,22 @@ class Consumer(celery_consumer.Consumer):
 
     def connect(self) -> Any:
         connection = super().connect()
+        self.pool_loop.connected()
         connection.private_queue = "" if self.runtime.mailbox is not None else self.runtime.identity.queue
         return connection
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Connect. Until the broker answers, the pool is served: Celery would sleep between its tries."""
+        conf = self.app.conf
+        again = conf.broker_connection_retry_on_startup if self.first_connection_attempt else None
+        if not (conf.broker_connection_retry if again is None else again):
+            return super().ensure_connected(conn)
+        if self.connection is not None:
+            # The broker answered just now. Where it does not any more, all begins anew, with what follows here.
+            return conn.ensure_connection(max_retries=0, reraise_as_library_errors=False)
+        self.pool_loop.connect(conn)
+        self.first_connection_attempt = False
+        return conn
 
     def start(self) -> None:
         if not self.runtime.joining.met:
@@ -105,6 +124,11 @@ class Consumer(celery_consumer.Consumer):
 
     def register_with_event_loop(self, hub: Any) -> None:
         super().register_with_event_loop(hub)
+        self.register_pool(hub)
+
+    def register_pool(self, hub: Any) -> None:
+        """After Celery's pool was registered with the loop: what the platform wants of it."""
+        self.pool_loop.resume()
         self.runtime.attach(hub)
         # (The loop is made anew for each connection to the broker, and ends its timers with it.)
         maintain = getattr(getattr(self.pool, "_pool", None), "maintain_pool", None)
@@ -132,6 +156,10 @@ class Consumer(celery_consumer.Consumer):
         if self.blueprint.state == RUN:
             self.runtime.starting.detach()
             return
+        self.recall()
+
+    def recall(self) -> None:
+        """The main loop will not run again: hand back what has provably not started."""
         # (Whatever asked for the stop: of a remote one Celery sends no signal.)
         self.runtime.drain()
         self.runtime.starting.stop()

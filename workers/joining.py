@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Final
 
 from redis.exceptions import RedisError
+from sqlalchemy.exc import DBAPIError
 
 from routing.capacity import Capacity
 from routing.errors import StoreUnavailable
+from routing.postgres import translate
 from routing.replies import LedgerClosed
 from workers.confirmation import Confirmation
 from workers.duties.opening import open_ledger
@@ -27,7 +29,7 @@ OPEN_AGAIN_AFTER: Final = 0.05
 
 
 class Joining:
-    """`challenge` asks a twin to show itself. `broker_apart`: this worker may work without the ledger."""
+    """`challenge` asks a twin to show itself."""
 
     def __init__(
         self,
@@ -36,14 +38,12 @@ class Joining:
         confirmation: Confirmation,
         sight: Sight,
         challenge: Callable[[], None],
-        broker_apart: bool,
     ) -> None:
         self._stores = stores
         self._membership = membership
         self._confirmation = confirmation
         self._sight = sight
         self._challenge = challenge
-        self._broker_apart = broker_apart
         #: Whether this life has met the others, and has begun to register.
         self.met = self.begun = False
 
@@ -63,10 +63,13 @@ class Joining:
             check_stores(self._stores.engine, self._stores.redis, self._stores.settings)
             self._membership.claim_name(self._challenge)
         except (StoreUnavailable, RedisError) as error:
-            if not (self._broker_apart and may_pass(error)):
+            if not may_pass(error):
                 raise
             # (Where it was Postgres that did not answer, this does not either.)
-            self._membership.claim_name_in_postgres()
+            try:
+                self._membership.claim_name_in_postgres()
+            except DBAPIError as refused:
+                raise translate(refused) from refused
 
     def _enter(self, capacity: Capacity, declared: Declarations, wait: Callable[[float], object]) -> int:
         while True:
@@ -81,7 +84,7 @@ class Joining:
                 # Another process is opening the epoch, or it changed just now.
                 wait(OPEN_AGAIN_AFTER)
             except (StoreUnavailable, RedisError) as error:
-                if not (self._broker_apart and may_pass(error)):
+                if not may_pass(error):
                     raise
                 logger.warning("the ledger does not answer, this worker starts without it: %s", error)
                 self._sight.note(lost=True)

@@ -103,6 +103,7 @@ class LedgerThread(native.Thread):
         #: What was claimed by an answer after which this process might not decide any more.
         self._late: list[tuple[Holding, str, Any]] = []
         self._retry_at = 0.0
+        self._said = ""
 
     # -- called by others ----------------------------------------------------------------------------------------
 
@@ -161,11 +162,14 @@ class LedgerThread(native.Thread):
                     if offering:
                         self._offer_again()
                     done = self._settle() or offering
+                self._said = ""
             except LedgerClosed:
                 self._on_closed()
                 done = False
             except StoreUnavailable as error:
-                logger.warning("the ledger does not answer, ends are kept: %s", error)
+                if str(error) != self._said:
+                    self._said = str(error)
+                    logger.warning("the ledger does not answer, ends are kept: %s", error)
                 done = False
             except Exception:
                 # Whatever it was, what is pending stays so: without this thread nothing of this worker would ever end.

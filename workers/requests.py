@@ -207,8 +207,11 @@ class JobRequest:
         super().terminate(pool, signal)  # type: ignore[misc]
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """Break off the body, as a cold stop does. Celery stores its state RETRY in a signal's handler, which must not
+        wait for the backend."""
         self.ended_by = "stop"
-        super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
+        with self._speaking():
+            super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
 
     def killed(self) -> None:
         """Its greenlet was ended from outside. Of one that was revoked all is said; when the worker stops it goes back;

@@ -104,19 +104,17 @@ class Runtime:
         self.serving = Serving(app, settings, self.remeasure)
         self.intake = Intake(app, self.serving, self.on_tick, self.announcer.refused)
         self.sight = Sight()
-        self.broker_apart = not shares_ledger(app, settings)
+        broker_apart = not shares_ledger(app, settings)
         #: Takes the messages of the private queue where Celery's loop does not.
-        self.mailbox = Mailbox(settings, identity.queue, self._received) if self.broker_apart or green else None
-        self.joining = Joining(
-            stores, self.membership, self.confirmation, self.sight, self.intake.challenge, self.broker_apart
-        )
+        self.mailbox = Mailbox(settings, identity.queue, self._received) if broker_apart or green else None
+        self.joining = Joining(stores, self.membership, self.confirmation, self.sight, self.intake.challenge)
         self.puller = Puller(
             engine,
             settings,
             identity,
             self.confirmation,
             self.holdings,
-            Switch(engine, settings, self.confirmation, self.sight, self.broker_apart),
+            Switch(engine, settings, self.confirmation, self.sight),
             self._flush,
             lambda flush: self.membership.tell_postgres(self.sight.lost, flush),
             self.starting.take,
@@ -208,6 +206,10 @@ class Runtime:
         """In the main thread, whose loop does not run yet: a TERM ends the start."""
         self._loop.wait(seconds)
         worker_state.maybe_shutdown()
+
+    def wake_loop(self) -> None:
+        """Have the main loop look around, in any thread."""
+        self._loop.set()
 
     def remeasure(self) -> None:
         """The pool, or what this worker serves, has changed: the heartbeat publishes it. What is admitted meanwhile and

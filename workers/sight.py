@@ -43,23 +43,19 @@ class Sight:
 
 
 class Switch:
-    """Changes the authority. `broker_apart`: the broker is not the ledger's Redis; else nothing could start without the
-    ledger anyway, and two changes would only cost their pauses."""
+    """Changes the authority."""
 
-    def __init__(
-        self, engine: Engine, settings: Settings, confirmation: Confirmation, sight: Sight, broker_apart: bool
-    ) -> None:
+    def __init__(self, engine: Engine, settings: Settings, confirmation: Confirmation, sight: Sight) -> None:
         self._engine = engine
         self._settings = settings
         self._confirmation = confirmation
         self._sight = sight
-        self._broker_apart = broker_apart
 
     def look(self) -> None:
         """Change the authority, if it is time. Asks Postgres only when this worker's own sight speaks for a change."""
         settings, known, sight = self._settings, self._confirmation.authority, self._sight
         lost_for = roster.pause(settings.confirm_interval)
-        if known == "ledger" and self._broker_apart and sight.lost and sight.seconds() >= lost_for:
+        if known == "ledger" and sight.lost and sight.seconds() >= lost_for:
             self._change(
                 lambda connection: roster.decide_in_postgres(connection, settings.worker_ttl, lost_for),
                 "no worker reaches the ledger: Postgres decides, in epoch %d",

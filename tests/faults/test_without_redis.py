@@ -1,0 +1,122 @@
+"""One Redis is ledger, broker and result backend at once, and is away for longer than every lease: work goes on from
+Postgres, and nothing is lost or done twice when Redis is back."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from routing import roster
+from routing.roster import Authority
+from tests.faults.servers import Servers
+from tests.faults.watching import Oracle
+from tests.fixtures.processes import Platform, Pool
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+
+
+def authority(platform: Platform) -> Authority:
+    with platform.engine.connect() as connection:
+        return roster.read_authority(connection)
+
+
+def until_decides(platform: Platform, who: str) -> Authority:
+    """The authority row, as soon as it names this store."""
+    until(lambda: authority(platform).authority == who, lambda: f"{who} decides: {authority(platform)}", 60)
+    return authority(platform)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo", "gevent"])
+def test_jobs_start_from_postgres_while_the_only_redis_is_away(
+    servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool
+) -> None:
+    platform.worker("a", cpus=2, pool=pool)
+    oracle.sends(submitter, 4)
+    oracle.until_runs(4)
+    servers.kill_redis()
+    oracle.results_were_lost()
+    oracle.sends(submitter, 4)
+    until_decides(platform, "postgres")
+    oracle.sends(submitter, 4)
+    oracle.until_runs(12)
+    servers.start_redis()
+    oracle.whole_again("Redis was away")
+    until_decides(platform, "ledger")
+    oracle.sends(submitter, 4)
+    oracle.assert_zeros()
+
+
+@pytest.fixture
+def without_redis(servers: Servers, platform: Platform, oracle: Oracle) -> Iterator[Platform]:
+    """One worker `a` of two CPUs, and Postgres decides. At the end the ledger does, and all counts are 0."""
+    platform.worker("a", cpus=2)
+    servers.kill_redis()
+    until_decides(platform, "postgres")
+    yield platform
+    servers.start_redis()
+    oracle.whole_again("Redis was away")
+    if any(process.alive for process in platform.processes):
+        until_decides(platform, "ledger")
+        oracle.assert_zeros()
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo", "gevent"])
+def test_worker_joins_and_works_though_redis_was_away_at_its_start(
+    servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool
+) -> None:
+    servers.kill_redis()
+    oracle.sends(submitter, 2)
+    platform.worker("a", cpus=2, pool=pool)
+    until_decides(platform, "postgres")
+    oracle.sends(submitter, 4)
+    oracle.until_runs(6)
+    servers.start_redis()
+    oracle.whole_again("Redis was away at the start")
+    until_decides(platform, "ledger")
+    oracle.sends(submitter, 4)
+    oracle.assert_zeros()
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
+def test_told_to_end_a_worker_hands_back_what_has_not_started(
+    servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool
+) -> None:
+    leaving, other = platform.worker("a", cpus=1, pool=pool), platform.worker("b", cpus=1)
+    servers.kill_redis()
+    until_decides(platform, "postgres")
+    oracle.sends(submitter, 2, seconds=2.0)
+    waiting = oracle.sends(submitter, 4)
+    oracle.until_runs(2)
+    leaving.signal(signal.SIGTERM)
+    oracle.asked(leaving)
+    assert leaving.wait() == 0
+    assert oracle.runs() >= 2
+    assert oracle.ends_of(list(oracle.values)) >= 1
+    until(lambda: oracle.ends_of(waiting) == 4, "the other worker runs what is left")
+    assert other.alive
+    servers.start_redis()
+    until_decides(platform, "ledger")
+    oracle.assert_zeros()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGQUIT, signal.SIGKILL])
+def test_broken_off_jobs_run_again_on_another_worker(
+    servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle, signum: signal.Signals
+) -> None:
+    leaving = platform.worker("a", cpus=2)
+    servers.kill_redis()
+    until_decides(platform, "postgres")
+    jobs = oracle.sends(submitter, 2, seconds=2.0)
+    oracle.until_runs(2)
+    oracle.asked(leaving)
+    leaving.signal(signum)
+    leaving.wait()
+    platform.worker("b", cpus=2)
+    until(lambda: all(submitter.row(job).state == "succeeded" for job in jobs), "both ran on the other worker")
+    assert {submitter.row(job).worker for job in jobs} == {"b"}
+    assert {submitter.row(job).losses for job in jobs} == ({0} if signum == signal.SIGQUIT else {1})
+    servers.start_redis()
+    until_decides(platform, "ledger")
+    oracle.assert_zeros()
