@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from routing import formats, postgres
+from routing import deadlines, formats, postgres
 from routing.errors import InvalidRequest, NotMigrated, StoreUnavailable, show
 
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ HEAD: Final = "0006"
 
 #: Where Alembic notes the revision of a database.
 VERSION_TABLE: Final = "alembic_version"
+
+#: Seconds for a connection, and for one statement of a revision: it may write a large table anew, and waits for whoever
+#: upgrades the same database.
+CONNECT_WITHIN: Final = 10
+MIGRATED_WITHIN: Final = 3600.0
 
 #: Key of the advisory lock under which revisions are applied: "migrate" in ASCII.
 _LOCK: Final = int.from_bytes(b"migrate")
@@ -113,9 +118,17 @@ def _locked(database_url: str) -> Iterator[Connection]:
         yield connection
 
 
+def _own_engine(database_url: str) -> Engine:
+    limits = {
+        "connect_timeout": CONNECT_WITHIN,
+        "connection_factory": deadlines.connection_factory(MIGRATED_WITHIN),
+    }
+    return create_engine(database_url, poolclass=NullPool, connect_args=limits)
+
+
 @contextmanager
 def _connected(database: str | Engine) -> Iterator[Connection]:
-    engine = create_engine(database, poolclass=NullPool) if isinstance(database, str) else database
+    engine = _own_engine(database) if isinstance(database, str) else database
     try:
         connection = engine.connect()
     except OperationalError as error:

@@ -249,10 +249,22 @@ def _make_socket_folder(host: Path, owner: ownership.Owner | None) -> None:
     host.chmod(0o700)
 
 
+#: Seconds for a connection to a server that has just started, and for making its database.
+CREATED_WITHIN = 60
+
+
 def _make_database(server: Postgres) -> None:
     import psycopg2
 
-    connection = psycopg2.connect(host=str(server.host), user=ROLE, dbname="postgres")
+    from routing import deadlines
+
+    connection = psycopg2.connect(
+        host=str(server.host),
+        user=ROLE,
+        dbname="postgres",
+        connect_timeout=CREATED_WITHIN,
+        connection_factory=deadlines.connection_factory(CREATED_WITHIN),
+    )
     try:
         connection.autocommit = True
         with connection.cursor() as cursor:

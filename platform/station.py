@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import create_engine
-
 import migrations
 from platform import servers
 from platform.launch import DASHBOARD_PATH, Interrupted, WorkerSpec, await_ready, dashboard_url, start_worker
@@ -26,6 +24,7 @@ from routing.amounts import CPUS, MEMORY, SLOTS, cpus_number, format_cpus, forma
 from routing.errors import PlatformError, mask_url
 from routing.names import check_worker_name
 from routing.settings import Settings
+from workers.stores import make_engine
 
 __all__ = ["NothingRuns", "Running", "Station"]
 
@@ -165,7 +164,7 @@ class Station:
     def describe(self) -> Running:
         """What runs now; the workers' capacity is what they have published."""
         redis_url, database_url = str(self._settings.redis_url), str(self._settings.database_url)
-        engine = create_engine(database_url)
+        engine = make_engine(database_url, timeout=self._settings.store_timeout)
         client = server.connect(redis_url)
         try:
             live = overview.read(overview.quick(client), engine, self._settings.worker_ttl).workers

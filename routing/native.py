@@ -242,6 +242,17 @@ def is_apart() -> bool:
     return _ident() in _threads
 
 
+def start_thread(target: Any) -> None:
+    """Run `target` in a thread of the operating system, in a process that called `install` and in one that did not. It
+    may use nothing that gevent has changed."""
+    _start(target, ())
+
+
+def allocate_lock() -> Any:
+    """Return a lock of the operating system: a greenlet that waits for it stops the others."""
+    return _allocate()
+
+
 def poll() -> Any:
     """`select.poll()`, which in a greenlet lets the others run."""
     return _poll() if is_apart() else select.poll()

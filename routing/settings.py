@@ -198,6 +198,11 @@ class Settings:
         "PLATFORM_RECONCILE_INTERVAL", 300.0, "Between two comparisons of both stores."
     )
     confirm_interval: float = _duration("PLATFORM_CONFIRM_INTERVAL", 5.0, "Between two questions which store admits.")
+    store_timeout: float = _duration(
+        "PLATFORM_STORE_TIMEOUT",
+        10.0,
+        "Within this time a call to Postgres is answered, or given up with an error; duties have six times as long.",
+    )
     tombstone: float = _duration(
         "PLATFORM_TOMBSTONE",
         60.0,

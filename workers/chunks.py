@@ -9,21 +9,26 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Final
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import accept, bulk, enroll
+from routing import accept, bulk, deadlines, enroll
 from routing.accept import Inserted, NewJob
 from routing.bulk import Committed
 from routing.errors import NotAccepted, OutcomeUnknown, mask_url
 from routing.ledger import Ledger
 from routing.policy import order
 from workers.attempts import Attempt
-from workers.sender import Sender, may_pass
+from workers.insert_errors import may_pass
+from workers.sender import Sender
 from workers.stores import Stores
 
 logger = logging.getLogger(__name__)
+
+#: Bytes of messages for which one limit is long enough, at a few MB a second.
+BYTES_IN_LIMIT: Final = 32 * 1024**2
 
 #: What is called once a job is stored (a signal of Celery's), None where nobody listens.
 After = Callable[[], None] | None
@@ -138,8 +143,11 @@ class Chunks:
             # What holds a job back is written with its row, one at a time.
             self._store_singly(jobs)
             return
+        limits = 1 + sum(len(job.message) for job in jobs) // BYTES_IN_LIMIT
+        seconds = self._stores.settings.store_timeout * min(limits, deadlines.LONG)
         try:
-            committed = self._copy(jobs)
+            with deadlines.within(seconds), deadlines.patiently(seconds):
+                committed = self._copy(jobs)
         except (NotAccepted, OutcomeUnknown) as error:
             if attempt is None or not may_pass(error):
                 raise
@@ -166,7 +174,7 @@ class Chunks:
         except DBAPIError as error:
             if bulk.is_known(error):
                 return None
-            if not error.connection_invalidated:
+            if not error.connection_invalidated or deadlines.unsent(error):
                 raise NotAccepted(f"Postgres refused {len(jobs)} jobs: {mask_url(str(error.orig))}") from error
             # The connection was lost around the commit. The same again is safe: ids that exist by now say so.
             return self._copy_again(jobs)
@@ -174,6 +182,7 @@ class Chunks:
             raise NotAccepted(f"no connection to Postgres was free for {len(jobs)} jobs") from error
 
     def _copy_again(self, jobs: Sequence[NewJob]) -> Committed | None:
+        self._stores.doubt_connections()
         try:
             return self._copy_once(jobs)
         except (DBAPIError, PoolTimeout) as error:

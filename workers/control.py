@@ -164,6 +164,8 @@ def carry_out(stores: Stores, job: str) -> bool:
             return False
         except DBAPIError as problem:
             raise translate(problem, f"job {job} was not revoked: ") from problem
+        except PoolTimeout as problem:
+            raise StoreUnavailable(f"job {job} was not revoked: no connection to Postgres was free") from problem
     return False
 
 

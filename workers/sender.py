@@ -10,10 +10,9 @@ from datetime import UTC, tzinfo
 from typing import Any, Final, NoReturn
 
 from kombu import serialization
-from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from routing import accept, backlog, enroll, formats, limits, pull, successors
+from routing import accept, backlog, deadlines, enroll, formats, limits, pull, successors
 from routing import message as messages
 from routing.accept import Inserted, NewJob, Publisher
 from routing.amounts import DEFAULT_QUEUE, LABEL
@@ -23,18 +22,17 @@ from routing.errors import (
     NotAccepted,
     OutcomeUnknown,
     Unsupported,
-    mask_url,
     show,
 )
 from routing.ledger import Ledger
 from routing.names import check_job_id, check_queue_name
 from routing.policy import order
-from routing.postgres import NOT_ALLOWED, told
+from routing.postgres import NOT_ALLOWED
 from routing.replies import LedgerClosed
 from routing.request import Request
 from routing.request_file import RERUN
 from routing.states import FINAL, State
-from workers import attempts
+from workers import attempts, insert_errors
 from workers.attempts import Attempt
 from workers.call import (
     SameJob,
@@ -86,9 +84,14 @@ class Sender:
 
     def accept(self, body: Any, **message: Any) -> NewJob:
         """Accept a message as Celery publishes it (as `encoded`). When this returns, the job is durable."""
-        job = self.encoded(body, **message)
-        self.store(job)
+        with self._in_time():
+            job = self.encoded(body, **message)
+            self.store(job)
         return job
+
+    def _in_time(self) -> deadlines.within:
+        """All that one job asks Postgres ends within the setting."""
+        return deadlines.within(self._stores.settings.store_timeout)
 
     def encoded(
         self,
@@ -152,13 +155,15 @@ class Sender:
     def store(self, job: NewJob) -> None:
         """Make one job durable, and bring it to the ledger."""
         attempt = attempts.current()
-        self.admits(attempt)
-        self.store_for(attempt, job)
+        with self._in_time():
+            self.admits(attempt)
+            self.store_for(attempt, job)
 
     def store_for(self, attempt: Attempt | None, job: NewJob) -> None:
         """The same, in any thread, for the attempt that publishes it."""
         began, began_ms = self._stores.sending.begin(), time.time() * 1000
-        inserted = self._insert(job) if attempt is None else self._insert_for(attempt, job)
+        with self._in_time():
+            inserted = self._insert(job) if attempt is None else self._insert_for(attempt, job)
         if inserted is None or not inserted.starts:
             return
         # (A worker's process may end as soon as its task has.)
@@ -242,7 +247,7 @@ class Sender:
         try:
             return self._insert(job, attempt.publisher)
         except (NotAccepted, OutcomeUnknown) as error:
-            if not may_pass(error):
+            if not insert_errors.may_pass(error):
                 raise
             logger.warning("Postgres is away: what job %s publishes goes with its end: %s", attempt.tag.job, error)
             self._keep_until = time.monotonic() + POSTGRES_PAUSE
@@ -255,35 +260,18 @@ class Sender:
             try:
                 return self._insert(job)
             except (NotAccepted, OutcomeUnknown) as error:
-                if not (may_pass(error) and may_wait()):
+                if not (insert_errors.may_pass(error) and may_wait()):
                     raise
             pause.wait(AGAIN_AFTER)
 
     def _insert(self, job: NewJob, by: Publisher | None = None) -> Inserted | None:
         """The durable insert. None where the id belongs to a job that runs, and this is its successor (or known)."""
         try:
-            return self._insert_safely(job, by)
+            return insert_errors.insert_safely(self._stores, job.id, lambda: self._insert_once(job, by))
         except SameJob as same:
             if not until_written(self._stores, same.first):
                 raise
-        return self._insert_safely(job, by)
-
-    def _insert_safely(self, job: NewJob, by: Publisher | None) -> Inserted | None:
-        try:
-            inserted = self._insert_once(job, by)
-        except (OperationalError, DBAPIError) as error:
-            if not error.connection_invalidated:
-                raise NotAccepted(f"Postgres refused job {job.id}: {mask_url(told(error))}") from error
-            # The connection was lost around the commit. The same statement on a new connection is safe: a row that
-            # is there already is left as it is.
-            self._stores.doubt_connections()
-            try:
-                inserted = self._insert_once(job, by)
-            except (PoolTimeout, DBAPIError) as again:
-                raise OutcomeUnknown(job.id) from again
-        except PoolTimeout as error:
-            raise NotAccepted(f"no connection to Postgres was free for job {job.id}") from error
-        return inserted
+        return insert_errors.insert_safely(self._stores, job.id, lambda: self._insert_once(job, by))
 
     def _insert_once(self, job: NewJob, by: Publisher | None) -> Inserted | None:
         if by is None and job.gates is None:
@@ -392,8 +380,3 @@ class Sender:
         except SQLAlchemyError as error:
             # They look by themselves, a little later.
             logger.info("the workers were not told of a job: %s", error)
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether Postgres did not answer, rather than refuse what it was asked."""
-    return isinstance(error, OutcomeUnknown) or isinstance(error.__cause__, (OperationalError, PoolTimeout))

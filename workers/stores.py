@@ -14,7 +14,7 @@ from typing import Any, Final
 import redis
 from sqlalchemy import Engine, NullPool, create_engine, event
 
-from routing import request_file
+from routing import deadlines, request_file
 from routing.errors import NoServers
 from routing.home import running_pair
 from routing.inserter import Inserter
@@ -25,9 +25,15 @@ from workers.breaker import Breaker
 from workers.inherited import let_go
 from workers.watching import Watcher
 
-#: Seconds to wait for a connection to Postgres, for one of the pool, and for a lock of a table.
+#: Seconds to wait for a connection to Postgres, and for one of the pool; libpq counts at least two for the former.
 CONNECT_WITHIN: Final = 3
+CONNECT_AT_LEAST: Final = 2
+#: Milliseconds to wait for a lock of a table.
 LOCK_WITHIN_MS: Final = 2500
+#: Seconds for one call to Postgres where no setting says.
+STORE_TIMEOUT: Final = 10.0
+#: The server ends a job's insert after this part of the limit, and says so before the connection is given up.
+INSERT_PART: Final = 0.8
 #: Milliseconds after which data that nobody acknowledged ends a connection.
 TCP_WITHIN_MS: Final = 10_000
 
@@ -45,10 +51,18 @@ def resolve_running(settings: Settings) -> Settings:
     return settings.with_urls(pair.redis_url, pair.database_url)
 
 
-def make_engine(url: str, *, pooled: bool = True) -> Engine:
+def make_engine(
+    url: str, *, pooled: bool = True, timeout: float = STORE_TIMEOUT, most: float = deadlines.LONG
+) -> Engine:
     """An engine whose statements are autocommitted one by one, with short time-outs. `pooled`: False where whoever
-    connects keeps the connection."""
+    connects keeps the connection. A call is given up after `timeout` seconds (`routing.deadlines`), and the server ends
+    a statement after `most` times as many."""
     pool: dict[str, Any] = {"pool_size": 1, "max_overflow": 9, "pool_timeout": CONNECT_WITHIN}
+    options = {
+        "lock_timeout": LOCK_WITHIN_MS,
+        "statement_timeout": max(1, round(timeout * most * 1000)),
+        "application_name": "celery-capacity",
+    }
     engine = create_engine(
         url,
         isolation_level="AUTOCOMMIT",
@@ -56,17 +70,23 @@ def make_engine(url: str, *, pooled: bool = True) -> Engine:
         pool_reset_on_return=None,
         **(pool if pooled else {"poolclass": NullPool}),
         connect_args={
-            "connect_timeout": CONNECT_WITHIN,
+            "connection_factory": deadlines.connection_factory(timeout),
             # A server that went away without a word is noticed in seconds, not in hours (over TCP).
             "keepalives_idle": 5,
             "keepalives_interval": 2,
             "keepalives_count": 3,
             "tcp_user_timeout": TCP_WITHIN_MS,
-            "options": f"-c lock_timeout={LOCK_WITHIN_MS} -c application_name=celery-capacity",
+            "options": " ".join(f"-c {name}={value}" for name, value in options.items()),
         },
     )
+    event.listen(engine, "do_connect", _limit_connecting)
     event.listen(engine, "connect", lambda connection, _: _connections.add(connection))
     return engine
+
+
+def _limit_connecting(_dialect: Any, _record: Any, _arguments: Any, options: dict[str, Any]) -> None:
+    """Give a new connection no more time than its user has."""
+    options["connect_timeout"] = round(max(CONNECT_AT_LEAST, min(CONNECT_WITHIN, deadlines.left())))
 
 
 class Stores:
@@ -117,7 +137,10 @@ class Stores:
 
     @property
     def engine(self) -> Engine:
-        found: Engine = self._get("engine", lambda: make_engine(str(self.settings.database_url)))
+        def make() -> Engine:
+            return make_engine(str(self.settings.database_url), timeout=self.settings.store_timeout)
+
+        found: Engine = self._get("engine", make)
         return found
 
     @property
@@ -125,7 +148,9 @@ class Stores:
         """Inserts the jobs that are submitted one by one."""
 
         def make() -> Inserter:
-            return Inserter(make_engine(str(self.settings.database_url), pooled=False), self.engine)
+            url, timeout = str(self.settings.database_url), self.settings.store_timeout
+            own = make_engine(url, pooled=False, timeout=timeout, most=INSERT_PART)
+            return Inserter(own, self.engine)
 
         found: Inserter = self._get("inserter", make)
         return found

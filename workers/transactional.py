@@ -18,8 +18,8 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session
 
-from routing import accept, bulk, within
-from routing.accept import NewJob
+from routing import accept, bulk, deadlines, within
+from routing.accept import NewJob, Publisher
 from routing.errors import InvalidRequest, NotAccepted, NotMigrated, PlatformError, Unsupported, mask_url, show
 from routing.within import Home
 from workers import attempts
@@ -70,11 +70,10 @@ class Transaction:
         home = self._home(connection)
         attempt = attempts.current()
         if attempt is not None:
-            with self._stores.engine.connect() as own:
-                if not accept.may_publish(own, attempt.publisher):
-                    self._sender.refuse(accept.confirmed(own), jobs[0], attempt.publisher)
+            self._check_lease(attempt.publisher, jobs[0])
         try:
-            written = within.insert_jobs(connection, home, jobs)
+            with deadlines.watched(connection, self._stores.settings.store_timeout):
+                written = within.insert_jobs(connection, home, jobs)
         except DBAPIError as error:
             raise NotAccepted(
                 f"Postgres refused job {jobs[0].id} in the caller's transaction: {mask_url(str(error.orig))}",
@@ -82,6 +81,14 @@ class Transaction:
             ) from error
         if isinstance(self._session, Session):
             _remember(self._session, self._sender, self._stores, [job for job in jobs if job.id in written])
+
+    def _check_lease(self, publisher: Publisher, job: NewJob) -> None:
+        try:
+            with self._stores.engine.connect() as own:
+                if not accept.may_publish(own, publisher):
+                    self._sender.refuse(accept.confirmed(own), job, publisher)
+        except SQLAlchemyError as error:
+            raise NotAccepted(f"Postgres does not answer: job {job.id} was not written") from error
 
     def _connection(self) -> Connection:
         if isinstance(self._session, Connection):
@@ -105,7 +112,15 @@ class Transaction:
             return known
         for again in (False, True):
             home = _home_of(self._stores, again)
-            if within.is_at(connection, home):
+            try:
+                with deadlines.watched(connection, self._stores.settings.store_timeout):
+                    at_home = within.is_at(connection, home)
+            except DBAPIError as error:
+                raise NotAccepted(
+                    f"Postgres refused the caller's transaction: {mask_url(str(error.orig))}",
+                    advice="The transaction has failed: roll it back.",
+                ) from error
+            if at_home:
                 connection.info[_KNOWN] = home
                 return home
         raise _elsewhere(str(connection.engine.url.database))

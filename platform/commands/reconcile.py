@@ -7,7 +7,7 @@ import click
 from platform import render
 from platform.edge import Command, json_option, stores_of
 from platform.terminal import facts, print_json
-from routing import rebuild, reconcile
+from routing import deadlines, rebuild, reconcile
 from workers.exits import Exit
 
 __all__ = ["command"]
@@ -33,8 +33,9 @@ def command(context: click.Context, as_json: bool) -> None:
     Beat does this every 300 s; by hand it is harmless at any time. A ledger that is cold is opened first.
     """
     stores = stores_of(context)
-    rebuilt = rebuild.open_if_cold(stores.engine, stores.ledger)
-    done = reconcile.reconcile(stores.engine, stores.ledger)
+    with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
+        rebuilt = rebuild.open_if_cold(stores.engine, stores.ledger)
+        done = reconcile.reconcile(stores.engine, stores.ledger)
     if as_json:
         opened = None
         if rebuilt is not None:

@@ -9,7 +9,7 @@ import click
 from platform import checks, render
 from platform.edge import Command, json_option, stores_of
 from platform.terminal import facts, print_json
-from routing import overview, verify
+from routing import deadlines, overview, verify
 from routing.errors import StoreUnavailable
 from workers.exits import Exit
 
@@ -82,7 +82,8 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
 def _judge(stores: Stores) -> tuple[verify.Report | None, str | None]:
     """The invariants, or why they cannot be judged: both stores are needed."""
     try:
-        return verify.check(stores.engine, stores.redis), None
+        with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
+            return verify.check(stores.engine, stores.redis), None
     except StoreUnavailable as error:
         return None, error.message
 

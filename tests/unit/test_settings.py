@@ -56,6 +56,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
         "sweep_interval": 10.0,
         "reconcile_interval": 300.0,
         "confirm_interval": 5.0,
+        "store_timeout": 10.0,
         "tombstone": 60.0,
         "keep_finished": 2_592_000.0,
         "warnings": (),
@@ -89,6 +90,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
         "PLATFORM_SWEEP_INTERVAL": "1",
         "PLATFORM_RECONCILE_INTERVAL": "30",
         "PLATFORM_CONFIRM_INTERVAL": "0.5",
+        "PLATFORM_STORE_TIMEOUT": "4",
         "PLATFORM_TOMBSTONE": "6",
         "PLATFORM_KEEP_FINISHED": "86400",
     }
@@ -120,6 +122,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
         sweep_interval=1.0,
         reconcile_interval=30.0,
         confirm_interval=0.5,
+        store_timeout=4.0,
         tombstone=6.0,
         keep_finished=86_400.0,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from routing import rebuild
+from routing import deadlines, rebuild
 from workers.stores import Stores
 
 logger = logging.getLogger(__name__)
@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 
 def open_ledger(stores: Stores) -> dict[str, int]:
     """Open a new epoch when the ledger is cold and nobody else is doing it."""
-    done = rebuild.open_if_cold(stores.engine, stores.ledger)
+    with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
+        done = rebuild.open_if_cold(stores.engine, stores.ledger)
     if done is None:
         return {}
     logger.warning(

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from routing import native, roster
+from routing import deadlines, native, roster
 from routing.errors import PlatformError
 from routing.postgres import is_locked, told
 from routing.replies import LedgerClosed
@@ -115,6 +115,10 @@ class Runner(native.Thread):
             self.join(within)
 
     def run(self) -> None:
+        with deadlines.patiently(self._stores.settings.store_timeout * deadlines.LONG):
+            self._loop()
+
+    def _loop(self) -> None:
         settings = self._stores.settings
         # The first reconcile is due an interval after the start, not at it.
         self._next_at = {

@@ -1,0 +1,200 @@
+"""Every call to a store ends, also where the store is stopped and its kernel goes on to acknowledge."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from routing import deadlines
+from routing.errors import NotAccepted, OutcomeUnknown, PartlyAccepted, StoreUnavailable
+from tests.faults.servers import Servers, own_servers
+from tests.fixtures.processes import FOREIGN, ROOT, Platform
+from tests.fixtures.servers import empty_database, empty_redis, environment_of
+from tests.fixtures.stalling import ENDS_WITHIN, ending, postgres_pids, redis_pids, stalled
+from tests.fixtures.submitting import Submitter, platform_on
+from workers.bulk import submit_many
+from workers.jobs import job
+from workers.stores import make_engine
+
+ADD = "tests.fixtures.tasks.add"
+
+#: Seconds of the limit under test: a call that waits for nothing takes a thousandth of it.
+LIMIT = 1.0
+
+
+@pytest.fixture(scope="module")
+def own_pair() -> Iterator[Servers]:
+    with own_servers() as servers:
+        yield servers
+
+
+@pytest.fixture
+def platform(own_pair: Servers, tmp_path: Path) -> Iterator[Platform]:
+    with empty_database(own_pair.pair) as database_url, empty_redis(own_pair.pair) as redis_url:
+        environment = {**environment_of(redis_url, database_url, tmp_path), "PLATFORM_STORE_TIMEOUT": str(LIMIT)}
+        with platform_on(environment, tmp_path) as running:
+            yield running
+
+
+@pytest.fixture
+def submitter(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Iterator[Submitter]:
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        monkeypatch.delenv(name)
+    submitter = Submitter(platform)
+    yield submitter
+    submitter.close()
+
+
+def test_delay_says_unknown_where_postgres_stalls_around_the_commit(
+    own_pair: Servers, platform: Platform, submitter: Submitter
+) -> None:
+    submitter.send(ADD, 1, 2)
+    with stalled(postgres_pids(own_pair)), pytest.raises(OutcomeUnknown) as caught:
+        ending(lambda: submitter.send(ADD, 1, 2, task_id="one"))
+    assert caught.value.job_id == "one"
+    # The statement was on its way: the server may carry it out now. The same id makes no second job.
+    submitter.send(ADD, 1, 2, task_id="one")
+    assert submitter.jobs() == 2
+    platform.worker("a", 4, "threads")
+    assert submitter.value("one") == 3
+
+
+def test_delay_says_not_accepted_where_no_connection_is_made(own_pair: Servers, submitter: Submitter) -> None:
+    with stalled(postgres_pids(own_pair)), pytest.raises(NotAccepted):
+        ending(lambda: submitter.send(ADD, 1, 2, task_id="one"))
+    assert submitter.jobs() == 0
+
+
+def test_submit_many_says_unknown_where_postgres_stalls_around_the_commit(
+    own_pair: Servers, platform: Platform, submitter: Submitter
+) -> None:
+    submit_many(submitter.app, ADD, [(1, 2)])
+    with stalled(postgres_pids(own_pair)), pytest.raises(PartlyAccepted) as caught:
+        ending(lambda: submit_many(submitter.app, ADD, [(1, n) for n in range(5)]))
+    assert caught.value.accepted == 0
+    assert len(caught.value.unknown) == 5
+    platform.worker("a", 4, "threads")
+
+
+def test_transactional_enqueue_says_not_accepted_where_postgres_stalls(
+    own_pair: Servers, platform: Platform, submitter: Submitter
+) -> None:
+    with platform.engine.connect() as connection:
+        submitter.send(ADD, 1, 2, task_id="one", session=connection)
+        with stalled(postgres_pids(own_pair)), pytest.raises(NotAccepted):
+            ending(lambda: submitter.send(ADD, 1, 2, task_id="two", session=connection))
+        connection.rollback()
+    assert submitter.jobs() == 0
+
+
+def test_revoke_and_a_look_at_a_job_say_so_where_postgres_stalls(
+    own_pair: Servers, platform: Platform, submitter: Submitter
+) -> None:
+    one = submitter.send(ADD, 1, 2)
+    with stalled(postgres_pids(own_pair)):
+        with pytest.raises(StoreUnavailable):
+            ending(lambda: submitter.app.control.revoke(one))
+        with pytest.raises(StoreUnavailable):
+            ending(lambda: asyncio.run(job(one, submitter.app).now()))
+    platform.worker("a", 4, "threads")
+    submitter.ended(one)
+
+
+def test_commands_end_with_a_clear_error_where_postgres_stalls(own_pair: Servers, platform: Platform) -> None:
+    with stalled(postgres_pids(own_pair)):
+        for command in (["jobs"], ["reconcile"], ["verify"], ["db", "current"]):
+            done = ending(partial(platform.celery, *command))
+            assert done.returncode != 0, done.stdout
+            assert "Traceback" not in done.stderr
+            assert "Postgres" in done.stdout + done.stderr
+
+
+def test_worker_goes_on_and_ends_where_postgres_stalls(
+    own_pair: Servers, platform: Platform, submitter: Submitter
+) -> None:
+    worker = platform.worker("a", 4, "threads")
+    assert submitter.value(submitter.send(ADD, 1, 2)) == 3
+    with stalled(postgres_pids(own_pair)):
+        worker.wait_for("Postgres does not confirm")
+    # Each of its threads has given its connection up, and has another one now.
+    assert submitter.value(submitter.send(ADD, 2, 2)) == 4
+    with stalled(postgres_pids(own_pair)):
+        worker.signal(signal.SIGTERM)
+        worker.wait()
+
+
+@pytest.mark.parametrize("connected", [True, False], ids=["connected before", "first connection"])
+def test_delay_is_accepted_where_redis_stalls(
+    own_pair: Servers, platform: Platform, submitter: Submitter, connected: bool
+) -> None:
+    if connected:
+        submitter.send(ADD, 1, 2)
+    with stalled(redis_pids(own_pair)):
+        ending(lambda: submitter.send(ADD, 1, 2, task_id="one"))
+    assert submitter.row("one") is not None
+    platform.worker("a", 4, "threads")
+    assert submitter.value("one") == 3
+
+
+def test_call_in_a_child_has_a_deadline_of_its_own(own_pair: Servers, submitter: Submitter) -> None:
+    """The watchdog of the parent knows nothing of a child's calls."""
+    engine = make_engine(str(submitter.platform.settings.database_url), timeout=LIMIT)
+    with engine.connect() as connection:
+        connection.execute(text("SELECT 1"))
+
+    def ask() -> int:
+        try:
+            with make_engine(str(submitter.platform.settings.database_url), timeout=LIMIT).connect() as connection:
+                connection.execute(text("SELECT pg_sleep(3600)"))
+        except DBAPIError as error:
+            return 0 if isinstance(error.orig, deadlines.Stalled) else 1
+        return 2
+
+    pid = os.fork()
+    if not pid:
+        os._exit(ask())
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    engine.dispose()
+
+
+def test_call_that_is_answered_in_time_leaves_its_connection(own_pair: Servers, submitter: Submitter) -> None:
+    engine = make_engine(str(submitter.platform.settings.database_url), timeout=LIMIT)
+    with engine.connect() as connection:
+        pid = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        with deadlines.patiently(3600.0):
+            connection.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": 2 * LIMIT})
+        assert connection.execute(text("SELECT pg_backend_pid()")).scalar_one() == pid
+    engine.dispose()
+
+
+#: A program of greenlets, which the driver stops while it waits.
+GREEN = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from routing.deadlines import Stalled
+from workers.stores import make_engine
+try:
+    with make_engine(sys.argv[1], timeout=1.0).connect() as connection:
+        connection.execute(text("SELECT pg_sleep(3600)"))
+except DBAPIError as error:
+    print(type(error.orig).__name__)
+"""
+
+
+def test_call_between_greenlets_has_a_deadline(platform: Platform) -> None:
+    command = [sys.executable, "-c", GREEN, str(platform.settings.database_url)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=ENDS_WITHIN)
+    assert done.stdout == "Stalled\n", done.stderr
