@@ -9,7 +9,7 @@
 | `ledger:leases` | sorted set | worker, end of its lease (ms) |
 | `ledger:indexed` | sorted set | the same; only workers whose processes know of `ledger:free:<resource>` |
 | `ledger:held:<worker>` | hash | job, token of the attempt that holds an allocation there |
-| `ledger:missing:<worker>` | set | attempts (`<job> <token>`) held there that its last list did not name |
+| `ledger:missing:<worker>` | hash | attempt (`<job> <token>`) held there that its last list lacked, since when (ms) |
 | `ledger:job:<id>` | hash | one job; of one that ended a tombstone |
 | `ledger:wait:<shape>` | sorted set | waiting job, order |
 | `ledger:shapes` | sorted set | shape that waits, order of its first job |

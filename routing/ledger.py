@@ -270,18 +270,8 @@ class Ledger(Repairs):
         """Open a worker's book; `capacity` in the form of a shape. `Taken` when the name belongs to another. With the
         status `closed` nothing is admitted before the next `renew`; without `admit` by this caller."""
         flat = [item for pair in view.items() for item in pair]
-        reply = self._call(
-            "register",
-            *self._gate(),
-            worker,
-            incarnation,
-            queue,
-            self._ttl_ms,
-            capacity,
-            status,
-            "1" if admit else "0",
-            *flat,
-        )
+        args = (worker, incarnation, queue, self._ttl_ms, capacity, status, "1" if admit else "0", *flat)
+        reply = self._call("register", *self._gate(), *args)
         if reply[0] == "taken":
             return Taken(incarnation=reply[1], lease_left_ms=int(reply[2]), held=int(reply[3]))
         return Filled(int(reply[1]) + self.fill(worker, reply[2]))
@@ -295,12 +285,15 @@ class Ledger(Repairs):
         most_losses: int,
         *,
         admit: bool = True,
+        missing_ms: int | None = None,
     ) -> Renewed:
         """Renew the lease with a list of what the worker holds. `known` is False where it must register again. Without
-        `admit` nothing is admitted: this caller may not."""
+        `admit` nothing is admitted: this caller may not. `missing_ms`: a running job that no list has named for so long
+        by the ledger's clock is taken back; a renew interval where it is None, 0: at once, negative: none is."""
         flat = [item for pair in view.items() for item in pair]
-        args = (worker, incarnation, self._ttl_ms, most_losses, "1" if admit else "0", len(flat), *flat, *holds)
-        reply = self._call("renew", *self._gate(), *args)
+        missing = round(self.settings.renew_interval * 1000) if missing_ms is None else missing_ms
+        args = (worker, incarnation, self._ttl_ms, most_losses, "1" if admit else "0", missing, len(flat), *flat)
+        reply = self._call("renew", *self._gate(), *args, *holds)
         if reply[0] == "unknown":
             return Renewed(known=False, taken_back=0)
         self.fill(worker, reply[2])

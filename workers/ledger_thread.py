@@ -218,7 +218,7 @@ class LedgerThread(native.Thread):
         transitions += self._take_over(settled.handed_over)
         if transitions:
             self._record(transitions)
-        # Now that all of it is held here: a slow ledger would let two heartbeats miss it meanwhile.
+        # Now that all of it is held here.
         self._ledger.follow(self._identity.name, settled)
         return True
 

@@ -219,8 +219,7 @@ class Membership:
         for job in refused:
             logger.warning("job %s: its lease went to another attempt while the ledger was lost", job)
         # This list is complete: what Postgres says is held here and it does not name, is taken back at once.
-        for _ in range(2):
-            self.renew(holdings)
+        self.renew(holdings, missing_ms=0)
         if self.draining:
             self._ledger.drain(self.identity.name, self.identity.incarnation)
         logger.warning("registered again in epoch %d: %d jobs held", self._ledger.epoch, len(held))
@@ -279,8 +278,9 @@ class Membership:
 
     # -- staying and leaving -------------------------------------------------------------------------------------
 
-    def renew(self, holdings: Holdings) -> bool:
-        """One heartbeat. False where the ledger does not know this worker: it must register again."""
+    def renew(self, holdings: Holdings, missing_ms: int | None = None) -> bool:
+        """One heartbeat. False where the ledger does not know this worker: it must register again. `missing_ms`: see
+        `Ledger.renew`."""
         renewed = self._ledger.renew(
             self.identity.name,
             self.identity.incarnation,
@@ -288,6 +288,7 @@ class Membership:
             holdings.jobs(),
             self._ledger.settings.most_losses,
             admit=self._confirmation.may_admit,
+            missing_ms=missing_ms,
         )
         if renewed.taken_back:
             logger.warning("%d jobs that this worker no longer holds were taken back", renewed.taken_back)

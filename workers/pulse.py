@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Final
 
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
@@ -23,6 +24,12 @@ from workers.sight import Sight
 from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
+
+#: Part of the due interval within which two ticks are one heartbeat: beat's come in pairs.
+TICKS_WITHIN: Final = 0.1
+#: Part of the renew interval for which a heartbeat waits for the ledger's thread, which may have jobs that are in no
+#: list yet. After that it renews the lease, and leaves the list for the next one.
+WAITS_PART: Final = 0.5
 
 
 class Pulse(native.Thread):
@@ -91,13 +98,15 @@ class Pulse(native.Thread):
     def run(self) -> None:
         settings = self._ledger.settings
         now = time.monotonic()
-        renew_at = now + settings.renew_interval
+        renewed_at, renew_at = now, now + settings.renew_interval
         #: Seconds to wait at the least: a store that fails at once is not asked without a pause.
         pause = 0.0
         while not self._stopping:
             self._wake.wait(min(settings.due_interval, max(pause, renew_at - time.monotonic())))
             now, pause = time.monotonic(), settings.due_interval
-            ticked, self._ticked = self._ticked, False
+            if self._ticked:
+                self._ticked = False
+                renew_at = min(renew_at, renewed_at + settings.due_interval * TICKS_WITHIN)
             try:
                 self._membership.draining |= self._drain
                 self._closed |= self._confirmation.epoch != self._ledger.epoch
@@ -110,12 +119,12 @@ class Pulse(native.Thread):
                     self._drained = True
                     if handed:
                         logger.info("draining: %d jobs handed back", handed)
-                elif ticked or now >= renew_at or not self._membership.has_book():
-                    renew_at = now + settings.renew_interval
+                elif now >= renew_at or not self._membership.has_book():
+                    renewed_at, renew_at = now, now + settings.renew_interval
                     if not self._membership.draining:
                         # (The pool of a worker that stops has no size any more.)
                         self._membership.resize(self._measure(), self._holdings)
-                    if not self._membership.renew(self._holdings):
+                    if not self._renew(settings.renew_interval * WAITS_PART):
                         self._rejoin(opened)
                         self.on_missing()
                 self._said = ""
@@ -138,6 +147,16 @@ class Pulse(native.Thread):
             except Exception:
                 # Whatever it was: a worker without a heartbeat loses its jobs.
                 logger.exception("a heartbeat failed; the next one is tried")
+
+    def _renew(self, within: float) -> bool:
+        """Renew the lease with the list of what is held, while the ledger's thread gets nothing that is in no list yet.
+        False where the ledger does not know this worker."""
+        judged = self._exclusive.acquire(timeout=within)
+        try:
+            return self._membership.renew(self._holdings, missing_ms=None if judged else -1)
+        finally:
+            if judged:
+                self._exclusive.release()
 
     def _rejoin(self, opened: tuple[int, str] | None) -> None:
         """Register again, once the ledger is open in the epoch that Postgres names."""

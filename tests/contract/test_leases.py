@@ -174,16 +174,56 @@ def test_a_revoked_job_runs_no_successor(cluster: Cluster) -> None:
 # Lists of what a worker holds.
 
 
-def test_a_running_job_is_taken_back_when_two_lists_in_a_row_lack_it(cluster: Cluster) -> None:
+def test_running_job_is_taken_back_when_no_list_named_it_for_a_renew_interval(cluster: Cluster) -> None:
+    interval = round(1000 * cluster.ledger.settings.renew_interval)
     cluster.run("job")
-    assert cluster.renew()
+    for _ in range(5):
+        assert cluster.renew()
     assert cluster.state("job") == "running"
+    cluster.missed(interval)
     cluster.renew("job")
     cluster.renew()
-    assert cluster.state("job") == "running"
+    assert cluster.state("job") == "running", "it was named meanwhile"
+    cluster.missed(interval)
     cluster.renew()
     assert cluster.noted("job")[0] == ("waiting", "lost")
     assert cluster.client.hget(keys.held("w"), "job") == b"1.2"
+
+
+def test_no_job_is_judged_by_a_list_that_may_lack_one(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.renew()
+    cluster.missed(round(1000 * cluster.ledger.settings.renew_interval))
+    assert cluster.renew(missing_ms=-1)
+    assert cluster.state("job") == "running"
+    cluster.renew()
+    assert cluster.noted("job")[0] == ("waiting", "lost")
+
+
+def test_a_list_that_is_whole_takes_back_at_once(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.renew(missing_ms=0)
+    assert cluster.noted("job")[0] == ("waiting", "lost")
+    assert cluster.client.exists(keys.missing("w")) == 0
+
+
+def test_a_clock_that_was_set_back_takes_nothing_back_sooner(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.renew()
+    cluster.missed(-3_600_000)
+    cluster.renew()
+    assert cluster.state("job") == "running"
+    cluster.missed(round(1000 * cluster.ledger.settings.renew_interval))
+    cluster.renew()
+    assert cluster.noted("job")[0] == ("waiting", "lost")
+
+
+def test_a_list_of_a_version_before_is_begun_anew(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.client.sadd(keys.missing("w"), "job 1.1")
+    cluster.renew()
+    assert cluster.state("job") == "running"
+    assert cluster.client.hkeys(keys.missing("w")) == [b"job 1.1"]
 
 
 def test_an_attempt_that_a_list_lacked_says_nothing_of_the_next_attempt(cluster: Cluster) -> None:

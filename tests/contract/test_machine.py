@@ -21,7 +21,7 @@ from routing.capacity import Capacity
 from routing.ledger import Ledger
 from routing.policy import Refusal, choose
 from routing.replies import Adopted, Ended
-from tests.fixtures.books import MOST_LOSSES, open_ledger
+from tests.fixtures.books import FOR_EVER, MOST_LOSSES, open_ledger
 from tests.fixtures.comparing import differences, expected, observe
 from tests.fixtures.job_rules import JobRules
 from tests.fixtures.model import ALL, Model
@@ -66,8 +66,11 @@ class Machine(JobRules):
         """With a list that may lack what the worker holds, and name what it does not hold."""
         name, life = data.draw(st.sampled_from(self.speakers()))
         holds = data.draw(st.lists(st.sampled_from(sorted(self.rows) or ["j0"]), unique=True, max_size=6))
-        renewed = self.ledger.renew(name, life, {}, holds, MOST_LOSSES)
-        taken = self.model.renew(name, life, holds)
+        whole = data.draw(st.booleans())
+        # (Else no time goes by.)
+        missing_ms = 0 if whole else round(FOR_EVER * 1000)
+        renewed = self.ledger.renew(name, life, {}, holds, MOST_LOSSES, missing_ms=missing_ms)
+        taken = self.model.renew(name, life, holds, whole)
         assert (renewed.known, renewed.taken_back) == (taken is not None, taken or 0)
 
     def heartbeat(self) -> None:
@@ -80,7 +83,7 @@ class Machine(JobRules):
                 worker, life = None, f"{name}-{lives + 1}"
             holds = list(worker.held) if worker is not None else []
             renewed = self.ledger.renew(name, life, {}, holds, MOST_LOSSES)
-            taken = self.model.renew(name, life, holds)
+            taken = self.model.renew(name, life, holds, False)
             assert (renewed.known, renewed.taken_back) == (taken is not None, 0)
             if taken is None:
                 self.check_register(name, life, {"cpus": 3000, "slots": 3, "memory": 4})
