@@ -13,16 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from routing import process_identity
 from routing.errors import NoServers
 
 __all__ = ["Detached", "Owner", "start", "tail", "until", "wait"]
 
 #: Seconds between two looks at a process that starts or ends; it is not our child, so nothing tells us.
 LOOK = 0.01
-
-#: Seconds by which two readings of the same process's start may differ (the kernel counts ticks since boot,
-#: which is rounded).
-SAME_START = 2.0
 
 #: Lines of a log shown in an error.
 SHOWN_LINES = 12
@@ -43,26 +40,21 @@ class Owner:
 
 @dataclass(frozen=True)
 class Detached:
-    """A process by pid and start (seconds since 1970): pids are used again, the two together are not."""
+    """A process of this machine by its pid and the clock ticks from the boot to its start: pids are used again, the
+    two together are not. (`ticks` is None where there is no `/proc`.)"""
 
     pid: int
-    started: float
+    ticks: int | None
 
     @classmethod
     def of(cls, pid: int) -> Detached | None:
         """The live process with this pid. A zombie, which has ended and only waits to be reaped, is not
         one."""
-        try:
-            process = psutil.Process(pid)
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return None
-            return cls(pid, process.create_time())
-        except (psutil.Error, ValueError, OverflowError):
-            return None  # gone, or somebody else's that may not be looked at: then not one that we started
+        found = cls(pid, process_identity.start_ticks(pid))
+        return found if found.alive() else None
 
     def alive(self) -> bool:
-        now = Detached.of(self.pid)
-        return now is not None and abs(now.started - self.started) <= SAME_START
+        return not process_identity.is_over(self.pid, self.ticks)
 
     def mentions(self, path: Path) -> bool:
         """Whether the process's command line has this path as an argument: how a server is told from a reused

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from platform import postgres, valkey
+from routing import process_identity
 from routing.errors import NoServers, SettingsError, mask_url
 from routing.home import SERVERS_FILE, Pair, running_pair
 
@@ -152,9 +153,10 @@ def _pair(home: Path, redis: valkey.Valkey, database: postgres.Postgres) -> Pair
         redis_url=redis.url,
         database_url=database.url,
         redis_pid=redis.process.pid,
-        redis_started=redis.process.started,
+        redis_ticks=redis.process.ticks,
         postgres_pid=database.process.pid,
-        postgres_started=database.process.started,
+        postgres_ticks=database.process.ticks,
+        boot=process_identity.boot_id(),
         data=str(home.resolve()),
         version=version("celery-capacity"),
     )

@@ -9,26 +9,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from routing import process_identity
 from routing.errors import NoServers
 
 #: the file in the platform's home that names the running pair; written by what starts the servers
 SERVERS_FILE = "servers.json"
-#: seconds that the recorded and the observed start of one process may differ (clock ticks, rounding)
-START_TOLERANCE = 2.0
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One running pair of embedded servers. Times are seconds since 1970, None where not recorded."""
+    """One running pair of embedded servers. Starts are clock ticks since the boot, None where not recorded."""
 
     redis_url: str = field(repr=False)
     database_url: str = field(repr=False)
     redis_pid: int
     postgres_pid: int
-    redis_started: float | None = None
-    postgres_started: float | None = None
+    redis_ticks: int | None = None
+    postgres_ticks: int | None = None
+    #: the boot and namespaces in which the pids and ticks count; None where not recorded
+    boot: str | None = None
     #: folder with the servers' data
     data: str | None = None
     #: version of the platform that started them
@@ -63,8 +62,10 @@ def running_pair(home: Path) -> Pair | None:
     pair = _parse(text)
     if pair is None:
         return None
-    alive = _lives(pair.redis_pid, pair.redis_started) and _lives(pair.postgres_pid, pair.postgres_started)
-    return pair if alive else None
+    if pair.boot is not None and pair.boot != process_identity.boot_id():
+        return None
+    over = process_identity.is_over(pair.redis_pid, pair.redis_ticks)
+    return None if over or process_identity.is_over(pair.postgres_pid, pair.postgres_ticks) else pair
 
 
 def _parse(text: str) -> Pair | None:
@@ -76,8 +77,9 @@ def _parse(text: str) -> Pair | None:
             database_url=str(found["database_url"]),
             redis_pid=int(found["redis_pid"]),
             postgres_pid=int(found["postgres_pid"]),
-            redis_started=_seconds(found.get("redis_started")),
-            postgres_started=_seconds(found.get("postgres_started")),
+            redis_ticks=_ticks(found.get("redis_ticks")),
+            postgres_ticks=_ticks(found.get("postgres_ticks")),
+            boot=found.get("boot"),
             data=found.get("data"),
             version=found.get("version"),
         )
@@ -85,22 +87,5 @@ def _parse(text: str) -> Pair | None:
         return None
 
 
-def _seconds(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _lives(pid: int, started: float | None) -> bool:
-    """Whether the process lives and, as pids are used again, is the one that started then."""
-    if pid <= 0:
-        return False
-    try:
-        process = psutil.Process(pid)
-        # A dead child that nobody waited for still has its pid.
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return started is None or abs(process.create_time() - started) <= START_TOLERANCE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        # It exists and belongs to somebody else; the connection will tell whether it serves.
-        return True
+def _ticks(value: Any) -> int | None:
+    return None if value is None else int(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -11,6 +11,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, text
 
 from routing.errors import NotMigrated
+from routing.process_identity import Place
 
 #: The advisory lock under which an epoch is opened. Any constant does, as long as nobody else takes it.
 EPOCH_LOCK: Final = 0x_CE1E_0001
@@ -48,7 +49,9 @@ class WorkerRow:
     capacity: Mapping[str, Any]
     hostname: str
     pid: int
-    boot_id: str
+    place: Place
+    #: Clock ticks from the boot to the start of its main process; None where they cannot be known.
+    start_ticks: int | None
     version: str
     started_at: str
 
@@ -130,10 +133,10 @@ def unlock_epoch(connection: Connection) -> None:
 
 
 _SEEN: Final = text("""
-INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, boot_id, version,
-                     started_at, seen_at, ledger_lost_at)
-VALUES (:incarnation, :name, :cpus, :memory, CAST(:capacity AS jsonb), :status, :hostname, :pid, :boot_id, :version,
-        CAST(:started_at AS timestamptz), now(), CASE WHEN :lost THEN now() END)
+INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, machine_id, boot_id, start_ticks,
+                     version, started_at, seen_at, ledger_lost_at)
+VALUES (:incarnation, :name, :cpus, :memory, CAST(:capacity AS jsonb), :status, :hostname, :pid, :machine_id, :boot_id,
+        :start_ticks, :version, CAST(:started_at AS timestamptz), now(), CASE WHEN :lost THEN now() END)
 ON CONFLICT (incarnation) DO UPDATE SET seen_at = now(), status = excluded.status, cpus = excluded.cpus,
   memory = excluded.memory, capacity = excluded.capacity, left_at = NULL,
   ledger_lost_at = CASE WHEN :lost THEN coalesce(workers.ledger_lost_at, now()) END
@@ -153,7 +156,9 @@ def see_worker(connection: Connection, worker: WorkerRow, status: str, *, ledger
             "status": status,
             "hostname": worker.hostname,
             "pid": worker.pid,
-            "boot_id": worker.boot_id,
+            "machine_id": worker.place.machine,
+            "boot_id": worker.place.boot,
+            "start_ticks": worker.start_ticks,
             "version": worker.version,
             "started_at": worker.started_at,
             "lost": ledger_lost,
@@ -189,29 +194,58 @@ def end_former_lives(connection: Connection, name: str, incarnation: str) -> Non
     )
 
 
+#: The columns of a `WorkerRow`, in the order of `_row`.
+_COLUMNS: Final = (
+    "name, incarnation, cpus, memory, capacity, hostname, pid, machine_id, boot_id, start_ticks, version, "
+    "started_at::text"
+)
+
+
+def _row(columns: Sequence[Any]) -> WorkerRow:
+    name, incarnation, cpus, memory, capacity, hostname, pid, machine, boot, ticks, version, started_at = columns[:12]
+    # A release before noted no machine: its process is not looked up.
+    place = Place(machine or "", "" if machine is None else boot)
+    return WorkerRow(
+        name, incarnation, cpus, memory, capacity, hostname, pid, place, ticks, version, started_at
+    )
+
+
 def find_worker(connection: Connection, incarnation: str) -> WorkerRow | None:
     """One life of a worker, None where Postgres does not know it."""
     row = connection.execute(
-        text(
-            "SELECT name, incarnation, cpus, memory, capacity, hostname, pid, boot_id, version, started_at::text "
-            "FROM workers WHERE incarnation = :incarnation"
-        ),
-        {"incarnation": incarnation},
+        text(f"SELECT {_COLUMNS} FROM workers WHERE incarnation = :incarnation"), {"incarnation": incarnation}
     ).one_or_none()
-    return WorkerRow(*row) if row is not None else None
+    return _row(row) if row is not None else None
 
 
-def lives(connection: Connection, name: str, within: float) -> list[tuple[WorkerRow, float]]:
-    """The lives of one name that have not left and were seen within so many seconds, and when (seconds since 1970)."""
+@dataclass(frozen=True, slots=True)
+class Namesake:
+    """Another incarnation of a name. `seen`: its last heartbeat in Postgres, seconds since 1970; `age`: seconds since
+    then by Postgres's clock; `over`: Postgres knows it as lost."""
+
+    worker: WorkerRow
+    seen: float
+    age: float
+    over: bool
+
+
+_NAMESAKES: Final = text(f"""
+SELECT {_COLUMNS}, extract(epoch FROM seen_at)::float, extract(epoch FROM clock_timestamp() - seen_at)::float,
+       status = 'lost'
+FROM workers WHERE name = :name AND incarnation <> :incarnation
+  AND (status IN ('ready', 'draining') OR incarnation = :holder
+       OR (status = 'lost' AND machine_id = :machine AND boot_id = :boot))
+""")
+
+
+def namesakes(connection: Connection, name: str, incarnation: str, place: Place, holder: str) -> list[Namesake]:
+    """Return the other incarnations of a name that may still run: those that never left, the holder of the ledger's
+    book, and those of this place that were given up."""
     rows = connection.execute(
-        text(
-            "SELECT name, incarnation, cpus, memory, capacity, hostname, pid, boot_id, version, started_at::text, "
-            "extract(epoch FROM seen_at)::float FROM workers WHERE name = :name AND status IN ('ready', 'draining') "
-            "AND seen_at > now() - make_interval(secs => :within)"
-        ),
-        {"name": name, "within": within},
+        _NAMESAKES,
+        {"name": name, "incarnation": incarnation, "machine": place.machine, "boot": place.boot, "holder": holder},
     )
-    return [(WorkerRow(*row[:10]), row[10]) for row in rows]
+    return [Namesake(_row(row), *row[12:]) for row in rows]
 
 
 def live_workers(connection: Connection, within: float) -> list[tuple[str, str]]:

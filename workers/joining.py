@@ -61,13 +61,13 @@ class Joining:
     def _meet(self) -> None:
         try:
             check_stores(self._stores.engine, self._stores.redis, self._stores.settings)
-            self._membership.claim_name(self._challenge)
+            self._membership.name_claim.take(self._challenge)
         except (StoreUnavailable, RedisError) as error:
             if not may_pass(error):
                 raise
             # (Where it was Postgres that did not answer, this does not either.)
             try:
-                self._membership.claim_name_in_postgres()
+                self._membership.name_claim.take(None)
             except DBAPIError as refused:
                 raise translate(refused) from refused
 

@@ -1,10 +1,9 @@
-"""A worker's place in the cluster: taking its name, registering its capacity, renewing the lease, leaving."""
+"""A worker's place in the cluster: registering its capacity, renewing the lease, leaving."""
 
 from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -16,9 +15,8 @@ from sqlalchemy.exc import DBAPIError
 
 from routing import fence, keys, roster, stream
 from routing.amounts import format_cpus
-from routing.books import text
 from routing.capacity import Capacity
-from routing.errors import NameTaken, StoreUnavailable
+from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
 from routing.postgres import translate
 from routing.replies import LedgerClosed, Taken
@@ -29,13 +27,12 @@ from workers.confirmation import Confirmation
 from workers.holdings import Holdings
 from workers.identity import Identity, is_known_dead
 from workers.ledger_thread import running
+from workers.name_claim import NameClaim
 from workers.recorder import Recorder
 from workers.router import Declarations
 
 logger = logging.getLogger(__name__)
 
-#: Part of the TTL within which a live worker answers a challenge (3 s at the usual 60).
-CHALLENGE_PART: Final = 0.05
 #: Seconds between heartbeats written to Postgres, at the least.
 POSTGRES_EVERY: Final = 30.0
 
@@ -56,6 +53,7 @@ class Membership:
         self._ledger = ledger
         self._confirmation = confirmation
         self.identity = identity
+        self.name_claim = NameClaim(engine, ledger, identity)
         self.draining = False
         #: What is published.
         self._capacity: Capacity | None = None
@@ -71,72 +69,6 @@ class Membership:
     def registered(self) -> bool:
         """Whether registration was begun: then there may be something to leave."""
         return self._capacity is not None
-
-    # -- the name ------------------------------------------------------------------------------------------------
-
-    def claim_name(self, challenge: Callable[[], None]) -> None:
-        """Make sure that nobody alive has this name. A life that is known to be dead is taken over at once; one that
-        does not answer, when its lease has run out. Raises `NameTaken`."""
-        pause = threading.Event()
-        answer_by: float | None = None
-        known: tuple[str, int] | None = None
-        while True:
-            found = self._lease()
-            if found is None or found[1] <= self._ledger.now_ms():
-                return
-            incarnation, lease = found
-            if known is not None and found != known:
-                raise self._taken(incarnation)
-            if known is None:
-                known = found
-                row = self._row(incarnation)
-                if row is not None and is_known_dead(row, self.identity.boot_id):
-                    return
-                answer_by = time.monotonic() + self._ledger.settings.worker_ttl * CHALLENGE_PART
-                challenge()
-            elif answer_by is not None and time.monotonic() > answer_by:
-                answer_by = None
-                logger.warning(
-                    "worker %s is registered and silent; waiting for its lease to run out (%.0f s)",
-                    self.identity.name,
-                    max(0, lease - self._ledger.now_ms()) / 1000,
-                )
-            pause.wait(0.05)
-
-    def claim_name_in_postgres(self) -> None:
-        """The same without the ledger: a life that may be alive is given up when Postgres has not seen it for the TTL;
-        one that is seen again meanwhile is a twin. (Without the ledger each is seen every renew interval.)"""
-        pause, known = threading.Event(), dict[str, float]()
-        while True:
-            with self._engine.connect() as connection:
-                rows = roster.lives(connection, self.identity.name, self._ledger.settings.worker_ttl)
-            lives = [(row, seen) for row, seen in rows if not is_known_dead(row, self.identity.boot_id)]
-            if not lives:
-                return
-            for row, seen in lives:
-                if known.setdefault(row.incarnation, seen) != seen:
-                    raise self._taken(row.incarnation)
-            pause.wait(0.2)
-
-    def _lease(self) -> tuple[str, int] | None:
-        """(incarnation, end of the lease) of whoever has the name in a ledger that is open."""
-        incarnation, lease = self._ledger.client.hmget(keys.book(self.identity.name), "incarnation", "lease")
-        if incarnation is None or lease is None or text(incarnation) == self.identity.incarnation:
-            return None
-        return text(incarnation), int(lease)
-
-    def _row(self, incarnation: str) -> WorkerRow | None:
-        with self._engine.connect() as connection:
-            return roster.find_worker(connection, incarnation)
-
-    def _taken(self, incarnation: str) -> NameTaken:
-        row = self._row(incarnation)
-        where = f"pid {row.pid} on {row.hostname}" if row is not None else f"incarnation {incarnation}"
-        return NameTaken(
-            f"a live worker is named {self.identity.name} already ({where})",
-            value=self.identity.name,
-            advice="Give this one another name: NODE_NAME=... or -n NAME@%h.",
-        )
 
     # -- joining -------------------------------------------------------------------------------------------------
 
@@ -176,10 +108,7 @@ class Membership:
             )
             if not isinstance(reply, Taken):
                 break
-            if reply.lease_left_ms > 0:
-                row = self._row(reply.incarnation)
-                if row is None or not is_known_dead(row, identity.boot_id):
-                    self.claim_name(challenge)
+            self.name_claim.take(challenge)
             self._take_over(reply.incarnation)
         # One that held nothing when its lease ran out has left no book to take over.
         self._later(self._write_former_lives)
@@ -187,10 +116,17 @@ class Membership:
         return reply.admitted
 
     def _take_over(self, incarnation: str) -> None:
-        name = self.identity.name
+        """Take back what a former incarnation holds, of which nothing runs any more: it is dead, or was silent until
+        its lease had run out. One that renews its lease just now stays."""
+        name, settings = self.identity.name, self._ledger.settings
+        with self._engine.connect() as connection:
+            row = roster.find_worker(connection, incarnation)
+        orphans.see_to(row, self.identity.place)
+        if row is not None and is_known_dead(row, self.identity.place):
+            self._ledger.condemn(name, incarnation)
+        elif self._ledger.lapse(name, 0, settings.most_losses, most=0).verdict != "due":
+            return
         logger.warning("the former life of worker %s is over: its jobs are taken back", name)
-        orphans.see_to(self._row(incarnation), self.identity.boot_id)
-        self._ledger.condemn(name, incarnation)
         lapsed = take_back(self._engine, self._ledger, name, incarnation, 0)
         logger.warning("%d jobs of the former life of %s were taken back", lapsed.taken_back, name)
 
@@ -356,7 +292,8 @@ class Membership:
             capacity=capacity.to_people(),
             hostname=identity.hostname,
             pid=identity.pid,
-            boot_id=identity.boot_id,
+            place=identity.place,
+            start_ticks=identity.start_ticks,
             version=identity.version,
             started_at=identity.started_at,
         )

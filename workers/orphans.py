@@ -12,6 +12,7 @@ from typing import Final
 
 import psutil
 
+from routing.process_identity import Place
 from routing.roster import WorkerRow
 from workers.identity import is_known_dead
 
@@ -26,10 +27,10 @@ def mark(incarnation: str) -> None:
     os.environ[VARIABLE] = incarnation
 
 
-def see_to(row: WorkerRow | None, boot: str) -> int:
-    """End what a life of a worker left on this machine, if this machine knows that it is dead; returns how many
-    processes were ended. `boot`: of this machine, as `identity.boot_id` gives it."""
-    if row is None or not is_known_dead(row, boot):
+def see_to(row: WorkerRow | None, here: Place) -> int:
+    """End what a life of a worker left on this machine, if this machine knows that it is dead; return the number of
+    ended processes."""
+    if row is None or not is_known_dead(row, here):
         return 0
     ended = 0
     for process in psutil.process_iter():

@@ -140,4 +140,4 @@ def neighbours(engine: Engine, settings: Settings, identity: Identity) -> list[s
     if settings.cpus is not None:
         return []
     with engine.connect() as connection:
-        return roster.live_on_machine(connection, identity.boot_id, identity.name, settings.worker_ttl)
+        return roster.live_on_machine(connection, identity.place.boot, identity.name, settings.worker_ttl)

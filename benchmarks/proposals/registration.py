@@ -18,6 +18,7 @@ from routing.amounts import CPUS as MILLICORES
 from routing.keys import private_queue
 from routing.ledger import Ledger
 from routing.policy import order
+from routing.process_identity import Place
 from routing.replies import Adopted, Ended, LedgerClosed, Taken
 from routing.roster import WorkerRow
 from routing.settings import Settings
@@ -186,7 +187,8 @@ class Registration:
             capacity=PEOPLE,
             hostname="example.org",
             pid=1,
-            boot_id="boot",
+            place=Place("machine", "boot"),
+            start_ticks=7,
             version="0",
             started_at="2026-01-01T00:00:00+00:00",
         )

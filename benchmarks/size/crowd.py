@@ -23,7 +23,7 @@ from sqlalchemy import Engine, text
 
 from benchmarks.size.child import Child
 from benchmarks.size.stock import MEMORY, incarnation_of, worker_name
-from routing import envelope
+from routing import envelope, process_identity
 from routing.capacity import Capacity
 from routing.envelope import Envelope
 from routing.ledger import Ledger
@@ -34,7 +34,7 @@ from routing.settings import Settings
 from workers.confirmation import Confirmation
 from workers.ends import PostgresEnds
 from workers.holdings import Holding, Holdings
-from workers.identity import Identity, boot_id, platform_version
+from workers.identity import Identity, platform_version
 from workers.ledger_thread import LedgerThread
 from workers.mailbox import Mailbox
 from workers.membership import Membership
@@ -186,7 +186,7 @@ class Worker:
 
 def _identity(name: str) -> Identity:
     life, host, since = incarnation_of(name), f"{name}.example.org", "2026-01-01T00:00:00.000+00:00"
-    return Identity(name, life, host, os.getpid(), boot_id(), platform_version(), since)
+    return Identity(name, life, host, os.getpid(), process_identity.here(), None, platform_version(), since)
 
 
 _HELD: Final = text("""

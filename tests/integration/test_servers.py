@@ -259,12 +259,13 @@ def test_the_file_names_what_runs(shared: Settings) -> None:
     servers.ensure(shared, _say)
     written = json.loads((shared.home / "servers.json").read_text())
     assert set(written) == {
+        "boot",
         "data",
         "database_url",
         "postgres_pid",
-        "postgres_started",
+        "postgres_ticks",
         "redis_pid",
-        "redis_started",
+        "redis_ticks",
         "redis_url",
         "version",
     }

@@ -6,14 +6,13 @@ import dataclasses
 import json
 import os
 import pickle
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from routing import home
+from routing import home, process_identity
 from routing.errors import InvalidRequest, NoServers, SettingsError
 from routing.settings import Settings, described
 
@@ -314,9 +313,10 @@ def write_servers(folder: Path, **changes: Any) -> None:
         "redis_url": "redis://127.0.0.1:6379/0",
         "database_url": "postgresql://postgres@/postgres?host=/run",
         "redis_pid": os.getpid(),
-        "redis_started": psutil.Process().create_time(),
+        "redis_ticks": process_identity.start_ticks(os.getpid()),
         "postgres_pid": os.getpid(),
-        "postgres_started": psutil.Process().create_time(),
+        "postgres_ticks": process_identity.start_ticks(os.getpid()),
+        "boot": process_identity.boot_id(),
         "data": str(folder),
         "version": "1.0.0",
         **changes,
@@ -337,19 +337,31 @@ def test_a_pair_runs_if_both_recorded_processes_live(tmp_path: Path) -> None:
 
 
 def test_a_pair_without_recorded_starts_needs_only_to_live(tmp_path: Path) -> None:
-    write_servers(tmp_path, redis_started=..., postgres_started=None)
+    write_servers(tmp_path, redis_ticks=..., postgres_ticks=None, boot=...)
     assert home.running_pair(tmp_path) is not None
 
 
 @pytest.mark.parametrize("which", ["redis", "postgres"])
 def test_a_pair_does_not_run_if_one_pid_belongs_to_another_process(tmp_path: Path, which: str) -> None:
-    write_servers(tmp_path, **{f"{which}_started": time.time() - 86_400})
+    write_servers(tmp_path, **{f"{which}_ticks": 7})
     assert home.running_pair(tmp_path) is None
+
+
+def test_a_pair_of_another_boot_does_not_run(tmp_path: Path) -> None:
+    write_servers(tmp_path, boot="another:")
+    assert home.running_pair(tmp_path) is None
+
+
+def test_a_pair_runs_though_the_wall_clock_was_stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_servers(tmp_path)
+    stepped = psutil.boot_time() + 3600
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: stepped)
+    assert home.running_pair(tmp_path) is not None
 
 
 @pytest.mark.parametrize("pid", [2**22 + 1, 0, -1])
 def test_a_pair_does_not_run_if_a_process_is_gone(tmp_path: Path, pid: int) -> None:
-    write_servers(tmp_path, redis_pid=pid, redis_started=None)
+    write_servers(tmp_path, redis_pid=pid, redis_ticks=None)
     assert home.running_pair(tmp_path) is None
 
 
@@ -359,7 +371,7 @@ def test_a_dead_process_that_nobody_waited_for_is_gone(tmp_path: Path) -> None:
         os._exit(0)
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is still there
-        write_servers(tmp_path, redis_pid=pid, redis_started=None)
+        write_servers(tmp_path, redis_pid=pid, redis_ticks=None)
         assert home.running_pair(tmp_path) is None
     finally:
         os.waitpid(pid, 0)

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from celery import Celery
 from sqlalchemy.exc import OperationalError
 
-from routing import roster, takeback
+from routing import process_identity, roster, takeback
 from routing.postgres import is_locked
 from workers import orphans
-from workers.identity import boot_id
 from workers.stores import Stores
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
         if watched and found.verdict == "due" and found.incarnation:
             with stores.engine.connect() as connection:
                 life = roster.find_worker(connection, found.incarnation)
-            orphans.see_to(life, boot_id())
+            orphans.see_to(life, process_identity.here())
             try:
                 given_up = takeback.take_back(stores.engine, stores.ledger, worker, found.incarnation, grace_ms)
             except OperationalError as error:

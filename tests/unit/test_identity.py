@@ -1,0 +1,118 @@
+"""Who is known to be dead: only a process of this very boot whose pid and start nobody has any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from routing import process_identity
+from routing.process_identity import Place
+from routing.roster import WorkerRow
+from workers.identity import is_known_dead, new_identity
+
+
+def own_row() -> WorkerRow:
+    """The row of a worker that is this process."""
+    own = new_identity("a")
+    return WorkerRow(
+        name=own.name,
+        incarnation=own.incarnation,
+        cpus=1000,
+        memory=2**30,
+        capacity={},
+        hostname=own.hostname,
+        pid=own.pid,
+        place=own.place,
+        start_ticks=own.start_ticks,
+        version=own.version,
+        started_at=own.started_at,
+    )
+
+
+HERE = process_identity.here()
+
+
+def test_own_process_is_not_dead() -> None:
+    assert not is_known_dead(own_row(), HERE)
+
+
+@pytest.mark.parametrize("step", [-3600.0, -5.0, 5.0, 3600.0])
+def test_live_process_is_not_dead_after_a_step_of_the_wall_clock(step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = own_row()
+    stepped = psutil.boot_time() + step
+    # The kernel reports the time of its boot by the wall clock of now.
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: stepped)
+    monkeypatch.setattr("psutil.boot_time", lambda: stepped)
+    assert not is_known_dead(row, HERE)
+
+
+def test_process_of_another_boot_is_never_known_to_be_dead() -> None:
+    """Clones have one machine id and one host name, and each has a boot of its own."""
+    row = replace(own_row(), place=Place(HERE.machine, "another boot:pid:[1]"), pid=2**22 + 1)
+    assert not is_known_dead(row, HERE)
+
+
+def test_process_of_another_machine_is_never_known_to_be_dead() -> None:
+    row = replace(own_row(), place=Place("another machine", HERE.boot), pid=2**22 + 1)
+    assert not is_known_dead(row, HERE)
+
+
+def test_process_of_another_pid_namespace_is_never_known_to_be_dead() -> None:
+    boot = HERE.boot.partition(":")[0]
+    row = replace(own_row(), place=Place(HERE.machine, f"{boot}:pid:[1]"), pid=2**22 + 1)
+    assert not is_known_dead(row, HERE)
+
+
+def test_nothing_is_known_where_the_boot_is_unknown() -> None:
+    nowhere = Place(HERE.machine, "")
+    assert not is_known_dead(replace(own_row(), place=nowhere, pid=2**22 + 1), nowhere)
+
+
+def test_process_whose_pid_nobody_has_is_dead() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert is_known_dead(replace(own_row(), pid=ended.pid), HERE)
+
+
+def test_process_whose_pid_another_one_has_is_dead() -> None:
+    row = own_row()
+    assert row.start_ticks is not None
+    assert is_known_dead(replace(row, start_ticks=row.start_ticks - 1), HERE)
+
+
+def test_zombie_is_dead_and_stopped_process_is_not() -> None:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        row = replace(own_row(), pid=process.pid, start_ticks=process_identity.start_ticks(process.pid))
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert not is_known_dead(row, HERE)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert is_known_dead(row, HERE)
+
+
+def test_live_process_is_not_dead_where_its_start_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where /proc hides the processes of other users, or there is none."""
+    row = own_row()
+    monkeypatch.setattr(process_identity, "_stat", lambda _: None)
+    assert not is_known_dead(row, HERE)
+    monkeypatch.setattr(psutil, "Process", lambda pid: (_ for _ in ()).throw(psutil.NoSuchProcess(pid)))
+    assert not is_known_dead(row, HERE)
+
+
+def test_nothing_is_known_where_proc_is_of_another_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "readlink", lambda _: "1")
+    assert process_identity.boot_id() == ""
+
+
+def test_machine_id_stays_on_its_machine() -> None:
+    path = next((path for path in process_identity.MACHINE_ID_FILES if path.exists()), None)
+    digest = process_identity.machine_id()
+    assert digest == process_identity.machine_id()
+    assert path is None or Path(path).read_text().strip() not in (digest, "")
