@@ -17,6 +17,7 @@
 | `ledger:kept` | hash | shape that must run alone, the worker that is kept for it |
 | `ledger:unclaimed` | sorted set | admitted job, when its message is delivered again (ms) |
 | `ledger:stream` | stream | transitions that Postgres does not have yet |
+| `ledger:carried` | set | jobs with an entry of an older epoch in the stream: nobody brings them in |
 | `ledger:allocated` | string | millicores allocated in all |
 | `ledger:counters` | hash | what people count: admissions, refusals, stale writes, ... |
 | `ledger:declarations` | hash | task name, request as JSON in people's units |
@@ -62,6 +63,7 @@ KEYS: Final = {
     "kept": "ledger:kept",
     "unclaimed": "ledger:unclaimed",
     "stream": "ledger:stream",
+    "carried": "ledger:carried",
     "allocated": "ledger:allocated",
     "counters": "ledger:counters",
     "declarations": "ledger:declarations",
@@ -77,6 +79,7 @@ INDEXED: Final = KEYS["indexed"]
 SHAPES: Final = KEYS["shapes"]
 UNCLAIMED: Final = KEYS["unclaimed"]
 STREAM: Final = KEYS["stream"]
+CARRIED: Final = KEYS["carried"]
 ALLOCATED: Final = KEYS["allocated"]
 COUNTERS: Final = KEYS["counters"]
 DECLARATIONS: Final = KEYS["declarations"]

@@ -14,7 +14,7 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 
-from routing import backlog, enroll, keys, pull, revoking, roster, stream
+from routing import backlog, enroll, keys, pull, reconcile, revoking, roster, stream
 from routing.capacity import Capacity
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
@@ -58,6 +58,7 @@ def open_if_cold(engine: Engine, ledger: Ledger) -> Rebuilt | None:
                 # What the old books noted and Postgres does not have yet comes first, if the stream survived.
                 stream.apply_all(engine, ledger)
                 _wipe(ledger)
+                _carry_over(ledger)
                 ledger.open(roster.next_epoch(connection, above=opened[0] if opened else 0))
             else:
                 ledger.epoch = known.epoch
@@ -94,7 +95,8 @@ def _rebuild(connection: Connection, ledger: Ledger) -> Rebuilt:
 def _wipe(ledger: Ledger) -> None:
     """Remove old books; the key of the epoch goes first, so that they admit nothing meanwhile."""
     client = ledger.client
-    keep = {keys.COUNTERS.encode(), keys.DECLARATIONS.encode()}
+    # (An entry leaves the stream when Postgres has it, and not before.)
+    keep = {keys.COUNTERS.encode(), keys.DECLARATIONS.encode(), keys.STREAM.encode()}
     try:
         client.delete(keys.EPOCH)
         for pattern in ("ledger:*", keys.VIEWS):
@@ -109,6 +111,39 @@ def _wipe(ledger: Ledger) -> None:
                 client.unlink(*batch)
     except RedisError as error:
         raise StoreUnavailable(f"the old books cannot be removed: {error}") from error
+
+
+def _carry_over(ledger: Ledger) -> None:
+    """Keep out of the new books the jobs of which the stream still has an entry, since their rows are locked: what
+    their rows say is not true yet."""
+    jobs = sorted({one.job for one in stream.unapplied(ledger)})
+    try:
+        for start in range(0, len(jobs), BACKLOG_CHUNK):
+            ledger.client.sadd(keys.CARRIED, *jobs[start : start + BACKLOG_CHUNK])
+    except RedisError as error:
+        raise StoreUnavailable(f"the jobs of older entries cannot be noted: {error}") from error
+
+
+def _carried(ledger: Ledger) -> set[str]:
+    try:
+        found: Any = ledger.client.smembers(keys.CARRIED)
+    except RedisError as error:
+        raise StoreUnavailable(f"the jobs of older entries cannot be read: {error}") from error
+    return {job.decode() for job in found}
+
+
+def bring_in_carried(engine: Engine, ledger: Ledger) -> int:
+    """Let in the jobs whose entries of an older epoch Postgres has by now, as their rows say. Returns how many."""
+    carried = _carried(ledger)
+    if not carried:
+        return 0
+    free = sorted(carried - {one.job for one in stream.unapplied(ledger)})
+    for start in range(0, len(free), BACKLOG_CHUNK):
+        some = free[start : start + BACKLOG_CHUNK]
+        # (Should this process die after this line, the next reconcile brings them in.)
+        ledger.client.srem(keys.CARRIED, *some)
+        reconcile.look_at(engine, ledger, some)
+    return len(free)
 
 
 _HELD: Final = text("""
@@ -129,7 +164,10 @@ def _reserve(connection: Connection, ledger: Ledger) -> tuple[list[tuple[str, st
     ).all()
     # In one statement: there is no index by incarnation, which every transition would pay for.
     holdings: dict[str, list[Adopted]] = {}
+    carried = _carried(ledger)
     for incarnation, *row in connection.execute(_HELD):
+        if row[0] in carried:
+            continue
         holdings.setdefault(incarnation, []).append(_adopted(row))
     held = 0
     for name, incarnation, capacity, _ in rows:
@@ -139,7 +177,8 @@ def _reserve(connection: Connection, ledger: Ledger) -> tuple[list[tuple[str, st
             ledger.adopt(name, incarnation, found[start : start + BACKLOG_CHUNK])
         held += len(found)
     # What Postgres says runs on a life of a worker that has ended goes back, or is lost.
-    pull.give_back(connection, pull.orphans(connection), None, "its worker has ended", ledger.settings.most_losses)
+    orphans = [one for one in pull.orphans(connection) if one.job not in carried]
+    pull.give_back(connection, orphans, None, "its worker has ended", ledger.settings.most_losses)
     return [(row[0], row[1]) for row in rows if row[3]], held
 
 

@@ -32,8 +32,6 @@ from routing.store import Transition
 
 #: Jobs compared in one step.
 CHUNK: Final = 500
-#: More entries than the stream has right after it was applied.
-ALL: Final = 100_000
 #: The state in the ledger of a job that ended, or went back to Postgres: a tombstone.
 ENDED: Final = "ended"
 #: The step by which a job came into its state in the ledger.
@@ -147,6 +145,14 @@ def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
     return result
 
 
+def look_at(engine: Engine, ledger: Ledger, ids: Sequence[str]) -> Reconciled:
+    """Compare these jobs alone, and repair what differs. The caller's handle of the ledger is in Postgres's epoch."""
+    result = Reconciled()
+    with engine.connect() as connection:
+        _look_at(connection, ledger, ids, result)
+    return result
+
+
 def _rows_against_ledger(connection: Connection, ledger: Ledger, result: Reconciled) -> set[str]:
     """Jobs that wait or are held by what Postgres says. Returns them."""
     told: set[str] = set()
@@ -225,7 +231,7 @@ def _close_committed(connection: Connection, ledger: Ledger, result: Reconciled)
     for start in range(0, len(committed), CHUNK):
         rows = committed[start : start + CHUNK]
         cards = books.read_cards(ledger.client, [job for job, _, _ in rows])
-        on_their_way = {one.job for one in stream.read(ledger, most=ALL)}
+        on_their_way = {one.job for one in stream.unapplied(ledger)}
         for job, epoch, attempt in rows:
             card = cards.get(job)
             holds = card is not None and card.state != ENDED and card.token == f"{epoch}.{attempt}"
@@ -243,7 +249,7 @@ def _settle(connection: Connection, ledger: Ledger, suspects: Sequence[str], res
         return
     before = _rows(connection, suspects)
     cards = books.read_cards(ledger.client, suspects)
-    on_their_way = {one.job for one in stream.read(ledger, most=ALL)}
+    on_their_way = {one.job for one in stream.unapplied(ledger)}
     after = _rows(connection, suspects)
     for job in suspects:
         row, card = before.get(job), cards.get(job)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from redis.exceptions import RedisError
@@ -81,6 +81,17 @@ def settled(transitions: Sequence[Transition]) -> list[tuple[str, str]]:
         if one.entry:
             newest[one.job, one.epoch, one.attempt, one.step >= Step.FILED] = one
     return [(one.entry, one.job) for one in newest.values()]
+
+
+def unapplied(ledger: Ledger) -> Iterator[Transition]:
+    """Yield every readable entry of the stream, oldest first."""
+    oldest = "-"
+    while True:
+        page = _page(ledger, oldest, "+", CHUNK)
+        yield from _parsed(page)[0]
+        if len(page) < CHUNK:
+            return
+        oldest = f"({page[-1][0].decode()}"
 
 
 def write(

@@ -12,14 +12,19 @@ from sqlalchemy import Engine
 from routing import books, fence, roster, stream
 from routing.ledger import Ledger
 from routing.replies import Lapsed
+from routing.states import Step
 
 
 def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, grace_ms: int) -> Lapsed:
-    """Give a life of a worker up, whose lease ran out `grace_ms` ago. Safe to do again, and by several at once."""
+    """Give a life of a worker up, whose lease ran out `grace_ms` ago. Safe to do again, and by several at once. `waits`
+    where Postgres cannot be told yet of an attempt that it has."""
     with engine.connect() as connection:
         roster.end_worker(connection, incarnation, "lost")
-        # The claims of which only the stream knows yet.
+        # The claims of which only the stream knows yet. One that Postgres cannot take now could not be given up, though
+        # its attempt may be committing just now: nothing is taken back before it is there.
         stream.apply_all(engine, ledger)
+        if any(one.incarnation == incarnation and one.step < Step.ENDED for one in stream.unapplied(ledger)):
+            return Lapsed("waits", incarnation, 0)
         fence.give_up(connection, incarnation)
         for job, epoch, attempt in fence.committed(connection, incarnation):
             # (Here too only once the stream has nothing of it.)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -129,6 +130,9 @@ class Membership:
         logger.warning("the former life of worker %s is over: its jobs are taken back", name)
         lapsed = take_back(self._engine, self._ledger, name, incarnation, 0)
         logger.warning("%d jobs of the former life of %s were taken back", lapsed.taken_back, name)
+        if lapsed.verdict == "waits":
+            # For whoever has a row of its jobs locked.
+            threading.Event().wait(settings.due_interval)
 
     def rejoin(self, holdings: Holdings, recorder: Recorder, challenge: Callable[[], None]) -> None:
         """After a new epoch: register again, and say at once what is held. Whole or not at all: until it is done this

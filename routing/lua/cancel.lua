@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: ends a job that waits (revoked, or past its expiry).
--- KEYS: none; by name: epoch, job, wait, shapes, shapes_of, counters, stream, held, unclaimed, kept, book, free, free_of,
+-- KEYS: none; by name: epoch, job, carried, wait, shapes, shapes_of, counters, stream, held, unclaimed, kept, book, free, free_of,
 --   view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, job, state (cancelled or expired), error
 -- Replies: {ended, entry} | {held, state, worker} | {over} | {missing} | {cold} | {epoch, current}
@@ -14,6 +14,10 @@ if no then
 end
 local job = read_job(id)
 if job and job.state == 'ended' and job.final then
+  return {'over'}
+end
+if not job and redis.call('SISMEMBER', KEY.carried, id) == 1 then
+  -- What became of it in an older epoch is in the stream: its row says it soon.
   return {'over'}
 end
 if not job or job.state == 'ended' then

@@ -48,9 +48,9 @@ local function search(run, epoch, now)
 end
 
 -- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. One that is
--- known (or has ended, by its tombstone) is left as it is. `job` has epoch, attempt (admissions so far),
--- shape, order, losses, submitted. Returns what became of it, as submit.lua replies, and the run that it is of, which the
--- caller gives on with the next job, or ends.
+-- known (or has ended, by its tombstone) is left as it is, and so is one of which the stream still has what became of it in
+-- an older epoch. `job` has epoch, attempt (admissions so far), shape, order, losses, submitted. Returns what became of it,
+-- as submit.lua replies, and the run that it is of, which the caller gives on with the next job, or ends.
 local function take_in(id, job, message, digest, rerun, now, run)
   local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became', 'entry')
   local attempt = tonumber(job.attempt)
@@ -63,6 +63,8 @@ local function take_in(id, job, message, digest, rerun, now, run)
   end
   if known[1] then
     redis.call('DEL', KEY.job .. id)
+  elseif redis.call('SISMEMBER', KEY.carried, id) == 1 then
+    return {'exists', 'carried'}, run
   end
   -- What never changes is written once, with all the rest.
   job.first = {'digest', digest}

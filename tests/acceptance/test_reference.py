@@ -101,6 +101,7 @@ def used(redis_url: str) -> Iterator[Cluster]:
         ledger.client.hset(keys.DECLARATIONS, "task", "{}")
         ledger.take_turn("due", "w", 60_000)
         ledger.client.hset(keys.EPOCH, "rebuilding", "1")
+        ledger.client.sadd(keys.CARRIED, "older")
         yield cluster
 
 

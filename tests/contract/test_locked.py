@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
-from routing import keys, stream
+from routing import fence, keys, rebuild, roster, stream, takeback
+from routing.accept import Publisher
+from routing.books import read_cards
+from routing.replies import Ended
 from routing.settings import Settings
-from tests.fixtures.staged import Stage
+from tests.fixtures.staged import MOST_LOSSES, Stage
 from tests.fixtures.waiting import until
 from workers.recorder import Recorder
 from workers.stores import make_engine
@@ -29,6 +33,14 @@ def workers_own(settings: Settings) -> Iterator[Engine]:
     engine = make_engine(str(settings.database_url))
     yield engine
     engine.dispose()
+
+
+@contextmanager
+def locked(engine: Engine, *jobs: str) -> Iterator[Connection]:
+    """Somebody keeps the rows of these jobs."""
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("SELECT 1 FROM jobs WHERE id = ANY(:ids) FOR UPDATE"), {"ids": list(jobs)})
+        yield connection
 
 
 def test_a_worker_writes_the_ends_of_all_others(engine: Engine, stage: Stage, workers_own: Engine) -> None:
@@ -53,3 +65,99 @@ def test_the_stream_is_applied_but_for_it(engine: Engine, stage: Stage, workers_
         assert [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"]
         assert [one.job for one in stream.read(stage.ledger)] == [jobs[1]]
     assert stream.apply_all(workers_own, stage.ledger)[0] == 1
+
+
+def test_stream_is_read_on_behind_a_locked_row(
+    engine: Engine, stage: Stage, workers_own: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "CHUNK", 2)
+    jobs = [stage.submit(cpus=100, applied=False) for _ in range(7)]
+    with locked(engine, jobs[0], jobs[3]):
+        assert stream.apply_all(workers_own, stage.ledger)[0] == 5
+        assert [one.job for one in stream.unapplied(stage.ledger)] == [jobs[0], jobs[3]]
+    assert stream.apply_all(workers_own, stage.ledger)[0] == 2
+    assert {stage.row(job).state for job in jobs} == {"admitted"}
+
+
+def lose_books(stage: Stage) -> None:
+    """Redis came back with its data: the stream survived, and the books are of another life of the server."""
+    stage.redis.hset(keys.EPOCH, "run_id", "another life")
+
+
+def end_unheard(stage: Stage, job: str) -> None:
+    """A worker runs a job and ends it, and only the stream has heard of either."""
+    row = stage.row(job)
+    token = f"{row.epoch}.{row.attempt}"
+    claimed = stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES).claimed
+    assert claimed[0].ok
+    stage.ledger.settle("a", "a-life", ended=[Ended(job, token, "succeeded")], most_losses=MOST_LOSSES)
+
+
+def test_rebuild_loses_no_end_behind_a_locked_row(
+    engine: Engine, stage: Stage, workers_own: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "CHUNK", 2)
+    jobs = [stage.submit(cpus=100) for _ in range(7)]
+    for job in jobs:
+        end_unheard(stage, job)
+    with locked(engine, jobs[0], jobs[3]):
+        lose_books(stage)
+        opened = rebuild.open_if_cold(workers_own, stage.ledger)
+        assert opened is not None and opened.held == 0
+        assert [stage.row(job).state == "succeeded" for job in jobs] == [False, True, True, False, True, True, True]
+        # Nobody brings them in before what they became is known.
+        for job in (jobs[0], jobs[3]):
+            row = stage.row(job)
+            state = stage.ledger.submit(job, row.shape, row.seq, bytes(row.message), attempt=row.attempt)
+            assert state.state == "exists"
+    stage.apply()
+    assert rebuild.bring_in_carried(stage.engine, stage.ledger) == 2
+    assert [stage.row(job).state for job in jobs] == ["succeeded"] * 7
+    assert stage.redis.keys("ledger:job:*") == []
+
+
+@pytest.mark.parametrize("last", ["waiting", "admitted", "running", "handed back"])
+def test_rebuild_brings_in_a_locked_job_when_its_row_is_free(
+    engine: Engine, stage: Stage, workers_own: Engine, last: str
+) -> None:
+    job = stage.submit(cpus=1000 if last != "waiting" else 9000, applied=False)
+    token = f"{stage.ledger.epoch}.1"
+    if last in ("running", "handed back"):
+        stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES)
+    if last == "handed back":
+        ended = [Ended(job, token, "handed_back")]
+        stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES, admit=False)
+    with locked(engine, job):
+        lose_books(stage)
+        assert rebuild.open_if_cold(workers_own, stage.ledger) is not None
+        assert stream.apply_all(workers_own, stage.ledger)[0] == 0
+        assert not stage.redis.exists(keys.job(job))
+        assert rebuild.bring_in_carried(stage.engine, stage.ledger) == 0
+        assert not stage.redis.exists(keys.job(job))
+    stage.apply()
+    assert rebuild.bring_in_carried(stage.engine, stage.ledger) == 1
+    card = read_cards(stage.redis, [job])[job]
+    if last == "running":
+        # Its worker is to say whether it still holds it.
+        assert (card.state, card.token) == ("running", token)
+    else:
+        assert card.state == "waiting"
+    assert rebuild.bring_in_carried(stage.engine, stage.ledger) == 0
+
+
+def test_worker_is_not_taken_back_before_its_claims_are_known(
+    engine: Engine, stage: Stage, workers_own: Engine
+) -> None:
+    """Its body has its row locked: it may commit, so no other attempt may begin."""
+    job = stage.submit(cpus=1000, applied=False)
+    token = f"{stage.ledger.epoch}.1"
+    stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES)
+    with engine.connect() as connection, connection.begin():
+        assert fence.commit(connection, Publisher(job, stage.ledger.epoch, 1, "a-life"))
+        stage.ledger.condemn("a", "a-life")
+        assert takeback.take_back(workers_own, stage.ledger, "a", "a-life", 0).verdict == "waits"
+        assert stage.redis.hget(keys.job(job), "state") == b"running"
+    assert takeback.take_back(workers_own, stage.ledger, "a", "a-life", 0).verdict == "gone"
+    assert (stage.row(job).state, stage.row(job).attempt) == ("succeeded", 1)
+    with engine.connect() as connection:
+        assert roster.live_workers(connection, 60.0) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery import Celery
 
-from routing import enroll, stream
+from routing import enroll, rebuild, stream
 from routing.states import FINAL
 from workers.stores import Stores
 from workers.undelivered import announcer_of, deliver_rows
@@ -14,11 +14,13 @@ OLDER_THAN = 1000
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `applied` entries, `continued` jobs with a successor that is due, `delivered` outboxes of theirs."""
+    """Counts: `applied` entries, `continued` jobs with a successor that is due, `delivered` outboxes of theirs, jobs
+    `carried` over from an older epoch that came in."""
     entries, applied = stream.apply_all(stores.engine, stores.ledger, older_than_ms=OLDER_THAN)
     continued = enroll.go_on(stores.engine, stores.ledger, applied)
     if (announcer := announcer_of(app)) is not None:
         announcer.waiting(applied)
     ended = [one.job for one in applied if one.state in FINAL]
     delivered = deliver_rows(app, stores, ended) if ended else 0
-    return {"applied": entries, "continued": continued, "delivered": delivered}
+    carried = rebuild.bring_in_carried(stores.engine, stores.ledger)
+    return {"applied": entries, "continued": continued, "delivered": delivered, "carried": carried}
