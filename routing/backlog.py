@@ -1,5 +1,6 @@
 """The rows that the ledger should know, in their order: what waits, is due, never arrived, or came too late.
 
+A job whose row is marked as revoked is none of these: the sweep ends it, and until then nothing may start it.
 Reading only; each function takes the caller's connection.
 """
 
@@ -51,18 +52,22 @@ _PENDING: Final = (
     "SELECT id, shape, priority, seq, message, attempt, losses, "
     "(extract(epoch FROM submitted_at) * 1000)::bigint, rerun FROM jobs "
 )
-_DUE: Final = text(_PENDING + "WHERE state = 'scheduled' AND due_at <= now() AND seq > :after ORDER BY seq LIMIT :most")
+_DUE: Final = text(
+    _PENDING + "WHERE state = 'scheduled' AND revoked_at IS NULL AND due_at <= now() "
+    "AND seq > :after ORDER BY seq LIMIT :most"
+)
 _STRANDED: Final = text(
-    _PENDING + "WHERE state = 'accepted' AND submitted_at <= now() - make_interval(secs => :age) "
+    _PENDING + "WHERE state = 'accepted' AND revoked_at IS NULL "
+    "AND submitted_at <= now() - make_interval(secs => :age) "
     "AND seq > :after ORDER BY seq LIMIT :most"
 )
 _BACKLOG: Final = text(
-    _PENDING + "WHERE state IN ('accepted', 'waiting') AND (-priority, seq) > (:priority, :seq) "
+    _PENDING + "WHERE state IN ('accepted', 'waiting') AND revoked_at IS NULL AND (-priority, seq) > (:priority, :seq) "
     "ORDER BY -priority, seq LIMIT :most"
 )
 _THESE: Final = text(
     _PENDING + "WHERE id = ANY(CAST(:ids AS text[])) "
-    "AND (state IN ('accepted', 'waiting') OR (state = 'scheduled' AND due_at <= now()))"
+    "AND revoked_at IS NULL AND (state IN ('accepted', 'waiting') OR (state = 'scheduled' AND due_at <= now()))"
 )
 
 
@@ -92,7 +97,9 @@ def these(connection: Connection, ids: Sequence[str]) -> list[Pending]:
     return _pending(connection, _THESE, {"ids": list(ids)}) if ids else []
 
 
-_ACCEPTED: Final = text(_PENDING + "WHERE id = ANY(CAST(:ids AS text[])) AND state = 'accepted' ORDER BY seq")
+_ACCEPTED: Final = text(
+    _PENDING + "WHERE id = ANY(CAST(:ids AS text[])) AND state = 'accepted' AND revoked_at IS NULL ORDER BY seq"
+)
 
 
 def accepted(connection: Connection, ids: Sequence[str]) -> list[Pending]:

@@ -139,7 +139,7 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """`verdict`: ended (as `entry` of the stream says), held (by `worker`), over or missing."""
+    """`verdict`: ended (as `entry` of the stream says), held (by `worker`), over, missing, or unsure: nobody knows."""
 
     verdict: str
     worker: str | None = None

@@ -342,12 +342,12 @@ _DROP: Final = text(f"""
 UPDATE jobs SET state = :state, outbox = '{outbox.UNTOLD}', step = {Step.DROPPED.value}, finished_at = now(),
   error = coalesce(:error, error)
 WHERE id = :id AND (state IN ('accepted', 'scheduled', 'replaced')
-  OR (state = 'waiting' AND EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres')))
+  OR (state = 'waiting' AND (revoked_at IS NOT NULL OR EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres'))))
 RETURNING id
 """)
 
 
 def end_unfiled(connection: Connection, job: str, state: State, error: str | None = None) -> bool:
     """End a job that is not in the ledger: `cancelled` or `expired`. False where it is (or has ended). What waits is in
-    the ledger, unless Postgres decides."""
+    the ledger, unless Postgres decides, or the job was revoked while nobody could ask: then no rebuild brings it in."""
     return connection.execute(_DROP, {"id": job, "state": state.value, "error": error}).first() is not None

@@ -49,7 +49,8 @@ class PlatformControl:
     ) -> Any:
         """Revoke jobs (an id, or several). One that waits or is scheduled ends at once, for good, with the result
         REVOKED; of one that a worker holds the worker is told, as Celery does (`terminate` ends its process), and its
-        row keeps it: the job runs no other attempt. Raises `StoreUnavailable`, `InvalidRequest`."""
+        row keeps it: the job runs no other attempt. While the ledger does not answer every job is only marked, starts
+        no more, and ends within the sweep's interval once it answers. Raises `StoreUnavailable`, `InvalidRequest`."""
         ids = [check_job_id(one) for one in ([task_id] if isinstance(task_id, str) else task_id)]
         revoke_jobs(self.app, self.stores, ids)
         with _telling():
@@ -193,7 +194,8 @@ def open_gates(app: Any, stores: Stores) -> Opened:
 
 
 def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool:
-    """End a job that no worker holds, as cancelled or expired. False where a worker holds it, or it has ended."""
+    """End a job that no worker holds, as cancelled or expired. False where a worker holds it, it has ended, or the
+    ledger does not say."""
     try:
         with stores.engine.connect() as connection:
             known = roster.read_authority(connection)
@@ -216,17 +218,18 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
 
 
 def _cancel(stores: Stores, connection: Any, job: str, state: State, error: str) -> Cancelled:
-    """Cancel in the ledger. Without one Postgres alone decides: what it says is accepted is on its way nowhere."""
+    """Cancel in the ledger. While it does not answer nobody can say where the job is: the ledger is ahead of its row,
+    and a worker may run what is `accepted` there. So the job goes on being what it is, and a duty ends it later."""
     try:
         return stores.ledger.cancel(job, state.value, error)
     except LedgerClosed:
         stores.ledger.epoch = store_epoch(connection)
     except StoreUnavailable:
-        return Cancelled("missing")
+        return Cancelled("unsure")
     try:
         return stores.ledger.cancel(job, state.value, error)
     except (LedgerClosed, StoreUnavailable):
-        return Cancelled("missing")
+        return Cancelled("unsure")
 
 
 def store_epoch(connection: Any) -> int:

@@ -3,7 +3,8 @@
 -- KEYS: none; by name: epoch, job, carried, wait, shapes, shapes_of, counters, stream, held, unclaimed, kept, book, free, free_of,
 --   view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, job, state (cancelled or expired), error
--- Replies: {ended, entry} | {held, state, worker} | {over} | {missing} | {cold} | {epoch, current}
+-- Replies: {ended, entry} | {held, state, worker} | {over} | {missing} | {unsure} (the books are being rebuilt: perhaps a
+--   worker holds it) | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless: answered 'over' while the tombstone stands
 local epoch, run_id, id, state, error_text = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -23,7 +24,7 @@ end
 if not job or job.state == 'ended' then
   if redis.call('HEXISTS', KEY.epoch, 'rebuilding') == 1 then
     -- Perhaps a worker holds it and has not said so yet: nothing here may stand in its way.
-    return {'missing'}
+    return {'unsure'}
   end
   -- Perhaps it is on its way here: whoever submits it finds that it has ended. What Postgres says decides.
   redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', epoch, 'attempt', job and job.attempt or '0', 'final', '1',

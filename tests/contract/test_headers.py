@@ -74,6 +74,7 @@ BINDINGS: Final = {
             ("held", "running", "w"): "Cancelled(verdict='held', worker='w', entry=None)",
             ("over",): "Cancelled(verdict='over', worker=None, entry=None)",
             ("missing",): "Cancelled(verdict='missing', worker=None, entry=None)",
+            ("unsure",): "Cancelled(verdict='unsure', worker=None, entry=None)",
         },
     ),
     "claim": Binding(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from celery import Celery
 from sqlalchemy import Engine, text
 
-from routing import accept, enroll, keys, pull, rebuild, revoking, roster, stream, successors
+from routing import accept, backlog, enroll, keys, pull, rebuild, revoking, roster, stream, successors
 from routing.accept import NewJob
+from routing.ledger import Ledger
+from routing.replies import Ended
 from routing.request import Request
 from routing.settings import Settings
 from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
@@ -175,6 +179,63 @@ def test_without_the_ledger_the_row_is_enough(stage: Stage, app: Celery) -> None
     with stage.engine.connect() as connection:
         pull.give_back(connection, pull.open_attempts(connection, "a-life"), "taken_back", "gone", MOST_LOSSES)
     assert {stage.row(one).state for one in (job, marked)} == {"cancelled"}
+
+
+# The caller of the revoke does not reach the ledger.
+
+
+@pytest.fixture
+def blind(app: Celery) -> Celery:
+    """An app whose process reaches Postgres alone."""
+    stores: Stores = app.platform
+    away = replace(stores.settings, redis_url="redis://127.0.0.1:1/0")
+    stores._made["ledger"] = Ledger(away)
+    return app
+
+
+def sees_again(app: Celery, stage: Stage) -> Stores:
+    stores: Stores = app.platform
+    stores._made["ledger"] = stage.ledger
+    return stores
+
+
+def test_a_job_that_runs_unknown_to_postgres_has_its_own_end(stage: Stage, blind: Celery) -> None:
+    job = stage.submit(cpus=1000, applied=False)
+    token = f"{stage.ledger.epoch}.1"
+    claimed = stage.ledger.settle("a", "a-life", arrived=[(job, token, "n")], most_losses=MOST_LOSSES).claimed
+    assert claimed[0].ok
+    assert revoke(blind, job) == 0
+    row = stage.row(job)
+    assert (row.state, row.revoked_at is not None) == ("accepted", True)
+    sweep.run_once(blind, sees_again(blind, stage))
+    assert stage.redis.hget(keys.job(job), "revoked") == b"1"
+    ended = [Ended(job, token, "succeeded")]
+    stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES)
+    stage.apply()
+    assert stage.row(job).state == "succeeded"
+
+
+@pytest.mark.parametrize("state", ["accepted", "scheduled", "waiting"])
+def test_a_job_that_has_not_started_starts_no_more_and_ends(stage: Stage, blind: Celery, state: str) -> None:
+    if state == "waiting":
+        # The ledger was lost meanwhile, and nobody brings the job in again.
+        job = stage.submit(cpus=99_000)
+        stage.redis.delete(*stage.redis.keys("ledger:wait*"), *stage.redis.keys("ledger:shapes*"), keys.job(job))
+    else:
+        job = stage.insert({"cpus": 1000}, due_at=None if state == "accepted" else datetime(2020, 1, 1, tzinfo=UTC))
+    stage.sql("UPDATE jobs SET submitted_at = submitted_at - interval '1 hour'")
+    assert revoke(blind, job) == 0
+    assert stage.row(job).state == state
+    stores = sees_again(blind, stage)
+    with stage.engine.connect() as connection:
+        assert backlog.stranded(connection, 0.0, 10) == []
+        assert backlog.due(connection, 10) == []
+        assert backlog.backlog(connection, 10) == []
+        assert backlog.these(connection, [job]) == []
+        assert backlog.accepted(connection, [job]) == []
+    assert sweep.run_once(blind, stores)["submitted"] == 0
+    row = stage.row(job)
+    assert (row.state, row.attempt, row.error) == ("cancelled", 0, "revoked")
 
 
 STAMPS = [("text", "x"), ("number", 7), ("odd", "zero \0 and half a pair \udcff")]
