@@ -23,7 +23,6 @@ from routing.postgres import translate
 from routing.replies import LedgerClosed, Taken
 from routing.roster import WorkerRow
 from routing.takeback import take_back
-from workers import orphans
 from workers.confirmation import Confirmation
 from workers.holdings import Holdings
 from workers.identity import Identity, is_known_dead
@@ -122,7 +121,6 @@ class Membership:
         name, settings = self.identity.name, self._ledger.settings
         with self._engine.connect() as connection:
             row = roster.find_worker(connection, incarnation)
-        orphans.see_to(row, self.identity.place)
         if row is not None and is_known_dead(row, self.identity.place):
             self._ledger.condemn(name, incarnation)
         elif self._ledger.lapse(name, 0, settings.most_losses, most=0).verdict != "due":

@@ -21,6 +21,7 @@ from routing.books import text
 from routing.errors import NameTaken
 from routing.ledger import Ledger
 from routing.roster import WorkerRow
+from workers import orphans
 from workers.identity import Identity, is_known_dead
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class NameClaim:
         self._given_up: dict[str, Claimant] = {}
 
     def take(self, challenge: Callable[[], None] | None) -> None:
-        """Return when nobody alive has the name. Raises `NameTaken`.
+        """Return when nobody alive has the name, and nothing runs for it on this machine. Raises `NameTaken`.
 
         `challenge` asks every worker for a heartbeat; None: the ledger is gone, and Postgres alone is looked at.
         """
@@ -74,10 +75,10 @@ class NameClaim:
         began = answer_by = 0.0
         warned = False
         while True:
-            claimants = self._claimants(with_ledger=challenge is not None)
+            claimants, rows = self._look(with_ledger=challenge is not None)
             claimants = {life: one for life, one in claimants.items() if not one.is_as(self._given_up.get(life))}
             if not claimants:
-                return
+                break
             if not first:
                 first, began = claimants, time.monotonic()
                 answer_by = began + self._answer_within(challenge is not None)
@@ -92,7 +93,7 @@ class NameClaim:
                 left = min(max(one.left for one in claimants.values()), self._ttl - waited)
                 if left <= 0:
                     self._given_up |= claimants
-                    return
+                    break
                 if not warned:
                     warned = True
                     logger.warning(
@@ -101,6 +102,8 @@ class NameClaim:
                         left,
                     )
             pause.wait(LOOK_EVERY)
+        # Those of this very look: an incarnation that came after it was not judged.
+        orphans.end_predecessors(rows, self._identity.place)
 
     def taken(self, incarnation: str) -> NameTaken:
         """Return the error for a name that this incarnation has."""
@@ -125,8 +128,8 @@ class NameClaim:
             return self._ttl * CHALLENGE_PART
         return min(self._ttl, self._ledger.settings.renew_interval * SEEN_WITHIN_INTERVALS)
 
-    def _claimants(self, *, with_ledger: bool) -> dict[str, Claimant]:
-        """Return those that are not known to be dead, by incarnation."""
+    def _look(self, *, with_ledger: bool) -> tuple[dict[str, Claimant], list[WorkerRow]]:
+        """Return the incarnations that are not known to be dead, and the rows of all that may have left something."""
         holder, lease = self._holder() if with_ledger else ("", None)
         identity, found = self._identity, dict[str, Claimant]()
         with self._engine.connect() as connection:
@@ -143,7 +146,7 @@ class NameClaim:
                 found[holder] = Claimant(worker, lease, row.seen, lease_left)
             else:
                 found[worker.incarnation] = Claimant(worker, None, row.seen, 0.0 if row.over else self._ttl - row.age)
-        return found
+        return found, [row.worker for row in rows]
 
     def _holder(self) -> tuple[str, int | None]:
         """Return the incarnation of another one's book, "" without one, and the end of its lease (ms). A book that was

@@ -191,7 +191,9 @@ def test_the_name_of_a_worker_that_is_stopped_and_not_dead_is_free_when_its_leas
     job = hold(platform, submitter, "gate") if busy else None
     os.killpg(stopped.pid, signal.SIGSTOP)
     ends = lease(platform, "a")
-    again = platform.worker("a", 1, "threads", ready=False)
+    # On another machine: on its own it would be ended first.
+    imports = f"{platform.environment['PLATFORM_IMPORTS']},tests.tasks.cloned"
+    again = platform.worker("a", 1, "threads", ready=False, PLATFORM_IMPORTS=imports)
     again.wait_for("is registered and silent")
     again.wait_for(READY)
     assert lease(platform, "a") - platform.settings.worker_ttl * 1000 >= ends

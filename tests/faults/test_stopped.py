@@ -1,0 +1,137 @@
+"""A worker that is stopped (SIGSTOP, a frozen machine) for longer than its lease, and what still runs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+import pytest
+
+from routing import keys
+from tests.faults.oracle import read
+from tests.faults.watching import Oracle
+from tests.fixtures.processes import Platform, Pool, Process
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+
+
+def family(worker: Process) -> list[psutil.Process]:
+    """The worker's main process, its pool, and what bodies started."""
+    main = psutil.Process(worker.pid)
+    return [main, *main.children(recursive=True)]
+
+
+def running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of them that have not ended."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@contextmanager
+def stopped(processes: list[psutil.Process]) -> Iterator[None]:
+    """They are stopped for the time of the block, and go on afterwards if they live."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+def lease_ms(platform: Platform) -> int:
+    """When the lease of `a` ends, by the ledger's clock."""
+    lease: Any = platform.redis.hget(keys.book("a"), "lease")
+    return int(lease)
+
+
+def long_jobs(platform: Platform, oracle: Oracle, submitter: Submitter, how: str = "") -> list[str]:
+    """Four jobs that would go on for longer than anything here, were they let."""
+    jobs = oracle.sends(submitter, 3, seconds=platform.settings.lost_after * 2)
+    jobs.append(oracle.send(submitter, how=how, seconds=0.1 if how else platform.settings.lost_after * 2))
+    oracle.until_runs(4)
+    return jobs
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("whole", [False, True], ids=["main process", "group"])
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_successor_ends_what_its_stopped_predecessor_runs_before_it_starts_jobs(
+    platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool, whole: bool
+) -> None:
+    first = platform.worker("a", cpus=4, pool=pool)
+    jobs = long_jobs(platform, oracle, submitter, how="grandchild")
+    main = psutil.Process(first.pid)
+    until(lambda: any(one.name() == "sleep" for one in main.children(recursive=True)), "a body started a process")
+    before = family(first)
+    oracle.asked(first)
+    with stopped(before if whole else before[:1]):
+        successor = platform.worker("a", cpus=4, pool=pool)
+        # It can be admitted to: nothing may run here any more that it does not know.
+        assert running(before) == []
+    oracle.assert_zeros()
+    assert [submitter.outcomes(job) for job in jobs] == [["lost", "succeeded"]] * len(jobs)
+    assert successor.alive
+
+
+@pytest.mark.long
+def test_successor_ends_a_stopped_predecessor_that_was_given_up_before_it_came(
+    platform: Platform, submitter: Submitter, oracle: Oracle
+) -> None:
+    """The ledger has no book of it any more: another worker took its jobs back. Its pool goes on."""
+    first = platform.worker("a", cpus=4)
+    jobs = long_jobs(platform, oracle, submitter)
+    before = family(first)
+    oracle.asked(first)
+    with stopped(before[:1]):
+        platform.worker("b", cpus=4, pool="threads")
+        until(lambda: {submitter.row(job).worker for job in jobs} == {"b"}, "b has its jobs", 60.0)
+        assert len(running(before)) > 1
+        platform.worker("a", cpus=4)
+        assert running(before) == []
+    oracle.assert_zeros()
+    assert [submitter.outcomes(job) for job in jobs] == [["lost", "succeeded"]] * len(jobs)
+
+
+@pytest.mark.long
+def test_worker_that_was_given_up_and_goes_on_keeps_its_name(
+    platform: Platform, submitter: Submitter, oracle: Oracle
+) -> None:
+    """It is challenged first, though nothing in the ledger names it: one that is alive answers by registering."""
+    first = platform.worker("a", cpus=4, PLATFORM_WORKER_TTL="60", PLATFORM_LOST_AFTER="75")
+    platform.redis.delete(keys.book("a"))
+    with platform.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE workers SET status = 'lost', left_at = now()")
+    twin = platform.worker("a", cpus=4, ready=False)
+    oracle.asked(twin)
+    twin.wait()
+    twin.wait_for("a live worker is named a already")
+    assert first.alive
+    oracle.sends(submitter, 4)
+    oracle.assert_zeros()
+
+
+@pytest.mark.long
+def test_stopped_child_of_a_live_worker_loses_nothing(
+    platform: Platform, submitter: Submitter, oracle: Oracle
+) -> None:
+    """Its job is held by a worker that renews its lease: it goes on where it was."""
+    worker = platform.worker("a", cpus=2)
+    job = oracle.send(submitter, seconds=1.0)
+    oracle.until_runs(1)
+    pids = {line.pid for line in read(oracle.trace)}
+    lease = lease_ms(platform)
+    with stopped([psutil.Process(pid) for pid in pids]), oracle.flow(submitter, every=0.2):
+        longer = platform.settings.lost_after * 1.5
+        until(lambda: lease_ms(platform) > lease + longer * 1000, "it was stopped for longer than each lease", 120.0)
+        assert submitter.allocated_cpus() in ("1", "2")
+    oracle.assert_zeros()
+    assert submitter.outcomes(job) == ["succeeded"]
+    assert worker.alive
