@@ -42,6 +42,7 @@ ALTER FUNCTION note_awaited_end() OWNER TO platform_owner;
 ALTER FUNCTION open_rate(text, double precision, text, double precision, integer) OWNER TO platform_owner;
 ALTER TABLE workers OWNER TO platform_owner;
 ALTER TABLE authority OWNER TO platform_owner;
+ALTER TABLE runner OWNER TO platform_owner;
 ALTER TABLE declarations OWNER TO platform_owner;
 ALTER TABLE quarantine OWNER TO platform_owner;
 ALTER TABLE alembic_version OWNER TO platform_owner;
@@ -56,6 +57,7 @@ GRANT SELECT, INSERT, UPDATE ON jobs, attempts, workers, declarations TO platfor
 GRANT SELECT, DELETE ON unique_keys, dependencies TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON rates TO platform_worker;
 GRANT SELECT, UPDATE ON authority TO platform_worker;
+GRANT SELECT, INSERT, UPDATE ON runner TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON quarantine TO platform_worker;
 GRANT SELECT ON alembic_version TO platform_worker;
 
@@ -75,7 +77,7 @@ GRANT EXECUTE ON FUNCTION claim_key(text, text, double precision), gate_job(text
 GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarnation, priority, request, shape, declared,
   queue, rerun, retries, nesting, root_id, parent_id, replaces, submitted_at, due_at, expires_at, admitted_at, started_at,
   finished_at, revoked_at, error, needs, rated, not_before) ON jobs TO platform_dashboard;
-GRANT SELECT ON attempts, workers, authority, declarations, dependencies, rates, alembic_version TO platform_dashboard;
+GRANT SELECT ON attempts, workers, authority, runner, declarations, dependencies, rates, alembic_version TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;
 

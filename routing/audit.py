@@ -216,7 +216,6 @@ def _read_expiries(client: redispy.Redis, shelf: Shelf) -> None:
     never += [keys.job(job) for job, card in shelf.cards.items() if card.state != "ended"]
     some = [keys.job(job) for job, card in shelf.cards.items() if card.state == "ended" and not card.unapplied]
     some += [books.text(key) for key in client.scan_iter(match=keys.VIEWS, count=1000)]
-    some += [books.text(key) for key in client.scan_iter(match=keys.KEYS["duty"] + "*", count=1000)]
     for names, expires in ((never, False), (some, True)):
         for chunk in _chunks(names):
             pipe = client.pipeline(transaction=False)

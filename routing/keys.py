@@ -21,7 +21,9 @@
 | `ledger:allocated` | string | millicores allocated in all |
 | `ledger:counters` | hash | what people count: admissions, refusals, stale writes, ... |
 | `ledger:declarations` | hash | task name, request as JSON in people's units |
-| `ledger:duty:<name>` | string with expiry | that a duty ran in this interval |
+| `ledger:runner` | hash | `incarnation` of the worker that runs the duties, `fence` and `until` (ms) of its lease |
+| `ledger:asked` | set | duties that others ask the runner for |
+| `ledger:probe` | string with expiry | a trial write |
 | `worker:<name>` | hash with expiry | the view for people; only registration and heartbeat create it |
 | `resource:allocated_cpus` | string | CPUs allocated in all, as a decimal number |
 
@@ -67,7 +69,9 @@ KEYS: Final = {
     "allocated": "ledger:allocated",
     "counters": "ledger:counters",
     "declarations": "ledger:declarations",
-    "duty": "ledger:duty:",
+    "runner": "ledger:runner",
+    "asked": "ledger:asked",
+    "probe": "ledger:probe",
     "view": "worker:",
     "allocated_cpus": "resource:allocated_cpus",
 }
@@ -83,6 +87,9 @@ CARRIED: Final = KEYS["carried"]
 ALLOCATED: Final = KEYS["allocated"]
 COUNTERS: Final = KEYS["counters"]
 DECLARATIONS: Final = KEYS["declarations"]
+RUNNER: Final = KEYS["runner"]
+ASKED: Final = KEYS["asked"]
+PROBE: Final = KEYS["probe"]
 ALLOCATED_CPUS: Final = KEYS["allocated_cpus"]
 #: Patterns for SCAN.
 LEDGER: Final = "ledger:*"
@@ -123,10 +130,6 @@ def free_of(resource: str) -> str:
 
 def shapes_of(resource: str) -> str:
     return KEYS["shapes_of"] + resource
-
-
-def duty(name: str) -> str:
-    return KEYS["duty"] + name
 
 
 def private_queue(worker: str, incarnation: str) -> str:

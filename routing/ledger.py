@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from routing import keys
+from routing.election import Elections
 from routing.envelope import digest_of
 from routing.policy import held_by, is_last_chance
 from routing.repairs import Repairs
@@ -40,7 +41,7 @@ REDELIVER_CHUNK: Final = 100
 RELEASE_PAGES: Final = 15
 
 
-class Ledger(Repairs):
+class Ledger(Repairs, Elections):
     """The scripts, one method each; those that reconcile alone uses are in `routing.repairs`."""
 
     # -- jobs ----------------------------------------------------------------------------------------------------
@@ -374,10 +375,6 @@ class Ledger(Repairs):
     @property
     def _ttl_ms(self) -> int:
         return round(self.settings.worker_ttl * 1000)
-
-    def take_turn(self, duty: str, caller: str, interval_ms: int) -> bool:
-        """Whether a caller is to do a duty: one in each interval."""
-        return self._call("turn", duty, caller, interval_ms)[1] == "1"
 
     # -- books ---------------------------------------------------------------------------------------------------
 

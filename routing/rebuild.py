@@ -96,7 +96,8 @@ def _wipe(ledger: Ledger) -> None:
     """Remove old books; the key of the epoch goes first, so that they admit nothing meanwhile."""
     client = ledger.client
     # (An entry leaves the stream when Postgres has it, and not before.)
-    keep = {keys.COUNTERS.encode(), keys.DECLARATIONS.encode(), keys.STREAM.encode()}
+    kept = (keys.COUNTERS, keys.DECLARATIONS, keys.STREAM, keys.RUNNER, keys.ASKED)
+    keep = {key.encode() for key in kept}
     try:
         client.delete(keys.EPOCH)
         for pattern in ("ledger:*", keys.VIEWS):

@@ -137,7 +137,7 @@ class LedgerServer:
 
     def probe(self) -> None:
         """Whether the ledger can be written: raises `StoreUnavailable` where not."""
-        self._guard(lambda: self.client.set(keys.duty("probe"), "", px=PROBE_MS))
+        self._guard(lambda: self.client.set(keys.PROBE, "", px=PROBE_MS))
 
     def now_ms(self) -> int:
         """This process's estimate of the server's clock, in milliseconds."""

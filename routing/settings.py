@@ -72,6 +72,13 @@ class Settings:
     database_url: str | None = _setting(
         "DATABASE_URL", "Postgres, the durable truth.", setting_values.database_url, unit="URL"
     )
+    direct_database_url: str | None = _setting(
+        "PLATFORM_DIRECT_DATABASE_URL",
+        "The same Postgres without the pooler in between: one connection of the worker that runs the duties.",
+        setting_values.database_url,
+        unit="URL",
+        shown="DATABASE_URL",
+    )
     broker_url: str | None = _setting(
         "CELERY_BROKER_URL", "Where Celery's own messages go.", addresses.elsewhere, unit="URL", shown="REDIS_URL"
     )
@@ -196,6 +203,9 @@ class Settings:
     )
     reconcile_interval: float = _duration(
         "PLATFORM_RECONCILE_INTERVAL", 300.0, "Between two comparisons of both stores."
+    )
+    runner_term: float = _duration(
+        "PLATFORM_RUNNER_TERM", 5.0, "The lease of the worker that runs the duties; another takes over within twice it."
     )
     confirm_interval: float = _duration("PLATFORM_CONFIRM_INTERVAL", 5.0, "Between two questions which store admits.")
     store_timeout: float = _duration(

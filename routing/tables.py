@@ -257,6 +257,17 @@ authority = Table(
     CheckConstraint("authority IN ('ledger', 'postgres')", name="authority_known"),
 )
 
+# Who runs the duties while Postgres decides; one row, made by the first election.
+runner = Table(
+    "runner",
+    metadata,
+    Column("only", Boolean, primary_key=True, server_default=text("true")),
+    Column("incarnation", Text, nullable=False, comment="who runs the duties while Postgres decides"),
+    Column("fence", BigInteger, nullable=False, comment="grows with each new holder"),
+    Column("until", DateTime(timezone=True), nullable=False, comment="the lease runs out then"),
+    CheckConstraint('"only"', name="runner_one_row"),
+)
+
 declarations = Table(
     "declarations",
     metadata,

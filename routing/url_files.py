@@ -16,7 +16,13 @@ from typing import Any, Final
 from routing.errors import InvalidRequest
 
 #: The variables whose value may stand in a file.
-FROM_FILES: Final = ("REDIS_URL", "DATABASE_URL", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND")
+FROM_FILES: Final = (
+    "REDIS_URL",
+    "DATABASE_URL",
+    "PLATFORM_DIRECT_DATABASE_URL",
+    "CELERY_BROKER_URL",
+    "CELERY_RESULT_BACKEND",
+)
 SUFFIX: Final = "_FILE"
 #: bytes; no URL is longer, and what is no text of ours (a device, a dump) is not read to its end
 MOST_BYTES: Final = 64 * 1024

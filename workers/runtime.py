@@ -157,7 +157,7 @@ class Runtime:
             self.quarantine.set_aside,
             partial(tell_late, app, engine, identity.incarnation),
         )
-        self.duties = duties.Runner(app, stores, identity.incarnation)
+        self.duties = duties.Runner(app, stores, identity.incarnation, lambda: self.confirmation.authority)
         self.pulse.on_missing = self.ledger_thread.on_missing = self.duties.suspect
         self._cold = False
         self._left = False

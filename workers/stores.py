@@ -144,6 +144,18 @@ class Stores:
         return found
 
     @property
+    def direct(self) -> Engine:
+        """Connections that are sessions of their own, each kept by whoever asks: for LISTEN and the locks of sessions.
+        Where `engine` goes through a pooler, PLATFORM_DIRECT_DATABASE_URL names the server itself."""
+
+        def make() -> Engine:
+            url = str(self.settings.direct_database_url or self.settings.database_url)
+            return make_engine(url, pooled=False, timeout=self.settings.store_timeout)
+
+        found: Engine = self._get("direct", make)
+        return found
+
+    @property
     def inserter(self) -> Inserter:
         """Inserts the jobs that are submitted one by one."""
 

@@ -99,7 +99,9 @@ def used(redis_url: str) -> Iterator[Cluster]:
         cluster.register("labelled", Capacity.of({"cpus": 1, "slots": 1, **labels(["video"])}).shape)
         ledger.adopt("small", "small-life", [Adopted("adopted", "1.1", ONE, 1, 5, 6, "", 0)])
         ledger.client.hset(keys.DECLARATIONS, "task", "{}")
-        ledger.take_turn("due", "w", 60_000)
+        ledger.elect("w-life", 0, 60.0)
+        ledger.elect("v-life", 0, 60.0, ["suspicion"])
+        ledger.probe()
         ledger.client.hset(keys.EPOCH, "rebuilding", "1")
         ledger.client.sadd(keys.CARRIED, "older")
         yield cluster
@@ -129,7 +131,7 @@ def test_every_key_and_field_of_a_ledger_in_use_is_on_the_page(used: Cluster) ->
         assert client.type(key).decode() == {"sorted set": "zset"}.get(kind, kind), key
         # (Here Postgres has no end of any job yet.)
         ended = pattern == "ledger:job:<id>" and client.hmget(key, "state", "entry") == [b"ended", None]
-        expires = ended or pattern in ("ledger:duty:<name>", "worker:<name>")
+        expires = ended or pattern in ("ledger:probe", "worker:<name>")
         assert (client.pttl(key) > 0) == expires, f"{key}, whose lifetime is: {lifetime}"
         seen = met.setdefault(pattern, set())
         if pattern == "ledger:stream":

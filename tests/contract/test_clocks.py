@@ -27,13 +27,13 @@ def cluster(redis_url: str) -> Iterator[Cluster]:
         yield cluster
 
 
-def test_a_duty_is_done_though_the_clock_was_set_back_since_its_last_turn(cluster: Cluster) -> None:
-    """An expiry is a time: it comes an hour later."""
-    assert cluster.ledger.take_turn("lapse", "a", 900)
-    assert not cluster.ledger.take_turn("lapse", "b", 900)
-    assert cluster.client.pexpire(keys.duty("lapse"), HOUR_MS)
-    assert cluster.ledger.take_turn("lapse", "b", 900)
-    assert not cluster.ledger.take_turn("lapse", "c", 900)
+def test_a_runner_is_elected_though_the_clock_was_set_back_since_the_last_renewal(cluster: Cluster) -> None:
+    """The end of a lease is a time: it comes an hour later."""
+    assert cluster.ledger.elect("a", 0, 0.9).fence == 1
+    assert cluster.ledger.elect("b", 0, 0.9).fence == 0
+    assert cluster.client.hincrby(keys.RUNNER, "until", HOUR_MS)
+    assert cluster.ledger.elect("b", 0, 0.9).fence == 2
+    assert cluster.ledger.elect("a", 1, 0.9).fence == 0
 
 
 def test_what_is_submitted_is_taken_again_after_the_clock_was_set_forward(cluster: Cluster) -> None:

@@ -105,8 +105,8 @@ def test_a_full_ledger_is_opened_anew(cluster: Cluster) -> None:
     assert cluster.end("job", "1.1").state == "succeeded"
 
 
-def test_the_turn_for_a_duty_is_given_by_a_full_ledger_too(ledger: Ledger) -> None:
+def test_the_runner_is_elected_by_a_full_ledger_too(ledger: Ledger) -> None:
     fill_up(ledger)
-    assert ledger.take_turn("due", "one", 60_000)
-    assert not ledger.take_turn("due", "other", 60_000)
-    assert 0 < ledger.client.pttl(keys.duty("due")) <= 60_000
+    assert ledger.elect("one", 0, 60.0).fence == 1
+    assert ledger.elect("other", 0, 60.0, ["suspicion"]).fence == 0
+    assert ledger.elect("one", 1, 60.0).asked == ("suspicion",)

@@ -21,7 +21,7 @@ NAMES: Final = scripts.names()
 #: What every script that acts on the books may answer besides its own replies: `LedgerServer` raises for these.
 GATES: Final = {"cold", "epoch"}
 #: Scripts that act on keys of one job or entry, whatever epoch is open.
-WITHOUT_GATE: Final = {"forget", "open", "succeed", "turn"}
+WITHOUT_GATE: Final = {"forget", "open", "succeed", "elect"}
 
 CARD: Final = ("1.1", "1", "2", "3-0", "0", "cpus=1000,slots=1", "0", "{}")
 
@@ -95,6 +95,14 @@ BINDINGS: Final = {
         lambda ledger: ledger.drop("a", "1.1", final=True),
         0,
         {("ok", "w"): "True", ("ok", ""): "True", ("changed",): "False"},
+    ),
+    "elect": Binding(
+        lambda ledger: ledger.elect("life", 0, 5.0, ["suspicion"]),
+        1,
+        {
+            ("elected", "3", "suspicion"): "Elected(fence=3, asked=('suspicion',))",
+            ("other",): "Elected(fence=0, asked=())",
+        },
     ),
     "fill": Binding(lambda ledger: ledger.fill("w"), 0, {(("ok", "2", "9"), ("ok", "1", "")): "3"}),
     "forget": Binding(lambda ledger: ledger.forget([("3-0", "a"), ("4-0", "b")]), 2, {("ok", "2"): "2"}),
@@ -174,7 +182,6 @@ BINDINGS: Final = {
     "submit_many": Binding(submit_many, 2, {("ok", "2", "s", "9", "x"): "2", ("late", "5"): "0"}),
     "succeed": Binding(lambda ledger: ledger.succeed("a", b"next"), 0, {("ok",): "True", ("missing",): "False"}),
     "unlist": Binding(lambda ledger: ledger.unlist("gpus", 5, 500), 0, {("ok", "7", "2"): "(7, 2)"}),
-    "turn": Binding(lambda ledger: ledger.take_turn("due", "life", 90), 0, {("ok", "1"): "True", ("ok", "0"): "False"}),
     "total": Binding(lambda ledger: ledger.set_total(1, 2), 0, {("ok",): "True", ("changed",): "False"}),
 }
 
@@ -278,7 +285,7 @@ def test_every_script_loads_on_the_server(name: str, redis_client: redis.Redis) 
 def test_every_script_is_called_by_exactly_one_method_of_the_ledger() -> None:
     assert sorted(BINDINGS) == list(NAMES)
     own = Path(str(bindings.__file__))
-    files = (own, own.with_name("repairs.py"), own.with_name("server.py"))
+    files = (own, own.with_name("repairs.py"), own.with_name("server.py"), own.with_name("election.py"))
     text = "".join(path.read_text(encoding="utf-8") for path in files)
     called = re.findall(r"_calls?\(\s*\[?\(?\"(\w+)\"|calls\.append\(\(\"(\w+)\"|self\._script\(\"(\w+)\"", text)
     by_name = sorted("".join(found) for found in called)

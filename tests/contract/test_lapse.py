@@ -15,6 +15,7 @@ from routing.settings import Settings
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
 from workers.duties import fallback, lapse
+from workers.duties.window import Window
 from workers.stores import Stores
 
 
@@ -123,7 +124,7 @@ def test_a_worker_that_postgres_has_not_seen_is_given_up_by_who_watched_it_being
     """While Postgres decides its clock tells who is silent; set forward, it makes all so at once."""
     dead, lives = running(stage, "a"), running(stage, "b")
     stage.sql("UPDATE authority SET authority = 'postgres'")
-    window = lapse.Window()
+    window = Window(3600.0)
     window._since -= 3600
     stage.sql("UPDATE workers SET seen_at = seen_at - interval '1 hour'")
     assert fallback.lapse(None, stores, window) == {"lost": 0, "taken_back": 0}

@@ -31,8 +31,12 @@ def runner(stage: Stage, settings: Settings) -> Iterator[Runner]:
     stores = Stores(lambda _: settings)
     stores._made["settings"] = settings
     no_app: Any = None
-    runner = Runner(no_app, stores, "a-life")
-    runner._window._since -= 3600
+    runner = Runner(no_app, stores, "a-life", lambda: "ledger")
+    runner._begin()
+    runner.election._stand()
+    # (Nobody renews it.)
+    runner.election._until += 3600
+    runner.election.window._since -= 3600
     yield runner
     runner._stores.ledger.client.close()
     stores.engine.dispose()
@@ -51,7 +55,7 @@ def test_a_row_that_somebody_keeps_locked_stops_no_other_duty(engine: Engine, st
         stage.apply()
         assert (stage.row(lost).state, stage.row(lost).losses) == ("waiting", 1)
         assert stage.row(due).state == "waiting"
-        assert runner._window.seconds() > 60
+        assert runner.election.window.seconds() > 60
     assert stage.row(expired).state == "accepted"
 
 
@@ -80,7 +84,7 @@ def test_duty_that_fails_stops_no_other_duty(
     stage.apply()
     assert (stage.row(lost).state, stage.row(lost).losses) == ("waiting", 1)
     assert stage.row(due).state == ("scheduled" if failing == "due" else "waiting")
-    assert runner._window.seconds() > 60
+    assert runner.election.window.seconds() > 60
 
 
 def test_duty_that_fails_is_tried_again_sooner_than_its_interval(stage: Stage, runner: Runner) -> None:

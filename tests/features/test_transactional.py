@@ -27,7 +27,7 @@ from tests.fixtures.waiting import until
 from tests.tasks.bulky import double, total
 from workers import attempts
 from workers.attempts import Attempt
-from workers.duties.listening import LISTEN_LOCK
+from workers.duties.listening import NAME
 
 ORDERS = "CREATE TABLE orders (number int PRIMARY KEY)"
 
@@ -68,8 +68,9 @@ def session(engine_of_the_program: Engine) -> Iterator[Session]:
 
 def listeners(platform: Platform) -> int:
     with platform.engine.connect() as connection:
-        query = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = :lock AND granted")
-        return int(connection.execute(query, {"lock": LISTEN_LOCK}).scalar_one())
+        here = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        query = text(f"{here} AND application_name = :n")
+        return int(connection.execute(query, {"n": NAME}).scalar_one())
 
 
 def known_to_the_ledger(platform: Platform, job: str) -> bool:

@@ -26,6 +26,7 @@ TABLES = {
     "authority",
     "declarations",
     "quarantine",
+    "runner",
     "unique_keys",
     "dependencies",
     "rates",

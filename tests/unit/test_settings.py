@@ -31,6 +31,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
     assert dataclasses.asdict(settings) == {
         "redis_url": None,
         "database_url": None,
+        "direct_database_url": None,
         "broker_url": None,
         "result_backend": None,
         "node_name": None,
@@ -54,6 +55,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
         "due_interval": 1.0,
         "sweep_interval": 10.0,
         "reconcile_interval": 300.0,
+        "runner_term": 5.0,
         "confirm_interval": 5.0,
         "store_timeout": 10.0,
         "tombstone": 60.0,
@@ -65,6 +67,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
 def test_every_setting_is_read_from_its_variable() -> None:
     environ = {
         **URLS,
+        "PLATFORM_DIRECT_DATABASE_URL": "postgres://user:s3cret@server/db",
         "CELERY_BROKER_URL": "amqp://host",
         "CELERY_RESULT_BACKEND": "db+sqlite://",
         "NODE_NAME": "node-1",
@@ -88,6 +91,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
         "PLATFORM_DUE_INTERVAL": ".1",
         "PLATFORM_SWEEP_INTERVAL": "1",
         "PLATFORM_RECONCILE_INTERVAL": "30",
+        "PLATFORM_RUNNER_TERM": "0.5",
         "PLATFORM_CONFIRM_INTERVAL": "0.5",
         "PLATFORM_STORE_TIMEOUT": "4",
         "PLATFORM_TOMBSTONE": "6",
@@ -97,6 +101,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
     assert Settings.from_environ(environ) == Settings(
         redis_url="redis://:s3cret@host:6379/0",
         database_url="postgresql+psycopg2://user:s3cret@host/db",
+        direct_database_url="postgresql+psycopg2://user:s3cret@server/db",
         broker_url="amqp://host",
         result_backend="db+sqlite://",
         node_name="node-1",
@@ -120,6 +125,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
         due_interval=0.1,
         sweep_interval=1.0,
         reconcile_interval=30.0,
+        runner_term=0.5,
         confirm_interval=0.5,
         store_timeout=4.0,
         tombstone=6.0,
@@ -285,7 +291,7 @@ def test_the_table_in_the_docs_is_the_dataclass() -> None:
 
 
 def test_the_documented_defaults_are_the_defaults_and_can_be_written() -> None:
-    computed = {"detected", "none", "REDIS_URL", "the user's state folder/celery-capacity"}
+    computed = {"detected", "none", "REDIS_URL", "DATABASE_URL", "the user's state folder/celery-capacity"}
     default = Settings.from_environ({})
     for name, meaning in described():
         if meaning.shown and meaning.shown not in computed:

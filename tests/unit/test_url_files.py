@@ -45,6 +45,7 @@ def test_urls_from_files_are_those_of_the_environment(tmp_path: Path, end: str) 
     urls = {
         "REDIS_URL": REDIS,
         "DATABASE_URL": DATABASE,
+        "PLATFORM_DIRECT_DATABASE_URL": DATABASE,
         "CELERY_BROKER_URL": "amqp://u:p@host//",
         "CELERY_RESULT_BACKEND": "rediss://host/1",
     }

@@ -1,7 +1,7 @@
 """Duties: what repairs the steps that a crash left undone. One file and one function each: one pass, returning counts.
 
-Every duty is guarded by state and token, safe to run twice at once, and by hand. Workers run what is overdue on their
-own timers, one worker in each interval; beat's ticks ask for it sooner.
+Every duty is guarded by state and token, safe to run twice at once, and by hand. One elected worker runs them on its
+own timers; beat's ticks ask for them sooner.
 """
 
 from __future__ import annotations

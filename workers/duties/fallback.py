@@ -9,7 +9,7 @@ from celery import Celery
 from routing import backlog, pull, revoking, roster, store
 from routing.states import State
 from workers.duties import due
-from workers.duties.lapse import Window
+from workers.duties.window import Window
 from workers.pull import transactions
 from workers.stores import Stores
 from workers.undelivered import deliver_rows

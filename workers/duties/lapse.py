@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Mapping
 
 from celery import Celery
 from sqlalchemy.exc import OperationalError
@@ -12,34 +10,10 @@ from sqlalchemy.exc import OperationalError
 from routing import process_identity, roster, takeback
 from routing.postgres import is_locked
 from workers import orphans
+from workers.duties.window import Window
 from workers.stores import Stores
 
 logger = logging.getLogger(__name__)
-
-class Window:
-    """How long the observer has been able to read the ledger without a gap: the silence of the store is not the
-    silence of a worker, so LOST counts only time in which a heartbeat could have been seen."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-        #: Of silent lives: when they were seen last, and since when no more is known (monotonic).
-        self.looks: dict[str, tuple[float, float]] = {}
-
-    def restart(self) -> None:
-        self._since = time.monotonic()
-        self.looks = {}
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._since
-
-    def silent_for(self, seconds: float, seen: Mapping[str, float]) -> list[str]:
-        """Those of all silent lives of which nothing new was seen in so many seconds of this observer, whatever the
-        store's clock was set to meanwhile. `seen`: when each was seen last."""
-        now, before = time.monotonic(), self.looks
-        self.looks = {
-            life: before[life] if before.get(life, (None,))[0] == last else (last, now) for life, last in seen.items()
-        }
-        return [life for life, (_, since) in self.looks.items() if now - since >= seconds]
 
 
 def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[str, int]:

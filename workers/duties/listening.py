@@ -1,20 +1,19 @@
-"""The one worker that listens to Postgres for jobs which somebody's own transaction has committed (`routing.within`).
+"""The runner listens to Postgres for jobs which somebody's own transaction has committed (`routing.within`).
 
-A connection that listens can do nothing else, and each worker has only one to spare. So one worker of all listens: who
-holds an advisory lock on that connection, which ends with it. One worker at a time, in its turn, looks whether the lock
-is free. While nobody listens, the sweep finds what was committed.
+A connection that listens can do nothing else, and needs a session of its own: behind a pooler it would hear nothing. So
+the one worker that runs the duties listens, on a direct connection. While nobody does, the sweep finds what was
+committed.
 """
 
 from __future__ import annotations
 
 import logging
 import select
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import psycopg2
 from redis.exceptions import RedisError
-from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from routing import backlog, enroll, native, pull, roster
@@ -25,31 +24,34 @@ from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 
-#: The advisory lock of who listens.
-LISTEN_LOCK: Final = 0x_CE1E_0200
-#: The turn to look whether it is free, and the part of an interval for which it is taken.
-TURN: Final = "listen"
-TURN_PART: Final = 0.9
+#: The name of the connection in `pg_stat_activity`.
+NAME: Final = "celery-capacity-listen"
 #: Rows brought in by one statement.
 MOST: Final = 1000
-#: A worker whose machine lost its power has no more to say, and its lock is soon free.
+#: Seconds for which a worker that is not elected waits for a wake-up, at the most.
+IDLE: Final = 60.0
+#: The connection of a runner whose machine lost its power is soon gone.
 _SHORT_LIVED: Final = (
-    f"SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; "
-    f"SET tcp_user_timeout = {TCP_WITHIN_MS}"
+    f"SET application_name = '{NAME}'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; "
+    f"SET tcp_keepalives_count = 3; SET tcp_user_timeout = {TCP_WITHIN_MS}"
 )
 
 
 class Listener(native.Thread):
-    """`stores`: with a handle of the ledger of its own."""
+    """`stores`: with a handle of the ledger of its own. `elected`: whether this worker is to listen."""
 
-    def __init__(self, stores: Stores, incarnation: str) -> None:
+    def __init__(self, stores: Stores, elected: Callable[[], bool]) -> None:
         super().__init__(name="listen", daemon=True)
         self._stores = stores
-        self._incarnation = incarnation
+        self._elected = elected
         self._wake = Wake()
         self._stopping = False
         self._listening: Any = None
         self._said = ""
+
+    def wake(self) -> None:
+        """This worker was elected, or is not any more; in any thread."""
+        self._wake.set()
 
     def stop(self, within: float) -> None:
         self._stopping = True
@@ -61,10 +63,13 @@ class Listener(native.Thread):
         interval = self._stores.settings.due_interval
         while not self._stopping:
             try:
-                if self._listening is not None or self._begin():
-                    self._hear(interval)
-                else:
-                    self._wake.wait(interval)
+                if not self._elected():
+                    self._end()
+                    self._wake.wait(IDLE)
+                    continue
+                if self._listening is None:
+                    self._begin()
+                self._hear(interval)
                 self._said = ""
             except (SQLAlchemyError, psycopg2.Error, PlatformError, LedgerClosed, RedisError) as error:
                 self._end()
@@ -76,34 +81,15 @@ class Listener(native.Thread):
                 self._wake.wait(interval)
         self._end()
 
-    def _begin(self) -> bool:
-        """Listen, if it is this worker's turn and nobody else does."""
-        milliseconds = max(1, round(self._stores.settings.due_interval * TURN_PART * 1000))
-        if not self._stores.ledger.take_turn(TURN, self._incarnation, milliseconds) or self._is_taken():
-            return False
-        pooled = self._stores.engine.raw_connection()
-        own: Any = pooled.driver_connection
+    def _begin(self) -> None:
+        pooled = self._stores.direct.raw_connection()
+        self._listening = pooled.driver_connection
         pooled.detach()
-        self._listening = own
-        with own.cursor() as cursor:
+        with self._listening.cursor() as cursor:
             cursor.execute(_SHORT_LIVED)
-            cursor.execute("SELECT pg_try_advisory_lock(%s)", (LISTEN_LOCK,))
-            if not cursor.fetchone()[0]:
-                self._end()
-                return False
             cursor.execute(f"LISTEN {pull.CHANNEL}")
         # What was committed before nobody will say again.
         self._bring_in([""])
-        return True
-
-    def _is_taken(self) -> bool:
-        """Looked up on a connection that is there, so that no other is opened in vain."""
-        lock = {"key": LISTEN_LOCK}
-        with self._stores.engine.connect() as connection:
-            if not connection.execute(text("SELECT pg_try_advisory_lock(:key)"), lock).scalar_one():
-                return True
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), lock)
-        return False
 
     def _hear(self, within: float) -> None:
         """Wait for notifications, and bring in what they name."""

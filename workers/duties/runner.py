@@ -1,16 +1,19 @@
-"""The one runner of all duties: a thread of a worker, with a turn for each interval that one worker gets."""
+"""The thread of a worker that runs the duties while this worker is elected (`workers.duties.election`).
+
+Between two duties it looks whether its lease still holds, and stops where not. Other workers wait, and pass on what
+they ask for.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from celery import Celery
 from redis.exceptions import RedisError
-from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from routing import deadlines, native, roster
@@ -20,6 +23,7 @@ from routing.replies import LedgerClosed
 from routing.settings import Settings
 from workers import ticks
 from workers.duties import due, fallback, keys, lapse, outbox, reconciling, replaced, retention, stream, sweep
+from workers.duties.election import Candidate
 from workers.duties.listening import Listener
 from workers.duties.opening import open_ledger
 from workers.stores import Stores
@@ -27,8 +31,6 @@ from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 
-#: Part of an interval for which a turn is taken: the next one may be a little early, never a whole interval late.
-TURN_PART: Final = 0.9
 #: Doublings of the pause after which a duty that failed is tried again; it is at most its interval.
 MOST_DOUBLINGS: Final = 6
 #: What is said to fail where no duty could begin.
@@ -49,8 +51,8 @@ class Duty:
 
 #: What a worker's own thread says when it left something to be delivered.
 OUTBOX: Final = "outbox"
-#: The first of the advisory locks under which a duty runs while Postgres decides.
-DUTY_LOCK: Final = 0x_CE1E_0100
+#: Seconds for which a worker that is not elected waits for a wake-up, at the most.
+IDLE: Final = 60.0
 
 DUTIES: Final = (
     # First what the ledger knows and Postgres does not: by their rows the others judge what to bring in.
@@ -65,28 +67,32 @@ DUTIES: Final = (
     Duty("keys", lambda s: s.sweep_interval, keys.run_once, without=keys.run_once),
 )
 
-#: The same as the reconcile, out of its turn: asked for by whoever met a ledger that misses what it should have. One
-#: for each sweep, however many suspect.
+#: The reconcile, out of its turn: whoever met a ledger that misses what it should have asks for it. Once in the time
+#: between two sweeps, however many suspect.
 SUSPICION: Final = Duty("suspicion", sweep.pause, reconciling.run_once)
 
 
 class Runner(native.Thread):
-    """Runs each duty when its turn is free. Each stands alone: one that fails is tried again after a pause of its own,
-    and the others are done."""
+    """Runs each duty at its interval, while this worker is elected. Each stands alone: one that fails is tried again
+    after a pause of its own, and the others are done. `authority`: which store decides, as far as this worker knows."""
 
-    def __init__(self, app: Celery, stores: Stores, incarnation: str) -> None:
+    def __init__(self, app: Celery, stores: Stores, incarnation: str, authority: Callable[[], str]) -> None:
         super().__init__(name="duties", daemon=True)
         self._app = app
-        self._listener = Listener(stores.apart(), incarnation)
         # With a handle of the ledger of their own: its epoch is the one in which duties may act.
         self._stores = stores.apart()
-        self._incarnation = incarnation
+        self.election = Candidate(
+            stores.engine, self._stores.ledger, incarnation, authority, self._on_change, self._on_asked
+        )
+        self._listener = Listener(stores.apart(), self.election.holds)
         self._wake = Wake()
         self._stopping = False
-        self._window = lapse.Window()
-        self._looked_at = time.monotonic()
         self._asked: set[str] = set()
+        #: Whether the ledger is to be compared with Postgres out of turn, and from when on (monotonic).
         self._suspected = False
+        self._suspect_from = 0.0
+        #: Whether this worker was elected just now.
+        self._won = True
         #: When each duty is due (monotonic), its failures in a row, and what was said of the last one.
         self._next_at: dict[str, float] = {}
         self._failures: dict[str, int] = {}
@@ -95,17 +101,21 @@ class Runner(native.Thread):
     def start(self) -> None:
         super().start()
         self._listener.start()
+        self.election.start()
+
+    # -- called by others, in any thread -------------------------------------------------------------------------
 
     def tick(self, name: str) -> None:
-        """Beat asks for a duty, in any thread."""
+        """A duty is asked for: by beat, whose ticks come to every worker, or by this worker."""
         self._asked.add(name)
         self._wake.set()
 
     def suspect(self) -> None:
-        """The ledger misses what it should have (keys were deleted, say): it is compared with Postgres at once. In any
-        thread."""
-        self._suspected = True
-        self._wake.set()
+        """The ledger misses what it should have (keys were deleted, say): the runner compares it with Postgres soon."""
+        if self.election.holds():
+            self.tick(SUSPICION.name)
+        else:
+            self.election.ask(SUSPICION.name)
 
     def stop(self, within: float) -> None:
         self._stopping = True
@@ -113,80 +123,103 @@ class Runner(native.Thread):
         self._listener.stop(within)
         if self.is_alive():
             self.join(within)
+        # (Once nothing is done any more: another worker has the lease from here on.)
+        self.election.stop(within)
+
+    def _on_change(self) -> None:
+        """In the thread of the election: this worker has won or lost it."""
+        self._won = True
+        self._wake.set()
+        self._listener.wake()
+
+    def _on_asked(self, names: Sequence[str]) -> None:
+        """In the thread of the election: other workers ask."""
+        for name in names:
+            self.tick(name)
+
+    # -- the thread ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         with deadlines.patiently(self._stores.settings.store_timeout * deadlines.LONG):
             self._loop()
 
     def _loop(self) -> None:
-        settings = self._stores.settings
-        # The first reconcile is due an interval after the start, not at it.
-        self._next_at = {
-            duty.name: time.monotonic() + (duty.interval(settings) if duty.tick else 0.0) for duty in DUTIES
-        }
         while not self._stopping:
+            if not self.election.holds():
+                self._wake.wait(IDLE)
+                self._serve_own()
+                continue
+            if self._won:
+                self._won = False
+                self._begin()
             self._wake.wait(max(0.0, min(self._next_at.values()) - time.monotonic()))
-            asked, self._asked = self._asked, set()
-            now = time.monotonic()
-            due_now = [duty for duty in DUTIES if now >= self._next_at[duty.name] or duty.tick in asked]
-            for duty in due_now:
-                self._next_at[duty.name] = now + duty.interval(settings)
-            if self._suspected:
-                due_now.append(SUSPICION)
+            due_now = self._due()
             if due_now and not self._stopping:
                 self._run(due_now)
 
+    def _begin(self) -> None:
+        """All is due at once, but what is long and comes seldom: that an interval later."""
+        now, settings = time.monotonic(), self._stores.settings
+        self._next_at = {duty.name: now + (duty.interval(settings) if duty.tick else 0.0) for duty in DUTIES}
+
+    def _due(self) -> list[Duty]:
+        """What is due or asked for now; each is due again an interval later."""
+        now, next_at = time.monotonic(), self._next_at
+        asked, self._asked = self._asked, set()
+        due_now = [duty for duty in DUTIES if now >= next_at[duty.name] or duty.tick in asked]
+        for duty in due_now:
+            next_at[duty.name] = now + duty.interval(self._stores.settings)
+        # (What the last one compared may have been right then: a suspicion is kept until its time has come.)
+        self._suspected |= SUSPICION.name in asked
+        if self._suspected and now >= self._suspect_from:
+            self._suspected, self._suspect_from = False, now + SUSPICION.interval(self._stores.settings)
+            due_now.append(SUSPICION)
+        return due_now
+
+    def _serve_own(self) -> None:
+        """Without the lease: this worker delivers what it left in rows itself, while nobody else hears of it."""
+        asked, self._asked = self._asked, set()
+        if OUTBOX in asked and not self._stopping:
+            outbox_duty = next(duty for duty in DUTIES if duty.tick == OUTBOX)
+            self._run_one(outbox_duty, outbox_duty.run)
+
     def _run(self, due_now: list[Duty]) -> None:
-        if time.monotonic() - self._looked_at > self._stores.settings.renew_interval:
-            # Held up for so long (by a store, by the machine) that heartbeats may have gone unseen.
-            self._window.restart()
         try:
             with self._stores.engine.connect() as connection:
                 known = roster.read_authority(connection)
+            if not self.election.holds(known.authority):
+                # Overtaken, or the authority has changed, and the election of the other store is not over.
+                return
             if known.authority == "postgres":
                 self._run_without_ledger(due_now)
             else:
                 self._run_with_ledger(due_now)
             self._said.pop(STORES, None)
         except Exception as error:
-            self._window.restart()
+            self.election.window.restart()
             for duty in due_now:
                 self._try_soon(duty)
             self._say(STORES, error)
-        self._looked_at = time.monotonic()
 
     def _run_with_ledger(self, due_now: list[Duty]) -> None:
         open_ledger(self._stores)
-        mine = [duty for duty in due_now if self._turn(duty)]
-        # One whose turn is not free yet is kept: what the last one compared may have been right then.
-        self._suspected &= SUSPICION not in mine
-        if mine:
-            # Whoever repairs the books must be of the epoch that Postgres names now.
-            with self._stores.engine.connect() as connection:
-                known = roster.read_authority(connection)
-            if known.authority != "ledger":
-                # It changed while the ledger was waited for.
+        # Whoever repairs the books must be of the epoch that Postgres names now.
+        with self._stores.engine.connect() as connection:
+            known = roster.read_authority(connection)
+        self._stores.ledger.epoch = known.epoch
+        for duty in due_now:
+            if not self.election.holds(known.authority):
                 return
-            self._stores.ledger.epoch = known.epoch
-        for duty in mine:
             self._run_one(duty, duty.run)
 
     def _run_without_ledger(self, due_now: list[Duty]) -> None:
-        """One worker at a time: whoever has the lock of the duty."""
-        for number, duty in enumerate(DUTIES):
-            if duty.without is None or duty not in due_now:
-                continue
-            lock = {"key": DUTY_LOCK + number}
-            with self._stores.engine.connect() as connection:
-                if connection.execute(text("SELECT pg_try_advisory_lock(:key)"), lock).scalar_one():
-                    try:
-                        self._run_one(duty, duty.without)
-                    finally:
-                        connection.execute(text("SELECT pg_advisory_unlock(:key)"), lock)
+        for duty in due_now:
+            if duty.without is not None and self.election.holds("postgres"):
+                self._run_one(duty, duty.without)
 
     def _run_one(self, duty: Duty, run: Callable[..., Mapping[str, int]]) -> None:
         """Do one duty. One that fails concerns no other: it is tried again after a pause of its own."""
-        more = {"window": self._window} if duty.name == "lapse" else {}
+        more = {"window": self.election.window} if duty.name == "lapse" else {}
         try:
             found = run(self._app, self._stores, **more)
         except Exception as error:
@@ -195,7 +228,7 @@ class Runner(native.Thread):
             self._say(f"duty {duty.name}", error)
             # LOST counts only time in which heartbeats could be read.
             if _lies_in(RedisError if run is duty.run else SQLAlchemyError, error):
-                self._window.restart()
+                self.election.window.restart()
             return
         self._failures.pop(duty.name, None)
         self._said.pop(f"duty {duty.name}", None)
@@ -207,10 +240,13 @@ class Runner(native.Thread):
 
     def _try_soon(self, duty: Duty) -> None:
         """Not at its next interval, which may be long, and not at once."""
-        if duty.name in self._next_at:
-            settings = self._stores.settings
-            pause = settings.due_interval * 2 ** min(self._failures.get(duty.name, 0), MOST_DOUBLINGS)
-            self._next_at[duty.name] = time.monotonic() + min(pause, duty.interval(settings))
+        settings = self._stores.settings
+        pause = settings.due_interval * 2 ** min(self._failures.get(duty.name, 0), MOST_DOUBLINGS)
+        again_at = time.monotonic() + min(pause, duty.interval(settings))
+        if duty is SUSPICION:
+            self._suspected, self._suspect_from = True, again_at
+        else:
+            self._next_at[duty.name] = again_at
 
     def _say(self, what: str, error: Exception) -> None:
         """Say what failed, once and not at every try."""
@@ -221,11 +257,6 @@ class Runner(native.Thread):
         self._said[what] = said
         passes = isinstance(error, (PlatformError, LedgerClosed, RedisError, SQLAlchemyError))
         logger.warning("%s", said, exc_info=None if passes else error)
-
-    def _turn(self, duty: Duty) -> bool:
-        """One worker in each interval: whoever sets the key, which expires."""
-        milliseconds = max(1, round(duty.interval(self._stores.settings) * TURN_PART * 1000))
-        return self._stores.ledger.take_turn(duty.name, self._incarnation, milliseconds)
 
 
 def _lies_in(store: type[Exception], error: BaseException | None) -> bool:

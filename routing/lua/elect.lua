@@ -1,0 +1,35 @@
+#!lua flags=allow-oom
+-- Does: gives one worker at a time the lease on the duties, renews it, and brings its holder what others asked for.
+-- KEYS: none; by name: runner, asked
+-- ARGV: caller, fence of the caller's lease (0: it has none), term (ms; 0: give it back), for each duty that it asks for: name
+-- Replies: {elected, fence, then the duties that were asked for} | {other (has the lease, or nobody)}
+-- Cost: constant, and one command for each duty asked for
+-- Repeat: harmless: the holder keeps its lease and its fence; what was asked for is told once
+local caller, fence, term = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local now = clock()
+local lease = redis.call('HMGET', KEY.runner, 'incarnation', 'fence', 'until')
+local number, over = tonumber(lease[2] or '0'), tonumber(lease[3] or '0')
+local mine = fence > 0 and lease[1] == caller and number == fence
+for i = 4, #ARGV do
+  redis.call('SADD', KEY.asked, ARGV[i])
+end
+if term == 0 then
+  if mine then
+    redis.call('HSET', KEY.runner, 'until', int(now))
+  end
+  return {'other'}
+end
+-- (A lease that lasts longer than any was given for: the server's clock was set back since.)
+if not (mine or over <= now or over > now + 2 * term) then
+  return {'other'}
+end
+if not mine then
+  -- Above every fence that the books or the caller know: the ledger may have been emptied.
+  number = math.max(number, fence) + 1
+end
+redis.call('HSET', KEY.runner, 'incarnation', caller, 'fence', int(number), 'until', int(now + term))
+local asked = redis.call('SMEMBERS', KEY.asked)
+if #asked > 0 then
+  redis.call('DEL', KEY.asked)
+end
+return {'elected', int(number), unpack(asked)}

@@ -1,0 +1,169 @@
+"""The lease of the runner: one holder at a time in either store, and a larger number for each new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from routing import election, keys
+from routing.election import Elected
+from routing.settings import Settings
+from tests.fixtures.staged import Stage
+from tests.fixtures.waiting import until
+from workers.duties.election import Candidate
+
+TERM = 60.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the lease is kept, and how it is asked for there."""
+
+    elect: Callable[..., Elected]
+    resign: Callable[[str, int], object]
+    #: What time does to it, in seconds.
+    move: Callable[[float], object]
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    yield stage
+    stage.close()
+
+
+@pytest.fixture(params=["ledger", "postgres"])
+def kept(stage: Stage, request: pytest.FixtureRequest) -> Kept:
+    def connected(action: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*values: Any) -> Any:
+            with stage.engine.connect() as connection:
+                return action(connection, *values)
+
+        return act
+
+    if request.param == "postgres":
+        move = "UPDATE runner SET until = until + make_interval(secs => :seconds)"
+        return Kept(
+            connected(election.elect), connected(election.resign), lambda seconds: stage.sql(move, seconds=seconds)
+        )
+    return Kept(
+        stage.ledger.elect,
+        lambda caller, fence: stage.ledger.elect(caller, fence, 0.0),
+        lambda seconds: stage.redis.hincrby(keys.RUNNER, "until", round(seconds * 1000)),
+    )
+
+
+def test_one_of_all_has_the_lease_and_keeps_it(kept: Kept) -> None:
+    assert kept.elect("a", 0, TERM) == Elected(1)
+    assert kept.elect("b", 0, TERM) == Elected(0)
+    assert kept.elect("a", 1, TERM) == Elected(1)
+    # An incarnation that forgot its number is a stranger, and so is one that knows another's.
+    assert kept.elect("a", 0, TERM) == Elected(0)
+    assert kept.elect("b", 1, TERM) == Elected(0)
+
+
+def test_another_has_it_once_it_ran_out_and_the_old_holder_is_refused(kept: Kept) -> None:
+    assert kept.elect("a", 0, TERM) == Elected(1)
+    kept.move(-TERM)
+    assert kept.elect("b", 0, TERM) == Elected(2)
+    assert kept.elect("a", 1, TERM) == Elected(0)
+    kept.resign("a", 1)
+    assert kept.elect("c", 0, TERM) == Elected(0)
+
+
+def test_a_holder_that_comes_late_goes_on_where_nobody_took_over(kept: Kept) -> None:
+    assert kept.elect("a", 0, TERM) == Elected(1)
+    kept.move(-2 * TERM)
+    assert kept.elect("a", 1, TERM) == Elected(1)
+
+
+def test_a_lease_that_is_given_back_is_free_at_once(kept: Kept) -> None:
+    assert kept.elect("a", 0, TERM) == Elected(1)
+    kept.resign("a", 1)
+    assert kept.elect("b", 0, TERM) == Elected(2)
+
+
+def test_a_clock_that_is_set_back_keeps_nobody_out(kept: Kept) -> None:
+    assert kept.elect("a", 0, TERM) == Elected(1)
+    kept.move(3600.0)
+    assert kept.elect("b", 0, TERM) == Elected(2)
+
+
+def test_a_number_grows_though_the_store_has_forgotten_it(kept: Kept, stage: Stage) -> None:
+    for caller, fence in (("a", 0), ("b", 0), ("c", 0)):
+        kept.elect(caller, fence, TERM)
+        kept.move(-2 * TERM)
+    stage.redis.delete(keys.RUNNER)
+    stage.sql("DELETE FROM runner")
+    assert kept.elect("c", 3, TERM) == Elected(4)
+
+
+def test_what_others_ask_for_comes_to_the_holder_once(stage: Stage) -> None:
+    elect = stage.ledger.elect
+    elect("a", 0, TERM)
+    assert elect("b", 0, TERM, ["suspicion"]) == Elected(0)
+    assert elect("c", 0, TERM, ["suspicion", "sweep"]) == Elected(0)
+    assert set(elect("a", 1, TERM).asked) == {"suspicion", "sweep"}
+    assert elect("a", 1, TERM).asked == ()
+
+
+@pytest.fixture
+def candidates(stage: Stage, workers_settings: Settings) -> Iterator[list[Candidate]]:
+    found = [
+        Candidate(stage.engine, stage.ledger, name, lambda: "ledger", lambda: None, lambda _: None) for name in "abcd"
+    ]
+    yield found
+    for one in found:
+        one.stop(10.0)
+
+
+@pytest.fixture
+def workers_settings(settings: Settings) -> Settings:
+    return settings
+
+
+def test_candidates_follow_each_other(candidates: list[Candidate]) -> None:
+    for one in candidates:
+        one.start()
+    left = list(candidates)
+    while left:
+        (holder,) = until(lambda: [one for one in left if one.holds()], "one is elected")
+        holder.stop(10.0)
+        assert not holder.holds()
+        left.remove(holder)
+
+
+def test_a_holder_that_was_stopped_knows_that_its_lease_ran_out(stage: Stage, candidates: list[Candidate]) -> None:
+    first, second, *_ = candidates
+    first._stand()
+    assert first.holds()
+    assert first.holds("ledger")
+    assert not first.holds("postgres")
+    first._until -= stage.settings.runner_term
+    assert not first.holds(), "by its own clock, before it asks anybody"
+    stage.redis.hincrby(keys.RUNNER, "until", -60_000)
+    second._stand()
+    first._stand()
+    assert second.holds()
+    assert not first.holds()
+
+
+def test_the_authority_changes_and_the_lease_is_won_anew(stage: Stage) -> None:
+    authority = ["ledger"]
+    changes: list[bool] = []
+    one = Candidate(
+        stage.engine, stage.ledger, "a", lambda: authority[0], lambda: changes.append(one.holds()), lambda _: None
+    )
+    one._stand()
+    assert one.holds("ledger")
+    authority[0] = "postgres"
+    one._stand()
+    assert one.holds("postgres")
+    assert not one.holds("ledger")
+    with stage.engine.connect() as connection:
+        assert connection.execute(text("SELECT incarnation, fence FROM runner")).one() == ("a", 1)
+    assert changes == [True, False, True]
