@@ -1,0 +1,83 @@
+"""Search the model of the protocol for a state that must not be.
+
+    python -m tests.model
+    python -m tests.model --without tombstone_until_written --only "a worker crashes"
+
+Each search visits every state that two workers reach within its bounds, and prints the shortest way to the first that
+breaks an invariant. `docs/explanation/model.md` says what a step is and what is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+
+from tests.model.bounds import LARGE, USUAL, without
+from tests.model.search import Found, search
+from tests.model.state import Rules
+
+
+def _to_json(found: Found) -> dict[str, Any]:
+    return {
+        "name": found.bounds.name,
+        "jobs": found.bounds.jobs,
+        "faults": {name: count for name, count in found.bounds.faults._asdict().items() if count},
+        "without": [name for name, kept in found.rules._asdict().items() if not kept],
+        "states": found.states,
+        "steps": found.steps,
+        "depth": found.depth,
+        "seconds": round(found.seconds, 2),
+        "violation": found.violation or None,
+        "steps_to_it": found.trace,
+    }
+
+
+@click.command()
+@click.option("--only", multiple=True, help="Search within these bounds alone, by name. May be given more than once.")
+@click.option("--without", "dropped", multiple=True, help="Leave out this rule of the protocol.")
+@click.option("--large", is_flag=True, help="Search within larger bounds too: a quarter of an hour and 4 GB.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(only: tuple[str, ...], dropped: tuple[str, ...], large: bool, as_json: bool) -> None:
+    """Visit every state of the protocol's model, and print the first that must not be."""
+    known = {bounds.name: bounds for bounds in LARGE}
+    if unknown := [name for name in dropped if name not in Rules._fields]:
+        raise click.BadParameter(f"there is no rule {unknown[0]}; rules: {', '.join(Rules._fields)}")
+    if unknown := [name for name in only if name not in known]:
+        raise click.BadParameter(f"there is no search {unknown[0]!r}; searches: {'; '.join(known)}")
+    chosen = [known[name] for name in only] or list(LARGE if large else USUAL)
+    talk, results = Console(stderr=True, highlight=False), list[Found]()
+    for number, bounds in enumerate(chosen, 1):
+        with talk.status(bounds.name) as status:
+
+            def progress(visited: int, waiting: int, text: str = f"{number} of {len(chosen)}: {bounds.name}") -> None:
+                status.update(f"{text}: {visited:,} states visited, {waiting:,} known beside them")
+
+            results.append(search(bounds, without(*dropped), progress))
+        if not as_json:
+            _show(results[-1])
+    violations = sum(bool(found.violation) for found in results)
+    if as_json:
+        click.echo(json.dumps({"violations": violations, "searches": [_to_json(found) for found in results]}, indent=2))
+    else:
+        states, seconds = sum(found.states for found in results), sum(found.seconds for found in results)
+        click.echo(
+            f"{states:,} states in {seconds:.0f} s: {f'{violations} violations' if violations else 'nothing is wrong'}"
+        )
+    sys.exit(1 if violations else 0)
+
+
+def _show(found: Found) -> None:
+    size = f"{found.states:>9,} states {found.steps:>10,} steps {found.depth:>4} deep {found.seconds:>6.1f} s"
+    click.echo(f"{size}  {found.bounds.name}")
+    if found.violation:
+        click.echo(f"  {found.violation}")
+        for number, line in enumerate(found.trace, 1):
+            click.echo(f"  {number:>3}. {line}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Redis is lost, and the next epoch is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tests.model import books
+from tests.model.moves import Step, is_open, use, with_job, with_worker
+from tests.model.state import (
+    HOLDING,
+    LOCKED,
+    NO_BOOK,
+    NOBODY,
+    NOT_OPENING,
+    OFF,
+    RESERVED,
+    RUNNING,
+    WIPED,
+    WORKERS,
+    Bounds,
+    Rules,
+    State,
+)
+
+
+def empty(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """Redis loses all that it had."""
+    faults = use(state, "emptied")
+    if faults is None or state.common.cold:
+        return
+    common = state.common._replace(faults=faults, cold=True, books=0)
+    yield "Redis comes back empty", NOBODY, NOBODY, _without_stream(_wiped(state._replace(common=common)))
+
+
+def restart(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """Redis is started again with all that it had: the books are those of another life, and nobody uses them."""
+    faults = use(state, "restarted")
+    if faults is not None and not state.common.cold:
+        after = state._replace(common=state.common._replace(faults=faults, cold=True))
+        yield "Redis comes back with its data", NOBODY, NOBODY, after
+
+
+def _without_stream(state: State) -> State:
+    return state._replace(jobs=tuple(job._replace(entries=(), carried=False) for job in state.jobs))
+
+
+def _wiped(state: State) -> State:
+    """Without cards, messages and books."""
+    jobs = tuple(job._replace(card=(), messages=()) for job in state.jobs)
+    workers = tuple(one._replace(book=NO_BOOK) for one in state.workers)
+    return State(state.common, (workers[0], workers[1]), jobs)
+
+
+def begin_opening(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """An opener takes the lock and applies what the stream has, but for rows that somebody keeps locked."""
+    if state.common.cold and state.common.opening == NOT_OPENING:
+        common = state.common._replace(opening=LOCKED)
+        jobs = tuple(books.write(job, job.entries, rules) if job.entries else job for job in state.jobs)
+        yield "an opener applies the stream", NOBODY, NOBODY, state._replace(common=common, jobs=jobs)
+        if jobs != state.jobs:
+            yield "an opener finds rows locked", NOBODY, NOBODY, state._replace(common=common)
+
+
+def wipe(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """The opener removes the old books."""
+    if state.common.opening == LOCKED:
+        after = _wiped(state._replace(common=state.common._replace(opening=WIPED)))
+        if rules.stream_kept:
+            after = after._replace(jobs=tuple(job._replace(carried=bool(job.entries)) for job in after.jobs))
+        else:
+            after = _without_stream(after)
+        yield "an opener removes the old books", NOBODY, NOBODY, after
+
+
+def lose_lock(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """The opener's session ends. It notices at its next statement to Postgres: it removes the old books before."""
+    faults = use(state, "lost_lock")
+    if faults is None or state.common.opening == NOT_OPENING:
+        return
+    stray = state.common.opening == LOCKED
+    common = state.common._replace(opening=NOT_OPENING, stray_wipe=stray, faults=faults)
+    yield "an opener loses its lock", NOBODY, NOBODY, state._replace(common=common)
+
+
+def stray_wipe(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """An opener without its lock removes books; its scan has passed the key of the epoch."""
+    if state.common.stray_wipe:
+        after = state._replace(common=state.common._replace(stray_wipe=False))
+        newer = not state.common.cold
+        yield (
+            "an opener without its lock removes books",
+            NOBODY,
+            NOBODY,
+            (after if rules.fenced_wipe and newer else _wiped(after)),
+        )
+
+
+def open_epoch(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """The next epoch begins in Postgres, and is opened in Redis."""
+    if state.common.opening == WIPED:
+        epoch = state.common.epoch + 1
+        common = state.common._replace(epoch=epoch, books=epoch, cold=False, opening=NOT_OPENING, rebuilding=True)
+        yield "the next epoch is opened", NOBODY, NOBODY, state._replace(common=common)
+
+
+def reserve(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """Closed books with what Postgres says is held; what no worker holds any more goes back. (`rebuild._reserve`)"""
+    if not state.common.rebuilding or not is_open(state):
+        return
+    after = state._replace(common=state.common._replace(rebuilding=False))
+    for worker in WORKERS:
+        me = state.workers[worker]
+        if me.process != OFF and not me.lost and me.book == NO_BOOK:
+            after = with_worker(after, worker, me._replace(book=RESERVED))
+    for index, job in enumerate(state.jobs):
+        row = job.row
+        if not row or row.state not in HOLDING or job.carried:
+            continue
+        if after.workers[row.worker].lost:
+            job = job._replace(row=books.give_back(job, row, bounds))
+        else:
+            job, _ = books.adopt(job, row.worker, row[:2], row.losses, row.state == RUNNING)
+        after = with_job(after, index, job)
+    yield "books are reserved from Postgres", NOBODY, NOBODY, after

@@ -1,0 +1,54 @@
+"""What all steps share: their type, and copies of a state in which one thing is another."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.model.state import Faults, Job, State, Worker
+
+
+class Violation(Exception):
+    """A step that must not be possible; its text says why."""
+
+
+#: What is done, to which job and worker (NOBODY where none), and the state after it.
+Step = tuple[str, int, int, State]
+#: Steps that need a fault; a state that is only left by these is a dead end.
+FAULTS: Final = frozenset(
+    {
+        "a worker crashes",
+        "a worker is stopped",
+        "an answer is lost",
+        "a heartbeat's answer times out",
+        "Redis comes back empty",
+        "Redis comes back with its data",
+        "an opener loses its lock",
+        "a message is delivered again",
+    }
+)
+
+
+def with_job(state: State, index: int, job: Job) -> State:
+    jobs = list(state.jobs)
+    jobs[index] = job
+    return State(state.common, state.workers, tuple(jobs))
+
+
+def with_worker(state: State, index: int, worker: Worker) -> State:
+    both = (worker, state.workers[1]) if index == 0 else (state.workers[0], worker)
+    return State(state.common, both, state.jobs)
+
+
+def use(state: State, name: str) -> Faults | None:
+    faults = state.common.faults
+    left: int = getattr(faults, name)
+    return faults._replace(**{name: left - 1}) if left else None
+
+
+def is_open(state: State) -> bool:
+    """Whether scripts of the epoch that Postgres names are carried out."""
+    return not state.common.cold and state.common.books == state.common.epoch
+
+
+def set_named(both: tuple[bool, bool], index: int, value: bool) -> tuple[bool, bool]:
+    return (value, both[1]) if index == 0 else (both[0], value)

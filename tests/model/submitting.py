@@ -1,0 +1,89 @@
+"""Jobs come in: the caller's insert, the submission of a row, and what is admitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tests.model import books
+from tests.model.moves import Step, is_open, use, with_job
+from tests.model.state import ACCEPTED, ADMITTED, NOBODY, STEP_NONE, UP, WAITING, WORKERS, Bounds, Record, Rules, State
+
+
+def accept(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """A caller's insert is committed."""
+    for index, job in enumerate(state.jobs):
+        if not job.row:
+            row = Record(0, 0, STEP_NONE, ACCEPTED, 0, NOBODY)
+            yield "a job is accepted", index, NOBODY, with_job(state, index, job._replace(row=row))
+
+
+def read_row(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """Whoever submits reads the row: the caller, the sweep, the listener; for what waits, the opener and reconcile."""
+    if rules.reports_first and any(_is_unreported(state, worker) for worker in WORKERS):
+        return
+    for index, job in enumerate(state.jobs):
+        row = job.row
+        if not row or job.submission:
+            continue
+        unfiled = row.state == WAITING and not job.card and not job.entries
+        if row.state == ACCEPTED or unfiled:
+            sent = job._replace(submission=(state.common.epoch, row[:2], row.losses))
+            yield "its row is read to submit it", index, NOBODY, with_job(state, index, sent)
+
+
+def _is_unreported(state: State, worker: int) -> bool:
+    """Whether a live worker has not said yet what it holds in the epoch that is open."""
+    me = state.workers[worker]
+    return me.process == UP and me.epoch != state.common.epoch
+
+
+def submit(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """lua/submit.lua: to any worker with room, or into the backlog; or it never comes."""
+    for index, job in enumerate(state.jobs):
+        if not job.submission:
+            continue
+        epoch, token, losses = job.submission
+        arrived = job._replace(submission=())
+        yield "a submission is lost", index, NOBODY, with_job(state, index, arrived)
+        if not is_open(state) or epoch != state.common.books or books.is_known(job, token, rules):
+            continue
+        waits = any(one.card and one.card.state == WAITING for one in state.jobs)
+        rooms = [] if waits else [worker for worker in WORKERS if books.has_room(state, worker)]
+        for worker in rooms:
+            taken = books.admit(arrived, epoch, token[1] + 1, losses, worker)
+            yield "a submission is admitted", index, worker, with_job(state, index, taken)
+        if not rooms:
+            yield (
+                "a submission is filed",
+                index,
+                NOBODY,
+                with_job(state, index, books.file(arrived, epoch, token[1], losses)),
+            )
+
+
+def fill(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """lua/fill.lua: a waiting job is admitted where there is room."""
+    if not is_open(state):
+        return
+    for worker in WORKERS:
+        if not books.has_room(state, worker):
+            continue
+        for index, job in enumerate(state.jobs):
+            card = job.card
+            if card and card.state == WAITING:
+                taken = books.admit(job, state.common.books, card.attempt + 1, card.losses, worker)
+                yield "a waiting job is admitted", index, worker, with_job(state, index, taken)
+
+
+def redeliver(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """lua/redeliver.lua: START is over, though the message may only be late."""
+    faults = use(state, "redelivery")
+    if faults is None or not is_open(state):
+        return
+    for index, job in enumerate(state.jobs):
+        card = job.card
+        if card and card.state == ADMITTED:
+            messages = tuple(sorted((*job.messages, (card.worker, card.epoch, card.attempt))))
+            after = with_job(state, index, job._replace(messages=messages))
+            after = after._replace(common=state.common._replace(faults=faults))
+            yield "a message is delivered again", index, card.worker, after

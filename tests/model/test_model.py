@@ -1,0 +1,93 @@
+"""The protocol's model: all of it is visited and nothing is wrong, and each rule is needed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from tests.model.__main__ import main
+from tests.model.bounds import USUAL, without
+from tests.model.search import search
+from tests.model.state import Bounds, Faults, Rules
+
+TWICE = "two starts of one attempt"
+HEALTHY = "a healthy worker's job is taken back"
+AGAIN = "a body starts though the end of its job is known"
+SECOND = "a job that must not run again started twice"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bounds", USUAL, ids=lambda bounds: bounds.name)
+def test_every_state_within_bounds_keeps_the_invariants(bounds: Bounds) -> None:
+    found = search(bounds)
+    assert found.violation == "", "\n".join([found.violation, *found.trace])
+    # The search did visit something: no step was lost by a mistake in its guard.
+    assert found.states > 10_000
+
+
+NEEDED = [
+    (("tombstone_until_written",), 1, True, Faults(), TWICE),
+    (("submit_deadline",), 1, True, Faults(), TWICE),
+    (("claim_once",), 1, True, Faults(redelivery=1), TWICE),
+    (("held_by_time", "renewal_exclusive"), 2, True, Faults(), HEALTHY),
+    (("renewal_exclusive",), 1, True, Faults(pause=1), HEALTHY),
+    (("fenced_wipe",), 1, True, Faults(restarted=1, lost_lock=1), TWICE),
+    (("fenced_wipe",), 1, True, Faults(emptied=1, lost_lock=1), TWICE),
+    (("stream_kept",), 1, False, Faults(restarted=1, crash=1), SECOND),
+    (("carried_buried",), 1, False, Faults(restarted=1, crash=1), SECOND),
+    (("submit_compares_epochs",), 1, True, Faults(restarted=1), AGAIN),
+    (("rejoin_after_written",), 1, True, Faults(emptied=1), AGAIN),
+    (("reports_first",), 1, True, Faults(emptied=1), AGAIN),
+]
+
+
+@pytest.mark.parametrize(("rules", "jobs", "rerun", "faults", "violation"), NEEDED)
+def test_search_finds_a_counterexample_without_a_rule(
+    rules: tuple[str, ...], jobs: int, rerun: bool, faults: Faults, violation: str
+) -> None:
+    bounds = Bounds("without a rule", jobs, rerun, faults)
+    found = search(bounds, without(*rules))
+    assert found.violation.startswith(violation)
+    assert found.trace[-1].endswith(found.violation)
+    assert found.trace[0].startswith("a job is accepted")
+    # With it there is none within the same bounds.
+    assert search(bounds).violation == ""
+
+
+def test_every_rule_is_shown_to_be_needed() -> None:
+    assert {name for names, *_ in NEEDED for name in names} == set(Rules._fields)
+
+
+def test_two_workers_and_two_jobs_without_faults_always_come_to_an_end() -> None:
+    found = search(Bounds("no fault", 2, True, Faults()))
+    assert (found.violation, found.trace) == ("", [])
+    assert found.states == 5_117
+
+
+def test_a_search_that_is_cut_off_says_so() -> None:
+    assert search(USUAL[0], most=100).violation == "more than 100 states"
+
+
+def test_program_prints_a_counterexample_and_fails_without_a_rule() -> None:
+    done = CliRunner().invoke(main, ["--only", "a message comes twice", "--without", "claim_once", "--json"])
+    assert done.exit_code == 1, done.output
+    report = json.loads(done.stdout)
+    assert report["violations"] == 1
+    [run] = report["searches"]
+    assert run["violation"].startswith(TWICE)
+    assert run["steps_to_it"]
+    assert run["without"] == ["claim_once"]
+
+
+def test_program_lists_its_searches_for_people() -> None:
+    done = CliRunner().invoke(main, ["--only", "a message comes twice"])
+    assert done.exit_code == 0, done.output
+    assert "a message comes twice" in done.stdout
+    assert "nothing is wrong" in done.stdout
+
+
+def test_program_refuses_a_rule_or_a_search_that_it_does_not_know() -> None:
+    assert "no rule" in CliRunner().invoke(main, ["--without", "gravity"]).output
+    assert "no search" in CliRunner().invoke(main, ["--only", "gravity"]).output
