@@ -122,8 +122,9 @@ def _own_engine(database_url: str) -> Engine:
     limits = {
         "connect_timeout": CONNECT_WITHIN,
         "connection_factory": deadlines.connection_factory(MIGRATED_WITHIN),
+        "options": postgres.PINNED,
     }
-    return create_engine(database_url, poolclass=NullPool, connect_args=limits)
+    return create_engine(database_url, poolclass=NullPool, connect_args=limits, hide_parameters=True)
 
 
 @contextmanager
@@ -136,4 +137,6 @@ def _connected(database: str | Engine) -> Iterator[Connection]:
         raise StoreUnavailable(f"Postgres at {address} does not answer: {postgres.told(error)}") from error
     with connection:
         postgres.check_version(connection)
+        postgres.check_database(connection)
+        connection.rollback()
         yield connection

@@ -5,14 +5,22 @@ from __future__ import annotations
 from typing import Any, Final
 
 import psycopg2
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.exc import DBAPIError
 
-from routing.errors import NotMigrated, PlatformError, StoreUnavailable
+from routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported
 
 #: The oldest Postgres that is tested, and has all that the statements use.
 OLDEST: Final = 13
+#: The encoding of a database that can store every error and name.
+ENCODING: Final = "UTF8"
+#: The isolation that the statements are written for: each sees what others committed before it began, and waits for a
+#: locked row instead of failing.
+ISOLATION: Final = "read committed"
+#: Options of each connection that do not depend on what the server, the database or the role has as its default. (In
+#: libpq's `options` a space is escaped.)
+PINNED: Final = "-c default_transaction_isolation=read\\ committed"
 #: SQLSTATE of a table that does not exist, and of a column.
 NOT_THERE: Final = ("42P01", "42703")
 #: SQLSTATE of what the role may not do.
@@ -56,6 +64,28 @@ def check_version(connection: Connection) -> None:
             f"Postgres at {where} is version {found}, and the platform needs {OLDEST}",
             value=found,
             advice=f"Use Postgres {OLDEST} or newer.",
+        )
+
+
+def check_database(connection: Connection) -> None:
+    """Raise `Unsupported` where the database cannot store all text, or the connection has another isolation."""
+    encoding, isolation = connection.execute(
+        text("SELECT current_setting('server_encoding'), current_setting('default_transaction_isolation')")
+    ).one()
+    where = connection.engine.url.render_as_string(hide_password=True)
+    if encoding != ENCODING:
+        raise Unsupported(
+            f"the database {where} has the encoding {encoding}, which cannot store every error and name",
+            value=encoding,
+            advice=f"Make one with CREATE DATABASE ... ENCODING '{ENCODING}' TEMPLATE template0, and name it in "
+            "DATABASE_URL.",
+        )
+    if isolation != ISOLATION:
+        raise Unsupported(
+            f"connections to {where} have the isolation {isolation}, and a pooler or DATABASE_URL keeps it so",
+            value=isolation,
+            advice=f"Let `options` of the connection pass, or ALTER DATABASE ... SET default_transaction_isolation = "
+            f"'{ISOLATION}'.",
         )
 
 

@@ -19,6 +19,7 @@ from routing.errors import NoServers
 from routing.home import running_pair
 from routing.inserter import Inserter
 from routing.ledger import Ledger
+from routing.postgres import ENCODING, PINNED
 from routing.request_file import RequestRules
 from routing.settings import Settings
 from workers.breaker import Breaker
@@ -66,6 +67,8 @@ def make_engine(
     engine = create_engine(
         url,
         isolation_level="AUTOCOMMIT",
+        # Arguments and results of jobs are in no log, whatever prints an error.
+        hide_parameters=True,
         # Autocommitted statements leave nothing to roll back: the reset would cost a round trip each time.
         pool_reset_on_return=None,
         **(pool if pooled else {"poolclass": NullPool}),
@@ -76,7 +79,9 @@ def make_engine(
             "keepalives_interval": 2,
             "keepalives_count": 3,
             "tcp_user_timeout": TCP_WITHIN_MS,
-            "options": " ".join(f"-c {name}={value}" for name, value in options.items()),
+            "options": " ".join([PINNED, *(f"-c {name}={value}" for name, value in options.items())]),
+            # Not that of the person's environment: results and errors are any text.
+            "client_encoding": ENCODING,
         },
     )
     event.listen(engine, "do_connect", _limit_connecting)
