@@ -32,7 +32,7 @@ body ended, release not sent                      lapse: the attempt counts as l
 released, the answer with the next jobs is lost   `recover`: the worker asks for what it holds and does not know
 released, Postgres not written                    the stream has the outcome; whoever runs the duty applies it
 Redis loses everything                            the epoch is missing: COLD, nobody admits; one process, under an
-                                                  advisory lock, opens a new epoch, workers say what they hold
+                                                  guarded statement, begins a new epoch, workers say what they hold
 Redis is gone, the broker is another server       every worker says so in Postgres: that decides, workers pull from it,
                                                   until Redis has answered for a while; then a new epoch is opened
 both stores are down when a worker starts         it waits for them, and says for what

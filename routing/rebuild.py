@@ -1,13 +1,18 @@
 """Opening a new epoch on a ledger that is cold: it never was open, was emptied, or came back with old books.
 
-One process does it, under an advisory lock in Postgres. Books come first: each worker that Postgres takes for alive
-gets a closed book that holds what Postgres says it runs, so that nothing of it is free before the worker has spoken.
-The workers see the new epoch, register and say what they hold. Then the backlog is filed, in its order.
+One process does it: it began the epoch in Postgres, by one guarded statement, and says meanwhile that it goes on. Where
+it falls silent, another process begins the next epoch, and all that the first one still does is refused. Books come
+first: each worker that Postgres takes for alive gets a closed book that holds what Postgres says it runs, so that
+nothing of it is free before the worker has spoken. The workers see the new epoch, register and say what they hold. Then
+the backlog is filed, in its order.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,8 +24,10 @@ from routing.capacity import Capacity
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
 from routing.policy import order
-from routing.replies import Adopted
+from routing.replies import Adopted, LedgerClosed
 from routing.roster import Authority
+
+logger = logging.getLogger(__name__)
 
 #: Seconds to wait for the live workers to say what they hold, before the backlog is filed. A worker writes its claims
 #: to Postgres within milliseconds; this covers claims that were on their way when the books were lost.
@@ -41,30 +48,20 @@ class Rebuilt:
 
 
 def open_if_cold(engine: Engine, ledger: Ledger) -> Rebuilt | None:
-    """Open a new epoch when the ledger is cold, or go on with one whose opener died; None when there is nothing to do,
-    or another process is doing it."""
+    """Open the next epoch when the ledger is cold, or its opener has died, has failed or says nothing; None where there
+    is nothing to do, or another process is doing it."""
     with engine.connect() as connection:
         known = roster.read_authority(connection)
         if known.age == 0:
             roster.count_from_now(connection)
-        if not _is_wanting(known, ledger) or not roster.lock_epoch(connection):
+        if not _is_wanting(known, ledger):
             return None
-        try:
-            known = roster.read_authority(connection)
-            if not _is_wanting(known, ledger):
-                return None
-            if _is_old(known, ledger):
-                opened = ledger.opened()
-                # What the old books noted and Postgres does not have yet comes first, if the stream survived.
-                stream.apply_all(engine, ledger)
-                _wipe(ledger)
-                _carry_over(ledger)
-                ledger.open(roster.next_epoch(connection, above=opened[0] if opened else 0))
-            else:
-                ledger.epoch = known.epoch
-            return _rebuild(connection, ledger)
-        finally:
-            roster.unlock_epoch(connection)
+        # (What cannot be written cannot be opened, and needs no new epoch.)
+        ledger.probe()
+        opened = ledger.opened()
+        term = roster.opening_term(ledger.settings.renew_interval)
+        epoch = roster.begin_epoch(connection, known.epoch, term, above=opened[0] if opened else 0)
+    return None if epoch is None else Opener(engine, ledger, epoch, term).run()
 
 
 def _is_wanting(known: Authority, ledger: Ledger) -> bool:
@@ -81,72 +78,160 @@ def _is_old(known: Authority, ledger: Ledger) -> bool:
     return opened is None or opened != (known.epoch, ledger.run_id)
 
 
-def _rebuild(connection: Connection, ledger: Ledger) -> Rebuilt:
-    """Books, then the backlog. Every step may be done again: what is there already is left as it is."""
-    epoch = ledger.epoch
-    workers, held = _reserve(connection, ledger)
-    _await_reports(ledger, [name for name, _ in workers])
-    revoking.tell_all(connection, ledger)
-    filed = _file_backlog(connection, ledger)
-    ledger.finish(epoch)
-    return Rebuilt(epoch, len(workers), held, filed)
+class Opener:
+    """The one process that opens an epoch. `term`: seconds without a word after which another process opens the next.
 
+    The epoch is its fence: each script compares it with the books, each statement with the row `authority`. An opener
+    that was stopped, and goes on after it was overtaken, is refused at its next step, whichever that is.
+    """
 
-def _wipe(ledger: Ledger) -> None:
-    """Remove old books; the key of the epoch goes first, so that they admit nothing meanwhile."""
-    client = ledger.client
-    # (An entry leaves the stream when Postgres has it, and not before.)
-    kept = (keys.COUNTERS, keys.DECLARATIONS, keys.STREAM, keys.RUNNER, keys.ASKED)
-    keep = {key.encode() for key in kept}
-    try:
-        client.delete(keys.EPOCH)
-        for pattern in ("ledger:*", keys.VIEWS):
-            batch: list[bytes] = []
-            for key in client.scan_iter(match=pattern, count=WIPE_CHUNK):
-                if key not in keep:
-                    batch.append(key)
-                if len(batch) >= WIPE_CHUNK:
-                    client.unlink(*batch)
-                    batch = []
-            if batch:
-                client.unlink(*batch)
-    except RedisError as error:
-        raise StoreUnavailable(f"the old books cannot be removed: {error}") from error
+    def __init__(self, engine: Engine, ledger: Ledger, epoch: int, term: float) -> None:
+        self._engine = engine
+        self._ledger = ledger
+        self._epoch = epoch
+        self._term = term
+        #: The life of the server that it opens the ledger on.
+        self._run_id = ledger.run_id
+        self._said_at = time.monotonic()
 
+    def run(self) -> Rebuilt | None:
+        """Books, then the backlog. None where it was overtaken, or the server was emptied or restarted meanwhile."""
+        try:
+            self._close()
+            with self._engine.connect() as connection:
+                return self._rebuild(connection)
+        except LedgerClosed as refused:
+            logger.warning("epoch %d is not opened by this process any more: %s", self._epoch, refused)
+            return None
+        finally:
+            with self._engine.connect() as connection:
+                roster.end_opening(connection, self._epoch)
 
-def _carry_over(ledger: Ledger) -> None:
-    """Keep out of the new books the jobs of which the stream still has an entry, since their rows are locked: what
-    their rows say is not true yet."""
-    jobs = sorted({one.job for one in stream.unapplied(ledger)})
-    try:
+    def _go_on(self) -> None:
+        """Say that this process goes on, when it is time. Raises `LedgerClosed` where it was overtaken."""
+        if time.monotonic() < self._said_at + self._term / 4:
+            return
+        with self._engine.connect() as connection:
+            if not roster.still_opens(connection, self._epoch):
+                raise LedgerClosed(None)
+        self._said_at = time.monotonic()
+
+    def _close(self) -> None:
+        """Close the old books, bring Postgres up to date with what they noted, if the stream survived, and remove
+        them."""
+        self._ledger.close_books(self._epoch, self._run_id, "begin")
+        stream.apply_all(self._engine, self._ledger, between=self._go_on)
+        self._wipe()
+        # What is left: their rows are locked, and do not say yet what the jobs are.
+        jobs = sorted({one.job for one in stream.unapplied(self._ledger)})
         for start in range(0, len(jobs), BACKLOG_CHUNK):
-            ledger.client.sadd(keys.CARRIED, *jobs[start : start + BACKLOG_CHUNK])
-    except RedisError as error:
-        raise StoreUnavailable(f"the jobs of older entries cannot be noted: {error}") from error
+            self._go_on()
+            self._ledger.close_books(self._epoch, self._run_id, "carry", jobs[start : start + BACKLOG_CHUNK])
+        self._ledger.open(self._epoch, self._run_id)
 
+    def _wipe(self) -> None:
+        # (An entry leaves the stream when Postgres has it, and not before.)
+        kept = (keys.EPOCH, keys.COUNTERS, keys.DECLARATIONS, keys.STREAM, keys.RUNNER, keys.ASKED)
+        keep = {key.encode() for key in kept}
+        try:
+            for pattern in ("ledger:*", keys.VIEWS):
+                batch: list[bytes] = []
+                for key in self._ledger.client.scan_iter(match=pattern, count=WIPE_CHUNK):
+                    if key not in keep:
+                        batch.append(key)
+                    if len(batch) >= WIPE_CHUNK:
+                        self._remove(batch)
+                        batch = []
+                self._remove(batch)
+        except RedisError as error:
+            raise StoreUnavailable(f"the old books cannot be removed: {error}") from error
 
-def _carried(ledger: Ledger) -> set[str]:
-    try:
-        found: Any = ledger.client.smembers(keys.CARRIED)
-    except RedisError as error:
-        raise StoreUnavailable(f"the jobs of older entries cannot be read: {error}") from error
-    return {job.decode() for job in found}
+    def _remove(self, batch: Sequence[bytes]) -> None:
+        self._go_on()
+        if batch:
+            self._ledger.close_books(self._epoch, self._run_id, "remove", batch)
+
+    def _rebuild(self, connection: Connection) -> Rebuilt:
+        workers, held = self._reserve(connection)
+        self._await_reports([name for name, _ in workers])
+        self._go_on()
+        revoking.tell_all(connection, self._ledger)
+        filed = self._file_backlog(connection)
+        self._ledger.finish(self._epoch)
+        return Rebuilt(self._epoch, len(workers), held, filed)
+
+    def _reserve(self, connection: Connection) -> tuple[list[tuple[str, str]], int]:
+        """A closed book for each worker that has not left, with what Postgres says it holds."""
+        ledger = self._ledger
+        rows = connection.execute(_WORKERS, {"ttl": ledger.settings.worker_ttl * 2}).all()
+        # In one statement: there is no index by incarnation, which every transition would pay for.
+        holdings: dict[str, list[Adopted]] = {}
+        carried = ledger.carried()
+        for incarnation, *row in connection.execute(_HELD):
+            if row[0] not in carried:
+                holdings.setdefault(incarnation, []).append(_adopted(row))
+        held = 0
+        for name, incarnation, capacity, _ in rows:
+            self._go_on()
+            ledger.reserve(name, incarnation, Capacity.from_people(capacity).shape)
+            found = holdings.get(incarnation, [])
+            for start in range(0, len(found), BACKLOG_CHUNK):
+                ledger.adopt(name, incarnation, found[start : start + BACKLOG_CHUNK])
+            held += len(found)
+        self._give_back_orphans(carried)
+        return [(row[0], row[1]) for row in rows if row[3]], held
+
+    def _give_back_orphans(self, carried: Collection[str]) -> None:
+        """What Postgres says runs on a life of a worker that has ended goes back, or is lost."""
+        with (
+            self._engine.connect().execution_options(isolation_level="READ COMMITTED") as connection,
+            connection.begin(),
+        ):
+            if not roster.hold_epoch(connection, self._epoch, self._term):
+                raise LedgerClosed(None)
+            orphans = [one for one in pull.orphans(connection) if one.job not in carried]
+            most_losses = self._ledger.settings.most_losses
+            pull.give_back(connection, orphans, None, "its worker has ended", most_losses)
+
+    def _await_reports(self, workers: list[str]) -> None:
+        """Wait, for a bounded time, until the workers that live have opened their books again."""
+        pause = threading.Event()
+        end = time.monotonic() + REPORT_WITHIN
+        while workers and time.monotonic() < end:
+            self._go_on()
+            workers = self._ledger.unreported(workers)
+            if workers:
+                pause.wait(0.02)
+
+    def _file_backlog(self, connection: Connection) -> int:
+        filed, after = 0, (-10, 0)
+        while True:
+            self._go_on()
+            rows = backlog.backlog(connection, BACKLOG_CHUNK, after)
+            if not rows:
+                return filed
+            filed += enroll.submit_rows(self._ledger, rows)
+            after = (-rows[-1].priority, rows[-1].seq)
 
 
 def bring_in_carried(engine: Engine, ledger: Ledger) -> int:
     """Let in the jobs whose entries of an older epoch Postgres has by now, as their rows say. Returns how many."""
-    carried = _carried(ledger)
+    carried = ledger.carried()
     if not carried:
         return 0
     free = sorted(carried - {one.job for one in stream.unapplied(ledger)})
     for start in range(0, len(free), BACKLOG_CHUNK):
         some = free[start : start + BACKLOG_CHUNK]
         # (Should this process die after this line, the next reconcile brings them in.)
-        ledger.client.srem(keys.CARRIED, *some)
+        ledger.let_in(some)
         reconcile.look_at(engine, ledger, some)
     return len(free)
 
 
+_WORKERS: Final = text(
+    "SELECT DISTINCT ON (name) name, incarnation, capacity, seen_at > now() - make_interval(secs => :ttl) "
+    "FROM workers WHERE status IN ('ready', 'draining') ORDER BY name, started_at DESC"
+)
 _HELD: Final = text("""
 SELECT incarnation, id, epoch, attempt, shape, priority, seq, losses, (extract(epoch FROM admitted_at) * 1000)::bigint,
        (extract(epoch FROM started_at) * 1000)::bigint, rerun
@@ -154,56 +239,7 @@ FROM jobs WHERE state IN ('admitted', 'running') AND incarnation IS NOT NULL ORD
 """)
 
 
-def _reserve(connection: Connection, ledger: Ledger) -> tuple[list[tuple[str, str]], int]:
-    """A closed book for each worker that has not left, with what Postgres says it holds."""
-    rows = connection.execute(
-        text(
-            "SELECT DISTINCT ON (name) name, incarnation, capacity, seen_at > now() - make_interval(secs => :ttl) "
-            "FROM workers WHERE status IN ('ready', 'draining') ORDER BY name, started_at DESC"
-        ),
-        {"ttl": ledger.settings.worker_ttl * 2},
-    ).all()
-    # In one statement: there is no index by incarnation, which every transition would pay for.
-    holdings: dict[str, list[Adopted]] = {}
-    carried = _carried(ledger)
-    for incarnation, *row in connection.execute(_HELD):
-        if row[0] in carried:
-            continue
-        holdings.setdefault(incarnation, []).append(_adopted(row))
-    held = 0
-    for name, incarnation, capacity, _ in rows:
-        ledger.reserve(name, incarnation, Capacity.from_people(capacity).shape)
-        found = holdings.get(incarnation, [])
-        for start in range(0, len(found), BACKLOG_CHUNK):
-            ledger.adopt(name, incarnation, found[start : start + BACKLOG_CHUNK])
-        held += len(found)
-    # What Postgres says runs on a life of a worker that has ended goes back, or is lost.
-    orphans = [one for one in pull.orphans(connection) if one.job not in carried]
-    pull.give_back(connection, orphans, None, "its worker has ended", ledger.settings.most_losses)
-    return [(row[0], row[1]) for row in rows if row[3]], held
-
-
 def _adopted(row: Any) -> Adopted:
     job, epoch, attempt, shape, priority, seq, losses, admitted, started, rerun = row
     place = order(priority, seq)
     return Adopted(job, f"{epoch}.{attempt}", shape, place, admitted or 0, started or 0, "", losses, rerun)
-
-
-def _await_reports(ledger: Ledger, workers: list[str]) -> None:
-    """Wait, for a bounded time, until the workers that live have opened their books again."""
-    pause = threading.Event()
-    end = ledger.now_ms() + REPORT_WITHIN * 1000
-    while workers and ledger.now_ms() < end:
-        workers = ledger.unreported(workers)
-        if workers:
-            pause.wait(0.02)
-
-
-def _file_backlog(connection: Connection, ledger: Ledger) -> int:
-    filed, after = 0, (-10, 0)
-    while True:
-        rows = backlog.backlog(connection, BACKLOG_CHUNK, after)
-        if not rows:
-            return filed
-        filed += enroll.submit_rows(ledger, rows)
-        after = (-rows[-1].priority, rows[-1].seq)

@@ -238,12 +238,28 @@ class LedgerServer:
         """Whether the rebuild of this epoch was not carried to its end (it runs, or whoever did it died)."""
         return bool(self._guard(lambda: self.client.hexists(keys.EPOCH, "rebuilding")))
 
-    def finish(self, epoch: int) -> None:
-        """The rebuild of this epoch is done."""
-        if self.opened() == (epoch, self.run_id):
-            self._guard(lambda: self.client.hdel(keys.EPOCH, "rebuilding"))
+    def close_books(self, epoch: int, run_id: str, step: str, names: Sequence[str | bytes] = ()) -> None:
+        """Close the books for the process that opens this epoch (the step `begin`), `remove` keys of the older one, and
+        `carry` jobs over, at most 1,000 at a time. `run_id`: of the server on which it began. Raises `LedgerClosed`
+        where a newer epoch is opened."""
+        self._meant.run_id = run_id
+        self._call("close_epoch", str(epoch), run_id, step, *names)
 
-    def open(self, epoch: int) -> None:
-        """Open an epoch on empty books."""
-        self._call("open", str(epoch), self.run_id)
+    def open(self, epoch: int, run_id: str | None = None) -> None:
+        """Open an epoch on empty books; `run_id` as in `close_books`, else that of now."""
+        self._meant.run_id = run_id or self.run_id
+        self._call("open", str(epoch), run_id or self.run_id)
         self.epoch = epoch
+
+    def finish(self, epoch: int) -> None:
+        """The rebuild of this epoch is done. Raises `LedgerClosed` where a newer one is open."""
+        self._call("finish_epoch", str(epoch), self.run_id)
+
+    def carried(self) -> set[str]:
+        """The jobs that nobody may bring in, since the stream has what became of them in an older epoch."""
+        found: Any = self._guard(lambda: self.client.smembers(keys.CARRIED))
+        return {job.decode() for job in found}
+
+    def let_in(self, jobs: Sequence[str]) -> int:
+        """Let jobs in whose entries Postgres has; at most 1,000."""
+        return int(self._call("let_in", *self._gate(), *jobs)[1]) if jobs else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from redis.exceptions import RedisError
@@ -117,16 +117,20 @@ def _set_aside(
         ledger.forget([(entry.decode(), said.get("job", ""))])
 
 
-def apply_all(engine: Engine, ledger: Ledger, *, older_than_ms: int = 0) -> tuple[int, list[Applied]]:
+def apply_all(
+    engine: Engine, ledger: Ledger, *, older_than_ms: int = 0, between: Callable[[], None] = lambda: None
+) -> tuple[int, list[Applied]]:
     """Apply what is in the stream; returns the number of entries that left it, and the rows that changed.
 
     Entries younger than `older_than_ms` are left to the worker that is about to write them in its own batch. Entries
-    that cannot be written now stay, and the pass goes on behind them; it waits for locked rows once.
+    that cannot be written now stay, and the pass goes on behind them; it waits for locked rows once. `between`
+    is called before each page, and may raise.
     """
     newest = f"{ledger.measure() - older_than_ms}-0" if older_than_ms else "+"
     oldest, entries, wait = "-", 0, True
     applied: list[Applied] = []
     while True:
+        between()
         page = _page(ledger, oldest, newest, CHUNK)
         transitions, unreadable = _parsed(page)
         written, left = write(engine, ledger, transitions, wait=wait)

@@ -253,6 +253,7 @@ authority = Table(
     Column("epoch", BigInteger, nullable=False),
     Column("authority", Text, nullable=False, comment="which store admits: ledger or postgres"),
     Column("changed_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("opening_at", DateTime(timezone=True), comment="its opener's last word; null: nobody opens it"),
     CheckConstraint('"only"', name="authority_one_row"),
     CheckConstraint("authority IN ('ledger', 'postgres')", name="authority_known"),
 )

@@ -72,13 +72,23 @@ class Joining:
                 raise translate(refused) from refused
 
     def _enter(self, capacity: Capacity, declared: Declarations, wait: Callable[[float], object]) -> int:
+        # A handle of its own: that of an opener stays in the epoch which it opens.
+        apart = self._stores.apart()
+        try:
+            return self._enter_with(apart, capacity, declared, wait)
+        finally:
+            apart.redis.close()
+
+    def _enter_with(
+        self, apart: Stores, capacity: Capacity, declared: Declarations, wait: Callable[[float], object]
+    ) -> int:
         while True:
             self._confirmation.ask()
             if self._confirmation.authority == "postgres":
                 self._membership.register_in_postgres(capacity, declared, ledger_lost=self._sight.lost)
                 return 0
             try:
-                open_ledger(self._stores)
+                open_ledger(apart)
                 return self._membership.register(capacity, declared, self._challenge)
             except LedgerClosed:
                 # Another process is opening the epoch, or it changed just now.

@@ -1,7 +1,7 @@
 """Whether this worker reaches the ledger, as its heartbeat finds out, and what follows for who decides.
 
 A worker that lost the ledger says so in its row in Postgres. When all have, for long enough, whoever looks first lets
-Postgres decide; when all reach it again, the ledger. Both are one guarded statement, under the lock of the epochs.
+Postgres decide; when all reach it again, the ledger. Both are one guarded statement.
 """
 
 from __future__ import annotations
@@ -69,12 +69,7 @@ class Switch:
 
     def _change(self, change: Callable[[Connection], int | None], says: str) -> None:
         with self._engine.connect() as connection:
-            if not roster.lock_epoch(connection):
-                return
-            try:
-                epoch = change(connection)
-            finally:
-                roster.unlock_epoch(connection)
+            epoch = change(connection)
         if epoch is not None:
             logger.warning(says, epoch)
             self._confirmation.ask_soon()

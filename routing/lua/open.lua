@@ -2,19 +2,21 @@
 -- Does: opens an epoch on books that were emptied before.
 -- KEYS: none; by name: epoch, allocated, allocated_cpus
 -- ARGV: epoch, run_id
--- Replies: {ok} | {epoch, current} where a newer one is open
+-- Replies: {ok} | {epoch, current} where a newer one is open, or is being opened
 -- Cost: constant
 -- Repeat: harmless: what was admitted in this epoch meanwhile stays
 local epoch, run_id = ARGV[1], ARGV[2]
-local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id')
-if current[1] and tonumber(current[1]) > tonumber(epoch) then
-  return {'epoch', current[1]}
+local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'opening')
+local newest = math.max(tonumber(current[1] or 0), tonumber(current[3] or 0))
+if newest > tonumber(epoch) then
+  return {'epoch', int(newest)}
 end
 if current[1] == epoch and current[2] == run_id then
   return {'ok'}
 end
 redis.call('SET', KEY.allocated, '0')
 redis.call('SET', KEY.allocated_cpus, '0')
+redis.call('HDEL', KEY.epoch, 'opening')
 redis.call('HSET', KEY.epoch, 'epoch', epoch, 'run_id', run_id, 'opened', int(clock()), 'rebuilding', '1',
   'format', LIMIT.format)
 -- Whoever watches a job looks at it anew: what became of it since the books were lost was told by nobody.

@@ -88,6 +88,9 @@ BINDINGS: Final = {
             )
         },
     ),
+    "close_epoch": Binding(
+        lambda ledger: ledger.close_books(5, "run", "remove", [b"x", b"y"]), 2, {("ok",): "None"}
+    ),
     "compare": Binding(lambda ledger: ledger.compare("a waiting 1.0 -"), 0, {("ok", "a", "b"): "['a', 'b']"}),
     "condemn": Binding(lambda ledger: ledger.condemn("w", "life"), 0, {("ok",): "None", ("unknown",): "None"}),
     "drain": Binding(lambda ledger: ledger.drain("w", "life"), 0, {("ok", "s", "t"): "2", ("unknown",): "0"}),
@@ -105,6 +108,7 @@ BINDINGS: Final = {
         },
     ),
     "fill": Binding(lambda ledger: ledger.fill("w"), 0, {(("ok", "2", "9"), ("ok", "1", "")): "3"}),
+    "finish_epoch": Binding(lambda ledger: ledger.finish(5), 0, {("ok",): "None"}),
     "forget": Binding(lambda ledger: ledger.forget([("3-0", "a"), ("4-0", "b")]), 2, {("ok", "2"): "2"}),
     "lapse": Binding(
         lambda ledger: ledger.lapse("w", 15_000, 3),
@@ -123,6 +127,7 @@ BINDINGS: Final = {
     "leave": Binding(
         lambda ledger: ledger.leave("w", "life"), 0, {("ok",): "0", ("held", "3"): "3", ("unknown",): "0"}
     ),
+    "let_in": Binding(lambda ledger: ledger.let_in(["a", "b"]), 2, {("ok", "2"): "2"}),
     "mend": Binding(lambda ledger: ledger.mend("s", "a"), 0, {("ok", "1"): "True", ("ok", "0"): "False"}),
     "open": Binding(lambda ledger: ledger.open(5), 0, {("ok",): "None"}),
     "misplaced": Binding(lambda ledger: ledger.misplaced("s", 500, 500), 0, {("ok", "7", "a"): "(7, ['a'])"}),

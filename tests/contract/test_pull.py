@@ -300,8 +300,9 @@ def test_nobody_decides_for_a_while_after_the_authority_changed(engine: Engine, 
 def test_a_new_epoch_is_no_change_of_the_authority(engine: Engine) -> None:
     with engine.begin() as connection:
         before = roster.read_authority(connection)
-        assert roster.next_epoch(connection) == 2
-        assert roster.next_epoch(connection, above=40) == 41
+        assert roster.begin_epoch(connection, 1, 20.0) == 2
+        roster.end_opening(connection, 2)
+        assert roster.begin_epoch(connection, 2, 20.0, above=40) == 41
         assert roster.read_authority(connection).changed == before.changed
 
 

@@ -50,10 +50,10 @@ DRAIN = (
 )
 #: The second time: the first one opens a ledger that was never open.
 REBUILD = (
-    "after routing.rebuild:_wipe@2",
+    "after routing.rebuild:Opener._wipe@2",
     "after routing.ledger:Ledger.open@2",
     "after routing.ledger:Ledger.reserve",
-    "before routing.rebuild:_file_backlog@2",
+    "before routing.rebuild:Opener._file_backlog@2",
     "before routing.ledger:Ledger.finish@2",
 )
 #: In a process of the pool: the effect is there, and nobody has heard of the end.

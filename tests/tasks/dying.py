@@ -1,7 +1,9 @@
 """Imported by a process of a fault test that is to die at one step, which the environment names:
 
-    DIE_AT     before|after module:function, where `function` may be Class.method; with @N at the Nth call of it
+    DIE_AT     before|after module:function, where `function` may be Class.method; with @N at the Nth call of it, with
+               @0 at any
     DIE_ONCE   a file that is made when a process has died so: no other does
+    DIE_BY     the signal that it gives itself: SIGKILL where nothing is said, SIGSTOP for one that goes on later
 
 Nothing of the product knows of it: the named function is replaced by one that calls it, and kills its process.
 """
@@ -17,12 +19,12 @@ from typing import Any
 
 
 def die(once: str) -> None:
-    """KILL to this process, if it is the first."""
+    """The signal to this process, if it is the first."""
     try:
         os.close(os.open(once, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.Signals[os.environ.get("DIE_BY", "SIGKILL")])
 
 
 def arm(point: str, once: str) -> None:
@@ -43,7 +45,7 @@ def _dying(
 ) -> Callable[..., Any]:
     @wraps(real)
     def dying(*args: Any, **options: Any) -> Any:
-        mine = number() == fatal
+        mine = number() == fatal or fatal == 0
         if mine and when == "before":
             die(once)
         result = real(*args, **options)

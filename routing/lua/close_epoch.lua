@@ -1,0 +1,28 @@
+#!lua flags=allow-oom
+-- Does: closes the books for the process that opens a new epoch, removes keys of the older one, and notes the jobs that
+--   nobody may bring in yet.
+-- KEYS: none; by name: epoch, carried
+-- ARGV: epoch, run_id, step (begin: close the books for this epoch; remove and carry: they must be closed for it still), then
+--   for each key to remove or job to carry over, at most 1,000: its name
+-- Replies: {ok} | {cold} where the books are closed for nobody | {epoch, current} where a newer one is opened
+-- Cost: one command, and what it takes to unlink the keys
+-- Repeat: harmless
+local epoch, step = ARGV[1], ARGV[3]
+
+local current = redis.call('HMGET', KEY.epoch, 'epoch', 'opening')
+local newest = math.max(tonumber(current[1] or 0), tonumber(current[2] or 0))
+if newest > tonumber(epoch) or current[1] == epoch then
+  return {'epoch', int(newest)}
+end
+if step == 'begin' then
+  redis.call('DEL', KEY.epoch)
+  redis.call('HSET', KEY.epoch, 'opening', epoch, 'format', LIMIT.format)
+elseif current[2] ~= epoch then
+  -- Emptied meanwhile: whoever looks next begins anew.
+  return {'cold'}
+elseif step == 'remove' then
+  redis.call('UNLINK', unpack(ARGV, 4))
+else
+  redis.call('SADD', KEY.carried, unpack(ARGV, 4))
+end
+return {'ok'}

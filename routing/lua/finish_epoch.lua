@@ -1,0 +1,15 @@
+#!lua flags=allow-oom
+-- Does: notes that an epoch has all that Postgres had when it was opened.
+-- KEYS: none; by name: epoch
+-- ARGV: epoch, run_id
+-- Replies: {ok} | {cold} | {epoch, current}
+-- Cost: constant
+-- Repeat: harmless
+local epoch, run_id = ARGV[1], ARGV[2]
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+redis.call('HDEL', KEY.epoch, 'rebuilding')
+return {'ok'}

@@ -1,0 +1,64 @@
+"""The worker that opens a lost ledger anew is stopped meanwhile, for longer than any lease, and then goes on."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import psutil
+import pytest
+
+from routing import keys
+from tests.faults.watching import Oracle
+from tests.fixtures.processes import Platform
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+
+#: Where it is stopped.
+POINTS = (
+    "before routing.rebuild:Opener._wipe@0",
+    "before routing.ledger:Ledger.open@0",
+    "before routing.rebuild:Opener._file_backlog@0",
+    "before routing.ledger:Ledger.finish@0",
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("point", POINTS)
+def test_stopped_opener_keeps_nobody_out_and_does_no_harm_later(
+    platform: Platform, submitter: Submitter, oracle: Oracle, point: str
+) -> None:
+    platform.environment["PLATFORM_IMPORTS"] += ",tests.tasks.dying"
+    # No process stops as long as this file is there.
+    once = platform.folder / "stopped"
+    once.touch()
+    platform.environment |= {"DIE_AT": point, "DIE_BY": "SIGSTOP", "DIE_ONCE": str(once)}
+    workers = [platform.worker(name, cpus=2, pool="threads") for name in ("a", "b")]
+
+    def epoch() -> int:
+        found: Any = platform.redis.hget(keys.EPOCH, "epoch")
+        return int(found or 0)
+
+    jobs = oracle.sends(submitter, 16, seconds=0.3)
+    oracle.until_more(2)
+    until(lambda: platform.redis.zcard(keys.SHAPES), "jobs wait")
+    once.unlink()
+    platform.redis.flushdb()
+    oracle.results_were_lost()
+    until(once.exists, "a worker opens the ledger, and is stopped")
+    (stopped,) = until(
+        lambda: [one for one in workers if psutil.Process(one.pid).status() == psutil.STATUS_STOPPED], "it is stopped"
+    )
+    try:
+        # Also those that the stopped worker ran, which is LOST.
+        for job in jobs:
+            submitter.ended(job)
+        opened = epoch()
+        stopped.signal(signal.SIGCONT)
+        oracle.whole_again("the opener of the ledger is stopped")
+        until(lambda: submitter.view(stopped.name).get("status") == "ready", "it is registered again")
+        oracle.sends(submitter, 8, seconds=0.2)
+        oracle.assert_zeros()
+    finally:
+        stopped.signal(signal.SIGCONT)
+    assert epoch() == opened, "no ledger was opened, or lost, once more"
