@@ -5,13 +5,7 @@ Whatever differs is told by a script that writes nothing, and repaired by one th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
-
 from routing.server import LedgerServer
-
-#: Books counted in one round trip: the server serves nobody else meanwhile.
-BOOKS: Final = 50
 
 
 class Repairs(LedgerServer):
@@ -43,15 +37,6 @@ class Repairs(LedgerServer):
         """Make the places of one job right; how many differed, or None where its worker has no book."""
         reply = self._call("seat", *self._gate(), job)
         return int(reply[1]) if reply[0] == "ok" else None
-
-    def recount(self, workers: Sequence[str]) -> list[int]:
-        """Make the allocations of each worker the sum of what it holds, and its places right; returns how much
-        differed."""
-        counts: list[int] = []
-        for start in range(0, len(workers), BOOKS):
-            some = workers[start : start + BOOKS]
-            counts += [int(reply[1]) for reply in self._calls([("recount", (*self._gate(), name)) for name in some])]
-        return counts
 
     def set_total(self, expected: int | None, total: int) -> bool:
         """Set the sum of allocated millicores, unless it changed since it was read as `expected` (None: missing)."""

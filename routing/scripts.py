@@ -27,6 +27,14 @@ FEW: Final = 4
 #: 8,000 arguments at the most.)
 RUN: Final = 1000
 
+#: Workers that one script looks at for many jobs together: some 2 ms. For the jobs behind, scripts of their own look.
+SEARCHED: Final = 8 * CANDIDATES
+#: Passes of one script over all workers that come to be kept no more by it.
+MOST_FREED_PASSES: Final = 2 * FREED_PASSES
+
+#: Jobs of a worker whose amounts one script adds up, in some 2 ms; more are counted in pages.
+HELD: Final = 500
+
 #: Bytes of a message that a release may give back to the worker that is asking; larger ones go by the broker.
 HAND_OVER_BYTES: Final = 65_536
 
@@ -119,6 +127,9 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
             "shapes": SHAPES,
             "most": MOST_ADMITTED,
             "passes": FREED_PASSES,
+            "freed": MOST_FREED_PASSES,
+            "searched": SEARCHED,
+            "held": HELD,
             "tombstone": tombstone_ms,
             "start": start_ms,
             "hand_over": HAND_OVER_BYTES,

@@ -58,7 +58,12 @@ write_book(book, changed)
 if over(book) then
   redis.call('HSET', KEY.book .. worker, 'shrunk', '1')
 end
+local freed
 for _, shape in ipairs(left) do
-  leave_queue(shape, epoch, clock())
+  -- (Of several workers that are kept no more, which is rarer still, one is filled here and the others with their heartbeats.)
+  freed = leave_queue(shape, epoch) or freed
+end
+if freed then
+  fill_freed(freed, epoch, clock())
 end
 return reply

@@ -44,5 +44,8 @@ job.epoch = epoch
 local entry = note(id, job, state, STEP.dropped, now, {error = error_text})
 bury(id, job, state, nil, true)
 count(state, 1)
-leave_queue(job.shape, epoch, now)
+local freed = leave_queue(job.shape, epoch)
+if freed then
+  fill_freed(freed, epoch, now)
+end
 return {'ended', entry}

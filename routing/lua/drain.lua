@@ -1,10 +1,11 @@
 #!lua flags=allow-oom
--- Does: admits nothing more to a worker, and hands back what was admitted to it and not started.
+-- Does: admits nothing more to a worker, and hands back jobs that were admitted to it and not started, of those that are
+--   named.
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, counters, stream, wait, shapes, shapes_of, free, free_of, view,
 --   allocated, allocated_cpus
--- ARGV: epoch, run_id, worker, incarnation
+-- ARGV: epoch, run_id, worker, incarnation, then the ids of the jobs (none to begin: what is held from then on is known)
 -- Replies: {ok, then the shapes of the jobs handed back} | {unknown} | {cold} | {epoch, current}
--- Cost: grows with the jobs that this worker holds
+-- Cost: some ten commands a job
 -- Repeat: harmless
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 
@@ -23,9 +24,10 @@ if redis.call('EXISTS', KEY.view .. worker) == 1 then
   redis.call('HSET', KEY.view .. worker, 'status', 'draining')
 end
 local reply, changed = {'ok'}, {}
-for _, id in ipairs(redis.call('HKEYS', KEY.held .. worker)) do
+for i = 5, #ARGV do
+  local id = ARGV[i]
   local job = read_job(id)
-  if job and job.state == 'admitted' then
+  if job and job.state == 'admitted' and job.worker == worker and job.incarnation == incarnation then
     for name, amount in pairs(amounts_of(job.shape)) do
       changed[name] = (changed[name] or 0) - amount
     end

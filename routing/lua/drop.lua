@@ -20,7 +20,10 @@ end
 local worker = ''
 if job.state == 'waiting' then
   redis.call('ZREM', KEY.wait .. job.shape, id)
-  leave_queue(job.shape, epoch, clock())
+  local freed = leave_queue(job.shape, epoch)
+  if freed then
+    fill_freed(freed, epoch, clock())
+  end
 else
   worker = job.worker
   redis.call('ZREM', KEY.unclaimed, id)

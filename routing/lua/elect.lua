@@ -28,8 +28,5 @@ if not mine then
   number = math.max(number, fence) + 1
 end
 redis.call('HSET', KEY.runner, 'incarnation', caller, 'fence', int(number), 'until', int(now + term))
-local asked = redis.call('SMEMBERS', KEY.asked)
-if #asked > 0 then
-  redis.call('DEL', KEY.asked)
-end
-return {'elected', int(number), unpack(asked)}
+-- (There are fewer duties; what stands behind so many names comes with the next call.)
+return {'elected', int(number), unpack(redis.call('SPOP', KEY.asked, LIMIT.shapes))}

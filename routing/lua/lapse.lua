@@ -1,14 +1,15 @@
 #!lua flags=allow-oom
--- Does: closes a worker whose lease ran out and, when the grace is over too, takes its jobs back as new attempts.
+-- Does: closes a worker whose lease ran out and, when the grace is over too, takes jobs back as new attempts, of those that
+--   are named. Its book goes when it holds nothing any more.
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, shapes_of, free, free_of,
 --   leases, indexed, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that: the clock may have
---   been set meanwhile), most_losses, most jobs to take back in this call (0: none, say whether it is time)
+--   been set meanwhile), most_losses, take (1: take back, 0: say whether it is time), then the ids of the jobs
 -- Replies: {alive, incarnation} | {closed (just now) | waits (for the grace, as before) | due, incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands for each job taken back
 -- Repeat: harmless: goes on where it stopped
 local epoch, run_id, worker = ARGV[1], ARGV[2], ARGV[3]
-local grace, most_losses, most = tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[6])
+local grace, most_losses, take = tonumber(ARGV[4]), ARGV[5], ARGV[6]
 
 local no = refused(epoch, run_id)
 if no then
@@ -40,16 +41,12 @@ end
 if now < math.max(book.lease, tonumber(book.lapsed)) + grace then
   return {verdict, book.incarnation or ''}
 end
-if most == 0 then
+if take ~= '1' then
   return {'due', book.incarnation or ''}
 end
-local reply, changed, taken = {'gone', book.incarnation or ''}, {}, 0
-for _, id in ipairs(redis.call('HKEYS', KEY.held .. worker)) do
-  if taken == most then
-    reply[1] = 'more'
-    break
-  end
-  taken = taken + 1
+local reply, changed = {'gone', book.incarnation or ''}, {}
+for i = 7, #ARGV do
+  local id = ARGV[i]
   local job = read_job(id)
   if job and job.worker == worker and (job.state == 'admitted' or job.state == 'running') then
     for name, amount in pairs(amounts_of(job.shape)) do
@@ -64,10 +61,12 @@ for _, id in ipairs(redis.call('HKEYS', KEY.held .. worker)) do
   end
 end
 write_book(book, changed)
-if reply[1] == 'gone' then
-  redis.call('DEL', KEY.book .. worker, KEY.held .. worker, KEY.missing .. worker)
+if redis.call('EXISTS', KEY.held .. worker) == 1 then
+  reply[1] = 'more'
+else
+  redis.call('UNLINK', KEY.book .. worker, KEY.missing .. worker)
   if book.queue and book.queue ~= '' then
-    redis.call('DEL', book.queue)
+    redis.call('UNLINK', book.queue)
   end
   redis.call('ZREM', KEY.leases, worker)
   redis.call('ZREM', KEY.indexed, worker)

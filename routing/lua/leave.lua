@@ -20,7 +20,7 @@ if held > 0 then
   return {'held', int(held)}
 end
 withdraw(worker)
-redis.call('DEL', KEY.book .. worker, KEY.missing .. worker, KEY.view .. worker, book[2])
+redis.call('UNLINK', KEY.book .. worker, KEY.missing .. worker, KEY.view .. worker, book[2])
 redis.call('ZREM', KEY.leases, worker)
 redis.call('ZREM', KEY.indexed, worker)
 return {'ok'}

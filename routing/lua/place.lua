@@ -4,7 +4,7 @@
 --   allocated, allocated_cpus, kept, indexed, leases
 -- ARGV: epoch, run_id, shape, cursor_score, cursor_worker (both '' to begin; '*' before the score: in the whole index)
 -- Replies: {admitted, job, worker, attempt} | {more, cursor_score, cursor_worker} | {none} | {cold} | {epoch, current}
--- Cost: at the worst LIMIT.candidates books are read
+-- Cost: at the worst LIMIT.candidates books are read, and LIMIT.most places of jobs that do not wait are passed
 -- Repeat: harmless: the job that was admitted waits no longer, the next one is looked at
 local epoch, run_id, shape, cursor_score, cursor_worker = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local whole = string.sub(cursor_score, 1, 1) == '*'
@@ -31,20 +31,31 @@ end
 local found = redis.call('ZRANGE', index, start, start + LIMIT.candidates - 1)
 local book = first_with_room(index, found, epoch, now, amounts)
 if book then
-  redis.call('ZREM', KEY.wait .. shape, head)
-  local job = read_job(head)
-  local message = job and redis.call('HGET', KEY.job .. head, 'message')
-  if not message then
+  local admitted
+  -- Of places without their waiting jobs so many are passed in one step.
+  for _ = 1, LIMIT.most do
+    redis.call('ZREM', KEY.wait .. shape, head)
+    local job = read_job(head)
+    local message = job and job.state == 'waiting' and redis.call('HGET', KEY.job .. head, 'message')
+    if message then
+      job.epoch, job.attempt = epoch, int(tonumber(job.attempt) + 1)
+      grant(head, job, message, book, now)
+      enter(book, amounts)
+      count('admitted', 1)
+      admitted = {'admitted', head, book.worker, job.attempt}
+      break
+    end
     count('drift', 1)
-    leave_queue(shape, epoch, now)
-    return {'more', cursor_score, cursor_worker}
+    head = redis.call('ZRANGE', KEY.wait .. shape, 0, 0)[1]
+    if not head then
+      break
+    end
   end
-  job.epoch, job.attempt = epoch, int(tonumber(job.attempt) + 1)
-  grant(head, job, message, book, now)
-  enter(book, amounts)
-  count('admitted', 1)
-  leave_queue(shape, epoch, now)
-  return {'admitted', head, book.worker, job.attempt}
+  local freed = leave_queue(shape, epoch)
+  if freed then
+    fill_freed(freed, epoch, now)
+  end
+  return admitted or {'more', cursor_score, cursor_worker}
 end
 if #found == LIMIT.candidates then
   return {'more', (whole and '*' or '') .. redis.call('ZSCORE', index, found[#found]), found[#found]}

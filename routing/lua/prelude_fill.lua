@@ -1,17 +1,30 @@
 -- Shared by the scripts of the ledger, as prelude.lua is. Here: what a worker holds, whether it is kept, and the pass that
 -- fills it.
 
--- What a worker holds: the sum of the amounts, and those entries of its list that no job's own key speaks of.
-local function sum_held(worker)
+-- The shape of an entry of a worker's list, nil for an entry of which no job's own key speaks.
+local function shape_of_held(worker, id, token)
+  local job = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'shape')
+  local held = (job[1] == 'admitted' or job[1] == 'running') and job[4] == worker and job[2] .. '.' .. job[3] == token
+  return held and job[5] or nil
+end
+
+-- What a worker holds: the sum of the amounts, and the entries of its list of which no job's own key speaks. nil where the
+-- list has more than LIMIT.held entries: the caller then counts them in pages, and gives the sum (`counted`, as a shape).
+local function sum_held(worker, counted)
+  if counted ~= '' then
+    return amounts_of(counted), {}
+  end
+  if redis.call('HLEN', KEY.held .. worker) > LIMIT.held then
+    return nil
+  end
   local sums, strays = {}, {}
   local held = redis.call('HGETALL', KEY.held .. worker)
   for i = 1, #held, 2 do
-    local job = redis.call('HMGET', KEY.job .. held[i], 'state', 'epoch', 'attempt', 'worker', 'shape')
-    if (job[1] == 'admitted' or job[1] == 'running') and job[4] == worker and job[2] .. '.' .. job[3] == held[i + 1] then
-      for name, amount in pairs(amounts_of(job[5])) do
-        sums[name] = (sums[name] or 0) + amount
-      end
-    else
+    local shape = shape_of_held(worker, held[i], held[i + 1])
+    for name, amount in pairs(shape and amounts_of(shape) or {}) do
+      sums[name] = (sums[name] or 0) + amount
+    end
+    if not shape then
       strays[#strays + 1] = held[i]
     end
   end
@@ -148,14 +161,15 @@ local function fill_one(worker, epoch, now, after, nonce, out, given)
       end
     end
   end
-  local admitted, freed = 0, nil
+  local admitted, dead, freed = 0, 0, nil
   while #candidates > 0 do
     local first = table.remove(candidates, 1)
     local alone, occupied = first.amounts.alone, admitted > 0 or (book.allocated.slots or 0) > 0
     -- Its turn has come, and others run here: the worker is kept for it, unless another one is.
     local keep = alone and occupied and not is_kept_elsewhere(first.shape, first.amounts, worker, epoch, now)
     if keep or (not (alone and occupied) and fits(book, first.amounts)) then
-      if admitted == LIMIT.most then
+      -- (A place without its waiting job costs as much as one with it.)
+      if admitted + dead == LIMIT.most then
         cursor = after == '' and '-inf' or after
         break
       end
@@ -167,7 +181,7 @@ local function fill_one(worker, epoch, now, after, nonce, out, given)
       end
       local id = redis.call('ZPOPMIN', KEY.wait .. first.shape)[1]
       local job = id and read_job(id)
-      local message = job and redis.call('HGET', KEY.job .. id, 'message')
+      local message = job and job.state == 'waiting' and redis.call('HGET', KEY.job .. id, 'message')
       if message then
         job.epoch, job.attempt = epoch, int(tonumber(job.attempt) + 1)
         if nonce and #message <= LIMIT.hand_over then
@@ -178,7 +192,7 @@ local function fill_one(worker, epoch, now, after, nonce, out, given)
         admitted = admitted + 1
         allocate(book, first.amounts, 1)
       elseif id then
-        count('drift', 1)
+        dead = dead + 1
       end
       local order = refile(first.shape)
       if alone then
@@ -200,6 +214,9 @@ local function fill_one(worker, epoch, now, after, nonce, out, given)
       end
     end
   end
+  if dead > 0 then
+    count('drift', dead)
+  end
   if admitted > 0 then
     write_book(book, {})
     count('admitted', admitted)
@@ -210,12 +227,14 @@ local function fill_one(worker, epoch, now, after, nonce, out, given)
 end
 
 -- Fill a worker that was kept until now, and whoever is kept no more by that. Nobody hears of a cursor here, so it takes
--- LIMIT.passes at once: it is empty, or nearly, and after the first one nothing ends there that would go on.
+-- LIMIT.passes at once: it is empty, or nearly, and after the first one nothing ends there that would go on. What is left
+-- after LIMIT.freed passes over all of them is for their heartbeats.
 local function fill_freed(worker, epoch, now)
-  local freed = {worker}
-  while #freed > 0 do
+  local freed, left = {worker}, LIMIT.freed
+  while #freed > 0 and left > 0 do
     local other, cursor = table.remove(freed), ''
-    for _ = 1, LIMIT.passes do
+    for _ = 1, math.min(LIMIT.passes, left) do
+      left = left - 1
       local _, on, too = fill_one(other, epoch, now, cursor == '-inf' and '' or cursor)
       cursor = on
       freed[#freed + 1] = too
@@ -241,13 +260,10 @@ local function fill(worker, epoch, now, after, nonce, out, book)
   return admitted, cursor
 end
 
--- After a job left the queue of a shape, otherwise than by `fill`.
-local function leave_queue(shape, epoch, now)
+-- After a job left the queue of a shape, otherwise than by `fill`. Returns a worker that was kept until now, to be filled.
+local function leave_queue(shape, epoch)
   if refile(shape) or not string.find(shape, 'alone=', 1, true) then
-    return
+    return nil
   end
-  local freed = unkeep(shape, epoch)
-  if freed then
-    fill_freed(freed, epoch, now)
-  end
+  return unkeep(shape, epoch)
 end

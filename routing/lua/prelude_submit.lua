@@ -5,7 +5,7 @@
 -- sufficed, and has less now. So a run looks once, and what it changes beside the jobs' own keys is written at its end
 -- (`end_run`), before anything else looks there, or when it is as long as a command may be.
 
--- A run has `shape`, `amounts`, and `full` where all that follows is filed; until it is written, `book` with what was
+-- A run has `shape`, `amounts`, `looked` (workers at which this script has looked), and `full` where all that follows is filed; until it is written, `book` with what was
 -- admitted there: `tokens` (id, token, id, token, ...), `due` (time, id, time, id, ...) and `messages`; and `waiting` with
 -- the least of its orders, `first`, as `file` takes them.
 local function end_run(run)
@@ -24,8 +24,12 @@ local function end_run(run)
   end
 end
 
--- Look for the best worker for a run: its book, or nil and the cursor from which there may be others.
+-- Look for the best worker for a run: its book, or nil and the cursor from which there may be others. One script looks at
+-- LIMIT.searched workers: from then on nobody is looked at, and the caller looks on from the beginning.
 local function search(run, epoch, now)
+  if run.looked >= LIMIT.searched then
+    return nil, '0', ''
+  end
   local index = index_for(run.amounts)
   local least, looked_at, last = int(run.amounts.cpus or 0), 0, nil
   -- The first few are nearly always enough; the others are fetched only when they are needed.
@@ -33,9 +37,10 @@ local function search(run, epoch, now)
     local found = redis.call('ZRANGEBYSCORE', index, least, '+inf', 'LIMIT', looked_at, size)
     local book = first_with_room(index, found, epoch, now, run.amounts)
     if book then
+      run.looked = run.looked + #found
       return book
     end
-    looked_at = looked_at + #found
+    looked_at, run.looked = looked_at + #found, run.looked + #found
     if #found < size then
       break
     end
@@ -76,7 +81,8 @@ local function take_in(id, job, message, digest, rerun, now, run)
       end_run(run)
     end
     -- A job whose shape already waits would find no room either: it is filed unseen.
-    run = {shape = job.shape, amounts = amounts_of(job.shape), full = redis.call('ZSCORE', KEY.shapes, job.shape)}
+    run = {shape = job.shape, amounts = amounts_of(job.shape), full = redis.call('ZSCORE', KEY.shapes, job.shape),
+      looked = run and run.looked or 0}
   end
   local cursor_score, cursor_worker = '', ''
   if not run.full then

@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
 -- Does: gives a worker again the jobs whose leases it has and does not know of, since the reply of a release was lost.
 -- KEYS: none; by name: epoch, book, held, job
--- ARGV: epoch, run_id, worker, incarnation, then the ids of the jobs that the worker holds
+-- ARGV: epoch, run_id, worker, incarnation, then the ids of the jobs that the worker does not know of
 -- Replies: {ok, then for each job: job, token, admitted, started, entry, losses, shape, rerun, message} | {unknown} | {cold}
 --   | {epoch, current}
--- Cost: grows with the jobs that this worker holds
--- Repeat: harmless: what the worker names is not given again
+-- Cost: three commands a job
+-- Repeat: harmless: the same jobs are given again
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 
 local no = refused(epoch, run_id)
@@ -15,13 +15,12 @@ end
 if redis.call('HGET', KEY.book .. worker, 'incarnation') ~= incarnation then
   return {'unknown'}
 end
-local named, reply = {}, {'ok'}
+local reply = {'ok'}
 for i = 5, #ARGV do
-  named[ARGV[i]] = true
-end
-for _, id in ipairs(redis.call('HKEYS', KEY.held .. worker)) do
-  local job = not named[id] and read_job(id)
-  local message = job and job.state == 'running' and redis.call('HGET', KEY.job .. id, 'message')
+  local id = ARGV[i]
+  local job = read_job(id)
+  local mine = job and job.state == 'running' and redis.call('HGET', KEY.held .. worker, id) == token_of(job)
+  local message = mine and redis.call('HGET', KEY.job .. id, 'message')
   if message then
     local n = #reply
     reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = id, token_of(job), job.admitted, job.started

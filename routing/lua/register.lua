@@ -3,13 +3,16 @@
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, indexed, free, free_of, allocated, allocated_cpus, shapes,
 --   shapes_of, wait, job, unclaimed, counters, stream, kept
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), status (ready, or closed until the
---   worker has said what it holds and renews), admit (1: go on to admit, 0: this caller may not), then the fields of the
---   view: name, value, ...
--- Replies: {ok, admitted, cursor of shapes} | {taken, incarnation, lease left (ms, negative when it ran out), held} | {cold} | {epoch, current}
--- Cost: one pass as that of fill, and a command for each resource and queue that not every worker has
+--   worker has said what it holds and renews), admit (1: go on to admit, 0: this caller may not), counted (the sum of what
+--   is held there, as a shape; '': count here), then the fields of the view: name, value, ...
+-- Replies: {ok, admitted, cursor of shapes} | {taken, incarnation, lease left (ms, negative when it ran out), held}
+--   | {many} where too much is held to be counted here | {cold} | {epoch, current}
+-- Cost: one pass as that of fill, LIMIT.held jobs where the book went missing, and a command for each resource and queue
+--   that not every worker has
 -- Repeat: harmless: the same incarnation keeps its allocations
 local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local queue, ttl, capacity, status, admit = ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9]
+local counted = ARGV[10]
 
 local no = refused(epoch, run_id)
 if no then
@@ -24,13 +27,17 @@ if before[1] and before[1] ~= incarnation then
     return {'taken', before[1], int(left), int(held)}
   end
   withdraw(worker)
-  redis.call('DEL', key, KEY.missing .. worker)
+  redis.call('UNLINK', key, KEY.missing .. worker)
   if before[3] and before[3] ~= '' then
-    redis.call('DEL', before[3])
+    redis.call('UNLINK', before[3])
   end
 elseif not before[1] then
   -- The book is new, or went missing: a missing book is not a free worker.
-  for name, sum in pairs(sum_held(worker)) do
+  local sums = sum_held(worker, counted)
+  if not sums then
+    return {'many'}
+  end
+  for name, sum in pairs(sums) do
     redis.call('HSET', key, 'a.' .. name, int(sum))
   end
 end
@@ -51,7 +58,7 @@ redis.call('HDEL', key, 'lapsed')
 redis.call('ZADD', KEY.leases, int(now + ttl), worker)
 redis.call('ZADD', KEY.indexed, int(now + ttl), worker)
 redis.call('DEL', KEY.view .. worker)
-redis.call('HSET', KEY.view .. worker, unpack(ARGV, 10))
+redis.call('HSET', KEY.view .. worker, unpack(ARGV, 11))
 redis.call('HSET', KEY.view .. worker, 'status', status)
 redis.call('PEXPIRE', KEY.view .. worker, int(ttl))
 redis.call('SET', KEY.allocated_cpus, cpus_text(redis.call('INCRBY', KEY.allocated, 0)))

@@ -1,11 +1,14 @@
 #!lua flags=allow-oom
 -- Does: gives a worker that has not spoken in this epoch a closed book, so that what it holds is not taken for free.
 -- KEYS: none; by name: epoch, book, held, job, leases, indexed, free, free_of
--- ARGV: epoch, run_id, worker, incarnation, capacity (as a shape)
--- Replies: {ok} | {open} where there is a book in this epoch | {cold} | {epoch, current}
--- Cost: grows with the jobs that are held there already: none, but where a book went missing
+-- ARGV: epoch, run_id, worker, incarnation, capacity (as a shape), counted (the sum of what is held there, as a shape;
+--   '': count here)
+-- Replies: {ok} | {open} where there is a book in this epoch | {many} where too much is held to be counted here | {cold}
+--   | {epoch, current}
+-- Cost: at the worst LIMIT.held jobs are looked at: none, but where a book went missing
 -- Repeat: harmless
 local epoch, run_id, worker, incarnation, capacity = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local counted = ARGV[6]
 
 local no = refused(epoch, run_id)
 if no then
@@ -14,7 +17,10 @@ end
 if read_book(worker, epoch) then
   return {'open'}
 end
-local now, sums = clock(), sum_held(worker)
+local now, sums = clock(), sum_held(worker, counted)
+if not sums then
+  return {'many'}
+end
 -- The lease begins to run out now: a worker that is dead is lost after the usual grace.
 local fields = {'epoch', epoch, 'incarnation', incarnation, 'status', 'closed', 'queue', '', 'lease', int(now)}
 for name, amount in pairs(amounts_of(capacity)) do

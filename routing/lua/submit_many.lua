@@ -5,7 +5,8 @@
 --   losses, submitted (ms), rerun (0: its first lost attempt ends it), digest of the message
 -- Replies: {ok, taken, then shape, cursor_score, cursor_worker of each shape that found no room among those looked at, while
 --   there were others} | {late, now (ms)} | {cold} | {epoch, current}
--- Cost: at the worst that of as many submits; jobs of one shape in a row look for room once, and again where a worker is full
+-- Cost: some ten commands a job, and LIMIT.searched books are read at the worst; jobs of one shape in a row look for room once,
+--   and again where a worker is full
 -- Repeat: harmless: a job that is known (or has ended, by its tombstone) is left as it is
 local epoch, run_id, deadline = ARGV[1], ARGV[2], tonumber(ARGV[3])
 

@@ -62,6 +62,8 @@ def adopt(ledger: Ledger) -> Any:
     return ledger.adopt("w", "life", [one, one])
 
 
+#: What stands in the list of a worker.
+HELD: Final = ("a", "b", "c")
 VIEW: Final = {"cpus": "4", "pid": "7"}
 
 BINDINGS: Final = {
@@ -93,6 +95,7 @@ BINDINGS: Final = {
     ),
     "compare": Binding(lambda ledger: ledger.compare("a waiting 1.0 -"), 0, {("ok", "a", "b"): "['a', 'b']"}),
     "condemn": Binding(lambda ledger: ledger.condemn("w", "life"), 0, {("ok",): "None", ("unknown",): "None"}),
+    # (First of all nothing is named.)
     "drain": Binding(lambda ledger: ledger.drain("w", "life"), 0, {("ok", "s", "t"): "2", ("unknown",): "0"}),
     "drop": Binding(
         lambda ledger: ledger.drop("a", "1.1", final=True),
@@ -118,7 +121,7 @@ BINDINGS: Final = {
             ("closed", "life"): "Lapsed(verdict='closed', incarnation='life', taken_back=0)",
             ("waits", "life"): "Lapsed(verdict='waits', incarnation='life', taken_back=0)",
             ("due", "life"): "Lapsed(verdict='due', incarnation='life', taken_back=0)",
-            (("more", "life", "s", "s"), ("gone", "life", "t")): (
+            (("more", "life"), ("more", "life", "s", "s"), ("gone", "life", "t")): (
                 "Lapsed(verdict='gone', incarnation='life', taken_back=3)"
             ),
             ("unknown",): "Lapsed(verdict='unknown', incarnation=None, taken_back=0)",
@@ -136,10 +139,12 @@ BINDINGS: Final = {
         0,
         {(("admitted", "a", "w", "2"), ("more", "9", "x"), ("none",)): "[Placed(job='a', worker='w', attempt=2)]"},
     ),
-    "recount": Binding(lambda ledger: ledger.recount(["w"]), 0, {("ok", "2"): "[2]", ("unknown", "1"): "[1]"}),
+    "recount": Binding(
+        lambda ledger: ledger.recount(["w"]), 0, {("ok", "2"): "[2]", ("unknown", "1"): "[1]", ("many",): "[7]"}
+    ),
     "recover": Binding(
         lambda ledger: ledger.recover("w", "life", ["x", "y"]),
-        2,
+        len(HELD),
         {("ok", "a", *CARD): "HandedOver(job='a', token='1.1'", ("unknown",): "[]"},
     ),
     "redeliver": Binding(lambda ledger: ledger.redeliver(), 0, {(("ok", "100", "60"), ("ok", "1", "1")): "61"}),
@@ -149,6 +154,7 @@ BINDINGS: Final = {
         {
             ("ok", "3", ""): "Filled(admitted=3)",
             ("taken", "other", "-5", "2"): "Taken(incarnation='other', lease_left_ms=-5, held=2)",
+            (("many",), ("ok", "1", "")): "Filled(admitted=1)",
         },
     ),
     "release": Binding(
@@ -164,13 +170,18 @@ BINDINGS: Final = {
         },
     ),
     "renew": Binding(
-        lambda ledger: ledger.renew("w", "life", VIEW, ["a", "b"], 3),
-        # two fields of the view, and two jobs that are as many arguments as one field
-        3,
-        {("ok", "0", "", "s", "s"): "Renewed(known=True, taken_back=2)", ("unknown",): "Renewed(known=False"},
+        lambda ledger: ledger.renew("w", "life", VIEW, ["x", "y"], 3),
+        2,
+        {
+            ("ok", "0", "", "0", "0"): "Renewed(known=True, taken_back=0)",
+            ("ok", "0", "", "3", "0"): "Renewed(known=True, taken_back=0)",
+            ("unknown",): "Renewed(known=False",
+        },
     ),
     "reserve": Binding(
-        lambda ledger: ledger.reserve("w", "life", "cpus=4000,slots=4"), 0, {("ok",): "True", ("open",): "False"}
+        lambda ledger: ledger.reserve("w", "life", "cpus=4000,slots=4"),
+        0,
+        {("ok",): "True", ("open",): "False", (("many",), ("ok",)): "True"},
     ),
     "revoke": Binding(lambda ledger: ledger.revoke("a"), 0, {("held", "w"): "True", ("free",): "False"}),
     "seat": Binding(lambda ledger: ledger.seat("a"), 0, {("ok", "2"): "2", ("homeless", "w"): "None"}),
@@ -186,12 +197,24 @@ BINDINGS: Final = {
     ),
     "submit_many": Binding(submit_many, 2, {("ok", "2", "s", "9", "x"): "2", ("late", "5"): "0"}),
     "succeed": Binding(lambda ledger: ledger.succeed("a", b"next"), 0, {("ok",): "True", ("missing",): "False"}),
+    "take_missing": Binding(
+        lambda ledger: ledger.take_missing("w", "life", ["x"], 3, 10_000),
+        len(HELD),
+        {("ok", "s", "t"): "['s', 't']", ("unknown",): "[]"},
+    ),
+    "unhold": Binding(lambda ledger: ledger.unhold("w"), len(HELD), {("ok", "2"): "2"}),
     "unlist": Binding(lambda ledger: ledger.unlist("gpus", 5, 500), 0, {("ok", "7", "2"): "(7, 2)"}),
     "total": Binding(lambda ledger: ledger.set_total(1, 2), 0, {("ok",): "True", ("changed",): "False"}),
 }
 
 #: What a method asks of other scripts after its own: nothing is there to be done.
-QUIET: Final = {"fill": ["ok", "0", ""], "place": ["none"]}
+QUIET: Final = {
+    "drain": ["ok"],
+    "fill": ["ok", "0", ""],
+    "place": ["none"],
+    "take_missing": ["ok"],
+    "unhold": ["ok", "0"],
+}
 
 
 class Recording(Ledger):
@@ -204,6 +227,18 @@ class Recording(Ledger):
         self.sent: list[tuple[str, Sequence[Any]]] = []
         self._script = script
         self._replies = [list(reply) for reply in replies]
+
+    def _scan_held(self, worker: str, cursor: int, count: int) -> tuple[int, list[str]]:
+        return 0, list(HELD)
+
+    def _recount_unchanged(self, worker: str) -> list[Any] | None:
+        return ["ok", "7"]
+
+    def _held_sum(self, worker: str) -> str:
+        return "cpus=1000,slots=1"
+
+    def _named_again(self, worker: str, absent: set[str]) -> None:
+        assert absent == set(HELD)
 
     def _calls(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[list[str]]:
         self.sent += calls
@@ -290,9 +325,11 @@ def test_every_script_loads_on_the_server(name: str, redis_client: redis.Redis) 
 def test_every_script_is_called_by_exactly_one_method_of_the_ledger() -> None:
     assert sorted(BINDINGS) == list(NAMES)
     own = Path(str(bindings.__file__))
-    files = (own, own.with_name("repairs.py"), own.with_name("server.py"), own.with_name("election.py"))
+    modules = ("ledger", "admission", "held", "repairs", "election", "server")
+    files = [own.with_name(f"{name}.py") for name in modules]
     text = "".join(path.read_text(encoding="utf-8") for path in files)
-    called = re.findall(r"_calls?\(\s*\[?\(?\"(\w+)\"|calls\.append\(\(\"(\w+)\"|self\._script\(\"(\w+)\"", text)
+    calls = r"_(?:calls?|counted)\(\s*\[?\(?\"(\w+)\""
+    called = re.findall(rf"{calls}|calls\.append\(\(\"(\w+)\"|self\._script\(\"(\w+)\"", text)
     by_name = sorted("".join(found) for found in called)
     assert by_name == list(NAMES)
 

@@ -1,0 +1,52 @@
+#!lua flags=allow-oom
+-- Does: takes back running jobs that the lists of their worker have not named for so long, of those that are named here.
+-- KEYS: none; by name: epoch, book, held, missing, free, free_of, allocated, allocated_cpus, view, job, unclaimed, counters,
+--   stream, wait, shapes, shapes_of
+-- ARGV: epoch, run_id, worker, incarnation, most_losses, missing (ms for which no list has named a job that is taken back;
+--   0: at once, the list is known to be whole), then the ids of the jobs that its list does not name
+-- Replies: {ok, then the shapes of jobs that were taken back} | {unknown} | {cold} | {epoch, current}
+-- Cost: some ten commands a job
+-- Repeat: harmless: judged by the time since the first list that lacked a job, not by the number of lists
+local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local most_losses, missing_for = ARGV[5], tonumber(ARGV[6])
+
+local no = refused(epoch, run_id)
+if no then
+  return no
+end
+local now = clock()
+local book = read_book(worker, epoch)
+if not book or book.incarnation ~= incarnation then
+  return {'unknown'}
+end
+local reply, changed = {'ok'}, {}
+for i = 7, #ARGV do
+  local id = ARGV[i]
+  local job = read_job(id)
+  -- What was admitted and not claimed yet is on its way: START looks after it.
+  if job and job.state == 'running' and redis.call('HGET', KEY.held .. worker, id) == token_of(job) then
+    local attempt = id .. ' ' .. token_of(job)
+    local since = redis.call('HGET', KEY.missing .. worker, attempt)
+    -- (The clock may have been set back since.)
+    local absent = math.max(0, now - tonumber(since or now))
+    if absent < missing_for then
+      if not since or tonumber(since) > now then
+        redis.call('HSET', KEY.missing .. worker, attempt, int(now))
+      end
+    else
+      for name, amount in pairs(amounts_of(job.shape)) do
+        changed[name] = (changed[name] or 0) - amount
+      end
+      -- One that never started (it is adopted from a row) is not lost.
+      local started = job.started and job.started ~= '0' and job.started ~= ''
+      put_back(id, job, now, started and 'lost' or 'taken_back', 'the worker no longer held it', most_losses)
+      count('taken_back', 1)
+      redis.call('HDEL', KEY.missing .. worker, attempt)
+      reply[#reply + 1] = job.shape
+    end
+  end
+end
+if #reply > 1 then
+  write_book(book, changed)
+end
+return reply
