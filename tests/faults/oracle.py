@@ -30,9 +30,12 @@ COUNTS: Final = {
     "overcommit": "attempts that held their lease ran at once above the capacity of their worker",
     "leak": "at rest Redis and Postgres differ, or something is still allocated",
     "stuck": "waits although it fits",
+    "taken back": "a live worker lost a job by its own heartbeat, though its body ran to its end",
     "wrong results": "a succeeded job whose result is missing or another",
     "deaths": "processes that ended unasked",
 }
+#: The error of an attempt that a heartbeat took back (lua/renew.lua).
+NOT_HELD: Final = "the worker no longer held it"
 #: Seconds by which a time read from Postgres (milliseconds, by the clock of the ledger) may be late.
 CLOCKS: Final = 0.05
 
@@ -100,6 +103,7 @@ class Ended:
 
     outcome: str | None
     at: float | None
+    error: str = ""
 
 
 @dataclass
@@ -116,6 +120,8 @@ class Evidence:
     leaks: Sequence[str] = ()
     stuck: Sequence[str] = ()
     deaths: Sequence[str] = ()
+    #: Jobs that their submitter was told are not accepted, and that have a row.
+    refused: Sequence[str] = ()
 
 
 @dataclass
@@ -152,12 +158,16 @@ def judge(evidence: Evidence) -> Verdict:
         _judge_job(verdict, evidence, job, expected, done.get(job, []), job in stuck)
     strangers = {run.start.job for run in runs} - evidence.expected.keys()
     verdict.found["misjudged"] += [f"{job} ran and was never accepted" for job in sorted(strangers)]
+    verdict.found["misjudged"] += [f"{job} was refused and has a row" for job in evidence.refused]
     starts = Counter((run.start.job, run.start.token) for run in runs)
     for (job, token), times in starts.items():
         if times > 1:
             who = [f"pid {run.start.pid} of {run.start.worker}" for run in runs if run.start.job == job]
             verdict.found["two starts"].append(f"{job} attempt {shown(token)}: {times} times ({', '.join(who)})")
     verdict.found["overcommit"] += _overcommit(evidence, runs)
+    for job, attempts in evidence.attempts.items():
+        taken = [token for token, ended in attempts.items() if ended.error == NOT_HELD and token in done.get(job, [])]
+        verdict.found["taken back"] += [f"{job} attempt {shown(token)}" for token in taken]
     verdict.found["leak"] += evidence.leaks
     verdict.found["stuck"] += evidence.stuck
     verdict.found["wrong results"] += evidence.wrong_results

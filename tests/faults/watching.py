@@ -6,7 +6,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,8 @@ from sqlalchemy import text
 from routing import verify
 from routing.errors import NotAccepted, OutcomeUnknown
 from routing.states import FINAL, State
-from tests.faults.oracle import Ended, Evidence, Healing, Line, Token, Verdict, first_start, judge, monotonic_of, read
+from tests.faults import history
+from tests.faults.oracle import Healing, Line, Verdict, first_start, judge, monotonic_of, read
 from tests.fixtures.processes import Platform, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
@@ -27,8 +28,6 @@ TASK: Final = "tests.tasks.traced.traced"
 SUCCEEDS: Final = frozenset({"succeeded"})
 #: Seconds for the result of a job that is over. It may have waited for its store with the outcome.
 RESULT_WITHIN: Final = 20.0
-#: What the backend says of a job that succeeded and whose value nobody knows.
-NO_VALUE: Final = ("SUCCESS", None)
 #: Results that are read at once.
 CHUNK: Final = 500
 #: Seconds between two submissions of a flow.
@@ -65,6 +64,10 @@ class Oracle:
         self._results_from = 0.0
         self._fault_ended: tuple[str, float] | None = None
         self.errors: list[BaseException] = []
+        #: What the last verdict was judged by.
+        self.records: list[history.Record] = []
+        #: When each job was submitted (monotonic).
+        self._submitted: dict[str, float] = {}
         with platform.engine.connect() as connection, connection.begin():
             connection.execute(text("SET LOCAL synchronous_commit = on"))
             connection.execute(text(TABLE))
@@ -87,6 +90,7 @@ class Oracle:
         with self._lock:
             number = next(self._numbers)
         job = f"{self._prefix}-{number}"
+        self._submitted[job] = time.monotonic()
         arguments = (str(self.trace), number, seconds, round(cpus * 1000), how)
         try:
             submitter.send(TASK, *arguments, cpus=cpus, task_id=job, **options)
@@ -201,27 +205,30 @@ class Oracle:
         self._note_healing(all_over=not late)
         patience = 0.0 if late else None
         report = verify.check(self.platform.engine, self.platform.redis, at_rest=True, patience=patience)
-        lines = read(self.trace)
         rows = self._rows()
         self._settle_unsure(set(rows))
-        strangers = [f"{job} was refused and has a row" for job in sorted(self._refused & rows.keys())]
-        waiting = (State.ACCEPTED, State.WAITING, State.ADMITTED, State.SCHEDULED)
-        verdict = judge(
-            Evidence(
-                expected=self._expected,
-                states={job: row.state for job, row in rows.items()},
-                attempts=self._attempts(),
-                lines=lines,
-                effects=self._effects(),
-                capacities=self._capacities(),
-                wrong_results=self._wrong_results(rows),
-                leaks=report.lines(),
-                stuck=[f"{job} is {state}" for job, state in late if state in waiting],
-                deaths=self._deaths(),
-            )
-        )
-        verdict.found["misjudged"] += strangers
-        return verdict
+        self.records = [*self._collect(rows), *({"what": "leak", "text": line} for line in report.lines())]
+        return judge(history.evidence(self.records))
+
+    def _collect(self, rows: Mapping[str, Any]) -> Iterator[history.Record]:
+        """All that there is to be judged but for leaks, as the lines of a history."""
+        submissions = [(job, "accepted", value, self._expected[job]) for job, value in self.values.items()]
+        submissions += [(job, "unsure", value, expected) for job, (value, expected) in self._unsure.items()]
+        submissions += [(job, "refused", 0, frozenset()) for job in sorted(self._refused)]
+        for job, outcome, value, expected in submissions:
+            said = {"outcome": outcome, "value": value, "expected": sorted(expected), "at": self._submitted.get(job)}
+            yield {"what": "submit", "job": job, **said}
+        for line in read(self.trace):
+            yield {name: getattr(line, name) for name in line.__slots__}
+        yield from self._effects()
+        for job, row in rows.items():
+            yield {"what": "row", "job": job, "state": row.state}
+        yield from self._attempts()
+        yield from self._results(rows)
+        for name, millicores in self._capacities().items():
+            yield {"what": "worker", "name": name, "millicores": millicores}
+        for text_ in self._deaths():
+            yield {"what": "death", "text": text_}
 
     def assert_zeros(self, within: float = 60.0) -> None:
         """All counts are 0."""
@@ -240,19 +247,21 @@ class Oracle:
             query = "SELECT id, state, (extract(epoch FROM finished_at))::float8 AS finished FROM jobs"
             return {row.id: row for row in connection.execute(text(query))}
 
-    def _attempts(self) -> dict[str, dict[Token, Ended]]:
-        found: dict[str, dict[Token, Ended]] = {}
-        query = "SELECT job_id, epoch, attempt, outcome, (extract(epoch FROM ended_at))::float8 AS ended FROM attempts"
+    def _attempts(self) -> Iterator[history.Record]:
+        query = (
+            "SELECT job_id, epoch, attempt, outcome, error, (extract(epoch FROM ended_at))::float8 AS ended "
+            "FROM attempts ORDER BY job_id, epoch, attempt"
+        )
         with self.platform.engine.connect() as connection:
             for row in connection.execute(text(query)):
                 at = None if row.ended is None else monotonic_of(row.ended)
-                found.setdefault(row.job_id, {})[row.epoch, row.attempt] = Ended(row.outcome, at)
-        return found
+                named = {"job": row.job_id, "epoch": row.epoch, "attempt": row.attempt}
+                yield {"what": "attempt", **named, "outcome": row.outcome, "at": at, "error": row.error}
 
-    def _effects(self) -> dict[str, int]:
+    def _effects(self) -> Iterator[history.Record]:
         with self.platform.engine.connect() as connection:
-            rows = connection.execute(text("SELECT job, count(*) FROM effects GROUP BY job"))
-            return {row[0]: row[1] for row in rows}
+            for row in connection.execute(text("SELECT job, attempt, pid FROM effects")):
+                yield {"what": "effect", "job": row.job, "attempt": row.attempt, "pid": row.pid}
 
     def _capacities(self) -> dict[str, int]:
         """Millicores, by the name of the worker."""
@@ -267,36 +276,43 @@ class Oracle:
             if not process.alive and process.pid not in self._asked
         ]
 
-    def _wrong_results(self, rows: dict[str, Any]) -> list[str]:
+    def _results(self, rows: Mapping[str, Any]) -> Iterator[history.Record]:
         """Of the jobs that ended since results were lost last. One whose process died after it had committed its effect
         has a result without the value, which nobody knows."""
         ended = {line.job: line for line in read(self.trace) if line.what == "end"}
         with self.platform.engine.connect() as connection:
             query = text("SELECT incarnation FROM workers WHERE status NOT IN ('ready', 'draining')")
             over = set(connection.execute(query).scalars())
+        unknown = {job for job, line in ended.items() if line.incarnation in over or _is_dead(line)}
         wanted = {
             job: self.values[job]
             for job, row in rows.items()
             if row.state == State.SUCCEEDED and job in self.values and row.finished > self._results_from
         }
-        unknown = {job for job, line in ended.items() if line.incarnation in over or _is_dead(line)}
+        found: dict[str, Any] = {}
         end = time.monotonic() + RESULT_WITHIN
-        while wrong := [one for one in self._differing(wanted) if one[1] != NO_VALUE or one[0] not in unknown]:
+        missing = list(wanted)
+        while missing:
+            found |= self._found(missing)
+            missing = [
+                job
+                for job in missing
+                if found[job] != ["SUCCESS", wanted[job]] and not (job in unknown and found[job] == history.NO_VALUE)
+            ]
             if time.monotonic() > end:
                 break
-            wanted = {job: wanted[job] for job, _ in wrong}
-            threading.Event().wait(0.1)
-        return [f"{job}: {found}, its end: {ended.get(job)}" for job, found in wrong]
+            threading.Event().wait(0.1 if missing else 0.0)
+        for job, value in wanted.items():
+            yield {"what": "result", "job": job, "wanted": value, "found": found[job], "unknown": job in unknown}
 
-    def _differing(self, wanted: dict[str, int]) -> list[tuple[str, Any]]:
-        jobs, wrong = list(wanted), []
+    def _found(self, jobs: Sequence[str]) -> dict[str, Any]:
+        """Status and value of each job's result, None where there is none."""
+        found = {}
         for start in range(0, len(jobs), CHUNK):
             chunk = jobs[start : start + CHUNK]
             for job, meta in zip(chunk, self.results_of(chunk), strict=True):
-                found = None if meta is None else (meta["status"], meta["result"])
-                if found != ("SUCCESS", wanted[job]):
-                    wrong.append((job, found))
-        return wrong
+                found[job] = None if meta is None else [meta["status"], meta["result"]]
+        return found
 
     def results_of(self, jobs: Sequence[str]) -> list[Any]:
         """What the result backend says of each, None where it says nothing. (Redis, under Celery's own keys.)"""

@@ -1,0 +1,106 @@
+"""The history of a run: all that the oracle looks at, as one JSON object a line, so that it can be judged again later.
+
+    {"what": "submit", "job": "job-0-7", "outcome": "accepted", "value": 7, "expected": ["succeeded"], "at": 81.2}
+    {"what": "fault", "kind": "kill Redis, back empty", "at": 83.0, "until": 84.5, "worker": ""}
+    {"what": "start", "job": "job-0-7", "epoch": 1, "attempt": 1, "worker": "a", ..., "at": 81.3, "millicores": 1000}
+    {"what": "end", ...}
+    {"what": "effect", "job": "job-0-7", "attempt": 1, "pid": 4711}
+    {"what": "row", "job": "job-0-7", "state": "succeeded"}
+    {"what": "attempt", "job": "job-0-7", "epoch": 1, "attempt": 1, "outcome": "succeeded", "at": 81.5, "error": null}
+    {"what": "result", "job": "job-0-7", "wanted": 7, "found": ["SUCCESS", 7], "unknown": false}
+    {"what": "worker", "name": "a", "millicores": 4000}
+    {"what": "leak", "text": "I3: ..."}
+    {"what": "death", "text": "b (pid 4711) ended with -11: ..."}
+    {"what": "counter", "name": "taken_back", "value": 0}
+
+Times are seconds of the machine's monotonic clock. `unknown`: the process that had the value died after its job had
+ended, so that a result without a value is right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from routing.states import State
+from tests.faults.oracle import Ended, Evidence, Line, Token
+
+#: One line of a history.
+Record = Mapping[str, Any]
+#: What the backend says of a job that succeeded and whose value nobody knows.
+NO_VALUE: Final = ["SUCCESS", None]
+#: States in which a job waits; at the end of a run it should not.
+WAITING: Final = frozenset({State.ACCEPTED, State.WAITING, State.ADMITTED, State.SCHEDULED})
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
+    """Write a history, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.new")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(record)}\n" for record in records)
+    fresh.replace(path)
+
+
+def read(path: Path) -> list[Record]:
+    """Read a history. Raises `ValueError` with the number of a line that is none."""
+    records: list[Record] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("what"), str):
+                    raise ValueError("an object with `what` was expected")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            records.append(record)
+    return records
+
+
+def evidence(records: Iterable[Record]) -> Evidence:
+    """Return what the oracle judges. A submission of unknown outcome is accepted where there is a row of it."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record["what"], []).append(record)
+    states = {row["job"]: row["state"] for row in found.get("row", [])}
+    expected, refused = {}, []
+    for submission in found.get("submit", []):
+        job, outcome = submission["job"], submission["outcome"]
+        if outcome == "accepted" or (outcome == "unsure" and job in states):
+            expected[job] = frozenset(submission["expected"])
+        elif outcome == "refused" and job in states:
+            refused.append(job)
+    attempts: dict[str, dict[Token, Ended]] = {}
+    for one in found.get("attempt", []):
+        ended = Ended(one["outcome"], one["at"], one["error"] or "")
+        attempts.setdefault(one["job"], {})[one["epoch"], one["attempt"]] = ended
+    lines = sorted((_line(one) for what in ("start", "end") for one in found.get(what, [])), key=lambda line: line.at)
+    return Evidence(
+        expected=expected,
+        states=states,
+        attempts=attempts,
+        lines=lines,
+        effects=Counter(one["job"] for one in found.get("effect", [])),
+        capacities={one["name"]: one["millicores"] for one in found.get("worker", [])},
+        wrong_results=_wrong_results(found.get("result", []), lines),
+        leaks=[one["text"] for one in found.get("leak", [])],
+        stuck=[f"{job} is {state}" for job, state in states.items() if state in WAITING],
+        deaths=[one["text"] for one in found.get("death", [])],
+        refused=sorted(refused),
+    )
+
+
+def _line(record: Record) -> Line:
+    return Line(**{name: record[name] for name in Line.__slots__})
+
+
+def _wrong_results(results: Iterable[Record], lines: Iterable[Line]) -> list[str]:
+    ends = {line.job: line for line in lines if line.what == "end"}
+    return [
+        f"{one['job']}: {one['found']}, its end: {ends.get(one['job'])}"
+        for one in results
+        if one["found"] != ["SUCCESS", one["wanted"]] and not (one["unknown"] and one["found"] == NO_VALUE)
+    ]
