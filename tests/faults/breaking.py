@@ -23,6 +23,7 @@ from routing import keys
 from routing.settings import Settings
 from tests.faults import servers as on_servers
 from tests.faults.plan import WORKERS, Fault
+from tests.faults.seams import Seam
 from tests.faults.servers import CONNECTIONS, Servers
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import READY, Platform, Process
@@ -30,7 +31,7 @@ from tests.fixtures.proxy import Proxy
 from tests.fixtures.servers import ANSWER_WITHIN, empty_database, empty_redis, environment_of
 from tests.fixtures.waiting import until
 
-IMPORTS: Final = ("tests.tasks.quick", "tests.tasks.traced")
+IMPORTS: Final = ("tests.tasks.quick", "tests.tasks.seams", "tests.tasks.traced")
 #: What is no message of Celery's.
 GARBAGE: Final = (
     b"garbage",
@@ -66,10 +67,15 @@ class World:
         #: Ends, and is to be started again when it has: by name, with the moment at which it is killed for it.
         self.leaving: dict[str, float] = {}
         self.beat: Process | None = None
+        #: The clocks and heartbeats of the workers, by name.
+        self.seams: dict[str, Seam] = {}
+        #: Programs that submit jobs, by the prefix of their jobs.
+        self.clients: dict[str, Process] = {}
 
     def start(self, name: str, ready: bool = False) -> Process:
         cpus, pool = next((cpus, pool) for known, cpus, pool in WORKERS if known == name)
-        worker = self.platform.worker(name, cpus, pool, ready=ready)  # type: ignore[arg-type]
+        seam = self.seams.setdefault(name, Seam(self.platform.folder / f"seam-{name}"))
+        worker = self.platform.worker(name, cpus, pool, ready=ready, STEP_BY_FILE=str(seam.path))  # type: ignore[arg-type]
         self.workers[name] = worker
         return worker
 
@@ -106,8 +112,9 @@ class World:
 
 
 @contextmanager
-def world(servers: Servers, folder: Path) -> Iterator[World]:
-    """A platform whose workers and submitters reach both servers by proxies; the test itself goes straight there."""
+def world(servers: Servers, folder: Path, **settings: str) -> Iterator[World]:
+    """A platform whose workers and submitters reach both servers by proxies; the test itself goes straight there.
+    `settings`: of the platform, beside the usual ones."""
     with ExitStack() as stack:
         database_url = stack.enter_context(empty_database(servers.pair))
         redis_url = stack.enter_context(empty_redis(servers.pair))
@@ -115,6 +122,7 @@ def world(servers: Servers, folder: Path) -> Iterator[World]:
         for path in paths:
             stack.callback(path.stop)
         environment = {**environment_of(paths[0].url, paths[1].url, folder), "PLATFORM_IMPORTS": ",".join(IMPORTS)}
+        environment |= settings
         engine = create_engine(database_url, pool_pre_ping=True)
         stack.callback(engine.dispose)
         client = stack.enter_context(redis.Redis.from_url(redis_url, socket_timeout=ANSWER_WITHIN))
@@ -294,26 +302,6 @@ def _lock_table(world: World, fault: Fault) -> Generator[None, None, None]:
         yield
 
 
-def _lock_writes(world: World, fault: Fault) -> Generator[None, None, None]:
-    """As CREATE INDEX does: who reads goes on."""
-    engine = world.servers.sessions(str(world.platform.engine.url.database))
-    with engine.connect().execution_options(isolation_level="READ COMMITTED") as connection, connection.begin():
-        connection.execute(text("LOCK TABLE jobs IN SHARE MODE"))
-        yield
-
-
-def _read_only_postgres(world: World, fault: Fault) -> Generator[None, None, None]:
-    """Every new transaction reads only, as after a failover to a standby."""
-    for word in ("on", "off"):
-        engine = world.servers.sessions("postgres")
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(text("SET default_transaction_read_only = off"))
-            connection.execute(text(f"ALTER SYSTEM SET default_transaction_read_only = {word}"))
-            connection.execute(text("SELECT pg_reload_conf()"))
-        if word == "on":
-            yield
-
-
 def _use_up_connections(world: World, fault: Fault) -> Generator[None, None, None]:
     """Those of the platform end, and others take all that there are."""
     engine = world.servers.sessions(str(world.platform.engine.url.database))
@@ -369,6 +357,7 @@ def _twice(world: World, fault: Fault) -> Generator[None, None, None]:
     yield
 
 
+#: What is longer than a lease or touches processes is added by `tests.faults.lasting` and `tests.faults.processes`.
 WAYS: Final[dict[str, Way]] = {
     "kill a child": _kill_child,
     "kill a worker's main process": _signalled(signal.SIGKILL),
@@ -376,7 +365,9 @@ WAYS: Final[dict[str, Way]] = {
     "TERM to a worker": _signalled(signal.SIGTERM),
     "QUIT to a worker": _signalled(signal.SIGQUIT),
     "stop a worker's main process": _stop_main,
+    "stop a worker's main process for longer than each lease": _stop_main,
     "stop a worker with all its processes": _stop_group,
+    "stop a worker with all its processes for longer than each lease": _stop_group,
     "start a worker's twin": _twin,
     "kill beat": _kill_beat,
     "kill Redis, back empty": _kill_redis,
@@ -390,8 +381,7 @@ WAYS: Final[dict[str, Way]] = {
     "drop all connections to Redis": _drop_redis,
     "kill Postgres": _kill_postgres,
     "lock the table of jobs": _lock_table,
-    "lock the table of jobs for who writes": _lock_writes,
-    "Postgres is read-only": _read_only_postgres,
+    "Postgres is away for longer than a tombstone": _kill_postgres,
     "use up the connections of Postgres": _use_up_connections,
     "Postgres is half open": _half_open_postgres,
     "drop all connections to Postgres": _drop_postgres,

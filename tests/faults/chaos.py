@@ -1,6 +1,8 @@
 """Random faults under load, and the oracle's counts at the end. All of them must be 0.
 
-    python -m tests.faults.chaos --seconds 480 --jobs 20000 --seed 1
+    python -m tests.faults.chaos --seconds 480 --seed 1
+    python -m tests.faults.chaos --seconds 60 --only stalled-postgres
+    python -m tests.faults.judge build/chaos/1.jsonl
 
 Three to four workers, prefork and threads, work while something breaks every 4 to 8 s, two things at once in a third of
 the moments; beat is dead in the second half. All intervals of the platform are a tenth of the usual ones. The seed,
@@ -31,12 +33,12 @@ from sqlalchemy.exc import SQLAlchemyError
 import workers.plugin  # noqa: F401  makes `platform.servers` importable
 from routing import keys
 from routing.errors import NotAccepted, OutcomeUnknown, PlatformError
-from tests.faults import breaking
+from tests.faults import breaking, history, lasting, processes
 from tests.faults.breaking import World
 from tests.faults.healing import Times, times_of
 from tests.faults.oracle import COUNTS, Verdict
-from tests.faults.plan import WORKERS, Fault, plan
-from tests.faults.servers import own_servers
+from tests.faults.plan import KINDS, WORKERS, Fault, matching, plan
+from tests.faults.servers import own_servers, small_disk
 from tests.fixtures.processes import READY
 from tests.fixtures.submitting import Submitter
 
@@ -49,6 +51,10 @@ SHOW_EVERY: Final = (1.0, 10.0)
 LOOK_EVERY: Final = 0.1
 #: Part of the run in which all jobs are submitted; what was refused meanwhile is made up for.
 SUBMIT_PART: Final = 0.95
+#: Submissions a second, of which some two thirds keep the workers busy.
+JOBS_A_SECOND: Final = 42.5
+#: Seconds within which Postgres answers or is given up, so that a stalled one outlasts them.
+STORE_TIMEOUT: Final = "3"
 #: Seconds for all to come to its end after the last fault.
 REST_WITHIN: Final = 180.0
 
@@ -66,6 +72,8 @@ class Outcome:
     verdict: Verdict = field(default_factory=Verdict)
     times: dict[str, list[Times]] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
+    #: The history of the run.
+    records: list[history.Record] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -148,7 +156,12 @@ def run(
 ) -> Outcome:
     """One run; `say` gets a line for each fault and what ended unasked."""
     outcome = Outcome(seed, seconds, faults)
-    with own_servers() as servers, breaking.world(servers, folder) as world:
+    with small_disk() as disk, own_servers(disk) as servers, breaking.world(
+        servers, folder, PLATFORM_STORE_TIMEOUT=STORE_TIMEOUT
+    ) as world:
+        if disk is None and any(fault.kind == lasting.DISK_IS_FULL for fault in faults):
+            say("no disk can be mounted here: it is not filled")
+            outcome.faults = faults = [fault for fault in faults if fault.kind != lasting.DISK_IS_FULL]
         submitter = Submitter(world.platform)
         started = [world.start(name) for name, _, _ in WORKERS]
         for worker in started:
@@ -160,6 +173,7 @@ def run(
         _break_all(world, load, outcome.faults, began, seconds, say)
         say(f"{seconds:6.1f} s: nothing breaks any more")
         load.finish(REST_WITHIN)
+        processes.account(world)
         with _tended(world, say):
             outcome.verdict = world.oracle.verdict(REST_WITHIN)
         outcome.accepted = len(world.oracle.values)
@@ -167,6 +181,7 @@ def run(
         outcome.times = times_of(world.oracle, [(fault.kind, began + fault.until) for fault in outcome.faults])
         outcome.counters = _counters(world)
         outcome.seconds = time.monotonic() - began
+        outcome.records = [*_run_of(outcome, began), *world.oracle.records]
         if not outcome.verdict.zeros:
             _keep(world, folder)
         submitter.close()
@@ -223,6 +238,16 @@ def _tended(world: World, say: Callable[[str], None]) -> Generator[None, None, N
         thread.join()
 
 
+def _run_of(outcome: Outcome, began: float) -> Generator[history.Record, None, None]:
+    """What a history has of the run itself: the seed, its faults and the counters at the end."""
+    yield {"what": "run", "seed": outcome.seed, "seconds": outcome.seconds, "at": began}
+    for fault in outcome.faults:
+        when = {"at": began + fault.at, "until": began + fault.until}
+        yield {"what": "fault", "kind": fault.kind, **when, "worker": fault.worker}
+    for name, value in outcome.counters.items():
+        yield {"what": "counter", "name": name, "value": value}
+
+
 def _counters(world: World) -> dict[str, int]:
     found: Any = world.platform.redis.hgetall(keys.COUNTERS)
     return {name.decode(): int(value) for name, value in sorted(found.items())}
@@ -239,20 +264,46 @@ def _keep(world: World, folder: Path) -> None:
 
 @click.command()
 @click.option("--seconds", default=480.0, show_default=True, help="How long things break.")
-@click.option("--jobs", default=20_400, show_default=True, help="Submissions meanwhile; a few are refused.")
+@click.option("--jobs", type=int, help=f"Submissions meanwhile; {JOBS_A_SECOND:g} a second without it.")
 @click.option("--seed", type=int, help="Chooses the faults; a random one is taken and printed without it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--without", multiple=True, help="Leave out this kind of fault. May be given more than once.")
+@click.option("--only", multiple=True, help="Only kinds with all of these words: stalled-postgres. May be given often.")
+@click.option("--kinds", is_flag=True, help="Print the kinds of faults and do nothing.")
+@click.option(
+    "--history",
+    "file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the history goes: build/chaos/SEED.jsonl without it. `python -m tests.faults.judge` reads it.",
+)
 @click.option("--plan", "plan_only", is_flag=True, help="Print the faults of this seed and do nothing.")
 def main(
-    seconds: float, jobs: int, seed: int | None, as_json: bool, without: tuple[str, ...], plan_only: bool
+    seconds: float,
+    jobs: int | None,
+    seed: int | None,
+    as_json: bool,
+    without: tuple[str, ...],
+    only: tuple[str, ...],
+    kinds: bool,
+    file: Path | None,
+    plan_only: bool,
 ) -> None:
     """Break things at random under load, and count what was lost, doubled, leaked or overcommitted."""
+    if kinds:
+        for kind in KINDS:
+            click.echo(kind.name)
+        return
     seed = int(time.time()) % 1_000_000 if seed is None else seed
+    jobs = round(seconds * JOBS_A_SECOND) if jobs is None else jobs
+    try:
+        chosen = [name for wanted in only for name in matching(wanted)]
+        left_out = {name for wanted in without for name in matching(wanted)}
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; --kinds prints them") from error
     # What the submitter says of the stores that are broken is no news here.
     logging.disable(logging.WARNING)
     talk = Console(stderr=True, highlight=False)
-    faults = [fault for fault in plan(seed, seconds) if fault.kind not in without]
+    faults = [fault for fault in plan(seed, seconds, chosen) if fault.kind not in left_out]
     if plan_only:
         for fault in faults:
             click.echo(fault)
@@ -262,6 +313,9 @@ def main(
     folder.chmod(0o711)
     with _progress(talk) as say:
         outcome = run(seed, seconds, jobs, faults, folder, say)
+    file = file or Path("build") / "chaos" / f"{seed}.jsonl"
+    history.write(file, outcome.records)
+    talk.print(f"The history is in {file}: python -m tests.faults.judge {file}", markup=False)
     if as_json:
         click.echo(json.dumps(outcome.to_json(), indent=2))
     else:

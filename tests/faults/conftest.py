@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import breaking
+from tests.faults import breaking, lasting, processes  # noqa: F401  the latter two add ways to break things
 from tests.faults.breaking import World
 from tests.faults.servers import Servers, own_servers
 from tests.faults.watching import Oracle

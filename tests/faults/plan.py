@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from tests.fixtures.servers import TENTH
+
 #: Seconds between two moments at which something breaks.
 EVERY: Final = (4.0, 8.0)
 #: Part of the moments at which two things break at once.
@@ -18,6 +20,12 @@ REST_PART: Final = 0.05
 WORKERS: Final = (("a", 4, "prefork"), ("b", 4, "threads"), ("c", 2, "prefork"), ("d", 2, "threads"))
 #: The part of the platform that stands for any of the workers.
 A_WORKER: Final = "worker"
+#: Seconds of a fault that must outlast what the platform remembers an ended job for, and of one that must outlast every
+#: lease besides: one and a half times each. (All intervals are settings, and these follow them.)
+TOMBSTONES: Final = 1.5 * float(TENTH["PLATFORM_TOMBSTONE"])
+LEASES: Final = 1.5 * max(
+    float(TENTH[f"PLATFORM_{name}"]) for name in ("WORKER_TTL", "LOST_AFTER", "START_TIMEOUT", "TOMBSTONE")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +37,31 @@ class Kind:
     seconds: tuple[float, float] = (0.0, 0.0)
     #: The pool that a worker must have for it; '' for any.
     pool: str = ""
+    #: What else nothing may have happened to.
+    also: tuple[str, ...] = ()
 
 
-#: Durations are a tenth of those in the table of faults.
+#: Durations are a tenth of those in the table of faults. Those that are to outlast a lease last for exactly so long.
 KINDS: Final = (
     Kind("kill a child", A_WORKER, pool="prefork"),
     Kind("kill a worker's main process", A_WORKER, (0.1, 3.0)),
     Kind("kill a worker with all its processes", A_WORKER, (0.1, 9.0)),
     Kind("TERM to a worker", A_WORKER, (0.1, 3.0)),
     Kind("QUIT to a worker", A_WORKER, (0.1, 3.0)),
-    Kind("stop a worker's main process", A_WORKER, (1.0, 9.0)),
-    Kind("stop a worker with all its processes", A_WORKER, (1.0, 9.0)),
+    Kind("stop a worker's main process", A_WORKER, (1.0, LEASES)),
+    Kind("stop a worker's main process for longer than each lease", A_WORKER, (LEASES, LEASES)),
+    Kind("stop a worker with all its processes", A_WORKER, (1.0, LEASES)),
+    Kind("stop a worker with all its processes for longer than each lease", A_WORKER, (LEASES, LEASES)),
+    Kind("stop a child for longer than each lease", A_WORKER, (LEASES, LEASES), pool="prefork"),
+    Kind("kill a worker's largest process, as if out of memory", A_WORKER, (0.1, 3.0)),
+    Kind("set a worker's clock an hour forward", A_WORKER, (3.0, LEASES)),
+    Kind("set a worker's clock an hour back", A_WORKER, (3.0, LEASES)),
+    Kind("heartbeats in pairs", A_WORKER, (3.0, LEASES)),
     Kind("start a worker's twin", A_WORKER, (3.0, 3.0)),
+    Kind("start a worker's twin on another boot", A_WORKER, (3.0, 3.0)),
     Kind("kill beat", "beat", (1.0, 3.0)),
+    Kind("stop beat for longer than each lease", "beat", (LEASES, LEASES)),
+    Kind("stop a client for longer than each lease", "client", (LEASES, LEASES)),
     Kind("kill Redis, back empty", "redis", (0.5, 2.0)),
     Kind("kill Redis, back from an old dump", "redis", (0.5, 2.0)),
     Kind("empty Redis", "redis"),
@@ -51,11 +71,20 @@ KINDS: Final = (
     Kind("Redis is slow by 2 s", "redis", (1.0, 3.0)),
     Kind("Redis is half open", "redis", (1.0, 2.0)),
     Kind("drop all connections to Redis", "redis"),
+    Kind("Redis is frozen for longer than each lease", "redis", (LEASES, LEASES)),
+    Kind("Redis evicts", "redis", (0.5, 1.5)),
+    Kind("Redis fails over", "redis", (1.0, 3.0)),
+    Kind("empty Redis, and stop who opens the epoch", "redis", (LEASES, LEASES), also=tuple(one[0] for one in WORKERS)),
     Kind("kill Postgres", "postgres", (0.5, 2.0)),
     Kind("lock the table of jobs", "postgres", (0.5, 1.5)),
     Kind("use up the connections of Postgres", "postgres", (0.5, 1.5)),
     Kind("Postgres is half open", "postgres", (1.0, 2.0)),
     Kind("drop all connections to Postgres", "postgres"),
+    Kind("Postgres is away for longer than a tombstone", "postgres", (TOMBSTONES, TOMBSTONES)),
+    Kind("Postgres is read-only", "postgres", (TOMBSTONES, TOMBSTONES)),
+    Kind("lock the table of jobs for who writes", "postgres", (TOMBSTONES, TOMBSTONES)),
+    Kind("Postgres is stalled", "postgres", (TOMBSTONES, TOMBSTONES)),
+    Kind("the disk is full", "postgres", (TOMBSTONES, TOMBSTONES), also=("redis",)),
     Kind("push garbage", "messages"),
     Kind("push messages twice", "messages"),
 )
@@ -77,12 +106,26 @@ class Fault:
         return f"{self.at:6.1f} s: {self.kind}{target}{lasts}"
 
 
-def plan(seed: int, seconds: float) -> list[Fault]:
-    """The faults of a run, in their order; the same for the same seed and duration."""
-    return list(_plan(random.Random(seed), seconds))
+def matching(wanted: str) -> list[str]:
+    """The kind of this name, or else those whose names have all of its words: `stalled-postgres`. Raises `ValueError`
+    where there is none."""
+    if any(kind.name == wanted for kind in KINDS):
+        return [wanted]
+    words = wanted.lower().replace("-", " ").split()
+    found = [kind.name for kind in KINDS if all(word in kind.name.lower().replace("-", " ") for word in words)]
+    if not found:
+        raise ValueError(f"there is no kind of fault with these words: {wanted}")
+    return found
 
 
-def _plan(chance: random.Random, seconds: float) -> Iterator[Fault]:
+def plan(seed: int, seconds: float, only: Sequence[str] = ()) -> list[Fault]:
+    """The faults of a run, in their order; the same for the same seed, duration and kinds. `only`: names of kinds, all
+    of them where it is empty."""
+    chosen = [kind for kind in KINDS if kind.name in only] if only else KINDS
+    return list(_plan(random.Random(seed), seconds, chosen))
+
+
+def _plan(chance: random.Random, seconds: float, chosen: Sequence[Kind]) -> Iterator[Fault]:
     busy: dict[str, float] = {}
     at, end = QUIET, seconds * (1 - REST_PART)
     kinds: list[Kind] = []
@@ -92,25 +135,25 @@ def _plan(chance: random.Random, seconds: float) -> Iterator[Fault]:
             kinds = [kind for kind in kinds if beat or kind.touches != "beat"]
             if not kinds:
                 # Each kind comes once before any comes again.
-                kinds = chance.sample(KINDS, len(KINDS))
-            chosen = _possible(kinds, busy, at, end, beat)
-            if chosen is None:
+                kinds = chance.sample(chosen, len(chosen))
+            possible = _possible(kinds, busy, at, beat)
+            if possible is None:
                 continue
-            kind, targets = chosen
+            kind, targets = possible
             kinds.remove(kind)
             target = chance.choice(targets)
             until = min(at + chance.uniform(*kind.seconds), end)
-            busy[target] = until + 1.0
+            busy |= dict.fromkeys((target, *kind.also), until + 1.0)
             yield Fault(kind.name, at, until, target if kind.touches == A_WORKER else "", chance.randrange(2**32))
         at += chance.uniform(*EVERY)
 
 
 def _possible(
-    kinds: Sequence[Kind], busy: dict[str, float], at: float, end: float, beat: bool
+    kinds: Sequence[Kind], busy: dict[str, float], at: float, beat: bool
 ) -> tuple[Kind, list[str]] | None:
     """The next kind that something free can have, and what of the platform that is."""
     for kind in kinds:
-        if kind.touches == "beat" and not beat:
+        if (kind.touches == "beat" and not beat) or any(busy.get(name, 0.0) > at for name in kind.also):
             continue
         if kind.touches == A_WORKER:
             named = [name for name, _, pool in WORKERS if kind.pool in ("", pool)]

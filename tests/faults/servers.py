@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,14 +27,18 @@ OUTGOING: Final = 32768
 #: Connections that the pair's Postgres takes, those for its superuser included.
 CONNECTIONS: Final = 200
 
+#: Bytes of a small disk: a database with its log, and a run of ten minutes.
+DISK: Final = 1 << 30
+
 _pairs = itertools.count()
 
 
 @dataclass(frozen=True)
 class Servers:
-    """The pair that tests may end. `pair`: its addresses, which stay."""
+    """The pair that tests may end. `pair`: its addresses, which stay. `disk`: a small one that has its data."""
 
     pair: Pair
+    disk: Path | None = None
 
     # -- Redis
 
@@ -98,14 +104,36 @@ class Servers:
 
 
 @contextmanager
-def own_servers() -> Iterator[Servers]:
-    """A pair that nobody else uses, for the time of the block, with Redis on a port that nobody is given meanwhile."""
-    with servers.private_pair(durable=False) as pair:
+def small_disk() -> Iterator[Path | None]:
+    """A disk of DISK bytes, in memory, for the time of the block; None where this process may not mount one."""
+    with tempfile.TemporaryDirectory(prefix="celery-capacity-disk-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=0755", "tmpfs", name]
+        if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+            yield None
+            return
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", "--lazy", name], capture_output=True, check=False)
+
+
+@contextmanager
+def own_servers(disk: Path | None = None) -> Iterator[Servers]:
+    """A pair that nobody else uses, for the time of the block, with Redis on a port that nobody is given meanwhile.
+    `disk`: where it has its data."""
+    home = None
+    if disk is not None:
+        home = disk / "pair"
+        home.mkdir()
+        home.chmod(0o755)
+    with servers.private_pair(home, durable=False) as pair:
         folder = Path(str(pair.data)) / "redis"
         server = valkey.running(folder)
         assert server is not None and server.kill()
         port = OUTGOING - 1 - os.getpid() % 1_000 * 10 - next(_pairs) % 10
-        yield Servers(replace(pair, redis_url=valkey.start(folder, port, durable=False).url))
+        yield Servers(replace(pair, redis_url=valkey.start(folder, port, durable=False).url), disk)
 
 
 def make_read_only(client: redis.Redis) -> None:

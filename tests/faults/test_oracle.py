@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.faults.breaking import WAYS
 from tests.faults.oracle import COUNTS, Ended, Evidence, Line, first_start, judge, read
-from tests.faults.plan import EVERY, KINDS, plan
+from tests.faults.plan import EVERY, KINDS, LEASES, TOMBSTONES, matching, plan
+from tests.fixtures.servers import TENTH
 
 SUCCEEDS = frozenset({"succeeded"})
 
@@ -116,6 +118,26 @@ def test_a_seed_chooses_the_same_faults_each_time_and_another_one_others() -> No
     assert plan(1, 480.0) == plan(1, 480.0) != plan(2, 480.0)
 
 
+def test_every_kind_of_fault_has_a_way() -> None:
+    assert {kind.name for kind in KINDS} <= set(WAYS)
+
+
+def test_faults_that_last_outlast_each_lease_and_tombstone() -> None:
+    assert 1.5 * float(TENTH["PLATFORM_TOMBSTONE"]) <= TOMBSTONES
+    assert 1.5 * max(float(TENTH["PLATFORM_LOST_AFTER"]), float(TENTH["PLATFORM_WORKER_TTL"])) <= LEASES
+
+
+def test_kinds_are_chosen_by_words() -> None:
+    assert matching("stalled-postgres") == ["Postgres is stalled"]
+    assert matching("empty Redis") == ["empty Redis"]
+    with pytest.raises(ValueError, match="no kind of fault"):
+        matching("earthquake")
+    only = plan(3, 60.0, matching("stalled-postgres"))
+    assert {fault.kind for fault in only} == {"Postgres is stalled"}
+    # One ends before the next begins.
+    assert all(earlier.until < later.at for earlier, later in pairwise(only))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_of_eight_minutes_has_every_kind_of_fault_and_two_at_once(seed: int) -> None:
     faults = plan(seed, 480.0)
@@ -128,8 +150,9 @@ def test_a_run_of_eight_minutes_has_every_kind_of_fault_and_two_at_once(seed: in
     assert len(faults) - len(moments) > len(moments) / 6
     assert all(fault.at < 240.0 for fault in faults if fault.kind == "kill beat")
     busy: dict[str, float] = {}
-    touches = {kind.name: kind.touches for kind in KINDS}
+    kinds = {kind.name: kind for kind in KINDS}
     for fault in faults:
-        target = fault.worker or touches[fault.kind]
-        assert busy.get(target, 0.0) <= fault.at
-        busy[target] = fault.until
+        kind = kinds[fault.kind]
+        targets = (fault.worker or kind.touches, *kind.also)
+        assert all(busy.get(target, 0.0) <= fault.at for target in targets)
+        busy |= dict.fromkeys(targets, fault.until)

@@ -17,7 +17,7 @@ from typing import Any, Final
 import psutil
 from celery import shared_task
 from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.orm import Session
 
 from celery_capacity import LeaseLost, PlatformError, fenced
@@ -26,6 +26,8 @@ from workers import attempts
 #: Seconds for which a body waits for a Postgres that does not take its effect, and between two tries.
 EFFECT_WITHIN: Final = 120.0
 EFFECT_EVERY: Final = 0.2
+#: The code of Postgres's error where it takes no writes.
+READ_ONLY: Final = "25006"
 #: One row for each time that an effect came about: nothing in the table forbids two of one job.
 TABLE: Final = "CREATE TABLE IF NOT EXISTS effects (job text NOT NULL, attempt int NOT NULL, pid int NOT NULL)"
 
@@ -62,6 +64,11 @@ def leave_effect(job: str, attempt: int) -> None:
                 # The connection was lost at the commit, which came about: this attempt has ended its job already.
                 return
             raise
+        except InternalError as error:
+            # Postgres is read-only, and nothing was committed.
+            if getattr(error.orig, "pgcode", None) != READ_ONLY or time.monotonic() >= end:
+                raise
+            pause.wait(EFFECT_EVERY)
         except (OperationalError, InterfaceError):
             unsure = True
             if time.monotonic() >= end:

@@ -1,0 +1,49 @@
+"""Imported by the workers of a run of faults: their clock and their heartbeats are set from outside, through a file.
+
+The file that STEP_BY_FILE names has two doubles (`tests.faults.seams`): seconds by which `time.time` is off, in this
+process and in those that it forks, and seconds between two pairs of heartbeats, 0 for none.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import threading
+import time
+from typing import Final
+
+#: Two doubles: the clock's offset, and the time between two pairs of heartbeats.
+LAYOUT: Final = struct.Struct("dd")
+#: Seconds between two looks at the file where no heartbeats are asked for.
+LOOK_EVERY: Final = 0.05
+
+_clock = time.time
+
+
+def _install(path: str) -> None:
+    with open(path, "r+b") as file:
+        # Shared with what sets it, and inherited by the processes of a pool.
+        shared = mmap.mmap(file.fileno(), LAYOUT.size)
+
+    def stepped() -> float:
+        return _clock() + float(LAYOUT.unpack_from(shared)[0])
+
+    def tick() -> None:
+        from workers import living
+
+        pause = threading.Event()
+        while not pause.wait(LAYOUT.unpack_from(shared)[1] or LOOK_EVERY):
+            if every := LAYOUT.unpack_from(shared)[1]:
+                for runtime in living.running():
+                    # As beat's ticks for the heartbeat and for the sweep come, one behind the other.
+                    runtime.pulse.tick()
+                    pause.wait(every / 10)
+                    runtime.pulse.tick()
+
+    time.time = stepped
+    threading.Thread(target=tick, name="pairs of heartbeats", daemon=True).start()
+
+
+if os.environ.get("STEP_BY_FILE"):
+    _install(os.environ["STEP_BY_FILE"])
