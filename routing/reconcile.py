@@ -20,7 +20,7 @@ from typing import Final
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 
-from routing import backlog, books, enroll, fence, keys, places, roster, store, stream
+from routing import backlog, books, enroll, fence, keys, places, pull, roster, store, stream
 from routing.books import JobCard
 from routing.drift import Reconciled
 from routing.errors import StoreUnavailable
@@ -344,25 +344,17 @@ def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconc
 
 
 def _give_back(connection: Connection, ledger: Ledger, row: Row) -> bool:
-    """Its attempt is over, and it is submitted again."""
-    taken = store.apply(
-        connection,
-        [
-            Transition(
-                job=row.id,
-                epoch=row.epoch,
-                attempt=row.attempt,
-                state=State.ACCEPTED,
-                step=Step.BACK,
-                worker=row.worker or "",
-                incarnation=row.incarnation or "",
-                admitted_ms=row.admitted_ms,
-                started_ms=row.started_ms,
-                at_ms=ledger.now_ms(),
-                losses=row.losses,
-                outcome="taken_back",
-                error="the ledger did not know it",
-            )
-        ],
+    """Its attempt is over, and it is submitted again; one that had started is lost, and may have been the last."""
+    attempt = pull.Open(
+        row.id,
+        row.epoch,
+        row.attempt,
+        row.worker or "",
+        row.incarnation or "",
+        row.losses,
+        row.rerun,
+        row.admitted_ms,
+        row.started_ms,
     )
-    return bool(taken) and _submit(connection, ledger, row.id)
+    taken = pull.give_back(connection, [attempt], None, "the ledger did not know it", ledger.settings.most_losses)
+    return any(one.state in FINAL for one in taken) or (bool(taken) and _submit(connection, ledger, row.id))

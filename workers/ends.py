@@ -16,7 +16,7 @@ from routing.ledger import Ledger
 from routing.pull import Became, Holder
 from routing.replies import Ended
 from routing.settings import Settings
-from routing.states import Step
+from routing.states import State, Step
 from routing.store import Transition
 from workers.confirmation import Confirmation
 from workers.holdings import Holding, Holdings
@@ -173,7 +173,8 @@ class PostgresEnds:
             error=ended.error or "",
             # (A job that runs again has nothing to deliver but what it published itself, its retry.)
             outbox="" if back else end.whole() if end.whole is not None else ended.outbox,
-            told=True,
+            # (Of one that was stopped with its worker nobody has told that it is lost.)
+            told=not (became.state == State.LOST and end.whole is None and not ended.outbox),
         )
 
 

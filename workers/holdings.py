@@ -14,7 +14,8 @@ from routing.request import Request
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """One claimed attempt. `ended`: its body is over, and the release is on its way."""
+    """One claimed attempt. `started`: it was given to the pool. `ended`: its body is over, and the release is on its
+    way."""
 
     job: str
     token: str
@@ -24,6 +25,7 @@ class Holding:
     started_ms: int = 0
     losses: int = 0
     rerun: bool = True
+    started: bool = False
     ended: bool = False
 
     def as_adopted(self) -> Adopted:
@@ -72,6 +74,18 @@ class Holdings:
     def add(self, holding: Holding) -> None:
         with self._lock:
             self._held[holding.job, holding.token] = holding
+
+    def start(self, job: str, token: str) -> None:
+        """An attempt is given to the pool: its body may begin from now on."""
+        with self._lock:
+            if (holding := self._held.get((job, token))) is not None:
+                self._held[job, token] = replace(holding, started=True)
+
+    def may_rerun(self, job: str, token: str) -> bool:
+        """Return False if the job of an attempt may start only once. One that is not held has been ended already."""
+        with self._lock:
+            holding = self._held.get((job, token))
+        return holding is None or holding.rerun
 
     def end(self, job: str, token: str) -> bool:
         """The body of an attempt is over. False when it is not held, or was over before."""

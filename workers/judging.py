@@ -21,14 +21,22 @@ LEASE_LOST: Final = "lease lost"
 BROKEN_OFF: Final = "broken off"
 TERMINATED: Final = "terminated"
 UNLESS_COMMITTED: Final = {"lost": "lost", "handed_back": "handed_back", BROKEN_OFF: "failed", TERMINATED: "cancelled"}
+#: The same of one that had started, and is broken off since its worker ends.
+STOPPED: Final = "stopped"
 #: The ends that are judged.
-JUDGED: Final = frozenset({LEASE_LOST, *UNLESS_COMMITTED})
+JUDGED: Final = frozenset({LEASE_LOST, STOPPED, *UNLESS_COMMITTED})
+
+
+def gone_back(rerun: bool) -> str:
+    """Return the outcome of an attempt that had started and is not over: it goes back, unless its job may start only
+    once (`rerun=False`); then it is lost."""
+    return "handed_back" if rerun else "lost"
 
 
 def judge(
-    engine: Engine, job: str, token: str, outcome: str, error: str | None, outbox: Outbox
+    engine: Engine, job: str, token: str, outcome: str, error: str | None, outbox: Outbox, rerun: bool
 ) -> tuple[str, str, str, str | None, Outbox]:
-    """The same end as the ledger is told it.
+    """The same end as the ledger is told it. `rerun`: False where the job may start only once.
 
     While Postgres does not answer, what is lost is lost and what lost its lease goes back: should the job have ended
     itself after all, its next attempt cannot commit, is told so, and comes here.
@@ -36,14 +44,14 @@ def judge(
     epoch, _, attempt = token.partition(".")
     try:
         with engine.connect() as connection:
-            if outcome in UNLESS_COMMITTED and fence.close(connection, job, int(epoch), int(attempt)):
+            if outcome != LEASE_LOST and fence.close(connection, job, int(epoch), int(attempt)):
                 return job, token, "succeeded", None, Outbox()
             ended_as = fence.final_state(connection, job)
     except SQLAlchemyError:
         ended_as = None
     if outcome in UNLESS_COMMITTED:
         return job, token, UNLESS_COMMITTED[outcome], error, outbox
-    if ended_as is None:
-        return job, token, "handed_back", error, Outbox()
+    if outcome == STOPPED or ended_as is None:
+        return job, token, gone_back(rerun), error, Outbox()
     # The books are told that this attempt is over; the row stays as it is.
     return job, token, "cancelled", f"the job had ended as {ended_as}: {error}", Outbox()

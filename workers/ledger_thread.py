@@ -249,6 +249,7 @@ class LedgerThread(native.Thread):
         if not (self._confirmation.may_admit and self._confirmation.epoch == self._ledger.epoch):
             self._late.append((holding, entry, message))
             return []
+        self._holdings.start(holding.job, holding.token)
         self._start_job(message)
         return [running(self._identity, holding, entry)]
 
@@ -356,7 +357,8 @@ class LedgerThread(native.Thread):
             entry=entry,
             # (A job that runs again has nothing to deliver but what it published itself, its retry.)
             outbox="" if stopped or end.outcome == "handed_back" or (end.outcome == "lost" and back) else end.outbox,
-            told=not stopped,
+            # (Of one that was stopped with its worker nobody has told that it is lost.)
+            told=not stopped and not (state == "lost" and not end.outbox and not end.results),
         )
 
 

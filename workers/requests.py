@@ -24,7 +24,7 @@ from routing.outbox import Outbox
 from workers.announcing import allocation, raised, request_of, signal_failure
 from workers.attempts import Attempt, held
 from workers.green import Killed, problem_of, was_killed
-from workers.judging import BROKEN_OFF, LEASE_LOST, TERMINATED
+from workers.judging import BROKEN_OFF, LEASE_LOST, STOPPED, TERMINATED
 from workers.router import ETA, HEADER
 from workers.tracing import TracedPool, unpacked
 
@@ -168,7 +168,7 @@ class JobRequest:
         lost too often; only then has it a result, and a failure that Celery's hooks may see."""
         worker_state.task_ready(self)
         if type(self).stopping_cold():
-            self._end("handed_back", str(error))
+            self._end(STOPPED, str(error))
             return
         request: Any = self
         logger.warning("job %s: its process died: %s", request.id, error)
@@ -218,7 +218,7 @@ class JobRequest:
         else somebody did it who knows nothing of jobs."""
         worker_state.task_ready(self)
         if self.ended_by == "stop":
-            self._end("handed_back", "the worker was stopped")
+            self._end(STOPPED, "the worker was stopped")
         elif not self.ended_by:
             self._fail(TaskError("the greenlet of this job was killed"))
 

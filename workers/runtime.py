@@ -44,7 +44,7 @@ from workers.holdings import Holdings
 from workers.identity import Identity
 from workers.intake import Intake
 from workers.joining import Joining
-from workers.judging import JUDGED, judge
+from workers.judging import JUDGED, STOPPED, gone_back, judge
 from workers.ledger_thread import LedgerThread
 from workers.mailbox import Mailbox
 from workers.membership import Membership
@@ -239,13 +239,15 @@ class Runtime:
         self.pulse.stop(LEAVE_WITHIN)
         self.puller.stop(LEAVE_WITHIN)
         self.confirmation.stop()
-        stopped = ("handed_back", "the worker was stopped")
+        why = "the worker was stopped"
         for holding in self.holdings.running():
-            self.end_job(holding.job, holding.token, *stopped, Outbox(), None)
+            outcome = STOPPED if holding.started else "handed_back"
+            self.end_job(holding.job, holding.token, outcome, why, Outbox(), None)
         # (Unless Postgres did not answer when it was asked about them, these are ended by now.)
         self.recorder.flush(LEAVE_WITHIN)
         for holding in self.holdings.running():
-            self.ledger_thread.end(holding.job, holding.token, *stopped)
+            outcome = gone_back(holding.rerun or not holding.started)
+            self.ledger_thread.end(holding.job, holding.token, outcome, why)
         self.ledger_thread.stop(LEAVE_WITHIN)
         try:
             if self.membership.registered and not self.membership.draining:
@@ -319,7 +321,7 @@ class Runtime:
         judged: bool = False,
     ) -> bool:
         if outcome in JUDGED and not judged:
-            end = (self.stores.engine, job, token, outcome, error, outbox)
+            end = (self.stores.engine, job, token, outcome, error, outbox, self.holdings.may_rerun(job, token))
             self.recorder.call(lambda: self.end_job(*judge(*end), on_lost, judged=True))
             return True
         results, rest = self.app.backend.kept_in(self.stores.settings.redis_url, outbox)

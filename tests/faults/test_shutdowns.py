@@ -10,11 +10,13 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from celery.exceptions import WorkerLostError
 from sqlalchemy import text
 
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import READY, Platform, Pool, Process
 from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
 
 #: Ends of a worker in all; ROUNDS=100 for a night.
 ROUNDS = int(os.environ.get("ROUNDS", "8"))
@@ -65,3 +67,29 @@ def test_workers_that_are_told_to_end_at_any_moment_lose_nothing(
     with platform.engine.connect() as connection:
         lost = connection.execute(text("SELECT id, losses FROM jobs WHERE losses > 0")).all()
     assert lost == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pool", ["prefork", "gevent"])
+def test_cold_shutdown_starts_no_job_twice_that_may_start_once(
+    platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool
+) -> None:
+    # (A pool of threads cannot break a body off: there the worker waits for it.)
+    worker = platform.worker("a", cpus=2, pool=pool)
+    once = oracle.send(submitter, seconds=30.0, rerun=False, expected=["lost"])
+    again = oracle.send(submitter, seconds=0.2)
+    submitter.ended(again)
+    until(lambda: oracle.starts_of(once) == 1, "its body has begun")
+    oracle.asked(worker)
+    other = platform.worker("b", cpus=2, pool="threads")
+    cold(submitter, worker)
+    worker.wait(40)
+    row = submitter.ended(once)
+    assert (row.state, row.attempt, row.losses) == ("lost", 1, 1)
+    assert row.error
+    with pytest.raises(WorkerLostError):
+        submitter.value(once)
+    oracle.whole_again(f"QUIT with a job that may start once ({pool})")
+    oracle.assert_zeros()
+    assert oracle.starts_of(once) == 1
+    assert other.alive

@@ -176,6 +176,10 @@ class Oracle:
         """Bodies of these jobs that came to their end so far."""
         return sum(line.what == "end" and line.job in jobs for line in read(self.trace))
 
+    def starts_of(self, job: str) -> int:
+        """Bodies of this job that began so far."""
+        return sum(line.what == "start" and line.job == job for line in read(self.trace))
+
     def until_runs(self, count: int, within: float = 60.0) -> None:
         """Waits until so many bodies have begun since the test did."""
         until(lambda: self.runs() >= count, lambda: f"{count} bodies began, {self.runs()} did", within)
