@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from celery import Celery
 
-from routing import backlog, enroll, keys, revoking
-from routing.books import text
+from routing import backlog, enroll, revoking, room
 from routing.settings import Settings
 from workers.control import carry_out
 from workers.stores import Stores
@@ -43,11 +42,7 @@ def _stranded(stores: Stores) -> int:
 
 
 def _fill(stores: Stores) -> int:
-    client = stores.redis
-    if not client.zcard(keys.SHAPES):
-        return 0
-    workers = [text(worker) for worker in client.zrange(keys.FREE, 0, -1)]
-    return sum(map(stores.ledger.fill, workers))
+    return sum(map(stores.ledger.fill, room.with_room(stores.redis)))
 
 
 def _revoked(stores: Stores) -> int:
