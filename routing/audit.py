@@ -237,8 +237,9 @@ def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
 # --------------------------------------------------------------------------------------------
 
 
-def inspect(shelf: Shelf, rows: Rows, at_rest: bool) -> set[Suspicion]:
-    """Everything that an invariant forbids in this reading; I2 and I3 only `at_rest`."""
+def inspect(shelf: Shelf, rows: Rows, at_rest: bool, write_within: float) -> set[Suspicion]:
+    """Everything that an invariant forbids in this reading; I2 and I3 only `at_rest`. `write_within`: seconds after
+    which Postgres has what the ledger noted."""
     if shelf.head.epoch is None:
         found = set(rows.suspicions)
         running = sorted(rows.active)
@@ -246,6 +247,7 @@ def inspect(shelf: Shelf, rows: Rows, at_rest: bool) -> set[Suspicion]:
             found.add(Suspicion("I6", f"the ledger is cold, and {len(running)} jobs are not ended"))
     else:
         found = {*rows.suspicions, *_books(shelf), *_queues(shelf), *_agreement(shelf, rows)}
+        found |= {*_late(shelf, write_within)}
     if at_rest:
         found |= {*_rest(shelf, rows)}
     return found
@@ -337,6 +339,15 @@ def _agreement(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
             if ours.get(job) != theirs.get(job) and not shelf.behind(job):
                 there, here = theirs.get(job, "nothing"), ours.get(job, "nothing")
                 yield Suspicion("I6", f"job {job} {verb} {here} in Redis, {there} in Postgres")
+
+
+def _late(shelf: Shelf, write_within: float) -> Iterator[Suspicion]:
+    """I6: what is on its way to Postgres arrives. (Where no worker lives nobody writes it.)"""
+    if shelf.head.unapplied_since is None or not any(shelf.head.is_live(book) for book in shelf.books.values()):
+        return
+    if shelf.head.now - shelf.head.unapplied_since > write_within * 1000:
+        # (Without a name: which one is the oldest may change, and Postgres be late all the same.)
+        yield Suspicion("I6", f"Postgres lacks what the ledger noted more than {write_within:g} s ago")
 
 
 def _rest(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:

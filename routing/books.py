@@ -61,7 +61,9 @@ class Head:
     allocated: int | None
     allocated_cpus: str | None
     counters: Mapping[str, int]
+    #: Entries that Postgres does not have, and when the oldest was made (ms); None: there is none.
     unapplied: int
+    unapplied_since: int | None = None
 
     def is_live(self, worker: WorkerBook) -> bool:
         """Whether a worker counts as there, in this epoch."""
@@ -79,7 +81,8 @@ def read_head(client: redis.Redis) -> Head:
     pipe.mget(keys.ALLOCATED, keys.ALLOCATED_CPUS)
     pipe.hgetall(keys.COUNTERS)
     pipe.xlen(keys.STREAM)
-    server, time, opened, leases, shapes, allocated, counters, unapplied = pipe.execute()
+    pipe.xrange(keys.STREAM, count=1)
+    server, time, opened, leases, shapes, allocated, counters, unapplied, oldest = pipe.execute()
     own = _texts(opened)
     warm = "epoch" in own and own.get("run_id") == server.get("run_id")
     return Head(
@@ -91,6 +94,7 @@ def read_head(client: redis.Redis) -> Head:
         allocated_cpus=None if allocated[1] is None else text(allocated[1]),
         counters={name: int(value) for name, value in sorted(_texts(counters).items())},
         unapplied=int(unapplied),
+        unapplied_since=int(text(oldest[0][0]).partition("-")[0]) if oldest else None,
     )
 
 

@@ -104,6 +104,8 @@ class Overview:
     counters: Mapping[str, int] = field(default_factory=dict)
     #: transitions in the ledger that Postgres does not have yet; None where only Postgres was asked
     unapplied: int | None = None
+    #: Seconds since the oldest of these was noted, 0 where there is none.
+    unapplied_age: float | None = None
     #: messages that nobody could read; None where Postgres was not asked, or does not answer
     quarantine: Quarantined | None = None
     #: why Postgres was asked and not the ledger; empty where the ledger answered
@@ -153,6 +155,7 @@ class Overview:
             "counters": dict(self.counters),
             "source": self.source,
             "unapplied": self.unapplied,
+            "unapplied_seconds": None if self.unapplied_age is None else round(self.unapplied_age, 3),
             "quarantine": None if self.quarantine is None else self.quarantine.to_json(),
             "at": self.at.isoformat(timespec="milliseconds"),
         }
@@ -250,6 +253,7 @@ def from_ledger(client: redispy.Redis) -> Overview:
         backlog=tuple(backlog),
         counters=head.counters,
         unapplied=head.unapplied,
+        unapplied_age=max(0, head.now - (head.unapplied_since or head.now)) / 1000,
     )
 
 

@@ -219,6 +219,11 @@ class Settings:
         "The ledger remembers an ended job for so long after Postgres has its end. Submits older than half of it are"
         " refused.",
     )
+    write_within: float = _duration(
+        "PLATFORM_WRITE_WITHIN",
+        20.0,
+        "While Postgres has not taken an outcome of a worker for so long, that worker starts nothing more.",
+    )
     keep_finished: float = _setting(
         "PLATFORM_KEEP_FINISHED",
         "Ended for so long, a job moves into the archive; 0: never.",

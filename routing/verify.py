@@ -33,6 +33,8 @@ from routing.postgres import translate
 #: Seconds for which something must look wrong before it is: longer than a rebuild waits for the workers (2
 #: s), and far longer than an outcome takes to Postgres.
 PATIENCE: Final = 4.0
+#: Seconds after which Postgres has what the ledger noted, where nobody says otherwise.
+WRITE_WITHIN: Final = 20.0
 #: Seconds between two readings.
 PAUSE: Final = 0.1
 #: Violations that a verdict shows.
@@ -100,22 +102,31 @@ class Report:
         return [f"{v.name}: {line}" for v in broken for line in v.detail]
 
 
-def check(engine: Engine, client: redispy.Redis, at_rest: bool | None = None, patience: float | None = None) -> Report:
-    """Judge the invariants. `at_rest`: judge as if at rest or not; None: find out.
+def check(
+    engine: Engine,
+    client: redispy.Redis,
+    at_rest: bool | None = None,
+    patience: float | None = None,
+    write_within: float = WRITE_WITHIN,
+) -> Report:
+    """Judge the invariants. `at_rest`: judge as if at rest or not; None: find out. `write_within`: seconds after which
+    Postgres has what the ledger noted, while a worker lives.
 
     Returns at once where nothing looks wrong, after `patience` (PATIENCE) seconds where something does.
     Raises StoreUnavailable where a store does not answer: what it holds cannot be judged.
     """
     end = time.monotonic() + (PATIENCE if patience is None else patience)
-    found, resting = _read(engine, client, at_rest)
+    found, resting = _read(engine, client, at_rest, write_within)
     while found and time.monotonic() < end:
         time.sleep(PAUSE)
-        again, resting = _read(engine, client, at_rest)
+        again, resting = _read(engine, client, at_rest, write_within)
         found &= again
     return Report(resting, tuple(_verdict(name, found, resting) for name in INVARIANTS))
 
 
-def _read(engine: Engine, client: redispy.Redis, at_rest: bool | None) -> tuple[set[Suspicion], bool]:
+def _read(
+    engine: Engine, client: redispy.Redis, at_rest: bool | None, write_within: float
+) -> tuple[set[Suspicion], bool]:
     try:
         with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
             rows = audit.read_postgres(connection)
@@ -125,7 +136,7 @@ def _read(engine: Engine, client: redispy.Redis, at_rest: bool | None) -> tuple[
     except RedisError as error:
         raise StoreUnavailable(f"Redis does not answer: {error}") from error
     resting = rows.at_rest if at_rest is None else at_rest
-    return audit.inspect(shelf, rows, resting), resting
+    return audit.inspect(shelf, rows, resting, write_within), resting
 
 
 def _verdict(name: str, found: set[Suspicion], resting: bool) -> Verdict:

@@ -188,7 +188,7 @@ class LedgerThread(native.Thread):
             # Until this worker is in the epoch that Postgres names, its ends are news to other books than these.
             self._on_closed()
             return False
-        may_claim = self._confirmation.may_admit
+        may_claim = self._confirmation.may_admit and not self._recorder.is_behind()
         ends = [self._ends[i] for i in range(min(MOST, len(self._ends)))]
         arrivals = [self._arrivals[i] for i in range(min(MOST, len(self._arrivals)))] if may_claim else []
         if self._unsure and may_claim:

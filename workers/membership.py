@@ -47,9 +47,11 @@ class Membership:
         identity: Identity,
         confirmation: Confirmation,
         later: Callable[[Callable[[], None]], None],
+        is_behind: Callable[[], bool] = lambda: False,
     ) -> None:
         self._engine = engine
         self._later = later
+        self._is_behind = is_behind
         self._ledger = ledger
         self._confirmation = confirmation
         self.identity = identity
@@ -69,6 +71,11 @@ class Membership:
     def registered(self) -> bool:
         """Whether registration was begun: then there may be something to leave."""
         return self._capacity is not None
+
+    @property
+    def _may_admit(self) -> bool:
+        """Whether jobs may start here: this process decides, and Postgres is not too far behind."""
+        return self._confirmation.may_admit and not self._is_behind()
 
     # -- joining -------------------------------------------------------------------------------------------------
 
@@ -104,7 +111,7 @@ class Membership:
                 self._capacity.shape,
                 self._view(full=True),
                 status,
-                admit=self._confirmation.may_admit,
+                admit=self._may_admit,
             )
             if not isinstance(reply, Taken):
                 break
@@ -225,7 +232,7 @@ class Membership:
             self._view(full=False),
             holdings.jobs(),
             self._ledger.settings.most_losses,
-            admit=self._confirmation.may_admit,
+            admit=self._may_admit,
             missing_ms=missing_ms,
         )
         if renewed.taken_back:
@@ -245,7 +252,7 @@ class Membership:
             return
         before, self._capacity = self._capacity, capacity
         identity = self.identity
-        view, admit = self._view(full=True), self._confirmation.may_admit
+        view, admit = self._view(full=True), self._may_admit
         reply = self._ledger.register(
             identity.name, identity.incarnation, identity.queue, capacity.shape, view, admit=admit
         )

@@ -2,6 +2,9 @@
 
 Until they are written, transitions are in two places: here, and in the ledger's stream. A transition whose row somebody
 keeps locked is put aside and tried again later, and those behind it go on: rows take them in any order.
+
+What is not written is bounded. While Postgres has taken nothing for too long, or too much is left, the recorder is
+*behind*, and its worker starts nothing more: a body that began would only add to it.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -20,6 +24,7 @@ from routing.errors import PlatformError
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
 from routing.store import Applied, Transition
+from workers.store_calls import StoreCalls
 
 logger = logging.getLogger(__name__)
 
@@ -27,26 +32,41 @@ logger = logging.getLogger(__name__)
 BATCH_WITHIN: Final = 0.02
 #: Transitions written in one statement.
 MOST: Final = 1000
+#: Unwritten transitions of one worker, above which it is behind: some 10 MB of its memory, and of the stream.
+MAX_UNWRITTEN: Final = 10_000
+#: Seconds for which Postgres may take nothing, where nobody says otherwise.
+WRITE_WITHIN: Final = 20.0
 #: Seconds between tries while Postgres does not answer.
 RETRY_AFTER: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 class Recorder(native.Thread):
     """`add` never blocks. `flush` waits until all that was added is written, or the time is over. `on_applied` is
-    called with the rows that changed."""
+    called with the rows that changed, `on_level` when it is behind no more. `write_within`: seconds for which Postgres
+    may take nothing before it is."""
 
     def __init__(
-        self, engine: Engine, ledger: Ledger, on_applied: Callable[[Sequence[Applied]], None] = lambda _: None
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        on_applied: Callable[[Sequence[Applied]], None] = lambda _: None,
+        on_level: Callable[[], None] = lambda: None,
+        write_within: float = WRITE_WITHIN,
     ) -> None:
         super().__init__(name="recorder", daemon=True)
         self._engine = engine
         self._ledger = ledger
         self._on_applied = on_applied
+        self._on_level = on_level
+        self._write_within = write_within
+        self._calls = StoreCalls()
+        #: When those that are pending came (monotonic), and how many at a time.
+        self._came: deque[tuple[float, int]] = deque()
+        self._was_behind = False
         self._pending: list[Transition] = []
         #: Those that could not be written, though Postgres takes others, and when they are tried again (monotonic).
         self._put_off: list[Transition] = []
         self._try_again_at = 0.0
-        self._calls: list[Callable[[], object]] = []
         self._writing = False
         self._changed = threading.Condition()
         self._stopping = False
@@ -54,21 +74,37 @@ class Recorder(native.Thread):
     def add(self, transitions: Sequence[Transition]) -> None:
         with self._changed:
             self._pending += transitions
+            self._came.append((time.monotonic(), len(transitions)))
             self._changed.notify_all()
 
     def call(self, action: Callable[[], object]) -> None:
-        """Run something that may wait for a store, in this thread."""
+        """Run something that may wait for a store, beside the writing of outcomes."""
+        self._calls.call(action)
+
+    def is_behind(self) -> bool:
+        """Whether so much is unwritten, or for so long, that nothing more should start here. (Rows that somebody keeps
+        locked count by their number alone: one of them holds nobody up.)"""
         with self._changed:
-            self._calls.append(action)
-            self._changed.notify_all()
+            late = bool(self._came) and time.monotonic() - self._came[0][0] > self._write_within
+            return late or len(self._pending) + len(self._put_off) > MAX_UNWRITTEN
+
+    def start(self) -> None:
+        self._calls.start()
+        super().start()
 
     def flush(self, within: float) -> bool:
-        """Wait until all that was added is written; False where that did not come about in time."""
+        """Wait until all that was added is written, and all calls are done; False where that did not come about in
+        time."""
+        end = time.monotonic() + within
+        called = self._calls.flush(within)
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._work() or self._put_off or self._writing), within)
+            left = max(0.0, end - time.monotonic())
+            settled = self._changed.wait_for(lambda: not (self._pending or self._put_off or self._writing), left)
+        return called and settled
 
     def stop(self, within: float) -> None:
         """Write what is pending, if Postgres takes it, and end."""
+        self._calls.stop(within)
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -80,22 +116,22 @@ class Recorder(native.Thread):
         while True:
             with self._changed:
                 batch, again = self._next_batch()
-                calls, self._calls = self._calls, []
-                if not (batch or calls):
+                if not batch:
                     return
                 self._writing = True
             kept, put_off = batch, list[Transition]()
             try:
                 kept, put_off = self._write(batch, wait=not again)
-                for action in calls:
-                    self._run(action)
             finally:
                 with self._changed:
                     # In one step: whoever flushes must find what was not written here or there.
                     self._writing = False
                     self._pending = kept + self._pending
                     self._put_off += put_off
+                    if not (kept or again):
+                        self._forget_times(len(batch))
                     self._changed.notify_all()
+            self._look_behind()
             failures = failures + 1 if kept or (again and put_off) else 0
             pause = RETRY_AFTER[min(max(0, failures - 1), len(RETRY_AFTER) - 1)]
             if put_off:
@@ -107,18 +143,43 @@ class Recorder(native.Thread):
                 if kept:
                     self._changed.wait_for(lambda: self._stopping, pause)
 
-    def _work(self) -> bool:
-        return bool(self._pending or self._calls)
+    def _forget_times(self, count: int) -> None:
+        """So many of the oldest are pending no more. The caller has the lock."""
+        while count and self._came:
+            came, size = self._came.popleft()
+            if size > count:
+                self._came.appendleft((came, size - count))
+            count -= min(size, count)
+
+    def _look_behind(self) -> None:
+        """Say that Postgres is too far behind, or no more."""
+        behind = self.is_behind()
+        if behind == self._was_behind:
+            return
+        self._was_behind = behind
+        if not behind:
+            logger.warning("Postgres has what this worker noted: jobs start here again")
+            self._on_level()
+            return
+        logger.warning(
+            "Postgres has not taken %d outcomes, the oldest for more than %g s: nothing more starts here until it has",
+            len(self._pending) + len(self._put_off),
+            self._write_within,
+        )
+        try:
+            self._ledger.count("behind")
+        except PlatformError as error:
+            logger.info("not counted: %s", error)
 
     def _next_batch(self) -> tuple[list[Transition], bool]:
-        """What is to be written next, and whether it was tried before; nothing where there are only calls, or where
-        this thread is to end. The caller has the lock."""
+        """What is to be written next, and whether it was tried before; nothing where this thread is to end. The caller
+        has the lock."""
         while True:
             again_in = self._try_again_at - time.monotonic() if self._put_off and not self._stopping else None
             if again_in is not None and again_in <= 0:
                 batch, self._put_off = self._put_off[:MOST], self._put_off[MOST:]
                 return batch, True
-            if self._work() or self._stopping:
+            if self._pending or self._stopping:
                 break
             self._changed.wait(again_in)
         if self._pending and not self._stopping:
@@ -158,12 +219,3 @@ class Recorder(native.Thread):
             logger.info("left to the duties: %s", error)
         except Exception:
             logger.exception("a step after the write of outcomes failed; it is left to the duties")
-
-    def _run(self, action: Callable[[], object]) -> None:
-        started = time.monotonic()
-        try:
-            action()
-        except Exception:
-            logger.exception(
-                "a step after the end of a job failed (after %.1f s)", time.monotonic() - started
-            )

@@ -92,13 +92,14 @@ class Runtime:
         self.announcer = Announcer(app, engine, identity.name, self._loop.set)
         self._accept = prepare_accept_content(app.conf.accept_content)
         self.starting = Starting(self._loop, green, self.announcer, self._accept, self.refusing, self._hand_back)
-        self.recorder = Recorder(engine, ledger, self.announcer.waiting)
+        self.recorder = Recorder(engine, ledger, self.announcer.waiting, self._on_regained, settings.write_within)
         #: Deliver parts of chords, whoever asks for it: a join may wait without limit.
         self.parts = Parts(identity.incarnation)
         self.delivery = Delivery(
             lambda: app.backend, identity.incarnation, self.recorder.add, self.parts, self._settle
         )
-        self.membership = Membership(engine, ledger, identity, self.confirmation, self.recorder.call)
+        later, is_behind = self.recorder.call, self.recorder.is_behind
+        self.membership = Membership(engine, ledger, identity, self.confirmation, later, is_behind)
         self.holdings = Holdings({})
         self.quarantine = Quarantine(engine, identity.name)
         self.serving = Serving(app, settings, self.remeasure)

@@ -83,7 +83,7 @@ def _judge(stores: Stores) -> tuple[verify.Report | None, str | None]:
     """The invariants, or why they cannot be judged: both stores are needed."""
     try:
         with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
-            return verify.check(stores.engine, stores.redis), None
+            return verify.check(stores.engine, stores.redis, write_within=stores.settings.write_within), None
     except StoreUnavailable as error:
         return None, error.message
 

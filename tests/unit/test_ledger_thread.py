@@ -63,7 +63,7 @@ def thread(started: SimpleQueue[Any], confirmation: Confirmation) -> LedgerThrea
     holdings = Holdings({"cpus": 4000, "slots": 4})
     for job in ("first", "second"):
         holdings.add(Holding(job, "1.1", ONE, ""))
-    nothing = Mock()
+    nothing = Mock(is_behind=lambda: False)
     decides: Any = type("Ends", (), {"decides": False})()
     identity: Any = type("Identity", (), {"name": "w", "incarnation": "life", "pid": 7})()
     parts: Any = (Ledger(), identity, confirmation, holdings, nothing, nothing, started.put, nothing)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from routing import bad_transitions
+from tests.fixtures.waiting import until
 from workers import recorder
 from workers.recorder import Recorder
 
@@ -43,3 +46,83 @@ def writing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
 def test_a_flush_never_says_that_all_is_written_while_it_is_not(writing: Recorder) -> None:
     """A worker that believed it would give back what had ended, and the job would run again."""
     assert not any(writing.flush(0.01) for _ in range(20))
+
+
+# How far Postgres may be behind.
+
+
+class Takes:
+    """A Postgres that takes outcomes when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.takes = False
+        self.tried = threading.Semaphore(0)
+        monkeypatch.setattr(bad_transitions, "write", self.write)
+        monkeypatch.setattr(recorder, "RETRY_AFTER", (0.001,))
+
+    def write(self, _: Any, batch: list[Any], *, wait: bool) -> tuple[list[Any], list[Any]]:
+        self.tried.release()
+        if not self.takes:
+            raise OperationalError("", None, Exception("read-only"))
+        return [], [one for one in batch if one.job == "locked"]
+
+
+def transitions(*jobs: str) -> list[Any]:
+    return [Mock(job=job, entry="") for job in jobs]
+
+
+@pytest.fixture
+def postgres(monkeypatch: pytest.MonkeyPatch) -> Takes:
+    return Takes(monkeypatch)
+
+
+def test_recorder_is_behind_while_postgres_takes_nothing_for_too_long(postgres: Takes) -> None:
+    ledger, level = Mock(), threading.Event()
+    writing = Recorder(Mock(), ledger, on_level=level.set, write_within=0.05)
+    writing.start()
+    assert not writing.is_behind()
+    writing.add(transitions("a"))
+    until(writing.is_behind, "nothing was taken for so long")
+    until(lambda: ledger.count.called, "it is counted")
+    assert not level.is_set()
+    postgres.takes = True
+    assert level.wait(10.0)
+    assert not writing.is_behind()
+    ledger.count.assert_called_once_with("behind")
+    writing.stop(5.0)
+
+
+def test_recorder_is_behind_while_too_much_is_unwritten(postgres: Takes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "MAX_UNWRITTEN", 3)
+    writing = Recorder(Mock(), Mock())
+    writing.add(transitions("a", "b", "c"))
+    assert not writing.is_behind()
+    writing.add(transitions("d"))
+    assert writing.is_behind()
+
+
+def test_recorder_is_not_behind_for_one_locked_row(postgres: Takes) -> None:
+    postgres.takes = True
+    writing = Recorder(Mock(), Mock(), write_within=0.05)
+    writing.start()
+    writing.add(transitions("locked", "a"))
+    for _ in range(3):
+        assert postgres.tried.acquire(timeout=10.0)
+    until(lambda: not writing._came, "the others are written")
+    assert not writing.flush(0.1)
+    assert not writing.is_behind()
+    writing.stop(5.0)
+
+
+def test_recorder_writes_outcomes_while_another_call_waits_for_a_store(postgres: Takes) -> None:
+    postgres.takes = True
+    writing, waits, written = Recorder(Mock(), Mock()), threading.Event(), threading.Event()
+    writing._on_applied = lambda _: written.set()
+    writing.start()
+    writing.call(waits.wait)
+    writing.add(transitions("a"))
+    assert written.wait(10.0)
+    assert not writing.flush(0.01)
+    waits.set()
+    assert writing.flush(10.0)
+    writing.stop(5.0)

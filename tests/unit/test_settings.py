@@ -59,6 +59,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
         "confirm_interval": 5.0,
         "store_timeout": 10.0,
         "tombstone": 60.0,
+        "write_within": 20.0,
         "keep_finished": 2_592_000.0,
         "warnings": (),
     }
@@ -95,6 +96,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
         "PLATFORM_CONFIRM_INTERVAL": "0.5",
         "PLATFORM_STORE_TIMEOUT": "4",
         "PLATFORM_TOMBSTONE": "6",
+        "PLATFORM_WRITE_WITHIN": "2",
         "PLATFORM_KEEP_FINISHED": "86400",
     }
     assert set(environ) == {meaning.env for _, meaning in described()}
@@ -129,6 +131,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
         confirm_interval=0.5,
         store_timeout=4.0,
         tombstone=6.0,
+        write_within=2.0,
         keep_finished=86_400.0,
     )
 
