@@ -20,7 +20,7 @@ import psycopg2
 from sqlalchemy import Connection, PoolProxiedConnection, text
 from sqlalchemy.exc import DBAPIError
 
-from routing import roster
+from routing import deadlines, roster
 from routing.errors import InvalidRequest, NotMigrated, show
 from routing.postgres import is_lost
 from routing.request import Request
@@ -258,6 +258,7 @@ def execute_insert(
             try:
                 cursor.execute(statement.prepare, statement.common)
             except psycopg2.Error as error:
+                deadlines.nothing_written(error)
                 # (Known also where a signal raised its error, a time limit say, when the server had answered.)
                 if error.pgcode != _PREPARED:
                     raise
@@ -358,10 +359,11 @@ def _in_one(connection: Connection) -> Iterator[None]:
         with connection.begin_nested():
             yield
         return
-    connection.exec_driver_sql("BEGIN")
     try:
+        connection.exec_driver_sql("BEGIN")
         yield
-    except BaseException:
+    except BaseException as error:
+        deadlines.nothing_written(error)
         if not connection.invalidated:
             connection.exec_driver_sql("ROLLBACK")
         raise

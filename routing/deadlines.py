@@ -46,6 +46,14 @@ def unsent(error: DBAPIError) -> bool:
     return isinstance(error.orig, Stalled) and not error.orig.sent
 
 
+def nothing_written(error: BaseException) -> None:
+    """Note of an error that the server cannot have carried anything out: what it was given stands in a transaction that
+    was not committed, or writes nothing."""
+    driver = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(driver, Stalled):
+        driver.sent = False
+
+
 class _Here(threading.local):
     """The deadlines of a thread: of each call, and of all calls of a block (monotonic)."""
 

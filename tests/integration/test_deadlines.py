@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
+from kombu.exceptions import OperationalError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from routing import deadlines
-from routing.errors import NotAccepted, OutcomeUnknown, PartlyAccepted, StoreUnavailable
+from routing.errors import NotAccepted, OutcomeUnknown, PartlyAccepted, PlatformError, StoreUnavailable
 from tests.faults.servers import Servers, own_servers
 from tests.fixtures.processes import FOREIGN, ROOT, Platform
 from tests.fixtures.servers import empty_database, empty_redis, environment_of
@@ -73,6 +75,18 @@ def test_delay_says_not_accepted_where_no_connection_is_made(own_pair: Servers, 
     with stalled(postgres_pids(own_pair)), pytest.raises(NotAccepted):
         ending(lambda: submitter.send(ADD, 1, 2, task_id="one"))
     assert submitter.jobs() == 0
+
+
+def test_delay_says_not_accepted_where_postgres_stalls_before_the_commit(
+    own_pair: Servers, platform: Platform, submitter: Submitter
+) -> None:
+    """A job that waits for another one is written in a transaction of several statements."""
+    first = submitter.send(ADD, 1, 2)
+    submitter.send(ADD, 1, 2, after=[first])
+    with stalled(postgres_pids(own_pair)), pytest.raises(NotAccepted):
+        ending(lambda: submitter.send(ADD, 1, 2, task_id="one", after=[first]))
+    assert submitter.jobs() == 2
+    platform.worker("a", 4, "threads")
 
 
 def test_submit_many_says_unknown_where_postgres_stalls_around_the_commit(
@@ -144,6 +158,35 @@ def test_delay_is_accepted_where_redis_stalls(
     assert submitter.row("one") is not None
     platform.worker("a", 4, "threads")
     assert submitter.value("one") == 3
+
+
+def test_commands_end_where_redis_stalls(own_pair: Servers, platform: Platform) -> None:
+    with stalled(redis_pids(own_pair)):
+        for command in (["cluster"], ["jobs"], ["reconcile"], ["verify"]):
+            done = ending(partial(platform.celery, *command))
+            assert "Traceback" not in done.stderr, command
+
+
+def test_revoke_ends_where_redis_stalls(own_pair: Servers, platform: Platform, submitter: Submitter) -> None:
+    """The mark in Postgres is enough: the sweep goes on with it."""
+    one = submitter.send(ADD, 1, 2)
+    with stalled(redis_pids(own_pair)), suppress(PlatformError, OperationalError):
+        ending(lambda: submitter.app.control.revoke(one))
+    platform.worker("a", 4, "threads")
+    assert submitter.ended(one).state == "cancelled"
+
+
+def test_worker_goes_on_and_ends_where_redis_stalls(
+    own_pair: Servers, platform: Platform, submitter: Submitter
+) -> None:
+    worker = platform.worker("a", 4, "threads")
+    assert submitter.value(submitter.send(ADD, 1, 2)) == 3
+    with stalled(redis_pids(own_pair)):
+        worker.wait_for("the ledger does not answer")
+    assert submitter.value(submitter.send(ADD, 2, 2)) == 4
+    with stalled(redis_pids(own_pair)):
+        worker.signal(signal.SIGTERM)
+        worker.wait()
 
 
 def test_call_in_a_child_has_a_deadline_of_its_own(own_pair: Servers, submitter: Submitter) -> None:
