@@ -1,0 +1,122 @@
+"""A worker that holds more jobs than one script looks at: what goes through its list comes to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import pytest
+
+from routing import keys
+from routing.ledger import Ledger
+from routing.policy import order
+from routing.replies import Ended
+from routing.request import Request
+from routing.scripts import HELD
+from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
+from tests.fixtures.cluster import Cluster
+
+JOBS: Final = HELD + 150
+CAPACITY: Final = Request.of({"cpus": 1000 * JOBS, "slots": JOBS}).shape
+ONE: Final = Request.of({"cpus": 1000}).shape
+
+
+@pytest.fixture
+def ledger(redis_url: str) -> Iterator[Ledger]:
+    with open_ledger(redis_url) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def cluster(ledger: Ledger) -> Cluster:
+    """A worker that is full, with each other job running."""
+    cluster = Cluster(ledger)
+    cluster.register(capacity=CAPACITY)
+    jobs = [f"job-{number}" for number in range(JOBS)]
+    for start in range(0, JOBS, 100):
+        some = jobs[start : start + 100]
+        ledger.submit_many([(job, ONE, order(0, int(job[4:])), MESSAGE, 0, 0, 0) for job in some])
+    for start in range(0, JOBS, 200):
+        arrived = [(job, "1.1", "n") for job in jobs[start : start + 200 : 2]]
+        ledger.settle("w", "w-life", arrived=arrived, most_losses=MOST_LOSSES)
+    assert cluster.client.hlen(keys.held("w")) == JOBS
+    return cluster
+
+
+def cpus(cluster: Cluster) -> int:
+    return int(cluster.book()["a.cpus"])
+
+
+def test_recount_is_the_sum_of_all_and_drops_strangers(cluster: Cluster) -> None:
+    cluster.client.hset(keys.held("w"), mapping={f"stranger-{number}": "1.1" for number in range(300)})
+    cluster.client.hincrby(keys.book("w"), "a.cpus", -7000)
+    assert cluster.ledger.recount(["w"]) == [301]
+    assert (cpus(cluster), cluster.client.hlen(keys.held("w"))) == (1000 * JOBS, JOBS)
+    assert cluster.ledger.recount(["w"]) == [0]
+
+
+def test_recount_writes_nothing_that_changed_meanwhile(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job ends while the list is counted, and another one while it is counted again."""
+    running = iter(["job-0", "job-2"])
+    count = cluster.ledger._held_sum
+
+    def disturbed(worker: str) -> str:
+        counted = count(worker)
+        if (job := next(running, None)) is not None:
+            ended = [Ended(job, "1.1", "succeeded")]
+            cluster.ledger.settle("w", "w-life", ended=ended, most_losses=MOST_LOSSES)
+        return counted
+
+    monkeypatch.setattr(cluster.ledger, "_held_sum", disturbed)
+    cluster.client.hincrby(keys.book("w"), "a.cpus", 7000)
+    assert cluster.ledger.recount(["w"]) == [1]
+    assert cpus(cluster) == 1000 * (JOBS - 2)
+
+
+def test_book_that_went_missing_is_made_of_all(cluster: Cluster) -> None:
+    cluster.client.delete(keys.book("w"))
+    cluster.register(capacity=CAPACITY)
+    assert cpus(cluster) == 1000 * JOBS
+
+
+def test_reserved_book_is_made_of_all(cluster: Cluster) -> None:
+    cluster.client.delete(keys.book("w"))
+    assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+    assert cpus(cluster) == 1000 * JOBS
+
+
+def test_drain_hands_all_back_that_have_not_started(cluster: Cluster) -> None:
+    assert cluster.ledger.drain("w", "w-life") == JOBS // 2
+    assert cpus(cluster) == 1000 * JOBS // 2
+    assert cluster.client.zcard(keys.wait(ONE)) == JOBS // 2
+
+
+def test_lapse_takes_all_back_and_goes_on_where_it_stopped(cluster: Cluster) -> None:
+    cluster.expire()
+    cluster.client.hset(keys.book("w"), "lapsed", 0)
+    reply = cluster.ledger._call("lapse", *cluster.ledger._gate(), "w", 0, MOST_LOSSES, "1", "job-0", "job-1")
+    assert reply[:2] == ["more", "w-life"]
+    found = cluster.ledger.lapse("w", 0, MOST_LOSSES)
+    assert (found.verdict, found.taken_back) == ("gone", JOBS - 2)
+    assert cluster.client.zcard(keys.wait(ONE)) == JOBS
+    assert not cluster.client.exists(keys.book("w"), keys.held("w"), keys.missing("w"))
+    assert int(cluster.client.get(keys.ALLOCATED)) == 0
+
+
+def test_recover_gives_all_that_the_worker_does_not_know(cluster: Cluster) -> None:
+    recovered = cluster.ledger.recover("w", "w-life", ["job-0"])
+    assert {one.job for one in recovered} == {f"job-{number}" for number in range(2, JOBS, 2)}
+
+
+def test_heartbeat_takes_all_back_that_its_list_lacks(cluster: Cluster) -> None:
+    renewed = cluster.ledger.renew("w", "w-life", VIEW, ["job-0"], MOST_LOSSES, admit=False, missing_ms=0)
+    assert renewed.taken_back == (JOBS + 1) // 2 - 1
+    assert cluster.client.hlen(keys.held("w")) == JOBS // 2 + 1
+
+
+def test_heartbeat_that_names_a_job_again_forgets_that_it_was_missing(cluster: Cluster) -> None:
+    running = [f"job-{number}" for number in range(0, JOBS, 2)]
+    cluster.renew(*running[1:])
+    assert cluster.client.hlen(keys.missing("w")) == 1
+    cluster.renew(*running)
+    assert not cluster.client.exists(keys.missing("w"))
