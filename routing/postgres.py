@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 import psycopg2
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
 from routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported
@@ -40,6 +41,20 @@ def is_lost(error: psycopg2.Error, connection: Any) -> bool:
 def told(error: DBAPIError) -> str:
     """What the driver said, in one line: it may have written several, and an empty one at their end."""
     return " ".join(str(error.orig).split())
+
+
+def hide_values(engine: Engine) -> None:
+    """Have the errors of an engine say what is wrong and not with which values: Postgres's DETAIL names the row, which
+    has arguments and results of jobs. (The engine itself is made with `hide_parameters`.)"""
+    event.listen(engine, "handle_error", _without_detail)
+
+
+def _without_detail(context: ExceptionContext) -> None:
+    original, shown = context.original_exception, context.sqlalchemy_exception
+    said = getattr(getattr(original, "diag", None), "message_primary", None)
+    if said and shown is not None:
+        original.args = (said,)
+        shown.args = (f"({type(original).__module__}.{type(original).__name__}) {said}",)
 
 
 def translate(error: DBAPIError, also: str = "") -> PlatformError:

@@ -19,7 +19,7 @@ from routing.errors import NoServers
 from routing.home import running_pair
 from routing.inserter import Inserter
 from routing.ledger import Ledger
-from routing.postgres import ENCODING, PINNED
+from routing.postgres import ENCODING, PINNED, hide_values
 from routing.request_file import RequestRules
 from routing.settings import Settings
 from workers.breaker import Breaker
@@ -84,6 +84,7 @@ def make_engine(
             "client_encoding": ENCODING,
         },
     )
+    hide_values(engine)
     event.listen(engine, "do_connect", _limit_connecting)
     event.listen(engine, "connect", lambda connection, _: _connections.add(connection))
     return engine
