@@ -284,10 +284,11 @@ class StoreUnavailable(PlatformError):
 
 
 class Unsupported(PlatformError):
-    """A feature of Celery that the platform does not offer; ignoring it would run the wrong thing."""
+    """A feature of Celery, a server or a database that the platform does not work with; ignoring it would run the wrong
+    thing, or lose it."""
 
     reference = "unsupported"
-    title = "this feature of Celery is not supported"
+    title = "this is not supported"
     status = 501
 
 

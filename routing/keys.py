@@ -2,7 +2,7 @@
 
 | key | type | holds |
 | --- | --- | --- |
-| `ledger:epoch` | hash | `epoch`, `run_id` of the server, `opened` (ms). Missing: the ledger is COLD |
+| `ledger:epoch` | hash | `epoch`, `run_id` of the server, `opened` (ms), `database`. Missing: the ledger is COLD |
 | `ledger:book:<worker>` | hash | `epoch`, `incarnation`, `status`, `queue`, `lease` (ms), the resources |
 | `ledger:free` | sorted set | worker, free millicores; only workers that may be admitted to |
 | `ledger:free:<resource>` | sorted set | the same; only workers that have a resource which not every worker has |

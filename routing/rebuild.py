@@ -50,6 +50,8 @@ class Rebuilt:
 def open_if_cold(engine: Engine, ledger: Ledger) -> Rebuilt | None:
     """Open the next epoch when the ledger is cold, or its opener has died, has failed or says nothing; None where there
     is nothing to do, or another process is doing it."""
+    # Before anything is closed: the books may be those of another database.
+    ledger.own_database()
     with engine.connect() as connection:
         known = roster.read_authority(connection)
         if known.age == 0:

@@ -72,6 +72,14 @@ def read_authority(connection: Connection) -> Authority:
     return Authority(*row)
 
 
+def database_id(connection: Connection) -> str:
+    """Return the id of this database, which its copies share and no other has. Raises `NotMigrated` without the row."""
+    found = connection.execute(text("SELECT database_id FROM authority")).scalar_one_or_none()
+    if found is None:
+        raise NotMigrated()
+    return str(found)
+
+
 def count_from_now(connection: Connection) -> None:
     """Where Postgres's clock was set back since the authority changed, count the time since then from now: else nobody
     would decide until that clock has come so far again."""

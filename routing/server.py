@@ -14,7 +14,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, Respon
 from redis.retry import Retry
 
 from routing import addresses, formats, keys, native, sentinels
-from routing.errors import NotMigrated, PlatformError, StoreUnavailable, mask_url
+from routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported, mask_url
 from routing.replies import LedgerClosed, LedgerFull
 from routing.scripts import Script, load
 from routing.settings import Settings
@@ -65,6 +65,9 @@ class LedgerServer:
         #: The epoch in which this process may act; 0 before it was confirmed.
         self.epoch = 0
         self._run_id = ""
+        #: The id of the database in Postgres whose books these are to be, "" before it was found; and what finds it.
+        self.database = ""
+        self.find_database: Callable[[], str] | None = None
         #: By thread: the life of the server that its arguments name, until they are sent.
         self._meant = threading.local()
         self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -175,6 +178,8 @@ class LedgerServer:
                 raise LedgerClosed(None)
             if values[0] == "epoch":
                 raise LedgerClosed(int(values[1]))
+            if values[0] == "foreign":
+                raise self._foreign(values[1])
             results.append(values)
         return results
 
@@ -198,8 +203,29 @@ class LedgerServer:
         return replies
 
     def _gate(self) -> tuple[str, str]:
-        run_id = self._meant.run_id = self.run_id
-        return str(self.epoch), run_id
+        self._meant.run_id = self.run_id
+        return str(self.epoch), self._caller(self.run_id)
+
+    def _caller(self, run_id: str) -> str:
+        """What scripts compare with the books: the server's life, and the database whose books they must be."""
+        database = self.own_database()
+        return f"{run_id}/{database}" if database else run_id
+
+    def own_database(self) -> str:
+        """The id of the caller's database, "" where none was named. Raises `PlatformError` where Postgres does not say
+        it."""
+        if not self.database and self.find_database is not None:
+            self.database = self.find_database()
+        return self.database
+
+    def _foreign(self, owner: str) -> Unsupported:
+        where = mask_url(self.settings.redis_url or "")
+        return Unsupported(
+            f"the Redis database {where} has the ledger of another Postgres database",
+            value=owner,
+            advice="Give each platform a Redis database of its own (the number at the end of REDIS_URL). Where that"
+            " Postgres database is gone for good, empty this Redis database: redis-cli -n NUMBER FLUSHDB.",
+        )
 
     def announce(self, jobs: Sequence[str]) -> None:
         """Have whoever watches one of these jobs look at its row: what became of it no script has told."""
@@ -216,14 +242,18 @@ class LedgerServer:
 
     def opened(self) -> tuple[int, str] | None:
         """The epoch and the server life in which the ledger was opened, or None when it is cold. Raises `NotMigrated`
-        where a newer release opened it, in a format that this one does not know."""
-        found = self._guard(lambda: self.client.hmget(keys.EPOCH, "epoch", "run_id", "format"))
+        where a newer release opened it, in a format that this one does not know, and `Unsupported` where it was opened
+        for another database."""
+        found = self._guard(lambda: self.client.hmget(keys.EPOCH, "epoch", "run_id", "format", "database"))
         if int(found[2] or formats.FIRST) > formats.LEDGER:
             raise NotMigrated(
                 f"the ledger is of format {int(found[2])}, and this version of the platform knows {formats.LEDGER}",
                 value=int(found[2]),
                 advice="Install the version of the platform that opened it.",
             )
+        owner = (found[3] or b"").decode()
+        if owner and self.database and owner != self.database:
+            raise self._foreign(owner)
         if found[0] is None or found[1] is None:
             return None
         return int(found[0]), found[1].decode()
@@ -243,17 +273,17 @@ class LedgerServer:
         `carry` jobs over, at most 1,000 at a time. `run_id`: of the server on which it began. Raises `LedgerClosed`
         where a newer epoch is opened."""
         self._meant.run_id = run_id
-        self._call("close_epoch", str(epoch), run_id, step, *names)
+        self._call("close_epoch", str(epoch), self._caller(run_id), step, *names)
 
     def open(self, epoch: int, run_id: str | None = None) -> None:
         """Open an epoch on empty books; `run_id` as in `close_books`, else that of now."""
         self._meant.run_id = run_id or self.run_id
-        self._call("open", str(epoch), run_id or self.run_id)
+        self._call("open", str(epoch), self._caller(run_id or self.run_id))
         self.epoch = epoch
 
     def finish(self, epoch: int) -> None:
         """The rebuild of this epoch is done. Raises `LedgerClosed` where a newer one is open."""
-        self._call("finish_epoch", str(epoch), self.run_id)
+        self._call("finish_epoch", str(epoch), self._caller(self.run_id))
 
     def carried(self) -> set[str]:
         """The jobs that nobody may bring in, since the stream has what became of them in an older epoch."""

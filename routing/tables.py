@@ -254,6 +254,13 @@ authority = Table(
     Column("authority", Text, nullable=False, comment="which store admits: ledger or postgres"),
     Column("changed_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
     Column("opening_at", DateTime(timezone=True), comment="its opener's last word; null: nobody opens it"),
+    Column(
+        "database_id",
+        Text,
+        nullable=False,
+        server_default=text("gen_random_uuid()"),
+        comment="tells this database from others; the ledger notes whose books it has",
+    ),
     CheckConstraint('"only"', name="authority_one_row"),
     CheckConstraint("authority IN ('ledger', 'postgres')", name="authority_known"),
 )

@@ -45,11 +45,12 @@ T = TypeVar("T")
 class Breaker:
     """Senders' own handle of the ledger. Thread-safe; not carried over a fork (`Stores` makes a new one there)."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, find_database: Callable[[], str] | None = None) -> None:
         client = connect(
             str(settings.redis_url), socket_connect_timeout=ANSWER_WITHIN, socket_timeout=ANSWER_WITHIN
         )
         self._ledger = Ledger(settings, patience.bounded(client))
+        self._ledger.find_database = find_database
         self._submissions = Submissions(self._bring)
         self._lock = threading.Lock()
         self._open = False

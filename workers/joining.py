@@ -61,6 +61,9 @@ class Joining:
     def _meet(self) -> None:
         try:
             check_stores(self._stores.engine, self._stores.redis, self._stores.settings)
+            # Raises where the books are those of another database, or of a newer format.
+            self._stores.ledger.own_database()
+            self._stores.ledger.opened()
             self._membership.name_claim.take(self._challenge)
         except (StoreUnavailable, RedisError) as error:
             if not may_pass(error):

@@ -28,7 +28,6 @@ from routing import formats
 from routing.capacity import Detected
 from routing.envelope import Unreadable
 from routing.errors import NameTaken, PlatformError
-from routing.ledger import Ledger
 from routing.message import parse_tag
 from routing.names import check_job_id
 from routing.outbox import Outbox
@@ -85,7 +84,7 @@ class Runtime:
         settings, engine = stores.settings, stores.engine
         # A handle of the worker's own: its epoch is the one in which this worker is registered and has said what it
         # holds, while that of `stores.ledger` follows whatever Postgres confirms to senders and duties.
-        self.ledger = ledger = Ledger(settings)
+        self.ledger = ledger = stores.new_ledger()
         exclusive = threading.Lock()
         self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
         self._loop = Wake()

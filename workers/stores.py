@@ -13,13 +13,15 @@ from typing import Any, Final
 
 import redis
 from sqlalchemy import Engine, NullPool, create_engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import deadlines, request_file
-from routing.errors import NoServers
+from routing import deadlines, request_file, roster
+from routing.errors import NoServers, StoreUnavailable
 from routing.home import running_pair
 from routing.inserter import Inserter
 from routing.ledger import Ledger
-from routing.postgres import ENCODING, PINNED, hide_values
+from routing.postgres import ENCODING, PINNED, hide_values, translate
 from routing.request_file import RequestRules
 from routing.settings import Settings
 from workers.breaker import Breaker
@@ -188,13 +190,32 @@ class Stores:
 
     @property
     def ledger(self) -> Ledger:
-        found: Ledger = self._get("ledger", lambda: Ledger(self.settings))
+        found: Ledger = self._get("ledger", self.new_ledger)
         return found
+
+    def new_ledger(self) -> Ledger:
+        """A handle of the ledger of its own: the epoch of a handle is its user's."""
+        ledger = Ledger(self.settings)
+        ledger.find_database = self.find_database
+        return ledger
+
+    def find_database(self) -> str:
+        """The id of the database, asked for once. Raises `PlatformError` where Postgres does not say it."""
+        found = self._made.get("database_id")
+        if found is None:
+            try:
+                with self.engine.connect() as connection:
+                    found = self._made["database_id"] = roster.database_id(connection)
+            except DBAPIError as error:
+                raise translate(error) from error
+            except PoolTimeout as error:
+                raise StoreUnavailable("no connection to Postgres was free") from error
+        return str(found)
 
     @property
     def sending(self) -> Breaker:
         """The ledger as senders ask it: with short time-outs, and not at all while it does not answer."""
-        found: Breaker = self._get("sending", lambda: Breaker(self.settings))
+        found: Breaker = self._get("sending", lambda: Breaker(self.settings, self.find_database))
         return found
 
     @property
@@ -214,7 +235,8 @@ class Stores:
         for name in ("ledger", "sending", "watcher"):
             if name in self._made:
                 let_go(self._made[name].descriptors())
-        made, self._made = self._made, {k: v for k, v in self._made.items() if k in ("settings", "requests")}
+        kept = ("settings", "requests", "database_id")
+        made, self._made = self._made, {k: v for k, v in self._made.items() if k in kept}
         engine = made.get("engine")
         if engine is not None:
             engine.dispose(close=False)

@@ -4,12 +4,17 @@
 -- KEYS: none; by name: epoch, carried
 -- ARGV: epoch, run_id, step (begin: close the books for this epoch; remove and carry: they must be closed for it still), then
 --   for each key to remove or job to carry over, at most 1,000: its name
--- Replies: {ok} | {cold} where the books are closed for nobody | {epoch, current} where a newer one is opened
+-- Replies: {ok} | {cold} where the books are closed for nobody | {epoch, current} where a newer one is opened |
+--   {foreign, database} where the books are those of another database
 -- Cost: one command, and what it takes to unlink the keys
 -- Repeat: harmless
-local epoch, step = ARGV[1], ARGV[3]
+local epoch, run_id, step = ARGV[1], ARGV[2], ARGV[3]
 
-local current = redis.call('HMGET', KEY.epoch, 'epoch', 'opening')
+local current = redis.call('HMGET', KEY.epoch, 'epoch', 'opening', 'database')
+local _, database = parted(run_id)
+if current[3] and database ~= '' and current[3] ~= database then
+  return {'foreign', current[3]}
+end
 local newest = math.max(tonumber(current[1] or 0), tonumber(current[2] or 0))
 if newest > tonumber(epoch) or current[1] == epoch then
   return {'epoch', int(newest)}
@@ -17,6 +22,9 @@ end
 if step == 'begin' then
   redis.call('DEL', KEY.epoch)
   redis.call('HSET', KEY.epoch, 'opening', epoch, 'format', LIMIT.format)
+  if database ~= '' then
+    redis.call('HSET', KEY.epoch, 'database', database)
+  end
 elseif current[2] ~= epoch then
   -- Emptied meanwhile: whoever looks next begins anew.
   return {'cold'}

@@ -14,11 +14,20 @@ local function clock()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
+-- What a caller names as run_id is the server's, and behind a slash the id of the caller's database in Postgres.
+local function parted(run_id)
+  return string.match(run_id, '^([^/]*)/?(.*)$')
+end
+
 -- nil when this caller may act on these books, else the reply that refuses it.
 local function refused(epoch, run_id)
-  local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format')
+  local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format', 'database')
+  local life, database = parted(run_id)
   -- (Books of a newer format are closed to a process of before: what it accepted waits in Postgres for one that knows.)
-  if not current[1] or current[2] ~= run_id or tonumber(current[3] or 1) > LIMIT.format then
+  if not current[1] or current[2] ~= life or tonumber(current[3] or 1) > LIMIT.format then
+    return {'cold'}
+  end
+  if current[4] and database ~= '' and current[4] ~= database then
     return {'cold'}
   end
   if current[1] ~= epoch then

@@ -102,7 +102,7 @@ def used(redis_url: str) -> Iterator[Cluster]:
         ledger.elect("w-life", 0, 60.0)
         ledger.elect("v-life", 0, 60.0, ["suspicion"])
         ledger.probe()
-        ledger.client.hset(keys.EPOCH, mapping={"rebuilding": "1", "opening": "2"})
+        ledger.client.hset(keys.EPOCH, mapping={"rebuilding": "1", "opening": "2", "database": "id"})
         ledger.client.sadd(keys.CARRIED, "older")
         yield cluster
 

@@ -19,7 +19,7 @@ from routing.settings import Settings
 
 NAMES: Final = scripts.names()
 #: What every script that acts on the books may answer besides its own replies: `LedgerServer` raises for these.
-GATES: Final = {"cold", "epoch"}
+GATES: Final = {"cold", "epoch", "foreign"}
 #: Scripts that act on keys of one job or entry, whatever epoch is open.
 WITHOUT_GATE: Final = {"forget", "open", "succeed", "elect"}
 
