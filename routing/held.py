@@ -173,7 +173,7 @@ class Held(Admission):
         only say that it is `due`)."""
         taken, page, pages = 0, list[str](), iter(list[list[str]]())
         while True:
-            args = (worker, grace_ms, most_losses, "1" if most else "0", *page)
+            args = (worker, grace_ms, most_losses, "1" if most else "0", self.ttl_ms, *page)
             reply = self._call("lapse", *self._gate(), *args)
             if reply[0] in ("more", "gone"):
                 taken += len(reply) - 2
@@ -185,9 +185,9 @@ class Held(Admission):
                 pages = self.held_pages(worker, most)
                 page = next(pages, [])
 
-    def adopt(self, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[str]:
-        """Enter what a worker holds since an older epoch; returns the jobs that are no longer its own."""
-        refused: list[str] = []
+    def adopt(self, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[tuple[str, str]]:
+        """Enter what a worker holds since an older epoch; returns the attempts (job, token) that lost their lease."""
+        refused: list[tuple[str, str]] = []
         for start in range(0, len(held), PAGE):
             some = held[start : start + PAGE]
             args: list[Any] = [*self._gate(), worker, incarnation]
@@ -197,5 +197,6 @@ class Held(Admission):
                 args.append(flag(one.rerun))
             reply = self._call("adopt", *args)
             verdicts = ["stale"] * len(some) if reply[0] == "unknown" else reply[1:]
-            refused += [one.job for one, verdict in zip(some, verdicts, strict=True) if verdict != "adopted"]
+            answered = zip(some, verdicts, strict=True)
+            refused += [(one.job, one.token) for one, verdict in answered if verdict != "adopted"]
         return refused

@@ -162,7 +162,7 @@ class Ledger(Held, Elections):
         """Open a worker's book; `capacity` in the form of a shape. `Taken` when the name belongs to another. With the
         status `closed` nothing is admitted before the next `renew`; without `admit` by this caller."""
         flat = [item for pair in view.items() for item in pair]
-        args = (worker, incarnation, queue, self._ttl_ms, capacity, status, "1" if admit else "0")
+        args = (worker, incarnation, queue, self.ttl_ms, capacity, status, "1" if admit else "0")
         reply = self._counted("register", args, flat)
         if reply[0] == "taken":
             return Taken(incarnation=reply[1], lease_left_ms=int(reply[2]), held=int(reply[3]))
@@ -183,7 +183,7 @@ class Ledger(Held, Elections):
         `admit` nothing is admitted: this caller may not. `missing_ms`: a running job that no list has named for so long
         by the ledger's clock is taken back; a renew interval where it is None, 0: at once, negative: none is."""
         flat = [item for pair in view.items() for item in pair]
-        args = (worker, incarnation, self._ttl_ms, "1" if admit else "0", *flat)
+        args = (worker, incarnation, self.ttl_ms, "1" if admit else "0", *flat)
         reply = self._call("renew", *self._gate(), *args)
         if reply[0] == "unknown":
             return Renewed(known=False, taken_back=0)
@@ -219,13 +219,11 @@ class Ledger(Held, Elections):
         self._call("condemn", *self._gate(), worker, incarnation)
 
     def lapsed_workers(self) -> list[str]:
-        """The workers whose leases ran out."""
-        found = self._guard(lambda: self.client.zrangebyscore(keys.LEASES, "-inf", self.measure()))
+        """The workers whose leases ran out, or end so late that the clock must have been set back since."""
+        now = self.measure()
+        found = self._guard(lambda: self.client.zrangebyscore(keys.LEASES, "-inf", now))
+        found += self._guard(lambda: self.client.zrangebyscore(keys.LEASES, f"({now + self.ttl_ms}", "+inf"))
         return [item.decode() for item in found]
-
-    @property
-    def _ttl_ms(self) -> int:
-        return round(self.settings.worker_ttl * 1000)
 
     # -- books ---------------------------------------------------------------------------------------------------
 

@@ -107,6 +107,11 @@ class LedgerServer:
     def _load(self, *, flags: bool) -> dict[str, Script]:
         return load(round(self.settings.start_timeout * 1000), self._tombstone_ms, flags)
 
+    @property
+    def ttl_ms(self) -> int:
+        """Milliseconds for which a heartbeat renews a lease."""
+        return round(self.settings.worker_ttl * 1000)
+
     def measure(self) -> int:
         """The server's clock in milliseconds, asked for: either clock may have been set since a connection was made."""
         seconds, micros = self._guard(lambda: self.client.time())

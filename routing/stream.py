@@ -48,8 +48,22 @@ def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
 
 def read(ledger: Ledger, *, older_than_ms: int = 0, after: str = "-", most: int = CHUNK) -> list[Transition]:
     """Return the oldest readable entries, those that are at least so many milliseconds old."""
-    newest = f"{ledger.measure() - older_than_ms}-0" if older_than_ms else "+"
+    newest = _newest(ledger, older_than_ms)
     return _parsed(_page(ledger, after, newest, most))[0]
+
+
+def _newest(ledger: Ledger, older_than_ms: int) -> str:
+    """Return the end of a range of entries that are at least so many milliseconds old. Names of entries never go back:
+    while they are ahead of a clock that was set back they tell no age, and all are read."""
+    if not older_than_ms:
+        return "+"
+    now = ledger.measure()
+    try:
+        newest: Any = ledger.client.xrevrange(keys.STREAM, count=1)
+    except RedisError as error:
+        raise StoreUnavailable(f"the stream cannot be read: {error}") from error
+    ahead = bool(newest) and int(newest[0][0].decode().partition("-")[0]) > now
+    return "+" if ahead else f"{now - older_than_ms}-0"
 
 
 def _page(ledger: Ledger, oldest: str, newest: str, most: int | None = None) -> list[tuple[bytes, dict[bytes, bytes]]]:
@@ -126,7 +140,7 @@ def apply_all(
     that cannot be written now stay, and the pass goes on behind them; it waits for locked rows once. `between`
     is called before each page, and may raise.
     """
-    newest = f"{ledger.measure() - older_than_ms}-0" if older_than_ms else "+"
+    newest = _newest(ledger, older_than_ms)
     oldest, entries, wait = "-", 0, True
     applied: list[Applied] = []
     while True:

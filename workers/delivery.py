@@ -91,7 +91,7 @@ class Delivery(native.Thread):
         self._parts = parts
         self._settle = settle
         self._pending: list[Transition] = []
-        self._delivering = False
+        self._delivering: Sequence[Transition] = ()
         self._changed = threading.Condition()
         self._stopping = False
         self._down_until = 0.0
@@ -105,6 +105,11 @@ class Delivery(native.Thread):
         rest = [one for one in transitions if not one.outbox] if carrying else transitions
         if rest:
             self._record(rest)
+
+    def jobs(self) -> set[str]:
+        """The jobs of all that has not gone on."""
+        with self._changed:
+            return {one.job for some in (self._pending, self._delivering) for one in some}
 
     def flush(self, within: float) -> bool:
         """Wait until all that was added went on."""
@@ -125,14 +130,14 @@ class Delivery(native.Thread):
                 self._changed.wait_for(lambda: self._pending or self._stopping, GIVEN_UP_AFTER)
                 stopped = self._stopping and not self._pending
                 batch, self._pending = self._pending[:MOST], self._pending[MOST:]
-                self._delivering = bool(batch)
+                self._delivering = batch
             if stopped:
                 return
             if batch:
                 self._deliver(batch)
             self._parts.complain()
             with self._changed:
-                self._delivering = False
+                self._delivering = ()
                 self._changed.notify_all()
 
     def _deliver(self, batch: Sequence[Transition]) -> None:

@@ -28,6 +28,11 @@ class Holding:
     started: bool = False
     ended: bool = False
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """(job, token): which attempt it is."""
+        return self.job, self.token
+
     def as_adopted(self) -> Adopted:
         """What the books of a new epoch need to know of it. Its place in the backlog is Postgres's to say."""
         return Adopted(
@@ -102,10 +107,10 @@ class Holdings:
             self._strays.discard((job, token))
             return self._held.pop((job, token), None)
 
-    def disown(self, jobs: Collection[str]) -> None:
-        """The attempts of these jobs that are held have lost their lease. Their bodies go on, and take up room."""
+    def disown(self, attempts: Collection[tuple[str, str]]) -> None:
+        """These attempts (job, token) have lost their lease. Their bodies go on, and take up room."""
         with self._lock:
-            self._strays |= {(job, token) for job, token in self._held if job in jobs}
+            self._strays |= self._held.keys() & set(attempts)
 
     def left_of(self, capacity: Capacity) -> Capacity:
         """The part of a capacity that is not taken up by attempts which lost their lease: the books know nothing of

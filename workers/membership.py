@@ -48,10 +48,16 @@ class Membership:
         confirmation: Confirmation,
         later: Callable[[Callable[[], None]], None],
         is_behind: Callable[[], bool] = lambda: False,
+        unwritten: Callable[[], set[str]] = set,
+        flush: Callable[[float], object] = lambda _: True,
     ) -> None:
+        """`later` runs what may wait for a store elsewhere; `is_behind`: Postgres is, too far; `unwritten`: the jobs of
+        which this worker has noted what Postgres does not have; `flush` waits until it has, for so many seconds."""
         self._engine = engine
         self._later = later
         self._is_behind = is_behind
+        self._unwritten = unwritten
+        self._flush = flush
         self._ledger = ledger
         self._confirmation = confirmation
         self.identity = identity
@@ -149,20 +155,22 @@ class Membership:
             raise
 
     def _rejoin(self, holdings: Holdings, recorder: Recorder, challenge: Callable[[], None]) -> None:
+        # Whoever opens the ledger goes by the rows: what ended here must be in them first, or it would run again.
+        self._flush(self._ledger.settings.due_interval)
         # Closed until the books know what it holds: nothing of that is free, whoever looks meanwhile.
         self._register(self._confirmation.epoch, "closed", challenge)
         self._see("draining" if self.draining else "ready")
         held = holdings.all()
-        refused: set[str] = set()
+        refused: set[tuple[str, str]] = set()
         if held:
             adopted = [one.as_adopted() for one in held]
             refused = set(self._ledger.adopt(self.identity.name, self.identity.incarnation, adopted))
         if refused and self._measured is not None:
             holdings.disown(refused)
             self.resize(self._measured, holdings)
-        recorder.add([running(self.identity, one) for one in held if one.job not in refused and not one.ended])
-        for job in refused:
-            logger.warning("job %s: its lease went to another attempt while the ledger was lost", job)
+        recorder.add([running(self.identity, one) for one in held if one.key not in refused and not one.ended])
+        for job, token in sorted(refused):
+            logger.warning("job %s: the lease of attempt %s went to another one while the ledger was lost", job, token)
         # This list is complete: what Postgres says is held here and it does not name, is taken back at once.
         self.renew(holdings, missing_ms=0)
         if self.draining:
@@ -230,7 +238,8 @@ class Membership:
             self.identity.name,
             self.identity.incarnation,
             self._view(full=False),
-            holdings.jobs(),
+            # (Of what ended here the row may still say that it runs: it is not lost.)
+            [*{*holdings.jobs(), *self._unwritten()}],
             self._ledger.settings.most_losses,
             admit=self._may_admit,
             missing_ms=missing_ms,

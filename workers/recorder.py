@@ -67,7 +67,7 @@ class Recorder(native.Thread):
         #: Those that could not be written, though Postgres takes others, and when they are tried again (monotonic).
         self._put_off: list[Transition] = []
         self._try_again_at = 0.0
-        self._writing = False
+        self._writing: list[Transition] = []
         self._changed = threading.Condition()
         self._stopping = False
 
@@ -87,6 +87,11 @@ class Recorder(native.Thread):
         with self._changed:
             late = bool(self._came) and time.monotonic() - self._came[0][0] > self._write_within
             return late or len(self._pending) + len(self._put_off) > MAX_UNWRITTEN
+
+    def jobs(self) -> set[str]:
+        """The jobs of all that is not written."""
+        with self._changed:
+            return {one.job for some in (self._pending, self._put_off, self._writing) for one in some}
 
     def start(self) -> None:
         self._calls.start()
@@ -118,14 +123,14 @@ class Recorder(native.Thread):
                 batch, again = self._next_batch()
                 if not batch:
                     return
-                self._writing = True
+                self._writing = batch
             kept, put_off = batch, list[Transition]()
             try:
                 kept, put_off = self._write(batch, wait=not again)
             finally:
                 with self._changed:
                     # In one step: whoever flushes must find what was not written here or there.
-                    self._writing = False
+                    self._writing = []
                     self._pending = kept + self._pending
                     self._put_off += put_off
                     if not (kept or again):

@@ -42,6 +42,8 @@ BACKENDS: Final = {
 #: States that end an attempt.
 ENDS: Final = frozenset({*states.READY_STATES, states.RETRY})
 #: What a backend raises for a result that it will never take; anything else may pass.
+#: Seconds for which a result is kept at the most, a century: Redis refuses times that its milliseconds cannot hold.
+MAX_EXPIRES: Final = 100 * 366 * 86_400
 HOPELESS: Final = (EncodeError, TypeError, ValueError, AttributeError, LookupError)
 #: What is kept of a request for a part of a chord.
 _CHORD: Final = ("id", "task", "group", "group_index", "chord", "root_id", "parent_id", "errbacks", "chain", "reply_to")
@@ -253,7 +255,8 @@ class CarriedRedisResults(CarriedResults):
 
     def _seconds(self, state: str) -> int:
         expires = self.failure_expires if state == states.FAILURE else self.expires  # type: ignore[attr-defined]
-        return int(expires or 0)
+        # (A negative time is none that a key can have; a result that is over at once would reach nobody.)
+        return min(MAX_EXPIRES, max(1, int(expires))) if expires else 0
 
     @staticmethod
     def _set_in(pipe: Any, key: str, seconds: int, text: bytes | str) -> None:

@@ -97,8 +97,16 @@ class Runtime:
         self.delivery = Delivery(
             lambda: app.backend, identity.incarnation, self.recorder.add, self.parts, self._settle
         )
-        later, is_behind = self.recorder.call, self.recorder.is_behind
-        self.membership = Membership(engine, ledger, identity, self.confirmation, later, is_behind)
+        self.membership = Membership(
+            engine,
+            ledger,
+            identity,
+            self.confirmation,
+            self.recorder.call,
+            self.recorder.is_behind,
+            lambda: self.delivery.jobs() | self.recorder.jobs(),
+            self._flush,
+        )
         self.holdings = Holdings({})
         self.quarantine = Quarantine(engine, identity.name)
         self.serving = Serving(app, settings, self.remeasure)

@@ -4,12 +4,13 @@
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, shapes_of, free, free_of,
 --   leases, indexed, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that: the clock may have
---   been set meanwhile), most_losses, take (1: take back, 0: say whether it is time), then the ids of the jobs
+--   been set meanwhile), most_losses, take (1: take back, 0: say whether it is time), ttl (ms: a lease that ends later than
+--   that from now was written before the clock was set back, and ends then), then the ids of the jobs
 -- Replies: {alive, incarnation} | {closed (just now) | waits (for the grace, as before) | due, incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands for each job taken back
 -- Repeat: harmless: goes on where it stopped
 local epoch, run_id, worker = ARGV[1], ARGV[2], ARGV[3]
-local grace, most_losses, take = tonumber(ARGV[4]), ARGV[5], ARGV[6]
+local grace, most_losses, take, ttl = tonumber(ARGV[4]), ARGV[5], ARGV[6], tonumber(ARGV[7])
 
 local no = refused(epoch, run_id)
 if no then
@@ -21,6 +22,14 @@ if not book then
   redis.call('ZREM', KEY.leases, worker)
   redis.call('ZREM', KEY.indexed, worker)
   return {'unknown'}
+end
+if book.lease > now + ttl then
+  book.lease = now + ttl
+  redis.call('HSET', KEY.book .. worker, 'lease', int(book.lease))
+  redis.call('ZADD', KEY.leases, int(book.lease), worker)
+  if redis.call('ZSCORE', KEY.indexed, worker) then
+    redis.call('ZADD', KEY.indexed, int(book.lease), worker)
+  end
 end
 if book.lease > now then
   return {'alive', book.incarnation or ''}
@@ -45,7 +54,7 @@ if take ~= '1' then
   return {'due', book.incarnation or ''}
 end
 local reply, changed = {'gone', book.incarnation or ''}, {}
-for i = 7, #ARGV do
+for i = 8, #ARGV do
   local id = ARGV[i]
   local job = read_job(id)
   if job and job.worker == worker and (job.state == 'admitted' or job.state == 'running') then

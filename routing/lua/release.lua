@@ -62,8 +62,13 @@ while i <= #ARGV do
       for r = results, i - 1, 3 do
         -- As Celery's backend stores it, and tells whoever waits.
         local key, seconds, result = ARGV[r], ARGV[r + 1], ARGV[r + 2]
-        redis.call('SET', key, result, unpack(seconds == '0' and {} or {'EX', seconds}))
-        redis.call('PUBLISH', key, result)
+        local kept = redis.pcall('SET', key, result, unpack(seconds == '0' and {} or {'EX', seconds}))
+        local told = redis.pcall('PUBLISH', key, result)
+        -- A time that no key can have, or no right to that channel: the book is not written yet, so nothing here may end
+        -- this script.
+        if (type(kept) == 'table' and kept.err) or (type(told) == 'table' and told.err) then
+          count('refused.result', 1)
+        end
       end
     end
   else

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from routing import keys, rebuild
+from routing import keys, rebuild, stream
 from routing.settings import Settings
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import Cluster
@@ -101,3 +101,33 @@ def test_a_cold_ledger_is_opened_though_postgres_was_set_back_since_the_authorit
     assert rebuild.open_if_cold(stage.engine, stage.ledger) is None
     assert until(lambda: rebuild.open_if_cold(stage.engine, stage.ledger), "it is opened") is not None
     stage.close()
+
+
+# The ledger's clock is set back.
+
+
+def test_a_lease_of_before_ends_within_the_ttl_from_now(cluster: Cluster) -> None:
+    cluster.run("job")
+    ttl_ms, far = cluster.ledger.ttl_ms, cluster.ledger.measure() + 5 * HOUR_MS
+    cluster.client.hset(keys.book("w"), "lease", far)
+    for index in (keys.LEASES, keys.INDEXED):
+        cluster.client.zadd(index, {"w": far})
+    assert cluster.ledger.lapsed_workers() == ["w"]
+    assert looked_at(cluster) == "alive"
+    end = int(cluster.book()["lease"])
+    assert end <= cluster.ledger.measure() + ttl_ms
+    assert [cluster.client.zscore(index, "w") for index in (keys.LEASES, keys.INDEXED)] == [end, end]
+    assert cluster.ledger.lapsed_workers() == []
+    assert cluster.renew("job")
+
+
+def test_entries_of_before_are_read_at_once(cluster: Cluster) -> None:
+    """Names of entries never go back: until the clock has caught up they tell no age."""
+    far = cluster.ledger.measure() + HOUR_MS
+    cluster.client.xadd(keys.STREAM, {"job": "ahead", "epoch": "1", "attempt": "1"}, id=f"{far}-0")
+    cluster.submit("job")
+    found = stream.read(cluster.ledger, older_than_ms=60_000)
+    assert [one.job for one in found] == ["ahead", "job"]
+    cluster.client.delete(keys.STREAM)
+    cluster.submit("other")
+    assert stream.read(cluster.ledger, older_than_ms=60_000) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_an_attempt_that_went_back_cannot_be_adopted_again(cluster: Cluster) -> 
     cluster.end("job", "1.1", "handed_back", admit=False)
     assert cluster.state("job") == "waiting"
     again = Adopted("job", "1.1", ONE, 1, 5, 6, "n", 0)
-    assert cluster.ledger.adopt("w", "w-life", [again]) == ["job"]
+    assert cluster.ledger.adopt("w", "w-life", [again]) == [("job", "1.1")]
     assert (cluster.state("job"), cluster.book()["a.cpus"]) == ("waiting", "0")
 
 
@@ -268,6 +269,19 @@ def test_a_release_stores_the_result_of_what_is_over(cluster: Cluster, outcome: 
         assert 0 < cluster.client.ttl("result-j") <= 60
         assert [message["data"] for message in iter(lambda: listener.get_message(timeout=0.1), None)] == [b"text"]
     listener.close()
+
+
+@pytest.mark.parametrize("seconds", [-5, 10**18, "soon"])
+def test_result_that_redis_does_not_take_leaks_no_allocation(cluster: Cluster, seconds: Any) -> None:
+    token = cluster.run("j")
+    ended = Ended("j", token, "succeeded", "", "", (("result-j", seconds, b"text"),))
+    verdicts = [
+        cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES).released[0].verdict
+        for _ in range(2)
+    ]
+    assert verdicts == ["released", "repeat"]
+    assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
+    assert cluster.client.hget(keys.COUNTERS, "refused.result") == b"1"
 
 
 def test_a_stale_release_stores_nothing(cluster: Cluster) -> None:

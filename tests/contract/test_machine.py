@@ -190,7 +190,8 @@ class Machine(JobRules):
             for job in jobs
         ]
         refused = self.ledger.adopt(worker.name, worker.incarnation, adopted)
-        assert refused == [job.id for job in jobs if not self.model.adopt(worker.name, worker.incarnation, job)]
+        wanted = [job.id for job in jobs if not self.model.adopt(worker.name, worker.incarnation, job)]
+        assert [job for job, _ in refused] == wanted
 
     def bring_back(self, before: Model, unknown: list[Job]) -> None:
         """The backlog, in its order, with those of whose last attempt Postgres does not know."""

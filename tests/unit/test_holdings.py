@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from routing.capacity import Capacity
 from routing.request import Request
 from workers.holdings import Holding, Holdings
 
@@ -60,3 +61,12 @@ def test_a_capacity_that_shrank_below_what_runs_admits_nothing() -> None:
     own.add(holding("job", TWO))
     own.capacity = {"cpus": 1000, "slots": 9}
     assert own.admits({"free": Request.of({"cpus": 0})}) == set()
+
+
+def test_lost_lease_of_one_attempt_costs_no_other_of_its_job() -> None:
+    own = holdings(3000)
+    own.capacity = {"cpus": 3000}
+    for token in ("1.1", "1.2"):
+        own.add(holding("job", token=token))
+    own.disown({("job", "1.1"), ("job", "9.9")})
+    assert own.left_of(Capacity.of({"cpus": 3000})).get("cpus") == 2000

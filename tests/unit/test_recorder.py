@@ -92,6 +92,17 @@ def test_recorder_is_behind_while_postgres_takes_nothing_for_too_long(postgres: 
     writing.stop(5.0)
 
 
+def test_recorder_names_the_jobs_of_all_that_is_unwritten(postgres: Takes) -> None:
+    writing = Recorder(Mock(), Mock())
+    writing.start()
+    writing.add(transitions("locked", "a"))
+    assert postgres.tried.acquire(timeout=10.0)
+    assert writing.jobs() == {"locked", "a"}
+    postgres.takes = True
+    until(lambda: writing.jobs() == {"locked"}, "the other one is written")
+    writing.stop(5.0)
+
+
 def test_recorder_is_behind_while_too_much_is_unwritten(postgres: Takes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "MAX_UNWRITTEN", 3)
     writing = Recorder(Mock(), Mock())

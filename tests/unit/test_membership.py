@@ -1,0 +1,64 @@
+"""A worker that registers anew, call by call, without stores."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import Mock
+
+from routing.capacity import Capacity
+from routing.replies import Filled, Renewed
+from routing.request import Request
+from workers.holdings import Holding, Holdings
+from workers.membership import Membership
+
+ONE = Request.of({"cpus": 1000, "slots": 1})
+
+
+def rejoin(holdings: Holdings, refused: list[tuple[str, str]]) -> tuple[list[Any], Mock, Mock]:
+    """Register anew; returns the names of the calls in their order, the ledger, and the recorder."""
+    ledger, recorder, order = Mock(), Mock(), list[Any]()
+    ledger.settings.due_interval, ledger.settings.most_losses = 1.0, 3
+
+    def answer(name: str, value: Any) -> Any:
+        def say(*_: Any, **__: Any) -> Any:
+            order.append(name)
+            return value
+
+        return say
+
+    ledger.register.side_effect = answer("register", Filled(0))
+    ledger.adopt.side_effect = answer("adopt", refused)
+    ledger.renew.side_effect = answer("renew", Renewed(known=True, taken_back=0))
+
+    def flush(within: float) -> None:
+        order.append(("flush", within))
+
+    membership = Membership(
+        Mock(), ledger, Mock(), Mock(epoch=2), lambda _: None, unwritten=lambda: {"ended"}, flush=flush
+    )
+    membership._capacity = membership._measured = Capacity.of({"cpus": 4000, "slots": 4})
+    membership.rejoin(holdings, recorder, Mock())
+    return order, ledger, recorder
+
+
+def held(*attempts: tuple[str, str]) -> Holdings:
+    holdings = Holdings({"cpus": 4000, "slots": 4})
+    for job, token in attempts:
+        holdings.add(Holding(job, token, ONE, "n"))
+    return holdings
+
+
+def test_rejoin_writes_what_ended_before_it_says_what_is_held() -> None:
+    order, ledger, _ = rejoin(held(("job", "1.1")), [])
+    assert order == [("flush", 1.0), "register", "adopt", "renew"]
+    # Whatever is not written by then is named, so that nobody takes it for lost.
+    names, options = ledger.renew.call_args.args[3], ledger.renew.call_args.kwargs
+    assert (sorted(names), options["missing_ms"]) == (["ended", "job"], 0)
+
+
+def test_rejoin_disowns_the_attempt_that_lost_its_lease_alone() -> None:
+    holdings = held(("job", "1.1"), ("job", "2.2"))
+    _, _, recorder = rejoin(holdings, [("job", "1.1")])
+    assert holdings._strays == {("job", "1.1")}
+    told = [(one.job, one.epoch, one.attempt) for one in recorder.add.call_args.args[0]]
+    assert told == [("job", 2, 2)]
