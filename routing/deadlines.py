@@ -66,16 +66,18 @@ _here: Final = _Here()
 
 class within:  # noqa: N801 - reads as a statement
     """Let all calls of this thread within the block end in so many seconds, counted from here. Within another block the
-    earlier deadline counts."""
+    earlier deadline counts, unless this one begins `anew`: for a try of a caller who waits for Postgres."""
 
-    __slots__ = ("_outer", "_seconds")
+    __slots__ = ("_anew", "_outer", "_seconds")
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, *, anew: bool = False) -> None:
         self._seconds = seconds
+        self._anew = anew
 
     def __enter__(self) -> None:
         self._outer = _here.until
-        _here.until = min(self._outer, time.monotonic() + self._seconds)
+        until = time.monotonic() + self._seconds
+        _here.until = until if self._anew else min(self._outer, until)
 
     def __exit__(self, *_: object) -> None:
         _here.until = self._outer

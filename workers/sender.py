@@ -258,7 +258,8 @@ class Sender:
         pause = threading.Event()
         while True:
             try:
-                return self._insert(job)
+                with deadlines.within(self._stores.settings.store_timeout, anew=True):
+                    return self._insert(job)
             except (NotAccepted, OutcomeUnknown) as error:
                 if not (insert_errors.may_pass(error) and may_wait()):
                     raise

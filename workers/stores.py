@@ -31,8 +31,9 @@ from workers.watching import Watcher
 #: Seconds to wait for a connection to Postgres, and for one of the pool; libpq counts at least two for the former.
 CONNECT_WITHIN: Final = 3
 CONNECT_AT_LEAST: Final = 2
-#: Milliseconds to wait for a lock of a table.
+#: Milliseconds to wait for a lock, and the part of a limit at the most: the server says that it was a lock.
 LOCK_WITHIN_MS: Final = 2500
+LOCK_PART: Final = 0.25
 #: Seconds for one call to Postgres where no setting says.
 STORE_TIMEOUT: Final = 10.0
 #: The server ends a job's insert after this part of the limit, and says so before the connection is given up.
@@ -62,7 +63,7 @@ def make_engine(
     a statement after `most` times as many."""
     pool: dict[str, Any] = {"pool_size": 1, "max_overflow": 9, "pool_timeout": CONNECT_WITHIN}
     options = {
-        "lock_timeout": LOCK_WITHIN_MS,
+        "lock_timeout": max(1, min(LOCK_WITHIN_MS, round(timeout * LOCK_PART * 1000))),
         "statement_timeout": max(1, round(timeout * most * 1000)),
         "application_name": "celery-capacity",
     }

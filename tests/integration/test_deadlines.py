@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,11 +21,14 @@ from sqlalchemy.exc import DBAPIError
 
 from routing import deadlines
 from routing.errors import NotAccepted, OutcomeUnknown, PartlyAccepted, PlatformError, StoreUnavailable
+from routing.message import Tag
 from tests.faults.servers import Servers, own_servers
 from tests.fixtures.processes import FOREIGN, ROOT, Platform
 from tests.fixtures.servers import empty_database, empty_redis, environment_of
 from tests.fixtures.stalling import ENDS_WITHIN, ending, postgres_pids, redis_pids, stalled
 from tests.fixtures.submitting import Submitter, platform_on
+from workers import attempts
+from workers.attempts import Attempt
 from workers.bulk import submit_many
 from workers.jobs import job
 from workers.stores import make_engine
@@ -241,3 +246,29 @@ def test_call_between_greenlets_has_a_deadline(platform: Platform) -> None:
     command = [sys.executable, "-c", GREEN, str(platform.settings.database_url)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=ENDS_WITHIN)
     assert done.stdout == "Stalled\n", done.stderr
+
+
+def test_caller_who_waits_for_postgres_has_time_for_each_try(
+    own_pair: Servers, platform: Platform, submitter: Submitter
+) -> None:
+    """Late parts of chords publish the body so, when Postgres has been away for longer than one limit."""
+    tries: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def may_wait() -> bool:
+        tries.put(None)
+        return True
+
+    def publish() -> None:
+        with attempts.held(Attempt(Tag("job", 1, 1), "life", patient=may_wait)):
+            submitter.send(ADD, 1, 2, task_id="one")
+
+    submitter.send(ADD, 1, 2)
+    with ThreadPoolExecutor(1) as pool:
+        with stalled(postgres_pids(own_pair)):
+            publishing = pool.submit(publish)
+            for _ in range(3):
+                tries.get(timeout=ENDS_WITHIN)
+        publishing.result(ENDS_WITHIN)
+    assert submitter.jobs() == 2
+    platform.worker("a", 4, "threads")
+    assert submitter.value("one") == 3
