@@ -31,12 +31,13 @@ worker claimed, body runs                         lapse (TTL, LOST): the job is 
 body ended, release not sent                      lapse: the attempt counts as lost and runs again (at least once)
 released, the answer with the next jobs is lost   `recover`: the worker asks for what it holds and does not know
 released, Postgres not written                    the stream has the outcome; whoever runs the duty applies it
-Redis loses everything                            the epoch is missing: COLD, nobody admits; one process, under an
-                                                  guarded statement, begins a new epoch, workers say what they hold
+Redis loses everything                            the epoch is missing: COLD, nobody admits; one process begins the
+                                                  next epoch in Postgres and opens it, workers say what they hold
 Redis is gone, the broker is another server       every worker says so in Postgres: that decides, workers pull from it,
                                                   until Redis has answered for a while; then a new epoch is opened
 both stores are down when a worker starts         it waits for them, and says for what
-a job is revoked, row marked, ledger not told     sweep: what is marked and has not ended is told again (`revoking`)
+a job is revoked, row marked, ledger not told     nothing brings a marked row in; sweep: what is marked and has not
+(or it does not answer)                           ended is told again (`revoking`), and ends if no worker holds it
 ================================================  =====================================================================
 
 Three rules make the repairs safe to run twice, at once, and by hand. The *token* only grows: a write that carries an

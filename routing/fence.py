@@ -144,6 +144,23 @@ def committed(connection: Connection, incarnation: str | None = None) -> list[tu
     return [(row[0], row[1], row[2]) for row in rows]
 
 
+_RUNS: Final = text(f"""
+SELECT state = '{State.RUNNING.value}' AND step = {Step.RUNNING.value} AND (epoch, attempt, incarnation) =
+  (:epoch, :attempt, :incarnation) FROM jobs WHERE id = :job
+""")
+
+
+def runs(connection: Connection, attempt: Publisher) -> bool:
+    """Return True if Postgres has the claim of this attempt, and its worker was not given up."""
+    values = {
+        "job": attempt.job,
+        "epoch": attempt.epoch,
+        "attempt": attempt.attempt,
+        "incarnation": attempt.incarnation,
+    }
+    return bool(connection.execute(_RUNS, values).scalar_one_or_none())
+
+
 _ENDED_BY: Final = text(f"""
 SELECT state = '{State.SUCCEEDED.value}' AND (epoch, attempt) = (:epoch, :attempt) FROM jobs WHERE id = :job
 """)

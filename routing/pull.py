@@ -16,6 +16,7 @@ from sqlalchemy import Connection, text
 
 from routing import fence, store
 from routing.amounts import ALONE
+from routing.doubt import losses_in_doubt
 from routing.policy import MOST_ADMITTED, Book, Waiting, fill_or_keep, fits, held_by, order
 from routing.request import Request
 from routing.states import FINAL, State, Step
@@ -279,7 +280,11 @@ def give_back(
     transitions = []
     for one in attempts:
         ends_as = outcome or ("lost" if one.started_ms else "taken_back")
-        after = became(ends_as, one.losses, most_losses, one.rerun)
+        losses = one.losses
+        if outcome is None and not one.started_ms:
+            # Nobody can say whether it was claimed before its worker was gone.
+            losses = losses_in_doubt(losses, most_losses, one.rerun)
+        after = became(ends_as, losses, most_losses, one.rerun)
         transitions.append(
             Transition(
                 job=one.job,

@@ -19,13 +19,16 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 
-from routing import backlog, enroll, keys, pull, reconcile, revoking, roster, stream
+from routing import backlog, books, enroll, keys, pull, reconcile, revoking, roster, stream
+from routing.backlog import Pending
 from routing.capacity import Capacity
+from routing.doubt import in_doubt
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
 from routing.policy import order
 from routing.replies import Adopted, LedgerClosed
 from routing.roster import Authority
+from routing.states import FINAL, HOLDING
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,8 @@ logger = logging.getLogger(__name__)
 #: to Postgres within milliseconds; this covers claims that were on their way when the books were lost.
 REPORT_WITHIN: Final = 2.0
 BACKLOG_CHUNK: Final = 1000
+#: Carried jobs let in in one step: some 1 ms of the server.
+CARRIED_CHUNK: Final = 200
 #: Keys removed in one step.
 WIPE_CHUNK: Final = 500
 
@@ -60,10 +65,11 @@ def open_if_cold(engine: Engine, ledger: Ledger) -> Rebuilt | None:
             return None
         # (What cannot be written cannot be opened, and needs no new epoch.)
         ledger.probe()
-        opened = ledger.opened()
+        opened, whole = ledger.opened(), ledger.has_whole_stream()
         term = roster.opening_term(ledger.settings.renew_interval)
         epoch = roster.begin_epoch(connection, known.epoch, term, above=opened[0] if opened else 0)
-    return None if epoch is None else Opener(engine, ledger, epoch, term).run()
+        began_ms = pull.now_ms(connection)
+    return None if epoch is None else Opener(engine, ledger, epoch, term, began_ms, whole).run()
 
 
 def _is_wanting(known: Authority, ledger: Ledger) -> bool:
@@ -80,6 +86,17 @@ def _is_old(known: Authority, ledger: Ledger) -> bool:
     return opened is None or opened != (known.epoch, ledger.run_id)
 
 
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """A life of a worker that has not left. `seen`: it may be alive; `newest`: it has the name."""
+
+    name: str
+    incarnation: str
+    capacity: Any
+    seen: bool
+    newest: bool
+
+
 class Opener:
     """The one process that opens an epoch. `term`: seconds without a word after which another process opens the next.
 
@@ -87,11 +104,17 @@ class Opener:
     that was stopped, and goes on after it was overtaken, is refused at its next step, whichever that is.
     """
 
-    def __init__(self, engine: Engine, ledger: Ledger, epoch: int, term: float) -> None:
+    def __init__(
+        self, engine: Engine, ledger: Ledger, epoch: int, term: float, began_ms: int, whole_stream: bool
+    ) -> None:
         self._engine = engine
         self._ledger = ledger
         self._epoch = epoch
         self._term = term
+        #: When the epoch was begun, by Postgres's clock.
+        self._began_ms = began_ms
+        #: Whether the stream has all that the old books noted.
+        self._whole_stream = whole_stream
         #: The life of the server that it opens the ledger on.
         self._run_id = ledger.run_id
         self._said_at = time.monotonic()
@@ -155,17 +178,23 @@ class Opener:
 
     def _rebuild(self, connection: Connection) -> Rebuilt:
         workers, held = self._reserve(connection)
-        self._await_reports([name for name, _ in workers])
+        self._await_reports([one.name for one in workers if one.seen])
         self._go_on()
         revoking.tell_all(connection, self._ledger)
-        filed = self._file_backlog(connection)
+        filed = self._file_backlog(connection, doubtful=not self._whole_stream and self._is_one_silent(workers))
         self._ledger.finish(self._epoch)
         return Rebuilt(self._epoch, len(workers), held, filed)
 
-    def _reserve(self, connection: Connection) -> tuple[list[tuple[str, str]], int]:
+    def _is_one_silent(self, workers: Sequence[_Worker]) -> bool:
+        """Whether a worker that had not left has not said what it holds, or a former life of one cannot."""
+        found = books.read_books(self._ledger.client, {one.name for one in workers})
+        said = {book.incarnation for book in found.values() if book.status != "closed"}
+        return any(one.incarnation not in said for one in workers)
+
+    def _reserve(self, connection: Connection) -> tuple[list[_Worker], int]:
         """A closed book for each worker that has not left, with what Postgres says it holds."""
         ledger = self._ledger
-        rows = connection.execute(_WORKERS, {"ttl": ledger.settings.worker_ttl * 2}).all()
+        workers = [_Worker(*row) for row in connection.execute(_WORKERS, {"ttl": ledger.settings.worker_ttl * 2})]
         # In one statement: there is no index by incarnation, which every transition would pay for.
         holdings: dict[str, list[Adopted]] = {}
         carried = ledger.carried()
@@ -173,15 +202,17 @@ class Opener:
             if row[0] not in carried:
                 holdings.setdefault(incarnation, []).append(_adopted(row))
         held = 0
-        for name, incarnation, capacity, _ in rows:
+        for one in workers:
             self._go_on()
-            ledger.reserve(name, incarnation, Capacity.from_people(capacity).shape)
-            found = holdings.get(incarnation, [])
+            if not one.newest:
+                continue
+            ledger.reserve(one.name, one.incarnation, Capacity.from_people(one.capacity).shape)
+            found = holdings.get(one.incarnation, [])
             for start in range(0, len(found), BACKLOG_CHUNK):
-                ledger.adopt(name, incarnation, found[start : start + BACKLOG_CHUNK])
+                ledger.adopt(one.name, one.incarnation, found[start : start + BACKLOG_CHUNK])
             held += len(found)
         self._give_back_orphans(carried)
-        return [(row[0], row[1]) for row in rows if row[3]], held
+        return workers, held
 
     def _give_back_orphans(self, carried: Collection[str]) -> None:
         """What Postgres says runs on a life of a worker that has ended goes back, or is lost."""
@@ -205,15 +236,26 @@ class Opener:
             if workers:
                 pause.wait(0.02)
 
-    def _file_backlog(self, connection: Connection) -> int:
+    def _file_backlog(self, connection: Connection, *, doubtful: bool) -> int:
+        """What waits, in its order. `doubtful`: each of these jobs may have started on a silent worker."""
         filed, after = 0, (-10, 0)
-        while True:
+        while rows := backlog.backlog(connection, BACKLOG_CHUNK, after):
             self._go_on()
-            rows = backlog.backlog(connection, BACKLOG_CHUNK, after)
-            if not rows:
-                return filed
-            filed += enroll.submit_rows(self._ledger, rows)
+            filed += self._submit(rows, doubtful)
             after = (-rows[-1].priority, rows[-1].seq)
+        seq = 0
+        # (Else they are brought in by the duty for scheduled jobs.)
+        while doubtful and (rows := backlog.due(connection, BACKLOG_CHUNK, seq)):
+            self._go_on()
+            filed += self._submit(rows, doubtful)
+            seq = rows[-1].seq
+        return filed
+
+    def _submit(self, rows: Sequence[Pending], doubtful: bool) -> int:
+        if doubtful:
+            most_losses = self._ledger.settings.most_losses
+            rows = [in_doubt(row, most_losses) if row.submitted_ms < self._began_ms else row for row in rows]
+        return enroll.submit_rows(self._ledger, rows)
 
 
 def bring_in_carried(engine: Engine, ledger: Ledger) -> int:
@@ -222,18 +264,29 @@ def bring_in_carried(engine: Engine, ledger: Ledger) -> int:
     if not carried:
         return 0
     free = sorted(carried - {one.job for one in stream.unapplied(ledger)})
-    for start in range(0, len(free), BACKLOG_CHUNK):
-        some = free[start : start + BACKLOG_CHUNK]
+    for start in range(0, len(free), CARRIED_CHUNK):
+        some = free[start : start + CARRIED_CHUNK]
+        with engine.connect() as connection:
+            rows = connection.execute(_ROWS, {"ids": some}).all()
+        known = {row.id: (row.id, row.epoch, row.attempt, row.state, _standing(row.state)) for row in rows}
         # (Should this process die after this line, the next reconcile brings them in.)
-        ledger.let_in(some)
+        ledger.let_in([known.get(job, (job, 0, 0, "", "held")) for job in some])
         reconcile.look_at(engine, ledger, some)
     return len(free)
 
 
-_WORKERS: Final = text(
-    "SELECT DISTINCT ON (name) name, incarnation, capacity, seen_at > now() - make_interval(secs => :ttl) "
-    "FROM workers WHERE status IN ('ready', 'draining') ORDER BY name, started_at DESC"
-)
+def _standing(state: str) -> str:
+    return "1" if state in FINAL else "held" if state in HOLDING else ""
+
+
+_ROWS: Final = text("SELECT id, epoch, attempt, state FROM jobs WHERE id = ANY(CAST(:ids AS text[]))")
+
+
+_WORKERS: Final = text("""
+SELECT name, incarnation, capacity, seen_at > now() - make_interval(secs => :ttl) AND newest = 1, newest = 1
+FROM (SELECT *, row_number() OVER (PARTITION BY name ORDER BY started_at DESC) AS newest
+      FROM workers WHERE status IN ('ready', 'draining')) AS w ORDER BY name, newest
+""")
 _HELD: Final = text("""
 SELECT incarnation, id, epoch, attempt, shape, priority, seq, losses, (extract(epoch FROM admitted_at) * 1000)::bigint,
        (extract(epoch FROM started_at) * 1000)::bigint, rerun

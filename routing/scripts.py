@@ -16,6 +16,7 @@ from typing import Final
 
 from routing import formats
 from routing.amounts import DEFAULT_QUEUE, LABEL
+from routing.doubt import FEWEST_LOSSES
 from routing.keys import KEYS
 from routing.policy import CANDIDATES, FREED_PASSES, MOST_ADMITTED, SHAPES
 from routing.states import Step
@@ -134,6 +135,7 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
             "start": start_ms,
             "hand_over": HAND_OVER_BYTES,
             "format": formats.LEDGER,
+            "doubt": FEWEST_LOSSES,
             "unlabelled": LABEL + DEFAULT_QUEUE,
         },
     }

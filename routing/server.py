@@ -269,6 +269,11 @@ class LedgerServer:
         opened = self.opened()
         return opened is None or opened[1] != self.run_id
 
+    def has_whole_stream(self) -> bool:
+        """Whether the books are of this life of the server, so that no entry of the stream was lost with another."""
+        found = self._guard(lambda: self.client.hget(keys.EPOCH, "run_id"))
+        return found is not None and found.decode() == self.run_id
+
     def is_unfinished(self) -> bool:
         """Whether the rebuild of this epoch was not carried to its end (it runs, or whoever did it died)."""
         return bool(self._guard(lambda: self.client.hexists(keys.EPOCH, "rebuilding")))
@@ -295,6 +300,7 @@ class LedgerServer:
         found: Any = self._guard(lambda: self.client.smembers(keys.CARRIED))
         return {job.decode() for job in found}
 
-    def let_in(self, jobs: Sequence[str]) -> int:
-        """Let jobs in whose entries Postgres has; at most 1,000."""
-        return int(self._call("let_in", *self._gate(), *jobs)[1]) if jobs else 0
+    def let_in(self, rows: Sequence[tuple[str, int, int, str, str]]) -> int:
+        """Let jobs in whose entries Postgres has, at most 200, each as its row is: id, epoch, attempt, state, and `1`
+        where it has ended, `held` where a worker has it, else ``."""
+        return int(self._call("let_in", *self._gate(), *(value for row in rows for value in row))[1]) if rows else 0

@@ -80,11 +80,15 @@ class Holdings:
         with self._lock:
             self._held[holding.job, holding.token] = holding
 
-    def start(self, job: str, token: str) -> None:
-        """An attempt is given to the pool: its body may begin from now on."""
+    def start(self, job: str, token: str) -> bool:
+        """An attempt is given to the pool: its body may begin from now on. False where it is not held any more, or is
+        going back."""
         with self._lock:
-            if (holding := self._held.get((job, token))) is not None:
-                self._held[job, token] = replace(holding, started=True)
+            holding = self._held.get((job, token))
+            if holding is None or holding.ended:
+                return False
+            self._held[job, token] = replace(holding, started=True)
+            return True
 
     def may_rerun(self, job: str, token: str) -> bool:
         """Return False if the job of an attempt may start only once. One that is not held has been ended already."""

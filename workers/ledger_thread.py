@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 from routing import native
+from routing.doubt import is_known_before_start
 from routing.errors import StoreUnavailable, storable
 from routing.ledger import Ledger
 from routing.message import Tag
@@ -25,6 +26,7 @@ from routing.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Rele
 from routing.request import Request
 from routing.states import Step
 from routing.store import REVOKED, Transition
+from workers.claims import running
 from workers.confirmation import Confirmation
 from workers.ends import End, PostgresEnds
 from workers.holdings import Holding, Holdings
@@ -100,9 +102,10 @@ class LedgerThread(native.Thread):
         self._stopping = False
         self._unsure = False
         self._refused: set[str] = set()
-        #: What was claimed by an answer after which this process might not decide any more.
-        self._late: list[tuple[Holding, str, Any]] = []
-        self._retry_at = 0.0
+        #: What was claimed by an answer after which this process might not decide any more, or whose claim Postgres
+        #: does not take now.
+        self._late: deque[tuple[Holding, str, Any]] = deque()
+        self._retry_at = self._late_at = 0.0
         self._said = ""
 
     # -- called by others ----------------------------------------------------------------------------------------
@@ -147,7 +150,8 @@ class LedgerThread(native.Thread):
     def run(self) -> None:
         while True:
             offering = bool(self._refused) and time.monotonic() >= self._retry_at and self._confirmation.may_admit
-            if self._late:
+            if self._late and time.monotonic() >= self._late_at:
+                self._late_at = time.monotonic() + RETRY_AFTER
                 self._start_late()
             asking = self._unsure and self._confirmation.may_admit
             if not (self._arrivals or self._ends or offering or asking):
@@ -245,17 +249,38 @@ class LedgerThread(native.Thread):
 
     def _start(self, holding: Holding, entry: str, message: Any) -> list[Transition]:
         """Start a body, if this process may still decide: the answer may have been so late that another authority has
-        the job. What it says to Postgres."""
-        if not (self._confirmation.may_admit and self._confirmation.epoch == self._ledger.epoch):
+        the job. What it says to Postgres. Some bodies start only when Postgres has that (`routing.doubt`)."""
+        if not self._may_start():
             self._late.append((holding, entry, message))
             return []
-        self._holdings.start(holding.job, holding.token)
-        self._start_job(message)
+        if is_known_before_start(holding.losses, self._ledger.settings.most_losses, holding.rerun):
+            self._recorder.call(partial(self._start_known, holding, entry, message))
+            return []
+        if self._holdings.start(holding.job, holding.token):
+            self._start_job(message)
         return [running(self._identity, holding, entry)]
+
+    def _may_start(self) -> bool:
+        return self._confirmation.may_admit and self._confirmation.epoch == self._ledger.epoch
+
+    def _start_known(self, holding: Holding, entry: str, message: Any) -> None:
+        """In a thread that may wait for Postgres: start a body whose claim is there."""
+        claim = running(self._identity, holding, entry)
+        has_claim = self._recorder.claim(claim)
+        if has_claim is False:
+            self.end(holding.job, holding.token, "handed_back", "its row is of another attempt")
+        elif not (has_claim and self._may_start()):
+            self._late.append((holding, entry, message))
+            self._wake.set()
+        else:
+            # (So that its entry leaves the stream.)
+            self._recorder.add([claim])
+            if self._holdings.start(holding.job, holding.token):
+                self._start_job(message)
 
     def _start_late(self) -> None:
         """What came too late starts when this process may decide again in the same epoch, and goes back in another."""
-        late, self._late = self._late, []
+        late = [self._late.popleft() for _ in range(len(self._late))]
         left = self._in_postgres.decides or self._confirmation.epoch != self._ledger.epoch
         for holding, entry, message in late:
             if left or not holding.token.startswith(f"{self._ledger.epoch}."):
@@ -360,22 +385,3 @@ class LedgerThread(native.Thread):
             # (Of one that was stopped with its worker nobody has told that it is lost.)
             told=not stopped and not (state == "lost" and not end.outbox and not end.results),
         )
-
-
-def running(identity: Identity, holding: Holding, entry: str = "") -> Transition:
-    """That an attempt runs on this worker."""
-    epoch, _, attempt = holding.token.partition(".")
-    return Transition(
-        job=holding.job,
-        epoch=int(epoch),
-        attempt=int(attempt),
-        state="running",
-        step=Step.RUNNING,
-        worker=identity.name,
-        incarnation=identity.incarnation,
-        admitted_ms=holding.admitted_ms,
-        started_ms=holding.started_ms,
-        at_ms=holding.started_ms,
-        losses=holding.losses,
-        entry=entry,
-    )

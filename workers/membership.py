@@ -23,10 +23,10 @@ from routing.postgres import translate
 from routing.replies import LedgerClosed, Taken
 from routing.roster import WorkerRow
 from routing.takeback import take_back
+from workers.claims import running
 from workers.confirmation import Confirmation
 from workers.holdings import Holdings
 from workers.identity import Identity, is_known_dead
-from workers.ledger_thread import running
 from workers.name_claim import NameClaim
 from workers.recorder import Recorder
 from workers.router import Declarations

@@ -24,6 +24,7 @@ from routing.errors import PlatformError
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
 from routing.store import Applied, Transition
+from workers import claims
 from workers.store_calls import StoreCalls
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,10 @@ class Recorder(native.Thread):
     def start(self) -> None:
         self._calls.start()
         super().start()
+
+    def claim(self, one: Transition) -> bool | None:
+        """Write a claim now, in the caller's thread; see `workers.claims`."""
+        return claims.write(self._engine, one)
 
     def flush(self, within: float) -> bool:
         """Wait until all that was added is written, and all calls are done; False where that did not come about in

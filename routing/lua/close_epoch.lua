@@ -20,7 +20,8 @@ if newest > tonumber(epoch) or current[1] == epoch then
   return {'epoch', int(newest)}
 end
 if step == 'begin' then
-  redis.call('DEL', KEY.epoch)
+  -- (The life of the server in which the books were opened stays: it tells whether the stream is whole.)
+  redis.call('HDEL', KEY.epoch, 'epoch', 'rebuilding')
   redis.call('HSET', KEY.epoch, 'opening', epoch, 'format', LIMIT.format)
   if database ~= '' then
     redis.call('HSET', KEY.epoch, 'database', database)

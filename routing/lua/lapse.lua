@@ -63,6 +63,11 @@ for i = 8, #ARGV do
     end
     -- Only an attempt that started counts as lost: what did not (one that is adopted from a row may not have) is innocent.
     local outcome = tonumber(job.started or '') and job.started ~= '0' and 'lost' or 'taken_back'
+    if outcome == 'taken_back' and job.state == 'running' and (job.losses or '0') == '0' and job.rerun ~= '0'
+        and tonumber(most_losses) >= LIMIT.doubt then
+      -- Adopted from its row, in which a claim may be missing: as `losses_in_doubt` of routing/doubt.py.
+      job.losses = '1'
+    end
     put_back(id, job, now, outcome, 'worker ' .. worker .. ' was lost', most_losses)
     reply[#reply + 1] = job.shape
   else

@@ -1,9 +1,11 @@
 #!lua flags=allow-oom
--- Does: lets jobs in whose entries of an older epoch Postgres has.
--- KEYS: none; by name: epoch, carried
--- ARGV: epoch, run_id, then for each job (at most 1,000): its id
+-- Does: lets jobs in whose entries of an older epoch Postgres has. Each but what is held leaves a tombstone of the attempt
+--   that its row names: a submit that read the row before, and comes only now, is refused.
+-- KEYS: none; by name: epoch, job, carried
+-- ARGV: epoch, run_id, then for each job (at most 200): its id, the epoch, the attempt, the state of its row, final (1: it has
+--   ended, '': it goes on, held: a worker has it)
 -- Replies: {ok, jobs that were kept out until now} | {cold} | {epoch, current}
--- Cost: one command
+-- Cost: four commands a job
 -- Repeat: harmless
 local epoch, run_id = ARGV[1], ARGV[2]
 
@@ -11,4 +13,16 @@ local no = refused(epoch, run_id)
 if no then
   return no
 end
-return {'ok', int(redis.call('SREM', KEY.carried, unpack(ARGV, 3)))}
+local let_in = 0
+for i = 3, #ARGV, 5 do
+  local id, final = ARGV[i], ARGV[i + 4]
+  if redis.call('SREM', KEY.carried, id) == 1 then
+    let_in = let_in + 1
+    if final ~= 'held' and redis.call('EXISTS', KEY.job .. id) == 0 then
+      redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', ARGV[i + 1], 'attempt', ARGV[i + 2], 'became', ARGV[i + 3],
+        unpack(final == '1' and {'final', '1'} or {}))
+      redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+    end
+  end
+end
+return {'ok', int(let_in)}

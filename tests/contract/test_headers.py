@@ -134,7 +134,11 @@ BINDINGS: Final = {
     "leave": Binding(
         lambda ledger: ledger.leave("w", "life"), 0, {("ok",): "0", ("held", "3"): "3", ("unknown",): "0"}
     ),
-    "let_in": Binding(lambda ledger: ledger.let_in(["a", "b"]), 2, {("ok", "2"): "2"}),
+    "let_in": Binding(
+        lambda ledger: ledger.let_in([("a", 1, 2, "succeeded", "1"), ("b", 1, 2, "running", "held")]),
+        2,
+        {("ok", "2"): "2"},
+    ),
     "mend": Binding(lambda ledger: ledger.mend("s", "a"), 0, {("ok", "1"): "True", ("ok", "0"): "False"}),
     "open": Binding(lambda ledger: ledger.open(5), 0, {("ok",): "None"}),
     "misplaced": Binding(lambda ledger: ledger.misplaced("s", 500, 500), 0, {("ok", "7", "a"): "(7, ['a'])"}),

@@ -113,7 +113,13 @@ def test_rebuild_loses_no_end_behind_a_locked_row(
     stage.apply()
     assert rebuild.bring_in_carried(stage.engine, stage.ledger) == 2
     assert [stage.row(job).state for job in jobs] == ["succeeded"] * 7
-    assert stage.redis.keys("ledger:job:*") == []
+    # What read their rows before, and comes only now, is refused.
+    for job in (jobs[0], jobs[3]):
+        row = stage.row(job)
+        state = stage.ledger.submit(job, row.shape, row.seq, bytes(row.message), attempt=row.attempt)
+        assert (state.state, state.was) == ("exists", "ended")
+        assert stage.redis.pttl(keys.job(job)) > 0
+    assert len(stage.redis.keys("ledger:job:*")) == 2
 
 
 @pytest.mark.parametrize("last", ["waiting", "admitted", "running", "handed back"])

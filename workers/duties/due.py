@@ -53,6 +53,9 @@ def open_all(app: Celery, stores: Stores) -> dict[str, int]:
 
 
 def _due(stores: Stores, gone: set[str]) -> int:
+    if stores.ledger.is_unfinished():
+        # Whoever opens the ledger knows which of them may have started (`routing.doubt`).
+        return 0
     submitted, after = 0, 0
     while True:
         with stores.engine.connect() as connection:

@@ -31,6 +31,9 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
 
 
 def _stranded(stores: Stores) -> int:
+    if stores.ledger.is_unfinished():
+        # Whoever opens the ledger knows which of them may have started (`routing.doubt`).
+        return 0
     submitted, after = 0, 0
     while True:
         with stores.engine.connect() as connection:

@@ -1,0 +1,150 @@
+"""A worker dies with jobs that it had just claimed, and the ledger is lost before Postgres had their claims: attempt
+numbers are not used twice, and the loss counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, text
+
+from routing import keys, rebuild
+from routing.books import read_cards
+from routing.replies import Ended
+from routing.settings import Settings
+from routing.states import Step
+from routing.store import Transition
+from tests.fixtures.staged import MOST_LOSSES, Stage
+from workers import claims
+from workers.stores import make_engine
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    # No worker of these tests speaks by itself.
+    monkeypatch.setattr(rebuild, "REPORT_WITHIN", 0.0)
+    stage = Stage(engine, settings)
+    stage.worker("a", cpus=1000)
+    yield stage
+    stage.close()
+
+
+def claim(stage: Stage, job: str, token: str, worker: str) -> None:
+    arrived = [(job, token, "nonce")]
+    settled = stage.ledger.settle(worker, f"{worker}-life", arrived=arrived, most_losses=MOST_LOSSES)
+    assert settled.claimed[0].ok
+
+
+def lose(stage: Stage) -> None:
+    """The ledger is lost, and opened anew."""
+    stage.redis.flushdb()
+    assert rebuild.open_if_cold(stage.engine, stage.ledger) is not None
+    stage.apply()
+
+
+def token(stage: Stage, job: str) -> str:
+    return read_cards(stage.redis, [job])[job].token
+
+
+def test_poison_starts_as_often_as_allowed_though_one_claim_was_unknown(stage: Stage) -> None:
+    job = stage.submit(cpus=1000, applied=False)
+    claim(stage, job, "1.1", "a")
+    starts = ["1.1"]
+    lose(stage)
+    stage.worker("b", cpus=1000)
+    while (card := read_cards(stage.redis, [job])[job]).state == "admitted":
+        starts.append(card.token)
+        claim(stage, job, card.token, "b")
+        ended = [Ended(job, card.token, "lost")]
+        stage.ledger.settle("b", "b-life", ended=ended, most_losses=MOST_LOSSES)
+    stage.apply()
+    assert starts == ["1.1", "2.2", "2.3"]
+    assert (stage.row(job).state, stage.row(job).losses) == ("lost", 3)
+
+
+def test_number_of_an_unknown_attempt_is_used_once_for_all_that_waited(stage: Stage) -> None:
+    """Nobody knows which of them it was."""
+    jobs = [stage.submit(cpus=1000, applied=number < 2) for number in range(3)]
+    lose(stage)
+    stage.worker("b", cpus=4000)
+    # (The first was admitted, as Postgres says, and its worker is silent: it keeps it until it is lost.)
+    assert [token(stage, job) for job in jobs] == ["1.1", "2.2", "2.2"]
+    assert [stage.row(job).losses for job in jobs] == [0, 1, 1]
+    stage.ledger.condemn("a", "a-life")
+    assert stage.ledger.lapse("a", 0, MOST_LOSSES).verdict == "gone"
+    stage.apply()
+    assert (stage.row(jobs[0]).state, stage.row(jobs[0]).losses) == ("accepted", 1)
+
+
+def test_nothing_is_in_doubt_where_every_worker_said_what_it_holds(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = stage.submit(cpus=9000)
+
+    def report(opener: object, workers: list[str]) -> None:
+        stage.worker("a", cpus=1000)
+
+    monkeypatch.setattr(rebuild.Opener, "_await_reports", report)
+    lose(stage)
+    assert (token(stage, job), stage.row(job).losses) == ("2.0", 0)
+
+
+def test_nothing_is_in_doubt_where_the_stream_survived(stage: Stage) -> None:
+    job = stage.submit(cpus=9000)
+    stage.redis.hset(keys.EPOCH, "epoch", 7)
+    assert rebuild.open_if_cold(stage.engine, stage.ledger) is not None
+    stage.apply()
+    assert (token(stage, job), stage.row(job).losses) == ("8.0", 0)
+
+
+def test_job_is_in_doubt_once_and_one_that_came_later_never(stage: Stage) -> None:
+    job = stage.submit(cpus=9000)
+    lose(stage)
+    lose(stage)
+    assert (token(stage, job), stage.row(job).losses) == ("3.2", 1)
+    stage.sql("UPDATE authority SET opening_at = NULL")
+    later = stage.insert({"cpus": 9000})
+    stage.sql("UPDATE jobs SET submitted_at = now() + interval '1 minute' WHERE id = :job", job=later)
+    lose(stage)
+    assert (token(stage, later), stage.row(later).losses) == ("4.0", 0)
+
+
+def test_lost_worker_s_unknown_claim_of_a_row_that_says_admitted_counts(stage: Stage) -> None:
+    job = stage.submit(cpus=1000)
+    claim(stage, job, "1.1", "a")
+    stage.sql("UPDATE workers SET status = 'lost'")
+    lose(stage)
+    assert (stage.row(job).state, stage.row(job).losses) == ("waiting", 1)
+    stage.worker("b", cpus=1000)
+    assert token(stage, job) == "2.2"
+
+
+@pytest.mark.parametrize(
+    ("change", "has_claim"),
+    [
+        ("SELECT 1", True),
+        ("UPDATE jobs SET state = 'running', epoch = 1, attempt = 1, step = 2, incarnation = 'a-life'", True),
+        ("UPDATE jobs SET step = 4, epoch = 1, attempt = 1, state = 'running', incarnation = 'a-life'", False),
+        ("UPDATE jobs SET epoch = 2, attempt = 2, step = 1, state = 'admitted'", False),
+        ("UPDATE jobs SET state = 'cancelled', finished_at = now()", False),
+    ],
+)
+def test_claim_is_known_when_its_row_says_so(stage: Stage, change: str, has_claim: bool) -> None:
+    job = stage.submit(cpus=1000, applied=False)
+    stage.sql(change)
+    assert claims.write(stage.engine, claim_of(job)) is has_claim
+    assert claims.write(stage.engine, claim_of(job)) is has_claim, "again"
+
+
+def test_claim_of_a_locked_row_is_not_known_now(stage: Stage, engine: Engine, settings: Settings) -> None:
+    job = stage.submit(cpus=1000, applied=False)
+    workers_own = make_engine(str(settings.database_url))
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("SELECT 1 FROM jobs FOR UPDATE"))
+        assert claims.write(workers_own, claim_of(job)) is None
+    assert claims.write(workers_own, claim_of(job)) is True
+    workers_own.dispose()
+
+
+def claim_of(job: str) -> Transition:
+    return Transition(job, 1, 1, "running", Step.RUNNING, "a", "a-life", 1, 2, 2, 0)

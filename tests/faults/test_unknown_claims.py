@@ -1,0 +1,47 @@
+"""A worker dies with a job that it had just claimed, and Redis is emptied, before Postgres has the claim."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import text
+
+from routing import keys
+from tests.faults.oracle import read
+from tests.faults.watching import Oracle
+from tests.fixtures.processes import Platform
+from tests.fixtures.submitting import Submitter
+from tests.fixtures.waiting import until
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rerun", [True, False])
+def test_unknown_claim_is_counted_or_has_not_started(
+    platform: Platform, submitter: Submitter, oracle: Oracle, rerun: bool
+) -> None:
+    worker = platform.worker("a", cpus=1, pool="threads")
+    before = oracle.send(submitter, seconds=1.0)
+    until(lambda: oracle.starts_of(before) == 1, "the worker is busy")
+    # (The dead worker's statement may still come about when the row is free: then the claim is known, and lost.)
+    job = oracle.send(submitter, seconds=3.0, rerun=rerun, expected=["succeeded"] if rerun else ["succeeded", "lost"])
+    # Nothing that becomes of it is written while somebody has its row.
+    with platform.engine.connect() as connection, connection.begin():
+        connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": job})
+        until(lambda: platform.redis.hget(keys.job(job), "state") == b"running", "it is claimed")
+        if rerun:
+            until(lambda: oracle.starts_of(job) == 1, "its body begins all the same")
+        else:
+            worker.wait_for("starts when Postgres has its claim")
+        oracle.asked(worker)
+        worker.kill()
+        assert oracle.starts_of(job) == int(rerun)
+        platform.redis.flushdb()
+        oracle.results_were_lost()
+    platform.worker("b", cpus=1, pool="threads")
+    row = submitter.ended(job)
+    oracle.whole_again("a claim that nobody knew")
+    starts = [line.attempt for line in read(oracle.trace) if line.job == job and line.what == "start"]
+    if rerun:
+        assert (row.state, row.losses, starts) == ("succeeded", 1, [1, 2])
+    else:
+        assert (row.state, row.losses, starts) in [("succeeded", 0, [2]), ("lost", 1, [])]
+    oracle.assert_zeros()

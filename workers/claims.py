@@ -1,0 +1,54 @@
+"""What a worker says to Postgres of the attempts that it claimed, and how it makes sure that it is there."""
+
+from __future__ import annotations
+
+import logging
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from routing import fence, store
+from routing.accept import Publisher
+from routing.states import Step
+from routing.store import Transition
+from workers.holdings import Holding
+from workers.identity import Identity
+
+logger = logging.getLogger(__name__)
+
+
+def running(identity: Identity, holding: Holding, entry: str = "") -> Transition:
+    """Return the transition that says that an attempt runs on this worker."""
+    epoch, _, attempt = holding.token.partition(".")
+    return Transition(
+        job=holding.job,
+        epoch=int(epoch),
+        attempt=int(attempt),
+        state="running",
+        step=Step.RUNNING,
+        worker=identity.name,
+        incarnation=identity.incarnation,
+        admitted_ms=holding.admitted_ms,
+        started_ms=holding.started_ms,
+        at_ms=holding.started_ms,
+        losses=holding.losses,
+        entry=entry,
+    )
+
+
+def write(engine: Engine, claim: Transition) -> bool | None:
+    """Write a claim and return True if Postgres has it, False if its row says that another attempt is newer, or that
+    the job is over. None where Postgres does not take it now. Safe to do again: a commit whose answer was lost is
+    found."""
+    try:
+        applied, left = store.apply_unlocked(engine, [claim])
+        if left:
+            logger.warning("job %s starts when Postgres has its claim: its row is locked", claim.job)
+            return None
+        if applied:
+            return True
+        with engine.connect() as connection:
+            return fence.runs(connection, Publisher(claim.job, claim.epoch, claim.attempt, claim.incarnation))
+    except SQLAlchemyError as error:
+        logger.warning("job %s starts when Postgres has its claim: %s", claim.job, type(error).__name__)
+        return None
