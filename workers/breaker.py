@@ -8,8 +8,6 @@ closed nothing looks, and there is no question beyond those of the senders.
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,25 +17,19 @@ from typing import Any, Final, TypeVar
 
 from redis.exceptions import RedisError
 
-from routing import native, patience
+from routing import patience
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
 from routing.server import connect
 from routing.settings import Settings
+from workers.circuit import SLOW, Circuit
 from workers.submissions import Beginning, Submission, Submissions
-
-logger = logging.getLogger(__name__)
 
 #: Seconds for a connection, and for an answer.
 ANSWER_WITHIN: Final = 1.0
 #: Seconds for all that one attempt asks, the questions of a new connection included.
 ATTEMPT_WITHIN: Final = 3.0
-#: Seconds above which an answer is slow: thousands of times what it takes, so that a busy machine does not matter.
-SLOW: Final = 0.5
-#: Seconds between two looks at a ledger that did not answer: doubled from the first to the last.
-LOOK_AFTER: Final = 0.25
-LOOK_AT_MOST: Final = 2.0
 
 T = TypeVar("T")
 
@@ -52,15 +44,16 @@ class Breaker:
         self._ledger = Ledger(settings, patience.bounded(client))
         self._ledger.find_database = find_database
         self._submissions = Submissions(self._bring)
-        self._lock = threading.Lock()
-        self._open = False
-        self._looking: native.Thread | None = None
-        self._ended = native.Event()
+        self._circuit = Circuit(
+            self._ping,
+            "the ledger is left alone until it answers quickly (jobs are accepted meanwhile)",
+            "the ledger answers again",
+        )
 
     @property
     def closed(self) -> bool:
         """Whether the ledger is asked."""
-        return not self._open
+        return self._circuit.closed
 
     def ask(self, question: Callable[[Ledger], T]) -> T | None:
         """What the ledger answers, once it has what was submitted before; None where it is left alone, or does not
@@ -75,7 +68,7 @@ class Breaker:
     def submit(self, job: Submission, began: Beginning, *, alone: bool) -> None:
         """Bring a job to the ledger that is durable. `began`: what `begin` said. `alone`: before this
         returns. What the ledger does not hear or take, the duties bring."""
-        if not self._open:
+        if self._circuit.closed:
             self._submissions.add(job, began, alone=alone)
 
     def flush(self) -> bool:
@@ -89,17 +82,17 @@ class Breaker:
                 self._ask(partial(_submit, epoch, [job.args for job in together]))
 
     def _ask(self, question: Callable[[Ledger], T]) -> T | None:
-        if self._open:
+        if not self._circuit.closed:
             return None
         began = time.monotonic()
         try:
             with patience.attempt(ATTEMPT_WITHIN):
                 answer = question(self._ledger)
         except (StoreUnavailable, RedisError) as error:
-            self._trip(str(error))
+            self._circuit.trip(str(error))
             return None
         if (took := time.monotonic() - began) > SLOW:
-            self._trip(f"an answer took {took:.1f} s")
+            self._circuit.trip(f"an answer took {took:.1f} s")
         return answer
 
     def descriptors(self) -> list[int]:
@@ -109,40 +102,12 @@ class Breaker:
     def close(self) -> None:
         """End the connections, and the thread where there is one."""
         self._submissions.flush()
-        self._ended.set()
-        if self._looking is not None:
-            self._looking.join(ATTEMPT_WITHIN)
+        self._circuit.stop(ATTEMPT_WITHIN)
         self._ledger.client.close()
 
-    def _trip(self, why: str) -> None:
-        with self._lock:
-            if self._open:
-                return
-            self._open = True
-            self._looking = native.Thread(target=self._look, name="breaker", daemon=True)
-        logger.warning("the ledger is left alone until it answers quickly (jobs are accepted meanwhile): %s", why)
-        self._looking.start()
-
-    def _look(self) -> None:
-        """In a thread: until the ledger answers quickly."""
-        pause = LOOK_AFTER
-        while not self._ended.wait(pause):
-            began = time.monotonic()
-            try:
-                with patience.attempt(ATTEMPT_WITHIN):
-                    self._ledger.client.ping()
-                quick = time.monotonic() - began <= SLOW
-            except RedisError:
-                quick = False
-            except Exception:
-                # Whatever it was: without this thread nobody would ever ask again.
-                logger.exception("it could not be seen whether the ledger answers")
-                quick = False
-            if quick:
-                logger.warning("the ledger answers again")
-                self._open = False
-                return
-            pause = min(2 * pause, LOOK_AT_MOST)
+    def _ping(self) -> None:
+        with patience.attempt(ATTEMPT_WITHIN):
+            self._ledger.client.ping()
 
 
 def _submit(epoch: int, jobs: list[tuple[Any, ...]], ledger: Ledger) -> bool:

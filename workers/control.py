@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Final
 
 from celery.app.control import Control
+from kombu.exceptions import OperationalError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -22,6 +24,8 @@ from routing.store import REVOKED
 from workers.gates import rate_of
 from workers.stores import Stores
 from workers.undelivered import deliver_rows
+
+logger = logging.getLogger(__name__)
 
 #: The error of a job that `celery purge` ended.
 PURGED: Final = "purged"
@@ -50,10 +54,11 @@ class PlatformControl:
         """Revoke jobs (an id, or several). One that waits or is scheduled ends at once, for good, with the result
         REVOKED; of one that a worker holds the worker is told, as Celery does (`terminate` ends its process), and its
         row keeps it: the job runs no other attempt. While the ledger does not answer every job is only marked, starts
-        no more, and ends within the sweep's interval once it answers. Raises `StoreUnavailable`, `InvalidRequest`."""
+        no more, and ends within the sweep's interval once it answers. Raises `InvalidRequest`, and `StoreUnavailable`:
+        also where `terminate` is asked for and the broker is away, so that no worker can be told."""
         ids = [check_job_id(one) for one in ([task_id] if isinstance(task_id, str) else task_id)]
         revoke_jobs(self.app, self.stores, ids)
-        with _telling():
+        with _telling(terminate):
             return super().revoke(task_id, destination=destination, terminate=terminate, signal=signal, **kwargs)  # type: ignore[misc]
 
     def revoke_by_stamped_headers(
@@ -62,7 +67,7 @@ class PlatformControl:
         """The same for all jobs that carry one of these stamps: {name: value or list of values}. Workers remember the
         stamps, as Celery's do: what is submitted with one later ends when it is to start."""
         revoke_stamped(self.app, self.stores, headers)
-        with _telling():
+        with _telling(terminate):
             return super().revoke_by_stamped_headers(  # type: ignore[misc]
                 headers, destination=destination, terminate=terminate, signal=signal, **kwargs
             )
@@ -108,13 +113,23 @@ class PlatformControl:
 
 
 class _telling:  # noqa: N801 - reads as a statement
-    """Within, what this thread broadcasts says that the rows know."""
+    """Within, what this thread broadcasts says that the rows know. While the broker is away they are enough, but for
+    what is to be terminated."""
+
+    def __init__(self, terminate: bool) -> None:
+        self._terminate = terminate
 
     def __enter__(self) -> None:
         self._token = _told.set(True)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
         _told.reset(self._token)
+        if not isinstance(error, OperationalError):
+            return False
+        if self._terminate:
+            raise StoreUnavailable("what runs was not terminated, the broker does not answer; no attempt follows it")
+        logger.warning("revoked in Postgres; no worker was told, the broker does not answer: %s", error)
+        return True
 
 
 def revoke_jobs(app: Any, stores: Stores, ids: Sequence[str]) -> int:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from celery import Celery, current_app, states
@@ -30,6 +31,8 @@ from routing import addresses, sentinels
 from routing.outbox import Outbox
 from routing.replies import Kept
 from workers import attempts
+from workers.patiently import may_pass
+from workers.row_results import RowResults, payload
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +155,7 @@ class CarriedResults:
         return {"base64": base64.b64encode(text).decode("ascii")}
 
     def _unpacked(self, note: dict[str, Any]) -> Any:
-        return self.decode(_payload(note))  # type: ignore[attr-defined]
+        return self.decode(payload(note))  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -173,20 +176,8 @@ def _current(app: Any, request: Context) -> Iterator[None]:
         _task_stack.pop()
 
 
-def _payload(note: dict[str, Any]) -> Any:
-    return note["text"] if "text" in note else base64.b64decode(note["base64"])
-
-
-class PlatformRedisBackend(RedisBackend):
-    """Subscribes when somebody waits.
-
-    Celery subscribes to a result's channel when the task is sent, and again (a no-op then) when somebody waits for it,
-    before it reads the state. The second is enough; the first costs each `delay()` two commands and, with Redis down,
-    makes it fail after many seconds, before the platform's sender is even asked.
-    """
-
-    def on_task_call(self, producer: Any, task_id: str) -> None:
-        """Nothing to prepare: `AsyncResult.get` and groups subscribe before they read."""
+class PlatformRedisBackend(RowResults):
+    """Reads results from their jobs' rows while its Redis is away (`workers.row_results`)."""
 
     def _params_from_url(self, url: str, defaults: Any) -> Any:
         found = super()._params_from_url(url, defaults)
@@ -222,6 +213,8 @@ class CarriedRedisResults(CarriedResults):
         meta["task_id"] = task_id
         key = self.get_key_for_task(task_id)  # type: ignore[attr-defined]
         text = self.encode(meta)  # type: ignore[attr-defined]
+        if not is_asked(self):
+            return
         try:
             with self.client.pipeline() as pipe:  # type: ignore[attr-defined]
                 pipe.watch(key)
@@ -235,6 +228,8 @@ class CarriedRedisResults(CarriedResults):
             # Somebody stored a newer one just now.
             return
         except Exception as error:
+            if may_pass(error) and hasattr(self, "reach"):
+                self.reach.trip(str(error))
             logger.warning("the state %s of job %s could not be stored: %s", state, task_id, error)
 
     def kept_in(self, ledger_url: str | None, outbox: Outbox) -> tuple[tuple[Kept, ...], Outbox]:
@@ -244,6 +239,17 @@ class CarriedRedisResults(CarriedResults):
         return kept, Outbox(outbox.publishes, [note for note in outbox.results if "result" not in note])
 
     def deliver_results(self, notes: Sequence[dict[str, Any]]) -> None:
+        self._asked(lambda: self._deliver_all(notes))
+
+    def deliver_chord(self, note: dict[str, Any]) -> None:
+        self._asked(lambda: super(CarriedRedisResults, self).deliver_chord(note))
+
+    def _asked(self, deliver: Callable[[], None]) -> None:
+        """While Redis is away nobody waits for it."""
+        ask = getattr(self, "ask", None)
+        (deliver if ask is None else partial(ask, deliver))()
+
+    def _deliver_all(self, notes: Sequence[dict[str, Any]]) -> None:
         with self.client.pipeline(transaction=False) as pipe:  # type: ignore[attr-defined]
             for note in notes:
                 self._set_in(pipe, *self._kept(note))
@@ -251,7 +257,7 @@ class CarriedRedisResults(CarriedResults):
 
     def _kept(self, note: dict[str, Any]) -> Kept:
         key = self.get_key_for_task(note["result"])  # type: ignore[attr-defined]
-        return key.decode() if isinstance(key, bytes) else key, self._seconds(note["state"]), _payload(note)
+        return key.decode() if isinstance(key, bytes) else key, self._seconds(note["state"]), payload(note)
 
     def _seconds(self, state: str) -> int:
         expires = self.failure_expires if state == states.FAILURE else self.expires  # type: ignore[attr-defined]
@@ -294,6 +300,12 @@ class CarriedReplies(CarriedResults):
                         retry_policy={"max_retries": 1, "interval_start": 0},
                         delivery_mode=self.delivery_mode,  # type: ignore[attr-defined]
                     )
+
+
+def is_asked(backend: Any) -> bool:
+    """Whether a backend is asked now: one in Redis is left alone while it does not answer."""
+    reach = getattr(backend, "reach", None)
+    return reach is None or bool(reach.closed)
 
 
 def kept_of(app: Celery, request: Context) -> tuple[bool, bool]:

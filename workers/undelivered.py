@@ -170,8 +170,9 @@ def _bring(parts: Parts | None, part: Part) -> None:
 def _tell_all(app: Celery, row: Any, box: Outbox, speaker: Attempt) -> None:
     deliver(app.backend, box, speaker)
     untold = _untold(box)
-    if untold and not (untold[0].get("unless_told") and app.backend.get_state(row.id) in states.READY_STATES):
-        with held(speaker):
+    # (Whoever speaks for an attempt asks the backend itself, and no row.)
+    with held(speaker):
+        if untold and not (untold[0].get("unless_told") and app.backend.get_state(row.id) in states.READY_STATES):
             _tell_anyhow(app, row.id, State(row.state), row.error or "", bytes(row.message))
 
 

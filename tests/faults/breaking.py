@@ -31,7 +31,13 @@ from tests.fixtures.proxy import Proxy
 from tests.fixtures.servers import ANSWER_WITHIN, empty_database, empty_redis, environment_of
 from tests.fixtures.waiting import until
 
-IMPORTS: Final = ("tests.tasks.quick", "tests.tasks.seams", "tests.tasks.traced")
+IMPORTS: Final = (
+    "tests.tasks.canvas",
+    "tests.tasks.ends",
+    "tests.tasks.quick",
+    "tests.tasks.seams",
+    "tests.tasks.traced",
+)
 #: What is no message of Celery's.
 GARBAGE: Final = (
     b"garbage",

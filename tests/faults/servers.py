@@ -51,6 +51,9 @@ class Servers:
         server = valkey.running(self.redis_folder)
         assert server is not None and server.kill()
 
+    def redis_is_away(self) -> bool:
+        return valkey.running(self.redis_folder) is None
+
     def start_redis(self) -> None:
         """Where it was: empty, or with what the last dump holds."""
         found = valkey.start(self.redis_folder, urlsplit(self.pair.redis_url).port, durable=False)

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from celery import group
+from celery.exceptions import TaskRevokedError
 
 from routing import roster
 from routing.roster import Authority
 from tests.faults.servers import Servers
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import Platform, Pool
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.submitting import RESULT_WITHIN, Submitter
 from tests.fixtures.waiting import until
+
+ADD = "tests.fixtures.tasks.add"
 
 
 def authority(platform: Platform) -> Authority:
@@ -55,7 +60,8 @@ def without_redis(servers: Servers, platform: Platform, oracle: Oracle) -> Itera
     servers.kill_redis()
     until_decides(platform, "postgres")
     yield platform
-    servers.start_redis()
+    if servers.redis_is_away():
+        servers.start_redis()
     oracle.whole_again("Redis was away")
     if any(process.alive for process in platform.processes):
         until_decides(platform, "ledger")
@@ -118,5 +124,49 @@ def test_broken_off_jobs_run_again_on_another_worker(
     assert {submitter.row(job).worker for job in jobs} == {"b"}
     assert {submitter.row(job).losses for job in jobs} == ({0} if signum == signal.SIGQUIT else {1})
     servers.start_redis()
+    until_decides(platform, "ledger")
+    oracle.assert_zeros()
+
+
+def test_results_are_read_from_rows_with_their_types_while_redis_is_away(
+    without_redis: Platform, submitter: Submitter, servers: Servers
+) -> None:
+    value = submitter.send(ADD, 40, 2)
+    failed = submitter.send("tests.fixtures.tasks.fail", "so it is")
+    retried = submitter.send("tests.tasks.ends.again", 2)
+    later = submitter.send(ADD, 1, 1, countdown=3600)
+    assert submitter.result(later).state == "PENDING"
+    revoked = submitter.send(ADD, 1, 1, countdown=3600)
+    submitter.app.control.revoke(revoked)
+    for _ in ("away", "back"):
+        assert submitter.value(value) == 42
+        assert submitter.value(retried)["retries"] == 2
+        with pytest.raises(ValueError, match="so it is"):
+            submitter.value(failed)
+        with pytest.raises(TaskRevokedError):
+            submitter.value(revoked)
+        states = [submitter.result(job).state for job in (value, failed, revoked)]
+        assert states == ["SUCCESS", "FAILURE", "REVOKED"]
+        together = group(submitter.app.signature(ADD, (n, n)) for n in range(3)).apply_async()
+        assert together.get(timeout=RESULT_WITHIN) == [0, 2, 4]
+        if servers.redis_is_away():
+            servers.start_redis()
+            until_decides(without_redis, "ledger")
+    submitter.app.control.revoke(later)
+
+
+def test_waiting_for_a_result_outlasts_the_loss_and_the_return_of_redis(
+    servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle
+) -> None:
+    platform.worker("a", cpus=4)
+    early, late = (oracle.send(submitter, seconds=seconds) for seconds in (2.0, 8.0))
+    with ThreadPoolExecutor() as threads:
+        values = [threads.submit(submitter.result(job).get, timeout=60) for job in (early, late)]
+        until(lambda: submitter.row(late).state == "running", "both run")
+        servers.kill_redis()
+        until_decides(platform, "postgres")
+        assert values[0].result(60) == 0
+        servers.start_redis()
+        assert values[1].result(60) == 1
     until_decides(platform, "ledger")
     oracle.assert_zeros()
