@@ -36,6 +36,9 @@ ALTER FUNCTION archive_finished(double precision, integer) OWNER TO platform_own
 ALTER TABLE unique_keys OWNER TO platform_owner;
 ALTER TABLE dependencies OWNER TO platform_owner;
 ALTER TABLE rates OWNER TO platform_owner;
+ALTER TABLE chords OWNER TO platform_owner;
+ALTER TABLE chord_parts OWNER TO platform_owner;
+ALTER FUNCTION note_chord(text, integer, text) OWNER TO platform_owner;
 ALTER FUNCTION claim_key(text, text, double precision) OWNER TO platform_owner;
 ALTER FUNCTION gate_job(text, text[], boolean, timestamptz) OWNER TO platform_owner;
 ALTER FUNCTION note_awaited_end() OWNER TO platform_owner;
@@ -56,6 +59,8 @@ GRANT SELECT ON jobs_archive, attempts_archive TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON jobs, attempts, workers, declarations TO platform_worker;
 GRANT SELECT, DELETE ON unique_keys, dependencies TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON rates TO platform_worker;
+GRANT SELECT, UPDATE, DELETE ON chords TO platform_worker;
+GRANT SELECT, INSERT, DELETE ON chord_parts TO platform_worker;
 GRANT SELECT, UPDATE ON authority TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON runner TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON quarantine TO platform_worker;
@@ -72,6 +77,10 @@ REVOKE ALL ON FUNCTION claim_key(text, text, double precision), gate_job(text, t
   note_awaited_end(), open_rate(text, double precision, text, double precision, integer) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION claim_key(text, text, double precision), gate_job(text, text[], boolean, timestamptz),
   open_rate(text, double precision, text, double precision, integer) TO platform_worker, platform_submitter;
+
+-- A chord is noted in the same way while Redis is away.
+REVOKE ALL ON FUNCTION note_chord(text, integer, text) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION note_chord(text, integer, text) TO platform_worker, platform_submitter;
 
 -- Those who look. `message`, `successor` and `outbox` hold the arguments and the results of jobs.
 GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarnation, priority, request, shape, declared,

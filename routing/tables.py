@@ -337,3 +337,24 @@ rates = Table(
     Column("counted_at", DateTime(timezone=True), nullable=False, server_default=text("clock_timestamp()")),
     Column("idle", Boolean, nullable=False, server_default=text("true"), comment="none is held back"),
 )
+
+# Chords that are counted here, since Redis was away when they were made.
+chords = Table(
+    "chords",
+    metadata,
+    Column("group_id", Text, primary_key=True, comment="Celery's id of its header"),
+    Column("size", Integer, comment="parts of its header; null: not known yet"),
+    Column("structure", Text, comment="the nested results of its header as JSON; null: none are nested"),
+    Column("made_at", DateTime(timezone=True), nullable=False, server_default=text("clock_timestamp()")),
+)
+
+# Their parts, and those of chords whose size is not known yet.
+chord_parts = Table(
+    "chord_parts",
+    metadata,
+    Column("group_id", Text, primary_key=True),
+    Column("member", Text, primary_key=True, comment="the job and its place in the header"),
+    Column("position", Float(53), nullable=False, comment="its place in the header"),
+    Column("outcome", LargeBinary, nullable=False, comment="its state and value, encoded"),
+    Column("made_at", DateTime(timezone=True), nullable=False, server_default=text("clock_timestamp()")),
+)

@@ -51,3 +51,14 @@ def held(attempt: Attempt) -> Iterator[Attempt]:
         yield attempt
     finally:
         _here.attempt = before
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within, this thread speaks for no attempt."""
+    before = current()
+    _here.attempt = None
+    try:
+        yield
+    finally:
+        _here.attempt = before

@@ -35,13 +35,19 @@ MOST: Final = 200
 
 def deliver(backend: Any, box: Outbox, attempt: Attempt) -> None:
     """Deliver results, then parts of chords, which may take as long as they like (see `workers.parts`). Raises what the
-    backend raises, where it may pass: then all is left. What it will never take is logged and dropped."""
-    results = [note for note in box.results if "result" in note]
+    backend raises, where it may pass: then all is left. What it will never take is logged and dropped. A part may be
+    counted in Postgres though the backend takes no result."""
+    results, problem = [note for note in box.results if "result" in note], None
     if results:
-        _store(backend, results)
+        try:
+            _store(backend, results)
+        except Exception as error:
+            problem = error
     for note in chords_in(box):
         with held(attempt):
             _try(backend.deliver_chord, note)
+    if problem is not None:
+        raise problem
 
 
 def chords_in(box: Outbox) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import Engine
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Ends written in one transaction.
 MOST: Final = 200
+#: What stands in the outbox of a job that left a part of a chord. (Its results may be kept apart, its parts are not.)
+PART: Final = '"chord": "'
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ class End:
 
 class PostgresEnds:
     """Used by the ledger's thread alone. `later` runs what may wait for a store elsewhere; `on_room` is called after
-    holdings were removed, `on_outbox` when rows have something to be delivered."""
+    holdings were removed, `on_outbox` when rows have something to be delivered. `on_parts` gets the jobs whose rows
+    have parts of chords, in the thread of `later`."""
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class PostgresEnds:
         later: Callable[[Callable[[], None]], None],
         on_room: Callable[[], None],
         on_outbox: Callable[[], None],
+        on_parts: Callable[[Sequence[str]], None],
     ) -> None:
         self._transactions = transactions(engine)
         self._settings = settings
@@ -62,6 +67,7 @@ class PostgresEnds:
         self._later = later
         self._on_room = on_room
         self._on_outbox = on_outbox
+        self._on_parts = on_parts
         self._said = ""
         #: Ends that were refused and are not counted in the ledger yet.
         self.stale = 0
@@ -113,6 +119,8 @@ class PostgresEnds:
         self._on_room()
         if any(end.whole or end.ended.outbox for end in batch):
             self._on_outbox()
+        if parts := [end.ended.job for end in batch if PART in end.ended.outbox]:
+            self._later(partial(self._on_parts, parts))
         return True
 
     def _write(self, batch: Sequence[End]) -> tuple[list[End], list[End]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,8 +31,9 @@ from routing import addresses, sentinels
 from routing.outbox import Outbox
 from routing.replies import Kept
 from workers import attempts
+from workers.chord_rows import RowChords
 from workers.patiently import may_pass
-from workers.row_results import RowResults, payload
+from workers.row_results import payload
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +177,8 @@ def _current(app: Any, request: Context) -> Iterator[None]:
         _task_stack.pop()
 
 
-class PlatformRedisBackend(RowResults):
-    """Reads results from their jobs' rows while its Redis is away (`workers.row_results`)."""
+class PlatformRedisBackend(RowChords):
+    """Reads results from their jobs' rows, and counts chords in Postgres, while its Redis is away."""
 
     def _params_from_url(self, url: str, defaults: Any) -> Any:
         found = super()._params_from_url(url, defaults)
@@ -239,15 +240,9 @@ class CarriedRedisResults(CarriedResults):
         return kept, Outbox(outbox.publishes, [note for note in outbox.results if "result" not in note])
 
     def deliver_results(self, notes: Sequence[dict[str, Any]]) -> None:
-        self._asked(lambda: self._deliver_all(notes))
-
-    def deliver_chord(self, note: dict[str, Any]) -> None:
-        self._asked(lambda: super(CarriedRedisResults, self).deliver_chord(note))
-
-    def _asked(self, deliver: Callable[[], None]) -> None:
-        """While Redis is away nobody waits for it."""
-        ask = getattr(self, "ask", None)
-        (deliver if ask is None else partial(ask, deliver))()
+        # (While Redis is away nobody waits for it.)
+        deliver, ask = partial(self._deliver_all, notes), getattr(self, "ask", None)
+        deliver() if ask is None else ask(deliver)
 
     def _deliver_all(self, notes: Sequence[dict[str, Any]]) -> None:
         with self.client.pipeline(transaction=False) as pipe:  # type: ignore[attr-defined]

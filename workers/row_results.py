@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,6 +40,9 @@ LOOK_AFTER: Final = 0.05
 LOOK_AT_MOST: Final = 0.5
 
 _ROWS: Final = text("SELECT id, state, error, outbox FROM jobs WHERE id = ANY(CAST(:ids AS text[]))")
+
+
+_here: Final = threading.local()
 
 
 class Unknown(Exception):
@@ -174,16 +178,29 @@ class RowResults(RedisBackend):
             # (It says itself why it does not answer, or has it.)
             return question()
 
+    @property
+    def is_on_platform(self) -> bool:
+        return isinstance(getattr(self.app, "platform", None), Stores)
+
     def _may_read_rows(self) -> bool:
         """Whether this thread reads results. (What delivers them speaks for an attempt, and waits for none of them.)"""
         attempt = attempts.current()
-        return isinstance(getattr(self.app, "platform", None), Stores) and (attempt is None or attempt.patient is None)
+        return self.is_on_platform and (attempt is None or attempt.patient is None)
 
     def ensure(self, fun: Callable[..., Any], args: Sequence[Any], **policy: Any) -> Any:
-        """As Celery's, which tries for some 20 s; for what delivers results once."""
-        if self._may_read_rows():
+        """As Celery's, which tries for some 20 s; once within `asking_once`, and for what delivers results."""
+        if self._may_read_rows() and not getattr(_here, "once", False):
             return super().ensure(fun, args, **policy)
         return self.ask(lambda: fun(*args))
+
+    @contextmanager
+    def asking_once(self) -> Iterator[None]:
+        """Within, this thread tries once what Celery would try for some 20 s."""
+        _here.once = True
+        try:
+            yield
+        finally:
+            _here.once = False
 
     def exception_safe_to_retry(self, exc: Exception) -> bool:
         return self._may_read_rows() and bool(super().exception_safe_to_retry(exc))
@@ -201,19 +218,19 @@ class RowResults(RedisBackend):
         return [self._text_of(job, found.get(job), tolerant) for job in ids]
 
     def _text_of(self, job: str, row: Any, tolerant: bool) -> Any:
-        if row is not None:
-            for note in outbox.parse(row.outbox or "").results:
-                if note.get("result") == job:
-                    return payload(note)
-            if row.state not in FINAL:
+        if row is None or row.state not in FINAL:
+            # (The body of a chord has no row before its parts have come.)
+            return None
+        for note in outbox.parse(row.outbox or "").results:
+            if note.get("result") == job:
+                return payload(note)
+        state, error = _end_of(State(row.state), row.error)
+        if error is None:
+            if tolerant:
                 return None
-            state, error = _end_of(State(row.state), row.error)
-            if error is not None:
-                meta = self._get_result_meta(self.encode_result(error, state), state, None, None)
-                return self.encode({**meta, "task_id": job})
-        if not tolerant:
-            raise Unknown(f"the result of job {job} was delivered, or there is no such job")
-        return None
+            raise Unknown(f"the result of job {job} was delivered")
+        meta = self._get_result_meta(self.encode_result(error, state), state, None, None)
+        return self.encode({**meta, "task_id": job})
 
 
 def _end_of(state: State, error: str | None) -> tuple[str, Exception | None]:

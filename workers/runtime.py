@@ -59,7 +59,7 @@ from workers.serving import Serving
 from workers.sight import Sight, Switch
 from workers.starting import Starting
 from workers.stores import Stores
-from workers.undelivered import settle, tell_late
+from workers.undelivered import deliver_parts, settle, tell_late
 from workers.unpacking import TIMES
 from workers.wake import Wake
 
@@ -137,6 +137,7 @@ class Runtime:
             self.recorder.call,
             self.puller.wake,
             lambda: self.duties.tick(duties.OUTBOX),
+            partial(deliver_parts, app, stores),
         )
         self.pulse = Pulse(
             ledger,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -77,6 +78,44 @@ def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> 
             # What was a step of a replacement publishes nothing more.
             ended = replacing.end_abandoned(connection, sorted(replaced))
     return delivered + (deliver_rows(app, stores, ended) if ended else 0)
+
+
+def deliver_parts(app: Celery, stores: Stores, jobs: Sequence[str]) -> None:
+    """Have the parts of chords counted that these jobs left, while the backend does not take their results. A part of a
+    chord that is counted in Redis stays in its row."""
+    parts = parts_of(app)
+    with transactions(stores.engine).connect() as connection:
+        with connection.begin():
+            by = {"me": parts.incarnation if parts is not None else "", "tail": _TAIL}
+            values = {"ids": list(jobs), "most": len(jobs), "announces": True, "unannounced": outbox.UNANNOUNCED, **by}
+            rows = connection.execute(_LEFT, values).all()
+        for row in rows:
+            box = outbox.parse(row.outbox)
+            if chords_in(box):
+                with connection.begin():
+                    if connection.execute(_MINE, {"id": row.id, "outbox": row.outbox}).first() is not None:
+                        _deliver_parts(app, connection, row, box, parts)
+
+
+def _deliver_parts(app: Celery, connection: Connection, row: Any, box: Outbox, parts: Parts | None) -> None:
+    job, engine = row.id, connection.engine
+    speaker = Attempt(Tag(job, row.epoch, row.attempt), row.incarnation, patient=lambda: True)
+    results = [note for note in box.results if "chord" not in note]
+    rest = Outbox(box.publishes, results).to_text()
+    by = replace(box, by=parts.incarnation if parts is not None else "").to_text()
+
+    def afterwards(error: Exception | None) -> None:
+        if error is not None:
+            logger.info("the part of a chord that job %s left is not counted yet: %s", job, error)
+        settle(engine, job, by, rest if error is None else replace(box, by="").to_text())
+
+    chords = Outbox([], chords_in(box))
+    part = Part(job, name_of(box), key_of(speaker, box), lambda: deliver(app.backend, chords, speaker), afterwards)
+    _bring(parts, part)
+    if part.late:
+        connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": by})
+    elif part.done:
+        connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": rest or None})
 
 
 def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: str, left: str) -> None:

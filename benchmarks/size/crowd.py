@@ -143,7 +143,13 @@ class Worker:
             Sight(),
         )
         ends = PostgresEnds(
-            shared.engine, shared.settings, identity, confirmation, holdings, later, lambda: None, lambda: None
+            shared.engine,
+            shared.settings,
+            identity,
+            confirmation,
+            holdings,
+            later,
+            *(lambda: None, lambda: None, lambda _: None),
         )
         self.ledger_thread = LedgerThread(
             self.ledger,

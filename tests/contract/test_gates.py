@@ -362,6 +362,7 @@ def test_a_worker_that_pulls_opens_gates_by_its_own_word(
             lambda action: action(),
             lambda: told.append("room"),
             lambda: told.append("outbox"),
+            lambda _: told.append("parts"),
         )
         assert ends.settle(deque([End(Ended(first, taken.token, "succeeded"))]), deque())
         heard: Any = connection.connection.driver_connection

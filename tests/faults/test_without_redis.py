@@ -6,10 +6,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-from celery import group
-from celery.exceptions import TaskRevokedError
+from celery import chain, chord, group
+from celery.exceptions import ChordError, TaskRevokedError
+from sqlalchemy import text
 
 from routing import roster
 from routing.roster import Authority
@@ -20,6 +22,8 @@ from tests.fixtures.submitting import RESULT_WITHIN, Submitter
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
+FAIL = "tests.fixtures.tasks.fail"
+TOTAL = "tests.tasks.canvas.total"
 
 
 def authority(platform: Platform) -> Authority:
@@ -170,3 +174,36 @@ def test_waiting_for_a_result_outlasts_the_loss_and_the_return_of_redis(
         assert values[1].result(60) == 1
     until_decides(platform, "ledger")
     oracle.assert_zeros()
+
+
+def test_chains_groups_and_chords_go_on_while_redis_is_away(
+    without_redis: Platform, submitter: Submitter, servers: Servers
+) -> None:
+    add, total = submitter.app.signature(ADD), submitter.app.signature(TOTAL)
+
+    def sums(*numbers: int) -> Any:
+        return chord((add.clone((n, n)) for n in numbers), total.clone())
+
+    chained = chain(add.clone((1, 2)), add.clone((3,)), add.clone((4,))).apply_async()
+    simple = sums(*range(20)).apply_async()
+    body_of_chain = chain(group(add.clone((n, 1)) for n in range(3)), total.clone(), add.clone((100,))).apply_async()
+    nested = chord([sums(1, 2), sums(3, 4)], total.clone()).apply_async()
+    replaced = submitter.app.signature("tests.tasks.canvas.becomes", kwargs={"canvas": sums(5, 6)}).apply_async()
+    assert chained.get(timeout=RESULT_WITHIN) == 10
+    assert simple.get(timeout=RESULT_WITHIN) == 380
+    assert body_of_chain.get(timeout=RESULT_WITHIN) == 106
+    assert nested.get(timeout=RESULT_WITHIN) == 20
+    assert replaced.get(timeout=RESULT_WITHIN) == 22
+    assert authority(without_redis).authority == "postgres"
+    # One that is under way when Redis comes back, and one that fails: whose body has no row.
+    late = chord((add.clone((n, n), countdown=3.0 * n) for n in range(3)), total.clone()).apply_async()
+    failed = chord([add.clone((1, 1)), submitter.app.signature(FAIL, ("no",))], total.clone()).apply_async()
+    until(lambda: submitter.row(late.parent[0].id).state == "succeeded", "its first part has come")
+    servers.start_redis()
+    until_decides(without_redis, "ledger")
+    assert late.get(timeout=RESULT_WITHIN) == 6
+    with pytest.raises(ChordError):
+        submitter.value(failed.id)
+    assert sums(7, 8).apply_async().get(timeout=RESULT_WITHIN) == 30
+    with without_redis.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM chords")).scalar_one() == 0

@@ -27,6 +27,8 @@ TABLES = {
     "declarations",
     "quarantine",
     "runner",
+    "chords",
+    "chord_parts",
     "unique_keys",
     "dependencies",
     "rates",

@@ -6,15 +6,17 @@ from typing import Final
 
 from celery import Celery
 
-from routing import retention
+from routing import chords, retention
 from workers.stores import Stores
 
 #: Statements of one pass: at the usual sweep interval 1,000 jobs a second, more than a platform ends.
 MOST: Final = 10
+#: Seconds for which a chord is counted in Postgres: as long as Celery keeps a result, unless it is told otherwise.
+CHORDS_KEPT: Final = 86400.0
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `archived` jobs."""
+    """Counts: `archived` jobs; `chords`: rows of chords that were never completed."""
     archived, keep = 0, stores.settings.keep_finished
     for _ in range(MOST if keep else 0):
         with stores.engine.connect() as connection:
@@ -22,4 +24,6 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
         archived += moved
         if moved < retention.CHUNK:
             break
-    return {"archived": archived}
+    with stores.engine.connect() as connection:
+        forgotten = chords.forget_old(connection, CHORDS_KEPT)
+    return {"archived": archived, "chords": forgotten}
