@@ -4,11 +4,15 @@ Postgres, and nothing is lost or done twice when Redis is back."""
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from billiard.exceptions import TimeLimitExceeded
 from celery import chain, chord, group
 from celery.exceptions import ChordError, TaskRevokedError
 from sqlalchemy import text
@@ -16,13 +20,14 @@ from sqlalchemy import text
 from routing import roster
 from routing.roster import Authority
 from tests.faults.servers import Servers
-from tests.faults.watching import Oracle
+from tests.faults.watching import TASK, Oracle
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.submitting import RESULT_WITHIN, Submitter
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
 FAIL = "tests.fixtures.tasks.fail"
+LISTED = "tests.tasks.canvas.listed"
 TOTAL = "tests.tasks.canvas.total"
 
 
@@ -207,3 +212,62 @@ def test_chains_groups_and_chords_go_on_while_redis_is_away(
     assert sums(7, 8).apply_async().get(timeout=RESULT_WITHIN) == 30
     with without_redis.engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM chords")).scalar_one() == 0
+
+
+@pytest.mark.parametrize("data", ["empty", "with old data"])
+def test_every_job_ends_once_while_the_only_redis_is_away_for_longer_than_each_lease(
+    servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle, data: str
+) -> None:
+    platform.worker("a", cpus=3)
+    platform.worker("b", cpus=3, pool="threads")
+    lost_after = platform.settings.lost_after
+    long = oracle.send(submitter, seconds=lost_after + 4.0)
+    with oracle.flow(submitter):
+        oracle.until_runs(20)
+        if data != "empty":
+            with servers.admin() as admin:
+                admin.save()
+        servers.kill_redis()
+        oracle.results_were_lost()
+        away = time.monotonic()
+        until_decides(platform, "postgres")
+        until(lambda: time.monotonic() - away > 1.5 * lost_after, "each lease is over", 60)
+        oracle.until_more(20)
+        servers.start_redis()
+        oracle.whole_again(f"Redis was away, back {data}")
+        until_decides(platform, "ledger")
+        oracle.until_more(20)
+    oracle.assert_zeros()
+    assert submitter.outcomes(long) == ["succeeded"]
+
+
+def test_a_half_written_job_reaches_its_process_though_the_broker_goes_meanwhile(
+    servers: Servers, platform: Platform, submitter: Submitter
+) -> None:
+    """The pool's process reads nothing, so only a part of a large job fits into the pipe to it."""
+    worker = platform.worker("a", cpus=1)
+    assert submitter.value(submitter.send(ADD, 1, 2)) == 3
+    (child,) = psutil.Process(worker.pid).children()
+    child.suspend()
+    large = submitter.send(LISTED, "x" * 500_000)
+    submitter.until(large, "running")
+    servers.kill_redis()
+    worker.wait_for("the pool goes on meanwhile")
+    child.resume()
+    assert submitter.ended(large).state == "succeeded"
+    assert submitter.value(large) == ["x" * 500_000]
+    servers.start_redis()
+    until_decides(platform, "ledger")
+    assert submitter.value(submitter.send(ADD, 1, 2)) == 3
+
+
+def test_time_limits_hold_for_jobs_that_started_without_redis(
+    platform: Platform, submitter: Submitter, servers: Servers, tmp_path: Path
+) -> None:
+    platform.worker("a", cpus=2)
+    servers.kill_redis()
+    until_decides(platform, "postgres")
+    slow = submitter.send(TASK, str(tmp_path / "slow"), 1, 60.0, 1000, time_limit=1)
+    assert submitter.ended(slow).state == "failed"
+    with pytest.raises(TimeLimitExceeded):
+        submitter.value(slow)
