@@ -21,7 +21,11 @@ if no then
 end
 local now = clock()
 local book = read_book(worker, epoch)
-local mine = book and book.incarnation == incarnation
+if not book then
+  -- It went missing, and with it what is held there: the worker registers anew, and says once more what ended.
+  return {'cold'}
+end
+local mine = book.incarnation == incarnation
 local any = false
 local reply = {'ok', '0', ''}
 local i = 8

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from routing import keys
-from routing.replies import Adopted, Ended
+from routing.replies import Adopted, Ended, LedgerClosed
 from routing.request import Request
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import ONE, Cluster
@@ -170,6 +170,18 @@ def test_a_revoked_job_runs_no_successor(cluster: Cluster) -> None:
     cluster.end("job", "1.1", "cancelled")
     assert cluster.submit("job", attempt=1) is None
     assert cluster.state("job") == "ended"
+
+
+def test_an_end_waits_for_a_book_that_went_missing(cluster: Cluster) -> None:
+    """Refused, it would be lost, and its job taken back from the worker that says nothing of it any more."""
+    cluster.run("job")
+    cluster.client.delete(keys.book("w"))
+    with pytest.raises(LedgerClosed):
+        cluster.end("job", "1.1")
+    assert cluster.client.hget(keys.COUNTERS, "stale.release") is None
+    cluster.register()
+    assert cluster.end("job", "1.1").verdict == "released"
+    assert cluster.book()["a.cpus"] == "0"
 
 
 # Lists of what a worker holds.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final
+from types import SimpleNamespace
+from typing import Any, Final
 
 import pytest
 from sqlalchemy import Engine, text
@@ -14,6 +15,7 @@ from routing.settings import Settings
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import Cluster
 from tests.fixtures.staged import Stage
+from workers.duties import due, sweep
 
 
 @pytest.fixture
@@ -155,6 +157,22 @@ def test_no_repair_brings_in_a_job_whose_end_is_not_written(stage: Stage) -> Non
         connection.execute(taken_back, {"epoch": stage.ledger.epoch})
         assert enroll.submit_rows(stage.ledger, backlog.these(connection, [job])) == 0
     assert len(stream.read(stage.ledger)) == 1
+
+
+@pytest.mark.parametrize("state", ["accepted", "scheduled"])
+def test_duties_write_what_started_before_they_bring_in(stage: Stage, state: str) -> None:
+    """The key of a running job was lost, and its row does not say yet that it started."""
+    app: Any = SimpleNamespace()
+    stores: Any = SimpleNamespace(engine=stage.engine, ledger=stage.ledger, settings=stage.settings)
+    job = stage.submit(cpus=1000, applied=False)
+    stage.redis.delete(keys.job(job))
+    stage.sql("UPDATE jobs SET submitted_at = submitted_at - interval '1 hour'")
+    if state == "accepted":
+        assert sweep._stranded(app, stores) == 0
+    else:
+        stage.sql("UPDATE jobs SET state = 'scheduled', due_at = now()")
+        assert due._due(app, stores, set()) == 0
+    assert (stage.row(job).state, stage.redis.exists(keys.job(job))) == ("admitted", 0)
 
 
 def test_reconcile_gives_a_tombstone_its_time_where_the_stream_was_lost(stage: Stage) -> None:

@@ -11,6 +11,7 @@ from routing.errors import StoreUnavailable
 from routing.postgres import is_locked
 from routing.states import State
 from workers.control import end_before_start, open_gates
+from workers.duties import stream
 from workers.gates import burst_of
 from workers.stores import Stores
 from workers.undelivered import deliver_rows
@@ -36,7 +37,7 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     if expired:
         deliver_rows(app, stores, overdue)
     opened = open_all(app, stores)
-    return {"expired": expired, **opened, "due": _due(stores, set(overdue))}
+    return {"expired": expired, **opened, "due": _due(app, stores, set(overdue))}
 
 
 def open_all(app: Celery, stores: Stores) -> dict[str, int]:
@@ -52,11 +53,16 @@ def open_all(app: Celery, stores: Stores) -> dict[str, int]:
     }
 
 
-def _due(stores: Stores, gone: set[str]) -> int:
+def _due(app: Celery, stores: Stores, gone: set[str]) -> int:
     if stores.ledger.is_unfinished():
         # Whoever opens the ledger knows which of them may have started (`routing.doubt`).
         return 0
     submitted, after = 0, 0
+    with stores.engine.connect() as connection:
+        if not backlog.due(connection, 1):
+            return 0
+    # What has started already is not due: see `sweep`.
+    stream.run_once(app, stores, older_than_ms=0)
     while True:
         with stores.engine.connect() as connection:
             rows = backlog.due(connection, MOST, after)

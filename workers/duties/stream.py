@@ -13,10 +13,13 @@ from workers.undelivered import announcer_of, deliver_rows
 OLDER_THAN = 1000
 
 
-def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `applied` entries, `continued` jobs with a successor that is due, `delivered` outboxes of theirs, jobs
-    `carried` over from an older epoch that came in."""
-    entries, applied = stream.apply_all(stores.engine, stores.ledger, older_than_ms=OLDER_THAN)
+def run_once(app: Celery, stores: Stores, older_than_ms: int = OLDER_THAN) -> dict[str, int]:
+    """Write entries that are at least so old.
+
+    Counts: `applied` entries, `continued` jobs with a successor that is due, `delivered` outboxes of theirs, jobs
+    `carried` over from an older epoch that came in.
+    """
+    entries, applied = stream.apply_all(stores.engine, stores.ledger, older_than_ms=older_than_ms)
     continued = enroll.go_on(stores.engine, stores.ledger, applied)
     if (announcer := announcer_of(app)) is not None:
         announcer.waiting(applied)

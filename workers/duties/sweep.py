@@ -8,6 +8,7 @@ from celery import Celery
 from routing import backlog, enroll, revoking, room
 from routing.settings import Settings
 from workers.control import carry_out
+from workers.duties import stream
 from workers.stores import Stores
 
 MOST = 1000
@@ -23,18 +24,24 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     """Counts: `submitted` jobs, `redelivered` messages, `admitted` jobs that waited beside free room,
     `revoked` jobs that had been marked alone."""
     return {
-        "submitted": _stranded(stores),
         "redelivered": stores.ledger.redeliver(),
         "admitted": _fill(stores),
         "revoked": _revoked(stores),
+        # (The last one: it needs a Postgres that takes what is in the stream.)
+        "submitted": _stranded(app, stores),
     }
 
 
-def _stranded(stores: Stores) -> int:
+def _stranded(app: Celery, stores: Stores) -> int:
     if stores.ledger.is_unfinished():
         # Whoever opens the ledger knows which of them may have started (`routing.doubt`).
         return 0
     submitted, after = 0, 0
+    with stores.engine.connect() as connection:
+        if not backlog.stranded(connection, pause(stores.settings), 1):
+            return 0
+    # A job that has started may be `accepted` in its row still, and its key in the ledger lost. The stream says so.
+    stream.run_once(app, stores, older_than_ms=0)
     while True:
         with stores.engine.connect() as connection:
             rows = backlog.stranded(connection, pause(stores.settings), MOST, after)
