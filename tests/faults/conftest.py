@@ -10,7 +10,7 @@ import pytest
 from tests.faults import breaking, lasting, processes  # noqa: F401  the latter two add ways to break things
 from tests.faults.breaking import World
 from tests.faults.servers import Servers, own_servers
-from tests.faults.watching import Oracle
+from tests.faults.watching import Oracle, keep_commits
 from tests.fixtures.healing import note
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import standing_platform
@@ -37,6 +37,7 @@ def platform(request: pytest.FixtureRequest, servers: Servers, tmp_path: Path) -
         yield request.getfixturevalue("world").platform
         return
     with standing_platform(servers.pair, tmp_path, *breaking.IMPORTS) as running:
+        keep_commits(running)
         yield running
 
 

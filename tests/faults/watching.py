@@ -44,6 +44,14 @@ def _is_dead(line: Line) -> bool:
         return True
 
 
+def keep_commits(platform: Platform) -> None:
+    """Let commits of new connections survive the end of Postgres's processes. (Test servers write their log later, and
+    sync nothing to disk.)"""
+    with platform.engine.connect() as connection, connection.begin():
+        database = connection.execute(text("SELECT current_database()")).scalar_one()
+        connection.execute(text(f"ALTER DATABASE {database} SET synchronous_commit = on"))
+
+
 class Oracle:
     """One for each platform. `values`: what each accepted job must return."""
 
@@ -71,9 +79,7 @@ class Oracle:
         with platform.engine.connect() as connection, connection.begin():
             connection.execute(text("SET LOCAL synchronous_commit = on"))
             connection.execute(text(TABLE))
-            database = connection.execute(text("SELECT current_database()")).scalar_one()
-            # Its servers sync nothing to disk; what was committed survives the end of a process none the less.
-            connection.execute(text(f"ALTER DATABASE {database} SET synchronous_commit = on"))
+        keep_commits(platform)
 
     # -- what is accepted
 
