@@ -9,7 +9,7 @@ what             where its number is                   a process that knows an o
 ===============  ====================================  ==========================================
 tables           the thousands of the newest revision  does not start (`NotMigrated`)
 ledger           `ledger:epoch`, the field `format`    is told `cold` by each script, and does not join
-message          header `capacity_request`, `format`   sets the message aside
+message          header `capacity_request`, `format`   hands the job back
 ===============  ====================================  ==========================================
 """
 
@@ -34,12 +34,16 @@ def of_revision(revision: str) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def check_message(carried: Mapping[str, object]) -> None:
-    """Raises `InvalidRequest` where the header of a job's message says a format that this release does not know. (None:
-    it says nothing.)"""
+def is_known(carried: Mapping[str, object]) -> bool:
+    """Return whether this release knows the format that the header of a job's message says. (None: it says nothing.)"""
     found = carried.get("format")
-    known = isinstance(found, int) and not isinstance(found, bool) and FIRST <= found <= MESSAGE
-    if found is not None and not known:
+    return found is None or (isinstance(found, int) and not isinstance(found, bool) and FIRST <= found <= MESSAGE)
+
+
+def check_message(carried: Mapping[str, object]) -> None:
+    """Raise `InvalidRequest` where the header of a job's message says a format that this release does not know."""
+    found = carried.get("format")
+    if not is_known(carried):
         raise InvalidRequest(
             f"a message of format {show(found)}, and this version of the platform knows {MESSAGE}",
             value=found,

@@ -90,6 +90,12 @@ class Holdings:
             self._held[job, token] = replace(holding, started=True)
             return True
 
+    def put_off(self, job: str, token: str) -> None:
+        """An attempt that was to be given to the pool is not: its body has not begun."""
+        with self._lock:
+            if (holding := self._held.get((job, token))) is not None:
+                self._held[job, token] = replace(holding, started=False)
+
     def may_rerun(self, job: str, token: str) -> bool:
         """Return False if the job of an attempt may start only once. One that is not held has been ended already."""
         with self._lock:

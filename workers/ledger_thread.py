@@ -95,6 +95,7 @@ class LedgerThread(native.Thread):
         self.on_missing: Callable[[], None] = lambda: None
         self._arrivals: deque[Arrival] = deque()
         self._ends: deque[End] = deque()
+        self._returns: deque[tuple[str, str, str]] = deque()
         self._nonces = itertools.count()
         self._wake = Wake()
         #: Set in a signal handler: this worker takes nothing over with its releases any more.
@@ -134,6 +135,11 @@ class LedgerThread(native.Thread):
         self._wake.set()
         return True
 
+    def give_back(self, job: str, token: str, reason: str) -> None:
+        """Hand a claimed job back that cannot run here: it is not offered here again for a moment."""
+        self._returns.append((job, token, reason))
+        self._wake.set()
+
     def wake(self) -> None:
         self._wake.set()
 
@@ -153,6 +159,8 @@ class LedgerThread(native.Thread):
             if self._late and time.monotonic() >= self._late_at:
                 self._late_at = time.monotonic() + RETRY_AFTER
                 self._start_late()
+            while self._returns:
+                self._return(*self._returns.popleft())
             asking = self._unsure and self._confirmation.may_admit
             if not (self._arrivals or self._ends or offering or asking):
                 if self._stopping:
@@ -295,6 +303,11 @@ class LedgerThread(native.Thread):
         self._refused.add(request.shape)
         self._retry_at = time.monotonic() + RETRY_AFTER
         self.end(job, token, "handed_back")
+
+    def _return(self, job: str, token: str, reason: str) -> None:
+        self._refused |= {one.request.shape for one in self._holdings.running() if (one.job, one.token) == (job, token)}
+        self._retry_at = time.monotonic() + RETRY_AFTER
+        self.end(job, token, "handed_back", reason)
 
     def _offer_again(self) -> None:
         """The moment is over: what was handed back finds its place, here or elsewhere."""

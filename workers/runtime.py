@@ -47,6 +47,7 @@ from workers.judging import JUDGED, STOPPED, gone_back, judge
 from workers.ledger_thread import LedgerThread
 from workers.mailbox import Mailbox
 from workers.membership import Membership
+from workers.newer_format import NewerFormats
 from workers.parts import Parts
 from workers.preflight import shares_ledger
 from workers.pull import Puller
@@ -90,7 +91,13 @@ class Runtime:
         self._loop = Wake()
         self.announcer = Announcer(app, engine, identity.name, self._loop.set)
         self._accept = prepare_accept_content(app.conf.accept_content)
-        self.starting = Starting(self._loop, green, self.announcer, self._accept, self.refusing, self._hand_back)
+        newer = NewerFormats(
+            lambda job, token: self.holdings.put_off(job, token),
+            lambda job, token: self.ledger_thread.give_back(job, token, "a message of a newer format"),
+            lambda: self.recorder.call(lambda: ledger.count("refused.format")),
+            settings.start_timeout,
+        )
+        self.starting = Starting(self._loop, green, self.announcer, self._accept, self.refusing, self._hand_back, newer)
         self.recorder = Recorder(engine, ledger, self.announcer.waiting, self._on_regained, settings.write_within)
         #: Deliver parts of chords, whoever asks for it: a join may wait without limit.
         self.parts = Parts(identity.incarnation)
@@ -291,9 +298,10 @@ class Runtime:
         try:
             if tag is None or not isinstance(carried, dict):
                 raise Unreadable("no message of an attempt")
-            formats.check_message(carried)
             check_job_id(tag.job)
-            request = Request.from_shape(str(carried.get("shape")))
+            # Of a format that this release does not know the tag alone is sure. It is claimed, and handed back.
+            known = formats.is_known(carried)
+            request = Request.from_shape(str(carried.get("shape"))) if known else Request.of({})
         except (PlatformError, Unreadable) as error:
             self.quarantine.set_aside(transport.raw_of(message), self.identity.queue, str(error))
             return

@@ -18,6 +18,7 @@ from routing.message import parse_tag
 from workers import transport
 from workers.announcing import Announcer
 from workers.green import Starter
+from workers.newer_format import NewerFormats
 from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Starting:
         accept: Any,
         refusing: Callable[[Any, str], AbstractContextManager[None]],
         hand_back: Callable[[str, str], None],
+        newer: NewerFormats,
     ) -> None:
         self._loop = loop
         self._starter = Starter(loop.fileno(), self._start_all) if green else None
@@ -42,6 +44,7 @@ class Starting:
         self._accept = accept
         self._refusing = refusing
         self._hand_back = hand_back
+        self._newer = newer
         #: Celery's own handler of a message, set by the consumer.
         self.handle: Callable[[Any], None] | None = None
         self._claimed: deque[Any] = deque()
@@ -90,6 +93,8 @@ class Starting:
             try:
                 if message.spoiled is not None:
                     raise message.spoiled
+                if self._newer.returns(message):
+                    continue
                 if message.revoked:
                     worker_state.revoked.add(message.headers.get("id"))
                 self._announcer.admitted(message)

@@ -17,7 +17,9 @@ import migrations
 from celery_capacity import InvalidRequest
 from routing import formats, keys
 from routing import message as messages
+from tests.fixtures import tasks
 from tests.fixtures.processes import READY, Platform, Process
+from tests.fixtures.setting_aside import counter, set_aside
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 from tests.tasks import rolling
@@ -189,6 +191,37 @@ def test_a_message_of_a_format_that_nobody_here_knows_is_no_message(said: object
         formats.check_message({"format": said})
     formats.check_message({"format": formats.MESSAGE})
     formats.check_message({})
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["in its queue", "handed over by a release"])
+def test_job_of_a_newer_format_goes_back_until_a_worker_knows_it(
+    platform: Platform, submitter: Submitter, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    before = platform.worker("before", 1, "threads")
+    gate = submitter.send("tests.fixtures.tasks.hold", "gate") if waits else ""
+    if waits:
+        tasks.started(platform.redis, "gate")
+    monkeypatch.setattr(formats, "MESSAGE", formats.MESSAGE + 1)
+    job = submitter.send(ADD, 40, 2, rerun=False)
+    monkeypatch.undo()
+    if waits:
+        tasks.let_go(platform.redis, "gate")
+        assert submitter.value(gate) == "before"
+    line = before.wait_for(f"a message of format {formats.MESSAGE + 1}")
+    assert job in line
+    until(lambda: counter(platform, "refused.format") >= 2, "it came again, and goes back again")
+    # It is no loss, nothing of it is set aside, and the worker does what else there is.
+    row = submitter.row(job)
+    assert (row.losses, row.finished_at) == (0, None)
+    assert set_aside(platform) == []
+    assert submitter.value(submitter.send(ADD, 1, 1, cpus=0.5, priority=9)) == 2
+    assert sum("is handed back" in line for line in before.lines) == 1
+    assert before.stop() == 0
+    imports = f"{platform.environment['PLATFORM_IMPORTS']},tests.tasks.newer"
+    platform.worker("next", 1, "threads", PLATFORM_IMPORTS=imports)
+    assert submitter.value(job) == 42
+    row = submitter.ended(job)
+    assert (row.state, row.worker, row.losses) == ("succeeded", "next", 0)
 
 
 def test_the_format_of_the_tables_is_in_the_number_of_their_revision() -> None:
