@@ -185,6 +185,12 @@ ALSO_NEVER = {
         ("RPOP", "worker.a.life"),
         ("LRANGE", "worker.a.life", "0", "-1"),
         ("LPUSH", "celery", "x"),
+        # Remote control: who may publish there ends workers and their bodies.
+        ("PUBLISH", "/0.celery.pidbox", "x"),
+        ("PUBLISH", "/7.celery.pidbox", "x"),
+        ("SUBSCRIBE", "/0.celery.pidbox"),
+        ("LPUSH", "a@host.celery.pidbox", "x"),
+        ("PUBLISH", "/0.platform.ticks", "x"),
         ("SCAN", "0"),
         ("RENAME", "ledger:epoch", "ledger:x"),
     ),
