@@ -132,6 +132,7 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
             "searched": SEARCHED,
             "held": HELD,
             "tombstone": tombstone_ms,
+            "submit_within": tombstone_ms // 2,
             "start": start_ms,
             "hand_over": HAND_OVER_BYTES,
             "format": formats.LEDGER,

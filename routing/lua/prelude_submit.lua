@@ -52,6 +52,18 @@ local function search(run, epoch, now)
   return nil, lacks_some(index, now) and '*' or '', ''
 end
 
+-- Whether a submission came too late: past its deadline, or with a row that was read before the epoch was opened. What the
+-- row said may not be true any more, and no tombstone says so. (A time that is still to come is that of a clock which was
+-- set back since.)
+local function is_late(deadline, now)
+  local opened = tonumber(redis.call('HGET', KEY.epoch, 'opened') or '0')
+  if now > deadline or (opened <= now and deadline - LIMIT.submit_within < opened) then
+    count('refused.late', 1)
+    return true
+  end
+  return false
+end
+
 -- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. One that is
 -- known (or has ended, by its tombstone) is left as it is, and so is one of which the stream still has what became of it in
 -- an older epoch. `job` has epoch, attempt (admissions so far), shape, order, losses, submitted. Returns what became of it,

@@ -18,8 +18,7 @@ if no then
   return no
 end
 local now = clock()
-if now > deadline then
-  count('refused.late', 1)
+if is_late(deadline, now) then
   return {'late', int(now)}
 end
 local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}

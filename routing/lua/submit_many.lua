@@ -15,8 +15,7 @@ if no then
   return no
 end
 local now = clock()
-if now > deadline then
-  count('refused.late', 1)
+if is_late(deadline, now) then
   return {'late', int(now)}
 end
 local reply, taken, run = {'ok', ''}, 0, nil
