@@ -136,3 +136,22 @@ def test_a_worker_that_postgres_has_not_seen_is_given_up_by_who_watched_it_being
     window.restart()
     window._since -= 3600
     assert fallback.lapse(None, stores, window) == {"lost": 0, "taken_back": 0}
+
+
+def test_nobody_is_given_up_while_postgres_takes_no_heartbeat_of_anybody(stage: Stage, stores: Stores) -> None:
+    """Its disk is full, or it is read-only: it answers who asks, and lacks the observer's own heartbeat too."""
+    held = [running(stage, "a"), running(stage, "b")]
+    stage.sql("UPDATE authority SET authority = 'postgres'")
+    window = Window(3600.0)
+    stage.sql("UPDATE workers SET seen_at = seen_at - interval '1 hour'")
+    for _ in range(3):
+        window._since -= 3600
+        window.looks = {life: (seen, at - 3600) for life, (seen, at) in window.looks.items()}
+        assert fallback.lapse(None, stores, window) == {"lost": 0, "taken_back": 0}
+    # It takes them again, and one of the two is still silent.
+    stage.sql("UPDATE workers SET seen_at = now() WHERE name = 'b'")
+    assert fallback.lapse(None, stores, window) == {"lost": 0, "taken_back": 0}
+    window._since -= 3600
+    window.looks = {life: (seen, at - 3600) for life, (seen, at) in window.looks.items()}
+    assert fallback.lapse(None, stores, window) == {"lost": 1, "taken_back": 1}
+    assert [stage.row(job).state for job in held] == ["accepted", "running"]

@@ -46,7 +46,8 @@ def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str
             silent = list(roster.silent_workers(connection, settings.lost_after))
         else:
             seen = roster.silent_workers(connection, settings.worker_ttl)
-            over = window.silent_for(settings.lost_after - settings.worker_ttl, seen)
+            lately = bool(roster.live_workers(connection, settings.worker_ttl))
+            over = window.silent_for(settings.lost_after - settings.worker_ttl, seen, any_lately=lately)
             silent = over if watched else []
         for incarnation in silent:
             roster.end_worker(connection, incarnation, "lost")

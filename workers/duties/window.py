@@ -32,11 +32,16 @@ class Window:
         """Return for how long the store could be read."""
         return time.monotonic() - self._since
 
-    def silent_for(self, seconds: float, seen: Mapping[str, float]) -> list[str]:
+    def silent_for(self, seconds: float, seen: Mapping[str, float], *, any_lately: bool) -> list[str]:
         """Return those of all silent incarnations of which nothing new was seen in so many seconds of this observer,
-        whatever the store's clock was set to meanwhile. `seen`: when each was seen last."""
+        whatever the store's clock was set to meanwhile. `seen`: when each was seen last. `any_lately`: whether another
+        one was seen lately. Where there is no news of anybody, the observer's own heartbeat included, the store takes
+        none, and nobody is judged."""
         now, before = time.monotonic(), self.looks
+        news = any_lately or any(before[life][0] != last for life, last in seen.items() if life in before)
+        if not news:
+            self._since, before = now, {}
         self.looks = {
             life: before[life] if before.get(life, (None,))[0] == last else (last, now) for life, last in seen.items()
         }
-        return [life for life, (_, since) in self.looks.items() if now - since >= seconds]
+        return [life for life, (_, since) in self.looks.items() if now - since >= seconds] if news else []
