@@ -37,7 +37,7 @@ Redis is gone, the broker is another server       every worker says so in Postgr
                                                   until Redis has answered for a while; then a new epoch is opened
 both stores are down when a worker starts         it waits for them, and says for what
 a job is revoked, row marked, ledger not told     nothing brings a marked row in; sweep: what is marked and has not
-(or it does not answer)                           ended is told again (`revoking`), and ends if no worker holds it
+                                                  ended is told again (`revoking`), and ends if no worker holds it
 ================================================  =====================================================================
 
 Three rules make the repairs safe to run twice, at once, and by hand. The *token* only grows: a write that carries an

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from sqlalchemy import text
 
 from platform import postgres
 from routing import keys
@@ -93,6 +94,20 @@ def test_without_postgres_running_jobs_end_and_are_written_once_when_it_is_back(
     old.close()
 
 
+def test_postgres_of_a_test_keeps_what_it_said_is_committed(servers: Servers, platform: Platform) -> None:
+    """Else a job that has ended is admitted again by its row, and the ledger knows nothing of it any more."""
+    with platform.engine.begin() as connection:
+        connection.execute(text("CREATE TABLE kept (number int)"))
+    for number in range(3):
+        with platform.engine.begin() as connection:
+            connection.execute(text("INSERT INTO kept VALUES (:number)"), {"number": number})
+        servers.kill_postgres()
+        servers.start_postgres()
+        platform.engine.dispose()
+        with platform.engine.connect() as connection:
+            assert connection.execute(text("SELECT max(number) FROM kept")).scalar() == number
+
+
 @pytest.mark.parametrize("how", ["killed", "crashed"])
 def test_who_submits_after_postgres_was_started_again_does_not_notice(
     servers: Servers, platform: Platform, submitter: Submitter, how: str
@@ -104,7 +119,7 @@ def test_who_submits_after_postgres_was_started_again_does_not_notice(
         "many": lambda: submitter.app.submit_many(ADD, [(1, 1)] * 3).id(0),
     }
     for name, send in ways.items():
-        # (Its connections are there, and nobody uses them meanwhile. What a test's server had taken may be lost.)
+        # (Its connections are there, and nobody uses them meanwhile.)
         submitter.ended(send())
         if how == "killed":
             servers.kill_postgres()
