@@ -73,6 +73,9 @@ class Recorder(native.Thread):
         self._stopping = False
 
     def add(self, transitions: Sequence[Transition]) -> None:
+        if not transitions:
+            # (Its time would be that of what comes next.)
+            return
         with self._changed:
             self._pending += transitions
             self._came.append((time.monotonic(), len(transitions)))

@@ -92,6 +92,13 @@ def test_recorder_is_behind_while_postgres_takes_nothing_for_too_long(postgres: 
     writing.stop(5.0)
 
 
+def test_recorder_is_not_behind_after_nothing_was_added(postgres: Takes) -> None:
+    """A worker that registers again, and holds nothing, has nothing to say."""
+    writing = Recorder(Mock(), Mock(), write_within=0.0)
+    writing.add([])
+    assert not writing.is_behind()
+
+
 def test_recorder_names_the_jobs_of_all_that_is_unwritten(postgres: Takes) -> None:
     writing = Recorder(Mock(), Mock())
     writing.start()
