@@ -88,7 +88,7 @@ def _registered(client: redispy.Redis, seen: Overview, ttl: float) -> Check:
             name, False, "no live worker: start one with `celery -A platform worker`", {"workers": left}
         )
     if seen.source != "ledger":
-        return Check(name, False, "the ledger does not answer or is cold", {"workers": left})
+        return Check(name, False, seen.why or "the ledger does not answer or is cold", {"workers": left})
     pipe = client.pipeline(transaction=False)
     for worker in seen.workers:
         pipe.pttl(keys.view(worker.name))

@@ -46,7 +46,9 @@ NOTHING: Final = "-"
 
 def cluster(console: Console, overview: Overview) -> None:
     """Totals, a line for each worker, the backlog by request."""
-    source = {"ledger": "from the ledger", "postgres": "from Postgres: the ledger does not answer or is cold"}
+    decides = overview.why.startswith("Postgres decides")
+    cold = "from Postgres, which decides" if decides else "from Postgres: the ledger does not answer or is cold"
+    source = {"ledger": "from the ledger", "postgres": cold}
     workers = len(overview.workers)
     console.print(f"{workers} worker{'s' if workers != 1 else ''}, {source[overview.source]}", soft_wrap=True)
     total, used, free = overview.total(CPUS), overview.allocated(CPUS), overview.available(CPUS)

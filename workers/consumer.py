@@ -22,6 +22,7 @@ from workers import (
     panel,  # noqa: F401  its commands take the places of Celery's
     steps,
 )
+from workers.cut import cut, is_silence
 from workers.pool_loop import PoolLoop
 from workers.pools import recall_unsent
 from workers.queues import as_queue
@@ -73,6 +74,19 @@ class Consumer(celery_consumer.Consumer):
         self.pool_loop.connect(conn)
         self.first_connection_attempt = False
         return conn
+
+    def cut(self) -> None:
+        """The broker answers nobody: no use of its connections waits for it any more. In any thread."""
+        if self.event_dispatcher is not None:
+            self.event_dispatcher.enabled = False
+        for connection in (self.connection, getattr(self.event_dispatcher, "connection", None)):
+            cut(connection)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        if is_silence(exc) or self.runtime.sight.lost:
+            # Celery's clean-up would wait for an answer at each of its steps.
+            self.cut()
+        super().on_connection_error_after_connected(exc)
 
     def start(self) -> None:
         if not self.runtime.joining.met:

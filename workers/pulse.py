@@ -17,6 +17,7 @@ from routing.errors import NameTaken, PlatformError, StoreUnavailable
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
 from workers.confirmation import Confirmation
+from workers.cut import is_silence
 from workers.holdings import Holdings
 from workers.membership import Membership
 from workers.recorder import Recorder
@@ -140,6 +141,8 @@ class Pulse(native.Thread):
             except (StoreUnavailable, RedisError) as error:
                 self._say(f"heartbeat: the ledger does not answer: {type(error).__name__}: {error}")
                 self._sight.note(lost=True)
+                if is_silence(error):
+                    self._sight.on_silence()
                 # It has it again when it could renew its lease: a ledger that can be read only is of no use.
                 renew_at = now
             except (SQLAlchemyError, PlatformError) as error:

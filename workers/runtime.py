@@ -120,6 +120,8 @@ class Runtime:
         self.intake = Intake(app, self.serving, self.on_tick, self.announcer.refused)
         self.sight = Sight()
         broker_apart = not shares_ledger(app, settings)
+        if not (broker_apart or green):
+            self.sight.on_silence = self._cut_broker
         #: Takes the messages of the private queue where Celery's loop does not.
         self.mailbox = Mailbox(settings, identity.queue, self._received) if broker_apart or green else None
         self.joining = Joining(stores, self.membership, self.confirmation, self.sight, self.intake.challenge)
@@ -363,6 +365,11 @@ class Runtime:
         """Beat's tick, in the intake's thread."""
         self.pulse.tick()
         self.duties.tick(name)
+
+    def _cut_broker(self) -> None:
+        """In the pulse's thread: the broker, which is the ledger's Redis, answers nobody."""
+        if self.announcer.consumer is not None:
+            self.announcer.consumer.cut()
 
     def _on_regained(self) -> None:
         """This worker may admit again: the heartbeat fills what was released meanwhile."""

@@ -32,6 +32,8 @@ class Sight:
         #: Since when what `lost` says has been so (monotonic).
         self.since = time.monotonic()
         self.lost = False
+        #: Called when the ledger's Redis does not answer in time, rather than refuse.
+        self.on_silence: Callable[[], None] = lambda: None
 
     def note(self, lost: bool) -> None:
         if lost != self.lost:

@@ -23,6 +23,8 @@ from kombu import message as kombu_message
 from kombu.transport import pyamqp, virtual
 from kombu.transport import redis as kombu_redis
 from kombu.utils.encoding import bytes_to_str
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from routing import addresses, sentinels
 from routing import envelope as envelopes
@@ -213,11 +215,18 @@ class _Looking:
         self.connection._deliver(envelope, queue)
 
 
-class Channel(_Looking, kombu_redis.Channel):
+class _AskingOnce:
+    """Leaves retries to Celery: redis-py would make ten of its own, with pauses of up to 10 s, in the main loop."""
+
+    def _connparams(self, *args: Any, **options: Any) -> Any:
+        return {**super()._connparams(*args, **options), "retry": Retry(NoBackoff(), 0)}  # type: ignore[misc]
+
+
+class Channel(_AskingOnce, _Looking, kombu_redis.Channel):
     """Redis's channel."""
 
 
-class SentinelChannel(_Looking, kombu_redis.SentinelChannel):
+class SentinelChannel(_AskingOnce, _Looking, kombu_redis.SentinelChannel):
     """That of a Redis behind Sentinels."""
 
     connection_class = sentinels.Watched

@@ -3,6 +3,7 @@ Postgres, and nothing is lost or done twice when Redis is back."""
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from celery import chain, chord, group
 from celery.exceptions import ChordError, TaskRevokedError
 from sqlalchemy import text
 
+from platform import valkey
 from routing import roster
 from routing.roster import Authority
 from tests.faults.servers import Servers
@@ -241,6 +243,28 @@ def test_every_job_ends_once_while_the_only_redis_is_away_for_longer_than_each_l
     assert submitter.outcomes(long) == ["succeeded"]
 
 
+def test_jobs_start_while_the_only_redis_is_stopped_and_answers_nobody(
+    servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle
+) -> None:
+    platform.worker("a", cpus=2)
+    platform.worker("b", cpus=2, pool="threads")
+    oracle.sends(submitter, 4)
+    oracle.until_runs(4)
+    server = valkey.running(servers.redis_folder)
+    assert server is not None
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        until_decides(platform, "postgres")
+        oracle.sends(submitter, 10)
+        oracle.until_runs(14)
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+    oracle.whole_again("Redis was stopped")
+    until_decides(platform, "ledger")
+    oracle.sends(submitter, 4)
+    oracle.assert_zeros()
+
+
 def test_a_half_written_job_reaches_its_process_though_the_broker_goes_meanwhile(
     servers: Servers, platform: Platform, submitter: Submitter
 ) -> None:
@@ -271,3 +295,5 @@ def test_time_limits_hold_for_jobs_that_started_without_redis(
     assert submitter.ended(slow).state == "failed"
     with pytest.raises(TimeLimitExceeded):
         submitter.value(slow)
+    servers.start_redis()
+    until_decides(platform, "ledger")

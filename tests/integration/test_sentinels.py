@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -156,3 +157,38 @@ def test_a_number_is_meant_for_the_redis_behind_them(own_redis: Watched) -> None
         client.set("key", "value")
     assert own_redis.servers[0].client.info("keyspace").keys() == {"db9"}
     assert Settings(redis_url=own_redis.url(), database_url="postgresql://h/d").broker_url == own_redis.url()
+
+
+def authority(platform: Platform) -> roster.Authority:
+    with platform.engine.connect() as connection:
+        return roster.read_authority(connection)
+
+
+def test_a_short_failover_changes_not_who_decides_and_a_long_one_does(
+    own_redis: Watched, database_url: str, tmp_path: Path
+) -> None:
+    environment = environment_of(own_redis.url(2), database_url, tmp_path)
+    environment |= {"PLATFORM_IMPORTS": "tests.fixtures.tasks,tests.tasks.work", "PLATFORM_CONFIRM_INTERVAL": "4"}
+    with platform_on(environment, tmp_path) as platform:
+        submitter, trace = Submitter(platform), tmp_path / "trace"
+        workers = [platform.worker("a", cpus=2), platform.worker("b", cpus=2, pool="threads")]
+        before = authority(platform)
+        jobs = [submitter.send(WORK, str(trace), str(n), 0.05, 1000) for n in range(10)]
+        primary, replica = own_redis.servers
+        primary.kill()
+        until(lambda: own_redis.primary_port() == replica.port, "the replica is the primary", 60)
+        jobs += [submitter.send(WORK, str(trace), str(n), 0.05, 1000) for n in range(10, 20)]
+        assert {submitter.ended(job).state for job in jobs} == {"succeeded"}
+        assert authority(platform).changed == before.changed
+        # Nobody is left whom the Sentinels could name.
+        os.kill(replica.process.pid, signal.SIGSTOP)
+        until(lambda: authority(platform).authority == "postgres", "Postgres decides", 60)
+        jobs += [submitter.send(WORK, str(trace), str(n), 0.05, 1000) for n in range(20, 40)]
+        assert {submitter.ended(job, 60).state for job in jobs} == {"succeeded"}
+        os.kill(replica.process.pid, signal.SIGCONT)
+        until(lambda: authority(platform).authority == "ledger", "the ledger decides", 60)
+        jobs += [submitter.send(WORK, str(trace), str(n), 0.05, 1000) for n in range(40, 50)]
+        assert {submitter.ended(job, 60).state for job in jobs} == {"succeeded"}
+        assert starts(read(trace)) == {str(n): 1 for n in range(50)}
+        assert all(worker.alive for worker in workers)
+        submitter.close()
