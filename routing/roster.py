@@ -172,20 +172,42 @@ def decide_in_ledger(connection: Connection, within: float) -> int | None:
     return None if found is None else int(found)
 
 
-_SEEN: Final = text("""
+#: The columns of a `WorkerRow`, in the order of `_row`.
+_COLUMNS: Final = (
+    "name, incarnation, cpus, memory, capacity, hostname, pid, machine_id, boot_id, start_ticks, version, "
+    "started_at::text"
+)
+
+
+def _row(columns: Sequence[Any]) -> WorkerRow:
+    name, incarnation, cpus, memory, capacity, hostname, pid, machine, boot, ticks, version, started_at = columns[:12]
+    # A release before noted no machine: its process is not looked up.
+    place = Place(machine or "", "" if machine is None else boot)
+    return WorkerRow(
+        name, incarnation, cpus, memory, capacity, hostname, pid, place, ticks, version, started_at
+    )
+
+
+_SEEN: Final = text(f"""
+WITH seen AS (
 INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, machine_id, boot_id, start_ticks,
                      version, started_at, seen_at, ledger_lost_at)
 VALUES (:incarnation, :name, :cpus, :memory, CAST(:capacity AS jsonb), :status, :hostname, :pid, :machine_id, :boot_id,
         :start_ticks, :version, CAST(:started_at AS timestamptz), now(), CASE WHEN :lost THEN now() END)
 ON CONFLICT (incarnation) DO UPDATE SET seen_at = now(), status = excluded.status, cpus = excluded.cpus,
   memory = excluded.memory, capacity = excluded.capacity, left_at = NULL,
-  ledger_lost_at = CASE WHEN :lost THEN coalesce(workers.ledger_lost_at, now()) END
+  ledger_lost_at = CASE WHEN :lost THEN coalesce(workers.ledger_lost_at, now()) END)
+SELECT {_COLUMNS} FROM workers WHERE status = 'lost' AND machine_id = :machine_id AND boot_id = :boot_id
+  AND incarnation <> :incarnation
 """)
 
 
-def see_worker(connection: Connection, worker: WorkerRow, status: str, *, ledger_lost: bool = False) -> None:
-    """Note that a worker lives, with its capacity, and whether it has lost the ledger."""
-    connection.execute(
+def see_worker(
+    connection: Connection, worker: WorkerRow, status: str, *, ledger_lost: bool = False
+) -> list[WorkerRow]:
+    """Note that a worker lives, with its capacity, and whether it has lost the ledger. Return the workers of its place
+    that were given up: they may have left processes there."""
+    rows = connection.execute(
         _SEEN,
         {
             "incarnation": worker.incarnation,
@@ -204,6 +226,7 @@ def see_worker(connection: Connection, worker: WorkerRow, status: str, *, ledger
             "lost": ledger_lost,
         },
     )
+    return [_row(row) for row in rows]
 
 
 def end_worker(connection: Connection, incarnation: str, status: str) -> None:
@@ -231,22 +254,6 @@ def end_former_lives(connection: Connection, name: str, incarnation: str) -> Non
             "AND status IN ('ready', 'draining')"
         ),
         {"name": name, "incarnation": incarnation},
-    )
-
-
-#: The columns of a `WorkerRow`, in the order of `_row`.
-_COLUMNS: Final = (
-    "name, incarnation, cpus, memory, capacity, hostname, pid, machine_id, boot_id, start_ticks, version, "
-    "started_at::text"
-)
-
-
-def _row(columns: Sequence[Any]) -> WorkerRow:
-    name, incarnation, cpus, memory, capacity, hostname, pid, machine, boot, ticks, version, started_at = columns[:12]
-    # A release before noted no machine: its process is not looked up.
-    place = Place(machine or "", "" if machine is None else boot)
-    return WorkerRow(
-        name, incarnation, cpus, memory, capacity, hostname, pid, place, ticks, version, started_at
     )
 
 

@@ -23,6 +23,7 @@ from routing.postgres import translate
 from routing.replies import LedgerClosed, Taken
 from routing.roster import WorkerRow
 from routing.takeback import take_back
+from workers import orphans
 from workers.claims import running
 from workers.confirmation import Confirmation
 from workers.holdings import Holdings
@@ -70,6 +71,8 @@ class Membership:
         self._declared: Declarations = {}
         #: When the newest heartbeat for Postgres was made (monotonic).
         self._seen_at = 0.0
+        #: Dead workers of this machine of which nothing runs here any more.
+        self._seen_to: set[str] = set()
         #: What Postgres was told last: whether this worker has lost the ledger.
         self._told_lost = False
 
@@ -316,7 +319,12 @@ class Membership:
             started_at=identity.started_at,
         )
         with self._engine.connect() as connection:
-            roster.see_worker(connection, row, status, ledger_lost=self._told_lost)
+            lost = roster.see_worker(connection, row, status, ledger_lost=self._told_lost)
+        # Whoever took their jobs back may have done so on another machine.
+        for worker in lost:
+            if worker.incarnation not in self._seen_to and is_known_dead(worker, identity.place):
+                orphans.see_to(worker, identity.place)
+                self._seen_to.add(worker.incarnation)
 
     def _view(self, *, full: bool) -> dict[str, str]:
         """The fields of `worker:<name>`; those about allocations are the scripts' own."""

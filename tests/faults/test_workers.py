@@ -151,6 +151,37 @@ def test_what_a_body_started_is_ended_with_its_worker(
 
 
 @pytest.mark.long
+def test_neighbour_ends_what_a_lost_worker_left_though_another_machine_took_its_jobs(
+    platform: Platform, submitter: Submitter, oracle: Oracle
+) -> None:
+    imports = f"{platform.environment['PLATFORM_IMPORTS']},tests.tasks.cloned"
+    # The first one runs the duties. It knows nothing of the processes here.
+    platform.worker("elsewhere", cpus=1, pool="threads", PLATFORM_IMPORTS=imports)
+    busy = oracle.send(submitter, seconds=platform.settings.lost_after * 3)
+    oracle.until_runs(1)
+    lost = platform.worker("a", cpus=1)
+    job = oracle.send(submitter, how="grandchild")
+    oracle.until_runs(2)
+    platform.worker("b", cpus=1)
+    main = psutil.Process(lost.pid)
+    until(lambda: any(one.name() == "sleep" for one in main.children(recursive=True)), "it started a process")
+    descendants = main.children(recursive=True)
+    try:
+        oracle.asked(lost)
+        lost.signal(signal.SIGKILL)
+        lost.wait()
+        assert submitter.ended(job).worker == "b"
+        _, alive = psutil.wait_procs(descendants, timeout=20)
+        assert alive == []
+        assert submitter.outcomes(busy) in ([None], ["succeeded"])
+        oracle.assert_zeros()
+    finally:
+        for one in descendants:
+            if one.is_running():
+                one.kill()
+
+
+@pytest.mark.long
 def test_a_worker_that_is_never_started_again_loses_its_jobs_to_the_others(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
