@@ -16,7 +16,7 @@ from sqlalchemy import Connection, text
 
 from routing import fence, store
 from routing.amounts import ALONE
-from routing.doubt import losses_in_doubt
+from routing.doubt import FEWEST_LOSSES, losses_in_doubt
 from routing.policy import MOST_ADMITTED, Book, Waiting, fill_or_keep, fits, held_by, order
 from routing.request import Request
 from routing.states import FINAL, State, Step
@@ -115,9 +115,17 @@ def look(connection: Connection, book: Book, most_losses: int) -> list[Candidate
 
 
 _TAKE: Final = text(f"""
-WITH chosen AS (
+WITH doubt AS (
+  -- A worker that never said that it lost the ledger, with all that it had claimed there, and is silent since: what had
+  -- been submitted by then may have started on it (`routing.doubt`).
+  SELECT a.changed_at FROM authority a WHERE EXISTS (
+    SELECT 1 FROM workers w WHERE w.seen_at < a.changed_at AND w.ledger_lost_at IS NULL
+      AND (w.status IN ('ready', 'draining') OR (w.status = 'lost' AND w.left_at > a.changed_at)))
+), chosen AS (
   -- (Admitted and started at one moment: the clock is read once for both.)
-  SELECT id, clock_timestamp() AS at FROM jobs
+  SELECT id, clock_timestamp() AS at,
+    epoch < :epoch AND submitted_at < coalesce((SELECT changed_at FROM doubt), '-infinity') AS doubtful
+  FROM jobs
   WHERE id = ANY(CAST(:ids AS text[]))
     AND (({_WAITS}) OR ({_IS_DUE}))
     AND (expires_at IS NULL OR expires_at > now())
@@ -125,7 +133,9 @@ WITH chosen AS (
     AND EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres' AND epoch = :epoch)
   FOR NO KEY UPDATE SKIP LOCKED
 ), taken AS (
-  UPDATE jobs SET state = 'running', epoch = :epoch, attempt = jobs.attempt + 1, step = {Step.RUNNING.value},
+  UPDATE jobs SET state = 'running', epoch = :epoch, attempt = jobs.attempt + 1 + chosen.doubtful::int,
+    step = {Step.RUNNING.value},
+    losses = jobs.losses + (chosen.doubtful AND jobs.rerun AND jobs.losses = 0 AND :counts)::int,
     worker = :worker, incarnation = :incarnation, admitted_at = chosen.at, started_at = chosen.at,
     error = NULL
   FROM chosen WHERE jobs.id = chosen.id
@@ -141,9 +151,17 @@ FROM taken ORDER BY -priority, seq
 """)
 
 
-def take(connection: Connection, epoch: int, worker: str, incarnation: str, jobs: Sequence[str]) -> list[Taken]:
+def take(
+    connection: Connection,
+    epoch: int,
+    worker: str,
+    incarnation: str,
+    jobs: Sequence[str],
+    most_losses: int = FEWEST_LOSSES,
+) -> list[Taken]:
     """Make attempts of these jobs, those of them that still wait; none where Postgres does not decide in this epoch."""
-    rows = connection.execute(_TAKE, {"ids": list(jobs), "epoch": epoch, "worker": worker, "incarnation": incarnation})
+    values = {"ids": list(jobs), "epoch": epoch, "worker": worker, "incarnation": incarnation}
+    rows = connection.execute(_TAKE, {**values, "counts": most_losses >= FEWEST_LOSSES})
     taken = []
     for job, attempt, shape, losses, started_ms, message, rerun in rows:
         token = f"{epoch}.{attempt}"

@@ -127,7 +127,7 @@ class Puller(native.Thread):
             # An answer that is lost leaves rows that this worker does not know: it looks for them.
             self._compared_until, compared_until = 0.0, self._compared_until
             me, ids = self._identity, [one.job for one in chosen]
-            taken = pull.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids)
+            taken = pull.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids, most_losses)
             self._compared_until = compared_until
         for one in taken:
             request = held_by(Request.from_shape(one.shape), one.losses, most_losses)

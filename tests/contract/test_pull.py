@@ -313,3 +313,51 @@ def test_a_job_that_must_not_run_again_is_known_as_such_by_who_takes_it(decides:
     with decides.begin() as connection:
         taken = pull.take(connection, EPOCH, "w", "w-life", ["once", "again"])
     assert {one.job: one.rerun for one in taken} == {"once": False, "again": True}
+
+
+@pytest.mark.parametrize(
+    ("worker", "doubtful"),
+    [
+        ("silent", True),
+        ("lost since", True),
+        ("said that it lost the ledger", False),
+        ("seen since", False),
+        ("left before", False),
+    ],
+)
+def test_job_may_have_started_on_a_worker_that_is_silent_since_the_ledger_was_lost(
+    decides: Engine, worker: str, doubtful: bool
+) -> None:
+    """Its number is left out, and its loss counted, once; one that came later is not concerned."""
+    submit(decides, "before")
+    submit(decides, "once", rerun=False)
+    with decides.begin() as connection:
+        connection.execute(text("UPDATE jobs SET submitted_at = now() - interval '1 hour'"))
+        connection.execute(text("UPDATE authority SET changed_at = now() - interval '30 minutes'"))
+        seen = "10 minutes" if worker == "seen since" else "1 hour"
+        status = {"lost since": "lost", "left before": "left"}.get(worker, "ready")
+        ended = "20 minutes" if status != "ready" else None
+        connection.execute(
+            text(
+                "INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, boot_id,"
+                " version, started_at, seen_at, left_at, ledger_lost_at) VALUES ('x-life', 'x', 1, 1, '{}', :status,"
+                " '', 1, '', '', now() - interval '2 hours', now() - CAST(:seen AS interval),"
+                " now() - CAST(:ended AS interval), CASE WHEN :told THEN now() - interval '40 minutes' END)"
+            ),
+            {
+                "status": status,
+                "seen": seen,
+                "ended": ended,
+                "told": worker == "said that it lost the ledger",
+            },
+        )
+    submit(decides, "after")
+    with decides.begin() as connection:
+        taken = pull.take(connection, EPOCH, "w", "w-life", ["before", "once", "after"])
+    found = {one.job: (one.token, one.losses) for one in taken}
+    more = int(doubtful)
+    assert found == {
+        "before": (f"{EPOCH}.{1 + more}", more),
+        "once": (f"{EPOCH}.{1 + more}", 0),
+        "after": (f"{EPOCH}.1", 0),
+    }

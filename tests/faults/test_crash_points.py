@@ -37,7 +37,7 @@ RELEASE = (
     f"before routing.ledger:Ledger.forget{LATER}",
 )
 REGISTER = (
-    "after workers.membership:Membership.claim_name",
+    "after workers.name_claim:NameClaim.take",
     "after workers.membership:Membership._write_seen",
     "before routing.ledger:Ledger.register",
     "after routing.ledger:Ledger.register",
