@@ -33,7 +33,7 @@ released, the answer with the next jobs is lost   `recover`: the worker asks for
 released, Postgres not written                    the stream has the outcome; whoever runs the duty applies it
 Redis loses everything                            the epoch is missing: COLD, nobody admits; one process begins the
                                                   next epoch in Postgres and opens it, workers say what they hold
-Redis is gone, the broker is another server       every worker says so in Postgres: that decides, workers pull from it,
+Redis is gone, whatever the broker is             every worker says so in Postgres: that decides, workers pull from it,
                                                   until Redis has answered for a while; then a new epoch is opened
 both stores are down when a worker starts         it waits for them, and says for what
 a job is revoked, row marked, ledger not told     nothing brings a marked row in; sweep: what is marked and has not
