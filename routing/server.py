@@ -288,7 +288,9 @@ class LedgerServer:
     def open(self, epoch: int, run_id: str | None = None) -> None:
         """Open an epoch on empty books; `run_id` as in `close_books`, else that of now."""
         self._meant.run_id = run_id or self.run_id
-        self._call("open", str(epoch), self._caller(run_id or self.run_id))
+        reply = self._call("open", str(epoch), self._caller(run_id or self.run_id))
+        # Rows that this process reads from now on are newer than the epoch by its own estimate of the clock too.
+        self.hear(int(reply[1]))
         self.epoch = epoch
 
     def finish(self, epoch: int) -> None:

@@ -2,7 +2,7 @@
 -- Does: opens an epoch on books that were emptied before, for the caller's database in Postgres.
 -- KEYS: none; by name: epoch, allocated, allocated_cpus
 -- ARGV: epoch, run_id
--- Replies: {ok} | {epoch, current} where a newer one is open, or is being opened | {foreign, database} where the books are
+-- Replies: {ok, now (ms)} | {epoch, current} where a newer one is open, or is being opened | {foreign, database} where the books are
 --   those of another database
 -- Cost: constant
 -- Repeat: harmless: what was admitted in this epoch meanwhile stays
@@ -16,17 +16,18 @@ local newest = math.max(tonumber(current[1] or 0), tonumber(current[3] or 0))
 if newest > tonumber(epoch) then
   return {'epoch', int(newest)}
 end
+local now = clock()
 if current[1] == epoch and current[2] == life then
-  return {'ok'}
+  return {'ok', int(now)}
 end
 redis.call('SET', KEY.allocated, '0')
 redis.call('SET', KEY.allocated_cpus, '0')
 redis.call('HDEL', KEY.epoch, 'opening')
-redis.call('HSET', KEY.epoch, 'epoch', epoch, 'run_id', life, 'opened', int(clock()), 'rebuilding', '1',
+redis.call('HSET', KEY.epoch, 'epoch', epoch, 'run_id', life, 'opened', int(now), 'rebuilding', '1',
   'format', LIMIT.format)
 if database ~= '' then
   redis.call('HSET', KEY.epoch, 'database', database)
 end
 -- Whoever watches a job looks at it anew: what became of it since the books were lost was told by nobody.
 redis.call('PUBLISH', KEY.epoch, epoch)
-return {'ok'}
+return {'ok', int(now)}

@@ -140,7 +140,7 @@ BINDINGS: Final = {
         {("ok", "2"): "2"},
     ),
     "mend": Binding(lambda ledger: ledger.mend("s", "a"), 0, {("ok", "1"): "True", ("ok", "0"): "False"}),
-    "open": Binding(lambda ledger: ledger.open(5), 0, {("ok",): "None"}),
+    "open": Binding(lambda ledger: ledger.open(5), 0, {("ok", "7"): "None"}),
     "misplaced": Binding(lambda ledger: ledger.misplaced("s", 500, 500), 0, {("ok", "7", "a"): "(7, ['a'])"}),
     "place": Binding(
         lambda ledger: ledger.place("s"),

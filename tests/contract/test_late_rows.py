@@ -62,6 +62,17 @@ def test_row_read_before_an_epoch_was_opened_is_not_submitted_in_it(stage: Stage
     assert not stage.redis.exists(keys.job(job))
 
 
+def test_row_read_by_the_opener_is_submitted_though_its_clock_lags(stage: Stage) -> None:
+    """The opener's estimate of the ledger's clock came with an answer that was slow."""
+    job = stage.insert({"cpus": 1000})
+    stage.redis.hset(keys.EPOCH, "run_id", "another life")
+    stage.ledger.hear(stage.ledger.now_ms() - 2_000)
+    opened = rebuild.open_if_cold(stage.engine, stage.ledger)
+    assert opened is not None
+    assert opened.filed == 1
+    assert stage.redis.exists(keys.job(job))
+
+
 def test_row_read_before_a_carried_job_was_let_in_is_not_submitted(
     stage: Stage, engine: Engine, settings: Settings
 ) -> None:
