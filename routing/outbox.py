@@ -43,6 +43,8 @@ class Outbox:
     replaced: bool = False
     #: The life of the worker that is delivering this just now: while it lives, nobody else does.
     by: str = ""
+    #: Bytes of the messages in `publishes`, as far as somebody counted.
+    size: int = 0
 
     def __bool__(self) -> bool:
         return bool(self.publishes or self.results or self.committed or self.replaced)

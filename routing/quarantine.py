@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, delete, func, insert, select, text
 
 from routing.errors import storable
 from routing.tables import quarantine
@@ -82,6 +82,17 @@ def write(connection: Connection, messages: Sequence[SetAside]) -> None:
         ],
     ).scalars()
     connection.execute(delete(quarantine).where(quarantine.c.id <= max(newest) - MOST_KEPT))
+
+
+_KNOWN: Final = text("""
+SELECT id FROM unnest(CAST(:ids AS text[])) AS id
+WHERE EXISTS (SELECT 1 FROM jobs WHERE jobs.id = id.id) OR EXISTS (SELECT 1 FROM jobs_archive a WHERE a.id = id.id)
+""")
+
+
+def known(connection: Connection, jobs: Sequence[str]) -> set[str]:
+    """Return those of these ids that are, or were, jobs."""
+    return set(connection.execute(_KNOWN, {"ids": list(jobs)}).scalars()) if jobs else set()
 
 
 def read(connection: Connection) -> Quarantined:

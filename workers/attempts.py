@@ -7,13 +7,19 @@ What speaks on behalf of a job (its result, its part of a chord, what it publish
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
-from routing.accept import Publisher
+from routing.accept import NewJob, Publisher
+from routing.errors import NotAccepted
 from routing.message import Tag
 from routing.outbox import Outbox
+
+#: Bytes of messages that go with the end of an attempt, at the most. They travel as one value through one script and
+#: one entry of the stream, a third larger; Redis takes 512 MiB a value, and a worker holds it several times.
+MAX_KEPT: Final = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,19 @@ class Attempt:
     deferred: bool = False
     patient: Callable[[], bool] | None = None
     outbox: Outbox = field(default_factory=Outbox)
+
+    def keep(self, jobs: Sequence[NewJob]) -> None:
+        """Keep jobs that could not be published, to go with the end of the attempt. Raises `NotAccepted` where that
+        would be more than one value of Redis, and of the stream, can be."""
+        size = self.outbox.size + sum(len(job.message) for job in jobs)
+        if size > MAX_KEPT:
+            raise NotAccepted(
+                f"job {self.tag.job} publishes more than can be kept while Postgres is away: {size} bytes of messages",
+                value=size,
+                advice=f"At most {MAX_KEPT} bytes go with the end of an attempt: publish less, or retry later.",
+            )
+        self.outbox.size = size
+        self.outbox.publishes.extend(jobs)
 
     @property
     def publisher(self) -> Publisher:

@@ -152,7 +152,7 @@ class Chunks:
             if attempt is None or not may_pass(error):
                 raise
             logger.warning("Postgres is away: what job %s publishes goes with its end: %s", attempt.tag.job, error)
-            attempt.outbox.publishes.extend(jobs)
+            attempt.keep(jobs)
             self.accepted += len(jobs)
             return
         if committed is None:

@@ -75,7 +75,7 @@ class LedgerThread(native.Thread):
         on_closed: Callable[[], None],
         exclusive: threading.Lock,
         in_postgres: PostgresEnds,
-        set_aside: Callable[[bytes, str, str], None],
+        set_aside: Callable[[bytes, str, str, str], None],
         tell_late: Callable[[str, str, str], None],
     ) -> None:
         super().__init__(name="ledger", daemon=True)
@@ -323,12 +323,8 @@ class LedgerThread(native.Thread):
             holding = self._holdings.remove(one.end.job, one.end.token)
             end = ends.get((one.end.job, one.end.token))
             if one.verdict == "stale":
-                logger.warning(
-                    "job %s: attempt %s no longer held its lease; its end (%s) is refused",
-                    one.end.job,
-                    one.end.token,
-                    one.end.outcome,
-                )
+                told = "job %s: attempt %s no longer held its lease; its end (%s) is refused"
+                logger.warning(told, one.end.job, one.end.token, one.end.outcome)
                 self.on_missing()
                 if one.end.outcome == "succeeded" and end is not None:
                     late = end.whole() if end.whole is not None else one.end.outbox
@@ -346,12 +342,13 @@ class LedgerThread(native.Thread):
         transitions = []
         for arrival, claim in zip(arrivals, claimed, strict=True):
             if claim.verdict in ("forged", "unknown"):
-                self._set_aside(raw_of(arrival.message), self._identity.queue, NOT_OURS[claim.verdict].format(claim))
+                reason = NOT_OURS[claim.verdict].format(claim)
+                # The ledger forgets ended jobs, Postgres does not: a doubled message is no news, however late it comes.
+                ended = claim.job if claim.verdict == "unknown" else ""
+                self._set_aside(raw_of(arrival.message), self._identity.queue, reason, ended)
                 continue
             if not claim.ok:
-                logger.info(
-                    "job %s: a stale or doubled message of attempt %s is dropped", claim.job, claim.token
-                )
+                logger.info("job %s: a stale or doubled message of attempt %s is dropped", claim.job, claim.token)
                 continue
             fits = bool(self._holdings.admits({claim.job: arrival.request}))
             holding = Holding(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from routing import native, quarantine
@@ -37,22 +38,24 @@ class Quarantine(native.Thread):
         super().__init__(name="quarantine", daemon=True)
         self._engine = engine
         self._worker = worker
-        self._waiting: deque[SetAside] = deque()
+        #: With the job of whose messages one may be a second copy, '' for none.
+        self._waiting: deque[tuple[SetAside, str]] = deque()
         self._bytes = 0
         self._dropped = 0
         self._changed = threading.Condition()
         self._stopping = False
 
-    def set_aside(self, raw: bytes, queue: str, reason: str) -> None:
-        """Keep a message that was taken from a queue and cannot be read."""
+    def set_aside(self, raw: bytes, queue: str, reason: str, unless: str = "") -> None:
+        """Keep a message that was taken from a queue and cannot be read. `unless`: not where Postgres knows this job;
+        then it is a second copy of a message whose attempt ended so long ago that the ledger knows it no more."""
         message = SetAside.of(raw, queue, reason, self._worker)
-        shown = message.raw[:SHOWN]
-        logger.error("a message in the queue %.100s is set aside: %s: %r", message.queue, message.reason, shown)
+        if not unless:
+            _say(message)
         with self._changed:
             if len(self._waiting) >= MOST_WAITING or self._bytes + len(message.raw) > MOST_BYTES_WAITING:
                 self._dropped += 1
                 return
-            self._waiting.append(message)
+            self._waiting.append((message, unless))
             self._bytes += len(message.raw)
             self._changed.notify_all()
 
@@ -77,7 +80,7 @@ class Quarantine(native.Thread):
                 return
             try:
                 with self._engine.connect() as connection:
-                    quarantine.write(connection, batch)
+                    self._write(connection, batch)
             except SQLAlchemyError as error:
                 kind = type(error).__name__
                 if self._stopping:
@@ -91,6 +94,21 @@ class Quarantine(native.Thread):
                 continue
             said = ""
             with self._changed:
-                for one in batch:
+                for one, _ in batch:
                     self._waiting.popleft()
                     self._bytes -= len(one.raw)
+
+    def _write(self, connection: Connection, batch: Sequence[tuple[SetAside, str]]) -> None:
+        known = quarantine.known(connection, [job for _, job in batch if job])
+        for message, job in batch:
+            if job in known:
+                logger.info("job %s: a doubled message of an attempt that ended long ago is dropped", job)
+            elif job:
+                _say(message)
+        if unreadable := [message for message, job in batch if job not in known]:
+            quarantine.write(connection, unreadable)
+
+
+def _say(message: SetAside) -> None:
+    shown = message.raw[:SHOWN]
+    logger.error("a message in the queue %.100s is set aside: %s: %r", message.queue, message.reason, shown)

@@ -242,7 +242,7 @@ class Sender:
         if attempt.patient is not None:
             return self._insert_patiently(attempt.patient, job)
         if attempt.deferred or time.monotonic() < self._keep_until:
-            attempt.outbox.publishes.append(job)
+            attempt.keep([job])
             return None
         try:
             return self._insert(job, attempt.publisher)
@@ -251,7 +251,7 @@ class Sender:
                 raise
             logger.warning("Postgres is away: what job %s publishes goes with its end: %s", attempt.tag.job, error)
             self._keep_until = time.monotonic() + POSTGRES_PAUSE
-            attempt.outbox.publishes.append(job)
+            attempt.keep([job])
             return None
 
     def _insert_patiently(self, may_wait: Callable[[], bool], job: NewJob) -> Inserted | None:

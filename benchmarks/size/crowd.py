@@ -162,7 +162,7 @@ class Worker:
             self.pulse.closed,
             exclusive,
             ends,
-            lambda raw, queue, reason: shared.troubles.append(f"{queue}: {reason}"),
+            lambda raw, queue, reason, unless: shared.troubles.append(f"{queue}: {reason}"),
             lambda job, token, left: shared.troubles.append(f"{job} {token} came too late"),
         )
         self.pulse.on_missing = lambda: shared.troubles.append(f"{name} is not known")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from routing import keys
 from tests.fixtures.processes import Platform
 from tests.fixtures.setting_aside import counter, epoch_of, queue_of, set_aside, until_set_aside
 from tests.fixtures.submitting import Submitter, standing_platform
@@ -127,3 +128,23 @@ def test_the_same_message_five_times_is_one_start(
     assert [(event.what, event.attempt) for event in events_of(trace)] == [("start", 1), ("end", 1)]
     assert submitter.outcomes(job) == ["succeeded"]
     assert set_aside(platform) == []
+
+
+def test_copy_of_a_message_whose_job_was_forgotten_is_no_news(
+    platform: Platform, stopped: Any, submitter: Submitter
+) -> None:
+    job = submitter.send(ADD, 40, 2)
+    queue = queue_of(submitter)
+    pushed: Any = platform.redis.lrange(queue, 0, -1)
+    (message,) = pushed
+    os.killpg(stopped.pid, signal.SIGCONT)
+    assert submitter.ended(job).state == "succeeded"
+    # As when its tombstone has had its time.
+    until(lambda: platform.redis.pttl(keys.job(job)) > 0, "Postgres has the end")
+    platform.redis.delete(keys.job(job))
+    foreign = message.replace(job.encode(), b"nobody")
+    platform.redis.rpush(queue, message, foreign)
+    # The one of no job is kept, in the order in which they came.
+    (kept,) = until_set_aside(platform, 1)
+    assert (kept.raw, kept.reason) == (foreign, "there is no job nobody")
+    stopped.wait_for(f"job {job}: a doubled message of an attempt that ended long ago is dropped")

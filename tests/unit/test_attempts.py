@@ -1,0 +1,25 @@
+"""What an attempt leaves to be delivered with its end."""
+
+from __future__ import annotations
+
+import pytest
+
+from routing.accept import NewJob
+from routing.errors import NotAccepted
+from routing.message import Tag
+from workers import attempts
+from workers.attempts import Attempt
+
+
+def job(number: int, size: int) -> NewJob:
+    return NewJob(f"job-{number}", "task", "cpus=1000,slots=1", b"x" * size)
+
+
+def test_attempt_keeps_what_it_publishes_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "MAX_KEPT", 100)
+    attempt = Attempt(Tag("parent", 1, 1), "life")
+    attempt.keep([job(1, 40), job(2, 40)])
+    with pytest.raises(NotAccepted, match="job parent publishes more than can be kept"):
+        attempt.keep([job(3, 41)])
+    attempt.keep([job(4, 20)])
+    assert [one.id for one in attempt.outbox.publishes] == ["job-1", "job-2", "job-4"]
