@@ -297,3 +297,21 @@ def test_time_limits_hold_for_jobs_that_started_without_redis(
         submitter.value(slow)
     servers.start_redis()
     until_decides(platform, "ledger")
+
+
+def test_a_chord_that_was_made_before_goes_on_when_redis_is_back_with_its_data(
+    servers: Servers, platform: Platform, submitter: Submitter
+) -> None:
+    platform.worker("a", cpus=2)
+    add, total = submitter.app.signature(ADD), submitter.app.signature(TOTAL)
+    made = chord((add.clone((n, n), countdown=1.5 * n) for n in range(4)), total.clone()).apply_async()
+    until(lambda: submitter.row(made.parent[0].id).state == "succeeded", "its first part has come")
+    with servers.admin() as admin:
+        admin.save()
+    servers.kill_redis()
+    until_decides(platform, "postgres")
+    until(lambda: all(submitter.row(part.id).state == "succeeded" for part in made.parent), "all parts have ended")
+    assert submitter.row(made.id) is None
+    servers.start_redis()
+    assert made.get(timeout=RESULT_WITHIN) == 12
+    until_decides(platform, "ledger")
