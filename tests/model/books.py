@@ -37,7 +37,6 @@ from tests.model.state import (
     Record,
     Rules,
     State,
-    Token,
 )
 
 
@@ -88,26 +87,19 @@ def file(job: Job, epoch: int, attempt: int, losses: int) -> Job:
     return job._replace(card=card, entries=note(job, Record(epoch, attempt, STEP_FILED, WAITING, losses, NOBODY)))
 
 
-def is_known(job: Job, token: Token, rules: Rules) -> bool:
-    """Whether a submission finds a job that is to be left as it is. `token`: of the row that it read. (`take_in`)"""
+def is_known(job: Job, attempt: int, rules: Rules) -> bool:
+    """Whether a submission finds a job that is to be left as it is. `attempt`: of the row that it read. (`take_in`)"""
     card = job.card
     if not card:
         return job.carried
     if card.state != OVER or (rules.tombstone_until_written and not card.expiring):
         return True
-    if rules.submit_compares_epochs:
-        return card[1:3] > token or (card.became in FINAL and card[1:3] != token)
-    return card.attempt > token[1] or (card.became in FINAL and card.attempt != token[1])
+    return card.attempt > attempt or (card.became in FINAL and card.attempt != attempt)
 
 
 def tombstone(card: Card, became: int) -> Card:
     """What remains of a job that the ledger has no more; its time does not run yet."""
     return Card(OVER, card.epoch, card.attempt, NOBODY, 0, False, False, NAMED, became, False)
-
-
-def buried(row: Record) -> Card:
-    """The tombstone of a row that ended in an older epoch; its time runs."""
-    return Card(OVER, row.epoch, row.attempt, NOBODY, 0, False, False, NAMED, row.state, True)
 
 
 def bury(job: Job, became: int, rules: Rules) -> Card:

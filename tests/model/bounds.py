@@ -23,10 +23,10 @@ USUAL: Final = (
     ),
     Bounds("Redis comes back empty, a worker is stopped", 1, True, Faults(emptied=1, pause=1)),
     Bounds(
-        "Redis comes back with its data, a worker crashes, an opener loses its lock",
+        "Redis comes back with its data, a worker crashes, an opener is overtaken",
         1,
         True,
-        Faults(restarted=1, crash=1, lost_lock=1),
+        Faults(restarted=1, crash=1, silent_opener=1),
     ),
     Bounds(
         "Redis comes back with its data, a worker is stopped, one crashes, no second run",
@@ -46,7 +46,10 @@ LARGE: Final = (
     *USUAL,
     Bounds("two jobs: Redis comes back empty, a worker crashes", 2, True, Faults(emptied=1, crash=1)),
     Bounds(
-        "two jobs: Redis comes back with its data, an opener loses its lock", 2, True, Faults(restarted=1, lost_lock=1)
+        "two jobs: Redis comes back with its data, an opener is overtaken",
+        2,
+        True,
+        Faults(restarted=1, silent_opener=1),
     ),
     Bounds("two jobs: a worker crashes, an answer is lost", 2, True, Faults(crash=1, lost_answer=1)),
 )

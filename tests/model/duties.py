@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tests.model import books
-from tests.model.moves import Step, is_open, with_job
-from tests.model.state import FINAL, NO_BOOK, NOBODY, OVER, Bounds, Rules, State
+from tests.model.moves import Step, is_open, with_job, without_submissions
+from tests.model.state import NO_BOOK, NOBODY, OVER, Bounds, Rules, State
 
 
 def apply_stream(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
@@ -36,8 +36,8 @@ def reconcile(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
         if not job.row or job.entries:
             continue
         repaired = books.reconcile(job, homes, rules, bounds)._replace(carried=False)
-        row = repaired.row
-        if job.carried and rules.carried_buried and not repaired.card and row and row.state in FINAL:
-            repaired = repaired._replace(card=books.buried(row))
         if repaired != job:
-            yield "a job is reconciled", index, NOBODY, with_job(state, index, repaired)
+            after = with_job(state, index, repaired)
+            if job.carried and rules.rows_read_after:
+                after = without_submissions(after)
+            yield "a job is reconciled", index, NOBODY, after

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tests.model import books
-from tests.model.moves import Step, is_open, use, with_job, with_worker
+from tests.model.moves import Step, is_open, use, with_job, with_worker, without_submissions
 from tests.model.state import (
+    BEGUN,
     HOLDING,
-    LOCKED,
     NO_BOOK,
     NOBODY,
     NOT_OPENING,
@@ -52,18 +52,19 @@ def _wiped(state: State) -> State:
 
 
 def begin_opening(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """An opener takes the lock and applies what the stream has, but for rows that somebody keeps locked."""
+    """An opener begins the next epoch in Postgres, and applies what the stream has, but for rows that somebody keeps
+    locked."""
     if state.common.cold and state.common.opening == NOT_OPENING:
-        common = state.common._replace(opening=LOCKED)
+        common = state.common._replace(epoch=state.common.epoch + 1, opening=BEGUN)
         jobs = tuple(books.write(job, job.entries, rules) if job.entries else job for job in state.jobs)
-        yield "an opener applies the stream", NOBODY, NOBODY, state._replace(common=common, jobs=jobs)
+        yield "an opener begins the next epoch", NOBODY, NOBODY, state._replace(common=common, jobs=jobs)
         if jobs != state.jobs:
-            yield "an opener finds rows locked", NOBODY, NOBODY, state._replace(common=common)
+            yield "an opener begins it and finds rows locked", NOBODY, NOBODY, state._replace(common=common)
 
 
 def wipe(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
     """The opener removes the old books."""
-    if state.common.opening == LOCKED:
+    if state.common.opening == BEGUN:
         after = _wiped(state._replace(common=state.common._replace(opening=WIPED)))
         if rules.stream_kept:
             after = after._replace(jobs=tuple(job._replace(carried=bool(job.entries)) for job in after.jobs))
@@ -72,35 +73,33 @@ def wipe(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
         yield "an opener removes the old books", NOBODY, NOBODY, after
 
 
-def lose_lock(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The opener's session ends. It notices at its next statement to Postgres: it removes the old books before."""
-    faults = use(state, "lost_lock")
+def fall_silent(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """The opener is stopped, and says nothing for so long that another one begins the epoch after. What it does when it
+    goes on is refused, or comes first."""
+    faults = use(state, "silent_opener")
     if faults is None or state.common.opening == NOT_OPENING:
         return
-    stray = state.common.opening == LOCKED
+    stray = state.common.opening == BEGUN
     common = state.common._replace(opening=NOT_OPENING, stray_wipe=stray, faults=faults)
-    yield "an opener loses its lock", NOBODY, NOBODY, state._replace(common=common)
+    yield "an opener is overtaken", NOBODY, NOBODY, state._replace(common=common)
 
 
 def stray_wipe(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """An opener without its lock removes books; its scan has passed the key of the epoch."""
+    """The overtaken opener goes on and removes books; its scan has passed the key of the epoch."""
     if state.common.stray_wipe:
         after = state._replace(common=state.common._replace(stray_wipe=False))
-        newer = not state.common.cold
-        yield (
-            "an opener without its lock removes books",
-            NOBODY,
-            NOBODY,
-            (after if rules.fenced_wipe and newer else _wiped(after)),
-        )
+        newer = not state.common.cold or state.common.opening != NOT_OPENING
+        done = after if rules.fenced_wipe and newer else _wiped(after)
+        yield "an overtaken opener removes books", NOBODY, NOBODY, done
 
 
 def open_epoch(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The next epoch begins in Postgres, and is opened in Redis."""
+    """The next epoch is opened in Redis."""
     if state.common.opening == WIPED:
-        epoch = state.common.epoch + 1
-        common = state.common._replace(epoch=epoch, books=epoch, cold=False, opening=NOT_OPENING, rebuilding=True)
-        yield "the next epoch is opened", NOBODY, NOBODY, state._replace(common=common)
+        epoch = state.common.epoch
+        common = state.common._replace(books=epoch, cold=False, opening=NOT_OPENING, rebuilding=True)
+        after = state._replace(common=common)
+        yield "the next epoch is opened", NOBODY, NOBODY, without_submissions(after) if rules.rows_read_after else after
 
 
 def reserve(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:

@@ -22,7 +22,7 @@ FAULTS: Final = frozenset(
         "a heartbeat's answer times out",
         "Redis comes back empty",
         "Redis comes back with its data",
-        "an opener loses its lock",
+        "an opener is overtaken",
         "a message is delivered again",
     }
 )
@@ -52,3 +52,8 @@ def is_open(state: State) -> bool:
 
 def set_named(both: tuple[bool, bool], index: int, value: bool) -> tuple[bool, bool]:
     return (value, both[1]) if index == 0 else (both[0], value)
+
+
+def without_submissions(state: State) -> State:
+    """Submissions on their way are refused when they come."""
+    return state._replace(jobs=tuple(job._replace(submission=()) for job in state.jobs))

@@ -41,8 +41,8 @@ OFF, UP, PAUSED, DEAD = range(4)
 NO_BOOK, RESERVED, OPEN = range(3)
 # -- the list of a heartbeat: none on its way; on its way; on its way, and its worker waits for it no more
 NO_LIST, LISTED, LISTED_LATE = range(3)
-# -- opening an epoch: nobody does; the lock is taken and the stream applied; the old books are removed
-NOT_OPENING, LOCKED, WIPED = range(3)
+# -- opening an epoch: nobody does; it is begun in Postgres and the stream applied; the old books are removed
+NOT_OPENING, BEGUN, WIPED = range(3)
 # -- a running job of a worker that a heartbeat did not name: never; since just now; for a renew interval
 NAMED, MISSING, MISSING_LONG = range(3)
 
@@ -96,8 +96,8 @@ class Job(NamedTuple):
     entries: tuple[Record, ...]
     #: Messages in private queues: worker, epoch, attempt.
     messages: tuple[tuple[int, int, int], ...]
-    #: A submission on its way: the epoch of its sender, and token and losses of the row that it read.
-    submission: tuple[int, Token, int] | tuple[()]
+    #: A submission on its way: attempts and losses of the row that it read.
+    submission: tuple[int, int] | tuple[()]
     #: By worker: attempts in its memory, transitions that it has not written yet, whether its list names the job.
     held: tuple[tuple[Held, ...], tuple[Held, ...]]
     pending: tuple[tuple[Record, ...], tuple[Record, ...]]
@@ -132,7 +132,7 @@ class Faults(NamedTuple):
     emptied: int = 0
     restarted: int = 0
     lost_answer: int = 0
-    lost_lock: int = 0
+    silent_opener: int = 0
     redelivery: int = 0
 
 
@@ -146,7 +146,7 @@ class Common(NamedTuple):
     #: A new epoch is open, and the books that Postgres knows are not in it yet.
     rebuilding: bool
     opening: int
-    #: An opener that lost its lock is about to remove old books.
+    #: An opener that another one has overtaken is about to remove old books.
     stray_wipe: bool
     faults: Faults
 
@@ -175,12 +175,10 @@ class Rules(NamedTuple):
     stream_kept: bool = True
     #: A worker says what it holds in a new epoch when it has written what ended before.
     rejoin_after_written: bool = True
-    #: A carried job that has ended leaves a tombstone when it is let in: a submission may have read its row before.
-    carried_buried: bool = True
+    #: A submission is refused whose row was read before the epoch was opened, or before a carried job was let in.
+    rows_read_after: bool = True
     #: In a new epoch no row is submitted before each live worker has said what it holds; the opener waits 2 s for that.
     reports_first: bool = True
-    #: A submission passes the tombstone of the attempt that its row names, and none of another epoch.
-    submit_compares_epochs: bool = True
     #: A message is claimed once: its nonce tells a claim that is asked again from a doubled message.
     claim_once: bool = True
 

@@ -44,7 +44,7 @@ WAYS: Final[tuple[Way, ...]] = (
     epochs.restart,
     epochs.begin_opening,
     epochs.wipe,
-    epochs.lose_lock,
+    epochs.fall_silent,
     epochs.stray_wipe,
     epochs.open_epoch,
     epochs.reserve,

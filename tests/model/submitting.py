@@ -27,7 +27,7 @@ def read_row(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
             continue
         unfiled = row.state == WAITING and not job.card and not job.entries
         if row.state == ACCEPTED or unfiled:
-            sent = job._replace(submission=(state.common.epoch, row[:2], row.losses))
+            sent = job._replace(submission=(row.attempt, row.losses))
             yield "its row is read to submit it", index, NOBODY, with_job(state, index, sent)
 
 
@@ -42,22 +42,23 @@ def submit(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
     for index, job in enumerate(state.jobs):
         if not job.submission:
             continue
-        epoch, token, losses = job.submission
+        attempt, losses = job.submission
+        epoch = state.common.books
         arrived = job._replace(submission=())
         yield "a submission is lost", index, NOBODY, with_job(state, index, arrived)
-        if not is_open(state) or epoch != state.common.books or books.is_known(job, token, rules):
+        if not is_open(state) or books.is_known(job, attempt, rules):
             continue
         waits = any(one.card and one.card.state == WAITING for one in state.jobs)
         rooms = [] if waits else [worker for worker in WORKERS if books.has_room(state, worker)]
         for worker in rooms:
-            taken = books.admit(arrived, epoch, token[1] + 1, losses, worker)
+            taken = books.admit(arrived, epoch, attempt + 1, losses, worker)
             yield "a submission is admitted", index, worker, with_job(state, index, taken)
         if not rooms:
             yield (
                 "a submission is filed",
                 index,
                 NOBODY,
-                with_job(state, index, books.file(arrived, epoch, token[1], losses)),
+                with_job(state, index, books.file(arrived, epoch, attempt, losses)),
             )
 
 
