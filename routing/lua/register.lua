@@ -33,9 +33,13 @@ if before[1] and before[1] ~= incarnation then
   end
 elseif not before[1] then
   -- The book is new, or went missing: a missing book is not a free worker.
-  local sums = sum_held(worker, counted)
+  local sums, strays = sum_held(worker, counted)
   if not sums then
     return {'many'}
+  end
+  -- A job whose own key was lost too is in no sum. It leaves the list, so that it counts when it is adopted.
+  for _, id in ipairs(strays) do
+    redis.call('HDEL', KEY.held .. worker, id)
   end
   for name, sum in pairs(sums) do
     redis.call('HSET', key, 'a.' .. name, int(sum))

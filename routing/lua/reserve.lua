@@ -17,9 +17,13 @@ end
 if read_book(worker, epoch) then
   return {'open'}
 end
-local now, sums = clock(), sum_held(worker, counted)
+local now, sums, strays = clock(), sum_held(worker, counted)
 if not sums then
   return {'many'}
+end
+-- (As in register.lua.)
+for _, id in ipairs(strays) do
+  redis.call('HDEL', KEY.held .. worker, id)
 end
 -- The lease begins to run out now: a worker that is dead is lost after the usual grace.
 local fields = {'epoch', epoch, 'incarnation', incarnation, 'status', 'closed', 'queue', '', 'lease', int(now)}

@@ -11,7 +11,7 @@ from routing import keys
 from routing.replies import Adopted, Ended, LedgerClosed
 from routing.request import Request
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, open_ledger
-from tests.fixtures.cluster import ONE, Cluster
+from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 
 
 @pytest.fixture
@@ -181,6 +181,21 @@ def test_an_end_waits_for_a_book_that_went_missing(cluster: Cluster) -> None:
     assert cluster.client.hget(keys.COUNTERS, "stale.release") is None
     cluster.register()
     assert cluster.end("job", "1.1").verdict == "released"
+    assert cluster.book()["a.cpus"] == "0"
+
+
+@pytest.mark.parametrize("reserved", [True, False])
+def test_a_job_that_was_lost_with_the_book_is_counted_when_it_is_adopted(cluster: Cluster, reserved: bool) -> None:
+    cluster.run("job")
+    cluster.run("other")
+    cluster.client.delete(keys.book("w"), keys.job("job"))
+    if reserved:
+        assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+    cluster.register()
+    held = [Adopted(job, "1.1", ONE, 1, 5, 6, "n", 0) for job in ("job", "other")]
+    assert cluster.ledger.adopt("w", "w-life", held) == []
+    assert cluster.book()["a.cpus"] == "2000"
+    assert [cluster.end(job, "1.1").verdict for job in ("job", "other")] == ["released"] * 2
     assert cluster.book()["a.cpus"] == "0"
 
 
