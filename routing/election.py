@@ -19,20 +19,24 @@ from routing.server import LedgerServer
 
 @dataclass(frozen=True, slots=True)
 class Elected:
-    """`fence`: number of the caller's lease, 0 where it has none. `asked`: duties that others asked for."""
+    """`fence`: number of the caller's lease, 0 where it has none. `asked`: duties that others asked for. `epoch`: that
+    of the ledger, 0 where it is cold; `has_book`: whether the caller's worker has a book there."""
 
     fence: int
     asked: tuple[str, ...] = ()
+    epoch: int = 0
+    has_book: bool = False
 
 
 class Elections(LedgerServer):
     """The lease in the ledger. It is given whatever the epoch: its holder opens a ledger that is cold."""
 
-    def elect(self, caller: str, fence: int, term: float, asks: Iterable[str] = ()) -> Elected:
+    def elect(self, caller: str, fence: int, term: float, asks: Iterable[str] = (), worker: str = "") -> Elected:
         """Take, renew or watch the lease for `term` seconds (0: give it back); hand over the duties that this caller
-        asks for."""
-        reply = self._call("elect", caller, fence, round(term * 1000), *asks)
-        return Elected(int(reply[1]), tuple(reply[2:])) if reply[0] == "elected" else Elected(0)
+        asks for. The look tells, too, in which epoch the ledger is and whether it has a book of the caller's worker."""
+        verdict, epoch, book, *more = self._call("elect", caller, worker, fence, round(term * 1000), *asks)
+        fence = int(more[0]) if verdict == "elected" else 0
+        return Elected(fence, tuple(more[1:]), int(epoch), book == "1")
 
 
 # (A lease that lasts longer than any was given for: the clock was set back since.)

@@ -59,14 +59,18 @@ class WorkerRow:
     started_at: str
 
 
+_AUTHORITY: Final = (
+    "SELECT epoch, authority, changed_at, greatest(0, extract(epoch FROM clock_timestamp() - changed_at))::float "
+    "FROM authority"
+)
+
+
 def read_authority(connection: Connection) -> Authority:
     """The one row. Raises `NotMigrated` where it is missing."""
-    row = connection.execute(
-        text(
-            "SELECT epoch, authority, changed_at, "
-            "greatest(0, extract(epoch FROM clock_timestamp() - changed_at))::float FROM authority"
-        )
-    ).one_or_none()
+    return _authority(connection.execute(text(_AUTHORITY)).one_or_none())
+
+
+def _authority(row: Any) -> Authority:
     if row is None:
         raise NotMigrated()
     return Authority(*row)
@@ -197,16 +201,16 @@ VALUES (:incarnation, :name, :cpus, :memory, CAST(:capacity AS jsonb), :status, 
 ON CONFLICT (incarnation) DO UPDATE SET seen_at = now(), status = excluded.status, cpus = excluded.cpus,
   memory = excluded.memory, capacity = excluded.capacity, left_at = NULL,
   ledger_lost_at = CASE WHEN :lost THEN coalesce(workers.ledger_lost_at, now()) END)
-SELECT {_COLUMNS} FROM workers WHERE status = 'lost' AND machine_id = :machine_id AND boot_id = :boot_id
-  AND incarnation <> :incarnation
+SELECT a.*, {_COLUMNS} FROM ({_AUTHORITY}) AS a (epoch, authority, changed, age)
+LEFT JOIN workers ON status = 'lost' AND machine_id = :machine_id AND boot_id = :boot_id AND incarnation <> :incarnation
 """)
 
 
 def see_worker(
     connection: Connection, worker: WorkerRow, status: str, *, ledger_lost: bool = False
-) -> list[WorkerRow]:
-    """Note that a worker lives, with its capacity, and whether it has lost the ledger. Return the workers of its place
-    that were given up: they may have left processes there."""
+) -> tuple[Authority, list[WorkerRow]]:
+    """Note that a worker lives, with its capacity, and whether it has lost the ledger. Return who decides, and the
+    workers of its place that were given up: they may have left processes there."""
     rows = connection.execute(
         _SEEN,
         {
@@ -225,8 +229,10 @@ def see_worker(
             "started_at": worker.started_at,
             "lost": ledger_lost,
         },
-    )
-    return [_row(row) for row in rows]
+    ).all()
+    if not rows:
+        raise NotMigrated()
+    return Authority(*rows[0][:4]), [_row(row[4:]) for row in rows if row[4] is not None]
 
 
 def end_worker(connection: Connection, incarnation: str, status: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.amqp import AMQP
 from celery.utils.nodenames import anon_nodename
-from kombu import Exchange, Queue
+from kombu import Queue
 from kombu.pools import ProducerPool
 from kombu.serialization import prepare_accept_content
 
@@ -199,14 +199,9 @@ class PlatformAMQP:
         self._rtable = [*(mine or [Router(self.stores, lambda: self.app.tasks)]), *others]
 
     def TaskConsumer(self, channel: Any, queues: Any = None, accept: Any = None, **options: Any) -> Any:  # noqa: N802
-        private = getattr(channel, "private_queue", None)
-        if private == "" and queues is None:
+        if getattr(channel, "consumes_nothing", False) and queues is None:
             accept = self.app.conf.accept_content if accept is None else accept
             return self.Consumer(channel, queues=[], accept=accept, **options)  # type: ignore[attr-defined]
-        if private is not None and queues is None:
-            # Everything in it was admitted to this worker, and the row is durable: no acknowledgements.
-            queues = [Queue(private, Exchange(""), routing_key=private, durable=False, no_declare=True)]
-            options["no_ack"] = True
         return super().TaskConsumer(channel, queues=queues, accept=accept, **options)  # type: ignore[misc]
 
 

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from routing import fence, store
 from routing.accept import Publisher
+from routing.message import Tag
+from routing.request import Request
 from routing.states import Step
 from routing.store import Transition
 from workers.holdings import Holding
 from workers.identity import Identity
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A message of this worker's queue: its tag, its request, and the message itself."""
+
+    tag: Tag
+    request: Request
+    message: Any
+    nonce: str
 
 
 def running(identity: Identity, holding: Holding, entry: str = "") -> Transition:

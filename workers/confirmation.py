@@ -1,6 +1,8 @@
 """The confirmation that this process may decide: Postgres said so less than ten seconds ago.
 
-A thread of its own asks, since a Postgres that hangs must not hold up a heartbeat.
+A thread of its own asks, since a Postgres that hangs must not hold up a heartbeat. It rests while this worker has
+nothing to decide: then the answer runs out, and whoever has something to claim asks first (`needed`). A heartbeat that
+is written to Postgres brings an answer too.
 """
 
 from __future__ import annotations
@@ -9,15 +11,21 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import datetime
+from typing import Final
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from routing import native, roster
 from routing.errors import PlatformError
+from routing.roster import Authority
 from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
+
+#: Seconds for which the thread rests at the most: heartbeats bring answers more often.
+REST: Final = 300.0
+
 
 class Confirmation(native.Thread):
     """One thread asks, all read: assignments of one value each. `on_regained` is called in this thread when the answer
@@ -34,7 +42,12 @@ class Confirmation(native.Thread):
         self._decides_from = 0.0
         self._wake = Wake()
         self._stopping = False
+        self._resting = False
         self._said = ""
+        #: Whether this worker has nothing to decide.
+        self.idle: Callable[[], bool] = lambda: False
+        #: Called when Postgres names another epoch than before.
+        self.on_epoch: Callable[[], None] = lambda: None
         #: The epoch that Postgres named last; 0 before the first answer.
         self.epoch = 0
         self.authority = ""
@@ -58,16 +71,32 @@ class Confirmation(native.Thread):
         with self._engine.connect() as connection:
             answer = roster.read_authority(connection)
         lost = self._valid_until and not self.may_admit
+        self.hear(asked, answer)
+        if lost and self.may_admit:
+            self._on_regained()
+        return answer.epoch
+
+    def hear(self, asked: float, answer: Authority) -> None:
+        """Take an answer of Postgres to a question that was sent then (monotonic)."""
         if answer.changed != self._changed:
             # Nobody decides before all that others were told earlier has run out. Counted once, by this process's own
             # clock: that of Postgres may be set meanwhile.
             self._decides_from = time.monotonic() + max(0.0, roster.pause(self._interval) - answer.age)
             self._changed = answer.changed
-        self.epoch, self.authority = answer.epoch, answer.authority
+        before, self.epoch, self.authority = self.epoch, answer.epoch, answer.authority
         self._valid_until = asked + roster.pause(self._interval)
-        if lost and self.may_admit:
-            self._on_regained()
-        return answer.epoch
+        if before not in (0, self.epoch):
+            self.on_epoch()
+
+    def needed(self) -> None:
+        """There is something to decide: ask at once, if the thread rests. In any thread, and cheap."""
+        if self._resting:
+            self._wake.set()
+
+    @property
+    def resting(self) -> bool:
+        """Whether there is nothing to decide here, for a while now."""
+        return self._resting
 
     def ask_soon(self) -> None:
         """Ask in the thread, without waiting for it."""
@@ -80,7 +109,11 @@ class Confirmation(native.Thread):
 
     def run(self) -> None:
         while True:
-            self._wake.wait(self._interval)
+            # (In this order: whoever comes between the two finds it resting, and wakes it.)
+            self._resting = True
+            self._resting = self.authority == "ledger" and self.idle()
+            self._wake.wait(REST if self._resting else self._interval)
+            self._resting = False
             if self._stopping:
                 return
             try:

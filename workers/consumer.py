@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 #: kernel lets it be reaped, and then not again for 5 s; for so long its job would hold what nobody uses.
 CHILDREN_EVERY: Final = 0.25
 
+#: Seconds between the events `worker-heartbeat`, unless the worker was told otherwise. They say so themselves, so that
+#: whoever hears them waits for the next one. (Celery's 2 s would be most of what an idle worker costs.)
+EVENT_EVERY: Final = 60.0
+
 #: Held while the tasks of an app name the requests of one worker.
 _naming: Final = threading.Lock()
 
@@ -48,7 +52,9 @@ class Consumer(celery_consumer.Consumer):
     def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **options: Any) -> None:
         # Workers find each other in the ledger; a chat between all of them does not grow to a thousand.
         quiet = {"without_mingle": True, "without_gossip": True}
-        super().__init__(*args, worker_options={**(worker_options or {}), **quiet}, **options)
+        own = dict(worker_options or {})
+        own["heartbeat_interval"] = own.get("heartbeat_interval") or EVENT_EVERY
+        super().__init__(*args, worker_options={**own, **quiet}, **options)
         self.pool_loop = PoolLoop(self)
 
     @property
@@ -59,7 +65,7 @@ class Consumer(celery_consumer.Consumer):
     def connect(self) -> Any:
         connection = super().connect()
         self.pool_loop.connected()
-        connection.private_queue = "" if self.runtime.mailbox is not None else self.runtime.identity.queue
+        connection.consumes_nothing = True
         return connection
 
     def ensure_connected(self, conn: Any) -> Any:

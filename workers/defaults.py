@@ -21,7 +21,12 @@ BROKER_TRANSPORT: Final = {
     "socket_timeout": 5.0,
     "socket_connect_timeout": 3.0,
     "socket_keepalive": True,
-    "health_check_interval": 10,
+    # Between looks at connections that say nothing: an idle worker asks little. (What the ledger's heartbeat finds out
+    # concerns these connections too, see `transport.doubt`.)
+    "health_check_interval": 60,
+    # Looks of the intake, at its 0.5 s, between two for messages that were never acknowledged; of a loop, seconds.
+    "unacked_restore_throttle": 240,
+    "unacked_restore_interval": 60,
 }
 
 #: A broker that nobody connects to.

@@ -1,8 +1,10 @@
-"""What a worker hears besides its own queue: beat's ticks, and messages of producers that know nothing of the platform.
+"""What a worker reads from its broker: the messages of its private queue, and those of producers that know nothing of
+the platform; beat's ticks, where the broker is not the ledger's Redis.
 
-A thread with a broker connection of its own, outside the main loop: a full pool does not delay it. Messages in the
-queues that the worker serves are enrolled as jobs of these queues and acknowledged after the commit; those that cannot
-be are set aside.
+A thread with a broker connection of its own, outside the main loop: a full pool does not delay it. One blocking read
+waits for all queues, so that an idle worker asks next to nothing. Messages of the private queue go on as they come;
+messages in the queues that the worker serves are enrolled as jobs of these queues and acknowledged after the commit.
+Those that cannot be are set aside.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from functools import partial
 from typing import Any, Final
 
 from celery import Celery
-from kombu import Consumer
+from kombu import Consumer, Exchange, Queue
 from kombu.exceptions import OperationalError
 from kombu.serialization import registry
 from sqlalchemy.exc import DBAPIError
@@ -52,12 +54,13 @@ PLAIN: Final = frozenset({"utf-8", "utf8", "ascii", "us-ascii", "binary"})
 #: How ticks are encoded, whatever tasks may be.
 TICKS_ARE: Final = "json"
 #: Seconds between tries to reach the broker.
-RETRY_AFTER: Final = 1.0
+RETRY_AFTER: Final = 0.25
 
 
 class Intake(native.Thread):
     """`on_tick` is called with the name of each tick, `on_refused` with each message that is set aside, in this
-    thread."""
+    thread. `private`: the queue of this worker alone and who gets its messages, where the broker is the ledger's Redis;
+    then ticks come by `workers.epoch_watch`."""
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Intake(native.Thread):
         serving: Serving,
         on_tick: Callable[[str], None],
         on_refused: Callable[[Any], None] = lambda _: None,
+        private: tuple[str, Callable[[Any], None]] | None = None,
     ) -> None:
         super().__init__(name="intake", daemon=True)
         self._app = app
@@ -73,6 +77,7 @@ class Intake(native.Thread):
         self._router = Router(app.platform, lambda: app.tasks)
         self._on_tick = on_tick
         self._on_refused = on_refused
+        self._private = private
         self._ending = native.Event()
 
     def challenge(self) -> None:
@@ -109,8 +114,15 @@ class Intake(native.Thread):
         """Until the end, or until the worker serves other queues."""
         version = self._serving.version
         with self._app.connection_for_read() as connection, connection.channel() as channel:
+            if self._private is not None:
+                # Everything in it was admitted to this worker, and the row is durable: no acknowledgements.
+                name, received = self._private
+                queue = Queue(name, Exchange(""), routing_key=name, durable=False, no_declare=True)
+                first = self._consumer(channel, queue, received, self._app.conf.accept_content, no_ack=True)
+            else:
+                first = self._consumer(channel, ticks.queue(), self._tick, [TICKS_ARE], no_ack=True)
             consumers = [
-                self._consumer(channel, ticks.queue(), self._tick, [TICKS_ARE], no_ack=True),
+                first,
                 *(
                     self._consumer(channel, queue, partial(self._enroll, queue.name), self._app.conf.accept_content)
                     for queue in self._serving.queues

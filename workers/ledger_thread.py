@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -26,7 +25,7 @@ from routing.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Rele
 from routing.request import Request
 from routing.states import Step
 from routing.store import REVOKED, Transition
-from workers.claims import running
+from workers.claims import Arrival, running
 from workers.confirmation import Confirmation
 from workers.ends import End, PostgresEnds
 from workers.holdings import Holding, Holdings
@@ -48,16 +47,6 @@ NOT_OURS: Final = {
 }
 #: Characters of an error that are kept.
 ERROR_LENGTH: Final = 8000
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A message of this worker's queue: its tag, its request, and the message itself."""
-
-    tag: Tag
-    request: Request
-    message: Any
-    nonce: str
 
 
 class LedgerThread(native.Thread):
@@ -114,6 +103,7 @@ class LedgerThread(native.Thread):
     def arrive(self, tag: Tag, request: Request, message: Any) -> None:
         """A message came: claim its job, then start it."""
         self._arrivals.append(Arrival(tag, request, message, f"{self._identity.pid}.{next(self._nonces)}"))
+        self._confirmation.needed()
         self._wake.set()
 
     def end(
@@ -142,6 +132,11 @@ class LedgerThread(native.Thread):
 
     def wake(self) -> None:
         self._wake.set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is held here, and nothing is to be settled."""
+        return not (self._arrivals or self._ends or self._refused or self._late or self._unsure or self._holdings.all())
 
     def stop(self, within: float) -> bool:
         """Settle what is pending, then end. False when that did not come about in time."""

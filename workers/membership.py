@@ -251,10 +251,6 @@ class Membership:
             logger.warning("%d jobs that this worker no longer holds were taken back", renewed.taken_back)
         return renewed.known
 
-    def has_book(self) -> bool:
-        """Whether the ledger has a book of this name: cheap enough to be asked between two heartbeats."""
-        return bool(self._ledger.client.exists(keys.book(self.identity.name)))
-
     def resize(self, capacity: Capacity, holdings: Holdings) -> None:
         """Publish another capacity (the pool grew, a quota changed), less what attempts take up that lost their lease;
         what fits into more is admitted at once."""
@@ -318,8 +314,10 @@ class Membership:
             version=identity.version,
             started_at=identity.started_at,
         )
+        asked = time.monotonic()
         with self._engine.connect() as connection:
-            lost = roster.see_worker(connection, row, status, ledger_lost=self._told_lost)
+            answer, lost = roster.see_worker(connection, row, status, ledger_lost=self._told_lost)
+        self._confirmation.hear(asked, answer)
         # Whoever took their jobs back may have done so on another machine.
         for worker in lost:
             if worker.incarnation not in self._seen_to and is_known_dead(worker, identity.place):

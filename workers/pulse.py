@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from routing import native
 from routing.capacity import Capacity
+from routing.election import Elected
 from routing.errors import NameTaken, PlatformError, StoreUnavailable
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
@@ -66,9 +67,12 @@ class Pulse(native.Thread):
         self._stopping = False
         self._ticked = False
         self._closed = False
+        self._looks = False
         self._drain = False
         self._drained = False
         self._said = ""
+        #: Called after each heartbeat.
+        self.on_renewed: Callable[[], None] = lambda: None
         #: Called when the ledger does not know this worker, though it is open in its epoch.
         self.on_missing: Callable[[], None] = lambda: None
 
@@ -83,6 +87,20 @@ class Pulse(native.Thread):
         """Somebody met a ledger that is cold or of another epoch."""
         self._closed = True
         self._wake.set()
+
+    def look(self) -> None:
+        """The ledger may be cold, of another epoch or away."""
+        self._looks = True
+        self._wake.set()
+
+    def looked(self, elected: Elected | None) -> None:
+        """The election's look at the ledger found this; None: it had no answer."""
+        if elected is None:
+            self._sight.note(lost=True)
+        if elected is None or elected.epoch != self._ledger.epoch:
+            self.look()
+        elif not elected.has_book:
+            self.tick()
 
     def drain(self) -> None:
         self._drain = True
@@ -103,7 +121,10 @@ class Pulse(native.Thread):
         #: Seconds to wait at the least: a store that fails at once is not asked without a pause.
         pause = 0.0
         while not self._stopping:
-            self._wake.wait(min(settings.due_interval, max(pause, renew_at - time.monotonic())))
+            # (A worker that has nothing to do asks nothing between two heartbeats: the election looks, and says so.)
+            quiet = self._confirmation.resting and not (pause or self._closed)
+            left = max(pause, renew_at - time.monotonic())
+            self._wake.wait(left if quiet else min(settings.due_interval, left))
             now, pause = time.monotonic(), settings.due_interval
             if self._ticked:
                 self._ticked = False
@@ -111,23 +132,27 @@ class Pulse(native.Thread):
             try:
                 self._membership.draining |= self._drain
                 self._closed |= self._confirmation.epoch != self._ledger.epoch
-                opened = self._ledger.opened()
-                if self._closed or opened is None or opened[0] != self._ledger.epoch:
-                    self._rejoin(opened)
+                if not (quiet or self._closed) or self._looks:
+                    self._looks = False
+                    opened = self._ledger.opened()
+                    self._closed |= opened is None or opened[0] != self._ledger.epoch
+                if self._closed:
+                    self._rejoin(self._ledger.opened())
                     renew_at = now + settings.renew_interval
                 elif self._drain and not self._drained:
                     handed = self._membership.drain()
                     self._drained = True
                     if handed:
                         logger.info("draining: %d jobs handed back", handed)
-                elif now >= renew_at or not self._membership.has_book():
+                elif now >= renew_at:
                     renewed_at, renew_at = now, now + settings.renew_interval
                     if not self._membership.draining:
                         # (The pool of a worker that stops has no size any more.)
                         self._membership.resize(self._measure(), self._holdings)
                     if not self._renew(settings.renew_interval * WAITS_PART):
-                        self._rejoin(opened)
+                        self._rejoin(self._ledger.opened())
                         self.on_missing()
+                    self.on_renewed()
                 self._said = ""
                 self._sight.note(lost=False)
                 pause = 0.0

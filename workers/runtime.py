@@ -2,7 +2,7 @@
 
 ::
 
-    main loop --arrived--> ledger thread --claimed--> main loop --> pool --> JobRequest hooks --end--> ledger thread
+    intake ----arrived---> ledger thread --claimed--> main loop --> pool --> JobRequest hooks --end--> ledger thread
                               |                                                                         |
                               +------------------------ transitions --------> recorder (Postgres) <-----+
     pulse: heartbeat, epoch, drain        intake: beat's ticks, old producers        duties: repair
@@ -33,11 +33,12 @@ from routing.names import check_job_id
 from routing.outbox import Outbox
 from routing.replies import LedgerClosed
 from routing.request import Request
-from workers import duties, living, transport
+from workers import duties, living, ticks, transport
 from workers.announcing import Announcer
 from workers.confirmation import Confirmation
 from workers.delivery import Delivery
 from workers.ends import PostgresEnds
+from workers.epoch_watch import EpochWatch
 from workers.exits import Exit
 from workers.holdings import Holdings
 from workers.identity import Identity
@@ -117,13 +118,15 @@ class Runtime:
         self.holdings = Holdings({})
         self.quarantine = Quarantine(engine, identity.name)
         self.serving = Serving(app, settings, self.remeasure)
-        self.intake = Intake(app, self.serving, self.on_tick, self.announcer.refused)
         self.sight = Sight()
-        broker_apart = not shares_ledger(app, settings)
-        if not (broker_apart or green):
-            self.sight.on_silence = self._cut_broker
-        #: Takes the messages of the private queue where Celery's loop does not.
-        self.mailbox = Mailbox(settings, identity.queue, self._received) if broker_apart or green else None
+        self.sight.on_found = transport.doubt
+        shared = shares_ledger(app, settings) and not green
+        if shared:
+            self.sight.on_silence = lambda: self.announcer.consumer and self.announcer.consumer.cut()
+        private = (identity.queue, self.arrived) if shared else None
+        self.intake = Intake(app, self.serving, self.on_tick, self.announcer.refused, private)
+        #: Takes the messages of the private queue where the intake does not.
+        self.mailbox = None if shared else Mailbox(settings, identity.queue, self._received)
         self.joining = Joining(stores, self.membership, self.confirmation, self.sight, self.intake.challenge)
         self.puller = Puller(
             engine,
@@ -175,8 +178,13 @@ class Runtime:
             self.quarantine.set_aside,
             partial(tell_late, app, engine, identity.incarnation),
         )
-        self.duties = duties.Runner(app, stores, identity.incarnation, lambda: self.confirmation.authority)
+        candidate = (identity.incarnation, lambda: self.confirmation.authority, ledger, identity.name)
+        self.duties = duties.Runner(app, stores, *candidate, self.pulse.looked, lambda: self.confirmation.resting)
+        self.epoch_watch = EpochWatch(settings, self.pulse.look, self.on_tick, ticks.channel(app) if shared else "")
+        self.confirmation.on_epoch = self.pulse.look
+        self.pulse.on_renewed = self.duties.close_spare_connections
         self.pulse.on_missing = self.ledger_thread.on_missing = self.duties.suspect
+        self.confirmation.idle = lambda: self.ledger_thread.idle and not self.sight.lost
         self._cold = False
         self._left = False
 
@@ -214,6 +222,7 @@ class Runtime:
         admitted = self.joining.enter(capacity, declared, self.wait_to_start)
         self.confirmation.start()
         self.pulse.start()
+        self.epoch_watch.start()
         self.puller.start()
         self.intake.start()
         self.duties.start()
@@ -233,6 +242,7 @@ class Runtime:
         """The pool, or what this worker serves, has changed: the heartbeat publishes it. What is admitted meanwhile and
         fits no more is handed back; what runs goes on."""
         self.holdings.capacity = dict(self.serving.detect().capacity.amounts)
+        self.confirmation.needed()
         self.pulse.tick()
         self.puller.wake()
 
@@ -254,6 +264,7 @@ class Runtime:
         self.intake.stop(LEAVE_WITHIN)
         if self.mailbox is not None:
             self.mailbox.stop(LEAVE_WITHIN)
+        self.epoch_watch.stop(LEAVE_WITHIN)
         self.pulse.stop(LEAVE_WITHIN)
         self.puller.stop(LEAVE_WITHIN)
         self.confirmation.stop()
@@ -294,7 +305,7 @@ class Runtime:
     # -- messages ------------------------------------------------------------------------------------------------
 
     def arrived(self, message: Any) -> None:
-        """A message of the private queue, in the main loop or the mailbox's thread: nothing here waits."""
+        """A message of the private queue, in the intake's or the mailbox's thread: nothing here waits."""
         tag = parse_tag(message.delivery_tag)
         carried = message.headers.get(HEADER)
         try:
@@ -362,14 +373,9 @@ class Runtime:
     # -- between the threads -------------------------------------------------------------------------------------
 
     def on_tick(self, name: str) -> None:
-        """Beat's tick, in the intake's thread."""
+        """Beat's tick, in the thread that hears it."""
         self.pulse.tick()
         self.duties.tick(name)
-
-    def _cut_broker(self) -> None:
-        """In the pulse's thread: the broker, which is the ledger's Redis, answers nobody."""
-        if self.announcer.consumer is not None:
-            self.announcer.consumer.cut()
 
     def _on_regained(self) -> None:
         """This worker may admit again: the heartbeat fills what was released meanwhile."""

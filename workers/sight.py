@@ -34,11 +34,15 @@ class Sight:
         self.lost = False
         #: Called when the ledger's Redis does not answer in time, rather than refuse.
         self.on_silence: Callable[[], None] = lambda: None
+        #: Called when the ledger answers again.
+        self.on_found: Callable[[], None] = lambda: None
 
     def note(self, lost: bool) -> None:
         if lost != self.lost:
             self.since = time.monotonic()
             self.lost = lost
+            if not lost:
+                self.on_found()
 
     def seconds(self) -> float:
         return time.monotonic() - self.since

@@ -26,6 +26,7 @@ from routing.request_file import RequestRules
 from routing.settings import Settings
 from workers.breaker import Breaker
 from workers.inherited import let_go
+from workers.spare_connections import close_spare
 from workers.watching import Watcher
 
 #: Seconds to wait for a connection to Postgres, and for one of the pool; libpq counts at least two for the former.
@@ -224,6 +225,12 @@ class Stores:
         """Hears what becomes of the jobs that this process watches."""
         found: Watcher = self._get("watcher", lambda: Watcher(self.settings))
         return found
+
+    def close_spare_connections(self) -> None:
+        """Close the connections to Redis that nobody uses just now; they are made anew when they are needed."""
+        for name in ("ledger", "sending"):
+            if name in self._made:
+                close_spare(self._made[name].client.connection_pool)
 
     @property
     def redis(self) -> redis.Redis:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from typing import Any, Final
 
 from kombu import Exchange, Queue
 from kombu.utils.uuid import uuid
 
+from routing import addresses
 from routing.settings import Settings
 from workers.router import PLATFORM_PREFIX
 
@@ -14,12 +17,36 @@ EXCHANGE: Final = Exchange("platform.ticks", type="fanout", durable=False, deliv
 HEARTBEAT: Final = PLATFORM_PREFIX + "heartbeat"
 SWEEP: Final = PLATFORM_PREFIX + "sweep"
 RECONCILE: Final = PLATFORM_PREFIX + "reconcile"
+#: What kombu writes in front of the channels of an exchange.
+KOMBU_PREFIX: Final = "/{db}."
 NAMES: Final = frozenset({HEARTBEAT, SWEEP, RECONCILE})
 
 
 def queue() -> Queue:
     """A queue of this process alone, gone with its connection."""
     return Queue(f"platform.ticks.{uuid()}", EXCHANGE, durable=False, auto_delete=True, exclusive=True)
+
+
+def channel(app: Any) -> str:
+    """The channel on which Celery's broker publishes ticks, where that is a Redis."""
+    options = app.conf.broker_transport_options or {}
+    number = addresses.read(str(app.platform.settings.redis_url)).number
+    prefix = options.get("fanout_prefix", True)
+    # (As kombu makes it: True stands for its own prefix.)
+    return f"{KOMBU_PREFIX if prefix is True else prefix or ''}{EXCHANGE.name}".format(db=number)
+
+
+def read(raw: Any) -> str | None:
+    """The name of a tick as the broker's Redis publishes it, None where it is no tick."""
+    try:
+        envelope = json.loads(raw)
+        body = envelope["body"]
+        if envelope["properties"].get("body_encoding") == "base64":
+            body = base64.b64decode(body)
+        name = json.loads(body)["tick"]
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def publish(producer: Any, name: str) -> None:

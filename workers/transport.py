@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty
 from typing import Any, Final
@@ -24,11 +27,13 @@ from kombu.transport import pyamqp, virtual
 from kombu.transport import redis as kombu_redis
 from kombu.utils.encoding import bytes_to_str
 from redis.backoff import NoBackoff
+from redis.exceptions import DataError, ResponseError
 from redis.retry import Retry
 
 from routing import addresses, sentinels
 from routing import envelope as envelopes
 from routing.envelope import Envelope, Unreadable
+from workers.spare_connections import close_spare
 from workers.unpacking import TIMES, unpack
 
 logger = logging.getLogger(__name__)
@@ -147,6 +152,34 @@ def digest_of(message: Any) -> str:
     return envelopes.digest(found) if isinstance(found, Envelope) and found.raw else ""
 
 
+#: Seconds for which the server waits for a message before it says that there is none. (kombu's 1 s is a question a
+#: second of each worker.)
+WAIT: Final = 60
+
+#: The channels of Redis of this process: threads that end take theirs out.
+_channels: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
+
+
+def doubt() -> None:
+    """Have every connection that waits for a message of Redis made anew: the server was away, and one that waits since
+    before may wait for ever. In any thread: the sockets are shut down, and whoever reads them finds out."""
+    for channel in list(_channels):
+        for name in ("client", "subclient"):
+            connection = getattr(channel.__dict__.get(name), "connection", None)
+            found = getattr(connection, "_sock", None)
+            if found is not None:
+                with suppress(OSError):
+                    found.shutdown(socket.SHUT_RDWR)
+
+
+def close_spare_connections() -> None:
+    """Close what the channels of this process do not wait on, in any thread."""
+    for channel in list(_channels):
+        for pool in (getattr(channel, "_pool", None), getattr(channel, "_async_pool", None)):
+            if pool is not None:
+                close_spare(pool)
+
+
 class _Looking:
     """In front of a channel of Redis: an eye on what it delivers."""
 
@@ -161,6 +194,33 @@ class _Looking:
     _flush_brpop_reauth: Any
     _in_poll: Any
     _queue_cycle: Any
+    #: The connection's number at the server, and the socket that had it.
+    _waits_as: int | None = None
+    _waits_on: Any = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _channels.add(self)
+
+    def _brpop_start(self, timeout: Any = None) -> None:
+        found = self.client.connection._sock
+        if found is not None and found is not self._waits_on:
+            self._waits_on, self._waits_as = found, None
+            with suppress(ResponseError):
+                self.client.connection.send_command("CLIENT", "ID")
+                self._waits_as = int(self.client.parse_response(self.client.connection, "CLIENT ID"))
+        super()._brpop_start(timeout)  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Wait no more for a message, without losing one that comes just now."""
+        if self._in_poll:
+            try:
+                with self.conn_or_acquire() as client:  # type: ignore[attr-defined]
+                    client.client_unblock(self._waits_as)
+            except (*self.connection_errors, ResponseError, DataError):
+                self._in_poll.disconnect()
+                self._in_poll = None
+        super().close()  # type: ignore[misc]
 
     def basic_consume(self, queue: Any, no_ack: bool, callback: Any, consumer_tag: Any, **options: Any) -> Any:
         found = super().basic_consume(queue, no_ack, callback, consumer_tag, **options)  # type: ignore[misc]
@@ -247,12 +307,14 @@ class Transport(kombu_redis.Transport):
     """`redis://`, `rediss://` and `redis+socket://`."""
 
     Channel = Channel
+    brpop_timeout = WAIT
 
 
 class SentinelTransport(kombu_redis.SentinelTransport):
     """`sentinel://`."""
 
     Channel = SentinelChannel
+    brpop_timeout = WAIT
 
 
 class AMQPMessage(pyamqp.Message, _Unpacked):
@@ -305,9 +367,8 @@ class Connection(kombu.Connection):
 
     #: Set by the app: ends what waits in the backlog of a queue that is purged, and returns how many jobs.
     purge_jobs: Callable[[str], int] | None = None
-    #: Set by a worker's consumer on its own connection: the queue that it consumes there; '' where it takes its
-    #: messages from the ledger's Redis itself. None on every other connection.
-    private_queue: str | None = None
+    #: Set by a worker's consumer on its own connection: other threads read the queues.
+    consumes_nothing: bool = False
 
     def clone(self, **options: Any) -> Connection:
         twin: Connection = super().clone(**options)

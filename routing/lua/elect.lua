@@ -1,27 +1,29 @@
 #!lua flags=allow-oom
 -- Does: gives one worker at a time the lease on the duties, renews it, and brings its holder what others asked for.
--- KEYS: none; by name: runner, asked
--- ARGV: caller, fence of the caller's lease (0: it has none), term (ms; 0: give it back), for each duty that it asks for: name
--- Replies: {elected, fence, then the duties that were asked for} | {other (has the lease, or nobody)}
+-- KEYS: none; by name: runner, asked, epoch, book
+-- ARGV: caller, its worker's name, fence of the caller's lease (0: it has none), term (ms; 0: give it back), for each duty that it asks for: name
+-- Replies: {elected, epoch of the ledger (0: none), book (1: its worker has one), fence, then the duties that were asked for} | {other (has the lease, or nobody), epoch, book}
 -- Cost: constant, and one command for each duty asked for
 -- Repeat: harmless: the holder keeps its lease and its fence; what was asked for is told once
-local caller, fence, term = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local caller, worker, fence, term = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local now = clock()
 local lease = redis.call('HMGET', KEY.runner, 'incarnation', 'fence', 'until')
 local number, over = tonumber(lease[2] or '0'), tonumber(lease[3] or '0')
+local epoch = redis.call('HGET', KEY.epoch, 'epoch') or '0'
+local book = int(redis.call('EXISTS', KEY.book .. worker))
 local mine = fence > 0 and lease[1] == caller and number == fence
-for i = 4, #ARGV do
+for i = 5, #ARGV do
   redis.call('SADD', KEY.asked, ARGV[i])
 end
 if term == 0 then
   if mine then
     redis.call('HSET', KEY.runner, 'until', int(now))
   end
-  return {'other'}
+  return {'other', epoch, book}
 end
 -- (A lease that lasts longer than any was given for: the server's clock was set back since.)
 if not (mine or over <= now or over > now + 2 * term) then
-  return {'other'}
+  return {'other', epoch, book}
 end
 if not mine then
   -- Above every fence that the books or the caller know: the ledger may have been emptied.
@@ -29,4 +31,4 @@ if not mine then
 end
 redis.call('HSET', KEY.runner, 'incarnation', caller, 'fence', int(number), 'until', int(now + term))
 -- (There are fewer duties; what stands behind so many names comes with the next call.)
-return {'elected', int(number), unpack(redis.call('SPOP', KEY.asked, LIMIT.shapes))}
+return {'elected', epoch, book, int(number), unpack(redis.call('SPOP', KEY.asked, LIMIT.shapes))}

@@ -110,8 +110,10 @@ BINDINGS: Final = {
         lambda ledger: ledger.elect("life", 0, 5.0, ["suspicion"]),
         1,
         {
-            ("elected", "3", "suspicion"): "Elected(fence=3, asked=('suspicion',))",
-            ("other",): "Elected(fence=0, asked=())",
+            ("elected", "7", "1", "3", "suspicion"): (
+                "Elected(fence=3, asked=('suspicion',), epoch=7, has_book=True)"
+            ),
+            ("other", "0", "0"): "Elected(fence=0, asked=(), epoch=0, has_book=False)",
         },
     ),
     "fill": Binding(lambda ledger: ledger.fill("w"), 0, {(("ok", "2", "9"), ("ok", "1", "")): "3"}),

@@ -31,7 +31,7 @@ def runner(stage: Stage, settings: Settings) -> Iterator[Runner]:
     stores = Stores(lambda _: settings)
     stores._made["settings"] = settings
     no_app: Any = None
-    runner = Runner(no_app, stores, "a-life", lambda: "ledger")
+    runner = Runner(no_app, stores, "a-life", lambda: "ledger", stage.ledger)
     runner._begin()
     runner.election._stand()
     # (Nobody renews it.)

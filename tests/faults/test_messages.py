@@ -13,29 +13,18 @@ from tests.faults.breaking import World
 from tests.faults.oracle import read
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import Platform, Process
+from tests.fixtures.stopping import stop_deaf
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
 
 
-def until_nobody_listens(platform: Platform) -> None:
-    """A stopped worker that waits at a list would still be given what comes there, into its socket."""
-
-    def listeners() -> list[Any]:
-        found: Any = platform.redis.client_list()
-        database = str(platform.redis.connection_pool.connection_kwargs["db"])
-        return [one for one in found if one["db"] == database and "b" in one["flags"]]
-
-    until(lambda: not listeners(), lambda: f"nobody waits at a list: {listeners()}")
-
-
 @pytest.fixture
 def stopped(platform: Platform) -> Iterator[Process]:
     """The worker `a`, stopped; it goes on at the end, whatever came between."""
     worker = platform.worker("a", cpus=4)
-    os.killpg(worker.pid, signal.SIGSTOP)
-    until_nobody_listens(platform)
+    stop_deaf(platform, worker)
     yield worker
     os.killpg(worker.pid, signal.SIGCONT)
 

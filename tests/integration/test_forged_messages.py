@@ -18,6 +18,7 @@ import pytest
 from routing import keys
 from tests.fixtures.processes import Platform
 from tests.fixtures.setting_aside import counter, epoch_of, queue_of, set_aside, until_set_aside
+from tests.fixtures.stopping import stop_deaf
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
 from tests.tasks.work import read as events_of
@@ -36,14 +37,7 @@ def platform(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Platfor
 def stopped(platform: Platform) -> Iterator[Any]:
     """The worker `a`, stopped while nobody waits at its queue; it goes on at the end, whatever came between."""
     worker = platform.worker("a", 4)
-    os.killpg(worker.pid, signal.SIGSTOP)
-
-    def listeners() -> list[Any]:
-        found: Any = platform.redis.client_list()
-        database = str(platform.redis.connection_pool.connection_kwargs["db"])
-        return [one for one in found if one["db"] == database and "b" in one["flags"]]
-
-    until(lambda: not listeners(), "nobody waits at a list")
+    stop_deaf(platform, worker)
     yield worker
     os.killpg(worker.pid, signal.SIGCONT)
 

@@ -29,7 +29,7 @@ class Gone:
 
 def test_a_ledger_that_is_gone_is_not_asked_without_a_pause() -> None:
     ledger: Any = Gone()
-    anything: Any = SimpleNamespace(draining=False, epoch=1, note=lambda **_: None)
+    anything: Any = SimpleNamespace(draining=False, epoch=1, resting=False, note=lambda **_: None)
     pulse = Pulse(
         ledger,
         confirmation=anything,

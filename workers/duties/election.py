@@ -31,7 +31,8 @@ RENEWALS: Final = 3
 
 class Candidate(native.Thread):
     """`authority` says which store decides, so which one keeps the lease. `on_change` is called when this worker won or
-    lost the election, `on_asked` with the duties that other workers asked for. Any handle of the ledger will do."""
+    lost the election, `on_asked` with the duties that other workers asked for, `on_look` with each answer of the
+    ledger, None where it gave none. Any handle of the ledger will do."""
 
     def __init__(
         self,
@@ -41,14 +42,18 @@ class Candidate(native.Thread):
         authority: Callable[[], str],
         on_change: Callable[[], None],
         on_asked: Callable[[Sequence[str]], None],
+        worker: str = "",
+        on_look: Callable[[Elected | None], None] = lambda _: None,
     ) -> None:
         super().__init__(name="election", daemon=True)
         self._engine = engine
-        self._ledger = ledger
+        self.ledger = ledger
         self._incarnation = incarnation
         self._authority = authority
         self._on_change = on_change
         self._on_asked = on_asked
+        self._worker = worker
+        self._on_look = on_look
         self._term = ledger.settings.runner_term
         #: For how long without a gap the store of the heartbeats could be read.
         self.window = Window(max(ledger.settings.renew_interval, 2 * self._term))
@@ -85,6 +90,8 @@ class Candidate(native.Thread):
                 self._said = ""
             except (PlatformError, RedisError, SQLAlchemyError) as error:
                 self.window.restart()
+                if self._store != "postgres":
+                    self._on_look(None)
                 self._say(f"the election of the runner waits for a store: {type(error).__name__}: {error}")
             except Exception:
                 logger.exception("the election of the runner failed; it is held again")
@@ -114,7 +121,9 @@ class Candidate(native.Thread):
 
     def _elect(self, asks: Sequence[str]) -> Elected:
         if self._store != "postgres":
-            return self._ledger.elect(self._incarnation, self._fence, self._term, asks)
+            elected = self.ledger.elect(self._incarnation, self._fence, self._term, asks, self._worker)
+            self._on_look(elected)
+            return elected
         with self._engine.connect() as connection:
             return election.elect(connection, self._incarnation, self._fence, self._term)
 
@@ -132,7 +141,7 @@ class Candidate(native.Thread):
                 with self._engine.connect() as connection:
                     election.resign(connection, self._incarnation, self._fence)
             else:
-                self._ledger.elect(self._incarnation, self._fence, 0.0)
+                self.ledger.elect(self._incarnation, self._fence, 0.0)
         except (PlatformError, RedisError, SQLAlchemyError) as error:
             logger.info("the lease of the runner was not given back, it runs out: %s", error)
         self._fence = 0

@@ -42,7 +42,7 @@ class Listener(native.Thread):
 
     def __init__(self, stores: Stores, elected: Callable[[], bool]) -> None:
         super().__init__(name="listen", daemon=True)
-        self._stores = stores
+        self.stores = stores
         self._elected = elected
         self._wake = Wake()
         self._stopping = False
@@ -60,7 +60,7 @@ class Listener(native.Thread):
             self.join(within)
 
     def run(self) -> None:
-        interval = self._stores.settings.due_interval
+        interval = self.stores.settings.due_interval
         while not self._stopping:
             try:
                 if not self._elected():
@@ -82,7 +82,7 @@ class Listener(native.Thread):
         self._end()
 
     def _begin(self) -> None:
-        pooled = self._stores.direct.raw_connection()
+        pooled = self.stores.direct.raw_connection()
         self._listening = pooled.driver_connection
         pooled.detach()
         with self._listening.cursor() as cursor:
@@ -111,14 +111,14 @@ class Listener(native.Thread):
         named = list(dict.fromkeys(said))
         if "" not in named:
             for start in range(0, len(named), MOST):
-                with self._stores.engine.connect() as connection:
+                with self.stores.engine.connect() as connection:
                     rows = backlog.accepted(connection, named[start : start + MOST])
                 if rows and not self._submit(rows):
                     return
             return
         after = 0
         while True:
-            with self._stores.engine.connect() as connection:
+            with self.stores.engine.connect() as connection:
                 rows = backlog.stranded(connection, 0.0, MOST, after)
             if not rows or not self._submit(rows):
                 return
@@ -126,14 +126,14 @@ class Listener(native.Thread):
 
     def _submit(self, rows: list[backlog.Pending]) -> bool:
         """False where the ledger takes none now: it does not decide, is not open or does not answer; the sweep will."""
-        with self._stores.engine.connect() as connection:
+        with self.stores.engine.connect() as connection:
             known = roster.read_authority(connection)
         if known.authority != "ledger":
             # Those who take jobs from Postgres listen themselves.
             return False
-        self._stores.ledger.epoch = known.epoch
+        self.stores.ledger.epoch = known.epoch
         try:
-            enroll.submit_rows(self._stores.ledger, rows)
+            enroll.submit_rows(self.stores.ledger, rows)
         except (PlatformError, LedgerClosed) as error:
             logger.info("%d jobs were committed, and wait for the sweep: %s", len(rows), error)
             return False

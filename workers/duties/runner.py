@@ -17,15 +17,18 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from routing import deadlines, native, roster
+from routing.election import Elected
 from routing.errors import PlatformError
+from routing.ledger import Ledger
 from routing.postgres import is_locked, told
 from routing.replies import LedgerClosed
 from routing.settings import Settings
-from workers import ticks
+from workers import ticks, transport
 from workers.duties import due, fallback, keys, lapse, outbox, reconciling, replaced, retention, stream, sweep
 from workers.duties.election import Candidate
 from workers.duties.listening import Listener
 from workers.duties.opening import open_ledger
+from workers.spare_connections import close_spare
 from workers.stores import Stores
 from workers.wake import Wake
 
@@ -74,15 +77,28 @@ SUSPICION: Final = Duty("suspicion", sweep.pause, reconciling.run_once)
 
 class Runner(native.Thread):
     """Runs each duty at its interval, while this worker is elected. Each stands alone: one that fails is tried again
-    after a pause of its own, and the others are done. `authority`: which store decides, as far as this worker knows."""
+    after a pause of its own, and the others are done. `authority`: which store decides, as far as this worker knows;
+    `ledger`, `worker`, `on_look`: see `Candidate`; `is_idle`: whether the worker has nothing to do."""
 
-    def __init__(self, app: Celery, stores: Stores, incarnation: str, authority: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        app: Celery,
+        stores: Stores,
+        incarnation: str,
+        authority: Callable[[], str],
+        ledger: Ledger,
+        worker: str = "",
+        on_look: Callable[[Elected | None], None] = lambda _: None,
+        is_idle: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__(name="duties", daemon=True)
         self._app = app
+        self._workers_stores = stores
+        self._is_idle = is_idle
         # With a handle of the ledger of their own: its epoch is the one in which duties may act.
         self._stores = stores.apart()
         self.election = Candidate(
-            stores.engine, self._stores.ledger, incarnation, authority, self._on_change, self._on_asked
+            stores.engine, ledger, incarnation, authority, self._on_change, self._on_asked, worker, on_look
         )
         self._listener = Listener(stores.apart(), self.election.holds)
         self._wake = Wake()
@@ -116,6 +132,14 @@ class Runner(native.Thread):
             self.tick(SUSPICION.name)
         else:
             self.election.ask(SUSPICION.name)
+
+    def close_spare_connections(self) -> None:
+        """Keep few connections to Redis where this worker has nothing to do, and does no duties."""
+        if self._is_idle() and not self.election.holds():
+            close_spare(self.election.ledger.client.connection_pool, keep=1)
+            for stores in (self._workers_stores, self._stores, self._listener.stores):
+                stores.close_spare_connections()
+            transport.close_spare_connections()
 
     def stop(self, within: float) -> None:
         self._stopping = True

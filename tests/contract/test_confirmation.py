@@ -1,0 +1,96 @@
+"""A worker that has nothing to decide asks nobody whether it may; what comes to it is decided after a new answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine
+
+from routing import roster
+from routing.settings import Settings
+from tests.fixtures.staged import Stage
+from tests.fixtures.waiting import until
+from workers.confirmation import Confirmation
+
+#: Seconds between two questions.
+INTERVAL = 0.05
+
+
+class Observed(Confirmation):
+    """Counts its questions."""
+
+    asked = 0
+
+    def ask(self) -> int:
+        self.asked += 1
+        return super().ask()
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def regained() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def confirmation(stage: Stage, regained: threading.Event) -> Iterator[Observed]:
+    confirmation = Observed(stage.engine, INTERVAL, regained.set)
+    confirmation.ask()
+    yield confirmation
+    confirmation.stop()
+    if confirmation.is_alive():
+        confirmation.join(10.0)
+
+
+def test_confirmation_rests_while_there_is_nothing_to_decide(
+    confirmation: Observed, regained: threading.Event
+) -> None:
+    confirmation.idle = lambda: True
+    confirmation.start()
+    until(lambda: confirmation.resting, "it rests")
+    asked = confirmation.asked
+    until(lambda: not confirmation.may_admit, "its answer has run out")
+    regained.wait(10 * INTERVAL)
+    assert confirmation.asked == asked
+    confirmation.needed()
+    assert regained.wait(20.0)
+    assert confirmation.may_admit
+
+
+def test_confirmation_is_asked_for_while_there_is_something_to_decide(confirmation: Observed) -> None:
+    confirmation.start()
+    asked = confirmation.asked
+    until(lambda: confirmation.asked >= asked + 5, "it is asked again and again")
+    assert not confirmation.resting
+
+
+def test_confirmation_does_not_rest_while_postgres_decides(confirmation: Observed, stage: Stage) -> None:
+    stage.sql("UPDATE authority SET authority = 'postgres', changed_at = clock_timestamp()")
+    confirmation.ask()
+    confirmation.idle = lambda: True
+    confirmation.start()
+    asked = confirmation.asked
+    until(lambda: confirmation.asked >= asked + 5, "it is asked again and again")
+
+
+def test_heartbeat_in_postgres_brings_an_answer(confirmation: Observed, stage: Stage) -> None:
+    until(lambda: not confirmation.may_admit, "its answer has run out")
+    sent = time.monotonic()
+    with stage.engine.connect() as connection:
+        confirmation.hear(sent, roster.read_authority(connection))
+    assert confirmation.may_admit
+    stage.sql("UPDATE authority SET epoch = epoch + 1")
+    with stage.engine.connect() as connection:
+        epochs: list[int] = []
+        confirmation.on_epoch = lambda: epochs.append(confirmation.epoch)
+        confirmation.hear(time.monotonic(), roster.read_authority(connection))
+    assert epochs == [confirmation.epoch]
