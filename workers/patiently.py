@@ -30,6 +30,8 @@ _PASSING: Final = (
     redis_errors.ReadOnlyError,
     redis_errors.TryAgainError,
 )
+#: What Redis says while its disk takes no snapshot: it writes again when there is room.
+_NO_SNAPSHOT: Final = "MISCONF "
 #: Parts of what Postgres says to who may not come in, or names a database that is not there. (The driver gives no
 #: SQLSTATE of a connection that was refused. A server that speaks another language is waited for, with its words.)
 _UNWELCOME: Final = (
@@ -58,6 +60,8 @@ def may_pass(error: BaseException) -> bool:
         if isinstance(one, (*_REFUSED, ssl.SSLCertVerificationError)):
             return False
         if isinstance(one, (PoolTimeout, *_PASSING)):
+            return True
+        if isinstance(one, redis_errors.ResponseError) and str(one).startswith(_NO_SNAPSHOT):
             return True
         if isinstance(one, DBAPIError) and isinstance(one.orig, (psycopg2.OperationalError, psycopg2.InterfaceError)):
             return not any(words in str(one.orig) for words in _UNWELCOME)
