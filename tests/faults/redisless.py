@@ -3,14 +3,17 @@
     python -m tests.faults.redisless --minutes 60 --json summary.json
 
 Two workers, prefork and threads, get 20 jobs a second. Redis, which is ledger, broker and result backend at once, is
-ended after a while, stays away for so many minutes, and comes back empty (`--keep`: with the data of a dump). The
-summary has the seconds from its end to the first start from Postgres, the percentiles from before `delay()` to the
-start of the body and of `delay()` itself while Redis was away, and the counts of the oracle, which must all be 0.
+ended after a while, stays away for so many minutes, and comes back empty (`--keep`: with the data of a dump). With
+`--stop` it is not ended but stopped: it answers nobody, closes no connection, and goes on at last. The summary has the
+seconds from its end to the first start from Postgres, the percentiles from before `delay()` to the start of the body
+and of `delay()` itself while Redis was away, and the counts of the oracle, which must all be 0.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import tempfile
 import threading
@@ -23,6 +26,7 @@ from typing import Any, Final
 import click
 
 import workers.plugin  # noqa: F401  makes `platform.servers` importable
+from platform import valkey
 from routing import roster
 from routing.errors import NotAccepted, OutcomeUnknown
 from tests.faults.oracle import read
@@ -111,7 +115,28 @@ def usual_platform(servers: Servers, folder: Path, scale: float) -> Iterator[Pla
             yield platform
 
 
-def run(servers: Servers, folder: Path, minutes: float, rate: float, keep: bool, scale: float) -> dict[str, Any]:
+@contextmanager
+def without_redis(servers: Servers, oracle: Oracle, stop: bool) -> Iterator[None]:
+    """Redis is away for the block: ended, or stopped so that it answers nobody and closes no connection."""
+    server = valkey.running(servers.redis_folder)
+    assert server is not None
+    if stop:
+        os.kill(server.process.pid, signal.SIGSTOP)
+    else:
+        servers.kill_redis()
+        oracle.results_were_lost()
+    try:
+        yield
+    finally:
+        if stop:
+            os.kill(server.process.pid, signal.SIGCONT)
+        else:
+            servers.start_redis()
+
+
+def run(
+    servers: Servers, folder: Path, minutes: float, rate: float, keep: bool, stop: bool, scale: float
+) -> dict[str, Any]:
     """The summary of one run."""
     with usual_platform(servers, folder, scale) as platform:
         submitter, oracle = Submitter(platform), Oracle(platform, folder / "trace")
@@ -125,11 +150,9 @@ def run(servers: Servers, folder: Path, minutes: float, rate: float, keep: bool,
                 with servers.admin() as admin:
                     admin.save()
             away = time.monotonic()
-            servers.kill_redis()
-            oracle.results_were_lost()
-            _wait("Redis is away", minutes * 60)
-            decided = _authority(platform)
-            servers.start_redis()
+            with without_redis(servers, oracle, stop):
+                _wait("Redis is away", minutes * 60)
+                decided = _authority(platform)
             back = time.monotonic()
             oracle.whole_again("Redis was away")
             until(lambda: _authority(platform) == "ledger", "the ledger decides again", 120)
@@ -191,12 +214,13 @@ def _wait(what: str, seconds: float) -> None:
 @click.option("--minutes", default=60.0, help="How long Redis is away.")
 @click.option("--rate", default=20.0, help="Jobs a second.")
 @click.option("--keep", is_flag=True, help="Redis comes back with the data of a dump, not empty.")
+@click.option("--stop", is_flag=True, help="Redis is not ended but stopped, and answers nobody.")
 @click.option("--scale", default=1.0, help="Of all intervals; 1 are the defaults.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Where the summary goes as well.")
-def main(minutes: float, rate: float, keep: bool, scale: float, path: Path | None) -> None:
+def main(minutes: float, rate: float, keep: bool, stop: bool, scale: float, path: Path | None) -> None:
     with tempfile.TemporaryDirectory(prefix="redisless-") as folder, own_servers() as servers:
         servers.forget_dump()
-        summary = run(servers, Path(folder), minutes, rate, keep, scale)
+        summary = run(servers, Path(folder), minutes, rate, keep, stop, scale)
     written = json.dumps(summary, indent=2)
     print(written)
     if path is not None:
