@@ -26,6 +26,8 @@ PINNED: Final = "-c default_transaction_isolation=read\\ committed"
 NOT_THERE: Final = ("42P01", "42703")
 #: SQLSTATE of what the role may not do.
 NOT_ALLOWED: Final = "42501"
+#: SQLSTATE of a write to a server that only reads: a standby, or one that was made so for a while.
+READ_ONLY: Final = "25006"
 #: SQLSTATE of a lock that was waited for in vain.
 LOCKED: Final = "55P03"
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from routing.errors import PlatformError, mask_url
-from routing.postgres import NOT_ALLOWED
+from routing.postgres import NOT_ALLOWED, READ_ONLY
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ def may_pass(error: BaseException) -> bool:
         if isinstance(one, (PoolTimeout, *_PASSING)):
             return True
         if isinstance(one, redis_errors.ResponseError) and str(one).startswith(_NO_SNAPSHOT):
+            return True
+        if isinstance(one, DBAPIError) and getattr(one.orig, "pgcode", None) == READ_ONLY:
             return True
         if isinstance(one, DBAPIError) and isinstance(one.orig, (psycopg2.OperationalError, psycopg2.InterfaceError)):
             return not any(words in str(one.orig) for words in _UNWELCOME)
