@@ -197,6 +197,8 @@ def test_what_a_dead_worker_left_of_a_rebuild_is_finished_by_another(
         after = platform.worker("a", cpus=2, pool="threads")
         for job in jobs:
             submitter.ended(job)
+        # (The next one is to die in the rebuild that it is made to begin, and not to finish this one before.)
+        until(lambda: not platform.redis.hexists(keys.EPOCH, "rebuilding"), "the rebuild is finished")
         oracle.asked(after)
         after.kill()
     platform.worker("a", cpus=2, pool="threads")
