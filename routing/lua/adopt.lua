@@ -51,6 +51,11 @@ for i = 5, #ARGV, 9 do
   elseif token_of(job) ~= token or job.incarnation ~= incarnation or job.state == 'ended' then
     verdict = 'stale'
     count('stale.adopt', 1)
+  elseif redis.call('HSET', KEY.held .. worker, id, token) == 1 then
+    -- Its place in the list was lost, perhaps with the book, which does not count it then.
+    for name, amount in pairs(amounts_of(job.shape)) do
+      changed[name] = (changed[name] or 0) + amount
+    end
   end
   reply[#reply + 1] = verdict
 end

@@ -185,10 +185,13 @@ def test_an_end_waits_for_a_book_that_went_missing(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("reserved", [True, False])
-def test_a_job_that_was_lost_with_the_book_is_counted_when_it_is_adopted(cluster: Cluster, reserved: bool) -> None:
+@pytest.mark.parametrize("lost", [keys.job("job"), keys.held("w")])
+def test_a_job_that_was_lost_with_the_book_is_counted_when_it_is_adopted(
+    cluster: Cluster, lost: str, reserved: bool
+) -> None:
     cluster.run("job")
     cluster.run("other")
-    cluster.client.delete(keys.book("w"), keys.job("job"))
+    cluster.client.delete(keys.book("w"), lost)
     if reserved:
         assert cluster.ledger.reserve("w", "w-life", CAPACITY)
     cluster.register()
