@@ -259,8 +259,7 @@ class LedgerThread(native.Thread):
         if is_known_before_start(holding.losses, self._ledger.settings.most_losses, holding.rerun):
             self._recorder.call(partial(self._start_known, holding, entry, message))
             return []
-        if self._holdings.start(holding.job, holding.token):
-            self._start_job(message)
+        self._start_job(message)
         return [running(self._identity, holding, entry)]
 
     def _may_start(self) -> bool:
@@ -278,8 +277,7 @@ class LedgerThread(native.Thread):
         else:
             # (So that its entry leaves the stream.)
             self._recorder.add([claim])
-            if self._holdings.start(holding.job, holding.token):
-                self._start_job(message)
+            self._start_job(message)
 
     def _start_late(self) -> None:
         """What came too late starts when this process may decide again in the same epoch, and goes back in another."""

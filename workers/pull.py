@@ -134,7 +134,6 @@ class Puller(native.Thread):
             times = (one.started_ms, one.started_ms)
             holding = Holding(one.job, one.token, request, "", *times, one.losses, one.rerun)
             self._holdings.add(holding)
-            self._holdings.start(one.job, one.token)
             self._start_job(one.message)
         return len(taken)
 

@@ -89,16 +89,17 @@ class Runtime:
         self.ledger = ledger = stores.new_ledger()
         exclusive = threading.Lock()
         self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
-        self._loop = Wake()
+        self._loop, self.holdings = Wake(), Holdings({})
         self.announcer = Announcer(app, engine, identity.name, self._loop.set)
         self._accept = prepare_accept_content(app.conf.accept_content)
         newer = NewerFormats(
-            lambda job, token: self.holdings.put_off(job, token),
+            self.holdings.put_off,
             lambda job, token: self.ledger_thread.give_back(job, token, "a message of a newer format"),
-            lambda: self.recorder.call(lambda: ledger.count("refused.format")),
-            settings.start_timeout,
+            lambda: self.recorder.call(lambda: ledger.count("refused.format")), settings.start_timeout,
         )
-        self.starting = Starting(self._loop, green, self.announcer, self._accept, self.refusing, self._hand_back, newer)
+        self.starting = Starting(
+            self._loop, green, self.announcer, self._accept, self.refusing, self._hand_back, self.holdings.start, newer
+        )
         self.recorder = Recorder(engine, ledger, self.announcer.waiting, self._on_regained, settings.write_within)
         #: Deliver parts of chords, whoever asks for it: a join may wait without limit.
         self.parts = Parts(identity.incarnation)
@@ -115,7 +116,6 @@ class Runtime:
             lambda: self.delivery.jobs() | self.recorder.jobs(),
             self._flush,
         )
-        self.holdings = Holdings({})
         self.quarantine = Quarantine(engine, identity.name)
         self.serving = Serving(app, settings, self.remeasure)
         self.sight = Sight()

@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 class Starting:
     """`loop` wakes the main loop. `refusing` ends the job of a message that never becomes a request. `hand_back` is
-    called with the job and the token of what was claimed and is not started."""
+    called with the job and the token of what was claimed and is not started; `begin` before the pool gets it: False
+    where it went back meanwhile."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Starting:
         accept: Any,
         refusing: Callable[[Any, str], AbstractContextManager[None]],
         hand_back: Callable[[str, str], None],
+        begin: Callable[[str, str], bool],
         newer: NewerFormats,
     ) -> None:
         self._loop = loop
@@ -44,6 +46,7 @@ class Starting:
         self._accept = accept
         self._refusing = refusing
         self._hand_back = hand_back
+        self._begin = begin
         self._newer = newer
         #: Celery's own handler of a message, set by the consumer.
         self.handle: Callable[[Any], None] | None = None
@@ -97,6 +100,9 @@ class Starting:
                     continue
                 if message.revoked:
                     worker_state.revoked.add(message.headers.get("id"))
+                tag = parse_tag(message.delivery_tag)
+                if tag is not None and not self._begin(tag.job, tag.token):
+                    continue
                 self._announcer.admitted(message)
                 self.handle(message)
             except Exception as error:
