@@ -57,6 +57,9 @@ class Holdings:
     _held: dict[tuple[str, str], Holding] = field(default_factory=dict)
     #: Those of them of which the ledger said that they lost their lease.
     _strays: set[tuple[str, str]] = field(default_factory=set)
+    #: Jobs that were claimed and whose claim is not answered yet: the ledger may have them as running here. One thread
+    #: assigns it, the heartbeat reads.
+    claiming: frozenset[str] = frozenset()
     _lock: threading.Lock = field(default_factory=lambda: threading.Lock())
 
     def book(self) -> Book:

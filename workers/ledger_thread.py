@@ -202,7 +202,8 @@ class LedgerThread(native.Thread):
             self._recover()
         if not ends and not arrivals:
             return False
-        # From here to the answer: what it hands over may be lost with it.
+        # From here to the answer: what it hands over, or gives a lease of, may be lost with it.
+        self._holdings.claiming |= (claiming := {one.tag.job for one in arrivals})
         unsure, self._unsure = self._unsure, True
         settled = self._ledger.settle(
             self._identity.name,
@@ -222,6 +223,7 @@ class LedgerThread(native.Thread):
             self._arrivals.popleft()
         transitions = self._after_release(settled.released, {(one.ended.job, one.ended.token): one for one in ends})
         transitions += self._after_claim(arrivals, settled.claimed)
+        self._holdings.claiming -= claiming
         transitions += self._take_over(settled.handed_over)
         if transitions:
             self._record(transitions)

@@ -241,8 +241,9 @@ class Membership:
             self.identity.name,
             self.identity.incarnation,
             self._view(full=False),
-            # (Of what ended here the row may still say that it runs: it is not lost.)
-            [*{*holdings.jobs(), *self._unwritten()}],
+            # (Of what ended here the row may still say that it runs: it is not lost. Nor is a job whose claim was
+            # carried out and whose answer was lost: it is claimed again.)
+            [*{*holdings.jobs(), *holdings.claiming, *self._unwritten()}],
             self._ledger.settings.most_losses,
             admit=self._may_admit,
             missing_ms=missing_ms,

@@ -11,7 +11,8 @@ import pytest
 
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger as Real
-from routing.replies import HandedOver, Released, Settled
+from routing.message import Tag
+from routing.replies import Claimed, HandedOver, Released, Settled
 from routing.request import Request
 from routing.settings import Settings
 from workers.holdings import Holding, Holdings
@@ -46,6 +47,9 @@ class Ledger:
 
 class Confirmation:
     epoch, authority, may_admit = 1, "ledger", True
+
+    def needed(self) -> None:
+        """It is always confirmed here."""
 
 
 @pytest.fixture
@@ -85,6 +89,33 @@ def test_what_was_handed_over_in_a_lost_answer_is_asked_for_however_late_the_wor
     thread.end("second", "1.1", "succeeded")
     assert thread.stop(10.0)
     assert started.get(timeout=10.0) == "message"
+
+
+def test_job_whose_claim_was_not_answered_is_named_until_it_is(
+    thread: LedgerThread, started: SimpleQueue[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim was carried out, and its answer lost: the ledger has the job as running here."""
+    claimed = Claimed("next", "1.1", "claimed", 1, 1, "", 0)
+    answers: list[Any] = [StoreUnavailable("lost"), Settled([], [claimed], [])]
+    named: list[frozenset[str]] = []
+
+    def settle(*_: Any, **__: Any) -> Settled:
+        named.append(thread._holdings.claiming)
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(thread._ledger, "settle", settle)
+    thread.arrive(Tag("next", 1, 1), ONE, Mock(revoked=False))
+    with pytest.raises(StoreUnavailable):
+        thread._settle()
+    assert thread._holdings.claiming == {"next"}
+    thread._unsure = False
+    assert thread._settle()
+    assert named == [{"next"}, {"next"}]
+    assert thread._holdings.claiming == set()
+    assert thread._holdings.jobs() == ["first", "second", "next"]
 
 
 def test_it_is_asked_for_though_nothing_else_is_to_be_said(

@@ -56,6 +56,13 @@ def test_rejoin_writes_what_ended_before_it_says_what_is_held() -> None:
     assert (sorted(names), options["missing_ms"]) == (["ended", "job"], 0)
 
 
+def test_heartbeat_names_a_job_whose_claim_is_not_answered() -> None:
+    holdings = held(("job", "1.1"))
+    holdings.claiming = frozenset({"claimed"})
+    _, ledger, _ = rejoin(holdings, [])
+    assert sorted(ledger.renew.call_args.args[3]) == ["claimed", "ended", "job"]
+
+
 def test_rejoin_disowns_the_attempt_that_lost_its_lease_alone() -> None:
     holdings = held(("job", "1.1"), ("job", "2.2"))
     _, _, recorder = rejoin(holdings, [("job", "1.1")])
