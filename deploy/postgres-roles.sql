@@ -58,6 +58,7 @@ GRANT EXECUTE ON FUNCTION archive_finished(double precision, integer) TO platfor
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON jobs, attempts, workers, declarations TO platform_worker;
 GRANT SELECT, DELETE ON unique_keys, dependencies TO platform_worker;
+GRANT DELETE ON workers TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON rates TO platform_worker;
 GRANT SELECT, UPDATE, DELETE ON chords TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON chord_parts TO platform_worker;

@@ -98,6 +98,7 @@ BOOKS: Final = KEYS["book"] + "*"
 WAITS: Final = KEYS["wait"] + "*"
 HELDS: Final = KEYS["held"] + "*"
 VIEWS: Final = KEYS["view"] + "*"
+PRIVATE_QUEUES: Final = "worker.*.*"
 
 
 def book(worker: str) -> str:

@@ -24,7 +24,19 @@ from routing.postgres import is_locked, told
 from routing.replies import LedgerClosed
 from routing.settings import Settings
 from workers import ticks, transport
-from workers.duties import due, fallback, keys, lapse, outbox, reconciling, replaced, retention, stream, sweep
+from workers.duties import (
+    due,
+    fallback,
+    former_workers,
+    keys,
+    lapse,
+    outbox,
+    reconciling,
+    replaced,
+    retention,
+    stream,
+    sweep,
+)
 from workers.duties.election import Candidate
 from workers.duties.listening import Listener
 from workers.duties.opening import open_ledger
@@ -68,6 +80,12 @@ DUTIES: Final = (
     Duty("retention", lambda s: s.sweep_interval, retention.run_once, without=retention.run_once),
     Duty("replaced", sweep.pause, replaced.run_once, without=replaced.run_once),
     Duty("keys", lambda s: s.sweep_interval, keys.run_once, without=keys.run_once),
+    Duty(
+        "former_workers",
+        lambda s: s.reconcile_interval,
+        former_workers.run_once,
+        without=former_workers.without_ledger,
+    ),
 )
 
 #: The reconcile, out of its turn: whoever met a ledger that misses what it should have asks for it. Once in the time
