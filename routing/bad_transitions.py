@@ -26,6 +26,7 @@ from sqlalchemy.exc import DBAPIError, StatementError
 
 from routing import keys, outbox, quarantine, store
 from routing.outbox import Outbox
+from routing.postgres import is_locked
 from routing.quarantine import SetAside
 from routing.states import FINAL, State, Step
 from routing.store import Applied, Transition
@@ -104,6 +105,9 @@ def _write_alone(engine: Engine, one: Transition, error: Exception) -> tuple[lis
         try:
             return way(), []
         except Exception as again:
+            if is_locked(again):
+                # It is written when its row is free. Nothing else waits for that.
+                return [], [one]
             if not concerns_data(again):
                 raise
             error = again

@@ -242,3 +242,25 @@ def test_recorder_writes_behind_a_thousand_locked_rows(engine: Engine, stage: St
     assert recorder.flush(30.0)
     recorder.stop(5.0)
     assert {stage.row(job).state for job in locked} == {"running"}
+
+
+@WRITERS
+def test_bad_transition_of_a_locked_row_stops_no_other(
+    engine: Engine, stage: Stage, database_url: str, write: Any
+) -> None:
+    bounded = create_engine(
+        database_url,
+        isolation_level="AUTOCOMMIT",
+        client_encoding="sql_ascii",
+        connect_args={"options": "-c lock_timeout=200"},
+    )
+    jobs = started(stage, 3)
+    for job in jobs:
+        fail(stage, job, ERROR if job == jobs[1] else "plain")
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": jobs[1]})
+        stream.apply_all(bounded, stage.ledger)
+        assert [stage.row(job).state for job in jobs] == ["failed", "running", "failed"]
+    write(bounded, stage)
+    assert [stage.row(job).state for job in jobs] == ["failed"] * 3
+    bounded.dispose()
