@@ -17,7 +17,7 @@ from routing.accept import Rate
 from routing.errors import InvalidRequest, StoreUnavailable, show
 from routing.gates import Opened
 from routing.names import check_job_id
-from routing.postgres import translate
+from routing.postgres import is_locked, translate
 from routing.replies import Cancelled, LedgerClosed
 from routing.states import State
 from routing.store import REVOKED
@@ -167,8 +167,14 @@ def carry_out(stores: Stores, job: str) -> bool:
     """Go on with the revoke of a job whose row is marked: end it if it waits, and mark it in the ledger if a worker
     holds it. Whether it ended. What a store does not take now the sweep does."""
     for _ in range(revoking.TRIES):
-        if end_before_start(stores, job, State.CANCELLED, REVOKED):
-            return True
+        try:
+            if end_before_start(stores, job, State.CANCELLED, REVOKED):
+                return True
+        except StoreUnavailable as error:
+            if not is_locked(error):
+                raise
+            logger.warning("job %s was revoked, and its row is locked: it ends later", job)
+            return False
         try:
             with stores.engine.connect() as connection:
                 if roster.read_authority(connection).authority == "postgres":

@@ -20,7 +20,7 @@ from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
 from workers.app import create_app
 from workers.control import carry_out, revoke_jobs
 from workers.duties import fallback, sweep
-from workers.stores import Stores
+from workers.stores import Stores, make_engine
 
 ONE = Request.of({"cpus": 1000}).shape
 
@@ -151,6 +151,29 @@ def test_the_sweep_goes_on_with_what_was_only_marked(stage: Stage, app: Celery) 
     stage.end(running, "handed_back")
     assert stage.row(running).state == "cancelled"
     assert sweep.run_once(app, app.platform)["revoked"] == 0
+
+
+def test_sweep_goes_on_behind_a_revoked_job_whose_row_is_locked(
+    engine: Engine, stage: Stage, app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounded = make_engine(str(stage.settings.database_url))
+    monkeypatch.setitem(app.platform._made, "engine", bounded)
+    kept, free, stranded = (stage.insert({"cpus": 1000}) for _ in range(3))
+    stage.sql("UPDATE jobs SET submitted_at = submitted_at - interval '1 hour'")
+    with stage.engine.connect() as connection:
+        revoking.mark(connection, [kept, free])
+    app.platform.ledger.epoch = stage.ledger.epoch
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": kept})
+        counts = sweep.run_once(app, app.platform)
+        assert (counts["revoked"], counts["submitted"]) == (1, 1)
+    # (Its tombstone, which the ledger got before the row was found locked, has its time.)
+    assert stage.redis.pttl(keys.job(kept)) > 0
+    stage.redis.delete(keys.job(kept))
+    assert sweep.run_once(app, app.platform)["revoked"] == 1
+    stage.apply()
+    assert [stage.row(job).state for job in (kept, free, stranded)] == ["cancelled", "cancelled", "admitted"]
+    bounded.dispose()
 
 
 def test_what_has_ended_is_not_marked(stage: Stage, app: Celery) -> None:
