@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import OperationalError
 
 from routing import fence, store
 from routing.amounts import ALONE
 from routing.doubt import FEWEST_LOSSES, losses_in_doubt
 from routing.policy import MOST_ADMITTED, Book, Waiting, fill_or_keep, fits, held_by, order
+from routing.postgres import is_locked
 from routing.request import Request
 from routing.states import FINAL, State, Step
 from routing.store import Applied, Transition
@@ -321,6 +323,21 @@ def give_back(
             )
         )
     return store.apply(connection, transitions)
+
+
+def give_back_free(
+    connection: Connection, attempts: Sequence[Open], outcome: str | None, error: str, most_losses: int
+) -> list[Applied]:
+    """End open attempts as `give_back`, in the caller's transaction, but for jobs whose rows somebody keeps locked:
+    a later pass ends these."""
+    try:
+        with connection.begin_nested():
+            return give_back(connection, attempts, outcome, error, most_losses)
+    except OperationalError as problem:
+        if not is_locked(problem):
+            raise
+    free = store.free(connection, [one.job for one in attempts])
+    return give_back(connection, [one for one in attempts if one.job in free], outcome, error, most_losses)
 
 
 def now_ms(connection: Connection) -> int:

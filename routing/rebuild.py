@@ -224,7 +224,8 @@ class Opener:
                 raise LedgerClosed(None)
             orphans = [one for one in pull.orphans(connection) if one.job not in carried]
             most_losses = self._ledger.settings.most_losses
-            pull.give_back(connection, orphans, None, "its worker has ended", most_losses)
+            # (One whose row is locked is left to a reconcile.)
+            pull.give_back_free(connection, orphans, None, "its worker has ended", most_losses)
 
     def _await_reports(self, workers: list[str]) -> None:
         """Wait, for a bounded time, until the workers that live have opened their books again."""

@@ -12,6 +12,7 @@ newer token or step: then the entry was lost with the stream, and Postgres is br
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Final
 
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import OperationalError
 
 from routing import backlog, books, enroll, fence, keys, places, pull, roster, store, stream
 from routing.books import JobCard
@@ -26,9 +28,12 @@ from routing.drift import Reconciled
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
 from routing.policy import order
+from routing.postgres import is_locked
 from routing.replies import Adopted
 from routing.states import FINAL, HOLDING, State, Step
 from routing.store import Transition
+
+logger = logging.getLogger(__name__)
 
 #: Jobs compared in one step.
 CHUNK: Final = 500
@@ -257,7 +262,14 @@ def _settle(connection: Connection, ledger: Ledger, suspects: Sequence[str], res
             continue
         if not _differ(row, card):
             continue
-        repaired = _repair(connection, ledger, job, row, card, result)
+        try:
+            repaired = _repair(connection, ledger, job, row, card, result)
+        except OperationalError as error:
+            if not is_locked(error):
+                raise
+            # All others are repaired now, and this one by the next pass.
+            logger.warning("job %s differs, and its row is locked: it is repaired later", job)
+            continue
         if repaired is not None:
             there, here = row.state if row else "missing", card.state if card else "missing"
             result.note(f"{there} in Postgres, {here} in the ledger", repaired)

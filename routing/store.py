@@ -286,6 +286,11 @@ def apply_unlocked(
     return applied, [one for one in transitions if one.job in locked]
 
 
+def free(connection: Connection, jobs: Sequence[str]) -> set[str]:
+    """Return those of these jobs whose rows nobody else has locked. The caller's transaction has them locked then."""
+    return set(jobs).difference(connection.execute(_LOCKED, {"ids": list(jobs)}).scalars())
+
+
 def _close_overtaken(connection: Connection, newest: Sequence[Transition], changed: set[str]) -> None:
     """A job that ended has no attempt that goes on: what ended one before its last may have been lost with the ledger.
     (Should it come after all, it stands instead.)"""

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import Connection, Engine, text
 
-from routing import fence, keys, rebuild, roster, stream, takeback
+from routing import fence, keys, rebuild, reconcile, roster, stream, takeback
 from routing.accept import Publisher
 from routing.books import read_cards
 from routing.replies import Ended
 from routing.settings import Settings
 from tests.fixtures.staged import MOST_LOSSES, Stage
 from tests.fixtures.waiting import until
+from workers.app import create_app
+from workers.duties import fallback
 from workers.recorder import Recorder
 from workers.stores import make_engine
 
@@ -167,3 +169,44 @@ def test_worker_is_not_taken_back_before_its_claims_are_known(
     assert (stage.row(job).state, stage.row(job).attempt) == ("succeeded", 1)
     with engine.connect() as connection:
         assert roster.live_workers(connection, 60.0) == []
+
+
+def test_rebuild_ends_while_the_row_of_an_orphan_is_locked(engine: Engine, stage: Stage, workers_own: Engine) -> None:
+    orphans, waiting = [stage.submit(cpus=1000) for _ in range(2)], stage.submit(cpus=9000)
+    for job in orphans:
+        stage.start(job)
+    stage.sql("UPDATE workers SET status = 'lost'")
+    with locked(engine, orphans[0]):
+        lose_books(stage)
+        opened = rebuild.open_if_cold(workers_own, stage.ledger)
+        assert opened is not None
+        assert not stage.ledger.is_unfinished()
+        stage.apply()
+        states = [stage.row(job).state for job in (*orphans, waiting)]
+        assert states == ["running", "waiting", "waiting"]
+        # Nor does it stop the repair of others.
+        other = stage.insert({"cpus": 9000})
+        stage.sql("UPDATE jobs SET state = 'waiting' WHERE id = :id", id=other)
+        reconcile.reconcile(workers_own, stage.ledger)
+        assert read_cards(stage.redis, [other])[other].state == "waiting"
+    reconcile.reconcile(stage.engine, stage.ledger)
+    stage.apply()
+    assert [stage.row(job).state for job in orphans] == ["waiting", "waiting"]
+
+
+def test_expiry_goes_on_behind_a_locked_row_while_postgres_decides(
+    engine: Engine, stage: Stage, workers_own: Engine
+) -> None:
+    stage.sql("UPDATE authority SET authority = 'postgres'")
+    jobs = [stage.insert({"cpus": 1000}) for _ in range(4)]
+    stage.sql("UPDATE jobs SET expires_at = now() - interval '1 s' WHERE id = ANY(:ids)", ids=jobs[:2])
+    stage.sql("UPDATE jobs SET revoked_at = now() WHERE id = ANY(:ids)", ids=jobs[2:])
+    app = create_app("locked", resolve=lambda _: stage.settings)
+    app.platform._made["engine"] = workers_own
+    with locked(engine, jobs[0], jobs[2]):
+        counts = fallback.expire(app, app.platform)
+        assert (counts["expired"], counts["revoked"]) == (1, 1)
+    counts = fallback.expire(app, app.platform)
+    assert (counts["expired"], counts["revoked"]) == (1, 1)
+    app.platform.sending.close()
+    app.close()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 from celery import Celery
+from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError
 
 from routing import backlog, pull, revoking, roster, store
+from routing.postgres import is_locked
 from routing.states import State
 from workers.duties import due
 from workers.duties.window import Window
 from workers.pull import transactions
 from workers.stores import Stores
 from workers.undelivered import deliver_rows
+
+logger = logging.getLogger(__name__)
 
 #: Rows looked at in one statement.
 MOST: Final = 1000
@@ -23,9 +29,9 @@ def expire(app: Celery, stores: Stores) -> dict[str, int]:
     are pulled as they are.) Counts: `expired`, `revoked`, and those of `due.open_all`."""
     with stores.engine.connect() as connection:
         overdue = backlog.overdue(connection, MOST)
-        expired = [job for job in overdue if store.end_unfiled(connection, job, State.EXPIRED, "expired")]
+        expired = [job for job in overdue if _end(connection, job, State.EXPIRED, "expired")]
         marked = [job for jobs in revoking.still_open(connection) for job in jobs]
-        revoked = [job for job in marked if store.end_unfiled(connection, job, State.CANCELLED, store.REVOKED)]
+        revoked = [job for job in marked if _end(connection, job, State.CANCELLED, store.REVOKED)]
     if expired or revoked:
         deliver_rows(app, stores, [*expired, *revoked])
     opened = due.open_all(app, stores)
@@ -33,6 +39,16 @@ def expire(app: Celery, stores: Stores) -> dict[str, int]:
         with stores.engine.connect() as connection:
             pull.wake(connection)
     return {"expired": len(expired), "revoked": len(revoked), **opened}
+
+
+def _end(connection: Connection, job: str, state: State, error: str) -> bool:
+    try:
+        return store.end_unfiled(connection, job, state, error)
+    except OperationalError as problem:
+        if not is_locked(problem):
+            raise
+        logger.warning("job %s is to end as %s, and its row is locked: it ends later", job, state.value)
+        return False
 
 
 def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str, int]:
@@ -53,7 +69,7 @@ def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str
             roster.end_worker(connection, incarnation, "lost")
         pull.close_orphans(connection)
         orphans = pull.orphans(connection)
-        taken_back = pull.give_back(connection, orphans, None, "its worker has ended", settings.most_losses)
+        taken_back = pull.give_back_free(connection, orphans, None, "its worker has ended", settings.most_losses)
         if taken_back:
             pull.wake(connection)
     return {"lost": len(silent), "taken_back": len(taken_back)}
