@@ -36,9 +36,9 @@ def runner_of(platform: Platform) -> str:
     return str(name or "") if int(found.get(b"until", 0)) > now else ""
 
 
-def applied_by(process: Process) -> int:
-    """How many entries of the stream a worker's duty has applied, by its own account."""
-    return sum(int(number) for line in process.lines for number in re.findall(r"duty stream: applied (\d+)", line))
+def brought_in_by(process: Process) -> int:
+    """How many scheduled jobs a worker's duty has brought in, by its own account."""
+    return sum(int(number) for line in process.lines for number in re.findall(r"duty due: due (\d+)", line))
 
 
 def duties_of(process: Process) -> int:
@@ -63,8 +63,8 @@ def slow_down(platform: Platform) -> None:
 
 
 def send_what_waits(submitter: Submitter) -> None:
-    """Jobs that no worker has room for: that they wait only the duty writes."""
-    submitter.app.submit_many("tests.fixtures.tasks.add", [(1, 2)] * JOBS, cpus=99)
+    """Jobs that no worker has room for once they are due: that they wait only the duties write."""
+    submitter.app.submit_many("tests.fixtures.tasks.add", [(1, 2)] * JOBS, cpus=99, countdown=0.5)
 
 
 def waiting(platform: Platform) -> int:
@@ -80,8 +80,8 @@ def test_a_pass_longer_than_its_interval_and_the_term_is_one_worker_s(
     fence = platform.redis.hget(keys.RUNNER, "fence")
     send_what_waits(submitter)
     until(lambda: waiting(platform) == JOBS, lambda: f"all are written: {waiting(platform)}")
-    until(lambda: applied_by(workers[runner]) >= JOBS, lambda: f"it says so: {applied_by(workers[runner])}")
-    assert {name: applied_by(process) for name, process in workers.items()} == {
+    until(lambda: brought_in_by(workers[runner]) >= JOBS, lambda: f"it says so: {brought_in_by(workers[runner])}")
+    assert {name: brought_in_by(process) for name, process in workers.items()} == {
         name: JOBS if name == runner else 0 for name in NAMES
     }
     assert platform.redis.hget(keys.RUNNER, "fence") == fence
