@@ -12,9 +12,11 @@ from __future__ import annotations
 from typing import Final
 
 from sqlalchemy import Connection, TextClause, text
+from sqlalchemy.exc import OperationalError
 
 from routing.accept import Publisher
 from routing.outbox import UNTOLD
+from routing.postgres import is_locked
 from routing.states import FINAL, State, Step
 from routing.store import END_LOST
 
@@ -104,10 +106,13 @@ SELECT id FROM j
 
 
 _CLOSE: Final = _closing("id = :job AND epoch = :epoch AND attempt = :attempt")
-_GIVE_UP: Final = text(f"""
+_HELD_BY: Final = f"incarnation = :incarnation AND state IN ({_HOLDING}) AND step < {Step.GIVEN_UP.value}"
+_GIVE_UP: Final = text(f"UPDATE jobs SET step = {Step.GIVEN_UP.value} WHERE {_HELD_BY}")
+_GIVE_UP_FREE: Final = text(f"""
 UPDATE jobs SET step = {Step.GIVEN_UP.value}
-WHERE incarnation = :incarnation AND state IN ({_HOLDING}) AND step < {Step.GIVEN_UP.value}
+WHERE {_HELD_BY} AND id IN (SELECT id FROM jobs WHERE {_HELD_BY} FOR NO KEY UPDATE SKIP LOCKED)
 """)
+_NOT_GIVEN_UP: Final = text(f"SELECT id FROM jobs WHERE {_HELD_BY}")
 
 
 def close(connection: Connection, job: str, epoch: int, attempt: int) -> bool:
@@ -125,10 +130,18 @@ def close_former(connection: Connection, worker: str, incarnation: str) -> None:
     connection.execute(_CLOSE_FORMER, {"worker": worker, "incarnation": incarnation})
 
 
-def give_up(connection: Connection, incarnation: str) -> None:
-    """No attempt of this life of a worker may commit or publish any more; a commit on its way is waited for. (The rows
-    are up to date: the caller has applied the stream.)"""
-    connection.execute(_GIVE_UP, {"incarnation": incarnation})
+def give_up(connection: Connection, incarnation: str) -> set[str]:
+    """No attempt of this life of a worker may commit or publish any more; a commit on its way is waited for. Return the
+    jobs whose rows somebody keeps locked: their attempts are not given up. (The rows are up to date: the caller has
+    applied the stream.)"""
+    try:
+        connection.execute(_GIVE_UP, {"incarnation": incarnation})
+        return set()
+    except OperationalError as error:
+        if not is_locked(error):
+            raise
+    connection.execute(_GIVE_UP_FREE, {"incarnation": incarnation})
+    return set(connection.execute(_NOT_GIVEN_UP, {"incarnation": incarnation}).scalars())
 
 
 _COMMITTED: Final = text(f"""

@@ -8,7 +8,7 @@ so that a change between the reading and the script has no effect.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Final
 
@@ -168,9 +168,11 @@ class Held(Admission):
 
         self._guard(forget)
 
-    def lapse(self, worker: str, grace_ms: int, most_losses: int, most: int = PAGE) -> Lapsed:
+    def lapse(
+        self, worker: str, grace_ms: int, most_losses: int, most: int = PAGE, without: Collection[str] = ()
+    ) -> Lapsed:
         """Close a worker whose lease ran out; take its jobs back once `grace_ms` are over too, so many at a time (0:
-        only say that it is `due`)."""
+        only say that it is `due`). It keeps the jobs `without`, and its book with them: `waits`."""
         taken, page, pages = 0, list[str](), iter(list[list[str]]())
         while True:
             args = (worker, grace_ms, most_losses, "1" if most else "0", self.ttl_ms, *page)
@@ -182,8 +184,15 @@ class Held(Admission):
                 return Lapsed(reply[0], incarnation=reply[1] if len(reply) > 1 else None, taken_back=taken)
             page = next(pages, [])
             if not page:
-                pages = self.held_pages(worker, most)
+                pages = self._held_but(worker, most, without)
                 page = next(pages, [])
+                if not page and without:
+                    return Lapsed("waits", incarnation=reply[1], taken_back=taken)
+
+    def _held_but(self, worker: str, page: int, without: Collection[str]) -> Iterator[list[str]]:
+        for ids in self.held_pages(worker, page):
+            if some := [job for job in ids if job not in without]:
+                yield some
 
     def adopt(self, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[tuple[str, str]]:
         """Enter what a worker holds since an older epoch; returns the attempts (job, token) that lost their lease."""

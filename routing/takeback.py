@@ -17,21 +17,25 @@ from routing.states import Step
 
 def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, grace_ms: int) -> Lapsed:
     """Give a life of a worker up, whose lease ran out `grace_ms` ago. Safe to do again, and by several at once. `waits`
-    where Postgres cannot be told yet of an attempt that it has."""
+    where Postgres cannot be told yet of an attempt that it has: the worker keeps that one, and loses all others."""
     with engine.connect() as connection:
         roster.end_worker(connection, incarnation, "lost")
         # The claims of which only the stream knows yet. One that Postgres cannot take now could not be given up, though
-        # its attempt may be committing just now: nothing is taken back before it is there.
+        # its attempt may be committing just now: that job is not taken back before it is there. The others are.
         stream.apply_all(engine, ledger)
-        if any(one.incarnation == incarnation and one.step < Step.ENDED for one in stream.unapplied(ledger)):
-            return Lapsed("waits", incarnation, 0)
-        fence.give_up(connection, incarnation)
+        left = {
+            one.job
+            for one in stream.unapplied(ledger)
+            if one.incarnation == incarnation and one.step < Step.ENDED
+        }
+        left |= fence.give_up(connection, incarnation)
         for job, epoch, attempt in fence.committed(connection, incarnation):
             # (Here too only once the stream has nothing of it.)
             if not ledger.drop(job, f"{epoch}.{attempt}", final=True) and _is_held(ledger, job, worker):
-                return Lapsed("waits", incarnation, 0)
-            fence.close(connection, job, epoch, attempt)
-    found = ledger.lapse(worker, grace_ms, ledger.settings.most_losses)
+                left.add(job)
+            else:
+                fence.close(connection, job, epoch, attempt)
+    found = ledger.lapse(worker, grace_ms, ledger.settings.most_losses, without=left)
     if (found.verdict, found.incarnation) == ("alive", incarnation):
         # It renewed its lease just now: its next attempts may speak. (Those that it has may not commit any more.)
         with engine.connect() as connection:

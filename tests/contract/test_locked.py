@@ -171,6 +171,28 @@ def test_worker_is_not_taken_back_before_its_claims_are_known(
         assert roster.live_workers(connection, 60.0) == []
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["claim written", "claim unwritten"])
+def test_other_jobs_of_a_lost_worker_are_taken_back_behind_a_locked_row(
+    engine: Engine, stage: Stage, workers_own: Engine, known: bool
+) -> None:
+    jobs = [stage.submit(cpus=100, applied=known) for _ in range(3)]
+    token = f"{stage.ledger.epoch}.1"
+    arrived = [(job, token, "nonce") for job in jobs]
+    stage.ledger.settle("a", "a-life", arrived=arrived, most_losses=MOST_LOSSES)
+    if known:
+        stage.apply()
+    with locked(engine, jobs[1]):
+        stage.ledger.condemn("a", "a-life")
+        found = takeback.take_back(workers_own, stage.ledger, "a", "a-life", 0)
+        assert (found.verdict, found.taken_back) == ("waits", 2)
+        cards = read_cards(stage.redis, jobs)
+        assert [cards[job].state for job in jobs] == ["waiting", "running", "waiting"]
+    found = takeback.take_back(workers_own, stage.ledger, "a", "a-life", 0)
+    assert (found.verdict, found.taken_back) == ("gone", 1)
+    stage.apply()
+    assert [stage.row(job).state for job in jobs] == ["waiting"] * 3
+
+
 def test_rebuild_ends_while_the_row_of_an_orphan_is_locked(engine: Engine, stage: Stage, workers_own: Engine) -> None:
     orphans, waiting = [stage.submit(cpus=1000) for _ in range(2)], stage.submit(cpus=9000)
     for job in orphans:
