@@ -151,7 +151,8 @@ class Puller(native.Thread):
             for job, epoch, attempt in fence.committed(connection, self._identity.incarnation):
                 if (job, f"{epoch}.{attempt}") not in held:
                     fence.close(connection, job, epoch, attempt)
-            if pull.give_back(connection, strays, "taken_back", "its worker does not hold it", most_losses):
+            # (One whose row is locked is looked at again with the next comparison: it stops nothing here.)
+            if pull.give_back_free(connection, strays, "taken_back", "its worker does not hold it", most_losses):
                 pull.wake(connection)
         if strays:
             logger.warning("%d jobs that this worker does not hold were given back", len(strays))
