@@ -153,8 +153,8 @@ class _Watchdog:
 
     def _cut(self, call: Call, now: float) -> None:
         with self.cutting:
-            if call not in self.calls:
-                # It ended by itself.
+            # In one step: a call may end by itself at any moment, and one that ends from here on waits for `cutting`.
+            if self.calls.pop(call, call) is call:
                 return
             try:
                 descriptor = call.connection.fileno()
@@ -164,22 +164,21 @@ class _Watchdog:
             if descriptor < 0:
                 # The connection is being made: libpq has a limit for that, and the driver asks something afterwards.
                 call.deadline = now + _LOOK_AGAIN
+                self.calls[call] = None
                 return
-            del self.calls[call]
             call.cut = True
             _shut_down(descriptor)
 
 
 def _shut_down(descriptor: int) -> None:
-    # (Not gevent's socket, which its loop would watch. The descriptor stays libpq's, who closes it.)
-    cut = _socket.socket(fileno=descriptor)
-    try:
-        cut.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        # The connection is gone already.
-        return
-    finally:
-        cut.detach()
+    # The connection may be gone already: no error ends the watchdog.
+    with suppress(OSError):
+        # (Not gevent's socket, which its loop would watch. The descriptor stays libpq's, who closes it.)
+        cut = _socket.socket(fileno=descriptor)
+        try:
+            cut.shutdown(socket.SHUT_RDWR)
+        finally:
+            cut.detach()
 
 
 _watchdog = _Watchdog()
@@ -224,7 +223,8 @@ class Call:
         if watchdog.calls.pop(self, self) is self:
             # The watchdog took it: its socket is not closed before that has let go of it.
             with watchdog.cutting:
-                pass
+                # (One that had no socket just then was put back.)
+                watchdog.calls.pop(self, None)
         if self.cut and isinstance(error, psycopg2.Error):
             self._end_connection()
             raise _stalled(f"no answer within {self._seconds:.3g} s") from error
