@@ -83,10 +83,12 @@ class Consumer(celery_consumer.Consumer):
 
     def cut(self) -> None:
         """The broker answers nobody: no use of its connections waits for it any more. In any thread."""
-        if self.event_dispatcher is not None:
-            self.event_dispatcher.enabled = False
-        for connection in (self.connection, getattr(self.event_dispatcher, "connection", None)):
-            cut(connection)
+        # (Celery's main loop may close the one and the other at any moment.)
+        dispatcher, connection = self.event_dispatcher, self.connection
+        if dispatcher is not None:
+            dispatcher.enabled = False
+        for one in (connection, getattr(dispatcher, "connection", None)):
+            cut(one)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         if is_silence(exc) or self.runtime.sight.lost:

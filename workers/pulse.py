@@ -154,20 +154,18 @@ class Pulse(native.Thread):
                         self.on_missing()
                     self.on_renewed()
                 self._said = ""
-                self._sight.note(lost=False)
+                self._note(lost=False)
                 pause = 0.0
             except LedgerClosed:
                 self._closed = True
-                self._sight.note(lost=False)
+                self._note(lost=False)
             except NameTaken as error:
                 # This worker was silent for so long that another has its name: nothing here is admitted to any more.
                 self._on_taken(error)
                 return
             except (StoreUnavailable, RedisError) as error:
                 self._say(f"heartbeat: the ledger does not answer: {type(error).__name__}: {error}")
-                self._sight.note(lost=True)
-                if is_silence(error):
-                    self._sight.on_silence()
+                self._note(lost=True, silent=is_silence(error))
                 # It has it again when it could renew its lease: a ledger that can be read only is of no use.
                 renew_at = now
             except (SQLAlchemyError, PlatformError) as error:
@@ -175,6 +173,16 @@ class Pulse(native.Thread):
             except Exception:
                 # Whatever it was: a worker without a heartbeat loses its jobs.
                 logger.exception("a heartbeat failed; the next one is tried")
+
+    def _note(self, *, lost: bool, silent: bool = False) -> None:
+        """Note whether the ledger answers. What follows touches connections of Celery's, which its own threads use at
+        the same time: no error there ends this thread."""
+        try:
+            self._sight.note(lost=lost)
+            if silent:
+                self._sight.on_silence()
+        except Exception:
+            logger.exception("connections to the broker were not ended; they end by their own time-outs")
 
     def _renew(self, within: float) -> bool:
         """Renew the lease with the list of what is held, while the ledger's thread gets nothing that is in no list yet.

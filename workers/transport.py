@@ -160,10 +160,17 @@ WAIT: Final = 60
 _channels: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
+def _channels_now() -> list[Any]:
+    """Return the channels of Redis of this process, whose other threads may make one meanwhile."""
+    while True:
+        with suppress(RuntimeError):
+            return list(_channels)
+
+
 def doubt() -> None:
     """Have every connection that waits for a message of Redis made anew: the server was away, and one that waits since
     before may wait for ever. In any thread: the sockets are shut down, and whoever reads them finds out."""
-    for channel in list(_channels):
+    for channel in _channels_now():
         for name in ("client", "subclient"):
             connection = getattr(channel.__dict__.get(name), "connection", None)
             found = getattr(connection, "_sock", None)
@@ -174,7 +181,7 @@ def doubt() -> None:
 
 def close_spare_connections() -> None:
     """Close what the channels of this process do not wait on, in any thread."""
-    for channel in list(_channels):
+    for channel in _channels_now():
         for pool in (getattr(channel, "_pool", None), getattr(channel, "_async_pool", None)):
             if pool is not None:
                 close_spare(pool)

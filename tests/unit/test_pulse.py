@@ -8,6 +8,7 @@ from typing import Any
 
 from routing.errors import StoreUnavailable
 from workers.pulse import Pulse
+from workers.sight import Sight
 
 
 class Gone:
@@ -27,10 +28,9 @@ class Gone:
         raise StoreUnavailable("gone")
 
 
-def test_a_ledger_that_is_gone_is_not_asked_without_a_pause() -> None:
-    ledger: Any = Gone()
-    anything: Any = SimpleNamespace(draining=False, epoch=1, resting=False, note=lambda **_: None)
-    pulse = Pulse(
+def pulse_of(ledger: Any, sight: Any) -> Pulse:
+    anything: Any = SimpleNamespace(draining=False, epoch=1, resting=False)
+    return Pulse(
         ledger,
         confirmation=anything,
         membership=anything,
@@ -41,10 +41,34 @@ def test_a_ledger_that_is_gone_is_not_asked_without_a_pause() -> None:
         on_open=anything,
         on_taken=anything,
         exclusive=threading.Lock(),
-        sight=anything,
+        sight=sight,
     )
+
+
+def test_a_ledger_that_is_gone_is_not_asked_without_a_pause() -> None:
+    ledger = Gone()
+    pulse = pulse_of(ledger, SimpleNamespace(note=lambda **_: None))
     pulse.start()
     assert ledger.twice.wait(10)
     pulse.stop(10)
     # Without pauses some ten thousand in that time.
     assert ledger.asked < 20
+
+
+def test_heartbeat_goes_on_where_connections_cannot_be_cut() -> None:
+    class Silent(Gone):
+        def opened(self) -> Any:
+            try:
+                super().opened()
+            except StoreUnavailable as error:
+                raise error from TimeoutError()
+
+    def fail() -> None:
+        raise AttributeError("the main loop closed it meanwhile")
+
+    ledger, sight = Silent(), Sight()
+    sight.on_silence = fail
+    pulse = pulse_of(ledger, sight)
+    pulse.start()
+    assert ledger.twice.wait(10)
+    pulse.stop(10)
