@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Mapping
 from typing import Any, Final
@@ -16,11 +17,17 @@ from workers.preflight import check_broker
 from workers.router import Router
 from workers.stores import Stores
 
+#: Seconds of silence until the kernel asks whether a connection still leads anywhere, seconds between its questions,
+#: and how many go unanswered at the most: as for Postgres. (By default it asks after two hours.)
+KEEPALIVE: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
+
 #: Seconds. kombu waits for ever on a dead connection by default.
 BROKER_TRANSPORT: Final = {
     "socket_timeout": 5.0,
     "socket_connect_timeout": 3.0,
     "socket_keepalive": True,
+    # A wait for messages is asked anew once a minute: the kernel finds out sooner, and asks nobody's server.
+    "socket_keepalive_options": {getattr(socket, name): n for name, n in KEEPALIVE.items() if hasattr(socket, name)},
     # Between looks at connections that say nothing: an idle worker asks little. (What the ledger's heartbeat finds out
     # concerns these connections too, see `transport.doubt`.)
     "health_check_interval": 60,

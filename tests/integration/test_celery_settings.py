@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -57,8 +58,18 @@ def test_the_defaults_are_those_that_the_evidence_asks_for(app: Celery, settings
     assert (conf.result_backend_always_retry, conf.result_backend_max_retries) == (True, 9)
     transport = conf.broker_transport_options
     assert (transport["socket_timeout"], transport["socket_connect_timeout"]) == (5.0, 3.0)
-    assert (transport["health_check_interval"], transport["socket_keepalive"]) == (10, True)
+    assert (transport["health_check_interval"], transport["socket_keepalive"]) == (60, True)
     assert {entry["task"] for entry in conf.beat_schedule.values()} == {ticks.HEARTBEAT, ticks.SWEEP, ticks.RECONCILE}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of these options are Linux's")
+def test_broker_connection_is_found_dead_in_seconds(app: Celery) -> None:
+    with app.connection_for_read() as connection:
+        channel: Any = connection.default_channel
+        opened = channel.pool.get_connection()
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        assert opened._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert [opened._sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [5, 2, 3]
 
 
 def test_the_users_own_settings_win_and_his_schedule_keeps_the_ticks(settings: Settings) -> None:
