@@ -16,7 +16,7 @@ import psycopg2
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import backlog, enroll, native, pull, roster
+from routing import backlog, enroll, native, pull, roster, stream
 from routing.errors import PlatformError
 from routing.replies import LedgerClosed
 from workers.stores import TCP_WITHIN_MS, Stores
@@ -116,6 +116,8 @@ class Listener(native.Thread):
                 if rows and not self._submit(rows):
                     return
             return
+        if not self._may_bring_in_all():
+            return
         after = 0
         while True:
             with self.stores.engine.connect() as connection:
@@ -123,6 +125,20 @@ class Listener(native.Thread):
             if not rows or not self._submit(rows):
                 return
             after = rows[-1].seq
+
+    def _may_bring_in_all(self) -> bool:
+        """Whether there are accepted jobs of which this worker knows that they have not started (see `sweep`)."""
+        engine, ledger = self.stores.engine, self.stores.ledger
+        with engine.connect() as connection:
+            known = roster.read_authority(connection)
+            if known.authority != "ledger" or not backlog.stranded(connection, 0.0, 1):
+                return False
+        ledger.epoch = known.epoch
+        if ledger.is_cold() or ledger.is_unfinished():
+            # The opener brings them in. It knows which of them may have started (`routing.doubt`).
+            return False
+        enroll.go_on(engine, ledger, stream.apply_all(engine, ledger)[1])
+        return True
 
     def _submit(self, rows: list[backlog.Pending]) -> bool:
         """False where the ledger takes none now: it does not decide, is not open or does not answer; the sweep will."""

@@ -1,0 +1,55 @@
+"""What the runner brings in when it begins to listen: jobs of which it knows that they have not started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from celery import Celery
+from sqlalchemy import Engine
+
+from routing import keys
+from routing.settings import Settings
+from tests.fixtures.staged import MOST_LOSSES, Stage
+from workers.app import create_app
+from workers.duties.listening import Listener
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    stage.worker("a", cpus=4000)
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def listener(stage: Stage, settings: Settings) -> Iterator[Listener]:
+    app: Celery = create_app("listening", resolve=lambda _: settings)
+    yield Listener(app.platform, lambda: True)
+    app.platform.sending.close()
+    app.close()
+    app.platform.engine.dispose()
+
+
+def test_listener_brings_in_what_was_committed_before(stage: Stage, listener: Listener) -> None:
+    job = stage.insert({"cpus": 1000})
+    listener._bring_in([""])
+    assert stage.redis.hget(keys.job(job), "state") == b"admitted"
+
+
+def test_listener_leaves_the_backlog_to_the_opener(stage: Stage, listener: Listener) -> None:
+    job = stage.insert({"cpus": 1000})
+    stage.redis.hset(keys.EPOCH, "rebuilding", "1")
+    listener._bring_in([""])
+    assert not stage.redis.exists(keys.job(job))
+
+
+def test_listener_writes_what_started_before_it_brings_in(stage: Stage, listener: Listener) -> None:
+    job = stage.submit(cpus=1000, applied=False)
+    arrived = [(job, f"{stage.ledger.epoch}.1", "nonce")]
+    stage.ledger.settle("a", "a-life", arrived=arrived, most_losses=MOST_LOSSES)
+    stage.redis.delete(keys.job(job))
+    listener._bring_in([""])
+    assert not stage.redis.exists(keys.job(job))
+    assert stage.row(job).state == "running"
