@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from celery.canvas import maybe_signature
 from celery.exceptions import ChordError
 from celery.result import GroupResult, allow_join_result, result_from_tuple
 from celery.utils.functional import _regen
+from kombu.exceptions import EncodeError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from routing import chords
 from routing.chords import Chord
+from routing.errors import InvalidRequest, Unsupported
 from routing.postgres import translate
 from workers import attempts
 from workers.patiently import may_pass
 from workers.row_results import RowResults
+
+#: What is raised for a body that cannot be published now or later: a wrong request, too large a message.
+NEVER_PUBLISHED: Final = (InvalidRequest, Unsupported, EncodeError, TypeError, ValueError, AttributeError, LookupError)
 
 
 class RowChords(RowResults):
@@ -121,14 +126,20 @@ class RowChords(RowResults):
                 return
             body = maybe_signature(request.chord, app=self.app)
             try:
-                values = self._values(connection, request.group, chord)
+                self._publish(body, self._values(connection, request.group, chord))
             except ChordError as error:
                 if not self.reach.closed:
                     raise RedisConnectionError("the failure of a chord is told when Redis is back") from error
                 self.chord_error_from_stack(body, error)
-            else:
-                body.delay(values)
             chords.forget(connection, request.group)
+
+    def _publish(self, body: Any, values: list[Any]) -> None:
+        """Publish the body of a chord. Raises `ChordError` where no try would ever succeed, as Celery's backend does;
+        the chord fails then, and whoever waits for it hears of that."""
+        try:
+            body.delay(values)
+        except NEVER_PUBLISHED as error:
+            raise ChordError(f"Callback error: {error!r}") from error
 
     def _values(self, connection: Connection, group: str, chord: Chord) -> list[Any]:
         """What its parts returned, in order. Raises `ChordError` where one failed."""
