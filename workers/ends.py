@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -12,13 +12,14 @@ from typing import Any, Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import gates, pull, store
+from routing import bad_transitions, gates, pull, store
 from routing.ledger import Ledger
+from routing.postgres import is_locked
 from routing.pull import Became, Holder
 from routing.replies import Ended
 from routing.settings import Settings
 from routing.states import State, Step
-from routing.store import Transition
+from routing.store import Applied, Transition
 from workers.confirmation import Confirmation
 from workers.holdings import Holding, Holdings
 from workers.identity import Identity
@@ -59,6 +60,7 @@ class PostgresEnds:
         on_outbox: Callable[[], None],
         on_parts: Callable[[Sequence[str]], None],
     ) -> None:
+        self._engine = engine
         self._transactions = transactions(engine)
         self._settings = settings
         self._identity = identity
@@ -93,7 +95,7 @@ class PostgresEnds:
         if not batch:
             return dropped > 0
         try:
-            refused, lost = self._write(batch)
+            written, refused, lost = self._write_all(batch)
         except SQLAlchemyError as error:
             said = f"Postgres does not take what ended, it is kept: {type(error).__name__}"
             if said != self._said:
@@ -103,6 +105,12 @@ class PostgresEnds:
         self._said = ""
         for _ in batch:
             ends.popleft()
+        # (Behind all others: an end whose row is locked, or that Postgres takes in no way, holds back none of them.)
+        done = set(map(id, written))
+        ends.extend(end for end in batch if id(end) not in done)
+        batch = written
+        if not batch:
+            return dropped > 0
         for end in batch:
             self._holdings.remove(end.ended.job, end.ended.token)
         for end in refused:
@@ -123,37 +131,90 @@ class PostgresEnds:
             self._later(partial(self._on_parts, parts))
         return True
 
+    def _write_all(self, batch: Sequence[End]) -> tuple[list[End], list[End], list[End]]:
+        """Write ends so that one which Postgres does not take concerns its own job alone; returns those that are
+        written, and of them what `_write` returns. Raises what concerns the whole store."""
+        try:
+            return list(batch), *self._write(batch)
+        except Exception as error:
+            if is_locked(error):
+                return self._write_free(batch, error)
+            if not bad_transitions.concerns_data(error):
+                raise
+            if len(batch) == 1:
+                return self._write_bad(batch[0])
+        half = len(batch) // 2
+        parts = [self._write_all(some) for some in (batch[:half], batch[half:])]
+        written, refused, lost = ([end for part in parts for end in part[i]] for i in range(3))
+        return written, refused, lost
+
+    def _write_free(self, batch: Sequence[End], error: Exception) -> tuple[list[End], list[End], list[End]]:
+        """Write the ends of jobs whose rows nobody keeps locked."""
+        with self._transactions.begin() as connection:
+            free = store.free(connection, [end.ended.job for end in batch])
+        some = [end for end in batch if end.ended.job in free]
+        if len(some) == len(batch):
+            # It was free again just now, or a whole table is locked.
+            raise error
+        return self._write_all(some) if some else ([], [], [])
+
+    def _write_bad(self, end: End) -> tuple[list[End], list[End], list[End]]:
+        """Write one that Postgres does not take as it is (`routing.bad_transitions`)."""
+        with self._transactions.begin() as connection:
+            rows = pull.lock_holders(connection, [end.ended.job])
+            refused, lost, transitions = self._judge([end], rows, pull.now_ms(connection))
+        applied, left = bad_transitions.write(self._engine, transitions)
+        if left:
+            return [], [], []
+        if _starts(applied):
+            self._wake()
+        self._open_needs(applied)
+        return [end], refused, lost
+
     def _write(self, batch: Sequence[End]) -> tuple[list[End], list[End]]:
         """One transaction; returns the ends that are not their jobs' any more, and those that ended theirs as lost."""
-        held = {(one.job, one.token): one for one in self._holdings.all()}
-        refused, lost, transitions = [], [], []
         with self._transactions.begin() as connection:
             rows = pull.lock_holders(connection, [end.ended.job for end in batch])
-            now = pull.now_ms(connection)
-            for end in batch:
-                row = rows.get(end.ended.job)
-                epoch, attempt = _numbers(end.ended.token)
-                holding = held.get((end.ended.job, end.ended.token))
-                if row is not None and holding is not None and row.takes(epoch, attempt):
-                    transitions.append(self._transition(end, holding, row, now))
-                    if transitions[-1].state == "lost":
-                        lost.append(end)
-                elif row is None or not row.has(epoch, attempt):
-                    refused.append(end)
+            refused, lost, transitions = self._judge(batch, rows, pull.now_ms(connection))
             applied = store.apply(connection, transitions)
-            if any(one.due or one.state == "accepted" for one in applied):
+            if _starts(applied):
                 pull.wake(connection)
-        if any(one.awaited for one in applied):
-            self._open_needs()
+        self._open_needs(applied)
         return refused, lost
 
-    def _open_needs(self) -> None:
+    def _judge(
+        self, batch: Sequence[End], rows: Mapping[str, Holder], now: int
+    ) -> tuple[list[End], list[End], list[Transition]]:
+        """What `_write` returns, and what the other ends make of their jobs."""
+        held = {(one.job, one.token): one for one in self._holdings.all()}
+        refused, lost, transitions = list[End](), list[End](), list[Transition]()
+        for end in batch:
+            row = rows.get(end.ended.job)
+            epoch, attempt = _numbers(end.ended.token)
+            holding = held.get((end.ended.job, end.ended.token))
+            if row is not None and holding is not None and row.takes(epoch, attempt):
+                transitions.append(self._transition(end, holding, row, now))
+                if transitions[-1].state == "lost":
+                    lost.append(end)
+            elif row is None or not row.has(epoch, attempt):
+                refused.append(end)
+        return refused, lost, transitions
+
+    def _wake(self) -> None:
+        try:
+            with self._transactions.begin() as connection:
+                pull.wake(connection)
+        except SQLAlchemyError as error:
+            logger.info("nobody was told that there is something to take: %s", error)
+
+    def _open_needs(self, applied: Sequence[Applied]) -> None:
         """What waited for these ends may start. (What fails here, a duty does.)"""
+        if not any(one.awaited for one in applied):
+            return
         try:
             opened = gates.open_needs(self._transactions)
             if opened.due:
-                with self._transactions.begin() as connection:
-                    pull.wake(connection)
+                self._wake()
         except SQLAlchemyError as error:
             logger.info("left to the duties: %s", error)
             return
@@ -184,6 +245,10 @@ class PostgresEnds:
             # (Of one that was stopped with its worker nobody has told that it is lost.)
             told=not (became.state == State.LOST and end.whole is None and not ended.outbox),
         )
+
+
+def _starts(applied: Sequence[Applied]) -> bool:
+    return any(one.due or one.state == "accepted" for one in applied)
 
 
 def _numbers(token: str) -> tuple[int, int]:

@@ -1,0 +1,92 @@
+"""Ends of attempts while Postgres decides: one that it does not take holds back no other."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, text
+
+from routing import pull
+from routing.replies import Ended
+from routing.request import Request
+from routing.settings import Settings
+from tests.contract.test_bad_transitions import refuse, set_aside
+from tests.fixtures.staged import Stage
+from workers.confirmation import Confirmation
+from workers.ends import End, PostgresEnds
+from workers.holdings import Holding, Holdings
+from workers.identity import new_identity
+from workers.stores import make_engine
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    stage.worker("a", cpus=8000)
+    stage.sql("UPDATE authority SET authority = 'postgres'")
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def holdings() -> Holdings:
+    return Holdings({"cpus": 8000, "slots": 8})
+
+
+@pytest.fixture
+def ends(stage: Stage, settings: Settings, holdings: Holdings) -> Iterator[PostgresEnds]:
+    bounded = make_engine(str(settings.database_url))
+    confirmation = Confirmation(bounded, 1.0, lambda: None)
+    confirmation.ask()
+    yield PostgresEnds(
+        bounded,
+        settings,
+        new_identity("a"),
+        confirmation,
+        holdings,
+        lambda action: action(),
+        lambda: None,
+        lambda: None,
+        lambda _: None,
+    )
+    bounded.dispose()
+
+
+def ended(stage: Stage, holdings: Holdings, number: int) -> deque[End]:
+    """Jobs that this worker took and whose bodies have returned."""
+    jobs = [stage.insert({"cpus": 1000}) for _ in range(number)]
+    with stage.engine.connect() as connection:
+        taken = pull.take(connection, stage.ledger.epoch, "a", "a-life", jobs)
+    for one in taken:
+        holdings.add(Holding(one.job, one.token, Request.from_shape(one.shape), ""))
+    return deque(End(Ended(one.job, one.token, "succeeded")) for one in taken)
+
+
+def test_locked_row_holds_back_its_own_end_alone(
+    engine: Engine, stage: Stage, holdings: Holdings, ends: PostgresEnds
+) -> None:
+    pending = ended(stage, holdings, 4)
+    jobs = [end.ended.job for end in pending]
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": jobs[1]})
+        assert ends.settle(pending, deque())
+        assert [stage.row(job).state for job in jobs] == ["succeeded", "running", "succeeded", "succeeded"]
+        assert [end.ended.job for end in pending] == holdings.jobs() == [jobs[1]]
+        assert not ends.settle(pending, deque())
+    assert ends.settle(pending, deque())
+    assert stage.row(jobs[1]).state == "succeeded"
+    assert not pending and not holdings.all()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_bad_end_holds_back_no_other(stage: Stage, holdings: Holdings, ends: PostgresEnds, first: bool) -> None:
+    pending = ended(stage, holdings, 4)
+    jobs = [end.ended.job for end in pending]
+    bad = jobs[0 if first else 2]
+    refuse(stage, f"NEW.id = '{bad}' AND NEW.outbox IS NULL AND NEW.finished_at IS NOT NULL")
+    assert ends.settle(pending, deque())
+    assert [stage.row(job).state for job in jobs] == ["succeeded"] * 4
+    assert len(set_aside(stage)) == 1
+    assert not pending and not holdings.all()
