@@ -8,7 +8,7 @@ job share nothing: the one skips what the other has locked. Ends are written by 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -103,13 +103,13 @@ def choose(book: Book, page: Sequence[Candidate], most_losses: int) -> list[Cand
     return [known[one.job] for one in fill_or_keep(book, waiting, len(page), MOST_ADMITTED, elsewhere).admitted]
 
 
-def look(connection: Connection, book: Book, most_losses: int) -> list[Candidate]:
-    """The first jobs of the backlog that this worker takes; empty where nothing fits. Page by page, without the shapes
-    that were seen not to fit."""
+def look(connection: Connection, book: Book, most_losses: int, passed: Collection[str] = ()) -> list[Candidate]:
+    """The first jobs of the backlog that this worker takes, but for those `passed`; empty where nothing fits. Page by
+    page, without the shapes that were seen not to fit."""
     after, without = START, set[str]()
     while True:
         page = candidates(connection, PAGE, after, sorted(without))
-        chosen = choose(book, page, most_losses)
+        chosen = choose(book, [one for one in page if one.job not in passed], most_losses)
         if chosen or len(page) < PAGE:
             return chosen
         after = page[-1].place

@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import psycopg2
-from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from routing import fence, native, pull
+from routing.bad_transitions import concerns_data
 from routing.policy import held_by
+from routing.postgres import told
 from routing.request import Request
 from routing.settings import Settings
 from workers.confirmation import Confirmation
@@ -71,6 +73,8 @@ class Puller(native.Thread):
         self._listening: Any = None
         #: Since when Postgres's list of what this worker holds need not be looked at again (monotonic).
         self._compared_until = 0.0
+        #: Jobs of which it is said that their rows take no write.
+        self._unwritable: set[str] = set()
         self._said = ""
 
     def wake(self) -> None:
@@ -107,28 +111,30 @@ class Puller(native.Thread):
         now = time.monotonic()
         if now >= self._compared_until and self._compare():
             self._compared_until = now + self._settings.renew_interval
-        misses = 0
+        misses, passed = 0, set[str]()
         while self._confirmation.may_pull and not (self.draining or self._stopping) and misses < MOST_MISSES:
-            found = self._take()
+            found = self._take(passed)
             if found is None:
                 return
             misses = 0 if found else misses + 1
 
-    def _take(self) -> int | None:
-        """Take what fits beside what is held, and start it. The number of jobs, None where nothing fits."""
+    def _take(self, passed: set[str]) -> int | None:
+        """Take what fits beside what is held, and start it. The number of jobs, None where nothing fits. `passed`: jobs
+        that could not be taken in this pass, since another worker has them, or their rows are locked."""
         most_losses = self._settings.most_losses
         book = self._holdings.book()
         if not self._can_start() or not book.open:
             return None
         with self._engine.connect() as connection:
-            chosen = pull.look(connection, book, most_losses)
+            chosen = pull.look(connection, book, most_losses, passed)
             if not chosen:
                 return None
             # An answer that is lost leaves rows that this worker does not know: it looks for them.
             self._compared_until, compared_until = 0.0, self._compared_until
-            me, ids = self._identity, [one.job for one in chosen]
-            taken = pull.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids, most_losses)
+            ids = [one.job for one in chosen]
+            taken = self._take_these(connection, ids)
             self._compared_until = compared_until
+        passed.update(set(ids).difference(one.job for one in taken))
         for one in taken:
             request = held_by(Request.from_shape(one.shape), one.losses, most_losses)
             times = (one.started_ms, one.started_ms)
@@ -136,6 +142,22 @@ class Puller(native.Thread):
             self._holdings.add(holding)
             self._start_job(one.message)
         return len(taken)
+
+    def _take_these(self, connection: Connection, ids: Sequence[str]) -> list[pull.Taken]:
+        """Take these jobs, those of them that still wait and whose rows Postgres lets anybody write."""
+        me, most_losses = self._identity, self._settings.most_losses
+        try:
+            return pull.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids, most_losses)
+        except DBAPIError as error:
+            if not concerns_data(error):
+                raise
+            if len(ids) == 1:
+                if ids[0] not in self._unwritable:
+                    self._unwritable.add(ids[0])
+                    logger.error("job %s waits, since Postgres refuses each write to its row: %s", ids[0], told(error))
+                return []
+        half = len(ids) // 2
+        return self._take_these(connection, ids[:half]) + self._take_these(connection, ids[half:])
 
     def _compare(self) -> bool:
         """Give back what Postgres says is here and is not: what the old books admitted and nobody claimed, and what was

@@ -1,0 +1,65 @@
+"""What a worker takes from Postgres: a job that cannot be taken now holds back no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from routing.settings import Settings
+from tests.contract.test_bad_transitions import refuse
+from tests.fixtures.staged import Stage
+from workers.confirmation import Confirmation
+from workers.holdings import Holdings
+from workers.identity import new_identity
+from workers.pull import Puller
+from workers.stores import make_engine
+
+
+@pytest.fixture
+def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
+    stage = Stage(engine, settings)
+    stage.worker("a", cpus=2000)
+    stage.sql("UPDATE authority SET authority = 'postgres', changed_at = 'epoch'")
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def puller(stage: Stage, settings: Settings) -> Iterator[Puller]:
+    """With room for two jobs of one CPU."""
+    bounded = make_engine(str(settings.database_url))
+    confirmation = Confirmation(bounded, 1.0, lambda: None)
+    confirmation.ask()
+    switch: Any = None
+    yield Puller(
+        bounded,
+        settings,
+        new_identity("a"),
+        confirmation,
+        Holdings({"cpus": 2000, "slots": 2}),
+        switch,
+        lambda _: True,
+        lambda _: None,
+        lambda _: None,
+        lambda: True,
+    )
+    bounded.dispose()
+
+
+def test_worker_is_filled_beside_locked_rows(engine: Engine, stage: Stage, puller: Puller) -> None:
+    jobs = [stage.insert({"cpus": 1000}) for _ in range(5)]
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("SELECT 1 FROM jobs WHERE id = ANY(:ids) FOR UPDATE"), {"ids": jobs[:2]})
+        puller._pass()
+        assert sorted(puller._holdings.jobs()) == jobs[2:4]
+    assert [stage.row(job).state for job in jobs] == ["accepted", "accepted", "running", "running", "accepted"]
+
+
+def test_worker_is_filled_beside_rows_that_take_no_write(stage: Stage, puller: Puller) -> None:
+    jobs = [stage.insert({"cpus": 1000}) for _ in range(5)]
+    refuse(stage, f"NEW.id IN ('{jobs[0]}', '{jobs[2]}')")
+    puller._pass()
+    assert sorted(puller._holdings.jobs()) == [jobs[1], jobs[3]]
