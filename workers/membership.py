@@ -207,7 +207,8 @@ class Membership:
 
     def tell_postgres(self, ledger_lost: bool, flush: Callable[[], bool]) -> None:
         """Tell Postgres, when it is time, that this worker lives; at once, when it lost or found the ledger. One that
-        says that it lost it has written before (`flush`) what it claimed there: for Postgres, all else waits."""
+        says that it lost it has written before (`flush`) what it claimed there: for Postgres, all else waits. (An end
+        whose row is locked, or takes no write, does not keep Postgres from deciding: nobody takes such a job.)"""
         changed = ledger_lost != self._told_lost
         if not self.registered or not (changed or time.monotonic() >= self._seen_at + self._seen_every()):
             return

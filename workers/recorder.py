@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from routing import bad_transitions, enroll, native, stream
@@ -39,6 +39,12 @@ MAX_UNWRITTEN: Final = 10_000
 WRITE_WITHIN: Final = 20.0
 #: Seconds between tries while Postgres does not answer.
 RETRY_AFTER: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+_TAKEABLE: Final = text("""
+SELECT EXISTS (SELECT 1 FROM jobs
+  JOIN unnest(CAST(:jobs AS text[]), CAST(:lives AS text[])) AS x (job, life) ON id = job
+  WHERE finished_at IS NULL AND NOT (state IN ('admitted', 'running') AND incarnation = life))
+""")
 
 
 class Recorder(native.Thread):
@@ -114,6 +120,19 @@ class Recorder(native.Thread):
             left = max(0.0, end - time.monotonic())
             settled = self._changed.wait_for(lambda: not (self._pending or self._put_off or self._writing), left)
         return called and settled
+
+    def is_level(self, flush: Callable[[], bool]) -> bool:
+        """Return True if all is written (`flush`), or if no other worker could take a job of what is not, were Postgres
+        to decide: by its row this worker holds it, or it has ended. Raises what Postgres does."""
+        if flush():
+            return True
+        with self._changed:
+            unwritten = {(one.job, one.incarnation) for one in (*self._pending, *self._put_off, *self._writing)}
+        if not unwritten:
+            return True
+        jobs, lives = zip(*sorted(unwritten), strict=True)
+        with self._engine.connect() as connection:
+            return not connection.execute(_TAKEABLE, {"jobs": list(jobs), "lives": list(lives)}).scalar_one()
 
     def stop(self, within: float) -> None:
         """Write what is pending, if Postgres takes it, and end."""

@@ -136,7 +136,7 @@ class Runtime:
             self.holdings,
             Switch(engine, settings, self.confirmation, self.sight),
             self._flush,
-            lambda flush: self.membership.tell_postgres(self.sight.lost, flush),
+            lambda flush: self.membership.tell_postgres(self.sight.lost, lambda: self.recorder.is_level(flush)),
             self.starting.take,
             lambda: self.starting.attached,
         )

@@ -59,6 +59,26 @@ def test_a_worker_writes_the_ends_of_all_others(engine: Engine, stage: Stage, wo
     assert stage.redis.xlen(keys.STREAM) == 0
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["an end", "a claim"])
+def test_locked_end_lets_postgres_decide_and_a_locked_claim_does_not(
+    engine: Engine, stage: Stage, workers_own: Engine, known: bool
+) -> None:
+    job = stage.submit(cpus=1000, applied=known)
+    token = f"{stage.ledger.epoch}.1"
+    stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES)
+    if known:
+        stage.apply()
+        stage.ledger.settle("a", "a-life", ended=[Ended(job, token, "succeeded")], most_losses=MOST_LOSSES)
+    recorder = Recorder(workers_own, stage.ledger)
+    recorder.start()
+    with locked(engine, job):
+        recorder.add(stream.read(stage.ledger))
+        assert not recorder.flush(0.1)
+        assert recorder.is_level(lambda: recorder.flush(0.1)) is known
+    assert recorder.is_level(lambda: recorder.flush(20.0))
+    recorder.stop(5.0)
+
+
 def test_the_stream_is_applied_but_for_it(engine: Engine, stage: Stage, workers_own: Engine) -> None:
     jobs = [stage.submit(cpus=1000, applied=False) for _ in range(3)]
     with engine.connect() as connection, connection.begin():
