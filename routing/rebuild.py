@@ -180,7 +180,7 @@ class Opener:
         workers, held = self._reserve(connection)
         self._await_reports([one.name for one in workers if one.seen])
         self._go_on()
-        revoking.tell_all(connection, self._ledger)
+        revoking.tell_all(connection, self._ledger, between=self._go_on)
         filed = self._file_backlog(connection, doubtful=not self._whole_stream and self._is_one_silent(workers))
         self._ledger.finish(self._epoch)
         return Rebuilt(self._epoch, len(workers), held, filed)

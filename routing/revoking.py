@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Connection, text
@@ -98,8 +98,10 @@ def tell(ledger: Ledger, job: str) -> Cancelled:
     return cancelled
 
 
-def tell_all(connection: Connection, ledger: Ledger) -> None:
-    """Tell new books what was revoked before they were opened. (What ends by it is written with the stream.)"""
+def tell_all(connection: Connection, ledger: Ledger, between: Callable[[], None] = lambda: None) -> None:
+    """Tell new books what was revoked before they were opened. (What ends by it is written with the stream.) `between`
+    is called before each job, and may raise."""
     for jobs in still_open(connection):
         for job in jobs:
+            between()
             tell(ledger, job)

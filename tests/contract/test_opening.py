@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from routing import keys, pull, rebuild, roster
+from routing import keys, pull, rebuild, revoking, roster
 from routing.ledger import Ledger
 from routing.settings import Settings
 from tests.fixtures.staged import Stage
@@ -187,3 +187,11 @@ def test_opener_whose_last_word_lies_in_the_future_is_overtaken(stage: Stage) ->
     stage.sql("UPDATE authority SET opening_at = clock_timestamp() + interval '1 hour'")
     opened = rebuild.open_if_cold(stage.engine, stage.ledger)
     assert opened is not None and opened.epoch == 2
+
+
+def test_opener_says_that_it_goes_on_while_it_tells_of_revoked_jobs(stage: Stage) -> None:
+    stage.sql("UPDATE jobs SET revoked_at = now() WHERE state = 'waiting'")
+    said: list[int] = []
+    with stage.engine.connect() as connection:
+        revoking.tell_all(connection, stage.ledger, lambda: said.append(1))
+    assert len(said) >= JOBS
