@@ -24,6 +24,10 @@ from workers.runtime import Runtime, runtime_of
 
 logger = logging.getLogger(__name__)
 
+#: Seconds after a request for a heartbeat at which it is sent again. A program that begins to hear events asks for one,
+#: and its own subscription may come later than the first answer.
+AGAIN_AFTER: Final = (1.0, 5.0)
+
 #: Sent to a process whose job is terminated, unless the caller names another signal.
 TERM: Final = "SIGTERM"
 
@@ -44,6 +48,21 @@ def _in_place_of(plain: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
         return chosen
 
     return put
+
+
+@_in_place_of(celery_control.heartbeat)
+def heartbeat(state: Any, runtime: Runtime) -> None:
+    """Send the event of a heartbeat now. Celery's own would call it good for seconds only, and sends the next one after
+    two: here they come once a minute."""
+    consumer = state.consumer
+    for seconds in (0.0, *AGAIN_AFTER):
+        consumer.timer.call_after(seconds, _send_heartbeat, (consumer,))
+
+
+def _send_heartbeat(consumer: Any) -> None:
+    heart, dispatcher = consumer.heart, consumer.event_dispatcher
+    if heart is not None and dispatcher is not None and dispatcher.enabled:
+        dispatcher.send("worker-heartbeat", freq=heart.interval, **worker_state.SOFTWARE_INFO)
 
 
 @_in_place_of(celery_control.revoke)

@@ -109,7 +109,7 @@ def test_of_a_candidate_that_is_passed_over_nothing_is_read_that_grows_with_its_
             ran.append(monitor.next_command()["command"])
     read = [command.split() for command in ran if command.startswith("HMGET ledger:book:")]
     assert (len(read), max(map(len, read))) == (10, 13), read
-    assert [command for command in ran if command.startswith("HGET ")] == ["HGET ledger:book:x places"]
+    assert [command for command in ran if command.startswith("HGET ledger:book:")] == ["HGET ledger:book:x places"]
 
 
 def test_a_worker_that_is_closed_or_leaves_stands_in_no_index(ledger: Ledger) -> None:

@@ -45,11 +45,13 @@ def _is_dead(line: Line) -> bool:
 
 
 def keep_commits(platform: Platform) -> None:
-    """Let commits of new connections survive the end of Postgres's processes. (Test servers write their log later, and
+    """Let commits survive the end of Postgres's processes. (Test servers write their log later, and
     sync nothing to disk.)"""
     with platform.engine.connect() as connection, connection.begin():
         database = connection.execute(text("SELECT current_database()")).scalar_one()
         connection.execute(text(f"ALTER DATABASE {database} SET synchronous_commit = on"))
+    # (A connection that was made before has the old setting.)
+    platform.engine.dispose()
 
 
 class Oracle:

@@ -73,7 +73,7 @@ def test_a_job_that_must_not_run_again_is_lost_with_its_worker(platform: Platfor
     assert submitter.value(other) == "a"
 
 
-def test_a_drain_and_a_hand_back_are_no_loss_of_a_job_that_must_not_run_again(
+def test_a_job_that_was_broken_off_and_must_not_run_again_ends_as_lost(
     platform: Platform, submitter: Submitter
 ) -> None:
     first = platform.worker("a", cpus=1)
@@ -82,10 +82,13 @@ def test_a_drain_and_a_hand_back_are_no_loss_of_a_job_that_must_not_run_again(
     platform.worker("b", cpus=1)
     first.signal(signal.SIGQUIT)
     first.wait()
-    at_gate(platform, "gate", job)
-    tasks.let_go(platform.redis, "gate")
     row = submitter.ended(job)
-    assert (row.state, row.attempt, row.losses) == ("succeeded", 2, 0)
+    assert (row.state, row.attempt) == ("lost", 1)
+    # It is not at the gate again.
+    other = submitter.send(HOLD, "gate")
+    at_gate(platform, "gate", other)
+    tasks.let_go(platform.redis, "gate")
+    assert submitter.value(other) == "b"
 
 
 def test_a_sender_that_does_not_know_the_task_hears_that_it_must_not_run_again(

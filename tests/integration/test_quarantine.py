@@ -117,13 +117,14 @@ def test_only_the_newest_are_kept_and_all_are_counted(
 def test_a_remote_command_that_cannot_be_read_ends_nobody(platform: Platform, submitter: Submitter) -> None:
     worker = platform.worker("a", 2, "prefork")
     database = platform.redis.connection_pool.connection_kwargs["db"]
-    # (kombu subscribes by pattern: once for remote control, once for the ticks.)
-    until(lambda: platform.redis.pubsub_numpat() >= 2, "the worker listens")
     topic = f"/{database}.celery.pidbox"
+    ticks = f"/{database}.platform.ticks"
+    # (kombu subscribes to remote control by pattern, the platform to the ticks by name.)
+    until(lambda: platform.redis.pubsub_numpat() >= 1, "the worker hears remote control")
+    until(lambda: dict(platform.redis.pubsub_numsub(ticks))[ticks.encode()] >= 1, "the worker hears ticks")
     wrong = garbage.envelope("x", "x:1.1", b"\xff")
     for raw in (b"garbage", b"[]", b"7", b"{}", b'{"properties": {}}', json.dumps(wrong).encode()):
         platform.redis.publish(topic, raw)
-    ticks = f"/{database}.platform.ticks"
     for raw in (b"garbage", b"[]", b"7", b"{}", json.dumps(wrong).encode()):
         platform.redis.publish(ticks, raw)
     assert submitter.app.control.ping(timeout=5.0)
