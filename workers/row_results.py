@@ -149,7 +149,8 @@ class RowResults(RedisBackend):
         try:
             client.ping()
         finally:
-            client.close()
+            # (The client does not close a pool that it was given.)
+            client.connection_pool.disconnect()
 
     def get(self, key: Any) -> Any:
         return self._answer([key], lambda: [super(RowResults, self).get(key)])[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -89,3 +91,22 @@ def test_work_goes_on_and_every_job_runs_once(
     assert all(most <= {"a": 4000, "b": 2000}[worker] for worker, most in peaks(events).items())
     until(lambda: submitter.allocated_cpus() == "0", "all is given back")
     assert len(sent) > JOBS / 2
+
+
+def test_looks_at_a_result_backend_leave_no_connection(submitter: Submitter) -> None:
+    """A look that succeeds is the last one of an outage; who has many of them is not to run out of files."""
+
+    def descriptors() -> int:
+        return len(os.listdir("/dev/fd"))
+
+    look: Any = submitter.app.backend._ping
+    look()
+    before = descriptors()
+    # (The collector of cycles would close some of them, some time.)
+    gc.disable()
+    try:
+        for _ in range(5):
+            look()
+        assert descriptors() == before
+    finally:
+        gc.enable()
