@@ -286,17 +286,23 @@ class Membership:
 
     def leave(self, holdings: Holdings) -> bool:
         """Deregister. False where something is still held. Raises `PlatformError` where a store is down."""
+        if not holdings.all():
+            # Postgres first: a worker whose book alone is gone would be ready there for ever. One that has its book
+            # still loses it with its lease.
+            self._write_left()
         if self._confirmation.authority == "postgres":
-            left = not holdings.all()
-        else:
-            left = self._ledger.leave(self.identity.name, self.identity.incarnation) == 0
+            return not holdings.all()
+        left = self._ledger.leave(self.identity.name, self.identity.incarnation) == 0
         if left:
-            try:
-                with self._engine.connect() as connection:
-                    roster.end_worker(connection, self.identity.incarnation, "left")
-            except DBAPIError as error:
-                raise translate(error) from error
+            self._write_left()
         return left
+
+    def _write_left(self) -> None:
+        try:
+            with self._engine.connect() as connection:
+                roster.end_worker(connection, self.identity.incarnation, "left")
+        except DBAPIError as error:
+            raise translate(error) from error
 
     def _write_seen(self, status: str) -> None:
         # What there is: the books alone are told of less, while attempts without their lease take it up.

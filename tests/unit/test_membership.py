@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
+
+import pytest
+from psycopg2 import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from routing.capacity import Capacity
+from routing.errors import StoreUnavailable
 from routing.replies import Filled, Renewed
 from routing.request import Request
 from workers.holdings import Holding, Holdings
@@ -69,3 +74,17 @@ def test_rejoin_disowns_the_attempt_that_lost_its_lease_alone() -> None:
     assert holdings._strays == {("job", "1.1")}
     told = [(one.job, one.epoch, one.attempt) for one in recorder.add.call_args.args[0]]
     assert told == [("job", 2, 2)]
+
+
+def test_leave_keeps_the_book_until_postgres_has_it() -> None:
+    """A worker whose book alone is gone would be ready in Postgres for ever: nothing of it lapses any more."""
+    engine, ledger = MagicMock(), Mock()
+    ledger.leave.return_value = 0
+    membership = Membership(engine, ledger, Mock(), Mock(epoch=2, authority="ledger"), lambda _: None)
+    engine.connect.side_effect = DBAPIError("", {}, OperationalError("stalled"))
+    with pytest.raises(StoreUnavailable):
+        membership.leave(held())
+    ledger.leave.assert_not_called()
+    engine.connect.side_effect = None
+    assert membership.leave(held())
+    ledger.leave.assert_called_once()
