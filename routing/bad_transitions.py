@@ -164,7 +164,7 @@ def _ascii(words: str) -> str:
 
 
 def _told(error: Exception) -> str:
-    """What went wrong, in one line and without the statement, whose values are none of the log's business."""
+    """Return the fault in one line, without the statement, whose values are none of the log's business."""
     what = error.orig if isinstance(error, DBAPIError) else error
     lines = str(what).splitlines() or [""]
     return f"{type(what).__name__}: {lines[0]}"

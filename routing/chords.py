@@ -47,7 +47,7 @@ def note(connection: Connection, group: str, size: int | None = None, structure:
 
 
 def is_noted(connection: Connection, group: str) -> bool:
-    """Whether a chord is counted here."""
+    """Return whether a chord is counted here."""
     return connection.execute(_EXISTS, {"group": group}).first() is not None
 
 
@@ -69,13 +69,13 @@ def lock(connection: Connection, group: str) -> Chord | None:
 
 
 def is_complete(connection: Connection, group: str, chord: Chord) -> bool:
-    """Whether all parts of its header have come."""
+    """Return whether all parts of its header have come."""
     count = int(connection.execute(_COUNT, {"group": group}).scalar_one())
     return chord.size is not None and count >= chord.size
 
 
 def parts(connection: Connection, group: str) -> Sequence[bytes]:
-    """What its parts said, in the order of its header."""
+    """Return the values of its parts, in the order of its header."""
     return [bytes(row[0]) for row in connection.execute(_PARTS, {"group": group})]
 
 

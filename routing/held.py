@@ -1,4 +1,4 @@
-"""What a worker holds, and the scripts that go through it.
+"""The list of a worker's attempts, and the scripts that go through it.
 
 The list of a worker may be long, or hold entries of which nobody knows. A script that read it whole would hold up all
 others, so it is read here in pages, and each script gets the ids that it is to look at. It looks at each job once more,
@@ -134,7 +134,7 @@ class Held(Admission):
         return handed_back
 
     def recover(self, worker: str, incarnation: str, holds: Iterable[str]) -> list[HandedOver]:
-        """What this worker was handed over and does not hold, because a reply was lost."""
+        """Return the jobs that a lost reply handed over to this worker, which does not hold them."""
         known, found = set(holds), list[HandedOver]()
         for page in self.held_pages(worker):
             asked = [job for job in page if job not in known]

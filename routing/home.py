@@ -18,7 +18,7 @@ SERVERS_FILE = "servers.json"
 
 @dataclass(frozen=True)
 class Pair:
-    """One running pair of embedded servers. Starts are clock ticks since the boot, None where not recorded."""
+    """A running pair of embedded servers. Starts are clock ticks since the boot, None where not recorded."""
 
     redis_url: str = field(repr=False)
     database_url: str = field(repr=False)

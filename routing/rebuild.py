@@ -186,7 +186,7 @@ class Opener:
         return Rebuilt(self._epoch, len(workers), held, filed)
 
     def _is_one_silent(self, workers: Sequence[_Worker]) -> bool:
-        """Whether a worker that had not left has not said what it holds, or a former life of one cannot."""
+        """Return whether a worker that had not left has not said what it holds, or a former life of one cannot."""
         found = books.read_books(self._ledger.client, {one.name for one in workers})
         said = {book.incarnation for book in found.values() if book.status != "closed"}
         return any(one.incarnation not in said for one in workers)
@@ -215,7 +215,7 @@ class Opener:
         return workers, held
 
     def _give_back_orphans(self, carried: Collection[str]) -> None:
-        """What Postgres says runs on a life of a worker that has ended goes back, or is lost."""
+        """Give back, or end as lost, the jobs that Postgres has as running on a worker that has ended."""
         with (
             self._engine.connect().execution_options(isolation_level="READ COMMITTED") as connection,
             connection.begin(),
@@ -238,7 +238,7 @@ class Opener:
                 pause.wait(0.02)
 
     def _file_backlog(self, connection: Connection, *, doubtful: bool) -> int:
-        """What waits, in its order. `doubtful`: each of these jobs may have started on a silent worker."""
+        """File the waiting jobs in their order. `doubtful`: each of these jobs may have started on a silent worker."""
         filed, after = 0, (-10, 0)
         while rows := backlog.backlog(connection, BACKLOG_CHUNK, after):
             self._go_on()

@@ -61,7 +61,7 @@ def smallest(shapes: Iterable[str]) -> list[Request] | None:
 
 
 def _is_within(small: Request, large: Request) -> bool:
-    """Whether a worker that has room for the large request has room for the small one."""
+    """Return whether a worker that has room for the large request has room for the small one."""
     if (small.queue, small.get(ALONE)) != (large.queue, large.get(ALONE)):
         return False
     return all(amount <= large.get(name) for name, amount in small.amounts)

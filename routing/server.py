@@ -212,7 +212,7 @@ class LedgerServer:
         return str(self.epoch), self._caller(self.run_id)
 
     def _caller(self, run_id: str) -> str:
-        """What scripts compare with the books: the server's life, and the database whose books they must be."""
+        """Return what scripts compare with the books: the server's life, and the database whose books they must be."""
         database = self.own_database()
         return f"{run_id}/{database}" if database else run_id
 
@@ -270,7 +270,7 @@ class LedgerServer:
         return opened is None or opened[1] != self.run_id
 
     def has_whole_stream(self) -> bool:
-        """Whether the books are of this life of the server, so that no entry of the stream was lost with another."""
+        """Return whether the books are of this life of the server: no entry of the stream was lost with another."""
         found = self._guard(lambda: self.client.hget(keys.EPOCH, "run_id"))
         return found is not None and found.decode() == self.run_id
 

@@ -98,7 +98,7 @@ class RowChords(RowResults):
         self._count(request, state, result, away)
 
     def _is_counted_in_redis(self, group: str) -> bool:
-        """Whether Redis knows the size of a chord, or has just completed it."""
+        """Return whether Redis knows the size of a chord, or has just completed it."""
         return bool(self.client.exists(*(self.get_key_for_group(group, end) for end in (".s", ".c"))))
 
     def _count(self, request: Any, state: str, result: Any, away: BaseException | None) -> None:
@@ -142,7 +142,7 @@ class RowChords(RowResults):
             raise ChordError(f"Callback error: {error!r}") from error
 
     def _values(self, connection: Connection, group: str, chord: Chord) -> list[Any]:
-        """What its parts returned, in order. Raises `ChordError` where one failed."""
+        """Return the values of its parts, in order. Raises `ChordError` where one failed."""
         if chord.structure is None:
             return [self._unpack_chord_result(part, self.decode) for part in chords.parts(connection, group)]
         header = result_from_tuple(json.loads(chord.structure), app=self.app)

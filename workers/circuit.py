@@ -44,7 +44,7 @@ class Circuit:
 
     @property
     def closed(self) -> bool:
-        """Whether the server is asked."""
+        """Return whether the server is asked."""
         return not self._open or self._pid != os.getpid()
 
     def trip(self, why: str) -> None:

@@ -1,4 +1,4 @@
-"""What a worker says to Postgres of the attempts that it claimed, and how it makes sure that it is there."""
+"""Claims of a worker as transitions for Postgres, and the write that a start waits for."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Confirmation(native.Thread):
 
     @property
     def resting(self) -> bool:
-        """Whether there is nothing to decide here, for a while now."""
+        """Return whether there is nothing to decide here, for a while now."""
         return self._resting
 
     def ask_soon(self) -> None:

@@ -24,7 +24,7 @@ _CONNECTS: Final = ("connect", "connect_check_health", "_connect", "_connect_ret
 
 
 def is_silence(error: BaseException | None) -> bool:
-    """Whether an error came of a Redis that does not answer in time. (One that is gone refuses connections.)"""
+    """Return whether an error came of a Redis that does not answer in time. (One that is gone refuses connections.)"""
     while error is not None:
         if isinstance(error, (RedisTimeoutError, TimeoutError)):
             return True

@@ -1,4 +1,4 @@
-"""What the errors of an insert mean to the submitter: nothing was written, or nobody knows."""
+"""Errors of an insert as the submitter gets them: nothing was written, or nobody knows."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class LedgerThread(native.Thread):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is held here, and nothing is to be settled."""
+        """Return whether nothing is held here, and nothing is to be settled."""
         return not (self._arrivals or self._ends or self._refused or self._late or self._unsure or self._holdings.all())
 
     def stop(self, within: float) -> bool:

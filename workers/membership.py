@@ -83,7 +83,7 @@ class Membership:
 
     @property
     def _may_admit(self) -> bool:
-        """Whether jobs may start here: this process decides, and Postgres is not too far behind."""
+        """Return whether jobs may start here: this process decides, and Postgres is not too far behind."""
         return self._confirmation.may_admit and not self._is_behind()
 
     # -- joining -------------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ class Membership:
     # -- staying and leaving -------------------------------------------------------------------------------------
 
     def renew(self, holdings: Holdings, missing_ms: int | None = None) -> bool:
-        """One heartbeat. False where the ledger does not know this worker: it must register again. `missing_ms`: see
-        `Ledger.renew`."""
+        """Renew the lease once. False where the ledger does not know this worker: it must register again. `missing_ms`:
+        see `Ledger.renew`."""
         renewed = self._ledger.renew(
             self.identity.name,
             self.identity.incarnation,

@@ -204,8 +204,8 @@ class Recorder(native.Thread):
             logger.info("not counted: %s", error)
 
     def _next_batch(self) -> tuple[list[Transition], bool]:
-        """What is to be written next, and whether it was tried before; nothing where this thread is to end. The caller
-        has the lock."""
+        """Return what is to be written next, and whether it was tried before; nothing where this thread is to end. The
+        caller has the lock."""
         while True:
             again_in = self._try_again_at - time.monotonic() if self._put_off and not self._stopping else None
             if again_in is not None and again_in <= 0:

@@ -298,7 +298,7 @@ class CarriedReplies(CarriedResults):
 
 
 def is_asked(backend: Any) -> bool:
-    """Whether a backend is asked now: one in Redis is left alone while it does not answer."""
+    """Return whether a backend is asked now: one in Redis is left alone while it does not answer."""
     reach = getattr(backend, "reach", None)
     return reach is None or bool(reach.closed)
 

@@ -121,7 +121,7 @@ class RowResults(RedisBackend):
 
     @property
     def reach(self) -> Circuit:
-        """Whether this backend's Redis is asked."""
+        """Return whether this backend's Redis is asked."""
         found: Circuit | None = self.__dict__.get("_reach")
         if found is None:
             found = self.__dict__["_reach"] = Circuit(
@@ -132,7 +132,7 @@ class RowResults(RedisBackend):
         return found
 
     def ask(self, question: Callable[[], Any]) -> Any:
-        """What Redis answers; raises at once while it is left alone."""
+        """Return what Redis answers; raises at once while it is left alone."""
         if not self.reach.closed:
             raise RedisConnectionError("the result backend is left alone until it answers")
         try:
@@ -184,12 +184,12 @@ class RowResults(RedisBackend):
         return isinstance(getattr(self.app, "platform", None), Stores)
 
     def _may_read_rows(self) -> bool:
-        """Whether this thread reads results. (What delivers them speaks for an attempt, and waits for none of them.)"""
+        """Return whether this thread reads results. A thread that delivers them waits for none."""
         attempt = attempts.current()
         return self.is_on_platform and (attempt is None or attempt.patient is None)
 
     def ensure(self, fun: Callable[..., Any], args: Sequence[Any], **policy: Any) -> Any:
-        """As Celery's, which tries for some 20 s; once within `asking_once`, and for what delivers results."""
+        """Try once, where Celery tries for some 20 s, within `asking_once`, and for what delivers results."""
         if self._may_read_rows() and not getattr(_here, "once", False):
             return super().ensure(fun, args, **policy)
         return self.ask(lambda: fun(*args))

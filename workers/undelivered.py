@@ -185,7 +185,7 @@ def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None)
 
 
 def _box(engine: Engine, row: Any) -> Outbox:
-    """What a job left. What cannot be read is set aside, and the result is made of what the row says."""
+    """Return what a job left. What cannot be read is set aside, and the result is made of what the row says."""
     try:
         return outbox.parse(row.outbox)
     except (ValueError, TypeError, LookupError) as error:

@@ -67,8 +67,8 @@ class Candidate(native.Thread):
         self._said = ""
 
     def holds(self, store: str | None = None) -> bool:
-        """Whether this worker is the runner now, by the lease of that store. False as soon as the lease may have run
-        out, by this machine's own clock: also after the process was stopped."""
+        """Return whether this worker is the runner now, by the lease of that store. False as soon as the lease may
+        have run out, by this machine's own clock: also after the process was stopped."""
         return bool(self._fence) and time.monotonic() < self._until and store in (None, self._store)
 
     def ask(self, duty: str) -> None:

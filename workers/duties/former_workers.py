@@ -1,4 +1,4 @@
-"""What workers leave behind that left long ago: their rows, and private queues that no script knows any more."""
+"""Rows of workers that left long ago, and private queues that no script knows any more."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Listener(native.Thread):
             after = rows[-1].seq
 
     def _may_bring_in_all(self) -> bool:
-        """Whether there are accepted jobs of which this worker knows that they have not started (see `sweep`)."""
+        """Return whether there are accepted jobs that are known not to have started (see `sweep`)."""
         engine, ledger = self.stores.engine, self.stores.ledger
         with engine.connect() as connection:
             known = roster.read_authority(connection)

@@ -205,7 +205,7 @@ class Runner(native.Thread):
         self._next_at = {duty.name: now + (duty.interval(settings) if duty.tick else 0.0) for duty in DUTIES}
 
     def _due(self) -> list[Duty]:
-        """What is due or asked for now; each is due again an interval later."""
+        """Return the duties that are due or asked for now; each is due again an interval later."""
         now, next_at = time.monotonic(), self._next_at
         asked, self._asked = self._asked, set()
         due_now = [duty for duty in DUTIES if now >= next_at[duty.name] or duty.tick in asked]
@@ -302,7 +302,7 @@ class Runner(native.Thread):
 
 
 def _lies_in(store: type[Exception], error: BaseException | None) -> bool:
-    """Whether an error came of a store that could not be read. (One that keeps a row locked answers.)"""
+    """Return whether an error came of a store that could not be read. (One that keeps a row locked answers.)"""
     if is_locked(error):
         return False
     while error is not None:
