@@ -59,6 +59,28 @@ def test_a_lost_worker_whose_commit_hangs_does_not_keep_the_jobs_of_others(
     assert stage.row(hangs).state == "succeeded"
 
 
+def test_lost_worker_whose_row_is_refused_does_not_keep_the_jobs_of_others(stage: Stage, stores: Stores) -> None:
+    """A row is damaged, say: Postgres takes no write of it."""
+    refused, other = running(stage, "a"), running(stage, "b")
+    for worker in ("a", "b"):
+        stage.ledger.condemn(worker, f"{worker}-life")
+    stage.sql(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'damaged' "
+        "USING ERRCODE = 'XX001'; END $$"
+    )
+    stage.sql(
+        f"CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW WHEN (NEW.id = '{refused}') "
+        "EXECUTE FUNCTION refuse()"
+    )
+    assert lapse.run_once(None, stores)["taken_back"] == 1
+    stage.sql("DROP TRIGGER refuse ON jobs")
+    stage.apply()
+    assert stage.row(other).state == "waiting"
+    assert lapse.run_once(None, stores)["taken_back"] == 1
+    stage.apply()
+    assert stage.row(refused).state == "waiting"
+
+
 def test_a_commit_that_hangs_for_longer_than_a_worker_may_is_ended_by_the_server(engine: Engine, stage: Stage) -> None:
     job = running(stage, "a")
     with engine.connect() as connection:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 
 from celery import Celery
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from routing import process_identity, roster, takeback
-from routing.postgres import is_locked
+from routing.bad_transitions import concerns_data
+from routing.postgres import is_locked, told
 from workers import orphans
 from workers.duties.window import Window
 from workers.stores import Stores
@@ -32,11 +33,15 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
             orphans.see_to(life, process_identity.here())
             try:
                 given_up = takeback.take_back(stores.engine, stores.ledger, worker, found.incarnation, grace_ms)
-            except OperationalError as error:
-                if not is_locked(error):
+            except DBAPIError as error:
+                if not (is_locked(error) or concerns_data(error)):
                     raise
-                # It hangs within a commit (`routing.fence`), which the server ends some time. The others do not wait.
-                logger.warning("worker %s is lost, but a row of its jobs is locked: they are taken back later", worker)
+                # It hangs within a commit (`routing.fence`), which the server ends some time, or a row is damaged. The
+                # others do not wait.
+                logger.warning(
+                    "worker %s is lost, but Postgres takes no write of its jobs: they are taken back later: %s",
+                    *(worker, told(error)),
+                )
                 continue
             taken += given_up.taken_back
             lost += given_up.verdict == "gone"
