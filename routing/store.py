@@ -216,9 +216,13 @@ def _said(one: Transition) -> dict[str, str | int]:
     }
 
 
+def _is_over(one: Transition) -> bool:
+    return one.step in (Step.ENDED, Step.BACK)
+
+
 def _noted(one: Transition) -> dict[str, str | int]:
     """What it says of its attempt, for `_APPLY`."""
-    over = one.step in (Step.ENDED, Step.BACK)
+    over = _is_over(one)
     return {
         "job": one.job,
         "epoch": one.epoch,
@@ -252,7 +256,9 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
         "noted": len(attempts),
     }
     rows = _APPLY.rows(connection, values, few=len(newest) <= FEW and len(attempts) <= FEW)
-    _close_overtaken(connection, newest, {row[0] for row in rows})
+    changed = {row[0] for row in rows}
+    _close_overtaken(connection, newest, changed)
+    _close_late(connection, [one.job for one in attempts if one.job not in changed and not _is_over(one)])
     # (Those that have something to deliver are looked at when it is delivered.)
     replacing.end_abandoned(connection, [row[3] for row in rows if row[3] and row[1] in FINAL])
     return [
@@ -298,6 +304,22 @@ def _close_overtaken(connection: Connection, newest: Sequence[Transition], chang
         dropped = one.step == Step.DROPPED
         if one.state in FINAL and one.job in changed and one.attempt + dropped > 1:
             close_attempts(connection, one.job, one.epoch, one.attempt + dropped, one.at_ms)
+
+
+_CLOSE_LATE: Final = text(f"""
+UPDATE attempts SET ended_at = now(), outcome = coalesce(outcome, 'taken_back'),
+  error = coalesce(attempts.error, '{END_LOST}')
+FROM jobs WHERE jobs.id = attempts.job_id AND jobs.id = ANY(CAST(:jobs AS text[])) AND jobs.state IN ({_FINAL})
+  AND attempts.ended_at IS NULL
+  AND (attempts.epoch, attempts.attempt) < (jobs.epoch, jobs.attempt + (jobs.step = {Step.DROPPED.value})::int)
+""")
+
+
+def _close_late(connection: Connection, jobs: Sequence[str]) -> None:
+    """End the attempts of these jobs of which Postgres heard only now, where a newer one has ended the job: their
+    workers could not write for so long. What they say of their end is refused."""
+    if jobs:
+        connection.execute(_CLOSE_LATE, {"jobs": list(jobs)})
 
 
 _OVERTAKEN: Final = text("""

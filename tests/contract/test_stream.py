@@ -282,6 +282,19 @@ def test_a_job_that_ended_has_no_attempt_that_goes_on(connection: Connection) ->
     assert ended_attempts(connection) == [(1, "handed_back", None), (2, "succeeded", None)]
 
 
+def test_attempt_that_is_heard_of_after_the_end_of_its_job_is_over(connection: Connection) -> None:
+    """Its worker could not write for so long that another attempt ended the job meanwhile."""
+    rows = Rows(connection)
+    rows.insert("j0")
+    first, second = with_a_worker("handed_back", "waiting"), with_a_worker("succeeded", "succeeded")
+    rows.apply([replace(second[-1], attempt=2)])
+    rows.apply(first[:1])
+    assert ended_attempts(connection) == [(1, "taken_back", store.END_LOST), (2, "succeeded", None)]
+    rows.apply([first[-1]])
+    rows.apply(first[:1])
+    assert ended_attempts(connection) == [(1, "handed_back", None), (2, "succeeded", None)]
+
+
 def ended_attempts(connection: Connection) -> list[tuple[int, str, str | None]]:
     query = text("SELECT attempt, outcome, error FROM attempts WHERE ended_at IS NOT NULL ORDER BY 1")
     found = connection.execute(query)
