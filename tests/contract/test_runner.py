@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
+from routing import keys
 from routing.settings import Settings
 from tests.fixtures.staged import Stage
 from workers.duties import DUTIES, Duty
@@ -100,3 +101,21 @@ def test_duty_that_fails_is_tried_again_sooner_than_its_interval(stage: Stage, r
     for _ in range(20):
         runner._run_one(reconcile, reconcile.run)
     assert first < runner._next_at[reconcile.name] - time.monotonic() <= interval
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_a_runner_was_to_compare_its_successor_compares(stage: Stage, runner: Runner, begun: bool) -> None:
+    """Where keys of the ledger are gone, the lease of the runner may be among them."""
+    runner.suspect()
+    due_now = runner._due() if begun else []
+    runner.election._until = 0.0
+    if begun:
+        runner._run(due_now)
+    runner._serve_own()
+    runner.election._fence = 0
+    stage.ledger.client.delete(keys.RUNNER)
+    term = runner.election._term
+    other = stage.ledger.elect("b-life", 0, term)
+    assert other.fence
+    runner.election._stand()
+    assert stage.ledger.elect("b-life", other.fence, term).asked == ("suspicion",)

@@ -219,8 +219,12 @@ class Runner(native.Thread):
         return due_now
 
     def _serve_own(self) -> None:
-        """Without the lease: this worker delivers what it left in rows itself, while nobody else hears of it."""
+        """Without the lease: this worker delivers what it left in rows itself, while nobody else hears of it. What it
+        was to compare, as long as it had the lease, its successor compares."""
         asked, self._asked = self._asked, set()
+        if self._suspected or SUSPICION.name in asked:
+            self._suspected = False
+            self.election.ask(SUSPICION.name)
         if OUTBOX in asked and not self._stopping:
             outbox_duty = next(duty for duty in DUTIES if duty.tick == OUTBOX)
             self._run_one(outbox_duty, outbox_duty.run)
@@ -231,6 +235,7 @@ class Runner(native.Thread):
                 known = roster.read_authority(connection)
             if not self.election.holds(known.authority):
                 # Overtaken, or the authority has changed, and the election of the other store is not over.
+                self._suspected |= SUSPICION in due_now
                 return
             if known.authority == "postgres":
                 self._run_without_ledger(due_now)
@@ -251,6 +256,7 @@ class Runner(native.Thread):
         self._stores.ledger.epoch = known.epoch
         for duty in due_now:
             if not self.election.holds(known.authority):
+                self._suspected |= SUSPICION in due_now
                 return
             self._run_one(duty, duty.run)
 
