@@ -63,8 +63,8 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """`verdict`: released, repeat (it was released before) or stale (it no longer held the job). `state`: of the
-    job now. `entry`: the stream entry that says so."""
+    """`verdict`: released, repeat (it was released before), stale (it no longer held the job) or unknown (there is no
+    key of that job). `state`: of the job now. `entry`: the stream entry that says so."""
 
     end: Ended
     verdict: str

@@ -36,11 +36,12 @@ PART: Final = '"chord": "'
 @dataclass(frozen=True, slots=True)
 class End:
     """The end of a body. `on_lost` is called when the job ended as lost: its result must say so. `whole`: the outbox
-    with the results that `ended` has apart, for Postgres."""
+    with the results that `ended` has apart, for Postgres. `restored`: the ledger had lost the job's key (`Keyless`)."""
 
     ended: Ended
     on_lost: Callable[[], None] | None = None
     whole: Callable[[], str] | None = None
+    restored: bool = False
 
 
 class PostgresEnds:

@@ -101,8 +101,7 @@ class Holdings:
 
     def may_rerun(self, job: str, token: str) -> bool:
         """Return False if the job of an attempt may start only once. One that is not held has been ended already."""
-        with self._lock:
-            holding = self._held.get((job, token))
+        holding = self.find(job, token)
         return holding is None or holding.rerun
 
     def end(self, job: str, token: str) -> bool:
@@ -135,6 +134,11 @@ class Holdings:
             for name, amount in stray.request.amounts:
                 left[name] = max(0, left.get(name, 0) - amount)
         return Capacity.of(left)
+
+    def find(self, job: str, token: str) -> Holding | None:
+        """One attempt, if it is held."""
+        with self._lock:
+            return self._held.get((job, token))
 
     def jobs(self) -> list[str]:
         """All that is held, also what has ended and is not released yet: the list for the heartbeat."""

@@ -30,6 +30,7 @@ from workers.confirmation import Confirmation
 from workers.ends import End, PostgresEnds
 from workers.holdings import Holding, Holdings
 from workers.identity import Identity
+from workers.keyless import Keyless
 from workers.recorder import Recorder
 from workers.transport import digest_of, raw_of
 from workers.wake import Wake
@@ -84,6 +85,7 @@ class LedgerThread(native.Thread):
         self.on_missing: Callable[[], None] = lambda: None
         self._arrivals: deque[Arrival] = deque()
         self._ends: deque[End] = deque()
+        self._keyless = Keyless(ledger, identity, holdings, recorder.claim, recorder.call, self._ends.append, self.wake)
         self._returns: deque[tuple[str, str, str]] = deque()
         self._nonces = itertools.count()
         self._wake = Wake()
@@ -315,9 +317,14 @@ class LedgerThread(native.Thread):
         transitions = []
         now = self._ledger.now_ms()
         for one in released:
-            holding = self._holdings.remove(one.end.job, one.end.token)
             end = ends.get((one.end.job, one.end.token))
-            if one.verdict == "stale":
+            if one.verdict == "unknown" and end is not None and self._keyless.takes(end):
+                continue
+            if end is not None and end.restored:
+                # More may be gone than its key.
+                self.on_missing()
+            holding = self._holdings.remove(one.end.job, one.end.token)
+            if one.verdict in ("stale", "unknown"):
                 told = "job %s: attempt %s no longer held its lease; its end (%s) is refused"
                 logger.warning(told, one.end.job, one.end.token, one.end.outcome)
                 self.on_missing()

@@ -7,8 +7,9 @@
 --   the worker is asking, hand over to it), then for each job: job, token, outcome (succeeded, failed, cancelled, expired,
 --   replaced, retried, handed_back, lost), error, outbox, number of results that are kept in this Redis, and for each of
 --   these: its key (of Celery's backend), seconds to live (0: for ever), result
--- Replies: {ok, admitted, cursor of shapes, then for each job: released | repeat | stale, state, entry, shape, then for each
---   job handed over: job, token, admitted, started, entry, losses, shape, rerun, message} | {cold} | {epoch, current}
+-- Replies: {ok, admitted, cursor of shapes, then for each job: released | repeat | stale | unknown (no key of it is there),
+--   state, entry, shape, then for each job handed over: job, token, admitted, started, entry, losses, shape, rerun, message}
+--   | {cold} | {epoch, current}
 -- Cost: a few commands a job, one pass as that of fill, and a command for each resource and queue that the worker has and
 --   not every worker does
 -- Repeat: harmless: keyed by job and token; the same end of an attempt that ended its job is answered 'repeat', any other 'stale'
@@ -75,6 +76,8 @@ while i <= #ARGV do
         end
       end
     end
+  elseif mine and not job then
+    verdict = 'unknown'
   else
     count('stale.release', 1)
   end

@@ -82,6 +82,15 @@ def test_an_attempt_that_was_taken_back_cannot_end_the_next_one(cluster: Cluster
     assert cluster.claim("job", "1.2").ok
 
 
+def test_end_of_a_job_without_a_key_is_told_from_a_stale_one(cluster: Cluster) -> None:
+    cluster.run("job")
+    cluster.client.delete(keys.job("job"))
+    assert cluster.end("job", "1.1").verdict == "unknown"
+    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "n", 0)]) == []
+    assert cluster.end("job", "1.1").verdict == "released"
+    assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
+
+
 def test_a_worker_cannot_end_what_another_one_holds(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.register("other")

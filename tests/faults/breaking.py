@@ -256,7 +256,7 @@ def _empty(world: World, fault: Fault) -> Generator[None, None, None]:
 
 def _half(world: World, fault: Fault) -> Generator[None, None, None]:
     on_servers.delete_half(world.platform.redis, random.Random(fault.chance))
-    world.oracle.keys_were_deleted()
+    world.oracle.results_were_lost()
     yield
 
 

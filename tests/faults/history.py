@@ -9,13 +9,12 @@
     {"what": "attempt", "job": "job-0-7", "epoch": 1, "attempt": 1, "outcome": "succeeded", "at": 81.5, "error": null}
     {"what": "result", "job": "job-0-7", "wanted": 7, "found": ["SUCCESS", 7], "unknown": false}
     {"what": "worker", "name": "a", "millicores": 4000}
-    {"what": "deletion", "at": 83.0}
     {"what": "leak", "text": "I3: ..."}
     {"what": "death", "text": "b (pid 4711) ended with -11: ..."}
     {"what": "counter", "name": "taken_back", "value": 0}
 
-Times are seconds of the machine's monotonic clock. `deletion`: keys of the ledger were deleted under it. `unknown`:
-the process that had the value died after its job had ended, so that a result without a value is right.
+Times are seconds of the machine's monotonic clock. `unknown`: the process that had the value died after its job had
+ended, so that a result without a value is right.
 """
 
 from __future__ import annotations
@@ -91,7 +90,6 @@ def evidence(records: Iterable[Record]) -> Evidence:
         stuck=[f"{job} is {state}" for job, state in states.items() if state in WAITING],
         deaths=[one["text"] for one in found.get("death", [])],
         refused=sorted(refused),
-        deletions=[one["at"] for one in found.get("deletion", [])],
     )
 
 

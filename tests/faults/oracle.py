@@ -40,10 +40,6 @@ NOT_HELD: Final = "the worker no longer held it"
 CLOCKS: Final = 0.05
 
 
-#: Seconds after keys of the ledger were deleted, at a tenth of the intervals, within which a body may start whose key
-#: is not there: its end is refused, and the job runs again. By then a reconcile has been there.
-KEYS_LACK: Final = 5.0
-
 #: (epoch, attempt): which attempt of a job it is.
 Token = tuple[int, int]
 
@@ -126,8 +122,6 @@ class Evidence:
     deaths: Sequence[str] = ()
     #: Jobs that their submitter was told are not accepted, and that have a row.
     refused: Sequence[str] = ()
-    #: When keys of the ledger were deleted under the platform (monotonic).
-    deletions: Sequence[float] = ()
 
 
 @dataclass
@@ -156,12 +150,9 @@ def judge(evidence: Evidence) -> Verdict:
     verdict = Verdict()
     runs = runs_of(evidence.lines)
     done: dict[str, list[Token]] = defaultdict(list)
-    keyless: set[tuple[str, Token]] = set()
     for run in runs:
         if run.ended is not None:
             done[run.start.job].append(run.start.token)
-            if any(run.start.at - KEYS_LACK <= at <= run.ended for at in evidence.deletions):
-                keyless.add((run.start.job, run.start.token))
     stuck = {one.partition(" ")[0] for one in evidence.stuck}
     for job, expected in evidence.expected.items():
         _judge_job(verdict, evidence, job, expected, done.get(job, []), job in stuck)
@@ -176,8 +167,7 @@ def judge(evidence: Evidence) -> Verdict:
     verdict.found["overcommit"] += _overcommit(evidence, runs)
     for job, attempts in evidence.attempts.items():
         taken = [token for token, ended in attempts.items() if ended.error == NOT_HELD and token in done.get(job, [])]
-        held = [token for token in taken if (job, token) not in keyless]
-        verdict.found["taken back"] += [f"{job} attempt {shown(token)}" for token in held]
+        verdict.found["taken back"] += [f"{job} attempt {shown(token)}" for token in taken]
     verdict.found["leak"] += evidence.leaks
     verdict.found["stuck"] += evidence.stuck
     verdict.found["wrong results"] += evidence.wrong_results

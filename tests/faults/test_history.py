@@ -103,14 +103,6 @@ def test_judge_counts_what_is_wrong_in_a_file(
     assert f"{name}: 1 ({COUNTS[name]})" in shown.stdout
 
 
-def test_body_whose_key_was_deleted_may_run_again() -> None:
-    records = right()
-    records.append({**of(records, "attempt"), "attempt": 1, "error": NOT_HELD})
-    assert not judge(history.evidence(records)).zeros
-    records.append({"what": "deletion", "at": of(records, "start")["at"] + 0.1})
-    assert judge(history.evidence(records)).zeros
-
-
 def test_judge_finds_zeros_in_a_right_history(tmp_path: Path) -> None:
     file = tmp_path / "sub" / "history.jsonl"
     history.write(file, right())

@@ -22,6 +22,8 @@ from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
+#: Sleeps, then writes its number into a list of Redis.
+SLEEP, LOG = "demo.sleep", "log"
 
 #: A tenth of what the table of faults says, in seconds; what takes no time is over at once.
 REDIS = {
@@ -35,6 +37,29 @@ REDIS = {
     "Redis is half open": 2.0,
     "drop all connections to Redis": 0.0,
 }
+
+
+#: Keys that are deleted while a job runs, beside its own.
+OF_A_JOB: dict[str, tuple[Any, ...]] = {
+    "its own": (),
+    "and its worker's list": (keys.held("a"),),
+    "and its worker's list and book": (keys.held("a"), keys.book("a")),
+}
+
+
+@pytest.mark.parametrize("others", OF_A_JOB.values(), ids=OF_A_JOB)
+def test_body_runs_once_though_the_keys_of_its_job_are_deleted(
+    platform: Platform, submitter: Submitter, others: tuple[Any, ...]
+) -> None:
+    platform.worker("a", cpus=4, PLATFORM_RECONCILE_INTERVAL="300")
+    jobs = [submitter.send(SLEEP, 0.7, number, LOG) for number in range(4)]
+    for job in jobs:
+        submitter.until(job, "running")
+    platform.redis.delete(*map(keys.job, jobs), *others)
+    assert [submitter.ended(job).state for job in jobs] == ["succeeded"] * 4
+    assert [submitter.row(job).attempt for job in jobs] == [1] * 4
+    assert sorted(json.loads(line)["job"] for line in platform.redis.lrange(LOG, 0, -1)) == [0, 1, 2, 3]
+    until(lambda: submitter.allocated_cpus() == "0", "all is given back")
 
 
 @pytest.mark.long

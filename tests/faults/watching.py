@@ -72,7 +72,6 @@ class Oracle:
         # (What had ended before is none of this oracle's.)
         self._asked = {process.pid for process in platform.processes if not process.alive}
         self._results_from = 0.0
-        self._deletions: list[float] = []
         self._fault_ended: tuple[str, float] | None = None
         self.errors: list[BaseException] = []
         #: What the last verdict was judged by.
@@ -167,11 +166,6 @@ class Oracle:
         """Redis was emptied: the results of jobs that ended before are gone with it, as in plain Celery."""
         self._results_from = time.time()
 
-    def keys_were_deleted(self) -> None:
-        """Some keys of the ledger are gone, of running jobs among them; the results of ended jobs too."""
-        self._deletions.append(time.monotonic())
-        self.results_were_lost()
-
     def whole_again(self, fault: str) -> None:
         """From now on nothing is broken: the healing is counted from here."""
         self._fault_ended = (fault, time.monotonic())
@@ -245,8 +239,6 @@ class Oracle:
         yield from self._results(rows)
         for name, millicores in self._capacities().items():
             yield {"what": "worker", "name": name, "millicores": millicores}
-        for at in self._deletions:
-            yield {"what": "deletion", "at": at}
         for text_ in self._deaths():
             yield {"what": "death", "text": text_}
 
