@@ -215,7 +215,7 @@ class _Run:
         self._meters = meters
         self._id = f"demo-{uuid.uuid4().hex[:12]}"
         self._log = f"demo:log:{self._id}"
-        self._redis: redis.Redis = server.connect(str(settings.redis_url))
+        self._redis: redis.Redis = server.connect(str(settings.redis_url), settings.store_timeout)
         self._reader = overview.quick(self._redis)
         self._engine: Engine = make_engine(str(settings.database_url))
         self._submitted: dict[int, float] = {}

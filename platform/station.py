@@ -165,7 +165,7 @@ class Station:
         """What runs now; the workers' capacity is what they have published."""
         redis_url, database_url = str(self._settings.redis_url), str(self._settings.database_url)
         engine = make_engine(database_url, timeout=self._settings.store_timeout)
-        client = server.connect(redis_url)
+        client = server.connect(redis_url, self._settings.store_timeout)
         try:
             live = overview.read(overview.quick(client), engine, self._settings.worker_ttl).workers
         finally:

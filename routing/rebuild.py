@@ -19,7 +19,7 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 
-from routing import backlog, books, enroll, keys, pull, reconcile, revoking, roster, stream
+from routing import backlog, books, enroll, keys, pull, reconcile, revoking, roster, stream, timeouts
 from routing.backlog import Pending
 from routing.capacity import Capacity
 from routing.doubt import in_doubt
@@ -32,9 +32,6 @@ from routing.states import FINAL, HOLDING
 
 logger = logging.getLogger(__name__)
 
-#: Seconds to wait for the live workers to say what they hold, before the backlog is filed. A worker writes its claims
-#: to Postgres within milliseconds; this covers claims that were on their way when the books were lost.
-REPORT_WITHIN: Final = 2.0
 BACKLOG_CHUNK: Final = 1000
 #: Carried jobs let in in one step: some 1 ms of the server.
 CARRIED_CHUNK: Final = 200
@@ -228,9 +225,10 @@ class Opener:
             pull.give_back_free(connection, orphans, None, "its worker has ended", most_losses)
 
     def _await_reports(self, workers: list[str]) -> None:
-        """Wait, for a bounded time, until the workers that live have opened their books again."""
+        """Wait, for a bounded time, until the workers that live have opened their books again, before the backlog is
+        filed. (They write their claims to Postgres within milliseconds; this covers those that were on their way.)"""
         pause = threading.Event()
-        end = time.monotonic() + REPORT_WITHIN
+        end = time.monotonic() + timeouts.REPORT * self._ledger.settings.store_timeout
         while workers and time.monotonic() < end:
             self._go_on()
             workers = self._ledger.unreported(workers)

@@ -16,13 +16,8 @@ from redis.sentinel import MasterNotFoundError, Sentinel, SentinelManagedConnect
 from routing.addresses import Address
 
 #: What the Sentinels themselves are asked with: one that does not answer is passed over, and not tried again (redis-py
-#: tries ten times by default). Seconds.
-ASKING: Final[dict[str, Any]] = {
-    "socket_connect_timeout": 1.0,
-    "socket_timeout": 1.0,
-    "retry": Retry(NoBackoff(), 0),
-    "protocol": 2,
-}
+#: tries ten times by default).
+ASKING: Final[dict[str, Any]] = {"retry": Retry(NoBackoff(), 0), "protocol": 2}
 
 #: The ports of all servers that Sentinels have named to this process.
 ports: Final[set[int]] = set()
@@ -60,11 +55,11 @@ class Sentinels(Sentinel):
         return found
 
 
-def client(address: Address, options: dict[str, Any]) -> redis.Redis:
-    """A client of the server that the Sentinels of an address watch; `options` are for its connections."""
-    within = {name: options[name] for name in ("socket_connect_timeout", "socket_timeout") if name in options}
-    shorter = {name: min(seconds, ASKING[name]) for name, seconds in within.items()}
-    sentinel = Sentinels(list(address.hosts), sentinel_kwargs={**ASKING, **shorter})  # type: ignore[no-untyped-call]
+def client(address: Address, options: dict[str, Any], timeout: float) -> redis.Redis:
+    """A client of the server that the Sentinels of an address watch; `options` are for its connections. `timeout`: the
+    most seconds for a connection to a Sentinel, and for its answer."""
+    within = {name: min(timeout, options.get(name, timeout)) for name in ("socket_connect_timeout", "socket_timeout")}
+    sentinel = Sentinels(list(address.hosts), sentinel_kwargs={**ASKING, **within})  # type: ignore[no-untyped-call]
     found: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
         address.master,
         connection_class=Watched,

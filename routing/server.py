@@ -13,15 +13,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
-from routing import addresses, formats, keys, native, sentinels
+from routing import addresses, formats, keys, native, sentinels, timeouts
 from routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported, mask_url
 from routing.replies import LedgerClosed, LedgerFull
 from routing.scripts import Script, load
 from routing.settings import Settings
 
-#: Seconds to wait for a connection, and for an answer.
-CONNECT_TIMEOUT: Final = 3.0
-ANSWER_TIMEOUT: Final = 5.0
 #: The oldest Redis that has all commands which the scripts use, and the first that reads their line `#!lua flags=…`.
 #: (Valkey calls itself Redis 7.2, for those who ask so.)
 OLDEST: Final = (6, 2)
@@ -32,14 +29,14 @@ WRAPPED_OOM: Final = "-OOM "
 PROBE_MS: Final = 1000
 
 
-def connect(url: str, **options: Any) -> redis.Redis:
+def connect(url: str, timeout: float = timeouts.STORE_TIMEOUT, **options: Any) -> redis.Redis:
     """A client with short time-outs that never sends anything twice by itself (redis-py retries by default).
 
-    `url`: any that `routing.addresses` names; `options` are redis-py's.
+    `url`: any that `routing.addresses` names; `timeout`: PLATFORM_STORE_TIMEOUT; `options` are redis-py's.
     """
     options = {
-        "socket_connect_timeout": CONNECT_TIMEOUT,
-        "socket_timeout": ANSWER_TIMEOUT,
+        "socket_connect_timeout": timeouts.CONNECT * timeout,
+        "socket_timeout": timeouts.ANSWER * timeout,
         "socket_keepalive": True,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
@@ -47,7 +44,7 @@ def connect(url: str, **options: Any) -> redis.Redis:
     }
     address = addresses.read(url)
     if address.scheme == addresses.SENTINEL:
-        return native.by_thread(sentinels.client(address, options))
+        return native.by_thread(sentinels.client(address, options, timeouts.SENTINEL * timeout))
     if not address.path:
         return native.by_thread(redis.Redis.from_url(url, **options))
     del options["socket_keepalive"]
@@ -72,7 +69,7 @@ class LedgerServer:
         self._meant = threading.local()
         self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
         self._clock_offset_ms = 0.0
-        self.client = client if client is not None else connect(str(settings.redis_url))
+        self.client = client if client is not None else connect(str(settings.redis_url), settings.store_timeout)
         pool = self.client.connection_pool
         pool.connection_kwargs["redis_connect_func"] = self._on_connect
         self._tombstone_ms = max(2, round(settings.tombstone * 1000))

@@ -74,7 +74,8 @@ class Settings:
     )
     direct_database_url: str | None = _setting(
         "PLATFORM_DIRECT_DATABASE_URL",
-        "The same Postgres without the pooler in between: one connection of the worker that runs the duties.",
+        "The same Postgres without the pooler in between: one connection of the worker that runs the duties; one of"
+        " each worker, if there are enough, while Redis is gone.",
         setting_values.database_url,
         unit="URL",
         shown="DATABASE_URL",
@@ -211,7 +212,8 @@ class Settings:
     store_timeout: float = _duration(
         "PLATFORM_STORE_TIMEOUT",
         10.0,
-        "Within this time a call to Postgres is answered, or given up with an error; duties have six times as long.",
+        "Within this time a call to Postgres is answered, or given up with an error; duties have six times as long."
+        " Redis has half of it for an answer, and so has each step of a worker's departure.",
     )
     tombstone: float = _duration(
         "PLATFORM_TOMBSTONE",

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from redis.exceptions import RedisError
 
-from routing import patience
+from routing import patience, timeouts
 from routing.errors import StoreUnavailable
 from routing.ledger import Ledger
 from routing.replies import LedgerClosed
@@ -26,11 +26,6 @@ from routing.settings import Settings
 from workers.circuit import SLOW, Circuit
 from workers.submissions import Beginning, Submission, Submissions
 
-#: Seconds for a connection, and for an answer.
-ANSWER_WITHIN: Final = 1.0
-#: Seconds for all that one attempt asks, the questions of a new connection included.
-ATTEMPT_WITHIN: Final = 3.0
-
 T = TypeVar("T")
 
 
@@ -38,8 +33,10 @@ class Breaker:
     """Senders' own handle of the ledger. Thread-safe; not carried over a fork (`Stores` makes a new one there)."""
 
     def __init__(self, settings: Settings, find_database: Callable[[], str] | None = None) -> None:
+        answer_within = timeouts.QUICK_ANSWER * settings.store_timeout
+        self._within = timeouts.QUICK_ATTEMPT * settings.store_timeout
         client = connect(
-            str(settings.redis_url), socket_connect_timeout=ANSWER_WITHIN, socket_timeout=ANSWER_WITHIN
+            str(settings.redis_url), socket_connect_timeout=answer_within, socket_timeout=answer_within
         )
         self._ledger = Ledger(settings, patience.bounded(client))
         self._ledger.find_database = find_database
@@ -86,7 +83,7 @@ class Breaker:
             return None
         began = time.monotonic()
         try:
-            with patience.attempt(ATTEMPT_WITHIN):
+            with patience.attempt(self._within):
                 answer = question(self._ledger)
         except (StoreUnavailable, RedisError) as error:
             self._circuit.trip(str(error))
@@ -102,11 +99,11 @@ class Breaker:
     def close(self) -> None:
         """End the connections, and the thread where there is one."""
         self._submissions.flush()
-        self._circuit.stop(ATTEMPT_WITHIN)
+        self._circuit.stop(self._within)
         self._ledger.client.close()
 
     def _ping(self) -> None:
-        with patience.attempt(ATTEMPT_WITHIN):
+        with patience.attempt(self._within):
             self._ledger.client.ping()
 
 

@@ -11,6 +11,7 @@ from celery import Celery
 from celery.app.utils import Settings
 from celery.backends.base import DisabledBackend
 
+from routing import timeouts
 from routing.errors import NoServers
 from workers import ticks
 from workers.preflight import check_broker
@@ -21,10 +22,7 @@ from workers.stores import Stores
 #: and how many go unanswered at the most: as for Postgres. (By default it asks after two hours.)
 KEEPALIVE: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 
-#: Seconds. kombu waits for ever on a dead connection by default.
 BROKER_TRANSPORT: Final = {
-    "socket_timeout": 5.0,
-    "socket_connect_timeout": 3.0,
     "socket_keepalive": True,
     # A wait for messages is asked anew once a minute: the kernel finds out sooner, and asks nobody's server.
     "socket_keepalive_options": {getattr(socket, name): n for name, n in KEEPALIVE.items() if hasattr(socket, name)},
@@ -87,6 +85,9 @@ class Defaults(dict[str, Any]):
         settings = stores.settings_without_servers()
         if settings.broker_url is not None:
             check_broker(settings.broker_url)
+        answer_within, connect_within = (
+            part * settings.store_timeout for part in (timeouts.ANSWER, timeouts.CONNECT)
+        )
         super().__init__(
             {
                 "broker_url": settings.broker_url,
@@ -105,9 +106,12 @@ class Defaults(dict[str, Any]):
                 "broker_channel_error_retry": True,
                 "broker_connection_max_retries": None,
                 "broker_connection_retry_on_startup": True,
-                "broker_transport_options": dict(BROKER_TRANSPORT),
-                "redis_socket_timeout": 5.0,
-                "redis_socket_connect_timeout": 3.0,
+                # (kombu waits for ever on a dead connection by default.)
+                "broker_transport_options": {
+                    "socket_timeout": answer_within, "socket_connect_timeout": connect_within, **BROKER_TRANSPORT
+                },
+                "redis_socket_timeout": answer_within,
+                "redis_socket_connect_timeout": connect_within,
                 "redis_socket_keepalive": True,
                 # Whoever reads a result while the backend restarts waits for it: nine tries, in the end some five
                 # seconds apart (with Celery's base of 10 ms, doubled each time), about ten seconds in all.

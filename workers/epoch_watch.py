@@ -73,7 +73,7 @@ class EpochWatch(native.Thread):
 
     def _listen(self) -> None:
         if self._pubsub is None:
-            self._client = connect(str(self._settings.redis_url), client_name=NAME)
+            self._client = connect(str(self._settings.redis_url), self._settings.store_timeout, client_name=NAME)
             self._pubsub = self._client.pubsub()
             self._pubsub.subscribe(*self._channels)
         connection = self._pubsub.connection

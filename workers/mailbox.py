@@ -15,7 +15,7 @@ from typing import Any, Final
 import redis
 from redis.exceptions import RedisError
 
-from routing import native
+from routing import native, timeouts
 from routing.server import connect
 from routing.settings import Settings
 
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that the server waits for a message before it says that there is none.
 POLL: Final = 1
-#: Seconds for an answer: what does not come within is a connection that leads nowhere.
-ANSWER_WITHIN: Final = POLL + 3.0
 #: Messages taken at once after the first.
 BATCH: Final = 100
 #: Seconds between tries while the ledger's server does not answer.
@@ -39,7 +37,9 @@ class Mailbox(native.Thread):
         self._queue = queue
         self._received = received
         self._ending = native.Event()
-        self._client: redis.Redis = connect(str(settings.redis_url), socket_timeout=ANSWER_WITHIN)
+        self._client: redis.Redis = connect(
+            str(settings.redis_url), socket_timeout=POLL + timeouts.CONNECT * settings.store_timeout
+        )
 
     def stop(self, within: float) -> None:
         """Take no more. What is in the queue is handed back by the drain, which names no message but the jobs."""

@@ -15,22 +15,20 @@ import psycopg2
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from routing import fence, native, pull
+from routing import fence, native, pull, timeouts
 from routing.bad_transitions import concerns_data
 from routing.policy import held_by
 from routing.postgres import told
 from routing.request import Request
-from routing.settings import Settings
 from workers.confirmation import Confirmation
 from workers.holdings import Holding, Holdings
 from workers.identity import Identity
 from workers.sight import Switch
+from workers.stores import Stores
 from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 
-#: Seconds to wait until what this worker noted before is in Postgres.
-FLUSH_WITHIN: Final = 5.0
 #: Times that others may be faster in a row, before this worker waits for the next interval: a row that somebody keeps
 #: locked looks free to all.
 MOST_MISSES: Final = 5
@@ -43,8 +41,7 @@ class Puller(native.Thread):
 
     def __init__(
         self,
-        engine: Engine,
-        settings: Settings,
+        stores: Stores,
         identity: Identity,
         confirmation: Confirmation,
         holdings: Holdings,
@@ -55,14 +52,15 @@ class Puller(native.Thread):
         can_start: Callable[[], bool],
     ) -> None:
         super().__init__(name="pull", daemon=True)
-        self._engine = engine
-        self._transactions = transactions(engine)
+        self._stores, self._engine, settings = stores, stores.engine, stores.settings
+        self._transactions = transactions(self._engine)
         self._settings = settings
         self._identity = identity
         self._confirmation = confirmation
         self._holdings = holdings
         self._switch = switch
         self._flush = flush
+        self._flush_within = timeouts.FLUSH * settings.store_timeout
         self._tell = tell
         self._start_job = start_job
         self._can_start = can_start
@@ -71,6 +69,8 @@ class Puller(native.Thread):
         self.draining = False
         self._stopping = False
         self._listening: Any = None
+        #: When it is tried again to listen (monotonic).
+        self._listen_at = 0.0
         #: Since when Postgres's list of what this worker holds need not be looked at again (monotonic).
         self._compared_until = 0.0
         #: Jobs of which it is said that their rows take no write.
@@ -91,7 +91,7 @@ class Puller(native.Thread):
         while not self._stopping:
             try:
                 self._wait()
-                self._tell(lambda: self._flush(FLUSH_WITHIN))
+                self._tell(lambda: self._flush(self._flush_within))
                 self._switch.look()
                 if self._confirmation.may_pull:
                     self._pass()
@@ -162,7 +162,7 @@ class Puller(native.Thread):
     def _compare(self) -> bool:
         """Give back what Postgres says is here and is not: what the old books admitted and nobody claimed, and what was
         taken by a statement whose answer was lost. False where this worker's own notes are not in Postgres yet."""
-        if not self._flush(FLUSH_WITHIN):
+        if not self._flush(self._flush_within):
             return False
         most_losses = self._settings.most_losses
         # In this order: what is in the list and no longer held has ended, and its row says so.
@@ -188,23 +188,32 @@ class Puller(native.Thread):
             self._listen_no_more()
             self._wake.wait(self._settings.due_interval)
             return
-        if self._listening is None:
+        if self._listening is None and time.monotonic() >= self._listen_at:
             self._listen()
         poll = native.poll()
         poll.register(self._wake.fileno(), select.POLLIN)
-        poll.register(self._listening.fileno(), select.POLLIN)
+        if self._listening is not None:
+            poll.register(self._listening.fileno(), select.POLLIN)
         ready = poll.poll(self._settings.due_interval * 1000)
         self._wake.clear()
         if any(descriptor != self._wake.fileno() for descriptor, _ in ready):
             self._hear()
 
     def _listen(self) -> None:
-        """A connection of this thread's own: a notification comes to the session that listens."""
-        pooled = self._engine.raw_connection()
-        self._listening = pooled.driver_connection
-        pooled.detach()
-        with self._listening.cursor() as cursor:
-            cursor.execute(f"LISTEN {pull.CHANNEL}")
+        """A connection of this thread's own, past a pooler: a notification comes to the session that listens. Where
+        there are no more connections, each interval looks."""
+        try:
+            own = self._stores.direct.raw_connection()
+            self._listening = own.driver_connection
+            own.detach()
+            with self._listening.cursor() as cursor:
+                cursor.execute(f"LISTEN {pull.CHANNEL}")
+        except (SQLAlchemyError, psycopg2.Error) as error:
+            self._listen_no_more()
+            self._listen_at = time.monotonic() + self._settings.renew_interval
+            logger.warning(
+                "pull: nothing is heard from Postgres, it is asked every %g s: %s", self._settings.due_interval, error
+            )
 
     def _hear(self) -> None:
         try:

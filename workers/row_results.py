@@ -24,7 +24,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import outbox
+from routing import outbox, timeouts
 from routing.states import FINAL, State
 from workers import attempts
 from workers.circuit import Circuit
@@ -33,8 +33,6 @@ from workers.stores import Stores
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for an answer to the thread that looks whether Redis is back.
-ANSWER_WITHIN: Final = 1.0
 #: Seconds between two looks at the rows of results that are waited for: doubled from the first to the last.
 LOOK_AFTER: Final = 0.05
 LOOK_AT_MOST: Final = 0.5
@@ -144,7 +142,9 @@ class RowResults(RedisBackend):
 
     def _ping(self) -> None:
         """In the circuit's thread: on a connection of its own, with a short time-out."""
-        times = dict.fromkeys({"socket_timeout", "socket_connect_timeout"} & self.connparams.keys(), ANSWER_WITHIN)
+        timeout = self.app.platform.settings.store_timeout if self.is_on_platform else timeouts.STORE_TIMEOUT
+        names = {"socket_timeout", "socket_connect_timeout"} & self.connparams.keys()
+        times = dict.fromkeys(names, timeouts.QUICK_ANSWER * timeout)
         client = self._create_client(**{**self.connparams, **times})
         try:
             client.ping()

@@ -24,7 +24,7 @@ from celery import Celery
 from celery.worker import state as worker_state
 from kombu.serialization import prepare_accept_content
 
-from routing import formats
+from routing import formats, timeouts
 from routing.capacity import Detected
 from routing.envelope import Unreadable
 from routing.errors import NameTaken, PlatformError
@@ -70,8 +70,6 @@ logger = logging.getLogger(__name__)
 #: Seconds after which a thread that runs lets another one run. A job passes from the main loop to the ledger thread and
 #: back twice; at Python's 5 ms a busy loop alone would use up the 10 ms from a release to the next start.
 SWITCH_INTERVAL: Final = 0.0005
-#: Seconds for each step of leaving; the whole is bounded, and what is not done is repaired by the duties.
-LEAVE_WITHIN: Final = 5.0
 
 
 class Runtime:
@@ -84,6 +82,8 @@ class Runtime:
         self.identity = identity
         self.pid = os.getpid()
         settings, engine = stores.settings, stores.engine
+        #: Seconds for each step of leaving; the whole is bounded, and what is not done is repaired by the duties.
+        self._leave_within = timeouts.LEAVE * settings.store_timeout
         # A handle of the worker's own: its epoch is the one in which this worker is registered and has said what it
         # holds, while that of `stores.ledger` follows whatever Postgres confirms to senders and duties.
         self.ledger = ledger = stores.new_ledger()
@@ -129,8 +129,7 @@ class Runtime:
         self.mailbox = None if shared else Mailbox(settings, identity.queue, self._received)
         self.joining = Joining(stores, self.membership, self.confirmation, self.sight, self.intake.challenge)
         self.puller = Puller(
-            engine,
-            settings,
+            stores,
             identity,
             self.confirmation,
             self.holdings,
@@ -260,41 +259,41 @@ class Runtime:
             return
         self._left = True
         atexit.unregister(self.leave)
-        self.duties.stop(LEAVE_WITHIN)
-        self.intake.stop(LEAVE_WITHIN)
+        self.duties.stop(self._leave_within)
+        self.intake.stop(self._leave_within)
         if self.mailbox is not None:
-            self.mailbox.stop(LEAVE_WITHIN)
-        self.epoch_watch.stop(LEAVE_WITHIN)
-        self.pulse.stop(LEAVE_WITHIN)
-        self.puller.stop(LEAVE_WITHIN)
+            self.mailbox.stop(self._leave_within)
+        self.epoch_watch.stop(self._leave_within)
+        self.pulse.stop(self._leave_within)
+        self.puller.stop(self._leave_within)
         self.confirmation.stop()
         why = "the worker was stopped"
         for holding in self.holdings.running():
             outcome = STOPPED if holding.started else "handed_back"
             self.end_job(holding.job, holding.token, outcome, why, Outbox(), None)
         # (Unless Postgres did not answer when it was asked about them, these are ended by now.)
-        self.recorder.flush(LEAVE_WITHIN)
+        self.recorder.flush(self._leave_within)
         for holding in self.holdings.running():
             outcome = gone_back(holding.rerun or not holding.started)
             self.ledger_thread.end(holding.job, holding.token, outcome, why)
-        self.ledger_thread.stop(LEAVE_WITHIN)
+        self.ledger_thread.stop(self._leave_within)
         try:
             if self.membership.registered and not self.membership.draining:
                 self.membership.drain()
         except (PlatformError, LedgerClosed) as error:
             logger.warning("what was admitted here and not started is taken back later: %s", error)
-        self.delivery.stop(LEAVE_WITHIN)
-        self.recorder.flush(LEAVE_WITHIN)
+        self.delivery.stop(self._leave_within)
+        self.recorder.flush(self._leave_within)
         try:
             if self.membership.registered and not self.membership.leave(self.holdings):
                 logger.warning("this worker still holds jobs; they are taken back when its lease runs out")
         except (PlatformError, LedgerClosed) as error:
             logger.warning("could not deregister, the lease will run out: %s", error)
-        self.recorder.stop(LEAVE_WITHIN)
+        self.recorder.stop(self._leave_within)
         living.end(self)
         for newest in living.running()[-1:]:
             newest._receive()
-        self.quarantine.stop(LEAVE_WITHIN)
+        self.quarantine.stop(self._leave_within)
 
     def stop_cold(self) -> None:
         self._cold = True
@@ -367,7 +366,7 @@ class Runtime:
 
     def _settle(self, job: str, left: str, rest: str) -> None:
         """In the thread of a late part. (Where its row is not written by then, a duty of this worker's comes to it.)"""
-        self._flush(LEAVE_WITHIN)
+        self._flush(self._leave_within)
         settle(self.stores.engine, job, left, rest)
 
     # -- between the threads -------------------------------------------------------------------------------------

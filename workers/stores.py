@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import redis
@@ -16,7 +17,7 @@ from sqlalchemy import Engine, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import deadlines, request_file, roster
+from routing import deadlines, request_file, roster, timeouts
 from routing.errors import NoServers, StoreUnavailable
 from routing.home import running_pair
 from routing.inserter import Inserter
@@ -29,18 +30,8 @@ from workers.inherited import let_go
 from workers.spare_connections import close_spare
 from workers.watching import Watcher
 
-#: Seconds to wait for a connection to Postgres, and for one of the pool; libpq counts at least two for the former.
-CONNECT_WITHIN: Final = 3
+#: The fewest seconds that libpq counts for a connection.
 CONNECT_AT_LEAST: Final = 2
-#: Milliseconds to wait for a lock, and the part of a limit at the most: the server says that it was a lock.
-LOCK_WITHIN_MS: Final = 2500
-LOCK_PART: Final = 0.25
-#: Seconds for one call to Postgres where no setting says.
-STORE_TIMEOUT: Final = 10.0
-#: The server ends a job's insert after this part of the limit, and says so before the connection is given up.
-INSERT_PART: Final = 0.8
-#: Milliseconds after which data that nobody acknowledged ends a connection.
-TCP_WITHIN_MS: Final = 10_000
 
 Resolve = Callable[[Settings], Settings]
 
@@ -57,14 +48,14 @@ def resolve_running(settings: Settings) -> Settings:
 
 
 def make_engine(
-    url: str, *, pooled: bool = True, timeout: float = STORE_TIMEOUT, most: float = deadlines.LONG
+    url: str, *, pooled: bool = True, timeout: float = timeouts.STORE_TIMEOUT, most: float = deadlines.LONG
 ) -> Engine:
     """An engine whose statements are autocommitted one by one, with short time-outs. `pooled`: False where whoever
     connects keeps the connection. A call is given up after `timeout` seconds (`routing.deadlines`), and the server ends
     a statement after `most` times as many."""
-    pool: dict[str, Any] = {"pool_size": 1, "max_overflow": 9, "pool_timeout": CONNECT_WITHIN}
+    pool: dict[str, Any] = {"pool_size": 1, "max_overflow": 9, "pool_timeout": timeouts.CONNECT * timeout}
     options = {
-        "lock_timeout": max(1, min(LOCK_WITHIN_MS, round(timeout * LOCK_PART * 1000))),
+        "lock_timeout": max(1, round(timeout * timeouts.LOCK * 1000)),
         "statement_timeout": max(1, round(timeout * most * 1000)),
         "application_name": "celery-capacity",
     }
@@ -82,21 +73,21 @@ def make_engine(
             "keepalives_idle": 5,
             "keepalives_interval": 2,
             "keepalives_count": 3,
-            "tcp_user_timeout": TCP_WITHIN_MS,
+            "tcp_user_timeout": max(1, round(timeout * 1000)),
             "options": " ".join([PINNED, *(f"-c {name}={value}" for name, value in options.items())]),
             # Not that of the person's environment: results and errors are any text.
             "client_encoding": ENCODING,
         },
     )
     hide_values(engine)
-    event.listen(engine, "do_connect", _limit_connecting)
+    event.listen(engine, "do_connect", partial(_limit_connecting, timeouts.CONNECT * timeout))
     event.listen(engine, "connect", lambda connection, _: _connections.add(connection))
     return engine
 
 
-def _limit_connecting(_dialect: Any, _record: Any, _arguments: Any, options: dict[str, Any]) -> None:
-    """Give a new connection no more time than its user has."""
-    options["connect_timeout"] = round(max(CONNECT_AT_LEAST, min(CONNECT_WITHIN, deadlines.left())))
+def _limit_connecting(most: float, _dialect: Any, _record: Any, _arguments: Any, options: dict[str, Any]) -> None:
+    """Give a new connection no more time than its user has, and `most` seconds."""
+    options["connect_timeout"] = round(max(CONNECT_AT_LEAST, min(most, deadlines.left())))
 
 
 class Stores:
@@ -171,7 +162,7 @@ class Stores:
 
         def make() -> Inserter:
             url, timeout = str(self.settings.database_url), self.settings.store_timeout
-            own = make_engine(url, pooled=False, timeout=timeout, most=INSERT_PART)
+            own = make_engine(url, pooled=False, timeout=timeout, most=timeouts.INSERT)
             return Inserter(own, self.engine)
 
         found: Inserter = self._get("inserter", make)

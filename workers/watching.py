@@ -97,7 +97,7 @@ class Watcher:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        client = connect(str(self._settings.redis_url), client_name=NAME)
+        client = connect(str(self._settings.redis_url), self._settings.store_timeout, client_name=NAME)
         pause = AGAIN_AFTER
         while self._goes_on():
             try:

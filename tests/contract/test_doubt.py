@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import keys, rebuild
+from routing import keys, rebuild, timeouts
 from routing.books import read_cards
 from routing.replies import Ended
 from routing.settings import Settings
@@ -22,7 +22,7 @@ from workers.stores import make_engine
 @pytest.fixture
 def stage(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     # No worker of these tests speaks by itself.
-    monkeypatch.setattr(rebuild, "REPORT_WITHIN", 0.0)
+    monkeypatch.setattr(timeouts, "REPORT", 0.0)
     stage = Stage(engine, settings)
     stage.worker("a", cpus=1000)
     yield stage

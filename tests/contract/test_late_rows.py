@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import backlog, keys, rebuild
+from routing import backlog, keys, rebuild, timeouts
 from routing.backlog import Pending
 from routing.replies import Ended
 from routing.settings import Settings
@@ -18,7 +18,7 @@ from workers.stores import make_engine
 @pytest.fixture
 def stage(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     # No worker of these tests speaks.
-    monkeypatch.setattr(rebuild, "REPORT_WITHIN", 0.0)
+    monkeypatch.setattr(timeouts, "REPORT", 0.0)
     stage = Stage(engine, settings)
     stage.worker("a", cpus=4000)
     yield stage

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from routing import keys, pull, rebuild, revoking, roster
+from routing import keys, pull, rebuild, revoking, roster, timeouts
 from routing.ledger import Ledger
 from routing.settings import Settings
 from tests.fixtures.staged import Stage
@@ -27,7 +27,7 @@ def stage(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(rebuild, "WIPE_CHUNK", 5)
     monkeypatch.setattr(rebuild, "BACKLOG_CHUNK", 5)
     # No worker of these tests speaks.
-    monkeypatch.setattr(rebuild, "REPORT_WITHIN", 0.0)
+    monkeypatch.setattr(timeouts, "REPORT", 0.0)
     stage = Stage(engine, settings)
     stage.worker("a", cpus=2000)
     running = stage.submit(cpus=2000)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import Engine, text
@@ -11,11 +13,12 @@ from sqlalchemy import Engine, text
 from routing.settings import Settings
 from tests.contract.test_bad_transitions import refuse
 from tests.fixtures.staged import Stage
+from tests.fixtures.waiting import until
 from workers.confirmation import Confirmation
 from workers.holdings import Holdings
 from workers.identity import new_identity
 from workers.pull import Puller
-from workers.stores import make_engine
+from workers.stores import Stores
 
 
 @pytest.fixture
@@ -30,13 +33,12 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 @pytest.fixture
 def puller(stage: Stage, settings: Settings) -> Iterator[Puller]:
     """With room for two jobs of one CPU."""
-    bounded = make_engine(str(settings.database_url))
-    confirmation = Confirmation(bounded, 1.0, lambda: None)
+    stores = Stores(lambda _: settings)
+    confirmation = Confirmation(stores.engine, 1.0, lambda: None)
     confirmation.ask()
-    switch: Any = None
+    switch: Any = Mock()
     yield Puller(
-        bounded,
-        settings,
+        stores,
         new_identity("a"),
         confirmation,
         Holdings({"cpus": 2000, "slots": 2}),
@@ -46,7 +48,17 @@ def puller(stage: Stage, settings: Settings) -> Iterator[Puller]:
         lambda _: None,
         lambda: True,
     )
-    bounded.dispose()
+    stores.engine.dispose()
+
+
+def test_worker_that_cannot_listen_takes_jobs_all_the_same(stage: Stage, settings: Settings, puller: Puller) -> None:
+    """As where all connections past the pooler are taken."""
+    puller._stores._made["settings"] = replace(settings, direct_database_url="postgresql+psycopg2://nobody@127.0.0.1:1/none")
+    job = stage.insert({"cpus": 1000})
+    puller.start()
+    until(lambda: stage.row(job).state == "running", "it is taken")
+    assert puller._listening is None
+    puller.stop(10.0)
 
 
 def test_worker_is_filled_beside_locked_rows(engine: Engine, stage: Stage, puller: Puller) -> None:

@@ -15,7 +15,7 @@ import redis
 from celery import Celery
 from sqlalchemy import text
 
-from routing import patience
+from routing import patience, timeouts
 from routing.errors import NotAccepted
 from routing.server import connect
 from tests.fixtures import tasks
@@ -25,7 +25,7 @@ from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 from workers import gates
 from workers.app import create_app
-from workers.breaker import ATTEMPT_WITHIN, Breaker
+from workers.breaker import Breaker
 from workers.stores import Stores
 
 ADD = "tests.fixtures.tasks.add"
@@ -258,4 +258,4 @@ def _close_behind_their_backs(stores: Stores) -> None:
 
 
 def test_the_bound_of_an_attempt_is_the_promised_one() -> None:
-    assert ATTEMPT_WITHIN <= PROMISED
+    assert timeouts.QUICK_ATTEMPT * timeouts.STORE_TIMEOUT <= PROMISED

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from routing import backlog, enroll, native, pull, roster, stream
 from routing.errors import PlatformError
 from routing.replies import LedgerClosed
-from workers.stores import TCP_WITHIN_MS, Stores
+from workers.stores import Stores
 from workers.wake import Wake
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ IDLE: Final = 60.0
 #: The connection of a runner whose machine lost its power is soon gone.
 _SHORT_LIVED: Final = (
     f"SET application_name = '{NAME}'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; "
-    f"SET tcp_keepalives_count = 3; SET tcp_user_timeout = {TCP_WITHIN_MS}"
+    "SET tcp_keepalives_count = 3; SET tcp_user_timeout = {}"
 )
 
 
@@ -86,7 +86,7 @@ class Listener(native.Thread):
         self._listening = pooled.driver_connection
         pooled.detach()
         with self._listening.cursor() as cursor:
-            cursor.execute(_SHORT_LIVED)
+            cursor.execute(_SHORT_LIVED.format(round(self.stores.settings.store_timeout * 1000)))
             cursor.execute(f"LISTEN {pull.CHANNEL}")
         # What was committed before nobody will say again.
         self._bring_in([""])
