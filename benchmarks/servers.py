@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import statistics
 import time
@@ -16,6 +15,7 @@ import redis
 import sqlalchemy
 
 from benchmarks.plain import PLAIN_URL
+from celery_capacity.platform import servers
 
 #: Number of the Redis database of plain Celery. Ours is the one in the pair's own URL.
 PLAIN_DATABASE = 1
@@ -61,8 +61,6 @@ def private_pair(folder: Path) -> Iterator[Pair]:
 
     Its data have a temporary folder of their own; `folder` is for the logs of the measured processes.
     """
-    importlib.import_module("workers.plugin")  # gives the name `platform` its second meaning
-    servers = importlib.import_module("platform.servers")
     with servers.private_pair(durable=True) as pair:
         yield Pair(pair.redis_url, pair.database_url, pair.redis_pid, pair.postgres_pid, folder)
 

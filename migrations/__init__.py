@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from routing import deadlines, formats, postgres
-from routing.errors import InvalidRequest, NotMigrated, StoreUnavailable, show
+from celery_capacity.routing import deadlines, formats, postgres
+from celery_capacity.routing.errors import InvalidRequest, NotMigrated, StoreUnavailable, show
 
 if TYPE_CHECKING:
     from alembic.config import Config

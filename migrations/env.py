@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from alembic import context
 
-from routing.tables import metadata
+from celery_capacity.routing.tables import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -11,10 +11,10 @@ import redis as redispy
 from redis.exceptions import RedisError
 from sqlalchemy import Engine
 
-from routing import amounts, books, keys, overview
-from routing.amounts import CPUS
-from routing.overview import Overview, Reads
-from routing.settings import Settings
+from celery_capacity.routing import amounts, books, keys, overview
+from celery_capacity.routing.amounts import CPUS
+from celery_capacity.routing.overview import Overview, Reads
+from celery_capacity.routing.settings import Settings
 
 #: Reads of the allocated CPUs in the fourth check.
 READS: Final = 1000

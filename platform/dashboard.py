@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from tornado.web import Application, HTTPError, RequestHandler
 
-from routing.errors import PlatformError
+from celery_capacity.routing.errors import PlatformError
 
 #: Seconds for which a value that was read answers further requests.
 MAX_AGE: Final = 0.2

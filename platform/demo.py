@@ -20,20 +20,19 @@ from typing import Any
 import redis
 from sqlalchemy import ARRAY, Engine, Text, bindparam, func, select
 
-import migrations
-from celery_capacity import create_app
-from platform import servers, trace
-from platform.launch import WorkerSpec, await_ready, pause, start_worker
-from platform.processes import COLD, WARM, Family, Step
-from platform.tasks import SLEEP
-from platform.terminal import Meter, Meters
-from routing import overview, server, stream, tables, verify
-from routing.amounts import CPUS, cpus_number, format_cpus
-from routing.settings import Settings
-from routing.states import FINAL, State
-from routing.url_files import SUFFIX
-from workers.app import platform_of
-from workers.stores import make_engine
+from celery_capacity import create_app, migrations
+from celery_capacity.platform import servers, trace
+from celery_capacity.platform.launch import WorkerSpec, await_ready, pause, start_worker
+from celery_capacity.platform.processes import COLD, WARM, Family, Step
+from celery_capacity.platform.tasks import SLEEP
+from celery_capacity.platform.terminal import Meter, Meters
+from celery_capacity.routing import overview, server, stream, tables, verify
+from celery_capacity.routing.amounts import CPUS, cpus_number, format_cpus
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.states import FINAL, State
+from celery_capacity.routing.url_files import SUFFIX
+from celery_capacity.workers.app import platform_of
+from celery_capacity.workers.stores import make_engine
 
 __all__ = ["WORKERS", "Replayed", "Report", "WorkerLine", "replay"]
 

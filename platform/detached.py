@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from routing import process_identity
-from routing.errors import NoServers
+from celery_capacity.routing import process_identity
+from celery_capacity.routing.errors import NoServers
 
 __all__ = ["Detached", "Owner", "start", "tail", "until", "wait"]
 

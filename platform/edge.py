@@ -18,15 +18,15 @@ import click
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from platform.terminal import OutputLost, fail, print_json, talk
-from routing.errors import PlatformError, StoreUnavailable
-from routing.postgres import translate
-from routing.replies import LedgerClosed
-from routing.settings import Settings
-from workers.exits import Exit, code_of
+from celery_capacity.platform.terminal import OutputLost, fail, print_json, talk
+from celery_capacity.routing.errors import PlatformError, StoreUnavailable
+from celery_capacity.routing.postgres import translate
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.exits import Exit, code_of
 
 if TYPE_CHECKING:
-    from workers.stores import Stores
+    from celery_capacity.workers.stores import Stores
 
 #: The option of every command that prints facts.
 json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
@@ -178,7 +178,7 @@ def _interruptible() -> Iterator[None]:
 
 def stores_of(context: click.Context) -> Stores:
     """The stores of the app that `-A` names. Raises WrongUsage where it is not on the platform."""
-    from workers.app import platform_of
+    from celery_capacity.workers.app import platform_of
 
     app: Any = context.obj.app
     try:

@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
-from platform.processes import Child, Family, Happening, celery_command, died
-from routing.amounts import MILLICORES, format_cpus, parse_cpus_text
-from routing.errors import InvalidRequest, PlatformError
-from routing.names import check_worker_name
-from routing.settings import Settings
+from celery_capacity.platform.processes import Child, Family, Happening, celery_command, died
+from celery_capacity.routing.amounts import MILLICORES, format_cpus, parse_cpus_text
+from celery_capacity.routing.errors import InvalidRequest, PlatformError
+from celery_capacity.routing.names import check_worker_name
+from celery_capacity.routing.settings import Settings
 
 __all__ = [
     "DASHBOARD_PATH",

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from platform.detached import Owner
-from routing.errors import NoServers
+from celery_capacity.platform.detached import Owner
+from celery_capacity.routing.errors import NoServers
 
 __all__ = ["Owner", "folder", "give", "owner", "reachable_copy"]
 

@@ -19,8 +19,8 @@ from urllib.parse import quote
 
 import psutil
 
-from platform import detached, ownership
-from routing.errors import NoServers
+from celery_capacity.platform import detached, ownership
+from celery_capacity.routing.errors import NoServers
 
 __all__ = ["Postgres", "running", "start"]
 
@@ -256,7 +256,7 @@ CREATED_WITHIN = 60
 def _make_database(server: Postgres) -> None:
     import psycopg2
 
-    from routing import deadlines
+    from celery_capacity.routing import deadlines
 
     connection = psycopg2.connect(
         host=str(server.host),

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from platform.terminal import bar, table
-from routing.amounts import (
+from celery_capacity.platform.terminal import bar, table
+from celery_capacity.routing.amounts import (
     ALONE,
     CPUS,
     DEFAULT_QUEUE,
@@ -23,17 +23,17 @@ from routing.amounts import (
     format_memory,
     queues_of,
 )
-from routing.explain import Explanation, Why
-from routing.request import Request
+from celery_capacity.routing.explain import Explanation, Why
+from celery_capacity.routing.request import Request
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from routing.drift import Reconciled
-    from routing.lookup import JobFile, JobLine
-    from routing.overview import Overview, WorkerLine
-    from routing.rebuild import Rebuilt
-    from routing.verify import Report
+    from celery_capacity.routing.drift import Reconciled
+    from celery_capacity.routing.lookup import JobFile, JobLine
+    from celery_capacity.routing.overview import Overview, WorkerLine
+    from celery_capacity.routing.rebuild import Rebuilt
+    from celery_capacity.routing.verify import Report
 
 #: Characters of an error or a name in a list.
 CUT: Final = 60

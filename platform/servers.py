@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from platform import postgres, valkey
-from routing import process_identity
-from routing.errors import NoServers, SettingsError, mask_url
-from routing.home import SERVERS_FILE, Pair, running_pair
+from celery_capacity.platform import postgres, valkey
+from celery_capacity.routing import process_identity
+from celery_capacity.routing.errors import NoServers, SettingsError, mask_url
+from celery_capacity.routing.home import SERVERS_FILE, Pair, running_pair
 
 if TYPE_CHECKING:
-    from routing.settings import Settings
+    from celery_capacity.routing.settings import Settings
 
 __all__ = ["describe", "ensure", "make_home", "private_pair", "stop"]
 
@@ -163,7 +163,7 @@ def _pair(home: Path, redis: valkey.Valkey, database: postgres.Postgres) -> Pair
 
 
 def _upgrade(database_url: str) -> None:
-    from migrations import upgrade
+    from celery_capacity.migrations import upgrade
 
     upgrade(database_url)
 

@@ -15,16 +15,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import migrations
-from platform import servers
-from platform.launch import DASHBOARD_PATH, Interrupted, WorkerSpec, await_ready, dashboard_url, start_worker
-from platform.processes import COLD, WARM, Child, Family, Happening, Step, celery_command, died
-from routing import capacity, overview, server
-from routing.amounts import CPUS, MEMORY, SLOTS, cpus_number, format_cpus, format_memory
-from routing.errors import PlatformError, mask_url
-from routing.names import check_worker_name
-from routing.settings import Settings
-from workers.stores import make_engine
+from celery_capacity import migrations
+from celery_capacity.platform import servers
+from celery_capacity.platform.launch import (
+    DASHBOARD_PATH,
+    Interrupted,
+    WorkerSpec,
+    await_ready,
+    dashboard_url,
+    start_worker,
+)
+from celery_capacity.platform.processes import COLD, WARM, Child, Family, Happening, Step, celery_command, died
+from celery_capacity.routing import capacity, overview, server
+from celery_capacity.routing.amounts import CPUS, MEMORY, SLOTS, cpus_number, format_cpus, format_memory
+from celery_capacity.routing.errors import PlatformError, mask_url
+from celery_capacity.routing.names import check_worker_name
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.stores import make_engine
 
 __all__ = ["NothingRuns", "Running", "Station"]
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from routing.errors import PlatformError
+from celery_capacity.routing.errors import PlatformError
 
 __all__ = [
     "Meter",

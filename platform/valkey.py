@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from platform import detached
-from routing.errors import NoServers
+from celery_capacity.platform import detached
+from celery_capacity.routing.errors import NoServers
 
 __all__ = ["Valkey", "running", "start"]
 

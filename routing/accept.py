@@ -20,11 +20,11 @@ import psycopg2
 from sqlalchemy import Connection, PoolProxiedConnection, text
 from sqlalchemy.exc import DBAPIError
 
-from routing import deadlines, roster
-from routing.errors import InvalidRequest, NotMigrated, show
-from routing.postgres import is_lost
-from routing.request import Request
-from routing.states import FINAL, State, Step
+from celery_capacity.routing import deadlines, roster
+from celery_capacity.routing.errors import InvalidRequest, NotMigrated, show
+from celery_capacity.routing.postgres import is_lost
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.states import FINAL, State, Step
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 

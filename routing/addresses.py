@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-from routing.errors import InvalidRequest, show
+from celery_capacity.routing.errors import InvalidRequest, show
 
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26379

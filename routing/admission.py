@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from routing.envelope import digest_of
-from routing.policy import held_by, is_last_chance
-from routing.repairs import Repairs
-from routing.replies import NEVER_AGAIN, Placed, Submitted
-from routing.request import Request
+from celery_capacity.routing.envelope import digest_of
+from celery_capacity.routing.policy import held_by, is_last_chance
+from celery_capacity.routing.repairs import Repairs
+from celery_capacity.routing.replies import NEVER_AGAIN, Placed, Submitted
+from celery_capacity.routing.request import Request
 
 
 class Admission(Repairs):

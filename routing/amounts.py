@@ -16,8 +16,8 @@ from decimal import Decimal
 from numbers import Integral
 from typing import Any, NoReturn
 
-from routing.errors import InvalidRequest, show
-from routing.names import check_queue_name, check_resource_name
+from celery_capacity.routing.errors import InvalidRequest, show
+from celery_capacity.routing.names import check_queue_name, check_resource_name
 
 #: millicores in one CPU; nothing finer can be asked for
 MILLICORES = 1000

@@ -18,11 +18,11 @@ from typing import Any, Final, NamedTuple, TypeVar
 import redis as redispy
 from sqlalchemy import Connection, Row, text
 
-from routing import amounts, books, indexes, keys
-from routing.books import JobCard, WorkerBook
-from routing.overview import sum_up
-from routing.policy import asked_shape
-from routing.states import FINAL, HOLDING, State, Step
+from celery_capacity.routing import amounts, books, indexes, keys
+from celery_capacity.routing.books import JobCard, WorkerBook
+from celery_capacity.routing.overview import sum_up
+from celery_capacity.routing.policy import asked_shape
+from celery_capacity.routing.states import FINAL, HOLDING, State, Step
 
 #: Items in one pipeline: some milliseconds of the server, so that admission never waits long for a reader.
 CHUNK: Final = 500

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
-from routing.policy import order
+from celery_capacity.routing.policy import order
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,12 +24,12 @@ from typing import Any, Final
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError, StatementError
 
-from routing import keys, outbox, quarantine, store
-from routing.outbox import Outbox
-from routing.postgres import is_locked
-from routing.quarantine import SetAside
-from routing.states import FINAL, State, Step
-from routing.store import Applied, Transition
+from celery_capacity.routing import keys, outbox, quarantine, store
+from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.postgres import is_locked
+from celery_capacity.routing.quarantine import SetAside
+from celery_capacity.routing.states import FINAL, State, Step
+from celery_capacity.routing.store import Applied, Transition
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import redis
 
-from routing import keys
-from routing.policy import Book
+from celery_capacity.routing import keys
+from celery_capacity.routing.policy import Book
 
 #: Statuses of a worker that runs; `closed` is one whose lease ran out.
 LIVE: Final = frozenset({"ready", "draining"})

@@ -17,10 +17,10 @@ import psycopg2
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from routing.accept import NewJob, Publisher, may_publish, request_json
-from routing.errors import NotMigrated
-from routing.postgres import NOT_THERE, is_lost
-from routing.states import State
+from celery_capacity.routing.accept import NewJob, Publisher, may_publish, request_json
+from celery_capacity.routing.errors import NotMigrated
+from celery_capacity.routing.postgres import NOT_THERE, is_lost
+from celery_capacity.routing.states import State
 
 #: Rows of one statement: enough that its round trip and its commit do not count, and some 1 MB of memory.
 CHUNK: Final = 1000

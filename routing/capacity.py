@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from routing import amounts as _amounts
-from routing.amounts import (
+from celery_capacity.routing import amounts as _amounts
+from celery_capacity.routing.amounts import (
     CPUS,
     GPUS,
     MAX_AMOUNT,
@@ -27,7 +27,7 @@ from routing.amounts import (
     Amounts,
     format_amount,
 )
-from routing.settings import Settings
+from celery_capacity.routing.settings import Settings
 
 #: cgroup v1 writes "no limit" as a number near 2^63; no machine has this much memory (bytes)
 _NO_LIMIT = 2**60

@@ -26,7 +26,7 @@ from psycopg2 import extensions
 from sqlalchemy import Connection as SQLConnection
 from sqlalchemy.exc import DBAPIError
 
-from routing import native
+from celery_capacity.routing import native
 
 #: Limits that one statement of a duty, of a rebuild or of a check may last: they read whole tables.
 LONG: Final = 6

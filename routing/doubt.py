@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from routing.backlog import Pending
+from celery_capacity.routing.backlog import Pending
 
 #: Allowed losses below which a doubt would be the last but one: then each attempt is known before it starts.
 FEWEST_LOSSES: Final = 3

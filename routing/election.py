@@ -14,7 +14,7 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
-from routing.server import LedgerServer
+from celery_capacity.routing.server import LedgerServer
 
 
 @dataclass(frozen=True, slots=True)

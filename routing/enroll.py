@@ -8,11 +8,11 @@ from typing import Final
 
 from sqlalchemy import Engine
 
-from routing import backlog, gates
-from routing.backlog import Pending
-from routing.ledger import Ledger
-from routing.replies import LedgerFull
-from routing.store import Applied
+from celery_capacity.routing import backlog, gates
+from celery_capacity.routing.backlog import Pending
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.replies import LedgerFull
+from celery_capacity.routing.store import Applied
 
 logger = logging.getLogger(__name__)
 

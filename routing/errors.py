@@ -298,3 +298,9 @@ class IllegalTransition(PlatformError):
     reference = "illegal-transition"
     title = "the job cannot do this in its state"
     status = 409
+
+
+# The name by which programs import them, and by which a result names the error that it holds, wherever this file lies.
+for _error in [named for named in vars().values() if isinstance(named, type) and issubclass(named, PlatformError)]:
+    _error.__module__ = "celery_capacity"
+del _error

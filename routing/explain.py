@@ -15,11 +15,11 @@ import redis as redispy
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, func, select
 
-from routing import amounts, books, gates, keys, tables
-from routing.amounts import CPUS
-from routing.policy import Admission, Book, Reason, Refusal, order, survey
-from routing.request import Request
-from routing.states import FINAL, HOLDING, State
+from celery_capacity.routing import amounts, books, gates, keys, tables
+from celery_capacity.routing.amounts import CPUS
+from celery_capacity.routing.policy import Admission, Book, Reason, Refusal, order, survey
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.states import FINAL, HOLDING, State
 
 #: Jobs that an explanation names of those that are waited for.
 SHOWN_NEEDS: Final = 10

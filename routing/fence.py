@@ -14,11 +14,11 @@ from typing import Final
 from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import OperationalError
 
-from routing.accept import Publisher
-from routing.outbox import UNTOLD
-from routing.postgres import is_locked
-from routing.states import FINAL, State, Step
-from routing.store import END_LOST
+from celery_capacity.routing.accept import Publisher
+from celery_capacity.routing.outbox import UNTOLD
+from celery_capacity.routing.postgres import is_locked
+from celery_capacity.routing.states import FINAL, State, Step
+from celery_capacity.routing.store import END_LOST
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 _HOLDING: Final = f"'{State.ADMITTED.value}', '{State.RUNNING.value}'"

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from routing.errors import InvalidRequest, show
+from celery_capacity.routing.errors import InvalidRequest, show
 
 #: Of the books in Redis.
 LEDGER: Final = 1

@@ -25,10 +25,10 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, TextClause, text
 from sqlalchemy.exc import OperationalError
 
-from routing.accept import MOST_LET_GO, OPEN_RATE, Rate
-from routing.outbox import UNTOLD
-from routing.postgres import is_locked
-from routing.states import State, Step
+from celery_capacity.routing.accept import MOST_LET_GO, OPEN_RATE, Rate
+from celery_capacity.routing.outbox import UNTOLD
+from celery_capacity.routing.postgres import is_locked
+from celery_capacity.routing.states import State, Step
 
 #: Jobs whose gates are opened in one transaction.
 CHUNK: Final = 500

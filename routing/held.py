@@ -14,11 +14,11 @@ from typing import Any, Final
 
 from redis.exceptions import WatchError
 
-from routing import books, keys
-from routing.admission import Admission, flag
-from routing.errors import StoreUnavailable
-from routing.replies import Adopted, HandedOver, Lapsed, hand_overs
-from routing.scripts import HELD
+from celery_capacity.routing import books, keys
+from celery_capacity.routing.admission import Admission, flag
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.replies import Adopted, HandedOver, Lapsed, hand_overs
+from celery_capacity.routing.scripts import HELD
 
 #: Entries of a list that one script looks at. Each may be put back into the backlog, in some ten commands.
 PAGE: Final = 100

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from routing import process_identity
-from routing.errors import NoServers
+from celery_capacity.routing import process_identity
+from celery_capacity.routing.errors import NoServers
 
 #: the file in the platform's home that names the running pair; written by what starts the servers
 SERVERS_FILE = "servers.json"

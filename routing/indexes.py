@@ -13,10 +13,10 @@ from typing import Any
 
 import redis
 
-from routing import keys
-from routing.amounts import CPUS, ONLY_LABELLED
-from routing.books import WorkerBook, text
-from routing.policy import waits_beside
+from celery_capacity.routing import keys
+from celery_capacity.routing.amounts import CPUS, ONLY_LABELLED
+from celery_capacity.routing.books import WorkerBook, text
+from celery_capacity.routing.policy import waits_beside
 
 #: The name of the whole index beside those of resources.
 WHOLE = ""

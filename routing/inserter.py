@@ -15,9 +15,9 @@ import psycopg2
 from sqlalchemy import Engine, PoolProxiedConnection
 from sqlalchemy.exc import DBAPIError
 
-from routing import accept
-from routing.accept import Inserted, NewJob
-from routing.states import State
+from celery_capacity.routing import accept
+from celery_capacity.routing.accept import Inserted, NewJob
+from celery_capacity.routing.states import State
 
 _COLUMNS: Final = "id, name, state, shape, request, message, priority, declared, queue, root_id"
 #: Of any such job.

@@ -46,7 +46,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from routing.names import check_job_id, check_worker_name
+from celery_capacity.routing.names import check_job_id, check_worker_name
 
 #: Fixed keys and prefixes, by the name under which the Lua scripts know them (`KEY.epoch`).
 KEYS: Final = {

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from routing import keys
-from routing.election import Elections
-from routing.envelope import digest_of
-from routing.held import Held
-from routing.replies import (
+from celery_capacity.routing import keys
+from celery_capacity.routing.election import Elections
+from celery_capacity.routing.envelope import digest_of
+from celery_capacity.routing.held import Held
+from celery_capacity.routing.replies import (
     Cancelled,
     Ended,
     Filled,

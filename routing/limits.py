@@ -16,9 +16,9 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import keys
-from routing.errors import BacklogFull, MessageTooDeep
-from routing.postgres import translate
+from celery_capacity.routing import keys
+from celery_capacity.routing.errors import BacklogFull, MessageTooDeep
+from celery_capacity.routing.postgres import translate
 
 #: The content type whose text is looked at.
 JSON: Final = "application/json"

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, func, null, select, union_all
 
-from routing import tables
-from routing.states import State
+from celery_capacity.routing import tables
+from celery_capacity.routing.states import State
 
 #: Newest jobs among which an id like the wrong one is looked for.
 LOOKED_AT: Final = 2000

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import uuid4
 
-from routing import limits
-from routing.errors import InvalidRequest, MessageTooDeep, MessageTooLarge
+from celery_capacity.routing import limits
+from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, MessageTooLarge
 
 #: Characters of a token at the most: two numbers of 64 bits. (A longer one was written by nobody of ours.)
 TOKEN_LENGTH: Final = 40

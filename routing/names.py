@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from routing.errors import InvalidRequest, show
+from celery_capacity.routing.errors import InvalidRequest, show
 
 #: characters of a worker's name
 MAX_WORKER_NAME = 100

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from routing import accept, successors
-from routing.accept import Gates, NewJob, Rate
-from routing.states import State
+from celery_capacity.routing import accept, successors
+from celery_capacity.routing.accept import Gates, NewJob, Rate
+from celery_capacity.routing.states import State
 
 _TIMES: Final = ("due_at", "expires_at")
 #: The outbox of a job that ended where nobody could say its result (it waited, or was lost with its worker): whoever

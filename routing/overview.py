@@ -21,14 +21,14 @@ from sqlalchemy import Connection, Engine, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import amounts, books, keys, quarantine, roster, tables
-from routing.amounts import ALONE, CPUS, MEMORY, SLOTS
-from routing.errors import NotMigrated, mask_url
-from routing.policy import SUBMISSIONS, TOP_PRIORITY, order
-from routing.postgres import translate
-from routing.quarantine import Quarantined
-from routing.request import Request
-from routing.states import State
+from celery_capacity.routing import amounts, books, keys, quarantine, roster, tables
+from celery_capacity.routing.amounts import ALONE, CPUS, MEMORY, SLOTS
+from celery_capacity.routing.errors import NotMigrated, mask_url
+from celery_capacity.routing.policy import SUBMISSIONS, TOP_PRIORITY, order
+from celery_capacity.routing.postgres import translate
+from celery_capacity.routing.quarantine import Quarantined
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.states import State
 
 #: Seconds that a reader gives the ledger before it asks Postgres.
 PATIENCE: Final = 1.0

@@ -12,13 +12,13 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
-from routing import amounts, books, keys
-from routing.books import JobCard
-from routing.capacity import Capacity
-from routing.drift import Reconciled
-from routing.ledger import Ledger
-from routing.policy import waits_beside
-from routing.states import State
+from celery_capacity.routing import amounts, books, keys
+from celery_capacity.routing.books import JobCard
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.drift import Reconciled
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.policy import waits_beside
+from celery_capacity.routing.states import State
 
 #: Jobs looked at in one step: some 2 ms of the server.
 CHUNK: Final = 500

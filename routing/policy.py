@@ -32,8 +32,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
-from routing.amounts import ALONE, CPUS, DEFAULT_QUEUE, LABEL, ONLY_LABELLED, SLOTS, has_index, is_label
-from routing.request import Request
+from celery_capacity.routing.amounts import ALONE, CPUS, DEFAULT_QUEUE, LABEL, ONLY_LABELLED, SLOTS, has_index, is_label
+from celery_capacity.routing.request import Request
 
 #: priorities from 0 to this; higher comes first
 TOP_PRIORITY = 9

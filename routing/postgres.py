@@ -10,7 +10,7 @@ from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
-from routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported
+from celery_capacity.routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported
 
 #: The oldest Postgres that is tested, and has all that the statements use.
 OLDEST: Final = 13

@@ -15,14 +15,14 @@ from typing import Final
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
-from routing import fence, store
-from routing.amounts import ALONE
-from routing.doubt import FEWEST_LOSSES, losses_in_doubt
-from routing.policy import MOST_ADMITTED, Book, Waiting, fill_or_keep, fits, held_by, order
-from routing.postgres import is_locked
-from routing.request import Request
-from routing.states import FINAL, State, Step
-from routing.store import Applied, Transition
+from celery_capacity.routing import fence, store
+from celery_capacity.routing.amounts import ALONE
+from celery_capacity.routing.doubt import FEWEST_LOSSES, losses_in_doubt
+from celery_capacity.routing.policy import MOST_ADMITTED, Book, Waiting, fill_or_keep, fits, held_by, order
+from celery_capacity.routing.postgres import is_locked
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.states import FINAL, State, Step
+from celery_capacity.routing.store import Applied, Transition
 
 #: The channel of Postgres on which whoever leaves a job for the pullers says so.
 CHANNEL: Final = "celery_capacity_backlog"

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, delete, func, insert, select, text
 
-from routing.errors import storable
-from routing.tables import quarantine
+from celery_capacity.routing.errors import storable
+from celery_capacity.routing.tables import quarantine
 
 #: Bytes of a message that are kept.
 MOST_BYTES: Final = 1024**2

@@ -19,16 +19,16 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 
-from routing import backlog, books, enroll, keys, pull, reconcile, revoking, roster, stream, timeouts
-from routing.backlog import Pending
-from routing.capacity import Capacity
-from routing.doubt import in_doubt
-from routing.errors import StoreUnavailable
-from routing.ledger import Ledger
-from routing.policy import order
-from routing.replies import Adopted, LedgerClosed
-from routing.roster import Authority
-from routing.states import FINAL, HOLDING
+from celery_capacity.routing import backlog, books, enroll, keys, pull, reconcile, revoking, roster, stream, timeouts
+from celery_capacity.routing.backlog import Pending
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.doubt import in_doubt
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.policy import order
+from celery_capacity.routing.replies import Adopted, LedgerClosed
+from celery_capacity.routing.roster import Authority
+from celery_capacity.routing.states import FINAL, HOLDING
 
 logger = logging.getLogger(__name__)
 

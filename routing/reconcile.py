@@ -22,16 +22,16 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
-from routing import backlog, books, enroll, fence, keys, places, pull, roster, store, stream
-from routing.books import JobCard
-from routing.drift import Reconciled
-from routing.errors import StoreUnavailable
-from routing.ledger import Ledger
-from routing.policy import order
-from routing.postgres import is_locked
-from routing.replies import Adopted
-from routing.states import FINAL, HOLDING, State, Step
-from routing.store import Transition
+from celery_capacity.routing import backlog, books, enroll, fence, keys, places, pull, roster, store, stream
+from celery_capacity.routing.books import JobCard
+from celery_capacity.routing.drift import Reconciled
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.policy import order
+from celery_capacity.routing.postgres import is_locked
+from celery_capacity.routing.replies import Adopted
+from celery_capacity.routing.states import FINAL, HOLDING, State, Step
+from celery_capacity.routing.store import Transition
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ Whatever differs is told by a script that writes nothing, and repaired by one th
 
 from __future__ import annotations
 
-from routing.server import LedgerServer
+from celery_capacity.routing.server import LedgerServer
 
 
 class Repairs(LedgerServer):

@@ -22,8 +22,8 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
-from routing.outbox import UNLESS_TOLD
-from routing.states import FINAL, State, Step
+from celery_capacity.routing.outbox import UNLESS_TOLD
+from celery_capacity.routing.states import FINAL, State, Step
 
 #: Rows ended in one statement.
 MOST: Final = 1000

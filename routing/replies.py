@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from routing.errors import StoreUnavailable
+from celery_capacity.routing.errors import StoreUnavailable
 
 #: What scripts are told, and say, of a job that its first lost attempt ends.
 NEVER_AGAIN: Final = "0"

@@ -11,9 +11,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from routing import amounts as _amounts
-from routing.amounts import ALONE, CPUS, DEFAULT_QUEUE, GPUS, LABEL, MEMORY, ONLY_LABELLED, SLOTS, Amounts
-from routing.errors import InvalidRequest, show
+from celery_capacity.routing import amounts as _amounts
+from celery_capacity.routing.amounts import (
+    ALONE,
+    CPUS,
+    DEFAULT_QUEUE,
+    GPUS,
+    LABEL,
+    MEMORY,
+    ONLY_LABELLED,
+    SLOTS,
+    Amounts,
+)
+from celery_capacity.routing.errors import InvalidRequest, show
 
 #: what `@app.task(…)` and `apply_async(…)` accept
 REQUEST_OPTIONS = (CPUS, MEMORY, GPUS, "resources")

@@ -22,8 +22,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from routing.errors import InvalidRequest, SettingsError, show
-from routing.request import REQUEST_OPTIONS, Request
+from celery_capacity.routing.errors import InvalidRequest, SettingsError, show
+from celery_capacity.routing.request import REQUEST_OPTIONS, Request
 
 #: The setting that names the file.
 ENV: Final = "PLATFORM_REQUESTS"

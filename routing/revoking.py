@@ -15,11 +15,11 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
-from routing.errors import storable
-from routing.ledger import Ledger
-from routing.replies import Cancelled
-from routing.states import FINAL, State
-from routing.store import REVOKED
+from celery_capacity.routing.errors import storable
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.replies import Cancelled
+from celery_capacity.routing.states import FINAL, State
+from celery_capacity.routing.store import REVOKED
 
 #: Characters of a stamp by which a job is found.
 STAMP_LENGTH: Final = 1000

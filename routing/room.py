@@ -13,11 +13,11 @@ from typing import Final
 
 import redis
 
-from routing import books, keys
-from routing.amounts import ALONE
-from routing.errors import InvalidRequest
-from routing.policy import Book, fits
-from routing.request import Request
+from celery_capacity.routing import books, keys
+from celery_capacity.routing.amounts import ALONE
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.policy import Book, fits
+from celery_capacity.routing.request import Request
 
 #: Shapes that are read, and the smallest ones that are judged. Where there are more, every worker may have room.
 MOST_SHAPES: Final = 2000

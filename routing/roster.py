@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
-from routing.errors import NotMigrated
-from routing.process_identity import Place
+from celery_capacity.routing.errors import NotMigrated
+from celery_capacity.routing.process_identity import Place
 
 #: Renew intervals after which a process that opens an epoch, and says nothing, is overtaken (20 s at the usual 10).
 OPENING_INTERVALS: Final = 2.0

@@ -14,12 +14,12 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Final
 
-from routing import formats
-from routing.amounts import DEFAULT_QUEUE, LABEL
-from routing.doubt import FEWEST_LOSSES
-from routing.keys import KEYS
-from routing.policy import CANDIDATES, FREED_PASSES, MOST_ADMITTED, SHAPES
-from routing.states import Step
+from celery_capacity.routing import formats
+from celery_capacity.routing.amounts import DEFAULT_QUEUE, LABEL
+from celery_capacity.routing.doubt import FEWEST_LOSSES
+from celery_capacity.routing.keys import KEYS
+from celery_capacity.routing.policy import CANDIDATES, FREED_PASSES, MOST_ADMITTED, SHAPES
+from celery_capacity.routing.states import Step
 
 #: Candidates that a submit fetches first; the others only when none of these has room.
 FEW: Final = 4
@@ -60,13 +60,13 @@ class Script:
 
 def names() -> tuple[str, ...]:
     """The operations, by the names of their files."""
-    found = (entry.name for entry in files("routing").joinpath("lua").iterdir())
+    found = (entry.name for entry in files("celery_capacity.routing").joinpath("lua").iterdir())
     return tuple(sorted(name[:-4] for name in found if name.endswith(".lua") and name[:-4] not in PRELUDES))
 
 
 def source(name: str) -> str:
     """The text of one file as it stands in `lua/`."""
-    return files("routing").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    return files("celery_capacity.routing").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
 
 
 def header(name: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel, SentinelManagedConnection
 
-from routing.addresses import Address
+from celery_capacity.routing.addresses import Address
 
 #: What the Sentinels themselves are asked with: one that does not answer is passed over, and not tried again (redis-py
 #: tries ten times by default).

@@ -13,11 +13,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
-from routing import addresses, formats, keys, native, sentinels, timeouts
-from routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported, mask_url
-from routing.replies import LedgerClosed, LedgerFull
-from routing.scripts import Script, load
-from routing.settings import Settings
+from celery_capacity.routing import addresses, formats, keys, native, sentinels, timeouts
+from celery_capacity.routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported, mask_url
+from celery_capacity.routing.replies import LedgerClosed, LedgerFull
+from celery_capacity.routing.scripts import Script, load
+from celery_capacity.routing.settings import Settings
 
 #: The oldest Redis that has all commands which the scripts use, and the first that reads their line `#!lua flags=…`.
 #: (Valkey calls itself Redis 7.2, for those who ask so.)

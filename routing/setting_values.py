@@ -11,8 +11,8 @@ from pathlib import Path
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from routing import amounts, names
-from routing.errors import InvalidRequest, show
+from celery_capacity.routing import amounts, names
+from celery_capacity.routing.errors import InvalidRequest, show
 
 _MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 

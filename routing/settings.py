@@ -16,9 +16,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from routing import addresses, amounts, names, setting_values, url_files
-from routing.errors import InvalidRequest, SettingsError, mask_url
-from routing.home import default_home
+from celery_capacity.routing import addresses, amounts, names, setting_values, url_files
+from celery_capacity.routing.errors import InvalidRequest, SettingsError, mask_url
+from celery_capacity.routing.home import default_home
 
 PREFIX = "PLATFORM_"
 #: seconds, the longest time that makes sense in any setting: a year

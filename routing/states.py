@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from enum import Enum, IntEnum, StrEnum
 
-from routing.errors import IllegalTransition
+from celery_capacity.routing.errors import IllegalTransition
 
 
 class State(StrEnum):

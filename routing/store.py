@@ -14,12 +14,12 @@ from typing import Final
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
-from routing import outbox, replacing
-from routing.amounts import DEFAULT_QUEUE, LABEL
-from routing.errors import storable
-from routing.postgres import is_locked
-from routing.prepared import Prepared
-from routing.states import FINAL, State, Step
+from celery_capacity.routing import outbox, replacing
+from celery_capacity.routing.amounts import DEFAULT_QUEUE, LABEL
+from celery_capacity.routing.errors import storable
+from celery_capacity.routing.postgres import is_locked
+from celery_capacity.routing.prepared import Prepared
+from celery_capacity.routing.states import FINAL, State, Step
 
 #: Characters of an error that a row keeps.
 ERROR_LENGTH: Final = 8000

@@ -8,11 +8,11 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from sqlalchemy import Engine
 
-from routing import bad_transitions, keys
-from routing.errors import StoreUnavailable
-from routing.ledger import Ledger
-from routing.states import Step
-from routing.store import Applied, Transition
+from celery_capacity.routing import bad_transitions, keys
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.states import Step
+from celery_capacity.routing.store import Applied, Transition
 
 #: Entries applied in one statement: some 20 ms of Postgres.
 CHUNK: Final = 1000

@@ -11,8 +11,8 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
-from routing.accept import NewJob, request_json
-from routing.states import FINAL, State, Step
+from celery_capacity.routing.accept import NewJob, request_json
+from celery_capacity.routing.states import FINAL, State, Step
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 

@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from routing.states import FINAL, State
+from celery_capacity.routing.states import FINAL, State
 
 metadata = MetaData()
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from sqlalchemy import Engine
 
-from routing import books, fence, roster, stream
-from routing.ledger import Ledger
-from routing.replies import Lapsed
-from routing.states import Step
+from celery_capacity.routing import books, fence, roster, stream
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.replies import Lapsed
+from celery_capacity.routing.states import Step
 
 
 def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, grace_ms: int) -> Lapsed:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from routing.errors import InvalidRequest
+from celery_capacity.routing.errors import InvalidRequest
 
 #: The variables whose value may stand in a file.
 FROM_FILES: Final = (

@@ -25,10 +25,10 @@ from redis.exceptions import RedisError
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from routing import audit
-from routing.audit import Suspicion
-from routing.errors import StoreUnavailable
-from routing.postgres import translate
+from celery_capacity.routing import audit
+from celery_capacity.routing.audit import Suspicion
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.postgres import translate
 
 #: Seconds for which something must look wrong before it is: longer than a rebuild waits for the workers (2
 #: s), and far longer than an outcome takes to Postgres.

@@ -16,9 +16,9 @@ import redis
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from routing import keys
-from routing.postgres import NOT_ALLOWED
-from routing.states import FINAL, State, Step
+from celery_capacity.routing import keys
+from celery_capacity.routing.postgres import NOT_ALLOWED
+from celery_capacity.routing.states import FINAL, State, Step
 
 #: Where a new epoch is told.
 EPOCH_CHANNEL: Final = keys.EPOCH

@@ -15,9 +15,9 @@ from typing import Any, Final
 from sqlalchemy import Connection, text
 from sqlalchemy.dialects.postgresql import insert
 
-from routing import pull, tables
-from routing.accept import NewJob, request_json
-from routing.states import State
+from celery_capacity.routing import pull, tables
+from celery_capacity.routing.accept import NewJob, request_json
+from celery_capacity.routing.states import State
 
 #: Jobs of one call that are named in notifications; of more it is only said that there are some.
 MOST_NAMED: Final = 20

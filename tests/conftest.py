@@ -8,8 +8,6 @@ import signal
 import pytest
 from hypothesis import settings
 
-import workers.plugin  # noqa: F401  makes `platform.servers` and the like importable
-
 # What is asserted there is shown as it is in tests. Before anything of it is imported.
 pytest.register_assert_rewrite("tests.fixtures")
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from celery import Celery
 from celery.local import Proxy
 
-from workers.task import cover
+from celery_capacity.workers.task import cover
 
 #: What Celery makes once and keeps in the app itself.
 KEPT: Final = ("amqp", "control", "Task")

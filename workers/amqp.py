@@ -15,21 +15,21 @@ from kombu import Queue
 from kombu.pools import ProducerPool
 from kombu.serialization import prepare_accept_content
 
-from routing import native
-from routing.errors import InvalidRequest
-from workers import ticks
-from workers.control import purge_queue
-from workers.gathering import here
-from workers.producers import SpareProducer
-from workers.protocols import shown
-from workers.queues import queue_of
-from workers.router import PLATFORM_PREFIX, Router
-from workers.sender import Sender
-from workers.stores import Stores
-from workers.transport import Connection
+from celery_capacity.routing import native
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.workers import ticks
+from celery_capacity.workers.control import purge_queue
+from celery_capacity.workers.gathering import here
+from celery_capacity.workers.producers import SpareProducer
+from celery_capacity.workers.protocols import shown
+from celery_capacity.workers.queues import queue_of
+from celery_capacity.workers.router import PLATFORM_PREFIX, Router
+from celery_capacity.workers.sender import Sender
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.transport import Connection
 
 if TYPE_CHECKING:
-    from workers.transactional import Transaction
+    from celery_capacity.workers.transactional import Transaction
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class PlatformAMQP:
                 raise InvalidRequest(f"no task may be named {name}", value=name, advice=advice)
             if session is not None:
                 # (Few programs use it, and it loads SQLAlchemy's ORM.)
-                from workers.transactional import Transaction
+                from celery_capacity.workers.transactional import Transaction
 
                 within = Transaction(sender, self.stores, session)
                 return plain(_JobProducer(producer, within, queues), name, message, **options)

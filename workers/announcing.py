@@ -21,11 +21,11 @@ from celery.exceptions import WorkerLostError
 from celery.utils.saferepr import saferepr
 from sqlalchemy import Engine, text
 
-from routing.errors import PlatformError
-from routing.message import Tag, parse_tag
-from routing.request import Request
-from routing.states import State
-from workers.router import HEADER
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.message import Tag, parse_tag
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.states import State
+from celery_capacity.workers.router import HEADER
 
 logger = logging.getLogger(__name__)
 

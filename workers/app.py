@@ -10,19 +10,19 @@ from celery import Celery
 from celery.app import backends
 from kombu.utils.imports import symbol_by_name
 
-from routing.errors import NoServers, PlatformError
-from workers import bulk, gathering, ticks
-from workers.adoption import cover_tasks, make_anew, unproxied
-from workers.amqp import amqp_class
-from workers.announcing import teach_states
-from workers.call import checking
-from workers.control import control_class
-from workers.defaults import Defaults, NoBackend
-from workers.preflight import check_imports
-from workers.results import BACKENDS, backend_class
-from workers.stores import Resolve, Stores, resolve_running
-from workers.task import cover, task_class
-from workers.templates import Templates
+from celery_capacity.routing.errors import NoServers, PlatformError
+from celery_capacity.workers import bulk, gathering, ticks
+from celery_capacity.workers.adoption import cover_tasks, make_anew, unproxied
+from celery_capacity.workers.amqp import amqp_class
+from celery_capacity.workers.announcing import teach_states
+from celery_capacity.workers.call import checking
+from celery_capacity.workers.control import control_class
+from celery_capacity.workers.defaults import Defaults, NoBackend
+from celery_capacity.workers.preflight import check_imports
+from celery_capacity.workers.results import BACKENDS, backend_class
+from celery_capacity.workers.stores import Resolve, Stores, resolve_running
+from celery_capacity.workers.task import cover, task_class
+from celery_capacity.workers.templates import Templates
 
 
 def create_app(
@@ -74,7 +74,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     if app.finalized:
         _finish(app)
     # Here, not at the import of this module: its signals concern the worker of an installed app only.
-    from workers import steps
+    from celery_capacity.workers import steps
 
     steps.connect()
     return app

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from routing.accept import NewJob, Publisher
-from routing.errors import NotAccepted
-from routing.message import Tag
-from routing.outbox import Outbox
+from celery_capacity.routing.accept import NewJob, Publisher
+from celery_capacity.routing.errors import NotAccepted
+from celery_capacity.routing.message import Tag
+from celery_capacity.routing.outbox import Outbox
 
 #: Bytes of messages that go with the end of an attempt, at the most. They travel as one value through one script and
 #: one entry of the stream, a third larger; Redis takes 512 MiB a value, and a worker holds it several times.

@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 
 from redis.exceptions import RedisError
 
-from routing import patience, timeouts
-from routing.errors import StoreUnavailable
-from routing.ledger import Ledger
-from routing.replies import LedgerClosed
-from routing.server import connect
-from routing.settings import Settings
-from workers.circuit import SLOW, Circuit
-from workers.submissions import Beginning, Submission, Submissions
+from celery_capacity.routing import patience, timeouts
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.server import connect
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.circuit import SLOW, Circuit
+from celery_capacity.workers.submissions import Beginning, Submission, Submissions
 
 T = TypeVar("T")
 

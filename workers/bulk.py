@@ -20,17 +20,17 @@ from celery.app import task as celery_task
 from celery.result import AsyncResult
 from kombu.utils.uuid import uuid
 
-from routing.bulk import CHUNK
-from routing.errors import InvalidRequest, show
-from routing.request import REQUEST_OPTIONS
-from workers import attempts
-from workers import task as platform_task
-from workers.call import is_unique
-from workers.chunks import Chunks
-from workers.gathering import Gathering, active, stored_together
-from workers.router import Router
-from workers.task import PlatformTask
-from workers.templates import is_of, sends_plainly
+from celery_capacity.routing.bulk import CHUNK
+from celery_capacity.routing.errors import InvalidRequest, show
+from celery_capacity.routing.request import REQUEST_OPTIONS
+from celery_capacity.workers import attempts
+from celery_capacity.workers import task as platform_task
+from celery_capacity.workers.call import is_unique
+from celery_capacity.workers.chunks import Chunks
+from celery_capacity.workers.gathering import Gathering, active, stored_together
+from celery_capacity.workers.router import Router
+from celery_capacity.workers.task import PlatformTask
+from celery_capacity.workers.templates import is_of, sends_plainly
 
 #: Characters of an id that all have in common, and what numbers the rest can be.
 _COMMON: Final = 28
@@ -130,7 +130,7 @@ def submit_many(
     within = None
     if session is not None:
         # (It loads SQLAlchemy's ORM.)
-        from workers.transactional import Transaction
+        from celery_capacity.workers.transactional import Transaction
 
         within = Transaction(sender, app.platform, session).add
     jobs = Chunks(sender, app.platform, attempts.current(), chunk, progress, within)

@@ -16,12 +16,12 @@ from typing import Any, Final
 from celery import Celery
 from kombu import Queue
 
-from routing.errors import InvalidRequest, show
-from routing.names import check_job_id, check_queue_name
-from routing.policy import TOP_PRIORITY
-from routing.revoking import stamps_json
-from workers.producers import SpareProducer
-from workers.queues import check_queue
+from celery_capacity.routing.errors import InvalidRequest, show
+from celery_capacity.routing.names import check_job_id, check_queue_name
+from celery_capacity.routing.policy import TOP_PRIORITY
+from celery_capacity.routing.revoking import stamps_json
+from celery_capacity.workers.producers import SpareProducer
+from celery_capacity.workers.queues import check_queue
 
 #: Seconds from now, the furthest that a job may be put off (Celery's own bound).
 MOST_SECONDS: Final = 2**31 - 1

@@ -20,13 +20,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from routing import chords
-from routing.chords import Chord
-from routing.errors import InvalidRequest, Unsupported
-from routing.postgres import translate
-from workers import attempts
-from workers.patiently import may_pass
-from workers.row_results import RowResults
+from celery_capacity.routing import chords
+from celery_capacity.routing.chords import Chord
+from celery_capacity.routing.errors import InvalidRequest, Unsupported
+from celery_capacity.routing.postgres import translate
+from celery_capacity.workers import attempts
+from celery_capacity.workers.patiently import may_pass
+from celery_capacity.workers.row_results import RowResults
 
 #: What is raised for a body that cannot be published now or later: a wrong request, too large a message.
 NEVER_PUBLISHED: Final = (InvalidRequest, Unsupported, EncodeError, TypeError, ValueError, AttributeError, LookupError)

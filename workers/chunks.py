@@ -14,16 +14,16 @@ from typing import Final
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import accept, bulk, deadlines, enroll
-from routing.accept import Inserted, NewJob
-from routing.bulk import Committed
-from routing.errors import NotAccepted, OutcomeUnknown, mask_url
-from routing.ledger import Ledger
-from routing.policy import order
-from workers.attempts import Attempt
-from workers.insert_errors import may_pass
-from workers.sender import Sender
-from workers.stores import Stores
+from celery_capacity.routing import accept, bulk, deadlines, enroll
+from celery_capacity.routing.accept import Inserted, NewJob
+from celery_capacity.routing.bulk import Committed
+from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, mask_url
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.policy import order
+from celery_capacity.workers.attempts import Attempt
+from celery_capacity.workers.insert_errors import may_pass
+from celery_capacity.workers.sender import Sender
+from celery_capacity.workers.stores import Stores
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from redis.exceptions import RedisError
 
-from routing import native
+from celery_capacity.routing import native
 
 logger = logging.getLogger(__name__)
 

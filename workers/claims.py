@@ -9,14 +9,14 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import fence, store
-from routing.accept import Publisher
-from routing.message import Tag
-from routing.request import Request
-from routing.states import Step
-from routing.store import Transition
-from workers.holdings import Holding
-from workers.identity import Identity
+from celery_capacity.routing import fence, store
+from celery_capacity.routing.accept import Publisher
+from celery_capacity.routing.message import Tag
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.states import Step
+from celery_capacity.routing.store import Transition
+from celery_capacity.workers.holdings import Holding
+from celery_capacity.workers.identity import Identity
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import native, roster
-from routing.errors import PlatformError
-from routing.roster import Authority
-from workers.wake import Wake
+from celery_capacity.routing import native, roster
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.roster import Authority
+from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 

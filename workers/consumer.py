@@ -17,17 +17,17 @@ from celery.worker import state as worker_state
 from kombu.asynchronous import set_event_loop
 from kombu.utils.imports import symbol_by_name
 
-from routing.secrets import HIDDEN
-from workers import (
+from celery_capacity.routing.secrets import HIDDEN
+from celery_capacity.workers import (
     panel,  # noqa: F401  its commands take the places of Celery's
     steps,
 )
-from workers.cut import cut, is_silence
-from workers.pool_loop import PoolLoop
-from workers.pools import recall_unsent
-from workers.queues import as_queue
-from workers.requests import JobRequest, request_class
-from workers.runtime import Runtime
+from celery_capacity.workers.cut import cut, is_silence
+from celery_capacity.workers.pool_loop import PoolLoop
+from celery_capacity.workers.pools import recall_unsent
+from celery_capacity.workers.queues import as_queue
+from celery_capacity.workers.requests import JobRequest, request_class
+from celery_capacity.workers.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

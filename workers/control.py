@@ -12,18 +12,18 @@ from kombu.exceptions import OperationalError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import gates, revoking, roster, store, stream
-from routing.accept import Rate
-from routing.errors import InvalidRequest, StoreUnavailable, show
-from routing.gates import Opened
-from routing.names import check_job_id
-from routing.postgres import is_locked, translate
-from routing.replies import Cancelled, LedgerClosed
-from routing.states import State
-from routing.store import REVOKED
-from workers.gates import rate_of
-from workers.stores import Stores
-from workers.undelivered import deliver_rows
+from celery_capacity.routing import gates, revoking, roster, store, stream
+from celery_capacity.routing.accept import Rate
+from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable, show
+from celery_capacity.routing.gates import Opened
+from celery_capacity.routing.names import check_job_id
+from celery_capacity.routing.postgres import is_locked, translate
+from celery_capacity.routing.replies import Cancelled, LedgerClosed
+from celery_capacity.routing.states import State
+from celery_capacity.routing.store import REVOKED
+from celery_capacity.workers.gates import rate_of
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.undelivered import deliver_rows
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from celery import Celery
 from celery.app.utils import Settings
 from celery.backends.base import DisabledBackend
 
-from routing import timeouts
-from routing.errors import NoServers
-from workers import ticks
-from workers.preflight import check_broker
-from workers.router import Router
-from workers.stores import Stores
+from celery_capacity.routing import timeouts
+from celery_capacity.routing.errors import NoServers
+from celery_capacity.workers import ticks
+from celery_capacity.workers.preflight import check_broker
+from celery_capacity.workers.router import Router
+from celery_capacity.workers.stores import Stores
 
 #: Seconds of silence until the kernel asks whether a connection still leads anywhere, seconds between its questions,
 #: and how many go unanswered at the most: as for Postgres. (By default it asks after two hours.)
@@ -101,7 +101,7 @@ class Defaults(dict[str, Any]):
                 # All that is in a worker's queue was admitted to it.
                 "worker_prefetch_multiplier": 0,
                 "worker_disable_rate_limits": True,
-                "worker_consumer": "workers.consumer:Consumer",
+                "worker_consumer": "celery_capacity.workers.consumer:Consumer",
                 # An answer such as OOM, MISCONF or READONLY must not end the worker (celery#7946).
                 "broker_channel_error_retry": True,
                 "broker_connection_max_retries": None,

@@ -15,13 +15,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from routing import native
-from routing.message import Tag
-from routing.outbox import Outbox, parse
-from routing.store import Transition
-from workers.attempts import Attempt, held
-from workers.parts import GIVEN_UP_AFTER, Part, Parts
-from workers.results import HOPELESS
+from celery_capacity.routing import native
+from celery_capacity.routing.message import Tag
+from celery_capacity.routing.outbox import Outbox, parse
+from celery_capacity.routing.store import Transition
+from celery_capacity.workers.attempts import Attempt, held
+from celery_capacity.workers.parts import GIVEN_UP_AFTER, Part, Parts
+from celery_capacity.workers.results import HOPELESS
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from kombu import compression as compressors
 from kombu import serialization
 from kombu.exceptions import EncodeError, SerializerNotInstalled
 
-from routing import limits
-from routing.errors import InvalidRequest, MessageTooDeep, show
+from celery_capacity.routing import limits
+from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, show
 
 
 class NotEncodable(InvalidRequest, EncodeError):

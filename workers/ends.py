@@ -12,18 +12,18 @@ from typing import Any, Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import bad_transitions, gates, pull, store
-from routing.ledger import Ledger
-from routing.postgres import is_locked
-from routing.pull import Became, Holder
-from routing.replies import Ended
-from routing.settings import Settings
-from routing.states import State, Step
-from routing.store import Applied, Transition
-from workers.confirmation import Confirmation
-from workers.holdings import Holding, Holdings
-from workers.identity import Identity
-from workers.pull import transactions
+from celery_capacity.routing import bad_transitions, gates, pull, store
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.postgres import is_locked
+from celery_capacity.routing.pull import Became, Holder
+from celery_capacity.routing.replies import Ended
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.states import State, Step
+from celery_capacity.routing.store import Applied, Transition
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.holdings import Holding, Holdings
+from celery_capacity.workers.identity import Identity
+from celery_capacity.workers.pull import transactions
 
 logger = logging.getLogger(__name__)
 

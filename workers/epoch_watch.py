@@ -13,12 +13,12 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from routing import native
-from routing.server import connect
-from routing.settings import Settings
-from routing.watching import EPOCH_CHANNEL
-from workers import ticks
-from workers.wake import Wake
+from celery_capacity.routing import native
+from celery_capacity.routing.server import connect
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.watching import EPOCH_CHANNEL
+from celery_capacity.workers import ticks
+from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from routing.errors import (
+from celery_capacity.routing.errors import (
     NameTaken,
     NoServers,
     NotMigrated,
@@ -16,7 +16,7 @@ from routing.errors import (
     StoreUnavailable,
     Unsupported,
 )
-from workers.patiently import refused
+from celery_capacity.workers.patiently import refused
 
 
 class Exit(IntEnum):

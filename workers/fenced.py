@@ -16,11 +16,11 @@ from celery import current_app
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from routing import fence
-from routing.errors import InvalidRequest, LeaseLost, PlatformError
-from workers import attempts
-from workers.attempts import Attempt
-from workers.stores import Stores
+from celery_capacity.routing import fence
+from celery_capacity.routing.errors import InvalidRequest, LeaseLost, PlatformError
+from celery_capacity.workers import attempts
+from celery_capacity.workers.attempts import Attempt
+from celery_capacity.workers.stores import Stores
 
 
 @contextmanager

@@ -23,14 +23,14 @@ from kombu.exceptions import EncodeError
 from kombu.utils.json import dumps
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import watching
-from routing.accept import Gates, Rate
-from routing.errors import InvalidRequest, NotAccepted, show
-from routing.gates import KnownRate, known_rates, lift_rates, set_rate
-from routing.names import check_job_id
-from routing.settings import Settings
-from workers.call import MOST_SECONDS, check_seconds
-from workers.stores import Stores
+from celery_capacity.routing import watching
+from celery_capacity.routing.accept import Gates, Rate
+from celery_capacity.routing.errors import InvalidRequest, NotAccepted, show
+from celery_capacity.routing.gates import KnownRate, known_rates, lift_rates, set_rate
+from celery_capacity.routing.names import check_job_id
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.call import MOST_SECONDS, check_seconds
+from celery_capacity.workers.stores import Stores
 
 #: Options of `apply_async`, and attributes of tasks but for `after`.
 UNIQUE: Final = "unique"

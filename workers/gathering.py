@@ -18,12 +18,12 @@ from celery import Celery, canvas, signals
 from celery.utils.functional import _regen
 from celery.utils.nodenames import anon_nodename
 
-from routing.accept import NewJob
-from routing.errors import LeaseLost, PartlyAccepted
-from workers import attempts
-from workers.chunks import After, Chunks
-from workers.queues import queue_of
-from workers.stores import Stores
+from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.errors import LeaseLost, PartlyAccepted
+from celery_capacity.workers import attempts
+from celery_capacity.workers.chunks import After, Chunks
+from celery_capacity.workers.queues import queue_of
+from celery_capacity.workers.stores import Stores
 
 _here = threading.local()
 
@@ -211,7 +211,7 @@ def within_session(app: Celery, session: Any) -> Iterator[None]:
     Raises `InvalidRequest` for a session that cannot be used, before anything is published.
     """
     # (It loads SQLAlchemy's ORM.)
-    from workers.transactional import Transaction
+    from celery_capacity.workers.transactional import Transaction
 
     transaction = Transaction(app.amqp.job_sender, app.platform, session)
     transaction.check()

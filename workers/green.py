@@ -19,8 +19,8 @@ from celery.concurrency import get_implementation
 from celery.utils.dispatch import Signal as CelerySignal
 from celery.worker import pidbox
 
-from routing import native
-from routing.errors import Unsupported
+from celery_capacity.routing import native
+from celery_capacity.routing.errors import Unsupported
 
 logger = logging.getLogger(__name__)
 

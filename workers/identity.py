@@ -12,11 +12,11 @@ from typing import Final
 
 import psutil
 
-from routing import keys, process_identity
-from routing.names import check_worker_name
-from routing.process_identity import Place
-from routing.roster import WorkerRow
-from routing.settings import Settings
+from celery_capacity.routing import keys, process_identity
+from celery_capacity.routing.names import check_worker_name
+from celery_capacity.routing.process_identity import Place
+from celery_capacity.routing.roster import WorkerRow
+from celery_capacity.routing.settings import Settings
 
 #: Celery's own default for the part of `-n` before the @.
 DEFAULT_NODE: Final = "celery"

@@ -14,8 +14,8 @@ from contextlib import suppress
 from typing import Final
 from urllib.parse import urlsplit
 
-from routing import addresses, sentinels
-from routing.settings import Settings
+from celery_capacity.routing import addresses, sentinels
+from celery_capacity.routing.settings import Settings
 
 #: Ports where a URL names none.
 USUAL_PORTS: Final = {"amqp": 5672, "amqps": 5671}

@@ -21,8 +21,8 @@ from kombu.exceptions import OperationalError
 from kombu.serialization import registry
 from sqlalchemy.exc import DBAPIError
 
-from routing import limits, native
-from routing.errors import (
+from celery_capacity.routing import limits, native
+from celery_capacity.routing.errors import (
     BacklogFull,
     InvalidRequest,
     LeaseLost,
@@ -31,13 +31,13 @@ from routing.errors import (
     PlatformError,
     Unsupported,
 )
-from routing.secrets import hidden_headers
-from workers import ticks
-from workers.router import HEADER, Router
-from workers.sender import Sender
-from workers.serving import Serving
-from workers.transport import raw_of, receiving
-from workers.unpacking import as_bytes
+from celery_capacity.routing.secrets import hidden_headers
+from celery_capacity.workers import ticks
+from celery_capacity.workers.router import HEADER, Router
+from celery_capacity.workers.sender import Sender
+from celery_capacity.workers.serving import Serving
+from celery_capacity.workers.transport import raw_of, receiving
+from celery_capacity.workers.unpacking import as_bytes
 
 #: Of SQLSTATEs: the classes of errors that lie in the data, and will lie there the next time.
 DATA_ERRORS: Final = ("22", "23")

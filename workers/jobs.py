@@ -12,13 +12,13 @@ from celery.result import AsyncResult
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import watching
-from routing.errors import InvalidRequest, PlatformError, StoreUnavailable, show
-from routing.names import check_job_id
-from routing.postgres import translate
-from routing.states import FINAL, State
-from routing.watching import JobEvent
-from workers.stores import Stores
+from celery_capacity.routing import watching
+from celery_capacity.routing.errors import InvalidRequest, PlatformError, StoreUnavailable, show
+from celery_capacity.routing.names import check_job_id
+from celery_capacity.routing.postgres import translate
+from celery_capacity.routing.states import FINAL, State
+from celery_capacity.routing.watching import JobEvent
+from celery_capacity.workers.stores import Stores
 
 #: Seconds after which a job is looked at again, where a store did not answer.
 LOOK_AGAIN: Final = 1.0

@@ -9,18 +9,18 @@ from typing import Final
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from routing.capacity import Capacity
-from routing.errors import StoreUnavailable
-from routing.postgres import translate
-from routing.replies import LedgerClosed
-from workers.confirmation import Confirmation
-from workers.duties.opening import open_ledger
-from workers.membership import Membership
-from workers.patiently import may_pass, when_stores_answer
-from workers.preflight import check_stores
-from workers.router import Declarations
-from workers.sight import Sight
-from workers.stores import Stores
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.postgres import translate
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.duties.opening import open_ledger
+from celery_capacity.workers.membership import Membership
+from celery_capacity.workers.patiently import may_pass, when_stores_answer
+from celery_capacity.workers.preflight import check_stores
+from celery_capacity.workers.router import Declarations
+from celery_capacity.workers.sight import Sight
+from celery_capacity.workers.stores import Stores
 
 logger = logging.getLogger(__name__)
 

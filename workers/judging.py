@@ -11,8 +11,8 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import fence
-from routing.outbox import Outbox
+from celery_capacity.routing import fence
+from celery_capacity.routing.outbox import Outbox
 
 #: What a worker's request says of an attempt whose body ended with `LeaseLost`; no outcome that the ledger knows.
 LEASE_LOST: Final = "lease lost"

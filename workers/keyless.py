@@ -13,15 +13,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from routing import native
-from routing.errors import StoreUnavailable
-from routing.ledger import Ledger
-from routing.replies import LedgerClosed
-from routing.store import Transition
-from workers.claims import running
-from workers.ends import End
-from workers.holdings import Holding, Holdings
-from workers.identity import Identity
+from celery_capacity.routing import native
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.store import Transition
+from celery_capacity.workers.claims import running
+from celery_capacity.workers.ends import End
+from celery_capacity.workers.holdings import Holding, Holdings
+from celery_capacity.workers.identity import Identity
 
 logger = logging.getLogger(__name__)
 

@@ -15,25 +15,25 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
-from routing import native
-from routing.doubt import is_known_before_start
-from routing.errors import StoreUnavailable, storable
-from routing.ledger import Ledger
-from routing.message import Tag
-from routing.policy import held_by
-from routing.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
-from routing.request import Request
-from routing.states import Step
-from routing.store import REVOKED, Transition
-from workers.claims import Arrival, running
-from workers.confirmation import Confirmation
-from workers.ends import End, PostgresEnds
-from workers.holdings import Holding, Holdings
-from workers.identity import Identity
-from workers.keyless import Keyless
-from workers.recorder import Recorder
-from workers.transport import digest_of, raw_of
-from workers.wake import Wake
+from celery_capacity.routing import native
+from celery_capacity.routing.doubt import is_known_before_start
+from celery_capacity.routing.errors import StoreUnavailable, storable
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.message import Tag
+from celery_capacity.routing.policy import held_by
+from celery_capacity.routing.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.states import Step
+from celery_capacity.routing.store import REVOKED, Transition
+from celery_capacity.workers.claims import Arrival, running
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.ends import End, PostgresEnds
+from celery_capacity.workers.holdings import Holding, Holdings
+from celery_capacity.workers.identity import Identity
+from celery_capacity.workers.keyless import Keyless
+from celery_capacity.workers.recorder import Recorder
+from celery_capacity.workers.transport import digest_of, raw_of
+from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 

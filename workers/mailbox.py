@@ -15,9 +15,9 @@ from typing import Any, Final
 import redis
 from redis.exceptions import RedisError
 
-from routing import native, timeouts
-from routing.server import connect
-from routing.settings import Settings
+from celery_capacity.routing import native, timeouts
+from celery_capacity.routing.server import connect
+from celery_capacity.routing.settings import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -14,23 +14,23 @@ from redis.exceptions import OutOfMemoryError
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from routing import fence, keys, roster, stream
-from routing.amounts import format_cpus
-from routing.capacity import Capacity
-from routing.errors import StoreUnavailable
-from routing.ledger import Ledger
-from routing.postgres import translate
-from routing.replies import LedgerClosed, Taken
-from routing.roster import WorkerRow
-from routing.takeback import take_back
-from workers import orphans
-from workers.claims import running
-from workers.confirmation import Confirmation
-from workers.holdings import Holdings
-from workers.identity import Identity, is_known_dead
-from workers.name_claim import NameClaim
-from workers.recorder import Recorder
-from workers.router import Declarations
+from celery_capacity.routing import fence, keys, roster, stream
+from celery_capacity.routing.amounts import format_cpus
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.postgres import translate
+from celery_capacity.routing.replies import LedgerClosed, Taken
+from celery_capacity.routing.roster import WorkerRow
+from celery_capacity.routing.takeback import take_back
+from celery_capacity.workers import orphans
+from celery_capacity.workers.claims import running
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.holdings import Holdings
+from celery_capacity.workers.identity import Identity, is_known_dead
+from celery_capacity.workers.name_claim import NameClaim
+from celery_capacity.workers.recorder import Recorder
+from celery_capacity.workers.router import Declarations
 
 logger = logging.getLogger(__name__)
 

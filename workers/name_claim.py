@@ -16,13 +16,13 @@ from typing import Final
 
 from sqlalchemy import Engine
 
-from routing import keys, roster
-from routing.books import text
-from routing.errors import NameTaken
-from routing.ledger import Ledger
-from routing.roster import WorkerRow
-from workers import orphans
-from workers.identity import Identity, is_known_dead
+from celery_capacity.routing import keys, roster
+from celery_capacity.routing.books import text
+from celery_capacity.routing.errors import NameTaken
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.roster import WorkerRow
+from celery_capacity.workers import orphans
+from celery_capacity.workers.identity import Identity, is_known_dead
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from routing import formats
-from routing.errors import InvalidRequest
-from routing.message import parse_tag
-from workers.router import HEADER
+from celery_capacity.routing import formats
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.message import parse_tag
+from celery_capacity.workers.router import HEADER
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from typing import Final
 
 import psutil
 
-from routing import process_identity
-from routing.errors import NameTaken
-from routing.process_identity import Place
-from routing.roster import WorkerRow
-from workers.identity import is_known_dead
+from celery_capacity.routing import process_identity
+from celery_capacity.routing.errors import NameTaken
+from celery_capacity.routing.process_identity import Place
+from celery_capacity.routing.roster import WorkerRow
+from celery_capacity.workers.identity import is_known_dead
 
 logger = logging.getLogger(__name__)
 

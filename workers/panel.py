@@ -18,9 +18,9 @@ from celery.worker import control as celery_control
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 
-from routing import amounts
-from workers.control import TOLD, revoke_jobs, revoke_stamped
-from workers.runtime import Runtime, runtime_of
+from celery_capacity.routing import amounts
+from celery_capacity.workers.control import TOLD, revoke_jobs, revoke_stamped
+from celery_capacity.workers.runtime import Runtime, runtime_of
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from routing import native
+from celery_capacity.routing import native
 
 logger = logging.getLogger(__name__)
 

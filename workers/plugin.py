@@ -12,6 +12,7 @@ happens here: commands are loaded when they are called, so that `celery -A anoth
 
 from __future__ import annotations
 
+import platform
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -19,8 +20,6 @@ from types import TracebackType
 from typing import Any
 
 import click
-
-import platform
 
 #: The folder `platform/` that was installed beside this package.
 FOLDER = Path(__file__).resolve().parent.parent / "platform"
@@ -35,11 +34,11 @@ _show = sys.excepthook
 
 def _say_cleanly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The hook for what nobody caught: an error of the platform is a message and an exit code, without a traceback."""
-    errors = sys.modules.get("routing.errors")
+    errors = sys.modules.get("celery_capacity.routing.errors")
     if errors is None or not isinstance(error, errors.PlatformError):
         _show(kind, error, trace)
         return
-    from workers.exits import code_of
+    from celery_capacity.workers.exits import code_of
 
     print(f"celery-capacity: {error}", file=sys.stderr)
     # What a hook raises is what the interpreter ends with.
@@ -59,7 +58,7 @@ class Lazy(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        command: click.Command = import_module(f"platform.commands.{self.name}").command
+        command: click.Command = import_module(f"celery_capacity.platform.commands.{self.name}").command
         return command.make_context(info_name, args, parent, **extra)
 
 

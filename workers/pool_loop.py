@@ -19,7 +19,7 @@ from typing import Any, Final
 from celery.worker import loops
 from celery.worker import state as worker_state
 
-from routing import native
+from celery_capacity.routing import native
 
 logger = logging.getLogger(__name__)
 

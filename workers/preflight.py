@@ -17,13 +17,13 @@ from celery.utils.imports import cwd_in_path
 from redis.exceptions import RedisError, ResponseError
 from sqlalchemy import Engine
 
-from migrations import check as check_tables
-from routing import addresses, roster
-from routing.addresses import BETWEEN, Address
-from routing.books import text
-from routing.errors import PlatformError, SettingsError, StoreUnavailable, Unsupported, mask_url
-from routing.settings import Settings
-from workers.identity import Identity
+from celery_capacity.migrations import check as check_tables
+from celery_capacity.routing import addresses, roster
+from celery_capacity.routing.addresses import BETWEEN, Address
+from celery_capacity.routing.books import text
+from celery_capacity.routing.errors import PlatformError, SettingsError, StoreUnavailable, Unsupported, mask_url
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.identity import Identity
 
 logger = logging.getLogger(__name__)
 

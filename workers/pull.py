@@ -15,17 +15,17 @@ import psycopg2
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from routing import fence, native, pull, timeouts
-from routing.bad_transitions import concerns_data
-from routing.policy import held_by
-from routing.postgres import told
-from routing.request import Request
-from workers.confirmation import Confirmation
-from workers.holdings import Holding, Holdings
-from workers.identity import Identity
-from workers.sight import Switch
-from workers.stores import Stores
-from workers.wake import Wake
+from celery_capacity.routing import fence, native, pull, timeouts
+from celery_capacity.routing.bad_transitions import concerns_data
+from celery_capacity.routing.policy import held_by
+from celery_capacity.routing.postgres import told
+from celery_capacity.routing.request import Request
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.holdings import Holding, Holdings
+from celery_capacity.workers.identity import Identity
+from celery_capacity.workers.sight import Switch
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 

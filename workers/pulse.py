@@ -11,19 +11,19 @@ from typing import Final
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import native
-from routing.capacity import Capacity
-from routing.election import Elected
-from routing.errors import NameTaken, PlatformError, StoreUnavailable
-from routing.ledger import Ledger
-from routing.replies import LedgerClosed
-from workers.confirmation import Confirmation
-from workers.cut import is_silence
-from workers.holdings import Holdings
-from workers.membership import Membership
-from workers.recorder import Recorder
-from workers.sight import Sight
-from workers.wake import Wake
+from celery_capacity.routing import native
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.election import Elected
+from celery_capacity.routing.errors import NameTaken, PlatformError, StoreUnavailable
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.cut import is_silence
+from celery_capacity.workers.holdings import Holdings
+from celery_capacity.workers.membership import Membership
+from celery_capacity.workers.recorder import Recorder
+from celery_capacity.workers.sight import Sight
+from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Final
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import native, quarantine
-from routing.quarantine import SetAside
+from celery_capacity.routing import native, quarantine
+from celery_capacity.routing.quarantine import SetAside
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from celery.worker import control
 
-from routing.errors import PlatformError
-from workers.queues import as_queue
-from workers.runtime import Runtime, runtime_of
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.workers.queues import as_queue
+from celery_capacity.workers.runtime import Runtime, runtime_of
 
 
 def connect() -> None:

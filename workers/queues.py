@@ -13,8 +13,8 @@ from typing import Any
 
 from kombu import Exchange, Queue
 
-from routing.errors import InvalidRequest, Unsupported, show
-from routing.names import check_queue_name
+from celery_capacity.routing.errors import InvalidRequest, Unsupported, show
+from celery_capacity.routing.names import check_queue_name
 
 
 def queue_of(queues: Mapping[str, Queue], exchange: Any, routing_key: str | None) -> str:

@@ -19,13 +19,13 @@ from typing import Final
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import bad_transitions, enroll, native, stream
-from routing.errors import PlatformError
-from routing.ledger import Ledger
-from routing.replies import LedgerClosed
-from routing.store import Applied, Transition
-from workers import claims
-from workers.store_calls import StoreCalls
+from celery_capacity.routing import bad_transitions, enroll, native, stream
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.store import Applied, Transition
+from celery_capacity.workers import claims
+from celery_capacity.workers.store_calls import StoreCalls
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from celery import Celery
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
 
-from routing.message import parse_tag
-from workers import transport
-from workers.attempts import Attempt, held
-from workers.identity import Identity
-from workers.quarantine import Quarantine
-from workers.results import kept_of
+from celery_capacity.routing.message import parse_tag
+from celery_capacity.workers import transport
+from celery_capacity.workers.attempts import Attempt, held
+from celery_capacity.workers.identity import Identity
+from celery_capacity.workers.quarantine import Quarantine
+from celery_capacity.workers.results import kept_of
 
 
 @contextmanager

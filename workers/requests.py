@@ -18,15 +18,15 @@ from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TaskError
 from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 
-from routing.errors import LeaseLost
-from routing.message import Tag, parse_tag
-from routing.outbox import Outbox
-from workers.announcing import allocation, raised, request_of, signal_failure
-from workers.attempts import Attempt, held
-from workers.green import Killed, problem_of, was_killed
-from workers.judging import BROKEN_OFF, LEASE_LOST, STOPPED, TERMINATED
-from workers.router import ETA, HEADER
-from workers.tracing import TracedPool, unpacked
+from celery_capacity.routing.errors import LeaseLost
+from celery_capacity.routing.message import Tag, parse_tag
+from celery_capacity.routing.outbox import Outbox
+from celery_capacity.workers.announcing import allocation, raised, request_of, signal_failure
+from celery_capacity.workers.attempts import Attempt, held
+from celery_capacity.workers.green import Killed, problem_of, was_killed
+from celery_capacity.workers.judging import BROKEN_OFF, LEASE_LOST, STOPPED, TERMINATED
+from celery_capacity.workers.router import ETA, HEADER
+from celery_capacity.workers.tracing import TracedPool, unpacked
 
 logger = logging.getLogger(__name__)
 

@@ -27,21 +27,21 @@ from celery.result import result_from_tuple
 from kombu.exceptions import EncodeError
 from redis.exceptions import WatchError
 
-from routing import addresses, sentinels
-from routing.outbox import Outbox
-from routing.replies import Kept
-from workers import attempts
-from workers.chord_rows import RowChords
-from workers.patiently import may_pass
-from workers.row_results import payload
+from celery_capacity.routing import addresses, sentinels
+from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.replies import Kept
+from celery_capacity.workers import attempts
+from celery_capacity.workers.chord_rows import RowChords
+from celery_capacity.workers.patiently import may_pass
+from celery_capacity.workers.row_results import payload
 
 logger = logging.getLogger(__name__)
 
 #: Celery's names of backends -> where ours is, for `loader.override_backends`.
 BACKENDS: Final = {
-    "redis": "workers.results:PlatformRedisBackend",
-    "rediss": "workers.results:PlatformRedisBackend",
-    "sentinel": "workers.results:PlatformSentinelBackend",
+    "redis": "celery_capacity.workers.results:PlatformRedisBackend",
+    "rediss": "celery_capacity.workers.results:PlatformRedisBackend",
+    "sentinel": "celery_capacity.workers.results:PlatformSentinelBackend",
 }
 #: States that end an attempt.
 ENDS: Final = frozenset({*states.READY_STATES, states.RETRY})

@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from routing import keys
-from routing.amounts import DEFAULT_QUEUE
-from routing.books import text
-from routing.errors import InvalidRequest, PlatformError, show
-from routing.request import REQUEST_OPTIONS, Request
-from routing.request_file import NO_RULES, RERUN, RequestRules
-from workers import gates
-from workers.canvas import COORDINATING, UNLOCKING, called_by, mark_of
-from workers.stores import Stores
+from celery_capacity.routing import keys
+from celery_capacity.routing.amounts import DEFAULT_QUEUE
+from celery_capacity.routing.books import text
+from celery_capacity.routing.errors import InvalidRequest, PlatformError, show
+from celery_capacity.routing.request import REQUEST_OPTIONS, Request
+from celery_capacity.routing.request_file import NO_RULES, RERUN, RequestRules
+from celery_capacity.workers import gates
+from celery_capacity.workers.canvas import COORDINATING, UNLOCKING, called_by, mark_of
+from celery_capacity.workers.stores import Stores
 
 #: The header that carries the request: {"shape": ..., "declared": ...}.
 HEADER: Final = "capacity_request"

@@ -24,12 +24,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import outbox, timeouts
-from routing.states import FINAL, State
-from workers import attempts
-from workers.circuit import Circuit
-from workers.patiently import may_pass
-from workers.stores import Stores
+from celery_capacity.routing import outbox, timeouts
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.states import FINAL, State
+from celery_capacity.workers import attempts
+from celery_capacity.workers.circuit import Circuit
+from celery_capacity.workers.patiently import may_pass
+from celery_capacity.workers.stores import Stores
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,12 @@ class RowResults(RedisBackend):
             if may_pass(error):
                 self.reach.trip(str(error))
             raise
+
+    def exception_to_python(self, exc: Any) -> Any:
+        """Return the exception that a result holds. A worker of the version before names our errors by their file."""
+        if isinstance(exc, dict) and exc.get("exc_module") == "routing.errors":
+            exc = {**exc, "exc_module": PlatformError.__module__}
+        return super().exception_to_python(exc)
 
     def _ping(self) -> None:
         """In the circuit's thread: on a connection of its own, with a short time-out."""

@@ -24,46 +24,46 @@ from celery import Celery
 from celery.worker import state as worker_state
 from kombu.serialization import prepare_accept_content
 
-from routing import formats, timeouts
-from routing.capacity import Detected
-from routing.envelope import Unreadable
-from routing.errors import NameTaken, PlatformError
-from routing.message import parse_tag
-from routing.names import check_job_id
-from routing.outbox import Outbox
-from routing.replies import LedgerClosed
-from routing.request import Request
-from workers import duties, living, ticks, transport
-from workers.announcing import Announcer
-from workers.confirmation import Confirmation
-from workers.delivery import Delivery
-from workers.ends import PostgresEnds
-from workers.epoch_watch import EpochWatch
-from workers.exits import Exit
-from workers.holdings import Holdings
-from workers.identity import Identity
-from workers.intake import Intake
-from workers.joining import Joining
-from workers.judging import JUDGED, STOPPED, gone_back, judge
-from workers.ledger_thread import LedgerThread
-from workers.mailbox import Mailbox
-from workers.membership import Membership
-from workers.newer_format import NewerFormats
-from workers.parts import Parts
-from workers.preflight import shares_ledger
-from workers.pull import Puller
-from workers.pulse import Pulse
-from workers.quarantine import Quarantine
-from workers.recorder import Recorder
-from workers.refusing import refusing
-from workers.router import HEADER, Declarations
-from workers.serving import Serving
-from workers.sight import Sight, Switch
-from workers.starting import Starting
-from workers.stores import Stores
-from workers.undelivered import deliver_parts, settle, tell_late
-from workers.unpacking import TIMES
-from workers.wake import Wake
+from celery_capacity.routing import formats, timeouts
+from celery_capacity.routing.capacity import Detected
+from celery_capacity.routing.envelope import Unreadable
+from celery_capacity.routing.errors import NameTaken, PlatformError
+from celery_capacity.routing.message import parse_tag
+from celery_capacity.routing.names import check_job_id
+from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.request import Request
+from celery_capacity.workers import duties, living, ticks, transport
+from celery_capacity.workers.announcing import Announcer
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.delivery import Delivery
+from celery_capacity.workers.ends import PostgresEnds
+from celery_capacity.workers.epoch_watch import EpochWatch
+from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.holdings import Holdings
+from celery_capacity.workers.identity import Identity
+from celery_capacity.workers.intake import Intake
+from celery_capacity.workers.joining import Joining
+from celery_capacity.workers.judging import JUDGED, STOPPED, gone_back, judge
+from celery_capacity.workers.ledger_thread import LedgerThread
+from celery_capacity.workers.mailbox import Mailbox
+from celery_capacity.workers.membership import Membership
+from celery_capacity.workers.newer_format import NewerFormats
+from celery_capacity.workers.parts import Parts
+from celery_capacity.workers.preflight import shares_ledger
+from celery_capacity.workers.pull import Puller
+from celery_capacity.workers.pulse import Pulse
+from celery_capacity.workers.quarantine import Quarantine
+from celery_capacity.workers.recorder import Recorder
+from celery_capacity.workers.refusing import refusing
+from celery_capacity.workers.router import HEADER, Declarations
+from celery_capacity.workers.serving import Serving
+from celery_capacity.workers.sight import Sight, Switch
+from celery_capacity.workers.starting import Starting
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.undelivered import deliver_parts, settle, tell_late
+from celery_capacity.workers.unpacking import TIMES
+from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 

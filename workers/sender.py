@@ -12,11 +12,11 @@ from typing import Any, Final, NoReturn
 from kombu import serialization
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from routing import accept, backlog, deadlines, enroll, formats, limits, pull, successors
-from routing import message as messages
-from routing.accept import Inserted, NewJob, Publisher
-from routing.amounts import DEFAULT_QUEUE, LABEL
-from routing.errors import (
+from celery_capacity.routing import accept, backlog, deadlines, enroll, formats, limits, pull, successors
+from celery_capacity.routing import message as messages
+from celery_capacity.routing.accept import Inserted, NewJob, Publisher
+from celery_capacity.routing.amounts import DEFAULT_QUEUE, LABEL
+from celery_capacity.routing.errors import (
     InvalidRequest,
     LeaseLost,
     NotAccepted,
@@ -24,17 +24,17 @@ from routing.errors import (
     Unsupported,
     show,
 )
-from routing.ledger import Ledger
-from routing.names import check_job_id, check_queue_name
-from routing.policy import order
-from routing.postgres import NOT_ALLOWED
-from routing.replies import LedgerClosed
-from routing.request import Request
-from routing.request_file import RERUN
-from routing.states import FINAL, State
-from workers import attempts, insert_errors
-from workers.attempts import Attempt
-from workers.call import (
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.names import check_job_id, check_queue_name
+from celery_capacity.routing.policy import order
+from celery_capacity.routing.postgres import NOT_ALLOWED
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.request_file import RERUN
+from celery_capacity.routing.states import FINAL, State
+from celery_capacity.workers import attempts, insert_errors
+from celery_capacity.workers.attempts import Attempt
+from celery_capacity.workers.call import (
     SameJob,
     check_name,
     check_parent,
@@ -44,13 +44,13 @@ from workers.call import (
     check_zoned,
     stamps_of,
 )
-from workers.canvas import REPLACES
-from workers.encoding import encode
-from workers.gates import Rates, until_written
-from workers.protocols import to_protocol2
-from workers.router import ETA, HEADER
-from workers.stores import Stores
-from workers.submissions import Beginning, Submission
+from celery_capacity.workers.canvas import REPLACES
+from celery_capacity.workers.encoding import encode
+from celery_capacity.workers.gates import Rates, until_written
+from celery_capacity.workers.protocols import to_protocol2
+from celery_capacity.workers.router import ETA, HEADER
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.submissions import Beginning, Submission
 
 #: Where Celery carries on what a task saw as self.request.attempt.
 ATTEMPT_HEADER: Final = "attempt"

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from celery import Celery
 from kombu import Queue
 
-from routing.capacity import Detected, detect
-from routing.settings import Settings
-from workers.queues import check_queue
+from celery_capacity.routing.capacity import Detected, detect
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.queues import check_queue
 
 
 class Serving:

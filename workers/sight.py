@@ -13,9 +13,9 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
-from routing import roster
-from routing.settings import Settings
-from workers.confirmation import Confirmation
+from celery_capacity.routing import roster
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.confirmation import Confirmation
 
 logger = logging.getLogger(__name__)
 

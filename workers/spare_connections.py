@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from routing import native
+from celery_capacity.routing import native
 
 
 def close_spare(pool: Any, keep: int = 0) -> None:

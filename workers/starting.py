@@ -13,13 +13,13 @@ from typing import Any
 
 from celery.worker import state as worker_state
 
-from routing.envelope import tag_at_end
-from routing.message import parse_tag
-from workers import transport
-from workers.announcing import Announcer
-from workers.green import Starter
-from workers.newer_format import NewerFormats
-from workers.wake import Wake
+from celery_capacity.routing.envelope import tag_at_end
+from celery_capacity.routing.message import parse_tag
+from celery_capacity.workers import transport
+from celery_capacity.workers.announcing import Announcer
+from celery_capacity.workers.green import Starter
+from celery_capacity.workers.newer_format import NewerFormats
+from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 

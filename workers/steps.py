@@ -16,24 +16,24 @@ from celery.utils.nodenames import anon_nodename
 from kombu.asynchronous import set_event_loop
 from kombu.utils.imports import symbol_by_name
 
-from routing.capacity import default_concurrency, describe, detect
-from routing.errors import PlatformError
-from routing.secrets import HIDDEN
-from workers import living, orphans, queue_commands
-from workers.exits import Exit, code_of
-from workers.gates import declare_rates
-from workers.green import check_pool, prepare
-from workers.identity import name_of, new_identity
-from workers.inherited import guard_children
-from workers.patiently import when_stores_answer
-from workers.pools import slots_of
-from workers.preflight import check_broker, check_results, neighbours
-from workers.router import PLATFORM_PREFIX, Declarations, declaration
-from workers.runtime import Runtime, runtime_of
-from workers.stores import Stores
+from celery_capacity.routing.capacity import default_concurrency, describe, detect
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.secrets import HIDDEN
+from celery_capacity.workers import living, orphans, queue_commands
+from celery_capacity.workers.exits import Exit, code_of
+from celery_capacity.workers.gates import declare_rates
+from celery_capacity.workers.green import check_pool, prepare
+from celery_capacity.workers.identity import name_of, new_identity
+from celery_capacity.workers.inherited import guard_children
+from celery_capacity.workers.patiently import when_stores_answer
+from celery_capacity.workers.pools import slots_of
+from celery_capacity.workers.preflight import check_broker, check_results, neighbours
+from celery_capacity.workers.router import PLATFORM_PREFIX, Declarations, declaration
+from celery_capacity.workers.runtime import Runtime, runtime_of
+from celery_capacity.workers.stores import Stores
 
 #: By name, as Celery finds it: what only submits never loads it.
-CONSUMER: Final = "workers.consumer:consumer_class"
+CONSUMER: Final = "celery_capacity.workers.consumer:consumer_class"
 
 #: Numbers of the workers of this process that nobody named.
 _lives: Final = itertools.count(1)

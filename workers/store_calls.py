@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from routing import native
+from celery_capacity.routing import native
 
 logger = logging.getLogger(__name__)
 

@@ -17,18 +17,18 @@ from sqlalchemy import Engine, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import deadlines, request_file, roster, timeouts
-from routing.errors import NoServers, StoreUnavailable
-from routing.home import running_pair
-from routing.inserter import Inserter
-from routing.ledger import Ledger
-from routing.postgres import ENCODING, PINNED, hide_values, translate
-from routing.request_file import RequestRules
-from routing.settings import Settings
-from workers.breaker import Breaker
-from workers.inherited import let_go
-from workers.spare_connections import close_spare
-from workers.watching import Watcher
+from celery_capacity.routing import deadlines, request_file, roster, timeouts
+from celery_capacity.routing.errors import NoServers, StoreUnavailable
+from celery_capacity.routing.home import running_pair
+from celery_capacity.routing.inserter import Inserter
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.postgres import ENCODING, PINNED, hide_values, translate
+from celery_capacity.routing.request_file import RequestRules
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.breaker import Breaker
+from celery_capacity.workers.inherited import let_go
+from celery_capacity.workers.spare_connections import close_spare
+from celery_capacity.workers.watching import Watcher
 
 #: The fewest seconds that libpq counts for a connection.
 CONNECT_AT_LEAST: Final = 2

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from routing import native
+from celery_capacity.routing import native
 
 logger = logging.getLogger(__name__)
 

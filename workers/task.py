@@ -10,8 +10,8 @@ from celery.canvas import Signature, chunks
 from celery.exceptions import Ignore
 from kombu.utils.imports import symbol_by_name
 
-from workers import attempts
-from workers.canvas import REPLACES, Chunks, mark
+from celery_capacity.workers import attempts
+from celery_capacity.workers.canvas import REPLACES, Chunks, mark
 
 
 class PlatformTask:

@@ -25,21 +25,21 @@ from celery.app import base as celery_base
 from celery.app import routes as celery_routes
 from celery.app import task as celery_task
 
-from routing import limits
-from routing.accept import NewJob
-from routing.message import Template, decode
-from routing.names import check_job_id
-from routing.request import REQUEST_OPTIONS
-from routing.request_file import RERUN
-from workers import amqp as platform_amqp
-from workers import attempts, call
-from workers.amqp import PlatformAMQP, origin
-from workers.encoding import encode
-from workers.gates import declares
-from workers.gathering import here
-from workers.producers import SpareProducer
-from workers.router import HEADER, PLATFORM_PREFIX, Router
-from workers.stores import Stores
+from celery_capacity.routing import limits
+from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.message import Template, decode
+from celery_capacity.routing.names import check_job_id
+from celery_capacity.routing.request import REQUEST_OPTIONS
+from celery_capacity.routing.request_file import RERUN
+from celery_capacity.workers import amqp as platform_amqp
+from celery_capacity.workers import attempts, call
+from celery_capacity.workers.amqp import PlatformAMQP, origin
+from celery_capacity.workers.encoding import encode
+from celery_capacity.workers.gates import declares
+from celery_capacity.workers.gathering import here
+from celery_capacity.workers.producers import SpareProducer
+from celery_capacity.workers.router import HEADER, PLATFORM_PREFIX, Router
+from celery_capacity.workers.stores import Stores
 
 #: What Celery's own code reads of a task for its message, and ours.
 _OF_TASK: Final = attrgetter(

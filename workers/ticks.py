@@ -9,9 +9,9 @@ from typing import Any, Final
 from kombu import Exchange, Queue
 from kombu.utils.uuid import uuid
 
-from routing import addresses
-from routing.settings import Settings
-from workers.router import PLATFORM_PREFIX
+from celery_capacity.routing import addresses
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.router import PLATFORM_PREFIX
 
 EXCHANGE: Final = Exchange("platform.ticks", type="fanout", durable=False, delivery_mode="transient")
 HEARTBEAT: Final = PLATFORM_PREFIX + "heartbeat"

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from routing.message import parse_tag
-from routing.outbox import Outbox
-from workers.attempts import Attempt, held
-from workers.green import Killed, was_killed
+from celery_capacity.routing.message import parse_tag
+from celery_capacity.routing.outbox import Outbox
+from celery_capacity.workers.attempts import Attempt, held
+from celery_capacity.workers.green import Killed, was_killed
 
 
 @dataclass(frozen=True, slots=True)

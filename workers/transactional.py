@@ -18,14 +18,22 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session
 
-from routing import accept, bulk, deadlines, within
-from routing.accept import NewJob, Publisher
-from routing.errors import InvalidRequest, NotAccepted, NotMigrated, PlatformError, Unsupported, mask_url, show
-from routing.within import Home
-from workers import attempts
-from workers.chunks import to_ledger
-from workers.sender import Sender
-from workers.stores import Stores
+from celery_capacity.routing import accept, bulk, deadlines, within
+from celery_capacity.routing.accept import NewJob, Publisher
+from celery_capacity.routing.errors import (
+    InvalidRequest,
+    NotAccepted,
+    NotMigrated,
+    PlatformError,
+    Unsupported,
+    mask_url,
+    show,
+)
+from celery_capacity.routing.within import Home
+from celery_capacity.workers import attempts
+from celery_capacity.workers.chunks import to_ledger
+from celery_capacity.workers.sender import Sender
+from celery_capacity.workers.stores import Stores
 
 logger = logging.getLogger(__name__)
 

@@ -30,11 +30,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import DataError, ResponseError
 from redis.retry import Retry
 
-from routing import addresses, sentinels
-from routing import envelope as envelopes
-from routing.envelope import Envelope, Unreadable
-from workers.spare_connections import close_spare
-from workers.unpacking import TIMES, unpack
+from celery_capacity.routing import addresses, sentinels
+from celery_capacity.routing import envelope as envelopes
+from celery_capacity.routing.envelope import Envelope, Unreadable
+from celery_capacity.workers.spare_connections import close_spare
+from celery_capacity.workers.unpacking import TIMES, unpack
 
 logger = logging.getLogger(__name__)
 

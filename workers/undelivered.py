@@ -16,20 +16,20 @@ from kombu.compression import decompress
 from kombu.serialization import loads, prepare_accept_content
 from sqlalchemy import Connection, Engine, text
 
-from routing import bad_transitions, fence, outbox, replacing
-from routing import message as messages
-from routing.errors import NotAccepted, Unsupported
-from routing.message import Tag
-from routing.outbox import Outbox
-from routing.states import State
-from workers import living
-from workers.announcing import Announcer
-from workers.attempts import Attempt, held
-from workers.delivery import chords_in, deliver, key_of, name_of
-from workers.parts import Part, Parts
-from workers.pull import transactions
-from workers.results import HOPELESS, kept_of
-from workers.stores import Stores
+from celery_capacity.routing import bad_transitions, fence, outbox, replacing
+from celery_capacity.routing import message as messages
+from celery_capacity.routing.errors import NotAccepted, Unsupported
+from celery_capacity.routing.message import Tag
+from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.states import State
+from celery_capacity.workers import living
+from celery_capacity.workers.announcing import Announcer
+from celery_capacity.workers.attempts import Attempt, held
+from celery_capacity.workers.delivery import chords_in, deliver, key_of, name_of
+from celery_capacity.workers.parts import Part, Parts
+from celery_capacity.workers.pull import transactions
+from celery_capacity.workers.results import HOPELESS, kept_of
+from celery_capacity.workers.stores import Stores
 
 logger = logging.getLogger(__name__)
 

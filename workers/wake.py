@@ -6,7 +6,7 @@ import os
 import select
 from typing import Final
 
-from routing import native
+from celery_capacity.routing import native
 
 _ALL: Final = 4096
 

@@ -11,11 +11,11 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from routing import native, watching
-from routing.server import connect
-from routing.settings import Settings
-from routing.watching import JobEvent
-from workers.wake import Wake
+from celery_capacity.routing import native, watching
+from celery_capacity.routing.server import connect
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.watching import JobEvent
+from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 

@@ -12,17 +12,17 @@ from sqlalchemy import text
 
 from benchmarks.books import message
 from benchmarks.proposals.way import ASKED, CPUS, Cluster, Held
-from routing import accept, overview, rebuild, roster, stream, takeback
-from routing.accept import NewJob
-from routing.amounts import CPUS as MILLICORES
-from routing.keys import private_queue
-from routing.ledger import Ledger
-from routing.policy import order
-from routing.process_identity import Place
-from routing.replies import Adopted, Ended, LedgerClosed, Taken
-from routing.roster import WorkerRow
-from routing.settings import Settings
-from workers.stores import make_engine
+from celery_capacity.routing import accept, overview, rebuild, roster, stream, takeback
+from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.amounts import CPUS as MILLICORES
+from celery_capacity.routing.keys import private_queue
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.policy import order
+from celery_capacity.routing.process_identity import Place
+from celery_capacity.routing.replies import Adopted, Ended, LedgerClosed, Taken
+from celery_capacity.routing.roster import WorkerRow
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.stores import make_engine
 
 CAPACITY = f"cpus={CPUS}000,memory={256 * 2**30},slots={CPUS}"
 SHAPE = f"cpus={ASKED}000,slots=1"

@@ -13,12 +13,12 @@ from sqlalchemy import text
 
 from benchmarks.books import EMPTY, message
 from benchmarks.size.stock import engine_of
-from routing import accept, roster
-from routing.accept import NewJob
-from routing.ledger import Ledger
-from routing.policy import order
-from routing.replies import Ended, Taken
-from routing.settings import Settings
+from celery_capacity.routing import accept, roster
+from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.policy import order
+from celery_capacity.routing.replies import Ended, Taken
+from celery_capacity.routing.settings import Settings
 
 #: The worker that always has room for these jobs, and for no others: those ask for a whole CPU at the least.
 WORKER: Final = "spare"

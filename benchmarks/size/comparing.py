@@ -12,9 +12,9 @@ from benchmarks.size import admitting
 from benchmarks.size.child import Child
 from benchmarks.size.scale import Scale
 from benchmarks.size.stock import Stock, engine_of, environment, fill
-from routing import rebuild, reconcile, stream
-from routing.ledger import Ledger
-from routing.settings import Settings
+from celery_capacity.routing import rebuild, reconcile, stream
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.settings import Settings
 
 
 def compared(bench: Bench, scale: Scale) -> dict[str, float]:

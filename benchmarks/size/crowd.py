@@ -23,26 +23,26 @@ from sqlalchemy import Engine, text
 
 from benchmarks.size.child import Child
 from benchmarks.size.stock import MEMORY, incarnation_of, worker_name
-from routing import envelope, process_identity
-from routing.capacity import Capacity
-from routing.envelope import Envelope
-from routing.ledger import Ledger
-from routing.message import Tag, parse_tag
-from routing.replies import LedgerClosed
-from routing.request import Request
-from routing.settings import Settings
-from workers.confirmation import Confirmation
-from workers.ends import PostgresEnds
-from workers.holdings import Holding, Holdings
-from workers.identity import Identity, platform_version
-from workers.ledger_thread import LedgerThread
-from workers.mailbox import Mailbox
-from workers.membership import Membership
-from workers.pulse import Pulse
-from workers.recorder import Recorder
-from workers.router import HEADER
-from workers.sight import Sight
-from workers.stores import make_engine
+from celery_capacity.routing import envelope, process_identity
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.envelope import Envelope
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.message import Tag, parse_tag
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.ends import PostgresEnds
+from celery_capacity.workers.holdings import Holding, Holdings
+from celery_capacity.workers.identity import Identity, platform_version
+from celery_capacity.workers.ledger_thread import LedgerThread
+from celery_capacity.workers.mailbox import Mailbox
+from celery_capacity.workers.membership import Membership
+from celery_capacity.workers.pulse import Pulse
+from celery_capacity.workers.recorder import Recorder
+from celery_capacity.workers.router import HEADER
+from celery_capacity.workers.sight import Sight
+from celery_capacity.workers.stores import make_engine
 
 #: Bytes of a thread's stack: a process has a thousand threads.
 STACK: Final = 256 * 1024
@@ -214,7 +214,7 @@ def serve(
     """The process: says "ready" when all are registered or wait for the ledger; answers "troubles"."""
     threading.stack_size(STACK)
     # Each of a thousand would say that it has registered again.
-    logging.getLogger("workers").setLevel(logging.ERROR)
+    logging.getLogger("celery_capacity.workers").setLevel(logging.ERROR)
     shared = Shared(Settings.from_environ(environment), cpus, hold)
     names = [worker_name(number) for number in range(first, first + count)]
     workers = [Worker(shared, name, _held(shared.engine, name)) for name in names]

@@ -18,9 +18,9 @@ from benchmarks.processes import Submitter, submitter
 from benchmarks.servers import Pair
 from benchmarks.size.scale import Scale
 from benchmarks.size.stock import engine_of, environment, finish
-from routing import rebuild, retention
-from routing.ledger import Ledger
-from routing.settings import Settings
+from celery_capacity.routing import rebuild, retention
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.settings import Settings
 
 #: Submissions of one turn, and turns of each side.
 CALLS: Final = 50

@@ -10,9 +10,9 @@ from benchmarks.bench import Bench
 from benchmarks.size.crowd import Crowd
 from benchmarks.size.scale import Scale
 from benchmarks.size.stock import CPUS, Stock, engine_of, environment, fill
-from routing import keys, rebuild, stream
-from routing.ledger import Ledger
-from routing.settings import Settings
+from celery_capacity.routing import keys, rebuild, stream
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.settings import Settings
 
 #: Processes of the crowd.
 PROCESSES: Final = 2

@@ -14,10 +14,10 @@ from benchmarks.servers import Pair
 from benchmarks.size.crowd import Crowd
 from benchmarks.size.scale import Scale
 from benchmarks.size.stock import engine_of, environment
-from routing import keys, rebuild, verify
-from routing.books import text as as_text
-from routing.ledger import Ledger
-from routing.settings import Settings
+from celery_capacity.routing import keys, rebuild, verify
+from celery_capacity.routing.books import text as as_text
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.settings import Settings
 
 #: Processes of the crowd, and programs that submit.
 PROCESSES: Final = 4

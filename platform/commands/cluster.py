@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from platform import render
-from platform.edge import Command, json_option, stores_of
-from platform.terminal import facts, print_json, talk
-from routing import overview
+from celery_capacity.platform import render
+from celery_capacity.platform.edge import Command, json_option, stores_of
+from celery_capacity.platform.terminal import facts, print_json, talk
+from celery_capacity.routing import overview
 
 __all__ = ["command"]
 

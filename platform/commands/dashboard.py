@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from platform.edge import Command, stores_of
-from platform.terminal import talk
-from routing import overview
-from routing.errors import InvalidRequest
-from workers.exits import Exit
+from celery_capacity.platform.edge import Command, stores_of
+from celery_capacity.platform.terminal import talk
+from celery_capacity.routing import overview
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.workers.exits import Exit
 
 __all__ = ["command"]
 
@@ -69,7 +69,7 @@ def _bind(host: str, port: int) -> list[socket.socket]:
 async def _serve(read: Any, sockets: list[socket.socket], name: str) -> None:
     from tornado.httpserver import HTTPServer
 
-    from platform.dashboard import LIMITS, application
+    from celery_capacity.platform.dashboard import LIMITS, application
 
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from platform import servers
-from platform.edge import Command, json_option, settings_of_environment
-from platform.terminal import facts, print_json
+from celery_capacity.platform import servers
+from celery_capacity.platform.edge import Command, json_option, settings_of_environment
+from celery_capacity.platform.terminal import facts, print_json
 
 __all__ = ["command"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from platform import render
-from platform.edge import Command, json_option, stores_of
-from platform.terminal import facts, print_json
-from routing import explain, lookup, overview
-from routing.errors import InvalidRequest
-from routing.names import check_job_id
-from workers.exits import Exit
+from celery_capacity.platform import render
+from celery_capacity.platform.edge import Command, json_option, stores_of
+from celery_capacity.platform.terminal import facts, print_json
+from celery_capacity.routing import explain, lookup, overview
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.names import check_job_id
+from celery_capacity.workers.exits import Exit
 
 __all__ = ["command"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from platform import render
-from platform.edge import Command, json_option, stores_of
-from platform.terminal import facts, print_json
-from routing import deadlines, rebuild, reconcile
-from workers.exits import Exit
+from celery_capacity.platform import render
+from celery_capacity.platform.edge import Command, json_option, stores_of
+from celery_capacity.platform.terminal import facts, print_json
+from celery_capacity.routing import deadlines, rebuild, reconcile
+from celery_capacity.workers.exits import Exit
 
 __all__ = ["command"]
 

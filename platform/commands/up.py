@@ -8,12 +8,12 @@ from contextlib import closing
 
 import click
 
-from platform.edge import Command, settings_of_environment
-from platform.launch import Interrupted, WorkerSpec, parse_workers
-from platform.processes import Family, prefixed
-from platform.station import Station
-from platform.terminal import facts, print_json, table, talk
-from workers.exits import Exit
+from celery_capacity.platform.edge import Command, settings_of_environment
+from celery_capacity.platform.launch import Interrupted, WorkerSpec, parse_workers
+from celery_capacity.platform.processes import Family, prefixed
+from celery_capacity.platform.station import Station
+from celery_capacity.platform.terminal import facts, print_json, table, talk
+from celery_capacity.workers.exits import Exit
 
 __all__ = ["command"]
 

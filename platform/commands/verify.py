@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from platform import checks, render
-from platform.edge import Command, json_option, stores_of
-from platform.terminal import facts, print_json
-from routing import deadlines, overview, verify
-from routing.errors import StoreUnavailable
-from workers.exits import Exit
+from celery_capacity.platform import checks, render
+from celery_capacity.platform.edge import Command, json_option, stores_of
+from celery_capacity.platform.terminal import facts, print_json
+from celery_capacity.routing import deadlines, overview, verify
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.workers.exits import Exit
 
 if TYPE_CHECKING:
-    from workers.stores import Stores
+    from celery_capacity.workers.stores import Stores
 
 __all__ = ["command"]
 

@@ -17,13 +17,13 @@ import click
 import pytest
 from celery.bin.celery import celery
 
-import routing
-from routing import keys
-from routing.explain import Why
-from routing.settings import Settings
+from celery_capacity import routing
+from celery_capacity.routing import keys
+from celery_capacity.routing.explain import Why
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.plugin import Lazy
 from tests.fixtures.processes import ROOT
 from tests.fixtures.replay import blocks_of
-from workers.plugin import Lazy
 
 DOCS: Final = ROOT / "docs"
 HOW: Final = DOCS / "DYNAMIC_RESOURCE_MANAGEMENT.md"
@@ -173,11 +173,8 @@ def test_every_reason_to_wait_is_told() -> None:
 
 def command(name: str) -> click.Command:
     """The command that stands behind a heading of the reference: `up`, `db upgrade`."""
-    if name == "origins":
-        found: click.Command = import_module("celery_capacity")._origins
-        return found
     first, _, second = name.partition(" ")
-    of: Any = import_module(f"platform.commands.{first}").command
+    of: Any = import_module(f"celery_capacity.platform.commands.{first}").command
     return of.commands[second] if second else of  # type: ignore[no-any-return]
 
 
@@ -219,7 +216,7 @@ def test_the_reference_has_every_command_with_all_its_options() -> None:
         options = re.findall(r"^\| (`-.*?) \|", body, re.MULTILINE)
         told[name] = set(re.findall(r"`(-[\w-]+)", " ".join(options)))
     names = [path.stem for path in (ROOT / "platform" / "commands").glob("*.py") if path.stem != "__init__"]
-    names += ["origins", *(f"db {name}" for name in command("db").commands)]  # type: ignore[attr-defined]
+    names += [f"db {name}" for name in command("db").commands]  # type: ignore[attr-defined]
     names.remove("db")
     expected = {}
     for name in names:

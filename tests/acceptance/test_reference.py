@@ -16,14 +16,14 @@ from sqlalchemy import Engine, text
 
 import celery_capacity
 from benchmarks.proposals.report import RESULTS, Report
-from platform import render
-from routing import keys, overview, policy, states
-from routing.amounts import LABEL, labels
-from routing.capacity import Capacity
-from routing.explain import Explanation, Why, refuse
-from routing.policy import Admission, Book, Reason, order
-from routing.replies import Adopted
-from routing.request import Request
+from celery_capacity.platform import render
+from celery_capacity.routing import keys, overview, policy, states
+from celery_capacity.routing.amounts import LABEL, labels
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.explain import Explanation, Why, refuse
+from celery_capacity.routing.policy import Admission, Book, Reason, order
+from celery_capacity.routing.replies import Adopted
+from celery_capacity.routing.request import Request
 from tests.fixtures.books import MESSAGE, open_ledger
 from tests.fixtures.cluster import ONE, Cluster
 from tests.fixtures.processes import ROOT

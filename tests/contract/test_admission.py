@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from routing import keys
-from routing.amounts import DEFAULT_QUEUE, labels
-from routing.capacity import Capacity
-from routing.envelope import digest_of
-from routing.ledger import Ledger
-from routing.policy import (
+from celery_capacity.routing import keys
+from celery_capacity.routing.amounts import DEFAULT_QUEUE, labels
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.envelope import digest_of
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.policy import (
     CANDIDATES,
     MOST_ADMITTED,
     SHAPES,
@@ -29,9 +29,9 @@ from routing.policy import (
     fill,
     order,
 )
-from routing.replies import Ended, Filled
-from routing.request import Request
-from routing.scripts import RUN
+from celery_capacity.routing.replies import Ended, Filled
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.scripts import RUN
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger, write_book
 
 #: Each example takes some milliseconds of the server.

@@ -7,11 +7,11 @@ from typing import Final
 
 import pytest
 
-from routing import keys, policy
-from routing.ledger import Ledger
-from routing.policy import Admission, Book, Reason, Refusal, Waiting, order, survey
-from routing.replies import Adopted
-from routing.request import Request
+from celery_capacity.routing import keys, policy
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.policy import Admission, Book, Reason, Refusal, Waiting, order, survey
+from celery_capacity.routing.replies import Adopted
+from celery_capacity.routing.request import Request
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 

@@ -10,18 +10,18 @@ from typing import Any, Final
 import pytest
 from sqlalchemy import Engine, create_engine, text
 
-from routing import keys, outbox, stream
-from routing.accept import NewJob
-from routing.outbox import Outbox
-from routing.replies import Ended
-from routing.request import Request
-from routing.settings import Settings
-from routing.states import Step
-from routing.store import Transition
+from celery_capacity.routing import keys, outbox, stream
+from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.replies import Ended
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.states import Step
+from celery_capacity.routing.store import Transition
+from celery_capacity.workers.recorder import Recorder
+from celery_capacity.workers.stores import make_engine
 from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
 from tests.fixtures.waiting import until
-from workers.recorder import Recorder
-from workers.stores import make_engine
 
 #: An error in no way that a database in ASCII can hold.
 ERROR: Final = "größer ✓"

@@ -9,10 +9,10 @@ from celery import Celery, states
 from celery.app.task import Context
 from sqlalchemy import Engine, text
 
-from routing import chords
-from routing.settings import Settings
+from celery_capacity.routing import chords
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.app import create_app
 from tests.fixtures.staged import Stage
-from workers.app import create_app
 
 
 @pytest.fixture

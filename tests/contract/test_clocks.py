@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from routing import keys, rebuild, stream
-from routing.settings import Settings
+from celery_capacity.routing import keys, rebuild, stream
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import Cluster
 from tests.fixtures.staged import Stage

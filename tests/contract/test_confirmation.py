@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from routing import roster
-from routing.settings import Settings
+from celery_capacity.routing import roster
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.confirmation import Confirmation
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
-from workers.confirmation import Confirmation
 
 #: Seconds between two questions.
 INTERVAL = 0.05

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import keys, rebuild, timeouts
-from routing.books import read_cards
-from routing.replies import Ended
-from routing.settings import Settings
-from routing.states import Step
-from routing.store import Transition
+from celery_capacity.routing import keys, rebuild, timeouts
+from celery_capacity.routing.books import read_cards
+from celery_capacity.routing.replies import Ended
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.states import Step
+from celery_capacity.routing.store import Transition
+from celery_capacity.workers import claims
+from celery_capacity.workers.stores import make_engine
 from tests.fixtures.staged import MOST_LOSSES, Stage
-from workers import claims
-from workers.stores import make_engine
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from typing import Final
 
 import pytest
 
-from routing import fence, rebuild, reconcile, scripts, store, successors
-from routing.amounts import DEFAULT_QUEUE
-from routing.states import FINAL, TRANSITIONS, Event, State, Step
+from celery_capacity.routing import fence, rebuild, reconcile, scripts, store, successors
+from celery_capacity.routing.amounts import DEFAULT_QUEUE
+from celery_capacity.routing.states import FINAL, TRANSITIONS, Event, State, Step
 
 NAMES: Final = scripts.names()
 HELD: Final = (State.ADMITTED, State.RUNNING)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import election, keys
-from routing.election import Elected
-from routing.settings import Settings
+from celery_capacity.routing import election, keys
+from celery_capacity.routing.election import Elected
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.duties.election import Candidate
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
-from workers.duties.election import Candidate
 
 TERM = 60.0
 

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import pull
-from routing.replies import Ended
-from routing.request import Request
-from routing.settings import Settings
+from celery_capacity.routing import pull
+from celery_capacity.routing.replies import Ended
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.ends import End, PostgresEnds
+from celery_capacity.workers.holdings import Holding, Holdings
+from celery_capacity.workers.identity import new_identity
+from celery_capacity.workers.stores import make_engine
 from tests.contract.test_bad_transitions import refuse, set_aside
 from tests.fixtures.staged import Stage
-from workers.confirmation import Confirmation
-from workers.ends import End, PostgresEnds
-from workers.holdings import Holding, Holdings
-from workers.identity import new_identity
-from workers.stores import make_engine
 
 
 @pytest.fixture

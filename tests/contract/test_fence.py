@@ -8,12 +8,12 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from routing import fence, keys, pull, stream, takeback, verify
-from routing.accept import Publisher
-from routing.reconcile import reconcile
-from routing.replies import Adopted
-from routing.settings import Settings
-from routing.states import Step
+from celery_capacity.routing import fence, keys, pull, stream, takeback, verify
+from celery_capacity.routing.accept import Publisher
+from celery_capacity.routing.reconcile import reconcile
+from celery_capacity.routing.replies import Adopted
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.states import Step
 from tests.fixtures.staged import MOST_LOSSES, Stage
 
 

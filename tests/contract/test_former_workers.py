@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import keys
-from routing.settings import Settings
+from celery_capacity.routing import keys
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.duties import former_workers
+from celery_capacity.workers.stores import Stores
 from tests.fixtures.staged import Stage
-from workers.duties import former_workers
-from workers.stores import Stores
 
 NO_APP: Any = None
 LONG_AGO = "now() - make_interval(secs => :seconds)"

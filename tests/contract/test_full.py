@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from routing import keys, stream
-from routing.ledger import Ledger
-from routing.replies import Adopted, Ended, LedgerFull
-from routing.request import Request
+from celery_capacity.routing import keys, stream
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.replies import Adopted, Ended, LedgerFull
+from celery_capacity.routing.request import Request
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 from tests.fixtures.installed import old_redis

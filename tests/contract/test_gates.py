@@ -16,27 +16,27 @@ from celery.result import AsyncResult, GroupResult
 from hypothesis import HealthCheck, given, settings, strategies
 from sqlalchemy import Engine, text
 
-from routing import accept, fence, gates, outbox, pull, store, successors
-from routing.accept import Gates, NewJob, Publisher, Rate
-from routing.errors import InvalidRequest
-from routing.explain import Why, explain
-from routing.outbox import Outbox
-from routing.replies import Ended
-from routing.request import Request
-from routing.settings import Settings
-from routing.states import State, Step
-from routing.store import Transition
+from celery_capacity.routing import accept, fence, gates, outbox, pull, store, successors
+from celery_capacity.routing.accept import Gates, NewJob, Publisher, Rate
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.explain import Why, explain
+from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.replies import Ended
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.states import State, Step
+from celery_capacity.routing.store import Transition
+from celery_capacity.workers.app import create_app
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.duties import due, fallback, keys
+from celery_capacity.workers.ends import End, PostgresEnds
+from celery_capacity.workers.gates import declare_rates, key_of, rate_of
+from celery_capacity.workers.holdings import Holding, Holdings
+from celery_capacity.workers.identity import new_identity
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.undelivered import deliver_rows
 from tests.fixtures.staged import MESSAGE, Stage
 from tests.fixtures.waiting import until
-from workers.app import create_app
-from workers.confirmation import Confirmation
-from workers.duties import due, fallback, keys
-from workers.ends import End, PostgresEnds
-from workers.gates import declare_rates, key_of, rate_of
-from workers.holdings import Holding, Holdings
-from workers.identity import new_identity
-from workers.stores import Stores
-from workers.undelivered import deliver_rows
 
 TASK: Final = "some.task"
 SHAPE: Final = "cpus=1000,slots=1"

@@ -11,11 +11,11 @@ from typing import Any, Final
 import pytest
 import redis
 
-from routing import keys, scripts
-from routing import ledger as bindings
-from routing.ledger import Ledger
-from routing.replies import Adopted, Ended
-from routing.settings import Settings
+from celery_capacity.routing import keys, scripts
+from celery_capacity.routing import ledger as bindings
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.replies import Adopted, Ended
+from celery_capacity.routing.settings import Settings
 
 NAMES: Final = scripts.names()
 #: What every script that acts on the books may answer besides its own replies: `LedgerServer` raises for these.

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Engine, NullPool, create_engine, text
 
-from routing import accept
-from routing.accept import Gates, NewJob
-from routing.inserter import Inserter
-from routing.request import Request
+from celery_capacity.routing import accept
+from celery_capacity.routing.accept import Gates, NewJob
+from celery_capacity.routing.inserter import Inserter
+from celery_capacity.routing.request import Request
 from tests.fixtures.waiting import until
 
 #: Ends of the jobs' ids.
@@ -70,8 +70,8 @@ def test_a_row_is_the_same_by_either_way(
     engine: Engine, inserter: Inserter, monkeypatch: pytest.MonkeyPatch, often: int
 ) -> None:
     # Where every kind of job is common, where those are that came before, or none that has come too late.
-    monkeypatch.setattr("routing.inserter._COMMON", often)
-    monkeypatch.setattr("routing.inserter._COUNTED", 3)
+    monkeypatch.setattr("celery_capacity.routing.inserter._COMMON", often)
+    monkeypatch.setattr("celery_capacity.routing.inserter._COUNTED", 3)
 
     @given(st.one_of(JOBS, SIMPLE))
     def check(fields: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ def test_a_row_is_the_same_by_either_way(
 def test_a_common_kind_of_jobs_has_a_statement_of_its_own_on_each_connection(
     engine: Engine, inserter: Inserter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("routing.inserter._MOST_KINDS", 2)
+    monkeypatch.setattr("celery_capacity.routing.inserter._MOST_KINDS", 2)
     kinds = [
         {"name": name, "shape": Request.of({"cpus": 500}).shape, "message": b"\\'", "root_id": "itself"}
         for name in ("it's", "100% \\ done", "a third")

@@ -8,15 +8,15 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from routing import fence, keys, takeback
-from routing.accept import Publisher
-from routing.reconcile import reconcile
-from routing.settings import Settings
+from celery_capacity.routing import fence, keys, takeback
+from celery_capacity.routing.accept import Publisher
+from celery_capacity.routing.reconcile import reconcile
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.duties import fallback, lapse
+from celery_capacity.workers.duties.window import Window
+from celery_capacity.workers.stores import Stores
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
-from workers.duties import fallback, lapse
-from workers.duties.window import Window
-from workers.stores import Stores
 
 
 @pytest.fixture

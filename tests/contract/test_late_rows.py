@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import backlog, keys, rebuild, timeouts
-from routing.backlog import Pending
-from routing.replies import Ended
-from routing.settings import Settings
+from celery_capacity.routing import backlog, keys, rebuild, timeouts
+from celery_capacity.routing.backlog import Pending
+from celery_capacity.routing.replies import Ended
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.stores import make_engine
 from tests.fixtures.staged import MOST_LOSSES, Stage
-from workers.stores import make_engine
 
 
 @pytest.fixture

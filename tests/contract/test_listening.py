@@ -8,11 +8,11 @@ import pytest
 from celery import Celery
 from sqlalchemy import Engine
 
-from routing import keys
-from routing.settings import Settings
+from celery_capacity.routing import keys
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.app import create_app
+from celery_capacity.workers.duties.listening import Listener
 from tests.fixtures.staged import MOST_LOSSES, Stage
-from workers.app import create_app
-from workers.duties.listening import Listener
 
 
 @pytest.fixture

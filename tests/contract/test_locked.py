@@ -8,17 +8,17 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import Connection, Engine, text
 
-from routing import fence, keys, rebuild, reconcile, roster, stream, takeback
-from routing.accept import Publisher
-from routing.books import read_cards
-from routing.replies import Ended
-from routing.settings import Settings
+from celery_capacity.routing import fence, keys, rebuild, reconcile, roster, stream, takeback
+from celery_capacity.routing.accept import Publisher
+from celery_capacity.routing.books import read_cards
+from celery_capacity.routing.replies import Ended
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.app import create_app
+from celery_capacity.workers.duties import fallback
+from celery_capacity.workers.recorder import Recorder
+from celery_capacity.workers.stores import make_engine
 from tests.fixtures.staged import MOST_LOSSES, Stage
 from tests.fixtures.waiting import until
-from workers.app import create_app
-from workers.duties import fallback
-from workers.recorder import Recorder
-from workers.stores import make_engine
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from routing import keys
-from routing.amounts import labels
-from routing.capacity import Capacity
-from routing.ledger import Ledger
-from routing.policy import Refusal, choose
-from routing.replies import Adopted, Ended
+from celery_capacity.routing import keys
+from celery_capacity.routing.amounts import labels
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.policy import Refusal, choose
+from celery_capacity.routing.replies import Adopted, Ended
 from tests.fixtures.books import FOR_EVER, MOST_LOSSES, open_ledger
 from tests.fixtures.comparing import differences, expected, observe
 from tests.fixtures.job_rules import JobRules

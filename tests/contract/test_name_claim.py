@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import keys, process_identity
-from routing.errors import NameTaken
-from routing.ledger import Ledger
-from routing.process_identity import Place
-from routing.settings import Settings
+from celery_capacity.routing import keys, process_identity
+from celery_capacity.routing.errors import NameTaken
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.process_identity import Place
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.identity import new_identity
+from celery_capacity.workers.name_claim import NameClaim
 from tests.fixtures.books import VIEW
 from tests.fixtures.staged import Stage
-from workers.identity import new_identity
-from workers.name_claim import NameClaim
 
 #: Another boot of a machine of the same id: a clone, or the same machine before it booted. Nobody can tell which.
 ELSEWHERE = Place(process_identity.machine_id(), "another boot:pid:[1]")

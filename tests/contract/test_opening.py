@@ -12,9 +12,9 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from routing import keys, pull, rebuild, revoking, roster, timeouts
-from routing.ledger import Ledger
-from routing.settings import Settings
+from celery_capacity.routing import keys, pull, rebuild, revoking, roster, timeouts
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import PATIENCE
 

@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from routing import prepared, store
-from routing.postgres import is_locked
-from routing.states import Step
-from routing.store import Transition
+from celery_capacity.routing import prepared, store
+from celery_capacity.routing.postgres import is_locked
+from celery_capacity.routing.states import Step
+from celery_capacity.routing.store import Transition
 from tests.fixtures.transitions import Rows
 
 NAME: Final = store._APPLY.name

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import pull, roster, store
-from routing.capacity import Capacity
-from routing.message import parse_tag
-from routing.policy import Book
-from routing.pull import Candidate
-from routing.request import Request
-from routing.states import State, Step
-from routing.store import Transition
+from celery_capacity.routing import pull, roster, store
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.message import parse_tag
+from celery_capacity.routing.policy import Book
+from celery_capacity.routing.pull import Candidate
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.states import State, Step
+from celery_capacity.routing.store import Transition
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.pull import transactions
 from tests.fixtures.staged import MESSAGE
-from workers.confirmation import Confirmation
-from workers.pull import transactions
 
 MOST_LOSSES = 3
 ONE = Request.of({"cpus": 1000}).shape

@@ -10,15 +10,15 @@ from unittest.mock import Mock
 import pytest
 from sqlalchemy import Engine, text
 
-from routing.settings import Settings
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.holdings import Holdings
+from celery_capacity.workers.identity import new_identity
+from celery_capacity.workers.pull import Puller
+from celery_capacity.workers.stores import Stores
 from tests.contract.test_bad_transitions import refuse
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
-from workers.confirmation import Confirmation
-from workers.holdings import Holdings
-from workers.identity import new_identity
-from workers.pull import Puller
-from workers.stores import Stores
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ from typing import Final
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import backlog, enroll, keys, stream, verify
-from routing.drift import Reconciled
-from routing.ledger import Ledger
-from routing.places import CHUNK
-from routing.policy import order
-from routing.reconcile import reconcile
-from routing.replies import LedgerClosed
-from routing.request import Request
-from routing.settings import Settings
+from celery_capacity.routing import backlog, enroll, keys, stream, verify
+from celery_capacity.routing.drift import Reconciled
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.places import CHUNK
+from celery_capacity.routing.policy import order
+from celery_capacity.routing.reconcile import reconcile
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.settings import Settings
 from tests.fixtures import damage
 from tests.fixtures.damage import DAMAGES, Scene
 from tests.fixtures.staged import MESSAGE, Stage

@@ -15,18 +15,18 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 
-from routing import accept, explain, lookup, outbox, retention, store, verify
-from routing.accept import NewJob, Publisher
-from routing.outbox import UNTOLD, Outbox
-from routing.reconcile import reconcile
-from routing.settings import Settings
-from routing.states import FINAL, State, Step
-from routing.store import Transition
+from celery_capacity.routing import accept, explain, lookup, outbox, retention, store, verify
+from celery_capacity.routing.accept import NewJob, Publisher
+from celery_capacity.routing.outbox import UNTOLD, Outbox
+from celery_capacity.routing.reconcile import reconcile
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.states import FINAL, State, Step
+from celery_capacity.routing.store import Transition
+from celery_capacity.workers.duties import retention as duty
+from celery_capacity.workers.stores import Stores
 from tests.fixtures.processes import ROOT
 from tests.fixtures.staged import MESSAGE, Stage
 from tests.fixtures.work import Work
-from workers.duties import retention as duty
-from workers.stores import Stores
 
 #: Seconds for which jobs are kept in most of these tests.
 KEEP: Final = 100.0

@@ -10,17 +10,17 @@ import pytest
 from celery import Celery
 from sqlalchemy import Engine, text
 
-from routing import accept, backlog, enroll, keys, pull, rebuild, revoking, roster, stream, successors
-from routing.accept import NewJob
-from routing.ledger import Ledger
-from routing.replies import Ended
-from routing.request import Request
-from routing.settings import Settings
+from celery_capacity.routing import accept, backlog, enroll, keys, pull, rebuild, revoking, roster, stream, successors
+from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.replies import Ended
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.app import create_app
+from celery_capacity.workers.control import carry_out, revoke_jobs
+from celery_capacity.workers.duties import fallback, sweep
+from celery_capacity.workers.stores import Stores, make_engine
 from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
-from workers.app import create_app
-from workers.control import carry_out, revoke_jobs
-from workers.duties import fallback, sweep
-from workers.stores import Stores, make_engine
 
 ONE = Request.of({"cpus": 1000}).shape
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing import room
-from routing.ledger import Ledger
-from routing.policy import Book, fits, order
-from routing.request import Request
+from celery_capacity.routing import room
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.policy import Book, fits, order
+from celery_capacity.routing.request import Request
 from tests.fixtures.books import MESSAGE, open_ledger, write_book
 
 FULL = {"cpus": 4000, "memory": 100, "slots": 4}

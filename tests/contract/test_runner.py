@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import keys
-from routing.settings import Settings
+from celery_capacity.routing import keys
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.duties import DUTIES, Duty
+from celery_capacity.workers.duties.runner import Runner
+from celery_capacity.workers.stores import Stores
 from tests.fixtures.staged import Stage
-from workers.duties import DUTIES, Duty
-from workers.duties.runner import Runner
-from workers.stores import Stores
 
 
 @pytest.fixture

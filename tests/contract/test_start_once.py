@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from routing import keys
-from routing.reconcile import reconcile
-from routing.settings import Settings
+from celery_capacity.routing import keys
+from celery_capacity.routing.reconcile import reconcile
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.staged import Stage
 
 

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 
-from routing import keys, store, stream, successors
-from routing.accept import NewJob
-from routing.replies import Ended
-from routing.request import Request
-from routing.settings import Settings
-from routing.states import FINAL, State, Step
-from routing.store import Transition
+from celery_capacity.routing import keys, store, stream, successors
+from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.replies import Ended
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.states import FINAL, State, Step
+from celery_capacity.routing.store import Transition
 from tests.fixtures.staged import MOST_LOSSES, Stage
 from tests.fixtures.transitions import SEVERAL, Rows, batches, expected_attempts, expected_row, histories, thinned
 

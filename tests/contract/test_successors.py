@@ -8,11 +8,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine
 
-from routing import accept, backlog, enroll, keys, outbox, pull, replacing, roster, stream, successors
-from routing.accept import NewJob
-from routing.outbox import Outbox
-from routing.request import Request
-from routing.settings import Settings
+from celery_capacity.routing import accept, backlog, enroll, keys, outbox, pull, replacing, roster, stream, successors
+from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.staged import MESSAGE, Stage
 
 ONE = Request.of({"cpus": 1000}).shape

@@ -9,13 +9,13 @@ from typing import Any, Final
 import pytest
 from sqlalchemy import Engine, text
 
-from routing import backlog, enroll, keys, reconcile, stream
-from routing.request import Request
-from routing.settings import Settings
+from celery_capacity.routing import backlog, enroll, keys, reconcile, stream
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.duties import due, sweep
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import Cluster
 from tests.fixtures.staged import Stage
-from workers.duties import due, sweep
 
 
 @pytest.fixture

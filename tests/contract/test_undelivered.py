@@ -12,19 +12,19 @@ import pytest
 from celery import Celery
 from sqlalchemy import Engine, text
 
-from routing import fence
-from routing.outbox import UNANNOUNCED, UNTOLD, Outbox, parse
-from routing.settings import Settings
-from routing.states import State
+from celery_capacity.routing import fence
+from celery_capacity.routing.outbox import UNANNOUNCED, UNTOLD, Outbox, parse
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.states import State
+from celery_capacity.workers import living, parts, undelivered
+from celery_capacity.workers.app import create_app
+from celery_capacity.workers.control import end_before_start
+from celery_capacity.workers.parts import Parts
+from celery_capacity.workers.results import CarriedResults
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.undelivered import context_of, deliver_rows, tell_late
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
-from workers import living, parts, undelivered
-from workers.app import create_app
-from workers.control import end_before_start
-from workers.parts import Parts
-from workers.results import CarriedResults
-from workers.stores import Stores
-from workers.undelivered import context_of, deliver_rows, tell_late
 
 #: Bodies of old producers of which no arguments can be made.
 UNREADABLE = (b"no JSON", b"[]", b"[[], {}, [1]]", b"[[], {}, {\"errbacks\": 1}]")

@@ -30,9 +30,8 @@ import click
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-import workers.plugin  # noqa: F401  makes `platform.servers` importable
-from routing import keys
-from routing.errors import NotAccepted, OutcomeUnknown, PlatformError
+from celery_capacity.routing import keys
+from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, PlatformError
 from tests.faults import breaking, history, lasting, processes
 from tests.faults.breaking import World
 from tests.faults.healing import Times, times_of

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 
-import workers.plugin  # noqa: F401  makes `platform.celery` importable
 from tests.faults.watching import TASK
 from tests.tasks import dying  # noqa: F401  may end this process at a step
 
@@ -20,7 +19,7 @@ def say(line: str) -> None:
 
 
 def main(trace: str, count: int, prefix: str, step_by_step: str = "") -> None:
-    from platform.celery import app
+    from celery_capacity.platform.celery import app
 
     for number in range(count):
         say(f"try {number}")

@@ -25,10 +25,9 @@ from typing import Any, Final
 
 import click
 
-import workers.plugin  # noqa: F401  makes `platform.servers` importable
-from platform import valkey
-from routing import roster
-from routing.errors import NotAccepted, OutcomeUnknown
+from celery_capacity.platform import valkey
+from celery_capacity.routing import roster
+from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown
 from tests.faults.oracle import read
 from tests.faults.servers import Servers, own_servers
 from tests.faults.watching import TASK, Oracle

@@ -18,8 +18,8 @@ import psutil
 import redis
 from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 
-from platform import postgres, servers, valkey
-from routing.home import Pair
+from celery_capacity.platform import postgres, servers, valkey
+from celery_capacity.routing.home import Pair
 
 #: Systems give ports from here on to whoever connects somewhere: also that of a server that is down, to a client that
 #: asks for it.

@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from routing import roster
-from routing.errors import PlatformError
-from routing.replies import LedgerClosed
+from celery_capacity.routing import roster
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.workers.duties import DUTIES
+from celery_capacity.workers.sender import Sender
+from celery_capacity.workers.stores import Stores
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
-from workers.duties import DUTIES
-from workers.sender import Sender
-from workers.stores import Stores
 
 
 def test_beat_dies_for_good_and_every_job_runs(

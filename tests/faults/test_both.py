@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from routing.errors import NotAccepted
+from celery_capacity.routing.errors import NotAccepted
 from tests.faults.servers import Servers
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import READY, Platform

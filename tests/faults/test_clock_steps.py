@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from routing import keys
+from celery_capacity.routing import keys
+from celery_capacity.workers.exits import Exit
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
-from workers.exits import Exit
 
 HOUR = 3600.0
 

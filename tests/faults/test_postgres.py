@@ -11,9 +11,9 @@ import pytest
 from celery import Celery
 from sqlalchemy import text
 
-from platform import postgres
-from routing import keys
-from routing.errors import NotAccepted, OutcomeUnknown
+from celery_capacity.platform import postgres
+from celery_capacity.routing import keys
+from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown
 from tests.faults.breaking import World
 from tests.faults.servers import Servers
 from tests.faults.watching import Oracle

@@ -10,11 +10,11 @@ from typing import Final
 
 import pytest
 
+from celery_capacity.workers.exits import Exit
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import READY, Platform, Pool, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
-from workers.exits import Exit
 
 #: Has the worker that imports it believe that it runs after another boot, on a machine of the same id and host name.
 CLONED: Final = "tests.tasks.cloned"

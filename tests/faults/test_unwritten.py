@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from routing import keys, verify
+from celery_capacity.routing import keys, verify
 from tests.faults.breaking import World
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until

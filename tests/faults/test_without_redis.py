@@ -18,9 +18,9 @@ from celery import chain, chord, group
 from celery.exceptions import ChordError, TaskRevokedError
 from sqlalchemy import text
 
-from platform import valkey
-from routing import roster
-from routing.roster import Authority
+from celery_capacity.platform import valkey
+from celery_capacity.routing import roster
+from celery_capacity.routing.roster import Authority
 from tests.faults.servers import Servers
 from tests.faults.watching import TASK, Oracle
 from tests.fixtures.processes import Platform, Pool

@@ -12,14 +12,14 @@ import pytest
 from celery.exceptions import WorkerLostError
 from sqlalchemy import text
 
-from routing import keys
+from celery_capacity.routing import keys
+from celery_capacity.workers.exits import Exit
 from tests.faults.oracle import read
 from tests.faults.watching import Oracle
 from tests.fixtures import tasks
 from tests.fixtures.processes import READY, Platform, Pool
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
-from workers.exits import Exit
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"

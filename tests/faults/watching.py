@@ -14,9 +14,9 @@ from typing import Any, Final
 import psutil
 from sqlalchemy import text
 
-from routing import verify
-from routing.errors import NotAccepted, OutcomeUnknown
-from routing.states import FINAL, State
+from celery_capacity.routing import verify
+from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown
+from celery_capacity.routing.states import FINAL, State
 from tests.faults import history
 from tests.faults.oracle import Healing, Line, Verdict, first_start, judge, monotonic_of, read
 from tests.fixtures.processes import Platform, Process

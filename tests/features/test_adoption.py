@@ -12,15 +12,15 @@ from celery import Celery, Task, current_app
 from sqlalchemy import Engine
 
 from celery_capacity import create_app, install
-from routing.settings import Settings
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers import ticks
+from celery_capacity.workers.app import platform_of
+from celery_capacity.workers.router import Router, declaration
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.task import PlatformTask
 from tests.fixtures.processes import Platform
 from tests.fixtures.waiting import until
 from tests.tasks import adopted
-from workers import ticks
-from workers.app import platform_of
-from workers.router import Router, declaration
-from workers.stores import Stores
-from workers.task import PlatformTask
 
 #: Task -> CPUs that it declares, itself or by the project's base.
 DECLARED = {
@@ -161,10 +161,10 @@ def test_queues_that_were_added_before_are_still_there(environ: None) -> None:
 
 def test_a_configuration_that_is_read_anew_keeps_the_platforms_defaults(environ: None) -> None:
     app = install(Celery("again", set_as_current=False))
-    assert app.conf.worker_consumer == "workers.consumer:Consumer"
+    assert app.conf.worker_consumer == "celery_capacity.workers.consumer:Consumer"
     app.config_from_object({"timezone": "Europe/Berlin", "beat_schedule": {}}, force=True)
     assert app.conf.timezone == "Europe/Berlin"
-    assert app.conf.worker_consumer == "workers.consumer:Consumer"
+    assert app.conf.worker_consumer == "celery_capacity.workers.consumer:Consumer"
     assert app.conf.broker_url == platform_of(app).settings.redis_url
     app.finalize()
     app.config_from_object({"beat_schedule": {}}, force=True)

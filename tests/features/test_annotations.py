@@ -12,13 +12,13 @@ from celery import Celery
 from sqlalchemy import Engine
 
 from celery_capacity import SettingsError, create_app
-from routing import request_file
-from routing.request import Request
-from routing.settings import Settings
+from celery_capacity.routing import request_file
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.app import platform_of
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter
 from tests.tasks import declared
-from workers.app import platform_of
 
 Write = Callable[[str], Path]
 

@@ -12,18 +12,18 @@ from celery.signals import after_task_publish, before_task_publish
 from sqlalchemy import Connection, text
 
 from celery_capacity import InvalidRequest, LeaseLost, NotAccepted, PartlyAccepted, create_app
-from routing import bulk, message
-from routing.home import Pair
-from routing.message import Tag
+from celery_capacity.routing import bulk, message
+from celery_capacity.routing.home import Pair
+from celery_capacity.routing.message import Tag
+from celery_capacity.workers import attempts
+from celery_capacity.workers.attempts import Attempt
+from celery_capacity.workers.router import Router
+from celery_capacity.workers.task import PlatformTask
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
 from tests.tasks.bulky import double, spread
 from tests.tasks.canvas import total
-from workers import attempts
-from workers.attempts import Attempt
-from workers.router import Router
-from workers.task import PlatformTask
 
 #: What differs between two messages of one task.
 OWN = ("id", "root_id", "argsrepr", "kwargsrepr")

@@ -14,11 +14,11 @@ from celery import Celery
 from celery.exceptions import InvalidTaskError, TaskRevokedError
 from kombu.utils.uuid import uuid
 
-from routing.home import Pair
+from celery_capacity.routing.home import Pair
+from celery_capacity.workers.intake import with_arguments
 from tests.fixtures.processes import Platform
 from tests.fixtures.setting_aside import until_set_aside
 from tests.fixtures.submitting import RESULT_WITHIN, Submitter, standing_platform
-from workers.intake import with_arguments
 
 ADD = "tests.fixtures.tasks.add"
 FAIL = "tests.fixtures.tasks.fail"

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from routing.errors import Unsupported
-from routing.home import Pair
+from celery_capacity.routing.errors import Unsupported
+from celery_capacity.routing.home import Pair
+from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.green import check_pool
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform, Process
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
 from tests.tasks import bodies
-from workers.exits import Exit
-from workers.green import check_pool
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from platform.render import reasons
-from routing.explain import explain
-from routing.home import Pair
+from celery_capacity.platform.render import reasons
+from celery_capacity.routing.explain import explain
+from celery_capacity.routing.home import Pair
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.tasks import gated

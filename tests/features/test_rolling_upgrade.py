@@ -13,18 +13,17 @@ import pytest
 from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
-import migrations
-from celery_capacity import InvalidRequest
-from routing import formats, keys
-from routing import message as messages
+from celery_capacity import InvalidRequest, migrations
+from celery_capacity.routing import formats, keys
+from celery_capacity.routing import message as messages
+from celery_capacity.workers import identity
+from celery_capacity.workers.app import platform_of
 from tests.fixtures import tasks
 from tests.fixtures.processes import READY, Platform, Process
 from tests.fixtures.setting_aside import counter, set_aside
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 from tests.tasks import rolling
-from workers import identity
-from workers.app import platform_of
 
 ADD = "tests.fixtures.tasks.add"
 #: Seconds between two messages of a producer.

@@ -13,11 +13,11 @@ from kombu.common import Broadcast
 from sqlalchemy import Engine, text
 
 from celery_capacity import InvalidRequest, Unsupported, create_app
-from routing import keys
-from routing.capacity import Capacity
-from routing.explain import Why, explain
-from routing.home import Pair
-from routing.settings import Settings
+from celery_capacity.routing import keys
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.explain import Why, explain
+from celery_capacity.routing.home import Pair
+from celery_capacity.routing.settings import Settings
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -16,8 +16,9 @@ from celery import Celery, signals, states
 from celery.events.state import State
 from celery.exceptions import WorkerLostError
 
-from routing.errors import InvalidRequest
-from routing.home import Pair
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.home import Pair
+from celery_capacity.workers.router import HEADER
 from tests.fixtures import tasks
 from tests.fixtures.ear import Ear
 from tests.fixtures.plain_workers import start_plain
@@ -26,7 +27,6 @@ from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
 from tests.tasks.heard import HEARD, OF_WORKERS
 from tests.tasks.plain import plain_app
-from workers.router import HEADER
 
 TASKS: Final = "tests.tasks.heard"
 HOLD: Final = "tests.fixtures.tasks.hold"

@@ -17,17 +17,17 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from celery_capacity import InvalidRequest, LeaseLost, NotAccepted, Unsupported
-from routing import keys
-from routing.home import Pair
-from routing.message import Tag
+from celery_capacity.routing import keys
+from celery_capacity.routing.home import Pair
+from celery_capacity.routing.message import Tag
+from celery_capacity.workers import attempts
+from celery_capacity.workers.attempts import Attempt
+from celery_capacity.workers.duties.listening import NAME
 from tests.fixtures.processes import Platform
 from tests.fixtures.servers import empty_database
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
 from tests.tasks.bulky import double, total
-from workers import attempts
-from workers.attempts import Attempt
-from workers.duties.listening import NAME
 
 ORDERS = "CREATE TABLE orders (number int PRIMARY KEY)"
 
@@ -265,7 +265,7 @@ def test_of_a_canvas_that_cannot_be_sent_nothing_is_in_the_transaction(
 def test_more_jobs_than_this_process_keeps_are_brought_in_by_a_worker(
     app: Any, submitter: Submitter, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.transactional.MOST_KEPT", 5)
+    monkeypatch.setattr("celery_capacity.workers.transactional.MOST_KEPT", 5)
     handle = app.submit_many(double, ((n,) for n in range(40)), session=session)
     session.commit()
     assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(40)]

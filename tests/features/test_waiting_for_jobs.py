@@ -11,13 +11,13 @@ from sqlalchemy import event, text
 
 import celery_capacity
 from celery_capacity import InvalidRequest, Job, JobEvent, PlatformError
-from routing import keys
-from routing.home import Pair
+from celery_capacity.routing import keys
+from celery_capacity.routing.home import Pair
+from celery_capacity.workers.watching import NAME
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
-from workers.watching import NAME
 
 ADD, FAIL, HOLD = (f"tests.fixtures.tasks.{name}" for name in ("add", "fail", "hold"))
 AGAIN = "tests.tasks.canvas.again_by_itself"

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from routing import explain, keys
-from routing.explain import Why
-from routing.states import State
+from celery_capacity.routing import explain, keys
+from celery_capacity.routing.explain import Why
+from celery_capacity.routing.states import State
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter

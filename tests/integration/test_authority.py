@@ -18,11 +18,12 @@ import redis
 from celery.exceptions import TaskRevokedError, WorkerLostError
 from sqlalchemy import create_engine, make_url, text
 
-from platform import valkey
-from routing import keys, overview, roster
-from routing.roster import Authority
-from routing.settings import Settings
-from routing.states import FINAL
+from celery_capacity.platform import valkey
+from celery_capacity.routing import keys, overview, roster
+from celery_capacity.routing.roster import Authority
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.states import FINAL
+from celery_capacity.workers.exits import Exit
 from tests.faults.servers import Servers, own_servers
 from tests.fixtures.processes import READY, Platform
 from tests.fixtures.proxy import Proxy
@@ -32,7 +33,6 @@ from tests.fixtures.waiting import until
 from tests.fixtures.working import WORK, all_ended, send_work, states
 from tests.tasks import gated
 from tests.tasks.work import peaks, read, starts
-from workers.exits import Exit
 
 ADD = "tests.fixtures.tasks.add"
 

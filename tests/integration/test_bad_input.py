@@ -12,10 +12,10 @@ from celery import Celery
 from sqlalchemy import Engine, text
 
 from celery_capacity import InvalidRequest, NotAccepted, NotMigrated, PlatformError, SettingsError, create_app
-from routing.settings import Settings
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.exits import Exit
 from tests.fixtures.processes import FOREIGN, Platform
 from tests.tasks import wrong
-from workers.exits import Exit
 
 ADD = "tests.fixtures.tasks.add"
 

@@ -15,18 +15,18 @@ import redis
 from celery import Celery
 from sqlalchemy import text
 
-from routing import patience, timeouts
-from routing.errors import NotAccepted
-from routing.server import connect
+from celery_capacity.routing import patience, timeouts
+from celery_capacity.routing.errors import NotAccepted
+from celery_capacity.routing.server import connect
+from celery_capacity.workers import gates
+from celery_capacity.workers.app import create_app
+from celery_capacity.workers.breaker import Breaker
+from celery_capacity.workers.stores import Stores
 from tests.fixtures import tasks
 from tests.fixtures.processes import FOREIGN, Platform
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
-from workers import gates
-from workers.app import create_app
-from workers.breaker import Breaker
-from workers.stores import Stores
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"

@@ -18,11 +18,14 @@ import pytest
 import redis
 from celery import Celery
 
-from platform import servers, valkey
-from routing import verify
-from routing.errors import Unsupported
-from routing.home import Pair
-from routing.settings import Settings
+from celery_capacity.platform import servers, valkey
+from celery_capacity.routing import verify
+from celery_capacity.routing.errors import Unsupported
+from celery_capacity.routing.home import Pair
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.app import create_app, install
+from celery_capacity.workers.preflight import shares_ledger
+from celery_capacity.workers.sender import Sender
 from tests.fixtures import garbage, tasks
 from tests.fixtures.processes import FOREIGN, Platform, Pool
 from tests.fixtures.proxy import Proxy
@@ -30,9 +33,6 @@ from tests.fixtures.setting_aside import epoch_of, job_states, number_set_aside
 from tests.fixtures.submitting import RESULT_WITHIN, Submitter, platform_with_broker
 from tests.fixtures.waiting import until
 from tests.tasks.work import read as events_of
-from workers.app import create_app, install
-from workers.preflight import shares_ledger
-from workers.sender import Sender
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"

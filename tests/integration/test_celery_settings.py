@@ -18,13 +18,13 @@ from celery.app.amqp import AMQP
 from sqlalchemy import text
 
 from celery_capacity import NotAccepted, PlatformError, Unsupported, create_app, install
-from routing.settings import Settings
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers import ticks
+from celery_capacity.workers.app import platform_of
 from tests.fixtures.processes import READY, Platform, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 from tests.tasks import canvas
-from workers import ticks
-from workers.app import platform_of
 
 ADD = "tests.fixtures.tasks.add"
 

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from migrations import downgrade
-from platform import trace
-from platform.demo import Replayed, Report, WorkerLine
-from routing import keys, verify
-from routing.explain import Why
-from routing.home import Pair
-from routing.settings import Settings
-from routing.states import State
+from celery_capacity.migrations import downgrade
+from celery_capacity.platform import trace
+from celery_capacity.platform.demo import Replayed, Report, WorkerLine
+from celery_capacity.routing import keys, verify
+from celery_capacity.routing.explain import Why
+from celery_capacity.routing.home import Pair
+from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.states import State
+from celery_capacity.workers.exits import Exit
 from tests.fixtures import tasks
 from tests.fixtures.commanding import Run, in_process
 from tests.fixtures.processes import Platform
@@ -27,7 +28,6 @@ from tests.fixtures.shapes import assert_shape, commands, prints_json
 from tests.fixtures.staged import Stage
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
-from workers.exits import Exit
 
 ADD, FAIL, HOLD = "tests.fixtures.tasks.add", "tests.fixtures.tasks.fail", "tests.fixtures.tasks.hold"
 GATE = "shapes"
@@ -191,10 +191,6 @@ def test_up_and_down_on_embedded_servers(platform: Platform, tmp_path: Path) -> 
         assert len(json.loads(done.stdout)["ended"]) == ended
 
 
-def test_origins(platform: Platform) -> None:
-    assert_shape("origins", json.loads(platform.celery("origins", "--json").stdout))
-
-
 # -- a platform on the stage: what no worker would leave so
 
 
@@ -230,7 +226,7 @@ def test_attempts_that_came_to_nothing(stage: Stage, run: Run) -> None:
 
 
 def test_a_lost_ledger_and_its_rebuilding(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("routing.verify.PATIENCE", 0.1)
+    monkeypatch.setattr("celery_capacity.routing.verify.PATIENCE", 0.1)
     stage.worker("a", cpus=4000)
     held, waiting = stage.submit(cpus=3000), stage.submit(cpus=9000)
     stage.redis.flushdb()
@@ -266,7 +262,7 @@ def test_drift_and_its_repair(stage: Stage, run: Run) -> None:
 
 
 def test_a_broken_invariant(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("routing.verify.PATIENCE", 0.1)
+    monkeypatch.setattr("celery_capacity.routing.verify.PATIENCE", 0.1)
     stage.worker("a", cpus=4000)
     stage.redis.set(keys.ALLOCATED_CPUS, "7")
     (broken,) = [
@@ -305,7 +301,7 @@ def test_without_tables_it_is_the_error_that_says_so(run: Run, database_url: str
 
 
 def test_wrong_settings_are_listed(run: Run) -> None:
-    for name in sorted({"db current", *commands()} - {"dashboard", "origins", "db"}):
+    for name in sorted({"db current", *commands()} - {"dashboard", "db"}):
         words = [*name.split(), *(["x"] if name == "job" else [])]
         told = problem(run, *words, code=Exit.CONFIGURATION, PLATFORM_CPUS="many", PLATFORM_WORKER_TTL="soon")
         assert len(told["problems"]) == 2
@@ -313,7 +309,7 @@ def test_wrong_settings_are_listed(run: Run) -> None:
 
 def test_a_wrong_command_line_is_an_error_of_the_same_shape(run: Run) -> None:
     for name, command in commands().items():
-        if prints_json(command) and name != "origins":
+        if prints_json(command):
             told = problem(run, *name.split(), "--no-such-option", "--", "x", code=Exit.USAGE)
             assert told["reference"] == "usage"
             assert f"celery -A platform {name} --help" in told["advice"]

@@ -23,8 +23,8 @@ from check_jsonschema.builtin_schemas import get_builtin_schema
 from jsonschema import Draft7Validator
 
 from celery_capacity import create_app
-from platform import valkey
-from routing.settings import Settings
+from celery_capacity.platform import valkey
+from celery_capacity.routing.settings import Settings
 from tests.fixtures import deployed
 from tests.fixtures.composed import Composed, before, compose, entrypoint, health_check, instructions, is_platform
 from tests.fixtures.processes import READY, ROOT, Platform
@@ -162,7 +162,7 @@ def test_what_goes_into_the_build_is_enough_to_install_all(tmp_path: Path) -> No
     for name in _in_the_build():
         path = ROOT / name
         if path.is_dir():
-            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
         else:
             shutil.copy(path, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), "."]
@@ -170,9 +170,14 @@ def test_what_goes_into_the_build_is_enough_to_install_all(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     (wheel,) = built.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    sources = {str(path.relative_to(source)) for path in source.rglob("*/**/*") if path.is_file()}
-    sources = {name for name in sources if not name.startswith(("build/", "celery_capacity.egg-info/"))}
-    assert packed == sources | {"celery_capacity.py"}
+    sources = {
+        f"celery_capacity/{path.relative_to(source)}"
+        for part in (source / "celery_capacity").iterdir()
+        if part.is_symlink()
+        for path in (source / part.name).rglob("*")
+        if path.is_file()
+    }
+    assert packed == sources | {"celery_capacity/__init__.py", "celery_capacity/py.typed"}
 
 
 # -- secrets

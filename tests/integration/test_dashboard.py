@@ -17,10 +17,10 @@ from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
-from platform import dashboard
-from routing import overview
-from routing.errors import StoreUnavailable
-from routing.settings import Settings
+from celery_capacity.platform import dashboard
+from celery_capacity.routing import overview
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.processes import Platform
 from tests.fixtures.staged import Stage
 

@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-import migrations
-from celery_capacity import Unsupported
-from routing.home import Pair
+from celery_capacity import Unsupported, migrations
+from celery_capacity.routing.home import Pair
+from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.stores import make_engine
 from tests.fixtures import given
 from tests.fixtures.processes import Platform
 from tests.fixtures.servers import environment_of
 from tests.fixtures.submitting import Submitter, platform_on
-from workers.exits import Exit
-from workers.stores import make_engine
 
 ADD = "tests.fixtures.tasks.add"
 FAIL = "tests.fixtures.tasks.fail"

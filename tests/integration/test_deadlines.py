@@ -19,19 +19,19 @@ from kombu.exceptions import OperationalError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from routing import deadlines
-from routing.errors import NotAccepted, OutcomeUnknown, PartlyAccepted, PlatformError, StoreUnavailable
-from routing.message import Tag
+from celery_capacity.routing import deadlines
+from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, PartlyAccepted, PlatformError, StoreUnavailable
+from celery_capacity.routing.message import Tag
+from celery_capacity.workers import attempts
+from celery_capacity.workers.attempts import Attempt
+from celery_capacity.workers.bulk import submit_many
+from celery_capacity.workers.jobs import job
+from celery_capacity.workers.stores import make_engine
 from tests.faults.servers import Servers, own_servers
 from tests.fixtures.processes import FOREIGN, ROOT, Platform
 from tests.fixtures.servers import empty_database, empty_redis, environment_of
 from tests.fixtures.stalling import ENDS_WITHIN, ending, postgres_pids, redis_pids, stalled
 from tests.fixtures.submitting import Submitter, platform_on
-from workers import attempts
-from workers.attempts import Attempt
-from workers.bulk import submit_many
-from workers.jobs import job
-from workers.stores import make_engine
 
 ADD = "tests.fixtures.tasks.add"
 
@@ -232,8 +232,8 @@ monkey.patch_all()
 import sys
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
-from routing.deadlines import Stalled
-from workers.stores import make_engine
+from celery_capacity.routing.deadlines import Stalled
+from celery_capacity.workers.stores import make_engine
 try:
     with make_engine(sys.argv[1], timeout=1.0).connect() as connection:
         connection.execute(text("SELECT pg_sleep(3600)"))

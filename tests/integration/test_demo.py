@@ -106,7 +106,7 @@ def test_a_trace_runs_on_a_private_pair_and_the_report_is_what_the_tasks_saw(
 
 @pytest.mark.long
 def test_on_given_servers_it_makes_the_tables_and_takes_away_what_it_made(platform: Platform, trace: Path) -> None:
-    from migrations import downgrade
+    from celery_capacity.migrations import downgrade
 
     downgrade(str(platform.settings.database_url), "base")
     done = platform.celery(*demo(trace))

@@ -10,10 +10,10 @@ import pytest
 import redis
 from sqlalchemy import Engine
 
-from platform import render
-from routing import keys
-from routing.explain import Explanation, Why, explain
-from routing.settings import Settings
+from celery_capacity.platform import render
+from celery_capacity.routing import keys
+from celery_capacity.routing.explain import Explanation, Why, explain
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.staged import Stage
 
 

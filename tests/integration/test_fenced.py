@@ -13,10 +13,11 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
 
 from celery_capacity import InvalidRequest, LeaseLost, PlatformError, fenced
-from routing import keys
-from routing.home import Pair
-from routing.message import Tag
-from routing.states import Step
+from celery_capacity.routing import keys
+from celery_capacity.routing.home import Pair
+from celery_capacity.routing.message import Tag
+from celery_capacity.routing.states import Step
+from celery_capacity.workers.attempts import Attempt, held
 from tests.fixtures import tasks
 from tests.fixtures.leasing import ADD, HOLD, LEAVE, at_gate, counters, effects, outcomes, platform_with_effects
 from tests.fixtures.processes import Platform, Pool, Process
@@ -24,7 +25,6 @@ from tests.fixtures.servers import empty_database
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 from tests.tasks.effects import TABLE
-from workers.attempts import Attempt, held
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from platform import servers
-from routing.home import Pair
+from celery_capacity.platform import servers
+from celery_capacity.routing.home import Pair
 from tests.fixtures.processes import READY, Platform
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until

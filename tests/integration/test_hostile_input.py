@@ -29,17 +29,17 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
 from celery_capacity import NotAccepted, OutcomeUnknown, PlatformError, create_app
-from platform import dashboard
-from routing.settings import Settings
+from celery_capacity.platform import dashboard
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.app import platform_of
+from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.intake import Intake
+from celery_capacity.workers.serving import Serving
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.transport import receiving
 from tests.fixtures.hostile import CORPUS, TEXTS, jsons, texts, values
 from tests.fixtures.processes import FOREIGN
 from tests.fixtures.staged import Stage
-from workers.app import platform_of
-from workers.exits import Exit
-from workers.intake import Intake
-from workers.serving import Serving
-from workers.stores import Stores
-from workers.transport import receiving
 
 TASK = "tests.fixtures.tasks.add"
 
@@ -186,7 +186,7 @@ def run(stage: Stage, platform_environment: dict[str, str], monkeypatch: pytest.
     app.platform = Stores()
 
     def invoke(name: str, *arguments: str) -> Any:
-        command = import_module(f"platform.commands.{name}").command
+        command = import_module(f"celery_capacity.platform.commands.{name}").command
         result = CliRunner().invoke(command, list(arguments), obj=SimpleNamespace(app=app))
         assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
         return result

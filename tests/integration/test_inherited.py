@@ -15,13 +15,13 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from routing.settings import Settings
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers import inherited
+from celery_capacity.workers.stores import Stores
 from tests.fixtures.processes import Platform
 from tests.fixtures.staged import Stage
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
-from workers import inherited
-from workers.stores import Stores
 
 ADD = "tests.fixtures.tasks.add"
 

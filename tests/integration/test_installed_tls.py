@@ -14,10 +14,9 @@ import pytest
 import redis
 from sqlalchemy import NullPool, create_engine, text
 
-import migrations
-from celery_capacity import StoreUnavailable
-from routing.server import connect
-from routing.settings import Settings
+from celery_capacity import StoreUnavailable, migrations
+from celery_capacity.routing.server import connect
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.installed import debian_postgres, debian_redis
 from tests.fixtures.processes import FOREIGN
 from tests.fixtures.redises import free_port, redis_server

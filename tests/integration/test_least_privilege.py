@@ -22,11 +22,11 @@ from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
-from celery_capacity import InvalidRequest, NotAccepted, create_app
-from routing import keys
-from routing.ledger import Ledger
-from routing.policy import CANDIDATES, Book
-from routing.settings import Settings
+from celery_capacity import InvalidRequest, NotAccepted, create_app, migrations
+from celery_capacity.routing import keys
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.policy import CANDIDATES, Book
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.books import write_book
 from tests.fixtures.guarded import guarded_server
 from tests.fixtures.processes import ROOT, Platform
@@ -305,7 +305,6 @@ def test_a_worker_moves_what_has_ended_and_nothing_that_it_shadows(role_url: Any
 
 
 def test_the_owner_migrates_and_the_view_has_no_message(role_url: Any, engine: Engine) -> None:
-    import migrations
 
     migrations.upgrade(role_url("owner"))
     with create_engine(role_url("dashboard")).connect() as connection:

@@ -14,12 +14,12 @@ from celery import Celery
 from sqlalchemy import Engine, text
 
 from celery_capacity import BacklogFull, MessageTooDeep, MessageTooLarge, create_app
-from routing import keys, limits
-from routing.message import Tag
-from routing.settings import Settings
+from celery_capacity.routing import keys, limits
+from celery_capacity.routing.message import Tag
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers import attempts, ticks
+from celery_capacity.workers.attempts import Attempt
 from tests.fixtures.staged import Stage
-from workers import attempts, ticks
-from workers.attempts import Attempt
 
 ADD = "tests.fixtures.tasks.add"
 LIMIT = 3

@@ -13,9 +13,9 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, inspect, text
 
-import migrations
-from routing import tables
-from routing.errors import InvalidRequest, NotMigrated, StoreUnavailable
+from celery_capacity import migrations
+from celery_capacity.routing import tables
+from celery_capacity.routing.errors import InvalidRequest, NotMigrated, StoreUnavailable
 
 TABLES = {
     "jobs",

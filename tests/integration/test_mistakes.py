@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-from routing.addresses import numbered
-from routing.home import Pair
+from celery_capacity.routing.addresses import numbered
+from celery_capacity.routing.home import Pair
+from celery_capacity.workers.exits import Exit
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import standing_platform
 from tests.fixtures.waiting import until
-from workers.exits import Exit
 
 UNKNOWN = "00000000-0000-0000-0000-000000000000"
 NOWHERE = "127.0.0.1:1"

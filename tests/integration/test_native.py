@@ -6,8 +6,8 @@ import json
 import subprocess
 import sys
 
-from routing import native
-from routing.settings import Settings
+from celery_capacity.routing import native
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.forking import ROOT, usual_environment
 
 

@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine
 
-import migrations
-from celery_capacity import PlatformError
-from routing.ledger import Ledger
-from routing.postgres import OLDEST
-from routing.settings import Settings
+from celery_capacity import PlatformError, migrations
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.postgres import OLDEST
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.exits import Exit
 from tests.fixtures.processes import FOREIGN
 from tests.fixtures.servers import environment_of
 from tests.fixtures.submitting import platform_on
-from workers.exits import Exit
 
 ABOUT = b"# Server\r\nredis_version:6.0.16\r\nrun_id:0123\r\n"
 

@@ -9,9 +9,9 @@ import pytest
 import redis
 from sqlalchemy import Engine, create_engine
 
-from routing import keys, overview
-from routing.errors import NotMigrated, StoreUnavailable
-from routing.settings import Settings
+from celery_capacity.routing import keys, overview
+from celery_capacity.routing.errors import NotMigrated, StoreUnavailable
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.staged import Stage
 
 

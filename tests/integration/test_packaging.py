@@ -16,18 +16,19 @@ import pytest
 
 from tests.fixtures.processes import READY, ROOT, Process
 
-#: The installed packages, the sources of which must all be in the wheel.
-PACKAGES = ("migrations", "platform", "routing", "workers")
+#: The folders of the installed package, the sources of which must all be in the wheel.
+PARTS = ("migrations", "platform", "routing", "workers")
 
 COMMANDS = ("cluster", "dashboard", "db", "demo", "down", "job", "jobs", "reconcile", "up", "verify")
 
 #: Imports all that is installed, but for what runs only inside Alembic.
 IMPORT_ALL = f"""
 import importlib, pkgutil
-import workers.plugin
-for package in {PACKAGES!r}:
+import celery_capacity.workers.plugin
+for part in {PARTS!r}:
+    package = f"celery_capacity.{{part}}"
     for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{{package}}."):
-        if not found.name.startswith(("migrations.env", "migrations.versions.")):
+        if not found.name.startswith(("celery_capacity.migrations.env", "celery_capacity.migrations.versions.")):
             importlib.import_module(found.name)
 """
 
@@ -39,11 +40,16 @@ pytestmark = [pytest.mark.long, pytest.mark.xdist_group("packaging")]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy so that nothing is left beside the sources."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, so that nothing is left beside the sources."""
     source = tmp_path_factory.mktemp("source") / "project"
     left_out = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist")
-    shutil.copytree(ROOT, source, ignore=left_out)
+    shutil.copytree(ROOT, source, ignore=left_out, symlinks=True)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = tmp_path_factory.mktemp("dist")
     _run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), "."], source
@@ -106,13 +112,115 @@ def _run(arguments: list[str], folder: Path, **environment: str) -> str:
 
 def test_the_wheel_has_all_sources_and_nothing_else(wheel: Path) -> None:
     sources = {
-        str(path.relative_to(ROOT))
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*")
+        f"celery_capacity/{path.relative_to(ROOT)}"
+        for part in PARTS
+        for path in (ROOT / part).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert packed == sources | {"celery_capacity.py"}
+    assert packed == sources | {"celery_capacity/__init__.py", "celery_capacity/py.typed"}
+
+
+def test_the_top_level_of_the_wheel_is_one_package(from_wheel: Path, wheel: Path, tmp_path: Path) -> None:
+    assert {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == {
+        "celery_capacity"
+    }
+    code = "import celery_capacity.workers, importlib.util as u\nprint([n for n in {} if u.find_spec(n)])"
+    names = [part for part in PARTS if part != "platform"]
+    assert _run([str(from_wheel / "python"), "-c", code.format(names)], tmp_path).strip() == "[]"
+
+
+def test_sdist_gives_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+    """The links of the checkout are folders there."""
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    _run([sys.executable, "-c", code, str(tmp_path)], source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path)]
+    _run([*build, str(sdist)], tmp_path)
+    (again,) = tmp_path.glob("*.whl")
+    assert zipfile.ZipFile(again).namelist() == zipfile.ZipFile(wheel).namelist()
+
+
+#: What a project may have at its top, beside its own app.
+NEIGHBOURS = ("workers", "routing", "migrations", "platform")
+
+
+def test_project_with_packages_of_our_folders_names_runs_its_jobs(
+    run: Callable[..., str], programs: Path, platform_environment: dict[str, str], tmp_path: Path
+) -> None:
+    for name in NEIGHBOURS:
+        (tmp_path / name).mkdir()
+    for name in NEIGHBOURS[:-1]:
+        (tmp_path / name / "__init__.py").write_text(f"WHOSE = 'the project: {name}'\n")
+    (tmp_path / "proj.py").write_text(
+        "import migrations, routing, workers\n"
+        "from celery import Celery\n"
+        "from celery_capacity import install\n"
+        "app = install(Celery('proj'))\n"
+        "@app.task(cpus=1)\n"
+        "def whose(): return [workers.WHOSE, routing.WHOSE, migrations.WHOSE]\n"
+    )
+    worker = Process(
+        "worker",
+        [str(programs / "celery"), "-A", "proj", "worker", "--pool", "threads", "--loglevel", "INFO"],
+        _environment(NODE_NAME="theirs", PLATFORM_CPUS="2", **platform_environment),
+        tmp_path,
+    )
+    try:
+        worker.wait_for(READY)
+        told = run("python", "-c", "from proj import whose; print(whose.delay().get(timeout=60))")
+        assert told.strip() == str([f"the project: {name}" for name in NEIGHBOURS[:-1]])
+        assert "theirs" in run("celery", "-A", "platform", "cluster")
+    finally:
+        ended = worker.stop()
+    assert ended == 0, worker.tail()
+
+
+#: A program of a user's, with one mistake.
+TYPED = """
+from celery import Celery  # type: ignore[import-untyped]
+from sqlalchemy.orm import Session
+
+from celery_capacity import LeaseLost, NotAccepted, PlatformError, create_app, fenced, install, job
+
+app = install(Celery("proj"))
+other = create_app("other", include=["proj"])
+
+
+def pay(session: Session) -> None:
+    with fenced(session) as own:
+        reveal_type(own)
+
+
+async def runs(identifier: str) -> None:
+    try:
+        reveal_type(await job(identifier, app).wait("running"))
+    except (LeaseLost, NotAccepted) as error:
+        advice: str = error.advice
+        wrong: int = error.message
+        print(advice, wrong)
+    except PlatformError:
+        raise
+"""
+
+
+def test_types_of_the_public_names_reach_a_program(from_wheel: Path, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(TYPED)
+    python = str(from_wheel / "python")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--python-executable", python, "program.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=INSTALLING,
+    )
+    told = [line.partition(": ")[2] for line in done.stdout.splitlines()]
+    assert told[:-1] == [
+        'note: Revealed type is "sqlalchemy.orm.session.Session"',
+        'note: Revealed type is "celery_capacity.routing.watching.JobEvent"',
+        'error: Incompatible types in assignment (expression has type "str", variable has type "int")  [assignment]',
+    ], done.stdout + done.stderr
 
 
 def test_celery_finds_the_app_and_our_commands_from_any_folder(run: Callable[..., str]) -> None:

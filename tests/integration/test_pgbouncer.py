@@ -16,13 +16,13 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from routing.home import Pair
+from celery_capacity.routing.home import Pair
+from celery_capacity.workers.duties.listening import NAME
 from tests.fixtures.installed import debian_pgbouncer
 from tests.fixtures.processes import Platform
 from tests.fixtures.servers import empty_database, empty_redis, environment_of
 from tests.fixtures.submitting import Submitter, platform_on
 from tests.fixtures.waiting import until
-from workers.duties.listening import NAME
 
 pytestmark = pytest.mark.installed
 

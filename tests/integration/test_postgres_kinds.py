@@ -10,9 +10,8 @@ from urllib.parse import quote
 import pytest
 from sqlalchemy import NullPool, create_engine, make_url, text
 
-import migrations
-from celery_capacity import StoreUnavailable
-from platform import postgres
+from celery_capacity import StoreUnavailable, migrations
+from celery_capacity.platform import postgres
 from tests.fixtures.processes import FOREIGN
 from tests.fixtures.servers import environment_of
 from tests.fixtures.submitting import Submitter, platform_on

@@ -14,13 +14,13 @@ from pytest_celery import DEFAULT_WORKER_VOLUME, CeleryTestBroker, RedisContaine
 from pytest_celery.vendors.worker import tasks
 from pytest_docker_tools import build, container, fetch, fxtr
 
-import migrations
-from routing.settings import Settings
+from celery_capacity import migrations
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.app import create_app
 from tests.fixtures.celery_nodes import PlatformContainer
 from tests.fixtures.celery_smoke import Smoke
 from tests.fixtures.processes import FOREIGN, ROOT
 from tests.fixtures.servers import TENTH
-from workers.app import create_app
 
 pytestmark = [pytest.mark.docker, pytest.mark.long]
 

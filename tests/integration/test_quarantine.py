@@ -12,8 +12,8 @@ import pytest
 from celery import Celery
 from sqlalchemy import text
 
-from routing import quarantine
-from routing.states import FINAL
+from celery_capacity.routing import quarantine
+from celery_capacity.routing.states import FINAL
 from tests.fixtures import garbage, tasks
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.setting_aside import (

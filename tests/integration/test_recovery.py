@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from routing import keys
+from celery_capacity.routing import keys
+from celery_capacity.workers.sender import Sender
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import RESULT_WITHIN, Submitter
 from tests.fixtures.waiting import until
 from tests.fixtures.working import all_ended, states
-from workers.sender import Sender
 
 ADD = "tests.fixtures.tasks.add"
 

@@ -11,17 +11,17 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity import create_app
-from routing import explain, message
-from routing.explain import Explanation, Why
-from routing.home import Pair
-from routing.settings import Settings
+from celery_capacity.routing import explain, message
+from celery_capacity.routing.explain import Explanation, Why
+from celery_capacity.routing.home import Pair
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.app import platform_of
+from celery_capacity.workers.router import HEADER
 from tests.fixtures import tasks
 from tests.fixtures.processes import READY, Platform, Process
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
 from tests.tasks import declared
-from workers.app import platform_of
-from workers.router import HEADER
 
 DECLARED = declared.__name__
 HOLD = "tests.fixtures.tasks.hold"

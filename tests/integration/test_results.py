@@ -15,9 +15,10 @@ from celery.exceptions import ChordError, TaskRevokedError, WorkerLostError
 from celery.result import AsyncResult
 from sqlalchemy import text
 
-from platform import postgres, servers, valkey
-from routing import keys
-from routing.home import Pair
+from celery_capacity.platform import postgres, servers, valkey
+from celery_capacity.routing import keys
+from celery_capacity.routing.errors import LeaseLost
+from celery_capacity.routing.home import Pair
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform, Process
 from tests.fixtures.submitting import Submitter, standing_platform
@@ -227,3 +228,12 @@ def test_a_job_that_kills_its_process_each_time_fails_in_the_end(platform: Platf
         speaker.value(job)
     assert speaker.ended(job).state == "lost"
     assert speaker.outcomes(job) == ["lost"] * 3
+
+
+@pytest.mark.parametrize("module", ["routing.errors", "celery_capacity"])
+def test_error_in_a_result_has_its_type_whichever_version_stored_it(submitter: Submitter, module: str) -> None:
+    backend = submitter.app.backend
+    stored = backend.prepare_exception(LeaseLost("of 3.1"))
+    assert stored["exc_module"] == "celery_capacity"
+    found = backend.exception_to_python({**stored, "exc_module": module})
+    assert (type(found), str(found)) == (LeaseLost, str(LeaseLost("of 3.1")))

@@ -16,9 +16,9 @@ from celery.result import AsyncResult
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from celery_capacity import create_app
-from platform import dashboard
-from routing import overview, secrets
-from routing.settings import Settings
+from celery_capacity.platform import dashboard
+from celery_capacity.routing import overview, secrets
+from celery_capacity.routing.settings import Settings
 from tests.fixtures import tasks
 from tests.fixtures.guarded import guarded_server
 from tests.fixtures.processes import ROOT, Platform

@@ -13,12 +13,14 @@ import redis
 from celery import Celery
 
 from celery_capacity import install
-from platform import valkey
-from routing import addresses, roster, sentinels, verify
-from routing.addresses import numbered
-from routing.ledger import Ledger
-from routing.server import connect
-from routing.settings import Settings
+from celery_capacity.platform import valkey
+from celery_capacity.routing import addresses, roster, sentinels, verify
+from celery_capacity.routing.addresses import numbered
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.server import connect
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers import inherited
+from celery_capacity.workers.stores import Stores
 from tests.fixtures.installed import debian_redis, old_redis
 from tests.fixtures.processes import FOREIGN, Platform
 from tests.fixtures.redises import NAME, Watched, watched_redis
@@ -26,8 +28,6 @@ from tests.fixtures.servers import environment_of
 from tests.fixtures.submitting import Submitter, platform_on
 from tests.fixtures.waiting import until
 from tests.tasks.work import read, starts
-from workers import inherited
-from workers.stores import Stores
 
 ADD = "tests.fixtures.tasks.add"
 WORK = "tests.tasks.work.work"

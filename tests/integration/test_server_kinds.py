@@ -11,17 +11,17 @@ from urllib.parse import quote
 
 import pytest
 
-from routing import verify
-from routing.addresses import numbered
-from routing.home import Pair
-from routing.server import connect
+from celery_capacity.routing import verify
+from celery_capacity.routing.addresses import numbered
+from celery_capacity.routing.home import Pair
+from celery_capacity.routing.server import connect
+from celery_capacity.workers import inherited
+from celery_capacity.workers.stores import Stores
 from tests.fixtures.processes import FOREIGN, Platform
 from tests.fixtures.redises import redis_server
 from tests.fixtures.servers import empty_database, environment_of
 from tests.fixtures.submitting import Submitter, platform_on
 from tests.fixtures.waiting import until
-from workers import inherited
-from workers.stores import Stores
 
 ADD = "tests.fixtures.tasks.add"
 #: All that an address must quote.

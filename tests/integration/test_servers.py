@@ -19,10 +19,10 @@ import pytest
 import redis
 from sqlalchemy import NullPool, create_engine, text
 
-from platform import detached, postgres, servers, valkey
-from routing.errors import NoServers
-from routing.home import Pair, running_pair
-from routing.settings import Settings
+from celery_capacity.platform import detached, postgres, servers, valkey
+from celery_capacity.routing.errors import NoServers
+from celery_capacity.routing.home import Pair, running_pair
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.processes import ROOT
 
 SECONDS = 60
@@ -99,10 +99,10 @@ def test_the_ledger_is_never_evicted_and_outlives_its_server(shared: Settings) -
 
 def test_of_two_first_commands_at_once_one_starts_and_both_get_the_same(shared: Settings) -> None:
     code = (
-        "import sys, workers.plugin\n"
+        "import sys\n"
         "from pathlib import Path\n"
-        "from platform import servers\n"
-        "from routing.settings import Settings\n"
+        "from celery_capacity.platform import servers\n"
+        "from celery_capacity.routing.settings import Settings\n"
         "got = servers.ensure(Settings(home=Path(sys.argv[1])))\n"
         "print(got.redis_url, got.database_url)"
     )
@@ -223,8 +223,8 @@ def test_only_its_owner_reaches_the_socket_and_nobody_the_network(own_embedded: 
 
 def test_a_private_pair_ends_with_its_owner_even_when_that_is_killed() -> None:
     code = (
-        "import sys, workers.plugin\n"
-        "from platform import servers\n"
+        "import sys\n"
+        "from celery_capacity.platform import servers\n"
         "with servers.private_pair(durable=False, migrate=False) as pair:\n"
         "    print(pair.redis_pid, pair.postgres_pid, pair.data, flush=True)\n"
         "    sys.stdin.read()"

@@ -9,15 +9,15 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity import Unsupported
-from routing import keys, rebuild
-from routing.home import Pair
-from routing.settings import Settings
+from celery_capacity.routing import keys, rebuild
+from celery_capacity.routing.home import Pair
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.stores import Stores
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.servers import empty_database, environment_of
 from tests.fixtures.submitting import Submitter, platform_on
-from workers.exits import Exit
-from workers.stores import Stores
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"

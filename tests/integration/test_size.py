@@ -13,10 +13,10 @@ from benchmarks.size.crowd import Crowd
 from benchmarks.size.figures import PARTS, Figure
 from benchmarks.size.report import Report, figures
 from benchmarks.size.stock import Stock, worker_name
-from routing import keys, rebuild, reconcile, stream, verify
-from routing.books import text as as_text
-from routing.ledger import Ledger
-from routing.settings import Settings
+from celery_capacity.routing import keys, rebuild, reconcile, stream, verify
+from celery_capacity.routing.books import text as as_text
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 

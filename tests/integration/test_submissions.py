@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-from routing import keys, limits
+from celery_capacity.routing import keys, limits
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import PATIENCE

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-import migrations
+from celery_capacity import migrations
+from celery_capacity.workers.exits import Exit
 from tests.fixtures.commanding import in_process
 from tests.fixtures.processes import Platform
 from tests.fixtures.shapes import assert_shape
 from tests.fixtures.staged import Stage
 from tests.fixtures.terminals import Shown, on_terminal
-from workers.exits import Exit
 
 ESCAPE = "\x1b"
 #: A colour, as a terminal is told it: 30 to 37 and 90 to 97, alone or with bold.

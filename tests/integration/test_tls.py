@@ -16,12 +16,12 @@ from kombu.exceptions import OperationalError
 from sqlalchemy import Engine, create_engine
 
 from celery_capacity import StoreUnavailable, create_app
-from routing.ledger import Ledger
-from routing.settings import Settings
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.stores import make_engine
 from tests.fixtures.processes import FOREIGN, Platform
 from tests.fixtures.servers import environment_of
 from tests.fixtures.tls import Certificates, make_certificates, tls_before
-from workers.stores import make_engine
 
 ADD = "tests.fixtures.tasks.add"
 

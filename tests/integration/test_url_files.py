@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from routing.url_files import FROM_FILES
+from celery_capacity.routing.url_files import FROM_FILES
 from tests.fixtures.processes import Platform
 
 

@@ -11,9 +11,9 @@ import pytest
 import redis
 from sqlalchemy import Engine
 
-from routing import keys, verify
-from routing.errors import StoreUnavailable
-from routing.settings import Settings
+from celery_capacity.routing import keys, verify
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.settings import Settings
 from tests.fixtures.staged import Stage
 
 #: Seconds for which a violation must stay; nothing else moves in these tests.

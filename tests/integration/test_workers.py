@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from routing import keys, overview
+from celery_capacity.routing import keys, overview
+from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.identity import platform_version
 from tests.fixtures import tasks
 from tests.fixtures.processes import READY, Platform, Pool, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
-from workers.exits import Exit
-from workers.identity import platform_version
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"

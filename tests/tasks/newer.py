@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from routing import formats
+from celery_capacity.routing import formats
 
 formats.MESSAGE += 1  # type: ignore[misc]

@@ -30,7 +30,7 @@ def _install(path: str) -> None:
         return _clock() + float(LAYOUT.unpack_from(shared)[0])
 
     def tick() -> None:
-        from workers import living
+        from celery_capacity.workers import living
 
         pause = threading.Event()
         while not pause.wait(LAYOUT.unpack_from(shared)[1] or LOOK_EVERY):

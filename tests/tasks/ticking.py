@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from workers import living
+from celery_capacity.workers import living
 
 
 def _tick(every: float) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from routing import addresses
-from routing.addresses import Address, elsewhere, numbered, read
-from routing.errors import InvalidRequest
+from celery_capacity.routing import addresses
+from celery_capacity.routing.addresses import Address, elsewhere, numbered, read
+from celery_capacity.routing.errors import InvalidRequest
 
 
 @pytest.mark.parametrize(

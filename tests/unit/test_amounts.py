@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing import amounts
-from routing.amounts import (
+from celery_capacity.routing import amounts
+from celery_capacity.routing.amounts import (
     canonical,
     cpus_number,
     format_amount,
@@ -25,7 +25,7 @@ from routing.amounts import (
     parse_memory,
     to_people,
 )
-from routing.errors import InvalidRequest, show
+from celery_capacity.routing.errors import InvalidRequest, show
 
 MILLICORES = st.integers(0, 1_000_000_000)
 

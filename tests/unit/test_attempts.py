@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from routing.accept import NewJob
-from routing.errors import NotAccepted
-from routing.message import Tag
-from workers import attempts
-from workers.attempts import Attempt
+from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.errors import NotAccepted
+from celery_capacity.routing.message import Tag
+from celery_capacity.workers import attempts
+from celery_capacity.workers.attempts import Attempt
 
 
 def job(number: int, size: int) -> NewJob:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.capacity import (
+from celery_capacity.routing.capacity import (
     Capacity,
     Detected,
     Facts,
@@ -22,8 +22,8 @@ from routing.capacity import (
     detect,
     publish,
 )
-from routing.errors import InvalidRequest
-from routing.settings import Settings
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.settings import Settings
 
 GIB = 1024**3
 HOST = Facts(affinity=8, machine_cpus=16, machine_memory=64 * GIB)

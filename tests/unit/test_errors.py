@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing import errors
-from routing.errors import PlatformError, mask_url, show
+from celery_capacity.routing import errors
+from celery_capacity.routing.errors import PlatformError, mask_url, show
 
 KINDS: list[type[PlatformError]] = [
     value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, PlatformError)

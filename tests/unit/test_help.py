@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 import pytest
 
-from platform.edge import ALWAYS, Command, exit_code
-from routing import errors
+from celery_capacity.platform.edge import ALWAYS, Command, exit_code
+from celery_capacity.routing import errors
+from celery_capacity.workers.exits import Exit, code_of
 from tests.fixtures.processes import ROOT
 from tests.fixtures.shapes import commands
-from workers.exits import Exit, code_of
 
 PAGE = ROOT / "docs" / "reference" / "exit-codes.md"
 NAMES = sorted(commands())
@@ -63,7 +63,7 @@ def test_every_example_is_a_command_line_that_is_accepted(
 
 
 def test_the_group_of_commands_shows_examples_too() -> None:
-    from platform.commands.db import command
+    from celery_capacity.platform.commands.db import command
 
     found = _EXAMPLE.findall(help_of(command))
     assert found

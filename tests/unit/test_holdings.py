@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from routing.capacity import Capacity
-from routing.request import Request
-from workers.holdings import Holding, Holdings
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.request import Request
+from celery_capacity.workers.holdings import Holding, Holdings
 
 ONE = Request.of({"cpus": 1000})
 TWO = Request.of({"cpus": 2000})

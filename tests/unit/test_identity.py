@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from routing import process_identity
-from routing.process_identity import Place
-from routing.roster import WorkerRow
-from workers.identity import is_known_dead, new_identity
+from celery_capacity.routing import process_identity
+from celery_capacity.routing.process_identity import Place
+from celery_capacity.routing.roster import WorkerRow
+from celery_capacity.workers.identity import is_known_dead, new_identity
 
 
 def own_row() -> WorkerRow:

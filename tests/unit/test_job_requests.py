@@ -12,11 +12,11 @@ from celery import signals
 from celery.app.task import Context
 from celery.utils.threads import LocalStack
 
-from routing.message import Tag
-from routing.outbox import Outbox
-from workers import attempts
-from workers.requests import request_class
-from workers.tracing import TracedPool
+from celery_capacity.routing.message import Tag
+from celery_capacity.routing.outbox import Outbox
+from celery_capacity.workers import attempts
+from celery_capacity.workers.requests import request_class
+from celery_capacity.workers.tracing import TracedPool
 
 
 class Backend:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 import pytest
 
-from platform.launch import WorkerSpec, parse_workers
-from routing.errors import InvalidRequest
+from celery_capacity.platform.launch import WorkerSpec, parse_workers
+from celery_capacity.routing.errors import InvalidRequest
 
 
 @pytest.mark.parametrize(

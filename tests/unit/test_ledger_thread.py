@@ -9,14 +9,14 @@ from unittest.mock import Mock
 
 import pytest
 
-from routing.errors import StoreUnavailable
-from routing.ledger import Ledger as Real
-from routing.message import Tag
-from routing.replies import Claimed, HandedOver, Released, Settled
-from routing.request import Request
-from routing.settings import Settings
-from workers.holdings import Holding, Holdings
-from workers.ledger_thread import LedgerThread
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.ledger import Ledger as Real
+from celery_capacity.routing.message import Tag
+from celery_capacity.routing.replies import Claimed, HandedOver, Released, Settled
+from celery_capacity.routing.request import Request
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.holdings import Holding, Holdings
+from celery_capacity.workers.ledger_thread import LedgerThread
 
 ONE = Request.of({"cpus": 1000, "slots": 1})
 

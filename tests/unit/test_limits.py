@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from routing import limits
-from routing.errors import BacklogFull, MessageTooDeep
+from celery_capacity.routing import limits
+from celery_capacity.routing.errors import BacklogFull, MessageTooDeep
 
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 

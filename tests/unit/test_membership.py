@@ -9,12 +9,12 @@ import pytest
 from psycopg2 import OperationalError
 from sqlalchemy.exc import DBAPIError
 
-from routing.capacity import Capacity
-from routing.errors import StoreUnavailable
-from routing.replies import Filled, Renewed
-from routing.request import Request
-from workers.holdings import Holding, Holdings
-from workers.membership import Membership
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.replies import Filled, Renewed
+from celery_capacity.routing.request import Request
+from celery_capacity.workers.holdings import Holding, Holdings
+from celery_capacity.workers.membership import Membership
 
 ONE = Request.of({"cpus": 1000, "slots": 1})
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
-from routing import process_identity
+from celery_capacity.routing import process_identity
+from celery_capacity.workers import orphans
 from tests.unit.test_identity import own_row
-from workers import orphans
 
 
 def test_predecessor_in_this_very_process_is_left_alone() -> None:

@@ -11,15 +11,15 @@ from unittest import mock
 import pytest
 from celery import Celery
 
-from routing.message import Tag
-from routing.outbox import Outbox, parse
-from routing.states import Step
-from routing.store import Transition
-from workers import parts as module
-from workers.attempts import Attempt
-from workers.delivery import Delivery, key_of
-from workers.parts import Part, Parts
-from workers.results import CarriedResults
+from celery_capacity.routing.message import Tag
+from celery_capacity.routing.outbox import Outbox, parse
+from celery_capacity.routing.states import Step
+from celery_capacity.routing.store import Transition
+from celery_capacity.workers import parts as module
+from celery_capacity.workers.attempts import Attempt
+from celery_capacity.workers.delivery import Delivery, key_of
+from celery_capacity.workers.parts import Part, Parts
+from celery_capacity.workers.results import CarriedResults
 
 PATIENCE = 20.0
 

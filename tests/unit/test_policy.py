@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing import policy
-from routing.capacity import Capacity
-from routing.policy import (
+from celery_capacity.routing import policy
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.policy import (
     SUBMISSIONS,
     TOP_PRIORITY,
     Admission,
@@ -32,7 +32,7 @@ from routing.policy import (
     split_order,
     survey,
 )
-from routing.request import Request
+from celery_capacity.routing.request import Request
 
 RESOURCES = ("cpus", "memory", "licence", "slots")
 SMALL = st.dictionaries(st.sampled_from(RESOURCES), st.integers(0, 6), max_size=4)
@@ -416,8 +416,8 @@ def test_the_policy_imports_values_and_the_standard_library_only() -> None:
     imported |= set(
         itertools.chain(*([a.name for a in node.names] for node in ast.walk(tree) if isinstance(node, ast.Import)))
     )
-    ours = {name for name in imported if name and name.split(".")[0] == "routing"}
-    assert ours <= {"routing.amounts", "routing.request", "routing.capacity"}
+    ours = {name for name in imported if name and name.split(".")[0] == "celery_capacity"}
+    assert ours <= {f"celery_capacity.routing.{name}" for name in ("amounts", "request", "capacity")}
     assert not imported & {"time", "random", "logging", "datetime", "os", "redis", "sqlalchemy"}
 
 

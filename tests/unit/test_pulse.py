@@ -6,9 +6,9 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
-from routing.errors import StoreUnavailable
-from workers.pulse import Pulse
-from workers.sight import Sight
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.workers.pulse import Pulse
+from celery_capacity.workers.sight import Sight
 
 
 class Gone:

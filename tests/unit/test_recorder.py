@@ -10,10 +10,10 @@ from unittest.mock import Mock
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from routing import bad_transitions
+from celery_capacity.routing import bad_transitions
+from celery_capacity.workers import recorder
+from celery_capacity.workers.recorder import Recorder
 from tests.fixtures.waiting import until
-from workers import recorder
-from workers.recorder import Recorder
 
 
 class Away:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from platform import render
-from routing.overview import Overview, WorkerLine
-from routing.verify import INVARIANTS, Report, Verdict
+from celery_capacity.platform import render
+from celery_capacity.routing.overview import Overview, WorkerLine
+from celery_capacity.routing.verify import INVARIANTS, Report, Verdict
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ class Missing(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
-import workers.plugin
+import celery_capacity.workers.plugin
 from celery_capacity import create_app, fenced
 import kombu.transport.redis, celery.backends.redis
-from platform.commands import cluster, dashboard, db, job, jobs, reconcile, verify
+from celery_capacity.platform.commands import cluster, dashboard, db, job, jobs, reconcile, verify
 """
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from migrations import HEAD
-from routing.errors import PlatformError
-from routing.explain import Why
-from routing.states import State
+from celery_capacity.migrations import HEAD
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.explain import Why
+from celery_capacity.routing.states import State
 from tests.fixtures.processes import ROOT
 from tests.fixtures.shapes import SCHEMAS, assert_shape, commands, prints_json, schema
 

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from routing import home, process_identity
-from routing.errors import InvalidRequest, NoServers, SettingsError
-from routing.settings import Settings, described
+from celery_capacity.routing import home, process_identity
+from celery_capacity.routing.errors import InvalidRequest, NoServers, SettingsError
+from celery_capacity.routing.settings import Settings, described
 
 ROOT = Path(__file__).parents[2]
 URLS = {"REDIS_URL": "redis://:s3cret@host:6379/0", "DATABASE_URL": "postgres://user:s3cret@host/db"}

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.errors import IllegalTransition
-from routing.states import (
+from celery_capacity.routing.errors import IllegalTransition
+from celery_capacity.routing.states import (
     FINAL,
     HOLDING,
     TRANSITIONS,

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 import celery_capacity
-from routing import errors
+from celery_capacity.routing import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: The packages that are installed, lowest layer first.
+#: The one package that is installed, and its parts, the lowest layer first.
+PACKAGE = "celery_capacity"
 LAYERS = ("routing", "migrations", "workers", "platform")
 
 MOST_LINES = 400
@@ -28,7 +29,7 @@ MOST_LINES = 400
 def _modules(package: str) -> Iterator[tuple[str, Path]]:
     for path in sorted((ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+        yield ".".join((PACKAGE, *(parts[:-1] if parts[-1] == "__init__" else parts))), path
 
 
 def _fresh(code: str) -> Any:
@@ -62,7 +63,8 @@ def _of(package: str, loaded: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "foreign", ["celery", "kombu", "tornado", "click", "flower", "workers", "celery_capacity"]
+    "foreign",
+    ["celery", "kombu", "tornado", "click", "flower", *(f"{PACKAGE}.{layer}" for layer in LAYERS[1:])],
 )
 def test_routing_does_not_load(foreign: str, routing_loads: set[str]) -> None:
     assert not _of(foreign, routing_loads)
@@ -74,22 +76,20 @@ def routing_loads() -> set[str]:
 
 
 def test_routing_and_workers_load_nothing_of_ours_from_platform() -> None:
-    # `platform` itself is the standard library's.
-    assert _of("platform", _loaded_after_importing("routing", "workers")) <= {"platform"}
+    assert not _of(f"{PACKAGE}.platform", _loaded_after_importing("routing", "workers"))
 
 
 def test_the_arrows_go_from_platform_to_workers_to_routing() -> None:
     wrong = []
     for layer, package in enumerate(LAYERS):
-        above = (*LAYERS[layer + 1 :], "celery_capacity", "tests", "benchmarks")
-        if package == "platform":
-            above = ("tests", "benchmarks")
+        above = [f"{PACKAGE}.{name}" for name in LAYERS[layer + 1 :]]
         for name, path in _modules(package):
-            # The standard library's module has the name of our highest package: only `platform.x` is ours.
             wrong += [
                 f"{name} imports {found}"
                 for found in _imports(name, path)
-                if found.split(".")[0] in above and found != "platform"
+                if found.split(".")[0] in ("tests", "benchmarks") or any(_of(one, {found}) for one in above)
+                # (The public names stand above all but the app of `celery -A platform`.)
+                or (found == PACKAGE and package != "platform")
             ]
     assert wrong == []
 
@@ -133,6 +133,23 @@ def _is_module(name: str) -> bool:
 
 
 @pytest.mark.parametrize("package", LAYERS)
+def test_a_part_of_the_package_is_a_link_to_the_folder_beside_it(package: str) -> None:
+    assert (ROOT / PACKAGE / package).readlink() == Path("..") / package
+
+
+def test_nothing_is_imported_past_the_package() -> None:
+    """In a checkout the folders can be imported by their own names too, and would be there twice."""
+    top = {path.stem for path in ROOT.glob("*.py")} | set(LAYERS)
+    wrong = []
+    for folder in (*LAYERS, PACKAGE, "tests", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            # (`platform` alone is the standard library's.)
+            names = {name for name in _imports("", path) if name != "platform"}
+            wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in names if name.split(".")[0] in top]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", LAYERS)
 def test_no_module_is_longer_than_400_lines(package: str) -> None:
     lines = {name: len(path.read_text().splitlines()) for name, path in _modules(package)}
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
@@ -156,7 +173,7 @@ def test_all_and_the_public_names_are_the_same() -> None:
     for name in celery_capacity.__all__:
         assert getattr(celery_capacity, name) is not None
     public = {name for name in vars(celery_capacity) if not name.startswith("_")}
-    assert public - {"annotations", "TYPE_CHECKING"} == set(celery_capacity.__all__)
+    assert public - {"annotations", "TYPE_CHECKING", *LAYERS} == set(celery_capacity.__all__)
 
 
 def test_all_errors_are_public() -> None:

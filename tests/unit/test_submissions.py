@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from celery_capacity.workers import submissions
+from celery_capacity.workers.submissions import IN_A_ROW, IN_A_ROW_BUSY, Moment, Submission, Submissions
 from tests.fixtures.waiting import PATIENCE, until
-from workers import submissions
-from workers.submissions import IN_A_ROW, IN_A_ROW_BUSY, Moment, Submission, Submissions
 
 #: Seconds, longer than any test takes.
 ALWAYS = 1000.0

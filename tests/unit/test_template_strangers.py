@@ -16,12 +16,12 @@ from celery.app.routes import Router as CeleryRouter
 from kombu import serialization
 from kombu.exceptions import EncodeError
 
-from routing.accept import NewJob
-from routing.errors import InvalidRequest, NoServers
-from routing.message import Template, decode
+from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.errors import InvalidRequest, NoServers
+from celery_capacity.routing.message import Template, decode
+from celery_capacity.workers.app import create_app, install
+from celery_capacity.workers.sender import Sender
 from tests.fixtures.alike import NOWHERE, caught, compare, make_app, run, two
-from workers.app import create_app, install
-from workers.sender import Sender
 
 LATER: Final = datetime(2100, 1, 1, tzinfo=UTC)
 

@@ -8,9 +8,9 @@ import json
 import pytest
 from rich.console import Console
 
-from platform import terminal
-from platform.terminal import Meter, Meters
-from routing.errors import InvalidRequest
+from celery_capacity.platform import terminal
+from celery_capacity.platform.terminal import Meter, Meters
+from celery_capacity.routing.errors import InvalidRequest
 
 
 def plain(width: int = 80) -> tuple[Console, io.StringIO]:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from platform import trace
-from platform.trace import Job, Record
-from routing.errors import InvalidRequest
+from celery_capacity.platform import trace
+from celery_capacity.platform.trace import Job, Record
+from celery_capacity.routing.errors import InvalidRequest
 
 
 def read(text: str) -> list[Job]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from redis import exceptions as redis_errors
 
-from routing.errors import StoreUnavailable
-from workers.patiently import may_pass
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.workers.patiently import may_pass
 
 
 def from_redis(error: redis_errors.RedisError) -> StoreUnavailable:

@@ -6,7 +6,7 @@ own timers; beat's ticks ask for them sooner.
 
 from __future__ import annotations
 
-from workers.duties.opening import open_ledger
-from workers.duties.runner import DUTIES, OUTBOX, Duty, Runner
+from celery_capacity.workers.duties.opening import open_ledger
+from celery_capacity.workers.duties.runner import DUTIES, OUTBOX, Duty, Runner
 
 __all__ = ["DUTIES", "OUTBOX", "Duty", "Runner", "open_ledger"]

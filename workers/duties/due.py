@@ -6,15 +6,15 @@ import logging
 
 from celery import Celery
 
-from routing import backlog, enroll, gates
-from routing.errors import StoreUnavailable
-from routing.postgres import is_locked
-from routing.states import State
-from workers.control import end_before_start, open_gates
-from workers.duties import stream
-from workers.gates import burst_of
-from workers.stores import Stores
-from workers.undelivered import deliver_rows
+from celery_capacity.routing import backlog, enroll, gates
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.postgres import is_locked
+from celery_capacity.routing.states import State
+from celery_capacity.workers.control import end_before_start, open_gates
+from celery_capacity.workers.duties import stream
+from celery_capacity.workers.gates import burst_of
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.undelivered import deliver_rows
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from redis.exceptions import RedisError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import election, native
-from routing.election import Elected
-from routing.errors import PlatformError
-from routing.ledger import Ledger
-from workers.duties.window import Window
-from workers.wake import Wake
+from celery_capacity.routing import election, native
+from celery_capacity.routing.election import Elected
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.workers.duties.window import Window
+from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 

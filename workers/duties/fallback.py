@@ -9,14 +9,14 @@ from celery import Celery
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from routing import backlog, pull, revoking, roster, store
-from routing.postgres import is_locked
-from routing.states import State
-from workers.duties import due
-from workers.duties.window import Window
-from workers.pull import transactions
-from workers.stores import Stores
-from workers.undelivered import deliver_rows
+from celery_capacity.routing import backlog, pull, revoking, roster, store
+from celery_capacity.routing.postgres import is_locked
+from celery_capacity.routing.states import State
+from celery_capacity.workers.duties import due
+from celery_capacity.workers.duties.window import Window
+from celery_capacity.workers.pull import transactions
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.undelivered import deliver_rows
 
 logger = logging.getLogger(__name__)
 

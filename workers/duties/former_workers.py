@@ -8,8 +8,8 @@ from typing import Final
 from celery import Celery
 from sqlalchemy import Connection, text
 
-from routing import books, keys
-from workers.stores import Stores
+from celery_capacity.routing import books, keys
+from celery_capacity.workers.stores import Stores
 
 #: Times the setting LOST after which the row of an incarnation that has left is forgotten (21 h at the usual 75 s).
 #: Attempts name their worker by text, and need no row.

@@ -7,8 +7,8 @@ from typing import Final
 
 from celery import Celery
 
-from routing import gates
-from workers.stores import Stores
+from celery_capacity.routing import gates
+from celery_capacity.workers.stores import Stores
 
 #: Seconds for which a key is kept, whatever became of its job.
 FORGET_AFTER: Final = 300.0

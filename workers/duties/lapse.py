@@ -7,12 +7,12 @@ import logging
 from celery import Celery
 from sqlalchemy.exc import DBAPIError
 
-from routing import process_identity, roster, takeback
-from routing.bad_transitions import concerns_data
-from routing.postgres import is_locked, told
-from workers import orphans
-from workers.duties.window import Window
-from workers.stores import Stores
+from celery_capacity.routing import process_identity, roster, takeback
+from celery_capacity.routing.bad_transitions import concerns_data
+from celery_capacity.routing.postgres import is_locked, told
+from celery_capacity.workers import orphans
+from celery_capacity.workers.duties.window import Window
+from celery_capacity.workers.stores import Stores
 
 logger = logging.getLogger(__name__)
 

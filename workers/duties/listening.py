@@ -16,11 +16,11 @@ import psycopg2
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from routing import backlog, enroll, native, pull, roster, stream
-from routing.errors import PlatformError
-from routing.replies import LedgerClosed
-from workers.stores import Stores
-from workers.wake import Wake
+from celery_capacity.routing import backlog, enroll, native, pull, roster, stream
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 

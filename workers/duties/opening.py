@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from routing import deadlines, rebuild
-from workers.stores import Stores
+from celery_capacity.routing import deadlines, rebuild
+from celery_capacity.workers.stores import Stores
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from celery import Celery
 
-from workers.results import is_asked
-from workers.stores import Stores
-from workers.undelivered import deliver_rows
+from celery_capacity.workers.results import is_asked
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.undelivered import deliver_rows
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from celery import Celery
 
-from routing import reconcile
-from workers.stores import Stores
+from celery_capacity.routing import reconcile
+from celery_capacity.workers.stores import Stores
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from celery import Celery
 
-from routing import replacing
-from workers.stores import Stores
-from workers.undelivered import deliver_rows
+from celery_capacity.routing import replacing
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.undelivered import deliver_rows
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:

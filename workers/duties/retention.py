@@ -6,8 +6,8 @@ from typing import Final
 
 from celery import Celery
 
-from routing import chords, retention
-from workers.stores import Stores
+from celery_capacity.routing import chords, retention
+from celery_capacity.workers.stores import Stores
 
 #: Statements of one pass: at the usual sweep interval 1,000 jobs a second, more than a platform ends.
 MOST: Final = 10

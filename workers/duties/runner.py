@@ -16,15 +16,15 @@ from celery import Celery
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from routing import deadlines, native, roster
-from routing.election import Elected
-from routing.errors import PlatformError
-from routing.ledger import Ledger
-from routing.postgres import is_locked, told
-from routing.replies import LedgerClosed
-from routing.settings import Settings
-from workers import ticks, transport
-from workers.duties import (
+from celery_capacity.routing import deadlines, native, roster
+from celery_capacity.routing.election import Elected
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.postgres import is_locked, told
+from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers import ticks, transport
+from celery_capacity.workers.duties import (
     due,
     fallback,
     former_workers,
@@ -37,12 +37,12 @@ from workers.duties import (
     stream,
     sweep,
 )
-from workers.duties.election import Candidate
-from workers.duties.listening import Listener
-from workers.duties.opening import open_ledger
-from workers.spare_connections import close_spare
-from workers.stores import Stores
-from workers.wake import Wake
+from celery_capacity.workers.duties.election import Candidate
+from celery_capacity.workers.duties.listening import Listener
+from celery_capacity.workers.duties.opening import open_ledger
+from celery_capacity.workers.spare_connections import close_spare
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
 

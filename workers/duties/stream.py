@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from celery import Celery
 
-from routing import enroll, rebuild, stream
-from routing.states import FINAL
-from workers.stores import Stores
-from workers.undelivered import announcer_of, deliver_rows
+from celery_capacity.routing import enroll, rebuild, stream
+from celery_capacity.routing.states import FINAL
+from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.undelivered import announcer_of, deliver_rows
 
 #: Milliseconds left to a worker to write its own.
 OLDER_THAN = 1000

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from celery import Celery
 
-from routing import backlog, enroll, revoking, room
-from routing.settings import Settings
-from workers.control import carry_out
-from workers.duties import stream
-from workers.stores import Stores
+from celery_capacity.routing import backlog, enroll, revoking, room
+from celery_capacity.routing.settings import Settings
+from celery_capacity.workers.control import carry_out
+from celery_capacity.workers.duties import stream
+from celery_capacity.workers.stores import Stores
 
 MOST = 1000
 

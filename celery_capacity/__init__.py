@@ -1,0 +1,112 @@
+"""The public names of the platform.
+
+    from celery_capacity import create_app
+
+    app = create_app()
+    app.send_task("demo.sleep", args=[1.0], cpus=4, memory="2GiB")
+
+`create_app` makes a Celery app whose tasks are placed by capacity, `install` does it to an app that exists,
+`Request` is what a job asks for, `fenced` commits a task's rows together with the end of its job, `job` is a job that
+asyncio programs wait for (a `Job`, whose states are `JobEvent`s), and the rest are the errors, all derived from
+`PlatformError`:
+
+    PlatformError
+    ├── IllegalTransition a job cannot do this in its state
+    ├── InvalidRequest   also a ValueError; nothing was written
+    │   ├── MessageTooLarge  more bytes than are allowed
+    │   └── MessageTooDeep   nested deeper than is allowed
+    ├── LeaseLost        this attempt no longer holds its job
+    ├── NameTaken        another live worker has this name
+    ├── NoServers        no Redis and Postgres are named or running
+    ├── NotAccepted      nothing was written; submit again
+    │   └── BacklogFull      more jobs wait than are allowed
+    ├── NotMigrated      the tables are missing or of another version
+    ├── OutcomeUnknown   it may have been written; the error has the job's id
+    ├── PartlyAccepted   of many jobs some were accepted, then one was not
+    ├── SettingsError    every wrong setting at once
+    ├── StoreUnavailable Redis or Postgres does not answer
+    └── Unsupported      a feature of Celery that the platform does not carry out yet
+
+Importing this package opens no connection, starts no thread and loads no Celery: the names are looked up when
+they are used. Its parts `platform`, `workers`, `routing` and `migrations` are links to the folders beside it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+from typing import Any as _Any
+
+if TYPE_CHECKING:
+    from celery_capacity.routing.errors import (
+        BacklogFull,
+        IllegalTransition,
+        InvalidRequest,
+        LeaseLost,
+        MessageTooDeep,
+        MessageTooLarge,
+        NameTaken,
+        NoServers,
+        NotAccepted,
+        NotMigrated,
+        OutcomeUnknown,
+        PartlyAccepted,
+        PlatformError,
+        SettingsError,
+        StoreUnavailable,
+        Unsupported,
+    )
+    from celery_capacity.routing.request import Request
+    from celery_capacity.routing.watching import JobEvent
+    from celery_capacity.workers.app import create_app, install
+    from celery_capacity.workers.fenced import fenced
+    from celery_capacity.workers.jobs import Job, job
+
+__all__ = [
+    "BacklogFull",
+    "IllegalTransition",
+    "InvalidRequest",
+    "Job",
+    "JobEvent",
+    "LeaseLost",
+    "MessageTooDeep",
+    "MessageTooLarge",
+    "NameTaken",
+    "NoServers",
+    "NotAccepted",
+    "NotMigrated",
+    "OutcomeUnknown",
+    "PartlyAccepted",
+    "PlatformError",
+    "Request",
+    "SettingsError",
+    "StoreUnavailable",
+    "Unsupported",
+    "create_app",
+    "fenced",
+    "install",
+    "job",
+]
+
+#: Where the names that are looked up when used come from; what is not here is an error and comes from
+#: routing.errors.
+_SOURCES = {
+    "Job": "celery_capacity.workers.jobs",
+    "JobEvent": "celery_capacity.routing.watching",
+    "Request": "celery_capacity.routing.request",
+    "create_app": "celery_capacity.workers.app",
+    "fenced": "celery_capacity.workers.fenced",
+    "install": "celery_capacity.workers.app",
+    "job": "celery_capacity.workers.jobs",
+}
+
+def __getattr__(name: str) -> _Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_import_module(_SOURCES.get(name, "celery_capacity.routing.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
