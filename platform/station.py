@@ -26,9 +26,10 @@ from celery_capacity.platform.launch import (
     start_worker,
 )
 from celery_capacity.platform.processes import COLD, WARM, Child, Family, Happening, Step, celery_command, died
-from celery_capacity.routing import capacity, overview, server
+from celery_capacity.routing import overview, server
 from celery_capacity.routing.amounts import CPUS, MEMORY, SLOTS, cpus_number, format_cpus, format_memory
 from celery_capacity.routing.errors import PlatformError, mask_url
+from celery_capacity.routing.machine import detect
 from celery_capacity.routing.names import check_worker_name
 from celery_capacity.routing.settings import Settings
 from celery_capacity.workers.stores import make_engine
@@ -137,18 +138,18 @@ class Station:
     def _whole(self) -> WorkerSpec:
         """One worker with all of this machine, under the name that it would give itself."""
         name = self._settings.node_name or check_worker_name(socket.gethostname())
-        return WorkerSpec(name, capacity.detect(self._settings).capacity.get(CPUS))
+        return WorkerSpec(name, detect(self._settings).capacity.get(CPUS))
 
     def _share(self, spec: WorkerSpec, specs: Sequence[WorkerSpec]) -> dict[str, str]:
         """Memory as its CPUs: each would publish all of the machine's. PLATFORM_MEMORY is meant for each."""
         if self._settings.memory is not None:
             return {}
-        memory = capacity.detect(self._settings).capacity.get(MEMORY)
+        memory = detect(self._settings).capacity.get(MEMORY)
         return {"PLATFORM_MEMORY": str(memory * spec.cpus // sum(other.cpus for other in specs))}
 
     def _pool(self, spec: WorkerSpec) -> str:
         """More CPUs than there are can only be a rehearsal with sleeping tasks: no process for each."""
-        machine = capacity.detect(replace(self._settings, cpus=None)).capacity.get(CPUS)
+        machine = detect(replace(self._settings, cpus=None)).capacity.get(CPUS)
         return "prefork" if spec.cpus <= machine else "threads"
 
     def _start_beat(self) -> Child | None:

@@ -17,8 +17,9 @@ import psycopg2
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.accept import NewJob, Publisher, may_publish, request_json
+from celery_capacity.routing.accept import may_publish, request_json
 from celery_capacity.routing.errors import NotMigrated
+from celery_capacity.routing.job import NewJob, Publisher
 from celery_capacity.routing.postgres import NOT_THERE, is_lost
 from celery_capacity.routing.states import State
 

@@ -14,7 +14,7 @@ from typing import Final
 from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing.accept import Publisher
+from celery_capacity.routing.job import Publisher
 from celery_capacity.routing.outbox import UNTOLD
 from celery_capacity.routing.postgres import is_locked
 from celery_capacity.routing.states import FINAL, State, Step

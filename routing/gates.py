@@ -25,7 +25,8 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, TextClause, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing.accept import MOST_LET_GO, OPEN_RATE, Rate
+from celery_capacity.routing.accept import MOST_LET_GO, OPEN_RATE
+from celery_capacity.routing.job import Rate
 from celery_capacity.routing.outbox import UNTOLD
 from celery_capacity.routing.postgres import is_locked
 from celery_capacity.routing.states import State, Step

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, PoolProxiedConnection
 from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing import accept
-from celery_capacity.routing.accept import Inserted, NewJob
+from celery_capacity.routing.job import Inserted, NewJob
 from celery_capacity.routing.states import State
 
 _COLUMNS: Final = "id, name, state, shape, request, message, priority, declared, queue, root_id"

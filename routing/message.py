@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import uuid4
 
-from celery_capacity.routing import limits
 from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, MessageTooLarge
+from celery_capacity.routing.nesting import check_headers
 
 #: Characters of a token at the most: two numbers of 64 bits. (A longer one was written by nobody of ours.)
 TOKEN_LENGTH: Final = 40
@@ -90,7 +90,7 @@ def encode(
             advice="Pass headers and stamps that are text, numbers, lists or dicts.",
         ) from error
     _check_size(text, body, limit)
-    limits.check_headers(text)
+    check_headers(text)
     return text
 
 

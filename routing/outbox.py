@@ -14,11 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection
-
-from celery_capacity.routing import accept, successors
-from celery_capacity.routing.accept import Gates, NewJob, Rate
-from celery_capacity.routing.states import State
+from celery_capacity.routing.job import Gates, NewJob, Rate
 
 _TIMES: Final = ("due_at", "expires_at")
 #: The outbox of a job that ended where nobody could say its result (it waited, or was lost with its worker): whoever
@@ -72,24 +68,6 @@ def parse(text: str) -> Outbox:
 def publishes(text: str) -> bool:
     """Whether there is something to be published in the outbox of a text."""
     return bool(text) and '"publishes": []' not in text[:20]
-
-
-def publish(connection: Connection, text: str) -> list[str]:
-    """Insert the jobs that an attempt could not publish, before its outcome is written; returns the ids of new ones
-    that may start. What was inserted before is left as it is."""
-    new = []
-    for job in parse(text).publishes:
-        inserted = accept.insert_job(connection, job)
-        if inserted.seq is not None:
-            if inserted.starts:
-                new.append(job.id)
-        elif (
-            inserted.same_as is None
-            and successors.put_successor(connection, job) == State.REPLACED
-            and job.due_at is None
-        ):
-            new.append(job.id)
-    return new
 
 
 def _job_out(job: NewJob) -> dict[str, Any]:

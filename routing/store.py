@@ -14,7 +14,7 @@ from typing import Final
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing import outbox, replacing
+from celery_capacity.routing import outbox, replacing, successors
 from celery_capacity.routing.amounts import DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.errors import storable
 from celery_capacity.routing.postgres import is_locked
@@ -341,7 +341,7 @@ def _publish(connection: Connection, transitions: Sequence[Transition]) -> list[
     }
     overtaken = set(connection.execute(_OVERTAKEN, values).scalars())
     current = [one for number, one in enumerate(transitions, 1) if number not in overtaken]
-    return [job for one in current for job in outbox.publish(connection, one.outbox)]
+    return [job for one in current for job in successors.publish_left(connection, one.outbox)]
 
 
 #: Ends that come about without a worker, unless `told`.

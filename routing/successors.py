@@ -11,7 +11,9 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
-from celery_capacity.routing.accept import NewJob, request_json
+from celery_capacity.routing import outbox
+from celery_capacity.routing.accept import insert_job, request_json
+from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.states import FINAL, State, Step
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
@@ -104,3 +106,21 @@ def identity_of(connection: Connection, job: str) -> Identity | None:
         text("SELECT seq, state, attempt, retries, nesting FROM jobs WHERE id = :id"), {"id": job}
     ).one_or_none()
     return Identity(*row) if row is not None else None
+
+
+def publish_left(connection: Connection, left: str) -> list[str]:
+    """Insert the jobs that an attempt could not publish, before its outcome is written; returns the ids of new ones
+    that may start. What was inserted before is left as it is."""
+    new = []
+    for job in outbox.parse(left).publishes:
+        inserted = insert_job(connection, job)
+        if inserted.seq is not None:
+            if inserted.starts:
+                new.append(job.id)
+        elif (
+            inserted.same_as is None
+            and put_successor(connection, job) == State.REPLACED
+            and job.due_at is None
+        ):
+            new.append(job.id)
+    return new

@@ -16,7 +16,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.dialects.postgresql import insert
 
 from celery_capacity.routing import pull, tables
-from celery_capacity.routing.accept import NewJob, request_json
+from celery_capacity.routing.accept import request_json
+from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.states import State
 
 #: Jobs of one call that are named in notifications; of more it is only said that there are some.

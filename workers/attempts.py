@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from celery_capacity.routing.accept import NewJob, Publisher
 from celery_capacity.routing.errors import NotAccepted
+from celery_capacity.routing.job import NewJob, Publisher
 from celery_capacity.routing.message import Tag
 from celery_capacity.routing.outbox import Outbox
 

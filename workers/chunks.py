@@ -15,9 +15,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing import accept, bulk, deadlines, enroll
-from celery_capacity.routing.accept import Inserted, NewJob
 from celery_capacity.routing.bulk import Committed
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, mask_url
+from celery_capacity.routing.job import Inserted, NewJob
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.policy import order
 from celery_capacity.workers.attempts import Attempt

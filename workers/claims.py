@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing import fence, store
-from celery_capacity.routing.accept import Publisher
+from celery_capacity.routing.job import Publisher
 from celery_capacity.routing.message import Tag
 from celery_capacity.routing.request import Request
 from celery_capacity.routing.states import Step

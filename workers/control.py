@@ -13,9 +13,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing import gates, revoking, roster, store, stream
-from celery_capacity.routing.accept import Rate
 from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable, show
 from celery_capacity.routing.gates import Opened
+from celery_capacity.routing.job import Rate
 from celery_capacity.routing.names import check_job_id
 from celery_capacity.routing.postgres import is_locked, translate
 from celery_capacity.routing.replies import Cancelled, LedgerClosed

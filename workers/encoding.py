@@ -9,8 +9,8 @@ from kombu import compression as compressors
 from kombu import serialization
 from kombu.exceptions import EncodeError, SerializerNotInstalled
 
-from celery_capacity.routing import limits
 from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, show
+from celery_capacity.routing.nesting import JSON, check_value
 
 
 class NotEncodable(InvalidRequest, EncodeError):
@@ -35,8 +35,8 @@ def encode(
         ) from error
     raw = payload.encode(content_encoding) if isinstance(payload, str) else bytes(payload)
     wire = dict(headers)
-    if compression or content_type != limits.JSON:
-        limits.check_value(body, headers.get("task"))
+    if compression or content_type != JSON:
+        check_value(body, headers.get("task"))
     if compression:
         try:
             raw, wire["compression"] = compressors.compress(raw, compression)

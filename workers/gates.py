@@ -24,9 +24,9 @@ from kombu.utils.json import dumps
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing import watching
-from celery_capacity.routing.accept import Gates, Rate
 from celery_capacity.routing.errors import InvalidRequest, NotAccepted, show
 from celery_capacity.routing.gates import KnownRate, known_rates, lift_rates, set_rate
+from celery_capacity.routing.job import Gates, Rate
 from celery_capacity.routing.names import check_job_id
 from celery_capacity.routing.settings import Settings
 from celery_capacity.workers.call import MOST_SECONDS, check_seconds

@@ -21,7 +21,7 @@ from kombu.exceptions import OperationalError
 from kombu.serialization import registry
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing import limits, native
+from celery_capacity.routing import native
 from celery_capacity.routing.errors import (
     BacklogFull,
     InvalidRequest,
@@ -31,6 +31,7 @@ from celery_capacity.routing.errors import (
     PlatformError,
     Unsupported,
 )
+from celery_capacity.routing.nesting import JSON, check_body, check_value
 from celery_capacity.routing.secrets import hidden_headers
 from celery_capacity.workers import ticks
 from celery_capacity.workers.router import HEADER, Router
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY: Final = 0.5
 #: Content that is stored as it came: of the one the depth is read off the text, and decoding the other does what its
 #: sender says, which is left to whoever runs the task.
-NOT_DECODED: Final = (limits.JSON, "application/x-python-serialize")
+NOT_DECODED: Final = (JSON, "application/x-python-serialize")
 #: Encodings of which ASCII is a part.
 PLAIN: Final = frozenset({"utf-8", "utf8", "ascii", "us-ascii", "binary"})
 #: How ticks are encoded, whatever tasks may be.
@@ -201,8 +202,8 @@ def enroll(sender: Sender, router: Router, message: Any, queue: str) -> None:
         headers = {name: value for name, value in headers.items() if name != "compression"}
     headers, properties = hidden_headers(headers), dict(message.properties)
     is_protocol2 = "task" in headers and "id" in headers
-    if message.content_type == limits.JSON:
-        limits.check_body(body, headers.get("task"))
+    if message.content_type == JSON:
+        check_body(body, headers.get("task"))
     if not is_protocol2 or message.content_type not in NOT_DECODED or body.lstrip()[:1] == b"{":
         payload = message.decode()
         if isinstance(payload, Mapping):
@@ -216,10 +217,10 @@ def enroll(sender: Sender, router: Router, message: Any, queue: str) -> None:
                 properties=properties,
             )
             return
-        limits.check_value(payload, headers.get("task"))
+        check_value(payload, headers.get("task"))
     if not is_protocol2:
         raise InvalidRequest("not a task message (protocol 1 or 2)")
-    if message.content_type == limits.JSON and str(message.content_encoding).lower() in PLAIN:
+    if message.content_type == JSON and str(message.content_encoding).lower() in PLAIN:
         body = with_arguments(body)
     headers = {HEADER: router.header(headers["task"]), **headers}
     sender.accept_raw(body, message.content_type, message.content_encoding, headers, queue, properties)

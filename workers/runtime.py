@@ -25,9 +25,9 @@ from celery.worker import state as worker_state
 from kombu.serialization import prepare_accept_content
 
 from celery_capacity.routing import formats, timeouts
-from celery_capacity.routing.capacity import Detected
 from celery_capacity.routing.envelope import Unreadable
 from celery_capacity.routing.errors import NameTaken, PlatformError
+from celery_capacity.routing.machine import Detected
 from celery_capacity.routing.message import parse_tag
 from celery_capacity.routing.names import check_job_id
 from celery_capacity.routing.outbox import Outbox

@@ -14,7 +14,6 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from celery_capacity.routing import accept, backlog, deadlines, enroll, formats, limits, pull, successors
 from celery_capacity.routing import message as messages
-from celery_capacity.routing.accept import Inserted, NewJob, Publisher
 from celery_capacity.routing.amounts import DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.errors import (
     InvalidRequest,
@@ -24,8 +23,10 @@ from celery_capacity.routing.errors import (
     Unsupported,
     show,
 )
+from celery_capacity.routing.job import Inserted, NewJob, Publisher
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.names import check_job_id, check_queue_name
+from celery_capacity.routing.nesting import JSON, check_body
 from celery_capacity.routing.policy import order
 from celery_capacity.routing.postgres import NOT_ALLOWED
 from celery_capacity.routing.replies import LedgerClosed
@@ -71,7 +72,7 @@ class Sender:
         stores: Stores,
         default_queue: str,
         zone: tzinfo = UTC,
-        accepted: Collection[str] = (limits.JSON,),
+        accepted: Collection[str] = (JSON,),
     ) -> None:
         self._stores = stores
         self._default_queue = default_queue
@@ -140,8 +141,8 @@ class Sender:
                 value=serializer,
                 advice="Leave it out, or name it in accept_content.",
             )
-        if content_type == limits.JSON and not headers.get("compression"):
-            limits.check_body(body, headers.get("task"))
+        if content_type == JSON and not headers.get("compression"):
+            check_body(body, headers.get("task"))
         attempt = attempts.current()
         may_ask = attempt is None or not (attempt.deferred or time.monotonic() < self._keep_until)
         return self._job(body, content_type, content_encoding, headers, queue, properties, may_ask)

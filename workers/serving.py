@@ -12,7 +12,7 @@ from collections.abc import Callable
 from celery import Celery
 from kombu import Queue
 
-from celery_capacity.routing.capacity import Detected, detect
+from celery_capacity.routing.machine import Detected, detect
 from celery_capacity.routing.settings import Settings
 from celery_capacity.workers.queues import check_queue
 

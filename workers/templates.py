@@ -25,10 +25,10 @@ from celery.app import base as celery_base
 from celery.app import routes as celery_routes
 from celery.app import task as celery_task
 
-from celery_capacity.routing import limits
-from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.message import Template, decode
 from celery_capacity.routing.names import check_job_id
+from celery_capacity.routing.nesting import CANVAS_PREFIX, check_body
 from celery_capacity.routing.request import REQUEST_OPTIONS
 from celery_capacity.routing.request_file import RERUN
 from celery_capacity.workers import amqp as platform_amqp
@@ -58,7 +58,7 @@ JSON: Final = "json"
 #: Types of a request's amounts that cannot change while they are the same object.
 _AMOUNTS: Final = frozenset({type(None), int, float, str})
 #: Tasks whose request is that of others that they call, and the platform's messages, which make no job.
-_SPECIAL: Final = (limits.CANVAS_PREFIX, PLATFORM_PREFIX)
+_SPECIAL: Final = (CANVAS_PREFIX, PLATFORM_PREFIX)
 #: The headers of a message that has nothing of anybody else's.
 _HEADERS: Final = frozenset(
     {
@@ -212,7 +212,7 @@ class Templates:
         first, args, kwargs = kind.first, args or (), kwargs or {}
         said = {"argsrepr": amqp.shown("argsrepr", args), "kwargsrepr": amqp.shown("kwargsrepr", kwargs)}
         body = encode((args, kwargs, _NOTHING), {"task": first.name, **said}, None, None)[0]
-        limits.check_body(body, first.name)
+        check_body(body, first.name)
         gates = amqp.job_sender.rates.gates({"task": first.name, HEADER: {}}, HEADER, may_ask)
         check_job_id(job)
         said |= {"origin": origin(os.getpid()), "reply_to": self._app.thread_oid}

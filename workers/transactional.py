@@ -19,7 +19,6 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session
 
 from celery_capacity.routing import accept, bulk, deadlines, within
-from celery_capacity.routing.accept import NewJob, Publisher
 from celery_capacity.routing.errors import (
     InvalidRequest,
     NotAccepted,
@@ -29,6 +28,7 @@ from celery_capacity.routing.errors import (
     mask_url,
     show,
 )
+from celery_capacity.routing.job import NewJob, Publisher
 from celery_capacity.routing.within import Home
 from celery_capacity.workers import attempts
 from celery_capacity.workers.chunks import to_ledger

@@ -13,8 +13,8 @@ from sqlalchemy import text
 from benchmarks.books import message
 from benchmarks.proposals.way import ASKED, CPUS, Cluster, Held
 from celery_capacity.routing import accept, overview, rebuild, roster, stream, takeback
-from celery_capacity.routing.accept import NewJob
 from celery_capacity.routing.amounts import CPUS as MILLICORES
+from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.keys import private_queue
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.policy import order

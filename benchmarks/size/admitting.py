@@ -14,7 +14,7 @@ from sqlalchemy import text
 from benchmarks.books import EMPTY, message
 from benchmarks.size.stock import engine_of
 from celery_capacity.routing import accept, roster
-from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.policy import order
 from celery_capacity.routing.replies import Ended, Taken

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 
 from celery_capacity.routing import keys, outbox, stream
-from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.outbox import Outbox
 from celery_capacity.routing.replies import Ended
 from celery_capacity.routing.request import Request

@@ -9,7 +9,7 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 
 from celery_capacity.routing import fence, keys, pull, stream, takeback, verify
-from celery_capacity.routing.accept import Publisher
+from celery_capacity.routing.job import Publisher
 from celery_capacity.routing.reconcile import reconcile
 from celery_capacity.routing.replies import Adopted
 from celery_capacity.routing.settings import Settings

@@ -16,10 +16,10 @@ from celery.result import AsyncResult, GroupResult
 from hypothesis import HealthCheck, given, settings, strategies
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import accept, fence, gates, outbox, pull, store, successors
-from celery_capacity.routing.accept import Gates, NewJob, Publisher, Rate
+from celery_capacity.routing import accept, fence, gates, pull, store, successors
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.explain import Why, explain
+from celery_capacity.routing.job import Gates, NewJob, Publisher, Rate
 from celery_capacity.routing.outbox import Outbox
 from celery_capacity.routing.replies import Ended
 from celery_capacity.routing.request import Request
@@ -456,7 +456,7 @@ def test_what_an_attempt_left_to_be_published_keeps_its_gates(stage: Stage) -> N
         NewJob("f", TASK, SHAPE, MESSAGE, gates=Gates(rate=Rate(0.5, "30/m"))),
     ]
     with stage.engine.connect() as connection:
-        assert outbox.publish(connection, Outbox(left).to_text()) == ["a", "e"]
+        assert successors.publish_left(connection, Outbox(left).to_text()) == ["a", "e"]
         rows = connection.execute(text("SELECT id || ' ' || state FROM jobs ORDER BY id")).scalars().all()
     assert rows == ["a accepted", "c scheduled", "d scheduled", "e scheduled", "f scheduled"]
     gates.open_needs(stage.engine)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, NullPool, create_engine, text
 
 from celery_capacity.routing import accept
-from celery_capacity.routing.accept import Gates, NewJob
 from celery_capacity.routing.inserter import Inserter
+from celery_capacity.routing.job import Gates, NewJob
 from celery_capacity.routing.request import Request
 from tests.fixtures.waiting import until
 

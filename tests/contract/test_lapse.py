@@ -9,7 +9,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
 from celery_capacity.routing import fence, keys, takeback
-from celery_capacity.routing.accept import Publisher
+from celery_capacity.routing.job import Publisher
 from celery_capacity.routing.reconcile import reconcile
 from celery_capacity.routing.settings import Settings
 from celery_capacity.workers.duties import fallback, lapse

@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 from celery_capacity.routing import fence, keys, rebuild, reconcile, roster, stream, takeback
-from celery_capacity.routing.accept import Publisher
 from celery_capacity.routing.books import read_cards
+from celery_capacity.routing.job import Publisher
 from celery_capacity.routing.replies import Ended
 from celery_capacity.routing.settings import Settings
 from celery_capacity.workers.app import create_app

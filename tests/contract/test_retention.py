@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 
 from celery_capacity.routing import accept, explain, lookup, outbox, retention, store, verify
-from celery_capacity.routing.accept import NewJob, Publisher
+from celery_capacity.routing.job import NewJob, Publisher
 from celery_capacity.routing.outbox import UNTOLD, Outbox
 from celery_capacity.routing.reconcile import reconcile
 from celery_capacity.routing.settings import Settings

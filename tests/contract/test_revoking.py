@@ -11,7 +11,7 @@ from celery import Celery
 from sqlalchemy import Engine, text
 
 from celery_capacity.routing import accept, backlog, enroll, keys, pull, rebuild, revoking, roster, stream, successors
-from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.replies import Ended
 from celery_capacity.routing.request import Request

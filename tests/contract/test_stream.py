@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 
 from celery_capacity.routing import keys, store, stream, successors
-from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.replies import Ended
 from celery_capacity.routing.request import Request
 from celery_capacity.routing.settings import Settings

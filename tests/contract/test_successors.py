@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine
 
 from celery_capacity.routing import accept, backlog, enroll, keys, outbox, pull, replacing, roster, stream, successors
-from celery_capacity.routing.accept import NewJob
+from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.outbox import Outbox
 from celery_capacity.routing.request import Request
 from celery_capacity.routing.settings import Settings
@@ -150,7 +150,7 @@ def test_what_is_left_to_be_published_goes_on_with_a_replaced_job(stage: Stage) 
     job = replaced(stage)
     box = Outbox(publishes=[NewJob(job, "task", ONE, LATER, nesting=1)]).to_text()
     with stage.engine.connect() as connection:
-        assert outbox.publish(connection, box) == [job]
+        assert successors.publish_left(connection, box) == [job]
     assert stage.row(job).state == "accepted"
 
 

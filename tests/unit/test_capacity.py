@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_capacity.routing.capacity import (
-    Capacity,
+from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.machine import (
     Detected,
     Facts,
     Limit,
@@ -22,7 +23,6 @@ from celery_capacity.routing.capacity import (
     detect,
     publish,
 )
-from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.settings import Settings
 
 GIB = 1024**3

@@ -12,6 +12,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing import limits
 from celery_capacity.routing.errors import BacklogFull, MessageTooDeep
+from celery_capacity.routing.nesting import MOST_LEVELS, check_body, check_headers, check_value
 
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
@@ -36,38 +37,38 @@ def depth(value: Any) -> int:
 @pytest.mark.parametrize("wide", [0, 1, 1000])
 def test_fifty_levels_of_arguments_are_allowed_and_one_more_is_not(wide: int) -> None:
     many = [[[0]]] * wide
-    limits.check_body(body([nested(50), *many]), "task")
-    limits.check_body(body([], {"a": nested(50), "b": many}), "task")
-    limits.check_value(([nested(50), *many], {}, EMBED), "task")
+    check_body(body([nested(50), *many]), "task")
+    check_body(body([], {"a": nested(50), "b": many}), "task")
+    check_value(([nested(50), *many], {}, EMBED), "task")
     for deep in (body([nested(51), *many]), body([], {"a": nested(51), "b": many})):
         with pytest.raises(MessageTooDeep, match="an argument is nested 51 levels deep, 50 are allowed"):
-            limits.check_body(deep, "task")
+            check_body(deep, "task")
     with pytest.raises(MessageTooDeep, match="51"):
-        limits.check_value(([nested(51)], {}, EMBED), "task")
+        check_value(([nested(51)], {}, EMBED), "task")
 
 
 def test_fifty_levels_of_headers_are_allowed_and_one_more_is_not() -> None:
-    limits.check_headers(json.dumps({"headers": {"mine": nested(50)}, "properties": {"a": 1}}).encode())
+    check_headers(json.dumps({"headers": {"mine": nested(50)}, "properties": {"a": 1}}).encode())
     with pytest.raises(MessageTooDeep, match="a header is nested 51 levels deep"):
-        limits.check_headers(json.dumps({"headers": {"mine": nested(51)}, "properties": {"a": 1}}).encode())
+        check_headers(json.dumps({"headers": {"mine": nested(51)}, "properties": {"a": 1}}).encode())
 
 
 def test_a_canvas_may_be_deeper_since_each_of_its_steps_takes_several_levels() -> None:
-    limits.check_body(body(embed={**EMBED, "chord": nested(400)}), "task")
-    limits.check_body(body([], {"header": nested(400)}), "celery.chord")
+    check_body(body(embed={**EMBED, "chord": nested(400)}), "task")
+    check_body(body([], {"header": nested(400)}), "celery.chord")
     with pytest.raises(MessageTooDeep, match="the canvas"):
-        limits.check_body(body(embed={**EMBED, "chord": nested(600)}), "task")
+        check_body(body(embed={**EMBED, "chord": nested(600)}), "task")
 
 
 def test_brackets_in_text_are_no_levels() -> None:
-    limits.check_body(body(["[" * 1000, "\\", '"[{"' * 100, '\\"' * 10 + "[" * 100]), "task")
+    check_body(body(["[" * 1000, "\\", '"[{"' * 100, '\\"' * 10 + "[" * 100]), "task")
 
 
 @pytest.mark.parametrize("text", [b"[" * 1_000_000, b"[{" * 500_000, b'["' + b"[" * 100, b"]" * 200 + b"[" * 200])
 def test_what_is_no_json_is_not_climbed_into(text: bytes) -> None:
     # It is refused as too deep, or where it is read.
     try:
-        limits.check_body(text, "task")
+        check_body(text, "task")
     except MessageTooDeep as error:
         assert "levels deep" in str(error)
 
@@ -76,7 +77,7 @@ def test_a_value_that_holds_itself_is_too_deep() -> None:
     endless: list[Any] = []
     endless += [endless, endless]
     with pytest.raises(MessageTooDeep):
-        limits.check_value(([endless], {}, EMBED), "task")
+        check_value(([endless], {}, EMBED), "task")
 
 
 _VALUES = st.recursive(
@@ -87,19 +88,19 @@ _VALUES = st.recursive(
 
 
 @given(value=_VALUES, more=st.integers(0, 60))
-@example(value=[], more=limits.MOST_LEVELS)
-@example(value={}, more=limits.MOST_LEVELS - 1)
+@example(value=[], more=MOST_LEVELS)
+@example(value={}, more=MOST_LEVELS - 1)
 def test_the_depth_of_the_text_is_that_of_the_value(value: Any, more: int) -> None:
     levels = depth(deep := nested(more, value))
     text = body([deep])
-    if levels <= limits.MOST_LEVELS:
-        limits.check_body(text, "task")
-        limits.check_value(([deep], {}, EMBED), "task")
+    if levels <= MOST_LEVELS:
+        check_body(text, "task")
+        check_value(([deep], {}, EMBED), "task")
     else:
         with pytest.raises(MessageTooDeep, match=f"{levels} levels"):
-            limits.check_body(text, "task")
+            check_body(text, "task")
         with pytest.raises(MessageTooDeep):
-            limits.check_value(([deep], {}, EMBED), "task")
+            check_value(([deep], {}, EMBED), "task")
 
 
 # -- the backlog

@@ -16,8 +16,8 @@ from celery.app.routes import Router as CeleryRouter
 from kombu import serialization
 from kombu.exceptions import EncodeError
 
-from celery_capacity.routing.accept import NewJob
 from celery_capacity.routing.errors import InvalidRequest, NoServers
+from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.message import Template, decode
 from celery_capacity.workers.app import create_app, install
 from celery_capacity.workers.sender import Sender
