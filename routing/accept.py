@@ -19,7 +19,8 @@ import psycopg2
 from sqlalchemy import Connection, PoolProxiedConnection, text
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing import deadlines, roster
+from celery_capacity.routing import deadlines
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.errors import InvalidRequest, NotMigrated, show
 from celery_capacity.routing.job import Gates, Inserted, NewJob, Publisher
 from celery_capacity.routing.postgres import is_lost
@@ -157,7 +158,7 @@ def inserted_by(row: Any, job: NewJob) -> Inserted:
 
 def confirmed(connection: Connection) -> Inserted:
     """Nothing was inserted; who decides, all the same."""
-    known = roster.read_authority(connection)
+    known = read_authority(connection)
     return Inserted(None, known.epoch, known.authority)
 
 
@@ -236,7 +237,7 @@ def _insert_gated(connection: Connection, job: NewJob, gates: Gates, by: Publish
                 values = {"key": gates.key, "job": job.id, "seconds": gates.key_for}
                 holder = connection.execute(_CLAIM_KEY, values).scalar_one()
                 if holder != job.id:
-                    known = roster.read_authority(connection)
+                    known = read_authority(connection)
                     raise _NotInserted(Inserted(None, known.epoch, known.authority, False, str(holder)))
             state = State.SCHEDULED if waits or job.due_at is not None else State.ACCEPTED
             inserted = _insert(connection, job, by, state, gated=waits, plain=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
+from celery_capacity.routing.doubt import losses_in_doubt
 from celery_capacity.routing.policy import order
 
 
@@ -46,6 +47,11 @@ class Pending:
             self.read_ms,
             self.rerun,
         )
+
+
+def in_doubt(row: Pending, most_losses: int) -> Pending:
+    """Return a row as it is submitted when an attempt may have started of which Postgres has not heard."""
+    return replace(row, attempt=row.attempt + 1, losses=losses_in_doubt(row.losses, most_losses, row.rerun))
 
 
 _PENDING: Final = (

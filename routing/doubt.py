@@ -13,10 +13,7 @@ knows: each job that waited may have started there. Two rules keep the promises 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
-
-from celery_capacity.routing.backlog import Pending
 
 #: Allowed losses below which a doubt would be the last but one: then each attempt is known before it starts.
 FEWEST_LOSSES: Final = 3
@@ -30,8 +27,3 @@ def is_known_before_start(losses: int, most_losses: int, rerun: bool) -> bool:
 def losses_in_doubt(losses: int, most_losses: int, rerun: bool) -> int:
     """Return the losses of a job, one attempt of which may have started and was lost."""
     return losses if is_known_before_start(losses, most_losses, rerun) else losses + 1
-
-
-def in_doubt(row: Pending, most_losses: int) -> Pending:
-    """Return a row as it is submitted when an attempt may have started of which Postgres has not heard."""
-    return replace(row, attempt=row.attempt + 1, losses=losses_in_doubt(row.losses, most_losses, row.rerun))

@@ -21,8 +21,9 @@ from sqlalchemy import Connection, Engine, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing import amounts, books, keys, quarantine, roster, tables
+from celery_capacity.routing import amounts, books, keys, quarantine, tables
 from celery_capacity.routing.amounts import ALONE, CPUS, MEMORY, SLOTS
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.errors import NotMigrated, mask_url
 from celery_capacity.routing.policy import SUBMISSIONS, TOP_PRIORITY, order
 from celery_capacity.routing.postgres import translate
@@ -207,7 +208,7 @@ def _postgres_decides(engine: Engine) -> bool:
     """Whether the ledger was left; False where Postgres does not say: then the books are the best there is."""
     try:
         with engine.connect() as connection:
-            return roster.read_authority(connection).authority == "postgres"
+            return read_authority(connection).authority == "postgres"
     except (DBAPIError, PoolTimeout, NotMigrated):
         return False
 

@@ -18,14 +18,14 @@ from sqlalchemy.exc import OperationalError
 from celery_capacity.routing import fence, store
 from celery_capacity.routing.amounts import ALONE
 from celery_capacity.routing.doubt import FEWEST_LOSSES, losses_in_doubt
-from celery_capacity.routing.policy import MOST_ADMITTED, Book, Waiting, fill_or_keep, fits, held_by, order
+from celery_capacity.routing.fill import fill_or_keep
+from celery_capacity.routing.policy import MOST_ADMITTED, Book, Waiting, fits, held_by, order
 from celery_capacity.routing.postgres import is_locked
 from celery_capacity.routing.request import Request
 from celery_capacity.routing.states import FINAL, State, Step
 from celery_capacity.routing.store import Applied, Transition
+from celery_capacity.routing.tables import CHANNEL
 
-#: The channel of Postgres on which whoever leaves a job for the pullers says so.
-CHANNEL: Final = "celery_capacity_backlog"
 #: Rows looked at in one statement.
 PAGE: Final = 200
 #: Before the first row of the backlog: (-priority, seq).

@@ -19,15 +19,24 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 
-from celery_capacity.routing import backlog, books, enroll, keys, pull, reconcile, revoking, roster, stream, timeouts
-from celery_capacity.routing.backlog import Pending
+from celery_capacity.routing import backlog, books, enroll, keys, pull, reconcile, revoking, stream, timeouts
+from celery_capacity.routing.authority import (
+    Authority,
+    begin_epoch,
+    change_pause,
+    count_from_now,
+    end_opening,
+    hold_epoch,
+    opening_term,
+    read_authority,
+    still_opens,
+)
+from celery_capacity.routing.backlog import Pending, in_doubt
 from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.doubt import in_doubt
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.policy import order
 from celery_capacity.routing.replies import Adopted, LedgerClosed
-from celery_capacity.routing.roster import Authority
 from celery_capacity.routing.states import FINAL, HOLDING
 
 logger = logging.getLogger(__name__)
@@ -55,23 +64,23 @@ def open_if_cold(engine: Engine, ledger: Ledger) -> Rebuilt | None:
     # Before anything is closed: the books may be those of another database.
     ledger.own_database()
     with engine.connect() as connection:
-        known = roster.read_authority(connection)
+        known = read_authority(connection)
         if known.age == 0:
-            roster.count_from_now(connection)
+            count_from_now(connection)
         if not _is_wanting(known, ledger):
             return None
         # (What cannot be written cannot be opened, and needs no new epoch.)
         ledger.probe()
         opened, whole = ledger.opened(), ledger.has_whole_stream()
-        term = roster.opening_term(ledger.settings.renew_interval)
-        epoch = roster.begin_epoch(connection, known.epoch, term, above=opened[0] if opened else 0)
+        term = opening_term(ledger.settings.renew_interval)
+        epoch = begin_epoch(connection, known.epoch, term, above=opened[0] if opened else 0)
         began_ms = pull.now_ms(connection)
     return None if epoch is None else Opener(engine, ledger, epoch, term, began_ms, whole).run()
 
 
 def _is_wanting(known: Authority, ledger: Ledger) -> bool:
     """Whether there is something to do, and it is the ledger that is to decide."""
-    if known.authority != "ledger" or known.age < roster.pause(ledger.settings.confirm_interval):
+    if known.authority != "ledger" or known.age < change_pause(ledger.settings.confirm_interval):
         return False
     return _is_old(known, ledger) or ledger.is_unfinished()
 
@@ -127,14 +136,14 @@ class Opener:
             return None
         finally:
             with self._engine.connect() as connection:
-                roster.end_opening(connection, self._epoch)
+                end_opening(connection, self._epoch)
 
     def _go_on(self) -> None:
         """Say that this process goes on, when it is time. Raises `LedgerClosed` where it was overtaken."""
         if time.monotonic() < self._said_at + self._term / 4:
             return
         with self._engine.connect() as connection:
-            if not roster.still_opens(connection, self._epoch):
+            if not still_opens(connection, self._epoch):
                 raise LedgerClosed(None)
         self._said_at = time.monotonic()
 
@@ -217,7 +226,7 @@ class Opener:
             self._engine.connect().execution_options(isolation_level="READ COMMITTED") as connection,
             connection.begin(),
         ):
-            if not roster.hold_epoch(connection, self._epoch, self._term):
+            if not hold_epoch(connection, self._epoch, self._term):
                 raise LedgerClosed(None)
             orphans = [one for one in pull.orphans(connection) if one.job not in carried]
             most_losses = self._ledger.settings.most_losses

@@ -22,7 +22,8 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing import backlog, books, enroll, fence, keys, places, pull, roster, store, stream
+from celery_capacity.routing import backlog, books, enroll, fence, keys, places, pull, store, stream
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.books import JobCard
 from celery_capacity.routing.drift import Reconciled
 from celery_capacity.routing.errors import StoreUnavailable
@@ -129,7 +130,7 @@ def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
     result = Reconciled()
     try:
         with engine.connect() as connection:
-            known = roster.read_authority(connection)
+            known = read_authority(connection)
             if known.authority != "ledger":
                 raise StoreUnavailable(
                     "the ledger was lost and Postgres decides: there is nothing to compare",

@@ -1,44 +1,17 @@
-"""Workers and the declarations of tasks in Postgres, and the authority row: who may admit, and in which epoch."""
+"""Workers and the declarations of tasks in Postgres."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
+from celery_capacity.routing.authority import SELECT_AUTHORITY, Authority
 from celery_capacity.routing.errors import NotMigrated
 from celery_capacity.routing.process_identity import Place
-
-#: Renew intervals after which a process that opens an epoch, and says nothing, is overtaken (20 s at the usual 10).
-OPENING_INTERVALS: Final = 2.0
-#: Intervals for which an answer about the authority is valid, counted from the sending of the question (10 s at the
-#: usual 5).
-VALID_INTERVALS: Final = 2.0
-
-
-def pause(confirm_interval: float) -> float:
-    """Seconds after a change of the authority in which nobody decides: so long others may believe what was before."""
-    return confirm_interval * VALID_INTERVALS
-
-
-def opening_term(renew_interval: float) -> float:
-    """Seconds after which a process that opens an epoch, and says nothing, is overtaken."""
-    return renew_interval * OPENING_INTERVALS
-
-
-@dataclass(frozen=True, slots=True)
-class Authority:
-    """`authority`: ledger or postgres. `changed`: which change made it so; `age`: seconds since then, by Postgres's
-    clock (never negative, though that clock was set back)."""
-
-    epoch: int
-    authority: str
-    changed: datetime
-    age: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,123 +30,6 @@ class WorkerRow:
     start_ticks: int | None
     version: str
     started_at: str
-
-
-_AUTHORITY: Final = (
-    "SELECT epoch, authority, changed_at, greatest(0, extract(epoch FROM clock_timestamp() - changed_at))::float "
-    "FROM authority"
-)
-
-
-def read_authority(connection: Connection) -> Authority:
-    """The one row. Raises `NotMigrated` where it is missing."""
-    return _authority(connection.execute(text(_AUTHORITY)).one_or_none())
-
-
-def _authority(row: Any) -> Authority:
-    if row is None:
-        raise NotMigrated()
-    return Authority(*row)
-
-
-def database_id(connection: Connection) -> str:
-    """Return the id of this database, which its copies share and no other has. Raises `NotMigrated` without the row."""
-    found = connection.execute(text("SELECT database_id FROM authority")).scalar_one_or_none()
-    if found is None:
-        raise NotMigrated()
-    return str(found)
-
-
-def count_from_now(connection: Connection) -> None:
-    """Where Postgres's clock was set back since the authority changed, count the time since then from now: else nobody
-    would decide until that clock has come so far again."""
-    connection.execute(
-        text("UPDATE authority SET changed_at = clock_timestamp() WHERE changed_at > clock_timestamp()")
-    )
-
-
-# (An opener that spoke in the future did so before the clock was set back.)
-_BEGIN_EPOCH: Final = text("""
-UPDATE authority SET epoch = greatest(epoch, :above) + 1, opening_at = clock_timestamp()
-WHERE epoch = :epoch AND authority = 'ledger' AND (opening_at IS NULL OR opening_at > clock_timestamp()
-  OR opening_at <= clock_timestamp() - make_interval(secs => :term))
-RETURNING epoch
-""")
-
-
-def begin_epoch(connection: Connection, epoch: int, term: float, above: int = 0) -> int | None:
-    """Begin the epoch after this one, newer than `above` too. None where another process has begun it, or opens this
-    one and has said so within `term` seconds.
-
-    The number belongs to the caller alone: every script and statement of an opener is refused once a newer one has
-    begun.
-    (It is no change of the authority, and nobody has to pause: the scripts compare it with the books.)
-    """
-    values = {"epoch": epoch, "above": above, "term": term}
-    found = connection.execute(_BEGIN_EPOCH, values).scalar_one_or_none()
-    return None if found is None else int(found)
-
-
-_STILL_OPENING: Final = text("""
-UPDATE authority SET opening_at = clock_timestamp()
-WHERE epoch = :epoch AND authority = 'ledger' AND opening_at IS NOT NULL RETURNING epoch
-""")
-_HOLD_EPOCH: Final = text("""
-SELECT set_config('idle_in_transaction_session_timeout', CAST(:hangs_ms AS text), true)
-FROM authority WHERE epoch = :epoch FOR SHARE
-""")
-
-
-def still_opens(connection: Connection, epoch: int) -> bool:
-    """Say that the caller goes on with opening an epoch. False where it was overtaken."""
-    return connection.execute(_STILL_OPENING, {"epoch": epoch}).first() is not None
-
-
-def hold_epoch(connection: Connection, epoch: int, within: float) -> bool:
-    """Let no newer epoch begin before the end of the caller's transaction. False where one has begun. The server ends
-    the transaction of a caller that says nothing for `within` seconds."""
-    values = {"epoch": epoch, "hangs_ms": max(1, round(within * 1000))}
-    return connection.execute(_HOLD_EPOCH, values).first() is not None
-
-
-def end_opening(connection: Connection, epoch: int) -> None:
-    """Note that the caller, which opened this epoch, does nothing more for it."""
-    connection.execute(text("UPDATE authority SET opening_at = NULL WHERE epoch = :epoch"), {"epoch": epoch})
-
-
-_TO_POSTGRES: Final = text("""
-UPDATE authority SET authority = 'postgres', epoch = epoch + 1, changed_at = clock_timestamp(), opening_at = NULL
-WHERE authority = 'ledger'
-  AND EXISTS (SELECT 1 FROM workers WHERE status IN ('ready', 'draining')
-    AND seen_at > now() - make_interval(secs => :within))
-  AND NOT EXISTS (SELECT 1 FROM workers WHERE status IN ('ready', 'draining')
-    AND seen_at > now() - make_interval(secs => :within)
-    AND (ledger_lost_at IS NULL OR ledger_lost_at > now() - make_interval(secs => :lost_for)))
-RETURNING epoch
-""")
-
-
-def decide_in_postgres(connection: Connection, within: float, lost_for: float) -> int | None:
-    """Let Postgres decide, when every worker seen `within` so many seconds has been without the ledger for `lost_for`
-    seconds: one that lost it alone changes nothing. Returns the new epoch, else None."""
-    found = connection.execute(_TO_POSTGRES, {"within": within, "lost_for": lost_for}).scalar_one_or_none()
-    return None if found is None else int(found)
-
-
-_TO_LEDGER: Final = text("""
-UPDATE authority SET authority = 'ledger', epoch = epoch + 1, changed_at = clock_timestamp(), opening_at = NULL
-WHERE authority = 'postgres'
-  AND NOT EXISTS (SELECT 1 FROM workers WHERE status IN ('ready', 'draining')
-    AND seen_at > now() - make_interval(secs => :within) AND ledger_lost_at IS NOT NULL)
-RETURNING epoch
-""")
-
-
-def decide_in_ledger(connection: Connection, within: float) -> int | None:
-    """Let the ledger decide again, when every worker seen `within` so many seconds reaches it. Returns the new epoch,
-    else None."""
-    found = connection.execute(_TO_LEDGER, {"within": within}).scalar_one_or_none()
-    return None if found is None else int(found)
 
 
 #: The columns of a `WorkerRow`, in the order of `_row`.
@@ -201,7 +57,7 @@ VALUES (:incarnation, :name, :cpus, :memory, CAST(:capacity AS jsonb), :status, 
 ON CONFLICT (incarnation) DO UPDATE SET seen_at = now(), status = excluded.status, cpus = excluded.cpus,
   memory = excluded.memory, capacity = excluded.capacity, left_at = NULL,
   ledger_lost_at = CASE WHEN :lost THEN coalesce(workers.ledger_lost_at, now()) END)
-SELECT a.*, {_COLUMNS} FROM ({_AUTHORITY}) AS a (epoch, authority, changed, age)
+SELECT a.*, {_COLUMNS} FROM ({SELECT_AUTHORITY}) AS a (epoch, authority, changed, age)
 LEFT JOIN workers ON status = 'lost' AND machine_id = :machine_id AND boot_id = :boot_id AND incarnation <> :incarnation
 """)
 

@@ -27,6 +27,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from celery_capacity.routing.states import FINAL, State
 
+#: The channel of Postgres on which whoever leaves a job for the pullers says so.
+CHANNEL = "celery_capacity_backlog"
 metadata = MetaData()
 
 _states = ", ".join(f"'{state.value}'" for state in State)

@@ -15,10 +15,11 @@ from typing import Any, Final
 from sqlalchemy import Connection, text
 from sqlalchemy.dialects.postgresql import insert
 
-from celery_capacity.routing import pull, tables
+from celery_capacity.routing import tables
 from celery_capacity.routing.accept import request_json
 from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.states import State
+from celery_capacity.routing.tables import CHANNEL
 
 #: Jobs of one call that are named in notifications; of more it is only said that there are some.
 MOST_NAMED: Final = 20
@@ -72,7 +73,7 @@ def insert_jobs(connection: Connection, home: Home, jobs: Sequence[NewJob]) -> M
     written = {row[0]: row[1] for row in rows}
     ready = [job.id for job in jobs if job.due_at is None and job.id in written]
     for payload in ready if len(ready) <= MOST_NAMED else [""]:
-        connection.execute(_NOTIFY, {"channel": pull.CHANNEL, "payload": payload})
+        connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": payload})
     return written
 
 

@@ -16,9 +16,9 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import native, roster
+from celery_capacity.routing import native
+from celery_capacity.routing.authority import Authority, change_pause, read_authority
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.roster import Authority
 from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Confirmation(native.Thread):
         """Ask now, in the caller's thread; returns the epoch."""
         asked = time.monotonic()
         with self._engine.connect() as connection:
-            answer = roster.read_authority(connection)
+            answer = read_authority(connection)
         lost = self._valid_until and not self.may_admit
         self.hear(asked, answer)
         if lost and self.may_admit:
@@ -81,10 +81,10 @@ class Confirmation(native.Thread):
         if answer.changed != self._changed:
             # Nobody decides before all that others were told earlier has run out. Counted once, by this process's own
             # clock: that of Postgres may be set meanwhile.
-            self._decides_from = time.monotonic() + max(0.0, roster.pause(self._interval) - answer.age)
+            self._decides_from = time.monotonic() + max(0.0, change_pause(self._interval) - answer.age)
             self._changed = answer.changed
         before, self.epoch, self.authority = self.epoch, answer.epoch, answer.authority
-        self._valid_until = asked + roster.pause(self._interval)
+        self._valid_until = asked + change_pause(self._interval)
         if before not in (0, self.epoch):
             self.on_epoch()
 

@@ -12,7 +12,8 @@ from kombu.exceptions import OperationalError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing import gates, revoking, roster, store, stream
+from celery_capacity.routing import gates, revoking, store, stream
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable, show
 from celery_capacity.routing.gates import Opened
 from celery_capacity.routing.job import Rate
@@ -177,7 +178,7 @@ def carry_out(stores: Stores, job: str) -> bool:
             return False
         try:
             with stores.engine.connect() as connection:
-                if roster.read_authority(connection).authority == "postgres":
+                if read_authority(connection).authority == "postgres":
                     # The mark is all that it takes; and the ledger's server may be one that never answers.
                     return False
             if stores.ledger.revoke(job):
@@ -219,7 +220,7 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
     ledger does not say."""
     try:
         with stores.engine.connect() as connection:
-            known = roster.read_authority(connection)
+            known = read_authority(connection)
             if known.authority == "postgres":
                 return store.end_unfiled(connection, job, state, error)
             stores.ledger.epoch = known.epoch
@@ -254,7 +255,7 @@ def _cancel(stores: Stores, connection: Any, job: str, state: State, error: str)
 
 
 def store_epoch(connection: Any) -> int:
-    return roster.read_authority(connection).epoch
+    return read_authority(connection).epoch
 
 
 def control_class(base: type = Control, stores: Stores | None = None) -> type:

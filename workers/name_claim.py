@@ -17,6 +17,7 @@ from typing import Final
 from sqlalchemy import Engine
 
 from celery_capacity.routing import keys, roster
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.books import text
 from celery_capacity.routing.errors import NameTaken
 from celery_capacity.routing.ledger import Ledger
@@ -123,7 +124,7 @@ class NameClaim:
     def _answer_within(self, with_ledger: bool) -> float:
         """Return the seconds within which a live claimant gives a sign."""
         with self._engine.connect() as connection:
-            authority = roster.read_authority(connection).authority
+            authority = read_authority(connection).authority
         if with_ledger and authority == "ledger":
             return self._ttl * CHALLENGE_PART
         return min(self._ttl, self._ledger.settings.renew_interval * SEEN_WITHIN_INTERVALS)

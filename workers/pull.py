@@ -20,6 +20,7 @@ from celery_capacity.routing.bad_transitions import concerns_data
 from celery_capacity.routing.policy import held_by
 from celery_capacity.routing.postgres import told
 from celery_capacity.routing.request import Request
+from celery_capacity.routing.tables import CHANNEL
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.holdings import Holding, Holdings
 from celery_capacity.workers.identity import Identity
@@ -207,7 +208,7 @@ class Puller(native.Thread):
             self._listening = own.driver_connection
             own.detach()
             with self._listening.cursor() as cursor:
-                cursor.execute(f"LISTEN {pull.CHANNEL}")
+                cursor.execute(f"LISTEN {CHANNEL}")
         except (SQLAlchemyError, psycopg2.Error) as error:
             self._listen_no_more()
             self._listen_at = time.monotonic() + self._settings.renew_interval

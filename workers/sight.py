@@ -13,7 +13,7 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
-from celery_capacity.routing import roster
+from celery_capacity.routing.authority import change_pause, decide_in_ledger, decide_in_postgres
 from celery_capacity.routing.settings import Settings
 from celery_capacity.workers.confirmation import Confirmation
 
@@ -60,16 +60,16 @@ class Switch:
     def look(self) -> None:
         """Change the authority, if it is time. Asks Postgres only when this worker's own sight speaks for a change."""
         settings, known, sight = self._settings, self._confirmation.authority, self._sight
-        lost_for = roster.pause(settings.confirm_interval)
+        lost_for = change_pause(settings.confirm_interval)
         if known == "ledger" and sight.lost and sight.seconds() >= lost_for:
             self._change(
-                lambda connection: roster.decide_in_postgres(connection, settings.worker_ttl, lost_for),
+                lambda connection: decide_in_postgres(connection, settings.worker_ttl, lost_for),
                 "no worker reaches the ledger: Postgres decides, in epoch %d",
             )
         elif known == "postgres" and not sight.lost and sight.seconds() >= settings.due_interval * STEADY_INTERVALS:
             within = settings.renew_interval * SILENT_INTERVALS
             self._change(
-                lambda connection: roster.decide_in_ledger(connection, within),
+                lambda connection: decide_in_ledger(connection, within),
                 "the ledger answers again: it decides, from epoch %d on",
             )
 

@@ -17,7 +17,8 @@ from sqlalchemy import Engine, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing import deadlines, request_file, roster, timeouts
+from celery_capacity.routing import deadlines, request_file, timeouts
+from celery_capacity.routing.authority import database_id
 from celery_capacity.routing.errors import NoServers, StoreUnavailable
 from celery_capacity.routing.home import running_pair
 from celery_capacity.routing.inserter import Inserter
@@ -198,7 +199,7 @@ class Stores:
         if found is None:
             try:
                 with self.engine.connect() as connection:
-                    found = self._made["database_id"] = roster.database_id(connection)
+                    found = self._made["database_id"] = database_id(connection)
             except DBAPIError as error:
                 raise translate(error) from error
             except PoolTimeout as error:

@@ -13,7 +13,8 @@ from sqlalchemy import text
 
 from benchmarks.books import EMPTY, message
 from benchmarks.size.stock import engine_of
-from celery_capacity.routing import accept, roster
+from celery_capacity.routing import accept
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.policy import order
@@ -44,7 +45,7 @@ class Admitting(threading.Thread):
 
     def register(self) -> None:
         with self._engine.connect() as connection:
-            self._ledger.epoch = roster.read_authority(connection).epoch
+            self._ledger.epoch = read_authority(connection).epoch
             people = {"cpus": 0.9, "memory": 1073741824, "slots": 8}
             connection.execute(
                 text(

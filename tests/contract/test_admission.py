@@ -15,6 +15,7 @@ from celery_capacity.routing import keys
 from celery_capacity.routing.amounts import DEFAULT_QUEUE, labels
 from celery_capacity.routing.capacity import Capacity
 from celery_capacity.routing.envelope import digest_of
+from celery_capacity.routing.fill import fill
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.policy import (
     CANDIDATES,
@@ -26,7 +27,6 @@ from celery_capacity.routing.policy import (
     Refusal,
     Waiting,
     choose,
-    fill,
     order,
 )
 from celery_capacity.routing.replies import Ended, Filled

@@ -8,6 +8,7 @@ from typing import Final
 import pytest
 
 from celery_capacity.routing import keys, policy
+from celery_capacity.routing.fill import fill_or_keep
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.policy import Admission, Book, Reason, Refusal, Waiting, order, survey
 from celery_capacity.routing.replies import Adopted
@@ -214,8 +215,8 @@ def test_the_reason_says_that_it_waits_to_be_alone_and_where() -> None:
 def test_a_pass_keeps_the_worker_when_the_turn_has_come() -> None:
     small, last = Request.from_shape(ONE), JOB
     backlog = [Waiting("1", small, 1), Waiting("2", last, 2), Waiting("3", small, 3)]
-    admitted, shape = policy.fill_or_keep(book("a", 1), backlog, 64, 32)
+    admitted, shape = fill_or_keep(book("a", 1), backlog, 64, 32)
     assert ([one.job for one in admitted], shape) == (["1"], ALONE)
     # Another one is kept already.
-    admitted, shape = policy.fill_or_keep(book("a", 1), backlog, 64, 32, {ALONE})
+    admitted, shape = fill_or_keep(book("a", 1), backlog, 64, 32, {ALONE})
     assert ([one.job for one in admitted], shape) == (["1", "3"], "")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from celery_capacity.routing import roster
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.settings import Settings
 from celery_capacity.workers.confirmation import Confirmation
 from tests.fixtures.staged import Stage
@@ -86,11 +86,11 @@ def test_heartbeat_in_postgres_brings_an_answer(confirmation: Observed, stage: S
     until(lambda: not confirmation.may_admit, "its answer has run out")
     sent = time.monotonic()
     with stage.engine.connect() as connection:
-        confirmation.hear(sent, roster.read_authority(connection))
+        confirmation.hear(sent, read_authority(connection))
     assert confirmation.may_admit
     stage.sql("UPDATE authority SET epoch = epoch + 1")
     with stage.engine.connect() as connection:
         epochs: list[int] = []
         confirmation.on_epoch = lambda: epochs.append(confirmation.epoch)
-        confirmation.hear(time.monotonic(), roster.read_authority(connection))
+        confirmation.hear(time.monotonic(), read_authority(connection))
     assert epochs == [confirmation.epoch]

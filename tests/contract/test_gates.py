@@ -26,6 +26,7 @@ from celery_capacity.routing.request import Request
 from celery_capacity.routing.settings import Settings
 from celery_capacity.routing.states import State, Step
 from celery_capacity.routing.store import Transition
+from celery_capacity.routing.tables import CHANNEL
 from celery_capacity.workers.app import create_app
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.duties import due, fallback, keys
@@ -350,7 +351,7 @@ def test_a_worker_that_pulls_opens_gates_by_its_own_word(
     with stage.engine.connect() as connection:
         (taken,) = pull.take(connection, 1, "a", "a-life", [first])
         holdings.add(Holding(first, taken.token, Request.from_shape(taken.shape), ""))
-        connection.execute(text(f"LISTEN {pull.CHANNEL}"))
+        connection.execute(text(f"LISTEN {CHANNEL}"))
         confirmation = Confirmation(stage.engine, 1.0, lambda: None)
         confirmation.ask()
         ends = PostgresEnds(

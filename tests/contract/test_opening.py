@@ -13,6 +13,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing import keys, pull, rebuild, revoking, roster, timeouts
+from celery_capacity.routing.authority import hold_epoch, read_authority
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.settings import Settings
 from tests.fixtures.staged import Stage
@@ -126,7 +127,7 @@ def test_overtaken_opener_changes_no_book_from_any_step(stage: Stage, script: st
 def test_overtaken_opener_changes_no_row(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """It had read what a lost worker holds; meanwhile that worker lives after all."""
     opener = Stopping(stage.settings, "")
-    real: Callable[..., Any] = roster.hold_epoch
+    real: Callable[..., Any] = hold_epoch
 
     def hold(*args: Any) -> bool:
         if not opener.stopped.is_set():
@@ -178,7 +179,7 @@ def test_two_openers_at_once_open_one_epoch(stage: Stage) -> None:
         opened = [one for one in threads.map(lambda one: rebuild.open_if_cold(stage.engine, one), ledgers) if one]
     assert [one.epoch for one in opened] == [2]
     with stage.engine.connect() as connection:
-        assert roster.read_authority(connection).epoch == 2
+        assert read_authority(connection).epoch == 2
 
 
 def test_opener_whose_last_word_lies_in_the_future_is_overtaken(stage: Stage) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import pull, roster, store
+from celery_capacity.routing import pull, store
+from celery_capacity.routing.authority import (
+    begin_epoch,
+    decide_in_ledger,
+    decide_in_postgres,
+    end_opening,
+    read_authority,
+)
 from celery_capacity.routing.capacity import Capacity
 from celery_capacity.routing.message import parse_tag
 from celery_capacity.routing.policy import Book
@@ -262,9 +269,9 @@ def test_postgres_decides_when_every_live_worker_lost_the_ledger_long_enough(
     for name, lost_for, age, status in workers:
         seen(engine, name, lost_for, age, status)
     with engine.begin() as connection:
-        assert roster.decide_in_postgres(connection, 60.0, 10.0) == (2 if changes else None)
-        assert roster.decide_in_postgres(connection, 60.0, 10.0) is None
-        assert roster.read_authority(connection).authority == ("postgres" if changes else "ledger")
+        assert decide_in_postgres(connection, 60.0, 10.0) == (2 if changes else None)
+        assert decide_in_postgres(connection, 60.0, 10.0) is None
+        assert read_authority(connection).authority == ("postgres" if changes else "ledger")
 
 
 def test_the_ledger_decides_again_when_every_live_worker_reaches_it(decides: Engine) -> None:
@@ -272,9 +279,9 @@ def test_the_ledger_decides_again_when_every_live_worker_reaches_it(decides: Eng
     seen(decides, "silent", 99.0, age=31.0)
     seen(decides, "b", 1.0)
     with decides.begin() as connection:
-        assert roster.decide_in_ledger(connection, 30.0) is None
+        assert decide_in_ledger(connection, 30.0) is None
         connection.execute(text("UPDATE workers SET ledger_lost_at = NULL WHERE name = 'b'"))
-        assert roster.decide_in_ledger(connection, 30.0) == EPOCH + 1
+        assert decide_in_ledger(connection, 30.0) == EPOCH + 1
 
 
 @pytest.mark.parametrize("authority", ["ledger", "postgres"])
@@ -299,11 +306,11 @@ def test_nobody_decides_for_a_while_after_the_authority_changed(engine: Engine, 
 
 def test_a_new_epoch_is_no_change_of_the_authority(engine: Engine) -> None:
     with engine.begin() as connection:
-        before = roster.read_authority(connection)
-        assert roster.begin_epoch(connection, 1, 20.0) == 2
-        roster.end_opening(connection, 2)
-        assert roster.begin_epoch(connection, 2, 20.0, above=40) == 41
-        assert roster.read_authority(connection).changed == before.changed
+        before = read_authority(connection)
+        assert begin_epoch(connection, 1, 20.0) == 2
+        end_opening(connection, 2)
+        assert begin_epoch(connection, 2, 20.0, above=40) == 41
+        assert read_authority(connection).changed == before.changed
 
 
 def test_a_job_that_must_not_run_again_is_known_as_such_by_who_takes_it(decides: Engine) -> None:

@@ -10,7 +10,8 @@ import pytest
 from celery import Celery
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import accept, backlog, enroll, keys, pull, rebuild, revoking, roster, stream, successors
+from celery_capacity.routing import accept, backlog, enroll, keys, pull, rebuild, revoking, stream, successors
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.replies import Ended
@@ -191,7 +192,7 @@ def test_without_the_ledger_the_row_is_enough(stage: Stage, app: Celery) -> None
     stage.sql("UPDATE authority SET authority = 'postgres', changed_at = 'epoch'")
     job, marked = stage.insert({"cpus": 1000}), stage.insert({"cpus": 1000})
     with stage.engine.connect() as connection:
-        epoch = roster.read_authority(connection).epoch
+        epoch = read_authority(connection).epoch
         assert [one.job for one in pull.take(connection, epoch, "a", "a-life", [job])] == [job]
         assert revoking.mark(connection, [marked]) == [marked]
         assert pull.take(connection, epoch, "a", "a-life", [marked]) == []

@@ -8,7 +8,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine
 
-from celery_capacity.routing import accept, backlog, enroll, keys, outbox, pull, replacing, roster, stream, successors
+from celery_capacity.routing import accept, backlog, enroll, keys, outbox, pull, replacing, stream, successors
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.job import NewJob
 from celery_capacity.routing.outbox import Outbox
 from celery_capacity.routing.request import Request
@@ -203,7 +204,7 @@ def test_a_replaced_job_goes_on_while_postgres_decides(stage: Stage) -> None:
     stage.sql("UPDATE authority SET authority = 'postgres', epoch = epoch + 1")
     assert last_step(stage, job) == "replaced"
     with stage.engine.connect() as connection:
-        epoch = roster.read_authority(connection).epoch
+        epoch = read_authority(connection).epoch
         (taken,) = pull.take(connection, epoch, "a", "a-life", [job])
     assert (taken.token, "later" in taken.message) == (f"{epoch}.2", True)
     assert stage.row(job).state == "running"

@@ -26,7 +26,7 @@ from typing import Any, Final
 import click
 
 from celery_capacity.platform import valkey
-from celery_capacity.routing import roster
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown
 from tests.faults.oracle import read
 from tests.faults.servers import Servers, own_servers
@@ -199,7 +199,7 @@ def _times(oracle: Oracle, load: Load, away: float, back: float) -> dict[str, An
 
 def _authority(platform: Platform) -> str:
     with platform.engine.connect() as connection:
-        return roster.read_authority(connection).authority
+        return read_authority(connection).authority
 
 
 def _wait(what: str, seconds: float) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from celery_capacity.routing import roster
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.replies import LedgerClosed
 from celery_capacity.workers.duties import DUTIES
@@ -66,7 +66,7 @@ def test_four_reconciles_and_all_duties_at_once_under_load_do_no_harm(
         passes, stores = 0, Stores(lambda _: platform.settings)
         while not over.is_set():
             with stores.engine.connect() as connection:
-                stores.ledger.epoch = roster.read_authority(connection).epoch
+                stores.ledger.epoch = read_authority(connection).epoch
             for duty in DUTIES:
                 counts = duty.run(submitter.app, stores)
                 drift.update({name: count for name, count in counts.items() if name == "drift"})
@@ -105,7 +105,7 @@ def test_duties_go_on_beside_a_ledger_that_is_emptied_again_and_again(
             for duty in DUTIES:
                 try:
                     with stores.engine.connect() as connection:
-                        stores.ledger.epoch = roster.read_authority(connection).epoch
+                        stores.ledger.epoch = read_authority(connection).epoch
                     duty.run(submitter.app, stores)
                 except (LedgerClosed, PlatformError) as error:
                     refused[type(error).__name__] += 1

@@ -19,8 +19,7 @@ from celery.exceptions import ChordError, TaskRevokedError
 from sqlalchemy import text
 
 from celery_capacity.platform import valkey
-from celery_capacity.routing import roster
-from celery_capacity.routing.roster import Authority
+from celery_capacity.routing.authority import Authority, read_authority
 from tests.faults.servers import Servers
 from tests.faults.watching import TASK, Oracle
 from tests.fixtures.processes import Platform, Pool
@@ -35,7 +34,7 @@ TOTAL = "tests.tasks.canvas.total"
 
 def authority(platform: Platform) -> Authority:
     with platform.engine.connect() as connection:
-        return roster.read_authority(connection)
+        return read_authority(connection)
 
 
 def until_decides(platform: Platform, who: str) -> Authority:

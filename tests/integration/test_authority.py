@@ -19,8 +19,8 @@ from celery.exceptions import TaskRevokedError, WorkerLostError
 from sqlalchemy import create_engine, make_url, text
 
 from celery_capacity.platform import valkey
-from celery_capacity.routing import keys, overview, roster
-from celery_capacity.routing.roster import Authority
+from celery_capacity.routing import keys, overview
+from celery_capacity.routing.authority import Authority, change_pause, read_authority
 from celery_capacity.routing.settings import Settings
 from celery_capacity.routing.states import FINAL
 from celery_capacity.workers.exits import Exit
@@ -89,7 +89,7 @@ def platform(servers: Servers, broker: str, results: str, tmp_path: Path) -> Ite
 
 def authority(platform: Platform) -> Authority:
     with platform.engine.connect() as connection:
-        return roster.read_authority(connection)
+        return read_authority(connection)
 
 
 def decides(platform: Platform, who: str, seconds: float = 30.0) -> Authority:
@@ -135,7 +135,7 @@ def test_without_the_ledger_jobs_start_from_postgres_and_each_runs_once(
     assert max(peaks(read(trace)).values()) <= 2000
     until(lambda: submitter.allocated_cpus() == "0", "nothing is allocated")
     # Nobody decides before all that others were told has run out.
-    pause = timedelta(seconds=roster.pause(platform.settings.confirm_interval))
+    pause = timedelta(seconds=change_pause(platform.settings.confirm_interval))
     began = {epoch: first for epoch, first in first_starts(platform).items() if epoch >= gone.epoch}
     assert began[gone.epoch] >= gone.changed + pause
     assert back.epoch not in began
@@ -215,7 +215,7 @@ def test_a_worker_that_lost_the_ledger_alone_never_changes_who_decides(
         with platform.engine.connect() as connection:
             return float(connection.execute(text(lost_for)).scalar_one())
 
-    until(lambda: seconds() > 3 * roster.pause(platform.settings.confirm_interval), "b has been without it for long")
+    until(lambda: seconds() > 3 * change_pause(platform.settings.confirm_interval), "b has been without it for long")
     assert replace(authority(platform), age=0) == replace(before, age=0)
     send_work(submitter, tmp_path / "trace", range(10), 0.05)
     assert all_ended(platform, 10) == {"succeeded": 10}

@@ -14,8 +14,9 @@ from celery import Celery
 
 from celery_capacity import install
 from celery_capacity.platform import valkey
-from celery_capacity.routing import addresses, roster, sentinels, verify
+from celery_capacity.routing import addresses, sentinels, verify
 from celery_capacity.routing.addresses import numbered
+from celery_capacity.routing.authority import Authority, read_authority
 from celery_capacity.routing.ledger import Ledger
 from celery_capacity.routing.server import connect
 from celery_capacity.routing.settings import Settings
@@ -111,7 +112,7 @@ def test_a_failover_opens_a_new_epoch_and_loses_and_doubles_nothing(
     before = submitter.send(ADD, 40, 2)
     assert submitter.value(before) == 42
     with platform.engine.connect() as connection:
-        epoch = roster.read_authority(connection).epoch
+        epoch = read_authority(connection).epoch
     jobs = [submitter.send(WORK, str(trace), str(number), 1.0) for number in range(12)]
     until(lambda: starts(read(trace)).total() >= 4, "four run and eight wait")
     first, second = own_redis.servers
@@ -125,7 +126,7 @@ def test_a_failover_opens_a_new_epoch_and_loses_and_doubles_nothing(
     # What the replica had received of the results is there.
     assert submitter.value(before) == 42
     with platform.engine.connect() as connection:
-        authority = roster.read_authority(connection)
+        authority = read_authority(connection)
     assert authority.epoch > epoch
     assert Ledger(platform.settings).opened() == (authority.epoch, second.run_id)
     assert all(worker.alive for worker in workers)
@@ -159,9 +160,9 @@ def test_a_number_is_meant_for_the_redis_behind_them(own_redis: Watched) -> None
     assert Settings(redis_url=own_redis.url(), database_url="postgresql://h/d").broker_url == own_redis.url()
 
 
-def authority(platform: Platform) -> roster.Authority:
+def authority(platform: Platform) -> Authority:
     with platform.engine.connect() as connection:
-        return roster.read_authority(connection)
+        return read_authority(connection)
 
 
 def test_a_short_failover_changes_not_who_decides_and_a_long_one_does(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from celery_capacity.routing import policy
 from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.fill import fill
 from celery_capacity.routing.policy import (
     SUBMISSIONS,
     TOP_PRIORITY,
@@ -24,7 +25,6 @@ from celery_capacity.routing.policy import (
     Shortage,
     Waiting,
     choose,
-    fill,
     fits,
     found_by,
     order,

@@ -16,9 +16,11 @@ import psycopg2
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import backlog, enroll, native, pull, roster, stream
+from celery_capacity.routing import backlog, enroll, native, stream
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.tables import CHANNEL
 from celery_capacity.workers.stores import Stores
 from celery_capacity.workers.wake import Wake
 
@@ -87,7 +89,7 @@ class Listener(native.Thread):
         pooled.detach()
         with self._listening.cursor() as cursor:
             cursor.execute(_SHORT_LIVED.format(round(self.stores.settings.store_timeout * 1000)))
-            cursor.execute(f"LISTEN {pull.CHANNEL}")
+            cursor.execute(f"LISTEN {CHANNEL}")
         # What was committed before nobody will say again.
         self._bring_in([""])
 
@@ -130,7 +132,7 @@ class Listener(native.Thread):
         """Return whether there are accepted jobs that are known not to have started (see `sweep`)."""
         engine, ledger = self.stores.engine, self.stores.ledger
         with engine.connect() as connection:
-            known = roster.read_authority(connection)
+            known = read_authority(connection)
             if known.authority != "ledger" or not backlog.stranded(connection, 0.0, 1):
                 return False
         ledger.epoch = known.epoch
@@ -143,7 +145,7 @@ class Listener(native.Thread):
     def _submit(self, rows: list[backlog.Pending]) -> bool:
         """False where the ledger takes none now: it does not decide, is not open or does not answer; the sweep will."""
         with self.stores.engine.connect() as connection:
-            known = roster.read_authority(connection)
+            known = read_authority(connection)
         if known.authority != "ledger":
             # Those who take jobs from Postgres listen themselves.
             return False

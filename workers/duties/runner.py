@@ -16,7 +16,8 @@ from celery import Celery
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from celery_capacity.routing import deadlines, native, roster
+from celery_capacity.routing import deadlines, native
+from celery_capacity.routing.authority import read_authority
 from celery_capacity.routing.election import Elected
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger import Ledger
@@ -232,7 +233,7 @@ class Runner(native.Thread):
     def _run(self, due_now: list[Duty]) -> None:
         try:
             with self._stores.engine.connect() as connection:
-                known = roster.read_authority(connection)
+                known = read_authority(connection)
             if not self.election.holds(known.authority):
                 # Overtaken, or the authority has changed, and the election of the other store is not over.
                 self._suspected |= SUSPICION in due_now
@@ -252,7 +253,7 @@ class Runner(native.Thread):
         open_ledger(self._stores)
         # Whoever repairs the books must be of the epoch that Postgres names now.
         with self._stores.engine.connect() as connection:
-            known = roster.read_authority(connection)
+            known = read_authority(connection)
         self._stores.ledger.epoch = known.epoch
         for duty in due_now:
             if not self.election.holds(known.authority):
