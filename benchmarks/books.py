@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from benchmarks.servers import Pair
-from celery_capacity.routing.keys import private_queue
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import order
-from celery_capacity.routing.replies import Ended, Submitted, Taken
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.keys import private_queue
+from celery_capacity.routing.ledger.replies import Ended, Submitted, Taken
+from celery_capacity.routing.policy.placement import order
 
 #: Capacity of every worker: 64 CPUs and as many slots, 256 GiB.
 CPUS = 64

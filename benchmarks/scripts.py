@@ -9,8 +9,8 @@ from benchmarks.bench import Bench
 from benchmarks.books import CAPACITY_WITH_QUEUE, CPUS, REQUEST, REQUEST_OF_QUEUE, Books, books
 from benchmarks.costs import Costs, read
 from benchmarks.rounds import Sides, in_turn, percentile
-from celery_capacity.routing import keys
-from celery_capacity.routing.replies import Submitted
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Submitted
 
 #: Calls of each side in one round.
 CALLS = 500

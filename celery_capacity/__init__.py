@@ -56,8 +56,8 @@ if TYPE_CHECKING:
         StoreUnavailable,
         Unsupported,
     )
-    from celery_capacity.routing.request import Request
-    from celery_capacity.routing.watching import JobEvent
+    from celery_capacity.routing.inspect.job_events import JobEvent
+    from celery_capacity.routing.model.request import Request
     from celery_capacity.workers.app import create_app, install
     from celery_capacity.workers.fenced import fenced
     from celery_capacity.workers.jobs import Job, job
@@ -92,8 +92,8 @@ __all__ = [
 #: routing.errors.
 _SOURCES = {
     "Job": "celery_capacity.workers.jobs",
-    "JobEvent": "celery_capacity.routing.watching",
-    "Request": "celery_capacity.routing.request",
+    "JobEvent": "celery_capacity.routing.inspect.job_events",
+    "Request": "celery_capacity.routing.model.request",
     "create_app": "celery_capacity.workers.app",
     "fenced": "celery_capacity.workers.fenced",
     "install": "celery_capacity.workers.app",

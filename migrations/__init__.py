@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing import deadlines, formats, postgres
+from celery_capacity.routing.database import deadlines, postgres
 from celery_capacity.routing.errors import InvalidRequest, NotMigrated, StoreUnavailable, show
+from celery_capacity.routing.model import format_versions
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -74,10 +75,11 @@ def current(database: str | Engine) -> str | None:
 
 def check(database: str | Engine) -> str | None:
     """Raise NotMigrated unless the database has the tables that this version of the platform needs. Returns the
-    revision where it is a newer one of the same format (`routing.formats`), which has these and more; else None."""
+    revision where it is a newer one of the same format (`routing.model.format_versions`), which has these and more;
+    else None."""
     found = current(database)
     if found is not None and found > HEAD:
-        if formats.of_revision(found) == formats.of_revision(HEAD):
+        if format_versions.of_revision(found) == format_versions.of_revision(HEAD):
             return found
         raise NotMigrated(
             f"Postgres is at revision {found}, and this version of the platform knows {HEAD} as the newest",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from alembic import context
 
-from celery_capacity.routing.tables import metadata
+from celery_capacity.routing.database.schema import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -11,10 +11,12 @@ import redis as redispy
 from redis.exceptions import RedisError
 from sqlalchemy import Engine
 
-from celery_capacity.routing import amounts, books, keys, overview
-from celery_capacity.routing.amounts import CPUS
-from celery_capacity.routing.overview import Overview, Reads
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect import overview
+from celery_capacity.routing.inspect.overview import Overview, Reads
+from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.model import amounts
+from celery_capacity.routing.model.amounts import CPUS
 
 #: Reads of the allocated CPUs in the fourth check.
 READS: Final = 1000
@@ -54,7 +56,7 @@ def run_for(client: redispy.Redis, settings: Settings, worker: str) -> list[Chec
     pipe.pttl(keys.view(worker))
     pipe.time()
     fields, ms, (seconds, microseconds) = pipe.execute()
-    seen = {books.text(name): books.text(value) for name, value in fields.items()}
+    seen = {snapshot.text(name): snapshot.text(value) for name, value in fields.items()}
     if not seen:
         found = f"no live worker is named {worker}: its log says why, or `celery -A platform cluster` who is there"
         missing = Check(f"{worker} is registered, and expires", False, found, {"workers": {}})

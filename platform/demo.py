@@ -26,11 +26,14 @@ from celery_capacity.platform.launch import WorkerSpec, await_ready, pause, star
 from celery_capacity.platform.processes import COLD, WARM, Family, Step
 from celery_capacity.platform.tasks import SLEEP
 from celery_capacity.platform.terminal import Meter, Meters
-from celery_capacity.routing import overview, server, stream, tables, verify
-from celery_capacity.routing.amounts import CPUS, cpus_number, format_cpus
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.states import FINAL, State
-from celery_capacity.routing.url_files import SUFFIX
+from celery_capacity.routing.config.secret_files import SUFFIX
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database import schema
+from celery_capacity.routing.inspect import overview, verify
+from celery_capacity.routing.ledger.connection import connect, quick_client
+from celery_capacity.routing.model.amounts import CPUS, cpus_number, format_cpus
+from celery_capacity.routing.model.states import FINAL, State
+from celery_capacity.routing.recovery import transition_log
 from celery_capacity.workers.app import platform_of
 from celery_capacity.workers.stores import make_engine
 
@@ -214,8 +217,8 @@ class _Run:
         self._meters = meters
         self._id = f"demo-{uuid.uuid4().hex[:12]}"
         self._log = f"demo:log:{self._id}"
-        self._redis: redis.Redis = server.connect(str(settings.redis_url), settings.store_timeout)
-        self._reader = overview.quick(self._redis)
+        self._redis: redis.Redis = connect(str(settings.redis_url), settings.store_timeout)
+        self._reader = quick_client(self._redis)
         self._engine: Engine = make_engine(str(settings.database_url))
         self._submitted: dict[int, float] = {}
         self._delay = 0.0
@@ -286,16 +289,16 @@ class _Run:
 
     def _ids(self) -> Any:
         jobs = [self._job_id(row) for row in self._submitted]
-        return tables.jobs.c.id == func.any(bindparam("ids", jobs, type_=ARRAY(Text)))
+        return schema.jobs.c.id == func.any(bindparam("ids", jobs, type_=ARRAY(Text)))
 
     def _states(self) -> dict[str, int]:
-        state = tables.jobs.c.state
+        state = schema.jobs.c.state
         with self._engine.connect() as connection:
             rows = connection.execute(select(state, func.count()).where(self._ids()).group_by(state)).all()
         return {row[0]: row[1] for row in rows}
 
     def _errors(self) -> tuple[tuple[int, str, str], ...]:
-        jobs = tables.jobs.c
+        jobs = schema.jobs.c
         failed = (
             select(jobs.id, jobs.state, jobs.error)
             .where(self._ids(), jobs.state != State.SUCCEEDED.value)
@@ -341,4 +344,4 @@ class _Run:
         """Write to Postgres what the ledger did since: the workers that would have are gone."""
         if self._app is not None:
             stores = platform_of(self._app)
-            stream.apply_all(stores.engine, stores.ledger)
+            transition_log.apply_all(stores.engine, stores.ledger)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from celery_capacity.routing import process_identity
+from celery_capacity.routing.config import process_identity
 from celery_capacity.routing.errors import NoServers
 
 __all__ = ["Detached", "Owner", "start", "tail", "until", "wait"]

@@ -19,10 +19,10 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.platform.terminal import OutputLost, fail, print_json, talk
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import PlatformError, StoreUnavailable
-from celery_capacity.routing.postgres import translate
-from celery_capacity.routing.replies import LedgerClosed
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.workers.exits import Exit, code_of
 
 if TYPE_CHECKING:

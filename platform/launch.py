@@ -14,10 +14,10 @@ from typing import Any
 import click
 
 from celery_capacity.platform.processes import Child, Family, Happening, celery_command, died
-from celery_capacity.routing.amounts import MILLICORES, format_cpus, parse_cpus_text
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import InvalidRequest, PlatformError
-from celery_capacity.routing.names import check_worker_name
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.model.amounts import MILLICORES, format_cpus, parse_cpus_text
+from celery_capacity.routing.model.identifiers import check_worker_name
 
 __all__ = [
     "DASHBOARD_PATH",

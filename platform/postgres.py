@@ -256,7 +256,7 @@ CREATED_WITHIN = 60
 def _make_database(server: Postgres) -> None:
     import psycopg2
 
-    from celery_capacity.routing import deadlines
+    from celery_capacity.routing.database import deadlines
 
     connection = psycopg2.connect(
         host=str(server.host),

@@ -11,7 +11,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from celery_capacity.platform.terminal import bar, table
-from celery_capacity.routing.amounts import (
+from celery_capacity.routing.inspect.explain import Explanation, Why
+from celery_capacity.routing.model.amounts import (
     ALONE,
     CPUS,
     DEFAULT_QUEUE,
@@ -23,17 +24,16 @@ from celery_capacity.routing.amounts import (
     format_memory,
     queues_of,
 )
-from celery_capacity.routing.explain import Explanation, Why
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.model.request import Request
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from celery_capacity.routing.drift import Reconciled
-    from celery_capacity.routing.lookup import JobFile, JobLine
-    from celery_capacity.routing.overview import Overview, WorkerLine
-    from celery_capacity.routing.rebuild import Rebuilt
-    from celery_capacity.routing.verify import Report
+    from celery_capacity.routing.inspect.overview import Overview, WorkerLine
+    from celery_capacity.routing.inspect.verify import Report
+    from celery_capacity.routing.recovery.drift import Reconciled
+    from celery_capacity.routing.recovery.rebuild import Rebuilt
+    from celery_capacity.routing.store.queries import JobFile, JobLine
 
 #: Characters of an error or a name in a list.
 CUT: Final = 60

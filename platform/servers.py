@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from celery_capacity.platform import postgres, valkey
-from celery_capacity.routing import process_identity
+from celery_capacity.routing.config import process_identity
+from celery_capacity.routing.config.embedded import SERVERS_FILE, Pair, running_pair
 from celery_capacity.routing.errors import NoServers, SettingsError, mask_url
-from celery_capacity.routing.home import SERVERS_FILE, Pair, running_pair
 
 if TYPE_CHECKING:
-    from celery_capacity.routing.settings import Settings
+    from celery_capacity.routing.config.settings import Settings
 
 __all__ = ["describe", "ensure", "make_home", "private_pair", "stop"]
 

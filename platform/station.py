@@ -26,12 +26,14 @@ from celery_capacity.platform.launch import (
     start_worker,
 )
 from celery_capacity.platform.processes import COLD, WARM, Child, Family, Happening, Step, celery_command, died
-from celery_capacity.routing import overview, server
-from celery_capacity.routing.amounts import CPUS, MEMORY, SLOTS, cpus_number, format_cpus, format_memory
+from celery_capacity.routing.config.machine import detect
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import PlatformError, mask_url
-from celery_capacity.routing.machine import detect
-from celery_capacity.routing.names import check_worker_name
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.inspect import overview
+from celery_capacity.routing.ledger import connection
+from celery_capacity.routing.ledger.connection import quick_client
+from celery_capacity.routing.model.amounts import CPUS, MEMORY, SLOTS, cpus_number, format_cpus, format_memory
+from celery_capacity.routing.model.identifiers import check_worker_name
 from celery_capacity.workers.stores import make_engine
 
 __all__ = ["NothingRuns", "Running", "Station"]
@@ -173,9 +175,9 @@ class Station:
         """What runs now; the workers' capacity is what they have published."""
         redis_url, database_url = str(self._settings.redis_url), str(self._settings.database_url)
         engine = make_engine(database_url, timeout=self._settings.store_timeout)
-        client = server.connect(redis_url, self._settings.store_timeout)
+        client = connection.connect(redis_url, self._settings.store_timeout)
         try:
-            live = overview.read(overview.quick(client), engine, self._settings.worker_ttl).workers
+            live = overview.read(quick_client(client), engine, self._settings.worker_ttl).workers
         finally:
             client.close()
             engine.dispose()

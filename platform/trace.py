@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from celery_capacity.routing.amounts import format_cpus, parse_cpus_text
 from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.model.amounts import format_cpus, parse_cpus_text
 
 __all__ = [
     "COLUMNS",

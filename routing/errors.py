@@ -243,7 +243,7 @@ class SettingsError(PlatformError):
 
 class NotMigrated(PlatformError):
     """The platform's tables are missing in Postgres or older than this version needs; or they, or the ledger, are of a
-    newer format (`routing.formats`)."""
+    newer format (`routing.model.format_versions`)."""
 
     reference = "not-migrated"
     title = "Postgres has not been migrated"

@@ -15,7 +15,7 @@ from kombu import Queue
 from kombu.pools import ProducerPool
 from kombu.serialization import prepare_accept_content
 
-from celery_capacity.routing import native
+from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.workers import ticks
 from celery_capacity.workers.control import purge_queue
@@ -179,7 +179,7 @@ class PlatformAMQP:
     @property
     def producer_pool(self) -> Any:
         """The process's. Beside greenlets each thread of the platform has one, since its connections are its own."""
-        if not native.is_apart():
+        if not os_threads.is_apart():
             return super().producer_pool  # type: ignore[misc]
         found = self.apart.__dict__
         if "pool" not in found:

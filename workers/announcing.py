@@ -22,9 +22,9 @@ from celery.utils.saferepr import saferepr
 from sqlalchemy import Engine, text
 
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.message import Tag, parse_tag
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.states import State
+from celery_capacity.routing.model.message import Tag, parse_tag
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import State
 from celery_capacity.workers.router import HEADER
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Announcer:
             logger.exception("the admission of job %s could not be announced", tag.job)
 
     def waiting(self, applied: Sequence[Any]) -> None:
-        """In any thread that may ask Postgres: rows that changed (`routing.store.Applied`)."""
+        """In any thread that may ask Postgres: rows that changed (`routing.store.job_transitions.Applied`)."""
         ids = [one.job for one in applied if one.state == State.WAITING]
         if not ids or self.events is None:
             return

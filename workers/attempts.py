@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from celery_capacity.routing.errors import NotAccepted
-from celery_capacity.routing.job import NewJob, Publisher
-from celery_capacity.routing.message import Tag
-from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.model.job import NewJob, Publisher
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.outbox import Outbox
 
 #: Bytes of messages that go with the end of an attempt, at the most. They travel as one value through one script and
 #: one entry of the stream, a third larger; Redis takes 512 MiB a value, and a worker holds it several times.

@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 
 from redis.exceptions import RedisError
 
-from celery_capacity.routing import patience, timeouts
+from celery_capacity.routing.config import timeouts
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.replies import LedgerClosed
-from celery_capacity.routing.server import connect
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.ledger import call_budget
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.connection import connect
+from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.workers.circuit import SLOW, Circuit
 from celery_capacity.workers.submissions import Beginning, Submission, Submissions
 
@@ -38,7 +39,7 @@ class Breaker:
         client = connect(
             str(settings.redis_url), socket_connect_timeout=answer_within, socket_timeout=answer_within
         )
-        self._ledger = Ledger(settings, patience.bounded(client))
+        self._ledger = Ledger(settings, call_budget.bounded(client))
         self._ledger.find_database = find_database
         self._submissions = Submissions(self._bring)
         self._circuit = Circuit(
@@ -83,7 +84,7 @@ class Breaker:
             return None
         began = time.monotonic()
         try:
-            with patience.attempt(self._within):
+            with call_budget.attempt(self._within):
                 answer = question(self._ledger)
         except (StoreUnavailable, RedisError) as error:
             self._circuit.trip(str(error))
@@ -103,7 +104,7 @@ class Breaker:
         self._ledger.client.close()
 
     def _ping(self) -> None:
-        with patience.attempt(self._within):
+        with call_budget.attempt(self._within):
             self._ledger.client.ping()
 
 

@@ -20,9 +20,9 @@ from celery.app import task as celery_task
 from celery.result import AsyncResult
 from kombu.utils.uuid import uuid
 
-from celery_capacity.routing.bulk import CHUNK
 from celery_capacity.routing.errors import InvalidRequest, show
-from celery_capacity.routing.request import REQUEST_OPTIONS
+from celery_capacity.routing.insert.bulk import CHUNK
+from celery_capacity.routing.model.request import REQUEST_OPTIONS
 from celery_capacity.workers import attempts
 from celery_capacity.workers import task as platform_task
 from celery_capacity.workers.call import is_unique

@@ -17,9 +17,9 @@ from celery import Celery
 from kombu import Queue
 
 from celery_capacity.routing.errors import InvalidRequest, show
-from celery_capacity.routing.names import check_job_id, check_queue_name
-from celery_capacity.routing.policy import TOP_PRIORITY
-from celery_capacity.routing.revoking import stamps_json
+from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name
+from celery_capacity.routing.policy.placement import TOP_PRIORITY
+from celery_capacity.routing.recovery.revocation import stamps_json
 from celery_capacity.workers.producers import SpareProducer
 from celery_capacity.workers.queues import check_queue
 

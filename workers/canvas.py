@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from celery.canvas import chunks, group
 
-from celery_capacity.routing.request import REQUEST_OPTIONS
+from celery_capacity.routing.model.request import REQUEST_OPTIONS
 
 #: The header of a step in a replacement (`Task.replace`): the id of the replaced job. A retry keeps it.
 REPLACES: Final = "capacity_replaces"

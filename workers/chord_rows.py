@@ -1,4 +1,5 @@
-"""Chords while the Redis that counts them is away: made, counted and completed in Postgres (`routing.chords`).
+"""Chords while the Redis that counts them is away: made, counted and completed in Postgres
+(`routing.store.chord_counts`).
 
 A chord is counted where its size was stored. One that was made before Redis went is counted there, and waits for it; so
 does one of which a part failed, since its body's result is stored there. A body is published under the id that it has
@@ -20,10 +21,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing import chords
-from celery_capacity.routing.chords import Chord
+from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import InvalidRequest, Unsupported
-from celery_capacity.routing.postgres import translate
+from celery_capacity.routing.store import chord_counts
+from celery_capacity.routing.store.chord_counts import Chord
 from celery_capacity.workers import attempts
 from celery_capacity.workers.patiently import may_pass
 from celery_capacity.workers.row_results import RowResults
@@ -40,7 +41,7 @@ class RowChords(RowResults):
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
         self._store(
             lambda: super(RowChords, self).set_chord_size(group_id, chord_size),
-            lambda connection: chords.note(connection, group_id, size=chord_size),
+            lambda connection: chord_counts.note(connection, group_id, size=chord_size),
         )
 
     def apply_chord(self, header_result_args: Any, body: Any, **options: Any) -> None:
@@ -49,14 +50,14 @@ class RowChords(RowResults):
                 return
             header = self.app.GroupResult(*header_result_args)
             if any(isinstance(result, GroupResult) for result in header.results):
-                chords.note(connection, header.id, structure=json.dumps(header.as_tuple()))
+                chord_counts.note(connection, header.id, structure=json.dumps(header.as_tuple()))
 
         self._store(lambda: super(RowChords, self).apply_chord(header_result_args, body, **options), note)
 
     def add_to_chord(self, group_id: str, result: Any) -> None:
         if self.is_on_platform:
             with self.app.platform.engine.connect() as connection:
-                if chords.enlarge(connection, group_id):
+                if chord_counts.enlarge(connection, group_id):
                     return
         super().add_to_chord(group_id, result)
 
@@ -108,8 +109,8 @@ class RowChords(RowResults):
         outcome = self.encode([1, request.id, state, self.encode_result(result, state)])
         raw = outcome.encode() if isinstance(outcome, str) else bytes(outcome)
         with self._transaction() as connection:
-            chords.add_part(connection, request.group, f"{request.id}:{place}", position, raw)
-            noted = chords.is_noted(connection, request.group)
+            chord_counts.add_part(connection, request.group, f"{request.id}:{place}", position, raw)
+            noted = chord_counts.is_noted(connection, request.group)
         if noted:
             self._complete(request)
         elif away is not None:
@@ -121,8 +122,8 @@ class RowChords(RowResults):
     def _complete(self, request: Any) -> None:
         """Publish the body of a chord whose parts have all come."""
         with self._transaction() as connection:
-            chord = chords.lock(connection, request.group)
-            if chord is None or not chords.is_complete(connection, request.group, chord):
+            chord = chord_counts.lock(connection, request.group)
+            if chord is None or not chord_counts.is_complete(connection, request.group, chord):
                 return
             body = maybe_signature(request.chord, app=self.app)
             try:
@@ -131,7 +132,7 @@ class RowChords(RowResults):
                 if not self.reach.closed:
                     raise RedisConnectionError("the failure of a chord is told when Redis is back") from error
                 self.chord_error_from_stack(body, error)
-            chords.forget(connection, request.group)
+            chord_counts.forget(connection, request.group)
 
     def _publish(self, body: Any, values: list[Any]) -> None:
         """Publish the body of a chord. Raises `ChordError` where no try would ever succeed, as Celery's backend does;
@@ -144,7 +145,7 @@ class RowChords(RowResults):
     def _values(self, connection: Connection, group: str, chord: Chord) -> list[Any]:
         """Return the values of its parts, in order. Raises `ChordError` where one failed."""
         if chord.structure is None:
-            return [self._unpack_chord_result(part, self.decode) for part in chords.parts(connection, group)]
+            return [self._unpack_chord_result(part, self.decode) for part in chord_counts.parts(connection, group)]
         header = result_from_tuple(json.loads(chord.structure), app=self.app)
         header.on_ready()
         try:

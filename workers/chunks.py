@@ -14,12 +14,14 @@ from typing import Final
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing import accept, bulk, deadlines, enroll
-from celery_capacity.routing.bulk import Committed
+from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, mask_url
-from celery_capacity.routing.job import Inserted, NewJob
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import order
+from celery_capacity.routing.insert import bulk, single
+from celery_capacity.routing.insert.bulk import Committed
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.model.job import Inserted, NewJob
+from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.recovery import resubmit
 from celery_capacity.workers.attempts import Attempt
 from celery_capacity.workers.insert_errors import may_pass
 from celery_capacity.workers.sender import Sender
@@ -203,7 +205,7 @@ class Chunks:
         with engine.connect() as connection:
             if kept:
                 return bulk.committed(connection, jobs)
-            confirmed = accept.confirmed(connection)
+            confirmed = single.confirmed(connection)
         return self._sender.refuse(confirmed, jobs[0], attempt.publisher)
 
 
@@ -217,6 +219,6 @@ def to_ledger(sender: Sender, jobs: Sequence[NewJob], committed: Committed, bega
         if job.due_at is None
     ]
     confirmed = Inserted(None, committed.epoch, committed.authority)
-    for start in range(0, len(rows), enroll.CHUNK):
-        if not sender.ask(confirmed, partial(Ledger.submit_many, rows=rows[start : start + enroll.CHUNK])):
+    for start in range(0, len(rows), resubmit.CHUNK):
+        if not sender.ask(confirmed, partial(Ledger.submit_many, rows=rows[start : start + resubmit.CHUNK])):
             return

@@ -15,7 +15,7 @@ from typing import Final
 
 from redis.exceptions import RedisError
 
-from celery_capacity.routing import native
+from celery_capacity.routing import os_threads
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class Circuit:
         self._closed_again = closed_again
         self._lock = threading.Lock()
         self._open = False
-        self._looking: native.Thread | None = None
-        self._ended = native.Event()
+        self._looking: os_threads.Thread | None = None
+        self._ended = os_threads.Event()
         self._pid = os.getpid()
 
     @property
@@ -55,7 +55,7 @@ class Circuit:
             if self._open:
                 return
             self._open = True
-            self._looking = native.Thread(target=self._look, name="circuit", daemon=True)
+            self._looking = os_threads.Thread(target=self._look, name="circuit", daemon=True)
         logger.warning("%s: %s", self._opened, why)
         self._looking.start()
 

@@ -9,12 +9,12 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import fence, store
-from celery_capacity.routing.job import Publisher
-from celery_capacity.routing.message import Tag
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.states import Step
-from celery_capacity.routing.store import Transition
+from celery_capacity.routing.model.job import Publisher
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.store import fencing, job_transitions
+from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.holdings import Holding
 from celery_capacity.workers.identity import Identity
 
@@ -55,14 +55,14 @@ def write(engine: Engine, claim: Transition) -> bool | None:
     the job is over. None where Postgres does not take it now. Safe to do again: a commit whose answer was lost is
     found."""
     try:
-        applied, left = store.apply_unlocked(engine, [claim])
+        applied, left = job_transitions.apply_unlocked(engine, [claim])
         if left:
             logger.warning("job %s starts when Postgres has its claim: its row is locked", claim.job)
             return None
         if applied:
             return True
         with engine.connect() as connection:
-            return fence.runs(connection, Publisher(claim.job, claim.epoch, claim.attempt, claim.incarnation))
+            return fencing.runs(connection, Publisher(claim.job, claim.epoch, claim.attempt, claim.incarnation))
     except SQLAlchemyError as error:
         logger.warning("job %s starts when Postgres has its claim: %s", claim.job, type(error).__name__)
         return None

@@ -16,8 +16,8 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import native
-from celery_capacity.routing.authority import Authority, change_pause, read_authority
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.database.authority import Authority, change_pause, read_authority
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.workers.wake import Wake
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 REST: Final = 300.0
 
 
-class Confirmation(native.Thread):
+class Confirmation(os_threads.Thread):
     """One thread asks, all read: assignments of one value each. `on_regained` is called in this thread when the answer
     is valid again after it was not."""
 

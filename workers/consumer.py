@@ -17,7 +17,7 @@ from celery.worker import state as worker_state
 from kombu.asynchronous import set_event_loop
 from kombu.utils.imports import symbol_by_name
 
-from celery_capacity.routing.secrets import HIDDEN
+from celery_capacity.routing.config.redaction import HIDDEN
 from celery_capacity.workers import (
     panel,  # noqa: F401  its commands take the places of Celery's
     steps,

@@ -12,16 +12,17 @@ from kombu.exceptions import OperationalError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing import gates, revoking, store, stream
-from celery_capacity.routing.authority import read_authority
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.database.postgres import is_locked, translate
 from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable, show
-from celery_capacity.routing.gates import Opened
-from celery_capacity.routing.job import Rate
-from celery_capacity.routing.names import check_job_id
-from celery_capacity.routing.postgres import is_locked, translate
-from celery_capacity.routing.replies import Cancelled, LedgerClosed
-from celery_capacity.routing.states import State
-from celery_capacity.routing.store import REVOKED
+from celery_capacity.routing.ledger.replies import Cancelled, LedgerClosed
+from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.model.job import Rate
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.recovery import revocation, transition_log
+from celery_capacity.routing.store import dependencies, job_transitions
+from celery_capacity.routing.store.dependencies import Opened
+from celery_capacity.routing.store.job_transitions import REVOKED
 from celery_capacity.workers.gates import rate_of
 from celery_capacity.workers.stores import Stores
 from celery_capacity.workers.undelivered import deliver_rows
@@ -105,7 +106,7 @@ class PlatformControl:
         rate = rate_of(value, "rate_limit") or Rate(0.0, "0")
         try:
             with self.stores.engine.connect() as connection:
-                gates.set_rate(connection, name, rate, by_control=True)
+                dependencies.set_rate(connection, name, rate, by_control=True)
         except DBAPIError as problem:
             raise translate(problem, f"the rate limit of {name} was not set: ") from problem
         except PoolTimeout as problem:
@@ -137,7 +138,7 @@ def revoke_jobs(app: Any, stores: Stores, ids: Sequence[str]) -> int:
     """Revoke jobs in the stores: what waits ends, what a worker holds is marked. Returns how many ended."""
     try:
         with stores.engine.connect() as connection:
-            jobs = revoking.mark(connection, ids)
+            jobs = revocation.mark(connection, ids)
     except DBAPIError as problem:
         raise translate(problem, "nothing was revoked: ") from problem
     except PoolTimeout as problem:
@@ -158,7 +159,7 @@ def revoke_stamped(app: Any, stores: Stores, headers: Any) -> int:
         )
     try:
         with stores.engine.connect() as connection:
-            jobs = revoking.stamped(connection, headers)
+            jobs = revocation.stamped(connection, headers)
     except DBAPIError as problem:
         raise translate(problem, "nothing was revoked: ") from problem
     return revoke_jobs(app, stores, jobs)
@@ -167,7 +168,7 @@ def revoke_stamped(app: Any, stores: Stores, headers: Any) -> int:
 def carry_out(stores: Stores, job: str) -> bool:
     """Go on with the revoke of a job whose row is marked: end it if it waits, and mark it in the ledger if a worker
     holds it. Whether it ended. What a store does not take now the sweep does."""
-    for _ in range(revoking.TRIES):
+    for _ in range(revocation.TRIES):
         try:
             if end_before_start(stores, job, State.CANCELLED, REVOKED):
                 return True
@@ -197,7 +198,7 @@ def purge_queue(app: Any, stores: Stores, queue: str) -> int:
     Celery worker holds until its time does."""
     purged = 0
     with stores.engine.connect() as connection:
-        for jobs in revoking.waiting_in(connection, queue):
+        for jobs in revocation.waiting_in(connection, queue):
             ended = [job for job in jobs if end_before_start(stores, job, State.CANCELLED, PURGED)]
             deliver_rows(app, stores, ended)
             purged += len(ended)
@@ -208,7 +209,7 @@ def purge_queue(app: Any, stores: Stores, queue: str) -> int:
 
 def open_gates(app: Any, stores: Stores) -> Opened:
     """Bring in what waited for jobs that have ended; who cannot start any more hears of it."""
-    opened = gates.open_needs(stores.engine)
+    opened = dependencies.open_needs(stores.engine)
     if opened.cancelled:
         deliver_rows(app, stores, opened.cancelled)
         stores.sending.ask(lambda ledger: ledger.announce(opened.cancelled))
@@ -222,14 +223,14 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
         with stores.engine.connect() as connection:
             known = read_authority(connection)
             if known.authority == "postgres":
-                return store.end_unfiled(connection, job, state, error)
+                return job_transitions.end_unfiled(connection, job, state, error)
             stores.ledger.epoch = known.epoch
             cancelled = _cancel(stores, connection, job, state, error)
             if cancelled.entry is not None:
                 # Perhaps no worker lives that would write it.
-                stream.apply_entry(stores.engine, stores.ledger, cancelled.entry)
+                transition_log.apply_entry(stores.engine, stores.ledger, cancelled.entry)
                 return True
-            ended = cancelled.verdict == "missing" and store.end_unfiled(connection, job, state, error)
+            ended = cancelled.verdict == "missing" and job_transitions.end_unfiled(connection, job, state, error)
             if ended:
                 stores.sending.ask(lambda ledger: ledger.announce([job]))
             return ended

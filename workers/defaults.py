@@ -11,7 +11,7 @@ from celery import Celery
 from celery.app.utils import Settings
 from celery.backends.base import DisabledBackend
 
-from celery_capacity.routing import timeouts
+from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.errors import NoServers
 from celery_capacity.workers import ticks
 from celery_capacity.workers.preflight import check_broker

@@ -15,10 +15,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from celery_capacity.routing import native
-from celery_capacity.routing.message import Tag
-from celery_capacity.routing.outbox import Outbox, parse
-from celery_capacity.routing.store import Transition
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.outbox import Outbox, parse
+from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.attempts import Attempt, held
 from celery_capacity.workers.parts import GIVEN_UP_AFTER, Part, Parts
 from celery_capacity.workers.results import HOPELESS
@@ -78,7 +78,7 @@ def _try(action: Callable[[Any], None], notes: Any) -> None:
         logger.exception("what a job left for the result backend cannot be delivered and is dropped: %.200r", notes)
 
 
-class Delivery(native.Thread):
+class Delivery(os_threads.Thread):
     """`add` never blocks. Transitions go on to `record` when what they carry was delivered, or has to wait. `settle`
     (job, what was left, what is left) brings the row up to date where a part of a chord was late."""
 

@@ -10,7 +10,7 @@ from kombu import serialization
 from kombu.exceptions import EncodeError, SerializerNotInstalled
 
 from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, show
-from celery_capacity.routing.nesting import JSON, check_value
+from celery_capacity.routing.model.nesting import JSON, check_value
 
 
 class NotEncodable(InvalidRequest, EncodeError):

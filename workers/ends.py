@@ -12,14 +12,14 @@ from typing import Any, Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import bad_transitions, gates, pull, store
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.postgres import is_locked
-from celery_capacity.routing.pull import Became, Holder
-from celery_capacity.routing.replies import Ended
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.states import State, Step
-from celery_capacity.routing.store import Applied, Transition
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.states import State, Step
+from celery_capacity.routing.store import claims, dependencies, job_transitions, refused_transitions
+from celery_capacity.routing.store.claims import Became, Holder
+from celery_capacity.routing.store.job_transitions import Applied, Transition
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.holdings import Holding, Holdings
 from celery_capacity.workers.identity import Identity
@@ -140,7 +140,7 @@ class PostgresEnds:
         except Exception as error:
             if is_locked(error):
                 return self._write_free(batch, error)
-            if not bad_transitions.concerns_data(error):
+            if not refused_transitions.concerns_data(error):
                 raise
             if len(batch) == 1:
                 return self._write_bad(batch[0])
@@ -152,7 +152,7 @@ class PostgresEnds:
     def _write_free(self, batch: Sequence[End], error: Exception) -> tuple[list[End], list[End], list[End]]:
         """Write the ends of jobs whose rows nobody keeps locked."""
         with self._transactions.begin() as connection:
-            free = store.free(connection, [end.ended.job for end in batch])
+            free = job_transitions.free(connection, [end.ended.job for end in batch])
         some = [end for end in batch if end.ended.job in free]
         if len(some) == len(batch):
             # It was free again just now, or a whole table is locked.
@@ -160,11 +160,11 @@ class PostgresEnds:
         return self._write_all(some) if some else ([], [], [])
 
     def _write_bad(self, end: End) -> tuple[list[End], list[End], list[End]]:
-        """Write one that Postgres does not take as it is (`routing.bad_transitions`)."""
+        """Write one that Postgres does not take as it is (`routing.store.refused_transitions`)."""
         with self._transactions.begin() as connection:
-            rows = pull.lock_holders(connection, [end.ended.job])
-            refused, lost, transitions = self._judge([end], rows, pull.now_ms(connection))
-        applied, left = bad_transitions.write(self._engine, transitions)
+            rows = claims.lock_holders(connection, [end.ended.job])
+            refused, lost, transitions = self._judge([end], rows, claims.now_ms(connection))
+        applied, left = refused_transitions.write(self._engine, transitions)
         if left:
             return [], [], []
         if _starts(applied):
@@ -175,11 +175,11 @@ class PostgresEnds:
     def _write(self, batch: Sequence[End]) -> tuple[list[End], list[End]]:
         """One transaction; returns the ends that are not their jobs' any more, and those that ended theirs as lost."""
         with self._transactions.begin() as connection:
-            rows = pull.lock_holders(connection, [end.ended.job for end in batch])
-            refused, lost, transitions = self._judge(batch, rows, pull.now_ms(connection))
-            applied = store.apply(connection, transitions)
+            rows = claims.lock_holders(connection, [end.ended.job for end in batch])
+            refused, lost, transitions = self._judge(batch, rows, claims.now_ms(connection))
+            applied = job_transitions.apply(connection, transitions)
             if _starts(applied):
-                pull.wake(connection)
+                claims.wake(connection)
         self._open_needs(applied)
         return refused, lost
 
@@ -204,7 +204,7 @@ class PostgresEnds:
     def _wake(self) -> None:
         try:
             with self._transactions.begin() as connection:
-                pull.wake(connection)
+                claims.wake(connection)
         except SQLAlchemyError as error:
             logger.info("nobody was told that there is something to take: %s", error)
 
@@ -213,7 +213,7 @@ class PostgresEnds:
         if not any(one.awaited for one in applied):
             return
         try:
-            opened = gates.open_needs(self._transactions)
+            opened = dependencies.open_needs(self._transactions)
             if opened.due:
                 self._wake()
         except SQLAlchemyError as error:
@@ -225,7 +225,7 @@ class PostgresEnds:
     def _transition(self, end: End, holding: Holding, row: Holder, now: int) -> Transition:
         ended = end.ended
         epoch, attempt = _numbers(ended.token)
-        became: Became = pull.became(ended.outcome, row.losses, self._settings.most_losses, row.rerun)
+        became: Became = claims.became(ended.outcome, row.losses, self._settings.most_losses, row.rerun)
         back = became.step == Step.BACK and ended.outcome != "retried"
         return Transition(
             job=ended.job,

@@ -13,10 +13,10 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from celery_capacity.routing import native
-from celery_capacity.routing.server import connect
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.watching import EPOCH_CHANNEL
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect.job_events import EPOCH_CHANNEL
+from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers import ticks
 from celery_capacity.workers.wake import Wake
 
@@ -28,7 +28,7 @@ NAME: Final = "celery-capacity-epoch"
 IDLE: Final = 60.0
 
 
-class EpochWatch(native.Thread):
+class EpochWatch(os_threads.Thread):
     """`on_epoch` is called when a new epoch is open, or may be: also after each gap. `on_tick` is called with the name
     of each tick, where the broker is the ledger's Redis, on whose `tick_channel` they are published."""
 
@@ -80,7 +80,7 @@ class EpochWatch(native.Thread):
         socket = getattr(connection, "_sock", None)
         if socket is None or socket.fileno() < 0:
             raise ConnectionError("the connection is gone")
-        poll = native.poll()
+        poll = os_threads.poll()
         poll.register(self._wake.fileno(), select.POLLIN)
         poll.register(socket.fileno(), select.POLLIN)
         poll.poll(IDLE * 1000)

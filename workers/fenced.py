@@ -16,8 +16,8 @@ from celery import current_app
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from celery_capacity.routing import fence
 from celery_capacity.routing.errors import InvalidRequest, LeaseLost, PlatformError
+from celery_capacity.routing.store import fencing
 from celery_capacity.workers import attempts
 from celery_capacity.workers.attempts import Attempt
 from celery_capacity.workers.stores import Stores
@@ -66,7 +66,7 @@ def _check(session: Session, attempt: Attempt) -> None:
             value="AUTOCOMMIT",
             advice="Make the session of an engine with the usual isolation level.",
         )
-    if not fence.is_home(connection, attempt.incarnation):
+    if not fencing.is_home(connection, attempt.incarnation):
         raise _elsewhere(str(connection.engine.url.database))
 
 
@@ -85,10 +85,10 @@ def _elsewhere(where: str) -> InvalidRequest:
 def _end(session: Session, attempt: Attempt) -> None:
     connection = session.connection()
     stores = getattr(current_app, "platform", None)
-    hangs_after = stores.settings.lost_after if isinstance(stores, Stores) else fence.HANGS_AFTER
-    if fence.commit(connection, attempt.publisher, hangs_after):
+    hangs_after = stores.settings.lost_after if isinstance(stores, Stores) else fencing.HANGS_AFTER
+    if fencing.commit(connection, attempt.publisher, hangs_after):
         return
-    why, itself = fence.why_not(connection, attempt.publisher)
+    why, itself = fencing.why_not(connection, attempt.publisher)
     where = f"attempt {attempt.tag.attempt} of job {attempt.tag.job}"
     if itself:
         raise PlatformError(

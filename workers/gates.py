@@ -23,12 +23,12 @@ from kombu.exceptions import EncodeError
 from kombu.utils.json import dumps
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import watching
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import InvalidRequest, NotAccepted, show
-from celery_capacity.routing.gates import KnownRate, known_rates, lift_rates, set_rate
-from celery_capacity.routing.job import Gates, Rate
-from celery_capacity.routing.names import check_job_id
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.inspect import job_events
+from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.model.job import Gates, Rate
+from celery_capacity.routing.store.dependencies import KnownRate, known_rates, lift_rates, set_rate
 from celery_capacity.workers.call import MOST_SECONDS, check_seconds
 from celery_capacity.workers.stores import Stores
 
@@ -198,14 +198,14 @@ def declare_rates(app: Celery, stores: Stores) -> None:
 def until_written(stores: Stores, job: str) -> bool:
     """Wait for the row of a job that the ledger knows to have ended: its result is out before, and whoever has that
     submits another job, not the same once more. False where the job has not ended. Raises `NotAccepted`."""
-    known = stores.sending.ask(lambda ledger: watching.in_ledger(ledger.client, job))
+    known = stores.sending.ask(lambda ledger: job_events.in_ledger(ledger.client, job))
     if known is None or not known.final:
         return False
     deadline, pause = time.monotonic() + WRITTEN_WITHIN, threading.Event()
     while True:
         try:
             with stores.engine.connect() as connection:
-                written = watching.in_postgres(connection, job)
+                written = job_events.in_postgres(connection, job)
         except SQLAlchemyError as error:
             raise NotAccepted(f"whether job {job}, which has the same key, has ended is not known") from error
         if written is None or written.final:

@@ -19,7 +19,7 @@ from celery.utils.functional import _regen
 from celery.utils.nodenames import anon_nodename
 
 from celery_capacity.routing.errors import LeaseLost, PartlyAccepted
-from celery_capacity.routing.job import NewJob
+from celery_capacity.routing.model.job import NewJob
 from celery_capacity.workers import attempts
 from celery_capacity.workers.chunks import After, Chunks
 from celery_capacity.workers.queues import queue_of

@@ -2,7 +2,7 @@
 
 Celery's main loop is another one there, without the events by which a worker of processes or threads hears of its jobs.
 So the mailbox takes the messages (`workers.mailbox`), as it does where the broker is not the ledger's, and a greenlet
-starts what was claimed (`Starter`). The threads of the platform are the operating system's (`routing.native`).
+starts what was claimed (`Starter`). The threads of the platform are the operating system's (`routing.os_threads`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from celery.concurrency import get_implementation
 from celery.utils.dispatch import Signal as CelerySignal
 from celery.worker import pidbox
 
-from celery_capacity.routing import native
+from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import Unsupported
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def check_pool(pool: Any) -> bool:
             advice="For tasks that mostly wait use -P gevent -c 100, or -P threads -c 100, and cpus=0.01 on them; for"
             " others leave -P out.",
         )
-    if not native.is_green():
+    if not os_threads.is_green():
         raise Unsupported(
             f"the pool {name} was not named early enough: gevent changes the standard library before anything else is"
             " loaded, or not at all",
@@ -62,7 +62,7 @@ def check_pool(pool: Any) -> bool:
 
 def prepare(app: Celery, drain: Callable[[], None]) -> None:
     """Before anything of the worker is made. `drain` is called in a signal's handler."""
-    native.install()
+    os_threads.install()
     platforms.signals.__class__ = Signals
     platforms.signals.drain = drain
     # On the main loop's own connection, as beside other pools: nothing else tells that the broker is gone. (Celery's

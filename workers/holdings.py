@@ -6,10 +6,10 @@ import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.policy import Book, fits
-from celery_capacity.routing.replies import Adopted
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.ledger.replies import Adopted
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.placement import Book, fits
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ from typing import Final
 
 import psutil
 
-from celery_capacity.routing import keys, process_identity
-from celery_capacity.routing.names import check_worker_name
-from celery_capacity.routing.process_identity import Place
-from celery_capacity.routing.roster import WorkerRow
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config import process_identity
+from celery_capacity.routing.config.process_identity import Place
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.identifiers import check_worker_name
+from celery_capacity.routing.store.worker_rows import WorkerRow
 
 #: Celery's own default for the part of `-n` before the @.
 DEFAULT_NODE: Final = "celery"

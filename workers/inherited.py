@@ -14,8 +14,9 @@ from contextlib import suppress
 from typing import Final
 from urllib.parse import urlsplit
 
-from celery_capacity.routing import addresses, sentinels
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import sentinels
 
 #: Ports where a URL names none.
 USUAL_PORTS: Final = {"amqp": 5672, "amqps": 5671}
@@ -54,7 +55,7 @@ def places_of(settings: Settings) -> frozenset[Place]:
 
 def _places(url: str) -> set[Place]:
     try:
-        address = addresses.read(url)
+        address = redis_urls.read(url)
     except ValueError:
         parts = urlsplit(url)
         return {parts.port or USUAL_PORTS.get(parts.scheme, POSTGRES_PORT)}

@@ -8,9 +8,9 @@ from typing import TypeVar
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing import deadlines
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.database.postgres import told
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, mask_url
-from celery_capacity.routing.postgres import told
 from celery_capacity.workers.stores import Stores
 
 T = TypeVar("T")

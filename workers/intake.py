@@ -21,7 +21,8 @@ from kombu.exceptions import OperationalError
 from kombu.serialization import registry
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing import native
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.config.redaction import hidden_headers
 from celery_capacity.routing.errors import (
     BacklogFull,
     InvalidRequest,
@@ -31,8 +32,7 @@ from celery_capacity.routing.errors import (
     PlatformError,
     Unsupported,
 )
-from celery_capacity.routing.nesting import JSON, check_body, check_value
-from celery_capacity.routing.secrets import hidden_headers
+from celery_capacity.routing.model.nesting import JSON, check_body, check_value
 from celery_capacity.workers import ticks
 from celery_capacity.workers.router import HEADER, Router
 from celery_capacity.workers.sender import Sender
@@ -58,7 +58,7 @@ TICKS_ARE: Final = "json"
 RETRY_AFTER: Final = 0.25
 
 
-class Intake(native.Thread):
+class Intake(os_threads.Thread):
     """`on_tick` is called with the name of each tick, `on_refused` with each message that is set aside, in this
     thread. `private`: the queue of this worker alone and who gets its messages, where the broker is the ledger's Redis;
     then ticks come by `workers.epoch_watch`."""
@@ -79,7 +79,7 @@ class Intake(native.Thread):
         self._on_tick = on_tick
         self._on_refused = on_refused
         self._private = private
-        self._ending = native.Event()
+        self._ending = os_threads.Event()
 
     def challenge(self) -> None:
         """Ask every worker for a heartbeat now."""

@@ -12,12 +12,12 @@ from celery.result import AsyncResult
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing import watching
+from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import InvalidRequest, PlatformError, StoreUnavailable, show
-from celery_capacity.routing.names import check_job_id
-from celery_capacity.routing.postgres import translate
-from celery_capacity.routing.states import FINAL, State
-from celery_capacity.routing.watching import JobEvent
+from celery_capacity.routing.inspect import job_events
+from celery_capacity.routing.inspect.job_events import JobEvent
+from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.model.states import FINAL, State
 from celery_capacity.workers.stores import Stores
 
 #: Seconds after which a job is looked at again, where a store did not answer.
@@ -80,10 +80,10 @@ class Job:
 
     def _look(self) -> JobEvent:
         # In this order: what the ledger forgets meanwhile, Postgres has.
-        known = self._stores.sending.ask(lambda ledger: watching.in_ledger(ledger.client, self.id))
+        known = self._stores.sending.ask(lambda ledger: job_events.in_ledger(ledger.client, self.id))
         try:
             with self._stores.engine.connect() as connection:
-                row = watching.in_postgres(connection, self.id)
+                row = job_events.in_postgres(connection, self.id)
         except DBAPIError as error:
             raise translate(error) from error
         except PoolTimeout as error:

@@ -9,10 +9,10 @@ from typing import Final
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.postgres import translate
-from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.duties.opening import open_ledger
 from celery_capacity.workers.membership import Membership

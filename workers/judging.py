@@ -11,8 +11,8 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import fence
-from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.store import fencing
 
 #: What a worker's request says of an attempt whose body ended with `LeaseLost`; no outcome that the ledger knows.
 LEASE_LOST: Final = "lease lost"
@@ -44,9 +44,9 @@ def judge(
     epoch, _, attempt = token.partition(".")
     try:
         with engine.connect() as connection:
-            if outcome != LEASE_LOST and fence.close(connection, job, int(epoch), int(attempt)):
+            if outcome != LEASE_LOST and fencing.close(connection, job, int(epoch), int(attempt)):
                 return job, token, "succeeded", None, Outbox()
-            ended_as = fence.final_state(connection, job)
+            ended_as = fencing.final_state(connection, job)
     except SQLAlchemyError:
         ended_as = None
     if outcome in UNLESS_COMMITTED:

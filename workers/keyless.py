@@ -13,11 +13,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from celery_capacity.routing import native
+from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.replies import LedgerClosed
-from celery_capacity.routing.store import Transition
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.claims import running
 from celery_capacity.workers.ends import End
 from celery_capacity.workers.holdings import Holding, Holdings
@@ -50,7 +50,7 @@ class Keyless:
         self._later = later
         self._say_again = say_again
         self._wake = wake
-        self._pause = native.Event()
+        self._pause = os_threads.Event()
 
     def takes(self, end: End) -> bool:
         """Whether an end that the ledger calls unknown is looked into, and said again afterwards: once."""

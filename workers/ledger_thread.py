@@ -15,16 +15,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
-from celery_capacity.routing import native
-from celery_capacity.routing.doubt import is_known_before_start
+from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import StoreUnavailable, storable
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.message import Tag
-from celery_capacity.routing.policy import held_by
-from celery_capacity.routing.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.states import Step
-from celery_capacity.routing.store import REVOKED, Transition
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.policy.placement import held_by
+from celery_capacity.routing.policy.unknown_starts import is_known_before_start
+from celery_capacity.routing.store.job_transitions import REVOKED, Transition
 from celery_capacity.workers.claims import Arrival, running
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.ends import End, PostgresEnds
@@ -50,7 +50,7 @@ NOT_OURS: Final = {
 ERROR_LENGTH: Final = 8000
 
 
-class LedgerThread(native.Thread):
+class LedgerThread(os_threads.Thread):
     """`arrive` and `end` never block and may be called in any thread. `start_job` is called in this thread."""
 
     def __init__(
@@ -256,7 +256,8 @@ class LedgerThread(native.Thread):
 
     def _start(self, holding: Holding, entry: str, message: Any) -> list[Transition]:
         """Start a body, if this process may still decide: the answer may have been so late that another authority has
-        the job. What it says to Postgres. Some bodies start only when Postgres has that (`routing.doubt`)."""
+        the job. What it says to Postgres. Some bodies start only when Postgres has that
+        (`routing.policy.unknown_starts`)."""
         if not self._may_start():
             self._late.append((holding, entry, message))
             return []

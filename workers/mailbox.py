@@ -15,9 +15,10 @@ from typing import Any, Final
 import redis
 from redis.exceptions import RedisError
 
-from celery_capacity.routing import native, timeouts
-from celery_capacity.routing.server import connect
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.config import timeouts
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger.connection import connect
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,14 @@ BATCH: Final = 100
 RETRY_AFTER: Final = 0.25
 
 
-class Mailbox(native.Thread):
+class Mailbox(os_threads.Thread):
     """`received` is called with the bytes of each message, in this thread, and must not raise."""
 
     def __init__(self, settings: Settings, queue: str, received: Callable[[bytes], None]) -> None:
         super().__init__(name="mailbox", daemon=True)
         self._queue = queue
         self._received = received
-        self._ending = native.Event()
+        self._ending = os_threads.Event()
         self._client: redis.Redis = connect(
             str(settings.redis_url), socket_timeout=POLL + timeouts.CONNECT * settings.store_timeout
         )

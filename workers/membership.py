@@ -14,15 +14,17 @@ from redis.exceptions import OutOfMemoryError
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing import fence, keys, roster, stream
-from celery_capacity.routing.amounts import format_cpus
-from celery_capacity.routing.capacity import Capacity
+from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.postgres import translate
-from celery_capacity.routing.replies import LedgerClosed, Taken
-from celery_capacity.routing.roster import WorkerRow
-from celery_capacity.routing.takeback import take_back
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import LedgerClosed, Taken
+from celery_capacity.routing.model.amounts import format_cpus
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.recovery import transition_log
+from celery_capacity.routing.recovery.reclaim import take_back
+from celery_capacity.routing.store import fencing, worker_rows
+from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers import orphans
 from celery_capacity.workers.claims import running
 from celery_capacity.workers.confirmation import Confirmation
@@ -136,7 +138,7 @@ class Membership:
         its lease had run out. One that renews its lease just now stays."""
         name, settings = self.identity.name, self._ledger.settings
         with self._engine.connect() as connection:
-            row = roster.find_worker(connection, incarnation)
+            row = worker_rows.find_worker(connection, incarnation)
         if row is not None and is_known_dead(row, self.identity.place):
             self._ledger.condemn(name, incarnation)
         elif self._ledger.lapse(name, 0, settings.most_losses, most=0).verdict != "due":
@@ -219,19 +221,19 @@ class Membership:
 
     def _write_declarations(self, people: Mapping[str, Mapping[str, Any]]) -> None:
         with self._engine.connect() as connection:
-            roster.declare(connection, people)
+            worker_rows.declare(connection, people)
 
     def _write_former_lives(self) -> None:
         with self._engine.connect() as connection:
-            roster.end_former_lives(connection, self.identity.name, self.identity.incarnation)
+            worker_rows.end_former_lives(connection, self.identity.name, self.identity.incarnation)
             if self._ledger.epoch:
                 try:
                     # What they said last has the values that their jobs returned.
-                    stream.apply_all(self._engine, self._ledger)
+                    transition_log.apply_all(self._engine, self._ledger)
                 except (StoreUnavailable, LedgerClosed):
                     return  # a reconcile closes them, when it has read the stream
             # Where the ledger was lost with such a life, nobody takes its jobs back, and what had committed still is.
-            fence.close_former(connection, self.identity.name, self.identity.incarnation)
+            fencing.close_former(connection, self.identity.name, self.identity.incarnation)
 
     # -- staying and leaving -------------------------------------------------------------------------------------
 
@@ -300,7 +302,7 @@ class Membership:
     def _write_left(self) -> None:
         try:
             with self._engine.connect() as connection:
-                roster.end_worker(connection, self.identity.incarnation, "left")
+                worker_rows.end_worker(connection, self.identity.incarnation, "left")
         except DBAPIError as error:
             raise translate(error) from error
 
@@ -324,7 +326,7 @@ class Membership:
         )
         asked = time.monotonic()
         with self._engine.connect() as connection:
-            answer, lost = roster.see_worker(connection, row, status, ledger_lost=self._told_lost)
+            answer, lost = worker_rows.see_worker(connection, row, status, ledger_lost=self._told_lost)
         self._confirmation.hear(asked, answer)
         # Whoever took their jobs back may have done so on another machine.
         for worker in lost:

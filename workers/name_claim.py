@@ -16,12 +16,13 @@ from typing import Final
 
 from sqlalchemy import Engine
 
-from celery_capacity.routing import keys, roster
-from celery_capacity.routing.authority import read_authority
-from celery_capacity.routing.books import text
+from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.errors import NameTaken
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.roster import WorkerRow
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.snapshot import text
+from celery_capacity.routing.store import worker_rows
+from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers import orphans
 from celery_capacity.workers.identity import Identity, is_known_dead
 
@@ -109,7 +110,7 @@ class NameClaim:
     def taken(self, incarnation: str) -> NameTaken:
         """Return the error for a name that this incarnation has."""
         with self._engine.connect() as connection:
-            row = roster.find_worker(connection, incarnation)
+            row = worker_rows.find_worker(connection, incarnation)
         where = f"pid {row.pid} on {row.hostname}" if row is not None else f"incarnation {incarnation}"
         return NameTaken(
             f"a live worker is named {self._identity.name} already ({where})",
@@ -134,7 +135,7 @@ class NameClaim:
         holder, lease = self._holder() if with_ledger else ("", None)
         identity, found = self._identity, dict[str, Claimant]()
         with self._engine.connect() as connection:
-            rows = roster.namesakes(connection, identity.name, identity.incarnation, identity.place, holder)
+            rows = worker_rows.namesakes(connection, identity.name, identity.incarnation, identity.place, holder)
         lease_left = 0.0 if lease is None else (lease - self._ledger.now_ms()) / 1000
         known = {row.worker.incarnation for row in rows}
         if holder and holder not in known:

@@ -12,9 +12,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from celery_capacity.routing import formats
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.message import parse_tag
+from celery_capacity.routing.model import format_versions
+from celery_capacity.routing.model.message import parse_tag
 from celery_capacity.workers.router import HEADER
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class NewerFormats:
         """Return True if the message is of a format that this release does not know; then its job goes back."""
         carried = message.headers.get(HEADER)
         try:
-            formats.check_message(carried if isinstance(carried, Mapping) else {})
+            format_versions.check_message(carried if isinstance(carried, Mapping) else {})
         except InvalidRequest as error:
             self._return(message, str(error))
             return True

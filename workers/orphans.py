@@ -17,10 +17,10 @@ from typing import Final
 
 import psutil
 
-from celery_capacity.routing import process_identity
+from celery_capacity.routing.config import process_identity
+from celery_capacity.routing.config.process_identity import Place
 from celery_capacity.routing.errors import NameTaken
-from celery_capacity.routing.process_identity import Place
-from celery_capacity.routing.roster import WorkerRow
+from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers.identity import is_known_dead
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from celery.worker import control as celery_control
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 
-from celery_capacity.routing import amounts
+from celery_capacity.routing.model import amounts
 from celery_capacity.workers.control import TOLD, revoke_jobs, revoke_stamped
 from celery_capacity.workers.runtime import Runtime, runtime_of
 

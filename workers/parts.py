@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from celery_capacity.routing import native
+from celery_capacity.routing import os_threads
 
 logger = logging.getLogger(__name__)
 
@@ -192,13 +192,13 @@ class Parts:
             self._changed.notify_all()
 
 
-class _Hand(native.Thread):
+class _Hand(os_threads.Thread):
     """Delivers what it is given."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(name="parts", daemon=True)
         self._parts = parts
-        self.given = native.Event()
+        self.given = os_threads.Event()
         self.work: deque[Part] = deque()
 
     def run(self) -> None:

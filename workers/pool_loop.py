@@ -19,7 +19,7 @@ from typing import Any, Final
 from celery.worker import loops
 from celery.worker import state as worker_state
 
-from celery_capacity.routing import native
+from celery_capacity.routing import os_threads
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ GREEN_LOOK_EVERY: Final = 0.1
 PAUSES: Final = (2.0, 2.0, 30.0)
 
 
-class BrokerProbe(native.Thread):
+class BrokerProbe(os_threads.Thread):
     """Tries to connect until that succeeds, or the tries are over; `wake` is called after each.
 
     `connection` is the probe's own. `pause`: seconds between two tries. `max_retries`: None means no limit. With one,
@@ -41,7 +41,7 @@ class BrokerProbe(native.Thread):
         self._pause = pause
         self._max_retries = max_retries
         self._wake = wake
-        self._stopped = native.Event()
+        self._stopped = os_threads.Event()
         #: No other try follows.
         self.done = False
         #: The last try had a connection, or failed in a way that no try after it changes: the caller's own will say so.

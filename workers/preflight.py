@@ -18,11 +18,12 @@ from redis.exceptions import RedisError, ResponseError
 from sqlalchemy import Engine
 
 from celery_capacity.migrations import check as check_tables
-from celery_capacity.routing import addresses, roster
-from celery_capacity.routing.addresses import BETWEEN, Address
-from celery_capacity.routing.books import text
+from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.config.redis_urls import BETWEEN, Address
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import PlatformError, SettingsError, StoreUnavailable, Unsupported, mask_url
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.ledger.snapshot import text
+from celery_capacity.routing.store import worker_rows
 from celery_capacity.workers.identity import Identity
 
 logger = logging.getLogger(__name__)
@@ -113,11 +114,11 @@ def shares_ledger(app: Celery, settings: Settings) -> bool:
         return False
     given = BETWEEN.join(_urls(app.conf.broker_read_url))
     try:
-        broker, ledger = addresses.read(given), addresses.read(str(settings.redis_url))
+        broker, ledger = redis_urls.read(given), redis_urls.read(str(settings.redis_url))
     except ValueError:
         # Another kind of server, or several to choose from.
         return False
-    master = broker.master or str(options.get(addresses.MASTER) or "")
+    master = broker.master or str(options.get(redis_urls.MASTER) or "")
     return _place(replace(broker, master=master)) == _place(ledger)
 
 
@@ -140,4 +141,4 @@ def neighbours(engine: Engine, settings: Settings, identity: Identity) -> list[s
     if settings.cpus is not None:
         return []
     with engine.connect() as connection:
-        return roster.live_on_machine(connection, identity.place.boot, identity.name, settings.worker_ttl)
+        return worker_rows.live_on_machine(connection, identity.place.boot, identity.name, settings.worker_ttl)

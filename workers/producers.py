@@ -11,7 +11,7 @@ from typing import Any
 
 from celery import Celery
 
-from celery_capacity.routing.job import NewJob
+from celery_capacity.routing.model.job import NewJob
 
 
 class SpareProducer:

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from celery.utils.saferepr import saferepr
 
+from celery_capacity.routing.config.redaction import hidden
 from celery_capacity.routing.errors import InvalidRequest, Unsupported, mask_url, show
-from celery_capacity.routing.secrets import hidden
 
 #: Characters and levels of what is shown of arguments, as Celery has them.
 SHOWN_SIZE: Final = 1024

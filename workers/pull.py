@@ -15,12 +15,14 @@ import psycopg2
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from celery_capacity.routing import fence, native, pull, timeouts
-from celery_capacity.routing.bad_transitions import concerns_data
-from celery_capacity.routing.policy import held_by
-from celery_capacity.routing.postgres import told
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.tables import CHANNEL
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.config import timeouts
+from celery_capacity.routing.database.postgres import told
+from celery_capacity.routing.database.schema import CHANNEL
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.placement import held_by
+from celery_capacity.routing.store import claims, fencing
+from celery_capacity.routing.store.refused_transitions import concerns_data
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.holdings import Holding, Holdings
 from celery_capacity.workers.identity import Identity
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 MOST_MISSES: Final = 5
 
 
-class Puller(native.Thread):
+class Puller(os_threads.Thread):
     """`start_job` gets the text of each message, in this thread; `can_start` says whether it would start at once.
     `flush` waits until what this worker noted before is in Postgres. This is the one thread that never waits for the
     ledger: so here Postgres is told that the worker lives (`tell`), and who decides is looked at."""
@@ -127,7 +129,7 @@ class Puller(native.Thread):
         if not self._can_start() or not book.open:
             return None
         with self._engine.connect() as connection:
-            chosen = pull.look(connection, book, most_losses, passed)
+            chosen = claims.look(connection, book, most_losses, passed)
             if not chosen:
                 return None
             # An answer that is lost leaves rows that this worker does not know: it looks for them.
@@ -144,11 +146,11 @@ class Puller(native.Thread):
             self._start_job(one.message)
         return len(taken)
 
-    def _take_these(self, connection: Connection, ids: Sequence[str]) -> list[pull.Taken]:
+    def _take_these(self, connection: Connection, ids: Sequence[str]) -> list[claims.Taken]:
         """Take these jobs, those of them that still wait and whose rows Postgres lets anybody write."""
         me, most_losses = self._identity, self._settings.most_losses
         try:
-            return pull.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids, most_losses)
+            return claims.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids, most_losses)
         except DBAPIError as error:
             if not concerns_data(error):
                 raise
@@ -169,14 +171,14 @@ class Puller(native.Thread):
         # In this order: what is in the list and no longer held has ended, and its row says so.
         held = {(one.job, one.token) for one in self._holdings.all()}
         with self._transactions.begin() as connection:
-            rows = pull.open_attempts(connection, self._identity.incarnation)
+            rows = claims.open_attempts(connection, self._identity.incarnation)
             strays = [one for one in rows if (one.job, f"{one.epoch}.{one.attempt}") not in held]
-            for job, epoch, attempt in fence.committed(connection, self._identity.incarnation):
+            for job, epoch, attempt in fencing.committed(connection, self._identity.incarnation):
                 if (job, f"{epoch}.{attempt}") not in held:
-                    fence.close(connection, job, epoch, attempt)
+                    fencing.close(connection, job, epoch, attempt)
             # (One whose row is locked is looked at again with the next comparison: it stops nothing here.)
-            if pull.give_back_free(connection, strays, "taken_back", "its worker does not hold it", most_losses):
-                pull.wake(connection)
+            if claims.give_back_free(connection, strays, "taken_back", "its worker does not hold it", most_losses):
+                claims.wake(connection)
         if strays:
             logger.warning("%d jobs that this worker does not hold were given back", len(strays))
         return True
@@ -191,7 +193,7 @@ class Puller(native.Thread):
             return
         if self._listening is None and time.monotonic() >= self._listen_at:
             self._listen()
-        poll = native.poll()
+        poll = os_threads.poll()
         poll.register(self._wake.fileno(), select.POLLIN)
         if self._listening is not None:
             poll.register(self._listening.fileno(), select.POLLIN)

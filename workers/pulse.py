@@ -11,12 +11,12 @@ from typing import Final
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import native
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.election import Elected
+from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import NameTaken, PlatformError, StoreUnavailable
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.election import Elected
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.cut import is_silence
 from celery_capacity.workers.holdings import Holdings
@@ -34,7 +34,7 @@ TICKS_WITHIN: Final = 0.1
 WAITS_PART: Final = 0.5
 
 
-class Pulse(native.Thread):
+class Pulse(os_threads.Thread):
     """Confirms the authority, renews the lease, sees a new epoch, and drains when it is told to."""
 
     def __init__(

@@ -15,8 +15,9 @@ from typing import Final
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import native, quarantine
-from celery_capacity.routing.quarantine import SetAside
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.store import quarantine
+from celery_capacity.routing.store.quarantine import SetAside
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ RETRY_AFTER: Final = 1.0
 SHOWN: Final = 200
 
 
-class Quarantine(native.Thread):
+class Quarantine(os_threads.Thread):
     """`set_aside` never waits for a store and may be called in any thread."""
 
     def __init__(self, engine: Engine, worker: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from kombu import Exchange, Queue
 
 from celery_capacity.routing.errors import InvalidRequest, Unsupported, show
-from celery_capacity.routing.names import check_queue_name
+from celery_capacity.routing.model.identifiers import check_queue_name
 
 
 def queue_of(queues: Mapping[str, Queue], exchange: Any, routing_key: str | None) -> str:

@@ -19,11 +19,13 @@ from typing import Final
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import bad_transitions, enroll, native, stream
+from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.replies import LedgerClosed
-from celery_capacity.routing.store import Applied, Transition
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.recovery import resubmit, transition_log
+from celery_capacity.routing.store import refused_transitions
+from celery_capacity.routing.store.job_transitions import Applied, Transition
 from celery_capacity.workers import claims
 from celery_capacity.workers.store_calls import StoreCalls
 
@@ -47,7 +49,7 @@ SELECT EXISTS (SELECT 1 FROM jobs
 """)
 
 
-class Recorder(native.Thread):
+class Recorder(os_threads.Thread):
     """`add` never blocks. `flush` waits until all that was added is written, or the time is over. `on_applied` is
     called with the rows that changed, `on_level` when it is behind no more. `write_within`: seconds for which Postgres
     may take nothing before it is."""
@@ -224,7 +226,7 @@ class Recorder(native.Thread):
         if not batch:
             return [], []
         try:
-            applied, left = bad_transitions.write(self._engine, batch, wait=wait)
+            applied, left = refused_transitions.write(self._engine, batch, wait=wait)
         except SQLAlchemyError as error:
             logger.warning(
                 "Postgres does not take %d outcomes, they are kept: %s", len(batch), error.__class__.__name__
@@ -244,8 +246,8 @@ class Recorder(native.Thread):
         """Postgres has them. What fails from here on is repaired by the duties: entries are applied once more without
         effect, scheduled rows are found when they are due."""
         try:
-            self._ledger.forget(stream.settled(batch))
-            enroll.go_on(self._engine, self._ledger, applied)
+            self._ledger.forget(transition_log.settled(batch))
+            resubmit.go_on(self._engine, self._ledger, applied)
             self._on_applied(applied)
         except (PlatformError, LedgerClosed, SQLAlchemyError) as error:
             logger.info("left to the duties: %s", error)

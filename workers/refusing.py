@@ -10,7 +10,7 @@ from celery import Celery
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
 
-from celery_capacity.routing.message import parse_tag
+from celery_capacity.routing.model.message import parse_tag
 from celery_capacity.workers import transport
 from celery_capacity.workers.attempts import Attempt, held
 from celery_capacity.workers.identity import Identity

@@ -19,8 +19,8 @@ from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 
 from celery_capacity.routing.errors import LeaseLost
-from celery_capacity.routing.message import Tag, parse_tag
-from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.model.message import Tag, parse_tag
+from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.workers.announcing import allocation, raised, request_of, signal_failure
 from celery_capacity.workers.attempts import Attempt, held
 from celery_capacity.workers.green import Killed, problem_of, was_killed

@@ -27,9 +27,10 @@ from celery.result import result_from_tuple
 from kombu.exceptions import EncodeError
 from redis.exceptions import WatchError
 
-from celery_capacity.routing import addresses, sentinels
-from celery_capacity.routing.outbox import Outbox
-from celery_capacity.routing.replies import Kept
+from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.ledger import sentinels
+from celery_capacity.routing.ledger.replies import Kept
+from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.workers import attempts
 from celery_capacity.workers.chord_rows import RowChords
 from celery_capacity.workers.patiently import may_pass
@@ -193,14 +194,14 @@ class PlatformSentinelBackend(PlatformRedisBackend, SentinelBackend):
     not answer is passed over at once."""
 
     def __init__(self, *args: Any, url: str | None = None, **options: Any) -> None:
-        address = addresses.read(str(url))
+        address = redis_urls.read(str(url))
         self._master_name = address.master
         super().__init__(*args, url=replace(address, master="").url, **options)
 
     @property
     def _transport_options(self) -> dict[str, Any]:
         given = self.app.conf.get("result_backend_transport_options") or {}
-        return {addresses.MASTER: self._master_name, "sentinel_kwargs": sentinels.ASKING, **given}
+        return {redis_urls.MASTER: self._master_name, "sentinel_kwargs": sentinels.ASKING, **given}
 
     def _get_sentinel_instance(self, **options: Any) -> Any:
         return super()._get_sentinel_instance(**options, connection_class=sentinels.Watched)

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.amounts import DEFAULT_QUEUE
-from celery_capacity.routing.books import text
+from celery_capacity.routing.config.task_rules import NO_RULES, RERUN, RequestRules
 from celery_capacity.routing.errors import InvalidRequest, PlatformError, show
-from celery_capacity.routing.request import REQUEST_OPTIONS, Request
-from celery_capacity.routing.request_file import NO_RULES, RERUN, RequestRules
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.snapshot import text
+from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
+from celery_capacity.routing.model.request import REQUEST_OPTIONS, Request
 from celery_capacity.workers import gates
 from celery_capacity.workers.canvas import COORDINATING, UNLOCKING, called_by, mark_of
 from celery_capacity.workers.stores import Stores

@@ -24,9 +24,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import outbox, timeouts
+from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.states import FINAL, State
+from celery_capacity.routing.model import outbox
+from celery_capacity.routing.model.states import FINAL, State
 from celery_capacity.workers import attempts
 from celery_capacity.workers.circuit import Circuit
 from celery_capacity.workers.patiently import may_pass

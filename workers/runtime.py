@@ -24,15 +24,16 @@ from celery import Celery
 from celery.worker import state as worker_state
 from kombu.serialization import prepare_accept_content
 
-from celery_capacity.routing import formats, timeouts
-from celery_capacity.routing.envelope import Unreadable
+from celery_capacity.routing.config import timeouts
+from celery_capacity.routing.config.machine import Detected
 from celery_capacity.routing.errors import NameTaken, PlatformError
-from celery_capacity.routing.machine import Detected
-from celery_capacity.routing.message import parse_tag
-from celery_capacity.routing.names import check_job_id
-from celery_capacity.routing.outbox import Outbox
-from celery_capacity.routing.replies import LedgerClosed
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model import format_versions
+from celery_capacity.routing.model.envelope import Unreadable
+from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.model.message import parse_tag
+from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.request import Request
 from celery_capacity.workers import duties, living, ticks, transport
 from celery_capacity.workers.announcing import Announcer
 from celery_capacity.workers.confirmation import Confirmation
@@ -312,7 +313,7 @@ class Runtime:
                 raise Unreadable("no message of an attempt")
             check_job_id(tag.job)
             # Of a format that this release does not know the tag alone is sure. It is claimed, and handed back.
-            known = formats.is_known(carried)
+            known = format_versions.is_known(carried)
             request = Request.from_shape(str(carried.get("shape"))) if known else Request.of({})
         except (PlatformError, Unreadable) as error:
             self.quarantine.set_aside(transport.raw_of(message), self.identity.queue, str(error))

@@ -12,9 +12,9 @@ from typing import Any, Final, NoReturn
 from kombu import serialization
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from celery_capacity.routing import accept, backlog, deadlines, enroll, formats, limits, pull, successors
-from celery_capacity.routing import message as messages
-from celery_capacity.routing.amounts import DEFAULT_QUEUE, LABEL
+from celery_capacity.routing.config.task_rules import RERUN
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.database.postgres import NOT_ALLOWED
 from celery_capacity.routing.errors import (
     InvalidRequest,
     LeaseLost,
@@ -23,16 +23,21 @@ from celery_capacity.routing.errors import (
     Unsupported,
     show,
 )
-from celery_capacity.routing.job import Inserted, NewJob, Publisher
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.names import check_job_id, check_queue_name
-from celery_capacity.routing.nesting import JSON, check_body
-from celery_capacity.routing.policy import order
-from celery_capacity.routing.postgres import NOT_ALLOWED
-from celery_capacity.routing.replies import LedgerClosed
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.request_file import RERUN
-from celery_capacity.routing.states import FINAL, State
+from celery_capacity.routing.insert import single, successors
+from celery_capacity.routing.inspect import backlog_limit
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model import format_versions
+from celery_capacity.routing.model import message as messages
+from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
+from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name
+from celery_capacity.routing.model.job import Inserted, NewJob, Publisher
+from celery_capacity.routing.model.nesting import JSON, check_body
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import FINAL, State
+from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.recovery import resubmit
+from celery_capacity.routing.store import backlog, claims
 from celery_capacity.workers import attempts, insert_errors
 from celery_capacity.workers.attempts import Attempt
 from celery_capacity.workers.call import (
@@ -81,7 +86,7 @@ class Sender:
         self._accepted = accepted
         #: Of the tasks of the whole cluster.
         self.rates = Rates(stores)
-        self._backlog = limits.BacklogLimit(self._waiting, lambda: stores.engine)
+        self._backlog = backlog_limit.BacklogLimit(self._waiting, lambda: stores.engine)
 
     def accept(self, body: Any, **message: Any) -> NewJob:
         """Accept a message as Celery publishes it (as `encoded`). When this returns, the job is durable."""
@@ -186,7 +191,7 @@ class Sender:
         if not isinstance(carried, Mapping):
             # An old producer, or a publish that passed no router.
             carried = {"shape": Request.from_options({}, settings.default_cpus).shape, "declared": False}
-        carried = wire[HEADER] = {**carried, "format": formats.MESSAGE}
+        carried = wire[HEADER] = {**carried, "format": format_versions.MESSAGE}
         request = Request.from_shape(str(carried.get("shape")))
         if queue != DEFAULT_QUEUE or LABEL in request.shape:
             request = request.within(check_queue_name(queue))
@@ -281,12 +286,12 @@ class Sender:
             if at_once is not None:
                 return at_once
         with self._stores.engine.connect() as connection:
-            inserted = accept.insert_job(connection, job, by)
+            inserted = single.insert_job(connection, job, by)
             if inserted.seq is not None:
                 return inserted
             if inserted.same_as is not None:
                 raise SameJob(job.id, inserted.same_as)
-            if by is not None and not accept.may_publish(connection, by):
+            if by is not None and not single.may_publish(connection, by):
                 self.refuse(inserted, job, by)
             # (What was never retried or replaced succeeds nothing, and whoever only submits may not change a row.)
             was = successors.put_successor(connection, job) if job.retries or job.nesting else None
@@ -341,11 +346,11 @@ class Sender:
                 raise
             # Whoever only submits may not read messages: the sweep brings it.
             return
-        self.ask(inserted, lambda ledger: enroll.submit_rows(ledger, rows))
+        self.ask(inserted, lambda ledger: resubmit.submit_rows(ledger, rows))
 
     def _waiting(self) -> int | None:
         """How many jobs wait in the ledger; None where it does not say."""
-        return self._stores.sending.ask(lambda ledger: limits.waiting_in_ledger(ledger.client))
+        return self._stores.sending.ask(lambda ledger: backlog_limit.waiting_in_ledger(ledger.client))
 
     def _to_ledger(self, job: NewJob, inserted: Inserted, began: Beginning, began_ms: float, alone: bool) -> None:
         """Admit or file. Whatever goes wrong here leaves a row that is accepted, which the sweep brings in."""
@@ -378,7 +383,7 @@ class Sender:
     def _wake_pullers(self) -> None:
         try:
             with self._stores.engine.connect() as connection:
-                pull.wake(connection)
+                claims.wake(connection)
         except SQLAlchemyError as error:
             # They look by themselves, a little later.
             logger.info("the workers were not told of a job: %s", error)

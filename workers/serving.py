@@ -12,8 +12,8 @@ from collections.abc import Callable
 from celery import Celery
 from kombu import Queue
 
-from celery_capacity.routing.machine import Detected, detect
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.machine import Detected, detect
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.queues import check_queue
 
 

@@ -13,8 +13,8 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
-from celery_capacity.routing.authority import change_pause, decide_in_ledger, decide_in_postgres
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.authority import change_pause, decide_in_ledger, decide_in_postgres
 from celery_capacity.workers.confirmation import Confirmation
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 
 from celery.worker import state as worker_state
 
-from celery_capacity.routing.envelope import tag_at_end
-from celery_capacity.routing.message import parse_tag
+from celery_capacity.routing.model.envelope import tag_at_end
+from celery_capacity.routing.model.message import parse_tag
 from celery_capacity.workers import transport
 from celery_capacity.workers.announcing import Announcer
 from celery_capacity.workers.green import Starter

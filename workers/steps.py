@@ -16,9 +16,9 @@ from celery.utils.nodenames import anon_nodename
 from kombu.asynchronous import set_event_loop
 from kombu.utils.imports import symbol_by_name
 
+from celery_capacity.routing.config.machine import default_concurrency, describe, detect
+from celery_capacity.routing.config.redaction import HIDDEN
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.machine import default_concurrency, describe, detect
-from celery_capacity.routing.secrets import HIDDEN
 from celery_capacity.workers import living, orphans, queue_commands
 from celery_capacity.workers.exits import Exit, code_of
 from celery_capacity.workers.gates import declare_rates

@@ -9,12 +9,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from celery_capacity.routing import native
+from celery_capacity.routing import os_threads
 
 logger = logging.getLogger(__name__)
 
 
-class StoreCalls(native.Thread):
+class StoreCalls(os_threads.Thread):
     """Run calls one after the other, in their order. `call` never blocks; what a call raises is logged."""
 
     def __init__(self) -> None:

@@ -17,15 +17,16 @@ from sqlalchemy import Engine, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing import deadlines, request_file, timeouts
-from celery_capacity.routing.authority import database_id
+from celery_capacity.routing.config import task_rules, timeouts
+from celery_capacity.routing.config.embedded import running_pair
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.config.task_rules import RequestRules
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.database.authority import database_id
+from celery_capacity.routing.database.postgres import ENCODING, PINNED, hide_values, translate
 from celery_capacity.routing.errors import NoServers, StoreUnavailable
-from celery_capacity.routing.home import running_pair
-from celery_capacity.routing.inserter import Inserter
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.postgres import ENCODING, PINNED, hide_values, translate
-from celery_capacity.routing.request_file import RequestRules
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.insert.fast_single import Inserter
+from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.workers.breaker import Breaker
 from celery_capacity.workers.inherited import let_go
 from celery_capacity.workers.spare_connections import close_spare
@@ -52,8 +53,8 @@ def make_engine(
     url: str, *, pooled: bool = True, timeout: float = timeouts.STORE_TIMEOUT, most: float = deadlines.LONG
 ) -> Engine:
     """An engine whose statements are autocommitted one by one, with short time-outs. `pooled`: False where whoever
-    connects keeps the connection. A call is given up after `timeout` seconds (`routing.deadlines`), and the server ends
-    a statement after `most` times as many."""
+    connects keeps the connection. A call is given up after `timeout` seconds (`routing.database.deadlines`), and the
+    server ends a statement after `most` times as many."""
     pool: dict[str, Any] = {"pool_size": 1, "max_overflow": 9, "pool_timeout": timeouts.CONNECT * timeout}
     options = {
         "lock_timeout": max(1, round(timeout * timeouts.LOCK * 1000)),
@@ -134,7 +135,7 @@ class Stores:
     @property
     def requests(self) -> RequestRules:
         """What `PLATFORM_REQUESTS` says of tasks. Raises `SettingsError`."""
-        found: RequestRules = self._get("requests", lambda: request_file.read(self.settings.requests))
+        found: RequestRules = self._get("requests", lambda: task_rules.read(self.settings.requests))
         return found
 
     @property

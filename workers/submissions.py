@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from celery_capacity.routing import native
+from celery_capacity.routing import os_threads
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Submissions:
         self._size = 0
         #: Jobs that were left to the thread, and those that it is done with.
         self._left = self._done = 0
-        self._thread: native.Thread | None = None
+        self._thread: os_threads.Thread | None = None
         #: Whether the thread waits for a job.
         self._resting = False
         #: Those who wait for it, and those who wait for its end.
@@ -157,7 +157,7 @@ class Submissions:
         """Leave a job to the thread; False where there can be none."""
         self._wait(lambda: len(self._waiting) < MOST_WAITING and self._size < MOST_BYTES)
         if self._thread is None:
-            thread = native.Thread(target=self._run, name="submissions", daemon=True)
+            thread = os_threads.Thread(target=self._run, name="submissions", daemon=True)
             try:
                 thread.start()
             except RuntimeError:

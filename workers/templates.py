@@ -25,12 +25,12 @@ from celery.app import base as celery_base
 from celery.app import routes as celery_routes
 from celery.app import task as celery_task
 
-from celery_capacity.routing.job import NewJob
-from celery_capacity.routing.message import Template, decode
-from celery_capacity.routing.names import check_job_id
-from celery_capacity.routing.nesting import CANVAS_PREFIX, check_body
-from celery_capacity.routing.request import REQUEST_OPTIONS
-from celery_capacity.routing.request_file import RERUN
+from celery_capacity.routing.config.task_rules import RERUN
+from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.message import Template, decode
+from celery_capacity.routing.model.nesting import CANVAS_PREFIX, check_body
+from celery_capacity.routing.model.request import REQUEST_OPTIONS
 from celery_capacity.workers import amqp as platform_amqp
 from celery_capacity.workers import attempts, call
 from celery_capacity.workers.amqp import PlatformAMQP, origin

@@ -9,8 +9,8 @@ from typing import Any, Final
 from kombu import Exchange, Queue
 from kombu.utils.uuid import uuid
 
-from celery_capacity.routing import addresses
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.router import PLATFORM_PREFIX
 
 EXCHANGE: Final = Exchange("platform.ticks", type="fanout", durable=False, delivery_mode="transient")
@@ -30,7 +30,7 @@ def queue() -> Queue:
 def channel(app: Any) -> str:
     """The channel on which Celery's broker publishes ticks, where that is a Redis."""
     options = app.conf.broker_transport_options or {}
-    number = addresses.read(str(app.platform.settings.redis_url)).number
+    number = redis_urls.read(str(app.platform.settings.redis_url)).number
     prefix = options.get("fanout_prefix", True)
     # (As kombu makes it: True stands for its own prefix.)
     return f"{KOMBU_PREFIX if prefix is True else prefix or ''}{EXCHANGE.name}".format(db=number)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from celery_capacity.routing.message import parse_tag
-from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.model.message import parse_tag
+from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.workers.attempts import Attempt, held
 from celery_capacity.workers.green import Killed, was_killed
 

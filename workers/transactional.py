@@ -18,7 +18,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session
 
-from celery_capacity.routing import accept, bulk, deadlines, within
+from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.errors import (
     InvalidRequest,
     NotAccepted,
@@ -28,8 +28,9 @@ from celery_capacity.routing.errors import (
     mask_url,
     show,
 )
-from celery_capacity.routing.job import NewJob, Publisher
-from celery_capacity.routing.within import Home
+from celery_capacity.routing.insert import bulk, caller_session, single
+from celery_capacity.routing.insert.caller_session import Home
+from celery_capacity.routing.model.job import NewJob, Publisher
 from celery_capacity.workers import attempts
 from celery_capacity.workers.chunks import to_ledger
 from celery_capacity.workers.sender import Sender
@@ -81,7 +82,7 @@ class Transaction:
             self._check_lease(attempt.publisher, jobs[0])
         try:
             with deadlines.watched(connection, self._stores.settings.store_timeout):
-                written = within.insert_jobs(connection, home, jobs)
+                written = caller_session.insert_jobs(connection, home, jobs)
         except DBAPIError as error:
             raise NotAccepted(
                 f"Postgres refused job {jobs[0].id} in the caller's transaction: {mask_url(str(error.orig))}",
@@ -93,8 +94,8 @@ class Transaction:
     def _check_lease(self, publisher: Publisher, job: NewJob) -> None:
         try:
             with self._stores.engine.connect() as own:
-                if not accept.may_publish(own, publisher):
-                    self._sender.refuse(accept.confirmed(own), job, publisher)
+                if not single.may_publish(own, publisher):
+                    self._sender.refuse(single.confirmed(own), job, publisher)
         except SQLAlchemyError as error:
             raise NotAccepted(f"Postgres does not answer: job {job.id} was not written") from error
 
@@ -122,7 +123,7 @@ class Transaction:
             home = _home_of(self._stores, again)
             try:
                 with deadlines.watched(connection, self._stores.settings.store_timeout):
-                    at_home = within.is_at(connection, home)
+                    at_home = caller_session.is_at(connection, home)
             except DBAPIError as error:
                 raise NotAccepted(
                     f"Postgres refused the caller's transaction: {mask_url(str(error.orig))}",
@@ -164,7 +165,7 @@ def _home_of(stores: Stores, again: bool) -> Home:
     if found is None:
         try:
             with stores.engine.connect() as connection:
-                found = within.home_of(connection)
+                found = caller_session.home_of(connection)
         except SQLAlchemyError as error:
             raise NotAccepted("Postgres does not answer: the job was not written") from error
         if found is None:

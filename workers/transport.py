@@ -30,9 +30,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import DataError, ResponseError
 from redis.retry import Retry
 
-from celery_capacity.routing import addresses, sentinels
-from celery_capacity.routing import envelope as envelopes
-from celery_capacity.routing.envelope import Envelope, Unreadable
+from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.ledger import sentinels
+from celery_capacity.routing.model import envelope as envelopes
+from celery_capacity.routing.model.envelope import Envelope, Unreadable
 from celery_capacity.workers.spare_connections import close_spare
 from celery_capacity.workers.unpacking import TIMES, unpack
 
@@ -147,7 +148,7 @@ def raw_of(message: Any) -> bytes:
 
 
 def digest_of(message: Any) -> str:
-    """See `routing.envelope.digest`; '' where what came is not known."""
+    """See `routing.model.envelope.digest`; '' where what came is not known."""
     found = getattr(message, "_raw", None)
     return envelopes.digest(found) if isinstance(found, Envelope) and found.raw else ""
 
@@ -365,9 +366,9 @@ class Connection(kombu.Connection):
     """kombu's, with our transports, and with what `master_name` in a URL of Sentinels says (kombu has an option)."""
 
     def __init__(self, hostname: Any = "localhost", *args: Any, transport_options: Any = None, **options: Any) -> None:
-        if isinstance(hostname, str) and hostname.startswith(f"{addresses.SENTINEL}://"):
-            address = addresses.read(hostname)
-            named = {addresses.MASTER: address.master} if address.master else {}
+        if isinstance(hostname, str) and hostname.startswith(f"{redis_urls.SENTINEL}://"):
+            address = redis_urls.read(hostname)
+            named = {redis_urls.MASTER: address.master} if address.master else {}
             transport_options = {**named, **(transport_options or {})}
             hostname = replace(address, master="").url
         super().__init__(hostname, *args, transport_options=transport_options, **options)

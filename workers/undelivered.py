@@ -16,12 +16,14 @@ from kombu.compression import decompress
 from kombu.serialization import loads, prepare_accept_content
 from sqlalchemy import Connection, Engine, text
 
-from celery_capacity.routing import bad_transitions, fence, outbox, replacing
-from celery_capacity.routing import message as messages
 from celery_capacity.routing.errors import NotAccepted, Unsupported
-from celery_capacity.routing.message import Tag
-from celery_capacity.routing.outbox import Outbox
-from celery_capacity.routing.states import State
+from celery_capacity.routing.insert import replacements
+from celery_capacity.routing.model import message as messages
+from celery_capacity.routing.model import outbox
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.store import fencing, refused_transitions
 from celery_capacity.workers import living
 from celery_capacity.workers.announcing import Announcer
 from celery_capacity.workers.attempts import Attempt, held
@@ -76,7 +78,7 @@ def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> 
                 replaced |= {row.replaces} - {None}
         with connection.begin():
             # What was a step of a replacement publishes nothing more.
-            ended = replacing.end_abandoned(connection, sorted(replaced))
+            ended = replacements.end_abandoned(connection, sorted(replaced))
     return delivered + (deliver_rows(app, stores, ended) if ended else 0)
 
 
@@ -123,7 +125,7 @@ def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: st
     it lost its lease (`celery_capacity.fenced`). Then its value is the job's, however late it comes."""
     epoch, _, attempt = token.partition(".")
     with engine.connect() as connection:
-        if not fence.has_succeeded(connection, job, int(epoch), int(attempt)):
+        if not fencing.has_succeeded(connection, job, int(epoch), int(attempt)):
             return
     speaker = Attempt(Tag(job, int(epoch), int(attempt)), incarnation, patient=lambda: True)
     box, parts = outbox.parse(left), parts_of(app)
@@ -190,7 +192,7 @@ def _box(engine: Engine, row: Any) -> Outbox:
         return outbox.parse(row.outbox)
     except (ValueError, TypeError, LookupError) as error:
         left = {"job": row.id, "outbox": row.outbox}
-        bad_transitions.set_aside(engine, left, f"what job {row.id} left cannot be read: {error!r}")
+        refused_transitions.set_aside(engine, left, f"what job {row.id} left cannot be read: {error!r}")
         return outbox.parse(outbox.UNTOLD)
 
 

@@ -6,7 +6,7 @@ import os
 import select
 from typing import Final
 
-from celery_capacity.routing import native
+from celery_capacity.routing import os_threads
 
 _ALL: Final = 4096
 
@@ -39,7 +39,7 @@ class Wake:
 
     def wait(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds; True when it was woken."""
-        poll = native.poll()
+        poll = os_threads.poll()
         poll.register(self._read, select.POLLIN)
         woken = bool(poll.poll(max(0, timeout) * 1000))
         if woken:

@@ -11,10 +11,11 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from celery_capacity.routing import native, watching
-from celery_capacity.routing.server import connect
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.watching import JobEvent
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect import job_events
+from celery_capacity.routing.inspect.job_events import JobEvent
+from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Watcher:
         self._told: dict[str, list[Tell]] = {}
         self._jobs: dict[str, str] = {}
         self._wake = Wake()
-        self._thread: native.Thread | None = None
+        self._thread: os_threads.Thread | None = None
         self._pubsub: Any = None
         #: Channels to which this connection has been subscribed, and those of which it was confirmed.
         self._asked: set[str] = set()
@@ -53,12 +54,12 @@ class Watcher:
 
     def watch(self, job: str, tell: Tell) -> None:
         """Have each event of a job told, and when to look at it: at first, and after each gap."""
-        name = watching.channel(job)
+        name = job_events.channel(job)
         with self._lock:
             self._told.setdefault(name, []).append(tell)
             self._jobs[name] = job
             if self._thread is None:
-                self._thread = native.Thread(target=self._run, name="watch", daemon=True)
+                self._thread = os_threads.Thread(target=self._run, name="watch", daemon=True)
                 self._thread.start()
             heard = name in self._subscribed
         if heard:
@@ -66,7 +67,7 @@ class Watcher:
         self._wake.set()
 
     def unwatch(self, job: str, tell: Tell) -> None:
-        name = watching.channel(job)
+        name = job_events.channel(job)
         with self._lock:
             told = self._told.get(name, [])
             if tell in told:
@@ -130,7 +131,7 @@ class Watcher:
         """Subscribe to what is watched now, and hear what is said until something changes or nobody says anything."""
         if self._pubsub is None:
             self._pubsub = client.pubsub()
-            self._pubsub.subscribe(watching.EPOCH_CHANNEL)
+            self._pubsub.subscribe(job_events.EPOCH_CHANNEL)
             self._heard_at = time.monotonic()
         with self._lock:
             wanted = set(self._told)
@@ -144,7 +145,7 @@ class Watcher:
         number = self._number()
         if number is None:
             raise ConnectionError("the connection is gone")
-        poll = native.poll()
+        poll = os_threads.poll()
         poll.register(self._wake.fileno(), select.POLLIN)
         poll.register(number, select.POLLIN)
         poll.poll(SILENT_FOR * 1000)
@@ -163,7 +164,7 @@ class Watcher:
     def _hear(self, message: dict[str, Any]) -> None:
         self._heard_at = time.monotonic()
         name, kind = (message["channel"] or b"").decode(), message["type"]
-        if name == watching.EPOCH_CHANNEL:
+        if name == job_events.EPOCH_CHANNEL:
             if kind == "message":
                 self._look_at_all()
             return
@@ -173,7 +174,7 @@ class Watcher:
             told, job = list(self._told.get(name, ())), self._jobs.get(name)
         if job is None or kind not in ("subscribe", "message"):
             return
-        event = watching.parse(job, message["data"]) if kind == "message" else None
+        event = job_events.parse(job, message["data"]) if kind == "message" else None
         for tell in told:
             tell(event)
 

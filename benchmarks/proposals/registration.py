@@ -12,16 +12,20 @@ from sqlalchemy import text
 
 from benchmarks.books import message
 from benchmarks.proposals.way import ASKED, CPUS, Cluster, Held
-from celery_capacity.routing import accept, overview, rebuild, roster, stream, takeback
-from celery_capacity.routing.amounts import CPUS as MILLICORES
-from celery_capacity.routing.job import NewJob
-from celery_capacity.routing.keys import private_queue
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import order
-from celery_capacity.routing.process_identity import Place
-from celery_capacity.routing.replies import Adopted, Ended, LedgerClosed, Taken
-from celery_capacity.routing.roster import WorkerRow
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.process_identity import Place
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.insert import single
+from celery_capacity.routing.inspect import overview
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.connection import quick_client
+from celery_capacity.routing.ledger.keys import private_queue
+from celery_capacity.routing.ledger.replies import Adopted, Ended, LedgerClosed, Taken
+from celery_capacity.routing.model.amounts import CPUS as MILLICORES
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.recovery import rebuild, reclaim, transition_log
+from celery_capacity.routing.store import worker_rows
+from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers.stores import make_engine
 
 CAPACITY = f"cpus={CPUS}000,memory={256 * 2**30},slots={CPUS}"
@@ -77,7 +81,7 @@ class Registration:
         self._engine = make_engine(database_url)
         self._connection = self._engine.connect()
         self._ledger = Ledger(self._settings)
-        self._reader = overview.quick(self._ledger.client)
+        self._reader = quick_client(self._ledger.client)
         self._message = message()
         self._lives = lives if lives is not None else {}
         self._numbers = count()
@@ -128,7 +132,7 @@ class Registration:
 
     def admit(self) -> Held | None:
         job = NewJob(id=str(uuid.uuid4()), name="tasks.render", shape=SHAPE, message=self._message)
-        inserted = accept.insert_job(self._connection, job)
+        inserted = single.insert_job(self._connection, job)
         if inserted.seq is None:
             raise RuntimeError("the id of a new job is taken")
         try:
@@ -154,7 +158,7 @@ class Registration:
         for worker in self._ledger.lapsed_workers():
             if self._ledger.lapse(worker, grace_ms, self._settings.most_losses, most=0).verdict != "due":
                 continue
-            takeback.take_back(self._engine, self._ledger, worker, self._lives[worker].incarnation, grace_ms)
+            reclaim.take_back(self._engine, self._ledger, worker, self._lives[worker].incarnation, grace_ms)
 
     def empty(self) -> None:
         self._ledger.client.flushdb()
@@ -192,7 +196,7 @@ class Registration:
             version="0",
             started_at="2026-01-01T00:00:00+00:00",
         )
-        roster.see_worker(self._connection, row, "ready")
+        worker_rows.see_worker(self._connection, row, "ready")
 
     def _register(self, life: Life, status: str = "ready") -> None:
         view = {"cpus": str(CPUS), "hostname": "example.org", "pid": "1", "incarnation": life.incarnation}
@@ -204,7 +208,7 @@ class Registration:
         rows = []
         for _ in range(jobs):
             job = NewJob(id=str(uuid.uuid4()), name="tasks.render", shape=SHAPE, message=self._message)
-            inserted = accept.insert_job(self._connection, job)
+            inserted = single.insert_job(self._connection, job)
             rows.append((job.id, SHAPE, order(0, inserted.seq or 0), self._message, 0, 0, 0))
         answers = [self._ledger.submit(*row[:4]) for row in rows]
         for (job_id, _, place, *_), answer in zip(rows, answers, strict=True):
@@ -219,4 +223,4 @@ class Registration:
                 raise RuntimeError(f"{life.name} could not claim what was admitted to it")
             times = claim.admitted_ms or 0, claim.started_ms or 0
             life.held[job_id] = Adopted(job_id, token, SHAPE, place, *times, nonce, 0)
-        stream.apply_all(self._engine, self._ledger)
+        transition_log.apply_all(self._engine, self._ledger)

@@ -13,13 +13,13 @@ from sqlalchemy import text
 
 from benchmarks.books import EMPTY, message
 from benchmarks.size.stock import engine_of
-from celery_capacity.routing import accept
-from celery_capacity.routing.authority import read_authority
-from celery_capacity.routing.job import NewJob
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import order
-from celery_capacity.routing.replies import Ended, Taken
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.insert import single
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Ended, Taken
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.policy.placement import order
 
 #: The worker that always has room for these jobs, and for no others: those ask for a whole CPU at the least.
 WORKER: Final = "spare"
@@ -69,7 +69,7 @@ class Admitting(threading.Thread):
     def _once(self) -> None:
         job = str(uuid.uuid4())
         with self._engine.connect() as connection:
-            inserted = accept.insert_job(connection, NewJob(job, "bench.noop", SHAPE, self._message))
+            inserted = single.insert_job(connection, NewJob(job, "bench.noop", SHAPE, self._message))
         begin = time.perf_counter()
         answer = self._ledger.submit(job, SHAPE, order(0, inserted.seq or 0), self._message)
         self.taken.append((time.perf_counter() - begin) * 1000)

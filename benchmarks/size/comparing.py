@@ -12,9 +12,9 @@ from benchmarks.size import admitting
 from benchmarks.size.child import Child
 from benchmarks.size.scale import Scale
 from benchmarks.size.stock import Stock, engine_of, environment, fill
-from celery_capacity.routing import rebuild, reconcile, stream
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.recovery import rebuild, reconcile, transition_log
 
 
 def compared(bench: Bench, scale: Scale) -> dict[str, float]:
@@ -28,7 +28,7 @@ def compared(bench: Bench, scale: Scale) -> dict[str, float]:
             connection.execute(text("UPDATE workers SET seen_at = now() - interval '1 day'"))
         ledger = Ledger(Settings.from_environ(environment(pair)))
         rebuild.open_if_cold(engine, ledger)
-        stream.apply_all(engine, ledger)
+        transition_log.apply_all(engine, ledger)
         child = Child(admitting.serve, environment(pair))
         try:
             child.answer()

@@ -23,14 +23,15 @@ from sqlalchemy import Engine, text
 
 from benchmarks.size.child import Child
 from benchmarks.size.stock import MEMORY, incarnation_of, worker_name
-from celery_capacity.routing import envelope, process_identity
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.envelope import Envelope
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.message import Tag, parse_tag
-from celery_capacity.routing.replies import LedgerClosed
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config import process_identity
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model import envelope
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.envelope import Envelope
+from celery_capacity.routing.model.message import Tag, parse_tag
+from celery_capacity.routing.model.request import Request
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.ends import PostgresEnds
 from celery_capacity.workers.holdings import Holding, Holdings

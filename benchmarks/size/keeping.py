@@ -18,9 +18,10 @@ from benchmarks.processes import Submitter, submitter
 from benchmarks.servers import Pair
 from benchmarks.size.scale import Scale
 from benchmarks.size.stock import engine_of, environment, finish
-from celery_capacity.routing import rebuild, retention
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.recovery import rebuild
+from celery_capacity.routing.store import archive
 
 #: Submissions of one turn, and turns of each side.
 CALLS: Final = 50
@@ -45,7 +46,7 @@ def kept(bench: Bench, scale: Scale) -> dict[str, float]:
         with engine.connect() as connection:
             while True:
                 start = time.monotonic()
-                some = retention.archive_finished(connection, 86_400.0, retention.CHUNK)
+                some = archive.archive_finished(connection, 86_400.0, archive.CHUNK)
                 longest = max(longest, time.monotonic() - start)
                 moved += some
                 if not some:

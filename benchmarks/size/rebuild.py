@@ -10,9 +10,10 @@ from benchmarks.bench import Bench
 from benchmarks.size.crowd import Crowd
 from benchmarks.size.scale import Scale
 from benchmarks.size.stock import CPUS, Stock, engine_of, environment, fill
-from celery_capacity.routing import keys, rebuild, stream
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.recovery import rebuild, transition_log
 
 #: Processes of the crowd.
 PROCESSES: Final = 2
@@ -41,7 +42,7 @@ def rebuilt(bench: Bench, scale: Scale) -> dict[str, float]:
                 raise RuntimeError("the ledger was not taken for cold")
             filed = time.monotonic() - begin
             watch.join()
-            written, _ = stream.apply_all(engine, ledger)
+            written, _ = transition_log.apply_all(engine, ledger)
             level = time.monotonic() - begin
             after = int(ledger.client.info("memory")["used_memory"])
             bench.say(f"  {done}, {written} entries written")

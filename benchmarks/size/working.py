@@ -14,10 +14,12 @@ from benchmarks.servers import Pair
 from benchmarks.size.crowd import Crowd
 from benchmarks.size.scale import Scale
 from benchmarks.size.stock import engine_of, environment
-from celery_capacity.routing import keys, rebuild, verify
-from celery_capacity.routing.books import text as as_text
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.snapshot import text as as_text
+from celery_capacity.routing.recovery import rebuild
 
 #: Processes of the crowd, and programs that submit.
 PROCESSES: Final = 4

@@ -7,7 +7,8 @@ import click
 from celery_capacity.platform import render
 from celery_capacity.platform.edge import Command, json_option, stores_of
 from celery_capacity.platform.terminal import facts, print_json, talk
-from celery_capacity.routing import overview
+from celery_capacity.routing.inspect import overview
+from celery_capacity.routing.ledger.connection import quick_client
 
 __all__ = ["command"]
 
@@ -29,7 +30,7 @@ def command(context: click.Context, as_json: bool) -> None:
     says so.
     """
     stores = stores_of(context)
-    seen = overview.read(overview.quick(stores.redis), stores.engine, stores.settings.worker_ttl)
+    seen = overview.read(quick_client(stores.redis), stores.engine, stores.settings.worker_ttl)
     if seen.why:
         talk().print(f"The ledger cannot be asked: {seen.why}", soft_wrap=True)
     if as_json:

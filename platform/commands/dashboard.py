@@ -11,8 +11,9 @@ import click
 
 from celery_capacity.platform.edge import Command, stores_of
 from celery_capacity.platform.terminal import talk
-from celery_capacity.routing import overview
 from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.inspect import overview
+from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.workers.exits import Exit
 
 __all__ = ["command"]
@@ -45,7 +46,7 @@ def command(context: click.Context, host: str | None, port: int | None) -> None:
     own_host, own_port = stores.settings.dashboard
     listen = host or own_host
     sockets = _bind(listen, own_port if port is None else port)
-    client, engine, ttl = overview.quick(stores.redis), stores.engine, stores.settings.worker_ttl
+    client, engine, ttl = quick_client(stores.redis), stores.engine, stores.settings.worker_ttl
 
     def read() -> dict[str, Any]:
         return overview.read(client, engine, ttl).to_json()

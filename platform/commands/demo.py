@@ -14,8 +14,8 @@ from celery_capacity.platform.demo import WORKERS, Replayed, Report, replay
 from celery_capacity.platform.edge import Command, json_option, settings_of_environment
 from celery_capacity.platform.launch import Interrupted, WorkerSpec, dashboard_url, parse_workers
 from celery_capacity.platform.terminal import Meters, facts, print_json, talk
-from celery_capacity.routing.amounts import format_cpus
 from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.model.amounts import format_cpus
 from celery_capacity.workers.exits import Exit
 
 __all__ = ["command"]

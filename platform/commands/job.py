@@ -7,9 +7,11 @@ import click
 from celery_capacity.platform import render
 from celery_capacity.platform.edge import Command, json_option, stores_of
 from celery_capacity.platform.terminal import facts, print_json
-from celery_capacity.routing import explain, lookup, overview
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.names import check_job_id
+from celery_capacity.routing.inspect import explain
+from celery_capacity.routing.ledger.connection import quick_client
+from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.store import queries
 from celery_capacity.workers.exits import Exit
 
 __all__ = ["command"]
@@ -43,10 +45,10 @@ def command(context: click.Context, job_id: str, as_json: bool) -> None:
     check_job_id(job_id)
     stores = stores_of(context)
     with stores.engine.connect() as connection:
-        found = lookup.find(connection, job_id)
+        found = queries.find(connection, job_id)
         if found is None:
-            raise _unknown(job_id, lookup.nearest(connection, job_id))
-        why = explain.explain(overview.quick(stores.redis), connection, job_id)
+            raise _unknown(job_id, queries.nearest(connection, job_id))
+        why = explain.explain(quick_client(stores.redis), connection, job_id)
     if as_json:
         print_json({**found.to_json(), "why": None if why is None else why.to_json()})
     else:

@@ -7,8 +7,8 @@ import click
 from celery_capacity.platform import render
 from celery_capacity.platform.edge import Command, json_option, stores_of
 from celery_capacity.platform.terminal import facts, print_json
-from celery_capacity.routing import lookup
-from celery_capacity.routing.states import State
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.store import queries
 
 __all__ = ["command"]
 
@@ -38,8 +38,8 @@ def command(context: click.Context, state: str | None, limit: int, as_json: bool
     """
     chosen = None if state is None else State(state)
     with stores_of(context).engine.connect() as connection:
-        lines = lookup.newest(connection, chosen, limit)
-        total = lookup.count(connection, chosen) if len(lines) == limit else len(lines)
+        lines = queries.newest(connection, chosen, limit)
+        total = queries.count(connection, chosen) if len(lines) == limit else len(lines)
     if as_json:
         print_json([line.to_json() for line in lines])
     else:

@@ -9,8 +9,10 @@ import click
 from celery_capacity.platform import checks, render
 from celery_capacity.platform.edge import Command, json_option, stores_of
 from celery_capacity.platform.terminal import facts, print_json
-from celery_capacity.routing import deadlines, overview, verify
+from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.workers.exits import Exit
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
     With --worker: whether that worker is registered and its heartbeat fresh. This reads one key of Redis.
     """
     stores = stores_of(context)
-    client = overview.quick(stores.redis)
+    client = quick_client(stores.redis)
     report: verify.Report | None = None
     why_not: str | None = f"only {worker} was asked about"
     if worker is not None:

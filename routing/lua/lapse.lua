@@ -65,7 +65,7 @@ for i = 8, #ARGV do
     local outcome = tonumber(job.started or '') and job.started ~= '0' and 'lost' or 'taken_back'
     if outcome == 'taken_back' and job.state == 'running' and (job.losses or '0') == '0' and job.rerun ~= '0'
         and tonumber(most_losses) >= LIMIT.doubt then
-      -- Adopted from its row, in which a claim may be missing: as `losses_in_doubt` of routing/doubt.py.
+      -- Adopted from its row, in which a claim may be missing: as `losses_in_doubt` of routing/policy/unknown_starts.py.
       job.losses = '1'
     end
     put_back(id, job, now, outcome, 'worker ' .. worker .. ' was lost', most_losses)

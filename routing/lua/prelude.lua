@@ -1,5 +1,5 @@
 -- Shared by the scripts of the ledger: the loader puts in front of each the functions that it uses, and writes the values
--- of KEY, STEP and LIMIT (routing/keys.py, routing/states.py, routing/policy.py) where their names stand. Server time is
+-- of KEY, STEP and LIMIT (routing/ledger/keys.py, routing/model/states.py, routing/policy/placement.py) where their names stand. Server time is
 -- spent at every call on each function that is there, so there are no others. Here: values, and the books with their
 -- places in the indexes.
 

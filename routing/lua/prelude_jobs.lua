@@ -17,7 +17,7 @@ local function note(id, job, state, step, now, more)
     'admitted', job.admitted or '', 'started', job.started or '', 'at', int(now), 'losses', job.losses or '0',
     'outcome', more and more.outcome or '', 'error', more and more.error or '', 'outbox', more and more.outbox or '')
   job.noted = span
-  -- Whoever watches the job hears of it on the channel that has the name of its key (routing/watching.py).
+  -- Whoever watches the job hears of it on the channel that has the name of its key (routing/inspect/job_events.py).
   redis.call('PUBLISH', KEY.job .. id, job.epoch .. ' ' .. job.attempt .. ' ' .. step .. ' ' .. state .. ' ' .. int(now) ..
     ' ' .. (job.worker or ''))
   return job.entry
@@ -87,7 +87,7 @@ local function refile(shape)
 end
 
 -- The shape under which the next attempt of a job is filed: alone, where one more loss ends it (`held_by` of
--- routing/policy.py). Names stand in the order of their bytes.
+-- routing/policy/placement.py). Names stand in the order of their bytes.
 local function shape_held(shape, losses, most_losses)
   local most = tonumber(most_losses)
   if most <= 1 or tonumber(losses) < most - 1 or amounts_of(shape).alone then

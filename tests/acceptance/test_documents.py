@@ -18,9 +18,9 @@ import pytest
 from celery.bin.celery import celery
 
 from celery_capacity import routing
-from celery_capacity.routing import keys
-from celery_capacity.routing.explain import Why
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect.explain import Why
+from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.plugin import Lazy
 from tests.fixtures.processes import ROOT
 from tests.fixtures.replay import blocks_of

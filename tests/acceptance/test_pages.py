@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from celery_capacity.routing.home import running_pair
+from celery_capacity.routing.config.embedded import running_pair
 from tests.fixtures.processes import ROOT
 from tests.fixtures.replay import Terminal, blocks_of
 from tests.fixtures.servers import TENTH

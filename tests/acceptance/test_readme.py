@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from celery_capacity.routing.home import running_pair
+from celery_capacity.routing.config.embedded import running_pair
 from tests.fixtures.processes import ROOT
 from tests.fixtures.replay import LOOKED_AT, Block, Terminal, blocks_of, sections
 from tests.fixtures.servers import TENTH

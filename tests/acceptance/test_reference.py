@@ -17,13 +17,16 @@ from sqlalchemy import Engine, text
 import celery_capacity
 from benchmarks.proposals.report import RESULTS, Report
 from celery_capacity.platform import render
-from celery_capacity.routing import keys, overview, policy, states
-from celery_capacity.routing.amounts import LABEL, labels
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.explain import Explanation, Why, refuse
-from celery_capacity.routing.policy import Admission, Book, Reason, order
-from celery_capacity.routing.replies import Adopted
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.inspect import overview
+from celery_capacity.routing.inspect.explain import Explanation, Why, refuse
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Adopted
+from celery_capacity.routing.model import states
+from celery_capacity.routing.model.amounts import LABEL, labels
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy import placement
+from celery_capacity.routing.policy.placement import Admission, Book, Reason, order
 from tests.fixtures.books import MESSAGE, open_ledger
 from tests.fixtures.cluster import ONE, Cluster
 from tests.fixtures.processes import ROOT
@@ -263,9 +266,9 @@ def test_the_methods_of_requests_on_the_page_exist() -> None:
 
 def test_the_numbers_of_the_policy_are_its_constants() -> None:
     page = " ".join(POLICY.read_text(encoding="utf-8").split())
-    assert f"**{policy.CANDIDATES} candidates**" in page
-    assert f"**{policy.SHAPES} shapes**" in page
-    assert f"**{policy.MOST_ADMITTED} jobs**" in page
+    assert f"**{placement.CANDIDATES} candidates**" in page
+    assert f"**{placement.SHAPES} shapes**" in page
+    assert f"**{placement.MOST_ADMITTED} jobs**" in page
 
 
 def test_the_reasons_of_the_policy_are_all_there() -> None:
@@ -277,7 +280,7 @@ def test_the_example_of_the_policy_is_what_it_decides() -> None:
     books = [Book("a", {"cpus": 8000, "slots": 8}, {"cpus": 5000, "slots": 1})]
     books.append(Book("b", {"cpus": 16_000, "slots": 16}, {"cpus": 10_000, "slots": 1}))
     for cpus, worker in ((2000, "a"), (4000, "b")):
-        assert policy.choose(Request.of({"cpus": cpus}), books, policy.CANDIDATES) == Admission(worker)
+        assert placement.choose(Request.of({"cpus": cpus}), books, placement.CANDIDATES) == Admission(worker)
     wide = Request.of({"cpus": 12_000})
     refusal = refuse(wide, books, 0)
     assert refusal is not None

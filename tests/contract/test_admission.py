@@ -11,13 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.amounts import DEFAULT_QUEUE, labels
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.envelope import digest_of
-from celery_capacity.routing.fill import fill
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import (
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Ended, Filled
+from celery_capacity.routing.ledger.scripts import RUN
+from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, labels
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.envelope import digest_of
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.fill import fill
+from celery_capacity.routing.policy.placement import (
     CANDIDATES,
     MOST_ADMITTED,
     SHAPES,
@@ -29,9 +32,6 @@ from celery_capacity.routing.policy import (
     choose,
     order,
 )
-from celery_capacity.routing.replies import Ended, Filled
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.scripts import RUN
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger, write_book
 
 #: Each example takes some milliseconds of the server.

@@ -7,12 +7,13 @@ from typing import Final
 
 import pytest
 
-from celery_capacity.routing import keys, policy
-from celery_capacity.routing.fill import fill_or_keep
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import Admission, Book, Reason, Refusal, Waiting, order, survey
-from celery_capacity.routing.replies import Adopted
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Adopted
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy import placement
+from celery_capacity.routing.policy.fill import fill_or_keep
+from celery_capacity.routing.policy.placement import Admission, Book, Reason, Refusal, Waiting, order, survey
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 
@@ -114,9 +115,9 @@ def test_a_worker_that_is_kept_no_more_is_filled_with_more_than_one_pass_admits(
     cluster.renew("one")
     assert kept(cluster) == ALONE
     # More jobs than a pass admits, behind more shapes that it may take, and that do not fit, than a pass looks at.
-    for n in range(2 * policy.SHAPES):
+    for n in range(2 * placement.SHAPES):
         cluster.submit(f"wide-{n}", Request.of({"cpus": 10**7 + n}).shape)
-    small = [f"small-{n}" for n in range(2 * policy.MOST_ADMITTED + 1)]
+    small = [f"small-{n}" for n in range(2 * placement.MOST_ADMITTED + 1)]
     assert [cluster.submit(job) for job in small] == [None] * len(small)
     if how == "is revoked":
         cluster.ledger.cancel("last", "cancelled")
@@ -173,10 +174,10 @@ def test_jobs_that_come_before_it_in_order_are_taken_before_a_worker_is_kept(clu
 
 def test_a_job_that_one_loss_ends_never_runs_alone() -> None:
     request = Request.from_shape(ONE)
-    assert policy.held_by(request, 5, 1) == request
-    assert policy.held_by(request, 0, 2).shape == policy.held_by(request, 1, 3).shape == ONE
-    assert policy.held_by(request, 1, 2).shape == policy.held_by(request, 7, 3).shape == ALONE
-    assert policy.asked_shape(ALONE) == ONE
+    assert placement.held_by(request, 5, 1) == request
+    assert placement.held_by(request, 0, 2).shape == placement.held_by(request, 1, 3).shape == ONE
+    assert placement.held_by(request, 1, 2).shape == placement.held_by(request, 7, 3).shape == ALONE
+    assert placement.asked_shape(ALONE) == ONE
 
 
 def test_a_job_whose_first_loss_ends_it_is_lost_by_it_and_by_nothing_else(cluster: Cluster) -> None:

@@ -10,14 +10,16 @@ from typing import Any, Final
 import pytest
 from sqlalchemy import Engine, create_engine, text
 
-from celery_capacity.routing import keys, outbox, stream
-from celery_capacity.routing.job import NewJob
-from celery_capacity.routing.outbox import Outbox
-from celery_capacity.routing.replies import Ended
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.states import Step
-from celery_capacity.routing.store import Transition
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model import outbox
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.recovery import transition_log
+from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.recorder import Recorder
 from celery_capacity.workers.stores import make_engine
 from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
@@ -83,13 +85,13 @@ def fail(stage: Stage, job: str, error: str, box: str = "") -> None:
 
 
 def write_by_stream(engine: Engine, stage: Stage) -> None:
-    stream.apply_all(engine, stage.ledger)
+    transition_log.apply_all(engine, stage.ledger)
 
 
 def write_by_recorder(engine: Engine, stage: Stage) -> None:
     recorder = Recorder(engine, stage.ledger)
     recorder.start()
-    recorder.add(stream.read(stage.ledger))
+    recorder.add(transition_log.read(stage.ledger))
     assert recorder.flush(20.0)
     recorder.stop(5.0)
 
@@ -146,7 +148,7 @@ def test_unreadable_entry_of_the_stream_is_set_aside(stage: Stage) -> None:
     job = stage.submit(cpus=1000, applied=False)
     stage.redis.xadd(keys.STREAM, {"job": "job-x", "attempt": "many"})
     other = stage.submit(cpus=1000, applied=False)
-    assert stream.apply_all(stage.engine, stage.ledger)[0] == 3
+    assert transition_log.apply_all(stage.engine, stage.ledger)[0] == 3
     assert [stage.row(one).state for one in (job, other)] == ["admitted", "admitted"]
     assert stage.redis.xlen(keys.STREAM) == 0
     (found,) = set_aside(stage)
@@ -198,7 +200,7 @@ def test_row_that_cannot_be_written_at_all_keeps_its_entry_and_stops_nobody(stag
     refuse(stage, f"NEW.id = '{jobs[1]}'", "XX001")
     stage.apply()
     assert [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"]
-    assert [one.job for one in stream.read(stage.ledger)] == [jobs[1]]
+    assert [one.job for one in transition_log.read(stage.ledger)] == [jobs[1]]
     stage.sql("DROP TRIGGER refuse ON jobs")
     stage.apply()
     assert stage.row(jobs[1]).state == "admitted"
@@ -218,11 +220,11 @@ def test_stream_is_applied_behind_a_thousand_locked_rows(engine: Engine, stage: 
     free = [stage.submit(cpus=0, applied=False) for _ in range(3)]
     connection = lock_all(stage, engine, locked)
     try:
-        assert stream.apply_all(workers_own, stage.ledger)[0] == 3
+        assert transition_log.apply_all(workers_own, stage.ledger)[0] == 3
         assert {stage.row(job).state for job in free} <= {"admitted", "waiting"}
     finally:
         connection.close()
-    assert stream.apply_all(workers_own, stage.ledger)[0] == 1001
+    assert transition_log.apply_all(workers_own, stage.ledger)[0] == 1001
 
 
 def test_recorder_writes_behind_a_thousand_locked_rows(engine: Engine, stage: Stage, workers_own: Engine) -> None:
@@ -259,7 +261,7 @@ def test_bad_transition_of_a_locked_row_stops_no_other(
         fail(stage, job, ERROR if job == jobs[1] else "plain")
     with engine.connect() as connection, connection.begin():
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": jobs[1]})
-        stream.apply_all(bounded, stage.ledger)
+        transition_log.apply_all(bounded, stage.ledger)
         assert [stage.row(job).state for job in jobs] == ["failed", "running", "failed"]
     write(bounded, stage)
     assert [stage.row(job).state for job in jobs] == ["failed"] * 3

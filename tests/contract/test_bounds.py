@@ -9,13 +9,13 @@ from typing import Any, Final
 
 import pytest
 
-from celery_capacity.routing import keys, scripts
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import order
-from celery_capacity.routing.replies import Adopted, Ended
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys, scripts
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Adopted, Ended
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.placement import order
 from tests.contract.test_headers import assembled
 from tests.fixtures.books import FOR_EVER, MESSAGE, MOST_LOSSES, VIEW
 from tests.fixtures.servers import empty_redis

@@ -9,8 +9,8 @@ from celery import Celery, states
 from celery.app.task import Context
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import chords
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.store import chord_counts
 from celery_capacity.workers.app import create_app
 from tests.fixtures.staged import Stage
 
@@ -34,12 +34,12 @@ def app(stage: Stage, settings: Settings) -> Iterator[Celery]:
 def test_chord_fails_where_its_body_cannot_be_published(stage: Stage, app: Celery) -> None:
     body = app.signature("body", options={"task_id": "body-1", "cpus": -1})
     with stage.engine.connect() as connection:
-        chords.note(connection, "group-1", size=1)
+        chord_counts.note(connection, "group-1", size=1)
     part = Context(id="part-1", task="part", group="group-1", group_index=0, chord=body)
     app.backend.on_chord_part_return(part, states.SUCCESS, 7)
     result = app.AsyncResult("body-1")
     assert result.state == states.FAILURE
     assert "cpus" in str(result.result)
     with stage.engine.connect() as connection:
-        assert not chords.is_noted(connection, "group-1")
+        assert not chord_counts.is_noted(connection, "group-1")
         assert connection.execute(text("SELECT count(*) FROM chord_parts")).scalar() == 0

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from celery_capacity.routing import keys, rebuild, stream
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.recovery import rebuild, transition_log
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import Cluster
 from tests.fixtures.staged import Stage
@@ -126,8 +127,8 @@ def test_entries_of_before_are_read_at_once(cluster: Cluster) -> None:
     far = cluster.ledger.measure() + HOUR_MS
     cluster.client.xadd(keys.STREAM, {"job": "ahead", "epoch": "1", "attempt": "1"}, id=f"{far}-0")
     cluster.submit("job")
-    found = stream.read(cluster.ledger, older_than_ms=60_000)
+    found = transition_log.read(cluster.ledger, older_than_ms=60_000)
     assert [one.job for one in found] == ["ahead", "job"]
     cluster.client.delete(keys.STREAM)
     cluster.submit("other")
-    assert stream.read(cluster.ledger, older_than_ms=60_000) == []
+    assert transition_log.read(cluster.ledger, older_than_ms=60_000) == []

@@ -13,12 +13,12 @@ from typing import Any, Final
 
 import pytest
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.amounts import CPUS, format_cpus
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import Book, order
-from celery_capacity.routing.replies import Ended, Filled
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Ended, Filled
+from celery_capacity.routing.model.amounts import CPUS, format_cpus
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.placement import Book, order
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
 
 SUBMITTERS: Final = 32

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from celery_capacity.routing.authority import read_authority
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.workers.confirmation import Confirmation
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until

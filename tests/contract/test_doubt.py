@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import keys, rebuild, timeouts
-from celery_capacity.routing.books import read_cards
-from celery_capacity.routing.replies import Ended
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.states import Step
-from celery_capacity.routing.store import Transition
+from celery_capacity.routing.config import timeouts
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.ledger.snapshot import read_cards
+from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.recovery import rebuild
+from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers import claims
 from celery_capacity.workers.stores import make_engine
 from tests.fixtures.staged import MOST_LOSSES, Stage

@@ -7,9 +7,12 @@ from typing import Final
 
 import pytest
 
-from celery_capacity.routing import fence, rebuild, reconcile, scripts, store, successors
-from celery_capacity.routing.amounts import DEFAULT_QUEUE
-from celery_capacity.routing.states import FINAL, TRANSITIONS, Event, State, Step
+from celery_capacity.routing.insert import successors
+from celery_capacity.routing.ledger import scripts
+from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
+from celery_capacity.routing.model.states import FINAL, TRANSITIONS, Event, State, Step
+from celery_capacity.routing.recovery import rebuild, reconcile
+from celery_capacity.routing.store import fencing, job_transitions
 
 NAMES: Final = scripts.names()
 HELD: Final = (State.ADMITTED, State.RUNNING)
@@ -129,7 +132,7 @@ def test_every_edge_that_a_statement_makes_is_in_the_table_of_transitions(
 def test_the_statements_use_only_states_of_the_table() -> None:
     # and statuses of workers, outcomes of attempts, who decides, and the default queue
     known = {state.value for state in State} | {"ready", "draining", "taken_back", "postgres", DEFAULT_QUEUE, ""}
-    for module in (store, rebuild, reconcile, fence):
+    for module in (job_transitions, rebuild, reconcile, fencing):
         for name, statement in vars(module).items():
             if not hasattr(statement, "bindparams"):
                 continue
@@ -138,7 +141,7 @@ def test_the_statements_use_only_states_of_the_table() -> None:
 
 
 def test_the_statement_that_drops_a_job_guards_the_states_it_leaves() -> None:
-    guard = re.search(r"state IN \(([^)]*)\)", str(store._DROP))
+    guard = re.search(r"state IN \(([^)]*)\)", str(job_transitions._DROP))
     assert guard is not None
     states = {State(word) for word in re.findall(r"'(\w+)'", guard.group(1))}
     assert states == {state for state, _ in STATEMENTS["store._DROP"]}
@@ -146,5 +149,5 @@ def test_the_statement_that_drops_a_job_guards_the_states_it_leaves() -> None:
 
 def test_no_statement_leaves_a_final_state() -> None:
     final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
-    assert f"jobs.state NOT IN ({final})" in str(store._APPLY.plain)
+    assert f"jobs.state NOT IN ({final})" in str(job_transitions._APPLY.plain)
     assert f"state NOT IN ({final})" in str(successors._SUCCESSOR)

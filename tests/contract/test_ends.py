@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import pull
-from celery_capacity.routing.replies import Ended
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.store import claims
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.ends import End, PostgresEnds
 from celery_capacity.workers.holdings import Holding, Holdings
@@ -58,7 +58,7 @@ def ended(stage: Stage, holdings: Holdings, number: int) -> deque[End]:
     """Jobs that this worker took and whose bodies have returned."""
     jobs = [stage.insert({"cpus": 1000}) for _ in range(number)]
     with stage.engine.connect() as connection:
-        taken = pull.take(connection, stage.ledger.epoch, "a", "a-life", jobs)
+        taken = claims.take(connection, stage.ledger.epoch, "a", "a-life", jobs)
     for one in taken:
         holdings.add(Holding(one.job, one.token, Request.from_shape(one.shape), ""))
     return deque(End(Ended(one.job, one.token, "succeeded")) for one in taken)

@@ -8,12 +8,15 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing import fence, keys, pull, stream, takeback, verify
-from celery_capacity.routing.job import Publisher
-from celery_capacity.routing.reconcile import reconcile
-from celery_capacity.routing.replies import Adopted
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.states import Step
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Adopted
+from celery_capacity.routing.model.job import Publisher
+from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.recovery import reclaim, transition_log
+from celery_capacity.routing.recovery.reconcile import reconcile
+from celery_capacity.routing.store import claims, fencing
 from tests.fixtures.staged import MOST_LOSSES, Stage
 
 
@@ -31,7 +34,7 @@ def mine(stage: Stage, job: str, attempt: int = 1) -> Publisher:
 
 def commit(stage: Stage, job: str, attempt: int = 1) -> bool:
     with stage.engine.connect() as connection:
-        return fence.commit(connection, mine(stage, job, attempt))
+        return fencing.commit(connection, mine(stage, job, attempt))
 
 
 def running(stage: Stage) -> str:
@@ -55,8 +58,8 @@ def test_a_running_attempt_commits_once(stage: Stage) -> None:
     assert not commit(stage, job)
     assert not commit(stage, job, 2)
     with stage.engine.connect() as connection:
-        assert fence.why_not(connection, mine(stage, job)) == ("the job has ended as succeeded by attempt 1", True)
-        assert fence.why_not(connection, mine(stage, job, 2))[1] is False
+        assert fencing.why_not(connection, mine(stage, job)) == ("the job has ended as succeeded by attempt 1", True)
+        assert fencing.why_not(connection, mine(stage, job, 2))[1] is False
 
 
 def test_an_attempt_commits_though_postgres_does_not_know_of_it_yet(stage: Stage) -> None:
@@ -74,7 +77,7 @@ def test_an_attempt_that_is_not_the_newest_cannot_commit(stage: Stage) -> None:
     assert stage.row(job).attempt == 2
     assert not commit(stage, job, 1)
     with stage.engine.connect() as connection:
-        assert fence.why_not(connection, mine(stage, job)) == ("attempt 2 has the job", False)
+        assert fencing.why_not(connection, mine(stage, job)) == ("attempt 2 has the job", False)
     assert commit(stage, job, 2)
 
 
@@ -83,7 +86,7 @@ def test_an_attempt_that_published_its_retry_cannot_commit(stage: Stage) -> None
     stage.sql("UPDATE jobs SET successor = message, successor_retries = 1, successor_nesting = 0 WHERE id = :j", j=job)
     assert not commit(stage, job)
     with stage.engine.connect() as connection:
-        assert fence.why_not(connection, mine(stage, job))[1]
+        assert fencing.why_not(connection, mine(stage, job))[1]
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled", "retried"])
@@ -104,8 +107,8 @@ def test_an_attempt_that_died_after_its_commit_is_closed_once(stage: Stage) -> N
     job, other = running(stage), running(stage)
     commit(stage, job)
     with stage.engine.connect() as connection:
-        assert [fence.close(connection, one, 1, 1) for one in (job, job, other)] == [True, False, False]
-        assert [fence.final_state(connection, one) for one in (job, other)] == ["succeeded", None]
+        assert [fencing.close(connection, one, 1, 1) for one in (job, job, other)] == [True, False, False]
+        assert [fencing.final_state(connection, one) for one in (job, other)] == ["succeeded", None]
     assert (stage.row(job).step, stage.row(job).outbox is not None) == (Step.ENDED, True)
 
 
@@ -113,10 +116,10 @@ def test_an_attempt_before_it_whose_end_was_lost_is_closed_with_it(stage: Stage)
     job = running(stage)
     with stage.engine.begin() as connection:
         # (Its worker says that it runs; what ended it was lost with the ledger.)
-        stream.apply_all(stage.engine, stage.ledger)
-        assert fence.commit(connection, mine(stage, job, attempt=2))
+        transition_log.apply_all(stage.engine, stage.ledger)
+        assert fencing.commit(connection, mine(stage, job, attempt=2))
     with stage.engine.connect() as connection:
-        assert fence.close(connection, job, 1, 2)
+        assert fencing.close(connection, job, 1, 2)
     assert outcome(stage, job) == ["taken_back", "succeeded"]
 
 
@@ -150,7 +153,7 @@ def test_the_word_of_its_worker_that_was_lost_with_the_ledger_is_made_up_for(sta
 def lose(stage: Stage) -> int:
     """The lease of `a` ran out long ago; how many jobs were taken back."""
     stage.ledger.condemn("a", "a-life")
-    found = takeback.take_back(stage.engine, stage.ledger, "a", "a-life", 0)
+    found = reclaim.take_back(stage.engine, stage.ledger, "a", "a-life", 0)
     assert found.verdict == "gone"
     return found.taken_back
 
@@ -195,7 +198,7 @@ def test_nothing_is_taken_back_while_postgres_does_not_answer(stage: Stage) -> N
     stage.ledger.condemn("a", "a-life")
     nowhere = create_engine("postgresql+psycopg2://nobody@127.0.0.1:1/none")
     with pytest.raises(OperationalError):
-        takeback.take_back(nowhere, stage.ledger, "a", "a-life", 0)
+        reclaim.take_back(nowhere, stage.ledger, "a", "a-life", 0)
     assert stage.redis.hget(keys.held("a"), job) == b"1.1"
     assert lose(stage) == 1
 
@@ -214,7 +217,7 @@ def test_looking_at_a_worker_that_is_known_to_be_dead_takes_nothing_back(stage: 
 
 def test_a_worker_that_renewed_just_now_keeps_its_jobs_and_may_speak(stage: Stage) -> None:
     job = running(stage)
-    found = takeback.take_back(stage.engine, stage.ledger, "a", "a-life", 0)
+    found = reclaim.take_back(stage.engine, stage.ledger, "a", "a-life", 0)
     assert (found.verdict, found.taken_back) == ("alive", 0)
     with stage.engine.connect() as connection:
         assert connection.execute(text("SELECT status, left_at FROM workers")).one() == ("ready", None)
@@ -237,7 +240,7 @@ def test_what_ran_on_a_life_that_has_ended_goes_back_or_is_lost(
     stage.sql("UPDATE jobs SET losses = :losses, rerun = :rerun", losses=losses, rerun=rerun)
     stage.sql("UPDATE workers SET status = 'lost'")
     with stage.engine.connect() as connection:
-        pull.give_back(connection, pull.orphans(connection), None, "its worker has ended", MOST_LOSSES)
+        claims.give_back(connection, claims.orphans(connection), None, "its worker has ended", MOST_LOSSES)
     row = stage.row(job)
     assert (row.state, row.losses) == (state, losses + 1)
 
@@ -253,5 +256,5 @@ def test_a_job_that_a_worker_says_it_runs_is_entered_though_it_has_committed(sta
     held = Adopted(job, "1.1", stage.row(job).shape, 1, 5, 6, "n", 0)
     assert stage.ledger.adopt("a", "a-life", [held]) == []
     assert reconcile(stage.engine, stage.ledger).drift == 0
-    stream.apply_all(stage.engine, stage.ledger)
+    transition_log.apply_all(stage.engine, stage.ledger)
     assert stage.row(job).state == "succeeded"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.duties import former_workers
 from celery_capacity.workers.stores import Stores
 from tests.fixtures.staged import Stage

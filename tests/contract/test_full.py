@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from celery_capacity.routing import keys, stream
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.replies import Adopted, Ended, LedgerFull
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Adopted, Ended, LedgerFull
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.recovery import transition_log
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 from tests.fixtures.installed import old_redis
@@ -72,7 +73,7 @@ def test_what_waits_in_a_full_ledger_runs_and_ends(cluster: Cluster) -> None:
     assert [one.job for one in handed_over] == ["last"]
     assert [one.job for one in cluster.ledger.recover("w", "w-life", [])] == ["last"]
     assert cluster.end("last", "1.1").verdict == "released"
-    assert cluster.ledger.forget(stream.settled(stream.read(cluster.ledger))) > 0
+    assert cluster.ledger.forget(transition_log.settled(transition_log.read(cluster.ledger))) > 0
     assert cluster.client.xlen(keys.STREAM) == 0
     assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
 

@@ -16,17 +16,18 @@ from celery.result import AsyncResult, GroupResult
 from hypothesis import HealthCheck, given, settings, strategies
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import accept, fence, gates, pull, store, successors
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.explain import Why, explain
-from celery_capacity.routing.job import Gates, NewJob, Publisher, Rate
-from celery_capacity.routing.outbox import Outbox
-from celery_capacity.routing.replies import Ended
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.states import State, Step
-from celery_capacity.routing.store import Transition
-from celery_capacity.routing.tables import CHANNEL
+from celery_capacity.routing.insert import single, successors
+from celery_capacity.routing.inspect.explain import Why, explain
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.job import Gates, NewJob, Publisher, Rate
+from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import State, Step
+from celery_capacity.routing.store import claims, dependencies, fencing, job_transitions
+from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.app import create_app
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.duties import due, fallback, keys
@@ -86,7 +87,7 @@ def send(app: Celery, **options: Any) -> str:
 
 def end_unfiled(stage: Stage, job: str) -> bool:
     with stage.engine.connect() as connection:
-        return store.end_unfiled(connection, job, State.CANCELLED)
+        return job_transitions.end_unfiled(connection, job, State.CANCELLED)
 
 
 def state(stage: Stage, job: str) -> str:
@@ -104,17 +105,17 @@ def run(stage: Stage, job: str, outcome: str = "succeeded") -> None:
             stage.end(job, outcome)
             return
         epoch = connection.execute(text("SELECT epoch FROM authority")).scalar_one()
-        (taken,) = pull.take(connection, epoch, "a", "a-life", [job])
+        (taken,) = claims.take(connection, epoch, "a", "a-life", [job])
         attempt = int(taken.token.partition(".")[2])
-        now = pull.now_ms(connection)
+        now = claims.now_ms(connection)
         end = Transition(job, epoch, attempt, outcome, Step.ENDED, "a", "a-life", now, now, now, 0, outcome)
-        store.apply(connection, [end])
+        job_transitions.apply(connection, [end])
 
 
 def takes(stage: Stage) -> list[str]:
     """What a worker would take from Postgres now."""
     with stage.engine.connect() as connection:
-        return [one.job for one in pull.candidates(connection, 100)]
+        return [one.job for one in claims.candidates(connection, 100)]
 
 
 # -- unique
@@ -140,7 +141,7 @@ def test_one_that_is_not_committed_yet_is_waited_for(app: Celery, stage: Stage, 
     for commits in (True, False):
         key = key_of(TASK, [], {}, f"commits {commits}")
         with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
-            accept.insert_job(connection, NewJob(f"first-{commits}", TASK, SHAPE, MESSAGE, gates=Gates(key=key)))
+            single.insert_job(connection, NewJob(f"first-{commits}", TASK, SHAPE, MESSAGE, gates=Gates(key=key)))
             second = thread.submit(send, app, unique=f"commits {commits}")
             with stage.engine.connect() as other:
                 while not other.execute(text(WAITING)).scalar_one():
@@ -184,7 +185,7 @@ def test_a_retry_of_the_job_is_not_kept_out_by_its_own_key(app: Celery, stage: S
     stage.apply()
     retry = NewJob(first, TASK, SHAPE, MESSAGE, retries=1, gates=Gates(key=key_of(TASK, [], {}, True)))
     with stage.engine.connect() as connection:
-        assert accept.insert_job(connection, retry).same_as is None
+        assert single.insert_job(connection, retry).same_as is None
         assert successors.put_successor(connection, retry) is not None
 
 
@@ -279,7 +280,7 @@ def test_one_that_did_not_succeed_ends_those_that_need_it_and_those_that_need_th
         stage.apply()
         row = stage.row(first)
         ended = Transition(first, row.epoch, row.attempt, outcome, Step.DROPPED, "", "", 0, 0, 1, 0)
-        (applied,) = store.apply(connection, [ended])
+        (applied,) = job_transitions.apply(connection, [ended])
     assert applied.awaited
     duty()
     assert [(stage.row(job).state, stage.row(job).error) for job in (second, third)] == [
@@ -329,10 +330,10 @@ def test_an_end_that_is_committed_by_its_own_attempt_opens_gates_too(app: Celery
     stage.apply()
     if stage.row(first).attempt == 0:
         with stage.engine.connect() as connection:
-            pull.take(connection, 1, "a", "a-life", [first])
+            claims.take(connection, 1, "a", "a-life", [first])
     row = stage.row(first)
     with stage.engine.connect() as connection:
-        assert fence.commit(connection, Publisher(first, row.epoch, row.attempt, "a-life"))
+        assert fencing.commit(connection, Publisher(first, row.epoch, row.attempt, "a-life"))
     duty()
     assert stage.row(second).due_at is not None
 
@@ -349,7 +350,7 @@ def test_a_worker_that_pulls_opens_gates_by_its_own_word(
     told: list[str] = []
     holdings = Holdings({"cpus": 8000, "slots": 8})
     with stage.engine.connect() as connection:
-        (taken,) = pull.take(connection, 1, "a", "a-life", [first])
+        (taken,) = claims.take(connection, 1, "a", "a-life", [first])
         holdings.add(Holding(first, taken.token, Request.from_shape(taken.shape), ""))
         connection.execute(text(f"LISTEN {CHANNEL}"))
         confirmation = Confirmation(stage.engine, 1.0, lambda: None)
@@ -369,7 +370,7 @@ def test_a_worker_that_pulls_opens_gates_by_its_own_word(
         heard: Any = connection.connection.driver_connection
         until(lambda: heard.poll() or heard.notifies, "the workers are told")
         assert takes(stage) == [second]
-        (taken,) = pull.take(connection, 1, "a", "a-life", [second])
+        (taken,) = claims.take(connection, 1, "a", "a-life", [second])
         holdings.add(Holding(second, taken.token, Request.from_shape(taken.shape), ""))
         assert ends.settle(deque([End(Ended(second, taken.token, "failed"))]), deque())
     assert stage.row(third).state == "cancelled"
@@ -401,14 +402,14 @@ def test_an_end_waits_for_one_who_says_that_it_needs_it(app: Celery, stage: Stag
     """The same the other way round."""
     first = stage.insert({"cpus": 1000})
     with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
-        accept.insert_job(connection, NewJob("second", TASK, SHAPE, MESSAGE, gates=Gates(after=(first,))))
+        single.insert_job(connection, NewJob("second", TASK, SHAPE, MESSAGE, gates=Gates(after=(first,))))
         ended = thread.submit(end_unfiled, stage, first)
         with stage.engine.connect() as other:
             while not other.execute(text(WAITING)).scalar_one():
                 pass
         connection.commit()
         assert ended.result()
-    assert gates.open_needs(stage.engine).cancelled == ["second"]
+    assert dependencies.open_needs(stage.engine).cancelled == ["second"]
     stage.ledger.client.flushdb()
 
 
@@ -428,7 +429,7 @@ def test_any_jobs_that_need_one_another_end_as_the_rule_says(
         for number, before in enumerate(needs):
             after = tuple(f"j{one}" for one in sorted(before) if one < number)
             shut = Gates(after=after) if after else None
-            accept.insert_job(connection, NewJob(f"j{number}", TASK, SHAPE, MESSAGE, gates=shut))
+            single.insert_job(connection, NewJob(f"j{number}", TASK, SHAPE, MESSAGE, gates=shut))
         may_run = "state = 'accepted' OR (state = 'scheduled' AND due_at <= clock_timestamp())"
         while True:
             open_now = connection.execute(text(f"SELECT id FROM jobs WHERE {may_run}")).scalars().all()
@@ -437,7 +438,7 @@ def test_any_jobs_that_need_one_another_end_as_the_rule_says(
             job = min(open_now, key=lambda one: order.index(int(one[1:])))
             ends = "UPDATE jobs SET state = :state, finished_at = now() WHERE id = :id"
             connection.execute(text(ends), {"state": outcomes[int(job[1:])], "id": job})
-            gates.open_needs(engine)
+            dependencies.open_needs(engine)
         found = {row.id: row.state for row in connection.execute(text("SELECT id, state FROM jobs"))}
         left = connection.execute(text("SELECT count(*) FROM dependencies")).scalar_one()
     expected: dict[str, str] = {}
@@ -460,7 +461,7 @@ def test_what_an_attempt_left_to_be_published_keeps_its_gates(stage: Stage) -> N
         assert successors.publish_left(connection, Outbox(left).to_text()) == ["a", "e"]
         rows = connection.execute(text("SELECT id || ' ' || state FROM jobs ORDER BY id")).scalars().all()
     assert rows == ["a accepted", "c scheduled", "d scheduled", "e scheduled", "f scheduled"]
-    gates.open_needs(stage.engine)
+    dependencies.open_needs(stage.engine)
     assert stage.row("d").error == "job nobody, which it needs, is unknown"
 
 
@@ -559,14 +560,14 @@ def test_a_retry_starts_by_the_rate_too(app: Celery, stage: Stage, duty: Any) ->
     stage.apply()
     if stage.row(job).attempt == 0:
         with stage.engine.connect() as connection:
-            pull.take(connection, 1, "a", "a-life", [job])
+            claims.take(connection, 1, "a", "a-life", [job])
     else:
         stage.start(job)
     row = stage.row(job)
     with stage.engine.connect() as connection:
         assert successors.put_successor(connection, NewJob(job, TASK, SHAPE, MESSAGE, retries=1))
         back = Transition(job, row.epoch, row.attempt, State.SCHEDULED, Step.BACK, "a", "a-life", 1, 1, 2, 0, "retried")
-        (applied,) = store.apply(connection, [back])
+        (applied,) = job_transitions.apply(connection, [back])
     assert not applied.due
     stage.ledger.drop(job, f"{row.epoch}.{row.attempt}", final=False)
     duty()

@@ -11,11 +11,11 @@ from typing import Any, Final
 import pytest
 import redis
 
-from celery_capacity.routing import keys, scripts
-from celery_capacity.routing import ledger as bindings
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.replies import Adopted, Ended
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import client as bindings
+from celery_capacity.routing.ledger import keys, scripts
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Adopted, Ended
 
 NAMES: Final = scripts.names()
 #: What every script that acts on the books may answer besides its own replies: `LedgerServer` raises for these.

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.amounts import labels
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import CANDIDATES, SHAPES, Admission, Book, Waiting, choose, order
-from celery_capacity.routing.replies import Ended
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.amounts import labels
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Admission, Book, Waiting, choose, order
 from tests.contract.test_admission import ON_A_SERVER, delivered, file, passes, write
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger, write_book
 

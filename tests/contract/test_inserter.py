@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Engine, NullPool, create_engine, text
 
-from celery_capacity.routing import accept
-from celery_capacity.routing.inserter import Inserter
-from celery_capacity.routing.job import Gates, NewJob
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.insert import single
+from celery_capacity.routing.insert.fast_single import Inserter
+from celery_capacity.routing.model.job import Gates, NewJob
+from celery_capacity.routing.model.request import Request
 from tests.fixtures.waiting import until
 
 #: Ends of the jobs' ids.
@@ -70,15 +70,15 @@ def test_a_row_is_the_same_by_either_way(
     engine: Engine, inserter: Inserter, monkeypatch: pytest.MonkeyPatch, often: int
 ) -> None:
     # Where every kind of job is common, where those are that came before, or none that has come too late.
-    monkeypatch.setattr("celery_capacity.routing.inserter._COMMON", often)
-    monkeypatch.setattr("celery_capacity.routing.inserter._COUNTED", 3)
+    monkeypatch.setattr("celery_capacity.routing.insert.fast_single._COMMON", often)
+    monkeypatch.setattr("celery_capacity.routing.insert.fast_single._COUNTED", 3)
 
     @given(st.one_of(JOBS, SIMPLE))
     def check(fields: dict[str, Any]) -> None:
         short, long = job_of(fields), job_of(fields)
         one = inserter.insert(short)
         with engine.connect() as connection:
-            other = accept.insert_job(connection.execution_options(isolation_level="AUTOCOMMIT"), long)
+            other = single.insert_job(connection.execution_options(isolation_level="AUTOCOMMIT"), long)
             rows = [
                 {**connection.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job.id}).one()._mapping}
                 for job in (short, long)
@@ -97,7 +97,7 @@ def test_a_row_is_the_same_by_either_way(
 def test_a_common_kind_of_jobs_has_a_statement_of_its_own_on_each_connection(
     engine: Engine, inserter: Inserter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("celery_capacity.routing.inserter._MOST_KINDS", 2)
+    monkeypatch.setattr("celery_capacity.routing.insert.fast_single._MOST_KINDS", 2)
     kinds = [
         {"name": name, "shape": Request.of({"cpus": 500}).shape, "message": b"\\'", "root_id": "itself"}
         for name in ("it's", "100% \\ done", "a third")
@@ -180,13 +180,13 @@ def test_what_a_statement_is_called_tells_all_that_it_says(engine: Engine, inser
 def test_a_job_in_a_transaction_needs_no_prepared_statement(engine: Engine, key: str, known: str) -> None:
     fields = {"name": "a.task", "shape": Request.of({"cpus": 500}).shape, "message": b"m"}
     with create_engine(engine.url, isolation_level="AUTOCOMMIT", poolclass=NullPool).connect() as connection:
-        assert accept.insert_job(connection, job_of(fields)).seq is not None
+        assert single.insert_job(connection, job_of(fields)).seq is not None
         if known == "by us alone":
             connection.exec_driver_sql("DEALLOCATE ALL")
         else:
-            connection.info.pop(accept.BY_ANYBODY.name)
+            connection.info.pop(single.BY_ANYBODY.name)
         gates = Gates(key=f"{key} {known}") if key else None
-        assert accept.insert_job(connection, job_of({**fields, "gates": gates})).seq is not None
+        assert single.insert_job(connection, job_of({**fields, "gates": gates})).seq is not None
 
 
 class Interrupted(Exception):

@@ -8,10 +8,12 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing import fence, keys, takeback
-from celery_capacity.routing.job import Publisher
-from celery_capacity.routing.reconcile import reconcile
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.job import Publisher
+from celery_capacity.routing.recovery import reclaim
+from celery_capacity.routing.recovery.reconcile import reconcile
+from celery_capacity.routing.store import fencing
 from celery_capacity.workers.duties import fallback, lapse
 from celery_capacity.workers.duties.window import Window
 from celery_capacity.workers.stores import Stores
@@ -51,7 +53,7 @@ def test_a_lost_worker_whose_commit_hangs_does_not_keep_the_jobs_of_others(
     for worker in ("a", "b"):
         stage.ledger.condemn(worker, f"{worker}-life")
     with engine.connect() as connection, connection.begin():
-        assert fence.commit(connection, Publisher(hangs, stage.ledger.epoch, 1, "a-life"))
+        assert fencing.commit(connection, Publisher(hangs, stage.ledger.epoch, 1, "a-life"))
         assert lapse.run_once(None, stores)["taken_back"] == 1
         stage.apply()
         assert stage.row(other).state == "waiting"
@@ -84,7 +86,7 @@ def test_lost_worker_whose_row_is_refused_does_not_keep_the_jobs_of_others(stage
 def test_a_commit_that_hangs_for_longer_than_a_worker_may_is_ended_by_the_server(engine: Engine, stage: Stage) -> None:
     job = running(stage, "a")
     with engine.connect() as connection:
-        assert fence.commit(connection, Publisher(job, stage.ledger.epoch, 1, "a-life"), hangs_after=0.05)
+        assert fencing.commit(connection, Publisher(job, stage.ledger.epoch, 1, "a-life"), hangs_after=0.05)
         until(lambda: takes(stage, job), "the row is free")
         with pytest.raises(OperationalError):
             connection.execute(text("SELECT 1"))
@@ -108,7 +110,7 @@ def test_a_life_that_is_over_is_not_revived_by_the_next_one_of_its_name(stage: S
     running(stage, "a")
     stage.sql("UPDATE workers SET incarnation = 'a-former', name = 'a', status = 'lost'")
     stage.worker("a", cpus=1000)
-    takeback.take_back(stage.engine, stage.ledger, "a", "a-former", 0)
+    reclaim.take_back(stage.engine, stage.ledger, "a", "a-former", 0)
     assert (status(stage, "a-former"), status(stage, "a-life")) == ("lost", "ready")
 
 
@@ -116,7 +118,7 @@ def test_what_a_worker_claims_that_was_nearly_given_up_is_left_to_it(stage: Stag
     """It woke up with a message in its queue, at the moment in which its jobs were about to be taken back."""
     stage.worker("a", cpus=1000)
     job = stage.submit(cpus=1000)
-    assert takeback.take_back(stage.engine, stage.ledger, "a", "a-life", 0).verdict == "alive"
+    assert reclaim.take_back(stage.engine, stage.ledger, "a", "a-life", 0).verdict == "alive"
     stage.start(job)
     assert reconcile(stage.engine, stage.ledger).to_json()["kinds"] == {}
     stage.end(job)

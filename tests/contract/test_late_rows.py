@@ -7,10 +7,13 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import backlog, keys, rebuild, timeouts
-from celery_capacity.routing.backlog import Pending
-from celery_capacity.routing.replies import Ended
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config import timeouts
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.recovery import rebuild
+from celery_capacity.routing.store import backlog
+from celery_capacity.routing.store.backlog import Pending
 from celery_capacity.workers.stores import make_engine
 from tests.fixtures.staged import MOST_LOSSES, Stage
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.replies import Adopted, Ended, LedgerClosed
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Adopted, Ended, LedgerClosed
+from celery_capacity.routing.model.request import Request
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 

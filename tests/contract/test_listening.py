@@ -8,8 +8,8 @@ import pytest
 from celery import Celery
 from sqlalchemy import Engine
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.app import create_app
 from celery_capacity.workers.duties.listening import Listener
 from tests.fixtures.staged import MOST_LOSSES, Stage

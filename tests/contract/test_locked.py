@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import Connection, Engine, text
 
-from celery_capacity.routing import fence, keys, rebuild, reconcile, roster, stream, takeback
-from celery_capacity.routing.books import read_cards
-from celery_capacity.routing.job import Publisher
-from celery_capacity.routing.replies import Ended
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.ledger.snapshot import read_cards
+from celery_capacity.routing.model.job import Publisher
+from celery_capacity.routing.recovery import rebuild, reclaim, reconcile, transition_log
+from celery_capacity.routing.store import fencing, worker_rows
 from celery_capacity.workers.app import create_app
 from celery_capacity.workers.duties import fallback
 from celery_capacity.workers.recorder import Recorder
@@ -51,7 +53,7 @@ def test_a_worker_writes_the_ends_of_all_others(engine: Engine, stage: Stage, wo
     recorder.start()
     with engine.connect() as connection, connection.begin():
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": jobs[1]})
-        recorder.add(stream.read(stage.ledger))
+        recorder.add(transition_log.read(stage.ledger))
         until(lambda: [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"], "the others are")
     assert recorder.flush(20.0)
     recorder.stop(5.0)
@@ -72,7 +74,7 @@ def test_locked_end_lets_postgres_decide_and_a_locked_claim_does_not(
     recorder = Recorder(workers_own, stage.ledger)
     recorder.start()
     with locked(engine, job):
-        recorder.add(stream.read(stage.ledger))
+        recorder.add(transition_log.read(stage.ledger))
         assert not recorder.flush(0.1)
         assert recorder.is_level(lambda: recorder.flush(0.1)) is known
     assert recorder.is_level(lambda: recorder.flush(20.0))
@@ -83,21 +85,21 @@ def test_the_stream_is_applied_but_for_it(engine: Engine, stage: Stage, workers_
     jobs = [stage.submit(cpus=1000, applied=False) for _ in range(3)]
     with engine.connect() as connection, connection.begin():
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": jobs[1]})
-        assert stream.apply_all(workers_own, stage.ledger)[0] == 2
+        assert transition_log.apply_all(workers_own, stage.ledger)[0] == 2
         assert [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"]
-        assert [one.job for one in stream.read(stage.ledger)] == [jobs[1]]
-    assert stream.apply_all(workers_own, stage.ledger)[0] == 1
+        assert [one.job for one in transition_log.read(stage.ledger)] == [jobs[1]]
+    assert transition_log.apply_all(workers_own, stage.ledger)[0] == 1
 
 
 def test_stream_is_read_on_behind_a_locked_row(
     engine: Engine, stage: Stage, workers_own: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "CHUNK", 2)
+    monkeypatch.setattr(transition_log, "CHUNK", 2)
     jobs = [stage.submit(cpus=100, applied=False) for _ in range(7)]
     with locked(engine, jobs[0], jobs[3]):
-        assert stream.apply_all(workers_own, stage.ledger)[0] == 5
-        assert [one.job for one in stream.unapplied(stage.ledger)] == [jobs[0], jobs[3]]
-    assert stream.apply_all(workers_own, stage.ledger)[0] == 2
+        assert transition_log.apply_all(workers_own, stage.ledger)[0] == 5
+        assert [one.job for one in transition_log.unapplied(stage.ledger)] == [jobs[0], jobs[3]]
+    assert transition_log.apply_all(workers_own, stage.ledger)[0] == 2
     assert {stage.row(job).state for job in jobs} == {"admitted"}
 
 
@@ -118,7 +120,7 @@ def end_unheard(stage: Stage, job: str) -> None:
 def test_rebuild_loses_no_end_behind_a_locked_row(
     engine: Engine, stage: Stage, workers_own: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "CHUNK", 2)
+    monkeypatch.setattr(transition_log, "CHUNK", 2)
     jobs = [stage.submit(cpus=100) for _ in range(7)]
     for job in jobs:
         end_unheard(stage, job)
@@ -158,7 +160,7 @@ def test_rebuild_brings_in_a_locked_job_when_its_row_is_free(
     with locked(engine, job):
         lose_books(stage)
         assert rebuild.open_if_cold(workers_own, stage.ledger) is not None
-        assert stream.apply_all(workers_own, stage.ledger)[0] == 0
+        assert transition_log.apply_all(workers_own, stage.ledger)[0] == 0
         assert not stage.redis.exists(keys.job(job))
         assert rebuild.bring_in_carried(stage.engine, stage.ledger) == 0
         assert not stage.redis.exists(keys.job(job))
@@ -181,14 +183,14 @@ def test_worker_is_not_taken_back_before_its_claims_are_known(
     token = f"{stage.ledger.epoch}.1"
     stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES)
     with engine.connect() as connection, connection.begin():
-        assert fence.commit(connection, Publisher(job, stage.ledger.epoch, 1, "a-life"))
+        assert fencing.commit(connection, Publisher(job, stage.ledger.epoch, 1, "a-life"))
         stage.ledger.condemn("a", "a-life")
-        assert takeback.take_back(workers_own, stage.ledger, "a", "a-life", 0).verdict == "waits"
+        assert reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0).verdict == "waits"
         assert stage.redis.hget(keys.job(job), "state") == b"running"
-    assert takeback.take_back(workers_own, stage.ledger, "a", "a-life", 0).verdict == "gone"
+    assert reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0).verdict == "gone"
     assert (stage.row(job).state, stage.row(job).attempt) == ("succeeded", 1)
     with engine.connect() as connection:
-        assert roster.live_workers(connection, 60.0) == []
+        assert worker_rows.live_workers(connection, 60.0) == []
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["claim written", "claim unwritten"])
@@ -203,11 +205,11 @@ def test_other_jobs_of_a_lost_worker_are_taken_back_behind_a_locked_row(
         stage.apply()
     with locked(engine, jobs[1]):
         stage.ledger.condemn("a", "a-life")
-        found = takeback.take_back(workers_own, stage.ledger, "a", "a-life", 0)
+        found = reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0)
         assert (found.verdict, found.taken_back) == ("waits", 2)
         cards = read_cards(stage.redis, jobs)
         assert [cards[job].state for job in jobs] == ["waiting", "running", "waiting"]
-    found = takeback.take_back(workers_own, stage.ledger, "a", "a-life", 0)
+    found = reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0)
     assert (found.verdict, found.taken_back) == ("gone", 1)
     stage.apply()
     assert [stage.row(job).state for job in jobs] == ["waiting"] * 3

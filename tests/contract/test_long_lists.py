@@ -7,12 +7,12 @@ from typing import Final
 
 import pytest
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import order
-from celery_capacity.routing.replies import Ended
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.scripts import HELD
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.ledger.scripts import HELD
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.placement import order
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
 from tests.fixtures.cluster import Cluster
 

@@ -15,12 +15,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.amounts import labels
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import Refusal, choose
-from celery_capacity.routing.replies import Adopted, Ended
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Adopted, Ended
+from celery_capacity.routing.model.amounts import labels
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.policy.placement import Refusal, choose
 from tests.fixtures.books import FOR_EVER, MOST_LOSSES, open_ledger
 from tests.fixtures.comparing import differences, expected, observe
 from tests.fixtures.job_rules import JobRules

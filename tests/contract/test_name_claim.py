@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import keys, process_identity
+from celery_capacity.routing.config import process_identity
+from celery_capacity.routing.config.process_identity import Place
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import NameTaken
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.process_identity import Place
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.workers.identity import new_identity
 from celery_capacity.workers.name_claim import NameClaim
 from tests.fixtures.books import VIEW

@@ -12,10 +12,13 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing import keys, pull, rebuild, revoking, roster, timeouts
-from celery_capacity.routing.authority import hold_epoch, read_authority
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config import timeouts
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.authority import hold_epoch, read_authority
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.recovery import rebuild, revocation
+from celery_capacity.routing.store import claims, worker_rows
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import PATIENCE
 
@@ -135,7 +138,7 @@ def test_overtaken_opener_changes_no_row(stage: Stage, monkeypatch: pytest.Monke
         found: bool = real(*args)
         return found
 
-    monkeypatch.setattr(roster, "hold_epoch", hold)
+    monkeypatch.setattr(worker_rows, "hold_epoch", hold)
     stage.redis.hset(keys.EPOCH, "run_id", "another life")
     check_overtaken(stage, opener)
 
@@ -145,15 +148,15 @@ def test_stopped_opener_does_not_keep_the_next_epoch_out_by_its_transaction(
 ) -> None:
     """The server ends a transaction in which nothing is said for the opener's term."""
     opener = Stopping(stage.settings, "")
-    real: Callable[..., Any] = pull.give_back
+    real: Callable[..., Any] = claims.give_back
 
     def give_back(*args: Any) -> Any:
         if not opener.stopped.is_set():
             opener.stop()
         return real(*args)
 
-    monkeypatch.setattr(roster, "OPENING_INTERVALS", 0.05)
-    monkeypatch.setattr(pull, "give_back", give_back)
+    monkeypatch.setattr(worker_rows, "OPENING_INTERVALS", 0.05)
+    monkeypatch.setattr(claims, "give_back", give_back)
     stage.redis.hset(keys.EPOCH, "run_id", "another life")
     other = Ledger(stage.settings)
     with ThreadPoolExecutor(1) as threads:
@@ -194,5 +197,5 @@ def test_opener_says_that_it_goes_on_while_it_tells_of_revoked_jobs(stage: Stage
     stage.sql("UPDATE jobs SET revoked_at = now() WHERE state = 'waiting'")
     said: list[int] = []
     with stage.engine.connect() as connection:
-        revoking.tell_all(connection, stage.ledger, lambda: said.append(1))
+        revocation.tell_all(connection, stage.ledger, lambda: said.append(1))
     assert len(said) >= JOBS

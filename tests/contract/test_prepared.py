@@ -10,13 +10,14 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing import prepared, store
-from celery_capacity.routing.postgres import is_locked
-from celery_capacity.routing.states import Step
-from celery_capacity.routing.store import Transition
+from celery_capacity.routing.database import prepared
+from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.store import job_transitions
+from celery_capacity.routing.store.job_transitions import Transition
 from tests.fixtures.transitions import Rows
 
-NAME: Final = store._APPLY.name
+NAME: Final = job_transitions._APPLY.name
 #: (`custom_plans` is there from Postgres 14 on.)
 KNOWN: Final = text(
     "SELECT prepare_time, cardinality(parameter_types) AS parameters,"
@@ -146,7 +147,7 @@ def test_in_a_transaction_it_is_not_prepared(rows: Rows, engine: Engine, connect
     rows.insert("j0")
     with engine.connect() as own, own.begin():
         one = Transition("j0", 1, 1, "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0)
-        assert [applied.state for applied in store.apply(own, rows.own([one]))] == ["running"]
+        assert [applied.state for applied in job_transitions.apply(own, rows.own([one]))] == ["running"]
         assert known(own) is None
         assert own.execute(text("SHOW plan_cache_mode")).scalar() == "auto"
         assert rows.row("j0")["state"] == "accepted", "it is not committed"
@@ -160,9 +161,9 @@ def test_in_a_transaction_it_is_not_prepared(rows: Rows, engine: Engine, connect
 
 
 def test_many_jobs_have_a_plan_of_their_own(rows: Rows, connection: Connection) -> None:
-    ends(rows, *(f"j{number:03}" for number in range(store.FEW + 1)))
+    ends(rows, *(f"j{number:03}" for number in range(job_transitions.FEW + 1)))
     assert known(connection) is None
-    ends(rows, *(f"k{number:03}" for number in range(store.FEW)))
+    ends(rows, *(f"k{number:03}" for number in range(job_transitions.FEW)))
     assert known(connection) is not None
 
 
@@ -175,8 +176,8 @@ def test_an_execution_that_fails_leaves_all_as_it_was(rows: Rows, database_url: 
             with rows.connection.engine.connect() as other, other.begin():
                 other.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": rows.prefix + "j1"})
                 with pytest.raises(OperationalError) as caught:
-                    store.apply(own, rows.own(batch))
+                    job_transitions.apply(own, rows.own(batch))
                 assert is_locked(caught.value)
             assert [rows.row(job)["state"] for job in ("j0", "j1")] == ["accepted", "accepted"]
-        assert [one.state for one in store.apply(own, rows.own(batch))] == ["running", "running"]
+        assert [one.state for one in job_transitions.apply(own, rows.own(batch))] == ["running", "running"]
     bounded.dispose()

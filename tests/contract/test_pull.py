@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import pull, store
-from celery_capacity.routing.authority import (
+from celery_capacity.routing.database.authority import (
     begin_epoch,
     decide_in_ledger,
     decide_in_postgres,
     end_opening,
     read_authority,
 )
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.message import parse_tag
-from celery_capacity.routing.policy import Book
-from celery_capacity.routing.pull import Candidate
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.states import State, Step
-from celery_capacity.routing.store import Transition
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.message import parse_tag
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import State, Step
+from celery_capacity.routing.policy.placement import Book
+from celery_capacity.routing.store import claims, job_transitions
+from celery_capacity.routing.store.claims import Candidate
+from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.pull import transactions
 from tests.fixtures.staged import MESSAGE
@@ -77,8 +77,8 @@ def decides(engine: Engine) -> Engine:
 def take(engine: Engine, free: Book, worker: str = "w", epoch: int = EPOCH) -> list[str]:
     """What one look of a worker comes to."""
     with transactions(engine).begin() as connection:
-        chosen = [one.job for one in pull.look(connection, free, MOST_LOSSES)]
-        return [one.job for one in pull.take(connection, epoch, worker, f"{worker}-life", chosen)]
+        chosen = [one.job for one in claims.look(connection, free, MOST_LOSSES)]
+        return [one.job for one in claims.take(connection, epoch, worker, f"{worker}-life", chosen)]
 
 
 # -- taking
@@ -97,7 +97,7 @@ def test_jobs_are_taken_in_the_order_of_the_backlog_as_far_as_they_fit(decides: 
 def test_a_worker_takes_what_is_in_the_queues_that_it_serves(decides: Engine) -> None:
     one = Request.from_shape(ONE)
     # In front, more of another queue than one page has.
-    for number in range(pull.PAGE + 1):
+    for number in range(claims.PAGE + 1):
         submit(decides, f"mail-{number}", one.within("mail").shape, queue="mail", priority=9)
     submit(decides, "video", one.within("video").shape, queue="video")
     submit(decides, "plain")
@@ -118,7 +118,8 @@ def test_the_queue_of_a_successor_is_that_of_its_shape(decides: Engine) -> None:
         columns |= {"successor_shape": one.within(after).shape, "successor_request": "{}", "attempt": 1, "epoch": EPOCH}
         submit(decides, job, one.within(before).shape, queue=before, state="running", step=int(Step.RUNNING), **columns)
         with decides.begin() as connection:
-            store.apply(connection, [Transition(job, EPOCH, 1, "scheduled", Step.BACK, "w", "w-life", 1, 1, 2, 0)])
+            back = Transition(job, EPOCH, 1, "scheduled", Step.BACK, "w", "w-life", 1, 1, 2, 0)
+            job_transitions.apply(connection, [back])
         found = row(decides, job)
         assert (found.queue, found.shape, found.state) == (after, one.within(after).shape, "scheduled")
 
@@ -126,7 +127,7 @@ def test_the_queue_of_a_successor_is_that_of_its_shape(decides: Engine) -> None:
 def test_an_attempt_is_made_with_its_token_in_the_row_and_in_the_message(decides: Engine) -> None:
     submit(decides, "job", attempt=4, epoch=1, step=int(Step.BACK))
     with decides.begin() as connection:
-        (taken,) = pull.take(connection, EPOCH, "w", "w-life", ["job"])
+        (taken,) = claims.take(connection, EPOCH, "w", "w-life", ["job"])
     assert (taken.token, taken.shape) == ("2.5", ONE)
     properties = json.loads(taken.message)["properties"]
     tag = parse_tag(properties.pop("delivery_tag"))
@@ -163,14 +164,14 @@ def test_two_workers_that_chose_the_same_jobs_share_nothing(decides: Engine) -> 
         submit(decides, f"job {number}")
     jobs = [f"job {number}" for number in range(4)]
     with transactions(decides).begin() as first, transactions(decides).begin() as second:
-        assert [one.job for one in pull.take(first, EPOCH, "a", "a-life", jobs[:2])] == jobs[:2]
-        assert [one.job for one in pull.take(second, EPOCH, "b", "b-life", jobs)] == jobs[2:]
+        assert [one.job for one in claims.take(first, EPOCH, "a", "a-life", jobs[:2])] == jobs[:2]
+        assert [one.job for one in claims.take(second, EPOCH, "b", "b-life", jobs)] == jobs[2:]
     assert take(decides, book()) == []
 
 
 def test_what_fits_is_found_behind_pages_of_what_does_not(decides: Engine) -> None:
     huge = Request.of({"cpus": 99_000}).shape
-    for number in range(pull.PAGE + 10):
+    for number in range(claims.PAGE + 10):
         submit(decides, f"huge {number}", huge)
     submit(decides, "small")
     assert take(decides, book()) == ["small"]
@@ -193,7 +194,7 @@ def page(*losses: int) -> list[Candidate]:
 def test_the_last_chance_of_a_job_is_alone_on_its_worker(
     losses: tuple[int, ...], allocated: dict[str, int], chosen: list[str]
 ) -> None:
-    assert [one.job for one in pull.choose(book(**allocated), page(*losses), MOST_LOSSES)] == chosen
+    assert [one.job for one in claims.choose(book(**allocated), page(*losses), MOST_LOSSES)] == chosen
 
 
 # -- ends
@@ -218,7 +219,7 @@ def test_the_last_chance_of_a_job_is_alone_on_its_worker(
 def test_an_end_makes_of_its_job_what_the_ledger_would(
     outcome: str, losses: int, rerun: bool, state: State, step: Step, after: int
 ) -> None:
-    assert pull.became(outcome, losses, MOST_LOSSES, rerun) == pull.Became(state, step, after)
+    assert claims.became(outcome, losses, MOST_LOSSES, rerun) == claims.Became(state, step, after)
 
 
 def test_what_a_worker_that_has_ended_held_goes_back_once(decides: Engine) -> None:
@@ -228,12 +229,12 @@ def test_what_a_worker_that_has_ended_held_goes_back_once(decides: Engine) -> No
         submit(decides, job)
     with decides.begin() as connection:
         connection.execute(text("UPDATE jobs SET losses = 2 WHERE id = 'last'"))
-        pull.take(connection, EPOCH, "gone", "gone-life", ["lost", "last"])
+        claims.take(connection, EPOCH, "gone", "gone-life", ["lost", "last"])
     submit(decides, "held")
     assert take(decides, book()) == ["held"]
     for _ in range(2):
         with transactions(decides).begin() as connection:
-            pull.give_back(connection, pull.orphans(connection), None, "gone", MOST_LOSSES)
+            claims.give_back(connection, claims.orphans(connection), None, "gone", MOST_LOSSES)
     assert (row(decides, "lost").state, row(decides, "lost").losses) == ("accepted", 1)
     assert (row(decides, "last").state, row(decides, "last").losses) == ("lost", 3)
     assert row(decides, "held").state == "running"
@@ -244,7 +245,7 @@ def test_an_attempt_of_old_books_that_postgres_has_overtaken_leaves_no_trace(dec
     assert take(decides, book()) == ["job"]
     late = Transition("job", 1, 1, "running", Step.RUNNING, "old", "old-life", 1, 1, 1, 0)
     with decides.begin() as connection:
-        assert store.apply(connection, [late]) == []
+        assert job_transitions.apply(connection, [late]) == []
         assert connection.execute(text("SELECT worker FROM attempts")).scalars().all() == ["w"]
 
 
@@ -318,7 +319,7 @@ def test_a_job_that_must_not_run_again_is_known_as_such_by_who_takes_it(decides:
     submit(decides, "once", rerun=False)
     submit(decides, "again")
     with decides.begin() as connection:
-        taken = pull.take(connection, EPOCH, "w", "w-life", ["once", "again"])
+        taken = claims.take(connection, EPOCH, "w", "w-life", ["once", "again"])
     assert {one.job: one.rerun for one in taken} == {"once": False, "again": True}
 
 
@@ -360,7 +361,7 @@ def test_job_may_have_started_on_a_worker_that_is_silent_since_the_ledger_was_lo
         )
     submit(decides, "after")
     with decides.begin() as connection:
-        taken = pull.take(connection, EPOCH, "w", "w-life", ["before", "once", "after"])
+        taken = claims.take(connection, EPOCH, "w", "w-life", ["before", "once", "after"])
     found = {one.job: (one.token, one.losses) for one in taken}
     more = int(doubtful)
     assert found == {

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.holdings import Holdings
 from celery_capacity.workers.identity import new_identity

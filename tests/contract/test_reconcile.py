@@ -11,15 +11,18 @@ from typing import Final
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import backlog, enroll, keys, stream, verify
-from celery_capacity.routing.drift import Reconciled
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.places import CHUNK
-from celery_capacity.routing.policy import order
-from celery_capacity.routing.reconcile import reconcile
-from celery_capacity.routing.replies import LedgerClosed
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.recovery import resubmit, transition_log
+from celery_capacity.routing.recovery.drift import Reconciled
+from celery_capacity.routing.recovery.reconcile import reconcile
+from celery_capacity.routing.recovery.reconcile_indexes import CHUNK
+from celery_capacity.routing.store import backlog
 from tests.fixtures import damage
 from tests.fixtures.damage import DAMAGES, Scene
 from tests.fixtures.staged import MESSAGE, Stage
@@ -66,7 +69,7 @@ def finish(scene: Scene) -> None:
     for _ in range(20):
         stage.apply()
         with stage.engine.connect() as connection:
-            enroll.submit_rows(stage.ledger, backlog.stranded(connection, -1.0, 1000))
+            resubmit.submit_rows(stage.ledger, backlog.stranded(connection, -1.0, 1000))
             stage.apply()
             rows = connection.execute(
                 text("SELECT id, state FROM jobs WHERE state IN ('waiting', 'admitted', 'running') ORDER BY seq")
@@ -91,7 +94,7 @@ def test_damage_is_found_and_repaired(scene: Scene, name: str) -> None:
     first = reconcile(scene.stage.engine, scene.stage.ledger)
     assert kind in first.found, first.to_json()
     assert first.all_repaired, (first.found, first.repaired)
-    stream.apply_all(scene.stage.engine, scene.stage.ledger)
+    transition_log.apply_all(scene.stage.engine, scene.stage.ledger)
     assert check(scene) == []
     second = reconcile(scene.stage.engine, scene.stage.ledger)
     assert second.to_json()["kinds"] == {}
@@ -176,7 +179,7 @@ def test_several_kinds_of_damage_at_once_are_all_repaired(scene: Scene) -> None:
     first = reconcile(scene.stage.engine, scene.stage.ledger)
     assert first.all_repaired
     assert first.drift >= 6
-    stream.apply_all(scene.stage.engine, scene.stage.ledger)
+    transition_log.apply_all(scene.stage.engine, scene.stage.ledger)
     assert check(scene) == []
     assert reconcile(scene.stage.engine, scene.stage.ledger).drift == 0
 
@@ -217,7 +220,7 @@ def test_two_at_once_repair_it_once_and_do_no_harm(scene: Scene, settings: Setti
         runs = [threads.submit(reconcile, scene.stage.engine, Ledger(settings)) for _ in range(2)]
         for run in runs:
             run.result()
-    stream.apply_all(scene.stage.engine, scene.stage.ledger)
+    transition_log.apply_all(scene.stage.engine, scene.stage.ledger)
     assert check(scene) == []
     assert reconcile(scene.stage.engine, scene.stage.ledger).drift == 0
 

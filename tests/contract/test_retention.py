@@ -15,13 +15,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import accept, explain, lookup, outbox, retention, store, verify
-from celery_capacity.routing.job import NewJob, Publisher
-from celery_capacity.routing.outbox import UNTOLD, Outbox
-from celery_capacity.routing.reconcile import reconcile
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.states import FINAL, State, Step
-from celery_capacity.routing.store import Transition
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.insert import single
+from celery_capacity.routing.inspect import explain, verify
+from celery_capacity.routing.model import outbox
+from celery_capacity.routing.model.job import NewJob, Publisher
+from celery_capacity.routing.model.outbox import UNTOLD, Outbox
+from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.recovery.reconcile import reconcile
+from celery_capacity.routing.store import archive, job_transitions, queries
+from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.duties import retention as duty
 from celery_capacity.workers.stores import Stores
 from tests.fixtures.processes import ROOT
@@ -40,10 +43,10 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
     stage.close()
 
 
-def archive(stage: Stage, most: int = retention.CHUNK) -> int:
+def move(stage: Stage, most: int = archive.CHUNK) -> int:
     """Move what has ended, however short ago."""
     with stage.engine.connect() as connection:
-        return retention.archive_finished(connection, 0, most)
+        return archive.archive_finished(connection, 0, most)
 
 
 def ids(stage: Stage, table: str) -> list[str]:
@@ -114,8 +117,8 @@ def test_exactly_what_is_over_moves_with_its_attempts(engine: Engine, kinds: lis
     over = {f"j{number}": len(kind.attempts) for number, kind in enumerate(kinds) if kind.is_over}
     rest = {f"j{number}": len(kind.attempts) for number, kind in enumerate(kinds) if not kind.is_over}
     with engine.begin() as connection:
-        assert retention.archive_finished(connection, KEEP, retention.CHUNK) == len(over)
-        assert retention.archive_finished(connection, KEEP, retention.CHUNK) == 0
+        assert archive.archive_finished(connection, KEEP, archive.CHUNK) == len(over)
+        assert archive.archive_finished(connection, KEEP, archive.CHUNK) == 0
         live = "SELECT id, (SELECT count(*) FROM attempts WHERE job_id = id) FROM jobs"
         gone = "SELECT id, (SELECT count(*) FROM attempts_archive WHERE job_seq = seq) FROM jobs_archive"
         assert {row[0]: row[1] for row in connection.execute(text(live))} == rest
@@ -127,9 +130,9 @@ def test_exactly_what_is_over_moves_with_its_attempts(engine: Engine, kinds: lis
 def test_the_archive_has_all_of_a_job_but_its_message(stage: Stage) -> None:
     job = done(stage, "failed")
     with stage.engine.connect() as connection:
-        before, why = lookup.find(connection, job), explain.explain(stage.redis, connection, job)
-        assert archive(stage) == 1
-        after, why_now = lookup.find(connection, job), explain.explain(stage.redis, connection, job)
+        before, why = queries.find(connection, job), explain.explain(stage.redis, connection, job)
+        assert move(stage) == 1
+        after, why_now = queries.find(connection, job), explain.explain(stage.redis, connection, job)
         columns = connection.execute(text("SELECT * FROM jobs_archive")).keys()
     assert before is not None
     assert after is not None
@@ -143,7 +146,7 @@ def test_the_oldest_go_first_and_no_more_than_asked_for(stage: Stage) -> None:
     jobs = [done(stage) for _ in range(5)]
     for age, job in zip((30, 10, 50, 20, 40), jobs, strict=True):
         stage.sql("UPDATE jobs SET finished_at = now() - make_interval(secs => :age) WHERE id = :job", age=age, job=job)
-    assert archive(stage, most=2) == 2
+    assert move(stage, most=2) == 2
     assert ids(stage, "jobs_archive") == sorted([jobs[2], jobs[4]])
 
 
@@ -152,9 +155,9 @@ def test_what_is_not_delivered_stays_until_it_is(stage: Stage) -> None:
     assert stage.ledger.cancel(job, "cancelled").verdict == "ended"
     stage.apply()
     assert stage.row(job).outbox == UNTOLD
-    assert archive(stage) == 0
+    assert move(stage) == 0
     stage.sql("UPDATE jobs SET outbox = NULL WHERE id = :job", job=job)
-    assert archive(stage) == 1
+    assert move(stage) == 1
 
 
 # -- at once, and while work goes on
@@ -172,13 +175,13 @@ def test_several_at_once_move_each_job_once(stage: Stage) -> None:
 
     def all_of_them() -> int:
         moved = 0
-        while some := archive(stage, most=70):
+        while some := move(stage, most=70):
             moved += some
         return moved
 
     with ThreadPoolExecutor(4) as threads:
         moved = [run.result() for run in [threads.submit(all_of_them) for _ in range(4)]]
-    assert sum(moved) + sum(iter(lambda: archive(stage), 0)) == 3000
+    assert sum(moved) + sum(iter(lambda: move(stage), 0)) == 3000
     with stage.engine.connect() as connection:
         for table in ("jobs_archive", "attempts_archive"):
             assert connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one() == 3000
@@ -198,7 +201,7 @@ def test_work_goes_on_beside_it_and_nothing_is_lost_or_taken_for_drift(engine: E
         running = [threads.submit(one, enough) for one in work]
         try:
             while sum(one.done for one in work) < 600 and not any(run.done() for run in running):
-                moved += archive(stage, most=40)
+                moved += move(stage, most=40)
                 kinds.append(reconcile(stage.engine, stage.ledger).to_json()["kinds"])
         finally:
             enough.set()
@@ -223,24 +226,24 @@ def test_work_goes_on_beside_it_and_nothing_is_lost_or_taken_for_drift(engine: E
 
 def publish(stage: Stage, job: str, by: Publisher | None = None) -> int | None:
     with stage.engine.connect() as connection:
-        return accept.insert_job(connection, NewJob(job, "task", "cpus=1000,slots=1", MESSAGE), by).seq
+        return single.insert_job(connection, NewJob(job, "task", "cpus=1000,slots=1", MESSAGE), by).seq
 
 
 def test_a_publish_under_the_id_of_an_archived_job_is_a_new_job(stage: Stage) -> None:
     job = done(stage)
     assert publish(stage, job) is None
-    assert archive(stage) == 1
+    assert move(stage) == 1
     assert publish(stage, job) is not None
     assert (stage.row(job).state, stage.row(job).attempt) == ("accepted", 0)
     with stage.engine.connect() as connection:
-        found = lookup.find(connection, job)
+        found = queries.find(connection, job)
         assert found is not None
         assert (found.job["state"], found.attempts) == ("accepted", [])
     stage.sql("UPDATE jobs SET state = 'expired', step = 12, finished_at = now() WHERE id = :job", job=job)
-    assert archive(stage) == 1
+    assert move(stage) == 1
     assert ids(stage, "jobs_archive") == [job, job]
     with stage.engine.connect() as connection:
-        found = lookup.find(connection, job)
+        found = queries.find(connection, job)
         assert found is not None
         assert (found.job["state"], found.attempts) == ("expired", [])
 
@@ -251,18 +254,18 @@ def test_an_attempt_of_an_archived_job_publishes_nothing(stage: Stage) -> None:
     speaker = Publisher(job, 1, 1, "a-life")
     assert publish(stage, "child", speaker) is not None
     stage.end(job)
-    assert archive(stage) == 1
+    assert move(stage) == 1
     for attempt in (1, 2):
         stale = Publisher(job, 1, attempt, "a-life")
         assert publish(stage, "late-child", stale) is None
         with stage.engine.connect() as connection:
-            assert not accept.may_publish(connection, stale)
+            assert not single.may_publish(connection, stale)
     assert ids(stage, "jobs") == ["child"]
 
 
 def test_what_an_attempt_of_an_archived_job_says_late_leaves_no_trace(stage: Stage) -> None:
     job = done(stage)
-    assert archive(stage) == 1
+    assert move(stage) == 1
     left = Outbox(publishes=[NewJob("late-child", "task", "slots=1", MESSAGE)]).to_text()
     said: dict[str, Any] = {"worker": "a", "incarnation": "a-life", "admitted_ms": 1, "started_ms": 1, "at_ms": 2}
     late = [
@@ -271,7 +274,7 @@ def test_what_an_attempt_of_an_archived_job_says_late_leaves_no_trace(stage: Sta
     ]
     assert outbox.publishes(left)
     with stage.engine.connect() as connection:
-        assert store.apply(connection, late) == []
+        assert job_transitions.apply(connection, late) == []
         assert connection.execute(text("SELECT count(*) FROM attempts")).scalar_one() == 0
     assert ids(stage, "jobs") == []
 
@@ -282,7 +285,7 @@ def test_a_job_that_the_ledger_still_has_is_taken_out_of_it_once_its_row_is_arch
     stage.start(job)
     stage.sql("UPDATE attempts SET ended_at = now(), outcome = 'succeeded' WHERE job_id = :job", job=job)
     stage.sql("UPDATE jobs SET state = 'succeeded', step = 9, finished_at = now() WHERE id = :job", job=job)
-    assert archive(stage) == 1
+    assert move(stage) == 1
     found = reconcile(stage.engine, stage.ledger)
     assert found.to_json()["kinds"] == {"missing in Postgres, running in the ledger": 1}
     assert found.all_repaired
@@ -296,7 +299,7 @@ def test_the_archive_is_emptied_by_what_the_page_says(stage: Stage) -> None:
     for job, days in ((old, 366), (young, 364)):
         query = "UPDATE jobs SET finished_at = now() - make_interval(days => :days) WHERE id = :job"
         stage.sql(query, job=job, days=days)
-    assert archive(stage) == 2
+    assert move(stage) == 2
     stage.sql(statement)
     assert ids(stage, "jobs_archive") == [young]
     with stage.engine.connect() as connection:
@@ -335,6 +338,6 @@ def test_one_pass_of_the_duty_is_bounded(stage: Stage, stores: Any, monkeypatch:
         done(stage)
     stage.sql("UPDATE jobs SET finished_at = now() - interval '1 day'")
     monkeypatch.setattr(duty, "MOST", 3)
-    monkeypatch.setattr(retention, "CHUNK", 2)
+    monkeypatch.setattr(archive, "CHUNK", 2)
     app: Any = None
     assert [duty.run_once(app, stores("1"))["archived"] for _ in range(3)] == [6, 1, 0]

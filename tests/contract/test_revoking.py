@@ -10,13 +10,16 @@ import pytest
 from celery import Celery
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import accept, backlog, enroll, keys, pull, rebuild, revoking, stream, successors
-from celery_capacity.routing.authority import read_authority
-from celery_capacity.routing.job import NewJob
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.replies import Ended
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.insert import single, successors
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.recovery import rebuild, resubmit, revocation, transition_log
+from celery_capacity.routing.store import backlog, claims
 from celery_capacity.workers.app import create_app
 from celery_capacity.workers.control import carry_out, revoke_jobs
 from celery_capacity.workers.duties import fallback, sweep
@@ -84,8 +87,8 @@ def test_a_job_that_comes_back_ends(stage: Stage, app: Celery, outcome: str) -> 
             successor = NewJob(job, "task", ONE, MESSAGE, publisher=1, retries=1)
             assert successors.put_successor(connection, successor) == "running"
     stage.end(job, outcome, applied=False)
-    _, applied = stream.apply_all(stage.engine, stage.ledger)
-    assert enroll.go_on(stage.engine, stage.ledger, applied) == 0
+    _, applied = transition_log.apply_all(stage.engine, stage.ledger)
+    assert resubmit.go_on(stage.engine, stage.ledger, applied) == 0
     row = stage.row(job)
     assert (row.state, row.error, row.attempt) == ("cancelled", "revoked", 1)
     assert row.finished_at is not None
@@ -144,7 +147,7 @@ def test_the_sweep_goes_on_with_what_was_only_marked(stage: Stage, app: Celery) 
     stage.start(running)
     waiting = stage.submit(cpus=1000)
     with stage.engine.connect() as connection:
-        assert revoking.mark(connection, [running, waiting, "nobody"]) == [running, waiting]
+        assert revocation.mark(connection, [running, waiting, "nobody"]) == [running, waiting]
     # (As the runner of the duties does.)
     app.platform.ledger.epoch = stage.ledger.epoch
     assert sweep.run_once(app, app.platform)["revoked"] == 1
@@ -162,7 +165,7 @@ def test_sweep_goes_on_behind_a_revoked_job_whose_row_is_locked(
     kept, free, stranded = (stage.insert({"cpus": 1000}) for _ in range(3))
     stage.sql("UPDATE jobs SET submitted_at = submitted_at - interval '1 hour'")
     with stage.engine.connect() as connection:
-        revoking.mark(connection, [kept, free])
+        revocation.mark(connection, [kept, free])
     app.platform.ledger.epoch = stage.ledger.epoch
     with engine.connect() as connection, connection.begin():
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": kept})
@@ -193,15 +196,15 @@ def test_without_the_ledger_the_row_is_enough(stage: Stage, app: Celery) -> None
     job, marked = stage.insert({"cpus": 1000}), stage.insert({"cpus": 1000})
     with stage.engine.connect() as connection:
         epoch = read_authority(connection).epoch
-        assert [one.job for one in pull.take(connection, epoch, "a", "a-life", [job])] == [job]
-        assert revoking.mark(connection, [marked]) == [marked]
-        assert pull.take(connection, epoch, "a", "a-life", [marked]) == []
-        assert [one.job for one in pull.candidates(connection, 10)] == []
+        assert [one.job for one in claims.take(connection, epoch, "a", "a-life", [job])] == [job]
+        assert revocation.mark(connection, [marked]) == [marked]
+        assert claims.take(connection, epoch, "a", "a-life", [marked]) == []
+        assert [one.job for one in claims.candidates(connection, 10)] == []
     counts = fallback.expire(app, app.platform)
     assert (counts["expired"], counts["revoked"]) == (0, 1)
     revoke(app, job)
     with stage.engine.connect() as connection:
-        pull.give_back(connection, pull.open_attempts(connection, "a-life"), "taken_back", "gone", MOST_LOSSES)
+        claims.give_back(connection, claims.open_attempts(connection, "a-life"), "taken_back", "gone", MOST_LOSSES)
     assert {stage.row(one).state for one in (job, marked)} == {"cancelled"}
 
 
@@ -268,14 +271,14 @@ STAMPS = [("text", "x"), ("number", 7), ("odd", "zero \0 and half a pair \udcff"
 def test_jobs_are_found_by_their_stamps(stage: Stage) -> None:
     with stage.engine.connect() as connection:
         for name, value in STAMPS:
-            stamps = revoking.stamps_json([name, "none"], {name: [value, "more"]})
-            accept.insert_job(connection, NewJob(name, "task", ONE, MESSAGE, stamps=stamps))
-        accept.insert_job(connection, NewJob("plain", "task", ONE, MESSAGE))
+            stamps = revocation.stamps_json([name, "none"], {name: [value, "more"]})
+            single.insert_job(connection, NewJob(name, "task", ONE, MESSAGE, stamps=stamps))
+        single.insert_job(connection, NewJob("plain", "task", ONE, MESSAGE))
         for name, value in STAMPS:
-            assert revoking.stamped(connection, {name: value}) == [name]
-            assert revoking.stamped(connection, {name: ["another", value]}) == [name]
-            assert revoking.stamped(connection, {"no": value}) == []
-        assert revoking.stamped(connection, {"text": "x", "number": [7, 8]}) == ["number", "text"]
+            assert revocation.stamped(connection, {name: value}) == [name]
+            assert revocation.stamped(connection, {name: ["another", value]}) == [name]
+            assert revocation.stamped(connection, {"no": value}) == []
+        assert revocation.stamped(connection, {"text": "x", "number": [7, 8]}) == ["number", "text"]
         connection.exec_driver_sql("SET enable_seqscan = off")
-        plan = connection.execute(text(f"EXPLAIN {revoking._STAMPED}"), {"stamp": '{"text": ["x"]}'})
+        plan = connection.execute(text(f"EXPLAIN {revocation._STAMPED}"), {"stamp": '{"text": ["x"]}'})
         assert "jobs_stamps" in "\n".join(plan.scalars())

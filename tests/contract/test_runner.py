@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.duties import DUTIES, Duty
 from celery_capacity.workers.duties.runner import Runner
 from celery_capacity.workers.stores import Stores

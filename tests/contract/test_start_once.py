@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.reconcile import reconcile
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.recovery.reconcile import reconcile
 from tests.fixtures.staged import Stage
 
 

@@ -14,13 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 
-from celery_capacity.routing import keys, store, stream, successors
-from celery_capacity.routing.job import NewJob
-from celery_capacity.routing.replies import Ended
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.states import FINAL, State, Step
-from celery_capacity.routing.store import Transition
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.insert import successors
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.recovery import transition_log
+from celery_capacity.routing.store import job_transitions
+from celery_capacity.routing.store.job_transitions import Transition
 from tests.fixtures.staged import MOST_LOSSES, Stage
 from tests.fixtures.transitions import SEVERAL, Rows, batches, expected_attempts, expected_row, histories, thinned
 
@@ -116,7 +119,7 @@ def test_two_writers_at_once_give_the_same_rows_and_do_not_wait_for_each_other_f
         order = chance.sample(together, len(together))
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as own:
             for batch in batches(order, [chance.randrange(20) for _ in range(4)]):
-                store.apply(own, rows.own(batch))
+                job_transitions.apply(own, rows.own(batch))
 
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(write, [random.Random(seed), random.Random(seed + 1)]))
@@ -244,9 +247,9 @@ def test_any_error_text_of_a_task_reaches_the_row(stage: Stage, said: str) -> No
     ended = [Ended(job, "1.1", "failed", said)]
     stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES)
     # The worker writes its own copy, and the stream has one.
-    own = replace(stream.read(stage.ledger)[0], error=said)
+    own = replace(transition_log.read(stage.ledger)[0], error=said)
     with stage.engine.connect() as connection:
-        store.apply(connection, [own])
+        job_transitions.apply(connection, [own])
     stage.apply()
     row = stage.row(job)
     assert row.state == "failed"
@@ -255,18 +258,18 @@ def test_any_error_text_of_a_task_reaches_the_row(stage: Stage, said: str) -> No
 
 def test_entries_are_forgotten_when_they_are_written_and_not_before(stage: Stage) -> None:
     job = stage.submit(cpus=1000, applied=False)
-    assert [one.state for one in stream.read(stage.ledger)] == ["admitted"]
+    assert [one.state for one in transition_log.read(stage.ledger)] == ["admitted"]
     assert stage.redis.hexists(keys.job(job), "entry")
-    assert stream.apply_all(stage.engine, stage.ledger)[0] == 1
-    assert stream.read(stage.ledger) == []
+    assert transition_log.apply_all(stage.engine, stage.ledger)[0] == 1
+    assert transition_log.read(stage.ledger) == []
     assert not stage.redis.hexists(keys.job(job), "entry")
     assert stage.row(job).state == "admitted"
 
 
 def test_young_entries_are_left_to_the_worker_that_is_about_to_write_them(stage: Stage) -> None:
     stage.submit(cpus=1000, applied=False)
-    assert stream.apply_all(stage.engine, stage.ledger, older_than_ms=60_000)[0] == 0
-    assert stream.apply_all(stage.engine, stage.ledger)[0] == 1
+    assert transition_log.apply_all(stage.engine, stage.ledger, older_than_ms=60_000)[0] == 0
+    assert transition_log.apply_all(stage.engine, stage.ledger)[0] == 1
 
 
 def test_a_job_that_ended_has_no_attempt_that_goes_on(connection: Connection) -> None:
@@ -276,7 +279,7 @@ def test_a_job_that_ended_has_no_attempt_that_goes_on(connection: Connection) ->
     # (What ended attempt 1 is lost with the ledger.)
     rows.apply(first[:1])
     rows.apply([replace(second[-1], attempt=2)])
-    assert ended_attempts(connection) == [(1, "taken_back", store.END_LOST), (2, "succeeded", None)]
+    assert ended_attempts(connection) == [(1, "taken_back", job_transitions.END_LOST), (2, "succeeded", None)]
     # It comes after all, and stands.
     rows.apply([first[-1]])
     assert ended_attempts(connection) == [(1, "handed_back", None), (2, "succeeded", None)]
@@ -289,7 +292,7 @@ def test_attempt_that_is_heard_of_after_the_end_of_its_job_is_over(connection: C
     first, second = with_a_worker("handed_back", "waiting"), with_a_worker("succeeded", "succeeded")
     rows.apply([replace(second[-1], attempt=2)])
     rows.apply(first[:1])
-    assert ended_attempts(connection) == [(1, "taken_back", store.END_LOST), (2, "succeeded", None)]
+    assert ended_attempts(connection) == [(1, "taken_back", job_transitions.END_LOST), (2, "succeeded", None)]
     rows.apply([first[-1]])
     rows.apply(first[:1])
     assert ended_attempts(connection) == [(1, "handed_back", None), (2, "succeeded", None)]

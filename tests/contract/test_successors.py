@@ -8,12 +8,16 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine
 
-from celery_capacity.routing import accept, backlog, enroll, keys, outbox, pull, replacing, stream, successors
-from celery_capacity.routing.authority import read_authority
-from celery_capacity.routing.job import NewJob
-from celery_capacity.routing.outbox import Outbox
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.insert import replacements, single, successors
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model import outbox
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.recovery import resubmit, transition_log
+from celery_capacity.routing.store import backlog, claims
 from tests.fixtures.staged import MESSAGE, Stage
 
 ONE = Request.of({"cpus": 1000}).shape
@@ -49,8 +53,8 @@ def test_a_successor_of_which_the_ledger_was_not_told_starts_at_once(
     stage.start(job)
     publish(stage, job, **identity)
     stage.end(job, outcome, applied=False)
-    _, applied = stream.apply_all(stage.engine, stage.ledger)
-    enroll.go_on(stage.engine, stage.ledger, applied)
+    _, applied = transition_log.apply_all(stage.engine, stage.ledger)
+    resubmit.go_on(stage.engine, stage.ledger, applied)
     stage.apply()
     row = stage.row(job)
     assert (row.state, row.attempt, row.retries + row.nesting) == ("admitted", 2, 1)
@@ -79,7 +83,7 @@ def test_a_job_that_was_revoked_while_it_ran_is_not_submitted_again(stage: Stage
 def step(stage: Stage, job: str, replaces: str) -> str:
     """A step of a replacement that runs."""
     with stage.engine.connect() as connection:
-        accept.insert_job(connection, NewJob(job, "step", ONE, MESSAGE, replaces=replaces))
+        single.insert_job(connection, NewJob(job, "step", ONE, MESSAGE, replaces=replaces))
     stage.ledger.submit(job, ONE, 1, MESSAGE)
     stage.apply()
     stage.start(job)
@@ -113,7 +117,7 @@ def test_a_replaced_job_goes_on_with_its_last_step(stage: Stage, remembered: boo
     with stage.engine.connect() as connection:
         (row,) = backlog.these(connection, [job])
     assert (bytes(row.message), row.attempt, row.priority) == (LATER, 1, 3)
-    assert enroll.submit_rows(stage.ledger, [row]) == 1
+    assert resubmit.submit_rows(stage.ledger, [row]) == 1
     stage.apply()
     row = stage.row(job)
     assert (row.state, row.attempt, row.nesting, row.successor) == ("admitted", 2, 1, None)
@@ -131,8 +135,8 @@ def test_a_last_step_may_come_before_the_end_of_the_attempt(stage: Stage) -> Non
     stage.start(job)
     assert last_step(stage, job) == "running"
     stage.end(job, "replaced", applied=False)
-    _, applied = stream.apply_all(stage.engine, stage.ledger)
-    enroll.go_on(stage.engine, stage.ledger, applied)
+    _, applied = transition_log.apply_all(stage.engine, stage.ledger)
+    resubmit.go_on(stage.engine, stage.ledger, applied)
     stage.apply()
     row = stage.row(job)
     assert (row.state, row.attempt, row.nesting, bytes(row.message)) == ("admitted", 2, 1, LATER)
@@ -168,13 +172,13 @@ def test_a_replaced_job_ends_with_the_last_of_its_steps(stage: Stage, outcome: s
         assert stage.row(job).state == "replaced"
         stage.sql("UPDATE jobs SET outbox = NULL WHERE id = 'first'")
     with stage.engine.connect() as connection:
-        replacing.end_abandoned(connection)
+        replacements.end_abandoned(connection)
     row = stage.row(job)
     assert row.state == (outcome if outcome != "succeeded" else "failed")
     assert row.error == (
         f"its replacement ended without it: job first (step) is {outcome}"
         if outcome != "succeeded"
-        else replacing.NO_STEP
+        else replacements.NO_STEP
     )
     assert (row.finished_at is not None, row.outbox) == (True, outbox.UNLESS_TOLD)
     # It has ended: what carries the id on comes too late.
@@ -195,8 +199,8 @@ def test_the_replacement_of_a_step_keeps_the_job_alive(stage: Stage) -> None:
     # Its result is told first, and perhaps with it something is published.
     stage.sql("UPDATE jobs SET outbox = NULL WHERE id = 'inner'")
     with stage.engine.connect() as connection:
-        assert replacing.end_abandoned(connection, [job]) == [job]
-        assert replacing.end_abandoned(connection, [job]) == []
+        assert replacements.end_abandoned(connection, [job]) == [job]
+        assert replacements.end_abandoned(connection, [job]) == []
 
 
 def test_a_replaced_job_goes_on_while_postgres_decides(stage: Stage) -> None:
@@ -205,6 +209,6 @@ def test_a_replaced_job_goes_on_while_postgres_decides(stage: Stage) -> None:
     assert last_step(stage, job) == "replaced"
     with stage.engine.connect() as connection:
         epoch = read_authority(connection).epoch
-        (taken,) = pull.take(connection, epoch, "a", "a-life", [job])
+        (taken,) = claims.take(connection, epoch, "a", "a-life", [job])
     assert (taken.token, "later" in taken.message) == (f"{epoch}.2", True)
     assert stage.row(job).state == "running"

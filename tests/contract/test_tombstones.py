@@ -9,9 +9,11 @@ from typing import Any, Final
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import backlog, enroll, keys, reconcile, stream
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.recovery import reconcile, resubmit, transition_log
+from celery_capacity.routing.store import backlog
 from celery_capacity.workers.duties import due, sweep
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import Cluster
@@ -150,13 +152,13 @@ def test_no_repair_brings_in_a_job_whose_end_is_not_written(stage: Stage) -> Non
     with stage.engine.connect() as connection:
         rows = backlog.stranded(connection, 0.0, 10)
     assert [row.id for row in rows] == [job]
-    assert enroll.submit_rows(stage.ledger, rows) == 0
+    assert resubmit.submit_rows(stage.ledger, rows) == 0
     # Another writer may have taken the attempt back in Postgres: the end is still on its way.
     with stage.engine.connect() as connection:
         taken_back = text("UPDATE jobs SET epoch = :epoch, attempt = 1, step = 10")
         connection.execute(taken_back, {"epoch": stage.ledger.epoch})
-        assert enroll.submit_rows(stage.ledger, backlog.these(connection, [job])) == 0
-    assert len(stream.read(stage.ledger)) == 1
+        assert resubmit.submit_rows(stage.ledger, backlog.these(connection, [job])) == 0
+    assert len(transition_log.read(stage.ledger)) == 1
 
 
 @pytest.mark.parametrize("state", ["accepted", "scheduled"])
@@ -186,6 +188,6 @@ def test_reconcile_gives_a_tombstone_its_time_where_the_stream_was_lost(stage: S
 def test_reconcile_leaves_a_job_whose_end_is_not_written(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     job = end_unwritten(stage)
     # As where its row is locked, and it is left for later.
-    monkeypatch.setattr(stream, "apply_all", lambda *_, **__: (0, []))
+    monkeypatch.setattr(transition_log, "apply_all", lambda *_, **__: (0, []))
     assert reconcile.reconcile(stage.engine, stage.ledger).drift == 0
     assert (stage.row(job).state, stage.redis.pttl(keys.job(job))) == ("accepted", -1)

@@ -12,10 +12,10 @@ import pytest
 from celery import Celery
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing import fence
-from celery_capacity.routing.outbox import UNANNOUNCED, UNTOLD, Outbox, parse
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.states import State
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.model.outbox import UNANNOUNCED, UNTOLD, Outbox, parse
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.store import fencing
 from celery_capacity.workers import living, parts, undelivered
 from celery_capacity.workers.app import create_app
 from celery_capacity.workers.control import end_before_start
@@ -232,7 +232,7 @@ def test_a_value_alone_that_comes_late_waits_for_no_thread(
 ) -> None:
     become(Parts("life"))
     monkeypatch.setattr(parts, "MOST", 0)
-    monkeypatch.setattr(fence, "has_succeeded", lambda *_: True)
+    monkeypatch.setattr(fencing, "has_succeeded", lambda *_: True)
     stored: list[dict[str, str]] = []
     monkeypatch.setattr(app.backend, "deliver_results", stored.extend)
     left = [{"result": "job"}]

@@ -19,8 +19,8 @@ import psycopg2
 import redis
 from sqlalchemy import create_engine, make_url, text
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
 from tests.faults import servers as on_servers
 from tests.faults.plan import WORKERS, Fault
 from tests.faults.seams import Seam

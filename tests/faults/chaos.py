@@ -30,8 +30,8 @@ import click
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import keys
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, PlatformError
+from celery_capacity.routing.ledger import keys
 from tests.faults import breaking, history, lasting, processes
 from tests.faults.breaking import World
 from tests.faults.healing import Times, times_of

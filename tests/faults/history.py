@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from celery_capacity.routing.states import State
+from celery_capacity.routing.model.states import State
 from tests.faults.oracle import Ended, Evidence, Line, Token
 
 #: One line of a history.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from celery_capacity.routing.states import FINAL
+from celery_capacity.routing.model.states import FINAL
 
 #: What is counted, and what it means.
 COUNTS: Final = {

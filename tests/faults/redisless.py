@@ -26,7 +26,7 @@ from typing import Any, Final
 import click
 
 from celery_capacity.platform import valkey
-from celery_capacity.routing.authority import read_authority
+from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown
 from tests.faults.oracle import read
 from tests.faults.servers import Servers, own_servers

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from celery_capacity.routing.authority import read_authority
+from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.workers.duties import DUTIES
 from celery_capacity.workers.sender import Sender
 from celery_capacity.workers.stores import Stores

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from celery_capacity.routing import keys
+from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.exits import Exit
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import Platform, Pool

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from celery_capacity.routing import keys
+from celery_capacity.routing.ledger import keys
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import READY, Platform, Pool, Process
 from tests.fixtures.submitting import Submitter
@@ -20,41 +20,41 @@ LATER = "@4"
 
 DELIVER_AND_CLAIM = (
     f"before celery_capacity.workers.ledger_thread:LedgerThread.arrive{LATER}",
-    f"before celery_capacity.routing.ledger:Ledger.settle{LATER}",
-    f"after celery_capacity.routing.ledger:Ledger.settle{LATER}",
+    f"before celery_capacity.routing.ledger.client:Ledger.settle{LATER}",
+    f"after celery_capacity.routing.ledger.client:Ledger.settle{LATER}",
     f"before celery_capacity.workers.starting:Starting.take{LATER}",
 )
 FINISH = (
     f"before celery_capacity.workers.ledger_thread:LedgerThread.end{LATER}",
     f"after celery_capacity.workers.ledger_thread:LedgerThread.end{LATER}",
-    f"before celery_capacity.routing.ledger:Ledger._released{LATER}",
+    f"before celery_capacity.routing.ledger.client:Ledger._released{LATER}",
 )
 RELEASE = (
-    f"after celery_capacity.routing.ledger:Ledger._released{LATER}",
+    f"after celery_capacity.routing.ledger.client:Ledger._released{LATER}",
     f"before celery_capacity.workers.recorder:Recorder.add{LATER}",
-    f"before celery_capacity.routing.store:apply{LATER}",
-    f"after celery_capacity.routing.store:apply{LATER}",
-    f"before celery_capacity.routing.ledger:Ledger.forget{LATER}",
+    f"before celery_capacity.routing.store.job_transitions:apply{LATER}",
+    f"after celery_capacity.routing.store.job_transitions:apply{LATER}",
+    f"before celery_capacity.routing.ledger.client:Ledger.forget{LATER}",
 )
 REGISTER = (
     "after celery_capacity.workers.name_claim:NameClaim.take",
     "after celery_capacity.workers.membership:Membership._write_seen",
-    "before celery_capacity.routing.ledger:Ledger.register",
-    "after celery_capacity.routing.ledger:Ledger.register",
+    "before celery_capacity.routing.ledger.client:Ledger.register",
+    "after celery_capacity.routing.ledger.client:Ledger.register",
 )
 DRAIN = (
-    "before celery_capacity.routing.ledger:Ledger.drain",
-    "after celery_capacity.routing.ledger:Ledger.drain",
-    "before celery_capacity.routing.ledger:Ledger.leave",
-    "after celery_capacity.routing.ledger:Ledger.leave",
+    "before celery_capacity.routing.ledger.client:Ledger.drain",
+    "after celery_capacity.routing.ledger.client:Ledger.drain",
+    "before celery_capacity.routing.ledger.client:Ledger.leave",
+    "after celery_capacity.routing.ledger.client:Ledger.leave",
 )
 #: The second time: the first one opens a ledger that was never open.
 REBUILD = (
-    "after celery_capacity.routing.rebuild:Opener._wipe@2",
-    "after celery_capacity.routing.ledger:Ledger.open@2",
-    "after celery_capacity.routing.ledger:Ledger.reserve",
-    "before celery_capacity.routing.rebuild:Opener._file_backlog@2",
-    "before celery_capacity.routing.ledger:Ledger.finish@2",
+    "after celery_capacity.routing.recovery.rebuild:Opener._wipe@2",
+    "after celery_capacity.routing.ledger.client:Ledger.open@2",
+    "after celery_capacity.routing.ledger.client:Ledger.reserve",
+    "before celery_capacity.routing.recovery.rebuild:Opener._file_backlog@2",
+    "before celery_capacity.routing.ledger.client:Ledger.finish@2",
 )
 #: In a process of the pool: the effect is there, and nobody has heard of the end.
 CHILD = ("before tests.tasks.traced:leave_effect@2", "after tests.tasks.traced:leave_effect@2")

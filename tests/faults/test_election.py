@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from celery_capacity.routing import keys
+from celery_capacity.routing.ledger import keys
 from tests.fixtures.processes import Platform, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from celery_capacity.routing import keys
+from celery_capacity.routing.ledger import keys
 from tests.faults.watching import Oracle
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform

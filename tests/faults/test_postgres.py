@@ -12,8 +12,8 @@ from celery import Celery
 from sqlalchemy import text
 
 from celery_capacity.platform import postgres
-from celery_capacity.routing import keys
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown
+from celery_capacity.routing.ledger import keys
 from tests.faults.breaking import World
 from tests.faults.servers import Servers
 from tests.faults.watching import Oracle

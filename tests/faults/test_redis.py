@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from celery_capacity.routing import keys
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.replies import LedgerClosed
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import LedgerClosed
 from tests.faults.breaking import World
 from tests.faults.servers import Servers
 from tests.faults.watching import Oracle

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from celery_capacity.routing import keys
+from celery_capacity.routing.ledger import keys
 from tests.faults.oracle import read
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import Platform, Pool, Process

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from celery_capacity.routing import keys
+from celery_capacity.routing.ledger import keys
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter
@@ -16,10 +16,10 @@ from tests.fixtures.waiting import until
 
 #: Where it is stopped.
 POINTS = (
-    "before celery_capacity.routing.rebuild:Opener._wipe@0",
-    "before celery_capacity.routing.ledger:Ledger.open@0",
-    "before celery_capacity.routing.rebuild:Opener._file_backlog@0",
-    "before celery_capacity.routing.ledger:Ledger.finish@0",
+    "before celery_capacity.routing.recovery.rebuild:Opener._wipe@0",
+    "before celery_capacity.routing.ledger.client:Ledger.open@0",
+    "before celery_capacity.routing.recovery.rebuild:Opener._file_backlog@0",
+    "before celery_capacity.routing.ledger.client:Ledger.finish@0",
 )
 
 

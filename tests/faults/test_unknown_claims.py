@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import text
 
-from celery_capacity.routing import keys
+from celery_capacity.routing.ledger import keys
 from tests.faults.oracle import read
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import Platform

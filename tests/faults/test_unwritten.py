@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from celery_capacity.routing import keys, verify
+from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.ledger import keys
 from tests.faults.breaking import World
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until

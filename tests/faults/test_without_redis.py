@@ -19,7 +19,7 @@ from celery.exceptions import ChordError, TaskRevokedError
 from sqlalchemy import text
 
 from celery_capacity.platform import valkey
-from celery_capacity.routing.authority import Authority, read_authority
+from celery_capacity.routing.database.authority import Authority, read_authority
 from tests.faults.servers import Servers
 from tests.faults.watching import TASK, Oracle
 from tests.fixtures.processes import Platform, Pool

@@ -12,7 +12,7 @@ import pytest
 from celery.exceptions import WorkerLostError
 from sqlalchemy import text
 
-from celery_capacity.routing import keys
+from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.exits import Exit
 from tests.faults.oracle import read
 from tests.faults.watching import Oracle

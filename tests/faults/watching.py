@@ -14,9 +14,9 @@ from typing import Any, Final
 import psutil
 from sqlalchemy import text
 
-from celery_capacity.routing import verify
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown
-from celery_capacity.routing.states import FINAL, State
+from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.model.states import FINAL, State
 from tests.faults import history
 from tests.faults.oracle import Healing, Line, Verdict, first_start, judge, monotonic_of, read
 from tests.fixtures.processes import Platform, Process

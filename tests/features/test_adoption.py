@@ -12,7 +12,7 @@ from celery import Celery, Task, current_app
 from sqlalchemy import Engine
 
 from celery_capacity import create_app, install
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers import ticks
 from celery_capacity.workers.app import platform_of
 from celery_capacity.workers.router import Router, declaration

@@ -12,9 +12,9 @@ from celery import Celery
 from sqlalchemy import Engine
 
 from celery_capacity import SettingsError, create_app
-from celery_capacity.routing import request_file
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config import task_rules
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.model.request import Request
 from celery_capacity.workers.app import platform_of
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter
@@ -61,7 +61,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def test_the_first_pattern_that_fits_counts_and_keeps_what_it_does_not_name(write: Write) -> None:
-    rules = request_file.read(write(FILE))
+    rules = task_rules.read(write(FILE))
     four = Request.from_options({"cpus": 4, "memory": "2GiB"}, 1000)
     name = "tests.tasks.declared."
     assert rules.over(name + "four_and_two", four).to_people() == {"cpus": 4, "memory": 1024**3, "slots": 1}
@@ -74,7 +74,7 @@ def test_the_first_pattern_that_fits_counts_and_keeps_what_it_does_not_name(writ
 def test_all_that_is_wrong_in_it_is_told_at_once_with_table_and_key(write: Write) -> None:
     path = write('["a"]\ncpus = -1\n["b"]\nmemmory = 5\nrerun = 1\n["c.*"]\nmemory = "lots"\n')
     with pytest.raises(SettingsError) as wrong:
-        request_file.read(path)
+        task_rules.read(path)
     first, second, third, fourth = wrong.value.problems
     assert all(problem.startswith(f"PLATFORM_REQUESTS={path}, [") for problem in wrong.value.problems)
     assert "['a']: cpus" in first
@@ -93,20 +93,20 @@ def test_all_that_is_wrong_in_it_is_told_at_once_with_table_and_key(write: Write
 )
 def test_what_is_no_table_of_tasks_says_where(write: Write, text: str, says: str) -> None:
     with pytest.raises(SettingsError) as wrong:
-        request_file.read(write(text))
+        task_rules.read(write(text))
     assert says in str(wrong.value)
 
 
 def test_a_file_that_cannot_be_read_says_so(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"PLATFORM_REQUESTS=.*nowhere\.toml cannot be read: .*No such file"):
-        request_file.read(tmp_path / "nowhere.toml")
+        task_rules.read(tmp_path / "nowhere.toml")
 
 
 def test_many_names_are_not_all_remembered(write: Write) -> None:
-    rules = request_file.read(write(FILE))
-    for number in range(2 * request_file.MOST_NAMES):
+    rules = task_rules.read(write(FILE))
+    for number in range(2 * task_rules.MOST_NAMES):
         assert rules.of(f"{number}.nothing") is rules.rules[2]
-    assert len(rules._found) <= request_file.MOST_NAMES
+    assert len(rules._found) <= task_rules.MOST_NAMES
 
 
 # -- what is sent

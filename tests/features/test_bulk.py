@@ -12,9 +12,10 @@ from celery.signals import after_task_publish, before_task_publish
 from sqlalchemy import Connection, text
 
 from celery_capacity import InvalidRequest, LeaseLost, NotAccepted, PartlyAccepted, create_app
-from celery_capacity.routing import bulk, message
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.message import Tag
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.insert import bulk
+from celery_capacity.routing.model import message
+from celery_capacity.routing.model.message import Tag
 from celery_capacity.workers import attempts
 from celery_capacity.workers.attempts import Attempt
 from celery_capacity.workers.router import Router

@@ -13,8 +13,8 @@ from celery.canvas import Signature, StampingVisitor, chunks, xmap, xstarmap
 from celery.exceptions import ChordError
 from sqlalchemy import text
 
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.states import FINAL
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.model.states import FINAL
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -10,9 +10,9 @@ import pytest
 from celery.exceptions import TaskRevokedError
 
 from celery_capacity.platform.render import reasons
+from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.explain import Why, explain
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.inspect.explain import Why, explain
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform

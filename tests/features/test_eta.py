@@ -11,8 +11,8 @@ import pytest
 from celery.exceptions import TaskRevokedError
 from sqlalchemy import text
 
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.config.settings import Settings
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform, Process
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -12,7 +12,7 @@ import pytest
 from celery import Celery, states
 from celery.events.state import State
 
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
 from tests.fixtures.ear import Ear
 from tests.fixtures.plain_workers import start_plain

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from celery.exceptions import TaskError, TaskRevokedError, TimeLimitExceeded
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.ledger import keys
 from tests.features.test_pools import control, hold, running, slots
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from celery.exceptions import TimeLimitExceeded
 
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -14,7 +14,7 @@ from celery import Celery
 from celery.exceptions import InvalidTaskError, TaskRevokedError
 from kombu.utils.uuid import uuid
 
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.workers.intake import with_arguments
 from tests.fixtures.processes import Platform
 from tests.fixtures.setting_aside import until_set_aside

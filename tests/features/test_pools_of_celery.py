@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import Unsupported
-from celery_capacity.routing.home import Pair
 from celery_capacity.workers.exits import Exit
 from celery_capacity.workers.green import check_pool
 from tests.fixtures import tasks

@@ -9,7 +9,7 @@ import pytest
 from celery import Celery, group
 
 from celery_capacity import InvalidRequest
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from celery_capacity.platform.render import reasons
-from celery_capacity.routing.explain import explain
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.inspect.explain import explain
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.tasks import gated

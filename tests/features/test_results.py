@@ -13,7 +13,7 @@ from celery.exceptions import InvalidTaskError, NotRegistered, TaskRevokedError,
 from celery.exceptions import TimeoutError as NotInTime
 from celery.result import GroupResult
 
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform

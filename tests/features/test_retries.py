@@ -10,7 +10,7 @@ import pytest
 from celery import chord
 from celery.exceptions import MaxRetriesExceededError
 
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.tasks import add

@@ -14,7 +14,7 @@ import pytest
 from celery.exceptions import TaskRevokedError
 from celery.result import ResultSet
 
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform, Process
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -14,8 +14,9 @@ from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
 from celery_capacity import InvalidRequest, migrations
-from celery_capacity.routing import formats, keys
-from celery_capacity.routing import message as messages
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model import format_versions
+from celery_capacity.routing.model import message as messages
 from celery_capacity.workers import identity
 from celery_capacity.workers.app import platform_of
 from tests.fixtures import tasks
@@ -154,7 +155,7 @@ def test_a_worker_of_before_starts_on_newer_tables_and_works_beside_newer_worker
     newer = {"capacity_request": {"shape": "cpus=1000,slots=1", "declared": True, "of_the_next_release": [1]}}
     job = submitter.send(ADD, 1, 1, headers=newer)
     assert submitter.value(job) == 2
-    assert message_of(submitter, job)["headers"]["capacity_request"]["format"] == formats.MESSAGE
+    assert message_of(submitter, job)["headers"]["capacity_request"]["format"] == format_versions.MESSAGE
     view = submitter.view("w")
     assert view["version"] == identity.platform_version()
 
@@ -171,25 +172,25 @@ def test_a_worker_refuses_tables_and_a_ledger_of_a_newer_format(platform: Platfo
     assert f"revision {NEXT_MAJOR}" in tables.tail()
     set_revision(platform.engine, migrations.HEAD)
     worker = platform.worker("w", pool="threads")
-    platform.redis.hset(keys.EPOCH, "format", formats.LEDGER + 1)
+    platform.redis.hset(keys.EPOCH, "format", format_versions.LEDGER + 1)
     books = platform.start("books", "worker", NODE_NAME="books")
     assert books.wait() == 78
-    assert f"the ledger is of format {formats.LEDGER + 1}" in books.tail()
+    assert f"the ledger is of format {format_versions.LEDGER + 1}" in books.tail()
     # A submitter of before keeps what it accepts for those who know: nothing is lost, nothing is written there.
     job = submitter.send(ADD, 40, 2)
     assert submitter.row(job).state == "accepted"
     assert not platform.redis.exists(keys.job(job))
     assert worker.alive
-    platform.redis.hset(keys.EPOCH, "format", formats.LEDGER)
+    platform.redis.hset(keys.EPOCH, "format", format_versions.LEDGER)
     assert submitter.value(job) == 42
 
 
 @pytest.mark.parametrize("said", [2, 0, "1", True, [1]])
 def test_a_message_of_a_format_that_nobody_here_knows_is_no_message(said: object) -> None:
     with pytest.raises(InvalidRequest, match="format"):
-        formats.check_message({"format": said})
-    formats.check_message({"format": formats.MESSAGE})
-    formats.check_message({})
+        format_versions.check_message({"format": said})
+    format_versions.check_message({"format": format_versions.MESSAGE})
+    format_versions.check_message({})
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["in its queue", "handed over by a release"])
@@ -200,13 +201,13 @@ def test_job_of_a_newer_format_goes_back_until_a_worker_knows_it(
     gate = submitter.send("tests.fixtures.tasks.hold", "gate") if waits else ""
     if waits:
         tasks.started(platform.redis, "gate")
-    monkeypatch.setattr(formats, "MESSAGE", formats.MESSAGE + 1)
+    monkeypatch.setattr(format_versions, "MESSAGE", format_versions.MESSAGE + 1)
     job = submitter.send(ADD, 40, 2, rerun=False)
     monkeypatch.undo()
     if waits:
         tasks.let_go(platform.redis, "gate")
         assert submitter.value(gate) == "before"
-    line = before.wait_for(f"a message of format {formats.MESSAGE + 1}")
+    line = before.wait_for(f"a message of format {format_versions.MESSAGE + 1}")
     assert job in line
     until(lambda: counter(platform, "refused.format") >= 2, "it came again, and goes back again")
     # It is no loss, nothing of it is set aside, and the worker does what else there is.
@@ -224,5 +225,5 @@ def test_job_of_a_newer_format_goes_back_until_a_worker_knows_it(
 
 
 def test_the_format_of_the_tables_is_in_the_number_of_their_revision() -> None:
-    assert [formats.of_revision(revision) for revision in ("0001", "0999", "1000", "12345")] == [0, 0, 1, 12]
-    assert formats.of_revision(migrations.HEAD) == 0
+    assert [format_versions.of_revision(revision) for revision in ("0001", "0999", "1000", "12345")] == [0, 0, 1, 12]
+    assert format_versions.of_revision(migrations.HEAD) == 0

@@ -13,11 +13,11 @@ from kombu.common import Broadcast
 from sqlalchemy import Engine, text
 
 from celery_capacity import InvalidRequest, Unsupported, create_app
-from celery_capacity.routing import keys
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.explain import Why, explain
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect.explain import Why, explain
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.capacity import Capacity
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 from kombu import serialization as serialize
 
 from celery_capacity import InvalidRequest
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures.processes import ROOT, Platform
 from tests.fixtures.setting_aside import number_set_aside, set_aside, until_set_aside
 from tests.fixtures.submitting import RESULT_WITHIN, Submitter, standing_platform

@@ -16,8 +16,8 @@ from celery import Celery, signals, states
 from celery.events.state import State
 from celery.exceptions import WorkerLostError
 
+from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.home import Pair
 from celery_capacity.workers.router import HEADER
 from tests.fixtures import tasks
 from tests.fixtures.ear import Ear

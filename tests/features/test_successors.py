@@ -14,7 +14,7 @@ from celery.canvas import Signature
 from celery.exceptions import TaskError, TaskRevokedError, WorkerLostError
 from sqlalchemy import text
 
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -9,7 +9,7 @@ import pytest
 from celery import states
 from celery.exceptions import InvalidTaskError, Reject, SoftTimeLimitExceeded
 
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -17,9 +17,9 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from celery_capacity import InvalidRequest, LeaseLost, NotAccepted, Unsupported
-from celery_capacity.routing import keys
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.message import Tag
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.message import Tag
 from celery_capacity.workers import attempts
 from celery_capacity.workers.attempts import Attempt
 from celery_capacity.workers.duties.listening import NAME

@@ -13,7 +13,7 @@ from celery.beat import Scheduler
 from celery.result import AsyncResult
 from sqlalchemy import event, text
 
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform

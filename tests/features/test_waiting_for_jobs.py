@@ -11,8 +11,8 @@ from sqlalchemy import event, text
 
 import celery_capacity
 from celery_capacity import InvalidRequest, Job, JobEvent, PlatformError
-from celery_capacity.routing import keys
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.watching import NAME
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform

@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from celery_capacity.routing import explain, keys
-from celery_capacity.routing.explain import Why
-from celery_capacity.routing.states import State
+from celery_capacity.routing.inspect import explain
+from celery_capacity.routing.inspect.explain import Why
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.states import State
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter

@@ -19,10 +19,12 @@ from celery.exceptions import TaskRevokedError, WorkerLostError
 from sqlalchemy import create_engine, make_url, text
 
 from celery_capacity.platform import valkey
-from celery_capacity.routing import keys, overview
-from celery_capacity.routing.authority import Authority, change_pause, read_authority
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.states import FINAL
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.authority import Authority, change_pause, read_authority
+from celery_capacity.routing.inspect import overview
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.connection import quick_client
+from celery_capacity.routing.model.states import FINAL
 from celery_capacity.workers.exits import Exit
 from tests.faults.servers import Servers, own_servers
 from tests.fixtures.processes import READY, Platform
@@ -335,7 +337,7 @@ def test_the_cluster_is_shown_and_a_worker_leaves_and_one_comes_without_the_ledg
 ) -> None:
     running = send_work(submitter, tmp_path / "trace", range(4), 6.0)
     until(lambda: starts(read(tmp_path / "trace")).total() == 4, "both are full")
-    shown = overview.read(overview.quick(alone.redis), alone.engine, alone.settings.worker_ttl)
+    shown = overview.read(quick_client(alone.redis), alone.engine, alone.settings.worker_ttl)
     assert (shown.source, shown.allocated("cpus"), len(shown.workers)) == ("postgres", 4000, 2)
     leaving = next(process for process in alone.processes if process.name == "b")
     leaving.signal(signal.SIGTERM)

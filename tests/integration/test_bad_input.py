@@ -12,7 +12,7 @@ from celery import Celery
 from sqlalchemy import Engine, text
 
 from celery_capacity import InvalidRequest, NotAccepted, NotMigrated, PlatformError, SettingsError, create_app
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.exits import Exit
 from tests.fixtures.processes import FOREIGN, Platform
 from tests.tasks import wrong

@@ -15,9 +15,10 @@ import redis
 from celery import Celery
 from sqlalchemy import text
 
-from celery_capacity.routing import patience, timeouts
+from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.errors import NotAccepted
-from celery_capacity.routing.server import connect
+from celery_capacity.routing.ledger import call_budget
+from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers import gates
 from celery_capacity.workers.app import create_app
 from celery_capacity.workers.breaker import Breaker
@@ -165,10 +166,10 @@ def test_an_attempt_is_bounded_however_many_answers_it_waits_for(
     redis_url: str, proxied: Callable[[str], Proxy]
 ) -> None:
     path = proxied(redis_url)
-    client = patience.bounded(connect(path.url, socket_timeout=0.4, socket_connect_timeout=0.4))
+    client = call_budget.bounded(connect(path.url, socket_timeout=0.4, socket_connect_timeout=0.4))
     path.delay(0.2)
     answers = 0
-    with pytest.raises(redis.TimeoutError, match="too slowly"), patience.attempt(1.0):  # noqa: PT012
+    with pytest.raises(redis.TimeoutError, match="too slowly"), call_budget.attempt(1.0):  # noqa: PT012
         while True:
             client.ping()
             answers += 1

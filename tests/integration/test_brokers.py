@@ -19,10 +19,10 @@ import redis
 from celery import Celery
 
 from celery_capacity.platform import servers, valkey
-from celery_capacity.routing import verify
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import Unsupported
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.inspect import verify
 from celery_capacity.workers.app import create_app, install
 from celery_capacity.workers.preflight import shares_ledger
 from celery_capacity.workers.sender import Sender

@@ -18,7 +18,7 @@ from celery.app.amqp import AMQP
 from sqlalchemy import text
 
 from celery_capacity import NotAccepted, PlatformError, Unsupported, create_app, install
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers import ticks
 from celery_capacity.workers.app import platform_of
 from tests.fixtures.processes import READY, Platform, Process

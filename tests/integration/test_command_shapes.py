@@ -15,11 +15,12 @@ from sqlalchemy import Engine
 from celery_capacity.migrations import downgrade
 from celery_capacity.platform import trace
 from celery_capacity.platform.demo import Replayed, Report, WorkerLine
-from celery_capacity.routing import keys, verify
-from celery_capacity.routing.explain import Why
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.settings import Settings
-from celery_capacity.routing.states import State
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.inspect.explain import Why
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.states import State
 from celery_capacity.workers.exits import Exit
 from tests.fixtures import tasks
 from tests.fixtures.commanding import Run, in_process
@@ -226,7 +227,7 @@ def test_attempts_that_came_to_nothing(stage: Stage, run: Run) -> None:
 
 
 def test_a_lost_ledger_and_its_rebuilding(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("celery_capacity.routing.verify.PATIENCE", 0.1)
+    monkeypatch.setattr("celery_capacity.routing.inspect.verify.PATIENCE", 0.1)
     stage.worker("a", cpus=4000)
     held, waiting = stage.submit(cpus=3000), stage.submit(cpus=9000)
     stage.redis.flushdb()
@@ -262,7 +263,7 @@ def test_drift_and_its_repair(stage: Stage, run: Run) -> None:
 
 
 def test_a_broken_invariant(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("celery_capacity.routing.verify.PATIENCE", 0.1)
+    monkeypatch.setattr("celery_capacity.routing.inspect.verify.PATIENCE", 0.1)
     stage.worker("a", cpus=4000)
     stage.redis.set(keys.ALLOCATED_CPUS, "7")
     (broken,) = [

@@ -11,8 +11,8 @@ from click.testing import Result
 from sqlalchemy import Engine
 
 from celery_capacity import migrations
-from celery_capacity.routing import keys
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.exits import Exit
 from tests.fixtures.commanding import Run, in_process
 from tests.fixtures.processes import Platform
@@ -169,7 +169,7 @@ def test_verify_without_a_live_worker_fails_and_says_so(stage: Stage, run: Run) 
 
 
 def test_verify_fails_where_the_books_are_wrong(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("celery_capacity.routing.verify.PATIENCE", 0.1)
+    monkeypatch.setattr("celery_capacity.routing.inspect.verify.PATIENCE", 0.1)
     stage.worker("a", cpus=4000)
     stage.redis.set(keys.ALLOCATED_CPUS, "7")
     seen = run("verify", "--json")

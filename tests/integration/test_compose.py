@@ -24,7 +24,7 @@ from jsonschema import Draft7Validator
 
 from celery_capacity import create_app
 from celery_capacity.platform import valkey
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
 from tests.fixtures import deployed
 from tests.fixtures.composed import Composed, before, compose, entrypoint, health_check, instructions, is_platform
 from tests.fixtures.processes import READY, ROOT, Platform

@@ -18,9 +18,9 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
 from celery_capacity.platform import dashboard
-from celery_capacity.routing import overview
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.inspect import overview
 from tests.fixtures.processes import Platform
 from tests.fixtures.staged import Stage
 

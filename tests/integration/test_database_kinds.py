@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from celery_capacity import Unsupported, migrations
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.workers.exits import Exit
 from celery_capacity.workers.stores import make_engine
 from tests.fixtures import given

@@ -19,9 +19,9 @@ from kombu.exceptions import OperationalError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing import deadlines
+from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, PartlyAccepted, PlatformError, StoreUnavailable
-from celery_capacity.routing.message import Tag
+from celery_capacity.routing.model.message import Tag
 from celery_capacity.workers import attempts
 from celery_capacity.workers.attempts import Attempt
 from celery_capacity.workers.bulk import submit_many
@@ -232,7 +232,7 @@ monkey.patch_all()
 import sys
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
-from celery_capacity.routing.deadlines import Stalled
+from celery_capacity.routing.database.deadlines import Stalled
 from celery_capacity.workers.stores import make_engine
 try:
     with make_engine(sys.argv[1], timeout=1.0).connect() as connection:

@@ -11,9 +11,9 @@ import redis
 from sqlalchemy import Engine
 
 from celery_capacity.platform import render
-from celery_capacity.routing import keys
-from celery_capacity.routing.explain import Explanation, Why, explain
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect.explain import Explanation, Why, explain
+from celery_capacity.routing.ledger import keys
 from tests.fixtures.staged import Stage
 
 

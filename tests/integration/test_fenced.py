@@ -13,10 +13,10 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
 
 from celery_capacity import InvalidRequest, LeaseLost, PlatformError, fenced
-from celery_capacity.routing import keys
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.message import Tag
-from celery_capacity.routing.states import Step
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.states import Step
 from celery_capacity.workers.attempts import Attempt, held
 from tests.fixtures import tasks
 from tests.fixtures.leasing import ADD, HOLD, LEAVE, at_gate, counters, effects, outcomes, platform_with_effects

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from celery_capacity.routing import keys
+from celery_capacity.routing.ledger import keys
 from tests.fixtures.processes import Platform
 from tests.fixtures.setting_aside import counter, epoch_of, queue_of, set_aside, until_set_aside
 from tests.fixtures.stopping import stop_deaf

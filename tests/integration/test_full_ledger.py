@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity.platform import servers
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures.processes import READY, Platform
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until

@@ -30,7 +30,7 @@ from tornado.netutil import bind_sockets
 
 from celery_capacity import NotAccepted, OutcomeUnknown, PlatformError, create_app
 from celery_capacity.platform import dashboard
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.app import platform_of
 from celery_capacity.workers.exits import Exit
 from celery_capacity.workers.intake import Intake

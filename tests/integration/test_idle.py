@@ -14,9 +14,9 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from celery_capacity.routing import keys
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.server import connect
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.connection import connect
 from tests.fixtures.processes import Platform, Process
 from tests.fixtures.servers import TENTH, empty_database, empty_redis, environment_of
 from tests.fixtures.submitting import Submitter, platform_on

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers import inherited
 from celery_capacity.workers.stores import Stores
 from tests.fixtures.processes import Platform

@@ -15,8 +15,8 @@ import redis
 from sqlalchemy import NullPool, create_engine, text
 
 from celery_capacity import StoreUnavailable, migrations
-from celery_capacity.routing.server import connect
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger.connection import connect
 from tests.fixtures.installed import debian_postgres, debian_redis
 from tests.fixtures.processes import FOREIGN
 from tests.fixtures.redises import free_port, redis_server

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
+from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.home import Pair
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.submitting import Submitter, standing_platform

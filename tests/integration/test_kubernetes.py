@@ -17,7 +17,7 @@ import pytest
 import redis
 import yaml
 
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
 from tests.fixtures import deployed
 from tests.fixtures import tasks as held
 from tests.fixtures.composed import programs, with_path

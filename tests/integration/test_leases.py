@@ -16,7 +16,7 @@ from celery.exceptions import WorkerLostError
 from sqlalchemy import text
 
 from celery_capacity import InvalidRequest
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
 from tests.fixtures.leasing import (
     ADD,

@@ -23,10 +23,10 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
 from celery_capacity import InvalidRequest, NotAccepted, create_app, migrations
-from celery_capacity.routing import keys
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.policy import CANDIDATES, Book
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.policy.placement import CANDIDATES, Book
 from tests.fixtures.books import write_book
 from tests.fixtures.guarded import guarded_server
 from tests.fixtures.processes import ROOT, Platform

@@ -14,9 +14,10 @@ from celery import Celery
 from sqlalchemy import Engine, text
 
 from celery_capacity import BacklogFull, MessageTooDeep, MessageTooLarge, create_app
-from celery_capacity.routing import keys, limits
-from celery_capacity.routing.message import Tag
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect import backlog_limit
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.message import Tag
 from celery_capacity.workers import attempts, ticks
 from celery_capacity.workers.attempts import Attempt
 from tests.fixtures.staged import Stage
@@ -121,7 +122,7 @@ def test_room_in_the_backlog_is_seen_within_a_second(
     with pytest.raises(BacklogFull):
         app.send_task(ADD, [1, 2])
     stage.worker("a", cpus=4000)
-    now = time.monotonic() + limits.COUNT_FOR
+    now = time.monotonic() + backlog_limit.COUNT_FOR
     monkeypatch.setattr(app.amqp.job_sender._backlog, "_clock", lambda: now)
     app.send_task(ADD, [1, 2])
 

@@ -1,4 +1,4 @@
-"""The tables: made and taken back by the revisions, the same as in `routing.tables`, once at a time."""
+"""The tables: made and taken back by the revisions, the same as in `routing.database.schema`, once at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, inspect, text
 
 from celery_capacity import migrations
-from celery_capacity.routing import tables
+from celery_capacity.routing.database import schema
 from celery_capacity.routing.errors import InvalidRequest, NotMigrated, StoreUnavailable
 
 TABLES = {
@@ -71,7 +71,7 @@ def test_models_and_migrations_agree(engine: Engine) -> None:
     with engine.connect() as connection:
         options = {"compare_type": True, "compare_server_default": True}
         context = MigrationContext.configure(connection, opts=options)
-        assert compare_metadata(context, tables.metadata) == []
+        assert compare_metadata(context, schema.metadata) == []
 
 
 def test_checks_and_partial_indexes_agree_too_which_alembic_does_not_compare(engine: Engine) -> None:
@@ -79,7 +79,7 @@ def test_checks_and_partial_indexes_agree_too_which_alembic_does_not_compare(eng
         migrated = _definitions(connection, "public")
         connection.execute(text("CREATE SCHEMA modelled"))
         connection.execute(text("SET LOCAL search_path TO modelled"))
-        tables.metadata.create_all(connection, checkfirst=False)
+        schema.metadata.create_all(connection, checkfirst=False)
         modelled = _definitions(connection, "modelled")
     assert migrated == modelled
 

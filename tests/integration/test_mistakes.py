@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-from celery_capacity.routing.addresses import numbered
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.config.redis_urls import numbered
 from celery_capacity.workers.exits import Exit
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import standing_platform

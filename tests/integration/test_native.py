@@ -6,8 +6,8 @@ import json
 import subprocess
 import sys
 
-from celery_capacity.routing import native
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.config.settings import Settings
 from tests.fixtures.forking import ROOT, usual_environment
 
 
@@ -35,8 +35,8 @@ def test_threads_and_greenlets_share_locks_and_conditions_and_no_connections(set
 
 
 def test_without_gevent_nothing_is_changed() -> None:
-    thread = native.Thread(target=lambda: None)
+    thread = os_threads.Thread(target=lambda: None)
     thread.start()
     thread.join(10)
-    assert not native.is_green()
+    assert not os_threads.is_green()
     assert not thread.is_alive()

@@ -12,9 +12,9 @@ import pytest
 from sqlalchemy import create_engine
 
 from celery_capacity import PlatformError, migrations
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.postgres import OLDEST
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.postgres import OLDEST
+from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.workers.exits import Exit
 from tests.fixtures.processes import FOREIGN
 from tests.fixtures.servers import environment_of

@@ -9,9 +9,11 @@ import pytest
 import redis
 from sqlalchemy import Engine, create_engine
 
-from celery_capacity.routing import keys, overview
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import NotMigrated, StoreUnavailable
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.inspect import overview
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.connection import quick_client
 from tests.fixtures.staged import Stage
 
 
@@ -117,7 +119,7 @@ def test_a_cold_ledger_is_answered_for_by_postgres(stage: Stage) -> None:
     stage.redis.flushdb()
     with pytest.raises(overview.Cold):
         overview.from_ledger(stage.redis)
-    seen = overview.read(overview.quick(stage.redis), stage.engine)
+    seen = overview.read(quick_client(stage.redis), stage.engine)
     assert (seen.source, seen.total("cpus")) == ("postgres", 4000)
 
 
@@ -129,12 +131,12 @@ def test_a_ledger_opened_in_another_life_of_the_server_is_cold(stage: Stage) -> 
 
 def test_without_redis_postgres_answers_and_says_so(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
-    nobody = overview.quick(redis.Redis(port=1))
+    nobody = quick_client(redis.Redis(port=1))
     assert overview.read(nobody, stage.engine).source == "postgres"
 
 
 def test_without_both_the_error_names_both(stage: Stage) -> None:
-    nobody = overview.quick(redis.Redis(port=1))
+    nobody = quick_client(redis.Redis(port=1))
     closed = create_engine("postgresql+psycopg2://me:secret@127.0.0.1:1/platform")
     with pytest.raises(StoreUnavailable, match=r"ledger does not answer \(.*refused.*Postgres does not answer"):
         overview.read(nobody, closed)
@@ -143,7 +145,7 @@ def test_without_both_the_error_names_both(stage: Stage) -> None:
 def test_without_redis_and_without_tables_the_error_says_what_to_run(stage: Stage) -> None:
     stage.sql("DROP TABLE workers")
     with pytest.raises(NotMigrated, match="db upgrade"):
-        overview.read(overview.quick(redis.Redis(port=1)), stage.engine)
+        overview.read(quick_client(redis.Redis(port=1)), stage.engine)
 
 
 def test_reads_of_the_allocated_cpus_say_how_many_redis_answered(stage: Stage) -> None:

@@ -218,7 +218,7 @@ def test_types_of_the_public_names_reach_a_program(from_wheel: Path, tmp_path: P
     told = [line.partition(": ")[2] for line in done.stdout.splitlines()]
     assert told[:-1] == [
         'note: Revealed type is "sqlalchemy.orm.session.Session"',
-        'note: Revealed type is "celery_capacity.routing.watching.JobEvent"',
+        'note: Revealed type is "celery_capacity.routing.inspect.job_events.JobEvent"',
         'error: Incompatible types in assignment (expression has type "str", variable has type "int")  [assignment]',
     ], done.stdout + done.stderr
 

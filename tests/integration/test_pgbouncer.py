@@ -16,7 +16,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.workers.duties.listening import NAME
 from tests.fixtures.installed import debian_pgbouncer
 from tests.fixtures.processes import Platform

@@ -15,7 +15,7 @@ from pytest_celery.vendors.worker import tasks
 from pytest_docker_tools import build, container, fetch, fxtr
 
 from celery_capacity import migrations
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.app import create_app
 from tests.fixtures.celery_nodes import PlatformContainer
 from tests.fixtures.celery_smoke import Smoke

@@ -12,8 +12,8 @@ import pytest
 from celery import Celery
 from sqlalchemy import text
 
-from celery_capacity.routing import quarantine
-from celery_capacity.routing.states import FINAL
+from celery_capacity.routing.model.states import FINAL
+from celery_capacity.routing.store import quarantine
 from tests.fixtures import garbage, tasks
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.setting_aside import (

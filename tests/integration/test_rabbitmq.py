@@ -10,7 +10,7 @@ from celery import Celery, states
 from celery.exceptions import TaskRevokedError
 from sqlalchemy import text
 
-from celery_capacity.routing.states import FINAL
+from celery_capacity.routing.model.states import FINAL
 from tests.fixtures import garbage, tasks
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.rabbitmq import RabbitMQ, own_rabbitmq

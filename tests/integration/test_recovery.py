@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_capacity.routing import keys
+from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.sender import Sender
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import RESULT_WITHIN, Submitter

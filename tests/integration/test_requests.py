@@ -11,10 +11,11 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity import create_app
-from celery_capacity.routing import explain, message
-from celery_capacity.routing.explain import Explanation, Why
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect import explain
+from celery_capacity.routing.inspect.explain import Explanation, Why
+from celery_capacity.routing.model import message
 from celery_capacity.workers.app import platform_of
 from celery_capacity.workers.router import HEADER
 from tests.fixtures import tasks

@@ -16,9 +16,9 @@ from celery.result import AsyncResult
 from sqlalchemy import text
 
 from celery_capacity.platform import postgres, servers, valkey
-from celery_capacity.routing import keys
+from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import LeaseLost
-from celery_capacity.routing.home import Pair
+from celery_capacity.routing.ledger import keys
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform, Process
 from tests.fixtures.submitting import Submitter, standing_platform

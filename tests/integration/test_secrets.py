@@ -17,8 +17,9 @@ from sqlalchemy import Engine, create_engine, make_url, text
 
 from celery_capacity import create_app
 from celery_capacity.platform import dashboard
-from celery_capacity.routing import overview, secrets
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config import redaction
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect import overview
 from tests.fixtures import tasks
 from tests.fixtures.guarded import guarded_server
 from tests.fixtures.processes import ROOT, Platform
@@ -211,14 +212,14 @@ SECRET_NAMES = (
 
 @pytest.mark.parametrize("name", SECRET_NAMES.split())
 def test_a_name_that_looks_secret(name: str) -> None:
-    assert secrets.looks_secret(name)
-    assert secrets.hidden({name: "x", "other": 1}) == {name: "***", "other": 1}
-    assert secrets.hidden([{"a": ({name: "x"},)}]) == [{"a": ({name: "***"},)}]
+    assert redaction.looks_secret(name)
+    assert redaction.hidden({name: "x", "other": 1}) == {name: "***", "other": 1}
+    assert redaction.hidden([{"a": ({name: "x"},)}]) == [{"a": ({name: "***"},)}]
 
 
 def test_arguments_without_secrets_are_not_copied() -> None:
     for arguments in ((1, "a", None), {"a": [1, {"b": 2}]}, [float("nan")], ()):
-        assert secrets.hidden(arguments) is arguments
+        assert redaction.hidden(arguments) is arguments
 
 
 def test_a_caller_may_say_what_is_shown() -> None:

@@ -14,12 +14,14 @@ from celery import Celery
 
 from celery_capacity import install
 from celery_capacity.platform import valkey
-from celery_capacity.routing import addresses, sentinels, verify
-from celery_capacity.routing.addresses import numbered
-from celery_capacity.routing.authority import Authority, read_authority
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.server import connect
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.config.redis_urls import numbered
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.authority import Authority, read_authority
+from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.ledger import sentinels
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers import inherited
 from celery_capacity.workers.stores import Stores
 from tests.fixtures.installed import debian_redis, old_redis
@@ -142,8 +144,8 @@ def test_celerys_options_may_name_the_redis_instead(
     app = Celery("theirs", set_as_current=False)
     if named_by == "Celery's options":
         url = url.partition("?")[0]
-        app.conf.broker_transport_options = {addresses.MASTER: NAME}
-        app.conf.result_backend_transport_options = {addresses.MASTER: NAME}
+        app.conf.broker_transport_options = {redis_urls.MASTER: NAME}
+        app.conf.result_backend_transport_options = {redis_urls.MASTER: NAME}
     app.conf.broker_url = app.conf.result_backend = url
     install(app, resolve=lambda _: platform.settings)
     with app.connection_for_write() as connection:

@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 import pytest
 
-from celery_capacity.routing import verify
-from celery_capacity.routing.addresses import numbered
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.server import connect
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.config.redis_urls import numbered
+from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers import inherited
 from celery_capacity.workers.stores import Stores
 from tests.fixtures.processes import FOREIGN, Platform

@@ -20,9 +20,9 @@ import redis
 from sqlalchemy import NullPool, create_engine, text
 
 from celery_capacity.platform import detached, postgres, servers, valkey
+from celery_capacity.routing.config.embedded import Pair, running_pair
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import NoServers
-from celery_capacity.routing.home import Pair, running_pair
-from celery_capacity.routing.settings import Settings
 from tests.fixtures.processes import ROOT
 
 SECONDS = 60
@@ -102,7 +102,7 @@ def test_of_two_first_commands_at_once_one_starts_and_both_get_the_same(shared: 
         "import sys\n"
         "from pathlib import Path\n"
         "from celery_capacity.platform import servers\n"
-        "from celery_capacity.routing.settings import Settings\n"
+        "from celery_capacity.routing.config.settings import Settings\n"
         "got = servers.ensure(Settings(home=Path(sys.argv[1])))\n"
         "print(got.redis_url, got.database_url)"
     )

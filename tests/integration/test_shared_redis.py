@@ -9,9 +9,10 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity import Unsupported
-from celery_capacity.routing import keys, rebuild
-from celery_capacity.routing.home import Pair
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.recovery import rebuild
 from celery_capacity.workers.exits import Exit
 from celery_capacity.workers.stores import Stores
 from tests.fixtures import tasks

@@ -13,10 +13,12 @@ from benchmarks.size.crowd import Crowd
 from benchmarks.size.figures import PARTS, Figure
 from benchmarks.size.report import Report, figures
 from benchmarks.size.stock import Stock, worker_name
-from celery_capacity.routing import keys, rebuild, reconcile, stream, verify
-from celery_capacity.routing.books import text as as_text
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.snapshot import text as as_text
+from celery_capacity.routing.recovery import rebuild, reconcile, transition_log
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 
@@ -62,7 +64,7 @@ def test_a_crowd_that_holds_jobs_says_so_to_an_emptied_ledger(
         done = rebuild.open_if_cold(server, ledger)
         assert done is not None
         assert (done.workers, done.held, done.filed) == (2, 4, 60)
-        stream.apply_all(server, ledger)
+        transition_log.apply_all(server, ledger)
         until(lambda: ledger.client.zcard(keys.FREE) == 2, "both workers are open again")
         with server.connect() as connection:
             before = "SELECT count(*) FROM jobs WHERE state = 'running' AND epoch = 1 AND attempt = 1"

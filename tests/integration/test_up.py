@@ -17,7 +17,7 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from celery_capacity.routing.home import running_pair
+from celery_capacity.routing.config.embedded import running_pair
 from tests.fixtures.processes import Platform, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from celery_capacity.routing.url_files import FROM_FILES
+from celery_capacity.routing.config.secret_files import FROM_FILES
 from tests.fixtures.processes import Platform
 
 

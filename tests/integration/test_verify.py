@@ -11,9 +11,10 @@ import pytest
 import redis
 from sqlalchemy import Engine
 
-from celery_capacity.routing import keys, verify
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.ledger import keys
 from tests.fixtures.staged import Stage
 
 #: Seconds for which a violation must stay; nothing else moves in these tests.

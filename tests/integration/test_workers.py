@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from celery_capacity.routing import keys, overview
+from celery_capacity.routing.inspect import overview
+from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.exits import Exit
 from celery_capacity.workers.identity import platform_version
 from tests.fixtures import tasks

@@ -14,13 +14,13 @@ WORKERS: Final = (0, 1)
 #: No worker.
 NOBODY: Final = -1
 
-# -- states of a job, as in routing/states.py. A card in the ledger that is OVER is a tombstone.
+# -- states of a job, as in routing/model/states.py. A card in the ledger that is OVER is a tombstone.
 ACCEPTED, WAITING, ADMITTED, RUNNING, SUCCEEDED, LOST, OVER = range(7)
 FINAL: Final = (SUCCEEDED, LOST)
 HOLDING: Final = (ADMITTED, RUNNING)
 STATE_NAMES: Final = ("accepted", "waiting", "admitted", "running", "succeeded", "lost", "over")
 
-# -- the rank of a transition inside one attempt, as `routing.states.Step`
+# -- the rank of a transition inside one attempt, as `routing.model.states.Step`
 STEP_NONE, STEP_ADMITTED, STEP_RUNNING, STEP_ENDED, STEP_BACK, STEP_FILED = 0, 1, 2, 9, 10, 11
 
 # -- what a worker's memory has of an attempt

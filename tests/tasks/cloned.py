@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from celery_capacity.routing import process_identity
+from celery_capacity.routing.config import process_identity
 
 
 def boot_id() -> str:

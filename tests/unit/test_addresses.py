@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from celery_capacity.routing import addresses
-from celery_capacity.routing.addresses import Address, elsewhere, numbered, read
+from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.config.redis_urls import Address, elsewhere, numbered, read
 from celery_capacity.routing.errors import InvalidRequest
 
 
@@ -45,8 +45,8 @@ def test_a_socket_and_sentinels_are_kept_as_celery_reads_them_and_others_as_they
             "sentinel://:p@a:1/2;sentinel://:p@b:26379/2?master_name=m"
         ),
     }
-    assert {url: addresses.check(url, "REDIS_URL") for url in kept} == kept
-    assert {url: addresses.check(url, "REDIS_URL") for url in kept.values()} == {url: url for url in kept.values()}
+    assert {url: redis_urls.check(url, "REDIS_URL") for url in kept} == kept
+    assert {url: redis_urls.check(url, "REDIS_URL") for url in kept.values()} == {url: url for url in kept.values()}
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_a_socket_and_sentinels_are_kept_as_celery_reads_them_and_others_as_they
 )
 def test_what_is_wrong_with_one_is_said(url: str, why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
-        addresses.check(url, "REDIS_URL")
+        redis_urls.check(url, "REDIS_URL")
 
 
 @pytest.mark.parametrize("url", ["redis://u:s3c/ret@h:1/0", "redis://:s3cret@h:x/0", "sentinel://:s3cret@a/x"])
 def test_no_password_is_in_the_error(url: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        addresses.check(url, "REDIS_URL")
+        redis_urls.check(url, "REDIS_URL")
     assert "s3c" not in str(caught.value)
 
 

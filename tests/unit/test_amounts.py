@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_capacity.routing import amounts
-from celery_capacity.routing.amounts import (
+from celery_capacity.routing.errors import InvalidRequest, show
+from celery_capacity.routing.model import amounts
+from celery_capacity.routing.model.amounts import (
     canonical,
     cpus_number,
     format_amount,
@@ -25,7 +26,6 @@ from celery_capacity.routing.amounts import (
     parse_memory,
     to_people,
 )
-from celery_capacity.routing.errors import InvalidRequest, show
 
 MILLICORES = st.integers(0, 1_000_000_000)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from celery_capacity.routing.errors import NotAccepted
-from celery_capacity.routing.job import NewJob
-from celery_capacity.routing.message import Tag
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.message import Tag
 from celery_capacity.workers import attempts
 from celery_capacity.workers.attempts import Attempt
 

@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.machine import (
+from celery_capacity.routing.config.machine import (
     Detected,
     Facts,
     Limit,
@@ -23,7 +21,9 @@ from celery_capacity.routing.machine import (
     detect,
     publish,
 )
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.model.capacity import Capacity
 
 GIB = 1024**3
 HOST = Facts(affinity=8, machine_cpus=16, machine_memory=64 * GIB)

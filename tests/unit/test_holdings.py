@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.request import Request
 from celery_capacity.workers.holdings import Holding, Holdings
 
 ONE = Request.of({"cpus": 1000})

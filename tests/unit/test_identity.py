@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from celery_capacity.routing import process_identity
-from celery_capacity.routing.process_identity import Place
-from celery_capacity.routing.roster import WorkerRow
+from celery_capacity.routing.config import process_identity
+from celery_capacity.routing.config.process_identity import Place
+from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers.identity import is_known_dead, new_identity
 
 

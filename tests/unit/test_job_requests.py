@@ -12,8 +12,8 @@ from celery import signals
 from celery.app.task import Context
 from celery.utils.threads import LocalStack
 
-from celery_capacity.routing.message import Tag
-from celery_capacity.routing.outbox import Outbox
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.workers import attempts
 from celery_capacity.workers.requests import request_class
 from celery_capacity.workers.tracing import TracedPool

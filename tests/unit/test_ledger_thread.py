@@ -9,12 +9,12 @@ from unittest.mock import Mock
 
 import pytest
 
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.ledger import Ledger as Real
-from celery_capacity.routing.message import Tag
-from celery_capacity.routing.replies import Claimed, HandedOver, Released, Settled
-from celery_capacity.routing.request import Request
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.ledger.client import Ledger as Real
+from celery_capacity.routing.ledger.replies import Claimed, HandedOver, Released, Settled
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.request import Request
 from celery_capacity.workers.holdings import Holding, Holdings
 from celery_capacity.workers.ledger_thread import LedgerThread
 

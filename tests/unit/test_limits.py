@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing import limits
 from celery_capacity.routing.errors import BacklogFull, MessageTooDeep
-from celery_capacity.routing.nesting import MOST_LEVELS, check_body, check_headers, check_value
+from celery_capacity.routing.inspect import backlog_limit
+from celery_capacity.routing.model.nesting import MOST_LEVELS, check_body, check_headers, check_value
 
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
@@ -106,7 +106,7 @@ def test_the_depth_of_the_text_is_that_of_the_value(value: Any, more: int) -> No
 # -- the backlog
 
 
-class Counted(limits.BacklogLimit):
+class Counted(backlog_limit.BacklogLimit):
     """A limit whose stores say what the test says."""
 
     def __init__(self) -> None:
@@ -131,13 +131,13 @@ def test_a_count_serves_for_a_second() -> None:
     for _ in range(50):
         limit.check(100)
     assert limit.counts == 1
-    limit.now, limit.waiting = limits.COUNT_FOR, 100
+    limit.now, limit.waiting = backlog_limit.COUNT_FOR, 100
     with pytest.raises(BacklogFull, match="100 jobs or more wait already"):
         limit.check(100)
     with pytest.raises(BacklogFull):
         limit.check(100)
     assert limit.counts == 2
-    limit.now, limit.waiting = 2 * limits.COUNT_FOR, 99
+    limit.now, limit.waiting = 2 * backlog_limit.COUNT_FOR, 99
     limit.check(100)
 
 
@@ -158,4 +158,4 @@ def test_where_neither_store_counts_the_insert_is_left_to_say_why() -> None:
         def connect(self) -> Any:
             raise PoolTimeout("away too")
 
-    limits.BacklogLimit(lambda: None, Engine).check(1)  # type: ignore[arg-type]
+    backlog_limit.BacklogLimit(lambda: None, Engine).check(1)  # type: ignore[arg-type]

@@ -9,10 +9,10 @@ import pytest
 from psycopg2 import OperationalError
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.capacity import Capacity
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.replies import Filled, Renewed
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.ledger.replies import Filled, Renewed
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.request import Request
 from celery_capacity.workers.holdings import Holding, Holdings
 from celery_capacity.workers.membership import Membership
 

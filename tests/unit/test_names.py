@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.names import check_job_id, check_resource_name, check_worker_name
+from celery_capacity.routing.model.identifiers import check_job_id, check_resource_name, check_worker_name
 
 SAFE = "ABCXYZabcxyz0189_.-"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from celery_capacity.routing import process_identity
+from celery_capacity.routing.config import process_identity
 from celery_capacity.workers import orphans
 from tests.unit.test_identity import own_row
 

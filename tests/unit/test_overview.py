@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.overview import BacklogLine, Overview, WorkerLine, sum_up
-from celery_capacity.routing.request import Request
+from celery_capacity.routing.inspect.overview import BacklogLine, Overview, WorkerLine, sum_up
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.request import Request
 
 AT = datetime(2026, 1, 2, 3, 4, 5, 678900, UTC)
 

@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 from celery import Celery
 
-from celery_capacity.routing.message import Tag
-from celery_capacity.routing.outbox import Outbox, parse
-from celery_capacity.routing.states import Step
-from celery_capacity.routing.store import Transition
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.outbox import Outbox, parse
+from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers import parts as module
 from celery_capacity.workers.attempts import Attempt
 from celery_capacity.workers.delivery import Delivery, key_of

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_capacity.routing import policy
-from celery_capacity.routing.capacity import Capacity
-from celery_capacity.routing.fill import fill
-from celery_capacity.routing.policy import (
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy import placement
+from celery_capacity.routing.policy.fill import fill
+from celery_capacity.routing.policy.placement import (
     SUBMISSIONS,
     TOP_PRIORITY,
     Admission,
@@ -32,7 +33,6 @@ from celery_capacity.routing.policy import (
     split_order,
     survey,
 )
-from celery_capacity.routing.request import Request
 
 RESOURCES = ("cpus", "memory", "licence", "slots")
 SMALL = st.dictionaries(st.sampled_from(RESOURCES), st.integers(0, 6), max_size=4)
@@ -410,14 +410,14 @@ def test_a_pass_is_the_same_as_one_admission_at_a_time(books: list[Book], backlo
 
 
 def test_the_policy_imports_values_and_the_standard_library_only() -> None:
-    assert policy.__file__
-    tree = ast.parse(Path(policy.__file__).read_text(encoding="utf-8"))
+    assert placement.__file__
+    tree = ast.parse(Path(placement.__file__).read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= set(
         itertools.chain(*([a.name for a in node.names] for node in ast.walk(tree) if isinstance(node, ast.Import)))
     )
     ours = {name for name in imported if name and name.split(".")[0] == "celery_capacity"}
-    assert ours <= {f"celery_capacity.routing.{name}" for name in ("amounts", "request", "capacity")}
+    assert ours <= {f"celery_capacity.routing.model.{name}" for name in ("amounts", "request", "capacity")}
     assert not imported & {"time", "random", "logging", "datetime", "os", "redis", "sqlalchemy"}
 
 

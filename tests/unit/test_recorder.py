@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing import bad_transitions
+from celery_capacity.routing.store import refused_transitions
 from celery_capacity.workers import recorder
 from celery_capacity.workers.recorder import Recorder
 from tests.fixtures.waiting import until
@@ -57,7 +57,7 @@ class Takes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.takes = False
         self.tried = threading.Semaphore(0)
-        monkeypatch.setattr(bad_transitions, "write", self.write)
+        monkeypatch.setattr(refused_transitions, "write", self.write)
         monkeypatch.setattr(recorder, "RETRY_AFTER", (0.001,))
 
     def write(self, _: Any, batch: list[Any], *, wait: bool) -> tuple[list[Any], list[Any]]:

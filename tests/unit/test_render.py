@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from celery_capacity.platform import render
-from celery_capacity.routing.overview import Overview, WorkerLine
-from celery_capacity.routing.verify import INVARIANTS, Report, Verdict
+from celery_capacity.routing.inspect.overview import Overview, WorkerLine
+from celery_capacity.routing.inspect.verify import INVARIANTS, Report, Verdict
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.request import REQUEST_OPTIONS, Request
+from celery_capacity.routing.model.request import REQUEST_OPTIONS, Request
 
 NAMES = st.one_of(st.sampled_from(["cpus", "memory", "gpus"]), st.text("abc_.-09", min_size=1, max_size=8))
 REQUESTS = st.dictionaries(NAMES, st.integers(0, 1_000_000_000), max_size=8).map(Request.of)

@@ -12,8 +12,8 @@ from jsonschema import Draft202012Validator
 
 from celery_capacity.migrations import HEAD
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.explain import Why
-from celery_capacity.routing.states import State
+from celery_capacity.routing.inspect.explain import Why
+from celery_capacity.routing.model.states import State
 from tests.fixtures.processes import ROOT
 from tests.fixtures.shapes import SCHEMAS, assert_shape, commands, prints_json, schema
 

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from celery_capacity.routing import home, process_identity
+from celery_capacity.routing.config import embedded, process_identity
+from celery_capacity.routing.config.settings import Settings, described
 from celery_capacity.routing.errors import InvalidRequest, NoServers, SettingsError
-from celery_capacity.routing.settings import Settings, described
 
 ROOT = Path(__file__).parents[2]
 URLS = {"REDIS_URL": "redis://:s3cret@host:6379/0", "DATABASE_URL": "postgres://user:s3cret@host/db"}
@@ -45,7 +45,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
         "most_losses": 3,
         "requests": None,
         "imports": (),
-        "home": home.default_home({"HOME": "/home/ada"}),
+        "home": embedded.default_home({"HOME": "/home/ada"}),
         "dashboard": ("127.0.0.1", 8000),
         "heartbeat_interval": 30.0,
         "renew_interval": 10.0,
@@ -314,7 +314,7 @@ def test_the_documented_defaults_are_the_defaults_and_can_be_written() -> None:
     ],
 )
 def test_the_default_home_is_the_user_s_state_folder(environ: dict[str, str], system: str, folder: str) -> None:
-    assert home.default_home(environ, system) == Path(folder)
+    assert embedded.default_home(environ, system) == Path(folder)
 
 
 def write_servers(folder: Path, **changes: Any) -> None:
@@ -335,7 +335,7 @@ def write_servers(folder: Path, **changes: Any) -> None:
 
 def test_a_pair_runs_if_both_recorded_processes_live(tmp_path: Path) -> None:
     write_servers(tmp_path)
-    pair = home.running_pair(tmp_path)
+    pair = embedded.running_pair(tmp_path)
     assert pair is not None
     assert (pair.redis_url, pair.redis_pid, pair.data) == (
         "redis://127.0.0.1:6379/0",
@@ -347,31 +347,31 @@ def test_a_pair_runs_if_both_recorded_processes_live(tmp_path: Path) -> None:
 
 def test_a_pair_without_recorded_starts_needs_only_to_live(tmp_path: Path) -> None:
     write_servers(tmp_path, redis_ticks=..., postgres_ticks=None, boot=...)
-    assert home.running_pair(tmp_path) is not None
+    assert embedded.running_pair(tmp_path) is not None
 
 
 @pytest.mark.parametrize("which", ["redis", "postgres"])
 def test_a_pair_does_not_run_if_one_pid_belongs_to_another_process(tmp_path: Path, which: str) -> None:
     write_servers(tmp_path, **{f"{which}_ticks": 7})
-    assert home.running_pair(tmp_path) is None
+    assert embedded.running_pair(tmp_path) is None
 
 
 def test_a_pair_of_another_boot_does_not_run(tmp_path: Path) -> None:
     write_servers(tmp_path, boot="another:")
-    assert home.running_pair(tmp_path) is None
+    assert embedded.running_pair(tmp_path) is None
 
 
 def test_a_pair_runs_though_the_wall_clock_was_stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_servers(tmp_path)
     stepped = psutil.boot_time() + 3600
     monkeypatch.setattr("psutil._pslinux.boot_time", lambda: stepped)
-    assert home.running_pair(tmp_path) is not None
+    assert embedded.running_pair(tmp_path) is not None
 
 
 @pytest.mark.parametrize("pid", [2**22 + 1, 0, -1])
 def test_a_pair_does_not_run_if_a_process_is_gone(tmp_path: Path, pid: int) -> None:
     write_servers(tmp_path, redis_pid=pid, redis_ticks=None)
-    assert home.running_pair(tmp_path) is None
+    assert embedded.running_pair(tmp_path) is None
 
 
 def test_a_dead_process_that_nobody_waited_for_is_gone(tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_a_dead_process_that_nobody_waited_for_is_gone(tmp_path: Path) -> None:
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is still there
         write_servers(tmp_path, redis_pid=pid, redis_ticks=None)
-        assert home.running_pair(tmp_path) is None
+        assert embedded.running_pair(tmp_path) is None
     finally:
         os.waitpid(pid, 0)
 
@@ -389,19 +389,19 @@ def test_a_dead_process_that_nobody_waited_for_is_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"redis_pid": "x"}'])
 def test_a_file_that_describes_no_pair_is_no_running_pair(tmp_path: Path, text: str) -> None:
     (tmp_path / "servers.json").write_text(text)
-    assert home.running_pair(tmp_path) is None
+    assert embedded.running_pair(tmp_path) is None
 
 
 def test_no_folder_no_pair(tmp_path: Path) -> None:
-    assert home.running_pair(tmp_path / "nowhere") is None
+    assert embedded.running_pair(tmp_path / "nowhere") is None
     (tmp_path / "file").write_text("")
-    assert home.running_pair(tmp_path / "file") is None
+    assert embedded.running_pair(tmp_path / "file") is None
 
 
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "servers.json").mkdir()
     with pytest.raises(NoServers, match=r"servers\.json cannot be read"):
-        home.running_pair(tmp_path)
+        embedded.running_pair(tmp_path)
 
 
 def test_what_has_ended_may_be_kept_for_ever() -> None:

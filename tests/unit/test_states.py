@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_capacity.routing.errors import IllegalTransition
-from celery_capacity.routing.states import (
+from celery_capacity.routing.model.states import (
     FINAL,
     HOLDING,
     TRANSITIONS,

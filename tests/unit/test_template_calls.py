@@ -13,7 +13,7 @@ from celery.result import AsyncResult
 from kombu import Exchange, Queue
 
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.message import Tag
+from celery_capacity.routing.model.message import Tag
 from celery_capacity.workers.app import install
 from celery_capacity.workers.attempts import Attempt, held
 from celery_capacity.workers.templates import MOST_CHANGES, MOST_KINDS

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from celery_capacity.routing.job import NewJob
+from celery_capacity.routing.model.job import NewJob
 from tests.fixtures.alike import (
     CHANGES,
     SHOWING,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from celery_capacity.routing.config.secret_files import FROM_FILES, MOST_BYTES, SUFFIX
+from celery_capacity.routing.config.settings import Settings, described
 from celery_capacity.routing.errors import SettingsError
-from celery_capacity.routing.settings import Settings, described
-from celery_capacity.routing.url_files import FROM_FILES, MOST_BYTES, SUFFIX
 
 ROOT = Path(__file__).parents[2]
 REDIS = "redis://:s3cret@host:6379/0"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import psycopg2
 import pytest
 
-from celery_capacity.routing.deadlines import Call, Stalled
+from celery_capacity.routing.database.deadlines import Call, Stalled
 
 #: Seconds of a call's limit.
 LIMIT = 0.05

@@ -6,10 +6,11 @@ import logging
 
 from celery import Celery
 
-from celery_capacity.routing import backlog, enroll, gates
+from celery_capacity.routing.database.postgres import is_locked
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.postgres import is_locked
-from celery_capacity.routing.states import State
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.recovery import resubmit
+from celery_capacity.routing.store import backlog, dependencies
 from celery_capacity.workers.control import end_before_start, open_gates
 from celery_capacity.workers.duties import stream
 from celery_capacity.workers.gates import burst_of
@@ -45,7 +46,7 @@ def open_all(app: Celery, stores: Stores) -> dict[str, int]:
     `let_go`."""
     opened = open_gates(app, stores)
     with stores.engine.connect() as connection:
-        let_go = gates.let_go(connection, burst_of(stores.settings))
+        let_go = dependencies.let_go(connection, burst_of(stores.settings))
     return {
         "opened": len(opened.due) + len(opened.scheduled),
         "cancelled": len(opened.cancelled),
@@ -55,7 +56,7 @@ def open_all(app: Celery, stores: Stores) -> dict[str, int]:
 
 def _due(app: Celery, stores: Stores, gone: set[str]) -> int:
     if stores.ledger.is_unfinished():
-        # Whoever opens the ledger knows which of them may have started (`routing.doubt`).
+        # Whoever opens the ledger knows which of them may have started (`routing.policy.unknown_starts`).
         return 0
     submitted, after = 0, 0
     with stores.engine.connect() as connection:
@@ -66,7 +67,7 @@ def _due(app: Celery, stores: Stores, gone: set[str]) -> int:
     while True:
         with stores.engine.connect() as connection:
             rows = backlog.due(connection, MOST, after)
-        submitted += enroll.submit_rows(stores.ledger, [row for row in rows if row.id not in gone])
+        submitted += resubmit.submit_rows(stores.ledger, [row for row in rows if row.id not in gone])
         if len(rows) < MOST:
             return submitted
         after = rows[-1].seq

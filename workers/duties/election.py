@@ -16,10 +16,11 @@ from redis.exceptions import RedisError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import election, native
-from celery_capacity.routing.election import Elected
+from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.ledger import Ledger
+from celery_capacity.routing.ledger import election
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.workers.duties.window import Window
 from celery_capacity.workers.wake import Wake
 
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 RENEWALS: Final = 3
 
 
-class Candidate(native.Thread):
+class Candidate(os_threads.Thread):
     """`authority` says which store decides, so which one keeps the lease. `on_change` is called when this worker won or
     lost the election, `on_asked` with the duties that other workers asked for, `on_look` with each answer of the
     ledger, None where it gave none. Any handle of the ledger will do."""

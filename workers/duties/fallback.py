@@ -9,9 +9,10 @@ from celery import Celery
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing import backlog, pull, revoking, roster, store
-from celery_capacity.routing.postgres import is_locked
-from celery_capacity.routing.states import State
+from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.recovery import revocation
+from celery_capacity.routing.store import backlog, claims, job_transitions, worker_rows
 from celery_capacity.workers.duties import due
 from celery_capacity.workers.duties.window import Window
 from celery_capacity.workers.pull import transactions
@@ -30,20 +31,20 @@ def expire(app: Celery, stores: Stores) -> dict[str, int]:
     with stores.engine.connect() as connection:
         overdue = backlog.overdue(connection, MOST)
         expired = [job for job in overdue if _end(connection, job, State.EXPIRED, "expired")]
-        marked = [job for jobs in revoking.still_open(connection) for job in jobs]
-        revoked = [job for job in marked if _end(connection, job, State.CANCELLED, store.REVOKED)]
+        marked = [job for jobs in revocation.still_open(connection) for job in jobs]
+        revoked = [job for job in marked if _end(connection, job, State.CANCELLED, job_transitions.REVOKED)]
     if expired or revoked:
         deliver_rows(app, stores, [*expired, *revoked])
     opened = due.open_all(app, stores)
     if opened["opened"] or opened["let_go"]:
         with stores.engine.connect() as connection:
-            pull.wake(connection)
+            claims.wake(connection)
     return {"expired": len(expired), "revoked": len(revoked), **opened}
 
 
 def _end(connection: Connection, job: str, state: State, error: str) -> bool:
     try:
-        return store.end_unfiled(connection, job, state, error)
+        return job_transitions.end_unfiled(connection, job, state, error)
     except OperationalError as problem:
         if not is_locked(problem):
             raise
@@ -59,17 +60,17 @@ def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str
     watched = window is None or window.seconds() >= min(settings.lost_after, settings.renew_interval * 2)
     with transactions(stores.engine).begin() as connection:
         if window is None:
-            silent = list(roster.silent_workers(connection, settings.lost_after))
+            silent = list(worker_rows.silent_workers(connection, settings.lost_after))
         else:
-            seen = roster.silent_workers(connection, settings.worker_ttl)
-            lately = bool(roster.live_workers(connection, settings.worker_ttl))
+            seen = worker_rows.silent_workers(connection, settings.worker_ttl)
+            lately = bool(worker_rows.live_workers(connection, settings.worker_ttl))
             over = window.silent_for(settings.lost_after - settings.worker_ttl, seen, any_lately=lately)
             silent = over if watched else []
         for incarnation in silent:
-            roster.end_worker(connection, incarnation, "lost")
-        pull.close_orphans(connection)
-        orphans = pull.orphans(connection)
-        taken_back = pull.give_back_free(connection, orphans, None, "its worker has ended", settings.most_losses)
+            worker_rows.end_worker(connection, incarnation, "lost")
+        claims.close_orphans(connection)
+        orphans = claims.orphans(connection)
+        taken_back = claims.give_back_free(connection, orphans, None, "its worker has ended", settings.most_losses)
         if taken_back:
-            pull.wake(connection)
+            claims.wake(connection)
     return {"lost": len(silent), "taken_back": len(taken_back)}

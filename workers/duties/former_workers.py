@@ -8,7 +8,7 @@ from typing import Final
 from celery import Celery
 from sqlalchemy import Connection, text
 
-from celery_capacity.routing import books, keys
+from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.workers.stores import Stores
 
 #: Times the setting LOST after which the row of an incarnation that has left is forgotten (21 h at the usual 75 s).
@@ -52,6 +52,6 @@ def _alive(connection: Connection) -> set[str]:
 def _private_queues(stores: Stores) -> dict[str, str]:
     """The private queues that hold messages, and the incarnation of each."""
     client = stores.redis
-    names = [books.text(key) for key in client.scan_iter(match=keys.PRIVATE_QUEUES, count=CHUNK, _type="list")]
+    names = [snapshot.text(key) for key in client.scan_iter(match=keys.PRIVATE_QUEUES, count=CHUNK, _type="list")]
     # (A list of somebody else may be called so; no incarnation of theirs looks like ours.)
     return {name: name.rpartition(".")[2] for name in names if _PRIVATE.fullmatch(name)}

@@ -7,9 +7,11 @@ import logging
 from celery import Celery
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing import process_identity, roster, takeback
-from celery_capacity.routing.bad_transitions import concerns_data
-from celery_capacity.routing.postgres import is_locked, told
+from celery_capacity.routing.config import process_identity
+from celery_capacity.routing.database.postgres import is_locked, told
+from celery_capacity.routing.recovery import reclaim
+from celery_capacity.routing.store import worker_rows
+from celery_capacity.routing.store.refused_transitions import concerns_data
 from celery_capacity.workers import orphans
 from celery_capacity.workers.duties.window import Window
 from celery_capacity.workers.stores import Stores
@@ -29,15 +31,15 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
         closed += found.verdict == "closed"
         if watched and found.verdict == "due" and found.incarnation:
             with stores.engine.connect() as connection:
-                life = roster.find_worker(connection, found.incarnation)
+                life = worker_rows.find_worker(connection, found.incarnation)
             orphans.see_to(life, process_identity.here())
             try:
-                given_up = takeback.take_back(stores.engine, stores.ledger, worker, found.incarnation, grace_ms)
+                given_up = reclaim.take_back(stores.engine, stores.ledger, worker, found.incarnation, grace_ms)
             except DBAPIError as error:
                 if not (is_locked(error) or concerns_data(error)):
                     raise
-                # It hangs within a commit (`routing.fence`), which the server ends some time, or a row is damaged. The
-                # others do not wait.
+                # It hangs within a commit (`routing.store.fencing`), which the server ends some time, or a row is
+                # damaged. The others do not wait.
                 logger.warning(
                     "worker %s is lost, but Postgres takes no write of its jobs: they are taken back later: %s",
                     *(worker, told(error)),

@@ -1,4 +1,5 @@
-"""The runner listens to Postgres for jobs which somebody's own transaction has committed (`routing.within`).
+"""The runner listens to Postgres for jobs which somebody's own transaction has committed
+(`routing.insert.caller_session`).
 
 A connection that listens can do nothing else, and needs a session of its own: behind a pooler it would hear nothing. So
 the one worker that runs the duties listens, on a direct connection. While nobody does, the sweep finds what was
@@ -16,11 +17,13 @@ import psycopg2
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import backlog, enroll, native, stream
-from celery_capacity.routing.authority import read_authority
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.replies import LedgerClosed
-from celery_capacity.routing.tables import CHANNEL
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.recovery import resubmit, transition_log
+from celery_capacity.routing.store import backlog
 from celery_capacity.workers.stores import Stores
 from celery_capacity.workers.wake import Wake
 
@@ -39,7 +42,7 @@ _SHORT_LIVED: Final = (
 )
 
 
-class Listener(native.Thread):
+class Listener(os_threads.Thread):
     """`stores`: with a handle of the ledger of its own. `elected`: whether this worker is to listen."""
 
     def __init__(self, stores: Stores, elected: Callable[[], bool]) -> None:
@@ -95,7 +98,7 @@ class Listener(native.Thread):
 
     def _hear(self, within: float) -> None:
         """Wait for notifications, and bring in what they name."""
-        poll = native.poll()
+        poll = os_threads.poll()
         poll.register(self._wake.fileno(), select.POLLIN)
         poll.register(self._listening.fileno(), select.POLLIN)
         ready = poll.poll(within * 1000)
@@ -137,9 +140,9 @@ class Listener(native.Thread):
                 return False
         ledger.epoch = known.epoch
         if ledger.is_cold() or ledger.is_unfinished():
-            # The opener brings them in. It knows which of them may have started (`routing.doubt`).
+            # The opener brings them in. It knows which of them may have started (`routing.policy.unknown_starts`).
             return False
-        enroll.go_on(engine, ledger, stream.apply_all(engine, ledger)[1])
+        resubmit.go_on(engine, ledger, transition_log.apply_all(engine, ledger)[1])
         return True
 
     def _submit(self, rows: list[backlog.Pending]) -> bool:
@@ -151,7 +154,7 @@ class Listener(native.Thread):
             return False
         self.stores.ledger.epoch = known.epoch
         try:
-            enroll.submit_rows(self.stores.ledger, rows)
+            resubmit.submit_rows(self.stores.ledger, rows)
         except (PlatformError, LedgerClosed) as error:
             logger.info("%d jobs were committed, and wait for the sweep: %s", len(rows), error)
             return False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from celery_capacity.routing import deadlines, rebuild
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.recovery import rebuild
 from celery_capacity.workers.stores import Stores
 
 logger = logging.getLogger(__name__)

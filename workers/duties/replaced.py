@@ -1,11 +1,11 @@
-"""Replaced jobs whose replacement publishes nothing more, see `routing.replacing`. In a healthy platform the end of the
-last step has ended them already."""
+"""Replaced jobs whose replacement publishes nothing more, see `routing.insert.replacements`. In a healthy platform the
+end of the last step has ended them already."""
 
 from __future__ import annotations
 
 from celery import Celery
 
-from celery_capacity.routing import replacing
+from celery_capacity.routing.insert import replacements
 from celery_capacity.workers.stores import Stores
 from celery_capacity.workers.undelivered import deliver_rows
 
@@ -13,7 +13,7 @@ from celery_capacity.workers.undelivered import deliver_rows
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     """Counts: `ended` jobs."""
     with stores.engine.connect() as connection:
-        ended = replacing.end_abandoned(connection)
+        ended = replacements.end_abandoned(connection)
     if ended:
         deliver_rows(app, stores, ended)
     return {"ended": len(ended)}

@@ -6,7 +6,7 @@ from typing import Final
 
 from celery import Celery
 
-from celery_capacity.routing import chords, retention
+from celery_capacity.routing.store import archive, chord_counts
 from celery_capacity.workers.stores import Stores
 
 #: Statements of one pass: at the usual sweep interval 1,000 jobs a second, more than a platform ends.
@@ -20,10 +20,10 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     archived, keep = 0, stores.settings.keep_finished
     for _ in range(MOST if keep else 0):
         with stores.engine.connect() as connection:
-            moved = retention.archive_finished(connection, keep, retention.CHUNK)
+            moved = archive.archive_finished(connection, keep, archive.CHUNK)
         archived += moved
-        if moved < retention.CHUNK:
+        if moved < archive.CHUNK:
             break
     with stores.engine.connect() as connection:
-        forgotten = chords.forget_old(connection, CHORDS_KEPT)
+        forgotten = chord_counts.forget_old(connection, CHORDS_KEPT)
     return {"archived": archived, "chords": forgotten}

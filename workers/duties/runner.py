@@ -16,14 +16,15 @@ from celery import Celery
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from celery_capacity.routing import deadlines, native
-from celery_capacity.routing.authority import read_authority
-from celery_capacity.routing.election import Elected
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.database.postgres import is_locked, told
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.ledger import Ledger
-from celery_capacity.routing.postgres import is_locked, told
-from celery_capacity.routing.replies import LedgerClosed
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.election import Elected
+from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.workers import ticks, transport
 from celery_capacity.workers.duties import (
     due,
@@ -94,7 +95,7 @@ DUTIES: Final = (
 SUSPICION: Final = Duty("suspicion", sweep.pause, reconciling.run_once)
 
 
-class Runner(native.Thread):
+class Runner(os_threads.Thread):
     """Runs each duty at its interval, while this worker is elected. Each stands alone: one that fails is tried again
     after a pause of its own, and the others are done. `authority`: which store decides, as far as this worker knows;
     `ledger`, `worker`, `on_look`: see `Candidate`; `is_idle`: whether the worker has nothing to do."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from celery import Celery
 
-from celery_capacity.routing import enroll, rebuild, stream
-from celery_capacity.routing.states import FINAL
+from celery_capacity.routing.model.states import FINAL
+from celery_capacity.routing.recovery import rebuild, resubmit, transition_log
 from celery_capacity.workers.stores import Stores
 from celery_capacity.workers.undelivered import announcer_of, deliver_rows
 
@@ -19,8 +19,8 @@ def run_once(app: Celery, stores: Stores, older_than_ms: int = OLDER_THAN) -> di
     Counts: `applied` entries, `continued` jobs with a successor that is due, `delivered` outboxes of theirs, jobs
     `carried` over from an older epoch that came in.
     """
-    entries, applied = stream.apply_all(stores.engine, stores.ledger, older_than_ms=older_than_ms)
-    continued = enroll.go_on(stores.engine, stores.ledger, applied)
+    entries, applied = transition_log.apply_all(stores.engine, stores.ledger, older_than_ms=older_than_ms)
+    continued = resubmit.go_on(stores.engine, stores.ledger, applied)
     if (announcer := announcer_of(app)) is not None:
         announcer.waiting(applied)
     ended = [one.job for one in applied if one.state in FINAL]

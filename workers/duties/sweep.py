@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from celery import Celery
 
-from celery_capacity.routing import backlog, enroll, revoking, room
-from celery_capacity.routing.settings import Settings
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.recovery import resubmit, revocation, workers_with_room
+from celery_capacity.routing.store import backlog
 from celery_capacity.workers.control import carry_out
 from celery_capacity.workers.duties import stream
 from celery_capacity.workers.stores import Stores
@@ -34,7 +35,7 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
 
 def _stranded(app: Celery, stores: Stores) -> int:
     if stores.ledger.is_unfinished():
-        # Whoever opens the ledger knows which of them may have started (`routing.doubt`).
+        # Whoever opens the ledger knows which of them may have started (`routing.policy.unknown_starts`).
         return 0
     submitted, after = 0, 0
     with stores.engine.connect() as connection:
@@ -47,14 +48,14 @@ def _stranded(app: Celery, stores: Stores) -> int:
             rows = backlog.stranded(connection, pause(stores.settings), MOST, after)
         if not rows:
             return submitted
-        submitted += enroll.submit_rows(stores.ledger, rows)
+        submitted += resubmit.submit_rows(stores.ledger, rows)
         after = rows[-1].seq
 
 
 def _fill(stores: Stores) -> int:
-    return sum(map(stores.ledger.fill, room.with_room(stores.redis)))
+    return sum(map(stores.ledger.fill, workers_with_room.with_room(stores.redis)))
 
 
 def _revoked(stores: Stores) -> int:
     with stores.engine.connect() as connection:
-        return sum(carry_out(stores, job) for jobs in revoking.still_open(connection) for job in jobs)
+        return sum(carry_out(stores, job) for jobs in revocation.still_open(connection) for job in jobs)

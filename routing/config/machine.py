@@ -1,0 +1,202 @@
+"""The capacity of this machine: found, or given by the settings.
+
+Reading (`Machine`, which takes another root in tests) and deciding (`publish`, pure) are apart. psutil sees
+the host and not the container, so limits of the cgroups and the CPU affinity come first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.model.amounts import (
+    CPUS,
+    DEFAULT_QUEUE,
+    GPUS,
+    MAX_AMOUNT,
+    MAX_CPUS,
+    MEMORY,
+    MILLICORES,
+    SLOTS,
+    STANDARD,
+    format_amount,
+)
+from celery_capacity.routing.model.capacity import Capacity
+
+#: cgroup v1 writes "no limit" as a number near 2^63; no machine has this much memory (bytes)
+_NO_LIMIT = 2**60
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit of this process's cgroups: millicores or bytes, and which version of cgroups sets it."""
+
+    amount: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was read on the machine; None where the system does not say."""
+
+    #: CPUs that this process may run on
+    affinity: int | None
+    #: CPUs of the machine
+    machine_cpus: int
+    #: bytes of the machine
+    machine_memory: int
+    #: millicores
+    cpu_quota: Limit | None = None
+    #: bytes
+    memory_limit: Limit | None = None
+
+
+@dataclass(frozen=True)
+class Detected:
+    """A capacity, and for each resource in it the word for where the number came from."""
+
+    capacity: Capacity
+    sources: dict[str, str]
+
+
+def default_concurrency(cpus: int) -> int:
+    """Processes of a pool for so many millicores: as many as CPUs, a part of one counting whole."""
+    return max(1, -(-cpus // MILLICORES))
+
+
+def publish(settings: Settings, facts: Facts, slots: int | None = None) -> Detected:
+    """What is published: settings first, then the tightest limit. `slots` None: `default_concurrency`."""
+    cpus, cpus_from = _cpus(facts) if settings.cpus is None else (settings.cpus, "PLATFORM_CPUS")
+    memory, memory_from = _memory(facts) if settings.memory is None else (settings.memory, "PLATFORM_MEMORY")
+    found = {
+        CPUS: (min(cpus, MAX_CPUS * MILLICORES), cpus_from),
+        MEMORY: (min(memory, MAX_AMOUNT), memory_from),
+        GPUS: (settings.gpus, "PLATFORM_GPUS"),
+        SLOTS: (default_concurrency(cpus), "CPUs") if slots is None else (slots, "pool"),
+        **{name: (count, "PLATFORM_RESOURCES") for name, count in settings.resources.items()},
+    }
+    capacity = Capacity.of({name: amount for name, (amount, _) in found.items()})
+    return Detected(capacity, {name: found[name][1] for name, _ in capacity.amounts})
+
+
+def _cpus(facts: Facts) -> tuple[int, str]:
+    usable, source = facts.machine_cpus, "psutil"
+    if facts.affinity is not None:
+        usable, source = facts.affinity, "affinity"
+    if facts.cpu_quota is not None and facts.cpu_quota.amount < usable * MILLICORES:
+        return facts.cpu_quota.amount, facts.cpu_quota.source
+    return usable * MILLICORES, source
+
+
+def _memory(facts: Facts) -> tuple[int, str]:
+    if facts.memory_limit is not None and facts.memory_limit.amount < facts.machine_memory:
+        return facts.memory_limit.amount, facts.memory_limit.source
+    return facts.machine_memory, "psutil"
+
+
+def detect(
+    settings: Settings,
+    slots: int | None = None,
+    machine: Machine | None = None,
+    queues: Iterable[str] = (DEFAULT_QUEUE,),
+) -> Detected:
+    """What this machine, or another one, publishes with these settings, so many slots and these queues."""
+    found = publish(settings, (machine or Machine()).read(), slots)
+    return Detected(found.capacity.serving(queues), found.sources)
+
+
+def describe(detected: Detected) -> str:
+    """One line for the log: "72 CPUs (affinity), 62.8 GiB memory (psutil), 72 slots (pool)"; without the queues."""
+    known = {name: amount for name, amount in detected.capacity.amounts if name in detected.sources}
+    names = [name for name in STANDARD if name in known] + [name for name in known if name not in STANDARD]
+    return ", ".join(f"{format_amount(name, known[name])} ({detected.sources[name]})" for name in names)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Reads `Facts`, files below `root` (another one in tests). A file that cannot be read says nothing."""
+
+    root: Path = field(default=Path("/"))
+
+    def read(self) -> Facts:
+        """Read everything once."""
+        return Facts(
+            affinity=self.affinity(),
+            machine_cpus=psutil.cpu_count() or 1,
+            machine_memory=psutil.virtual_memory().total,
+            cpu_quota=self.cpu_quota(),
+            memory_limit=self.memory_limit(),
+        )
+
+    def affinity(self) -> int | None:
+        """CPUs that this process may run on; None where the system has no such call (macOS)."""
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+    def cpu_quota(self) -> Limit | None:
+        """The smallest CPU quota of this process's cgroup and those around it: each of them holds."""
+        limits = [Limit(quota, "cgroup v2") for quota in map(_quota_v2, self._files("", "cpu.max")) if quota]
+        for folder in self._folders("cpu"):
+            quota = _number(folder / "cpu.cfs_quota_us")
+            period = _number(folder / "cpu.cfs_period_us")
+            if quota is not None and quota > 0 and period:
+                limits.append(Limit(max(1, quota * MILLICORES // period), "cgroup v1"))
+        return min(limits, key=lambda limit: limit.amount, default=None)
+
+    def memory_limit(self) -> Limit | None:
+        """The smallest memory limit of this process's cgroup and those around it."""
+        found = [(_number(path), "cgroup v2") for path in self._files("", "memory.max")]
+        found += [(_number(path), "cgroup v1") for path in self._files("memory", "memory.limit_in_bytes")]
+        limits = [Limit(size, source) for size, source in found if size is not None and size < _NO_LIMIT]
+        return min(limits, key=lambda limit: limit.amount, default=None)
+
+    def _files(self, controller: str, name: str) -> Iterator[Path]:
+        return (folder / name for folder in self._folders(controller))
+
+    def _folders(self, controller: str) -> Iterator[Path]:
+        """The folders of this process's cgroup up to the mounted root; "" is the one hierarchy of version 2.
+
+        In a container the path may be the host's, and only the root is there: folders that are missing say
+        nothing.
+        """
+        for mount, inside in self._cgroups(controller):
+            path = PurePosixPath(*(part for part in PurePosixPath(inside).parts if part not in ("/", "..")))
+            for folder in (path, *path.parents):
+                yield mount / folder
+
+    def _cgroups(self, controller: str) -> Iterator[tuple[Path, str]]:
+        """(mounted root, path inside it), from the lines "id:controllers:path" of /proc/self/cgroup."""
+        base = self.root / "sys/fs/cgroup"
+        for line in _lines(self.root / "proc/self/cgroup"):
+            _, _, rest = line.partition(":")
+            controllers, _, inside = rest.partition(":")
+            if controllers == controller == "":
+                yield base, inside
+            elif controller and controller in controllers.split(","):
+                # Mounted under all its names ("cpu,cpuacct") and linked to from each.
+                yield base / (controller if (base / controller).exists() else controllers), inside
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None where there is no file, or a word ("max")."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.removeprefix("-").isdecimal() else None
+
+
+def _quota_v2(path: Path) -> int | None:
+    """Millicores of a cpu.max ("150000 100000": µs of work per period in µs), rounded down; None: none."""
+    words = "".join(_lines(path)).split()
+    if len(words) != 2 or not all(word.isdecimal() for word in words) or not int(words[1]):
+        return None
+    return max(1, int(words[0]) * MILLICORES // int(words[1]))

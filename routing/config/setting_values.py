@@ -1,0 +1,109 @@
+"""Parsers of the values that settings have in the environment: each takes the text and the variable's name.
+
+Each raises `InvalidRequest`, which names the variable, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from celery_capacity.routing.errors import InvalidRequest, show
+from celery_capacity.routing.model import amounts, identifiers
+
+_MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+
+
+def plain_text(value: str, env: str) -> str:
+    """Return the text as it is."""
+    return value
+
+
+def _wrong(env: str, value: str, right: str) -> InvalidRequest:
+    return InvalidRequest(f"{env}={show(value)} is not valid", value=value, advice=right)
+
+
+def database_url(value: str, env: str) -> str:
+    """Return the URL with the driver that SQLAlchemy wants; Postgres's own tools and most hosts leave it out."""
+    scheme, separator, rest = value.partition("://")
+    if not separator or not rest or scheme not in ("postgres", "postgresql", "postgresql+psycopg2"):
+        raise _wrong(env, value, f"{env} must be like postgresql://user@host:5432/name.")
+    try:
+        make_url(value)
+    except (ArgumentError, ValueError):  # a port that is no number, for one
+        raise _wrong(env, value, f"{env} must be like postgresql://user@host:5432/name.") from None
+    if rest.partition("?")[0].count("@") > 1:
+        # The driver would take the rest of the password for a host, and say so in its error.
+        raise _wrong(env, value, f"An @ in the user or the password of {env} is written %40.")
+    return f"postgresql+psycopg2://{rest}"
+
+
+def positive_cpus(value: str, env: str) -> int:
+    """Return CPUs above 0 in millicores."""
+    millicores = amounts.parse_cpus_text(value, env)
+    if not millicores:
+        raise _wrong(env, value, f"{env} must be above 0; a worker without CPUs is one that does not run.")
+    return millicores
+
+
+def memory(value: str, env: str) -> int:
+    """Return an amount of memory in bytes."""
+    return amounts.parse_memory(value, env)
+
+
+def resources(value: str, env: str) -> dict[str, int]:
+    """Return the counts of named resources, from `name=count` separated by commas."""
+    found: dict[str, int] = {}
+    for part in filter(None, map(str.strip, value.split(","))):
+        name, separator, count = (piece.strip() for piece in part.partition("="))
+        if not separator:
+            raise _wrong(env, value, f"{env} must be like licence=3,scratch=200.")
+        amounts.refuse_standard(identifiers.check_resource_name(name, f"{env}: resource name"), env)
+        if name in found:
+            raise _wrong(env, value, f"{name} stands there twice; name each resource once.")
+        found[name] = amounts.parse_count_text(count, f"{env}: {name}")
+    most = amounts.MAX_NAMES - len(amounts.STANDARD)
+    if len(found) > most:
+        raise _wrong(env, value, f"{env} may name at most {most} resources.")
+    return found
+
+
+def modules(value: str, env: str) -> tuple[str, ...]:
+    """Return names of modules, separated by commas."""
+    found = tuple(filter(None, map(str.strip, value.split(","))))
+    for name in found:
+        if not _MODULE.fullmatch(name):
+            raise _wrong(env, name, f"{env} must be names of modules, separated by commas, such as tasks,jobs.nightly.")
+    return found
+
+
+def folder(value: str, env: str) -> Path:
+    """Return an absolute path; `~` is the user's home."""
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError:  # "~stranger": no such user
+        path = Path(value)
+    if not path.is_absolute():
+        raise _wrong(env, value, f"{env} must be an absolute path: commands from any folder share it.")
+    return path
+
+
+def address(value: str, env: str) -> tuple[str, int]:
+    """Return (host, port)."""
+    host, separator, port = value.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    usable = separator and bare and (":" not in bare or bare != host) and port.isascii() and port.isdigit()
+    if not usable or len(port) > 5 or int(port) > 65535:
+        raise _wrong(env, value, f"{env} must be host:port, such as 127.0.0.1:8000 or [::1]:8000.")
+    return bare, int(port)
+
+
+def seconds(value: str, env: str) -> float:
+    """Return a number of seconds."""
+    try:
+        return float(value.replace("_", "?"))
+    except ValueError as error:
+        raise _wrong(env, value, f"{env} must be a number of seconds, such as 30 or 0.5.") from error

@@ -1,0 +1,341 @@
+"""The settings: one frozen dataclass, read from the environment by `Settings.from_environ`.
+
+Reading is pure (a mapping in, a value or one error out), collects everything that is wrong into one
+`SettingsError`, and notices names that begin with PLATFORM_ and are not known. A variable that is empty
+counts as not set.
+
+Each field's metadata holds its variable, its unit and its meaning; docs/reference/settings.md has the same
+as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from celery_capacity.routing.config import redis_urls, secret_files, setting_values
+from celery_capacity.routing.config.embedded import default_home
+from celery_capacity.routing.errors import InvalidRequest, SettingsError, mask_url
+from celery_capacity.routing.model import amounts, identifiers
+
+PREFIX = "PLATFORM_"
+#: seconds, the longest time that makes sense in any setting: a year
+MAX_SECONDS = 31_536_000.0
+#: seconds, the shortest: Redis counts in milliseconds
+MIN_SECONDS = 0.001
+#: bytes, above which neither Redis (512 MiB a value) nor a row should hold a message
+MAX_MESSAGE_LIMIT = 512 * 1024**2
+#: lost attempts after which a job may be ended at the latest; a column of Postgres counts them
+MOST_LOSSES_LIMIT = 1000
+
+class Meaning(NamedTuple):
+    """What a field's metadata holds: variable, default as the docs write it, unit, what it does."""
+
+    env: str
+    shown: str
+    unit: str
+    text: str
+    parse: Callable[[str, str], Any]
+
+
+def _setting(
+    env: str,
+    text: str,
+    parse: Callable[[str, str], Any] = setting_values.plain_text,
+    default: Any = None,
+    unit: str = "",
+    shown: str = "",
+) -> Any:
+    written = shown or ("" if default is None else str(default))
+    meaning = Meaning(env, written, unit, text, parse)
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"setting": meaning})
+    return field(default=default, metadata={"setting": meaning})
+
+
+def _duration(env: str, default: float, text: str) -> Any:
+    return _setting(env, text, setting_values.seconds, default, "seconds", f"{default:g}")
+
+
+@dataclass(frozen=True, repr=False)
+class Settings:
+    """All settings, in millicores, bytes and seconds. Raises `SettingsError` for values that contradict."""
+
+    redis_url: str | None = _setting(
+        "REDIS_URL",
+        "The ledger's Redis. Without it and DATABASE_URL, embedded servers serve.",
+        redis_urls.check,
+        unit="URL",
+    )
+    database_url: str | None = _setting(
+        "DATABASE_URL", "Postgres, the durable truth.", setting_values.database_url, unit="URL"
+    )
+    direct_database_url: str | None = _setting(
+        "PLATFORM_DIRECT_DATABASE_URL",
+        "The same Postgres without the pooler in between: one connection of the worker that runs the duties; one of"
+        " each worker, if there are enough, while Redis is gone.",
+        setting_values.database_url,
+        unit="URL",
+        shown="DATABASE_URL",
+    )
+    broker_url: str | None = _setting(
+        "CELERY_BROKER_URL", "Where Celery's own messages go.", redis_urls.elsewhere, unit="URL", shown="REDIS_URL"
+    )
+    result_backend: str | None = _setting(
+        "CELERY_RESULT_BACKEND", "Where Celery keeps results.", redis_urls.elsewhere, unit="URL", shown="REDIS_URL"
+    )
+    node_name: str | None = _setting(
+        "NODE_NAME",
+        "The worker's name; else that of -n, else the host's.",
+        identifiers.check_worker_name,
+        unit="name",
+    )
+    cpus: int | None = _setting(
+        "PLATFORM_CPUS", "CPUs that this worker publishes.", setting_values.positive_cpus, unit="CPUs", shown="detected"
+    )
+    memory: int | None = _setting(
+        "PLATFORM_MEMORY",
+        "Memory that this worker publishes.",
+        setting_values.memory,
+        unit="bytes, or text like 16GiB",
+        shown="detected",
+    )
+    gpus: int = _setting(
+        "PLATFORM_GPUS", "GPUs that this worker publishes.", amounts.parse_count_text, default=0, unit="count"
+    )
+    resources: Mapping[str, int] = _setting(
+        "PLATFORM_RESOURCES",
+        "Named resources that this worker publishes.",
+        setting_values.resources,
+        default={},
+        unit="counts, like licence=3,scratch=200",
+        shown="none",
+    )
+    default_cpus: int = _setting(
+        "PLATFORM_DEFAULT_CPUS",
+        "CPUs of a job that does not say.",
+        amounts.parse_cpus_text,
+        default=amounts.MILLICORES,
+        unit="CPUs",
+        shown="1",
+    )
+    max_message: int = _setting(
+        "PLATFORM_MAX_MESSAGE",
+        "The largest task message that is accepted.",
+        setting_values.memory,
+        default=1024**2,
+        unit="bytes",
+    )
+    max_backlog: int = _setting(
+        "PLATFORM_MAX_BACKLOG",
+        "Waiting jobs above which submissions are refused; 0: no limit.",
+        amounts.parse_count_text,
+        default=0,
+        unit="jobs",
+    )
+    most_losses: int = _setting(
+        "PLATFORM_MOST_LOSSES",
+        "Attempts that a job may lose with their worker or process before it ends as lost.",
+        amounts.parse_count_text,
+        default=3,
+        unit="attempts",
+    )
+    requests: Path | None = _setting(  # noqa: RUF009 - it does not change
+        "PLATFORM_REQUESTS",
+        "A TOML file with requests by names of tasks.",
+        setting_values.folder,
+        unit="absolute path",
+        shown="none",
+    )
+    imports: tuple[str, ...] = _setting(
+        "PLATFORM_IMPORTS",
+        "Modules with tasks.",
+        setting_values.modules,
+        default=(),
+        unit="names, separated by commas",
+        shown="none",
+    )
+    home: Path = field(
+        default_factory=lambda: default_home({}),
+        metadata={
+            "setting": Meaning(
+                "PLATFORM_HOME",
+                "the user's state folder/celery-capacity",
+                "absolute path",
+                "Folder of the embedded servers.",
+                setting_values.folder,
+            )
+        },
+    )
+    dashboard: tuple[str, int] = _setting(
+        "PLATFORM_DASHBOARD",
+        "Where the dashboard listens.",
+        setting_values.address,
+        default=("127.0.0.1", 8000),
+        unit="host:port",
+        shown="127.0.0.1:8000",
+    )
+    heartbeat_interval: float = _duration(
+        "PLATFORM_HEARTBEAT_INTERVAL", 30.0, "Between two heartbeats that beat sends."
+    )
+    renew_interval: float = _duration(
+        "PLATFORM_RENEW_INTERVAL",
+        10.0,
+        "Between two renewals by the worker's own timer. Below PLATFORM_WORKER_TTL.",
+    )
+    worker_ttl: float = _duration(
+        "PLATFORM_WORKER_TTL", 60.0, "Without a heartbeat for so long, a worker is admitted to no more."
+    )
+    lost_after: float = _duration(
+        "PLATFORM_LOST_AFTER",
+        75.0,
+        "Without a heartbeat for so long, its jobs are taken back. Not below PLATFORM_WORKER_TTL.",
+    )
+    start_timeout: float = _duration(
+        "PLATFORM_START_TIMEOUT",
+        15.0,
+        "Admitted and not claimed for so long, a job's message is delivered again.",
+    )
+    due_interval: float = _duration("PLATFORM_DUE_INTERVAL", 1.0, "Between two looks for scheduled jobs that are due.")
+    sweep_interval: float = _duration(
+        "PLATFORM_SWEEP_INTERVAL", 10.0, "An accepted job that the ledger does not know is brought in within this time."
+    )
+    reconcile_interval: float = _duration(
+        "PLATFORM_RECONCILE_INTERVAL", 300.0, "Between two comparisons of both stores."
+    )
+    runner_term: float = _duration(
+        "PLATFORM_RUNNER_TERM", 5.0, "The lease of the worker that runs the duties; another takes over within twice it."
+    )
+    confirm_interval: float = _duration("PLATFORM_CONFIRM_INTERVAL", 5.0, "Between two questions which store admits.")
+    store_timeout: float = _duration(
+        "PLATFORM_STORE_TIMEOUT",
+        10.0,
+        "Within this time a call to Postgres is answered, or given up with an error; duties have six times as long."
+        " Redis has half of it for an answer, and so has each step of a worker's departure.",
+    )
+    tombstone: float = _duration(
+        "PLATFORM_TOMBSTONE",
+        60.0,
+        "The ledger remembers an ended job for so long after Postgres has its end. Submits older than half of it are"
+        " refused.",
+    )
+    write_within: float = _duration(
+        "PLATFORM_WRITE_WITHIN",
+        20.0,
+        "While Postgres has not taken an outcome of a worker for so long, that worker starts nothing more.",
+    )
+    keep_finished: float = _setting(
+        "PLATFORM_KEEP_FINISHED",
+        "Ended for so long, a job moves into the archive; 0: never.",
+        setting_values.seconds,
+        default=2_592_000.0,
+        unit="seconds",
+        shown="2592000",
+    )
+    #: what was odd in the environment and did no harm, a sentence each
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        # The broker and the results follow the ledger's Redis unless they were told otherwise.
+        for name in ("broker_url", "result_backend"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.redis_url)
+        wrong = _contradictions({f.name: getattr(self, f.name) for f in fields(self)})
+        if wrong:
+            raise SettingsError(wrong)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Settings:
+        """Read the settings; raises one `SettingsError` that names all that is wrong.
+
+        Reads nothing but `environ` and the files that it names for URLs (`url_files`), and asks the system for the
+        user's home folder where HOME is not in it.
+        """
+        values: dict[str, Any] = {"home": default_home(environ)}
+        wrong: list[str] = []
+        failed: set[str] = set()
+        for setting in _described():
+            meaning: Meaning = setting.metadata["setting"]
+            try:
+                value = secret_files.parsed(environ, meaning.env, meaning.parse)
+            except InvalidRequest as error:
+                wrong.append(str(error))
+                failed.add(setting.name)
+                continue
+            if value is not None:
+                values[setting.name] = value
+        effective = {f.name: f.default for f in _described()} | values
+        wrong += _contradictions({name: value for name, value in effective.items() if name not in failed})
+        if wrong:
+            raise SettingsError(wrong)
+        return cls(**values, warnings=_unknown(environ))
+
+    def with_urls(self, redis_url: str, database_url: str) -> Settings:
+        """The same settings on other servers; broker and results follow unless they have their own place."""
+        return replace(
+            self,
+            redis_url=redis_urls.check(redis_url, "REDIS_URL"),
+            database_url=setting_values.database_url(database_url, "DATABASE_URL"),
+            broker_url=None if self.broker_url == self.redis_url else self.broker_url,
+            result_backend=None if self.result_backend == self.redis_url else self.result_backend,
+        )
+
+    def __repr__(self) -> str:
+        shown = (f"{f.name}={mask_url(repr(getattr(self, f.name)))}" for f in fields(self))
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _described() -> list[Field[Any]]:
+    return [f for f in fields(Settings) if "setting" in f.metadata]
+
+
+def described() -> list[tuple[str, Meaning]]:
+    """(field, what it means) for every setting, in the order of the docs."""
+    return [(f.name, f.metadata["setting"]) for f in _described()]
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What is out of range or contradicts, a sentence each; what is missing from `values` is not judged."""
+    wrong = []
+    values = dict(values)
+    for name, meaning in described():
+        least = 0.0 if name == "keep_finished" and values.get(name) == 0 else MIN_SECONDS  # 0: never
+        if meaning.parse is setting_values.seconds and name in values and not least <= values[name] <= MAX_SECONDS:
+            seconds = values.pop(name)  # its relations to others say nothing more
+            never = ", or 0 for never" if name == "keep_finished" else ""
+            wrong.append(f"{meaning.env}={seconds} must be from {MIN_SECONDS:g} to {MAX_SECONDS:.0f} seconds{never}.")
+    if "max_message" in values and not 0 < values["max_message"] <= MAX_MESSAGE_LIMIT:
+        wrong.append(f"PLATFORM_MAX_MESSAGE={values['max_message']} must be from 1 to {MAX_MESSAGE_LIMIT} bytes.")
+    if "most_losses" in values and not 1 <= values["most_losses"] <= MOST_LOSSES_LIMIT:
+        wrong.append(f"PLATFORM_MOST_LOSSES={values['most_losses']} must be from 1 to {MOST_LOSSES_LIMIT} attempts.")
+    if {"redis_url", "database_url"} <= values.keys() and (values["redis_url"] is None) != (
+        values["database_url"] is None
+    ):
+        there, missing = ("REDIS_URL", "DATABASE_URL") if values["redis_url"] else ("DATABASE_URL", "REDIS_URL")
+        wrong.append(f"{there} is set and {missing} is not: set both, or neither to use embedded servers.")
+    if {"renew_interval", "worker_ttl"} <= values.keys() and not values["renew_interval"] < values["worker_ttl"]:
+        wrong.append(
+            f"PLATFORM_RENEW_INTERVAL={values['renew_interval']:g} must be below"
+            f" PLATFORM_WORKER_TTL={values['worker_ttl']:g}: a worker would expire between two renewals."
+        )
+    if {"worker_ttl", "lost_after"} <= values.keys() and not values["worker_ttl"] <= values["lost_after"]:
+        wrong.append(
+            f"PLATFORM_LOST_AFTER={values['lost_after']:g} must not be below"
+            f" PLATFORM_WORKER_TTL={values['worker_ttl']:g}: jobs would be taken from a worker that is alive."
+        )
+    return wrong
+
+
+def _unknown(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """A warning for each PLATFORM_ name that is no setting, with the nearest: a slip must not go unseen."""
+    known = [meaning.env for _, meaning in described() if meaning.env.startswith(PREFIX)]
+    bare = [env.removeprefix(PREFIX) for env in known]
+    warnings = []
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known:
+            nearest = get_close_matches(name.removeprefix(PREFIX), bare, n=1, cutoff=0.0)
+            warnings.append(f"{name} is not a setting and is ignored; the nearest known one is {PREFIX}{nearest[0]}.")
+    return tuple(warnings)

@@ -1,0 +1,115 @@
+"""Requests for tasks whose code nobody here changes: the file that `PLATFORM_REQUESTS` names.
+
+TOML, a table for each pattern of task names (`*`, `?` and `[...]` as in file names). The first that fits counts, in the
+order of the file; what it names stands over what the task declares, one amount after the other::
+
+    ["reports.nightly"]
+    cpus = 2
+
+    ["reports.*"]
+    cpus = 0.5
+    memory = "512MiB"
+    resources = { licence = 1 }
+    rerun = false
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+from celery_capacity.routing.errors import InvalidRequest, SettingsError, show
+from celery_capacity.routing.model.request import REQUEST_OPTIONS, Request
+
+#: The setting that names the file.
+ENV: Final = "PLATFORM_REQUESTS"
+#: Where the first lost attempt ends the job, as in what workers publish of a task: {"rerun": false}.
+RERUN: Final = "rerun"
+#: Names of tasks whose rule is remembered at once: anybody may send by any name.
+MOST_NAMES: Final = 4096
+#: What a table may say.
+KEYS: Final = (*REQUEST_OPTIONS, RERUN)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What the file says of the tasks whose names fit `pattern`. `rerun` is None where it says nothing of it."""
+
+    pattern: str
+    options: Mapping[str, Any]
+    rerun: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRules:
+    """The rules of a file, in its order; false where there are none."""
+
+    rules: tuple[Rule, ...] = ()
+    _found: dict[str, Rule | None] = field(default_factory=dict, compare=False, repr=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.rules)
+
+    def of(self, name: str) -> Rule | None:
+        """The first rule that fits the name of a task."""
+        if name not in self._found:
+            if len(self._found) >= MOST_NAMES:
+                self._found.clear()
+            self._found[name] = next((rule for rule in self.rules if fnmatchcase(name, rule.pattern)), None)
+        return self._found[name]
+
+    def over(self, name: str, declared: Request) -> Request:
+        """The request of a task: what is declared, and what the file says over it."""
+        rule = self.of(name)
+        return declared if rule is None else declared.merged(rule.options)
+
+
+#: Where no file is named.
+NO_RULES: Final = RequestRules()
+
+
+def read(path: Path | None) -> RequestRules:
+    """The rules of the file, none without one. Raises one `SettingsError` with all that is wrong in it."""
+    if path is None:
+        return NO_RULES
+    where = f"{ENV}={path}"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError([f"{where} cannot be read: {error}. Name a TOML file that this user may read."]) from error
+    try:
+        # (The error says line and column.)
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError([f"{where} is not TOML: {error}"]) from error
+    wrong: list[str] = []
+    rules = tuple(_rule(name, table, f"{where}, [{show(name)}]", wrong) for name, table in tables.items())
+    if wrong:
+        raise SettingsError(wrong)
+    return RequestRules(rules)
+
+
+def _rule(pattern: str, table: Any, where: str, wrong: list[str]) -> Rule:
+    """A rule; what is wrong with it goes into the list, a sentence each."""
+    if not isinstance(table, dict):
+        wrong.append(f'{where}: it must be a table: ["{pattern}"], and below it cpus = {table!r}.')
+        return Rule(pattern, {})
+    if any(isinstance(value, dict) and key not in KEYS for key, value in table.items()):
+        wrong.append(f'{where}: a name with dots is written between quotes: ["{pattern}.{next(iter(table))}"].')
+        return Rule(pattern, {})
+    strange = table.keys() - set(KEYS)
+    wrong.extend(f"{where}: {show(key)} is not known; there are {', '.join(KEYS)}." for key in sorted(strange))
+    options = {key: table[key] for key in REQUEST_OPTIONS if key in table}
+    for key, value in options.items():
+        try:
+            Request.from_options({key: value}, 0)
+        except InvalidRequest as error:
+            wrong.append(f"{where}: {key}: {error}")
+    rerun = table.get(RERUN)
+    if rerun is not None and not isinstance(rerun, bool):
+        wrong.append(f"{where}: {RERUN} = {show(rerun)} must be true or false.")
+    return Rule(pattern, options, rerun)

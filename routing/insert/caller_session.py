@@ -1,0 +1,100 @@
+"""Jobs that are made durable by somebody else's transaction: their rows are committed with it, or not at all.
+
+The transaction is the caller's, on any driver; so nothing here commits, and nothing of the platform's own session holds
+there (its search path, its prepared statements). A notification goes with the rows: whoever listens brings them to the
+ledger as soon as they are committed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, text
+from sqlalchemy.dialects.postgresql import insert
+
+from celery_capacity.routing.database.schema import CHANNEL, jobs
+from celery_capacity.routing.insert.single import request_json
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.states import State
+
+#: Jobs of one call that are named in notifications; of more it is only said that there are some.
+MOST_NAMED: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The platform's table `jobs`, so that no other is taken for it. `server`: when it was started (seconds)."""
+
+    server: str
+    database: str
+    schema: str
+    table: int
+
+
+_HOME: Final = text(
+    "SELECT extract(epoch FROM pg_postmaster_start_time())::text, current_database()::text, n.nspname::text, "
+    "c.oid::bigint FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass('jobs')"
+)
+_IS_HOME: Final = text(
+    "SELECT coalesce(extract(epoch FROM pg_postmaster_start_time())::text = CAST(:server AS text) "
+    "AND current_database()::text = CAST(:database AS text) "
+    "AND (SELECT c.oid::bigint FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+    "WHERE n.nspname::text = CAST(:schema AS text) AND c.relname = 'jobs') = CAST(:table AS bigint), false)"
+)
+_NOTIFY: Final = text("SELECT pg_notify(CAST(:channel AS text), CAST(:payload AS text))")
+
+
+def home_of(connection: Connection) -> Home | None:
+    """Where the platform's own connection finds its table; None where there is none."""
+    row = connection.execute(_HOME).one_or_none()
+    return None if row is None else Home(*row)
+
+
+def is_at(connection: Connection, home: Home) -> bool:
+    """Whether another connection leads to the same table."""
+    values = {"server": home.server, "database": home.database, "schema": home.schema, "table": home.table}
+    return bool(connection.execute(_IS_HOME, values).scalar_one())
+
+
+_INSERT: Final = (
+    insert(jobs).on_conflict_do_nothing(index_elements=["id"]).returning(jobs.c.id, jobs.c.seq)
+)
+
+
+def insert_jobs(connection: Connection, home: Home, jobs: Sequence[NewJob]) -> Mapping[str, int]:
+    """Add rows to the caller's transaction, and the notification that is sent with its commit. The `seq` of each, by
+    id; an id that exists is left as it is."""
+    options = {"schema_translate_map": {None: home.schema}}
+    rows = connection.execute(_INSERT, [_row(job) for job in jobs], execution_options=options).all()
+    written = {row[0]: row[1] for row in rows}
+    ready = [job.id for job in jobs if job.due_at is None and job.id in written]
+    for payload in ready if len(ready) <= MOST_NAMED else [""]:
+        connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": payload})
+    return written
+
+
+def _row(job: NewJob) -> dict[str, Any]:
+    state = State.ACCEPTED if job.due_at is None else State.SCHEDULED
+    return {
+        "id": job.id,
+        "name": job.name,
+        "state": state.value,
+        "shape": job.shape,
+        "request": json.loads(request_json(job.shape)),
+        "message": job.message,
+        "priority": job.priority,
+        "declared": job.declared,
+        "queue": job.queue,
+        "retries": job.retries,
+        "nesting": job.nesting,
+        "root_id": job.root_id,
+        "parent_id": job.parent_id,
+        "due_at": job.due_at,
+        "expires_at": job.expires_at,
+        "rerun": job.rerun,
+        "replaces": job.replaces,
+        "stamps": json.loads(job.stamps) if job.stamps else None,
+    }

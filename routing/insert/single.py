@@ -1,0 +1,304 @@
+"""Accepting jobs in Postgres: the durable row with its gates. (See `successors` for a publish under a known id.)
+
+Each function is one guarded statement on the caller's connection, autocommitted unless the caller opened a transaction.
+What an attempt publishes is refused once that attempt has lost its lease: the guard is in the insert itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Final
+
+import psycopg2
+from sqlalchemy import Connection, PoolProxiedConnection, text
+from sqlalchemy.exc import DBAPIError
+
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.database.postgres import is_lost
+from celery_capacity.routing.errors import InvalidRequest, NotMigrated, show
+from celery_capacity.routing.model.job import Gates, Inserted, NewJob, Publisher
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import FINAL, State, Step
+
+_FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
+
+
+@lru_cache(maxsize=4096)
+def request_json(shape: str) -> str:
+    """The column `request`: the shape in people's units, as JSON."""
+    return json.dumps(Request.from_shape(shape).to_people())
+
+
+_COLUMNS: Final = (
+    "id, name, state, shape, request, message, priority, declared, queue, retries, nesting, root_id, parent_id, "
+    "due_at, expires_at, rerun, replaces, stamps"
+)
+_TYPES: Final = (
+    "text, text, text, text, jsonb, bytea, smallint, bool, text, int, int, text, text, timestamptz, timestamptz, bool, "
+    "text, jsonb"
+)
+_VALUES: Final = ", ".join(f"${number}" for number in range(1, 19))
+_RETURNING: Final = (
+    "ON CONFLICT (id) DO NOTHING RETURNING seq, (SELECT epoch || ' ' || authority FROM authority)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """An insert, on the hot path of every submit: prepared once for each connection, which halves its cost there."""
+
+    name: str
+    prepare: str
+    execute: str
+    #: The same statement, not prepared.
+    plain: str
+    #: What stands for each %s in `prepare`, quoted by the driver; such a statement has no plain form.
+    common: tuple[Any, ...] | None = None
+
+    @classmethod
+    def of(
+        cls, name: str, columns: str, types: str, source: str, values: int, common: tuple[Any, ...] | None = None
+    ) -> Statement:
+        """`source` gives the columns their values, by so many parameters of those types: $1, $2, ..."""
+        insert = f"INSERT INTO jobs ({columns}) {source} {_RETURNING}"
+        # (Behind a pooler a session may know the statements of others: what has the same name is the same.)
+        name = f"{name}_{hashlib.sha256(json.dumps((types, insert, common)).encode()).hexdigest()[:16]}"
+        execute = f"EXECUTE {name} ({', '.join(['%s'] * values)})"
+        return cls(name, f"PREPARE {name} ({types}) AS {insert}", execute, re.sub(r"\$\d+", "%s", insert), common)
+
+
+BY_ANYBODY: Final = Statement.of("celery_capacity_insert_job", _COLUMNS, _TYPES, f"VALUES ({_VALUES})", 18)
+#: Whether an attempt (job, epoch, attempt, incarnation) may still speak: its row is there (and not in the archive), has
+#: no newer attempt and did not take this one back or give it up, and its worker was not given up (which is noted before
+#: its jobs are taken back).
+_HOLDS: Final = (
+    "EXISTS (SELECT 1 FROM jobs p WHERE p.id = {} AND "
+    f"(p.epoch, p.attempt, CASE p.step WHEN {Step.GIVEN_UP.value} THEN {Step.BACK.value} ELSE p.step END) "
+    f"< ({{}}, {{}}, {Step.BACK.value})) AND "
+    "NOT EXISTS (SELECT 1 FROM workers w WHERE w.incarnation = {} AND w.status = 'lost')"
+)
+_BY_ATTEMPT: Final = Statement.of(
+    "celery_capacity_insert_job_by",
+    _COLUMNS,
+    f"{_TYPES}, text, bigint, int, text",
+    f"SELECT {_VALUES} WHERE {_HOLDS.format('$19', '$20', '$21', '$22')}",
+    22,
+)
+#: SQLSTATEs: a table is missing; a prepared statement is not known, or is known already (a pooler gave us another
+#: session).
+_UNDEFINED_TABLE: Final = "42P01"
+_NOT_PREPARED: Final = "26000"
+_PREPARED: Final = "42P05"
+
+
+def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None) -> Inserted:
+    """Make a job durable; an id that exists is left as it is (`seq` is None). Nothing is written either where the
+    attempt that publishes it has lost its lease (`may_publish` tells). Raises `NotMigrated`."""
+    if job.gates is not None:
+        return _insert_gated(connection, job, job.gates, by)
+    return _insert(connection, job, by)
+
+
+def values_of(job: NewJob, state: State | None = None, gated: bool = False) -> tuple[Any, ...]:
+    """The parameters of `BY_ANYBODY`."""
+    if state is None:
+        state = State.SCHEDULED if job.due_at is not None else State.ACCEPTED
+    return (
+        job.id,
+        job.name,
+        state.value,
+        job.shape,
+        request_json(job.shape),
+        job.message,
+        job.priority,
+        job.declared,
+        job.queue,
+        job.retries,
+        job.nesting,
+        job.root_id,
+        job.parent_id,
+        None if gated else job.due_at,
+        job.expires_at,
+        job.rerun,
+        job.replaces,
+        job.stamps,
+    )
+
+
+def _insert(
+    connection: Connection,
+    job: NewJob,
+    by: Publisher | None,
+    state: State | None = None,
+    gated: bool = False,
+    plain: bool = False,
+) -> Inserted:
+    statement, values = BY_ANYBODY, values_of(job, state, gated)
+    if by is not None:
+        statement, values = _BY_ATTEMPT, (*values, by.job, by.epoch, by.attempt, by.incarnation)
+    row = execute_insert(connection.connection, connection.invalidate, statement, values, plain)
+    return confirmed(connection) if row is None else inserted_by(row, job)
+
+
+def inserted_by(row: Any, job: NewJob) -> Inserted:
+    """What the row says that the insert of a job returned. Raises `NotMigrated`."""
+    seq, confirmation = row
+    if confirmation is None:
+        raise NotMigrated()
+    epoch, _, authority = confirmation.partition(" ")
+    return Inserted(seq, int(epoch), authority, job.due_at is None)
+
+
+def confirmed(connection: Connection) -> Inserted:
+    """Nothing was inserted; who decides, all the same."""
+    known = read_authority(connection)
+    return Inserted(None, known.epoch, known.authority)
+
+
+def execute_insert(
+    pooled: PoolProxiedConnection,
+    invalidate: Callable[[BaseException], None],
+    statement: Statement,
+    values: tuple[Any, ...],
+    plain: bool = False,
+) -> Any:
+    """The row that the insert returns, None for none. With the driver's own cursor: SQLAlchemy's result machinery would
+    be a fifth of the whole statement. Errors are SQLAlchemy's, and a connection that broke is given up, as it would do.
+    `plain`: not prepared, since in a transaction one that is not known here would end it. Raises `NotMigrated`."""
+    cursor: Any = None
+    try:
+        cursor = pooled.cursor()
+        if plain:
+            cursor.execute(statement.plain, values)
+            return cursor.fetchone()
+        # SQLAlchemy keeps `info` with the connection to the server, for as long as that lives.
+        if statement.name not in pooled.info:
+            try:
+                cursor.execute(statement.prepare, statement.common)
+            except psycopg2.Error as error:
+                deadlines.nothing_written(error)
+                # (Known also where a signal raised its error, a time limit say, when the server had answered.)
+                if error.pgcode != _PREPARED:
+                    raise
+            pooled.info[statement.name] = True
+        try:
+            cursor.execute(statement.execute, values)
+        except psycopg2.Error as error:
+            if error.pgcode != _NOT_PREPARED:
+                raise
+            cursor.execute(statement.prepare, statement.common)
+            cursor.execute(statement.execute, values)
+        return cursor.fetchone()
+    except psycopg2.Error as error:
+        if error.pgcode == _UNDEFINED_TABLE:
+            raise NotMigrated() from error
+        broken = is_lost(error, pooled.driver_connection)
+        if broken:
+            invalidate(error)
+        raise DBAPIError.instance(
+            statement.execute, None, error, psycopg2.Error, hide_parameters=True, connection_invalidated=broken
+        ) from error
+    finally:
+        if cursor is not None:
+            cursor.close()
+
+
+# -- gates
+
+_CLAIM_KEY: Final = text("SELECT claim_key(:key, :job, :seconds)")
+_GATE_JOB: Final = text("SELECT unknown, starts FROM gate_job(:job, CAST(:after AS text[]), :rated, :not_before)")
+#: How a rate lets jobs go; returns their ids.
+OPEN_RATE: Final = text("SELECT open_rate(:name, :rate, :said, :burst, :most)")
+#: Jobs of a task that one call lets go.
+MOST_LET_GO: Final = 1000
+
+
+class _NotInserted(Exception):
+    """Leaves the transaction, which wrote nothing."""
+
+    def __init__(self, inserted: Inserted) -> None:
+        self.inserted = inserted
+
+
+def _insert_gated(connection: Connection, job: NewJob, gates: Gates, by: Publisher | None) -> Inserted:
+    """The same with what holds it back, in one transaction. Raises `InvalidRequest` where a job that it needs is
+    unknown. (What is published under an id that exists, a retry say, passes no gate.)"""
+    waits = bool(gates.after) or gates.rate is not None
+    try:
+        with _in_one(connection):
+            if gates.key and not (job.retries or job.nesting):
+                values = {"key": gates.key, "job": job.id, "seconds": gates.key_for}
+                holder = connection.execute(_CLAIM_KEY, values).scalar_one()
+                if holder != job.id:
+                    known = read_authority(connection)
+                    raise _NotInserted(Inserted(None, known.epoch, known.authority, False, str(holder)))
+            state = State.SCHEDULED if waits or job.due_at is not None else State.ACCEPTED
+            inserted = _insert(connection, job, by, state, gated=waits, plain=True)
+            if inserted.seq is None:
+                raise _NotInserted(inserted)
+            if waits:
+                inserted = _gate(connection, job, gates, inserted)
+    except _NotInserted as why:
+        return why.inserted
+    if gates.rate is not None:
+        return replace(inserted, starts=_goes_at_once(connection, job, gates))
+    return inserted
+
+
+def _gate(connection: Connection, job: NewJob, gates: Gates, inserted: Inserted) -> Inserted:
+    values = {
+        "job": job.id,
+        "after": list(gates.after),
+        "rated": gates.rate is not None,
+        "not_before": job.due_at,
+    }
+    unknown, starts = connection.execute(_GATE_JOB, values).one()
+    if unknown and not gates.tolerant:
+        raise InvalidRequest(
+            f"after: {show(unknown[0])} is not the id of a job",
+            value=unknown[0],
+            advice="Submit the jobs that this one needs first, and give their ids or results.",
+        )
+    return replace(inserted, starts=starts)
+
+
+def _goes_at_once(connection: Connection, job: NewJob, gates: Gates) -> bool:
+    """Whether the rate of its task lets it go now. (Others that it lets go in its place are due, and come as such.)"""
+    assert gates.rate is not None
+    rate = {"name": job.name, "rate": gates.rate.per_second, "said": gates.rate.said}
+    return job.id in connection.execute(OPEN_RATE, {**rate, "burst": gates.burst, "most": MOST_LET_GO}).scalars().all()
+
+
+@contextmanager
+def _in_one(connection: Connection) -> Iterator[None]:
+    """Within, all is one transaction: of its own where statements are autocommitted, else a part of the caller's."""
+    driver: Any = connection.connection.driver_connection
+    if not driver.autocommit:
+        with connection.begin_nested():
+            yield
+        return
+    try:
+        connection.exec_driver_sql("BEGIN")
+        yield
+    except BaseException as error:
+        deadlines.nothing_written(error)
+        if not connection.invalidated:
+            connection.exec_driver_sql("ROLLBACK")
+        raise
+    connection.exec_driver_sql("COMMIT")
+
+
+_MAY_PUBLISH: Final = text(f"SELECT {_HOLDS.format(':job', ':epoch', ':attempt', ':incarnation')}")
+
+
+def may_publish(connection: Connection, by: Publisher) -> bool:
+    """Whether an attempt holds its lease, as far as Postgres knows."""
+    values = {"job": by.job, "epoch": by.epoch, "attempt": by.attempt, "incarnation": by.incarnation}
+    return bool(connection.execute(_MAY_PUBLISH, values).scalar_one())

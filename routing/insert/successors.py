@@ -1,0 +1,126 @@
+"""What is published under an id that exists: the successor of a running attempt, or the end of a replacement.
+
+A publish is identified by (id, `retries`, `replaced_task_nesting`): equal to the row's is there already, and ignored;
+higher is a successor. One guarded statement on the caller's connection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Connection, text
+
+from celery_capacity.routing.insert.single import insert_job, request_json
+from celery_capacity.routing.model import outbox
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.states import FINAL, State, Step
+
+_FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
+
+
+def _if_replaced(column: str, value: str) -> str:
+    """The row goes on with the publish where its attempt has ended by a replacement; else this waits beside it."""
+    return f"{column} = CASE WHEN state = '{State.REPLACED.value}' THEN {value} ELSE {column} END"
+
+
+def _unless_replaced(column: str, value: str) -> str:
+    return f"{column} = CASE WHEN state <> '{State.REPLACED.value}' THEN {value} END"
+
+
+# One statement, so that a row which becomes `replaced` meanwhile is looked at again by Postgres itself.
+_SUCCESSOR: Final = text(f"""
+UPDATE jobs SET
+  {_if_replaced("message", ":message")},
+  {_if_replaced("name", ":name")},
+  {_if_replaced("rerun", ":rerun")},
+  {_if_replaced("shape", ":shape")},
+  {_if_replaced("queue", ":queue")},
+  {_if_replaced("request", "CAST(:request AS jsonb)")},
+  {_if_replaced("retries", ":retries")},
+  {_if_replaced("nesting", ":nesting")},
+  {_if_replaced("priority", ":priority")},
+  {_if_replaced("due_at", "CAST(:due_at AS timestamptz)")},
+  {_if_replaced("expires_at", "CAST(:expires_at AS timestamptz)")},
+  {_if_replaced("step", str(Step.BACK.value))},
+  {_unless_replaced("successor", ":message")},
+  {_unless_replaced("successor_shape", ":shape")},
+  {_unless_replaced("successor_request", "CAST(:request AS jsonb)")},
+  {_unless_replaced("successor_name", "CAST(:name AS text)")},
+  {_unless_replaced("successor_rerun", "CAST(:rerun AS bool)")},
+  {_unless_replaced("successor_retries", "CAST(:retries AS int)")},
+  {_unless_replaced("successor_nesting", "CAST(:nesting AS int)")},
+  {_unless_replaced("successor_priority", "CAST(:priority AS smallint)")},
+  {_unless_replaced("successor_due_at", "CAST(:due_at AS timestamptz)")},
+  {_unless_replaced("successor_expires_at", "CAST(:expires_at AS timestamptz)")},
+  state = CASE WHEN state <> '{State.REPLACED.value}' THEN state
+               WHEN CAST(:due_at AS timestamptz) IS NULL THEN '{State.ACCEPTED.value}'
+               ELSE '{State.SCHEDULED.value}' END
+WHERE id = :id AND state NOT IN ({_FINAL})
+  AND (retries, nesting) < (:retries, :nesting)
+  AND (CAST(:publisher AS int) IS NULL OR attempt <= CAST(:publisher AS int))
+  AND (successor IS NULL OR (successor_retries, successor_nesting) < (:retries, :nesting))
+RETURNING CASE WHEN successor IS NULL THEN '{State.REPLACED.value}' ELSE state END
+""")
+
+
+def put_successor(connection: Connection, job: NewJob) -> str | None:
+    """Keep a publish under an existing id as the successor of its running attempt; a row whose attempt was replaced
+    long ago goes on with it at once. (A publish is identified by id, retries and nesting; equal or lower is there
+    already.) Returns the state that the row had, None where refused."""
+    found = connection.execute(
+        _SUCCESSOR,
+        {
+            "id": job.id,
+            "message": job.message,
+            "name": job.name,
+            "rerun": job.rerun,
+            "shape": job.shape,
+            "queue": job.queue,
+            "request": request_json(job.shape),
+            "retries": job.retries,
+            "publisher": job.publisher,
+            "nesting": job.nesting,
+            "priority": job.priority,
+            "due_at": job.due_at,
+            "expires_at": job.expires_at,
+        },
+    ).scalar_one_or_none()
+    return str(found) if found is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells one publish under an id from another."""
+
+    seq: int
+    state: str
+    attempt: int
+    retries: int
+    nesting: int
+
+
+def identity_of(connection: Connection, job: str) -> Identity | None:
+    """The identity of a row, None where there is no such job."""
+    row = connection.execute(
+        text("SELECT seq, state, attempt, retries, nesting FROM jobs WHERE id = :id"), {"id": job}
+    ).one_or_none()
+    return Identity(*row) if row is not None else None
+
+
+def publish_left(connection: Connection, left: str) -> list[str]:
+    """Insert the jobs that an attempt could not publish, before its outcome is written; returns the ids of new ones
+    that may start. What was inserted before is left as it is."""
+    new = []
+    for job in outbox.parse(left).publishes:
+        inserted = insert_job(connection, job)
+        if inserted.seq is not None:
+            if inserted.starts:
+                new.append(job.id)
+        elif (
+            inserted.same_as is None
+            and put_successor(connection, job) == State.REPLACED
+            and job.due_at is None
+        ):
+            new.append(job.id)
+    return new

@@ -1,0 +1,373 @@
+"""One reading of both stores for the invariants: what looks wrong in Redis, in Postgres, and between them.
+
+A reading is no judgement. Work goes on meanwhile, and the two stores are read one after the other, so what
+looks wrong may be a job on its way. `routing.inspect.verify` reads again and keeps only what stays. For that every
+suspicion names its evidence (tokens, amounts), so that two readings of different jobs never look like the
+same.
+
+A worker's book and what it holds are read in one transaction, so sums over them are exact at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Final, NamedTuple, TypeVar
+
+import redis as redispy
+from sqlalchemy import Connection, Row, text
+
+from celery_capacity.routing.inspect.overview import sum_up
+from celery_capacity.routing.ledger import indexes, keys, snapshot
+from celery_capacity.routing.ledger.snapshot import JobCard, WorkerBook
+from celery_capacity.routing.model import amounts
+from celery_capacity.routing.model.states import FINAL, HOLDING, State, Step
+from celery_capacity.routing.policy.placement import asked_shape
+
+#: Items in one pipeline: some milliseconds of the server, so that admission never waits long for a reader.
+CHUNK: Final = 500
+#: Rows that a query for violations returns; the first ones are shown, the rest counted.
+MOST: Final = 1000
+
+_T = TypeVar("_T")
+
+
+class Suspicion(NamedTuple):
+    """Something that an invariant forbids, if it stays. `invariant`: I1 to I6."""
+
+    invariant: str
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What Postgres says. `active`: the jobs that are neither ended nor put off, by id."""
+
+    active: Mapping[str, Row[Any]]
+    suspicions: tuple[Suspicion, ...]
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing waits or runs. (A job that must not start before a later time does neither.)"""
+        return all(row.state == State.REPLACED for row in self.active.values())
+
+
+@dataclass(slots=True)
+class Shelf:
+    """What Redis says. Times in ms; `held` by worker: job -> token; `waits` by shape: jobs in order."""
+
+    head: snapshot.Head
+    books: dict[str, WorkerBook] = field(default_factory=dict)
+    held: dict[str, dict[str, str]] = field(default_factory=dict)
+    places: indexes.Indexes = field(default_factory=indexes.Indexes)
+    waits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    shapes: dict[str, int] = field(default_factory=dict)
+    unclaimed: list[str] = field(default_factory=list)
+    cards: dict[str, JobCard] = field(default_factory=dict)
+    in_stream: frozenset[str] = frozenset()
+    allocated: tuple[int | None, str | None, int] = (None, None, 0)
+    strangers: list[str] = field(default_factory=list)
+    wrong_expiry: list[str] = field(default_factory=list)
+
+    def behind(self, job: str) -> bool:
+        """Whether Postgres does not have the newest transition of a job yet, as it may."""
+        card = self.cards.get(job)
+        return job in self.in_stream or (card is not None and card.unapplied)
+
+
+# -- Postgres
+# ----------------------------------------------------------------------------------------------------
+
+_ACTIVE: Final = text("""
+SELECT id, state, epoch, attempt, step, worker, shape FROM jobs
+WHERE state IN ('accepted', 'waiting', 'admitted', 'running', 'replaced') OR (state = 'scheduled' AND due_at
+<= now()) OR step = 3 """)
+
+_FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
+
+#: Query of what must not be, and what it means; the first column is the job, the others are the evidence.
+_FORBIDDEN: Final = (
+    (
+        "I4",
+        "has more than one open attempt: {0}",
+        "SELECT job_id, string_agg(epoch || '.' || attempt, ', ' ORDER BY epoch, attempt) FROM attempts"
+        " WHERE ended_at IS NULL GROUP BY job_id HAVING count(*) > 1",
+    ),
+    (
+        "I4",
+        "has attempt {0}.{1} after a token that is not older, {2}.{3}",
+        "SELECT job_id, epoch, attempt, before_epoch, before_attempt FROM (SELECT job_id, epoch, attempt,"
+        " lag(epoch) OVER w AS before_epoch, lag(attempt) OVER w AS before_attempt FROM attempts"
+        " WINDOW w AS (PARTITION BY job_id ORDER BY epoch, attempt)) a WHERE attempt <= before_attempt",
+    ),
+    (
+        "I4",
+        "has attempt {0}.{1}, newer than its row, {2}.{3}",
+        "SELECT j.id, a.epoch, a.attempt, j.epoch, j.attempt FROM jobs j JOIN attempts a ON a.job_id = j.id"
+        " WHERE (a.epoch, a.attempt) > (j.epoch, j.attempt)",
+    ),
+    (
+        "I4",
+        "is {0}, and its attempt {1}.{2} is open",
+        "SELECT j.id, j.state, a.epoch, a.attempt FROM attempts a JOIN jobs j ON j.id = a.job_id"
+        f" WHERE a.ended_at IS NULL AND j.state IN ({_FINAL})",
+    ),
+    (
+        "I4",
+        "is {0}, and its last attempt {1}.{2} ended as {3}",
+        "SELECT j.id, j.state, a.epoch, a.attempt, a.outcome FROM jobs j JOIN attempts a"
+        " ON (a.job_id, a.epoch, a.attempt) = (j.id, j.epoch, j.attempt)"
+        f" WHERE j.state IN ({_FINAL}) AND j.step = {Step.ENDED.value} AND a.outcome <> j.state",
+    ),
+)
+
+
+def read_postgres(connection: Connection) -> Rows:
+    """The rows as of one moment, where the caller's transaction sees one (REPEATABLE READ)."""
+    active = {row.id: row for row in connection.execute(_ACTIVE)}
+    suspicions = tuple(
+        Suspicion(invariant, f"job {row[0]} " + wording.format(*row[1:]))
+        for invariant, wording, query in _FORBIDDEN
+        for row in connection.execute(text(f"{query} LIMIT {MOST}"))
+    )
+    return Rows(active, suspicions)
+
+
+# -- Redis
+# -------------------------------------------------------------------------------------------------------
+
+
+def read_ledger(client: redispy.Redis) -> Shelf:
+    """All that the ledger holds. Raises RedisError."""
+    shelf = Shelf(snapshot.read_head(client))
+    families = _scan(client, shelf)
+    workers = sorted(shelf.head.leases.keys() | families["book"] | families["held"])
+    for chunk in _chunks(workers):
+        places = indexes.read_places(client, chunk)
+        pipe = client.pipeline(transaction=True)
+        for worker in chunk:
+            pipe.hgetall(keys.book(worker))
+            pipe.hgetall(keys.held(worker))
+            indexes.ask(pipe, worker, places[worker])
+        replies = iter(pipe.execute())
+        for worker in chunk:
+            book = snapshot.parse_book(worker, next(replies))
+            if book is not None:
+                shelf.books[worker] = book
+            shelf.held[worker] = {snapshot.text(job): snapshot.text(token) for job, token in next(replies).items()}
+            indexes.note(shelf.places, worker, places[worker], replies)
+    indexes.read_rest(client, shelf.places, families["free_of"], families["shapes_of"])
+    shelf.allocated = _totals(client, workers)
+    _read_queues(client, shelf, families["wait"])
+    known = families["job"].union(shelf.unclaimed, *shelf.held.values())
+    known.update(job for queue in shelf.waits.values() for job, _ in queue)
+    for chunk in _chunks(sorted(known)):
+        shelf.cards.update(snapshot.read_cards(client, chunk))
+    _read_expiries(client, shelf)
+    return shelf
+
+
+def _scan(client: redispy.Redis, shelf: Shelf) -> dict[str, set[str]]:
+    """The names behind each prefix; keys of no known family go to `shelf.strangers`."""
+    prefixes = {name: key for name, key in keys.KEYS.items() if key.endswith(":")}
+    fixed = set(keys.KEYS.values()) - set(prefixes.values())
+    found: dict[str, set[str]] = {name: set() for name in prefixes}
+    for raw in client.scan_iter(match="ledger:*", count=1000):
+        key = snapshot.text(raw)
+        family = next((name for name, prefix in prefixes.items() if key.startswith(prefix)), None)
+        if family is not None:
+            found[family].add(key.removeprefix(prefixes[family]))
+        elif key not in fixed:
+            shelf.strangers.append(key)
+    return found
+
+
+def _totals(client: redispy.Redis, workers: Sequence[str]) -> tuple[int | None, str | None, int]:
+    """(`ledger:allocated`, `resource:allocated_cpus`, the sum over the books), as of one moment."""
+    pipe = client.pipeline(transaction=True)
+    pipe.mget(keys.ALLOCATED, keys.ALLOCATED_CPUS)
+    for worker in workers:
+        pipe.hget(keys.book(worker), "a.cpus")
+    (total, shown), *parts = pipe.execute()
+    return (
+        None if total is None else int(total),
+        None if shown is None else snapshot.text(shown),
+        sum(int(part) for part in parts if part is not None),
+    )
+
+
+def _read_queues(client: redispy.Redis, shelf: Shelf, waiting: set[str]) -> None:
+    pipe = client.pipeline(transaction=True)
+    pipe.zrange(keys.SHAPES, 0, -1, withscores=True)
+    pipe.zrange(keys.UNCLAIMED, 0, -1)
+    pipe.xrange(keys.STREAM)
+    shapes, unclaimed, entries = pipe.execute()
+    shelf.shapes = {snapshot.text(shape): int(order) for shape, order in shapes}
+    shelf.unclaimed = [snapshot.text(job) for job in unclaimed]
+    shelf.in_stream = snapshot.unapplied_jobs(entries)
+    for shape in sorted(waiting | shelf.shapes.keys()):
+        found: Any = client.zrange(keys.wait(shape), 0, -1, withscores=True)
+        shelf.waits[shape] = [(snapshot.text(job), int(order)) for job, order in found]
+
+
+def _read_expiries(client: redispy.Redis, shelf: Shelf) -> None:
+    """A tombstone expires once Postgres has the end; what may be read as free (books) and what waits never does."""
+    never = [keys.book(worker) for worker in shelf.books] + [keys.held(worker) for worker in shelf.held]
+    never += [keys.job(job) for job, card in shelf.cards.items() if card.state != "ended"]
+    some = [keys.job(job) for job, card in shelf.cards.items() if card.state == "ended" and not card.unapplied]
+    some += [snapshot.text(key) for key in client.scan_iter(match=keys.VIEWS, count=1000)]
+    for names, expires in ((never, False), (some, True)):
+        for chunk in _chunks(names):
+            pipe = client.pipeline(transaction=False)
+            for name in chunk:
+                pipe.pttl(name)
+            for name, left in zip(chunk, pipe.execute(), strict=True):
+                # -2: gone meanwhile; -1: without an expiry
+                if left != -2 and (left >= 0) != expires:
+                    shelf.wrong_expiry.append(f"{name} {'has no' if expires else 'has an'} expiry")
+
+
+def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
+    rest = iter(items)
+    while chunk := list(islice(rest, CHUNK)):
+        yield chunk
+
+
+# -- what looks wrong
+# --------------------------------------------------------------------------------------------
+
+
+def inspect(shelf: Shelf, rows: Rows, at_rest: bool, write_within: float) -> set[Suspicion]:
+    """Everything that an invariant forbids in this reading; I2 and I3 only `at_rest`. `write_within`: seconds after
+    which Postgres has what the ledger noted."""
+    if shelf.head.epoch is None:
+        found = set(rows.suspicions)
+        running = sorted(rows.active)
+        if running:
+            found.add(Suspicion("I6", f"the ledger is cold, and {len(running)} jobs are not ended"))
+    else:
+        found = {*rows.suspicions, *_books(shelf), *_queues(shelf), *_agreement(shelf, rows)}
+        found |= {*_late(shelf, write_within)}
+    if at_rest:
+        found |= {*_rest(shelf, rows)}
+    return found
+
+
+def _books(shelf: Shelf) -> Iterator[Suspicion]:
+    """I1: no book above its capacity, and each the sum of what is held; I4: nothing held twice."""
+    holders: dict[str, list[str]] = {}
+    for worker, held in shelf.held.items():
+        for job in held:
+            holders.setdefault(job, []).append(worker)
+        book = shelf.books.get(worker)
+        if book is None:
+            if held:
+                yield Suspicion(
+                    "I1", f"worker {worker} has no book and holds {', '.join(sorted(held.items())[0])}"
+                )
+            continue
+        for name in book.over():
+            used, there = book.allocated[name], book.capacity.get(name, 0)
+            if not book.shrunk:
+                yield Suspicion("I1", f"worker {worker} has {used} of {there} {name} allocated")
+        cards = {job: shelf.cards.get(job) for job in held}
+        unlike = [
+            job for job, card in cards.items() if card is None or card.token != held[job] or not card.shape
+        ]
+        for job in unlike:
+            yield Suspicion(
+                "I1", f"worker {worker} holds {job} {held[job]}, which the job's own key does not say"
+            )
+        if not unlike:
+            sums = sum_up((worker, card.shape or "", 1) for card in cards.values() if card)
+            expected = sums.get(worker, {})
+            for name in sorted(expected.keys() | book.allocated.keys()):
+                used, sum_ = book.allocated.get(name, 0), expected.get(name, 0)
+                if used != sum_:
+                    yield Suspicion(
+                        "I1", f"worker {worker} has {used} {name} allocated, its jobs hold {sum_}"
+                    )
+    for job, workers in holders.items():
+        if len(workers) > 1:
+            yield Suspicion("I4", f"job {job} is held by {', '.join(workers)}")
+
+
+def _queues(shelf: Shelf) -> Iterator[Suspicion]:
+    """I6: the ledger agrees with itself."""
+    first = {shape: queue[0][1] if queue else None for shape, queue in shelf.waits.items()}
+    for wrong in (*indexes.wrong_places(shelf.places, shelf.books), *indexes.wrong_shapes(shelf.places, first)):
+        yield Suspicion("I6", wrong)
+    total, shown, summed = shelf.allocated
+    if total != summed:
+        yield Suspicion("I6", f"ledger:allocated is {total}, the books have {summed}")
+    if total is not None and shown != amounts.format_cpus(total):
+        yield Suspicion("I6", f"resource:allocated_cpus is {shown}, ledger:allocated {total}")
+    for shape, queue in shelf.waits.items():
+        if shelf.shapes.get(shape) != first[shape]:
+            yield Suspicion(
+                "I6", f"shape {shape} begins at {first[shape]}, and at {shelf.shapes.get(shape)} in the index"
+            )
+        for job, _ in queue:
+            card = shelf.cards.get(job)
+            if card is None or card.state != "waiting" or card.shape != shape:
+                yield Suspicion("I6", f"job {job} waits under {shape}, and its own key says {card}")
+    for job in shelf.unclaimed:
+        card = shelf.cards.get(job)
+        if card is None or card.state != "admitted":
+            yield Suspicion("I6", f"job {job} is to be delivered again, and its own key says {card}")
+    for key in shelf.strangers:
+        yield Suspicion("I6", f"key {key} is of no known family")
+    for key in shelf.wrong_expiry:
+        yield Suspicion("I6", f"key {key}")
+
+
+def _agreement(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
+    """I6: Redis says what Postgres says, but for transitions that are on their way there."""
+    redis_held = {
+        job: f"{worker} {token}" for worker, held in shelf.held.items() for job, token in held.items()
+    }
+    rows_held = {
+        job: f"{row.worker} {row.epoch}.{row.attempt}"
+        for job, row in rows.active.items()
+        if row.state in HOLDING or row.step == Step.COMMITTED
+    }
+    redis_waits = {job: asked_shape(shape) for shape, queue in shelf.waits.items() for job, _ in queue}
+    rows_wait = {job: row.shape for job, row in rows.active.items() if row.state == State.WAITING}
+    pairs = (("is held by", redis_held, rows_held), ("waits as", redis_waits, rows_wait))
+    for verb, ours, theirs in pairs:
+        for job in ours.keys() | theirs.keys():
+            if ours.get(job) != theirs.get(job) and not shelf.behind(job):
+                there, here = theirs.get(job, "nothing"), ours.get(job, "nothing")
+                yield Suspicion("I6", f"job {job} {verb} {here} in Redis, {there} in Postgres")
+
+
+def _late(shelf: Shelf, write_within: float) -> Iterator[Suspicion]:
+    """I6: what is on its way to Postgres arrives. (Where no worker lives nobody writes it.)"""
+    if shelf.head.unapplied_since is None or not any(shelf.head.is_live(book) for book in shelf.books.values()):
+        return
+    if shelf.head.now - shelf.head.unapplied_since > write_within * 1000:
+        # (Without a name: which one is the oldest may change, and Postgres be late all the same.)
+        yield Suspicion("I6", f"Postgres lacks what the ledger noted more than {write_within:g} s ago")
+
+
+def _rest(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
+    """I2 and I3: all jobs ended, and nothing is allocated."""
+    for job, row in rows.active.items():
+        yield Suspicion("I2", f"job {job} is {row.state} at {row.epoch}.{row.attempt}")
+        if row.state in HOLDING:
+            yield Suspicion("I3", f"job {job} holds {row.shape} on {row.worker} in Postgres")
+    for worker, book in shelf.books.items():
+        for name, used in sorted(book.allocated.items()):
+            if used:
+                yield Suspicion("I3", f"worker {worker} has {used} {name} allocated")
+    for worker, held in shelf.held.items():
+        for job, token in held.items():
+            yield Suspicion("I3", f"worker {worker} holds {job} {token}")
+    if shelf.allocated[0]:
+        yield Suspicion("I3", f"ledger:allocated is {shelf.allocated[0]}")
+    for shape, queue in shelf.waits.items():
+        if queue:
+            yield Suspicion(
+                "I3", f"{len(queue)} jobs wait under {shape} in Redis, the first is {queue[0][0]}"
+            )

@@ -1,0 +1,241 @@
+"""Why a job has not started: the decision of the policy itself, over the books as they stand.
+
+The answer is a value; its words are made where it is shown. Nothing is written and nothing is admitted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any, Final
+
+import redis as redispy
+from redis.exceptions import RedisError
+from sqlalchemy import Connection, func, select
+
+from celery_capacity.routing.database import schema
+from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.model import amounts
+from celery_capacity.routing.model.amounts import CPUS
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import FINAL, HOLDING, State
+from celery_capacity.routing.policy.placement import Admission, Book, Reason, Refusal, order, survey
+from celery_capacity.routing.store import dependencies
+
+#: Jobs that an explanation names of those that are waited for.
+SHOWN_NEEDS: Final = 10
+
+
+class Why(Enum):
+    """What keeps a job from running; the value is the stable name in JSON. The first are the policy's."""
+
+    NO_WORKER = Reason.NO_WORKER.value
+    NO_QUEUE = Reason.NO_QUEUE.value
+    UNKNOWN_RESOURCE = Reason.UNKNOWN_RESOURCE.value
+    TOO_LARGE = Reason.TOO_LARGE.value
+    NO_ROOM = Reason.NO_ROOM.value
+    BEHIND_SHAPE = Reason.BEHIND_SHAPE.value
+    ALONE = Reason.ALONE.value
+    #: there is room; it is admitted at this moment, or by the next sweep
+    ABOUT_TO_START = "about-to-start"
+    #: it must not start before its time
+    SCHEDULED = "scheduled"
+    #: others must succeed first
+    NEEDS_JOBS = "needs-jobs"
+    #: as many jobs of its task have started as its rate allows
+    RATE_LIMIT = "rate-limit"
+    #: durable and not in the ledger yet, which is open: the sender is at it, or died and the sweep brings it
+    ON_ITS_WAY = "on-its-way"
+    #: the ledger is cold, so nothing is admitted until its books are rebuilt
+    LEDGER_CLOSED = "ledger-closed"
+    #: Redis does not answer
+    LEDGER_UNREACHABLE = "ledger-unreachable"
+    #: Postgres admits instead of the ledger
+    LEDGER_STANDS_BACK = "ledger-stands-back"
+    #: the task replaced itself; its replacement ends this job
+    REPLACED = "replaced"
+    #: it does not wait: it is with a worker
+    RUNS = "runs"
+    #: it does not wait: it ended
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why one job is where it is.
+
+    `resource`, `asked` and `free` (millicores, bytes or counts) say what is short, on the worker (`worker`)
+    that comes closest. `place` is the job's place (from 1) among those with the same request, `before` the
+    number of all waiting jobs that come earlier in order, whatever they ask for.
+    """
+
+    job: str
+    state: State
+    why: Why
+    request: Request
+    declared: bool
+    resource: str | None = None
+    asked: int | None = None
+    free: int | None = None
+    worker: str | None = None
+    place: int | None = None
+    before: int | None = None
+    due_at: datetime | None = None
+    #: workers that would have room if they were empty
+    large_enough: int | None = None
+    live_workers: int | None = None
+    #: the jobs that it waits for, at most `SHOWN_NEEDS`
+    needs: tuple[str, ...] = ()
+    #: the rate of its task, as somebody wrote it
+    rate: str | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is anything to wait for."""
+        return self.why not in (Why.RUNS, Why.ENDED)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "job": self.job,
+            "state": self.state.value,
+            "why": self.why.value,
+            "request": self.request.to_people(),
+            "declared": self.declared,
+            "resource": self.resource,
+            "asked": self._number(self.asked),
+            "free": self._number(self.free),
+            "worker": self.worker,
+            "place": self.place,
+            "before": self.before,
+            "due_at": None if self.due_at is None else self.due_at.astimezone(UTC).isoformat(),
+            "large_enough": self.large_enough,
+            "live_workers": self.live_workers,
+            "needs": list(self.needs),
+            "rate": self.rate,
+        }
+
+    def _number(self, amount: int | None) -> int | float | None:
+        return amounts.cpus_number(amount) if amount is not None and self.resource == CPUS else amount
+
+
+def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanation | None:
+    """Why `job` is where it is; None where Postgres has no such job (in the archive all have ended). At most four round
+    trips to Redis."""
+    jobs, authority = schema.jobs.c, schema.authority.c
+    row = connection.execute(
+        select(
+            jobs.state,
+            jobs.shape,
+            jobs.declared,
+            jobs.worker,
+            jobs.due_at,
+            jobs.priority,
+            jobs.seq,
+            jobs.name,
+            jobs.needs,
+            jobs.not_before,
+            func.now().label("now"),
+        ).where(jobs.id == job)
+    ).one_or_none()
+    if row is None:
+        return _archived(connection, job)
+    state, request = State(row.state), Request.from_shape(row.shape)
+    if state is State.SCHEDULED and row.due_at is None:
+        return _gated(connection, job, row, request)
+    simple = _without_books(state)
+    if simple is not None:
+        worker = row.worker if state in HOLDING else None
+        due_at = row.due_at if state is State.SCHEDULED else None
+        return Explanation(job, state, simple, request, row.declared, worker=worker, due_at=due_at)
+    if connection.execute(select(authority.authority)).scalar_one_or_none() == "postgres":
+        return Explanation(job, state, Why.LEDGER_STANDS_BACK, request, row.declared)
+    try:
+        head = snapshot.read_head(client)
+        if head.epoch is None:
+            return Explanation(job, state, Why.LEDGER_CLOSED, request, row.declared)
+        found = snapshot.read_books(client, head.leases)
+        card = snapshot.read_cards(client, [job]).get(job)
+        held = Request.from_shape(card.shape) if card is not None and card.shape else request
+        ahead, before = _ahead(client, head.shapes, held.shape, order(row.priority, row.seq))
+    except RedisError:
+        return Explanation(job, state, Why.LEDGER_UNREACHABLE, request, row.declared)
+    live = [book.to_policy(head.now) for book in found.values() if head.is_live(book)]
+    refusal = refuse(held, live, ahead)
+    why = Why.ABOUT_TO_START if refusal is None else Why(refusal.reason.value)
+    if state is State.ACCEPTED and why in (Why.ABOUT_TO_START, Why.BEHIND_SHAPE):
+        why = Why.ON_ITS_WAY
+    return Explanation(
+        job,
+        state,
+        why,
+        request,
+        row.declared,
+        resource=(refusal and refusal.resource) or None,
+        asked=refusal.asked if refusal and refusal.resource else None,
+        free=refusal.free if refusal and refusal.resource else None,
+        worker=(refusal and refusal.worker) or None,
+        place=ahead + 1,
+        before=before,
+        large_enough=sum(1 for book in live if _when_empty(request, book)),
+        live_workers=len(live),
+    )
+
+
+def _gated(connection: Connection, job: str, row: Any, request: Request) -> Explanation:
+    """Of a job that is behind a gate: other jobs, the time that it has then, or the rate of its task."""
+    needs = dependencies.needs_of(connection, row.seq, SHOWN_NEEDS) if row.needs else []
+    later = row.not_before if row.not_before is not None and row.not_before > row.now else None
+    why = Why.NEEDS_JOBS if row.needs else Why.SCHEDULED if later else Why.RATE_LIMIT
+    rates = schema.rates.c
+    rate = connection.execute(select(rates.said).where(rates.name == row.name)).scalar_one_or_none()
+    return Explanation(
+        job,
+        State.SCHEDULED,
+        why,
+        request,
+        row.declared,
+        due_at=later,
+        needs=tuple(needs),
+        rate=rate if why is Why.RATE_LIMIT else None,
+    )
+
+
+def _archived(connection: Connection, job: str) -> Explanation | None:
+    gone = schema.jobs_archive.c
+    query = select(gone.state, gone.request, gone.declared).where(gone.id == job).order_by(gone.seq.desc()).limit(1)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        return None
+    return Explanation(job, State(row.state), Why.ENDED, Request.from_people(row.request), row.declared)
+
+
+def refuse(request: Request, live: Sequence[Book], ahead: int) -> Refusal | None:
+    """The policy's reason for not admitting a request, None where it would."""
+    decision = survey(request, live, ahead)
+    return None if isinstance(decision, Admission) else decision
+
+
+def _without_books(state: State) -> Why | None:
+    """The reason where the state alone says it."""
+    if state in FINAL:
+        return Why.ENDED
+    if state in HOLDING:
+        return Why.RUNS
+    plain: Mapping[State, Why] = {State.SCHEDULED: Why.SCHEDULED, State.REPLACED: Why.REPLACED}
+    return plain.get(state)
+
+
+def _when_empty(request: Request, book: Book) -> bool:
+    large_enough = all(amount <= book.capacity.get(name, 0) for name, amount in request.amounts)
+    return book.admitting and book.serves(request) and large_enough
+
+
+def _ahead(client: redispy.Redis, shapes: Sequence[str], shape: str, place: int) -> tuple[int, int]:
+    """How many waiting jobs come before `place` (an order): with this shape, and in all. One round trip."""
+    pipe = client.pipeline(transaction=False)
+    for one in shapes:
+        pipe.zcount(keys.wait(one), "-inf", f"({place}")
+    counts = dict(zip(shapes, (int(count) for count in pipe.execute()), strict=True))
+    return counts.get(shape, 0), sum(counts.values())

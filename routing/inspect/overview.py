@@ -1,0 +1,385 @@
+"""The one value behind `cluster`, the dashboard and the metrics: capacity, allocations, backlog at a moment.
+
+It comes from the ledger in three round trips, however many workers there are. Where the ledger is cold or
+does not answer it comes from Postgres, in four queries, and says so (`source`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import redis as redispy
+from redis.exceptions import RedisError
+from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from celery_capacity.routing.database import schema
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.errors import NotMigrated, mask_url
+from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.model import amounts
+from celery_capacity.routing.model.amounts import ALONE, CPUS, MEMORY, SLOTS
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, order
+from celery_capacity.routing.store import quarantine
+from celery_capacity.routing.store.quarantine import Quarantined
+
+#: Seconds without a heartbeat after which Postgres no longer counts a worker, where the caller does not say.
+WORKER_TTL: Final = 60.0
+#: Resources that have fields of their own; all others stand under `named`.
+_OWN: Final = (CPUS, MEMORY, SLOTS)
+_PRIORITIES: Final = range(TOP_PRIORITY + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLine:
+    """One live worker. `heartbeat_age`: seconds, None where nobody noted a heartbeat."""
+
+    name: str
+    status: str
+    capacity: Mapping[str, int]
+    allocated: Mapping[str, int]
+    heartbeat_age: float | None
+    hostname: str | None
+    pid: int | None
+    incarnation: str
+    started_at: str | None
+    version: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        age = self.heartbeat_age
+        return {
+            "name": self.name,
+            "status": self.status,
+            "cpus": amounts.cpus_number(self.capacity.get(CPUS, 0)),
+            "allocated_cpus": amounts.cpus_number(self.allocated.get(CPUS, 0)),
+            "heartbeat_age_seconds": None if age is None else round(age, 3),
+            "memory": self.capacity.get(MEMORY, 0),
+            "allocated_memory": self.allocated.get(MEMORY, 0),
+            "slots": self.capacity.get(SLOTS, 0),
+            "allocated_slots": self.allocated.get(SLOTS, 0),
+            "named": _named(self.capacity, self.allocated),
+            "queues": amounts.queues_of(self.capacity),
+            "hostname": self.hostname,
+            "pid": self.pid,
+            "incarnation": self.incarnation,
+            "started_at": self.started_at,
+            "version": self.version,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BacklogLine:
+    """The jobs of one shape that wait. `oldest`: seconds since the first of them was submitted."""
+
+    request: Request
+    waiting: int
+    oldest: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "queue": self.request.queue,
+            "request": self.request.to_people(),
+            "waiting": self.waiting,
+            "oldest_seconds": None if self.oldest is None else round(self.oldest, 3),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """The cluster at `at`. `source`: the store that said so, ledger or postgres."""
+
+    source: str
+    at: datetime
+    workers: tuple[WorkerLine, ...]
+    backlog: tuple[BacklogLine, ...]
+    counters: Mapping[str, int] = field(default_factory=dict)
+    #: transitions in the ledger that Postgres does not have yet; None where only Postgres was asked
+    unapplied: int | None = None
+    #: Seconds since the oldest of these was noted, 0 where there is none.
+    unapplied_age: float | None = None
+    #: messages that nobody could read; None where Postgres was not asked, or does not answer
+    quarantine: Quarantined | None = None
+    #: why Postgres was asked and not the ledger; empty where the ledger answered
+    why: str = ""
+
+    def total(self, name: str) -> int:
+        return sum(worker.capacity.get(name, 0) for worker in self.workers)
+
+    def allocated(self, name: str) -> int:
+        return sum(worker.allocated.get(name, 0) for worker in self.workers)
+
+    def available(self, name: str) -> int:
+        """Never negative: capacity may shrink below what already runs."""
+        return max(0, self.total(name) - self.allocated(name))
+
+    @property
+    def waiting(self) -> int:
+        return sum(line.waiting for line in self.backlog)
+
+    @property
+    def utilization_percent(self) -> float:
+        total = self.total(CPUS)
+        return round(100 * self.allocated(CPUS) / total, 2) if total else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `cluster --json` prints and `/api/v1/dashboard` answers."""
+        totals = {name: self.total(name) for worker in self.workers for name in worker.capacity}
+        used = {name: self.allocated(name) for worker in self.workers for name in worker.allocated}
+        return {
+            "resources": {
+                "total_cpus": amounts.cpus_number(self.total(CPUS)),
+                "allocated_cpus": amounts.cpus_number(self.allocated(CPUS)),
+                "available_cpus": amounts.cpus_number(self.available(CPUS)),
+                "utilization_percent": self.utilization_percent,
+                "active_workers": len(self.workers),
+                "total_memory": self.total(MEMORY),
+                "allocated_memory": self.allocated(MEMORY),
+                "available_memory": self.available(MEMORY),
+                "total_slots": self.total(SLOTS),
+                "allocated_slots": self.allocated(SLOTS),
+                "available_slots": self.available(SLOTS),
+                "named": _named(totals, used),
+                "waiting_jobs": self.waiting,
+            },
+            "workers": [worker.to_json() for worker in self.workers],
+            "backlog": [line.to_json() for line in self.backlog],
+            "counters": dict(self.counters),
+            "source": self.source,
+            "unapplied": self.unapplied,
+            "unapplied_seconds": None if self.unapplied_age is None else round(self.unapplied_age, 3),
+            "quarantine": None if self.quarantine is None else self.quarantine.to_json(),
+            "at": self.at.isoformat(timespec="milliseconds"),
+        }
+
+
+def _named(capacity: Mapping[str, int], allocated: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    names = sorted(name for name in {*capacity, *allocated} - {*_OWN, ALONE} if not amounts.is_label(name))
+    return {name: {"total": capacity.get(name, 0), "allocated": allocated.get(name, 0)} for name in names}
+
+
+class Cold(Exception):
+    """The ledger is cold: it says nothing about the cluster."""
+
+
+def read(client: redispy.Redis, engine: Engine, ttl: float = WORKER_TTL) -> Overview:
+    """From the ledger, else from Postgres; what is set aside is in Postgres alone. Give it a `quick_client`; `ttl`: see
+    `from_postgres`.
+
+    Raises StoreUnavailable where neither answers, NotMigrated where Postgres has no tables.
+    """
+    try:
+        if _postgres_decides(engine):
+            raise Cold("Postgres decides, and the books are old")
+        return replace(from_ledger(client), quarantine=_quarantined(engine))
+    except (RedisError, Cold) as error:
+        try:
+            with engine.connect() as connection:
+                seen = from_postgres(connection, ttl)
+                return replace(seen, quarantine=quarantine.read(connection), why=mask_url(str(error)))
+        except DBAPIError as second:
+            raise translate(second, f"the ledger does not answer ({error}), and ") from second
+
+
+def _postgres_decides(engine: Engine) -> bool:
+    """Whether the ledger was left; False where Postgres does not say: then the books are the best there is."""
+    try:
+        with engine.connect() as connection:
+            return read_authority(connection).authority == "postgres"
+    except (DBAPIError, PoolTimeout, NotMigrated):
+        return False
+
+
+def _quarantined(engine: Engine) -> Quarantined | None:
+    """What is set aside; None where Postgres does not say, which the ledger need not wait for."""
+    try:
+        with engine.connect() as connection:
+            return quarantine.read(connection)
+    except (DBAPIError, PoolTimeout):
+        return None
+
+
+def from_ledger(client: redispy.Redis) -> Overview:
+    """Three round trips: the index, the books and queues, the ages. Raises Cold, or RedisError."""
+    head = snapshot.read_head(client)
+    if head.epoch is None:
+        raise Cold("the ledger is cold")
+    pipe = client.pipeline(transaction=False)
+    for worker in head.leases:
+        pipe.hgetall(keys.book(worker))
+        pipe.hgetall(keys.view(worker))
+    for shape in head.shapes:
+        pipe.zcard(keys.wait(shape))
+        for priority in _PRIORITIES:
+            # The first of each priority is the oldest of that priority.
+            first = order(priority, 0)
+            pipe.zrangebyscore(keys.wait(shape), first, first + SUBMISSIONS - 1, start=0, num=1)
+    replies = iter(pipe.execute())
+    lines = [_ledger_line(head, worker, next(replies), next(replies)) for worker in head.leases]
+    queues = [(shape, next(replies), _firsts(replies)) for shape in head.shapes]
+    ages = _submitted(client, [job for _, _, firsts in queues for job in firsts])
+    backlog = []
+    for shape, waiting, firsts in queues:
+        known = [ages[job] for job in firsts if job in ages]
+        if waiting:
+            oldest = max(0.0, (head.now - min(known)) / 1000) if known else None
+            backlog.append(BacklogLine(Request.from_shape(shape), int(waiting), oldest))
+    return Overview(
+        source="ledger",
+        at=datetime.fromtimestamp(head.now / 1000, UTC),
+        workers=tuple(sorted((line for line in lines if line), key=lambda line: line.name)),
+        backlog=tuple(backlog),
+        counters=head.counters,
+        unapplied=head.unapplied,
+        unapplied_age=max(0, head.now - (head.unapplied_since or head.now)) / 1000,
+    )
+
+
+def _ledger_line(head: snapshot.Head, worker: str, fields: Any, view: Any) -> WorkerLine | None:
+    """A live worker, or None."""
+    book = snapshot.parse_book(worker, fields)
+    if book is None or not head.is_live(book):
+        return None
+    seen = {snapshot.text(name): snapshot.text(value) for name, value in view.items()}
+    beat = seen.get("heartbeat_at")
+    beaten = datetime.fromisoformat(beat).timestamp() if beat else None
+    return WorkerLine(
+        name=worker,
+        status=book.status,
+        capacity=book.capacity,
+        allocated=book.allocated,
+        heartbeat_age=None if beaten is None else max(0.0, head.now / 1000 - beaten),
+        hostname=seen.get("hostname"),
+        pid=int(seen["pid"]) if seen.get("pid") else None,
+        incarnation=book.incarnation,
+        started_at=seen.get("started_at"),
+        version=seen.get("version"),
+    )
+
+
+def _firsts(replies: Iterator[Any]) -> list[str]:
+    return [snapshot.text(found[0]) for found in (next(replies) for _ in _PRIORITIES) if found]
+
+
+def _submitted(client: redispy.Redis, jobs: Sequence[str]) -> dict[str, int]:
+    """When these jobs were submitted (ms); those that left meanwhile are missing."""
+    if not jobs:
+        return {}
+    pipe = client.pipeline(transaction=False)
+    for job in jobs:
+        pipe.hget(keys.job(job), "submitted")
+    times = zip(jobs, pipe.execute(), strict=True)
+    return {job: int(time) for job, time in times if time is not None and int(time) > 0}
+
+
+def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
+    """From the tables alone. `ttl`: seconds since a worker was last seen after which it is not counted.
+
+    A job that is accepted counts as waiting: it does, for the ledger.
+    """
+    workers, jobs = schema.workers.c, schema.jobs.c
+    now: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
+    allocated = _allocated(connection)
+    lives = connection.execute(
+        select(schema.workers).where(workers.status.in_(sorted(snapshot.LIVE))).order_by(workers.started_at.desc())
+    ).all()
+    lines = []
+    # A name may have an older life that is not ended yet: the newest stands for it.
+    newest = {row.name: row for row in reversed(lives)}
+    for row in sorted(newest.values(), key=lambda row: str(row.name)):
+        age = max(0.0, (now - row.seen_at).total_seconds())
+        if age < ttl:
+            lines.append(
+                WorkerLine(
+                    name=row.name,
+                    status=row.status,
+                    capacity=amounts.from_people(row.capacity),
+                    allocated=allocated.get(row.incarnation, {}),
+                    heartbeat_age=age,
+                    hostname=row.hostname,
+                    pid=row.pid,
+                    incarnation=row.incarnation,
+                    started_at=row.started_at.astimezone(UTC).isoformat(timespec="milliseconds"),
+                    version=row.version,
+                )
+            )
+    queues = connection.execute(
+        select(jobs.shape, func.count().label("waiting"), func.min(jobs.submitted_at).label("oldest"))
+        .where(jobs.state.in_([State.ACCEPTED, State.WAITING]))
+        .group_by(jobs.shape)
+        .order_by(func.max(jobs.priority).desc(), func.min(jobs.seq))
+    )
+    backlog = (
+        BacklogLine(Request.from_shape(row.shape), row.waiting, max(0.0, (now - row.oldest).total_seconds()))
+        for row in queues
+    )
+    return Overview(source="postgres", at=now.astimezone(UTC), workers=tuple(lines), backlog=tuple(backlog))
+
+
+def _allocated(connection: Connection) -> dict[str, dict[str, int]]:
+    """What is allocated, by incarnation and resource."""
+    jobs = schema.jobs.c
+    held = connection.execute(
+        select(jobs.incarnation, jobs.shape, func.count().label("jobs"))
+        .where(jobs.state.in_([State.ADMITTED, State.RUNNING]))
+        .group_by(jobs.incarnation, jobs.shape)
+    )
+    return sum_up((row.incarnation, row.shape, row.jobs) for row in held)
+
+
+def sum_up(held: Iterable[tuple[str, str, int]]) -> dict[str, dict[str, int]]:
+    """(holder, shape, number of jobs) -> what each holder has allocated, by resource."""
+    sums: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for holder, shape, number in held:
+        for name, amount in Request.from_shape(shape).amounts:
+            sums[holder][name] += number * amount
+    return {holder: dict(by_name) for holder, by_name in sums.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What many reads of the allocated CPUs gave: `answered` of `times` by Redis, the others by Postgres.
+
+    `value`: the last one, in CPUs as text. `seconds`: for all of them.
+    """
+
+    times: int
+    answered: int
+    seconds: float
+    value: str
+
+    @property
+    def share_percent(self) -> float:
+        return 100 * self.answered / self.times
+
+
+def read_allocated(client: redispy.Redis, engine: Engine, times: int) -> Reads:
+    """Read the allocated CPUs so many times in one pipeline; what Redis does not know is asked of Postgres.
+
+    Raises StoreUnavailable where neither answers.
+    """
+    pipe = client.pipeline(transaction=False)
+    for _ in range(times):
+        pipe.get(keys.ALLOCATED_CPUS)
+    start = time.perf_counter()
+    try:
+        found = [value for value in pipe.execute() if value is not None]
+    except RedisError:
+        found = []
+    if len(found) == times:
+        return Reads(times, times, time.perf_counter() - start, snapshot.text(found[-1]))
+    try:
+        with engine.connect() as connection:
+            sums = _allocated(connection)
+    except DBAPIError as error:
+        raise translate(error, "Redis does not answer, and ") from error
+    value = amounts.format_cpus(sum(by_name.get(CPUS, 0) for by_name in sums.values()))
+    return Reads(times, len(found), time.perf_counter() - start, value)

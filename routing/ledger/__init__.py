@@ -1,0 +1,1 @@
+"""The ledger in Redis: its connection, scripts, keys, and typed replies."""

@@ -1,0 +1,326 @@
+"""The server that holds the ledger: connections, which life of the server they lead to, and how scripts are called."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
+from redis.retry import Retry
+
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.config import redis_urls, timeouts
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported, mask_url
+from celery_capacity.routing.ledger import keys, sentinels
+from celery_capacity.routing.ledger.replies import LedgerClosed, LedgerFull
+from celery_capacity.routing.ledger.scripts import Script, load
+from celery_capacity.routing.model import format_versions
+
+#: Seconds that a reader gives the ledger before it asks Postgres.
+PATIENCE: Final = 1.0
+#: The oldest Redis that has all commands which the scripts use, and the first that reads their line `#!lua flags=…`.
+#: (Valkey calls itself Redis 7.2, for those who ask so.)
+OLDEST: Final = (6, 2)
+WITH_FLAGS: Final = (7, 0)
+#: In an error of a script on Redis 6.2, which wraps what the command said.
+WRAPPED_OOM: Final = "-OOM "
+#: Milliseconds for which the trace of a probe stays.
+PROBE_MS: Final = 1000
+
+
+def connect(url: str, timeout: float = timeouts.STORE_TIMEOUT, **options: Any) -> redis.Redis:
+    """A client with short time-outs that never sends anything twice by itself (redis-py retries by default).
+
+    `url`: any that `routing.config.redis_urls` names; `timeout`: PLATFORM_STORE_TIMEOUT; `options` are redis-py's.
+    """
+    options = {
+        "socket_connect_timeout": timeouts.CONNECT * timeout,
+        "socket_timeout": timeouts.ANSWER * timeout,
+        "socket_keepalive": True,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+        **options,
+    }
+    address = redis_urls.read(url)
+    if address.scheme == redis_urls.SENTINEL:
+        return os_threads.by_thread(sentinels.client(address, options, timeouts.SENTINEL * timeout))
+    if not address.path:
+        return os_threads.by_thread(redis.Redis.from_url(url, **options))
+    del options["socket_keepalive"]
+    options |= {"username": address.user, "password": address.password, "db": address.number, "path": address.path}
+    pool = redis.ConnectionPool(redis.UnixDomainSocketConnection, **options)
+    return os_threads.by_thread(redis.Redis.from_pool(pool))
+
+
+def quick_client(client: redis.Redis, patience: float = PATIENCE) -> redis.Redis:
+    """A client of the same server that gives up after `patience` seconds and sends nothing twice."""
+    pool = client.connection_pool
+    options = {
+        **pool.connection_kwargs,
+        "socket_timeout": patience,
+        "socket_connect_timeout": patience,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    # What the ledger asks of every new connection is of no use to a reader.
+    options.pop("redis_connect_func", None)
+    return redis.Redis(connection_pool=redis.ConnectionPool(pool.connection_class, **options))
+
+
+class LedgerServer:
+    """Calls scripts on one server, in the epoch that this process has confirmed in Postgres."""
+
+    def __init__(self, settings: Settings, client: redis.Redis | None = None) -> None:
+        if settings.redis_url is None and client is None:
+            raise StoreUnavailable("no ledger is configured", advice="set REDIS_URL")
+        self.settings = settings
+        #: The epoch in which this process may act; 0 before it was confirmed.
+        self.epoch = 0
+        self._run_id = ""
+        #: The id of the database in Postgres whose books these are to be, "" before it was found; and what finds it.
+        self.database = ""
+        self.find_database: Callable[[], str] | None = None
+        #: By thread: the life of the server that its arguments name, until they are sent.
+        self._meant = threading.local()
+        self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._clock_offset_ms = 0.0
+        self.client = client if client is not None else connect(str(settings.redis_url), settings.store_timeout)
+        pool = self.client.connection_pool
+        pool.connection_kwargs["redis_connect_func"] = self._on_connect
+        self._tombstone_ms = max(2, round(settings.tombstone * 1000))
+        #: Milliseconds from reading a row to its submit, at the most: half of the time for which an ended job is
+        #: remembered. So the ledger still remembers a job that ended after its row was read.
+        self.submit_within_ms = self._tombstone_ms // 2
+        self._scripts = self._load(flags=True)
+
+    def _on_connect(self, connection: Any) -> None:
+        """Ask each new connection which server life it leads to, and how far the server's clock is from ours."""
+        self._connections.add(connection)
+        connection.on_connect()
+        connection.send_command("INFO", "server")
+        text = connection.read_response()
+        text = text.decode() if isinstance(text, bytes) else str(text)
+        about = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        known, self._run_id = self._run_id, about["run_id"].strip()
+        if known and known != self._run_id:
+            # The call that is on its way was meant for another life of the server, perhaps with other books.
+            raise redis.ConnectionError("the server has restarted")
+        version = tuple(map(int, about.get("redis_version", "7.0").strip().split(".")[:2]))
+        if version < OLDEST:
+            connection.disconnect()
+            raise self._too_old(about["redis_version"].strip())
+        self._scripts = self._load(flags=version >= WITH_FLAGS)
+        before = time.time()
+        connection.send_command("TIME")
+        seconds, micros = connection.read_response()
+        after = time.time()
+        self._clock_offset_ms = (int(seconds) + int(micros) / 1e6 - (before + after) / 2) * 1000
+
+    def _load(self, *, flags: bool) -> dict[str, Script]:
+        return load(round(self.settings.start_timeout * 1000), self._tombstone_ms, flags)
+
+    @property
+    def ttl_ms(self) -> int:
+        """Milliseconds for which a heartbeat renews a lease."""
+        return round(self.settings.worker_ttl * 1000)
+
+    def measure(self) -> int:
+        """The server's clock in milliseconds, asked for: either clock may have been set since a connection was made."""
+        seconds, micros = self._guard(lambda: self.client.time())
+        self.hear(seconds * 1000 + micros / 1000)
+        return self.now_ms()
+
+    def hear(self, server_ms: float) -> None:
+        """The server's clock as an answer names it. (Where that was slow to come, deadlines are earlier by as much from
+        here on, never later.)"""
+        self._clock_offset_ms = server_ms - time.time() * 1000
+
+    def _too_old(self, version: str) -> PlatformError:
+        needed = ".".join(map(str, OLDEST))
+        return PlatformError(
+            f"Redis at {mask_url(self.settings.redis_url or '')} is version {version}, and the ledger needs {needed}",
+            value=version,
+            advice=f"Use Redis {needed} or newer, better 7, or Valkey.",
+        )
+
+    def descriptors(self) -> list[int]:
+        """The sockets of this handle, as numbers: for a child that inherited them."""
+        sockets = [getattr(connection, "_sock", None) for connection in self._connections]
+        return [found.fileno() for found in sockets if found is not None and found.fileno() >= 0]
+
+    @property
+    def run_id(self) -> str:
+        """The server's `run_id`, as of the newest connection; connects when there is none yet."""
+        if not self._run_id:
+            self._guard(lambda: self.client.ping())
+        return self._run_id
+
+    def probe(self) -> None:
+        """Whether the ledger can be written: raises `StoreUnavailable` where not."""
+        self._guard(lambda: self.client.set(keys.PROBE, "", px=PROBE_MS))
+
+    def now_ms(self) -> int:
+        """This process's estimate of the server's clock, in milliseconds."""
+        return self.server_ms(time.time() * 1000)
+
+    def server_ms(self, own_ms: float) -> int:
+        """A time of this process's clock by the server's, in milliseconds."""
+        return round(own_ms + self._clock_offset_ms)
+
+    def _guard(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except RedisError as error:
+            where = mask_url(self.settings.redis_url or "")
+            full = isinstance(error, OutOfMemoryError) or WRAPPED_OOM in str(error)
+            kind = LedgerFull if full else StoreUnavailable
+            raise kind(f"Redis at {where} does not serve: {error}") from error
+
+    def _call(self, name: str, *args: Any) -> list[str]:
+        return self._calls([(name, args)])[0]
+
+    def _calls(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[list[str]]:
+        """Send the calls in one round trip; each is atomic by itself. Raises the first refusal or error."""
+        self.run_id  # noqa: B018 - the first use connects
+        meant, self._meant.run_id = getattr(self._meant, "run_id", ""), ""
+        replies = self._guard(lambda: self._send(calls))
+        if meant and meant != self._run_id:
+            # Another thread's connection met the new life of the server first. If that came back with old books, they
+            # took these arguments for right: whoever opens the next epoch throws away what was done to them.
+            raise StoreUnavailable("the ledger's server has restarted", advice="ask again")
+        results = []
+        for reply in replies:
+            values = [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in reply]
+            if values[0] == "cold":
+                raise LedgerClosed(None)
+            if values[0] == "epoch":
+                raise LedgerClosed(int(values[1]))
+            if values[0] == "foreign":
+                raise self._foreign(values[1])
+            results.append(values)
+        return results
+
+    def _send(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[Any]:
+        if len(calls) == 1:
+            name, args = calls[0]
+            try:
+                return [self.client.evalsha(self._scripts[name].sha, 0, *args)]
+            except NoScriptError:
+                return [self.client.eval(self._scripts[name].text, 0, *args)]
+        pipe = self.client.pipeline(transaction=False)
+        for name, args in calls:
+            pipe.evalsha(self._scripts[name].sha, 0, *args)
+        replies = pipe.execute(raise_on_error=False)
+        for index, reply in enumerate(replies):
+            if isinstance(reply, NoScriptError):
+                name, args = calls[index]
+                replies[index] = self.client.eval(self._scripts[name].text, 0, *args)
+            elif isinstance(reply, ResponseError):
+                raise reply
+        return replies
+
+    def _gate(self) -> tuple[str, str]:
+        self._meant.run_id = self.run_id
+        return str(self.epoch), self._caller(self.run_id)
+
+    def _caller(self, run_id: str) -> str:
+        """Return what scripts compare with the books: the server's life, and the database whose books they must be."""
+        database = self.own_database()
+        return f"{run_id}/{database}" if database else run_id
+
+    def own_database(self) -> str:
+        """The id of the caller's database, "" where none was named. Raises `PlatformError` where Postgres does not say
+        it."""
+        if not self.database and self.find_database is not None:
+            self.database = self.find_database()
+        return self.database
+
+    def _foreign(self, owner: str) -> Unsupported:
+        where = mask_url(self.settings.redis_url or "")
+        return Unsupported(
+            f"the Redis database {where} has the ledger of another Postgres database",
+            value=owner,
+            advice="Give each platform a Redis database of its own (the number at the end of REDIS_URL). Where that"
+            " Postgres database is gone for good, empty this Redis database: redis-cli -n NUMBER FLUSHDB.",
+        )
+
+    def announce(self, jobs: Sequence[str]) -> None:
+        """Have whoever watches one of these jobs look at its row: what became of it no script has told."""
+
+        def publish() -> None:
+            pipe = self.client.pipeline(transaction=False)
+            for job in jobs:
+                pipe.publish(keys.job(job), "")
+            pipe.execute()
+
+        self._guard(publish)
+
+    # -- epochs --------------------------------------------------------------------------------------------------
+
+    def opened(self) -> tuple[int, str] | None:
+        """The epoch and the server life in which the ledger was opened, or None when it is cold. Raises `NotMigrated`
+        where a newer release opened it, in a format that this one does not know, and `Unsupported` where it was opened
+        for another database."""
+        found = self._guard(lambda: self.client.hmget(keys.EPOCH, "epoch", "run_id", "format", "database"))
+        if int(found[2] or format_versions.FIRST) > format_versions.LEDGER:
+            raise NotMigrated(
+                f"the ledger is of format {int(found[2])}, and this version of the platform knows"
+                f" {format_versions.LEDGER}",
+                value=int(found[2]),
+                advice="Install the version of the platform that opened it.",
+            )
+        owner = (found[3] or b"").decode()
+        if owner and self.database and owner != self.database:
+            raise self._foreign(owner)
+        if found[0] is None or found[1] is None:
+            return None
+        return int(found[0]), found[1].decode()
+
+    def is_cold(self) -> bool:
+        """Whether nobody may admit: never opened, emptied, or another life of the server than the one it was
+        opened in (a restart may have brought back old books)."""
+        opened = self.opened()
+        return opened is None or opened[1] != self.run_id
+
+    def has_whole_stream(self) -> bool:
+        """Return whether the books are of this life of the server: no entry of the stream was lost with another."""
+        found = self._guard(lambda: self.client.hget(keys.EPOCH, "run_id"))
+        return found is not None and found.decode() == self.run_id
+
+    def is_unfinished(self) -> bool:
+        """Whether the rebuild of this epoch was not carried to its end (it runs, or whoever did it died)."""
+        return bool(self._guard(lambda: self.client.hexists(keys.EPOCH, "rebuilding")))
+
+    def close_books(self, epoch: int, run_id: str, step: str, names: Sequence[str | bytes] = ()) -> None:
+        """Close the books for the process that opens this epoch (the step `begin`), `remove` keys of the older one, and
+        `carry` jobs over, at most 1,000 at a time. `run_id`: of the server on which it began. Raises `LedgerClosed`
+        where a newer epoch is opened."""
+        self._meant.run_id = run_id
+        self._call("close_epoch", str(epoch), self._caller(run_id), step, *names)
+
+    def open(self, epoch: int, run_id: str | None = None) -> None:
+        """Open an epoch on empty books; `run_id` as in `close_books`, else that of now."""
+        self._meant.run_id = run_id or self.run_id
+        reply = self._call("open", str(epoch), self._caller(run_id or self.run_id))
+        # Rows that this process reads from now on are newer than the epoch by its own estimate of the clock too.
+        self.hear(int(reply[1]))
+        self.epoch = epoch
+
+    def finish(self, epoch: int) -> None:
+        """The rebuild of this epoch is done. Raises `LedgerClosed` where a newer one is open."""
+        self._call("finish_epoch", str(epoch), self._caller(self.run_id))
+
+    def carried(self) -> set[str]:
+        """The jobs that nobody may bring in, since the stream has what became of them in an older epoch."""
+        found: Any = self._guard(lambda: self.client.smembers(keys.CARRIED))
+        return {job.decode() for job in found}
+
+    def let_in(self, rows: Sequence[tuple[str, int, int, str, str]]) -> int:
+        """Let jobs in whose entries Postgres has, at most 200, each as its row is: id, epoch, attempt, state, and `1`
+        where it has ended, `held` where a worker has it, else ``."""
+        return int(self._call("let_in", *self._gate(), *(value for row in rows for value in row))[1]) if rows else 0

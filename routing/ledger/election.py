@@ -1,0 +1,64 @@
+"""The election of the one worker that runs the duties: a lease with a fencing number.
+
+The lease is kept where admissions are decided: in the ledger, by one script, or in the one row of the table `runner`
+while Postgres decides, by one guarded statement. Its holder renews it while it works. Another worker has it once it ran
+out, under a larger number; from then on the old holder is refused. Duties are guarded by themselves (`workers.duties`),
+so two runners for a moment cost work and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Connection, text
+
+from celery_capacity.routing.ledger.connection import LedgerServer
+
+
+@dataclass(frozen=True, slots=True)
+class Elected:
+    """`fence`: number of the caller's lease, 0 where it has none. `asked`: duties that others asked for. `epoch`: that
+    of the ledger, 0 where it is cold; `has_book`: whether the caller's worker has a book there."""
+
+    fence: int
+    asked: tuple[str, ...] = ()
+    epoch: int = 0
+    has_book: bool = False
+
+
+class Elections(LedgerServer):
+    """The lease in the ledger. It is given whatever the epoch: its holder opens a ledger that is cold."""
+
+    def elect(self, caller: str, fence: int, term: float, asks: Iterable[str] = (), worker: str = "") -> Elected:
+        """Take, renew or watch the lease for `term` seconds (0: give it back); hand over the duties that this caller
+        asks for. The look tells, too, in which epoch the ledger is and whether it has a book of the caller's worker."""
+        verdict, epoch, book, *more = self._call("elect", caller, worker, fence, round(term * 1000), *asks)
+        fence = int(more[0]) if verdict == "elected" else 0
+        return Elected(fence, tuple(more[1:]), int(epoch), book == "1")
+
+
+# (A lease that lasts longer than any was given for: the clock was set back since.)
+_ELECT: Final = text("""
+INSERT INTO runner (incarnation, fence, until)
+VALUES (:caller, :fence + 1, clock_timestamp() + make_interval(secs => :term))
+ON CONFLICT ("only") DO UPDATE SET incarnation = excluded.incarnation, until = excluded.until,
+  fence = CASE WHEN (runner.incarnation, runner.fence) = (:caller, :fence) THEN runner.fence
+               ELSE greatest(runner.fence, :fence) + 1 END
+WHERE (runner.incarnation, runner.fence) = (:caller, :fence) OR runner.until <= clock_timestamp()
+  OR runner.until > clock_timestamp() + make_interval(secs => 2 * :term)
+RETURNING fence
+""")
+_RESIGN: Final = text("UPDATE runner SET until = clock_timestamp() WHERE (incarnation, fence) = (:caller, :fence)")
+
+
+def elect(connection: Connection, caller: str, fence: int, term: float) -> Elected:
+    """Take, renew or watch the lease in Postgres for `term` seconds."""
+    found = connection.execute(_ELECT, {"caller": caller, "fence": fence, "term": term}).scalar_one_or_none()
+    return Elected(found or 0)
+
+
+def resign(connection: Connection, caller: str, fence: int) -> None:
+    """Give the lease in Postgres back."""
+    connection.execute(_RESIGN, {"caller": caller, "fence": fence})

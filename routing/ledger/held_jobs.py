@@ -1,0 +1,211 @@
+"""The list of a worker's attempts, and the scripts that go through it.
+
+The list of a worker may be long, or hold entries of which nobody knows. A script that read it whole would hold up all
+others, so it is read here in pages, and each script gets the ids that it is to look at. It looks at each job once more,
+so that a change between the reading and the script has no effect.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Final
+
+from redis.exceptions import WatchError
+
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.ledger.admission import Admission, flag
+from celery_capacity.routing.ledger.replies import Adopted, HandedOver, Lapsed, hand_overs
+from celery_capacity.routing.ledger.scripts import HELD
+
+#: Entries of a list that one script looks at. Each may be put back into the backlog, in some ten commands.
+PAGE: Final = 100
+#: How often a long list is counted again, because jobs came or went meanwhile.
+TRIES: Final = 10
+#: Books counted in one round trip: the server serves nobody else meanwhile.
+BOOKS: Final = 50
+
+
+class Held(Admission):
+    """The scripts, one method each."""
+
+    def held_pages(self, worker: str, page: int = PAGE) -> Iterator[list[str]]:
+        """Read the ids in a worker's list, page by page. An id that is there all the time comes at least once."""
+        cursor, ids = 0, list[str]()
+        while True:
+            cursor, entries = self._scan_held(worker, cursor, page)
+            ids += entries
+            while len(ids) >= page or (ids and not cursor):
+                yield ids[:page]
+                ids = ids[page:]
+            if not cursor:
+                return
+
+    def _scan_held(self, worker: str, cursor: int, count: int) -> tuple[int, list[str]]:
+        cursor, entries = self._guard(lambda: self.client.hscan(keys.held(worker), cursor, count=count))
+        return cursor, [snapshot.text(job) for job in entries]
+
+    # -- sums ----------------------------------------------------------------------------------------------------
+
+    def recount(self, workers: Sequence[str]) -> list[int]:
+        """Make the allocations of each worker the sum of what it holds, and its places right; returns how much
+        differed."""
+        counts: list[int] = []
+        for start in range(0, len(workers), BOOKS):
+            some = workers[start : start + BOOKS]
+            replies = self._calls([("recount", (*self._gate(), name, "")) for name in some])
+            for name, reply in zip(some, replies, strict=True):
+                counts.append(self._recount_in_pages(name) if reply[0] == "many" else int(reply[1]))
+        return counts
+
+    def _recount_in_pages(self, worker: str) -> int:
+        """Recount a worker whose list is too long for one script. Raises `StoreUnavailable` where its jobs came and
+        went all the time."""
+        taken = self.unhold(worker)
+        for _ in range(TRIES):
+            reply = self._recount_unchanged(worker)
+            if reply is not None:
+                return taken + int(reply[1])
+        raise StoreUnavailable(f"what worker {worker} holds changes faster than it can be counted")
+
+    def _recount_unchanged(self, worker: str) -> list[Any] | None:
+        """Recount a worker; None where its list or its book changed meanwhile."""
+        gate, script = self._gate(), self._scripts["recount"].text
+
+        def count() -> list[Any] | None:
+            with self.client.pipeline() as pipe:
+                pipe.watch(keys.held(worker), keys.book(worker))  # type: ignore[no-untyped-call]
+                counted = self._held_sum(worker)
+                pipe.multi()
+                pipe.eval(script, 0, *gate, worker, counted)
+                try:
+                    reply: list[Any] = pipe.execute()[0]
+                except WatchError:
+                    return None
+            # (No reply of this one raises: an epoch that has ended is met by whoever asks next.)
+            return reply if snapshot.text(reply[0]) in ("ok", "unknown") else ["ok", 0]
+
+        found: list[Any] | None = self._guard(count)
+        return found
+
+    def unhold(self, worker: str) -> int:
+        """Take out of a worker's list the entries of which no job's own key speaks; returns how many."""
+        return sum(int(self._call("unhold", *self._gate(), worker, *page)[1]) for page in self.held_pages(worker))
+
+    def _held_sum(self, worker: str) -> str:
+        """Return the sum of the amounts of a worker's jobs, as a shape; '' where a script may count them."""
+        sums: Counter[str] = Counter()
+        seen: set[str] = set()
+        for page in self.held_pages(worker, HELD):
+            new = [job for job in page if job not in seen]
+            seen.update(new)
+            for card in snapshot.read_cards(self.client, new).values():
+                if card.worker == worker and card.state in ("admitted", "running"):
+                    for part in (card.shape or "").split(","):
+                        name, _, amount = part.partition("=")
+                        sums[name] += int(amount)
+        return "" if len(seen) <= HELD else ",".join(f"{name}={amount}" for name, amount in sorted(sums.items()))
+
+    def _counted(self, script: str, before: Sequence[Any], after: Sequence[Any] = ()) -> list[str]:
+        """Call a script that counts what a worker without a book holds, which nothing changes; in pages where that is
+        too much for it. `before` and `after`: its arguments before the sum and behind it."""
+        reply = self._call(script, *self._gate(), *before, "", *after)
+        if reply[0] == "many":
+            self.unhold(str(before[0]))
+            reply = self._call(script, *self._gate(), *before, self._held_sum(str(before[0])), *after)
+        return reply
+
+    def reserve(self, worker: str, incarnation: str, capacity: str) -> bool:
+        """A closed book for a worker that has not spoken in this epoch; False when it has."""
+        return self._counted("reserve", (worker, incarnation, capacity))[0] == "ok"
+
+    # -- taking back ---------------------------------------------------------------------------------------------
+
+    def drain(self, worker: str, incarnation: str) -> int:
+        """Admit nothing more there; returns how many jobs were handed back."""
+        handed_back = 0
+        # First of all nothing more is admitted: what is held is known from then on.
+        for page in chain([list[str]()], self.held_pages(worker)):
+            reply = self._call("drain", *self._gate(), worker, incarnation, *page)
+            self.place_all(reply[1:])
+            handed_back += len(reply) - 1
+        return handed_back
+
+    def recover(self, worker: str, incarnation: str, holds: Iterable[str]) -> list[HandedOver]:
+        """Return the jobs that a lost reply handed over to this worker, which does not hold them."""
+        known, found = set(holds), list[HandedOver]()
+        for page in self.held_pages(worker):
+            asked = [job for job in page if job not in known]
+            if asked:
+                found += hand_overs(self._call("recover", *self._gate(), worker, incarnation, *asked)[1:])
+                known.update(asked)
+        return found
+
+    def take_missing(
+        self, worker: str, incarnation: str, holds: Iterable[str], most_losses: int, missing_ms: int
+    ) -> list[str]:
+        """Take back running jobs that no list has named for `missing_ms`; `holds` is the newest list. Returns their
+        shapes."""
+        named, absent, shapes = set(holds), set[str](), list[str]()
+        for page in self.held_pages(worker, HELD):
+            asked = [job for job in page if job not in named]
+            for start in range(0, len(asked), PAGE):
+                args = (worker, incarnation, most_losses, missing_ms, *asked[start : start + PAGE])
+                shapes += self._call("take_missing", *self._gate(), *args)[1:]
+            absent.update(asked)
+        self._named_again(worker, absent)
+        return shapes
+
+    def _named_again(self, worker: str, absent: set[str]) -> None:
+        """Forget since when jobs were missing that are named, or gone."""
+
+        def forget() -> None:
+            for attempt, _ in self.client.hscan_iter(keys.missing(worker), count=HELD):
+                if snapshot.text(attempt).partition(" ")[0] not in absent:
+                    self.client.hdel(keys.missing(worker), attempt)
+
+        self._guard(forget)
+
+    def lapse(
+        self, worker: str, grace_ms: int, most_losses: int, most: int = PAGE, without: Collection[str] = ()
+    ) -> Lapsed:
+        """Close a worker whose lease ran out; take its jobs back once `grace_ms` are over too, so many at a time (0:
+        only say that it is `due`). It keeps the jobs `without`, and its book with them: `waits`."""
+        taken, page, pages = 0, list[str](), iter(list[list[str]]())
+        while True:
+            args = (worker, grace_ms, most_losses, "1" if most else "0", self.ttl_ms, *page)
+            reply = self._call("lapse", *self._gate(), *args)
+            if reply[0] in ("more", "gone"):
+                taken += len(reply) - 2
+                self.place_all(reply[2:])
+            if reply[0] != "more":
+                return Lapsed(reply[0], incarnation=reply[1] if len(reply) > 1 else None, taken_back=taken)
+            page = next(pages, [])
+            if not page:
+                pages = self._held_but(worker, most, without)
+                page = next(pages, [])
+                if not page and without:
+                    return Lapsed("waits", incarnation=reply[1], taken_back=taken)
+
+    def _held_but(self, worker: str, page: int, without: Collection[str]) -> Iterator[list[str]]:
+        for ids in self.held_pages(worker, page):
+            if some := [job for job in ids if job not in without]:
+                yield some
+
+    def adopt(self, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[tuple[str, str]]:
+        """Enter what a worker holds since an older epoch; returns the attempts (job, token) that lost their lease."""
+        refused: list[tuple[str, str]] = []
+        for start in range(0, len(held), PAGE):
+            some = held[start : start + PAGE]
+            args: list[Any] = [*self._gate(), worker, incarnation]
+            for one in some:
+                shape = self.shape_held(one.shape, one.losses)
+                args += (one.job, one.token, shape, one.order, one.admitted_ms, one.started_ms, one.nonce, one.losses)
+                args.append(flag(one.rerun))
+            reply = self._call("adopt", *args)
+            verdicts = ["stale"] * len(some) if reply[0] == "unknown" else reply[1:]
+            answered = zip(some, verdicts, strict=True)
+            refused += [(one.job, one.token) for one, verdict in answered if verdict != "adopted"]
+        return refused

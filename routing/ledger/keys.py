@@ -1,0 +1,138 @@
+"""Every key of the ledger in Redis, built here and nowhere else, from checked names.
+
+| key | type | holds |
+| --- | --- | --- |
+| `ledger:epoch` | hash | `epoch`, `run_id` of the server, `opened` (ms), `database`. Missing: the ledger is COLD |
+| `ledger:book:<worker>` | hash | `epoch`, `incarnation`, `status`, `queue`, `lease` (ms), the resources |
+| `ledger:free` | sorted set | worker, free millicores; only workers that may be admitted to |
+| `ledger:free:<resource>` | sorted set | the same; only workers that have a resource which not every worker has |
+| `ledger:leases` | sorted set | worker, end of its lease (ms) |
+| `ledger:indexed` | sorted set | the same; only workers whose processes know of `ledger:free:<resource>` |
+| `ledger:held:<worker>` | hash | job, token of the attempt that holds an allocation there |
+| `ledger:missing:<worker>` | hash | attempt (`<job> <token>`) held there that its last list lacked, since when (ms) |
+| `ledger:job:<id>` | hash | one job; of one that ended a tombstone |
+| `ledger:wait:<shape>` | sorted set | waiting job, order |
+| `ledger:shapes` | sorted set | shape that waits, order of its first job |
+| `ledger:shapes:<resource>` | sorted set | the same; each shape in one of these |
+| `ledger:kept` | hash | shape that must run alone, the worker that is kept for it |
+| `ledger:unclaimed` | sorted set | admitted job, when its message is delivered again (ms) |
+| `ledger:stream` | stream | transitions that Postgres does not have yet |
+| `ledger:carried` | set | jobs with an entry of an older epoch in the stream: nobody brings them in |
+| `ledger:allocated` | string | millicores allocated in all |
+| `ledger:counters` | hash | what people count: admissions, refusals, stale writes, ... |
+| `ledger:declarations` | hash | task name, request as JSON in people's units |
+| `ledger:runner` | hash | `incarnation` of the worker that runs the duties, `fence` and `until` (ms) of its lease |
+| `ledger:asked` | set | duties that others ask the runner for |
+| `ledger:probe` | string with expiry | a trial write |
+| `worker:<name>` | hash with expiry | the view for people; only registration and heartbeat create it |
+| `resource:allocated_cpus` | string | CPUs allocated in all, as a decimal number |
+
+In a book `status` is ready, draining or closed, `c.<resource>` the capacity and `a.<resource>` what is allocated of
+it, `kept` the shape for which the worker takes nothing else (`routing.policy.placement`; the key `ledger:kept` only
+leads there), `places` the resources in whose indexes of free CPUs it stands when it may be admitted to. Such a resource
+is any but `cpus`, `memory`, `slots` and `alone`; queues are among them, by their labels (`routing.model.amounts`).
+A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
+`shape`, `order`, `message` and its `digest`, the times `submitted`, `admitted` and `started`, the `nonce` of its
+claim, `losses`, `successor` (Postgres holds one), `revoked`, `entry` (of the stream, not yet applied), `noted` (the
+attempt it is about); one that ended, a tombstone, has the `outcome` of its last attempt (none: it was cancelled in the
+backlog), the state it `became`, and `final` unless it goes on.
+
+Books are keys without expiry: an expired key would read as a free worker. A tombstone expires only once it names no
+`entry` any more: while Postgres does not have the end of a job, the ledger knows it. Amounts are integers (millicores,
+bytes, counts), times are milliseconds of the server's own clock.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from celery_capacity.routing.model.identifiers import check_job_id, check_worker_name
+
+#: Fixed keys and prefixes, by the name under which the Lua scripts know them (`KEY.epoch`).
+KEYS: Final = {
+    "epoch": "ledger:epoch",
+    "book": "ledger:book:",
+    "free": "ledger:free",
+    "free_of": "ledger:free:",
+    "leases": "ledger:leases",
+    "indexed": "ledger:indexed",
+    "held": "ledger:held:",
+    "missing": "ledger:missing:",
+    "job": "ledger:job:",
+    "wait": "ledger:wait:",
+    "shapes": "ledger:shapes",
+    "shapes_of": "ledger:shapes:",
+    "kept": "ledger:kept",
+    "unclaimed": "ledger:unclaimed",
+    "stream": "ledger:stream",
+    "carried": "ledger:carried",
+    "allocated": "ledger:allocated",
+    "counters": "ledger:counters",
+    "declarations": "ledger:declarations",
+    "runner": "ledger:runner",
+    "asked": "ledger:asked",
+    "probe": "ledger:probe",
+    "view": "worker:",
+    "allocated_cpus": "resource:allocated_cpus",
+}
+
+EPOCH: Final = KEYS["epoch"]
+FREE: Final = KEYS["free"]
+LEASES: Final = KEYS["leases"]
+INDEXED: Final = KEYS["indexed"]
+SHAPES: Final = KEYS["shapes"]
+UNCLAIMED: Final = KEYS["unclaimed"]
+STREAM: Final = KEYS["stream"]
+CARRIED: Final = KEYS["carried"]
+ALLOCATED: Final = KEYS["allocated"]
+COUNTERS: Final = KEYS["counters"]
+DECLARATIONS: Final = KEYS["declarations"]
+RUNNER: Final = KEYS["runner"]
+ASKED: Final = KEYS["asked"]
+PROBE: Final = KEYS["probe"]
+ALLOCATED_CPUS: Final = KEYS["allocated_cpus"]
+#: Patterns for SCAN.
+LEDGER: Final = "ledger:*"
+JOBS: Final = KEYS["job"] + "*"
+BOOKS: Final = KEYS["book"] + "*"
+WAITS: Final = KEYS["wait"] + "*"
+HELDS: Final = KEYS["held"] + "*"
+VIEWS: Final = KEYS["view"] + "*"
+PRIVATE_QUEUES: Final = "worker.*.*"
+
+
+def book(worker: str) -> str:
+    return KEYS["book"] + check_worker_name(worker)
+
+
+def held(worker: str) -> str:
+    return KEYS["held"] + check_worker_name(worker)
+
+
+def missing(worker: str) -> str:
+    return KEYS["missing"] + check_worker_name(worker)
+
+
+def view(worker: str) -> str:
+    return KEYS["view"] + check_worker_name(worker)
+
+
+def job(job_id: str) -> str:
+    return KEYS["job"] + check_job_id(job_id)
+
+
+def wait(shape: str) -> str:
+    return KEYS["wait"] + shape
+
+
+def free_of(resource: str) -> str:
+    return KEYS["free_of"] + resource
+
+
+def shapes_of(resource: str) -> str:
+    return KEYS["shapes_of"] + resource
+
+
+def private_queue(worker: str, incarnation: str) -> str:
+    """The broker queue that one incarnation of a worker consumes."""
+    return f"worker.{check_worker_name(worker)}.{incarnation}"

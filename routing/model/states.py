@@ -1,0 +1,235 @@
+"""The states of a job and the one table of its transitions.
+
+What may live here: states, events, the table, and functions that only read it. No clock, no store, no I/O.
+The Lua scripts, the guards of the SQL statements and the diagram in docs/reference/states.md have no edge
+beside this table.
+
+Three rules hold for every edge:
+
+- A final state has no exit. Whoever comes later was too late, and is told so.
+- An edge out of `admitted` or `running` belongs to an attempt and needs the current token
+  (`Token.CURRENT`): an older attempt is refused, whatever it reports. An edge into an attempt makes or
+  brings a newer token (`Token.NEW`). All other edges compare the state alone (`Token.NONE`).
+- Inside one attempt, `Step` only grows. Postgres is written later than the ledger, from more than one place
+  and sometimes twice; a row takes an entry only if (epoch, attempt, step) is larger than its own, so that
+  neither a late nor a doubled entry does harm.
+
+Postgres may not have seen a claim when it sees what came after it (the entry was lost with the ledger). So
+whatever ends a running job may also end an admitted one, and `ADOPT` makes a row running that a live worker
+says it runs.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, IntEnum, StrEnum
+
+from celery_capacity.routing.errors import IllegalTransition
+
+
+class State(StrEnum):
+    """Where a job is; the value is what Postgres, JSON and people see."""
+
+    #: durable in Postgres, not known to the ledger yet. Left by the sender; after a crash by the duty for
+    #: accepted jobs
+    ACCEPTED = "accepted"
+    #: in the backlog, no worker has room. Left by a release, a registration or the sweep
+    WAITING = "waiting"
+    #: must not start before its time, or before its gates are open. Left by the duty for scheduled jobs
+    SCHEDULED = "scheduled"
+    #: holds an allocation, its message is in the worker's queue. Left by the claim; after a crash delivered
+    #: again
+    ADMITTED = "admitted"
+    #: claimed and started. Left by its end; after the death of its worker by the lapse
+    RUNNING = "running"
+    #: ended by `Task.replace`; the replacement carries the id on and ends the job
+    REPLACED = "replaced"
+    #: final: returned a result
+    SUCCEEDED = "succeeded"
+    #: final: raised, or was ended by a limit
+    FAILED = "failed"
+    #: final: revoked, or a job that it needs did not succeed
+    CANCELLED = "cancelled"
+    #: final: its `expires` passed before it started
+    EXPIRED = "expired"
+    #: final: too many of its attempts were lost with their worker
+    LOST = "lost"
+
+
+#: a job in one of these stays there
+FINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED, State.LOST})
+#: a job in one of these holds an allocation on a worker
+HOLDING = frozenset({State.ADMITTED, State.RUNNING})
+
+
+class Event(Enum):
+    """What happens to a job; the value is the word on the edge of the diagram."""
+
+    FILE = "file"
+    SCHEDULE = "schedule"
+    ADMIT = "admit"
+    CLAIM = "claim"
+    #: a live worker says that it runs this job, and the books do not know
+    ADOPT = "adopt"
+    #: by the worker itself: a drain, or its own count says that the job does not fit
+    HAND_BACK = "hand back"
+    #: from a lost worker or one that does not hold it, into the backlog of a ledger that knows the job
+    TAKE_BACK = "take back"
+    #: the same, where the ledger does not know the job: it is submitted to the ledger again
+    RESUBMIT = "resubmit"
+    #: `Task.retry` without a countdown
+    RETRY = "retry"
+    #: `Task.retry` with a countdown or an eta
+    RETRY_LATER = "retry later"
+    REPLACE = "replace"
+    #: the step of a replacement that carries the replaced job's id is published
+    CONTINUE = "continue"
+    SUCCEED = "succeed"
+    FAIL = "fail"
+    CANCEL = "cancel"
+    EXPIRE = "expire"
+    LOSE = "lose"
+
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    # on the way to a worker
+    (State.ACCEPTED, Event.FILE): State.WAITING,
+    (State.ACCEPTED, Event.SCHEDULE): State.SCHEDULED,
+    (State.ACCEPTED, Event.ADMIT): State.ADMITTED,
+    (State.SCHEDULED, Event.FILE): State.WAITING,
+    (State.SCHEDULED, Event.ADMIT): State.ADMITTED,
+    (State.WAITING, Event.ADMIT): State.ADMITTED,
+    (State.ADMITTED, Event.CLAIM): State.RUNNING,
+    # a live worker knows better than books that were lost
+    (State.ACCEPTED, Event.ADOPT): State.RUNNING,
+    (State.SCHEDULED, Event.ADOPT): State.RUNNING,
+    (State.WAITING, Event.ADOPT): State.RUNNING,
+    (State.ADMITTED, Event.ADOPT): State.RUNNING,
+    # back, for another attempt
+    (State.ADMITTED, Event.HAND_BACK): State.WAITING,
+    (State.RUNNING, Event.HAND_BACK): State.WAITING,
+    (State.ADMITTED, Event.TAKE_BACK): State.WAITING,
+    (State.RUNNING, Event.TAKE_BACK): State.WAITING,
+    (State.ADMITTED, Event.RESUBMIT): State.ACCEPTED,
+    (State.RUNNING, Event.RESUBMIT): State.ACCEPTED,
+    (State.ADMITTED, Event.RETRY): State.ACCEPTED,
+    (State.RUNNING, Event.RETRY): State.ACCEPTED,
+    (State.ADMITTED, Event.RETRY_LATER): State.SCHEDULED,
+    (State.RUNNING, Event.RETRY_LATER): State.SCHEDULED,
+    # replaced, and carried on
+    (State.ADMITTED, Event.REPLACE): State.REPLACED,
+    (State.RUNNING, Event.REPLACE): State.REPLACED,
+    (State.REPLACED, Event.CONTINUE): State.ACCEPTED,
+    # ends
+    (State.ADMITTED, Event.SUCCEED): State.SUCCEEDED,
+    (State.RUNNING, Event.SUCCEED): State.SUCCEEDED,
+    (State.REPLACED, Event.SUCCEED): State.SUCCEEDED,
+    (State.ADMITTED, Event.FAIL): State.FAILED,
+    (State.RUNNING, Event.FAIL): State.FAILED,
+    (State.REPLACED, Event.FAIL): State.FAILED,
+    (State.ACCEPTED, Event.CANCEL): State.CANCELLED,
+    (State.SCHEDULED, Event.CANCEL): State.CANCELLED,
+    (State.WAITING, Event.CANCEL): State.CANCELLED,
+    (State.ADMITTED, Event.CANCEL): State.CANCELLED,
+    (State.RUNNING, Event.CANCEL): State.CANCELLED,
+    (State.REPLACED, Event.CANCEL): State.CANCELLED,
+    (State.ACCEPTED, Event.EXPIRE): State.EXPIRED,
+    (State.SCHEDULED, Event.EXPIRE): State.EXPIRED,
+    (State.WAITING, Event.EXPIRE): State.EXPIRED,
+    (State.ADMITTED, Event.EXPIRE): State.EXPIRED,
+    (State.RUNNING, Event.EXPIRE): State.EXPIRED,
+    (State.REPLACED, Event.EXPIRE): State.EXPIRED,
+    (State.ADMITTED, Event.LOSE): State.LOST,
+    (State.RUNNING, Event.LOSE): State.LOST,
+    (State.REPLACED, Event.LOSE): State.LOST,
+}
+
+
+class Step(IntEnum):
+    """The rank of a transition inside one attempt (the column `jobs.step`); it only grows."""
+
+    #: no attempt was made yet
+    NONE = 0
+    ADMITTED = 1
+    RUNNING = 2
+    #: the attempt ended the job itself, in the transaction of its effect (`routing.store.fencing`); its body goes on
+    COMMITTED = 3
+    #: its worker is given up: what the attempt itself would write is refused
+    GIVEN_UP = 4
+    ENDED = 9
+    #: ended, and the job is back for another attempt. Above ENDED: a retry's row takes its outcome first,
+    #: then goes back
+    BACK = 10
+    #: filed in the backlog for the next attempt
+    FILED = 11
+    #: ended in the backlog, without another attempt
+    DROPPED = 12
+
+
+class Token(Enum):
+    """What an edge asks of the one who writes it."""
+
+    #: nothing beside the state
+    NONE = "none"
+    #: the writer holds the token that the row has
+    CURRENT = "current"
+    #: the writer makes, or brings, a token that is newer than the row's
+    NEW = "new"
+
+
+def after(state: State) -> Step:
+    """The step of an attempt that its job came into this state by.
+
+    A job without an attempt has `Step.NONE`; between two attempts a job takes `Step.FILED` or `Step.DROPPED`.
+    """
+    if state is State.ADMITTED:
+        return Step.ADMITTED
+    if state is State.RUNNING:
+        return Step.RUNNING
+    return Step.ENDED if state in FINAL or state is State.REPLACED else Step.BACK
+
+
+def follow(state: State, event: Event) -> State:
+    """The state that an event leads to; raises `IllegalTransition` where the table has no such edge."""
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        possible = ", ".join(known.value for known in events(state)) or "nothing: the state is final"
+        raise IllegalTransition(
+            f"a job that is {state.value} cannot {event.value}",
+            value=state.value,
+            advice=f"Possible: {possible}.",
+        ) from None
+
+
+def events(state: State) -> tuple[Event, ...]:
+    """What can happen to a job in this state, in the order of `Event`; empty for a final state."""
+    return tuple(event for event in Event if (state, event) in TRANSITIONS)
+
+
+def sources(event: Event) -> tuple[State, ...]:
+    """The states in which an event can happen: the guard in the WHERE of the statement that does it."""
+    return tuple(state for state in State if (state, event) in TRANSITIONS)
+
+
+def token_needed(state: State, event: Event) -> Token:
+    """The token that an edge of the table needs; raises `IllegalTransition` where there is no such edge."""
+    target = follow(state, event)
+    if event in (Event.ADMIT, Event.ADOPT):
+        return Token.NEW
+    return Token.CURRENT if state in HOLDING or target in HOLDING else Token.NONE
+
+
+def diagram() -> str:
+    """The table as a Mermaid state diagram; edges between the same two states share one arrow."""
+    words: dict[tuple[State, State], list[str]] = {}
+    for (state, event), target in TRANSITIONS.items():
+        words.setdefault((state, target), []).append(event.value)
+    lines = ["stateDiagram-v2", f"    [*] --> {State.ACCEPTED.value}: submit"]
+    for state in State:
+        lines += [
+            f"    {state.value} --> {target.value}: {', '.join(words[state, target])}"
+            for target in State
+            if (state, target) in words
+        ]
+    lines += [f"    {state.value} --> [*]" for state in State if state in FINAL]
+    return "\n".join(lines)

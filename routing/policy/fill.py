@@ -1,0 +1,85 @@
+"""What a worker takes of the backlog in one pass: in order, what fits; and for which exclusive job it is kept."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+from celery_capacity.routing.model.amounts import ALONE, DEFAULT_QUEUE, LABEL
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.placement import Book, Waiting, fits, waits_beside
+
+
+class Filling(NamedTuple):
+    """What one pass comes to. `kept`: the shape for which the worker is kept from now on, "" for none."""
+
+    admitted: list[Waiting]
+    kept: str
+
+
+def fill(book: Book, backlog: Iterable[Waiting], shapes: int, most: int) -> list[Waiting]:
+    """What a release (or a registration) on `book` admits, in this order: one pass of a script."""
+    return fill_or_keep(book, backlog, shapes, most).admitted
+
+
+def fill_or_keep(
+    book: Book, backlog: Iterable[Waiting], shapes: int, most: int, elsewhere: Collection[str] = ()
+) -> Filling:
+    """One pass over a worker, which may come to be kept for a shape (those `elsewhere` have a worker that is).
+
+    It looks at the first `shapes` shapes by the order of their first job, and at the first `shapes` behind these that
+    wait beside a resource which the worker has, or for its default queue. Again and again the first
+    waiting job of these that fits is admitted, until none fits or `most` jobs are, or it is the turn of one that must
+    be alone here and others run: then the worker is kept for it. A worker that is kept takes only the shape that it is
+    kept for, once it is empty; when that no longer waits, or would not fit, it is kept no more.
+    """
+    if not book.admitting or book.over or not (book.kept or book.open):
+        return Filling([], book.kept)
+    queues: dict[str, list[Waiting]] = {}
+    # Redis breaks ties by the member's bytes; so does this.
+    for waiting in sorted(backlog, key=lambda waiting: (waiting.order, waiting.job)):
+        queues.setdefault(waiting.request.shape, []).append(waiting)
+    heads = [(queue[0].order, shape) for shape, queue in queues.items()]
+    in_order = [shape for _, shape in sorted(heads)]
+    behind = [shape for shape in in_order[shapes:] if _stands_by(book, queues[shape][0].request)]
+    looked_at = {shape: deque(queues[shape]) for shape in [*in_order[:shapes], *behind[:shapes]]}
+    if book.kept:
+        first = queues.get(book.kept)
+        if first and fits(first[0].request, replace(book, allocated={})) is None:
+            if not book.empty:
+                return Filling([], book.kept)
+            looked_at = {book.kept: deque(first)}
+        book = replace(book, kept="")
+        if not book.open:
+            return Filling([], "")
+    admitted: list[Waiting] = []
+    while len(admitted) < most:
+        possible = [
+            (queue[0].order, shape)
+            for shape, queue in looked_at.items()
+            if queue and (fits(queue[0].request, book) is None or _keeps(shape, queue[0].request, book, elsewhere))
+        ]
+        if not possible:
+            break
+        shape = min(possible)[1]
+        if fits(looked_at[shape][0].request, book) is not None:
+            return Filling(admitted, shape)
+        waiting = looked_at[shape].popleft()
+        admitted.append(waiting)
+        book = book.holding(waiting.request)
+    return Filling(admitted, "")
+
+
+def _stands_by(book: Book, request: Request) -> bool:
+    """Whether a worker looks for what waits into the index in which a request's shape stands."""
+    place = waits_beside(request.shape)
+    return place in book.places or (place == LABEL + DEFAULT_QUEUE and book.serves(request))
+
+
+def _keeps(shape: str, request: Request, book: Book, elsewhere: Collection[str]) -> bool:
+    """Whether a worker on which others run is to be kept for a request that must be alone."""
+    if not request.get(ALONE) or shape in elsewhere or book.allocated.get(ALONE, 0):
+        return False
+    return fits(request, replace(book, allocated={})) is None

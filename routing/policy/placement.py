@@ -1,0 +1,333 @@
+"""Who runs where: the specification, as plain functions of plain values.
+
+No clock, no randomness, no log, no I/O. The Lua scripts are held to these functions by property tests;
+`explain` and what-if questions call them as they are. A refusal is a value with a reason; its words are
+made where it is shown.
+
+The rules:
+
+- A worker takes a job if it has room for the whole request. What a worker does not publish, it has none of.
+- A worker whose allocations exceed its capacity in any resource (the capacity shrank) takes nothing, not
+  even a job that asks for nothing, until it fits again. It is passed over like one that is cordoned.
+- A job is in a queue, and only workers that serve it take it. A queue other than the default one is a label: the job
+  asks for one of it, and workers that serve it have more than can be allocated. A worker that does not serve the
+  default queue takes only what has a label. Labels are no capacity: a worker that serves a queue no more is not over
+  for what it still holds of it.
+- Best fit: of the workers with room, the one with the fewest free CPUs, ties by name.
+- Waiting jobs come in order of priority (9 first) and then of submission. One that does not fit holds up no
+  other. (The reservation that keeps a wide job from starving belongs in `fill`, before a later job is
+  taken.)
+- The last attempt that a job has (one more loss ends it) runs alone on its worker, so that what it breaks is only
+  its own: it asks for `alone`, of which every worker has one, and fits where nothing is allocated; beside it
+  nothing fits. So that it does not wait for ever while others come, a worker that it would fit, were it empty, is
+  *kept* for its shape when its turn comes, and takes nothing else until it is empty. One worker is kept for a
+  shape at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import NamedTuple
+
+from celery_capacity.routing.model.amounts import (
+    ALONE,
+    CPUS,
+    DEFAULT_QUEUE,
+    LABEL,
+    ONLY_LABELLED,
+    SLOTS,
+    has_index,
+    is_label,
+)
+from celery_capacity.routing.model.request import Request
+
+#: priorities from 0 to this; higher comes first
+TOP_PRIORITY = 9
+#: submissions that fit between two priorities. Ten of them stay below 2^53, up to which Redis's scores are
+#: exact.
+SUBMISSIONS = 2**49
+
+
+#: Workers that one script looks at. At one book read (some 5 us) each, Redis is held for well under a
+#: millisecond.
+CANDIDATES = 64
+#: Shapes that one script looks at, for the same reason; platforms have tens of shapes rather than thousands.
+SHAPES = 64
+#: Jobs that one script admits: a worker with 96 CPUs that was empty is filled in a few calls.
+MOST_ADMITTED = 32
+#: Passes at once over a worker that is kept for a shape no more: it is empty, or nearly, and nobody goes on with it.
+#: They fill 128 slots; what may be behind is for the sweep. This is as rare as a job's last attempt.
+FREED_PASSES = 4
+
+
+class Reason(Enum):
+    """Why a job is not admitted; the value is the stable name in counters and JSON."""
+
+    #: no worker admits anything: none lives, or all are cordoned, draining or closed
+    NO_WORKER = "no-worker"
+    #: no worker serves its queue
+    NO_QUEUE = "no-queue"
+    #: no worker publishes this resource
+    UNKNOWN_RESOURCE = "unknown-resource"
+    #: fits no worker that admits, even if it were empty
+    TOO_LARGE = "too-large"
+    #: would fit an empty worker; none has room now
+    NO_ROOM = "no-room"
+    #: none of the candidates that were looked at has room; there are more behind the worker named
+    LOOK_FURTHER = "look-further"
+    #: jobs with the same request wait before it
+    BEHIND_SHAPE = "behind-shape"
+    #: its last attempt runs alone on a worker, and none that it would fit is empty
+    ALONE = "alone"
+
+
+class Shortage(NamedTuple):
+    """A resource of which a worker has too little: millicores, bytes or pieces. `free` < 0: it is over."""
+
+    resource: str
+    asked: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The job goes to this worker."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The job does not go anywhere now. `resource`, `asked`, `free` and `worker` say what is short where.
+
+    They describe the worker that comes closest; "" and 0 where there is none. For `TOO_LARGE` `free` is its
+    capacity. For `BEHIND_SHAPE` `asked` is the number of jobs before it. For `LOOK_FURTHER` (`free`,
+    `worker`) is the cursor. For `ALONE` `worker` is the one that is kept for it, "" where none is yet.
+    """
+
+    reason: Reason
+    resource: str = ""
+    asked: int = 0
+    free: int = 0
+    worker: str = ""
+
+
+@dataclass(frozen=True)
+class Book:
+    """A worker's capacity and allocations by resource. Not `admitting`: cordoned, draining or closed. `kept`: the shape
+    for which it takes nothing else, "" for none."""
+
+    worker: str
+    capacity: Mapping[str, int]
+    allocated: Mapping[str, int]
+    admitting: bool = True
+    kept: str = ""
+
+    def free(self, resource: str) -> int:
+        """Capacity less allocations; negative while the worker is over its capacity."""
+        return self.capacity.get(resource, 1 if resource == ALONE else 0) - self.allocated.get(resource, 0)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is allocated: every job takes a slot."""
+        return not self.allocated.get(SLOTS, 0)
+
+    @property
+    def open(self) -> bool:
+        """Whether a request that does not ask to be alone may come: the workers in the index of the ledger."""
+        return (
+            self.admitting
+            and not self.over
+            and self.free(SLOTS) >= 1
+            and not self.allocated.get(ALONE, 0)
+            and not self.kept
+        )
+
+    @property
+    def over(self) -> str | None:
+        """The first resource, by name, in which allocations exceed capacity."""
+        return next(iter(self.exceeded), None)
+
+    @property
+    def exceeded(self) -> list[str]:
+        """All of these."""
+        return [name for name in sorted(self.allocated) if self.free(name) < 0 and not is_label(name)]
+
+    @property
+    def places(self) -> frozenset[str]:
+        """The resources in whose indexes it stands while it is open: what it has and not every worker does. One that
+        takes only what has a label is found by its queues alone."""
+        only = self.capacity.get(ONLY_LABELLED, 0)
+        own = (name for name, amount in self.capacity.items() if amount and has_index(name))
+        return frozenset(name for name in own if is_label(name) or not only)
+
+    def serves(self, request: Request) -> bool:
+        """Whether it takes jobs of this request's queue."""
+        if request.queue == DEFAULT_QUEUE:
+            return not self.capacity.get(ONLY_LABELLED, 0)
+        return self.capacity.get(LABEL + request.queue, 0) > 0
+
+    def holding(self, request: Request) -> Book:
+        """The book after this request was admitted."""
+        return self._moved(request, 1)
+
+    def without(self, request: Request) -> Book:
+        """The book after this request was released."""
+        return self._moved(request, -1)
+
+    def _moved(self, request: Request, sign: int) -> Book:
+        moved = {name: self.allocated.get(name, 0) + sign * amount for name, amount in request.amounts}
+        return replace(self, allocated={**self.allocated, **moved})
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A job in the backlog; `order` is what `order()` made of its priority and its submission."""
+
+    job: str
+    request: Request
+    order: int
+
+
+def order(priority: int, seq: int) -> int:
+    """One number that sorts by priority (9 first), then by submission; `seq` counts submissions from 0."""
+    if not 0 <= priority <= TOP_PRIORITY or not 0 <= seq < SUBMISSIONS:
+        raise ValueError(f"priority {priority} must be 0 to {TOP_PRIORITY}, seq {seq} 0 to {SUBMISSIONS - 1}")
+    return (TOP_PRIORITY - priority) * SUBMISSIONS + seq
+
+
+def split_order(number: int) -> tuple[int, int]:
+    """(priority, seq) of an order."""
+    above, seq = divmod(number, SUBMISSIONS)
+    return TOP_PRIORITY - above, seq
+
+
+def is_last_chance(losses: int, most_losses: int) -> bool:
+    """Whether one more loss ends a job that has lost so many attempts. Where the first one does, every attempt is its
+    last, and none is alone."""
+    return most_losses > 1 and losses >= most_losses - 1
+
+
+def held_by(request: Request, losses: int, most_losses: int) -> Request:
+    """What the next attempt of a job holds: its request, and where it is its last chance the worker alone."""
+    if request.get(ALONE) or not is_last_chance(losses, most_losses):
+        return request
+    return Request.of({**dict(request.amounts), ALONE: 1})
+
+
+def asked_shape(shape: str) -> str:
+    """The shape of what a job asks for itself, of that of what it holds."""
+    asked = dict(Request.from_shape(shape).amounts)
+    return Request.of(asked).shape if asked.pop(ALONE, 0) else shape
+
+
+def shortages(request: Request, book: Book) -> list[Shortage]:
+    """Every resource of which the worker has too little, by name; while it is over in any, only those; of one that does
+    not serve the request's queue, only that."""
+    if book.over:
+        return [Shortage(name, request.get(name), book.free(name)) for name in book.exceeded]
+    if not book.serves(request):
+        return [Shortage(LABEL + request.queue, 1, 0)]
+    alone = request.get(ALONE)
+    if book.allocated.get(ALONE, 0) or (book.kept and book.kept != request.shape) or (alone and not book.empty):
+        return [Shortage(ALONE, alone, 0)]
+    return [Shortage(name, amount, book.free(name)) for name, amount in request.amounts if amount > book.free(name)]
+
+
+def fits(request: Request, book: Book) -> Shortage | None:
+    """None if the worker has room for the whole request, else its first shortage; ignores `admitting`."""
+    short = shortages(request, book)
+    return short[0] if short else None
+
+
+def found_by(request: Request, books: Iterable[Book]) -> str:
+    """The index in which a request's candidates stand: that of its queue; in the default queue that of the resource it
+    asks for which the fewest open workers have, of equal ones the first by name; "" for all that serve that queue."""
+    if request.queue != DEFAULT_QUEUE:
+        return LABEL + request.queue
+    named = [name for name, _ in request.amounts if has_index(name)]
+    places = [book.places for book in books if book.open] if named else []
+    return min(named, key=lambda name: sum(name in own for own in places), default="")
+
+
+def waits_beside(shape: str) -> str:
+    """The index of waiting shapes in which one stands beside the whole one: that of its queue; in the default queue
+    that of the first resource it asks for which not every worker has."""
+    names = [name for name in (part.partition("=")[0] for part in shape.split(",")) if has_index(name)]
+    return next((name for name in names if is_label(name)), next(iter(names), LABEL + DEFAULT_QUEUE))
+
+
+def choose(
+    request: Request, books: Iterable[Book], candidates: int, after: tuple[int, str] | None = None
+) -> Admission | Refusal:
+    """Best fit among at most `candidates` workers, as one script looks at them.
+
+    The candidates are the admitting workers, none over its capacity, with a free slot and enough free CPUs, in
+    order of (free CPUs, name), behind `after` where a cursor is given; not one on which a job is alone, or that is kept
+    for one; and of these only what stands in the index that the request is `found_by`. The first with room for the
+    whole request is it.
+    """
+    books = list(books)
+    admitting = [book for book in books if book.admitting]
+    if not admitting:
+        return Refusal(Reason.NO_WORKER)
+    place = found_by(request, books)
+    index = sorted(
+        (
+            (book.free(CPUS), book.worker, book)
+            for book in admitting
+            if book.open and (place in book.places if place else book.serves(request))
+        ),
+        key=lambda row: row[:2],
+    )
+    asked = request.get(CPUS)
+    behind = [row for row in index if row[0] >= asked and (after is None or row[:2] > after)]
+    looked_at = behind[:candidates]
+    for _, worker, book in looked_at:
+        if fits(request, book) is None:
+            return Admission(worker)
+    if len(behind) > len(looked_at):
+        free, worker, _ = looked_at[-1]
+        return Refusal(Reason.LOOK_FURTHER, CPUS, asked, free, worker)
+    return _closest(request, admitting, Reason.NO_ROOM)
+
+
+def survey(request: Request, books: Iterable[Book], ahead: int = 0) -> Admission | Refusal:
+    """What `explain` says: the decision over all workers, with the best reason there is.
+
+    `ahead`: jobs of the same request that wait before this one; they would get the room first.
+    """
+    live = list(books)
+    known = [book for book in live if book.serves(request)]
+    if live and not known:
+        return Refusal(Reason.NO_QUEUE)
+    admitting = [book for book in known if book.admitting]
+    if not admitting:
+        return Refusal(Reason.NO_WORKER)
+    for name, amount in request.amounts:
+        if name != ALONE and not any(book.capacity.get(name, 0) for book in known):
+            return Refusal(Reason.UNKNOWN_RESOURCE, name, amount)
+    empty = [replace(book, allocated={}, kept="") for book in admitting]
+    large_enough = [book for book, bare in zip(admitting, empty, strict=True) if fits(request, bare) is None]
+    if not large_enough:
+        return _closest(request, empty, Reason.TOO_LARGE)
+    decision = choose(request, large_enough, len(large_enough))
+    if isinstance(decision, Admission) and ahead:
+        return Refusal(Reason.BEHIND_SHAPE, asked=ahead, worker=decision.worker)
+    if isinstance(decision, Refusal) and request.get(ALONE):
+        kept = next((book.worker for book in large_enough if book.kept == request.shape), "")
+        return Refusal(Reason.ALONE, worker=kept)
+    return decision
+
+
+def _closest(request: Request, books: Sequence[Book], reason: Reason) -> Refusal:
+    """The refusal of the worker that lacks the fewest resources, then has most free CPUs, then by name."""
+    found = [(shortages(request, book), book) for book in books]
+    closest = min(
+        ((short, book) for short, book in found if short),
+        key=lambda pair: (len(pair[0]), -pair[1].free(CPUS), pair[1].worker),
+        default=None,  # all have room: those before a cursor, which the one who asks has seen already
+    )
+    return Refusal(reason, *closest[0][0], worker=closest[1].worker) if closest else Refusal(reason)

@@ -1,0 +1,1 @@
+"""Making both stores agree: the log of transitions, rebuild, reconcile, lost workers."""

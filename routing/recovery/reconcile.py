@@ -1,0 +1,375 @@
+"""Making the ledger equal Postgres, and saying what differed.
+
+First the stream is applied: what it says is not drift, Postgres is only behind. Then both are compared, in both
+directions, in chunks of one round trip each, so that no admission waits for it. Nearly all jobs are right: Postgres
+writes what it says of them as text, a script compares that with the books, and this process only carries it from one to
+the other. What looks different is read again before anything is touched, and each repair is a script or statement that
+checks once more: work goes on meanwhile.
+
+Which store is right: a job with an entry in the stream is not judged. Else Postgres is, except where the ledger has a
+newer token or step: then the entry was lost with the stream, and Postgres is brought forward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from redis.exceptions import RedisError
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import OperationalError
+
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Adopted
+from celery_capacity.routing.ledger.snapshot import JobCard
+from celery_capacity.routing.model.states import FINAL, HOLDING, State, Step
+from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.recovery import reconcile_indexes, resubmit, transition_log
+from celery_capacity.routing.recovery.drift import Reconciled
+from celery_capacity.routing.store import backlog, claims, fencing, job_transitions
+from celery_capacity.routing.store.job_transitions import Transition
+
+logger = logging.getLogger(__name__)
+
+#: Jobs compared in one step.
+CHUNK: Final = 500
+#: The state in the ledger of a job that ended, or went back to Postgres: a tombstone.
+ENDED: Final = "ended"
+#: The step by which a job came into its state in the ledger.
+STEPS: Final = {State.WAITING: Step.FILED, State.ADMITTED: Step.ADMITTED, State.RUNNING: Step.RUNNING}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is compared of a row."""
+
+    id: str
+    seq: int
+    state: str
+    epoch: int
+    attempt: int
+    step: int
+    worker: str | None
+    incarnation: str | None
+    shape: str
+    priority: int
+    losses: int
+    admitted_ms: int
+    started_ms: int
+    rerun: bool
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        return self.epoch, self.attempt, self.step
+
+    def agrees(self, card: JobCard | None) -> bool:
+        """Whether the ledger says the same of it."""
+        if card is None or card.state == ENDED:
+            if self.state in (State.WAITING, *HOLDING):
+                return False
+            # An outcome that Postgres does not know. (Without one it is being cancelled on its way to the ledger.)
+            unknown = card is not None and card.final and card.outcome is not None and is_newer(card, self)
+            return self.state in FINAL or not unknown
+        token = f"{self.epoch}.{self.attempt}"
+        if self.step == Step.COMMITTED:
+            # It ended the job itself, and its body goes on: its worker releases it.
+            return (card.state, card.token) == (State.RUNNING, token)
+        if self.step == Step.GIVEN_UP and card.state in HOLDING:
+            # It lives after all, and what it claimed since is not written any more: its end is.
+            return (card.token, card.worker) == (token, self.worker)
+        if self.state != card.state:
+            return False
+        return self.state == State.WAITING or (card.token, card.worker) == (token, self.worker)
+
+
+_COLUMNS: Final = (
+    "SELECT id, seq, state, epoch, attempt, step, worker, incarnation, shape, priority, losses, "
+    "coalesce((extract(epoch FROM admitted_at) * 1000)::bigint, 0), "
+    "coalesce((extract(epoch FROM started_at) * 1000)::bigint, 0), rerun FROM jobs "
+)
+#: The states of jobs that the ledger has, in the order in which most jobs go through them.
+_OPEN: Final = (State.WAITING, State.ADMITTED, State.RUNNING)
+#: One state at a time: its rows stand in the index in their order.
+_SAID: Final = text("""
+SELECT max(seq), string_agg(concat_ws(' ', id, state, epoch || '.' || attempt, coalesce(worker, '-')), chr(10))
+FROM (SELECT seq, id, state, epoch, attempt, worker FROM jobs WHERE state = :state AND seq > :after
+      ORDER BY seq LIMIT :most) AS j
+""")
+#: Families of keys besides those of the jobs.
+_PLACES: Final = ("wait", "book", "held", "free_of", "shapes_of")
+_GOING_ON: Final = text("SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) AND finished_at IS NULL")
+_THESE: Final = text(_COLUMNS + "WHERE id = ANY(CAST(:ids AS text[]))")
+
+
+def rank_of(card: JobCard) -> tuple[int, int, int]:
+    """How new what the ledger knows is, to be compared with a row's."""
+    epoch, _, attempt = card.token.partition(".")
+    return int(epoch), int(attempt), _ended_by(card) if card.state == ENDED else STEPS[State(card.state)]
+
+
+def is_newer(card: JobCard, row: Row) -> bool:
+    """Whether the ledger knows more of a job than Postgres. (One that was cancelled without being known to the ledger
+    left a tombstone of no attempt, which says nothing of an attempt that Postgres knows.)"""
+    rank = rank_of(card)
+    return rank > row.rank and rank[1] >= row.attempt
+
+
+def _ended_by(card: JobCard) -> Step:
+    if not card.final:
+        return Step.BACK
+    return Step.ENDED if card.outcome is not None else Step.DROPPED
+
+
+def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
+    """One pass over everything. Raises `LedgerClosed` when the ledger is cold: there is nothing to compare then."""
+    result = Reconciled()
+    try:
+        with engine.connect() as connection:
+            known = read_authority(connection)
+            if known.authority != "ledger":
+                raise StoreUnavailable(
+                    "the ledger was lost and Postgres decides: there is nothing to compare",
+                    advice="Look at Redis: when it has answered for a while, the ledger decides again.",
+                )
+            ledger.epoch = known.epoch
+            result.applied, applied = transition_log.apply_all(engine, ledger)
+            resubmit.go_on(engine, ledger, applied)
+            told = _rows_against_ledger(connection, ledger, result)
+            found = _ledger_against_rows(connection, ledger, told, result)
+            _close_committed(connection, ledger, result)
+            reconcile_indexes.check_queues(ledger, found["wait"], found["shapes_of"], result)
+            reconcile_indexes.check_books(ledger, found["book"] | found["held"], found["free_of"], result)
+        if result.drift:
+            ledger.client.hincrby(keys.COUNTERS, "drift", result.drift)
+    except RedisError as error:
+        raise StoreUnavailable(f"Redis stopped answering during reconcile: {error}") from error
+    return result
+
+
+def look_at(engine: Engine, ledger: Ledger, ids: Sequence[str]) -> Reconciled:
+    """Compare these jobs alone, and repair what differs. The caller's handle of the ledger is in Postgres's epoch."""
+    result = Reconciled()
+    with engine.connect() as connection:
+        _look_at(connection, ledger, ids, result)
+    return result
+
+
+def _rows_against_ledger(connection: Connection, ledger: Ledger, result: Reconciled) -> set[str]:
+    """Jobs that wait or are held by what Postgres says. Returns them."""
+    told: set[str] = set()
+    for state in _OPEN:
+        after = -1
+        while True:
+            last, rows = connection.execute(_SAID, {"state": state.value, "after": after, "most": CHUNK}).one()
+            if last is None:
+                break
+            after = last
+            ids = [row.partition(" ")[0] for row in rows.split("\n")]
+            result.checked += len(ids)
+            told.update(ids)
+            _look_at(connection, ledger, ledger.compare(rows), result)
+    return told
+
+
+def _ledger_against_rows(
+    connection: Connection, ledger: Ledger, told: set[str], result: Reconciled
+) -> dict[str, set[str]]:
+    """Jobs that the ledger has besides: those that Postgres has ended, never had, or knows less of. Returns the names
+    of all other keys, by family."""
+    found: dict[str, set[str]] = {family: set() for family in _PLACES}
+    job, prefixes = keys.KEYS["job"], {family: keys.KEYS[family] for family in found}
+    batch: list[str] = []
+    for raw in ledger.client.scan_iter(match=keys.LEDGER, count=CHUNK):
+        key = raw.decode()
+        if not key.startswith(job):
+            for family, prefix in prefixes.items():
+                if key.startswith(prefix):
+                    found[family].add(key[len(prefix) :])
+            continue
+        name = key[len(job) :]
+        if name not in told:
+            batch.append(name)
+        if len(batch) == CHUNK:
+            _look_at(connection, ledger, _not_over(connection, ledger, batch), result)
+            batch = []
+    _look_at(connection, ledger, _not_over(connection, ledger, batch), result)
+    return found
+
+
+def _not_over(connection: Connection, ledger: Ledger, ids: Sequence[str]) -> list[str]:
+    """Those that are not over in both stores: nearly all others ended within the last minute."""
+    going_on = list(connection.execute(_GOING_ON, {"ids": list(ids)}).scalars()) if ids else []
+    over = set(ids).difference(going_on)
+    return [*going_on, *ledger.compare("\n".join(f"{job} {ENDED} - -" for job in over))]
+
+
+def _look_at(connection: Connection, ledger: Ledger, ids: Sequence[str], result: Reconciled) -> None:
+    """Compare these jobs one by one, and look where they stand."""
+    if not ids:
+        return
+    cards = snapshot.read_cards(ledger.client, ids)
+    if reconcile_indexes.clear_marks(ledger, cards, result):
+        cards = snapshot.read_cards(ledger.client, ids)
+    rows = _rows(connection, ids)
+    suspects = [job for job in ids if _differ(rows.get(job), cards.get(job))]
+    _settle(connection, ledger, suspects, result)
+    standing = {job: card for job, card in cards.items() if card.state != ENDED and job not in suspects}
+    for job in reconcile_indexes.check_jobs(connection, ledger, standing, result):
+        row = _rows(connection, [job]).get(job)
+        if row is not None and ledger.drop(job, standing[job].token, final=False):
+            result.note("held by a worker that has no book", _give_back(connection, ledger, row))
+
+
+def _differ(row: Row | None, card: JobCard | None) -> bool:
+    if row is None:
+        return card is not None and card.state != ENDED
+    return not row.agrees(card)
+
+
+def _close_committed(connection: Connection, ledger: Ledger, result: Reconciled) -> None:
+    """Jobs that ended themselves, and whose worker's word was lost with the ledger."""
+    committed = fencing.committed(connection)
+    for start in range(0, len(committed), CHUNK):
+        rows = committed[start : start + CHUNK]
+        cards = snapshot.read_cards(ledger.client, [job for job, _, _ in rows])
+        on_their_way = {one.job for one in transition_log.unapplied(ledger)}
+        for job, epoch, attempt in rows:
+            card = cards.get(job)
+            holds = card is not None and card.state != ENDED and card.token == f"{epoch}.{attempt}"
+            if not holds and job not in on_their_way and fencing.close(connection, job, epoch, attempt):
+                result.note("ended by itself, and not held")
+
+
+def _settle(connection: Connection, ledger: Ledger, suspects: Sequence[str], result: Reconciled) -> None:
+    """Repair those of the suspects that do differ, by the ledger as it is between two equal readings of Postgres.
+
+    A job with an entry in the stream is on its way and not judged; the stream is read after the job, so that an entry
+    that was applied meanwhile shows in the second reading of Postgres.
+    """
+    if not suspects:
+        return
+    before = _rows(connection, suspects)
+    cards = snapshot.read_cards(ledger.client, suspects)
+    on_their_way = {one.job for one in transition_log.unapplied(ledger)}
+    after = _rows(connection, suspects)
+    for job in suspects:
+        row, card = before.get(job), cards.get(job)
+        if row != after.get(job) or job in on_their_way:
+            continue
+        if not _differ(row, card):
+            continue
+        try:
+            repaired = _repair(connection, ledger, job, row, card, result)
+        except OperationalError as error:
+            if not is_locked(error):
+                raise
+            # All others are repaired now, and this one by the next pass.
+            logger.warning("job %s differs, and its row is locked: it is repaired later", job)
+            continue
+        if repaired is not None:
+            there, here = row.state if row else "missing", card.state if card else "missing"
+            result.note(f"{there} in Postgres, {here} in the ledger", repaired)
+
+
+def _rows(connection: Connection, ids: Sequence[str]) -> dict[str, Row]:
+    return {row[0]: Row(*row) for row in connection.execute(_THESE, {"ids": list(ids)})} if ids else {}
+
+
+def _repair(
+    connection: Connection, ledger: Ledger, job: str, row: Row | None, card: JobCard | None, result: Reconciled
+) -> bool | None:
+    """None where it turned out that work went on meanwhile."""
+    known = card is not None and card.state != ENDED
+    if row is None or row.state in FINAL:
+        return (known and card is not None and ledger.drop(job, card.token, final=True)) or None
+    # A scheduled row that waits in the ledger has a newer message than what waits there.
+    older = row.state == State.SCHEDULED and known and card is not None and card.state == State.WAITING
+    if card is not None and is_newer(card, row) and not older:
+        return _bring_forward(connection, ledger, row, card)
+    if card is not None and known and not ledger.drop(job, card.token, final=False):
+        return None
+    if row.state == State.RUNNING:
+        return _hold_again(connection, ledger, row, result)
+    if row.state == State.ADMITTED:
+        return _give_back(connection, ledger, row)
+    # Scheduled rows come when they are due.
+    return row.state in (State.SCHEDULED, State.REPLACED) or _submit(connection, ledger, job)
+
+
+def _bring_forward(connection: Connection, ledger: Ledger, row: Row, card: JobCard) -> bool:
+    """The ledger is ahead and its entry was lost: Postgres gets what it says."""
+    names = ("incarnation", "admitted", "started", "losses", "became")
+    values = ledger.client.hmget(keys.job(row.id), names)
+    said = {name: snapshot.text(value) for name, value in zip(names, values, strict=True) if value}
+    epoch, attempt, step = rank_of(card)
+    same = (epoch, attempt) == (row.epoch, row.attempt)
+    ended = card.state == ENDED
+    now = ledger.now_ms()
+    # Attempts before this one, whose ends were lost too. What happened in the backlog comes after the last attempt.
+    job_transitions.close_attempts(connection, row.id, epoch, attempt + (step in (Step.FILED, Step.DROPPED)), now)
+    forward = Transition(
+        job=row.id,
+        epoch=epoch,
+        attempt=attempt,
+        state=said.get("became", State.CANCELLED.value) if ended else card.state,
+        step=step,
+        worker=(row.worker if ended and same else card.worker) or "",
+        incarnation=(row.incarnation if ended and same else said.get("incarnation")) or "",
+        admitted_ms=row.admitted_ms if ended and same else int(said.get("admitted") or 0),
+        started_ms=row.started_ms if ended and same else int(said.get("started") or 0),
+        at_ms=now,
+        losses=int(said.get("losses") or 0),
+        outcome=card.outcome or "",
+    )
+    return bool(job_transitions.apply(connection, [forward]))
+
+
+def _submit(connection: Connection, ledger: Ledger, job: str) -> bool:
+    pending = backlog.these(connection, [job])
+    return bool(pending) and resubmit.submit_rows(ledger, pending) == 1
+
+
+def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconciled) -> bool:
+    """Postgres says that a worker runs it: enter it into that worker's book; where that worker has left, or is another
+    life by now, it is submitted again."""
+    if row.worker and row.incarnation:
+        held = Adopted(
+            row.id,
+            f"{row.epoch}.{row.attempt}",
+            row.shape,
+            order(row.priority, row.seq),
+            row.admitted_ms,
+            row.started_ms,
+            "",
+            row.losses,
+            row.rerun,
+        )
+        adopt = partial(ledger.adopt, row.worker, row.incarnation, [held])
+        # (A book that went missing together with the job comes back first: its worker may not have missed it yet.)
+        if not adopt() or (reconcile_indexes.give_home(connection, ledger, row.worker, result) and not adopt()):
+            return True
+    return _give_back(connection, ledger, row)
+
+
+def _give_back(connection: Connection, ledger: Ledger, row: Row) -> bool:
+    """Its attempt is over, and it is submitted again; one that had started is lost, and may have been the last."""
+    attempt = claims.Open(
+        row.id,
+        row.epoch,
+        row.attempt,
+        row.worker or "",
+        row.incarnation or "",
+        row.losses,
+        row.rerun,
+        row.admitted_ms,
+        row.started_ms,
+    )
+    taken = claims.give_back(connection, [attempt], None, "the ledger did not know it", ledger.settings.most_losses)
+    return any(one.state in FINAL for one in taken) or (bool(taken) and _submit(connection, ledger, row.id))

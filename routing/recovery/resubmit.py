@@ -1,0 +1,50 @@
+"""Bringing rows to the ledger: jobs that are durable and that the books should know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from sqlalchemy import Engine
+
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import LedgerFull
+from celery_capacity.routing.store import backlog, dependencies
+from celery_capacity.routing.store.backlog import Pending
+from celery_capacity.routing.store.job_transitions import Applied
+
+logger = logging.getLogger(__name__)
+
+#: Jobs submitted in one step (some 2 ms), so that no other caller waits for long.
+CHUNK: Final = 100
+
+
+def submit_rows(ledger: Ledger, rows: Sequence[Pending]) -> int:
+    """Submit rows in their order; returns how many the ledger took. (The others it knew, or it is full: they are
+    durable, and the next sweep brings them.)"""
+    taken = 0
+    for start in range(0, len(rows), CHUNK):
+        try:
+            taken += ledger.submit_many([row.submission() for row in rows[start : start + CHUNK]])
+        except LedgerFull as error:
+            logger.warning("%d jobs wait until Redis has room: %s", len(rows) - start, error)
+            return taken
+    return taken
+
+
+def go_on(engine: Engine, ledger: Ledger, applied: Sequence[Applied]) -> int:
+    """Submit at once the jobs whose attempt ended with a successor that is due (a retry without a countdown), and those
+    that waited for one of these to end. (Those that end with it are heard of.)"""
+    due, opened = [one.job for one in applied if one.due], dependencies.Opened()
+    if any(one.awaited for one in applied):
+        opened = dependencies.open_needs(engine)
+        due += opened.due
+    rows: list[Pending] = []
+    if due:
+        with engine.connect() as connection:
+            rows = backlog.these(connection, due)
+    taken = submit_rows(ledger, rows)
+    if opened.cancelled:
+        ledger.announce(opened.cancelled)
+    return taken

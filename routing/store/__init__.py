@@ -1,0 +1,1 @@
+"""The durable truth in Postgres: one file for each group of statements."""

@@ -1,0 +1,191 @@
+"""Ending a job in the transaction of its own effect, and keeping out attempts that may not do so any more.
+
+An attempt commits its end with its own rows in one statement guarded by its token: a row takes one such end, whatever
+runs beside it. The row is then final and `COMMITTED`, while the ledger says running until the body has returned; the
+worker's own word brings it to `ENDED`. Before the jobs of a worker are taken back, its attempts are given up in
+Postgres: from then on none of them can commit, though the worker wakes up, and what had committed does not run again.
+Each function is one statement on the caller's connection.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import Connection, TextClause, text
+from sqlalchemy.exc import OperationalError
+
+from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.model.job import Publisher
+from celery_capacity.routing.model.outbox import UNTOLD
+from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.store.job_transitions import END_LOST
+
+_FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
+_HOLDING: Final = f"'{State.ADMITTED.value}', '{State.RUNNING.value}'"
+
+_KNOWS: Final = text("SELECT to_regclass(:jobs) IS NOT NULL AND to_regclass(:workers) IS NOT NULL")
+_LIVES_HERE: Final = text("SELECT EXISTS (SELECT 1 FROM workers WHERE incarnation = :incarnation)")
+
+
+def is_home(connection: Connection, incarnation: str) -> bool:
+    """Whether this is the database in which this life of a worker is registered. (The name of a database, or its URL,
+    would not tell: its incarnation stands in no other.)"""
+    if not connection.execute(_KNOWS, {"jobs": "jobs", "workers": "workers"}).scalar_one():
+        return False
+    return bool(connection.execute(_LIVES_HERE, {"incarnation": incarnation}).scalar_one())
+
+
+_COMMIT: Final = text(f"""
+WITH w AS (SELECT name FROM workers WHERE incarnation = :incarnation), j AS (
+  UPDATE jobs SET state = '{State.SUCCEEDED.value}', epoch = :epoch, attempt = :attempt, step = {Step.COMMITTED.value},
+    worker = w.name, incarnation = :incarnation, finished_at = clock_timestamp(), error = NULL
+  FROM w
+  WHERE jobs.id = :job AND jobs.state NOT IN ({_FINAL}) AND jobs.successor IS NULL
+    AND (jobs.epoch, jobs.attempt, jobs.step) < (:epoch, :attempt, {Step.COMMITTED.value})
+  RETURNING jobs.id, jobs.worker, jobs.finished_at
+)
+INSERT INTO attempts (job_id, epoch, attempt, worker, incarnation, ended_at, outcome)
+SELECT j.id, :epoch, :attempt, j.worker, :incarnation, j.finished_at, '{State.SUCCEEDED.value}' FROM j
+ON CONFLICT (job_id, epoch, attempt) DO UPDATE SET
+  ended_at = coalesce(attempts.ended_at, excluded.ended_at), outcome = coalesce(attempts.outcome, excluded.outcome)
+RETURNING job_id, set_config(:setting, CAST(:hangs_ms AS text), true)
+""")
+
+
+#: Seconds after which a transaction is taken for one whose worker is lost, where nobody says otherwise.
+HANGS_AFTER: Final = 75.0
+
+
+def commit(connection: Connection, attempt: Publisher, hangs_after: float = HANGS_AFTER) -> bool:
+    """End the job as succeeded by this attempt, with the caller's transaction. False where it may not: it lost its
+    lease, or the job has ended. (Postgres may be behind: the row may still be of an older attempt.)
+
+    From here to the end of the transaction the row is locked, and whoever gives the worker up waits for it: where
+    nothing is said for `hangs_after` seconds (its machine went away, it is stopped), the server ends the transaction.
+    """
+    values = {
+        "setting": "idle_in_transaction_session_timeout",
+        "hangs_ms": max(1, round(hangs_after * 1000)),
+        "job": attempt.job,
+        "epoch": attempt.epoch,
+        "attempt": attempt.attempt,
+        "incarnation": attempt.incarnation,
+    }
+    return connection.execute(_COMMIT, values).first() is not None
+
+
+_WHY: Final = text("SELECT state, epoch, attempt, step, successor IS NOT NULL FROM jobs WHERE id = :job")
+
+
+def why_not(connection: Connection, attempt: Publisher) -> tuple[str, bool]:
+    """What stood in the way of `commit`, in words, and whether the attempt itself did it."""
+    row = connection.execute(_WHY, {"job": attempt.job}).one_or_none()
+    if row is None:
+        return "the job is unknown", False
+    state, epoch, number, step, succeeds = row
+    mine = (epoch, number) == (attempt.epoch, attempt.attempt)
+    if state in FINAL:
+        return f"the job has ended as {state} by attempt {number}", mine and step in (Step.COMMITTED, Step.ENDED)
+    if succeeds:
+        return "it published its own retry or replacement, which goes on with the job", True
+    return "its worker was given up" if mine else f"attempt {number} has the job", False
+
+
+# (What ended an attempt before this one may have been lost with the ledger: none of them goes on any more.)
+def _closing(which: str) -> TextClause:
+    return text(f"""
+WITH j AS (
+  UPDATE jobs SET step = {Step.ENDED.value}, outbox = coalesce(outbox, '{UNTOLD}')
+  WHERE step = {Step.COMMITTED.value} AND {which} RETURNING id, epoch, attempt
+), a AS (
+  UPDATE attempts SET ended_at = now(), outcome = coalesce(outcome, 'taken_back'), error = coalesce(error, '{END_LOST}')
+  FROM j WHERE job_id = j.id AND ended_at IS NULL AND (attempts.epoch, attempts.attempt) < (j.epoch, j.attempt)
+)
+SELECT id FROM j
+""")
+
+
+_CLOSE: Final = _closing("id = :job AND epoch = :epoch AND attempt = :attempt")
+_HELD_BY: Final = f"incarnation = :incarnation AND state IN ({_HOLDING}) AND step < {Step.GIVEN_UP.value}"
+_GIVE_UP: Final = text(f"UPDATE jobs SET step = {Step.GIVEN_UP.value} WHERE {_HELD_BY}")
+_GIVE_UP_FREE: Final = text(f"""
+UPDATE jobs SET step = {Step.GIVEN_UP.value}
+WHERE {_HELD_BY} AND id IN (SELECT id FROM jobs WHERE {_HELD_BY} FOR NO KEY UPDATE SKIP LOCKED)
+""")
+_NOT_GIVEN_UP: Final = text(f"SELECT id FROM jobs WHERE {_HELD_BY}")
+
+
+def close(connection: Connection, job: str, epoch: int, attempt: int) -> bool:
+    """The attempt died and will say nothing more. True where it had committed the end of its job: that stands, and
+    whoever waits for a result hears of it."""
+    values = {"job": job, "epoch": epoch, "attempt": attempt}
+    return connection.execute(_CLOSE, values).first() is not None
+
+
+_CLOSE_FORMER: Final = _closing("worker = :worker AND incarnation <> :incarnation")
+
+
+def close_former(connection: Connection, worker: str, incarnation: str) -> None:
+    """The same for all that the former lives of a worker committed and did not say: this life has the name now."""
+    connection.execute(_CLOSE_FORMER, {"worker": worker, "incarnation": incarnation})
+
+
+def give_up(connection: Connection, incarnation: str) -> set[str]:
+    """No attempt of this life of a worker may commit or publish any more; a commit on its way is waited for. Return the
+    jobs whose rows somebody keeps locked: their attempts are not given up. (The rows are up to date: the caller has
+    applied the stream.)"""
+    try:
+        connection.execute(_GIVE_UP, {"incarnation": incarnation})
+        return set()
+    except OperationalError as error:
+        if not is_locked(error):
+            raise
+    connection.execute(_GIVE_UP_FREE, {"incarnation": incarnation})
+    return set(connection.execute(_NOT_GIVEN_UP, {"incarnation": incarnation}).scalars())
+
+
+_COMMITTED: Final = text(f"""
+SELECT id, epoch, attempt FROM jobs
+WHERE step = {Step.COMMITTED.value} AND (CAST(:incarnation AS text) IS NULL OR incarnation = :incarnation) ORDER BY id
+""")
+
+
+def committed(connection: Connection, incarnation: str | None = None) -> list[tuple[str, int, int]]:
+    """The jobs (id, epoch, attempt) that ended themselves, and whose attempt has not said so yet; of all workers, or of
+    one life of one."""
+    rows = connection.execute(_COMMITTED, {"incarnation": incarnation})
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
+_RUNS: Final = text(f"""
+SELECT state = '{State.RUNNING.value}' AND step = {Step.RUNNING.value} AND (epoch, attempt, incarnation) =
+  (:epoch, :attempt, :incarnation) FROM jobs WHERE id = :job
+""")
+
+
+def runs(connection: Connection, attempt: Publisher) -> bool:
+    """Return True if Postgres has the claim of this attempt, and its worker was not given up."""
+    values = {
+        "job": attempt.job,
+        "epoch": attempt.epoch,
+        "attempt": attempt.attempt,
+        "incarnation": attempt.incarnation,
+    }
+    return bool(connection.execute(_RUNS, values).scalar_one_or_none())
+
+
+_ENDED_BY: Final = text(f"""
+SELECT state = '{State.SUCCEEDED.value}' AND (epoch, attempt) = (:epoch, :attempt) FROM jobs WHERE id = :job
+""")
+
+
+def has_succeeded(connection: Connection, job: str, epoch: int, attempt: int) -> bool:
+    """Whether the job has succeeded by this very attempt."""
+    values = {"job": job, "epoch": epoch, "attempt": attempt}
+    return bool(connection.execute(_ENDED_BY, values).scalar_one_or_none())
+
+
+def final_state(connection: Connection, job: str) -> str | None:
+    """The state in which a job has ended; None where it has not."""
+    state = connection.execute(text("SELECT state FROM jobs WHERE id = :job"), {"job": job}).scalar_one_or_none()
+    return str(state) if state in FINAL else None

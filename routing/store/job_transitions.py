@@ -1,0 +1,381 @@
+"""What becomes of jobs, in Postgres: each function is one guarded statement on the caller's connection.
+
+State and token stand in the WHERE of every write: `(epoch, attempt, step)` only grows, and a final state has no exit.
+Statements are autocommitted one by one unless the caller opened a transaction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import OperationalError
+
+from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.database.prepared import Prepared
+from celery_capacity.routing.errors import storable
+from celery_capacity.routing.insert import replacements, successors
+from celery_capacity.routing.model import outbox
+from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
+from celery_capacity.routing.model.states import FINAL, State, Step
+
+#: Characters of an error that a row keeps.
+ERROR_LENGTH: Final = 8000
+#: Jobs, and attempts, for which the statement is not planned anew.
+FEW: Final = 100
+_FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One step of a job, as an entry of the stream says it; times in milliseconds, '' and 0 mean none."""
+
+    job: str
+    epoch: int
+    attempt: int
+    state: str
+    step: int
+    worker: str
+    incarnation: str
+    admitted_ms: int
+    started_ms: int
+    at_ms: int
+    losses: int
+    outcome: str = ""
+    error: str = ""
+    entry: str = ""
+    #: What is left to be delivered, see `routing.model.outbox`.
+    outbox: str = ""
+    #: The worker has told the result of the job.
+    told: bool = False
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        return self.epoch, self.attempt, self.step
+
+
+#: The error of a job that was revoked, and the text of the exception that its result carries, as Celery has it.
+REVOKED: Final = "revoked"
+#: The queue of a successor, of its shape (`Request.queue`).
+_QUEUE_OF: Final = f"coalesce(substring(jobs.successor_shape from '{LABEL}([^=,]+)=1'), '{DEFAULT_QUEUE}')"
+#: Of an attempt: that it is over is known by what came after it.
+END_LOST: Final = "its end was lost with the ledger"
+
+# A row says what its newest transition says, so the order and the batches in which they come make no difference; what
+# was before is in `attempts`. An attempt that ends while its row holds a successor does not end the job: it runs. One
+# that ended its job itself (`routing.store.fencing`) has said how: its worker's word adds only what is left to be
+# delivered. A job that would go on though it was revoked (`routing.recovery.revocation`) stops there, and one that
+# starts by a rate goes on behind that gate again.
+# It comes some 50 times a second, so each table is joined once, by its key, and the rows come as two texts: Postgres
+# parses, plans and evaluates each parameter of a prepared statement for itself; 23 arrays were a sixth of the whole.
+# (It takes such a text for 100 rows. Told their number it knows better, or takes them for 10 where it plans for any.)
+_APPLY: Final = Prepared.of(
+    "celery_capacity_apply",
+    f"""
+WITH e AS (
+  SELECT * FROM json_to_recordset(CAST(:newest AS json)) AS e (job text, epoch bigint, attempt int, state text,
+    step smallint, worker text, incarnation text, admitted bigint, started bigint, at bigint, losses smallint,
+    error text, outbox text)
+  LIMIT CAST(:jobs AS int)
+), x AS (
+  SELECT * FROM json_to_recordset(CAST(:attempts AS json)) AS x (job text, epoch bigint, attempt int, worker text,
+    incarnation text, admitted bigint, started bigint, ended bigint, outcome text, error text)
+  LIMIT CAST(:noted AS int)
+), j AS (
+  SELECT e.*, jobs.state IN ({_FINAL}) AS committed,
+    jobs.state NOT IN ({_FINAL}) AND jobs.successor IS NOT NULL AND e.step IN ({Step.ENDED.value}, {Step.BACK.value})
+      AND e.state <> '{State.CANCELLED.value}' AND jobs.revoked_at IS NULL AS goes_on,
+    jobs.state NOT IN ({_FINAL}) AND jobs.revoked_at IS NOT NULL AND (e.step = {Step.BACK.value} OR
+      (jobs.successor IS NOT NULL AND e.step = {Step.ENDED.value} AND e.state <> '{State.CANCELLED.value}')) AS stopped
+  FROM jobs JOIN e ON jobs.id = e.job
+  WHERE (jobs.epoch, jobs.attempt, jobs.step) < (e.epoch, e.attempt, e.step) AND (jobs.state NOT IN ({_FINAL})
+    OR (jobs.step = {Step.COMMITTED.value} AND (jobs.epoch, jobs.attempt) = (e.epoch, e.attempt)))
+  ORDER BY jobs.id FOR NO KEY UPDATE OF jobs
+), k AS (
+  -- Rows that stay as they are. Locked, so that none goes into the archive while an attempt of it is written here.
+  SELECT id, state, epoch, attempt FROM jobs
+  WHERE id = ANY(ARRAY(SELECT job FROM x)) AND id NOT IN (SELECT job FROM j)
+  ORDER BY id FOR KEY SHARE
+), a AS (
+  INSERT INTO attempts (job_id, epoch, attempt, worker, incarnation, admitted_at, started_at, ended_at, outcome, error)
+  SELECT x.job, x.epoch, x.attempt, x.worker, x.incarnation, to_timestamp(nullif(x.admitted, 0) / 1000.0),
+    to_timestamp(nullif(x.started, 0) / 1000.0), to_timestamp(nullif(x.ended, 0) / 1000.0), nullif(x.outcome, ''),
+    nullif(x.error, '')
+  FROM x
+  -- (An attempt that was made after the job had ended itself came too late, and leaves no trace; nor does one of a job
+  -- that is in the archive by now.)
+  WHERE (x.job IN (SELECT job FROM j) OR EXISTS (SELECT 1 FROM k WHERE k.id = x.job
+    AND NOT (k.state IN ({_FINAL}) AND (k.epoch, k.attempt) < (x.epoch, x.attempt))))
+  -- (Nor does one of old books that Postgres, which decided meanwhile, has overtaken.)
+  AND NOT EXISTS (SELECT 1 FROM attempts n WHERE n.job_id = x.job AND n.epoch > x.epoch AND n.attempt <= x.attempt)
+  ON CONFLICT (job_id, epoch, attempt) DO UPDATE SET
+    admitted_at = coalesce(attempts.admitted_at, excluded.admitted_at),
+    started_at = coalesce(attempts.started_at, excluded.started_at),
+    ended_at = CASE WHEN attempts.error = '{END_LOST}' THEN coalesce(excluded.ended_at, attempts.ended_at)
+                    ELSE coalesce(attempts.ended_at, excluded.ended_at) END,
+    outcome = CASE WHEN attempts.error = '{END_LOST}' THEN coalesce(excluded.outcome, attempts.outcome)
+                   ELSE coalesce(attempts.outcome, excluded.outcome) END,
+    error = CASE WHEN attempts.error = '{END_LOST}' AND excluded.outcome IS NOT NULL THEN excluded.error
+                 ELSE coalesce(attempts.error, excluded.error) END
+)
+UPDATE jobs SET
+  state = CASE WHEN committed THEN jobs.state WHEN stopped THEN '{State.CANCELLED.value}'
+               WHEN goes_on THEN '{State.SCHEDULED.value}' ELSE e.state END,
+  epoch = e.epoch, attempt = e.attempt,
+  step = CASE WHEN committed THEN {Step.ENDED.value} WHEN stopped THEN {Step.DROPPED.value}
+              WHEN goes_on THEN {Step.BACK.value} ELSE e.step END,
+  losses = CASE WHEN committed THEN jobs.losses ELSE greatest(jobs.losses, e.losses) END,
+  worker = nullif(e.worker, ''), incarnation = nullif(e.incarnation, ''),
+  admitted_at = to_timestamp(nullif(e.admitted, 0) / 1000.0),
+  started_at = to_timestamp(nullif(e.started, 0) / 1000.0),
+  finished_at = CASE WHEN committed THEN jobs.finished_at
+                     WHEN stopped OR (NOT goes_on AND e.state IN ({_FINAL})) THEN to_timestamp(e.at / 1000.0) END,
+  error = CASE WHEN stopped THEN '{REVOKED}' WHEN NOT committed THEN nullif(e.error, '') END,
+  outbox = CASE WHEN stopped THEN '{outbox.UNTOLD}'
+                 WHEN committed AND e.state NOT IN ({_FINAL}) THEN '{outbox.UNTOLD}'
+                WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN nullif(e.outbox, '') END,
+  due_at = CASE WHEN goes_on AND jobs.rated THEN NULL WHEN goes_on THEN coalesce(jobs.successor_due_at, now())
+                WHEN e.state = '{State.SCHEDULED.value}' THEN coalesce(jobs.due_at, now()) ELSE jobs.due_at END,
+  not_before = CASE WHEN goes_on AND jobs.rated THEN jobs.successor_due_at ELSE jobs.not_before END,
+  message = CASE WHEN goes_on THEN jobs.successor ELSE jobs.message END,
+  shape = CASE WHEN goes_on THEN jobs.successor_shape ELSE jobs.shape END,
+  queue = CASE WHEN goes_on THEN {_QUEUE_OF} ELSE jobs.queue END,
+  request = CASE WHEN goes_on THEN jobs.successor_request ELSE jobs.request END,
+  name = CASE WHEN goes_on THEN coalesce(jobs.successor_name, jobs.name) ELSE jobs.name END,
+  rerun = CASE WHEN goes_on THEN coalesce(jobs.successor_rerun, jobs.rerun) ELSE jobs.rerun END,
+  retries = CASE WHEN goes_on THEN jobs.successor_retries ELSE jobs.retries END,
+  nesting = CASE WHEN goes_on THEN jobs.successor_nesting ELSE jobs.nesting END,
+  priority = CASE WHEN goes_on THEN jobs.successor_priority ELSE jobs.priority END,
+  expires_at = CASE WHEN goes_on THEN jobs.successor_expires_at ELSE jobs.expires_at END,
+  successor = CASE WHEN goes_on THEN NULL ELSE jobs.successor END,
+  successor_retries = CASE WHEN goes_on THEN NULL ELSE jobs.successor_retries END,
+  successor_nesting = CASE WHEN goes_on THEN NULL ELSE jobs.successor_nesting END
+FROM j AS e WHERE jobs.id = e.job
+RETURNING jobs.id, jobs.state, coalesce(jobs.due_at <= now(), false), jobs.replaces,
+  jobs.awaited AND jobs.finished_at IS NOT NULL
+""",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A row that a transition changed, or that an attempt had left to be inserted. `due`: it is to be submitted now.
+    `awaited`: it has ended, and others wait for that (`routing.store.dependencies`)."""
+
+    job: str
+    state: str
+    due: bool
+    awaited: bool = False
+
+
+def _newest(transitions: Iterable[Transition]) -> list[Transition]:
+    """One transition for each job, the newest, in the order of ids (so that two writers lock in the same order)."""
+    newest: dict[str, Transition] = {}
+    for one in transitions:
+        known = newest.get(one.job)
+        if known is None or known.rank < one.rank:
+            newest[one.job] = one
+    return [newest[job] for job in sorted(newest)]
+
+
+def _attempts(transitions: Iterable[Transition]) -> list[Transition]:
+    """One transition for each attempt: what is known of it together. Those in the backlog are of no attempt."""
+    known: dict[tuple[str, int, int], Transition] = {}
+    for one in transitions:
+        if not one.worker or one.step in (Step.FILED, Step.DROPPED):
+            continue
+        key = (one.job, one.epoch, one.attempt)
+        before = known.get(key)
+        if before is None or before.step < one.step:
+            known[key] = replace(
+                one,
+                admitted_ms=one.admitted_ms or (before.admitted_ms if before else 0),
+                started_ms=one.started_ms or (before.started_ms if before else 0),
+            )
+    return [known[key] for key in sorted(known)]
+
+
+def _said(one: Transition) -> dict[str, str | int]:
+    """What it says of its job, for `_APPLY`."""
+    return {
+        "job": one.job,
+        "epoch": one.epoch,
+        "attempt": one.attempt,
+        "state": one.state,
+        "step": one.step,
+        "worker": one.worker,
+        "incarnation": one.incarnation,
+        "admitted": one.admitted_ms,
+        "started": one.started_ms,
+        "at": one.at_ms,
+        "losses": one.losses,
+        "error": storable(one.error, ERROR_LENGTH),
+        "outbox": _outbox(one),
+    }
+
+
+def _is_over(one: Transition) -> bool:
+    return one.step in (Step.ENDED, Step.BACK)
+
+
+def _noted(one: Transition) -> dict[str, str | int]:
+    """What it says of its attempt, for `_APPLY`."""
+    over = _is_over(one)
+    return {
+        "job": one.job,
+        "epoch": one.epoch,
+        "attempt": one.attempt,
+        "worker": one.worker,
+        "incarnation": one.incarnation,
+        "admitted": one.admitted_ms,
+        "started": one.started_ms,
+        "ended": one.at_ms if over else 0,
+        "outcome": one.outcome if over else "",
+        "error": storable(one.error, ERROR_LENGTH),
+    }
+
+
+def _rows(said: Iterable[dict[str, str | int]]) -> str:
+    # (A database's encoding may lack characters that \u1234 could name: it is sent as it is.)
+    return json.dumps(list(said), ensure_ascii=False)
+
+
+def apply(connection: Connection, transitions: Sequence[Transition]) -> list[Applied]:
+    """Write transitions into `jobs` and `attempts`; one that is older than its row, or after its end, has no effect.
+    What their attempts had left to be published is inserted first: a retry must be there before its attempt ends."""
+    if not transitions:
+        return []
+    published = _publish(connection, [one for one in transitions if outbox.publishes(one.outbox)])
+    newest, attempts = _newest(transitions), _attempts(transitions)
+    values: dict[str, str | int] = {
+        "newest": _rows(_said(t) for t in newest),
+        "jobs": len(newest),
+        "attempts": _rows(_noted(t) for t in attempts),
+        "noted": len(attempts),
+    }
+    rows = _APPLY.rows(connection, values, few=len(newest) <= FEW and len(attempts) <= FEW)
+    changed = {row[0] for row in rows}
+    _close_overtaken(connection, newest, changed)
+    _close_late(connection, [one.job for one in attempts if one.job not in changed and not _is_over(one)])
+    # (Those that have something to deliver are looked at when it is delivered.)
+    replacements.end_abandoned(connection, [row[3] for row in rows if row[3] and row[1] in FINAL])
+    return [
+        *(Applied(row[0], row[1], row[1] == State.SCHEDULED and bool(row[2]), bool(row[4])) for row in rows),
+        *(Applied(job, State.ACCEPTED, True) for job in published),
+    ]
+
+
+_LOCKED: Final = text("""
+WITH free AS (SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) FOR UPDATE SKIP LOCKED)
+SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) AND id NOT IN (SELECT id FROM free)
+""")
+
+
+def apply_unlocked(
+    engine: Engine, transitions: Sequence[Transition], *, wait: bool = True
+) -> tuple[list[Applied], list[Transition]]:
+    """Write transitions as `apply`, each statement committed by itself, but for jobs whose rows somebody keeps locked;
+    returns also those transitions, which are left for later. Without `wait` it looks at once which rows are locked.
+    Raises what Postgres does where it cannot write any (a locked table)."""
+    try:
+        if wait:
+            with engine.connect() as connection:
+                return apply(connection, transitions), []
+    except OperationalError as error:
+        if not is_locked(error):
+            raise
+    with engine.connect() as connection:
+        locked = set(connection.execute(_LOCKED, {"ids": [one.job for one in transitions]}).scalars())
+        applied = apply(connection, [one for one in transitions if one.job not in locked])
+    return applied, [one for one in transitions if one.job in locked]
+
+
+def free(connection: Connection, jobs: Sequence[str]) -> set[str]:
+    """Return those of these jobs whose rows nobody else has locked. The caller's transaction has them locked then."""
+    return set(jobs).difference(connection.execute(_LOCKED, {"ids": list(jobs)}).scalars())
+
+
+def _close_overtaken(connection: Connection, newest: Sequence[Transition], changed: set[str]) -> None:
+    """A job that ended has no attempt that goes on: what ended one before its last may have been lost with the ledger.
+    (Should it come after all, it stands instead.)"""
+    for one in newest:
+        dropped = one.step == Step.DROPPED
+        if one.state in FINAL and one.job in changed and one.attempt + dropped > 1:
+            close_attempts(connection, one.job, one.epoch, one.attempt + dropped, one.at_ms)
+
+
+_CLOSE_LATE: Final = text(f"""
+UPDATE attempts SET ended_at = now(), outcome = coalesce(outcome, 'taken_back'),
+  error = coalesce(attempts.error, '{END_LOST}')
+FROM jobs WHERE jobs.id = attempts.job_id AND jobs.id = ANY(CAST(:jobs AS text[])) AND jobs.state IN ({_FINAL})
+  AND attempts.ended_at IS NULL
+  AND (attempts.epoch, attempts.attempt) < (jobs.epoch, jobs.attempt + (jobs.step = {Step.DROPPED.value})::int)
+""")
+
+
+def _close_late(connection: Connection, jobs: Sequence[str]) -> None:
+    """End the attempts of these jobs of which Postgres heard only now, where a newer one has ended the job: their
+    workers could not write for so long. What they say of their end is refused."""
+    if jobs:
+        connection.execute(_CLOSE_LATE, {"jobs": list(jobs)})
+
+
+_OVERTAKEN: Final = text("""
+SELECT x.number FROM unnest(CAST(:job AS text[]), CAST(:epoch AS bigint[]), CAST(:attempt AS int[]))
+  WITH ORDINALITY AS x (job, epoch, attempt, number)
+LEFT JOIN jobs j ON j.id = x.job WHERE j.id IS NULL OR (j.epoch, j.attempt) > (x.epoch, x.attempt)
+""")
+
+
+def _publish(connection: Connection, transitions: Sequence[Transition]) -> list[str]:
+    """Insert what attempts left to be published, unless a newer one has their job, or it is in the archive; the ids of
+    those that may start."""
+    if not transitions:
+        return []
+    values = {
+        "job": [t.job for t in transitions],
+        "epoch": [t.epoch for t in transitions],
+        "attempt": [t.attempt for t in transitions],
+    }
+    overtaken = set(connection.execute(_OVERTAKEN, values).scalars())
+    current = [one for number, one in enumerate(transitions, 1) if number not in overtaken]
+    return [job for one in current for job in successors.publish_left(connection, one.outbox)]
+
+
+#: Ends that come about without a worker, unless `told`.
+_SILENT: Final = (State.CANCELLED, State.EXPIRED, State.LOST)
+
+
+def _outbox(transition: Transition) -> str:
+    untold = transition.state in _SILENT and not transition.told
+    return transition.outbox or (outbox.UNTOLD if untold else "")
+
+
+_CLOSE: Final = text(f"""
+UPDATE attempts SET ended_at = to_timestamp(:now / 1000.0), outcome = coalesce(outcome, 'taken_back'),
+  error = coalesce(error, '{END_LOST}')
+WHERE job_id = :job AND ended_at IS NULL AND (epoch, attempt) < (:epoch, :attempt)
+""")
+
+
+def close_attempts(connection: Connection, job: str, epoch: int, attempt: int, now_ms: int) -> None:
+    """End the attempts of a job before a token that are open: newer ones were made, and what ended them was lost."""
+    connection.execute(_CLOSE, {"job": job, "epoch": epoch, "attempt": attempt, "now": now_ms})
+
+
+_DROP: Final = text(f"""
+UPDATE jobs SET state = :state, outbox = '{outbox.UNTOLD}', step = {Step.DROPPED.value}, finished_at = now(),
+  error = coalesce(:error, error)
+WHERE id = :id AND (state IN ('accepted', 'scheduled', 'replaced')
+  OR (state = 'waiting' AND (revoked_at IS NOT NULL OR EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres'))))
+RETURNING id
+""")
+
+
+def end_unfiled(connection: Connection, job: str, state: State, error: str | None = None) -> bool:
+    """End a job that is not in the ledger: `cancelled` or `expired`. False where it is (or has ended). What waits is in
+    the ledger, unless Postgres decides, or the job was revoked while nobody could ask: then no rebuild brings it in."""
+    return connection.execute(_DROP, {"id": job, "state": state.value, "error": error}).first() is not None

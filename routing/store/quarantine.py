@@ -1,0 +1,109 @@
+"""Messages that nobody can read, set aside as they came: the table `quarantine`.
+
+Nothing in them is trusted or looked at again; they are kept for a person who asks where they came from. The newest
+`MOST_KEPT` are, so that whoever floods a queue does not fill the database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import Connection, delete, func, insert, select, text
+
+from celery_capacity.routing.database.schema import quarantine
+from celery_capacity.routing.errors import storable
+
+#: Bytes of a message that are kept.
+MOST_BYTES: Final = 1024**2
+#: Messages that are kept.
+MOST_KEPT: Final = 1000
+#: Characters of a reason and of the name of a queue.
+REASON_LENGTH: Final = 500
+QUEUE_LENGTH: Final = 255
+#: Reasons that people are shown with the number of messages.
+SHOWN: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """One message: what came (cut), from which queue, and why it was not taken. `worker`: who took it."""
+
+    raw: bytes
+    queue: str
+    reason: str
+    worker: str | None = None
+
+    @classmethod
+    def of(cls, raw: bytes, queue: str, reason: str, worker: str | None = None) -> SetAside:
+        """With everything cut to what the table holds, and made such as Postgres takes it."""
+        return cls(
+            bytes(raw[:MOST_BYTES]), storable(queue, QUEUE_LENGTH), storable(reason, REASON_LENGTH), worker
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why messages of a queue were set aside: how often of those that are kept, and when last."""
+
+    reason: str
+    queue: str
+    messages: int
+    seen_at: datetime
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "reason": self.reason,
+            "queue": self.queue,
+            "messages": self.messages,
+            "seen_at": self.seen_at.astimezone(UTC).isoformat(timespec="milliseconds"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """How many messages were set aside so far, and the newest reasons."""
+
+    messages: int
+    reasons: tuple[Reason, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"messages": self.messages, "reasons": [reason.to_json() for reason in self.reasons]}
+
+
+def write(connection: Connection, messages: Sequence[SetAside]) -> None:
+    """Keep these messages, and no more than the newest of all."""
+    newest = connection.execute(
+        insert(quarantine).returning(quarantine.c.id),
+        [
+            {"raw": one.raw, "queue": one.queue, "reason": one.reason, "worker": one.worker} for one in messages
+        ],
+    ).scalars()
+    connection.execute(delete(quarantine).where(quarantine.c.id <= max(newest) - MOST_KEPT))
+
+
+_KNOWN: Final = text("""
+SELECT id FROM unnest(CAST(:ids AS text[])) AS id
+WHERE EXISTS (SELECT 1 FROM jobs WHERE jobs.id = id.id) OR EXISTS (SELECT 1 FROM jobs_archive a WHERE a.id = id.id)
+""")
+
+
+def known(connection: Connection, jobs: Sequence[str]) -> set[str]:
+    """Return those of these ids that are, or were, jobs."""
+    return set(connection.execute(_KNOWN, {"ids": list(jobs)}).scalars()) if jobs else set()
+
+
+def read(connection: Connection) -> Quarantined:
+    """The numbers for people. All that were ever set aside count, also those that are not kept any more."""
+    columns = quarantine.c
+    # The ids are given in order, one for each message.
+    last = connection.execute(select(func.coalesce(func.max(columns.id), 0))).scalar_one()
+    rows = connection.execute(
+        select(columns.reason, columns.queue, func.count().label("messages"), func.max(columns.seen_at).label("last"))
+        .group_by(columns.reason, columns.queue)
+        .order_by(func.max(columns.seen_at).desc(), func.max(columns.id).desc())
+        .limit(SHOWN)
+    )
+    return Quarantined(int(last), tuple(Reason(row.reason, row.queue, row.messages, row.last) for row in rows))

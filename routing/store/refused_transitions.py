@@ -1,0 +1,173 @@
+"""Write transitions so that one which Postgres never takes concerns its own job alone.
+
+Postgres may refuse a transition whenever it is asked: its database has no character of an error's text, the message of
+a retry breaks a rule of the operator's, a page of the row is damaged. A failing batch is halved until such a transition
+is alone. It is then written in the first of these ways that Postgres takes:
+
+1. with the same meaning and its error in ASCII;
+2. without what it would have published, which goes into the table `quarantine`;
+3. as a mark on its row, and into the table `quarantine`. An end stays an end: nobody may run that job again.
+
+A transition that cannot be written in any of these ways stays in the stream. Everything else goes on. An error that
+concerns the whole store (no connection, a full disk, a missing right) says nothing about a transition, and is raised.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, Final
+
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError, StatementError
+
+from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model import outbox
+from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.store import job_transitions, quarantine
+from celery_capacity.routing.store.job_transitions import Applied, Transition
+from celery_capacity.routing.store.quarantine import SetAside
+
+logger = logging.getLogger(__name__)
+
+#: Classes of SQLSTATE that concern the whole store, or pass by themselves: connections, transaction states such as
+#: read-only, rights, rollbacks such as a deadlock, missing tables, resources, locks, an operator's intervention, the
+#: system below.
+STORE_WIDE: Final = ("08", "0A", "25", "28", "3D", "40", "42", "53", "55", "57", "58")
+#: The largest numbers that the columns of a token hold.
+_MOST_EPOCH: Final = 2**63 - 1
+_MOST_ATTEMPT: Final = 2**31 - 1
+
+_MARK: Final = text(f"""
+UPDATE jobs SET error = :error WHERE id = :job
+AND state NOT IN ({", ".join(f"'{state.value}'" for state in sorted(FINAL))}) AND (epoch, attempt) <= (:epoch, :attempt)
+""")
+_END: Final = text(f"""
+UPDATE jobs SET state = :state, step = {Step.DROPPED.value}, epoch = :epoch, attempt = :attempt, finished_at = now(),
+  error = :error, outbox = '{outbox.UNTOLD}'
+WHERE id = :job AND state NOT IN ({", ".join(f"'{state.value}'" for state in sorted(FINAL))})
+  AND (epoch, attempt) <= (:epoch, :attempt)
+""")
+_AWAITED: Final = text("SELECT awaited FROM jobs WHERE id = :job")
+
+
+def concerns_data(error: Exception) -> bool:
+    """Return True if an error lies in what was to be written, so that it comes again whenever that is written."""
+    if not isinstance(error, DBAPIError):
+        # The driver or our own code could not make a statement of it.
+        cause = error.orig if isinstance(error, StatementError) else error
+        return isinstance(cause, (ValueError, TypeError, LookupError, ArithmeticError))
+    code = str(getattr(error.orig, "pgcode", None) or "")
+    return bool(code) and not error.connection_invalidated and code[:2] not in STORE_WIDE
+
+
+def write(
+    engine: Engine, transitions: Sequence[Transition], *, wait: bool = True
+) -> tuple[list[Applied], list[Transition]]:
+    """Write transitions, each statement committed by itself; returns the rows that changed, and the transitions that
+    are left: somebody keeps their rows locked, or Postgres takes them in no way.
+
+    `wait`: for locked rows, up to the lock's time-out. Raises what concerns the whole store.
+    """
+    try:
+        return job_transitions.apply_unlocked(engine, transitions, wait=wait)
+    except Exception as error:
+        if not concerns_data(error):
+            raise
+        if len(transitions) == 1:
+            return _write_alone(engine, transitions[0], error)
+    half = len(transitions) // 2
+    applied, left = write(engine, transitions[:half], wait=wait)
+    more, more_left = write(engine, transitions[half:], wait=wait)
+    return applied + more, left + more_left
+
+
+def set_aside(engine: Engine, fields: Mapping[str, Any], reason: str, worker: str | None = None) -> None:
+    """Keep what nobody can write or read in the table `quarantine`, under the name of the stream. Raises what Postgres
+    does."""
+    raw = json.dumps(dict(fields)).encode("ascii")
+    with engine.begin() as connection:
+        quarantine.write(connection, [SetAside.of(raw, keys.STREAM, _ascii(reason), worker)])
+    logger.error("set aside: %s", reason)
+
+
+def _write_alone(engine: Engine, one: Transition, error: Exception) -> tuple[list[Applied], list[Transition]]:
+    in_ascii = replace(one, error=_ascii(one.error), outbox=_ascii(one.outbox))
+    why = f"the {one.state} of attempt {one.epoch}.{one.attempt} of job {one.job} cannot be written: {_told(error)}"
+    ways: list[Callable[[], list[Applied]]] = [partial(_apply, engine, in_ascii)]
+    if one.outbox:
+        ways.append(partial(_apply_without_outbox, engine, in_ascii, why))
+    ways.append(partial(_mark, engine, in_ascii, why))
+    for way in ways:
+        try:
+            return way(), []
+        except Exception as again:
+            if is_locked(again):
+                # It is written when its row is free. Nothing else waits for that.
+                return [], [one]
+            if not concerns_data(again):
+                raise
+            error = again
+    logger.error("%s; it stays in the stream, and its row is damaged: %s", why, _told(error))
+    return [], [one]
+
+
+def _apply(engine: Engine, one: Transition) -> list[Applied]:
+    with engine.connect() as connection:
+        return job_transitions.apply(connection, [one])
+
+
+def _apply_without_outbox(engine: Engine, one: Transition, why: str) -> list[Applied]:
+    """Write a transition without what its attempt would have published, whose results stay. A retry without its
+    successor would begin the same attempt anew, for ever: its job has failed."""
+    try:
+        box = outbox.parse(one.outbox)
+    except (ValueError, TypeError, LookupError):
+        box = None
+    kept = outbox.UNTOLD if box is None else Outbox([], box.results, by=box.by).to_text()
+    less = replace(one, outbox=kept)
+    if one.outcome == "retried" and (box is None or any(job.id == one.job for job in box.publishes)):
+        failed, error = State.FAILED.value, _ascii(f"its retry was set aside: {why}")
+        less = replace(one, state=failed, step=Step.ENDED, outcome=failed, error=error, outbox=outbox.UNTOLD)
+    applied = _apply(engine, less)
+    set_aside(engine, asdict(one), why, one.worker)
+    return applied
+
+
+def _mark(engine: Engine, one: Transition, why: str) -> list[Applied]:
+    """Say in the row that a transition was set aside. The end of a job ends it without the words."""
+    token = {"epoch": _within(one.epoch, _MOST_EPOCH), "attempt": _within(one.attempt, _MOST_ATTEMPT)}
+    words = _ascii(f"a transition was set aside: {why}")[: job_transitions.ERROR_LENGTH]
+    values = {"job": one.job, "error": words, **token}
+    ended = one.state in FINAL
+    applied = []
+    with engine.connect() as connection:
+        if ended and connection.execute(_END, {**values, "state": one.state}).rowcount:
+            job_transitions.close_attempts(connection, one.job, token["epoch"], token["attempt"] + 1, max(0, one.at_ms))
+            awaited = bool(connection.execute(_AWAITED, {"job": one.job}).scalar())
+            applied = [Applied(one.job, one.state, False, awaited)]
+        elif not ended:
+            connection.execute(_MARK, values)
+    set_aside(engine, asdict(one), why, one.worker)
+    return applied
+
+
+def _within(number: int, most: int) -> int:
+    return max(0, min(number, most))
+
+
+def _ascii(words: str) -> str:
+    """The text in characters that every encoding has."""
+    return words.replace("\0", "\\x00").encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _told(error: Exception) -> str:
+    """Return the fault in one line, without the statement, whose values are none of the log's business."""
+    what = error.orig if isinstance(error, DBAPIError) else error
+    lines = str(what).splitlines() or [""]
+    return f"{type(what).__name__}: {lines[0]}"

@@ -1,0 +1,217 @@
+"""Workers and the declarations of tasks in Postgres."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, text
+
+from celery_capacity.routing.config.process_identity import Place
+from celery_capacity.routing.database.authority import SELECT_AUTHORITY, Authority
+from celery_capacity.routing.errors import NotMigrated
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """What a worker publishes of itself. `cpus` in millicores, `memory` in bytes, `capacity` in people's units."""
+
+    name: str
+    incarnation: str
+    cpus: int
+    memory: int
+    capacity: Mapping[str, Any]
+    hostname: str
+    pid: int
+    place: Place
+    #: Clock ticks from the boot to the start of its main process; None where they cannot be known.
+    start_ticks: int | None
+    version: str
+    started_at: str
+
+
+#: The columns of a `WorkerRow`, in the order of `_row`.
+_COLUMNS: Final = (
+    "name, incarnation, cpus, memory, capacity, hostname, pid, machine_id, boot_id, start_ticks, version, "
+    "started_at::text"
+)
+
+
+def _row(columns: Sequence[Any]) -> WorkerRow:
+    name, incarnation, cpus, memory, capacity, hostname, pid, machine, boot, ticks, version, started_at = columns[:12]
+    # A release before noted no machine: its process is not looked up.
+    place = Place(machine or "", "" if machine is None else boot)
+    return WorkerRow(
+        name, incarnation, cpus, memory, capacity, hostname, pid, place, ticks, version, started_at
+    )
+
+
+_SEEN: Final = text(f"""
+WITH seen AS (
+INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, machine_id, boot_id, start_ticks,
+                     version, started_at, seen_at, ledger_lost_at)
+VALUES (:incarnation, :name, :cpus, :memory, CAST(:capacity AS jsonb), :status, :hostname, :pid, :machine_id, :boot_id,
+        :start_ticks, :version, CAST(:started_at AS timestamptz), now(), CASE WHEN :lost THEN now() END)
+ON CONFLICT (incarnation) DO UPDATE SET seen_at = now(), status = excluded.status, cpus = excluded.cpus,
+  memory = excluded.memory, capacity = excluded.capacity, left_at = NULL,
+  ledger_lost_at = CASE WHEN :lost THEN coalesce(workers.ledger_lost_at, now()) END)
+SELECT a.*, {_COLUMNS} FROM ({SELECT_AUTHORITY}) AS a (epoch, authority, changed, age)
+LEFT JOIN workers ON status = 'lost' AND machine_id = :machine_id AND boot_id = :boot_id AND incarnation <> :incarnation
+""")
+
+
+def see_worker(
+    connection: Connection, worker: WorkerRow, status: str, *, ledger_lost: bool = False
+) -> tuple[Authority, list[WorkerRow]]:
+    """Note that a worker lives, with its capacity, and whether it has lost the ledger. Return who decides, and the
+    workers of its place that were given up: they may have left processes there."""
+    rows = connection.execute(
+        _SEEN,
+        {
+            "incarnation": worker.incarnation,
+            "name": worker.name,
+            "cpus": worker.cpus,
+            "memory": worker.memory,
+            "capacity": json.dumps(dict(worker.capacity)),
+            "status": status,
+            "hostname": worker.hostname,
+            "pid": worker.pid,
+            "machine_id": worker.place.machine,
+            "boot_id": worker.place.boot,
+            "start_ticks": worker.start_ticks,
+            "version": worker.version,
+            "started_at": worker.started_at,
+            "lost": ledger_lost,
+        },
+    ).all()
+    if not rows:
+        raise NotMigrated()
+    return Authority(*rows[0][:4]), [_row(row[4:]) for row in rows if row[4] is not None]
+
+
+def end_worker(connection: Connection, incarnation: str, status: str) -> None:
+    """Note that a worker left or was lost; an end that was noted before stays."""
+    connection.execute(
+        text(
+            "UPDATE workers SET status = :status, left_at = now() WHERE incarnation = :incarnation "
+            "AND status IN ('ready', 'draining')"
+        ),
+        {"status": status, "incarnation": incarnation},
+    )
+
+
+def revive_worker(connection: Connection, incarnation: str) -> None:
+    """A worker that was given up lives after all."""
+    revived = "UPDATE workers SET status = 'ready', left_at = NULL WHERE incarnation = :incarnation AND status = 'lost'"
+    connection.execute(text(revived), {"incarnation": incarnation})
+
+
+def end_former_lives(connection: Connection, name: str, incarnation: str) -> None:
+    """Note that every other life of a name is over: this one holds it now."""
+    connection.execute(
+        text(
+            "UPDATE workers SET status = 'lost', left_at = now() WHERE name = :name AND incarnation <> :incarnation "
+            "AND status IN ('ready', 'draining')"
+        ),
+        {"name": name, "incarnation": incarnation},
+    )
+
+
+def find_worker(connection: Connection, incarnation: str) -> WorkerRow | None:
+    """One life of a worker, None where Postgres does not know it."""
+    row = connection.execute(
+        text(f"SELECT {_COLUMNS} FROM workers WHERE incarnation = :incarnation"), {"incarnation": incarnation}
+    ).one_or_none()
+    return _row(row) if row is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Namesake:
+    """Another incarnation of a name. `seen`: its last heartbeat in Postgres, seconds since 1970; `age`: seconds since
+    then by Postgres's clock; `over`: Postgres knows it as lost."""
+
+    worker: WorkerRow
+    seen: float
+    age: float
+    over: bool
+
+
+_NAMESAKES: Final = text(f"""
+SELECT {_COLUMNS}, extract(epoch FROM seen_at)::float, extract(epoch FROM clock_timestamp() - seen_at)::float,
+       status = 'lost'
+FROM workers WHERE name = :name AND incarnation <> :incarnation
+  AND (status IN ('ready', 'draining') OR incarnation = :holder
+       OR (status = 'lost' AND machine_id = :machine AND boot_id = :boot))
+""")
+
+
+def namesakes(connection: Connection, name: str, incarnation: str, place: Place, holder: str) -> list[Namesake]:
+    """Return the other incarnations of a name that may still run: those that never left, the holder of the ledger's
+    book, and those of this place that were given up."""
+    rows = connection.execute(
+        _NAMESAKES,
+        {"name": name, "incarnation": incarnation, "machine": place.machine, "boot": place.boot, "holder": holder},
+    )
+    return [Namesake(_row(row), *row[12:]) for row in rows]
+
+
+def live_workers(connection: Connection, within: float) -> list[tuple[str, str]]:
+    """(name, incarnation) of the workers that Postgres saw within so many seconds and that have not left."""
+    rows = connection.execute(
+        text(
+            "SELECT name, incarnation FROM workers WHERE status IN ('ready', 'draining') "
+            "AND seen_at > now() - make_interval(secs => :within) ORDER BY name"
+        ),
+        {"within": within},
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+def silent_workers(connection: Connection, beyond: float) -> dict[str, float]:
+    """The lives that Postgres has not seen for so many seconds, and that never left: when each was seen last (seconds
+    since 1970)."""
+    rows = connection.execute(
+        text(
+            "SELECT incarnation, extract(epoch FROM seen_at)::float FROM workers WHERE status IN ('ready', 'draining') "
+            "AND seen_at <= now() - make_interval(secs => :beyond) ORDER BY name"
+        ),
+        {"beyond": beyond},
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+_ON_MACHINE: Final = text("""
+SELECT DISTINCT name FROM workers
+WHERE status IN ('ready', 'draining') AND split_part(boot_id, ':', 1) = split_part(:boot_id, ':', 1) AND name <> :name
+  AND seen_at > now() - make_interval(secs => :within)
+ORDER BY name
+""")
+
+
+def live_on_machine(connection: Connection, boot_id: str, name: str, within: float) -> list[str]:
+    """The names of other workers of one boot of a machine that Postgres saw within so many seconds."""
+    rows = connection.execute(_ON_MACHINE, {"boot_id": boot_id, "name": name, "within": within})
+    return [str(row[0]) for row in rows]
+
+
+def declare(connection: Connection, requests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keep the requests that tasks declare, by task name, in people's units."""
+    connection.execute(
+        text(
+            "INSERT INTO declarations (name, request, seen_at) "
+            "SELECT name, CAST(request AS jsonb), now() "
+            "FROM unnest(CAST(:names AS text[]), CAST(:requests AS text[])) AS d (name, request) "
+            "ON CONFLICT (name) DO UPDATE SET request = excluded.request, seen_at = now()"
+        ),
+        {
+            "names": sorted(requests),
+            "requests": [json.dumps(dict(requests[name])) for name in sorted(requests)],
+        },
+    )
+
+
+def declarations(connection: Connection) -> dict[str, dict[str, Any]]:
+    """All declarations: task name -> request in people's units."""
+    return {row[0]: row[1] for row in connection.execute(text("SELECT name, request FROM declarations"))}
