@@ -150,7 +150,7 @@ def test_every_key_is_listed() -> None:
 def test_every_counter_is_explained() -> None:
     # A cancel counts under the state that it makes; reconcile counts in Python, and so does a refused attempt.
     counted = {"cancelled", "expired", "drift"}
-    for path in [*(ROOT / "routing").glob("*.py"), *(ROOT / "workers").rglob("*.py")]:
+    for path in [*(ROOT / "routing").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]:
         counted |= set(re.findall(r"\bledger\.count\(\"([\w.]+)\"", path.read_text(encoding="utf-8")))
     for path in (ROOT / "routing" / "lua").glob("*.lua"):
         counted |= set(re.findall(r"\bcount\('([\w.]+)'", path.read_text(encoding="utf-8")))

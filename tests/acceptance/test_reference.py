@@ -194,7 +194,7 @@ def test_the_steps_of_the_page_are_those_of_the_code() -> None:
 def test_every_counter_is_on_the_page_of_metrics() -> None:
     # A cancel counts under the state that it makes; reconcile counts in Python, and so does a refused attempt.
     counted = {"cancelled", "expired", "drift"}
-    for path in [*(ROOT / "routing").glob("*.py"), *(ROOT / "workers").rglob("*.py")]:
+    for path in [*(ROOT / "routing").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]:
         counted |= set(re.findall(r"\b_?ledger\.count\(\"([\w.]+)\"", path.read_text(encoding="utf-8")))
     for path in (ROOT / "routing" / "lua").glob("*.lua"):
         counted |= set(re.findall(r"\bcount\('([\w.]+)'", path.read_text(encoding="utf-8")))

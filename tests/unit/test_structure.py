@@ -23,6 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "celery_capacity"
 LAYERS = ("routing", "migrations", "workers", "platform")
 
+#: The folders of a layer, the lowest first: a file imports nothing of the folders behind its own. Files beside them are
+#: below all.
+FOLDERS = {
+    "routing": (
+        "model", "policy", "config", "database", "ledger", "insert", "store", "recovery", "inspect",
+    ),
+}  # fmt: skip
+
+#: Entries of a folder, its `__init__` left out.
+MOST_ENTRIES = 13
+
 MOST_LINES = 400
 
 
@@ -92,6 +103,34 @@ def test_the_arrows_go_from_platform_to_workers_to_routing() -> None:
                 or (found == PACKAGE and package != "platform")
             ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("layer", FOLDERS)
+def test_the_arrows_between_folders_go_one_way(layer: str) -> None:
+    place = {f"{PACKAGE}.{layer}.{name}": number for number, name in enumerate(FOLDERS[layer], 1)}
+    wrong = []
+    for name, path in _modules(layer):
+        own = place.get(".".join(name.split(".")[:3]), 0)
+        if path.name == "__init__.py":
+            continue
+        wrong += [
+            f"{name} imports {found}"
+            for found in _imports(name, path)
+            if place.get(".".join(found.split(".")[:3]), 0) > own
+        ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("layer", FOLDERS)
+def test_each_folder_is_one_concept_with_a_role(layer: str) -> None:
+    found = {path.name for path in (ROOT / layer).iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert found - {"lua"} == set(FOLDERS[layer])
+    for name in FOLDERS[layer]:
+        folder = ROOT / layer / name
+        role = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+        assert role and "\n" not in role, f"{name} says in one line what stands in it"
+        entries = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert 1 < len(entries) <= MOST_ENTRIES, name
 
 
 def test_no_modules_import_each_other_in_a_circle_not_even_for_types() -> None:
