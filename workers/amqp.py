@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
-from celery.app.amqp import AMQP
 from celery.utils.nodenames import anon_nodename
 from kombu import Queue
 from kombu.pools import ProducerPool
@@ -17,13 +16,13 @@ from kombu.serialization import prepare_accept_content
 
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.model.message import PLATFORM_PREFIX
 from celery_capacity.workers import ticks
-from celery_capacity.workers.control import purge_queue
+from celery_capacity.workers.encoding import shown
 from celery_capacity.workers.gathering import here
 from celery_capacity.workers.producers import SpareProducer
-from celery_capacity.workers.protocols import shown
 from celery_capacity.workers.queues import queue_of
-from celery_capacity.workers.router import PLATFORM_PREFIX, Router
+from celery_capacity.workers.router import Router
 from celery_capacity.workers.sender import Sender
 from celery_capacity.workers.stores import Stores
 from celery_capacity.workers.transport import Connection
@@ -104,11 +103,13 @@ class PlatformAMQP:
 
     stores: Stores
     app: Any
+    #: Ends what waits in a queue: gets the app, its stores and the name; returns how many jobs.
+    purge_queue: Callable[[Any, Stores, str], int]
 
     def Connection(self, *args: Any, **options: Any) -> Connection:  # noqa: N802
         """(Celery makes all its connections by this.)"""
         connection = Connection(*args, **options)
-        connection.purge_jobs = partial(purge_queue, self.app, self.stores)
+        connection.purge_jobs = partial(self.purge_queue, self.app, self.stores)
         return connection
 
     def _create_task_sender(self) -> Any:
@@ -205,6 +206,6 @@ class PlatformAMQP:
         return super().TaskConsumer(channel, queues=queues, accept=accept, **options)  # type: ignore[misc]
 
 
-def amqp_class(base: type = AMQP, stores: Stores | None = None) -> type:
+def amqp_class(base: type, stores: Stores, purge_queue: Callable[[Any, Stores, str], int]) -> type:
     """The app's AMQP class with the platform's in front of it."""
-    return type("AMQP", (PlatformAMQP, base), {"stores": stores})
+    return type("AMQP", (PlatformAMQP, base), {"stores": stores, "purge_queue": staticmethod(purge_queue)})

@@ -22,10 +22,9 @@ from celery.utils.saferepr import saferepr
 from sqlalchemy import Engine, text
 
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.model.message import Tag, parse_tag
+from celery_capacity.routing.model.message import HEADER, Tag, parse_tag
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State
-from celery_capacity.workers.router import HEADER
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from celery_capacity.workers.adoption import cover_tasks, make_anew, unproxied
 from celery_capacity.workers.amqp import amqp_class
 from celery_capacity.workers.announcing import teach_states
 from celery_capacity.workers.call import checking
+from celery_capacity.workers.cancellation import purge_queue
 from celery_capacity.workers.control import control_class
 from celery_capacity.workers.defaults import Defaults, NoBackend
 from celery_capacity.workers.preflight import check_imports
@@ -54,7 +55,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
         return app
     stores = Stores(resolve)
     app.platform = stores
-    app.amqp_cls = amqp_class(_as_class(app.amqp_cls), stores)
+    app.amqp_cls = amqp_class(_as_class(app.amqp_cls), stores, purge_queue)
     app.control_cls = control_class(_as_class(app.control_cls), stores)
     app.task_cls = task_class(app.task_cls)
     app.loader.override_backends = {**BACKENDS, **app.loader.override_backends}

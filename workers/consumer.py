@@ -20,7 +20,7 @@ from kombu.utils.imports import symbol_by_name
 from celery_capacity.routing.config.redaction import HIDDEN
 from celery_capacity.workers import (
     panel,  # noqa: F401  its commands take the places of Celery's
-    steps,
+    readiness,
 )
 from celery_capacity.workers.cut import cut, is_silence
 from celery_capacity.workers.pool_loop import PoolLoop
@@ -166,7 +166,7 @@ class Consumer(celery_consumer.Consumer):
         super().on_ready()
         if not self.runtime.joining.begun:
             # (Nobody sent Celery's signal.)
-            steps.on_worker_ready(self)
+            readiness.join(self)
         maintain = getattr(getattr(self.pool, "_pool", None), "maintain_pool", None)
         if maintain is not None:
             maintain()

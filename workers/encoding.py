@@ -1,16 +1,29 @@
-"""The body of a task message as bytes, in the serialiser and the compression that its sender asks for."""
+"""The body of a task message as bytes, in the serialiser and the compression that its sender asks for, and Celery's two
+forms of a message. A row always has protocol 2, so that nothing behind it knows of another."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Final
 
+from celery.utils.saferepr import saferepr
 from kombu import compression as compressors
 from kombu import serialization
 from kombu.exceptions import EncodeError, SerializerNotInstalled
 
-from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, show
+from celery_capacity.routing.config.redaction import hidden
+from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, Unsupported, mask_url, show
 from celery_capacity.routing.model.nesting import JSON, check_value
+
+#: Characters and levels of what is shown of arguments, as Celery has them.
+SHOWN_SIZE: Final = 1024
+SHOWN_LEVELS: Final = 3
+#: What protocol 1 has in its body and protocol 2 in the headers, and under which name.
+MOVED: Final = {"taskset": "group", **dict.fromkeys((
+    "task", "id", "group", "group_index", "eta", "expires", "retries", "timelimit", "root_id", "parent_id", "shadow",
+    "origin", "ignore_result",
+))}  # fmt: skip
 
 
 class NotEncodable(InvalidRequest, EncodeError):
@@ -45,3 +58,41 @@ def encode(
                 f"compression {show(compression)} is not known", advice="Pass 'gzip', or leave it out."
             ) from error
     return raw, content_type, content_encoding, wire
+
+
+def shown(arguments: Any, most: int = SHOWN_SIZE, levels: int = SHOWN_LEVELS) -> str:
+    """What logs, events and pages show of arguments: without what looks secret."""
+    text: str = saferepr(hidden(arguments), most, maxlevels=levels)
+    return mask_url(text) if "://" in text else text
+
+
+def to_protocol2(body: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(body, headers) as protocol 2 has them, of a message of protocol 1; headers that it has already stand."""
+    args, kwargs = body.get("args") or (), body.get("kwargs") or {}
+    if "task" not in body or "id" not in body:
+        raise InvalidRequest("not a task message (protocol 1 or 2)", value=sorted(map(str, body))[:10])
+    if not isinstance(args, (list, tuple)) or not isinstance(kwargs, Mapping):
+        raise InvalidRequest(
+            f"the arguments of {show(body['task'])} are not valid",
+            advice="`args` must be a list, and `kwargs` an object.",
+        )
+    if body.get("chain"):
+        raise Unsupported("a chain in a message of protocol 1", advice="Leave task_protocol at 2.")
+    moved = {name or old: body[old] for old, name in MOVED.items() if body.get(old) is not None}
+    for what in ("eta", "expires"):
+        if what in moved and body.get("utc", True):
+            moved[what] = _in_utc(moved[what])
+    embed = {"callbacks": body.get("callbacks"), "errbacks": body.get("errbacks"), "chord": body.get("chord")}
+    made = {"lang": "py", "argsrepr": shown(args), "kwargsrepr": shown(kwargs), **moved, **headers}
+    return (list(args), dict(kwargs), {**embed, "chain": None}), made
+
+
+def _in_utc(value: Any) -> Any:
+    """A time that names no zone, where the message says that such are in UTC."""
+    if not isinstance(value, str):
+        return value
+    try:
+        when = datetime.fromisoformat(value)
+    except ValueError:
+        return value  # the sender says what is wrong with it
+    return when.replace(tzinfo=UTC).isoformat() if when.tzinfo is None else value

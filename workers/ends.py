@@ -23,7 +23,7 @@ from celery_capacity.routing.store.job_transitions import Applied, Transition
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.holdings import Holding, Holdings
 from celery_capacity.workers.identity import Identity
-from celery_capacity.workers.pull import transactions
+from celery_capacity.workers.stores import transactions
 
 logger = logging.getLogger(__name__)
 

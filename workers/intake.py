@@ -32,9 +32,10 @@ from celery_capacity.routing.errors import (
     PlatformError,
     Unsupported,
 )
+from celery_capacity.routing.model.message import HEADER
 from celery_capacity.routing.model.nesting import JSON, check_body, check_value
 from celery_capacity.workers import ticks
-from celery_capacity.workers.router import HEADER, Router
+from celery_capacity.workers.router import Router
 from celery_capacity.workers.sender import Sender
 from celery_capacity.workers.serving import Serving
 from celery_capacity.workers.transport import raw_of, receiving

@@ -14,8 +14,7 @@ from typing import Any, Final
 
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model import format_versions
-from celery_capacity.routing.model.message import parse_tag
-from celery_capacity.workers.router import HEADER
+from celery_capacity.routing.model.message import HEADER, parse_tag
 
 logger = logging.getLogger(__name__)
 

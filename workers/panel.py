@@ -19,7 +19,7 @@ from celery.worker import state as worker_state
 from celery.worker.control import Panel
 
 from celery_capacity.routing.model import amounts
-from celery_capacity.workers.control import TOLD, revoke_jobs, revoke_stamped
+from celery_capacity.workers.cancellation import TOLD, revoke_jobs, revoke_stamped
 from celery_capacity.workers.runtime import Runtime, runtime_of
 
 logger = logging.getLogger(__name__)

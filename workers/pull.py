@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import psycopg2
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from celery_capacity.routing import os_threads
@@ -27,7 +27,7 @@ from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.holdings import Holding, Holdings
 from celery_capacity.workers.identity import Identity
 from celery_capacity.workers.sight import Switch
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.stores import Stores, transactions
 from celery_capacity.workers.wake import Wake
 
 logger = logging.getLogger(__name__)
@@ -241,8 +241,3 @@ class Puller(os_threads.Thread):
         """On new connections, and not at once."""
         self._listen_no_more()
         self._wake.wait(self._settings.due_interval)
-
-
-def transactions(engine: Engine) -> Engine:
-    """The same engine, for statements that belong together."""
-    return engine.execution_options(isolation_level="READ COMMITTED")

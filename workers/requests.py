@@ -19,13 +19,12 @@ from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 
 from celery_capacity.routing.errors import LeaseLost
-from celery_capacity.routing.model.message import Tag, parse_tag
+from celery_capacity.routing.model.message import ETA, HEADER, Tag, parse_tag
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.workers.announcing import allocation, raised, request_of, signal_failure
 from celery_capacity.workers.attempts import Attempt, held
 from celery_capacity.workers.green import Killed, problem_of, was_killed
 from celery_capacity.workers.judging import BROKEN_OFF, LEASE_LOST, STOPPED, TERMINATED
-from celery_capacity.workers.router import ETA, HEADER
 from celery_capacity.workers.tracing import TracedPool, unpacked
 
 logger = logging.getLogger(__name__)

@@ -17,17 +17,12 @@ from celery_capacity.routing.errors import InvalidRequest, PlatformError, show
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.snapshot import text
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
+from celery_capacity.routing.model.message import HEADER, PLATFORM_PREFIX
 from celery_capacity.routing.model.request import REQUEST_OPTIONS, Request
 from celery_capacity.workers import gates
 from celery_capacity.workers.canvas import COORDINATING, UNLOCKING, called_by, mark_of
 from celery_capacity.workers.stores import Stores
 
-#: The header that carries the request: {"shape": ..., "declared": ...}.
-HEADER: Final = "capacity_request"
-#: In it: the time that the job was put off to, which its task sees as `self.request.eta`.
-ETA: Final = "eta"
-#: The names of the platform's own messages (ticks): they make no job.
-PLATFORM_PREFIX: Final = "platform."
 #: Task name -> what workers publish of it (`declaration`).
 Declarations = Mapping[str, Mapping[str, Any]]
 #: Seconds for which a sender trusts the declarations that it read.

@@ -31,13 +31,14 @@ from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.envelope import Unreadable
 from celery_capacity.routing.model.identifiers import check_job_id
-from celery_capacity.routing.model.message import parse_tag
+from celery_capacity.routing.model.message import HEADER, parse_tag
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.request import Request
-from celery_capacity.workers import duties, living, ticks, transport
+from celery_capacity.workers import living, ticks, transport
 from celery_capacity.workers.announcing import Announcer
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.delivery import Delivery
+from celery_capacity.workers.duties.runner import OUTBOX, Runner
 from celery_capacity.workers.ends import PostgresEnds
 from celery_capacity.workers.epoch_watch import EpochWatch
 from celery_capacity.workers.exits import Exit
@@ -57,7 +58,7 @@ from celery_capacity.workers.pulse import Pulse
 from celery_capacity.workers.quarantine import Quarantine
 from celery_capacity.workers.recorder import Recorder
 from celery_capacity.workers.refusing import refusing
-from celery_capacity.workers.router import HEADER, Declarations
+from celery_capacity.workers.router import Declarations
 from celery_capacity.workers.serving import Serving
 from celery_capacity.workers.sight import Sight, Switch
 from celery_capacity.workers.starting import Starting
@@ -148,7 +149,7 @@ class Runtime:
             self.holdings,
             self.recorder.call,
             self.puller.wake,
-            lambda: self.duties.tick(duties.OUTBOX),
+            lambda: self.duties.tick(OUTBOX),
             partial(deliver_parts, app, stores),
         )
         self.pulse = Pulse(
@@ -179,7 +180,7 @@ class Runtime:
             partial(tell_late, app, engine, identity.incarnation),
         )
         candidate = (identity.incarnation, lambda: self.confirmation.authority, ledger, identity.name)
-        self.duties = duties.Runner(app, stores, *candidate, self.pulse.looked, lambda: self.confirmation.resting)
+        self.duties = Runner(app, stores, *candidate, self.pulse.looked, lambda: self.confirmation.resting)
         self.epoch_watch = EpochWatch(settings, self.pulse.look, self.on_tick, ticks.channel(app) if shared else "")
         self.confirmation.on_epoch = self.pulse.look
         self.pulse.on_renewed = self.duties.close_spare_connections

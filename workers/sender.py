@@ -32,6 +32,7 @@ from celery_capacity.routing.model import message as messages
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name
 from celery_capacity.routing.model.job import Inserted, NewJob, Publisher
+from celery_capacity.routing.model.message import ETA, HEADER
 from celery_capacity.routing.model.nesting import JSON, check_body
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import FINAL, State
@@ -51,10 +52,8 @@ from celery_capacity.workers.call import (
     stamps_of,
 )
 from celery_capacity.workers.canvas import REPLACES
-from celery_capacity.workers.encoding import encode
+from celery_capacity.workers.encoding import encode, to_protocol2
 from celery_capacity.workers.gates import Rates, until_written
-from celery_capacity.workers.protocols import to_protocol2
-from celery_capacity.workers.router import ETA, HEADER
 from celery_capacity.workers.stores import Stores
 from celery_capacity.workers.submissions import Beginning, Submission
 

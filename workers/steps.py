@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import socket
-import sys
 import threading
 from functools import partial
 from typing import Any, Final
@@ -16,21 +15,15 @@ from celery.utils.nodenames import anon_nodename
 from kombu.asynchronous import set_event_loop
 from kombu.utils.imports import symbol_by_name
 
-from celery_capacity.routing.config.machine import default_concurrency, describe, detect
+from celery_capacity.routing.config.machine import default_concurrency, detect
 from celery_capacity.routing.config.redaction import HIDDEN
-from celery_capacity.routing.errors import PlatformError
-from celery_capacity.workers import living, orphans, queue_commands
-from celery_capacity.workers.exits import Exit, code_of
-from celery_capacity.workers.gates import declare_rates
+from celery_capacity.workers import living, orphans, queue_commands, readiness
 from celery_capacity.workers.green import check_pool, prepare
 from celery_capacity.workers.identity import name_of, new_identity
 from celery_capacity.workers.inherited import guard_children
-from celery_capacity.workers.patiently import when_stores_answer
-from celery_capacity.workers.pools import slots_of
-from celery_capacity.workers.preflight import check_broker, check_results, neighbours
-from celery_capacity.workers.router import PLATFORM_PREFIX, Declarations, declaration
+from celery_capacity.workers.preflight import check_broker, check_results
+from celery_capacity.workers.readiness import refusing, stores_of
 from celery_capacity.workers.runtime import Runtime, runtime_of
-from celery_capacity.workers.stores import Stores
 
 #: By name, as Celery finds it: what only submits never loads it.
 CONSUMER: Final = "celery_capacity.workers.consumer:consumer_class"
@@ -61,17 +54,12 @@ def _without_arguments(record: logging.LogRecord) -> bool:
     return True
 
 
-def _stores_of(app: Any) -> Stores | None:
-    stores = getattr(app, "platform", None)
-    return stores if isinstance(stores, Stores) else None
-
-
 def on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None, **_: Any) -> None:
     """Name the worker, and size its pool by its CPUs, before anything is made of either."""
-    stores = _stores_of(instance.app)
+    stores = stores_of(instance.app)
     if stores is None:
         return
-    with _refusing():
+    with refusing():
         settings = stores.settings
         for warning in settings.warnings:
             logger.warning(warning)
@@ -84,10 +72,10 @@ def on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None,
 
 def on_worker_init(sender: Any = None, **_: Any) -> None:
     """Refuse early what cannot work: no tables, a name that is taken."""
-    stores = _stores_of(sender.app)
+    stores = stores_of(sender.app)
     if stores is None:
         return
-    with _refusing():
+    with refusing():
         green = check_pool(sender.pool_cls)
         if green:
             prepare(sender.app, _drain)
@@ -116,38 +104,7 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
 
 def on_worker_ready(sender: Any = None, **_: Any) -> None:
     """The pool is up and the queue is consumed: now the worker can be admitted to."""
-    app = sender.app
-    stores = _stores_of(app)
-    if stores is None:
-        return
-    with _refusing():
-        runtime = sender.runtime
-        others = when_stores_answer(
-            lambda: neighbours(stores.engine, stores.settings, runtime.identity), runtime.wait_to_start
-        )
-        if others:
-            logger.warning(
-                "PLATFORM_CPUS is not set, and %s runs on this machine too: both publish the whole of it",
-                ", ".join(others),
-            )
-        declare_rates(app, stores)
-        detected, admitted = runtime.join(lambda: slots_of(sender.controller), declarations(app, stores))
-        logger.warning(
-            "worker %s published %s%s",
-            runtime.identity.name,
-            describe(detected),
-            f"; {admitted} waiting jobs were admitted" if admitted else "",
-        )
-
-
-def declarations(app: Any, stores: Stores) -> Declarations:
-    """The requests of all tasks that this worker knows, by name; Celery's and the platform's own are left out."""
-    default = stores.settings.default_cpus
-    return {
-        name: declaration(task, default, stores.requests)
-        for name, task in app.tasks.items()
-        if not name.startswith((PLATFORM_PREFIX, "celery."))
-    }
+    readiness.join(sender)
 
 
 def on_worker_shutting_down(sender: Any = None, how: str = "", **_: Any) -> None:
@@ -169,21 +126,3 @@ def on_worker_shutdown(sender: Any = None, **_: Any) -> None:
     runtime = runtime_of(sender)
     if runtime is not None:
         runtime.leave()
-
-
-class _refusing:  # noqa: N801 - reads as a statement
-    """What goes wrong ends the start: a user's mistake with its message and an exit code, without a traceback."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, PlatformError):
-            print(f"celery-capacity: {error}", file=sys.stderr, flush=True)
-            code = code_of(error)
-            # What is refused here is a name, an app or a declaration: part of the configuration.
-            raise SystemExit(Exit.CONFIGURATION if code is Exit.FAILED else code) from None
-        if isinstance(error, Exception):
-            # Celery would log it and say "ready." of a worker that nothing is admitted to.
-            logger.critical("the worker cannot join the platform", exc_info=error)
-            raise SystemExit(Exit.DEFECT) from None

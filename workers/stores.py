@@ -92,6 +92,11 @@ def _limit_connecting(most: float, _dialect: Any, _record: Any, _arguments: Any,
     options["connect_timeout"] = round(max(CONNECT_AT_LEAST, min(most, deadlines.left())))
 
 
+def transactions(engine: Engine) -> Engine:
+    """The same engine, for statements that belong together."""
+    return engine.execution_options(isolation_level="READ COMMITTED")
+
+
 class Stores:
     """One for each app; `settings`, `engine`, `redis`, `ledger` and others are made when they are first asked for."""
 

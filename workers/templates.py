@@ -28,7 +28,7 @@ from celery.app import task as celery_task
 from celery_capacity.routing.config.task_rules import RERUN
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.job import NewJob
-from celery_capacity.routing.model.message import Template, decode
+from celery_capacity.routing.model.message import HEADER, PLATFORM_PREFIX, Template, decode
 from celery_capacity.routing.model.nesting import CANVAS_PREFIX, check_body
 from celery_capacity.routing.model.request import REQUEST_OPTIONS
 from celery_capacity.workers import amqp as platform_amqp
@@ -38,7 +38,7 @@ from celery_capacity.workers.encoding import encode
 from celery_capacity.workers.gates import declares
 from celery_capacity.workers.gathering import here
 from celery_capacity.workers.producers import SpareProducer
-from celery_capacity.workers.router import HEADER, PLATFORM_PREFIX, Router
+from celery_capacity.workers.router import Router
 from celery_capacity.workers.stores import Stores
 
 #: What Celery's own code reads of a task for its message, and ours.

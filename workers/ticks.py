@@ -11,7 +11,7 @@ from kombu.utils.uuid import uuid
 
 from celery_capacity.routing.config import redis_urls
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.workers.router import PLATFORM_PREFIX
+from celery_capacity.routing.model.message import PLATFORM_PREFIX
 
 EXCHANGE: Final = Exchange("platform.ticks", type="fanout", durable=False, delivery_mode="transient")
 HEARTBEAT: Final = PLATFORM_PREFIX + "heartbeat"

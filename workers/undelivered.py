@@ -29,9 +29,8 @@ from celery_capacity.workers.announcing import Announcer
 from celery_capacity.workers.attempts import Attempt, held
 from celery_capacity.workers.delivery import chords_in, deliver, key_of, name_of
 from celery_capacity.workers.parts import Part, Parts
-from celery_capacity.workers.pull import transactions
 from celery_capacity.workers.results import HOPELESS, kept_of
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.stores import Stores, transactions
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model import envelope
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.envelope import Envelope
-from celery_capacity.routing.model.message import Tag, parse_tag
+from celery_capacity.routing.model.message import HEADER, Tag, parse_tag
 from celery_capacity.routing.model.request import Request
 from celery_capacity.workers.confirmation import Confirmation
 from celery_capacity.workers.ends import PostgresEnds
@@ -41,7 +41,6 @@ from celery_capacity.workers.mailbox import Mailbox
 from celery_capacity.workers.membership import Membership
 from celery_capacity.workers.pulse import Pulse
 from celery_capacity.workers.recorder import Recorder
-from celery_capacity.workers.router import HEADER
 from celery_capacity.workers.sight import Sight
 from celery_capacity.workers.stores import make_engine
 

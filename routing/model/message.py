@@ -21,6 +21,12 @@ from uuid import uuid4
 from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, MessageTooLarge
 from celery_capacity.routing.model.nesting import check_headers
 
+#: The header that carries the request: {"shape": ..., "declared": ...}.
+HEADER: Final = "capacity_request"
+#: In it: the time that the job was put off to, which its task sees as `self.request.eta`.
+ETA: Final = "eta"
+#: The names of the platform's own messages (ticks): they make no job.
+PLATFORM_PREFIX: Final = "platform."
 #: Characters of a token at the most: two numbers of 64 bits. (A longer one was written by nobody of ours.)
 TOKEN_LENGTH: Final = 40
 #: What a template leaves open beside the id and the body, and where it stands.

@@ -24,7 +24,7 @@ from celery_capacity.routing.store import claims, job_transitions
 from celery_capacity.routing.store.claims import Candidate
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.confirmation import Confirmation
-from celery_capacity.workers.pull import transactions
+from celery_capacity.workers.stores import transactions
 from tests.fixtures.staged import MESSAGE
 
 MOST_LOSSES = 3

@@ -21,7 +21,7 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.recovery import rebuild, resubmit, revocation, transition_log
 from celery_capacity.routing.store import backlog, claims
 from celery_capacity.workers.app import create_app
-from celery_capacity.workers.control import carry_out, revoke_jobs
+from celery_capacity.workers.cancellation import carry_out, revoke_jobs
 from celery_capacity.workers.duties import fallback, sweep
 from celery_capacity.workers.stores import Stores, make_engine
 from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage

@@ -13,8 +13,7 @@ from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.duties import DUTIES, Duty
-from celery_capacity.workers.duties.runner import Runner
+from celery_capacity.workers.duties.runner import DUTIES, Duty, Runner
 from celery_capacity.workers.stores import Stores
 from tests.fixtures.staged import Stage
 

@@ -18,7 +18,7 @@ from celery_capacity.routing.model.states import State
 from celery_capacity.routing.store import fencing
 from celery_capacity.workers import living, parts, undelivered
 from celery_capacity.workers.app import create_app
-from celery_capacity.workers.control import end_before_start
+from celery_capacity.workers.cancellation import end_before_start
 from celery_capacity.workers.parts import Parts
 from celery_capacity.workers.results import CarriedResults
 from celery_capacity.workers.stores import Stores

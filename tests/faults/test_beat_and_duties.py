@@ -11,7 +11,7 @@ import pytest
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger.replies import LedgerClosed
-from celery_capacity.workers.duties import DUTIES
+from celery_capacity.workers.duties.runner import DUTIES
 from celery_capacity.workers.sender import Sender
 from celery_capacity.workers.stores import Stores
 from tests.faults.watching import Oracle

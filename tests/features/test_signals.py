@@ -18,7 +18,7 @@ from celery.exceptions import WorkerLostError
 
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.workers.router import HEADER
+from celery_capacity.routing.model.message import HEADER
 from tests.fixtures import tasks
 from tests.fixtures.ear import Ear
 from tests.fixtures.plain_workers import start_plain

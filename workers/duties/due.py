@@ -11,7 +11,7 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.recovery import resubmit
 from celery_capacity.routing.store import backlog, dependencies
-from celery_capacity.workers.control import end_before_start, open_gates
+from celery_capacity.workers.cancellation import end_before_start, open_gates
 from celery_capacity.workers.duties import stream
 from celery_capacity.workers.gates import burst_of
 from celery_capacity.workers.stores import Stores

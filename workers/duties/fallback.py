@@ -15,8 +15,7 @@ from celery_capacity.routing.recovery import revocation
 from celery_capacity.routing.store import backlog, claims, job_transitions, worker_rows
 from celery_capacity.workers.duties import due
 from celery_capacity.workers.duties.window import Window
-from celery_capacity.workers.pull import transactions
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.stores import Stores, transactions
 from celery_capacity.workers.undelivered import deliver_rows
 
 logger = logging.getLogger(__name__)

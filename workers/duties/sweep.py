@@ -8,7 +8,7 @@ from celery import Celery
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.recovery import resubmit, revocation, workers_with_room
 from celery_capacity.routing.store import backlog
-from celery_capacity.workers.control import carry_out
+from celery_capacity.workers.cancellation import carry_out
 from celery_capacity.workers.duties import stream
 from celery_capacity.workers.stores import Stores
 
