@@ -58,9 +58,9 @@ if TYPE_CHECKING:
     )
     from celery_capacity.routing.inspect.job_events import JobEvent
     from celery_capacity.routing.model.request import Request
-    from celery_capacity.workers.app import create_app, install
-    from celery_capacity.workers.fenced import fenced
-    from celery_capacity.workers.jobs import Job, job
+    from celery_capacity.workers.app.install import create_app, install
+    from celery_capacity.workers.client.fenced import fenced
+    from celery_capacity.workers.client.job import Job, job
 
 __all__ = [
     "BacklogFull",
@@ -91,13 +91,13 @@ __all__ = [
 #: Where the names that are looked up when used come from; what is not here is an error and comes from
 #: routing.errors.
 _SOURCES = {
-    "Job": "celery_capacity.workers.jobs",
+    "Job": "celery_capacity.workers.client.job",
     "JobEvent": "celery_capacity.routing.inspect.job_events",
     "Request": "celery_capacity.routing.model.request",
-    "create_app": "celery_capacity.workers.app",
-    "fenced": "celery_capacity.workers.fenced",
-    "install": "celery_capacity.workers.app",
-    "job": "celery_capacity.workers.jobs",
+    "create_app": "celery_capacity.workers.app.install",
+    "fenced": "celery_capacity.workers.client.fenced",
+    "install": "celery_capacity.workers.app.install",
+    "job": "celery_capacity.workers.client.job",
 }
 
 def __getattr__(name: str) -> _Any:

@@ -34,8 +34,8 @@ from celery_capacity.routing.ledger.connection import connect, quick_client
 from celery_capacity.routing.model.amounts import CPUS, cpus_number, format_cpus
 from celery_capacity.routing.model.states import FINAL, State
 from celery_capacity.routing.recovery import transition_log
-from celery_capacity.workers.app import platform_of
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.app.install import platform_of
+from celery_capacity.workers.process.stores import make_engine
 
 __all__ = ["WORKERS", "Replayed", "Report", "WorkerLine", "replay"]
 

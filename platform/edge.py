@@ -1,8 +1,8 @@
 """Where a command meets the person who typed it: the stores it works on, its help, and an end that reads well.
 
-A mistake, a missing table or a store that is down ends a command with one message and an exit code (`workers.exits`),
-never with a traceback; with `--json` the message is one `application/problem+json` object on stdout, also where the
-command line itself is wrong.
+A mistake, a missing table or a store that is down ends a command with one message and an exit code
+(`workers.process.exit_codes`), never with a traceback; with `--json` the message is one `application/problem+json`
+object on stdout, also where the command line itself is wrong.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import PlatformError, StoreUnavailable
 from celery_capacity.routing.ledger.replies import LedgerClosed
-from celery_capacity.workers.exits import Exit, code_of
+from celery_capacity.workers.process.exit_codes import Exit, code_of
 
 if TYPE_CHECKING:
-    from celery_capacity.workers.stores import Stores
+    from celery_capacity.workers.process.stores import Stores
 
 #: The option of every command that prints facts.
 json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
@@ -178,7 +178,7 @@ def _interruptible() -> Iterator[None]:
 
 def stores_of(context: click.Context) -> Stores:
     """The stores of the app that `-A` names. Raises WrongUsage where it is not on the platform."""
-    from celery_capacity.workers.app import platform_of
+    from celery_capacity.workers.app.install import platform_of
 
     app: Any = context.obj.app
     try:

@@ -1,7 +1,7 @@
 """Beat's schedule of the platform: heartbeat every 30 s, sweep every 10 s, reconcile every 300 s (by the settings).
 
-The entries themselves are `workers.ticks.beat_entries`, since apps that `install` the platform have them too; here is
-what the platform's own app adds: beat says nothing of its ticks.
+The entries themselves are `workers.broker.beat_messages.beat_entries`, since apps that `install` the platform have them
+too; here is what the platform's own app adds: beat says nothing of its ticks.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from celery_capacity.routing.ledger import connection
 from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.routing.model.amounts import CPUS, MEMORY, SLOTS, cpus_number, format_cpus, format_memory
 from celery_capacity.routing.model.identifiers import check_worker_name
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.process.stores import make_engine
 
 __all__ = ["NothingRuns", "Running", "Station"]
 

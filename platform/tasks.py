@@ -11,7 +11,7 @@ from typing import Any
 
 from celery import shared_task
 
-from celery_capacity.workers.app import platform_of
+from celery_capacity.workers.app.install import platform_of
 
 __all__ = ["SLEEP", "sleep"]
 

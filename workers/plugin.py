@@ -38,7 +38,7 @@ def _say_cleanly(kind: type[BaseException], error: BaseException, trace: Traceba
     if errors is None or not isinstance(error, errors.PlatformError):
         _show(kind, error, trace)
         return
-    from celery_capacity.workers.exits import code_of
+    from celery_capacity.workers.process.exit_codes import code_of
 
     print(f"celery-capacity: {error}", file=sys.stderr)
     # What a hook raises is what the interpreter ends with.

@@ -26,7 +26,7 @@ from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import rebuild, reclaim, transition_log
 from celery_capacity.routing.store import worker_rows
 from celery_capacity.routing.store.worker_rows import WorkerRow
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.process.stores import make_engine
 
 CAPACITY = f"cpus={CPUS}000,memory={256 * 2**30},slots={CPUS}"
 SHAPE = f"cpus={ASKED}000,slots=1"

@@ -32,17 +32,17 @@ from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.envelope import Envelope
 from celery_capacity.routing.model.message import HEADER, Tag, parse_tag
 from celery_capacity.routing.model.request import Request
-from celery_capacity.workers.confirmation import Confirmation
-from celery_capacity.workers.ends import PostgresEnds
-from celery_capacity.workers.holdings import Holding, Holdings
-from celery_capacity.workers.identity import Identity, platform_version
-from celery_capacity.workers.ledger_thread import LedgerThread
-from celery_capacity.workers.mailbox import Mailbox
-from celery_capacity.workers.membership import Membership
-from celery_capacity.workers.pulse import Pulse
-from celery_capacity.workers.recorder import Recorder
-from celery_capacity.workers.sight import Sight
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.broker.ledger_queue import Mailbox
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.failover import Sight
+from celery_capacity.workers.membership.heartbeat import Pulse
+from celery_capacity.workers.membership.registration import Membership
+from celery_capacity.workers.process.holdings import Holding, Holdings
+from celery_capacity.workers.process.identity import Identity, platform_version
+from celery_capacity.workers.process.stores import make_engine
+from celery_capacity.workers.results.outcome_writer import Recorder
+from celery_capacity.workers.settle.postgres_ends import PostgresEnds
+from celery_capacity.workers.settle.settle_thread import LedgerThread
 
 #: Bytes of a thread's stack: a process has a thousand threads.
 STACK: Final = 256 * 1024

@@ -14,7 +14,7 @@ from celery_capacity.platform.terminal import talk
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.ledger.connection import quick_client
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 
 __all__ = ["command"]
 

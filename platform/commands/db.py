@@ -11,7 +11,7 @@ from celery_capacity import migrations
 from celery_capacity.platform.edge import Command, Group, json_option, stores_of
 from celery_capacity.platform.terminal import facts, print_json, talk
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 
 __all__ = ["command"]
 

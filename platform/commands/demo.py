@@ -16,7 +16,7 @@ from celery_capacity.platform.launch import Interrupted, WorkerSpec, dashboard_u
 from celery_capacity.platform.terminal import Meters, facts, print_json, talk
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.amounts import format_cpus
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 
 __all__ = ["command"]
 

@@ -12,7 +12,7 @@ from celery_capacity.routing.inspect import explain
 from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.store import queries
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 
 __all__ = ["command"]
 

@@ -9,7 +9,7 @@ from celery_capacity.platform.edge import Command, json_option, stores_of
 from celery_capacity.platform.terminal import facts, print_json
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.recovery import rebuild, reconcile
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 
 __all__ = ["command"]
 

@@ -13,7 +13,7 @@ from celery_capacity.platform.launch import Interrupted, WorkerSpec, parse_worke
 from celery_capacity.platform.processes import Family, prefixed
 from celery_capacity.platform.station import Station
 from celery_capacity.platform.terminal import facts, print_json, table, talk
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 
 __all__ = ["command"]
 

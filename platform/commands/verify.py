@@ -13,10 +13,10 @@ from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger.connection import quick_client
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
-    from celery_capacity.workers.stores import Stores
+    from celery_capacity.workers.process.stores import Stores
 
 __all__ = ["command"]
 

@@ -11,8 +11,8 @@ A crash in between is repaired by what repairs any job: steps are jobs. An attem
 replacement is lost; the next one publishes a replacement of its own (Celery gives its inner steps new ids), and
 whichever comes first to its last step goes on with the job; the other's last step is there already.
 
-It is asked after each end of a step (`routing.store.job_transitions`, `workers.undelivered`), and by a duty for all
-that are replaced.
+It is asked after each end of a step (`routing.store.job_transitions`, `workers.results.deliver_later`), and by a duty
+for all that are replaced.
 
 """
 

@@ -29,7 +29,7 @@ UNANNOUNCED: Final = '{"publishes": [], "results": [{"unannounced": true}]}'
 @dataclass(slots=True)
 class Outbox:
     """`publishes`: jobs to be inserted before the outcome. `results`: what the result backend made of results and parts
-    of chords, as JSON values; only `workers.results` looks into them."""
+    of chords, as JSON values; only `workers.results.backends` looks into them."""
 
     publishes: list[NewJob] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)

@@ -150,7 +150,7 @@ def test_every_key_and_field_of_a_ledger_in_use_is_on_the_page(used: Cluster) ->
 
 
 def test_the_view_of_the_page_is_what_a_worker_writes() -> None:
-    source = (ROOT / "workers" / "membership.py").read_text(encoding="utf-8")
+    source = (ROOT / "workers" / "membership" / "registration.py").read_text(encoding="utf-8")
     view = ast.parse(source[source.index("    def _view") :].replace("\n    ", "\n").strip())
     written = {
         key.value

@@ -20,8 +20,8 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.recovery import transition_log
 from celery_capacity.routing.store.job_transitions import Transition
-from celery_capacity.workers.recorder import Recorder
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.process.stores import make_engine
+from celery_capacity.workers.results.outcome_writer import Recorder
 from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
 from tests.fixtures.waiting import until
 

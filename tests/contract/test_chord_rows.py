@@ -11,7 +11,7 @@ from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.store import chord_counts
-from celery_capacity.workers.app import create_app
+from celery_capacity.workers.app.install import create_app
 from tests.fixtures.staged import Stage
 
 

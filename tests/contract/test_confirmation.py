@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import read_authority
-from celery_capacity.workers.confirmation import Confirmation
+from celery_capacity.workers.membership.authority_check import Confirmation
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
 

@@ -16,8 +16,8 @@ from celery_capacity.routing.ledger.snapshot import read_cards
 from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.recovery import rebuild
 from celery_capacity.routing.store.job_transitions import Transition
-from celery_capacity.workers import claims
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.process import claims
+from celery_capacity.workers.process.stores import make_engine
 from tests.fixtures.staged import MOST_LOSSES, Stage
 
 

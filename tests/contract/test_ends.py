@@ -12,11 +12,11 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.store import claims
-from celery_capacity.workers.confirmation import Confirmation
-from celery_capacity.workers.ends import End, PostgresEnds
-from celery_capacity.workers.holdings import Holding, Holdings
-from celery_capacity.workers.identity import new_identity
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.process.holdings import Holding, Holdings
+from celery_capacity.workers.process.identity import new_identity
+from celery_capacity.workers.process.stores import make_engine
+from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
 from tests.contract.test_bad_transitions import refuse, set_aside
 from tests.fixtures.staged import Stage
 

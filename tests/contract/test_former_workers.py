@@ -11,7 +11,7 @@ from sqlalchemy import Engine, text
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.duties import former_workers
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.staged import Stage
 
 NO_APP: Any = None

@@ -28,15 +28,15 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State, Step
 from celery_capacity.routing.store import claims, dependencies, fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
-from celery_capacity.workers.app import create_app
-from celery_capacity.workers.confirmation import Confirmation
-from celery_capacity.workers.duties import due, fallback, keys
-from celery_capacity.workers.ends import End, PostgresEnds
-from celery_capacity.workers.gates import declare_rates, key_of, rate_of
-from celery_capacity.workers.holdings import Holding, Holdings
-from celery_capacity.workers.identity import new_identity
-from celery_capacity.workers.stores import Stores
-from celery_capacity.workers.undelivered import deliver_rows
+from celery_capacity.workers.app.install import create_app
+from celery_capacity.workers.duties import due, fallback, unique_keys
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.process.holdings import Holding, Holdings
+from celery_capacity.workers.process.identity import new_identity
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.results.deliver_later import deliver_rows
+from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
+from celery_capacity.workers.submit.constraints import declare_rates, key_of, rate_of
 from tests.fixtures.staged import MESSAGE, Stage
 from tests.fixtures.waiting import until
 
@@ -228,9 +228,9 @@ def test_keys_that_keep_nobody_out_are_forgotten_after_a_while(app: Celery, stag
     ended, lives, lasts = send(app, unique="a"), send(app, unique="b"), send(app, unique="c", unique_for=3600)
     for job in (ended, lasts):
         run(stage, job)
-    assert keys.run_once(app, app.platform)["forgotten"] == 0
+    assert unique_keys.run_once(app, app.platform)["forgotten"] == 0
     stage.sql("UPDATE unique_keys SET claimed_at = claimed_at - interval '1 hour'")
-    assert keys.run_once(app, app.platform)["forgotten"] == 1
+    assert unique_keys.run_once(app, app.platform)["forgotten"] == 1
     assert (send(app, unique="b"), send(app, unique="c")) == (lives, lasts)
     assert send(app, unique="a") != ended
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.process.stores import make_engine
 
 SECRET = "s3cret-argument"
 

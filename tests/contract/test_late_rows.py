@@ -14,7 +14,7 @@ from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.recovery import rebuild
 from celery_capacity.routing.store import backlog
 from celery_capacity.routing.store.backlog import Pending
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.process.stores import make_engine
 from tests.fixtures.staged import MOST_LOSSES, Stage
 
 

@@ -10,8 +10,8 @@ from sqlalchemy import Engine
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.app import create_app
-from celery_capacity.workers.duties.listening import Listener
+from celery_capacity.workers.app.install import create_app
+from celery_capacity.workers.runner.commit_listener import Listener
 from tests.fixtures.staged import MOST_LOSSES, Stage
 
 

@@ -15,10 +15,10 @@ from celery_capacity.routing.ledger.snapshot import read_cards
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.recovery import rebuild, reclaim, reconcile, transition_log
 from celery_capacity.routing.store import fencing, worker_rows
-from celery_capacity.workers.app import create_app
+from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.duties import fallback
-from celery_capacity.workers.recorder import Recorder
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.process.stores import make_engine
+from celery_capacity.workers.results.outcome_writer import Recorder
 from tests.fixtures.staged import MOST_LOSSES, Stage
 from tests.fixtures.waiting import until
 

@@ -15,8 +15,8 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import NameTaken
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.workers.identity import new_identity
-from celery_capacity.workers.name_claim import NameClaim
+from celery_capacity.workers.membership.name_claim import NameClaim
+from celery_capacity.workers.process.identity import new_identity
 from tests.fixtures.books import VIEW
 from tests.fixtures.staged import Stage
 

@@ -14,11 +14,12 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database import authority
 from celery_capacity.routing.database.authority import hold_epoch, read_authority
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.recovery import rebuild, revocation
-from celery_capacity.routing.store import claims, worker_rows
+from celery_capacity.routing.store import claims
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import PATIENCE
 
@@ -138,7 +139,7 @@ def test_overtaken_opener_changes_no_row(stage: Stage, monkeypatch: pytest.Monke
         found: bool = real(*args)
         return found
 
-    monkeypatch.setattr(worker_rows, "hold_epoch", hold)
+    monkeypatch.setattr(rebuild, "hold_epoch", hold)
     stage.redis.hset(keys.EPOCH, "run_id", "another life")
     check_overtaken(stage, opener)
 
@@ -155,7 +156,7 @@ def test_stopped_opener_does_not_keep_the_next_epoch_out_by_its_transaction(
             opener.stop()
         return real(*args)
 
-    monkeypatch.setattr(worker_rows, "OPENING_INTERVALS", 0.05)
+    monkeypatch.setattr(authority, "OPENING_INTERVALS", 0.05)
     monkeypatch.setattr(claims, "give_back", give_back)
     stage.redis.hset(keys.EPOCH, "run_id", "another life")
     other = Ledger(stage.settings)

@@ -23,8 +23,8 @@ from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.store import claims, job_transitions
 from celery_capacity.routing.store.claims import Candidate
 from celery_capacity.routing.store.job_transitions import Transition
-from celery_capacity.workers.confirmation import Confirmation
-from celery_capacity.workers.stores import transactions
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.process.stores import transactions
 from tests.fixtures.staged import MESSAGE
 
 MOST_LOSSES = 3

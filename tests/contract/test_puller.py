@@ -11,11 +11,11 @@ import pytest
 from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.workers.confirmation import Confirmation
-from celery_capacity.workers.holdings import Holdings
-from celery_capacity.workers.identity import new_identity
-from celery_capacity.workers.pull import Puller
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.process.holdings import Holdings
+from celery_capacity.workers.process.identity import new_identity
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.settle.pull_thread import Puller
 from tests.contract.test_bad_transitions import refuse
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until

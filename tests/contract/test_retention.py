@@ -25,8 +25,8 @@ from celery_capacity.routing.model.states import FINAL, State, Step
 from celery_capacity.routing.recovery.reconcile import reconcile
 from celery_capacity.routing.store import archive, job_transitions, queries
 from celery_capacity.routing.store.job_transitions import Transition
-from celery_capacity.workers.duties import retention as duty
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.duties import archive as duty
+from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.processes import ROOT
 from tests.fixtures.staged import MESSAGE, Stage
 from tests.fixtures.work import Work

@@ -20,10 +20,10 @@ from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.recovery import rebuild, resubmit, revocation, transition_log
 from celery_capacity.routing.store import backlog, claims
-from celery_capacity.workers.app import create_app
-from celery_capacity.workers.cancellation import carry_out, revoke_jobs
+from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.duties import fallback, sweep
-from celery_capacity.workers.stores import Stores, make_engine
+from celery_capacity.workers.process.stores import Stores, make_engine
+from celery_capacity.workers.results.cancellation import carry_out, revoke_jobs
 from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
 
 ONE = Request.of({"cpus": 1000}).shape

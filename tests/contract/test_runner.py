@@ -13,8 +13,8 @@ from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.duties.runner import DUTIES, Duty, Runner
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.runner.duty_runner import DUTIES, Duty, Runner
 from tests.fixtures.staged import Stage
 
 

@@ -16,13 +16,15 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.model.outbox import UNANNOUNCED, UNTOLD, Outbox, parse
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.store import fencing
-from celery_capacity.workers import living, parts, undelivered
-from celery_capacity.workers.app import create_app
-from celery_capacity.workers.cancellation import end_before_start
-from celery_capacity.workers.parts import Parts
-from celery_capacity.workers.results import CarriedResults
-from celery_capacity.workers.stores import Stores
-from celery_capacity.workers.undelivered import context_of, deliver_rows, tell_late
+from celery_capacity.workers.app.install import create_app
+from celery_capacity.workers.process import running_workers
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.results import chord_parts as parts
+from celery_capacity.workers.results import deliver_later
+from celery_capacity.workers.results.backends import CarriedResults
+from celery_capacity.workers.results.cancellation import end_before_start
+from celery_capacity.workers.results.chord_parts import Parts
+from celery_capacity.workers.results.deliver_later import context_of, deliver_rows, tell_late
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
 
@@ -106,7 +108,7 @@ def test_two_who_deliver_at_once_call_what_follows_once(
         assert go_on.wait(20.0)
 
     with monkeypatch.context() as patched:
-        patched.setattr(undelivered, "deliver", slow)
+        patched.setattr(deliver_later, "deliver", slow)
         first = threading.Thread(target=deliver_rows, args=(app, app.platform))
         first.start()
         assert began.wait(20.0)
@@ -145,10 +147,10 @@ def become(app: Celery) -> Iterator[Callable[[Parts | None], None]]:
 
     def change(parts: Parts | None) -> None:
         while running:
-            living.end(running.pop())
+            running_workers.end(running.pop())
         if parts is not None:
             running.append(SimpleNamespace(app=app, parts=parts, announcer=None))
-            living.begin(running[0])
+            running_workers.begin(running[0])
 
     yield change
     change(None)
@@ -220,7 +222,7 @@ def test_what_a_late_part_left_is_noted_when_it_has_come_through(
         told.append(job)
         assert go_on.wait(20.0)
 
-    monkeypatch.setattr(undelivered, "_tell", tell)
+    monkeypatch.setattr(deliver_later, "_tell", tell)
     assert [deliver_rows(app, app.platform) for _ in range(2)] == [0, 0]
     go_on.set()
     until(lambda: stage.row("job").outbox == UNANNOUNCED, "its result is told")

@@ -11,9 +11,9 @@ import pytest
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger.replies import LedgerClosed
-from celery_capacity.workers.duties.runner import DUTIES
-from celery_capacity.workers.sender import Sender
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.runner.duty_runner import DUTIES
+from celery_capacity.workers.submit.sender import Sender
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.submitting import Submitter

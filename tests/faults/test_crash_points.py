@@ -19,26 +19,26 @@ from tests.fixtures.waiting import until
 LATER = "@4"
 
 DELIVER_AND_CLAIM = (
-    f"before celery_capacity.workers.ledger_thread:LedgerThread.arrive{LATER}",
+    f"before celery_capacity.workers.settle.settle_thread:LedgerThread.arrive{LATER}",
     f"before celery_capacity.routing.ledger.client:Ledger.settle{LATER}",
     f"after celery_capacity.routing.ledger.client:Ledger.settle{LATER}",
-    f"before celery_capacity.workers.starting:Starting.take{LATER}",
+    f"before celery_capacity.workers.execute.start_queue:Starting.take{LATER}",
 )
 FINISH = (
-    f"before celery_capacity.workers.ledger_thread:LedgerThread.end{LATER}",
-    f"after celery_capacity.workers.ledger_thread:LedgerThread.end{LATER}",
+    f"before celery_capacity.workers.settle.settle_thread:LedgerThread.end{LATER}",
+    f"after celery_capacity.workers.settle.settle_thread:LedgerThread.end{LATER}",
     f"before celery_capacity.routing.ledger.client:Ledger._released{LATER}",
 )
 RELEASE = (
     f"after celery_capacity.routing.ledger.client:Ledger._released{LATER}",
-    f"before celery_capacity.workers.recorder:Recorder.add{LATER}",
+    f"before celery_capacity.workers.results.outcome_writer:Recorder.add{LATER}",
     f"before celery_capacity.routing.store.job_transitions:apply{LATER}",
     f"after celery_capacity.routing.store.job_transitions:apply{LATER}",
     f"before celery_capacity.routing.ledger.client:Ledger.forget{LATER}",
 )
 REGISTER = (
-    "after celery_capacity.workers.name_claim:NameClaim.take",
-    "after celery_capacity.workers.membership:Membership._write_seen",
+    "after celery_capacity.workers.membership.name_claim:NameClaim.take",
+    "after celery_capacity.workers.membership.registration:Membership._write_seen",
     "before celery_capacity.routing.ledger.client:Ledger.register",
     "after celery_capacity.routing.ledger.client:Ledger.register",
 )

@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import READY, Platform, Pool, Process
 from tests.fixtures.submitting import Submitter

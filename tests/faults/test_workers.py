@@ -13,7 +13,7 @@ from celery.exceptions import WorkerLostError
 from sqlalchemy import text
 
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 from tests.faults.oracle import read
 from tests.faults.watching import Oracle
 from tests.fixtures import tasks

@@ -13,11 +13,11 @@ from sqlalchemy import Engine
 
 from celery_capacity import create_app, install
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.workers import ticks
-from celery_capacity.workers.app import platform_of
-from celery_capacity.workers.router import Router, declaration
-from celery_capacity.workers.stores import Stores
-from celery_capacity.workers.task import PlatformTask
+from celery_capacity.workers.app.install import platform_of
+from celery_capacity.workers.broker import beat_messages
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.submit.router import Router, declaration
+from celery_capacity.workers.submit.task import PlatformTask
 from tests.fixtures.processes import Platform
 from tests.fixtures.waiting import until
 from tests.tasks import adopted
@@ -105,7 +105,7 @@ def test_all_that_the_app_kept_is_of_the_platform_now(project: Celery) -> None:
     assert all(isinstance(task, PlatformTask) for task in project.tasks.values())
     assert {task.name: declaration(task, 1000)["cpus"] for task in ours} == DECLARED
     assert [task.name for task in ours if task.rerun is False] == ["adopted.apart"]
-    assert {entry["task"] for entry in project.conf.beat_schedule.values()} >= ticks.NAMES
+    assert {entry["task"] for entry in project.conf.beat_schedule.values()} >= beat_messages.NAMES
 
 
 def test_a_task_of_celerys_own_class_stays_one_of_its_class(project: Celery) -> None:
@@ -161,14 +161,14 @@ def test_queues_that_were_added_before_are_still_there(environ: None) -> None:
 
 def test_a_configuration_that_is_read_anew_keeps_the_platforms_defaults(environ: None) -> None:
     app = install(Celery("again", set_as_current=False))
-    assert app.conf.worker_consumer == "celery_capacity.workers.consumer:Consumer"
+    assert app.conf.worker_consumer == "celery_capacity.workers.execute.consumer:Consumer"
     app.config_from_object({"timezone": "Europe/Berlin", "beat_schedule": {}}, force=True)
     assert app.conf.timezone == "Europe/Berlin"
-    assert app.conf.worker_consumer == "celery_capacity.workers.consumer:Consumer"
+    assert app.conf.worker_consumer == "celery_capacity.workers.execute.consumer:Consumer"
     assert app.conf.broker_url == platform_of(app).settings.redis_url
     app.finalize()
     app.config_from_object({"beat_schedule": {}}, force=True)
-    assert {entry["task"] for entry in app.conf.beat_schedule.values()} == ticks.NAMES
+    assert {entry["task"] for entry in app.conf.beat_schedule.values()} == beat_messages.NAMES
 
 
 def test_a_configuration_module_wins_over_the_platforms_defaults_as_it_does_over_celerys(environ: None) -> None:
@@ -180,7 +180,7 @@ def test_a_configuration_module_wins_over_the_platforms_defaults_as_it_does_over
     assert app.conf.worker_prefetch_multiplier == 0
     app.finalize()
     assert app.conf.beat_schedule["late"] == entry
-    assert {entry["task"] for entry in app.conf.beat_schedule.values()} >= ticks.NAMES
+    assert {entry["task"] for entry in app.conf.beat_schedule.values()} >= beat_messages.NAMES
 
 
 def test_a_configuration_that_makes_its_values_when_they_are_read_still_does(environ: None) -> None:

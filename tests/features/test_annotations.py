@@ -15,7 +15,7 @@ from celery_capacity import SettingsError, create_app
 from celery_capacity.routing.config import task_rules
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.model.request import Request
-from celery_capacity.workers.app import platform_of
+from celery_capacity.workers.app.install import platform_of
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter
 from tests.tasks import declared

@@ -16,10 +16,10 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.insert import bulk
 from celery_capacity.routing.model import message
 from celery_capacity.routing.model.message import Tag
-from celery_capacity.workers import attempts
-from celery_capacity.workers.attempts import Attempt
-from celery_capacity.workers.router import Router
-from celery_capacity.workers.task import PlatformTask
+from celery_capacity.workers.process import attempts
+from celery_capacity.workers.process.attempts import Attempt
+from celery_capacity.workers.submit.router import Router
+from celery_capacity.workers.submit.task import PlatformTask
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until

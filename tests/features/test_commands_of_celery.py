@@ -95,7 +95,7 @@ def test_a_worker_detaches_itself_with_modules_by_option_and_setting_and_the_com
     assert submitter.value(out["call"].split()[-1]) == 3
     assert out["result"].split()[-1] == "42"
     assert "celery:5.7" in out["report"]
-    assert "worker_consumer: 'celery_capacity.workers.consumer:Consumer'" in out["report"]
+    assert "worker_consumer: 'celery_capacity.workers.execute.consumer:Consumer'" in out["report"]
     assert re.search(r'"w@\S+"', out["graph workers"])
     assert '"Pool"' in out["graph bootsteps"]
     assert "celery" in out["list"]

@@ -11,7 +11,7 @@ import pytest
 from celery import Celery, chain
 
 from celery_capacity import NoServers, Unsupported, install
-from celery_capacity.workers.app import platform_of
+from celery_capacity.workers.app.install import platform_of
 from tests.fixtures.examples import move_into, python
 from tests.fixtures.processes import Platform
 
@@ -77,7 +77,7 @@ ONE_APP = {
 import threading
 from celery.contrib.testing import tasks
 from celery_capacity import create_app
-from celery_capacity.workers.app import platform_of
+from celery_capacity.workers.app.install import platform_of
 
 app = create_app("proj")
 both = threading.Barrier(2)
@@ -114,8 +114,8 @@ import pytest
 from celery.contrib.testing.worker import start_worker
 from proj import add, app, live, meet
 from tests.fixtures.waiting import until
-from celery_capacity.workers.transport import receiving
-from celery_capacity.workers.undelivered import announcer_of
+from celery_capacity.workers.broker.transport import receiving
+from celery_capacity.workers.results.deliver_later import announcer_of
 
 @pytest.mark.parametrize("order", [1, -1], ids=["first", "second"])
 def test_each_ends_for_itself(order):

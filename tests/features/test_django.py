@@ -93,7 +93,7 @@ def test_the_projects_classes_and_settings_are_djangos_and_the_platforms(platfor
         "tasks": ["shop.orders.tasks.compute_total", "shop.orders.tasks.ship_paid"],
         "django": True,
         "track": True,
-        "consumer": "celery_capacity.workers.consumer:Consumer",
+        "consumer": "celery_capacity.workers.execute.consumer:Consumer",
         "beat": ["platform: heartbeat", "platform: reconcile", "platform: sweep", "ship what was paid"],
     }
     # Without servers Django's own commands work as before.

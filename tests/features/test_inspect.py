@@ -89,7 +89,7 @@ def test_what_runs_is_shown_with_its_request_and_allocation(platform: Platform, 
     submitter.app.control.revoke(later)
     until(lambda: asked(submitter, "revoked", "a")["a"] == [later], "the worker knows what was revoked")
     assert ADD in asked(submitter, "registered", "a")["a"]
-    assert asked(submitter, "conf", "a")["a"]["worker_consumer"] == "celery_capacity.workers.consumer:Consumer"
+    assert asked(submitter, "conf", "a")["a"]["worker_consumer"] == "celery_capacity.workers.execute.consumer:Consumer"
     assert "celery" in asked(submitter, "report", "a")["a"]["ok"]
     printed = platform.celery("inspect", "active", "--json", "--timeout", "5")
     assert printed.returncode == 0, printed.stderr

@@ -15,7 +15,7 @@ from celery.exceptions import InvalidTaskError, TaskRevokedError
 from kombu.utils.uuid import uuid
 
 from celery_capacity.routing.config.embedded import Pair
-from celery_capacity.workers.intake import with_arguments
+from celery_capacity.workers.execute.enroll import with_arguments
 from tests.fixtures.processes import Platform
 from tests.fixtures.setting_aside import until_set_aside
 from tests.fixtures.submitting import RESULT_WITHIN, Submitter, standing_platform

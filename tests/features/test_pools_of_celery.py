@@ -9,8 +9,8 @@ import pytest
 
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import Unsupported
-from celery_capacity.workers.exits import Exit
-from celery_capacity.workers.green import check_pool
+from celery_capacity.workers.execute.gevent_pool import check_pool
+from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform, Process
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -17,8 +17,8 @@ from celery_capacity import InvalidRequest, migrations
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model import message as messages
-from celery_capacity.workers import identity
-from celery_capacity.workers.app import platform_of
+from celery_capacity.workers.app.install import platform_of
+from celery_capacity.workers.process import identity
 from tests.fixtures import tasks
 from tests.fixtures.processes import READY, Platform, Process
 from tests.fixtures.setting_aside import counter, set_aside

@@ -20,9 +20,9 @@ from celery_capacity import InvalidRequest, LeaseLost, NotAccepted, Unsupported
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.message import Tag
-from celery_capacity.workers import attempts
-from celery_capacity.workers.attempts import Attempt
-from celery_capacity.workers.duties.listening import NAME
+from celery_capacity.workers.process import attempts
+from celery_capacity.workers.process.attempts import Attempt
+from celery_capacity.workers.runner.commit_listener import NAME
 from tests.fixtures.processes import Platform
 from tests.fixtures.servers import empty_database
 from tests.fixtures.submitting import Submitter, standing_platform
@@ -265,7 +265,7 @@ def test_of_a_canvas_that_cannot_be_sent_nothing_is_in_the_transaction(
 def test_more_jobs_than_this_process_keeps_are_brought_in_by_a_worker(
     app: Any, submitter: Submitter, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("celery_capacity.workers.transactional.MOST_KEPT", 5)
+    monkeypatch.setattr("celery_capacity.workers.submit.caller_session.MOST_KEPT", 5)
     handle = app.submit_many(double, ((n,) for n in range(40)), session=session)
     session.commit()
     assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(40)]

@@ -13,7 +13,7 @@ import celery_capacity
 from celery_capacity import InvalidRequest, Job, JobEvent, PlatformError
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.watching import NAME
+from celery_capacity.workers.process.job_watcher import NAME
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -25,7 +25,7 @@ from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.routing.model.states import FINAL
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 from tests.faults.servers import Servers, own_servers
 from tests.fixtures.processes import READY, Platform
 from tests.fixtures.proxy import Proxy

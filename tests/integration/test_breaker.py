@@ -19,10 +19,10 @@ from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.errors import NotAccepted
 from celery_capacity.routing.ledger import call_budget
 from celery_capacity.routing.ledger.connection import connect
-from celery_capacity.workers import gates
-from celery_capacity.workers.app import create_app
-from celery_capacity.workers.breaker import Breaker
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.app.install import create_app
+from celery_capacity.workers.dispatch.circuit_breaker import Breaker
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.submit import constraints
 from tests.fixtures import tasks
 from tests.fixtures.processes import FOREIGN, Platform
 from tests.fixtures.proxy import Proxy
@@ -203,7 +203,7 @@ def test_a_server_that_lets_nobody_in_is_an_error_in_three_seconds(
     platform: Platform, submitter: Submitter, proxied: Callable[[str], Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # (What the first job reads once in a while, it reads before.)
-    monkeypatch.setattr(gates, "RATES_FOR", 1000.0)
+    monkeypatch.setattr(constraints, "RATES_FOR", 1000.0)
     platform.worker("a", 4, "threads")
     postgres_path = proxied(str(platform.settings.database_url))
     settings = platform.settings.with_urls(str(platform.settings.redis_url), postgres_path.url)

@@ -23,9 +23,9 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import Unsupported
 from celery_capacity.routing.inspect import verify
-from celery_capacity.workers.app import create_app, install
-from celery_capacity.workers.preflight import shares_ledger
-from celery_capacity.workers.sender import Sender
+from celery_capacity.workers.app.install import create_app, install
+from celery_capacity.workers.membership.preflight import shares_ledger
+from celery_capacity.workers.submit.sender import Sender
 from tests.fixtures import garbage, tasks
 from tests.fixtures.processes import FOREIGN, Platform, Pool
 from tests.fixtures.proxy import Proxy

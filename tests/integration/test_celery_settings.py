@@ -19,8 +19,8 @@ from sqlalchemy import text
 
 from celery_capacity import NotAccepted, PlatformError, Unsupported, create_app, install
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.workers import ticks
-from celery_capacity.workers.app import platform_of
+from celery_capacity.workers.app.install import platform_of
+from celery_capacity.workers.broker import beat_messages
 from tests.fixtures.processes import READY, Platform, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
@@ -59,7 +59,7 @@ def test_the_defaults_are_those_that_the_evidence_asks_for(app: Celery, settings
     transport = conf.broker_transport_options
     assert (transport["socket_timeout"], transport["socket_connect_timeout"]) == (5.0, 3.0)
     assert (transport["health_check_interval"], transport["socket_keepalive"]) == (60, True)
-    assert {entry["task"] for entry in conf.beat_schedule.values()} == {ticks.HEARTBEAT, ticks.SWEEP, ticks.RECONCILE}
+    assert {entry["task"] for entry in conf.beat_schedule.values()} == set(beat_messages.NAMES)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the names of these options are Linux's")
@@ -77,7 +77,7 @@ def test_the_users_own_settings_win_and_his_schedule_keeps_the_ticks(settings: S
     app.conf.beat_schedule = {"mine": {"task": "mine", "schedule": 60.0}}
     app.finalize()
     assert (app.conf.worker_prefetch_multiplier, app.conf.task_serializer) == (3, "yaml")
-    assert set(app.conf.beat_schedule) == {"mine", *ticks.beat_entries(settings)}
+    assert set(app.conf.beat_schedule) == {"mine", *beat_messages.beat_entries(settings)}
     app.close()
 
 

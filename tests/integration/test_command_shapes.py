@@ -21,7 +21,7 @@ from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.inspect.explain import Why
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.states import State
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures import tasks
 from tests.fixtures.commanding import Run, in_process
 from tests.fixtures.processes import Platform

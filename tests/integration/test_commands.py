@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from celery_capacity import migrations
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures.commanding import Run, in_process
 from tests.fixtures.processes import Platform
 from tests.fixtures.staged import Stage

@@ -12,8 +12,8 @@ from sqlalchemy import create_engine, make_url, text
 
 from celery_capacity import Unsupported, migrations
 from celery_capacity.routing.config.embedded import Pair
-from celery_capacity.workers.exits import Exit
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.process.exit_codes import Exit
+from celery_capacity.workers.process.stores import make_engine
 from tests.fixtures import given
 from tests.fixtures.processes import Platform
 from tests.fixtures.servers import environment_of

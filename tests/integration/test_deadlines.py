@@ -22,11 +22,11 @@ from sqlalchemy.exc import DBAPIError
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, PartlyAccepted, PlatformError, StoreUnavailable
 from celery_capacity.routing.model.message import Tag
-from celery_capacity.workers import attempts
-from celery_capacity.workers.attempts import Attempt
-from celery_capacity.workers.bulk import submit_many
-from celery_capacity.workers.jobs import job
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.client.job import job
+from celery_capacity.workers.process import attempts
+from celery_capacity.workers.process.attempts import Attempt
+from celery_capacity.workers.process.stores import make_engine
+from celery_capacity.workers.submit.submit_many import submit_many
 from tests.faults.servers import Servers, own_servers
 from tests.fixtures.processes import FOREIGN, ROOT, Platform
 from tests.fixtures.servers import empty_database, empty_redis, environment_of
@@ -233,7 +233,7 @@ import sys
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from celery_capacity.routing.database.deadlines import Stalled
-from celery_capacity.workers.stores import make_engine
+from celery_capacity.workers.process.stores import make_engine
 try:
     with make_engine(sys.argv[1], timeout=1.0).connect() as connection:
         connection.execute(text("SELECT pg_sleep(3600)"))

@@ -17,7 +17,7 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.states import Step
-from celery_capacity.workers.attempts import Attempt, held
+from celery_capacity.workers.process.attempts import Attempt, held
 from tests.fixtures import tasks
 from tests.fixtures.leasing import ADD, HOLD, LEAVE, at_gate, counters, effects, outcomes, platform_with_effects
 from tests.fixtures.processes import Platform, Pool, Process

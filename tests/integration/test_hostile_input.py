@@ -31,12 +31,12 @@ from tornado.netutil import bind_sockets
 from celery_capacity import NotAccepted, OutcomeUnknown, PlatformError, create_app
 from celery_capacity.platform import dashboard
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.workers.app import platform_of
-from celery_capacity.workers.exits import Exit
-from celery_capacity.workers.intake import Intake
-from celery_capacity.workers.serving import Serving
-from celery_capacity.workers.stores import Stores
-from celery_capacity.workers.transport import receiving
+from celery_capacity.workers.app.install import platform_of
+from celery_capacity.workers.broker.transport import receiving
+from celery_capacity.workers.execute.enroll import Intake
+from celery_capacity.workers.membership.served_queues import Serving
+from celery_capacity.workers.process.exit_codes import Exit
+from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.hostile import CORPUS, TEXTS, jsons, texts, values
 from tests.fixtures.processes import FOREIGN
 from tests.fixtures.staged import Stage

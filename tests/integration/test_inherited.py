@@ -16,8 +16,8 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.workers import inherited
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.process import fork_safety
+from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.processes import Platform
 from tests.fixtures.staged import Stage
 from tests.fixtures.submitting import Submitter
@@ -59,7 +59,7 @@ def in_a_child(do: Callable[[], object]) -> str:
 
 
 def sockets(settings: Settings) -> list[int]:
-    return inherited.sockets_to(inherited.places_of(settings))
+    return fork_safety.sockets_to(fork_safety.places_of(settings))
 
 
 def test_a_child_has_no_connection_of_its_parent(stores: Stores, settings: Settings) -> None:

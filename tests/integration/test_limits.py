@@ -18,8 +18,9 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import backlog_limit
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.message import Tag
-from celery_capacity.workers import attempts, ticks
-from celery_capacity.workers.attempts import Attempt
+from celery_capacity.workers.broker import beat_messages
+from celery_capacity.workers.process import attempts
+from celery_capacity.workers.process.attempts import Attempt
 from tests.fixtures.staged import Stage
 
 ADD = "tests.fixtures.tasks.add"
@@ -154,7 +155,7 @@ def test_without_a_ledger_postgres_is_counted(
 
 def test_ticks_pass_a_full_backlog(app: Celery, engine: Engine) -> None:
     _fill(app)
-    app.send_task(ticks.HEARTBEAT)
+    app.send_task(beat_messages.HEARTBEAT)
     assert _rows(engine) == LIMIT
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import create_engine, make_url, text
 
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.redis_urls import numbered
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import standing_platform
 from tests.fixtures.waiting import until

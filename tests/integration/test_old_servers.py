@@ -15,7 +15,7 @@ from celery_capacity import PlatformError, migrations
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.postgres import OLDEST
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures.processes import FOREIGN
 from tests.fixtures.servers import environment_of
 from tests.fixtures.submitting import platform_on

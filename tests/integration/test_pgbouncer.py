@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from celery_capacity.routing.config.embedded import Pair
-from celery_capacity.workers.duties.listening import NAME
+from celery_capacity.workers.runner.commit_listener import NAME
 from tests.fixtures.installed import debian_pgbouncer
 from tests.fixtures.processes import Platform
 from tests.fixtures.servers import empty_database, empty_redis, environment_of

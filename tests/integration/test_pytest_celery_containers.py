@@ -16,7 +16,7 @@ from pytest_docker_tools import build, container, fetch, fxtr
 
 from celery_capacity import migrations
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.workers.app import create_app
+from celery_capacity.workers.app.install import create_app
 from tests.fixtures.celery_nodes import PlatformContainer
 from tests.fixtures.celery_smoke import Smoke
 from tests.fixtures.processes import FOREIGN, ROOT

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.workers.patiently import may_pass, when_stores_answer
+from celery_capacity.workers.process.waiting_for_stores import may_pass, when_stores_answer
 
 
 def test_start_waits_for_a_postgres_that_only_reads(engine: Engine) -> None:

@@ -11,7 +11,7 @@ import pytest
 from celery import Celery
 
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.sender import Sender
+from celery_capacity.workers.submit.sender import Sender
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import RESULT_WITHIN, Submitter
 from tests.fixtures.waiting import until

@@ -17,7 +17,7 @@ from celery_capacity.routing.inspect import explain
 from celery_capacity.routing.inspect.explain import Explanation, Why
 from celery_capacity.routing.model import message
 from celery_capacity.routing.model.message import HEADER
-from celery_capacity.workers.app import platform_of
+from celery_capacity.workers.app.install import platform_of
 from tests.fixtures import tasks
 from tests.fixtures.processes import READY, Platform, Process
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -22,8 +22,8 @@ from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger import sentinels
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.connection import connect
-from celery_capacity.workers import inherited
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.process import fork_safety
+from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.installed import debian_redis, old_redis
 from tests.fixtures.processes import FOREIGN, Platform
 from tests.fixtures.redises import NAME, Watched, watched_redis
@@ -100,8 +100,8 @@ def test_a_child_has_no_connection_of_its_parent(platform: Platform) -> None:
     stores.redis.ping()
     ours = set(stores.ledger.descriptors())
     assert len(ours) == 1
-    places = {*inherited.places_of(platform.settings), *sentinels.ports}
-    assert ours <= set(inherited.sockets_to(places))
+    places = {*fork_safety.places_of(platform.settings), *sentinels.ports}
+    assert ours <= set(fork_safety.sockets_to(places))
     stores.redis.close()
 
 

@@ -15,8 +15,8 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.redis_urls import numbered
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger.connection import connect
-from celery_capacity.workers import inherited
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.process import fork_safety
+from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.processes import FOREIGN, Platform
 from tests.fixtures.redises import redis_server
 from tests.fixtures.servers import empty_database, environment_of
@@ -81,7 +81,7 @@ def test_a_child_has_no_connection_of_its_parent(own_redis_url: str, database_ur
         stores.redis.ping()
         ours = stores.ledger.descriptors()
         assert len(ours) == 1
-        assert set(ours) <= set(inherited.sockets_to(inherited.places_of(running.settings)))
+        assert set(ours) <= set(fork_safety.sockets_to(fork_safety.places_of(running.settings)))
         stores.redis.close()
 
 

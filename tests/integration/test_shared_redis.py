@@ -13,8 +13,8 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.recovery import rebuild
-from celery_capacity.workers.exits import Exit
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.process.exit_codes import Exit
+from celery_capacity.workers.process.stores import Stores
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.servers import empty_database, environment_of

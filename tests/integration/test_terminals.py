@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from celery_capacity import migrations
-from celery_capacity.workers.exits import Exit
+from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures.commanding import in_process
 from tests.fixtures.processes import Platform
 from tests.fixtures.shapes import assert_shape

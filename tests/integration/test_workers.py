@@ -14,8 +14,8 @@ from sqlalchemy import text
 
 from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.exits import Exit
-from celery_capacity.workers.identity import platform_version
+from celery_capacity.workers.process.exit_codes import Exit
+from celery_capacity.workers.process.identity import platform_version
 from tests.fixtures import tasks
 from tests.fixtures.processes import READY, Platform, Pool, Process
 from tests.fixtures.submitting import Submitter

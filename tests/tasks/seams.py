@@ -30,12 +30,12 @@ def _install(path: str) -> None:
         return _clock() + float(LAYOUT.unpack_from(shared)[0])
 
     def tick() -> None:
-        from celery_capacity.workers import living
+        from celery_capacity.workers.process import running_workers
 
         pause = threading.Event()
         while not pause.wait(LAYOUT.unpack_from(shared)[1] or LOOK_EVERY):
             if every := LAYOUT.unpack_from(shared)[1]:
-                for runtime in living.running():
+                for runtime in running_workers.running():
                     # As beat's ticks for the heartbeat and for the sweep come, one behind the other.
                     runtime.pulse.tick()
                     pause.wait(every / 10)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import threading
 
-from celery_capacity.workers import living
+from celery_capacity.workers.process import running_workers
 
 
 def _tick(every: float) -> None:
     pause = threading.Event()
     while not pause.wait(every):
-        for runtime in living.running():
+        for runtime in running_workers.running():
             # As beat's ticks for the heartbeat and for the sweep, and somebody's challenge.
             runtime.pulse.tick()
             pause.wait(every / 10)

@@ -21,7 +21,7 @@ from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.orm import Session
 
 from celery_capacity import LeaseLost, PlatformError, fenced
-from celery_capacity.workers import attempts
+from celery_capacity.workers.process import attempts
 
 #: Seconds for which a body waits for a Postgres that does not take its effect, and between two tries.
 EFFECT_WITHIN: Final = 120.0

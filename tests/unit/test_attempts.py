@@ -7,8 +7,8 @@ import pytest
 from celery_capacity.routing.errors import NotAccepted
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import Tag
-from celery_capacity.workers import attempts
-from celery_capacity.workers.attempts import Attempt
+from celery_capacity.workers.process import attempts
+from celery_capacity.workers.process.attempts import Attempt
 
 
 def job(number: int, size: int) -> NewJob:

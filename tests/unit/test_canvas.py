@@ -9,7 +9,7 @@ import pytest
 from celery import Celery, chord, group
 from celery.canvas import Signature
 
-from celery_capacity.workers.canvas import REPLACES, Chunks, called_by, mark, mark_of, steps_of
+from celery_capacity.workers.submit.canvas import REPLACES, Chunks, called_by, mark, mark_of, steps_of
 
 app = Celery("canvas", set_as_current=False)
 

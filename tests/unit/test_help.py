@@ -11,7 +11,7 @@ import pytest
 
 from celery_capacity.platform.edge import ALWAYS, Command, exit_code
 from celery_capacity.routing import errors
-from celery_capacity.workers.exits import Exit, code_of
+from celery_capacity.workers.process.exit_codes import Exit, code_of
 from tests.fixtures.processes import ROOT
 from tests.fixtures.shapes import commands
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
-from celery_capacity.workers.holdings import Holding, Holdings
+from celery_capacity.workers.process.holdings import Holding, Holdings
 
 ONE = Request.of({"cpus": 1000})
 TWO = Request.of({"cpus": 2000})

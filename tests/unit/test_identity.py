@@ -14,7 +14,7 @@ import pytest
 from celery_capacity.routing.config import process_identity
 from celery_capacity.routing.config.process_identity import Place
 from celery_capacity.routing.store.worker_rows import WorkerRow
-from celery_capacity.workers.identity import is_known_dead, new_identity
+from celery_capacity.workers.process.identity import is_known_dead, new_identity
 
 
 def own_row() -> WorkerRow:

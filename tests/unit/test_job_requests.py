@@ -14,13 +14,13 @@ from celery.utils.threads import LocalStack
 
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.outbox import Outbox
-from celery_capacity.workers import attempts
-from celery_capacity.workers.requests import request_class
-from celery_capacity.workers.tracing import TracedPool
+from celery_capacity.workers.execute.request import request_class
+from celery_capacity.workers.execute.run_body import TracedPool
+from celery_capacity.workers.process import attempts
 
 
 class Backend:
-    """Takes a failure as `workers.results` does: it goes into the outbox of the attempt."""
+    """Takes a failure as `workers.results.backends` does: it goes into the outbox of the attempt."""
 
     def mark_as_failure(self, job: str, error: BaseException, store_result: bool = True, **_: Any) -> None:
         attempt = attempts.current()

@@ -15,8 +15,8 @@ from celery_capacity.routing.ledger.client import Ledger as Real
 from celery_capacity.routing.ledger.replies import Claimed, HandedOver, Released, Settled
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.request import Request
-from celery_capacity.workers.holdings import Holding, Holdings
-from celery_capacity.workers.ledger_thread import LedgerThread
+from celery_capacity.workers.process.holdings import Holding, Holdings
+from celery_capacity.workers.settle.settle_thread import LedgerThread
 
 ONE = Request.of({"cpus": 1000, "slots": 1})
 

@@ -13,8 +13,8 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.replies import Filled, Renewed
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
-from celery_capacity.workers.holdings import Holding, Holdings
-from celery_capacity.workers.membership import Membership
+from celery_capacity.workers.membership.registration import Membership
+from celery_capacity.workers.process.holdings import Holding, Holdings
 
 ONE = Request.of({"cpus": 1000, "slots": 1})
 

@@ -6,7 +6,7 @@ import os
 import signal
 
 from celery_capacity.routing.config import process_identity
-from celery_capacity.workers import orphans
+from celery_capacity.workers.membership import orphans
 from tests.unit.test_identity import own_row
 
 

@@ -15,11 +15,11 @@ from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.outbox import Outbox, parse
 from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.store.job_transitions import Transition
-from celery_capacity.workers import parts as module
-from celery_capacity.workers.attempts import Attempt
-from celery_capacity.workers.delivery import Delivery, key_of
-from celery_capacity.workers.parts import Part, Parts
-from celery_capacity.workers.results import CarriedResults
+from celery_capacity.workers.process.attempts import Attempt
+from celery_capacity.workers.results import chord_parts as module
+from celery_capacity.workers.results.backends import CarriedResults
+from celery_capacity.workers.results.chord_parts import Part, Parts
+from celery_capacity.workers.results.deliver import Delivery, key_of
 
 PATIENCE = 20.0
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from celery_capacity.workers.cut import is_silence
-from celery_capacity.workers.pool_loop import BrokerProbe, PoolLoop
+from celery_capacity.workers.broker.cut_connection import is_silence
+from celery_capacity.workers.execute.pool_loop import BrokerProbe, PoolLoop
 
 
 class Broker:
@@ -61,7 +61,7 @@ def test_probe_tries_each_address_before_it_pauses() -> None:
 
 
 def test_probe_gives_up_after_the_retries_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("celery_capacity.workers.pool_loop.PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("celery_capacity.workers.execute.pool_loop.PAUSES", (0.0, 0.0, 0.0))
     broker = Broker(answers_at=100)
     probe = probed(broker, 2)
     assert (probe.done, probe.answers) == (True, False)

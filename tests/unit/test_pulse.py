@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.workers.pulse import Pulse
-from celery_capacity.workers.sight import Sight
+from celery_capacity.workers.membership.failover import Sight
+from celery_capacity.workers.membership.heartbeat import Pulse
 
 
 class Gone:

@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from celery_capacity.routing.store import refused_transitions
-from celery_capacity.workers import recorder
-from celery_capacity.workers.recorder import Recorder
+from celery_capacity.workers.results import outcome_writer
+from celery_capacity.workers.results.outcome_writer import Recorder
 from tests.fixtures.waiting import until
 
 
@@ -33,7 +33,7 @@ class Handed(threading.Condition):
 
 @pytest.fixture
 def writing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    monkeypatch.setattr(recorder, "RETRY_AFTER", (0.001,))
+    monkeypatch.setattr(outcome_writer, "RETRY_AFTER", (0.001,))
     unwritten: Any = object()
     writing = Recorder(Away(), None)  # type: ignore[arg-type]
     writing._changed = Handed()
@@ -58,7 +58,7 @@ class Takes:
         self.takes = False
         self.tried = threading.Semaphore(0)
         monkeypatch.setattr(refused_transitions, "write", self.write)
-        monkeypatch.setattr(recorder, "RETRY_AFTER", (0.001,))
+        monkeypatch.setattr(outcome_writer, "RETRY_AFTER", (0.001,))
 
     def write(self, _: Any, batch: list[Any], *, wait: bool) -> tuple[list[Any], list[Any]]:
         self.tried.release()
@@ -111,7 +111,7 @@ def test_recorder_names_the_jobs_of_all_that_is_unwritten(postgres: Takes) -> No
 
 
 def test_recorder_is_behind_while_too_much_is_unwritten(postgres: Takes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "MAX_UNWRITTEN", 3)
+    monkeypatch.setattr(outcome_writer, "MAX_UNWRITTEN", 3)
     writing = Recorder(Mock(), Mock())
     writing.add(transitions("a", "b", "c"))
     assert not writing.is_behind()

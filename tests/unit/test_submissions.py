@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from celery_capacity.workers import submissions
-from celery_capacity.workers.submissions import IN_A_ROW, IN_A_ROW_BUSY, Moment, Submission, Submissions
+from celery_capacity.workers.dispatch import submission_queue
+from celery_capacity.workers.dispatch.submission_queue import IN_A_ROW, IN_A_ROW_BUSY, Moment, Submission, Submissions
 from tests.fixtures.waiting import PATIENCE, until
 
 #: Seconds, longer than any test takes.
@@ -56,7 +56,7 @@ def ledger() -> Ledger:
 @pytest.fixture
 def sent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Submissions:
     """Where whatever follows a first job is in a row with it."""
-    monkeypatch.setattr(submissions, "IN_A_ROW", ALWAYS)
+    monkeypatch.setattr(submission_queue, "IN_A_ROW", ALWAYS)
     made = Submissions(ledger)
     made._last = Moment(-10 * ALWAYS)
     return made
@@ -108,7 +108,7 @@ def test_jobs_in_a_row_are_brought_by_a_thread_together_and_in_their_order(ledge
 def test_a_row_that_has_gone_on_for_long_is_brought_in_larger_steps_than_one_that_begins(
     ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submissions, "GATHER_AT_MOST", ALWAYS)
+    monkeypatch.setattr(submission_queue, "GATHER_AT_MOST", ALWAYS)
     now = time.monotonic()
     sent._last = Moment(now - 2 * ALWAYS)
     add(sent, job(0))
@@ -135,8 +135,8 @@ def test_one_that_must_not_wait_goes_behind_those_that_do(ledger: Ledger, sent: 
 def test_senders_wait_for_a_thread_that_cannot_keep_up(
     ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submissions, "MOST_WAITING", 10)
-    monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
+    monkeypatch.setattr(submission_queue, "MOST_WAITING", 10)
+    monkeypatch.setattr(submission_queue, "PATIENCE", ALWAYS)
     hold_up(ledger, sent)
     for number in range(2, 12):
         add(sent, job(number))
@@ -153,8 +153,8 @@ def test_senders_wait_for_a_thread_that_cannot_keep_up(
 def test_who_waits_for_the_thread_does_not_wait_for_what_others_send_meanwhile(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submissions, "IN_A_ROW", ALWAYS)
-    monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
+    monkeypatch.setattr(submission_queue, "IN_A_ROW", ALWAYS)
+    monkeypatch.setattr(submission_queue, "PATIENCE", ALWAYS)
     others = threading.Event()
 
     def bring(jobs: Sequence[Submission]) -> None:
@@ -194,7 +194,7 @@ def test_an_error_that_nobody_thought_of_stops_nothing(
 def test_the_thread_ends_when_nothing_comes_and_another_one_follows(
     ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submissions, "REST_AT_MOST", 0.01)
+    monkeypatch.setattr(submission_queue, "REST_AT_MOST", 0.01)
     add(sent, job(0))
     for number in range(1, 4):
         add(sent, job(number))
@@ -221,9 +221,9 @@ def test_where_there_can_be_no_thread_each_job_goes_at_once(
 def test_large_jobs_wait_in_smaller_numbers(
     ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submissions, "PATIENCE", ALWAYS)
+    monkeypatch.setattr(submission_queue, "PATIENCE", ALWAYS)
     hold_up(ledger, sent)
-    half = submissions.MOST_BYTES // 2
+    half = submission_queue.MOST_BYTES // 2
     for number in (2, 3):
         add(sent, Submission(1, (number,), half))
     another = threading.Thread(target=add, args=(sent, Submission(1, (4,), half)))

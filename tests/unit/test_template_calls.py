@@ -14,9 +14,9 @@ from kombu import Exchange, Queue
 
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.message import Tag
-from celery_capacity.workers.app import install
-from celery_capacity.workers.attempts import Attempt, held
-from celery_capacity.workers.templates import MOST_CHANGES, MOST_KINDS
+from celery_capacity.workers.app.install import install
+from celery_capacity.workers.process.attempts import Attempt, held
+from celery_capacity.workers.submit.message_cache import MOST_CHANGES, MOST_KINDS
 from tests.fixtures.alike import (
     NOWHERE,
     caught,
@@ -118,7 +118,7 @@ def test_a_task_that_is_called_at_once_is_not_sent(app: Celery) -> None:
 def test_the_event_of_a_task_that_is_sent_is_made_where_it_is_asked_for(app: Celery) -> None:
     assert not by_celery(app, app.tasks["free"].delay)
     app.conf.task_send_sent_event = True
-    with mock.patch("celery_capacity.workers.amqp._JobProducer.publish") as publish:
+    with mock.patch("celery_capacity.workers.submit.amqp._JobProducer.publish") as publish:
         assert by_celery(app, app.tasks["free"].delay)
     assert publish.call_args_list[-1].kwargs["routing_key"] == "task.sent"
 

@@ -6,7 +6,7 @@ import pytest
 from redis import exceptions as redis_errors
 
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.workers.patiently import may_pass
+from celery_capacity.workers.process.waiting_for_stores import may_pass
 
 
 def from_redis(error: redis_errors.RedisError) -> StoreUnavailable:

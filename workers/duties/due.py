@@ -11,11 +11,11 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.recovery import resubmit
 from celery_capacity.routing.store import backlog, dependencies
-from celery_capacity.workers.cancellation import end_before_start, open_gates
-from celery_capacity.workers.duties import stream
-from celery_capacity.workers.gates import burst_of
-from celery_capacity.workers.stores import Stores
-from celery_capacity.workers.undelivered import deliver_rows
+from celery_capacity.workers.duties import apply_transitions
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.results.cancellation import end_before_start, open_gates
+from celery_capacity.workers.results.deliver_later import deliver_rows
+from celery_capacity.workers.submit.constraints import burst_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def _due(app: Celery, stores: Stores, gone: set[str]) -> int:
         if not backlog.due(connection, 1):
             return 0
     # What has started already is not due: see `sweep`.
-    stream.run_once(app, stores, older_than_ms=0)
+    apply_transitions.run_once(app, stores, older_than_ms=0)
     while True:
         with stores.engine.connect() as connection:
             rows = backlog.due(connection, MOST, after)

@@ -9,7 +9,7 @@ from celery import Celery
 from sqlalchemy import Connection, text
 
 from celery_capacity.routing.ledger import keys, snapshot
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.process.stores import Stores
 
 #: Times the setting LOST after which the row of an incarnation that has left is forgotten (21 h at the usual 75 s).
 #: Attempts name their worker by text, and need no row.

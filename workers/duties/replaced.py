@@ -6,8 +6,8 @@ from __future__ import annotations
 from celery import Celery
 
 from celery_capacity.routing.insert import replacements
-from celery_capacity.workers.stores import Stores
-from celery_capacity.workers.undelivered import deliver_rows
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.results.deliver_later import deliver_rows
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:

@@ -8,9 +8,9 @@ from celery import Celery
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.recovery import resubmit, revocation, workers_with_room
 from celery_capacity.routing.store import backlog
-from celery_capacity.workers.cancellation import carry_out
-from celery_capacity.workers.duties import stream
-from celery_capacity.workers.stores import Stores
+from celery_capacity.workers.duties import apply_transitions
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.results.cancellation import carry_out
 
 MOST = 1000
 
@@ -42,7 +42,7 @@ def _stranded(app: Celery, stores: Stores) -> int:
         if not backlog.stranded(connection, pause(stores.settings), 1):
             return 0
     # A job that has started may be `accepted` in its row still, and its key in the ledger lost. The stream says so.
-    stream.run_once(app, stores, older_than_ms=0)
+    apply_transitions.run_once(app, stores, older_than_ms=0)
     while True:
         with stores.engine.connect() as connection:
             rows = backlog.stranded(connection, pause(stores.settings), MOST, after)

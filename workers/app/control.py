@@ -1,0 +1,128 @@
+"""Celery's remote control, with a revoke that reaches jobs which no worker holds, and outlives the worker of others."""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+from typing import Any, Final
+
+from celery.app.control import Control
+from kombu.exceptions import OperationalError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable, show
+from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.model.job import Rate
+from celery_capacity.routing.store import dependencies
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.results.cancellation import TOLD, revoke_jobs, revoke_stamped
+from celery_capacity.workers.submit.constraints import rate_of
+
+logger = logging.getLogger(__name__)
+
+_COMMANDS: Final = ("revoke", "revoke_by_stamped_headers")
+
+#: Set while this process broadcasts a revoke of which the rows know.
+_told: ContextVar[bool] = ContextVar("celery-capacity told", default=False)
+
+
+class PlatformControl:
+    """Mixed into the app's control class."""
+
+    stores: Stores
+    app: Any
+
+    def revoke(
+        self,
+        task_id: Any,
+        destination: Any = None,
+        terminate: bool = False,
+        signal: str = "SIGTERM",
+        **kwargs: Any,
+    ) -> Any:
+        """Revoke jobs (an id, or several). One that waits or is scheduled ends at once, for good, with the result
+        REVOKED; of one that a worker holds the worker is told, as Celery does (`terminate` ends its process), and its
+        row keeps it: the job runs no other attempt. While the ledger does not answer every job is only marked, starts
+        no more, and ends within the sweep's interval once it answers. Raises `InvalidRequest`, and `StoreUnavailable`:
+        also where `terminate` is asked for and the broker is away, so that no worker can be told."""
+        ids = [check_job_id(one) for one in ([task_id] if isinstance(task_id, str) else task_id)]
+        revoke_jobs(self.app, self.stores, ids)
+        with _telling(terminate):
+            return super().revoke(task_id, destination=destination, terminate=terminate, signal=signal, **kwargs)  # type: ignore[misc]
+
+    def revoke_by_stamped_headers(
+        self, headers: Any, destination: Any = None, terminate: bool = False, signal: str = "SIGTERM", **kwargs: Any
+    ) -> Any:
+        """The same for all jobs that carry one of these stamps: {name: value or list of values}. Workers remember the
+        stamps, as Celery's do: what is submitted with one later ends when it is to start."""
+        revoke_stamped(self.app, self.stores, headers)
+        with _telling(terminate):
+            return super().revoke_by_stamped_headers(  # type: ignore[misc]
+                headers, destination=destination, terminate=terminate, signal=signal, **kwargs
+            )
+
+    def purge(self, connection: Any = None) -> int:
+        """Empty the queues: what waits in their backlogs ends as cancelled, and messages of old producers that are not
+        enrolled yet are dropped. Returns how many."""
+        if getattr(connection, "purge_jobs", None) is not None:
+            return int(super().purge(connection))  # type: ignore[misc]
+        # (Those of a pool are kombu's own, which know of no jobs.)
+        with self.app.connection_for_write() as own:
+            return int(super().purge(own))  # type: ignore[misc]
+
+    discard_all = purge
+
+    def broadcast(
+        self, command: Any, arguments: Any = None, destination: Any = None, *more: Any, **options: Any
+    ) -> Any:
+        """As Celery's; a rate limit (`rate_limit`, or `celery control rate_limit`) holds for the whole cluster from
+        then on, until another one is set: 0 lifts it."""
+        if command in _COMMANDS and _told.get():
+            arguments = {**(arguments or {}), TOLD: True}
+        if command == "rate_limit":
+            self._set_rate(dict(arguments or {}), destination)
+        return super().broadcast(command, arguments, destination, *more, **options)  # type: ignore[misc]
+
+    def _set_rate(self, arguments: dict[str, Any], destination: Any) -> None:
+        name, value = arguments.get("task_name"), arguments.get("rate_limit")
+        if not isinstance(name, str) or not name:
+            raise InvalidRequest(f"task name {show(name)} is not valid", value=name, advice="It must be text.")
+        if destination is not None:
+            advice = "Leave destination out."
+            raise InvalidRequest("a rate limit holds for the whole cluster", value=destination, advice=advice)
+        rate = rate_of(value, "rate_limit") or Rate(0.0, "0")
+        try:
+            with self.stores.engine.connect() as connection:
+                dependencies.set_rate(connection, name, rate, by_control=True)
+        except DBAPIError as problem:
+            raise translate(problem, f"the rate limit of {name} was not set: ") from problem
+        except PoolTimeout as problem:
+            raise StoreUnavailable(f"the rate limit of {name} was not set: no connection was free") from problem
+        self.app.amqp.job_sender.rates.forget()
+
+
+class _telling:  # noqa: N801 - reads as a statement
+    """Within, what this thread broadcasts says that the rows know. While the broker is away they are enough, but for
+    what is to be terminated."""
+
+    def __init__(self, terminate: bool) -> None:
+        self._terminate = terminate
+
+    def __enter__(self) -> None:
+        self._token = _told.set(True)
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        _told.reset(self._token)
+        if not isinstance(error, OperationalError):
+            return False
+        if self._terminate:
+            raise StoreUnavailable("what runs was not terminated, the broker does not answer; no attempt follows it")
+        logger.warning("revoked in Postgres; no worker was told, the broker does not answer: %s", error)
+        return True
+
+
+def control_class(base: type = Control, stores: Stores | None = None) -> type:
+    """The app's control class with the platform's in front of it."""
+    return type("Control", (PlatformControl, base), {"stores": stores})

@@ -1,0 +1,146 @@
+"""Making a Celery app whose tasks are admitted by capacity: `create_app` a new one, `install` for one that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, cast
+
+from celery import Celery
+from celery.app import backends
+from kombu.utils.imports import symbol_by_name
+
+from celery_capacity.routing.errors import NoServers, PlatformError
+from celery_capacity.workers.app.adoption import cover_tasks, make_anew, unproxied
+from celery_capacity.workers.app.control import control_class
+from celery_capacity.workers.app.defaults import Defaults, NoBackend
+from celery_capacity.workers.broker import beat_messages
+from celery_capacity.workers.membership.preflight import check_imports
+from celery_capacity.workers.process.stores import Resolve, Stores, resolve_running
+from celery_capacity.workers.results.backends import BACKENDS, backend_class
+from celery_capacity.workers.results.cancellation import purge_queue
+from celery_capacity.workers.results.events import teach_states
+from celery_capacity.workers.submit import groups, submit_many
+from celery_capacity.workers.submit.amqp import amqp_class
+from celery_capacity.workers.submit.message_cache import Templates
+from celery_capacity.workers.submit.task import cover, task_class
+from celery_capacity.workers.submit.validation import checking
+
+
+def create_app(
+    name: str = "platform",
+    include: Iterable[str] = (),
+    *,
+    resolve: Resolve = resolve_running,
+    **celery_options: Any,
+) -> Celery:
+    """A Celery app on the platform's stores, made the current one. Opens nothing.
+
+    `include`: modules with tasks. `resolve`: what to do when no URL is set (the default takes the running embedded
+    servers, and raises `NoServers` without any). Other options are Celery's own, and win over the platform's.
+    """
+    app = Celery(name, include=[*include], set_as_current=True, **celery_options)
+    return install(app, resolve=resolve)
+
+
+def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
+    """Give an existing app admission by capacity; the app is returned. A second time changes nothing.
+
+    Call it when the app is made: before or after its tasks are defined, its configuration is read or something was
+    sent. Its own AMQP, control, task, request and consumer classes are kept and extended, as are settings that it names
+    itself. Where the app has read its configuration already, the environment is read at once (and `SettingsError`
+    raised), else when it does. Servers are looked for when one is needed.
+    """
+    app = unproxied(app)
+    if isinstance(getattr(app, "platform", None), Stores):
+        return app
+    stores = Stores(resolve)
+    app.platform = stores
+    app.amqp_cls = amqp_class(_as_class(app.amqp_cls), stores, purge_queue)
+    app.control_cls = control_class(_as_class(app.control_cls), stores)
+    app.task_cls = task_class(app.task_cls)
+    app.loader.override_backends = {**BACKENDS, **app.loader.override_backends}
+    _carry_results(app)
+    _check_imports(app, stores)
+    app.send_task = checking(app)
+    app.platform_templates = Templates(app, stores)
+    app.submit_many = partial(submit_many.submit_many, app)
+    groups.connect()
+    teach_states()
+    # Each time that a configuration is read: `config_from_object` after a first use does so anew.
+    app.add_defaults(partial(_configured, app))
+    app.on_after_configure.connect(_configured, weak=False)
+    app.on_after_finalize.connect(_finish, weak=False)
+    make_anew(app)
+    cover_tasks(app)
+    if app.finalized:
+        _finish(app)
+    # Here, not at the import of this module: its signals concern the worker of an installed app only.
+    from celery_capacity.workers.app import signals
+
+    signals.connect()
+    return app
+
+
+def platform_of(app: Celery) -> Stores:
+    """The stores of an app: `settings`, `engine`, `redis`, `ledger`. Raises where the platform is not installed."""
+    stores = getattr(app, "platform", None)
+    if not isinstance(stores, Stores):
+        raise PlatformError(
+            f"the app {app.main!r} is not on the platform",
+            advice="Use `celery -A platform`, or call celery_capacity.install(app) in its module.",
+        )
+    return stores
+
+
+def _check_imports(app: Celery, stores: Stores) -> None:
+    """Have whoever imports the tasks, a worker or beat, look first whether the modules of the settings are there."""
+    plain = app.loader.import_default_modules
+
+    def checked() -> Any:
+        check_imports(stores.settings_without_servers().imports)
+        return plain()
+
+    app.loader.import_default_modules = checked
+
+
+def _carry_results(app: Celery) -> None:
+    """Have the app make its result backend, whichever it is, with the platform's in front of it."""
+
+    def make() -> Any:
+        try:
+            found, url = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+        except NoServers as missing:
+            return NoBackend(app, missing)
+        return backend_class(found)(app=app, url=url)
+
+    app._get_backend = make
+
+
+def _as_class(of: Any) -> type:
+    return cast("type", symbol_by_name(of))
+
+
+def _configured(sender: Celery, **_: Any) -> dict[str, Any]:
+    """The app has read its configuration. Returns nothing more that is to stand before it."""
+    made: Defaults | None = sender.__dict__.get("platform_defaults")
+    if made is None:
+        made = sender.platform_defaults = Defaults(sender, platform_of(sender))
+    made.put_last(sender.conf)
+    if sender.finalized:
+        _add_ticks(sender)
+    return {}
+
+
+def _finish(sender: Celery, **_: Any) -> None:
+    """Once the app is final: no task is left that was decorated before `install` and made since."""
+    for task in sender._tasks.values():
+        cover(task)
+    _add_ticks(sender)
+
+
+def _add_ticks(app: Celery) -> None:
+    """A schedule of the user's own does not lose the platform's ticks."""
+    entries = beat_messages.beat_entries(platform_of(app).settings_without_servers())
+    if entries.keys() - app.conf.beat_schedule.keys():
+        app.conf.beat_schedule = {**entries, **app.conf.beat_schedule}

@@ -1,0 +1,134 @@
+"""Celery's start-up and shutdown signals, wired to the worker's runtime. No rule in here."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import socket
+import threading
+from functools import partial
+from typing import Any, Final
+
+from celery import signals
+from celery.app import trace
+from celery.utils.nodenames import anon_nodename
+from kombu.asynchronous import set_event_loop
+from kombu.utils.imports import symbol_by_name
+
+from celery_capacity.routing.config.machine import default_concurrency, detect
+from celery_capacity.routing.config.redaction import HIDDEN
+from celery_capacity.workers.execute import readiness
+from celery_capacity.workers.execute.gevent_pool import check_pool, prepare
+from celery_capacity.workers.execute.readiness import refusing, stores_of
+from celery_capacity.workers.execute.runtime import Runtime, runtime_of
+from celery_capacity.workers.membership import orphans
+from celery_capacity.workers.membership.preflight import check_broker, check_results
+from celery_capacity.workers.process import running_workers
+from celery_capacity.workers.process.fork_safety import guard_children
+from celery_capacity.workers.process.identity import name_of, new_identity
+from celery_capacity.workers.remote import (
+    queue_commands,
+    remote_control,  # noqa: F401  its commands take the places of Celery's
+)
+
+#: By name, as Celery finds it: what only submits never loads it.
+CONSUMER: Final = "celery_capacity.workers.execute.consumer:consumer_class"
+
+#: Numbers of the workers of this process that nobody named.
+_lives: Final = itertools.count(1)
+
+logger = logging.getLogger(__name__)
+
+
+def connect() -> None:
+    """Connect the signals, once for the process."""
+    for signal, handler in (
+        (signals.celeryd_init, on_celeryd_init),
+        (signals.worker_init, on_worker_init),
+        (signals.worker_ready, on_worker_ready),
+        (signals.worker_shutting_down, on_worker_shutting_down),
+        (signals.worker_shutdown, on_worker_shutdown),
+    ):
+        signal.connect(handler, weak=False, dispatch_uid=f"celery-capacity.{handler.__name__}")
+    logging.getLogger("celery.pool").addFilter(_without_arguments)
+
+
+def _without_arguments(record: logging.LogRecord) -> bool:
+    """Celery's pool writes the arguments of each job into its log, at the level DEBUG."""
+    if isinstance(record.args, tuple) and record.msg.startswith("TaskPool: Apply"):
+        record.args = (record.args[0], HIDDEN, HIDDEN)
+    return True
+
+
+def on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None, **_: Any) -> None:
+    """Name the worker, and size its pool by its CPUs, before anything is made of either."""
+    stores = stores_of(instance.app)
+    if stores is None:
+        return
+    with refusing():
+        settings = stores.settings
+        for warning in settings.warnings:
+            logger.warning(warning)
+        name = name_of(settings, instance.hostname)
+        instance.hostname = f"{name}@{socket.gethostname()}"
+        trace.setup_worker_optimizations(instance.app, instance.hostname)
+        if not (options or {}).get("concurrency") and not conf.worker_concurrency:
+            conf.worker_concurrency = default_concurrency(detect(settings).capacity.get("cpus"))
+
+
+def on_worker_init(sender: Any = None, **_: Any) -> None:
+    """Refuse early what cannot work: no tables, a name that is taken."""
+    stores = stores_of(sender.app)
+    if stores is None:
+        return
+    with refusing():
+        green = check_pool(sender.pool_cls)
+        if green:
+            prepare(sender.app, _drain)
+        sender.consumer_cls = symbol_by_name(CONSUMER)(sender.consumer_cls)
+        if rules := stores.requests:
+            logger.info("%s names requests for %d patterns of task names", stores.settings.requests, len(rules.rules))
+        if sender.hostname == anon_nodename() and not stores.settings.node_name:
+            # A worker of `celery.contrib.testing`, in a thread: this process may have had one, or have two.
+            sender.hostname = anon_nodename(prefix=f"gen{next(_lives)}-")
+        identity = new_identity(name_of(stores.settings, sender.hostname))
+        orphans.mark(identity.incarnation)
+        queue_commands.connect()
+        guard_children(stores.settings)
+        check_broker(sender.app.conf.broker_read_url)
+        check_results(sender.app)
+        runtime = Runtime(sender.app, stores, identity, green)
+        if type(sender) is not sender.app.WorkController:
+            # (One that was only made is looked at, by `celery graph bootsteps`: it meets the others when it starts.)
+            runtime.joining.meet(threading.Event().wait)
+        if running_workers.running():
+            # Celery would have both wait with one event loop, in two threads.
+            set_event_loop(None)
+        sender.platform_runtime = runtime
+        sender.start = partial(runtime.run, sender.start)
+
+
+def on_worker_ready(sender: Any = None, **_: Any) -> None:
+    """The pool is up and the queue is consumed: now the worker can be admitted to."""
+    readiness.join(sender)
+
+
+def on_worker_shutting_down(sender: Any = None, how: str = "", **_: Any) -> None:
+    """In a signal handler: only flags are set and pipes written."""
+    if how.lower() == "cold":
+        for runtime in running_workers.running():
+            runtime.stop_cold()
+    _drain()
+
+
+def _drain() -> None:
+    """In a signal handler."""
+    for runtime in running_workers.running():
+        runtime.drain()
+
+
+def on_worker_shutdown(sender: Any = None, **_: Any) -> None:
+    """The pool has ended: settle and deregister, before whoever else hears of it."""
+    runtime = runtime_of(sender)
+    if runtime is not None:
+        runtime.leave()

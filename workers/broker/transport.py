@@ -1,0 +1,388 @@
+"""How a worker takes messages from a broker, so that none of them can end it.
+
+kombu decodes what a queue holds and lets every error out into the loop that reads the queue: one raw `garbage`, `[]` or
+`null`, pushed by anybody, ends a Celery worker. Here a channel looks first; what no message can be made of is set aside
+(`Receiving.set_aside`), and the loop goes on. Bodies are decompressed up to a bound.
+
+`Connection` stands in for kombu's on an installed app: `redis://`, `sentinel://`, `amqp://` and the others mean what
+they always do, with our classes behind them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from queue import Empty
+from typing import Any, Final
+
+import kombu
+from kombu import message as kombu_message
+from kombu.transport import pyamqp, virtual
+from kombu.transport import redis as kombu_redis
+from kombu.utils.encoding import bytes_to_str
+from redis.backoff import NoBackoff
+from redis.exceptions import DataError, ResponseError
+from redis.retry import Retry
+
+from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.ledger import sentinels
+from celery_capacity.routing.model import envelope as envelopes
+from celery_capacity.routing.model.envelope import Envelope, Unreadable
+from celery_capacity.workers.broker.decompression import TIMES, unpack
+from celery_capacity.workers.process.spare_connections import close_spare
+
+logger = logging.getLogger(__name__)
+
+
+def _say(raw: bytes, queue: str, reason: str) -> None:
+    logger.error("a message in the queue %.100s cannot be read and is dropped: %s: %r", queue, reason, raw[:200])
+
+
+@dataclass
+class Receiving:
+    """What this process does with what it receives; a worker says so at its start. `set_aside`: (raw, queue, reason).
+    `most_bytes`: of a decompressed body."""
+
+    set_aside: Callable[[bytes, str, str], None] = _say
+    most_bytes: int = TIMES * 1024**2
+
+
+#: One for the process, since kombu makes channels and messages by itself.
+receiving: Final = Receiving()
+
+
+class _Unpacked(kombu_message.Message):
+    """A message whose body is decompressed here, up to the bound, and not by kombu without one."""
+
+    #: Whether the headers speak of a compression that the body no longer has.
+    was_compressed = False
+
+    def __init__(self, body: Any = None, *args: Any, headers: Any = None, **options: Any) -> None:
+        method = headers.get("compression") if isinstance(headers, dict) else None
+        if not method:
+            super().__init__(body, *args, headers=headers, **options)
+            return
+        try:
+            body = unpack(body, method, receiving.most_bytes)
+            self.was_compressed = True
+        except Exception:
+            # As kombu: whoever handles the message finds the error there.
+            self.errors = [sys.exc_info()]
+        super().__init__(body, *args, headers={**headers, "compression": None}, **options)
+        self.headers = headers
+
+
+class Message(virtual.Message, _Unpacked):
+    """A message of a Redis queue; `_raw` is the `Envelope` that it was made of."""
+
+
+class JobMessage(Message):
+    """A message of this worker's own queue: its row is durable, so that nobody waits for an acknowledgement.
+
+    A body that cannot be decompressed is no error of the message, which must be claimed before its job can end:
+    `spoiled` has it, and whoever starts the job looks there. `revoked`: the claim said that the job was revoked.
+    """
+
+    revoked = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.spoiled: BaseException | None = self.errors[0][1] if self.errors else None
+        self.errors = []
+
+    def ack(self, multiple: bool = False) -> None:
+        self._state = "ACK"
+
+    def reject(self, requeue: bool = False) -> None:
+        self._state = "REJECTED"
+
+    def requeue(self) -> None:
+        self._state = "REQUEUED"
+
+
+class _NoChannel:
+    """What a message asks of its channel, where it came by none."""
+
+    no_ack_consumers: Any = None
+    decode_body = virtual.Channel.decode_body
+    codecs = virtual.Channel.codecs
+
+
+def job_message(raw: bytes, accept: Any) -> JobMessage:
+    """The message of a job that came from the private queue without the broker. Raises `Unreadable`."""
+    envelope = envelopes.read(raw)
+    try:
+        message = JobMessage(envelope, channel=_NoChannel())
+    except Exception as error:
+        raise Unreadable(_reason(error)) from error
+    message.accept = accept
+    return message
+
+
+def replied_message(text: str, accept: Any) -> JobMessage:
+    """The message of a job that came in a reply of the ledger, claimed already. One that cannot be read has nothing but
+    its tag, so that its job ends as undecodable."""
+    raw = text.encode("utf-8", "replace")
+    try:
+        return job_message(raw, accept)
+    except Unreadable as error:
+        properties = {"delivery_tag": envelopes.tag_at_end(raw), "delivery_info": {}}
+        message = JobMessage({"properties": properties}, channel=_NoChannel())
+        message.spoiled = error
+        return message
+
+
+def raw_of(message: Any) -> bytes:
+    """What came, or what can be known of it: for the quarantine."""
+    found = getattr(message, "_raw", None)
+    if isinstance(found, Envelope) and found.raw:
+        return found.raw
+    shown = {"headers": getattr(message, "headers", None), "body": getattr(message, "body", None)}
+    return json.dumps(shown, default=repr, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def digest_of(message: Any) -> str:
+    """See `routing.model.envelope.digest`; '' where what came is not known."""
+    found = getattr(message, "_raw", None)
+    return envelopes.digest(found) if isinstance(found, Envelope) and found.raw else ""
+
+
+#: Seconds for which the server waits for a message before it says that there is none. (kombu's 1 s is a question a
+#: second of each worker.)
+WAIT: Final = 60
+
+#: The channels of Redis of this process: threads that end take theirs out.
+_channels: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
+
+
+def _channels_now() -> list[Any]:
+    """Return the channels of Redis of this process, whose other threads may make one meanwhile."""
+    while True:
+        with suppress(RuntimeError):
+            return list(_channels)
+
+
+def doubt() -> None:
+    """Have every connection that waits for a message of Redis made anew: the server was away, and one that waits since
+    before may wait for ever. In any thread: the sockets are shut down, and whoever reads them finds out."""
+    for channel in _channels_now():
+        for name in ("client", "subclient"):
+            connection = getattr(channel.__dict__.get(name), "connection", None)
+            found = getattr(connection, "_sock", None)
+            if found is not None:
+                with suppress(OSError):
+                    found.shutdown(socket.SHUT_RDWR)
+
+
+def close_spare_connections() -> None:
+    """Close what the channels of this process do not wait on, in any thread."""
+    for channel in _channels_now():
+        for pool in (getattr(channel, "_pool", None), getattr(channel, "_async_pool", None)):
+            if pool is not None:
+                close_spare(pool)
+
+
+class _Looking:
+    """In front of a channel of Redis: an eye on what it delivers."""
+
+    Message = Message
+    # What of kombu's channel is used here.
+    connection: Any
+    connection_errors: Any
+    client: Any
+    qos: Any
+    sep: str
+    _fanout_queues: Any
+    _flush_brpop_reauth: Any
+    _in_poll: Any
+    _queue_cycle: Any
+    #: The connection's number at the server, and the socket that had it.
+    _waits_as: int | None = None
+    _waits_on: Any = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _channels.add(self)
+
+    def _brpop_start(self, timeout: Any = None) -> None:
+        found = self.client.connection._sock
+        if found is not None and found is not self._waits_on:
+            self._waits_on, self._waits_as = found, None
+            with suppress(ResponseError):
+                self.client.connection.send_command("CLIENT", "ID")
+                self._waits_as = int(self.client.parse_response(self.client.connection, "CLIENT ID"))
+        super()._brpop_start(timeout)  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Wait no more for a message, without losing one that comes just now."""
+        if self._in_poll:
+            try:
+                with self.conn_or_acquire() as client:  # type: ignore[attr-defined]
+                    client.client_unblock(self._waits_as)
+            except (*self.connection_errors, ResponseError, DataError):
+                self._in_poll.disconnect()
+                self._in_poll = None
+        super().close()  # type: ignore[misc]
+
+    def basic_consume(self, queue: Any, no_ack: bool, callback: Any, consumer_tag: Any, **options: Any) -> Any:
+        found = super().basic_consume(queue, no_ack, callback, consumer_tag, **options)  # type: ignore[misc]
+        kind = JobMessage if no_ack and queue not in self._fanout_queues else Message
+
+        def deliver(raw: Any) -> Any:
+            try:
+                envelope = raw if isinstance(raw, Envelope) else envelopes.checked(raw)
+                message = kind(envelope, channel=self)
+            except Exception as error:
+                came = raw.raw if isinstance(raw, Envelope) else json.dumps(raw, default=repr).encode()
+                receiving.set_aside(came, queue, _reason(error))
+                return None
+            if not no_ack:
+                self.qos.append(message, message.delivery_tag)
+            return callback(message)
+
+        self.connection._callbacks[queue] = deliver
+        return found
+
+    def queue_purge(self, queue: str, **options: Any) -> int:
+        count: int = super().queue_purge(queue, **options)  # type: ignore[misc]
+        return count + _purge_jobs(self, queue)
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """As kombu's, but for what is done with what came."""
+        try:
+            try:
+                popped = self.client.parse_response(self.client.connection, "BRPOP", **options)
+            except self.connection_errors:
+                # Disconnected, the next round connects again.
+                self.client.connection.disconnect()
+                raise
+            if not popped:
+                raise Empty()
+            key, raw = popped
+            queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
+            self._queue_cycle.rotate(queue)
+            self._take(queue, raw)
+            return True
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+
+    def _take(self, queue: str, raw: Any) -> None:
+        raw = raw.encode("utf-8", "surrogateescape") if isinstance(raw, str) else bytes(raw)
+        try:
+            envelope = envelopes.read(raw)
+        except Unreadable as error:
+            receiving.set_aside(raw, queue, str(error))
+            return
+        self.connection._deliver(envelope, queue)
+
+
+class _AskingOnce:
+    """Leaves retries to Celery: redis-py would make ten of its own, with pauses of up to 10 s, in the main loop."""
+
+    def _connparams(self, *args: Any, **options: Any) -> Any:
+        return {**super()._connparams(*args, **options), "retry": Retry(NoBackoff(), 0)}  # type: ignore[misc]
+
+
+class Channel(_AskingOnce, _Looking, kombu_redis.Channel):
+    """Redis's channel."""
+
+
+class SentinelChannel(_AskingOnce, _Looking, kombu_redis.SentinelChannel):
+    """That of a Redis behind Sentinels."""
+
+    connection_class = sentinels.Watched
+    sentinel_kwargs = sentinels.ASKING
+
+
+def _purge_jobs(channel: Any, queue: str) -> int:
+    """What else a purge of a queue ends, where it came by a connection of an app on the platform."""
+    purge = getattr(channel.connection.client, "purge_jobs", None)
+    return purge(queue) if purge is not None else 0
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, Unreadable) else f"no message can be made of it: {error!r}"
+
+
+class Transport(kombu_redis.Transport):
+    """`redis://`, `rediss://` and `redis+socket://`."""
+
+    Channel = Channel
+    brpop_timeout = WAIT
+
+
+class SentinelTransport(kombu_redis.SentinelTransport):
+    """`sentinel://`."""
+
+    Channel = SentinelChannel
+    brpop_timeout = WAIT
+
+
+class AMQPMessage(pyamqp.Message, _Unpacked):
+    """A message of RabbitMQ."""
+
+
+class AMQPChannel(pyamqp.Channel):
+    Message = AMQPMessage
+
+    def queue_purge(self, queue: str = "", *more: Any, **options: Any) -> int:
+        count: int = super().queue_purge(queue, *more, **options) or 0
+        return count + _purge_jobs(self, queue)
+
+
+class AMQPConnection(pyamqp.Connection):
+    Channel = AMQPChannel
+
+
+class AMQPTransport(pyamqp.Transport):
+    """`amqp://`."""
+
+    Connection = AMQPConnection
+
+
+class AMQPSTransport(pyamqp.SSLTransport):
+    """`amqps://`."""
+
+    Connection = AMQPConnection
+
+
+#: kombu's transport -> ours.
+OURS: Final[dict[type, type]] = {
+    kombu_redis.Transport: Transport,
+    kombu_redis.SentinelTransport: SentinelTransport,
+    pyamqp.Transport: AMQPTransport,
+    pyamqp.SSLTransport: AMQPSTransport,
+}
+
+
+class Connection(kombu.Connection):
+    """kombu's, with our transports, and with what `master_name` in a URL of Sentinels says (kombu has an option)."""
+
+    def __init__(self, hostname: Any = "localhost", *args: Any, transport_options: Any = None, **options: Any) -> None:
+        if isinstance(hostname, str) and hostname.startswith(f"{redis_urls.SENTINEL}://"):
+            address = redis_urls.read(hostname)
+            named = {redis_urls.MASTER: address.master} if address.master else {}
+            transport_options = {**named, **(transport_options or {})}
+            hostname = replace(address, master="").url
+        super().__init__(hostname, *args, transport_options=transport_options, **options)
+
+    #: Set by the app: ends what waits in the backlog of a queue that is purged, and returns how many jobs.
+    purge_jobs: Callable[[str], int] | None = None
+    #: Set by a worker's consumer on its own connection: other threads read the queues.
+    consumes_nothing: bool = False
+
+    def clone(self, **options: Any) -> Connection:
+        twin: Connection = super().clone(**options)
+        twin.purge_jobs = self.purge_jobs
+        return twin
+
+    def get_transport_cls(self) -> type:
+        found: type = super().get_transport_cls()
+        return OURS.get(found, found)

@@ -1,0 +1,115 @@
+"""One job as asyncio programs see it: `await job(id).wait("running")`, `async for event in job(id).events()`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Final
+
+from celery import Celery, current_app
+from celery.result import AsyncResult
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.errors import InvalidRequest, PlatformError, StoreUnavailable, show
+from celery_capacity.routing.inspect import job_events
+from celery_capacity.routing.inspect.job_events import JobEvent
+from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.model.states import FINAL, State
+from celery_capacity.workers.process.stores import Stores
+
+#: Seconds after which a job is looked at again, where a store did not answer.
+LOOK_AGAIN: Final = 1.0
+
+
+class Job:
+    """A job by its id. Nothing is asked before it is awaited, and Postgres only at the beginning and after a gap."""
+
+    def __init__(self, id: str, stores: Stores) -> None:  # noqa: A002
+        self.id = check_job_id(id)
+        self._stores = stores
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id}>"
+
+    async def now(self) -> JobEvent:
+        """What the job is now. Raises `InvalidRequest` where there is none, `StoreUnavailable`."""
+        return await asyncio.to_thread(self._look)
+
+    async def wait(self, *states: str, timeout: float | None = None) -> JobEvent:
+        """The event with which the job came into one of the states, or ended (no state: its end), if it has not been
+        there already. Raises `TimeoutError` after so many seconds, and as `now` does."""
+        wanted = {_state(one) for one in states} | FINAL
+        async with asyncio.timeout(timeout), aclosing(self.events()) as events:
+            async for event in events:
+                if event.state in wanted:
+                    return event
+        raise AssertionError("the events of a job end with its end")
+
+    async def events(self) -> AsyncGenerator[JobEvent, None]:
+        """What the job is now, and then each state that it comes into, until it has ended. Raises as `now` does."""
+        loop, heard = asyncio.get_running_loop(), asyncio.Queue[JobEvent | None]()
+
+        def tell(event: JobEvent | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(heard.put_nowait, event)
+
+        watcher, last = self._stores.watcher, None
+        watcher.watch(self.id, tell)
+        try:
+            while last is None or not last.final:
+                event = await heard.get()
+                if event is None:
+                    try:
+                        event = await self.now()
+                    except StoreUnavailable:
+                        if last is None:
+                            raise
+                        loop.call_later(LOOK_AGAIN, tell, None)
+                        continue
+                elif last is None:
+                    # The first look is on its way, and sees what this says.
+                    continue
+                if event.follows(last):
+                    last = event
+                    yield event
+        finally:
+            watcher.unwatch(self.id, tell)
+
+    def _look(self) -> JobEvent:
+        # In this order: what the ledger forgets meanwhile, Postgres has.
+        known = self._stores.sending.ask(lambda ledger: job_events.in_ledger(ledger.client, self.id))
+        try:
+            with self._stores.engine.connect() as connection:
+                row = job_events.in_postgres(connection, self.id)
+        except DBAPIError as error:
+            raise translate(error) from error
+        except PoolTimeout as error:
+            raise StoreUnavailable("no connection to Postgres was free") from error
+        if row is None:
+            raise InvalidRequest(f"there is no job {self.id}", value=self.id, advice="Its transaction may not be over.")
+        return known if known is not None and known.rank > row.rank else row
+
+
+def _state(value: Any) -> State:
+    try:
+        return State(value)
+    except ValueError as error:
+        known = ", ".join(state.value for state in State)
+        raise InvalidRequest(
+            f"state {show(value)} is not valid", value=value, advice=f"It is one of {known}."
+        ) from error
+
+
+def job(id: str | AsyncResult[Any], app: Celery | None = None) -> Job:  # noqa: A002
+    """A job by its id or its result, to be waited for. `app`: the current one, unless it is given."""
+    result = id if isinstance(id, AsyncResult) else None
+    app = app or (result.app if result is not None else current_app._get_current_object())
+    stores = getattr(app, "platform", None)
+    if not isinstance(stores, Stores):
+        raise PlatformError(
+            f"the app {app.main!r} is not on the platform", advice="Pass app=, or call celery_capacity.install(app)."
+        )
+    return Job(result.id if result is not None else str(id), stores)

@@ -1,0 +1,117 @@
+"""The circuit breaker of senders: a ledger that is slow or silent costs them a moment once, not with each job.
+
+A row that is durable is accepted, whatever Redis does; only its way into the ledger is then left to the sweep. So a
+sender asks the ledger as long as that answers quickly. The first failure or slow answer *opens* the breaker: from then
+on nobody is asked, and a thread looks by itself until an answer comes quickly again, which *closes* it. While it is
+closed nothing looks, and there is no question beyond those of the senders.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import groupby
+from typing import Any, TypeVar
+
+from redis.exceptions import RedisError
+
+from celery_capacity.routing.config import timeouts
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.ledger import call_budget
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.connection import connect
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.workers.dispatch.circuit import SLOW, Circuit
+from celery_capacity.workers.dispatch.submission_queue import Beginning, Submission, Submissions
+
+T = TypeVar("T")
+
+
+class Breaker:
+    """Senders' own handle of the ledger. Thread-safe; not carried over a fork (`Stores` makes a new one there)."""
+
+    def __init__(self, settings: Settings, find_database: Callable[[], str] | None = None) -> None:
+        answer_within = timeouts.QUICK_ANSWER * settings.store_timeout
+        self._within = timeouts.QUICK_ATTEMPT * settings.store_timeout
+        client = connect(
+            str(settings.redis_url), socket_connect_timeout=answer_within, socket_timeout=answer_within
+        )
+        self._ledger = Ledger(settings, call_budget.bounded(client))
+        self._ledger.find_database = find_database
+        self._submissions = Submissions(self._bring)
+        self._circuit = Circuit(
+            self._ping,
+            "the ledger is left alone until it answers quickly (jobs are accepted meanwhile)",
+            "the ledger answers again",
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether the ledger is asked."""
+        return self._circuit.closed
+
+    def ask(self, question: Callable[[Ledger], T]) -> T | None:
+        """What the ledger answers, once it has what was submitted before; None where it is left alone, or does not
+        answer. Raises `LedgerClosed`."""
+        self._submissions.flush()
+        return self._ask(question)
+
+    def begin(self) -> Beginning:
+        """A sender begins with a job."""
+        return self._submissions.begin()
+
+    def submit(self, job: Submission, began: Beginning, *, alone: bool) -> None:
+        """Bring a job to the ledger that is durable. `began`: what `begin` said. `alone`: before this
+        returns. What the ledger does not hear or take, the duties bring."""
+        if self._circuit.closed:
+            self._submissions.add(job, began, alone=alone)
+
+    def flush(self) -> bool:
+        """Wait until the ledger was told of all that was submitted; whether it was."""
+        return self._submissions.flush()
+
+    def _bring(self, jobs: Sequence[Submission]) -> None:
+        for epoch, together in groupby(jobs, key=lambda job: job.epoch):
+            # Cold, or of another epoch: a worker opens it, and brings in what is accepted.
+            with suppress(LedgerClosed):
+                self._ask(partial(_submit, epoch, [job.args for job in together]))
+
+    def _ask(self, question: Callable[[Ledger], T]) -> T | None:
+        if not self._circuit.closed:
+            return None
+        began = time.monotonic()
+        try:
+            with call_budget.attempt(self._within):
+                answer = question(self._ledger)
+        except (StoreUnavailable, RedisError) as error:
+            self._circuit.trip(str(error))
+            return None
+        if (took := time.monotonic() - began) > SLOW:
+            self._circuit.trip(f"an answer took {took:.1f} s")
+        return answer
+
+    def descriptors(self) -> list[int]:
+        """The sockets of this handle, as numbers: for a child that inherited them."""
+        return self._ledger.descriptors()
+
+    def close(self) -> None:
+        """End the connections, and the thread where there is one."""
+        self._submissions.flush()
+        self._circuit.stop(self._within)
+        self._ledger.client.close()
+
+    def _ping(self) -> None:
+        with call_budget.attempt(self._within):
+            self._ledger.client.ping()
+
+
+def _submit(epoch: int, jobs: list[tuple[Any, ...]], ledger: Ledger) -> bool:
+    ledger.epoch = epoch
+    if len(jobs) == 1:
+        ledger.submit_one(jobs[0])
+    else:
+        ledger.submit_many(jobs)
+    return True

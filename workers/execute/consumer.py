@@ -1,0 +1,226 @@
+"""Celery's consumer, between the worker's private queue and its pool: messages are claimed before they become requests.
+
+It wires; what is decided is in `ledger_thread` and `requests`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from celery.bootsteps import RUN
+from celery.worker import consumer as celery_consumer
+from celery.worker import state as worker_state
+from kombu.asynchronous import set_event_loop
+from kombu.utils.imports import symbol_by_name
+
+from celery_capacity.routing.config.redaction import HIDDEN
+from celery_capacity.workers.broker.cut_connection import cut, is_silence
+from celery_capacity.workers.broker.queues import as_queue
+from celery_capacity.workers.execute import readiness
+from celery_capacity.workers.execute.pool import recall_unsent
+from celery_capacity.workers.execute.pool_loop import PoolLoop
+from celery_capacity.workers.execute.request import JobRequest, request_class
+from celery_capacity.workers.execute.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between looks for dead children. Celery looks when a child's pipe closes, which may be a moment before the
+#: kernel lets it be reaped, and then not again for 5 s; for so long its job would hold what nobody uses.
+CHILDREN_EVERY: Final = 0.25
+
+#: Seconds between the events `worker-heartbeat`, unless the worker was told otherwise. They say so themselves, so that
+#: whoever hears them waits for the next one. (Celery's 2 s would be most of what an idle worker costs.)
+EVENT_EVERY: Final = 60.0
+
+#: Held while the tasks of an app name the requests of one worker.
+_naming: Final = threading.Lock()
+
+
+class Consumer(celery_consumer.Consumer):
+    """`worker_consumer` of an app on the platform."""
+
+    #: Celery's: nothing was ever tried.
+    first_connection_attempt: bool
+
+    def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **options: Any) -> None:
+        # Workers find each other in the ledger; a chat between all of them does not grow to a thousand.
+        quiet = {"without_mingle": True, "without_gossip": True}
+        own = dict(worker_options or {})
+        own["heartbeat_interval"] = own.get("heartbeat_interval") or EVENT_EVERY
+        super().__init__(*args, worker_options={**own, **quiet}, **options)
+        self.pool_loop = PoolLoop(self)
+
+    @property
+    def runtime(self) -> Runtime:
+        found: Runtime = self.controller.platform_runtime
+        return found
+
+    def connect(self) -> Any:
+        connection = super().connect()
+        self.pool_loop.connected()
+        connection.consumes_nothing = True
+        return connection
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Connect. Until the broker answers, the pool is served: Celery would sleep between its tries."""
+        conf = self.app.conf
+        again = conf.broker_connection_retry_on_startup if self.first_connection_attempt else None
+        if not (conf.broker_connection_retry if again is None else again):
+            return super().ensure_connected(conn)
+        if self.connection is not None:
+            # The broker answered just now. Where it does not any more, all begins anew, with what follows here.
+            return conn.ensure_connection(max_retries=0, reraise_as_library_errors=False)
+        self.pool_loop.connect(conn)
+        self.first_connection_attempt = False
+        return conn
+
+    def cut(self) -> None:
+        """The broker answers nobody: no use of its connections waits for it any more. In any thread."""
+        # (Celery's main loop may close the one and the other at any moment.)
+        dispatcher, connection = self.event_dispatcher, self.connection
+        if dispatcher is not None:
+            dispatcher.enabled = False
+        for one in (connection, getattr(dispatcher, "connection", None)):
+            cut(one)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        if is_silence(exc) or self.runtime.sight.lost:
+            # Celery's clean-up would wait for an answer at each of its steps.
+            self.cut()
+        super().on_connection_error_after_connected(exc)
+
+    def start(self) -> None:
+        if not self.runtime.joining.met:
+            self.runtime.joining.meet(threading.Event().wait)
+        super().start()
+
+    def update_strategies(self) -> None:
+        """(A strategy keeps the class that the task names meanwhile; another worker of the app names its own.)"""
+        runtime = self.runtime
+        with _naming:
+            for task in self.app.tasks.values():
+                task.Request = request_class(
+                    symbol_by_name(task.Request),
+                    runtime.identity.incarnation,
+                    runtime.end_job,
+                    runtime.stopping_cold,
+                    runtime.announcer.later,
+                )
+            super().update_strategies()
+
+    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
+        self.runtime.announcer.consumer = self
+        self.runtime.starting.handle = super().create_task_handler(*args, **options)
+        return self.runtime.arrived
+
+    # Remote control, about what this worker publishes. Celery's own would consume the queues beside the worker's own.
+
+    def add_task_queue(
+        self, queue: str, exchange: Any = None, exchange_type: Any = None, routing_key: Any = None, **options: Any
+    ) -> None:
+        added = as_queue(self.app.amqp.queues, queue, exchange, exchange_type, routing_key, **options)
+        self.app.amqp.queues.select_add(added)
+        if self.runtime.serving.add(added):
+            logger.info("serving queue %s", added.name)
+
+    def cancel_task_queue(self, queue: str) -> None:
+        queues = self.app.amqp.queues
+        queues.deselect(queue)
+        name = queues.aliases[queue].name if queue in queues.aliases else queue
+        if self.runtime.serving.cancel(name):
+            logger.info("serving queue %s no more", name)
+
+    def _update_prefetch_count(self, index: int = 0) -> None:
+        """Called where the pool, or the range of its autoscaler, has changed its size."""
+        super()._update_prefetch_count(index)
+        # (Soon: the autoscaler says it before it has its new range. Without a hub, Celery's "soon" is two seconds.)
+        soon = self.call_soon if self.hub is not None else partial(self.timer.call_after, 0)
+        soon(self.runtime.remeasure)
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        super().register_with_event_loop(hub)
+        self.register_pool(hub)
+
+    def register_pool(self, hub: Any) -> None:
+        """After Celery's pool was registered with the loop: what the platform wants of it."""
+        self.pool_loop.resume()
+        self.runtime.attach(hub)
+        # (The loop is made anew for each connection to the broker, and ends its timers with it.)
+        maintain = getattr(getattr(self.pool, "_pool", None), "maintain_pool", None)
+        if maintain is not None:
+            hub.call_repeatedly(CHILDREN_EVERY, maintain)
+
+    def on_ready(self) -> None:
+        """Ready means that it can be admitted to, also in a worker of `celery.contrib.testing`, which sends no signal.
+        A process of the pool that was killed while the worker joined is replaced, as any later one is: Celery would
+        end the worker, for it takes the pool for one that cannot start."""
+        if getattr(self.pool, "is_green", False):
+            self.runtime.attach(None)
+        super().on_ready()
+        if not self.runtime.joining.begun:
+            # (Nobody sent Celery's signal.)
+            readiness.join(self)
+        maintain = getattr(getattr(self.pool, "_pool", None), "maintain_pool", None)
+        if maintain is not None:
+            maintain()
+
+    def on_close(self) -> None:
+        """Instead of Celery's, which drops what the broker would deliver again. Here nobody would: over a lost
+        connection everything goes on, and at the stop what has provably not started is handed back. What was given to
+        the pool runs to its end, and says so itself."""
+        if self.blueprint.state == RUN:
+            self.runtime.starting.detach()
+            return
+        self.recall()
+
+    def recall(self) -> None:
+        """The main loop will not run again: hand back what has provably not started."""
+        # (Whatever asked for the stop: of a remote one Celery sends no signal.)
+        self.runtime.drain()
+        self.runtime.starting.stop()
+        if self.hub is not None:
+            # Where Celery's pool, when it stops, looks for the loop of its worker: another one may have begun since.
+            set_event_loop(self.hub)
+        if self.controller is not None and self.controller.semaphore is not None:
+            self.controller.semaphore.clear()
+        recalled = recall_unsent(self.pool)
+        # (Celery has those of all workers of the process in one set.)
+        mine = self.runtime.identity.incarnation
+        for request in tuple(worker_state.reserved_requests):
+            if not isinstance(request, JobRequest) or request.incarnation != mine:
+                continue
+            if request.never_sent or request.id in recalled:
+                worker_state.task_ready(request)
+                request.hand_back()
+
+    # Messages that never become a request end their job here. Celery would write their bodies into the log.
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
+        with self.runtime.refusing(message, f"the worker does not know this task: {exc}"):
+            super().on_unknown_task(HIDDEN, message, exc)
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
+        with self.runtime.refusing(message, f"invalid task: {exc}"):
+            super().on_invalid_task(HIDDEN, message, exc)
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        with self.runtime.refusing(message, f"undecodable message: {exc}"):
+            logger.critical(
+                "a message cannot be decoded (%s, %s, %d bytes): %s",
+                *(message.content_type, message.content_encoding, len(message.body), exc),
+            )
+            message.ack()
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:
+        with self.runtime.refusing(message, "not a task message"):
+            super().on_unknown_message(HIDDEN, message)
+
+
+def consumer_class(base: Any) -> type:
+    """The consumer class that the app names, with the platform's in front of it."""
+    found: type = symbol_by_name(base)
+    return found if issubclass(found, Consumer) else type("Consumer", (Consumer, found), {})

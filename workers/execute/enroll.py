@@ -1,0 +1,247 @@
+"""What a worker reads from its broker: the messages of its private queue, and those of producers that know nothing of
+the platform; beat's ticks, where the broker is not the ledger's Redis.
+
+A thread with a broker connection of its own, outside the main loop: a full pool does not delay it. One blocking read
+waits for all queues, so that an idle worker asks next to nothing. Messages of the private queue go on as they come;
+messages in the queues that the worker serves are enrolled as jobs of these queues and acknowledged after the commit.
+Those that cannot be are set aside.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+from celery import Celery
+from kombu import Consumer, Exchange, Queue
+from kombu.exceptions import OperationalError
+from kombu.serialization import registry
+from sqlalchemy.exc import DBAPIError
+
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.config.redaction import hidden_headers
+from celery_capacity.routing.errors import (
+    BacklogFull,
+    InvalidRequest,
+    LeaseLost,
+    NotAccepted,
+    OutcomeUnknown,
+    PlatformError,
+    Unsupported,
+)
+from celery_capacity.routing.model.message import HEADER
+from celery_capacity.routing.model.nesting import JSON, check_body, check_value
+from celery_capacity.workers.broker import beat_messages
+from celery_capacity.workers.broker.decompression import as_bytes
+from celery_capacity.workers.broker.transport import raw_of, receiving
+from celery_capacity.workers.membership.served_queues import Serving
+from celery_capacity.workers.submit.router import Router
+from celery_capacity.workers.submit.sender import Sender
+
+#: Of SQLSTATEs: the classes of errors that lie in the data, and will lie there the next time.
+DATA_ERRORS: Final = ("22", "23")
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between looks at whether to stop.
+LOOK_EVERY: Final = 0.5
+#: Content that is stored as it came: of the one the depth is read off the text, and decoding the other does what its
+#: sender says, which is left to whoever runs the task.
+NOT_DECODED: Final = (JSON, "application/x-python-serialize")
+#: Encodings of which ASCII is a part.
+PLAIN: Final = frozenset({"utf-8", "utf8", "ascii", "us-ascii", "binary"})
+#: How ticks are encoded, whatever tasks may be.
+TICKS_ARE: Final = "json"
+#: Seconds between tries to reach the broker.
+RETRY_AFTER: Final = 0.25
+
+
+class Intake(os_threads.Thread):
+    """`on_tick` is called with the name of each tick, `on_refused` with each message that is set aside, in this
+    thread. `private`: the queue of this worker alone and who gets its messages, where the broker is the ledger's Redis;
+    then ticks come by `workers.membership.epoch_watch`."""
+
+    def __init__(
+        self,
+        app: Celery,
+        serving: Serving,
+        on_tick: Callable[[str], None],
+        on_refused: Callable[[Any], None] = lambda _: None,
+        private: tuple[str, Callable[[Any], None]] | None = None,
+    ) -> None:
+        super().__init__(name="intake", daemon=True)
+        self._app = app
+        self._serving = serving
+        #: Knows what the tasks of old producers need.
+        self._router = Router(app.platform, lambda: app.tasks)
+        self._on_tick = on_tick
+        self._on_refused = on_refused
+        self._private = private
+        self._ending = os_threads.Event()
+
+    def challenge(self) -> None:
+        """Ask every worker for a heartbeat now."""
+        with self._app.connection_for_write() as connection:
+            beat_messages.publish(connection.Producer(), beat_messages.HEARTBEAT)
+
+    def stop(self, within: float) -> None:
+        self._ending.set()
+        if self.is_alive():
+            self.join(within)
+
+    def run(self) -> None:
+        said = ""
+        while not self._ending.is_set():
+            try:
+                self._consume()
+                said = ""
+            except self._recoverable() as error:
+                if str(error) != said:
+                    said = str(error)
+                    logger.warning("intake: the broker does not answer: %s", error)
+                self._ending.wait(RETRY_AFTER)
+            except Exception:
+                # Whatever it was, it must not make this worker deaf.
+                logger.exception("intake: begins anew")
+                self._ending.wait(RETRY_AFTER)
+
+    def _recoverable(self) -> tuple[type[BaseException], ...]:
+        connection = self._app.connection_for_read()
+        return (*connection.connection_errors, *connection.channel_errors, OperationalError, OSError)
+
+    def _consume(self) -> None:
+        """Until the end, or until the worker serves other queues."""
+        version = self._serving.version
+        with self._app.connection_for_read() as connection, connection.channel() as channel:
+            if self._private is not None:
+                # Everything in it was admitted to this worker, and the row is durable: no acknowledgements.
+                name, received = self._private
+                queue = Queue(name, Exchange(""), routing_key=name, durable=False, no_declare=True)
+                first = self._consumer(channel, queue, received, self._app.conf.accept_content, no_ack=True)
+            else:
+                first = self._consumer(channel, beat_messages.queue(), self._tick, [TICKS_ARE], no_ack=True)
+            consumers = [
+                first,
+                *(
+                    self._consumer(channel, queue, partial(self._enroll, queue.name), self._app.conf.accept_content)
+                    for queue in self._serving.queues
+                ),
+            ]
+            for consumer in consumers:
+                consumer.consume()
+            while not self._ending.is_set() and version == self._serving.version:
+                try:
+                    connection.drain_events(timeout=LOOK_EVERY)
+                except TimeoutError:
+                    continue
+
+    def _consumer(
+        self, channel: Any, queue: Any, on_message: Callable[[Any], None], accept: Any, no_ack: bool = False
+    ) -> Any:
+        return Consumer(
+            channel,
+            [queue],
+            on_message=on_message,
+            on_decode_error=self._refuse,
+            no_ack=no_ack,
+            accept=accept,
+        )
+
+    def _tick(self, message: Any) -> None:
+        try:
+            payload = message.payload
+        except Exception as error:
+            # Celery's decoders raise what they like.
+            self._refuse(message, error)
+            return
+        name = payload.get("tick") if isinstance(payload, dict) else None
+        if isinstance(name, str):
+            self._on_tick(name)
+
+    def _refuse(self, message: Any, error: Exception | str) -> None:
+        """Set a message aside: as it is, it can never be a job."""
+        delivery = getattr(message, "delivery_info", None) or {}
+        queue = str(delivery.get("routing_key") or self._app.conf.task_default_queue)
+        receiving.set_aside(raw_of(message), queue, str(error) or type(error).__name__)
+        message.ack()
+        self._on_refused(message)
+
+    def _enroll(self, queue: str, message: Any) -> None:
+        """Make a job of a plain message. One that cannot be one is set aside; one that cannot be stored now is left."""
+        try:
+            enroll(self._app.amqp.job_sender, self._router, message, queue)
+        except (InvalidRequest, LeaseLost, Unsupported) as error:
+            # (What says that it is a retry, of an attempt that is not the job's any more, is no less final.)
+            self._refuse(message, error)
+        except (NotAccepted, OutcomeUnknown, PlatformError) as error:
+            if _lies_in_the_data(error):
+                self._refuse(message, error)
+                return
+            logger.warning("a message is left in the queue %s: %s", queue, error)
+            message.requeue()
+            self._ending.wait(RETRY_AFTER)
+        except Exception as error:
+            # Headers are whatever somebody wrote into them; no use of theirs may end the intake.
+            self._refuse(message, f"no job can be made of it: {error!r}")
+        else:
+            message.ack()
+
+
+def enroll(sender: Sender, router: Router, message: Any, queue: str) -> None:
+    """Make a job of a message (protocol 1 or 2, in whatever the configuration accepts) that came to a queue. Raises
+    what `Sender.accept` does, and what decoding it does where it cannot be read.
+
+    A signed message (Celery's serializer `auth`) is verified here, before anything is written, and stored as it came,
+    so that the worker verifies it again.
+    """
+    headers = message.headers if isinstance(message.headers, dict) else {}
+    body = as_bytes(message.body)
+    if getattr(message, "was_compressed", False):
+        headers = {name: value for name, value in headers.items() if name != "compression"}
+    headers, properties = hidden_headers(headers), dict(message.properties)
+    is_protocol2 = "task" in headers and "id" in headers
+    if message.content_type == JSON:
+        check_body(body, headers.get("task"))
+    if not is_protocol2 or message.content_type not in NOT_DECODED or body.lstrip()[:1] == b"{":
+        payload = message.decode()
+        if isinstance(payload, Mapping):
+            serializer = registry.type_to_name[message.content_type]
+            sender.accept(
+                payload,
+                headers={HEADER: router.header(payload.get("task", "")), **headers},
+                serializer=serializer,
+                compression=None,
+                routing_key=queue,
+                properties=properties,
+            )
+            return
+        check_value(payload, headers.get("task"))
+    if not is_protocol2:
+        raise InvalidRequest("not a task message (protocol 1 or 2)")
+    if message.content_type == JSON and str(message.content_encoding).lower() in PLAIN:
+        body = with_arguments(body)
+    headers = {HEADER: router.header(headers["task"]), **headers}
+    sender.accept_raw(body, message.content_type, message.content_encoding, headers, queue, properties)
+
+
+def with_arguments(body: bytes) -> bytes:
+    """A body of protocol 2 in JSON, with empty arguments for what other languages write instead: `null`, and PHP a list
+    for an empty map. (Of no arguments at all Celery makes no call, and no error either.)"""
+    try:
+        args, kwargs, embed = json.loads(body)
+    except (ValueError, TypeError, RecursionError):
+        # Whoever starts it says what is wrong with it.
+        return body
+    if args is not None and kwargs is not None and kwargs != []:
+        return body
+    return json.dumps([args or [], kwargs or {}, embed]).encode()
+
+
+def _lies_in_the_data(error: PlatformError) -> bool:
+    """Whether Postgres refuses this job whenever it is asked."""
+    cause = error.__cause__
+    code = getattr(cause.orig, "pgcode", None) if isinstance(cause, DBAPIError) else None
+    return not isinstance(error, BacklogFull) and str(code or "")[:2] in DATA_ERRORS

@@ -1,0 +1,79 @@
+"""The moment at which a worker can be admitted to: its pool is up, and its queue is consumed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from celery_capacity.routing.config.machine import describe
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.model.message import PLATFORM_PREFIX
+from celery_capacity.workers.execute.pool import slots_of
+from celery_capacity.workers.membership.preflight import neighbours
+from celery_capacity.workers.process.exit_codes import Exit, code_of
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.process.waiting_for_stores import when_stores_answer
+from celery_capacity.workers.submit.constraints import declare_rates
+from celery_capacity.workers.submit.router import Declarations, declaration
+
+logger = logging.getLogger(__name__)
+
+
+def join(consumer: Any) -> None:
+    """Register the worker of this consumer, and say what it published. Does nothing where its app is not the
+    platform's."""
+    app, stores = consumer.app, stores_of(consumer.app)
+    if stores is None:
+        return
+    with refusing():
+        runtime = consumer.runtime
+        others = when_stores_answer(
+            lambda: neighbours(stores.engine, stores.settings, runtime.identity), runtime.wait_to_start
+        )
+        if others:
+            logger.warning(
+                "PLATFORM_CPUS is not set, and %s runs on this machine too: both publish the whole of it",
+                ", ".join(others),
+            )
+        declare_rates(app, stores)
+        detected, admitted = runtime.join(lambda: slots_of(consumer.controller), declarations(app, stores))
+        logger.warning(
+            "worker %s published %s%s",
+            runtime.identity.name,
+            describe(detected),
+            f"; {admitted} waiting jobs were admitted" if admitted else "",
+        )
+
+
+def declarations(app: Any, stores: Stores) -> Declarations:
+    """The requests of all tasks that this worker knows, by name; Celery's and the platform's own are left out."""
+    default = stores.settings.default_cpus
+    return {
+        name: declaration(task, default, stores.requests)
+        for name, task in app.tasks.items()
+        if not name.startswith((PLATFORM_PREFIX, "celery."))
+    }
+
+
+def stores_of(app: Any) -> Stores | None:
+    stores = getattr(app, "platform", None)
+    return stores if isinstance(stores, Stores) else None
+
+
+class refusing:  # noqa: N801 - reads as a statement
+    """What goes wrong ends the start: a user's mistake with its message and an exit code, without a traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, PlatformError):
+            print(f"celery-capacity: {error}", file=sys.stderr, flush=True)
+            code = code_of(error)
+            # What is refused here is a name, an app or a declaration: part of the configuration.
+            raise SystemExit(Exit.CONFIGURATION if code is Exit.FAILED else code) from None
+        if isinstance(error, Exception):
+            # Celery would log it and say "ready." of a worker that nothing is admitted to.
+            logger.critical("the worker cannot join the platform", exc_info=error)
+            raise SystemExit(Exit.DEFECT) from None

@@ -1,0 +1,317 @@
+"""The worker's request for a job: every way out of it ends the attempt.
+
+Celery's hooks run in the worker's main process (they see killed children too), or in a thread of the pool. What they
+would store or publish is collected (`_speaking`), since neither may wait for a store, and goes with the end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Literal
+
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TaskError, Terminated, WorkerLostError
+from celery.utils.saferepr import saferepr
+from celery.worker import state as worker_state
+
+from celery_capacity.routing.errors import LeaseLost
+from celery_capacity.routing.model.message import ETA, HEADER, Tag, parse_tag
+from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.workers.execute.gevent_pool import Killed, problem_of, was_killed
+from celery_capacity.workers.execute.outcome_check import BROKEN_OFF, LEASE_LOST, STOPPED, TERMINATED
+from celery_capacity.workers.execute.run_body import TracedPool, unpacked
+from celery_capacity.workers.process.attempts import Attempt, held
+from celery_capacity.workers.results.events import allocation, raised, request_of, signal_failure
+
+logger = logging.getLogger(__name__)
+
+#: Characters of an exception's text that are kept.
+ERROR_LENGTH = 4000
+
+#: Set by the worker's runtime: (job, token, outcome, error, outbox, on_lost) -> whether this was the first end.
+EndJob = Callable[[str, str, str, str | None, Outbox, Callable[[], None] | None], bool]
+
+
+class JobRequest:
+    """Mixed into a task's request class (`request_class`)."""
+
+    #: Celery's: what the pool gave for it, and when its body began.
+    id: str
+    _apply_result: Any
+    time_start: float | None
+    hostname: str
+    request_dict: dict[str, Any]
+    end_job: EndJob
+    #: True while the worker stops without waiting for its jobs: what dies now is handed back, not lost.
+    stopping_cold: Callable[[], bool]
+    #: Has something said in the main loop, to events and signals.
+    later: Callable[[Callable[[], None]], None]
+    #: The life of the worker.
+    incarnation: str
+    #: The task's own class, of which `request_class` made this one.
+    plain_class: type
+    tag: Tag | None
+    #: What the body left to be delivered.
+    outbox: Outbox
+    #: Why the worker itself ends it, '' where it does not.
+    ended_by: Literal["", "revoke", "stop"] = ""
+
+    def __init__(self, message: Any, *args: Any, **options: Any) -> None:
+        super().__init__(message, *args, **options)  # type: ignore[call-arg]
+        self.outbox = Outbox()
+        self.tag = parse_tag(message.delivery_tag)
+        if self.tag is not None:
+            # What a task sees as self.request.attempt.
+            self._request_dict["attempt"] = self.tag.attempt  # type: ignore[attr-defined]
+            carried = self._request_dict.get(HEADER)  # type: ignore[attr-defined]
+            if isinstance(carried, Mapping) and ETA in carried:
+                # (Its time has come: Celery, which has looked for one before this line, holds nothing back.)
+                self._request_dict["eta"] = carried[ETA]  # type: ignore[attr-defined]
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """For `inspect`: the arguments as they may be shown, whoever asks; the request, and what the attempt holds."""
+        found: dict[str, Any] = super().info(safe=True)  # type: ignore[misc]
+        if self.tag is None:
+            return found
+        worker = str(self.hostname).partition("@")[0]
+        return {**found, "request": request_of(self.request_dict), "allocation": allocation(worker, self.tag)}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Celery derives once more for each task, with an on_success of its own that would hide ours.
+        if cls.__qualname__.startswith("create_request_cls."):
+            cls.on_success = _ending(cls.__dict__["on_success"])  # type: ignore[attr-defined]
+            # It goes past the method below, which is the general one.
+            del cls.execute_using_pool
+
+    def execute_using_pool(self, pool: Any, **options: Any) -> Any:
+        if self.tag is not None:
+            tag = f"{self.tag.job}:{self.tag.token}"
+            pool = TracedPool(pool, tag, type(self).incarnation)
+        result = super().execute_using_pool(pool, **options)  # type: ignore[misc]
+        future = getattr(result, "f", None)
+        if isinstance(future, Future):
+            future.add_done_callback(self.future_done)
+        elif hasattr(result, "link"):
+            result.link(self.greenlet_done)
+        return result
+
+    def _end(self, outcome: str, error: str | None = None, on_lost: Callable[[], None] | None = None) -> None:
+        if self.tag is not None:
+            type(self).end_job(self.tag.job, self.tag.token, outcome, error, self.outbox, on_lost)
+
+    @contextmanager
+    def _speaking(self) -> Iterator[None]:
+        """Within, what Celery's hooks store and publish for this job goes into the outbox."""
+        if self.tag is None:
+            yield
+            return
+        with held(Attempt(self.tag, type(self).incarnation, deferred=True, outbox=self.outbox)):
+            yield
+
+    @property
+    def never_sent(self) -> bool:
+        """Whether the pool never got it: it waits for a free process."""
+        return self._apply_result is None and self.time_start is None
+
+    def hand_back(self) -> None:
+        """It was claimed, and will not start here."""
+        self._end("handed_back", "not started")
+
+    # The row is durable and the message was a doorbell: there is nothing to acknowledge at the broker.
+
+    def acknowledge(self) -> None:
+        self.acknowledged = True
+
+    def reject(self, requeue: bool = False) -> None:
+        if not getattr(self, "acknowledged", False):
+            self.acknowledged = True
+            self._end("handed_back" if requeue else "failed", "rejected")
+            self.send_event("task-rejected", requeue=requeue)  # type: ignore[attr-defined]
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        try:
+            with self._speaking():
+                super().on_timeout(soft, timeout)  # type: ignore[misc]
+        finally:
+            if not soft:
+                self._end(BROKEN_OFF, f"TimeLimitExceeded({timeout})")
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        error = exc_info.exception
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if isinstance(error, WorkerLostError) and not return_ok:
+            return self._child_lost(error, exc_info)
+        outcome, text = _outcome(error, exc_info)
+        if isinstance(error, Ignore) and self.outbox.replaced:
+            outcome, text = "replaced", None
+        try:
+            if isinstance(error, MemoryError):
+                # Celery would end the whole worker. The body's process has told the failure already.
+                worker_state.task_ready(self)
+                self.send_event("task-failed", exception=saferepr(error), traceback=str(exc_info.traceback))  # type: ignore[attr-defined]
+                return None
+            with self._speaking():
+                return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)  # type: ignore[misc]
+        finally:
+            if outcome is not None:
+                self._end(BROKEN_OFF if outcome == "failed" and self.outbox.committed else outcome, text)
+
+    def _child_lost(self, error: WorkerLostError, info: Any) -> None:
+        """The pool's process died with the body. The job is not over: it runs again as a new attempt, until it was
+        lost too often; only then has it a result, and a failure that Celery's hooks may see."""
+        worker_state.task_ready(self)
+        if type(self).stopping_cold():
+            self._end(STOPPED, str(error))
+            return
+        request: Any = self
+        logger.warning("job %s: its process died: %s", request.id, error)
+        with self._speaking():
+            request.task.backend.mark_as_failure(
+                request.id, error, request=request._context, store_result=request.store_errors
+            )
+
+        self._end("lost", str(error), lambda: self._say_failed(error, info))
+
+    def _say_failed(self, error: Exception, info: Any) -> None:
+        """In any thread: tell whoever listens to events and signals, as Celery's hooks would have."""
+        request: Any = self
+
+        def say() -> None:
+            signal_failure(request.task, request._context, error, info)
+            request.send_event("task-failed", exception=saferepr(error), traceback=info.traceback)
+
+        type(self).later(say)
+
+    def future_done(self, future: Future[Any]) -> None:
+        """A threads pool keeps to itself what is raised around a body (its result could not be stored), and drops what
+        it had not begun when it stops: no hook of Celery's is called for either."""
+        if future.cancelled():
+            self.hand_back()
+        elif (error := future.exception()) is not None:
+            self._fail(error)
+
+    def greenlet_done(self, greenlet: Any) -> None:
+        """A pool of greenlets keeps the same to itself."""
+        if (error := problem_of(greenlet)) is not None:
+            self.killed() if was_killed(error) else self._fail(error)
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        self.ended_by = "revoke"
+        super().terminate(pool, signal)  # type: ignore[misc]
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """Break off the body, as a cold stop does. Celery stores its state RETRY in a signal's handler, which must not
+        wait for the backend."""
+        self.ended_by = "stop"
+        with self._speaking():
+            super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
+
+    def killed(self) -> None:
+        """Its greenlet was ended from outside. Of one that was revoked all is said; when the worker stops it goes back;
+        else somebody did it who knows nothing of jobs."""
+        worker_state.task_ready(self)
+        if self.ended_by == "stop":
+            self._end(STOPPED, "the worker was stopped")
+        elif not self.ended_by:
+            self._fail(TaskError("the greenlet of this job was killed"))
+
+    def _fail(self, error: BaseException) -> None:
+        worker_state.task_ready(self)
+        request: Any = self
+        with self._speaking():
+            request.task.backend.mark_as_failure(
+                request.id, error, request=request._context, store_result=request.store_errors
+            )
+        self._end("failed", saferepr(error))
+        if isinstance(error, Exception):
+            self._say_failed(error, raised(error))
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        try:
+            with self._speaking():
+                super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
+        finally:
+            self._end("expired" if expired else TERMINATED if terminated else "cancelled", reason)
+
+
+def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
+    def ends_first(self: Any, failed__retval__runtime: Any, **options: Any) -> Any:
+        if not isinstance(failed__retval__runtime, tuple):
+            # In threads and solo pools Celery 5.7 gives the information of a SystemExit, wrapped as a lost worker, in
+            # place of what a body returned. No process was lost: the job has failed.
+            return self.on_failure(failed__retval__runtime, return_ok=True)
+        failed__retval__runtime, self.outbox = unpacked(failed__retval__runtime)
+        failed, value, _ = failed__retval__runtime
+        if isinstance(value, Killed):
+            return self.killed()
+        if not failed and value is None:
+            # (Of a body that returned, Celery gives a text. Here it made no call of the arguments.)
+            return self.on_failure(_not_called(), return_ok=False)
+        if not failed:
+            self._end("succeeded")
+            return on_success(self, failed__retval__runtime, **options)
+        error = value.exception
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            # In threads and solo pools Celery raises these on, and the worker would end with the task.
+            return self.on_failure(value, return_ok=False)
+        return on_success(self, failed__retval__runtime, **options)
+
+    return ends_first
+
+
+def _not_called() -> ExceptionInfo:
+    try:
+        raise InvalidTaskError("the task was not called: its arguments are not a list and a mapping")
+    except InvalidTaskError:
+        return ExceptionInfo()
+
+
+def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | None]:
+    """What an exception makes of the attempt; None where another hook says it."""
+    if isinstance(error, Retry):
+        return "retried", saferepr(error.exc) if error.exc else None
+    if isinstance(error, Ignore):
+        return "succeeded", "ignored"
+    if isinstance(error, Reject):
+        return ("handed_back" if error.requeue else "failed"), f"rejected: {error.reason}"
+    if isinstance(error, Terminated):
+        return None, None
+    if isinstance(error, LeaseLost):
+        return LEASE_LOST, saferepr(error)[:ERROR_LENGTH]
+    text = f"{saferepr(error)}\n{exc_info.traceback or ''}".strip()
+    return "failed", text[:ERROR_LENGTH]
+
+
+@lru_cache(maxsize=256)
+def request_class(
+    base: type,
+    incarnation: str,
+    end_job: EndJob,
+    stopping_cold: Callable[[], bool],
+    later: Callable[[Callable[[], None]], None],
+) -> type:
+    """A task's request class with the platform's in front of it, for this life of a worker: a process that is one anew
+    (a test's, in a thread) gets one of the same plain class again."""
+    if issubclass(base, JobRequest):
+        if "plain_class" not in base.__dict__:
+            return base
+        base = base.plain_class
+    return type(
+        "Request",
+        (JobRequest, base),
+        {
+            "plain_class": base,
+            "incarnation": incarnation,
+            "end_job": staticmethod(end_job),
+            "stopping_cold": staticmethod(stopping_cold),
+            "later": staticmethod(later),
+        },
+    )

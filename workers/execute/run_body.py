@@ -1,0 +1,65 @@
+"""Around a body, in the pool's process or thread: what speaks for the job there is collected, and goes back with the
+value.
+
+Celery's trace stores the result, counts the part of a chord and publishes what comes next, all before the worker's main
+process hears that the body is over. Here it collects (`workers.process.attempts`), and the main process tells it all to
+the ledger with the release, which is refused where the attempt has lost its lease.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from celery_capacity.routing.model.message import parse_tag
+from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.workers.execute.gevent_pool import Killed, was_killed
+from celery_capacity.workers.process.attempts import Attempt, held
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What Celery's trace returned for a body, and what is to be delivered with its end."""
+
+    value: Any
+    outbox: Outbox
+
+
+class TracedPool:
+    """Stands for the pool while Celery's request hands itself to it: the body runs inside `traced`."""
+
+    def __init__(self, pool: Any, tag: str, incarnation: str) -> None:
+        self._pool = pool
+        self._tag = tag
+        self._incarnation = incarnation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def apply_async(self, trace: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Any:
+        return self._pool.apply_async(traced, args=(self._tag, self._incarnation, trace, *args), **options)
+
+
+def traced(tag: str, incarnation: str, trace: Callable[..., Any], *args: Any) -> tuple[Any, Any, Any]:
+    """Celery's trace function (failed, value, runtime), run for one attempt; the value is a `Carried` where something
+    is to be delivered."""
+    parsed = parse_tag(tag)
+    assert parsed is not None, "only claimed messages become requests"
+    try:
+        with held(Attempt(parsed, incarnation)) as attempt:
+            failed, value, runtime = trace(*args)
+    except BaseException as error:
+        if not was_killed(error):
+            raise
+        # (Celery's pool would say that it returned None.)
+        return False, Killed(), None
+    return failed, Carried(value, attempt.outbox) if attempt.outbox else value, runtime
+
+
+def unpacked(returned: tuple[Any, Any, Any]) -> tuple[tuple[Any, Any, Any], Outbox]:
+    """What Celery's hooks expect, and what is to be delivered."""
+    failed, value, runtime = returned
+    if isinstance(value, Carried):
+        return (failed, value.value, runtime), value.outbox
+    return returned, Outbox()

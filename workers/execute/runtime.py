@@ -1,0 +1,399 @@
+"""What a worker of the platform is made of, put together: one attribute of the worker, `platform_runtime`.
+
+::
+
+    intake ----arrived---> ledger thread --claimed--> main loop --> pool --> JobRequest hooks --end--> ledger thread
+                              |                                                                         |
+                              +------------------------ transitions --------> recorder (Postgres) <-----+
+    pulse: heartbeat, epoch, drain        intake: beat's ticks, old producers        duties: repair
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Final
+
+from celery import Celery
+from celery.worker import state as worker_state
+from kombu.serialization import prepare_accept_content
+
+from celery_capacity.routing.config import timeouts
+from celery_capacity.routing.config.machine import Detected
+from celery_capacity.routing.errors import NameTaken, PlatformError
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model import format_versions
+from celery_capacity.routing.model.envelope import Unreadable
+from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.model.message import HEADER, parse_tag
+from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.wake import Wake
+from celery_capacity.workers.broker import beat_messages, transport
+from celery_capacity.workers.broker.decompression import TIMES
+from celery_capacity.workers.broker.ledger_queue import Mailbox
+from celery_capacity.workers.execute.enroll import Intake
+from celery_capacity.workers.execute.newer_format import NewerFormats
+from celery_capacity.workers.execute.outcome_check import JUDGED, STOPPED, gone_back, judge
+from celery_capacity.workers.execute.rejected import refusing
+from celery_capacity.workers.execute.start_queue import Starting
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.epoch_watch import EpochWatch
+from celery_capacity.workers.membership.failover import Sight, Switch
+from celery_capacity.workers.membership.heartbeat import Pulse
+from celery_capacity.workers.membership.join import Joining
+from celery_capacity.workers.membership.preflight import shares_ledger
+from celery_capacity.workers.membership.registration import Membership
+from celery_capacity.workers.membership.served_queues import Serving
+from celery_capacity.workers.process import running_workers
+from celery_capacity.workers.process.exit_codes import Exit
+from celery_capacity.workers.process.holdings import Holdings
+from celery_capacity.workers.process.identity import Identity
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.results.chord_parts import Parts
+from celery_capacity.workers.results.deliver import Delivery
+from celery_capacity.workers.results.deliver_later import deliver_parts, settle, tell_late
+from celery_capacity.workers.results.events import Announcer
+from celery_capacity.workers.results.outcome_writer import Recorder
+from celery_capacity.workers.results.quarantine import Quarantine
+from celery_capacity.workers.runner.duty_runner import OUTBOX, Runner
+from celery_capacity.workers.settle.postgres_ends import PostgresEnds
+from celery_capacity.workers.settle.pull_thread import Puller
+from celery_capacity.workers.settle.settle_thread import LedgerThread
+from celery_capacity.workers.submit.router import Declarations
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which a thread that runs lets another one run. A job passes from the main loop to the ledger thread and
+#: back twice; at Python's 5 ms a busy loop alone would use up the 10 ms from a release to the next start.
+SWITCH_INTERVAL: Final = 0.0005
+
+
+class Runtime:
+    """One for each worker. Made at `worker_init`, running from `worker_ready` until its worker ends. `green`: its pool
+    is one of greenlets (`workers.execute.gevent_pool`)."""
+
+    def __init__(self, app: Celery, stores: Stores, identity: Identity, green: bool) -> None:
+        self.app = app
+        self.stores = stores
+        self.identity = identity
+        self.pid = os.getpid()
+        settings, engine = stores.settings, stores.engine
+        #: Seconds for each step of leaving; the whole is bounded, and what is not done is repaired by the duties.
+        self._leave_within = timeouts.LEAVE * settings.store_timeout
+        # A handle of the worker's own: its epoch is the one in which this worker is registered and has said what it
+        # holds, while that of `stores.ledger` follows whatever Postgres confirms to senders and duties.
+        self.ledger = ledger = stores.new_ledger()
+        exclusive = threading.Lock()
+        self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
+        self._loop, self.holdings = Wake(), Holdings({})
+        self.announcer = Announcer(app, engine, identity.name, self._loop.set)
+        self._accept = prepare_accept_content(app.conf.accept_content)
+        newer = NewerFormats(
+            self.holdings.put_off,
+            lambda job, token: self.ledger_thread.give_back(job, token, "a message of a newer format"),
+            lambda: self.recorder.call(lambda: ledger.count("refused.format")), settings.start_timeout,
+        )
+        self.starting = Starting(
+            self._loop, green, self.announcer, self._accept, self.refusing, self._hand_back, self.holdings.start, newer
+        )
+        self.recorder = Recorder(engine, ledger, self.announcer.waiting, self._on_regained, settings.write_within)
+        #: Deliver parts of chords, whoever asks for it: a join may wait without limit.
+        self.parts = Parts(identity.incarnation)
+        self.delivery = Delivery(lambda: app.backend, identity.incarnation, self.recorder.add, self.parts, self._settle)
+        self.membership = Membership(
+            engine,
+            ledger,
+            identity,
+            self.confirmation,
+            self.recorder.call,
+            self.recorder.is_behind,
+            lambda: self.delivery.jobs() | self.recorder.jobs(),
+            self._flush,
+        )
+        self.quarantine = Quarantine(engine, identity.name)
+        self.serving = Serving(app, settings, self.remeasure)
+        self.sight = Sight()
+        self.sight.on_found = transport.doubt
+        shared = shares_ledger(app, settings) and not green
+        if shared:
+            self.sight.on_silence = lambda: self.announcer.consumer and self.announcer.consumer.cut()
+        private = (identity.queue, self.arrived) if shared else None
+        self.intake = Intake(app, self.serving, self.on_tick, self.announcer.refused, private)
+        #: Takes the messages of the private queue where the intake does not.
+        self.mailbox = None if shared else Mailbox(settings, identity.queue, self._received)
+        self.joining = Joining(stores, self.membership, self.confirmation, self.sight, self.intake.challenge)
+        self.puller = Puller(
+            stores,
+            identity,
+            self.confirmation,
+            self.holdings,
+            Switch(engine, settings, self.confirmation, self.sight),
+            self._flush,
+            lambda flush: self.membership.tell_postgres(self.sight.lost, lambda: self.recorder.is_level(flush)),
+            self.starting.take,
+            lambda: self.starting.attached,
+        )
+        self.in_postgres = PostgresEnds(
+            engine,
+            settings,
+            identity,
+            self.confirmation,
+            self.holdings,
+            self.recorder.call,
+            self.puller.wake,
+            lambda: self.duties.tick(OUTBOX),
+            partial(deliver_parts, app, stores),
+        )
+        self.pulse = Pulse(
+            ledger,
+            self.confirmation,
+            self.membership,
+            self.holdings,
+            self.recorder,
+            self.intake.challenge,
+            lambda: self.serving.detect().capacity,
+            self._on_open,
+            self._on_taken,
+            exclusive,
+            self.sight,
+        )
+        self.ledger_thread = LedgerThread(
+            ledger,
+            identity,
+            self.confirmation,
+            self.holdings,
+            self.recorder,
+            self.delivery.add,
+            self.starting.take,
+            self.pulse.closed,
+            exclusive,
+            self.in_postgres,
+            self.quarantine.set_aside,
+            partial(tell_late, app, engine, identity.incarnation),
+        )
+        candidate = (identity.incarnation, lambda: self.confirmation.authority, ledger, identity.name)
+        self.duties = Runner(app, stores, *candidate, self.pulse.looked, lambda: self.confirmation.resting)
+        channel = beat_messages.channel(app) if shared else ""
+        self.epoch_watch = EpochWatch(settings, self.pulse.look, self.on_tick, channel)
+        self.confirmation.on_epoch = self.pulse.look
+        self.pulse.on_renewed = self.duties.close_spare_connections
+        self.pulse.on_missing = self.ledger_thread.on_missing = self.duties.suspect
+        self.confirmation.idle = lambda: self.ledger_thread.idle and not self.sight.lost
+        self._cold = False
+        self._left = False
+
+    # -- the life of the worker ----------------------------------------------------------------------------------
+
+    def run(self, start: Callable[[], None]) -> None:
+        """`start` is the worker's, which returns at its end. Whatever that was, nothing of the runtime goes on behind
+        it. (Of most ends of a worker in a thread Celery tells nobody.)"""
+        running_workers.begin(self)
+        self._receive()
+        try:
+            start()
+        finally:
+            self.leave()
+
+    def _receive(self) -> None:
+        """What this process receives and cannot read is set aside here."""
+        transport.receiving.set_aside = self.quarantine.set_aside
+        transport.receiving.most_bytes = TIMES * self.stores.settings.max_message
+
+    def join(self, slots: Callable[[], int], declared: Declarations) -> tuple[Detected, int]:
+        """Register, and start the threads. `slots` tells the size of the pool, now and later. Returns what was
+        published, and how many waiting jobs were admitted at once."""
+        self.serving.slots = slots
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        detected = self.serving.detect()
+        capacity = detected.capacity
+        self.holdings.capacity = dict(capacity.amounts)
+        self.recorder.start()
+        self.delivery.start()
+        self.quarantine.start()
+        if self.mailbox is not None:
+            self.mailbox.start()
+        self.ledger_thread.start()
+        admitted = self.joining.enter(capacity, declared, self.wait_to_start)
+        self.confirmation.start()
+        self.pulse.start()
+        self.epoch_watch.start()
+        self.puller.start()
+        self.intake.start()
+        self.duties.start()
+        atexit.register(self.leave)
+        return detected, admitted
+
+    def wait_to_start(self, seconds: float) -> None:
+        """In the main thread, whose loop does not run yet: a TERM ends the start."""
+        self._loop.wait(seconds)
+        worker_state.maybe_shutdown()
+
+    def wake_loop(self) -> None:
+        """Have the main loop look around, in any thread."""
+        self._loop.set()
+
+    def remeasure(self) -> None:
+        """The pool, or what this worker serves, has changed: the heartbeat publishes it. What is admitted meanwhile and
+        fits no more is handed back; what runs goes on."""
+        self.holdings.capacity = dict(self.serving.detect().capacity.amounts)
+        self.confirmation.needed()
+        self.pulse.tick()
+        self.puller.wake()
+
+    def drain(self) -> None:
+        """Safe in a signal handler."""
+        self.ledger_thread.draining = True
+        self.puller.draining = True
+        self.pulse.drain()
+        # Celery's loop looks only now and then whether it is to stop: it is woken to do so.
+        self._loop.set()
+
+    def leave(self) -> None:
+        """Settle what is over, hand back what is not, deregister. Bounded, and safe to call twice."""
+        if self._left or os.getpid() != self.pid:
+            return
+        self._left = True
+        atexit.unregister(self.leave)
+        self.duties.stop(self._leave_within)
+        self.intake.stop(self._leave_within)
+        if self.mailbox is not None:
+            self.mailbox.stop(self._leave_within)
+        self.epoch_watch.stop(self._leave_within)
+        self.pulse.stop(self._leave_within)
+        self.puller.stop(self._leave_within)
+        self.confirmation.stop()
+        why = "the worker was stopped"
+        for holding in self.holdings.running():
+            outcome = STOPPED if holding.started else "handed_back"
+            self.end_job(holding.job, holding.token, outcome, why, Outbox(), None)
+        # (Unless Postgres did not answer when it was asked about them, these are ended by now.)
+        self.recorder.flush(self._leave_within)
+        for holding in self.holdings.running():
+            outcome = gone_back(holding.rerun or not holding.started)
+            self.ledger_thread.end(holding.job, holding.token, outcome, why)
+        self.ledger_thread.stop(self._leave_within)
+        try:
+            if self.membership.registered and not self.membership.draining:
+                self.membership.drain()
+        except (PlatformError, LedgerClosed) as error:
+            logger.warning("what was admitted here and not started is taken back later: %s", error)
+        self.delivery.stop(self._leave_within)
+        self.recorder.flush(self._leave_within)
+        try:
+            if self.membership.registered and not self.membership.leave(self.holdings):
+                logger.warning("this worker still holds jobs; they are taken back when its lease runs out")
+        except (PlatformError, LedgerClosed) as error:
+            logger.warning("could not deregister, the lease will run out: %s", error)
+        self.recorder.stop(self._leave_within)
+        running_workers.end(self)
+        for newest in running_workers.running()[-1:]:
+            newest._receive()
+        self.quarantine.stop(self._leave_within)
+
+    def stop_cold(self) -> None:
+        self._cold = True
+
+    def stopping_cold(self) -> bool:
+        return self._cold
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    def arrived(self, message: Any) -> None:
+        """A message of the private queue, in the intake's or the mailbox's thread: nothing here waits."""
+        tag = parse_tag(message.delivery_tag)
+        carried = message.headers.get(HEADER)
+        try:
+            if tag is None or not isinstance(carried, dict):
+                raise Unreadable("no message of an attempt")
+            check_job_id(tag.job)
+            # Of a format that this release does not know the tag alone is sure. It is claimed, and handed back.
+            known = format_versions.is_known(carried)
+            request = Request.from_shape(str(carried.get("shape"))) if known else Request.of({})
+        except (PlatformError, Unreadable) as error:
+            self.quarantine.set_aside(transport.raw_of(message), self.identity.queue, str(error))
+            return
+        self.ledger_thread.arrive(tag, request, message)
+
+    def _received(self, raw: bytes) -> None:
+        """In the mailbox's thread."""
+        try:
+            message = transport.job_message(raw, self._accept)
+        except Unreadable as error:
+            self.quarantine.set_aside(raw, self.identity.queue, str(error))
+            return
+        self.arrived(message)
+
+    def attach(self, hub: Any) -> None:
+        """See `Starting.attach`."""
+        self.starting.attach(hub)
+        self.puller.wake()
+
+    def refusing(self, message: Any, error: str) -> AbstractContextManager[None]:
+        """See `workers.execute.rejected`."""
+        return refusing(message, error, self.identity, self.app, self.quarantine, self.end_job, self.announcer.failed)
+
+    def end_job(
+        self,
+        job: str,
+        token: str,
+        outcome: str,
+        error: str | None,
+        outbox: Outbox,
+        on_lost: Callable[[], None] | None,
+        judged: bool = False,
+    ) -> bool:
+        if outcome in JUDGED and not judged:
+            end = (self.stores.engine, job, token, outcome, error, outbox, self.holdings.may_rerun(job, token))
+            self.recorder.call(lambda: self.end_job(*judge(*end), on_lost, judged=True))
+            return True
+        results, rest = self.app.backend.kept_in(self.stores.settings.redis_url, outbox)
+        whole = outbox.to_text if results else None
+        return self.ledger_thread.end(job, token, outcome, error, on_lost, rest.to_text(), results, whole)
+
+    def _hand_back(self, job: str, token: str) -> None:
+        self.ledger_thread.end(job, token, "handed_back", "not started")
+
+    def _flush(self, within: float) -> bool:
+        """Wait until Postgres has all that this worker noted."""
+        return self.delivery.flush(within) and self.recorder.flush(within)
+
+    def _settle(self, job: str, left: str, rest: str) -> None:
+        """In the thread of a late part. (Where its row is not written by then, a duty of this worker's comes to it.)"""
+        self._flush(self._leave_within)
+        settle(self.stores.engine, job, left, rest)
+
+    # -- between the threads -------------------------------------------------------------------------------------
+
+    def on_tick(self, name: str) -> None:
+        """Beat's tick, in the thread that hears it."""
+        self.pulse.tick()
+        self.duties.tick(name)
+
+    def _on_regained(self) -> None:
+        """This worker may admit again: the heartbeat fills what was released meanwhile."""
+        self.pulse.tick()
+        self.ledger_thread.wake()
+
+    def _on_open(self) -> None:
+        """A new epoch is open and this worker is in it."""
+        self.in_postgres.count_stale(self.ledger)
+        self.ledger_thread.wake()
+
+    def _on_taken(self, error: NameTaken) -> None:
+        """In the pulse's thread: end as after a TERM, with an exit code that says why."""
+        logger.critical("this worker ends: %s", error)
+        worker_state.should_stop = Exit.UNAVAILABLE
+        self.drain()
+
+
+def runtime_of(worker: Any) -> Runtime | None:
+    """That of a worker (Celery's `WorkController`), None where it is not one of the platform."""
+    runtime = getattr(worker, "platform_runtime", None)
+    return runtime if isinstance(runtime, Runtime) else None

@@ -1,0 +1,1 @@
+"""Being a worker: its name, its lease, its heartbeat, and which store it believes."""

@@ -1,0 +1,27 @@
+"""A ledger that is cold is opened anew."""
+
+from __future__ import annotations
+
+import logging
+
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.recovery import rebuild
+from celery_capacity.workers.process.stores import Stores
+
+logger = logging.getLogger(__name__)
+
+
+def open_ledger(stores: Stores) -> dict[str, int]:
+    """Open a new epoch when the ledger is cold and nobody else is doing it."""
+    with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
+        done = rebuild.open_if_cold(stores.engine, stores.ledger)
+    if done is None:
+        return {}
+    logger.warning(
+        "the ledger was cold: epoch %d is open, with %d workers, %d held jobs and %d brought back",
+        done.epoch,
+        done.workers,
+        done.held,
+        done.filed,
+    )
+    return {"epochs": 1, "books": done.workers, "held": done.held, "filed": done.filed}

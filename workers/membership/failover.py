@@ -1,0 +1,81 @@
+"""Whether this worker reaches the ledger, as its heartbeat finds out, and what follows for who decides.
+
+A worker that lost the ledger says so in its row in Postgres. When all have, for long enough, whoever looks first lets
+Postgres decide; when all reach it again, the ledger. Both are one guarded statement.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from sqlalchemy import Connection, Engine
+
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.authority import change_pause, decide_in_ledger, decide_in_postgres
+from celery_capacity.workers.membership.authority_check import Confirmation
+
+logger = logging.getLogger(__name__)
+
+#: Due intervals for which the ledger must have answered without a gap before it may decide again (2 s at the usual 1).
+STEADY_INTERVALS: Final = 2.0
+#: Renew intervals after which a worker that says nothing is not asked whether it reaches the ledger again.
+SILENT_INTERVALS: Final = 3.0
+
+
+class Sight:
+    """One thread notes what it finds, all read: assignments of one value each."""
+
+    def __init__(self) -> None:
+        #: Since when what `lost` says has been so (monotonic).
+        self.since = time.monotonic()
+        self.lost = False
+        #: Called when the ledger's Redis does not answer in time, rather than refuse.
+        self.on_silence: Callable[[], None] = lambda: None
+        #: Called when the ledger answers again.
+        self.on_found: Callable[[], None] = lambda: None
+
+    def note(self, lost: bool) -> None:
+        if lost != self.lost:
+            self.since = time.monotonic()
+            self.lost = lost
+            if not lost:
+                self.on_found()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
+
+
+class Switch:
+    """Changes the authority."""
+
+    def __init__(self, engine: Engine, settings: Settings, confirmation: Confirmation, sight: Sight) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._confirmation = confirmation
+        self._sight = sight
+
+    def look(self) -> None:
+        """Change the authority, if it is time. Asks Postgres only when this worker's own sight speaks for a change."""
+        settings, known, sight = self._settings, self._confirmation.authority, self._sight
+        lost_for = change_pause(settings.confirm_interval)
+        if known == "ledger" and sight.lost and sight.seconds() >= lost_for:
+            self._change(
+                lambda connection: decide_in_postgres(connection, settings.worker_ttl, lost_for),
+                "no worker reaches the ledger: Postgres decides, in epoch %d",
+            )
+        elif known == "postgres" and not sight.lost and sight.seconds() >= settings.due_interval * STEADY_INTERVALS:
+            within = settings.renew_interval * SILENT_INTERVALS
+            self._change(
+                lambda connection: decide_in_ledger(connection, within),
+                "the ledger answers again: it decides, from epoch %d on",
+            )
+
+    def _change(self, change: Callable[[Connection], int | None], says: str) -> None:
+        with self._engine.connect() as connection:
+            epoch = change(connection)
+        if epoch is not None:
+            logger.warning(says, epoch)
+            self._confirmation.ask_soon()

@@ -1,0 +1,216 @@
+"""The heartbeat of a worker: a thread of its own, outside the pool and the main loop, so that neither delays it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.errors import NameTaken, PlatformError, StoreUnavailable
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.election import Elected
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.wake import Wake
+from celery_capacity.workers.broker.cut_connection import is_silence
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.failover import Sight
+from celery_capacity.workers.membership.registration import Membership
+from celery_capacity.workers.process.holdings import Holdings
+from celery_capacity.workers.results.outcome_writer import Recorder
+
+logger = logging.getLogger(__name__)
+
+#: Part of the due interval within which two ticks are one heartbeat: beat's come in pairs.
+TICKS_WITHIN: Final = 0.1
+#: Part of the renew interval for which a heartbeat waits for the ledger's thread, which may have jobs that are in no
+#: list yet. After that it renews the lease, and leaves the list for the next one.
+WAITS_PART: Final = 0.5
+
+
+class Pulse(os_threads.Thread):
+    """Confirms the authority, renews the lease, sees a new epoch, and drains when it is told to."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        confirmation: Confirmation,
+        membership: Membership,
+        holdings: Holdings,
+        recorder: Recorder,
+        challenge: Callable[[], None],
+        measure: Callable[[], Capacity],
+        on_open: Callable[[], None],
+        on_taken: Callable[[NameTaken], None],
+        exclusive: threading.Lock,
+        sight: Sight,
+    ) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self._sight = sight
+        self._ledger = ledger
+        self._confirmation = confirmation
+        self._membership = membership
+        self._holdings = holdings
+        self._recorder = recorder
+        self._challenge = challenge
+        self._measure = measure
+        self._on_open = on_open
+        self._on_taken = on_taken
+        self._exclusive = exclusive
+        self._wake = Wake()
+        self._stopping = False
+        self._ticked = False
+        self._closed = False
+        self._looks = False
+        self._drain = False
+        self._drained = False
+        self._said = ""
+        #: Called after each heartbeat.
+        self.on_renewed: Callable[[], None] = lambda: None
+        #: Called when the ledger does not know this worker, though it is open in its epoch.
+        self.on_missing: Callable[[], None] = lambda: None
+
+    # -- called by others, in any thread or signal handler -------------------------------------------------------
+
+    def tick(self) -> None:
+        """Beat's heartbeat, or somebody's challenge."""
+        self._ticked = True
+        self._wake.set()
+
+    def closed(self) -> None:
+        """Somebody met a ledger that is cold or of another epoch."""
+        self._closed = True
+        self._wake.set()
+
+    def look(self) -> None:
+        """The ledger may be cold, of another epoch or away."""
+        self._looks = True
+        self._wake.set()
+
+    def looked(self, elected: Elected | None) -> None:
+        """The election's look at the ledger found this; None: it had no answer."""
+        if elected is None:
+            self._sight.note(lost=True)
+        if elected is None or elected.epoch != self._ledger.epoch:
+            self.look()
+        elif not elected.has_book:
+            self.tick()
+
+    def drain(self) -> None:
+        self._drain = True
+        self._wake.set()
+
+    def stop(self, within: float) -> None:
+        self._stopping = True
+        self._wake.set()
+        if self.is_alive():
+            self.join(within)
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        settings = self._ledger.settings
+        now = time.monotonic()
+        renewed_at, renew_at = now, now + settings.renew_interval
+        #: Seconds to wait at the least: a store that fails at once is not asked without a pause.
+        pause = 0.0
+        while not self._stopping:
+            # (A worker that has nothing to do asks nothing between two heartbeats: the election looks, and says so.)
+            quiet = self._confirmation.resting and not (pause or self._closed)
+            left = max(pause, renew_at - time.monotonic())
+            self._wake.wait(left if quiet else min(settings.due_interval, left))
+            now, pause = time.monotonic(), settings.due_interval
+            if self._ticked:
+                self._ticked = False
+                renew_at = min(renew_at, renewed_at + settings.due_interval * TICKS_WITHIN)
+            try:
+                self._membership.draining |= self._drain
+                self._closed |= self._confirmation.epoch != self._ledger.epoch
+                if not (quiet or self._closed) or self._looks:
+                    self._looks = False
+                    opened = self._ledger.opened()
+                    self._closed |= opened is None or opened[0] != self._ledger.epoch
+                if self._closed:
+                    self._rejoin(self._ledger.opened())
+                    renew_at = now + settings.renew_interval
+                elif self._drain and not self._drained:
+                    handed = self._membership.drain()
+                    self._drained = True
+                    if handed:
+                        logger.info("draining: %d jobs handed back", handed)
+                elif now >= renew_at:
+                    renewed_at, renew_at = now, now + settings.renew_interval
+                    if not self._membership.draining:
+                        # (The pool of a worker that stops has no size any more.)
+                        self._membership.resize(self._measure(), self._holdings)
+                    if not self._renew(settings.renew_interval * WAITS_PART):
+                        self._rejoin(self._ledger.opened())
+                        self.on_missing()
+                    self.on_renewed()
+                self._said = ""
+                self._note(lost=False)
+                pause = 0.0
+            except LedgerClosed:
+                self._closed = True
+                self._note(lost=False)
+            except NameTaken as error:
+                # This worker was silent for so long that another has its name: nothing here is admitted to any more.
+                self._on_taken(error)
+                return
+            except (StoreUnavailable, RedisError) as error:
+                self._say(f"heartbeat: the ledger does not answer: {type(error).__name__}: {error}")
+                self._note(lost=True, silent=is_silence(error))
+                # It has it again when it could renew its lease: a ledger that can be read only is of no use.
+                renew_at = now
+            except (SQLAlchemyError, PlatformError) as error:
+                self._say(f"heartbeat: a store does not answer: {type(error).__name__}: {error}")
+            except Exception:
+                # Whatever it was: a worker without a heartbeat loses its jobs.
+                logger.exception("a heartbeat failed; the next one is tried")
+
+    def _note(self, *, lost: bool, silent: bool = False) -> None:
+        """Note whether the ledger answers. What follows touches connections of Celery's, which its own threads use at
+        the same time: no error there ends this thread."""
+        try:
+            self._sight.note(lost=lost)
+            if silent:
+                self._sight.on_silence()
+        except Exception:
+            logger.exception("connections to the broker were not ended; they end by their own time-outs")
+
+    def _renew(self, within: float) -> bool:
+        """Renew the lease with the list of what is held, while the ledger's thread gets nothing that is in no list yet.
+        False where the ledger does not know this worker."""
+        judged = self._exclusive.acquire(timeout=within)
+        try:
+            return self._membership.renew(self._holdings, missing_ms=None if judged else -1)
+        finally:
+            if judged:
+                self._exclusive.release()
+
+    def _rejoin(self, opened: tuple[int, str] | None) -> None:
+        """Register again, once the ledger is open in the epoch that Postgres names."""
+        if opened is None or self._ledger.is_cold() or self._confirmation.epoch != opened[0]:
+            self._closed = True
+            # One that can be read only, or is full, cannot be opened either.
+            self._ledger.probe()
+            if self._confirmation.authority != "postgres":
+                # Postgres has the last word, and is asked without being waited for.
+                self._confirmation.ask_soon()
+            return
+        with self._exclusive:
+            self._membership.rejoin(self._holdings, self._recorder, self._challenge)
+        self._closed = False
+        self._on_open()
+
+    def _say(self, what: str) -> None:
+        """Say a thing once, not at every interval."""
+        if what != self._said:
+            self._said = what
+            logger.warning(what)

@@ -1,0 +1,144 @@
+"""What is looked at before a worker joins: tables, Redis's eviction, and other workers on this machine."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+import redis
+from celery import Celery
+from celery.exceptions import ImproperlyConfigured
+from celery.utils.imports import cwd_in_path
+from redis.exceptions import RedisError, ResponseError
+from sqlalchemy import Engine
+
+from celery_capacity.migrations import check as check_tables
+from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.config.redis_urls import BETWEEN, Address
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.errors import PlatformError, SettingsError, StoreUnavailable, Unsupported, mask_url
+from celery_capacity.routing.ledger.snapshot import text
+from celery_capacity.routing.store import worker_rows
+from celery_capacity.workers.process.identity import Identity
+
+logger = logging.getLogger(__name__)
+
+#: The only policy under which books are never evicted: a book that is gone closes its worker, a whole ledger that is
+#: gone stops admission until it is rebuilt.
+NO_EVICTION = "noeviction"
+
+#: The brokers that a worker can listen to beside its main loop (kombu's `memory`, `filesystem` and the like live in one
+#: process, or are only polled).
+BROKERS: Final = ("redis", "rediss", "redis+socket", "sentinel", "amqp", "amqps", "pyamqp")
+
+
+def check_stores(engine: Engine, client: redis.Redis, settings: Settings) -> None:
+    """Raise what would make this worker useless: tables that are missing or old, a Redis that evicts keys."""
+    if newer := check_tables(engine):
+        logger.warning("Postgres is at revision %s, of a newer version of the platform: upgrade this worker", newer)
+    try:
+        limit = client.config_get("maxmemory").get("maxmemory", "0")
+        policy = text(client.config_get("maxmemory-policy").get("maxmemory-policy", NO_EVICTION))
+    except ResponseError:
+        # CONFIG is often closed to users: then whoever runs the server has to know (docs: real servers).
+        return
+    except RedisError as error:
+        raise StoreUnavailable(f"Redis at {mask_url(str(settings.redis_url))} does not answer: {error}") from error
+    if int(limit or 0) > 0 and policy != NO_EVICTION:
+        raise PlatformError(
+            f"Redis evicts keys when it is full (maxmemory-policy {policy})",
+            value=policy,
+            advice=f"Set maxmemory-policy to {NO_EVICTION}: the ledger's books must not vanish.",
+        )
+
+
+def check_broker(broker_url: object) -> None:
+    """Raise where Celery's own messages would go through what no worker of the platform can listen to. Takes what
+    Celery takes: a URL, several with `;` between them, or a list."""
+    for url in _urls(broker_url):
+        scheme = url.partition("://")[0]
+        if "://" not in url or scheme not in BROKERS:
+            raise Unsupported(
+                f"a broker with {scheme}:// is not supported" if "://" in url else "a broker must be named by its URL",
+                value=url,
+                advice=f"Use one with {', '.join(f'{known}://' for known in BROKERS)}, or leave the broker out of the "
+                "app and CELERY_BROKER_URL out of the environment: then the ledger's Redis serves.",
+            )
+
+
+def check_results(app: Celery) -> None:
+    """Raise where the app's results cannot be kept: nobody knows such a store, or its driver is not installed."""
+    try:
+        app.backend  # noqa: B018 - made at its first use
+    except (ImportError, AttributeError, ImproperlyConfigured) as error:
+        raise Unsupported(
+            f"results cannot be kept in {mask_url(str(app.conf.result_backend))}: {' '.join(str(error).split())}",
+            advice="Leave the backend out of the app and CELERY_RESULT_BACKEND out of the environment: then the"
+            " ledger's Redis serves. Or name one that Celery knows, and install its driver.",
+        ) from error
+
+
+def check_imports(names: Iterable[str]) -> None:
+    """Raise where a module of PLATFORM_IMPORTS is not there. What such a module itself fails to import is its author's
+    affair, and keeps its traceback."""
+    with cwd_in_path():
+        missing = [name for name in names if not _is_there(name)]
+    if missing:
+        raise SettingsError(
+            [
+                f"PLATFORM_IMPORTS names {name!r}, and there is no such module in {Path.cwd()} nor among what is"
+                f" installed for {sys.executable}. Start in the folder where it is, or install it."
+                for name in missing
+            ]
+        )
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return name in sys.modules or find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        # Where it is something else that is missing, it is there and needs that.
+        return not f"{name}.".startswith(f"{error.name}.")
+
+
+def shares_ledger(app: Celery, settings: Settings) -> bool:
+    """Whether Celery's broker is the very database of the ledger, where the scripts push the messages of jobs, under
+    the very names of keys. Where this cannot be told for sure it is False, which is always safe."""
+    options = app.conf.broker_transport_options or {}
+    if options.get("global_keyprefix"):
+        return False
+    given = BETWEEN.join(_urls(app.conf.broker_read_url))
+    try:
+        broker, ledger = redis_urls.read(given), redis_urls.read(str(settings.redis_url))
+    except ValueError:
+        # Another kind of server, or several to choose from.
+        return False
+    master = broker.master or str(options.get(redis_urls.MASTER) or "")
+    return _place(replace(broker, master=master)) == _place(ledger)
+
+
+def _urls(broker_url: object) -> list[str]:
+    given = broker_url if isinstance(broker_url, list | tuple) else [broker_url]
+    return [url for text in given for url in str(text).split(BETWEEN)]
+
+
+def _place(address: Address) -> tuple[object, ...]:
+    """What an address leads to, as whom, and how. Sentinels that watch one Redis may be named in any order."""
+    hosts = frozenset((host.lower(), port) for host, port in address.hosts)
+    return (
+        *(address.scheme, hosts, address.path, address.number, address.master),
+        *(address.user or "", address.password or "", frozenset(address.query)),
+    )
+
+
+def neighbours(engine: Engine, settings: Settings, identity: Identity) -> list[str]:
+    """Live workers on this machine that publish it as well, when this one publishes the whole of it."""
+    if settings.cpus is not None:
+        return []
+    with engine.connect() as connection:
+        return worker_rows.live_on_machine(connection, identity.place.boot, identity.name, settings.worker_ttl)

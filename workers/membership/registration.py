@@ -1,0 +1,360 @@
+"""A worker's place in the cluster: registering its capacity, renewing the lease, leaving."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from redis.exceptions import OutOfMemoryError
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+
+from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import LedgerClosed, Taken
+from celery_capacity.routing.model.amounts import format_cpus
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.recovery import transition_log
+from celery_capacity.routing.recovery.reclaim import take_back
+from celery_capacity.routing.store import fencing, worker_rows
+from celery_capacity.routing.store.worker_rows import WorkerRow
+from celery_capacity.workers.membership import orphans
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.name_claim import NameClaim
+from celery_capacity.workers.process.claims import running
+from celery_capacity.workers.process.holdings import Holdings
+from celery_capacity.workers.process.identity import Identity, is_known_dead
+from celery_capacity.workers.results.outcome_writer import Recorder
+from celery_capacity.workers.submit.router import Declarations
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between heartbeats written to Postgres, at the least.
+POSTGRES_EVERY: Final = 30.0
+
+
+class Membership:
+    """Blocking calls, each one exchange with the stores; threads and signals are the caller's."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        identity: Identity,
+        confirmation: Confirmation,
+        later: Callable[[Callable[[], None]], None],
+        is_behind: Callable[[], bool] = lambda: False,
+        unwritten: Callable[[], set[str]] = set,
+        flush: Callable[[float], object] = lambda _: True,
+    ) -> None:
+        """`later` runs what may wait for a store elsewhere; `is_behind`: Postgres is, too far; `unwritten`: the jobs of
+        which this worker has noted what Postgres does not have; `flush` waits until it has, for so many seconds."""
+        self._engine = engine
+        self._later = later
+        self._is_behind = is_behind
+        self._unwritten = unwritten
+        self._flush = flush
+        self._ledger = ledger
+        self._confirmation = confirmation
+        self.identity = identity
+        self.name_claim = NameClaim(engine, ledger, identity)
+        self.draining = False
+        #: What is published.
+        self._capacity: Capacity | None = None
+        #: What there is: more than is published while attempts run here that lost their lease.
+        self._measured: Capacity | None = None
+        self._declared: Declarations = {}
+        #: When the newest heartbeat for Postgres was made (monotonic).
+        self._seen_at = 0.0
+        #: Dead workers of this machine of which nothing runs here any more.
+        self._seen_to: set[str] = set()
+        #: What Postgres was told last: whether this worker has lost the ledger.
+        self._told_lost = False
+
+    @property
+    def registered(self) -> bool:
+        """Whether registration was begun: then there may be something to leave."""
+        return self._capacity is not None
+
+    @property
+    def _may_admit(self) -> bool:
+        """Return whether jobs may start here: this process decides, and Postgres is not too far behind."""
+        return self._confirmation.may_admit and not self._is_behind()
+
+    # -- joining -------------------------------------------------------------------------------------------------
+
+    def register(
+        self, capacity: Capacity, declared: Declarations, challenge: Callable[[], None]
+    ) -> int:
+        """Publish the capacity in the epoch that Postgres confirms; returns how many waiting jobs were admitted.
+
+        Whatever the name's former life still holds is taken back first. Raises `NameTaken`, `LedgerClosed`.
+        """
+        self._capacity, self._measured, self._declared = capacity, capacity, declared
+        epoch = self._confirmation.ask()
+        # Postgres knows the worker before the ledger does: a rebuild begins with what it knows.
+        self._write_seen("ready")
+        return self._register(epoch, "ready", challenge)
+
+    def register_in_postgres(self, capacity: Capacity, declared: Declarations, *, ledger_lost: bool) -> None:
+        """Join without the ledger: the heartbeat registers there too, when it can."""
+        self._capacity, self._measured, self._declared = capacity, capacity, declared
+        self._told_lost = ledger_lost
+        self._write_seen("ready")
+        self._write_former_lives()
+
+    def _register(self, epoch: int, status: str, challenge: Callable[[], None]) -> int:
+        assert self._capacity is not None, "register comes first"
+        self._ledger.epoch = epoch
+        identity = self.identity
+        while True:
+            reply = self._ledger.register(
+                identity.name,
+                identity.incarnation,
+                identity.queue,
+                self._capacity.shape,
+                self._view(full=True),
+                status,
+                admit=self._may_admit,
+            )
+            if not isinstance(reply, Taken):
+                break
+            self.name_claim.take(challenge)
+            self._take_over(reply.incarnation)
+        # One that held nothing when its lease ran out has left no book to take over.
+        self._later(self._write_former_lives)
+        self._declare()
+        return reply.admitted
+
+    def _take_over(self, incarnation: str) -> None:
+        """Take back what a former incarnation holds, of which nothing runs any more: it is dead, or was silent until
+        its lease had run out. One that renews its lease just now stays."""
+        name, settings = self.identity.name, self._ledger.settings
+        with self._engine.connect() as connection:
+            row = worker_rows.find_worker(connection, incarnation)
+        if row is not None and is_known_dead(row, self.identity.place):
+            self._ledger.condemn(name, incarnation)
+        elif self._ledger.lapse(name, 0, settings.most_losses, most=0).verdict != "due":
+            return
+        logger.warning("the former life of worker %s is over: its jobs are taken back", name)
+        lapsed = take_back(self._engine, self._ledger, name, incarnation, 0)
+        logger.warning("%d jobs of the former life of %s were taken back", lapsed.taken_back, name)
+        if lapsed.verdict == "waits":
+            # For whoever has a row of its jobs locked.
+            threading.Event().wait(settings.due_interval)
+
+    def rejoin(self, holdings: Holdings, recorder: Recorder, challenge: Callable[[], None]) -> None:
+        """After a new epoch: register again, and say at once what is held. Whole or not at all: until it is done this
+        handle of the ledger has no epoch, and does nothing."""
+        try:
+            self._rejoin(holdings, recorder, challenge)
+        except BaseException:
+            self._ledger.epoch = 0
+            raise
+
+    def _rejoin(self, holdings: Holdings, recorder: Recorder, challenge: Callable[[], None]) -> None:
+        # Whoever opens the ledger goes by the rows: what ended here must be in them first, or it would run again.
+        self._flush(self._ledger.settings.due_interval)
+        # Closed until the books know what it holds: nothing of that is free, whoever looks meanwhile.
+        self._register(self._confirmation.epoch, "closed", challenge)
+        self._see("draining" if self.draining else "ready")
+        held = holdings.all()
+        refused: set[tuple[str, str]] = set()
+        if held:
+            adopted = [one.as_adopted() for one in held]
+            refused = set(self._ledger.adopt(self.identity.name, self.identity.incarnation, adopted))
+        if refused and self._measured is not None:
+            holdings.disown(refused)
+            self.resize(self._measured, holdings)
+        recorder.add([running(self.identity, one) for one in held if one.key not in refused and not one.ended])
+        for job, token in sorted(refused):
+            logger.warning("job %s: the lease of attempt %s went to another one while the ledger was lost", job, token)
+        # This list is complete: what Postgres says is held here and it does not name, is taken back at once.
+        self.renew(holdings, missing_ms=0)
+        if self.draining:
+            self._ledger.drain(self.identity.name, self.identity.incarnation)
+        logger.warning("registered again in epoch %d: %d jobs held", self._ledger.epoch, len(held))
+
+    def _declare(self) -> None:
+        if not self._declared:
+            return
+        people = self._declared
+        try:
+            self._ledger.client.hset(keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people})
+        except OutOfMemoryError as error:
+            # Senders that do not know a task ask for the default meanwhile; its jobs run all the same.
+            logger.warning("what this worker's tasks declare is not published: %s", error)
+        self._later(lambda: self._write_declarations(people))
+
+    # -- Postgres, without waiting for it ------------------------------------------------------------------------
+
+    def _see(self, status: str) -> None:
+        """Have the heartbeat written: a Postgres that hangs must not hold up the one in the ledger."""
+        self._seen_at = time.monotonic()
+        self._later(lambda: self._write_seen(status))
+
+    def _seen_every(self) -> float:
+        """Seconds between heartbeats in Postgres: where the ledger has none, they are all that there is."""
+        settings = self._ledger.settings
+        if self._told_lost or self._confirmation.authority == "postgres":
+            return settings.renew_interval
+        return min(POSTGRES_EVERY, settings.worker_ttl / 2)
+
+    def tell_postgres(self, ledger_lost: bool, flush: Callable[[], bool]) -> None:
+        """Tell Postgres, when it is time, that this worker lives; at once, when it lost or found the ledger. One that
+        says that it lost it has written before (`flush`) what it claimed there: for Postgres, all else waits. (An end
+        whose row is locked, or takes no write, does not keep Postgres from deciding: nobody takes such a job.)"""
+        changed = ledger_lost != self._told_lost
+        if not self.registered or not (changed or time.monotonic() >= self._seen_at + self._seen_every()):
+            return
+        if changed and ledger_lost and not flush():
+            return
+        self._told_lost, self._seen_at = ledger_lost, time.monotonic()
+        self._write_seen("draining" if self.draining else "ready")
+
+    def _write_declarations(self, people: Mapping[str, Mapping[str, Any]]) -> None:
+        with self._engine.connect() as connection:
+            worker_rows.declare(connection, people)
+
+    def _write_former_lives(self) -> None:
+        with self._engine.connect() as connection:
+            worker_rows.end_former_lives(connection, self.identity.name, self.identity.incarnation)
+            if self._ledger.epoch:
+                try:
+                    # What they said last has the values that their jobs returned.
+                    transition_log.apply_all(self._engine, self._ledger)
+                except (StoreUnavailable, LedgerClosed):
+                    return  # a reconcile closes them, when it has read the stream
+            # Where the ledger was lost with such a life, nobody takes its jobs back, and what had committed still is.
+            fencing.close_former(connection, self.identity.name, self.identity.incarnation)
+
+    # -- staying and leaving -------------------------------------------------------------------------------------
+
+    def renew(self, holdings: Holdings, missing_ms: int | None = None) -> bool:
+        """Renew the lease once. False where the ledger does not know this worker: it must register again. `missing_ms`:
+        see `Ledger.renew`."""
+        renewed = self._ledger.renew(
+            self.identity.name,
+            self.identity.incarnation,
+            self._view(full=False),
+            # (Of what ended here the row may still say that it runs: it is not lost. Nor is a job whose claim was
+            # carried out and whose answer was lost: it is claimed again.)
+            [*{*holdings.jobs(), *holdings.claiming, *self._unwritten()}],
+            self._ledger.settings.most_losses,
+            admit=self._may_admit,
+            missing_ms=missing_ms,
+        )
+        if renewed.taken_back:
+            logger.warning("%d jobs that this worker no longer holds were taken back", renewed.taken_back)
+        return renewed.known
+
+    def resize(self, capacity: Capacity, holdings: Holdings) -> None:
+        """Publish another capacity (the pool grew, a quota changed), less what attempts take up that lost their lease;
+        what fits into more is admitted at once."""
+        holdings.capacity, self._measured = dict(capacity.amounts), capacity
+        capacity = holdings.left_of(capacity)
+        if capacity == self._capacity or self.draining:
+            return
+        before, self._capacity = self._capacity, capacity
+        identity = self.identity
+        view, admit = self._view(full=True), self._may_admit
+        reply = self._ledger.register(
+            identity.name, identity.incarnation, identity.queue, capacity.shape, view, admit=admit
+        )
+        if isinstance(reply, Taken):
+            # Its lease was lost meanwhile: the heartbeat that follows finds out, and registers again.
+            return
+        self._see("ready")
+        logger.warning(
+            "capacity changed from %s to %s; %d waiting jobs were admitted",
+            before and before.to_people(),
+            capacity.to_people(),
+            reply.admitted,
+        )
+
+    def drain(self) -> int:
+        """Admit nothing more here; what was not started is handed back."""
+        self.draining = True
+        handed = self._ledger.drain(self.identity.name, self.identity.incarnation)
+        self._see("draining")
+        return handed
+
+    def leave(self, holdings: Holdings) -> bool:
+        """Deregister. False where something is still held. Raises `PlatformError` where a store is down."""
+        if not holdings.all():
+            # Postgres first: a worker whose book alone is gone would be ready there for ever. One that has its book
+            # still loses it with its lease.
+            self._write_left()
+        if self._confirmation.authority == "postgres":
+            return not holdings.all()
+        left = self._ledger.leave(self.identity.name, self.identity.incarnation) == 0
+        if left:
+            self._write_left()
+        return left
+
+    def _write_left(self) -> None:
+        try:
+            with self._engine.connect() as connection:
+                worker_rows.end_worker(connection, self.identity.incarnation, "left")
+        except DBAPIError as error:
+            raise translate(error) from error
+
+    def _write_seen(self, status: str) -> None:
+        # What there is: the books alone are told of less, while attempts without their lease take it up.
+        capacity = self._measured
+        assert capacity is not None, "register comes first"
+        identity = self.identity
+        row = WorkerRow(
+            name=identity.name,
+            incarnation=identity.incarnation,
+            cpus=capacity.get("cpus"),
+            memory=capacity.get("memory"),
+            capacity=capacity.to_people(),
+            hostname=identity.hostname,
+            pid=identity.pid,
+            place=identity.place,
+            start_ticks=identity.start_ticks,
+            version=identity.version,
+            started_at=identity.started_at,
+        )
+        asked = time.monotonic()
+        with self._engine.connect() as connection:
+            answer, lost = worker_rows.see_worker(connection, row, status, ledger_lost=self._told_lost)
+        self._confirmation.hear(asked, answer)
+        # Whoever took their jobs back may have done so on another machine.
+        for worker in lost:
+            if worker.incarnation not in self._seen_to and is_known_dead(worker, identity.place):
+                orphans.see_to(worker, identity.place)
+                self._seen_to.add(worker.incarnation)
+
+    def _view(self, *, full: bool) -> dict[str, str]:
+        """The fields of `worker:<name>`; those about allocations are the scripts' own."""
+        assert self._capacity is not None, "register comes first"
+        identity = self.identity
+        view = {
+            "cpus": format_cpus(self._capacity.get("cpus")),
+            "memory": str(self._capacity.get("memory")),
+            "slots": str(self._capacity.get("slots")),
+            "hostname": identity.hostname,
+            "pid": str(identity.pid),
+            "incarnation": identity.incarnation,
+            "started_at": identity.started_at,
+            "heartbeat_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "version": identity.version,
+            "queue": identity.queue,
+        }
+        if full:
+            view |= {
+                "status": "ready",
+                "allocated_cpus": "0",
+                "allocated_memory": "0",
+                "allocated_slots": "0",
+            }
+        return view

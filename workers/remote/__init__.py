@@ -1,0 +1,1 @@
+"""Celery's remote control of a worker."""

@@ -1,0 +1,149 @@
+"""The worker's side of Celery's remote control, where the platform has more to say or to do than Celery.
+
+Celery keeps its commands in one table for the process. These stand in it for Celery's own; on an app that is not on the
+platform they do what Celery's do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, Final
+
+from celery.concurrency.base import BasePool
+from celery.platforms import signals as signal_numbers
+from celery.utils.functional import maybe_list
+from celery.worker import control as celery_control
+from celery.worker import state as worker_state
+from celery.worker.control import Panel
+
+from celery_capacity.routing.model import amounts
+from celery_capacity.workers.execute.runtime import Runtime, runtime_of
+from celery_capacity.workers.results.cancellation import TOLD, revoke_jobs, revoke_stamped
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after a request for a heartbeat at which it is sent again. A program that begins to hear events asks for one,
+#: and its own subscription may come later than the first answer.
+AGAIN_AFTER: Final = (1.0, 5.0)
+
+#: Sent to a process whose job is terminated, unless the caller names another signal.
+TERM: Final = "SIGTERM"
+
+
+def _in_place_of(plain: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Have a command answered by the function, which gets the worker's runtime too."""
+
+    def put(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(plain)
+        def chosen(state: Any, *args: Any, **options: Any) -> Any:
+            runtime = runtime_of(state.consumer.controller)
+            if runtime is None:
+                options.pop(TOLD, None)
+                return plain(state, *args, **options)
+            return command(state, runtime, *args, **options)
+
+        Panel.data[plain.__name__] = chosen
+        return chosen
+
+    return put
+
+
+@_in_place_of(celery_control.heartbeat)
+def heartbeat(state: Any, runtime: Runtime) -> None:
+    """Send the event of a heartbeat now. Celery's own would call it good for seconds only, and sends the next one after
+    two: here they come once a minute."""
+    consumer = state.consumer
+    for seconds in (0.0, *AGAIN_AFTER):
+        consumer.timer.call_after(seconds, _send_heartbeat, (consumer,))
+
+
+def _send_heartbeat(consumer: Any) -> None:
+    heart, dispatcher = consumer.heart, consumer.event_dispatcher
+    if heart is not None and dispatcher is not None and dispatcher.enabled:
+        dispatcher.send("worker-heartbeat", freq=heart.interval, **worker_state.SOFTWARE_INFO)
+
+
+@_in_place_of(celery_control.revoke)
+def revoke(
+    state: Any,
+    runtime: Runtime,
+    task_id: Any,
+    terminate: bool = False,
+    signal: Any = None,
+    told: bool = False,
+    **_: Any,
+) -> Any:
+    """Celery's also stores the result REVOKED, from every worker that hears it, though the job may run on another. Here
+    the rows say what was ended by it; whoever called `app.control.revoke` has seen to them, and for others (`celery
+    control revoke`, a Celery without the platform) the worker does."""
+    ids = {str(one) for one in maybe_list(task_id) or ()}
+    worker_state.revoked.update(ids)
+    if not told:
+        runtime.recorder.call(lambda: revoke_jobs(state.app, runtime.stores, sorted(ids)))
+    if not terminate:
+        logger.info("Tasks flagged as revoked: %s", ", ".join(sorted(ids)))
+        return celery_control.ok(f"tasks {ids} flagged as revoked")
+    return _terminate(state, ids, signal)
+
+
+def _terminate(state: Any, ids: Iterable[str], signal: Any) -> Any:
+    signum = signal_numbers.signum(signal or TERM)
+    terminated = []
+    for request in list(celery_control._find_requests_by_id(sorted(ids))):
+        logger.info("Terminating %s (%s)", request.id, signum)
+        request.terminate(state.consumer.pool, signal=signum)
+        terminated.append(request.id)
+    if not terminated:
+        return celery_control.ok("terminate: tasks unknown")
+    return celery_control.ok(f"terminate: {', '.join(terminated)}")
+
+
+@_in_place_of(celery_control.terminate)
+def terminate(state: Any, runtime: Runtime, signal: Any, task_id: Any, **_: Any) -> Any:
+    return revoke(state, task_id, terminate=True, signal=signal)
+
+
+@_in_place_of(celery_control.revoke_by_stamped_headers)
+def revoke_by_stamped_headers(
+    state: Any,
+    runtime: Runtime,
+    headers: Any,
+    terminate: bool = False,
+    signal: Any = None,
+    told: bool = False,
+    **_: Any,
+) -> Any:
+    if isinstance(headers, list):
+        headers = dict(header.partition("=")[::2] for header in headers)
+    if not told:
+        runtime.recorder.call(lambda: revoke_stamped(state.app, runtime.stores, headers))
+    return celery_control.revoke_by_stamped_headers(state, headers, terminate=terminate, signal=signal)
+
+
+@_in_place_of(celery_control.stats)
+def stats(state: Any, runtime: Runtime, **options: Any) -> Any:
+    """With `capacity` and `allocated` in people's units, by the worker's own count."""
+    book = runtime.holdings.book()
+    return {
+        **celery_control.stats(state, **options),
+        "capacity": amounts.to_people(tuple(sorted(book.capacity.items()))),
+        "allocated": amounts.to_people(tuple(sorted(book.allocated.items()))),
+    }
+
+
+@_in_place_of(celery_control.shutdown)
+def shutdown(state: Any, runtime: Runtime, **options: Any) -> Any:
+    """As a TERM: nothing more is admitted from here on. (Of this one Celery sends no `worker_shutting_down`.)"""
+    runtime.drain()
+    return celery_control.shutdown(state, **options)
+
+
+@_in_place_of(celery_control.pool_restart)
+def pool_restart(state: Any, runtime: Runtime, **options: Any) -> Any:
+    """Refused by a pool that cannot be restarted, where Celery says that it was."""
+    pool = state.consumer.pool
+    if state.app.conf.worker_pool_restarts and type(pool).restart is BasePool.restart:
+        raise ValueError(f"a pool of {type(pool).__module__.rpartition('.')[2]} cannot be restarted")
+    return celery_control.pool_restart(state, **options)

@@ -1,0 +1,154 @@
+"""Ending jobs that no worker has started: revoked, purged, expired, or waiting for a job that did not succeed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.database.postgres import is_locked, translate
+from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable
+from celery_capacity.routing.ledger.replies import Cancelled, LedgerClosed
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.recovery import revocation, transition_log
+from celery_capacity.routing.store import dependencies, job_transitions
+from celery_capacity.routing.store.dependencies import Opened
+from celery_capacity.routing.store.job_transitions import REVOKED
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.results.deliver_later import deliver_rows
+
+logger = logging.getLogger(__name__)
+
+#: What a broadcast of these carries, where the rows have been seen to already (see `workers.remote.remote_control`).
+TOLD: Final = "told"
+#: The error of a job that `celery purge` ended.
+PURGED: Final = "purged"
+
+
+def revoke_jobs(app: Any, stores: Stores, ids: Sequence[str]) -> int:
+    """Revoke jobs in the stores: what waits ends, what a worker holds is marked. Returns how many ended."""
+    try:
+        with stores.engine.connect() as connection:
+            jobs = revocation.mark(connection, ids)
+    except DBAPIError as problem:
+        raise translate(problem, "nothing was revoked: ") from problem
+    except PoolTimeout as problem:
+        raise StoreUnavailable("nothing was revoked: no connection to Postgres was free") from problem
+    ended = [job for job in jobs if carry_out(stores, job)]
+    if ended:
+        # (What the backend does not take now, a worker's duty brings.)
+        deliver_rows(app, stores, ended)
+        open_gates(app, stores)
+    return len(ended)
+
+
+def revoke_stamped(app: Any, stores: Stores, headers: Any) -> int:
+    """The same for the jobs that carry stamps. Raises `InvalidRequest` where these are no stamps."""
+    if not isinstance(headers, Mapping) or not all(isinstance(name, str) for name in headers):
+        raise InvalidRequest(
+            "stamped headers are a mapping of names to values", value=headers, advice="Pass {'name': ['value', ...]}."
+        )
+    try:
+        with stores.engine.connect() as connection:
+            jobs = revocation.stamped(connection, headers)
+    except DBAPIError as problem:
+        raise translate(problem, "nothing was revoked: ") from problem
+    return revoke_jobs(app, stores, jobs)
+
+
+def carry_out(stores: Stores, job: str) -> bool:
+    """Go on with the revoke of a job whose row is marked: end it if it waits, and mark it in the ledger if a worker
+    holds it. Whether it ended. What a store does not take now the sweep does."""
+    for _ in range(revocation.TRIES):
+        try:
+            if end_before_start(stores, job, State.CANCELLED, REVOKED):
+                return True
+        except StoreUnavailable as error:
+            if not is_locked(error):
+                raise
+            logger.warning("job %s was revoked, and its row is locked: it ends later", job)
+            return False
+        try:
+            with stores.engine.connect() as connection:
+                if read_authority(connection).authority == "postgres":
+                    # The mark is all that it takes; and the ledger's server may be one that never answers.
+                    return False
+            if stores.ledger.revoke(job):
+                return False
+        except (LedgerClosed, StoreUnavailable):
+            return False
+        except DBAPIError as problem:
+            raise translate(problem, f"job {job} was not revoked: ") from problem
+        except PoolTimeout as problem:
+            raise StoreUnavailable(f"job {job} was not revoked: no connection to Postgres was free") from problem
+    return False
+
+
+def purge_queue(app: Any, stores: Stores, queue: str) -> int:
+    """End what waits in a queue's backlog, as cancelled; returns how many jobs. What is scheduled stays, as what a
+    Celery worker holds until its time does."""
+    purged = 0
+    with stores.engine.connect() as connection:
+        for jobs in revocation.waiting_in(connection, queue):
+            ended = [job for job in jobs if end_before_start(stores, job, State.CANCELLED, PURGED)]
+            deliver_rows(app, stores, ended)
+            purged += len(ended)
+    if purged:
+        open_gates(app, stores)
+    return purged
+
+
+def open_gates(app: Any, stores: Stores) -> Opened:
+    """Bring in what waited for jobs that have ended; who cannot start any more hears of it."""
+    opened = dependencies.open_needs(stores.engine)
+    if opened.cancelled:
+        deliver_rows(app, stores, opened.cancelled)
+        stores.sending.ask(lambda ledger: ledger.announce(opened.cancelled))
+    return opened
+
+
+def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool:
+    """End a job that no worker holds, as cancelled or expired. False where a worker holds it, it has ended, or the
+    ledger does not say."""
+    try:
+        with stores.engine.connect() as connection:
+            known = read_authority(connection)
+            if known.authority == "postgres":
+                return job_transitions.end_unfiled(connection, job, state, error)
+            stores.ledger.epoch = known.epoch
+            cancelled = _cancel(stores, connection, job, state, error)
+            if cancelled.entry is not None:
+                # Perhaps no worker lives that would write it.
+                transition_log.apply_entry(stores.engine, stores.ledger, cancelled.entry)
+                return True
+            ended = cancelled.verdict == "missing" and job_transitions.end_unfiled(connection, job, state, error)
+            if ended:
+                stores.sending.ask(lambda ledger: ledger.announce([job]))
+            return ended
+    except DBAPIError as problem:
+        raise translate(problem, f"job {job} was not ended: ") from problem
+    except PoolTimeout as problem:
+        raise StoreUnavailable(f"job {job} was not ended: no connection to Postgres was free") from problem
+
+
+def _cancel(stores: Stores, connection: Any, job: str, state: State, error: str) -> Cancelled:
+    """Cancel in the ledger. While it does not answer nobody can say where the job is: the ledger is ahead of its row,
+    and a worker may run what is `accepted` there. So the job goes on being what it is, and a duty ends it later."""
+    try:
+        return stores.ledger.cancel(job, state.value, error)
+    except LedgerClosed:
+        stores.ledger.epoch = store_epoch(connection)
+    except StoreUnavailable:
+        return Cancelled("unsure")
+    try:
+        return stores.ledger.cancel(job, state.value, error)
+    except (LedgerClosed, StoreUnavailable):
+        return Cancelled("unsure")
+
+
+def store_epoch(connection: Any) -> int:
+    return read_authority(connection).epoch

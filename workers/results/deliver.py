@@ -1,0 +1,224 @@
+"""Delivering what ended attempts left: results and parts of chords, to Celery's result backend.
+
+The worker does so as soon as the ledger took the end, in a thread of its own, before the outcome is written to
+Postgres. What the backend does not take now stays with the outcome, in the row; a duty brings it when the backend is
+back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.outbox import Outbox, parse
+from celery_capacity.routing.store.job_transitions import Transition
+from celery_capacity.workers.process.attempts import Attempt, held
+from celery_capacity.workers.results.backends import HOPELESS
+from celery_capacity.workers.results.chord_parts import GIVEN_UP_AFTER, Part, Parts
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for which a backend that did not answer is left alone.
+PAUSE: Final = 1.0
+#: Seconds after which those whose parts have come through are recorded, though others of the same batch have not.
+RECORD_EVERY: Final = 0.25
+#: Ends delivered together.
+MOST: Final = 200
+
+
+def deliver(backend: Any, box: Outbox, attempt: Attempt) -> None:
+    """Deliver results, then parts of chords, which may take as long as they like (see `workers.results.chord_parts`).
+    Raises what the backend raises, where it may pass: then all is left. What it will never take is logged and dropped.
+    A part may be counted in Postgres though the backend takes no result."""
+    results, problem = [note for note in box.results if "result" in note], None
+    if results:
+        try:
+            _store(backend, results)
+        except Exception as error:
+            problem = error
+    for note in chords_in(box):
+        with held(attempt):
+            _try(backend.deliver_chord, note)
+    if problem is not None:
+        raise problem
+
+
+def chords_in(box: Outbox) -> list[dict[str, Any]]:
+    return [note for note in box.results if "chord" in note]
+
+
+def key_of(attempt: Attempt, box: Outbox) -> Hashable:
+    """What makes the parts of chords that an attempt left the same. (They may be large, and it is kept.)"""
+    return attempt.tag, hashlib.sha256(Outbox([], chords_in(box)).to_text().encode()).digest()
+
+
+def name_of(box: Outbox) -> str:
+    return ", ".join(f"chord {note.get('group')}" for note in chords_in(box)) or "whoever waits for its end"
+
+
+def _store(backend: Any, results: Sequence[dict[str, Any]]) -> None:
+    try:
+        backend.deliver_results(results)
+    except HOPELESS:
+        for one in results:
+            _try(backend.deliver_results, [one])
+
+
+def _try(action: Callable[[Any], None], notes: Any) -> None:
+    try:
+        action(notes)
+    except HOPELESS:
+        logger.exception("what a job left for the result backend cannot be delivered and is dropped: %.200r", notes)
+
+
+class Delivery(os_threads.Thread):
+    """`add` never blocks. Transitions go on to `record` when what they carry was delivered, or has to wait. `settle`
+    (job, what was left, what is left) brings the row up to date where a part of a chord was late."""
+
+    def __init__(
+        self,
+        backend: Callable[[], Any],
+        incarnation: str,
+        record: Callable[[Sequence[Transition]], None],
+        parts: Parts,
+        settle: Callable[[str, str, str], None],
+    ) -> None:
+        super().__init__(name="delivery", daemon=True)
+        self._backend = backend
+        self._incarnation = incarnation
+        self._record = record
+        self._parts = parts
+        self._settle = settle
+        self._pending: list[Transition] = []
+        self._delivering: Sequence[Transition] = ()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._down_until = 0.0
+
+    def add(self, transitions: Sequence[Transition]) -> None:
+        carrying = [one for one in transitions if one.outbox]
+        if carrying:
+            with self._changed:
+                self._pending += carrying
+                self._changed.notify_all()
+        rest = [one for one in transitions if not one.outbox] if carrying else transitions
+        if rest:
+            self._record(rest)
+
+    def jobs(self) -> set[str]:
+        """The jobs of all that has not gone on."""
+        with self._changed:
+            return {one.job for some in (self._pending, self._delivering) for one in some}
+
+    def flush(self, within: float) -> bool:
+        """Wait until all that was added went on."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._pending or self._delivering), within)
+
+    def stop(self, within: float) -> None:
+        """Deliver what is pending, or leave it to the duty, and end."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self.is_alive():
+            self.join(within)
+
+    def run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._stopping, GIVEN_UP_AFTER)
+                stopped = self._stopping and not self._pending
+                batch, self._pending = self._pending[:MOST], self._pending[MOST:]
+                self._delivering = batch
+            if stopped:
+                return
+            if batch:
+                self._deliver(batch)
+            self._parts.complain()
+            with self._changed:
+                self._delivering = ()
+                self._changed.notify_all()
+
+    def _deliver(self, batch: Sequence[Transition]) -> None:
+        boxes = [parse(one.outbox) for one in batch]
+        if time.monotonic() < self._down_until:
+            self._record(batch)
+            return
+        try:
+            _store(self._backend(), [note for box in boxes for note in box.results if "result" in note])
+        except Exception as error:
+            self._leave(len(batch), error)
+            self._record(batch)
+            return
+        rest = [_without(one, box) for one, box in zip(batch, boxes, strict=True) if not chords_in(box)]
+        if rest:
+            self._record(rest)
+        self._deliver_parts([(one, box) for one, box in zip(batch, boxes, strict=True) if chords_in(box)])
+
+    def _leave(self, number: int, error: Exception) -> None:
+        """Whatever it is: the ends themselves go on, and the duty tries again."""
+        self._down_until = time.monotonic() + PAUSE
+        logger.warning("the result backend does not take %d results, they are kept: %s", number, error)
+
+    def _deliver_parts(self, carrying: Sequence[tuple[Transition, Outbox]]) -> None:
+        parts = [self._part(one, box) for one, box in carrying]
+        told, since = list[Transition](), time.monotonic()
+        kept, failed = 0, None
+        for part, (one, box) in zip(self._parts.bring(parts), carrying, strict=True):
+            if part.late:
+                # At once: others take what is in the stream for left behind soon.
+                self._record([*told, replace(one, outbox=self._under_way(box).to_text())])
+                told, since = [], time.monotonic()
+                continue
+            if part.done:
+                told.append(_without(one, box))
+            else:
+                told.append(replace(one, outbox=_left(box).to_text()))
+                kept, failed = kept + 1, failed or part.error
+            if time.monotonic() - since > RECORD_EVERY:
+                self._record(told)
+                told, since = [], time.monotonic()
+        if failed is not None:
+            self._leave(kept, failed)
+        if told:
+            self._record(told)
+
+    def _part(self, one: Transition, box: Outbox) -> Part:
+        attempt = Attempt(Tag(one.job, one.epoch, one.attempt), self._incarnation, patient=self._may_wait)
+
+        def afterwards(error: Exception | None) -> None:
+            if error is not None:
+                logger.warning("the part of a chord that job %s left is kept: %s", one.job, error)
+            self._settle(one.job, self._under_way(box).to_text(), _left(box).to_text() if error is not None else "")
+
+        return Part(
+            job=one.job,
+            chord=name_of(box),
+            key=key_of(attempt, box),
+            deliver=lambda: deliver(self._backend(), Outbox([], chords_in(box)), attempt),
+            afterwards=afterwards,
+            remembered=True,
+        )
+
+    def _under_way(self, box: Outbox) -> Outbox:
+        return replace(_left(box), by=self._incarnation)
+
+    def _may_wait(self) -> bool:
+        return not self._stopping
+
+
+def _left(box: Outbox) -> Outbox:
+    """Once its results are delivered."""
+    return Outbox(box.publishes, chords_in(box))
+
+
+def _without(one: Transition, box: Outbox) -> Transition:
+    """Once all is delivered."""
+    return replace(one, outbox=Outbox(box.publishes).to_text(), told=True)

@@ -1,0 +1,320 @@
+"""Delivering what stands in the rows of ended jobs: their worker died before it could, the result backend was away, or
+no worker was there to say how they ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from celery import Celery, states
+from celery.app.task import Context
+from celery.exceptions import TaskError, WorkerLostError
+from kombu.compression import decompress
+from kombu.serialization import loads, prepare_accept_content
+from sqlalchemy import Connection, Engine, text
+
+from celery_capacity.routing.errors import NotAccepted, Unsupported
+from celery_capacity.routing.insert import replacements
+from celery_capacity.routing.model import message as messages
+from celery_capacity.routing.model import outbox
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.store import fencing, refused_transitions
+from celery_capacity.workers.process import running_workers
+from celery_capacity.workers.process.attempts import Attempt, held
+from celery_capacity.workers.process.stores import Stores, transactions
+from celery_capacity.workers.results.backends import HOPELESS, kept_of
+from celery_capacity.workers.results.chord_parts import Part, Parts
+from celery_capacity.workers.results.deliver import chords_in, deliver, key_of, name_of
+from celery_capacity.workers.results.events import Announcer
+
+logger = logging.getLogger(__name__)
+
+#: Rows delivered in one pass.
+MOST: Final = 1000
+
+_LEFT: Final = text(
+    "SELECT id, epoch, attempt, state, error, outbox, message, coalesce(incarnation, '') AS incarnation, replaces "
+    "FROM jobs WHERE outbox IS NOT NULL AND (:announces OR outbox <> :unannounced) "
+    "AND (CAST(:ids AS text[]) IS NULL OR id = ANY(CAST(:ids AS text[]))) "
+    # (Who delivers it just now stands at its end, see `Outbox.to_text`.)
+    "AND NOT EXISTS (SELECT 1 FROM workers w WHERE w.incarnation <> :me AND w.status IN ('ready', 'draining') "
+    """AND w.incarnation = substring(right(outbox, :tail) FROM '"by": "([^"]+)"[}]$')) """
+    "ORDER BY id LIMIT :most"
+)
+#: Characters of an outbox in which that stands.
+_TAIL: Final = 500
+#: Nobody else delivers a row that is locked, and one that was delivered since it was read is delivered no more.
+_MINE: Final = text("SELECT id FROM jobs WHERE id = :id AND outbox = :outbox FOR UPDATE SKIP LOCKED")
+_DONE: Final = text("UPDATE jobs SET outbox = :rest WHERE id = :id AND outbox = :outbox")
+#: Whoever writes the row at this moment is waited for.
+_LOCK: Final = text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE")
+
+
+def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> int:
+    """Deliver for all jobs, or `only` these; returns for how many. Stops where the backend does not take one."""
+    delivered, replaced = 0, set[str]()
+    parts = parts_of(app)
+    with transactions(stores.engine).connect() as connection:
+        with connection.begin():
+            announces = {"announces": announcer_of(app) is not None, "unannounced": outbox.UNANNOUNCED}
+            by = {"me": parts.incarnation if parts is not None else "", "tail": _TAIL}
+            rows = connection.execute(_LEFT, {"ids": only, "most": MOST, **announces, **by}).all()
+        for row in rows:
+            with connection.begin():
+                if connection.execute(_MINE, {"id": row.id, "outbox": row.outbox}).first() is None:
+                    continue
+                done = _deliver(app, connection, row, parts)
+                if done is None:
+                    continue
+                if not done:
+                    break
+                delivered += 1
+                replaced |= {row.replaces} - {None}
+        with connection.begin():
+            # What was a step of a replacement publishes nothing more.
+            ended = replacements.end_abandoned(connection, sorted(replaced))
+    return delivered + (deliver_rows(app, stores, ended) if ended else 0)
+
+
+def deliver_parts(app: Celery, stores: Stores, jobs: Sequence[str]) -> None:
+    """Have the parts of chords counted that these jobs left, while the backend does not take their results. A part of a
+    chord that is counted in Redis stays in its row."""
+    parts = parts_of(app)
+    with transactions(stores.engine).connect() as connection:
+        with connection.begin():
+            by = {"me": parts.incarnation if parts is not None else "", "tail": _TAIL}
+            values = {"ids": list(jobs), "most": len(jobs), "announces": True, "unannounced": outbox.UNANNOUNCED, **by}
+            rows = connection.execute(_LEFT, values).all()
+        for row in rows:
+            box = outbox.parse(row.outbox)
+            if chords_in(box):
+                with connection.begin():
+                    if connection.execute(_MINE, {"id": row.id, "outbox": row.outbox}).first() is not None:
+                        _deliver_parts(app, connection, row, box, parts)
+
+
+def _deliver_parts(app: Celery, connection: Connection, row: Any, box: Outbox, parts: Parts | None) -> None:
+    job, engine = row.id, connection.engine
+    speaker = Attempt(Tag(job, row.epoch, row.attempt), row.incarnation, patient=lambda: True)
+    results = [note for note in box.results if "chord" not in note]
+    rest = Outbox(box.publishes, results).to_text()
+    by = replace(box, by=parts.incarnation if parts is not None else "").to_text()
+
+    def afterwards(error: Exception | None) -> None:
+        if error is not None:
+            logger.info("the part of a chord that job %s left is not counted yet: %s", job, error)
+        settle(engine, job, by, rest if error is None else replace(box, by="").to_text())
+
+    chords = Outbox([], chords_in(box))
+    part = Part(job, name_of(box), key_of(speaker, box), lambda: deliver(app.backend, chords, speaker), afterwards)
+    _bring(parts, part)
+    if part.late:
+        connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": by})
+    elif part.done:
+        connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": rest or None})
+
+
+def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: str, left: str) -> None:
+    """What an attempt left whose end the ledger refused: nobody's business, unless it had ended its job itself before
+    it lost its lease (`celery_capacity.fenced`). Then its value is the job's, however late it comes."""
+    epoch, _, attempt = token.partition(".")
+    with engine.connect() as connection:
+        if not fencing.has_succeeded(connection, job, int(epoch), int(attempt)):
+            return
+    speaker = Attempt(Tag(job, int(epoch), int(attempt)), incarnation, patient=lambda: True)
+    box, parts = outbox.parse(left), parts_of(app)
+
+    def afterwards(error: Exception | None) -> None:
+        if error is not None:
+            logger.warning("what job %s left late is dropped: %s", job, error)
+
+    part = Part(job, name_of(box), key_of(speaker, box), lambda: deliver(app.backend, box, speaker), afterwards)
+    # (A value alone is dropped for no others that take long.)
+    _bring(parts if chords_in(box) else None, part)
+    if part.late:
+        return
+    if part.error is not None:
+        raise part.error
+    if not part.done:
+        logger.error("what job %s left late is dropped: too many parts of chords are late", job)
+
+
+def settle(engine: Engine, job: str, left: str, rest: str | None) -> None:
+    """Note what is left of what a late part's job left, once the row says the latter."""
+    with transactions(engine).begin() as connection:
+        connection.execute(_LOCK, {"id": job})
+        connection.execute(_DONE, {"id": job, "outbox": left, "rest": rest or None})
+
+
+def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None) -> bool | None:
+    """Whether it is delivered. None where it takes long, or has to wait for others that do."""
+    job, box = row.id, _box(connection.engine, row)
+    speaker = Attempt(Tag(job, row.epoch, row.attempt), row.incarnation, patient=lambda: True)
+    by = replace(box, by=parts.incarnation if parts is not None else "").to_text()
+    engine = connection.engine
+
+    def announce() -> str | None:
+        return _announce(app, box, job, State(row.state), row.error, row.message)
+
+    def afterwards(error: Exception | None) -> None:
+        if error is not None:
+            logger.warning("what job %s left is not delivered yet: %s", job, error)
+        settle(engine, job, by, announce() if error is None else replace(box, by="").to_text())
+
+    part = Part(job, name_of(box), key_of(speaker, box), lambda: _tell_all(app, row, box, speaker), afterwards)
+    part.late = parts is not None and parts.is_under_way(part.key)
+    if not part.late:
+        # (Results alone take as long as the backend.)
+        _bring(parts if chords_in(box) or _untold(box) else None, part)
+    if part.late:
+        # Also where a row says nothing of it: it was made of what the stream said.
+        connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": by})
+        return None
+    if part.error is not None:
+        # It stays where it is: whatever hinders it now concerns the backend, not the job.
+        logger.warning("what job %s left is not delivered yet: %s", job, part.error)
+        return False
+    if not part.done:
+        return None
+    connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": announce()})
+    return True
+
+
+def _box(engine: Engine, row: Any) -> Outbox:
+    """Return what a job left. What cannot be read is set aside, and the result is made of what the row says."""
+    try:
+        return outbox.parse(row.outbox)
+    except (ValueError, TypeError, LookupError) as error:
+        left = {"job": row.id, "outbox": row.outbox}
+        refused_transitions.set_aside(engine, left, f"what job {row.id} left cannot be read: {error!r}")
+        return outbox.parse(outbox.UNTOLD)
+
+
+def _bring(parts: Parts | None, part: Part) -> None:
+    """Without threads for what may take long (a process that is no worker) it is waited for."""
+    if parts is not None:
+        list(parts.bring([part]))
+        return
+    try:
+        part.deliver()
+        part.done = True
+    except Exception as error:
+        part.error = error
+
+
+def _tell_all(app: Celery, row: Any, box: Outbox, speaker: Attempt) -> None:
+    deliver(app.backend, box, speaker)
+    untold = _untold(box)
+    # (Whoever speaks for an attempt asks the backend itself, and no row.)
+    with held(speaker):
+        if untold and not (untold[0].get("unless_told") and app.backend.get_state(row.id) in states.READY_STATES):
+            _tell_anyhow(app, row.id, State(row.state), row.error or "", bytes(row.message))
+
+
+def _untold(box: Outbox) -> list[dict[str, Any]]:
+    return [note for note in box.results if "untold" in note]
+
+
+def _announce(app: Celery, box: Outbox, job: str, state: State, error: str | None, message: bytes) -> str | None:
+    """Where a job ended that no worker held, a worker says so to whoever listens to events and signals. What then stays
+    in the row: where this process is no worker, that it is not announced yet."""
+    silent = state in (State.CANCELLED, State.EXPIRED, State.LOST)
+    if not silent or not any("untold" in note or "unannounced" in note for note in box.results):
+        return None
+    announcer = announcer_of(app)
+    if announcer is None:
+        return outbox.UNANNOUNCED
+    try:
+        request = context_of(app, bytes(message))
+    except Exception as problem:
+        logger.info("the end of job %s is not announced, its message cannot be read: %s", job, problem)
+    else:
+        announcer.ended(job, state, error or "", request)
+    return None
+
+
+def parts_of(app: Celery) -> Parts | None:
+    """What delivers parts of chords in this process, None where it is no worker."""
+    runtime = running_workers.newest(app)
+    found: Parts | None = None if runtime is None else runtime.parts
+    return found if found is not None and found.pid == os.getpid() else None
+
+
+def announcer_of(app: Celery) -> Announcer | None:
+    """What tells events and signals in this process, None where it is no worker."""
+    runtime = running_workers.newest(app)
+    announcer: Announcer | None = None if runtime is None else runtime.announcer
+    return announcer
+
+
+def _tell_anyhow(app: Celery, job: str, state: State, error: str, message: bytes) -> None:
+    """The same though its message, or what it says is to be called, is such that nobody can make anything of it: then
+    whoever waits hears of the end, and no other job's end is kept back."""
+    try:
+        request = context_of(app, message)
+    except Exception as problem:
+        # Nothing is asked of a store in there: it lies in the message, and will lie there the next time.
+        logger.warning("the message of job %s cannot be read, its result alone is told: %s", job, problem)
+        request = Context(id=job)
+    try:
+        _tell(app, job, state, error, request)
+    except (*HOPELESS, Unsupported, NotAccepted):
+        logger.exception("what follows job %s cannot be called, its result alone is told", job)
+        _tell(app, job, state, error, Context(id=job))
+
+
+def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> None:
+    """The result of a job that ended while no worker held it; its chord and its callbacks hear of it too."""
+    value_wanted, errors = kept_of(app, request)
+    if state is State.SUCCEEDED:
+        # It ended itself (`celery_capacity.fenced`), and its process died before it could return anything; or its value
+        # was stored with its end, of which Postgres did not hear: that one stays.
+        stored = app.backend.get_state(job) == states.SUCCESS
+        value = app.backend.get_result(job) if stored else None
+        app.backend.mark_as_done(job, value, request=request, store_result=value_wanted and not stored)
+        _go_on(app, job, request, value)
+    elif state is State.LOST:
+        lost = WorkerLostError(error or "the job was lost with its workers")
+        app.backend.mark_as_failure(job, lost, request=request, store_result=errors)
+    elif state is State.FAILED:
+        # (Only of one that was replaced: whatever else fails is told by its worker.)
+        app.backend.mark_as_failure(job, TaskError(error), request=request, store_result=errors)
+    else:
+        # (As with Celery, whoever revokes a job finds it revoked, whatever is kept of its task.)
+        kept = errors or state is State.CANCELLED
+        app.backend.mark_as_revoked(job, error or state.value, request=request, store_result=kept)
+
+
+def _go_on(app: Celery, job: str, request: Context, value: Any) -> None:
+    """Publish what comes after a body that succeeded, as Celery's trace does before it returns. (A step that was
+    published has its id already, and is left as it is.)"""
+    following = {"parent_id": job, "root_id": request.root_id or job}
+    for callback in request.callbacks or ():
+        app.signature(callback).apply_async((value,), **following)
+    *later, following_step = request.chain or (None,)
+    if following_step is not None:
+        app.signature(following_step).apply_async((value,), chain=later, **following)
+
+
+def context_of(app: Celery, message: bytes) -> Context:
+    """A job's message as Celery's hooks know it: a request."""
+    envelope = messages.decode(message)
+    headers, properties = envelope["headers"], envelope["properties"]
+    body = messages.body_of(envelope)
+    if headers.get("compression"):
+        body = decompress(body, headers["compression"])
+    accept = prepare_accept_content(app.conf.accept_content)
+    args, kwargs, embed = loads(body, envelope["content-type"], envelope["content-encoding"], accept=accept)
+    return Context(
+        {**headers, **(embed or {})},
+        args=args,
+        kwargs=kwargs,
+        delivery_info=properties.get("delivery_info"),
+        reply_to=properties.get("reply_to"),
+        correlation_id=properties.get("correlation_id"),
+    )

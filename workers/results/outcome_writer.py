@@ -1,0 +1,255 @@
+"""Writing outcomes to Postgres: in batches, from a thread of its own, so that nothing waits for the database.
+
+Until they are written, transitions are in two places: here, and in the ledger's stream. A transition whose row somebody
+keeps locked is put aside and tried again later, and those behind it go on: rows take them in any order.
+
+What is not written is bounded. While Postgres has taken nothing for too long, or too much is left, the recorder is
+*behind*, and its worker starts nothing more: a body that began would only add to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.recovery import resubmit, transition_log
+from celery_capacity.routing.store import refused_transitions
+from celery_capacity.routing.store.job_transitions import Applied, Transition
+from celery_capacity.workers.process import claims
+from celery_capacity.workers.results.store_calls import StoreCalls
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for which a batch is collected.
+BATCH_WITHIN: Final = 0.02
+#: Transitions written in one statement.
+MOST: Final = 1000
+#: Unwritten transitions of one worker, above which it is behind: some 10 MB of its memory, and of the stream.
+MAX_UNWRITTEN: Final = 10_000
+#: Seconds for which Postgres may take nothing, where nobody says otherwise.
+WRITE_WITHIN: Final = 20.0
+#: Seconds between tries while Postgres does not answer.
+RETRY_AFTER: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+_TAKEABLE: Final = text("""
+SELECT EXISTS (SELECT 1 FROM jobs
+  JOIN unnest(CAST(:jobs AS text[]), CAST(:lives AS text[])) AS x (job, life) ON id = job
+  WHERE finished_at IS NULL AND NOT (state IN ('admitted', 'running') AND incarnation = life))
+""")
+
+
+class Recorder(os_threads.Thread):
+    """`add` never blocks. `flush` waits until all that was added is written, or the time is over. `on_applied` is
+    called with the rows that changed, `on_level` when it is behind no more. `write_within`: seconds for which Postgres
+    may take nothing before it is."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        on_applied: Callable[[Sequence[Applied]], None] = lambda _: None,
+        on_level: Callable[[], None] = lambda: None,
+        write_within: float = WRITE_WITHIN,
+    ) -> None:
+        super().__init__(name="recorder", daemon=True)
+        self._engine = engine
+        self._ledger = ledger
+        self._on_applied = on_applied
+        self._on_level = on_level
+        self._write_within = write_within
+        self._calls = StoreCalls()
+        #: When those that are pending came (monotonic), and how many at a time.
+        self._came: deque[tuple[float, int]] = deque()
+        self._was_behind = False
+        self._pending: list[Transition] = []
+        #: Those that could not be written, though Postgres takes others, and when they are tried again (monotonic).
+        self._put_off: list[Transition] = []
+        self._try_again_at = 0.0
+        self._writing: list[Transition] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+
+    def add(self, transitions: Sequence[Transition]) -> None:
+        if not transitions:
+            # (Its time would be that of what comes next.)
+            return
+        with self._changed:
+            self._pending += transitions
+            self._came.append((time.monotonic(), len(transitions)))
+            self._changed.notify_all()
+
+    def call(self, action: Callable[[], object]) -> None:
+        """Run something that may wait for a store, beside the writing of outcomes."""
+        self._calls.call(action)
+
+    def is_behind(self) -> bool:
+        """Whether so much is unwritten, or for so long, that nothing more should start here. (Rows that somebody keeps
+        locked count by their number alone: one of them holds nobody up.)"""
+        with self._changed:
+            late = bool(self._came) and time.monotonic() - self._came[0][0] > self._write_within
+            return late or len(self._pending) + len(self._put_off) > MAX_UNWRITTEN
+
+    def jobs(self) -> set[str]:
+        """The jobs of all that is not written."""
+        with self._changed:
+            return {one.job for some in (self._pending, self._put_off, self._writing) for one in some}
+
+    def start(self) -> None:
+        self._calls.start()
+        super().start()
+
+    def claim(self, one: Transition) -> bool | None:
+        """Write a claim now, in the caller's thread; see `workers.process.claims`."""
+        return claims.write(self._engine, one)
+
+    def flush(self, within: float) -> bool:
+        """Wait until all that was added is written, and all calls are done; False where that did not come about in
+        time."""
+        end = time.monotonic() + within
+        called = self._calls.flush(within)
+        with self._changed:
+            left = max(0.0, end - time.monotonic())
+            settled = self._changed.wait_for(lambda: not (self._pending or self._put_off or self._writing), left)
+        return called and settled
+
+    def is_level(self, flush: Callable[[], bool]) -> bool:
+        """Return True if all is written (`flush`), or if no other worker could take a job of what is not, were Postgres
+        to decide: by its row this worker holds it, or it has ended. Raises what Postgres does."""
+        if flush():
+            return True
+        with self._changed:
+            unwritten = {(one.job, one.incarnation) for one in (*self._pending, *self._put_off, *self._writing)}
+        if not unwritten:
+            return True
+        jobs, lives = zip(*sorted(unwritten), strict=True)
+        with self._engine.connect() as connection:
+            return not connection.execute(_TAKEABLE, {"jobs": list(jobs), "lives": list(lives)}).scalar_one()
+
+    def stop(self, within: float) -> None:
+        """Write what is pending, if Postgres takes it, and end."""
+        self._calls.stop(within)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self.is_alive():
+            self.join(within)
+
+    def run(self) -> None:
+        failures = 0
+        while True:
+            with self._changed:
+                batch, again = self._next_batch()
+                if not batch:
+                    return
+                self._writing = batch
+            kept, put_off = batch, list[Transition]()
+            try:
+                kept, put_off = self._write(batch, wait=not again)
+            finally:
+                with self._changed:
+                    # In one step: whoever flushes must find what was not written here or there.
+                    self._writing = []
+                    self._pending = kept + self._pending
+                    self._put_off += put_off
+                    if not (kept or again):
+                        self._forget_times(len(batch))
+                    self._changed.notify_all()
+            self._look_behind()
+            failures = failures + 1 if kept or (again and put_off) else 0
+            pause = RETRY_AFTER[min(max(0, failures - 1), len(RETRY_AFTER) - 1)]
+            if put_off:
+                self._try_again_at = time.monotonic() + pause
+            with self._changed:
+                if kept and self._stopping:
+                    # The stream has them: whoever runs the duty writes them.
+                    return
+                if kept:
+                    self._changed.wait_for(lambda: self._stopping, pause)
+
+    def _forget_times(self, count: int) -> None:
+        """So many of the oldest are pending no more. The caller has the lock."""
+        while count and self._came:
+            came, size = self._came.popleft()
+            if size > count:
+                self._came.appendleft((came, size - count))
+            count -= min(size, count)
+
+    def _look_behind(self) -> None:
+        """Say that Postgres is too far behind, or no more."""
+        behind = self.is_behind()
+        if behind == self._was_behind:
+            return
+        self._was_behind = behind
+        if not behind:
+            logger.warning("Postgres has what this worker noted: jobs start here again")
+            self._on_level()
+            return
+        logger.warning(
+            "Postgres has not taken %d outcomes, the oldest for more than %g s: nothing more starts here until it has",
+            len(self._pending) + len(self._put_off),
+            self._write_within,
+        )
+        try:
+            self._ledger.count("behind")
+        except PlatformError as error:
+            logger.info("not counted: %s", error)
+
+    def _next_batch(self) -> tuple[list[Transition], bool]:
+        """Return what is to be written next, and whether it was tried before; nothing where this thread is to end. The
+        caller has the lock."""
+        while True:
+            again_in = self._try_again_at - time.monotonic() if self._put_off and not self._stopping else None
+            if again_in is not None and again_in <= 0:
+                batch, self._put_off = self._put_off[:MOST], self._put_off[MOST:]
+                return batch, True
+            if self._pending or self._stopping:
+                break
+            self._changed.wait(again_in)
+        if self._pending and not self._stopping:
+            self._changed.wait_for(lambda: len(self._pending) >= MOST or self._stopping, BATCH_WITHIN)
+        batch, self._pending = self._pending[:MOST], self._pending[MOST:]
+        return batch, False
+
+    def _write(self, batch: list[Transition], *, wait: bool) -> tuple[list[Transition], list[Transition]]:
+        """What Postgres does not take now, since it takes nothing; and what it does not take though it takes others."""
+        if not batch:
+            return [], []
+        try:
+            applied, left = refused_transitions.write(self._engine, batch, wait=wait)
+        except SQLAlchemyError as error:
+            logger.warning(
+                "Postgres does not take %d outcomes, they are kept: %s", len(batch), error.__class__.__name__
+            )
+            return batch, []
+        except Exception:
+            # Whatever it is, it must not end the thread that writes the others.
+            logger.exception("%d outcomes cannot be written, they are kept", len(batch))
+            return batch, []
+        if left and wait:
+            logger.warning("the rows of %d outcomes are locked or damaged, they are kept", len(left))
+        kept = set(map(id, left))
+        self._after([one for one in batch if id(one) not in kept], applied)
+        return [], left
+
+    def _after(self, batch: Sequence[Transition], applied: Sequence[Applied]) -> None:
+        """Postgres has them. What fails from here on is repaired by the duties: entries are applied once more without
+        effect, scheduled rows are found when they are due."""
+        try:
+            self._ledger.forget(transition_log.settled(batch))
+            resubmit.go_on(self._engine, self._ledger, applied)
+            self._on_applied(applied)
+        except (PlatformError, LedgerClosed, SQLAlchemyError) as error:
+            logger.info("left to the duties: %s", error)
+        except Exception:
+            logger.exception("a step after the write of outcomes failed; it is left to the duties")

@@ -1,0 +1,1 @@
+"""The elected worker that runs the duties."""

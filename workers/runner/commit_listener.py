@@ -1,0 +1,172 @@
+"""The runner listens to Postgres for jobs which somebody's own transaction has committed
+(`routing.insert.caller_session`).
+
+A connection that listens can do nothing else, and needs a session of its own: behind a pooler it would hear nothing. So
+the one worker that runs the duties listens, on a direct connection. While nobody does, the sweep finds what was
+committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import psycopg2
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.database.schema import CHANNEL
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.recovery import resubmit, transition_log
+from celery_capacity.routing.store import backlog
+from celery_capacity.routing.wake import Wake
+from celery_capacity.workers.process.stores import Stores
+
+logger = logging.getLogger(__name__)
+
+#: The name of the connection in `pg_stat_activity`.
+NAME: Final = "celery-capacity-listen"
+#: Rows brought in by one statement.
+MOST: Final = 1000
+#: Seconds for which a worker that is not elected waits for a wake-up, at the most.
+IDLE: Final = 60.0
+#: The connection of a runner whose machine lost its power is soon gone.
+_SHORT_LIVED: Final = (
+    f"SET application_name = '{NAME}'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; "
+    "SET tcp_keepalives_count = 3; SET tcp_user_timeout = {}"
+)
+
+
+class Listener(os_threads.Thread):
+    """`stores`: with a handle of the ledger of its own. `elected`: whether this worker is to listen."""
+
+    def __init__(self, stores: Stores, elected: Callable[[], bool]) -> None:
+        super().__init__(name="listen", daemon=True)
+        self.stores = stores
+        self._elected = elected
+        self._wake = Wake()
+        self._stopping = False
+        self._listening: Any = None
+        self._said = ""
+
+    def wake(self) -> None:
+        """This worker was elected, or is not any more; in any thread."""
+        self._wake.set()
+
+    def stop(self, within: float) -> None:
+        self._stopping = True
+        self._wake.set()
+        if self.is_alive():
+            self.join(within)
+
+    def run(self) -> None:
+        interval = self.stores.settings.due_interval
+        while not self._stopping:
+            try:
+                if not self._elected():
+                    self._end()
+                    self._wake.wait(IDLE)
+                    continue
+                if self._listening is None:
+                    self._begin()
+                self._hear(interval)
+                self._said = ""
+            except (SQLAlchemyError, psycopg2.Error, PlatformError, LedgerClosed, RedisError) as error:
+                self._end()
+                self._say(f"nobody listens here for what is committed: {type(error).__name__}: {error}")
+                self._wake.wait(interval)
+            except Exception:
+                self._end()
+                logger.exception("listening failed; it is tried again")
+                self._wake.wait(interval)
+        self._end()
+
+    def _begin(self) -> None:
+        pooled = self.stores.direct.raw_connection()
+        self._listening = pooled.driver_connection
+        pooled.detach()
+        with self._listening.cursor() as cursor:
+            cursor.execute(_SHORT_LIVED.format(round(self.stores.settings.store_timeout * 1000)))
+            cursor.execute(f"LISTEN {CHANNEL}")
+        # What was committed before nobody will say again.
+        self._bring_in([""])
+
+    def _hear(self, within: float) -> None:
+        """Wait for notifications, and bring in what they name."""
+        poll = os_threads.poll()
+        poll.register(self._wake.fileno(), select.POLLIN)
+        poll.register(self._listening.fileno(), select.POLLIN)
+        ready = poll.poll(within * 1000)
+        self._wake.clear()
+        if not any(descriptor != self._wake.fileno() for descriptor, _ in ready):
+            return
+        self._listening.poll()
+        said = [one.payload for one in self._listening.notifies]
+        self._listening.notifies.clear()
+        if said:
+            self._bring_in(said)
+
+    def _bring_in(self, said: Iterable[str]) -> None:
+        """`said`: ids of jobs; '' stands for all that are accepted."""
+        named = list(dict.fromkeys(said))
+        if "" not in named:
+            for start in range(0, len(named), MOST):
+                with self.stores.engine.connect() as connection:
+                    rows = backlog.accepted(connection, named[start : start + MOST])
+                if rows and not self._submit(rows):
+                    return
+            return
+        if not self._may_bring_in_all():
+            return
+        after = 0
+        while True:
+            with self.stores.engine.connect() as connection:
+                rows = backlog.stranded(connection, 0.0, MOST, after)
+            if not rows or not self._submit(rows):
+                return
+            after = rows[-1].seq
+
+    def _may_bring_in_all(self) -> bool:
+        """Return whether there are accepted jobs that are known not to have started (see `sweep`)."""
+        engine, ledger = self.stores.engine, self.stores.ledger
+        with engine.connect() as connection:
+            known = read_authority(connection)
+            if known.authority != "ledger" or not backlog.stranded(connection, 0.0, 1):
+                return False
+        ledger.epoch = known.epoch
+        if ledger.is_cold() or ledger.is_unfinished():
+            # The opener brings them in. It knows which of them may have started (`routing.policy.unknown_starts`).
+            return False
+        resubmit.go_on(engine, ledger, transition_log.apply_all(engine, ledger)[1])
+        return True
+
+    def _submit(self, rows: list[backlog.Pending]) -> bool:
+        """False where the ledger takes none now: it does not decide, is not open or does not answer; the sweep will."""
+        with self.stores.engine.connect() as connection:
+            known = read_authority(connection)
+        if known.authority != "ledger":
+            # Those who take jobs from Postgres listen themselves.
+            return False
+        self.stores.ledger.epoch = known.epoch
+        try:
+            resubmit.submit_rows(self.stores.ledger, rows)
+        except (PlatformError, LedgerClosed) as error:
+            logger.info("%d jobs were committed, and wait for the sweep: %s", len(rows), error)
+            return False
+        return True
+
+    def _end(self) -> None:
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
+
+    def _say(self, what: str) -> None:
+        """Say a thing once, not at every interval."""
+        if what != self._said:
+            self._said = what
+            logger.warning(what)

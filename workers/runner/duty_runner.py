@@ -1,0 +1,320 @@
+"""The thread of a worker that runs the duties while this worker is elected (`workers.runner.election`).
+
+Between two duties it looks whether its lease still holds, and stops where not. Other workers wait, and pass on what
+they ask for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from celery import Celery
+from redis.exceptions import RedisError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.database.postgres import is_locked, told
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.election import Elected
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.wake import Wake
+from celery_capacity.workers.broker import beat_messages, transport
+from celery_capacity.workers.duties import (
+    apply_transitions,
+    archive,
+    deliver_results,
+    due,
+    fallback,
+    former_workers,
+    lapse,
+    reconcile,
+    replaced,
+    sweep,
+    unique_keys,
+)
+from celery_capacity.workers.membership.cold_ledger import open_ledger
+from celery_capacity.workers.process.spare_connections import close_spare
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.runner.commit_listener import Listener
+from celery_capacity.workers.runner.election import Candidate
+
+logger = logging.getLogger(__name__)
+
+#: Doublings of the pause after which a duty that failed is tried again; it is at most its interval.
+MOST_DOUBLINGS: Final = 6
+#: What is said to fail where no duty could begin.
+STORES: Final = "duties"
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """`interval` in seconds by the settings; `tick`: the message that asks for it (beat's, or a worker's own);
+    `without`: what runs in its place while Postgres decides."""
+
+    name: str
+    interval: Callable[[Settings], float]
+    run: Callable[..., Mapping[str, int]]
+    tick: str | None = None
+    without: Callable[..., Mapping[str, int]] | None = None
+
+
+#: What a worker's own thread says when it left something to be delivered.
+OUTBOX: Final = "outbox"
+#: Seconds for which a worker that is not elected waits for a wake-up, at the most.
+IDLE: Final = 60.0
+
+DUTIES: Final = (
+    # First what the ledger knows and Postgres does not: by their rows the others judge what to bring in.
+    Duty("stream", lambda s: s.due_interval, apply_transitions.run_once),
+    Duty("due", lambda s: s.due_interval, due.run_once, without=fallback.expire),
+    Duty("outbox", lambda s: s.due_interval, deliver_results.run_once, OUTBOX, deliver_results.run_once),
+    Duty("lapse", lambda s: s.due_interval, lapse.run_once, without=fallback.lapse),
+    Duty("sweep", sweep.pause, sweep.run_once, beat_messages.SWEEP),
+    Duty("reconcile", lambda s: s.reconcile_interval, reconcile.run_once, beat_messages.RECONCILE),
+    Duty("retention", lambda s: s.sweep_interval, archive.run_once, without=archive.run_once),
+    Duty("replaced", sweep.pause, replaced.run_once, without=replaced.run_once),
+    Duty("keys", lambda s: s.sweep_interval, unique_keys.run_once, without=unique_keys.run_once),
+    Duty(
+        "former_workers",
+        lambda s: s.reconcile_interval,
+        former_workers.run_once,
+        without=former_workers.without_ledger,
+    ),
+)
+
+#: The reconcile, out of its turn: whoever met a ledger that misses what it should have asks for it. Once in the time
+#: between two sweeps, however many suspect.
+SUSPICION: Final = Duty("suspicion", sweep.pause, reconcile.run_once)
+
+
+class Runner(os_threads.Thread):
+    """Runs each duty at its interval, while this worker is elected. Each stands alone: one that fails is tried again
+    after a pause of its own, and the others are done. `authority`: which store decides, as far as this worker knows;
+    `ledger`, `worker`, `on_look`: see `Candidate`; `is_idle`: whether the worker has nothing to do."""
+
+    def __init__(
+        self,
+        app: Celery,
+        stores: Stores,
+        incarnation: str,
+        authority: Callable[[], str],
+        ledger: Ledger,
+        worker: str = "",
+        on_look: Callable[[Elected | None], None] = lambda _: None,
+        is_idle: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__(name="duties", daemon=True)
+        self._app = app
+        self._workers_stores = stores
+        self._is_idle = is_idle
+        # With a handle of the ledger of their own: its epoch is the one in which duties may act.
+        self._stores = stores.apart()
+        self.election = Candidate(
+            stores.engine, ledger, incarnation, authority, self._on_change, self._on_asked, worker, on_look
+        )
+        self._listener = Listener(stores.apart(), self.election.holds)
+        self._wake = Wake()
+        self._stopping = False
+        self._asked: set[str] = set()
+        #: Whether the ledger is to be compared with Postgres out of turn, and from when on (monotonic).
+        self._suspected = False
+        self._suspect_from = 0.0
+        #: Whether this worker was elected just now.
+        self._won = True
+        #: When each duty is due (monotonic), its failures in a row, and what was said of the last one.
+        self._next_at: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
+        self._said: dict[str, str] = {}
+
+    def start(self) -> None:
+        super().start()
+        self._listener.start()
+        self.election.start()
+
+    # -- called by others, in any thread -------------------------------------------------------------------------
+
+    def tick(self, name: str) -> None:
+        """A duty is asked for: by beat, whose ticks come to every worker, or by this worker."""
+        self._asked.add(name)
+        self._wake.set()
+
+    def suspect(self) -> None:
+        """The ledger misses what it should have (keys were deleted, say): the runner compares it with Postgres soon."""
+        if self.election.holds():
+            self.tick(SUSPICION.name)
+        else:
+            self.election.ask(SUSPICION.name)
+
+    def close_spare_connections(self) -> None:
+        """Keep few connections to Redis where this worker has nothing to do, and does no duties."""
+        if self._is_idle() and not self.election.holds():
+            close_spare(self.election.ledger.client.connection_pool, keep=1)
+            for stores in (self._workers_stores, self._stores, self._listener.stores):
+                stores.close_spare_connections()
+            transport.close_spare_connections()
+
+    def stop(self, within: float) -> None:
+        self._stopping = True
+        self._wake.set()
+        self._listener.stop(within)
+        if self.is_alive():
+            self.join(within)
+        # (Once nothing is done any more: another worker has the lease from here on.)
+        self.election.stop(within)
+
+    def _on_change(self) -> None:
+        """In the thread of the election: this worker has won or lost it."""
+        self._won = True
+        self._wake.set()
+        self._listener.wake()
+
+    def _on_asked(self, names: Sequence[str]) -> None:
+        """In the thread of the election: other workers ask."""
+        for name in names:
+            self.tick(name)
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        with deadlines.patiently(self._stores.settings.store_timeout * deadlines.LONG):
+            self._loop()
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            if not self.election.holds():
+                self._wake.wait(IDLE)
+                self._serve_own()
+                continue
+            if self._won:
+                self._won = False
+                self._begin()
+            self._wake.wait(max(0.0, min(self._next_at.values()) - time.monotonic()))
+            due_now = self._due()
+            if due_now and not self._stopping:
+                self._run(due_now)
+
+    def _begin(self) -> None:
+        """All is due at once, but what is long and comes seldom: that an interval later."""
+        now, settings = time.monotonic(), self._stores.settings
+        self._next_at = {duty.name: now + (duty.interval(settings) if duty.tick else 0.0) for duty in DUTIES}
+
+    def _due(self) -> list[Duty]:
+        """Return the duties that are due or asked for now; each is due again an interval later."""
+        now, next_at = time.monotonic(), self._next_at
+        asked, self._asked = self._asked, set()
+        due_now = [duty for duty in DUTIES if now >= next_at[duty.name] or duty.tick in asked]
+        for duty in due_now:
+            next_at[duty.name] = now + duty.interval(self._stores.settings)
+        # (What the last one compared may have been right then: a suspicion is kept until its time has come.)
+        self._suspected |= SUSPICION.name in asked
+        if self._suspected and now >= self._suspect_from:
+            self._suspected, self._suspect_from = False, now + SUSPICION.interval(self._stores.settings)
+            due_now.append(SUSPICION)
+        return due_now
+
+    def _serve_own(self) -> None:
+        """Without the lease: this worker delivers what it left in rows itself, while nobody else hears of it. What it
+        was to compare, as long as it had the lease, its successor compares."""
+        asked, self._asked = self._asked, set()
+        if self._suspected or SUSPICION.name in asked:
+            self._suspected = False
+            self.election.ask(SUSPICION.name)
+        if OUTBOX in asked and not self._stopping:
+            outbox_duty = next(duty for duty in DUTIES if duty.tick == OUTBOX)
+            self._run_one(outbox_duty, outbox_duty.run)
+
+    def _run(self, due_now: list[Duty]) -> None:
+        try:
+            with self._stores.engine.connect() as connection:
+                known = read_authority(connection)
+            if not self.election.holds(known.authority):
+                # Overtaken, or the authority has changed, and the election of the other store is not over.
+                self._suspected |= SUSPICION in due_now
+                return
+            if known.authority == "postgres":
+                self._run_without_ledger(due_now)
+            else:
+                self._run_with_ledger(due_now)
+            self._said.pop(STORES, None)
+        except Exception as error:
+            self.election.window.restart()
+            for duty in due_now:
+                self._try_soon(duty)
+            self._say(STORES, error)
+
+    def _run_with_ledger(self, due_now: list[Duty]) -> None:
+        open_ledger(self._stores)
+        # Whoever repairs the books must be of the epoch that Postgres names now.
+        with self._stores.engine.connect() as connection:
+            known = read_authority(connection)
+        self._stores.ledger.epoch = known.epoch
+        for duty in due_now:
+            if not self.election.holds(known.authority):
+                self._suspected |= SUSPICION in due_now
+                return
+            self._run_one(duty, duty.run)
+
+    def _run_without_ledger(self, due_now: list[Duty]) -> None:
+        for duty in due_now:
+            if duty.without is not None and self.election.holds("postgres"):
+                self._run_one(duty, duty.without)
+
+    def _run_one(self, duty: Duty, run: Callable[..., Mapping[str, int]]) -> None:
+        """Do one duty. One that fails concerns no other: it is tried again after a pause of its own."""
+        more = {"window": self.election.window} if duty.name == "lapse" else {}
+        try:
+            found = run(self._app, self._stores, **more)
+        except Exception as error:
+            self._failures[duty.name] = self._failures.get(duty.name, 0) + 1
+            self._try_soon(duty)
+            self._say(f"duty {duty.name}", error)
+            # LOST counts only time in which heartbeats could be read.
+            if _lies_in(RedisError if run is duty.run else SQLAlchemyError, error):
+                self.election.window.restart()
+            return
+        self._failures.pop(duty.name, None)
+        self._said.pop(f"duty {duty.name}", None)
+        counts = {name: number for name, number in found.items() if number}
+        if counts:
+            logger.info(
+                "duty %s: %s", duty.name, ", ".join(f"{name} {number}" for name, number in counts.items())
+            )
+
+    def _try_soon(self, duty: Duty) -> None:
+        """Not at its next interval, which may be long, and not at once."""
+        settings = self._stores.settings
+        pause = settings.due_interval * 2 ** min(self._failures.get(duty.name, 0), MOST_DOUBLINGS)
+        again_at = time.monotonic() + min(pause, duty.interval(settings))
+        if duty is SUSPICION:
+            self._suspected, self._suspect_from = True, again_at
+        else:
+            self._next_at[duty.name] = again_at
+
+    def _say(self, what: str, error: Exception) -> None:
+        """Say what failed, once and not at every try."""
+        why = told(error) if isinstance(error, DBAPIError) else str(error)
+        said = f"{what} is tried again: {type(error).__name__}: {why}"
+        if said == self._said.get(what):
+            return
+        self._said[what] = said
+        passes = isinstance(error, (PlatformError, LedgerClosed, RedisError, SQLAlchemyError))
+        logger.warning("%s", said, exc_info=None if passes else error)
+
+
+def _lies_in(store: type[Exception], error: BaseException | None) -> bool:
+    """Return whether an error came of a store that could not be read. (One that keeps a row locked answers.)"""
+    if is_locked(error):
+        return False
+    while error is not None:
+        if isinstance(error, (store, LedgerClosed)):
+            return True
+        error = error.__cause__
+    return False

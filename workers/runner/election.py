@@ -1,0 +1,154 @@
+"""The thread of a worker that stands for election as the runner of the duties, and keeps the lease of the one that is.
+
+The holder renews its lease three times in each term, beside the pass, however long that takes. Every other worker looks
+once in a term whether the lease is free, so a successor is there within two terms. What a worker that is not the runner
+asks for travels with its look, and comes to the runner with a renewal.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from redis.exceptions import RedisError
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.ledger import election
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.election import Elected
+from celery_capacity.routing.wake import Wake
+from celery_capacity.workers.duties.window import Window
+
+logger = logging.getLogger(__name__)
+
+#: Renewals in one term: two may be lost.
+RENEWALS: Final = 3
+
+
+class Candidate(os_threads.Thread):
+    """`authority` says which store decides, so which one keeps the lease. `on_change` is called when this worker won or
+    lost the election, `on_asked` with the duties that other workers asked for, `on_look` with each answer of the
+    ledger, None where it gave none. Any handle of the ledger will do."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        incarnation: str,
+        authority: Callable[[], str],
+        on_change: Callable[[], None],
+        on_asked: Callable[[Sequence[str]], None],
+        worker: str = "",
+        on_look: Callable[[Elected | None], None] = lambda _: None,
+    ) -> None:
+        super().__init__(name="election", daemon=True)
+        self._engine = engine
+        self.ledger = ledger
+        self._incarnation = incarnation
+        self._authority = authority
+        self._on_change = on_change
+        self._on_asked = on_asked
+        self._worker = worker
+        self._on_look = on_look
+        self._term = ledger.settings.runner_term
+        #: For how long without a gap the store of the heartbeats could be read.
+        self.window = Window(max(ledger.settings.renew_interval, 2 * self._term))
+        #: The store that the lease is of, its fence (0: none), and when it runs out (monotonic).
+        self._store = ""
+        self._fence = 0
+        self._until = 0.0
+        self._asks: set[str] = set()
+        self._wake = Wake()
+        self._stopping = False
+        self._said = ""
+
+    def holds(self, store: str | None = None) -> bool:
+        """Return whether this worker is the runner now, by the lease of that store. False as soon as the lease may
+        have run out, by this machine's own clock: also after the process was stopped."""
+        return bool(self._fence) and time.monotonic() < self._until and store in (None, self._store)
+
+    def ask(self, duty: str) -> None:
+        """Have the runner do a duty soon; in any thread."""
+        self._asks.add(duty)
+        self._wake.set()
+
+    def stop(self, within: float) -> None:
+        """Give the lease back, and end."""
+        self._stopping = True
+        self._wake.set()
+        if self.is_alive():
+            self.join(within)
+
+    def run(self) -> None:
+        while not self._stopping:
+            try:
+                self._stand()
+                self._said = ""
+            except (PlatformError, RedisError, SQLAlchemyError) as error:
+                self.window.restart()
+                if self._store != "postgres":
+                    self._on_look(None)
+                self._say(f"the election of the runner waits for a store: {type(error).__name__}: {error}")
+            except Exception:
+                logger.exception("the election of the runner failed; it is held again")
+            self._wake.wait(self._term / RENEWALS if self._fence else self._term)
+        self._resign()
+
+    def _stand(self) -> None:
+        store = self._authority() or "ledger"
+        if store != self._store:
+            self._store = store
+            self._lost()
+        asks, sent = tuple(self._asks), time.monotonic()
+        elected = self._elect(asks)
+        self._asks.difference_update(asks)
+        self.window.saw()
+        if not elected.fence:
+            self._lost()
+            return
+        held, known, self._fence, self._until = self.holds(), self._fence, elected.fence, sent + self._term
+        if elected.fence != known:
+            logger.info("this worker runs the duties, by lease %d of the %s", self._fence, store)
+        if elected.fence != known or not held:
+            # (Or again: a renewal came late, and nobody else had taken over.)
+            self._on_change()
+        if elected.asked:
+            self._on_asked(elected.asked)
+
+    def _elect(self, asks: Sequence[str]) -> Elected:
+        if self._store != "postgres":
+            elected = self.ledger.elect(self._incarnation, self._fence, self._term, asks, self._worker)
+            self._on_look(elected)
+            return elected
+        with self._engine.connect() as connection:
+            return election.elect(connection, self._incarnation, self._fence, self._term)
+
+    def _lost(self) -> None:
+        if self._fence:
+            logger.warning("this worker runs the duties no more: another one does, or will")
+            self._fence = 0
+            self._on_change()
+
+    def _resign(self) -> None:
+        if not self._fence:
+            return
+        try:
+            if self._store == "postgres":
+                with self._engine.connect() as connection:
+                    election.resign(connection, self._incarnation, self._fence)
+            else:
+                self.ledger.elect(self._incarnation, self._fence, 0.0)
+        except (PlatformError, RedisError, SQLAlchemyError) as error:
+            logger.info("the lease of the runner was not given back, it runs out: %s", error)
+        self._fence = 0
+
+    def _say(self, what: str) -> None:
+        """Say a thing once, not at every look."""
+        if what != self._said:
+            self._said = what
+            logger.warning(what)

@@ -1,0 +1,1 @@
+"""Claims and ends, settled with the store that decides."""

@@ -1,0 +1,257 @@
+"""Ends of attempts while Postgres decides: written there, guarded by their token, instead of released in the ledger."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.states import State, Step
+from celery_capacity.routing.store import claims, dependencies, job_transitions, refused_transitions
+from celery_capacity.routing.store.claims import Became, Holder
+from celery_capacity.routing.store.job_transitions import Applied, Transition
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.process.holdings import Holding, Holdings
+from celery_capacity.workers.process.identity import Identity
+from celery_capacity.workers.process.stores import transactions
+
+logger = logging.getLogger(__name__)
+
+#: Ends written in one transaction.
+MOST: Final = 200
+#: What stands in the outbox of a job that left a part of a chord. (Its results may be kept apart, its parts are not.)
+PART: Final = '"chord": "'
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of a body. `on_lost` is called when the job ended as lost: its result must say so. `whole`: the outbox
+    with the results that `ended` has apart, for Postgres. `restored`: the ledger had lost the job's key (`Keyless`)."""
+
+    ended: Ended
+    on_lost: Callable[[], None] | None = None
+    whole: Callable[[], str] | None = None
+    restored: bool = False
+
+
+class PostgresEnds:
+    """Used by the ledger's thread alone. `later` runs what may wait for a store elsewhere; `on_room` is called after
+    holdings were removed, `on_outbox` when rows have something to be delivered. `on_parts` gets the jobs whose rows
+    have parts of chords, in the thread of `later`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        identity: Identity,
+        confirmation: Confirmation,
+        holdings: Holdings,
+        later: Callable[[Callable[[], None]], None],
+        on_room: Callable[[], None],
+        on_outbox: Callable[[], None],
+        on_parts: Callable[[Sequence[str]], None],
+    ) -> None:
+        self._engine = engine
+        self._transactions = transactions(engine)
+        self._settings = settings
+        self._identity = identity
+        self._confirmation = confirmation
+        self._holdings = holdings
+        self._later = later
+        self._on_room = on_room
+        self._on_outbox = on_outbox
+        self._on_parts = on_parts
+        self._said = ""
+        #: Ends that were refused and are not counted in the ledger yet.
+        self.stale = 0
+
+    @property
+    def decides(self) -> bool:
+        """Whether Postgres is the one to be told, as far as this process knows. (It need not be sure: the token guards
+        the row, whoever decides.)"""
+        return self._confirmation.authority == "postgres"
+
+    def count_stale(self, ledger: Ledger) -> None:
+        """Count in the ledger what was refused while it was gone."""
+        stale, self.stale = self.stale, 0
+        if stale:
+            ledger.count("stale.release", stale)
+
+    def settle(self, ends: deque[End], arrivals: deque[Any]) -> bool:
+        """Write what ended; what was not written stays pending. False where there was nothing that it could do."""
+        # Messages of the old books: nobody can claim them, and their rows go back.
+        dropped = len(arrivals)
+        arrivals.clear()
+        batch = [ends[i] for i in range(min(MOST, len(ends)))]
+        if not batch:
+            return dropped > 0
+        try:
+            written, refused, lost = self._write_all(batch)
+        except SQLAlchemyError as error:
+            said = f"Postgres does not take what ended, it is kept: {type(error).__name__}"
+            if said != self._said:
+                self._said = said
+                logger.warning(said)
+            return False
+        self._said = ""
+        for _ in batch:
+            ends.popleft()
+        # (Behind all others: an end whose row is locked, or that Postgres takes in no way, holds back none of them.)
+        done = set(map(id, written))
+        ends.extend(end for end in batch if id(end) not in done)
+        batch = written
+        if not batch:
+            return dropped > 0
+        for end in batch:
+            self._holdings.remove(end.ended.job, end.ended.token)
+        for end in refused:
+            logger.warning(
+                "job %s: attempt %s no longer held its lease; its end (%s) is refused",
+                end.ended.job,
+                end.ended.token,
+                end.ended.outcome,
+            )
+        self.stale += len(refused)
+        for end in lost:
+            if end.on_lost is not None:
+                self._later(end.on_lost)
+        self._on_room()
+        if any(end.whole or end.ended.outbox for end in batch):
+            self._on_outbox()
+        if parts := [end.ended.job for end in batch if PART in end.ended.outbox]:
+            self._later(partial(self._on_parts, parts))
+        return True
+
+    def _write_all(self, batch: Sequence[End]) -> tuple[list[End], list[End], list[End]]:
+        """Write ends so that one which Postgres does not take concerns its own job alone; returns those that are
+        written, and of them what `_write` returns. Raises what concerns the whole store."""
+        try:
+            return list(batch), *self._write(batch)
+        except Exception as error:
+            if is_locked(error):
+                return self._write_free(batch, error)
+            if not refused_transitions.concerns_data(error):
+                raise
+            if len(batch) == 1:
+                return self._write_bad(batch[0])
+        half = len(batch) // 2
+        parts = [self._write_all(some) for some in (batch[:half], batch[half:])]
+        written, refused, lost = ([end for part in parts for end in part[i]] for i in range(3))
+        return written, refused, lost
+
+    def _write_free(self, batch: Sequence[End], error: Exception) -> tuple[list[End], list[End], list[End]]:
+        """Write the ends of jobs whose rows nobody keeps locked."""
+        with self._transactions.begin() as connection:
+            free = job_transitions.free(connection, [end.ended.job for end in batch])
+        some = [end for end in batch if end.ended.job in free]
+        if len(some) == len(batch):
+            # It was free again just now, or a whole table is locked.
+            raise error
+        return self._write_all(some) if some else ([], [], [])
+
+    def _write_bad(self, end: End) -> tuple[list[End], list[End], list[End]]:
+        """Write one that Postgres does not take as it is (`routing.store.refused_transitions`)."""
+        with self._transactions.begin() as connection:
+            rows = claims.lock_holders(connection, [end.ended.job])
+            refused, lost, transitions = self._judge([end], rows, claims.now_ms(connection))
+        applied, left = refused_transitions.write(self._engine, transitions)
+        if left:
+            return [], [], []
+        if _starts(applied):
+            self._wake()
+        self._open_needs(applied)
+        return [end], refused, lost
+
+    def _write(self, batch: Sequence[End]) -> tuple[list[End], list[End]]:
+        """One transaction; returns the ends that are not their jobs' any more, and those that ended theirs as lost."""
+        with self._transactions.begin() as connection:
+            rows = claims.lock_holders(connection, [end.ended.job for end in batch])
+            refused, lost, transitions = self._judge(batch, rows, claims.now_ms(connection))
+            applied = job_transitions.apply(connection, transitions)
+            if _starts(applied):
+                claims.wake(connection)
+        self._open_needs(applied)
+        return refused, lost
+
+    def _judge(
+        self, batch: Sequence[End], rows: Mapping[str, Holder], now: int
+    ) -> tuple[list[End], list[End], list[Transition]]:
+        """What `_write` returns, and what the other ends make of their jobs."""
+        held = {(one.job, one.token): one for one in self._holdings.all()}
+        refused, lost, transitions = list[End](), list[End](), list[Transition]()
+        for end in batch:
+            row = rows.get(end.ended.job)
+            epoch, attempt = _numbers(end.ended.token)
+            holding = held.get((end.ended.job, end.ended.token))
+            if row is not None and holding is not None and row.takes(epoch, attempt):
+                transitions.append(self._transition(end, holding, row, now))
+                if transitions[-1].state == "lost":
+                    lost.append(end)
+            elif row is None or not row.has(epoch, attempt):
+                refused.append(end)
+        return refused, lost, transitions
+
+    def _wake(self) -> None:
+        try:
+            with self._transactions.begin() as connection:
+                claims.wake(connection)
+        except SQLAlchemyError as error:
+            logger.info("nobody was told that there is something to take: %s", error)
+
+    def _open_needs(self, applied: Sequence[Applied]) -> None:
+        """What waited for these ends may start. (What fails here, a duty does.)"""
+        if not any(one.awaited for one in applied):
+            return
+        try:
+            opened = dependencies.open_needs(self._transactions)
+            if opened.due:
+                self._wake()
+        except SQLAlchemyError as error:
+            logger.info("left to the duties: %s", error)
+            return
+        if opened.cancelled:
+            self._on_outbox()
+
+    def _transition(self, end: End, holding: Holding, row: Holder, now: int) -> Transition:
+        ended = end.ended
+        epoch, attempt = _numbers(ended.token)
+        became: Became = claims.became(ended.outcome, row.losses, self._settings.most_losses, row.rerun)
+        back = became.step == Step.BACK and ended.outcome != "retried"
+        return Transition(
+            job=ended.job,
+            epoch=epoch,
+            attempt=attempt,
+            state=became.state,
+            step=became.step,
+            worker=self._identity.name,
+            incarnation=self._identity.incarnation,
+            admitted_ms=holding.admitted_ms,
+            started_ms=holding.started_ms,
+            at_ms=now,
+            losses=became.losses,
+            outcome=ended.outcome,
+            error=ended.error or "",
+            # (A job that runs again has nothing to deliver but what it published itself, its retry.)
+            outbox="" if back else end.whole() if end.whole is not None else ended.outbox,
+            # (Of one that was stopped with its worker nobody has told that it is lost.)
+            told=not (became.state == State.LOST and end.whole is None and not ended.outbox),
+        )
+
+
+def _starts(applied: Sequence[Applied]) -> bool:
+    return any(one.due or one.state == "accepted" for one in applied)
+
+
+def _numbers(token: str) -> tuple[int, int]:
+    epoch, _, attempt = token.partition(".")
+    return int(epoch), int(attempt)

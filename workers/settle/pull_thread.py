@@ -1,0 +1,243 @@
+"""The thread of a worker that takes jobs from Postgres while the ledger is gone, and what is settled there meanwhile.
+
+Nothing of it touches the ledger. While the ledger decides, the thread only looks now and then whether it still does.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import psycopg2
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.config import timeouts
+from celery_capacity.routing.database.postgres import told
+from celery_capacity.routing.database.schema import CHANNEL
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.placement import held_by
+from celery_capacity.routing.store import claims, fencing
+from celery_capacity.routing.store.refused_transitions import concerns_data
+from celery_capacity.routing.wake import Wake
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.failover import Switch
+from celery_capacity.workers.process.holdings import Holding, Holdings
+from celery_capacity.workers.process.identity import Identity
+from celery_capacity.workers.process.stores import Stores, transactions
+
+logger = logging.getLogger(__name__)
+
+#: Times that others may be faster in a row, before this worker waits for the next interval: a row that somebody keeps
+#: locked looks free to all.
+MOST_MISSES: Final = 5
+
+
+class Puller(os_threads.Thread):
+    """`start_job` gets the text of each message, in this thread; `can_start` says whether it would start at once.
+    `flush` waits until what this worker noted before is in Postgres. This is the one thread that never waits for the
+    ledger: so here Postgres is told that the worker lives (`tell`), and who decides is looked at."""
+
+    def __init__(
+        self,
+        stores: Stores,
+        identity: Identity,
+        confirmation: Confirmation,
+        holdings: Holdings,
+        switch: Switch,
+        flush: Callable[[float], bool],
+        tell: Callable[[Callable[[], bool]], None],
+        start_job: Callable[[str], None],
+        can_start: Callable[[], bool],
+    ) -> None:
+        super().__init__(name="pull", daemon=True)
+        self._stores, self._engine, settings = stores, stores.engine, stores.settings
+        self._transactions = transactions(self._engine)
+        self._settings = settings
+        self._identity = identity
+        self._confirmation = confirmation
+        self._holdings = holdings
+        self._switch = switch
+        self._flush = flush
+        self._flush_within = timeouts.FLUSH * settings.store_timeout
+        self._tell = tell
+        self._start_job = start_job
+        self._can_start = can_start
+        self._wake = Wake()
+        #: Set in a signal handler: nothing is taken any more.
+        self.draining = False
+        self._stopping = False
+        self._listening: Any = None
+        #: When it is tried again to listen (monotonic).
+        self._listen_at = 0.0
+        #: Since when Postgres's list of what this worker holds need not be looked at again (monotonic).
+        self._compared_until = 0.0
+        #: Jobs of which it is said that their rows take no write.
+        self._unwritable: set[str] = set()
+        self._said = ""
+
+    def wake(self) -> None:
+        """There may be room, or something to take; in any thread or signal handler."""
+        self._wake.set()
+
+    def stop(self, within: float) -> None:
+        self._stopping = True
+        self._wake.set()
+        if self.is_alive():
+            self.join(within)
+
+    def run(self) -> None:
+        while not self._stopping:
+            try:
+                self._wait()
+                self._tell(lambda: self._flush(self._flush_within))
+                self._switch.look()
+                if self._confirmation.may_pull:
+                    self._pass()
+                self._said = ""
+            except (SQLAlchemyError, psycopg2.Error) as error:
+                self._compared_until = 0.0
+                self._say(f"pull: Postgres does not answer: {type(error).__name__}")
+                self._begin_again()
+            except Exception:
+                # Whatever it was: without this thread nothing starts here while the ledger is gone.
+                logger.exception("a pull failed; the next one is tried")
+                self._begin_again()
+        self._listen_no_more()
+
+    def _pass(self) -> None:
+        """What a wake-up leads to."""
+        now = time.monotonic()
+        if now >= self._compared_until and self._compare():
+            self._compared_until = now + self._settings.renew_interval
+        misses, passed = 0, set[str]()
+        while self._confirmation.may_pull and not (self.draining or self._stopping) and misses < MOST_MISSES:
+            found = self._take(passed)
+            if found is None:
+                return
+            misses = 0 if found else misses + 1
+
+    def _take(self, passed: set[str]) -> int | None:
+        """Take what fits beside what is held, and start it. The number of jobs, None where nothing fits. `passed`: jobs
+        that could not be taken in this pass, since another worker has them, or their rows are locked."""
+        most_losses = self._settings.most_losses
+        book = self._holdings.book()
+        if not self._can_start() or not book.open:
+            return None
+        with self._engine.connect() as connection:
+            chosen = claims.look(connection, book, most_losses, passed)
+            if not chosen:
+                return None
+            # An answer that is lost leaves rows that this worker does not know: it looks for them.
+            self._compared_until, compared_until = 0.0, self._compared_until
+            ids = [one.job for one in chosen]
+            taken = self._take_these(connection, ids)
+            self._compared_until = compared_until
+        passed.update(set(ids).difference(one.job for one in taken))
+        for one in taken:
+            request = held_by(Request.from_shape(one.shape), one.losses, most_losses)
+            times = (one.started_ms, one.started_ms)
+            holding = Holding(one.job, one.token, request, "", *times, one.losses, one.rerun)
+            self._holdings.add(holding)
+            self._start_job(one.message)
+        return len(taken)
+
+    def _take_these(self, connection: Connection, ids: Sequence[str]) -> list[claims.Taken]:
+        """Take these jobs, those of them that still wait and whose rows Postgres lets anybody write."""
+        me, most_losses = self._identity, self._settings.most_losses
+        try:
+            return claims.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids, most_losses)
+        except DBAPIError as error:
+            if not concerns_data(error):
+                raise
+            if len(ids) == 1:
+                if ids[0] not in self._unwritable:
+                    self._unwritable.add(ids[0])
+                    logger.error("job %s waits, since Postgres refuses each write to its row: %s", ids[0], told(error))
+                return []
+        half = len(ids) // 2
+        return self._take_these(connection, ids[:half]) + self._take_these(connection, ids[half:])
+
+    def _compare(self) -> bool:
+        """Give back what Postgres says is here and is not: what the old books admitted and nobody claimed, and what was
+        taken by a statement whose answer was lost. False where this worker's own notes are not in Postgres yet."""
+        if not self._flush(self._flush_within):
+            return False
+        most_losses = self._settings.most_losses
+        # In this order: what is in the list and no longer held has ended, and its row says so.
+        held = {(one.job, one.token) for one in self._holdings.all()}
+        with self._transactions.begin() as connection:
+            rows = claims.open_attempts(connection, self._identity.incarnation)
+            strays = [one for one in rows if (one.job, f"{one.epoch}.{one.attempt}") not in held]
+            for job, epoch, attempt in fencing.committed(connection, self._identity.incarnation):
+                if (job, f"{epoch}.{attempt}") not in held:
+                    fencing.close(connection, job, epoch, attempt)
+            # (One whose row is locked is looked at again with the next comparison: it stops nothing here.)
+            if claims.give_back_free(connection, strays, "taken_back", "its worker does not hold it", most_losses):
+                claims.wake(connection)
+        if strays:
+            logger.warning("%d jobs that this worker does not hold were given back", len(strays))
+        return True
+
+    # -- waiting -------------------------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        """Until somebody wakes this thread, Postgres says that there is something, or an interval is over."""
+        if self._confirmation.authority != "postgres":
+            self._listen_no_more()
+            self._wake.wait(self._settings.due_interval)
+            return
+        if self._listening is None and time.monotonic() >= self._listen_at:
+            self._listen()
+        poll = os_threads.poll()
+        poll.register(self._wake.fileno(), select.POLLIN)
+        if self._listening is not None:
+            poll.register(self._listening.fileno(), select.POLLIN)
+        ready = poll.poll(self._settings.due_interval * 1000)
+        self._wake.clear()
+        if any(descriptor != self._wake.fileno() for descriptor, _ in ready):
+            self._hear()
+
+    def _listen(self) -> None:
+        """A connection of this thread's own, past a pooler: a notification comes to the session that listens. Where
+        there are no more connections, each interval looks."""
+        try:
+            own = self._stores.direct.raw_connection()
+            self._listening = own.driver_connection
+            own.detach()
+            with self._listening.cursor() as cursor:
+                cursor.execute(f"LISTEN {CHANNEL}")
+        except (SQLAlchemyError, psycopg2.Error) as error:
+            self._listen_no_more()
+            self._listen_at = time.monotonic() + self._settings.renew_interval
+            logger.warning(
+                "pull: nothing is heard from Postgres, it is asked every %g s: %s", self._settings.due_interval, error
+            )
+
+    def _hear(self) -> None:
+        try:
+            self._listening.poll()
+            self._listening.notifies.clear()
+        except psycopg2.Error:
+            # The next wait listens anew; what was said meanwhile the interval finds.
+            self._listen_no_more()
+
+    def _listen_no_more(self) -> None:
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
+
+    def _say(self, what: str) -> None:
+        """Say a thing once, not at every interval."""
+        if what != self._said:
+            self._said = what
+            logger.warning(what)
+
+    def _begin_again(self) -> None:
+        """On new connections, and not at once."""
+        self._listen_no_more()
+        self._wake.wait(self._settings.due_interval)

@@ -1,0 +1,400 @@
+"""The one thread of a worker that settles its jobs with the ledger.
+
+Messages that arrived and bodies that ended are put into its hands by whoever meets them (the main loop, a thread of the
+pool); it sends all that is pending in one round trip, and gives back what may start. Nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.errors import StoreUnavailable, storable
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
+from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.policy.placement import held_by
+from celery_capacity.routing.policy.unknown_starts import is_known_before_start
+from celery_capacity.routing.store.job_transitions import REVOKED, Transition
+from celery_capacity.routing.wake import Wake
+from celery_capacity.workers.broker.transport import digest_of, raw_of
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.process.claims import Arrival, running
+from celery_capacity.workers.process.holdings import Holding, Holdings
+from celery_capacity.workers.process.identity import Identity
+from celery_capacity.workers.results.outcome_writer import Recorder
+from celery_capacity.workers.settle.lost_keys import Keyless
+from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between tries while the ledger does not answer, or while this process may not claim.
+RETRY_AFTER: Final = 0.25
+#: Jobs settled in one round trip.
+MOST: Final = 200
+#: Why a message that arrived is set aside, by the verdict on its claim.
+NOT_OURS: Final = {
+    "forged": "job {0.job}: the message is not that of attempt {0.token}; its own is delivered again",
+    "unknown": "there is no job {0.job}",
+}
+#: Characters of an error that are kept.
+ERROR_LENGTH: Final = 8000
+
+
+class LedgerThread(os_threads.Thread):
+    """`arrive` and `end` never block and may be called in any thread. `start_job` is called in this thread."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        identity: Identity,
+        confirmation: Confirmation,
+        holdings: Holdings,
+        recorder: Recorder,
+        record: Callable[[Sequence[Transition]], None],
+        start_job: Callable[[Any], None],
+        on_closed: Callable[[], None],
+        exclusive: threading.Lock,
+        in_postgres: PostgresEnds,
+        set_aside: Callable[[bytes, str, str, str], None],
+        tell_late: Callable[[str, str, str], None],
+    ) -> None:
+        super().__init__(name="ledger", daemon=True)
+        self._ledger = ledger
+        self._identity = identity
+        self._confirmation = confirmation
+        self._holdings = holdings
+        self._recorder = recorder
+        self._record = record
+        self._start_job = start_job
+        self._on_closed = on_closed
+        self._exclusive = exclusive
+        self._in_postgres = in_postgres
+        self._set_aside = set_aside
+        self._tell_late = tell_late
+        #: Called when the ledger does not know what this worker holds: its lease was lost, or the ledger's key.
+        self.on_missing: Callable[[], None] = lambda: None
+        self._arrivals: deque[Arrival] = deque()
+        self._ends: deque[End] = deque()
+        self._keyless = Keyless(ledger, identity, holdings, recorder.claim, recorder.call, self._ends.append, self.wake)
+        self._returns: deque[tuple[str, str, str]] = deque()
+        self._nonces = itertools.count()
+        self._wake = Wake()
+        #: Set in a signal handler: this worker takes nothing over with its releases any more.
+        self.draining = False
+        self._stopping = False
+        self._unsure = False
+        self._refused: set[str] = set()
+        #: What was claimed by an answer after which this process might not decide any more, or whose claim Postgres
+        #: does not take now.
+        self._late: deque[tuple[Holding, str, Any]] = deque()
+        self._retry_at = self._late_at = 0.0
+        self._said = ""
+
+    # -- called by others ----------------------------------------------------------------------------------------
+
+    def arrive(self, tag: Tag, request: Request, message: Any) -> None:
+        """A message came: claim its job, then start it."""
+        self._arrivals.append(Arrival(tag, request, message, f"{self._identity.pid}.{next(self._nonces)}"))
+        self._confirmation.needed()
+        self._wake.set()
+
+    def end(
+        self,
+        job: str,
+        token: str,
+        outcome: str,
+        error: str | None = None,
+        on_lost: Callable[[], None] | None = None,
+        outbox: str = "",
+        results: tuple[Kept, ...] = (),
+        whole: Callable[[], str] | None = None,
+    ) -> bool:
+        """An attempt is over. The first call for it counts; False for the others."""
+        if not self._holdings.end(job, token):
+            return False
+        ended = Ended(job, token, outcome, storable(error or "", ERROR_LENGTH), outbox, results)
+        self._ends.append(End(ended, on_lost, whole))
+        self._wake.set()
+        return True
+
+    def give_back(self, job: str, token: str, reason: str) -> None:
+        """Hand a claimed job back that cannot run here: it is not offered here again for a moment."""
+        self._returns.append((job, token, reason))
+        self._wake.set()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    @property
+    def idle(self) -> bool:
+        """Return whether nothing is held here, and nothing is to be settled."""
+        return not (self._arrivals or self._ends or self._refused or self._late or self._unsure or self._holdings.all())
+
+    def stop(self, within: float) -> bool:
+        """Settle what is pending, then end. False when that did not come about in time."""
+        self._stopping = True
+        self._wake.set()
+        if self.is_alive():
+            self.join(within)
+        return not self.is_alive()
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        while True:
+            offering = bool(self._refused) and time.monotonic() >= self._retry_at and self._confirmation.may_admit
+            if self._late and time.monotonic() >= self._late_at:
+                self._late_at = time.monotonic() + RETRY_AFTER
+                self._start_late()
+            while self._returns:
+                self._return(*self._returns.popleft())
+            asking = self._unsure and self._confirmation.may_admit
+            if not (self._arrivals or self._ends or offering or asking):
+                if self._stopping:
+                    return
+                self._wake.wait(RETRY_AFTER if self._refused or self._late else 60.0)
+                continue
+            try:
+                # Not while the worker registers in a new epoch: before the books know what it holds, its ends would
+                # be taken for those of a stranger.
+                with self._exclusive:
+                    if offering:
+                        self._offer_again()
+                    done = self._settle() or offering
+                self._said = ""
+            except LedgerClosed:
+                self._on_closed()
+                done = False
+            except StoreUnavailable as error:
+                if str(error) != self._said:
+                    self._said = str(error)
+                    logger.warning("the ledger does not answer, ends are kept: %s", error)
+                done = False
+            except Exception:
+                # Whatever it was, what is pending stays so: without this thread nothing of this worker would ever end.
+                logger.exception("the ledger's answer could not be taken; it is asked again")
+                done = False
+            if not done:
+                if self._stopping:
+                    return
+                self._wake.wait(RETRY_AFTER)
+
+    def _settle(self) -> bool:
+        """Settle what is pending; what was not answered stays pending. False where there was nothing it could do."""
+        if self._in_postgres.decides:
+            return self._in_postgres.settle(self._ends, self._arrivals)
+        if self._confirmation.epoch != self._ledger.epoch:
+            # Until this worker is in the epoch that Postgres names, its ends are news to other books than these.
+            self._on_closed()
+            return False
+        may_claim = self._confirmation.may_admit and not self._recorder.is_behind()
+        ends = [self._ends[i] for i in range(min(MOST, len(self._ends)))]
+        arrivals = [self._arrivals[i] for i in range(min(MOST, len(self._arrivals)))] if may_claim else []
+        if self._unsure and may_claim:
+            self._recover()
+        if not ends and not arrivals:
+            return False
+        # From here to the answer: what it hands over, or gives a lease of, may be lost with it.
+        self._holdings.claiming |= (claiming := {one.tag.job for one in arrivals})
+        unsure, self._unsure = self._unsure, True
+        settled = self._ledger.settle(
+            self._identity.name,
+            self._identity.incarnation,
+            ended=[one.ended for one in ends],
+            arrived=[(one.tag.job, one.tag.token, one.nonce, digest_of(one.message)) for one in arrivals],
+            most_losses=self._ledger.settings.most_losses,
+            admit=may_claim and not self._refused,
+            nonce="" if self.draining else f"{self._identity.pid}.{next(self._nonces)}",
+            follow=False,
+        )
+        # (What an answer before this one had, and this worker may not ask for now, is still to be asked for.)
+        self._unsure = unsure
+        for _ in ends:
+            self._ends.popleft()
+        for _ in arrivals:
+            self._arrivals.popleft()
+        transitions = self._after_release(settled.released, {(one.ended.job, one.ended.token): one for one in ends})
+        transitions += self._after_claim(arrivals, settled.claimed)
+        self._holdings.claiming -= claiming
+        transitions += self._take_over(settled.handed_over)
+        if transitions:
+            self._record(transitions)
+        # Now that all of it is held here.
+        self._ledger.follow(self._identity.name, settled)
+        return True
+
+    def _recover(self) -> None:
+        """An answer was lost: ask for what it handed over. Claims that are pending are asked again by themselves."""
+        known = [*self._holdings.jobs(), *(one.tag.job for one in self._arrivals)]
+        handed_over = self._ledger.recover(self._identity.name, self._identity.incarnation, known)
+        self._unsure = False
+        self._record(self._take_over(handed_over))
+
+    def _take_over(self, handed_over: Sequence[HandedOver]) -> list[Transition]:
+        """Start what a release admitted here, unless it does not fit by this worker's own count."""
+        transitions = []
+        for one in handed_over:
+            request = Request.from_shape(one.shape)
+            fits = bool(self._holdings.admits({one.job: request}))
+            holding = Holding(one.job, one.token, request, "", one.admitted_ms, one.started_ms, one.losses, one.rerun)
+            self._holdings.add(holding)
+            if fits:
+                transitions += self._start(holding, one.entry, one.message)
+            else:
+                self._refuse(one.job, one.token, request)
+        return transitions
+
+    def _start(self, holding: Holding, entry: str, message: Any) -> list[Transition]:
+        """Start a body, if this process may still decide: the answer may have been so late that another authority has
+        the job. What it says to Postgres. Some bodies start only when Postgres has that
+        (`routing.policy.unknown_starts`)."""
+        if not self._may_start():
+            self._late.append((holding, entry, message))
+            return []
+        if is_known_before_start(holding.losses, self._ledger.settings.most_losses, holding.rerun):
+            self._recorder.call(partial(self._start_known, holding, entry, message))
+            return []
+        self._start_job(message)
+        return [running(self._identity, holding, entry)]
+
+    def _may_start(self) -> bool:
+        return self._confirmation.may_admit and self._confirmation.epoch == self._ledger.epoch
+
+    def _start_known(self, holding: Holding, entry: str, message: Any) -> None:
+        """In a thread that may wait for Postgres: start a body whose claim is there."""
+        claim = running(self._identity, holding, entry)
+        has_claim = self._recorder.claim(claim)
+        if has_claim is False:
+            self.end(holding.job, holding.token, "handed_back", "its row is of another attempt")
+        elif not (has_claim and self._may_start()):
+            self._late.append((holding, entry, message))
+            self._wake.set()
+        else:
+            # (So that its entry leaves the stream.)
+            self._recorder.add([claim])
+            self._start_job(message)
+
+    def _start_late(self) -> None:
+        """What came too late starts when this process may decide again in the same epoch, and goes back in another."""
+        late = [self._late.popleft() for _ in range(len(self._late))]
+        left = self._in_postgres.decides or self._confirmation.epoch != self._ledger.epoch
+        for holding, entry, message in late:
+            if left or not holding.token.startswith(f"{self._ledger.epoch}."):
+                self.end(holding.job, holding.token, "handed_back", "its admission came too late")
+            else:
+                self._record(self._start(holding, entry, message))
+
+    def _refuse(self, job: str, token: str, request: Request) -> None:
+        """Hand a job back: by this worker's own count (which has attempts that lost their lease and still run) it does
+        not fit. Nothing is admitted here for a moment, or the books would offer it again at once, for ever."""
+        logger.warning("job %s would exceed this worker's capacity by its own count: handed back", job)
+        self._refused.add(request.shape)
+        self._retry_at = time.monotonic() + RETRY_AFTER
+        self.end(job, token, "handed_back")
+
+    def _return(self, job: str, token: str, reason: str) -> None:
+        self._refused |= {one.request.shape for one in self._holdings.running() if (one.job, one.token) == (job, token)}
+        self._retry_at = time.monotonic() + RETRY_AFTER
+        self.end(job, token, "handed_back", reason)
+
+    def _offer_again(self) -> None:
+        """The moment is over: what was handed back finds its place, here or elsewhere."""
+        shapes, self._refused = self._refused, set()
+        for shape in sorted(shapes):
+            self._ledger.place(shape)
+        self._ledger.fill(self._identity.name)
+
+    def _after_release(self, released: list[Released], ends: dict[tuple[str, str], End]) -> list[Transition]:
+        transitions = []
+        now = self._ledger.now_ms()
+        for one in released:
+            end = ends.get((one.end.job, one.end.token))
+            if one.verdict == "unknown" and end is not None and self._keyless.takes(end):
+                continue
+            if end is not None and end.restored:
+                # More may be gone than its key.
+                self.on_missing()
+            holding = self._holdings.remove(one.end.job, one.end.token)
+            if one.verdict in ("stale", "unknown"):
+                told = "job %s: attempt %s no longer held its lease; its end (%s) is refused"
+                logger.warning(told, one.end.job, one.end.token, one.end.outcome)
+                self.on_missing()
+                if one.end.outcome == "succeeded" and end is not None:
+                    late = end.whole() if end.whole is not None else one.end.outbox
+                    self._recorder.call(partial(self._tell_late, one.end.job, one.end.token, late))
+                continue
+            if one.state == "lost" and end is not None and end.on_lost is not None:
+                self._recorder.call(end.on_lost)
+            if holding is not None:
+                transitions.append(self._transition(holding, one.state, one.end, one.entry, now))
+        return transitions
+
+    def _after_claim(self, arrivals: list[Arrival], claimed: list[Claimed]) -> list[Transition]:
+        """Start what was claimed, unless it does not fit by this worker's own count. (Only the claim tells whether a
+        message may be believed.)"""
+        transitions = []
+        for arrival, claim in zip(arrivals, claimed, strict=True):
+            if claim.verdict in ("forged", "unknown"):
+                reason = NOT_OURS[claim.verdict].format(claim)
+                # The ledger forgets ended jobs, Postgres does not: a doubled message is no news, however late it comes.
+                ended = claim.job if claim.verdict == "unknown" else ""
+                self._set_aside(raw_of(arrival.message), self._identity.queue, reason, ended)
+                continue
+            if not claim.ok:
+                logger.info("job %s: a stale or doubled message of attempt %s is dropped", claim.job, claim.token)
+                continue
+            fits = bool(self._holdings.admits({claim.job: arrival.request}))
+            holding = Holding(
+                claim.job,
+                claim.token,
+                held_by(arrival.request, claim.losses, self._ledger.settings.most_losses),
+                arrival.nonce,
+                claim.admitted_ms or 0,
+                claim.started_ms or 0,
+                claim.losses,
+                claim.rerun,
+            )
+            self._holdings.add(holding)
+            arrival.message.revoked = claim.revoked
+            if fits:
+                transitions += self._start(holding, claim.entry, arrival.message)
+            else:
+                self._refuse(claim.job, claim.token, arrival.request)
+        return transitions
+
+    def _transition(self, holding: Holding, state: str, end: Ended, entry: str, now: int) -> Transition:
+        back = state in ("waiting", "scheduled", "accepted")
+        # (It came back, and had been revoked meanwhile.)
+        stopped = state == "cancelled" and end.outcome != state
+        back = back or stopped
+        epoch, _, attempt = holding.token.partition(".")
+        return Transition(
+            job=holding.job,
+            epoch=int(epoch),
+            attempt=int(attempt),
+            state=state,
+            step=Step.BACK if back else Step.ENDED,
+            worker=self._identity.name,
+            incarnation=self._identity.incarnation,
+            admitted_ms=holding.admitted_ms,
+            started_ms=holding.started_ms,
+            at_ms=now,
+            losses=holding.losses + (end.outcome == "lost"),
+            outcome=end.outcome,
+            error=REVOKED if stopped else end.error or "",
+            entry=entry,
+            # (A job that runs again has nothing to deliver but what it published itself, its retry.)
+            outbox="" if stopped or end.outcome == "handed_back" or (end.outcome == "lost" and back) else end.outbox,
+            # (Of one that was stopped with its worker nobody has told that it is lost.)
+            told=not stopped and not (state == "lost" and not end.outbox and not end.results),
+        )

@@ -1,0 +1,1 @@
+"""From `apply_async` to the durable row."""

@@ -1,0 +1,211 @@
+"""Celery's AMQP, with the platform's sender behind `send_task_message` and the worker's own queue to consume."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, Any, Final
+
+from celery.utils.nodenames import anon_nodename
+from kombu import Queue
+from kombu.pools import ProducerPool
+from kombu.serialization import prepare_accept_content
+
+from celery_capacity.routing import os_threads
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.model.message import PLATFORM_PREFIX
+from celery_capacity.workers.broker import beat_messages
+from celery_capacity.workers.broker.lazy_producer import SpareProducer
+from celery_capacity.workers.broker.queues import queue_of
+from celery_capacity.workers.broker.transport import Connection
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.submit.encoding import shown
+from celery_capacity.workers.submit.groups import here
+from celery_capacity.workers.submit.router import Router
+from celery_capacity.workers.submit.sender import Sender
+
+if TYPE_CHECKING:
+    from celery_capacity.workers.submit.caller_session import Transaction
+
+logger = logging.getLogger(__name__)
+
+
+#: Where the origin stands among Celery's arguments behind those of the task.
+_ORIGIN: Final = 19
+
+
+@lru_cache(maxsize=1)
+def origin(process: int) -> str:
+    """What a message says of the process that sent it, as Celery makes it for each."""
+    name: str = anon_nodename()
+    return name
+
+
+class _JobProducer:
+    """Stands for kombu's producer while Celery sends one task: what it publishes becomes a row. What is published after
+    that is the event `task-sent`, which no caller may mistake for the task."""
+
+    def __init__(self, producer: Any, sender: Sender | Transaction, queues: Mapping[str, Queue]) -> None:
+        self._producer = producer
+        self._sender = sender
+        self._queues = queues
+        self._accepted = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+    def publish(
+        self,
+        body: Any,
+        *,
+        headers: dict[str, Any],
+        serializer: str | None = None,
+        compression: str | None = None,
+        routing_key: str | None = None,
+        exchange: Any = None,
+        retry: Any = None,
+        retry_policy: Any = None,
+        delivery_mode: Any = None,
+        declare: Any = None,
+        timeout: Any = None,
+        confirm_timeout: Any = None,
+        **properties: Any,
+    ) -> None:
+        if self._accepted:
+            given = {"serializer": serializer, "compression": compression, "delivery_mode": delivery_mode}
+            given |= {"exchange": exchange, "routing_key": routing_key, "declare": declare, "timeout": timeout}
+            try:
+                self._producer.publish(
+                    body, headers=headers, retry=retry, retry_policy=retry_policy, **given, **properties
+                )
+            except Exception as error:
+                # The job is durable, and whoever is told otherwise sends it again.
+                logger.warning("a job is accepted, and the event of it was not sent: %r", error)
+            return
+        job = self._sender.accept(
+            body,
+            headers=headers,
+            serializer=serializer,
+            compression=compression,
+            routing_key=queue_of(self._queues, exchange, routing_key) if exchange else routing_key,
+            properties=properties,
+        )
+        self._accepted = True
+        if isinstance(self._producer, SpareProducer):
+            self._producer.job, self._producer.serializer = job, serializer
+
+
+class PlatformAMQP:
+    """Mixed into the app's own AMQP class (`amqp_class`). `stores` belongs to the app."""
+
+    stores: Stores
+    app: Any
+    #: Ends what waits in a queue: gets the app, its stores and the name; returns how many jobs.
+    purge_queue: Callable[[Any, Stores, str], int]
+
+    def Connection(self, *args: Any, **options: Any) -> Connection:  # noqa: N802
+        """(Celery makes all its connections by this.)"""
+        connection = Connection(*args, **options)
+        connection.purge_jobs = partial(self.purge_queue, self.app, self.stores)
+        return connection
+
+    def _create_task_sender(self) -> Any:
+        plain = super()._create_task_sender()  # type: ignore[misc]
+        sender = self.job_sender
+        queues: Mapping[str, Queue] = self.queues  # type: ignore[attr-defined]
+
+        def send_task_message(producer: Any, name: str, message: Any, session: Any = None, **options: Any) -> Any:
+            if name in beat_messages.NAMES:
+                return beat_messages.publish(producer, name)
+            if name.startswith(PLATFORM_PREFIX):
+                advice = f"{PLATFORM_PREFIX} begins the platform's own names."
+                raise InvalidRequest(f"no task may be named {name}", value=name, advice=advice)
+            if session is not None:
+                # (Few programs use it, and it loads SQLAlchemy's ORM.)
+                from celery_capacity.workers.submit.caller_session import Transaction
+
+                within = Transaction(sender, self.stores, session)
+                return plain(_JobProducer(producer, within, queues), name, message, **options)
+            gathering = here(self)
+            if gathering is not None:
+                return gathering.publish(plain, producer, name, message, options)
+            return plain(_JobProducer(producer, sender, queues), name, message, **options)
+
+        return send_task_message
+
+    def as_task_v2(
+        self, task_id: str, name: str, args: Any = None, kwargs: Any = None, *more: Any, **options: Any
+    ) -> Any:
+        """As Celery's; what logs, events and pages show of the arguments leaves out what looks secret."""
+        for what, given in (("argsrepr", args or ()), ("kwargsrepr", kwargs or {})):
+            if options.get(what) is None:
+                options[what] = self.shown(what, given)
+        if len(more) <= _ORIGIN:
+            options.setdefault("origin", origin(os.getpid()))
+        gathering = here(self)
+        if gathering is not None:
+            gathering.made(name, kwargs, more, options)
+        return super().as_task_v2(task_id, name, args, kwargs, *more, **options)  # type: ignore[misc]
+
+    def shown(self, what: str, given: Any) -> str:
+        """The header `what` (argsrepr, kwargsrepr) of arguments."""
+        if not given:
+            return repr(given)
+        most: int = getattr(self, f"{what}_maxsize")
+        return shown(given, most, self.app.conf.task_repr_maxlevels)
+
+    def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:
+        """As Celery's, by which a task publishes what follows it. Without a priority to be inherited it hands on None,
+        which would stand over the priority that the body of a chord was given."""
+        if options.get("priority", 0) is None:
+            del options["priority"]
+        return super()._retry_publish(publish, *args, **options)  # type: ignore[misc]
+
+    @property
+    def job_sender(self) -> Sender:
+        found: Sender | None = self.__dict__.get("_job_sender")
+        if found is None:
+            app = self.app
+            found = self.__dict__["_job_sender"] = Sender(
+                self.stores,
+                app.conf.task_default_queue,
+                app.timezone,
+                prepare_accept_content(app.conf.accept_content),
+            )
+        return found
+
+    @property
+    def producer_pool(self) -> Any:
+        """The process's. Beside greenlets each thread of the platform has one, since its connections are its own."""
+        if not os_threads.is_apart():
+            return super().producer_pool  # type: ignore[misc]
+        found = self.apart.__dict__
+        if "pool" not in found:
+            found["pool"] = ProducerPool(self.app.connection_for_write().Pool(1), limit=1)
+        return found["pool"]
+
+    @cached_property
+    def apart(self) -> threading.local:
+        """What one thread has of it."""
+        return threading.local()
+
+    def flush_routes(self) -> None:
+        super().flush_routes()  # type: ignore[misc]
+        # First, also where the user's configuration set task_routes anew; routers before it would end the search.
+        mine = [route for route in self._rtable if isinstance(route, Router)]  # type: ignore[has-type]
+        others = [route for route in self._rtable if not isinstance(route, Router)]  # type: ignore[has-type]
+        self._rtable = [*(mine or [Router(self.stores, lambda: self.app.tasks)]), *others]
+
+    def TaskConsumer(self, channel: Any, queues: Any = None, accept: Any = None, **options: Any) -> Any:  # noqa: N802
+        if getattr(channel, "consumes_nothing", False) and queues is None:
+            accept = self.app.conf.accept_content if accept is None else accept
+            return self.Consumer(channel, queues=[], accept=accept, **options)  # type: ignore[attr-defined]
+        return super().TaskConsumer(channel, queues=queues, accept=accept, **options)  # type: ignore[misc]
+
+
+def amqp_class(base: type, stores: Stores, purge_queue: Callable[[Any, Stores, str], int]) -> type:
+    """The app's AMQP class with the platform's in front of it."""
+    return type("AMQP", (PlatformAMQP, base), {"stores": stores, "purge_queue": staticmethod(purge_queue)})

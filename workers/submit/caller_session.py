@@ -1,0 +1,217 @@
+"""Transactional enqueue: `apply_async(session=...)`. The job's row is part of the caller's own transaction.
+
+Until its commit nobody sees the job; a rollback, of a savepoint too, takes it back. After the commit of a Session this
+process brings the job to the ledger. That of a bare Connection tells nobody here, and a process may die right after a
+commit: the notification that goes with the rows has a worker do it (`workers.runner.commit_listener`), and the sweep is
+behind both.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Connection, event
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.orm import Session, scoped_session
+
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.errors import (
+    InvalidRequest,
+    NotAccepted,
+    NotMigrated,
+    PlatformError,
+    Unsupported,
+    mask_url,
+    show,
+)
+from celery_capacity.routing.insert import bulk, caller_session, single
+from celery_capacity.routing.insert.caller_session import Home
+from celery_capacity.routing.model.job import NewJob, Publisher
+from celery_capacity.workers.process import attempts
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.submit.chunk_writer import to_ledger
+from celery_capacity.workers.submit.sender import Sender
+
+logger = logging.getLogger(__name__)
+
+#: Jobs of one transaction that this process brings in itself; those beyond are left to the workers.
+MOST_KEPT: Final = 1000
+#: Where a connection keeps that it leads to the platform's table.
+_KNOWN: Final = "celery_capacity_home"
+_ADVICE: Final = "Pass a Session or a Connection of SQLAlchemy on the database of DATABASE_URL."
+
+
+class Transaction:
+    """What is sent goes into the transaction of a `session`: a Session, a scoped session or a Connection."""
+
+    def __init__(self, sender: Sender, stores: Stores, session: Any) -> None:
+        self._sender = sender
+        self._stores = stores
+        self._session = _checked(session)
+
+    def accept(self, body: Any, **message: Any) -> NewJob:
+        """As `Sender.accept`, up to the commit."""
+        job = self._sender.encoded(body, **message)
+        self._sender.admits(attempts.current())
+        self.add([job])
+        return job
+
+    def check(self) -> None:
+        """Raises `InvalidRequest` for a session elsewhere."""
+        self._home(self._connection())
+
+    def add(self, jobs: Sequence[NewJob]) -> None:
+        """Write the rows of jobs. Raises `InvalidRequest` for a session elsewhere, `Unsupported`, `NotAccepted`."""
+        for job in jobs:
+            if job.gates is not None:
+                # It locks what other submitters wait for, until a commit of which nobody knows when it comes.
+                raise Unsupported(
+                    f"job {job.id} ({job.name}) is held back by unique, after or a rate limit, and cannot be part of"
+                    " the caller's transaction",
+                    value=job.name,
+                    advice="Submit it after the commit, or without these.",
+                )
+        connection = self._connection()
+        home = self._home(connection)
+        attempt = attempts.current()
+        if attempt is not None:
+            self._check_lease(attempt.publisher, jobs[0])
+        try:
+            with deadlines.watched(connection, self._stores.settings.store_timeout):
+                written = caller_session.insert_jobs(connection, home, jobs)
+        except DBAPIError as error:
+            raise NotAccepted(
+                f"Postgres refused job {jobs[0].id} in the caller's transaction: {mask_url(str(error.orig))}",
+                advice="The transaction has failed: roll it back. Its role needs the rights of platform_submitter.",
+            ) from error
+        if isinstance(self._session, Session):
+            _remember(self._session, self._sender, self._stores, [job for job in jobs if job.id in written])
+
+    def _check_lease(self, publisher: Publisher, job: NewJob) -> None:
+        try:
+            with self._stores.engine.connect() as own:
+                if not single.may_publish(own, publisher):
+                    self._sender.refuse(single.confirmed(own), job, publisher)
+        except SQLAlchemyError as error:
+            raise NotAccepted(f"Postgres does not answer: job {job.id} was not written") from error
+
+    def _connection(self) -> Connection:
+        if isinstance(self._session, Connection):
+            return self._session
+        try:
+            return self._session.connection()
+        except SQLAlchemyError as error:
+            raise InvalidRequest(
+                f"the session does not say which database it is on: {error}",
+                value=type(self._session).__name__,
+                advice="Pass the connection: session=session.connection(bind_arguments=...).",
+            ) from error
+
+    def _home(self, connection: Connection) -> Home:
+        """The platform's table, which this connection must lead to. (What is known of a connection to the server is
+        kept with it.)"""
+        if connection.dialect.name != "postgresql":
+            raise _elsewhere(connection.dialect.name)
+        known: Home | None = connection.info.get(_KNOWN)
+        if known is not None and known == _homes.get(self._stores):
+            return known
+        for again in (False, True):
+            home = _home_of(self._stores, again)
+            try:
+                with deadlines.watched(connection, self._stores.settings.store_timeout):
+                    at_home = caller_session.is_at(connection, home)
+            except DBAPIError as error:
+                raise NotAccepted(
+                    f"Postgres refused the caller's transaction: {mask_url(str(error.orig))}",
+                    advice="The transaction has failed: roll it back.",
+                ) from error
+            if at_home:
+                connection.info[_KNOWN] = home
+                return home
+        raise _elsewhere(str(connection.engine.url.database))
+
+
+def _checked(session: Any) -> Session | Connection:
+    if isinstance(session, scoped_session):
+        session = session()
+    if isinstance(session, (Session, Connection)):
+        return session
+    if type(session).__name__.startswith(("Async", "async_")):
+        raise InvalidRequest(
+            f"session {type(session).__name__} is not valid: sending a job waits for Postgres",
+            value=type(session).__name__,
+            advice="Write `await session.run_sync(lambda sync: task.apply_async(args, session=sync))`.",
+        )
+    raise InvalidRequest(f"session {show(session)} is not valid", value=session, advice=_ADVICE)
+
+
+def _elsewhere(where: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"the session is on another database ({where}) than the platform's jobs", value=where, advice=_ADVICE
+    )
+
+
+_homes: weakref.WeakKeyDictionary[Stores, Home] = weakref.WeakKeyDictionary()
+
+
+def _home_of(stores: Stores, again: bool) -> Home:
+    """The platform's own table; looked up once, and `again` where a connection does not lead there: the server may have
+    been started anew."""
+    found = None if again else _homes.get(stores)
+    if found is None:
+        try:
+            with stores.engine.connect() as connection:
+                found = caller_session.home_of(connection)
+        except SQLAlchemyError as error:
+            raise NotAccepted("Postgres does not answer: the job was not written") from error
+        if found is None:
+            raise NotMigrated()
+        _homes[stores] = found
+    return found
+
+
+# -- after the commit of a Session
+
+_Kept = tuple[Sender, list[NewJob]]
+#: What the transaction of each session has added.
+_kept: weakref.WeakKeyDictionary[Session, dict[Stores, _Kept]] = weakref.WeakKeyDictionary()
+
+
+def _remember(session: Session, sender: Sender, stores: Stores, jobs: Sequence[NewJob]) -> None:
+    if not event.contains(session, "after_commit", _after_commit):
+        event.listen(session, "after_commit", _after_commit)
+        event.listen(session, "after_transaction_end", _after_end)
+    _, kept = _kept.setdefault(session, {}).setdefault(stores, (sender, []))
+    kept.extend(jobs[: max(0, MOST_KEPT - len(kept))])
+
+
+def _after_commit(session: Session) -> None:
+    # (Also called when a savepoint is released, whose jobs may still be rolled back.)
+    if session.in_nested_transaction():
+        return
+    for stores, (sender, jobs) in _kept.pop(session, {}).items():
+        _bring_in(sender, stores, [job for job in jobs if job.due_at is None])
+
+
+def _after_end(session: Session, transaction: Any) -> None:
+    if transaction.parent is None:
+        _kept.pop(session, None)
+
+
+def _bring_in(sender: Sender, stores: Stores, jobs: Sequence[NewJob]) -> None:
+    """Admit or file what was committed: Postgres says which (savepoints were rolled back, or the session's transaction
+    is part of another one). Never raises: the rows are there, and somebody brings them in."""
+    if not jobs:
+        return
+    began_ms = time.time() * 1000
+    try:
+        with stores.engine.connect() as connection:
+            committed = bulk.committed(connection, jobs)
+        there: Mapping[str, int] = committed.seqs
+        to_ledger(sender, [job for job in jobs if job.id in there], committed, began_ms)
+    except (SQLAlchemyError, PlatformError) as error:
+        logger.warning("%d jobs were committed, and a worker brings them in: %s", len(jobs), error)

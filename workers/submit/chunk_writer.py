@@ -1,0 +1,224 @@
+"""Storing many jobs: a chunk of rows in one statement, then into the ledger. While one chunk is stored, in a thread,
+the next one is built by the caller; there are never more than these two.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Final
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, mask_url
+from celery_capacity.routing.insert import bulk, single
+from celery_capacity.routing.insert.bulk import Committed
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.model.job import Inserted, NewJob
+from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.recovery import resubmit
+from celery_capacity.workers.process.attempts import Attempt
+from celery_capacity.workers.process.insert_errors import may_pass
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.submit.sender import Sender
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of messages for which one limit is long enough, at a few MB a second.
+BYTES_IN_LIMIT: Final = 32 * 1024**2
+
+#: What is called once a job is stored (a signal of Celery's), None where nobody listens.
+After = Callable[[], None] | None
+
+
+class Chunks:
+    """Jobs on their way in. All but `_store` runs in the caller's thread. `done` gets the number that is stored.
+    `within`: writes them into the caller's own transaction instead, in the caller's thread."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        stores: Stores,
+        attempt: Attempt | None,
+        size: int = bulk.CHUNK,
+        done: Callable[[int], object] | None = None,
+        within: Callable[[Sequence[NewJob]], None] | None = None,
+    ) -> None:
+        self._sender = sender
+        self._stores = stores
+        self._attempt = attempt
+        self._size = size
+        self._done = done
+        self._within = within
+        self._jobs: list[NewJob] = []
+        self._after: list[After] = []
+        self._thread: ThreadPoolExecutor | None = None
+        self._storing: Future[None] | None = None
+        self._stored: list[After] = []
+        #: Jobs that are stored.
+        self.accepted = 0
+        #: The ids of those of which it is not known.
+        self.unknown: tuple[str, ...] = ()
+        #: Whether a chunk was not stored: then nothing more is.
+        self.failed = False
+
+    def add(self, job: NewJob, after: After = None) -> None:
+        """Take a job. Raises what became of an earlier chunk."""
+        self._sender.admits(self._attempt)
+        self._jobs.append(job)
+        self._after.append(after)
+        if len(self._jobs) < self._size:
+            return
+        if self._within is not None:
+            self.flush()
+        else:
+            self._settle()
+            jobs = self._taken()
+            try:
+                self._thread = self._thread or ThreadPoolExecutor(1, "bulk")
+                self._storing = self._thread.submit(self._store, jobs)
+            except RuntimeError:
+                # The interpreter ends, or the system has no thread for us; what it would have done is not kept.
+                if self._thread is not None:
+                    self._thread.shutdown(wait=False, cancel_futures=True)
+                self._thread = None
+                self._store(jobs)
+                self._tell()
+
+    def flush(self) -> None:
+        """Store what there is."""
+        self._settle()
+        while self._jobs:
+            self._store(self._taken())
+            self._tell()
+
+    def _taken(self) -> list[NewJob]:
+        jobs, self._jobs = self._jobs, []
+        self._stored, self._after = self._after, []
+        return jobs
+
+    @property
+    def stand(self) -> bool:
+        """Whether anything of this stays, whatever else happens."""
+        return self._within is None and bool(self.accepted or self.unknown)
+
+    def close(self) -> None:
+        """What was not flushed is not stored; what is being stored is waited for."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _settle(self) -> None:
+        """Wait for the chunk that is being stored."""
+        storing, self._storing = self._storing, None
+        if storing is not None:
+            storing.result()
+            self._tell()
+
+    def _tell(self) -> None:
+        for after in self._stored:
+            if after is not None:
+                after()
+        if self._done is not None:
+            self._done(self.accepted)
+
+    # -- storing -------------------------------------------------------------------------------------------------
+
+    def _store(self, jobs: list[NewJob]) -> None:
+        try:
+            self._store_chunk(jobs)
+        except BaseException:
+            self.failed = True
+            raise
+
+    def _store_chunk(self, jobs: list[NewJob]) -> None:
+        if self._within is not None:
+            self._within(jobs)
+            self.accepted += len(jobs)
+            return
+        attempt, began_ms = self._attempt, time.time() * 1000
+        if any(job.gates is not None for job in jobs):
+            # What holds a job back is written with its row, one at a time.
+            self._store_singly(jobs)
+            return
+        limits = 1 + sum(len(job.message) for job in jobs) // BYTES_IN_LIMIT
+        seconds = self._stores.settings.store_timeout * min(limits, deadlines.LONG)
+        try:
+            with deadlines.within(seconds), deadlines.patiently(seconds):
+                committed = self._copy(jobs)
+        except (NotAccepted, OutcomeUnknown) as error:
+            if attempt is None or not may_pass(error):
+                raise
+            logger.warning("Postgres is away: what job %s publishes goes with its end: %s", attempt.tag.job, error)
+            attempt.keep(jobs)
+            self.accepted += len(jobs)
+            return
+        if committed is None:
+            # One by one: what is there already is left as it is, or succeeded.
+            self._store_singly(jobs)
+            return
+        self.accepted += len(jobs)
+        to_ledger(self._sender, jobs, committed, began_ms)
+
+    def _store_singly(self, jobs: Sequence[NewJob]) -> None:
+        for job in jobs:
+            self._sender.store_for(self._attempt, job)
+            self.accepted += 1
+
+    def _copy(self, jobs: Sequence[NewJob]) -> Committed | None:
+        """Make the rows durable; None where an id existed, and nothing was written."""
+        try:
+            return self._copy_once(jobs)
+        except DBAPIError as error:
+            if bulk.is_known(error):
+                return None
+            if not error.connection_invalidated or deadlines.unsent(error):
+                raise NotAccepted(f"Postgres refused {len(jobs)} jobs: {mask_url(str(error.orig))}") from error
+            # The connection was lost around the commit. The same again is safe: ids that exist by now say so.
+            return self._copy_again(jobs)
+        except PoolTimeout as error:
+            raise NotAccepted(f"no connection to Postgres was free for {len(jobs)} jobs") from error
+
+    def _copy_again(self, jobs: Sequence[NewJob]) -> Committed | None:
+        self._stores.doubt_connections()
+        try:
+            return self._copy_once(jobs)
+        except (DBAPIError, PoolTimeout) as error:
+            if isinstance(error, DBAPIError) and bulk.is_known(error):
+                return None
+            self.unknown = tuple(job.id for job in jobs)
+            message = f"the connection broke while {len(jobs)} jobs were stored; they may have been accepted"
+            raise OutcomeUnknown(jobs[0].id, message) from error
+
+    def _copy_once(self, jobs: Sequence[NewJob]) -> Committed:
+        engine, attempt = self._stores.engine, self._attempt
+        if attempt is None:
+            with engine.connect() as connection:
+                bulk.copy_jobs(connection, jobs)
+                return bulk.committed(connection, jobs)
+        with engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
+            kept = bulk.copy_jobs(connection, jobs, attempt.publisher)
+        with engine.connect() as connection:
+            if kept:
+                return bulk.committed(connection, jobs)
+            confirmed = single.confirmed(connection)
+        return self._sender.refuse(confirmed, jobs[0], attempt.publisher)
+
+
+def to_ledger(sender: Sender, jobs: Sequence[NewJob], committed: Committed, began_ms: float) -> None:
+    """Admit or file jobs whose rows were written after `began_ms`, in order. Whatever goes wrong here leaves accepted
+    rows, which the sweep brings in."""
+    now = round(time.time() * 1000)
+    rows = [
+        (job.id, job.shape, order(job.priority, committed.seqs[job.id]), job.message, 0, 0, now, began_ms, job.rerun)
+        for job in jobs
+        if job.due_at is None
+    ]
+    confirmed = Inserted(None, committed.epoch, committed.authority)
+    for start in range(0, len(rows), resubmit.CHUNK):
+        if not sender.ask(confirmed, partial(Ledger.submit_many, rows=rows[start : start + resubmit.CHUNK])):
+            return

@@ -1,0 +1,328 @@
+"""Calls that are alike.
+
+Celery makes the message of each call anew: options, routes, headers, serialiser, signals. Two ordinary calls of a task
+with the same options give the same message but for the id and the arguments. So the first ones go through Celery, a
+template is kept of what came of them, and the next ones fill that in, for a third of the time.
+
+A call is ordinary where all that its message depends on is a simple option, is part of the state of the task and the
+app that is looked at each time, or is filled in. All others go through Celery: with other options, in a task that runs,
+while somebody listens to Celery's signals, with routers or classes of the app's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from operator import attrgetter, is_
+from types import FunctionType, MethodType
+from typing import Any, Final
+
+from celery import Celery, Task, signals
+from celery.app import amqp as celery_amqp
+from celery.app import base as celery_base
+from celery.app import routes as celery_routes
+from celery.app import task as celery_task
+
+from celery_capacity.routing.config.task_rules import RERUN
+from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.message import HEADER, PLATFORM_PREFIX, Template, decode
+from celery_capacity.routing.model.nesting import CANVAS_PREFIX, check_body
+from celery_capacity.routing.model.request import REQUEST_OPTIONS
+from celery_capacity.workers.broker.lazy_producer import SpareProducer
+from celery_capacity.workers.process import attempts
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.submit import amqp as platform_amqp
+from celery_capacity.workers.submit import validation
+from celery_capacity.workers.submit.amqp import PlatformAMQP, origin
+from celery_capacity.workers.submit.constraints import declares
+from celery_capacity.workers.submit.encoding import encode
+from celery_capacity.workers.submit.groups import here
+from celery_capacity.workers.submit.router import Router
+
+#: What Celery's own code reads of a task for its message, and ours.
+_OF_TASK: Final = attrgetter(
+    *("__class__", "name", "_exec_options", "ignore_result", "time_limit", "soft_time_limit"),
+    *("_dump_pydantic_arguments", "cpus", "memory", "gpus", "resources", "rerun", "unique", "unique_for", "rate_limit"),
+)
+#: The same of the app's AMQP. (The serialiser and the like belong to the sender that Celery makes once.)
+_OF_AMQP: Final = ("create_task_message", "send_task_message", "router", "queues", "default_queue")
+#: Options with which a call may be ordinary, and the types of their values.
+_OPTIONS: Final = frozenset(
+    {"ignore_result", "priority", "queue", "serializer", "time_limit", "soft_time_limit", RERUN, *REQUEST_OPTIONS}
+)
+_SIMPLE: Final = frozenset({str, int, bool})
+#: The serialiser of kombu's that templates write with.
+JSON: Final = "json"
+#: Types of a request's amounts that cannot change while they are the same object.
+_AMOUNTS: Final = frozenset({type(None), int, float, str})
+#: Tasks whose request is that of others that they call, and the platform's messages, which make no job.
+_SPECIAL: Final = (CANVAS_PREFIX, PLATFORM_PREFIX)
+#: The headers of a message that has nothing of anybody else's.
+_HEADERS: Final = frozenset(
+    {
+        *("lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id"),
+        *("parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result", "replaced_task_nesting", "stamped_headers"),
+        *("stamps", HEADER),
+    }
+)
+#: What follows a task that nothing follows: the third part of a body.
+_NOTHING: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+#: Kinds of calls that an app keeps, and how often one is learnt anew: what changes all the time is not worth it.
+MOST_KINDS: Final = 1000
+MOST_CHANGES: Final = 100
+
+_APPLY_ASYNC: Final = Task.apply_async
+_SHADOW_NAME: Final = Task.shadow_name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One kind of calls, and the state in which they are alike. `first`: the job of one of them, without its message,
+    which has the arguments."""
+
+    state: tuple[Any, ...]
+    first: NewJob
+    template: Template
+    ignored: Any
+    routed: Mapping[str, Any]
+    queue: Any
+    queue_name: str
+
+
+class Templates:
+    """The templates of one app. Thread-safe."""
+
+    def __init__(self, app: Celery, stores: Stores) -> None:
+        self._app = app
+        self._stores = stores
+        self._kinds: dict[Any, _Kind] = {}
+        #: Kinds that were seen, and how often they were learnt.
+        self._seen: dict[Any, int] = {}
+
+    def apply_async(
+        self, task: Any, plain: Callable[..., Any], args: Any, kwargs: Any, options: Mapping[str, Any]
+    ) -> Any:
+        """As `plain`, which is the task's own of Celery. Raises what that raises."""
+        if not self._is_ordinary(task, plain, args, kwargs, options):
+            return plain(args, kwargs, **options)
+        # (True equals 1, and is written otherwise. The state has the task itself, whose class may say what equals it.)
+        key = (id(task), *[(option, type(value), value) for option, value in options.items() if option != "task_id"])
+        learnt = self._seen.get(key)
+        if learnt is None:
+            # Options that are other ones each time come once.
+            self._note(key, 0)
+            return plain(args, kwargs, **options)
+        amqp = self._app.amqp
+        kind = self._kinds.get(key)
+        try:
+            state = self._state(task, amqp)
+            known = kind is not None and all(map(is_, state, kind.state)) and _goes_there(kind, amqp)
+        except Exception:
+            # Of a property of the task's own, say. Where Celery meets it too, it is its to raise.
+            return plain(args, kwargs, **options)
+        if kind is not None and known:
+            if task.typing and hasattr(task, "__header__"):
+                task.__header__(*(args or ()), **(kwargs or {}))
+            return self._send(kind, task, amqp, args, kwargs, options.get("task_id"))
+        if learnt >= MOST_CHANGES or not _is_plain_app(self._app):
+            return plain(args, kwargs, **options)
+        producer = SpareProducer(self._app)
+        try:
+            result = plain(args, kwargs, producer=producer, **options)
+        finally:
+            producer.release()
+        try:
+            if producer.job is not None and all(map(is_, state, self._state(task, amqp))):
+                self._note(key, learnt + 1)
+                self._learn(key, task, state, producer, args, kwargs, options)
+        except Exception:
+            # The job is accepted, and whoever is told otherwise sends it again. (It may be what a signal raises.)
+            logger.debug("no template of %s was made", task.name, exc_info=True)
+        return result
+
+    def _note(self, key: Any, times: int) -> None:
+        if len(self._seen) >= MOST_KINDS and key not in self._seen:
+            self._kinds.clear()
+            self._seen.clear()
+        self._seen[key] = times
+
+    def _is_ordinary(self, task: Any, plain: Any, args: Any, kwargs: Any, options: Mapping[str, Any]) -> bool:
+        """Whether nothing takes part in this call but what Celery and the platform always do."""
+        app, conf = self._app, self._app.conf
+        for option, value in options.items():
+            if not (option == "task_id" or (option in _OPTIONS and type(value) in _SIMPLE)):
+                return False
+        return not (
+            signals.before_task_publish.receivers
+            or signals.after_task_publish.receivers
+            or signals.task_sent.receivers
+            or attempts.current() is not None
+            or app.current_worker_task is not None
+            or not _is_method(plain, _APPLY_ASYNC)
+            or not _is_method(task.shadow_name, _SHADOW_NAME)
+            or not isinstance(args or (), (list, tuple))
+            or not isinstance(kwargs or {}, dict)
+            or conf["task_always_eager"]
+            or conf["task_send_sent_event"]
+            or here(app.amqp) is not None
+        )
+
+    def _state(self, task: Any, amqp: Any) -> tuple[Any, ...]:
+        """All else that the messages of a task's calls depend on, at this moment: they are alike while each is the same
+        object."""
+        # (Nothing is made here: Celery makes it in its order, and its errors come first.)
+        made, stores = vars(amqp), self._stores.made
+        routes = made["router"].routes if "router" in made else ()
+        return (
+            len(routes),
+            *routes,
+            task,
+            *_OF_TASK(task),
+            amqp,
+            *[made.get(name) for name in _OF_AMQP],
+            celery_amqp.AMQP.as_task_v2,
+            celery_routes.Router.route,
+            self._app.send_task,
+            type(self._app).send_task,
+            self._app.conf["task_default_queue"],
+            stores.get("settings"),
+            stores.get("requests"),
+        )
+
+    def _send(self, kind: _Kind, task: Any, amqp: Any, args: Any, kwargs: Any, task_id: Any) -> Any:
+        app, job_id, producer = self._app, task_id or celery_base.uuid(), SpareProducer(self._app)
+        try:
+            with producer.connection._reraise_as_library_errors():
+                if not kind.ignored:
+                    app.backend.on_task_call(producer, job_id)
+                job = self._fill(kind, amqp, job_id, args, kwargs)
+                amqp.job_sender.store(job)
+        finally:
+            producer.release()
+        result = task.AsyncResult(job.id)
+        result.ignored = kind.ignored
+        return result
+
+    def _fill(self, kind: _Kind, amqp: Any, job: Any, args: Any, kwargs: Any, may_ask: bool = True) -> NewJob:
+        """The job of a call. Raises `InvalidRequest`, `MessageTooDeep`, `MessageTooLarge` as the sender."""
+        first, args, kwargs = kind.first, args or (), kwargs or {}
+        said = {"argsrepr": amqp.shown("argsrepr", args), "kwargsrepr": amqp.shown("kwargsrepr", kwargs)}
+        body = encode((args, kwargs, _NOTHING), {"task": first.name, **said}, None, None)[0]
+        check_body(body, first.name)
+        gates = amqp.job_sender.rates.gates({"task": first.name, HEADER: {}}, HEADER, may_ask)
+        check_job_id(job)
+        said |= {"origin": origin(os.getpid()), "reply_to": self._app.thread_oid}
+        return NewJob(
+            job,
+            first.name,
+            first.shape,
+            kind.template.fill(job, body, self._stores.settings.max_message, **said),
+            first.priority,
+            first.declared,
+            first.queue,
+            rerun=first.rerun,
+            root_id=job,
+            gates=gates,
+        )
+
+    def _learn(
+        self,
+        key: Any,
+        task: Any,
+        state: tuple[Any, ...],
+        producer: SpareProducer,
+        args: Any,
+        kwargs: Any,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Celery published the job of such a call by `producer`, in this state."""
+        job, amqp = producer.job, self._app.amqp
+        options = {**task._get_exec_options(), "ignore_result": task.ignore_result, **options, "task_id": None}
+        routed = _routed(amqp, task.name)
+        if not (job is not None and producer.serializer in (None, JSON) and _is_plain_task(task)):
+            return
+        if not (_are_plain(options) and _are_plain(routed) and decode(job.message)["headers"].keys() == _HEADERS):
+            return
+        name: Any = options.get("queue") or routed.get("queue") or self._app.conf.task_default_queue
+        queue = _queue(amqp, name)
+        if queue is None or queue.exchange.type != "direct" or queue.name != job.queue:
+            return
+        first = replace(job, message=b"", gates=None)
+        kind = _Kind(state, first, Template.of(job.message), options["ignore_result"], routed, queue, name)
+        # What was not thought of shows here: the template gives what Celery gave.
+        if self._fill(kind, amqp, job.id, args, kwargs, may_ask=False) == job:
+            self._kinds[key] = kind
+
+
+def _queue(amqp: Any, name: str) -> Any:
+    """As Celery finds it, without making one."""
+    queues = amqp.queues
+    return queues.aliases.get(name) or queues.get(name)
+
+
+def _routed(amqp: Any, name: str) -> Mapping[str, Any]:
+    """What the routes behind the platform's say of a task."""
+    return next((found for route in amqp.router.routes[1:] if (found := route(name)) is not None), {})
+
+
+def _goes_there(kind: _Kind, amqp: Any) -> bool:
+    """Whether calls still go where those of the kind went."""
+    return _queue(amqp, kind.queue_name) is kind.queue and _routed(amqp, kind.first.name) == kind.routed
+
+
+def _are_plain(options: Mapping[str, Any]) -> bool:
+    return all(value is None or (option in _OPTIONS and type(value) in _SIMPLE) for option, value in options.items())
+
+
+def _is_plain_task(task: Any) -> bool:
+    return (
+        not task.name.startswith(_SPECIAL)
+        and not declares(task)
+        and {type(task.cpus), type(task.memory), type(task.gpus)} <= _AMOUNTS
+        and task.resources is None
+        and task._dump_pydantic_arguments is None
+        and type(task)._get_exec_options is Task._get_exec_options
+        and not task.__v2_compat__
+    )
+
+
+def _is_plain_app(app: Celery) -> bool:
+    """Whether what makes and sends a message is Celery's and the platform's, with nothing around or in between."""
+    amqp: Any = app.amqp
+    if type(amqp).__mro__[1:3] != (PlatformAMQP, celery_amqp.AMQP):
+        return False
+    routes = amqp.router.routes
+    return (
+        getattr(amqp.create_task_message, "__func__", None) is PlatformAMQP.as_task_v2
+        and is_of(amqp.send_task_message, platform_amqp)
+        and type(amqp.queues) is celery_amqp.Queues
+        and type(amqp.router) is celery_routes.Router
+        and [type(route) for route in routes] == [Router, *[celery_routes.MapRoute] * (len(routes) - 1)]
+        and sends_plainly(app)
+        and is_of(app.producer_or_acquire, celery_base)
+        and is_of(celery_amqp.AMQP.as_task_v2, celery_amqp)
+        and is_of(celery_amqp.AMQP._create_task_sender, celery_amqp)
+        and is_of(celery_routes.Router.route, celery_routes)
+        and is_of(_APPLY_ASYNC, celery_task)
+        and is_of(_SHADOW_NAME, celery_task)
+    )
+
+
+def sends_plainly(app: Celery) -> bool:
+    """Whether `send_task` is Celery's with the platform's around it, and nothing else."""
+    around, wrapped = app.send_task, getattr(app.send_task, "__wrapped__", None)
+    return is_of(around, validation) and is_of(wrapped, celery_base) and is_of(type(app).send_task, celery_base)
+
+
+def is_of(function: Any, module: Any) -> bool:
+    """Whether a function was written in a module. (What wraps one may answer as that one to all but `type`: wrapt.)"""
+    return type(function) in (FunctionType, MethodType) and function.__globals__ is vars(module)
+
+
+def _is_method(bound: Any, function: Any) -> bool:
+    return type(bound) is MethodType and bound.__func__ is function

@@ -1,0 +1,388 @@
+"""Accepting a job: the durable row first, then the admission. Behind Celery's own sender, which calls `publish`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, tzinfo
+from typing import Any, Final, NoReturn
+
+from kombu import serialization
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from celery_capacity.routing.config.task_rules import RERUN
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.database.postgres import NOT_ALLOWED
+from celery_capacity.routing.errors import (
+    InvalidRequest,
+    LeaseLost,
+    NotAccepted,
+    OutcomeUnknown,
+    Unsupported,
+    show,
+)
+from celery_capacity.routing.insert import single, successors
+from celery_capacity.routing.inspect import backlog_limit
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model import format_versions
+from celery_capacity.routing.model import message as messages
+from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
+from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name
+from celery_capacity.routing.model.job import Inserted, NewJob, Publisher
+from celery_capacity.routing.model.message import ETA, HEADER
+from celery_capacity.routing.model.nesting import JSON, check_body
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import FINAL, State
+from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.recovery import resubmit
+from celery_capacity.routing.store import backlog, claims
+from celery_capacity.workers.dispatch.submission_queue import Beginning, Submission
+from celery_capacity.workers.process import attempts, insert_errors
+from celery_capacity.workers.process.attempts import Attempt
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.submit.canvas import REPLACES
+from celery_capacity.workers.submit.constraints import Rates, until_written
+from celery_capacity.workers.submit.encoding import encode, to_protocol2
+from celery_capacity.workers.submit.validation import (
+    SameJob,
+    check_name,
+    check_parent,
+    check_priority,
+    check_time_limits,
+    check_times,
+    check_zoned,
+    stamps_of,
+)
+
+#: Where Celery carries on what a task saw as self.request.attempt.
+ATTEMPT_HEADER: Final = "attempt"
+#: Seconds for which what attempts publish is kept without asking a Postgres that did not answer.
+POSTGRES_PAUSE: Final = 2.0
+#: Seconds between tries of whoever waits for Postgres.
+AGAIN_AFTER: Final = 0.2
+
+logger = logging.getLogger(__name__)
+
+
+class Sender:
+    """Makes rows of Celery's messages and brings them to the ledger. `zone`: that of times which name none. `accepted`:
+    the content types that workers read."""
+
+    def __init__(
+        self,
+        stores: Stores,
+        default_queue: str,
+        zone: tzinfo = UTC,
+        accepted: Collection[str] = (JSON,),
+    ) -> None:
+        self._stores = stores
+        self._default_queue = default_queue
+        self._zone = zone
+        self._keep_until = 0.0
+        self._accepted = accepted
+        #: Of the tasks of the whole cluster.
+        self.rates = Rates(stores)
+        self._backlog = backlog_limit.BacklogLimit(self._waiting, lambda: stores.engine)
+
+    def accept(self, body: Any, **message: Any) -> NewJob:
+        """Accept a message as Celery publishes it (as `encoded`). When this returns, the job is durable."""
+        with self._in_time():
+            job = self.encoded(body, **message)
+            self.store(job)
+        return job
+
+    def _in_time(self) -> deadlines.within:
+        """All that one job asks Postgres ends within the setting."""
+        return deadlines.within(self._stores.settings.store_timeout)
+
+    def encoded(
+        self,
+        body: Any,
+        *,
+        headers: Mapping[str, Any],
+        serializer: str | None,
+        compression: str | None,
+        routing_key: str | None,
+        properties: Mapping[str, Any],
+    ) -> NewJob:
+        """The job that such a message makes; nothing is written. Raises `InvalidRequest` and `Unsupported`."""
+        if isinstance(body, Mapping):
+            body, headers = to_protocol2(body, headers)
+        raw, content_type, content_encoding, wire = encode(body, headers, serializer, compression)
+        queue = routing_key or self._default_queue
+        return self.encoded_already(raw, content_type, content_encoding, wire, queue, properties)
+
+    def accept_raw(
+        self,
+        body: bytes,
+        content_type: str,
+        content_encoding: str,
+        headers: Mapping[str, Any],
+        queue: str,
+        properties: Mapping[str, Any],
+    ) -> None:
+        """Accept a message that is encoded already."""
+        self.store(self.encoded_already(body, content_type, content_encoding, headers, queue, properties))
+
+    def encoded_already(
+        self,
+        body: bytes,
+        content_type: str,
+        content_encoding: str,
+        headers: Mapping[str, Any],
+        queue: str,
+        properties: Mapping[str, Any],
+    ) -> NewJob:
+        """The same as `encoded`."""
+        if content_type not in self._accepted:
+            # No worker of this configuration would read it.
+            serializer = serialization.registry.type_to_name.get(content_type, content_type)
+            raise InvalidRequest(
+                f"serializer {show(serializer)} is not accepted here",
+                value=serializer,
+                advice="Leave it out, or name it in accept_content.",
+            )
+        if content_type == JSON and not headers.get("compression"):
+            check_body(body, headers.get("task"))
+        attempt = attempts.current()
+        may_ask = attempt is None or not (attempt.deferred or time.monotonic() < self._keep_until)
+        return self._job(body, content_type, content_encoding, headers, queue, properties, may_ask)
+
+    def admits(self, attempt: Attempt | None) -> None:
+        """Raise `BacklogFull` where too many jobs wait. (What an attempt publishes is part of a job that was
+        accepted.)"""
+        if attempt is None:
+            self._backlog.check(self._stores.settings.max_backlog)
+
+    def store(self, job: NewJob) -> None:
+        """Make one job durable, and bring it to the ledger."""
+        attempt = attempts.current()
+        with self._in_time():
+            self.admits(attempt)
+            self.store_for(attempt, job)
+
+    def store_for(self, attempt: Attempt | None, job: NewJob) -> None:
+        """The same, in any thread, for the attempt that publishes it."""
+        began, began_ms = self._stores.sending.begin(), time.time() * 1000
+        with self._in_time():
+            inserted = self._insert(job) if attempt is None else self._insert_for(attempt, job)
+        if inserted is None or not inserted.starts:
+            return
+        # (A worker's process may end as soon as its task has.)
+        self._to_ledger(job, inserted, began, began_ms, attempt is not None)
+
+    def _job(
+        self,
+        body: bytes,
+        content_type: str,
+        content_encoding: str,
+        headers: Mapping[str, Any],
+        queue: str,
+        properties: Mapping[str, Any],
+        may_ask: bool,
+    ) -> NewJob:
+        settings = self._stores.settings
+        wire = dict(headers)
+        carried = wire.get(HEADER)
+        if not isinstance(carried, Mapping):
+            # An old producer, or a publish that passed no router.
+            carried = {"shape": Request.from_options({}, settings.default_cpus).shape, "declared": False}
+        carried = wire[HEADER] = {**carried, "format": format_versions.MESSAGE}
+        request = Request.from_shape(str(carried.get("shape")))
+        if queue != DEFAULT_QUEUE or LABEL in request.shape:
+            request = request.within(check_queue_name(queue))
+            wire[HEADER] = {**carried, "shape": request.shape}
+        gates = self.rates.gates(wire, HEADER, may_ask)
+        check_time_limits(wire.get("timelimit"))
+        due_at, expires_at = (check_zoned(wire.get(what), what, self._zone) for what in ("eta", "expires"))
+        # The broker's message is a doorbell: the time is kept by the row alone, and told to the task.
+        wire[HEADER].pop(ETA, None)
+        eta, wire["eta"] = wire.get("eta"), None
+        if eta:
+            wire[HEADER][ETA] = str(eta)
+        priority = check_priority(properties.get("priority"))
+        # Of a retry or a replacement: the attempt that publishes it.
+        publisher = wire.pop(ATTEMPT_HEADER, None)
+        wire_properties = {
+            "correlation_id": properties.get("correlation_id"),
+            "reply_to": properties.get("reply_to"),
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "priority": priority,
+        }
+        return NewJob(
+            id=check_job_id(wire.get("id")),
+            name=check_name(wire.get("task")),
+            shape=request.shape,
+            message=messages.encode(
+                body,
+                content_type=content_type,
+                content_encoding=content_encoding,
+                headers=wire,
+                properties=wire_properties,
+                limit=settings.max_message,
+            ),
+            priority=priority,
+            declared=bool(carried.get("declared")),
+            rerun=carried.get(RERUN) is not False,
+            queue=queue,
+            retries=check_times(wire.get("retries"), "retries"),
+            nesting=check_times(wire.get("replaced_task_nesting"), "replaced_task_nesting"),
+            publisher=publisher if isinstance(publisher, int) else None,
+            root_id=check_parent(wire.get("root_id")),
+            parent_id=check_parent(wire.get("parent_id")),
+            replaces=check_parent(wire.get(REPLACES)),
+            due_at=due_at,
+            expires_at=expires_at,
+            gates=gates,
+            stamps=stamps_of(wire) if wire.get("stamped_headers") else None,
+        )
+
+    def _insert_for(self, attempt: Attempt, job: NewJob) -> Inserted | None:
+        """The same for what an attempt publishes: refused once it has lost its lease; while Postgres is away it goes
+        with the attempt's end, or waits where that has come already."""
+        if attempt.patient is not None:
+            return self._insert_patiently(attempt.patient, job)
+        if attempt.deferred or time.monotonic() < self._keep_until:
+            attempt.keep([job])
+            return None
+        try:
+            return self._insert(job, attempt.publisher)
+        except (NotAccepted, OutcomeUnknown) as error:
+            if not insert_errors.may_pass(error):
+                raise
+            logger.warning("Postgres is away: what job %s publishes goes with its end: %s", attempt.tag.job, error)
+            self._keep_until = time.monotonic() + POSTGRES_PAUSE
+            attempt.keep([job])
+            return None
+
+    def _insert_patiently(self, may_wait: Callable[[], bool], job: NewJob) -> Inserted | None:
+        pause = threading.Event()
+        while True:
+            try:
+                with deadlines.within(self._stores.settings.store_timeout, anew=True):
+                    return self._insert(job)
+            except (NotAccepted, OutcomeUnknown) as error:
+                if not (insert_errors.may_pass(error) and may_wait()):
+                    raise
+            pause.wait(AGAIN_AFTER)
+
+    def _insert(self, job: NewJob, by: Publisher | None = None) -> Inserted | None:
+        """The durable insert. None where the id belongs to a job that runs, and this is its successor (or known)."""
+        try:
+            return insert_errors.insert_safely(self._stores, job.id, lambda: self._insert_once(job, by))
+        except SameJob as same:
+            if not until_written(self._stores, same.first):
+                raise
+        return insert_errors.insert_safely(self._stores, job.id, lambda: self._insert_once(job, by))
+
+    def _insert_once(self, job: NewJob, by: Publisher | None) -> Inserted | None:
+        if by is None and job.gates is None:
+            at_once = self._stores.inserter.insert(job)
+            if at_once is not None:
+                return at_once
+        with self._stores.engine.connect() as connection:
+            inserted = single.insert_job(connection, job, by)
+            if inserted.seq is not None:
+                return inserted
+            if inserted.same_as is not None:
+                raise SameJob(job.id, inserted.same_as)
+            if by is not None and not single.may_publish(connection, by):
+                self.refuse(inserted, job, by)
+            # (What was never retried or replaced succeeds nothing, and whoever only submits may not change a row.)
+            was = successors.put_successor(connection, job) if job.retries or job.nesting else None
+            if was == State.REPLACED:
+                # Its attempt ended long ago; this is the last step of its replacement, and the row goes on with it.
+                if job.due_at is None:
+                    self._bring(connection, job.id, inserted)
+            elif was is not None:
+                # The row knows; the ledger only spares it a detour.
+                self.ask(inserted, lambda ledger: ledger.succeed(job.id, job.message))
+            else:
+                self._known(connection, job, inserted)
+        return None
+
+    def refuse(self, inserted: Inserted, job: NewJob, by: Publisher) -> NoReturn:
+        """An attempt that lost its lease publishes nothing."""
+        self.ask(inserted, lambda ledger: ledger.count("stale.publish"))
+        raise LeaseLost(
+            f"attempt {by.attempt} of job {by.job} lost its lease: what it publishes, {job.id} ({job.name}), is refused"
+        )
+
+    def _known(self, connection: Any, job: NewJob, inserted: Inserted) -> None:
+        """The id exists and this is no successor: the same publish again, one that comes too late, or a stale one."""
+        row = successors.identity_of(connection, job.id)
+        if row is None:
+            return
+        if job.publisher is not None and job.publisher < row.attempt:
+            raise LeaseLost(
+                f"attempt {job.publisher} of job {job.id} lost its lease to attempt {row.attempt}: what it publishes "
+                "under the job's id is refused"
+            )
+        if row.state in FINAL and (row.retries, row.nesting) < (job.retries, job.nesting):
+            if job.nesting > row.nesting and attempts.current() is not None:
+                # It was revoked before its replacement came to its last step, say. The step before is not to blame.
+                logger.warning("job %s has ended as %s, the last step of its replacement is dropped", job.id, row.state)
+                return
+            raise Unsupported(
+                f"task id {job.id} has ended as {row.state}; it cannot be published again as a successor",
+                value=job.id,
+                advice="Use a new task_id.",
+            )
+        if row.state == State.ACCEPTED:
+            # It never reached the ledger, or came back from there: what goes now is the row, not this publish.
+            self._bring(connection, job.id, inserted)
+
+    def _bring(self, connection: Any, job: str, inserted: Inserted) -> None:
+        """Submit the row as it is."""
+        try:
+            rows = backlog.these(connection, [job])
+        except DBAPIError as error:
+            if getattr(error.orig, "pgcode", None) != NOT_ALLOWED:
+                raise
+            # Whoever only submits may not read messages: the sweep brings it.
+            return
+        self.ask(inserted, lambda ledger: resubmit.submit_rows(ledger, rows))
+
+    def _waiting(self) -> int | None:
+        """How many jobs wait in the ledger; None where it does not say."""
+        return self._stores.sending.ask(lambda ledger: backlog_limit.waiting_in_ledger(ledger.client))
+
+    def _to_ledger(self, job: NewJob, inserted: Inserted, began: Beginning, began_ms: float, alone: bool) -> None:
+        """Admit or file. Whatever goes wrong here leaves a row that is accepted, which the sweep brings in."""
+        if inserted.seq is None:
+            return
+        if inserted.authority != "ledger":
+            self._wake_pullers()
+            return
+        place, now_ms = order(job.priority, inserted.seq), round(time.time() * 1000)
+        args = (job.id, job.shape, place, job.message, 0, 0, now_ms, began_ms, job.rerun)
+        self._stores.sending.submit(Submission(inserted.epoch, args, len(job.message)), began, alone=alone)
+
+    def ask(self, inserted: Inserted, question: Callable[[Ledger], object]) -> bool:
+        """Tell the ledger, in the epoch that this insert confirmed; what it does not hear or take, the duties bring.
+        Where Postgres decides, tell those who take jobs there. Whether the ledger answered."""
+        if inserted.authority != "ledger":
+            self._wake_pullers()
+            return False
+
+        def asked(ledger: Ledger) -> object:
+            ledger.epoch = inserted.epoch
+            return question(ledger)
+
+        try:
+            return self._stores.sending.ask(asked) is not None
+        except LedgerClosed:
+            # Cold, or of another epoch: a worker opens it, and brings in what is accepted.
+            return False
+
+    def _wake_pullers(self) -> None:
+        try:
+            with self._stores.engine.connect() as connection:
+                claims.wake(connection)
+        except SQLAlchemyError as error:
+            # They look by themselves, a little later.
+            logger.info("the workers were not told of a job: %s", error)

@@ -1,0 +1,200 @@
+"""`app.submit_many`: a million jobs of one task, as cheap as their messages can be made.
+
+The first job goes through all of Celery's code, as `apply_async` does. What that made of the call (routes, headers,
+times, the request) holds for all others, unless something looks at each call: a router, a task class or an app with
+code of its own, an option that is not known here. Then each job goes the whole way. Either way Celery itself makes each
+message, and its signals are sent for each.
+
+Ids are made here: one random part for all, and a number for each. So a handle of a million jobs is a few bytes, and
+their rows and keys stand beside each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, overload
+
+from celery import Celery, Task
+from celery.app import task as celery_task
+from celery.result import AsyncResult
+from kombu.utils.uuid import uuid
+
+from celery_capacity.routing.errors import InvalidRequest, show
+from celery_capacity.routing.insert.bulk import CHUNK
+from celery_capacity.routing.model.request import REQUEST_OPTIONS
+from celery_capacity.workers.process import attempts
+from celery_capacity.workers.submit import task as platform_task
+from celery_capacity.workers.submit.chunk_writer import Chunks
+from celery_capacity.workers.submit.groups import Gathering, active, stored_together
+from celery_capacity.workers.submit.message_cache import is_of, sends_plainly
+from celery_capacity.workers.submit.router import Router
+from celery_capacity.workers.submit.task import PlatformTask
+from celery_capacity.workers.submit.validation import is_unique
+
+#: Characters of an id that all have in common, and what numbers the rest can be.
+_COMMON: Final = 28
+MOST: Final = 16 ** (36 - _COMMON)
+#: Jobs of one chunk at the most: two of them are in memory.
+MOST_IN_CHUNK: Final = 100_000
+#: Options of a call that mean the same for each of its jobs.
+_SAME_FOR_ALL: Final = frozenset(
+    {
+        *REQUEST_OPTIONS,
+        "rerun",
+        "priority",
+        "countdown",
+        "eta",
+        "expires",
+        "time_limit",
+        "soft_time_limit",
+        "ignore_result",
+        "serializer",
+        "compression",
+        "headers",
+        "link",
+        "link_error",
+        "retry",
+        "retry_policy",
+        "shadow",
+    }
+)
+#: Options that belong to one job, or to Celery's canvas.
+_NOT_HERE: Final = frozenset(
+    {"task_id", "group_id", "group_index", "chord", "chain", "producer", "connection", "unique", "unique_for"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class JobRange(Sequence["AsyncResult[Any]"]):
+    """Jobs that were submitted together, in their order: a sequence of their results, made when they are asked for. It
+    keeps two values, however many jobs there are."""
+
+    app: Celery
+    #: What their ids have in common.
+    common: str
+    #: How many there are.
+    length: int
+
+    def id(self, number: int) -> str:
+        """The id of a job, by its number from 0."""
+        return f"{self.common}{number:08x}"
+
+    def ids(self) -> Iterator[str]:
+        return map(self.id, range(self.length))
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, number: int) -> AsyncResult[Any]: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[AsyncResult[Any]]: ...
+
+    def __getitem__(self, number: int | slice) -> AsyncResult[Any] | list[AsyncResult[Any]]:
+        numbers = range(self.length)[number]
+        if isinstance(numbers, range):
+            return [self.app.AsyncResult(self.id(one)) for one in numbers]
+        return self.app.AsyncResult(self.id(numbers))
+
+
+def submit_many(
+    app: Celery,
+    task: Task | str,
+    arguments: Iterable[Sequence[Any]],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    chunk: int = CHUNK,
+    progress: Callable[[int], object] | None = None,
+    session: Any = None,
+    **options: Any,
+) -> JobRange:
+    """Submit a job of a task for each item of `arguments` (the positional arguments of one). All are durable when this
+    returns; those of a chunk when `progress` is called with the number so far, in this thread.
+
+    `kwargs` and `options` (those of `apply_async`: cpus=, priority=, countdown=, ...) are the same for all. An error of
+    the first chunk's beginning is raised as `delay()` raises it, and nothing was written; a later one as
+    `PartlyAccepted`, with that error as its cause. With a `session` all of it is part of that transaction, and errors
+    are raised as they are.
+    """
+    for option in _NOT_HERE & options.keys():
+        raise InvalidRequest(f"submit_many({option}=...) is not an option", value=option, advice="Leave it out.")
+    check_chunk(chunk)
+    known: Task | str = app.tasks.get(task, task) if isinstance(task, str) else task
+    if not isinstance(known, str) and is_unique(known):
+        advice = "Submit its jobs one by one: which of them are others is only known then."
+        raise InvalidRequest(f"task {known.name} is unique, and many are submitted", value=known.name, advice=advice)
+    common, number = uuid()[:_COMMON], 0
+    sender = app.amqp.job_sender
+    within = None
+    if session is not None:
+        # (It loads SQLAlchemy's ORM.)
+        from celery_capacity.workers.submit.caller_session import Transaction
+
+        within = Transaction(sender, app.platform, session).add
+    jobs = Chunks(sender, app.platform, attempts.current(), chunk, progress, within)
+    with stored_together(app, jobs) as gathering:
+        call = _Call(app, gathering, known, dict(kwargs or {}), options)
+        for number, item in enumerate(arguments, 1):
+            if number > MOST:
+                raise InvalidRequest(f"{MOST} jobs are the most of one call")
+            if not isinstance(item, (list, tuple)):
+                advice = "Give the positional arguments of each job: a list or a tuple, (1,) for one."
+                raise InvalidRequest(f"item {number - 1}, {show(item)}, is not valid", value=item, advice=advice)
+            call.submit(f"{common}{number - 1:08x}", item)
+    return JobRange(app, common, number)
+
+
+def check_chunk(chunk: Any) -> None:
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= MOST_IN_CHUNK:
+        advice = f"It must be a number of jobs, at most {MOST_IN_CHUNK}."
+        raise InvalidRequest(f"chunk {show(chunk)} is not valid", value=chunk, advice=advice)
+
+
+class _Call:
+    """One call, for all of its jobs."""
+
+    def __init__(
+        self, app: Celery, gathering: Gathering, task: Task | str, kwargs: Mapping[str, Any], options: dict[str, Any]
+    ) -> None:
+        self._app = app
+        self._gathering = gathering
+        self._task = task
+        self._kwargs = kwargs
+        self._options = options
+        self._check = getattr(task, "__header__", None) if getattr(task, "typing", False) else None
+        self._alike = not isinstance(task, str) and options.keys() <= _SAME_FOR_ALL and _is_plain(app, task)
+        self._repeats = False
+
+    def submit(self, job: str, args: Sequence[Any]) -> None:
+        """Submit one job."""
+        if not self._repeats:
+            self._whole_way(job, args)
+            self._repeats = self._alike and self._gathering.repeats
+            return
+        if self._check is not None:
+            self._check(*args, **self._kwargs)
+        self._gathering.repeat(job, args)
+
+    def _whole_way(self, job: str, args: Sequence[Any]) -> None:
+        own = {"task_id": job, "add_to_parent": False}
+        with active(self._gathering):
+            if isinstance(self._task, str):
+                self._app.send_task(self._task, args, dict(self._kwargs), **own, **self._options)
+            else:
+                self._task.apply_async(args, dict(self._kwargs), **own, **self._options)
+
+
+def _is_plain(app: Celery, task: Task) -> bool:
+    """Whether nothing but Celery's and the platform's own code looks at each call."""
+    ours = is_of(task.apply_async, platform_task)
+    behind: Any = super(PlatformTask, task) if ours and isinstance(task, PlatformTask) else task
+    return (
+        is_of(behind.apply_async, celery_task)
+        and is_of(task.shadow_name, celery_task)
+        and sends_plainly(app)
+        and getattr(task, "_dump_pydantic_arguments", None) is None
+        and all(isinstance(route, Router) for route in app.amqp.routes)
+        and not app.conf.task_always_eager
+    )

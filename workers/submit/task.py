@@ -1,0 +1,93 @@
+"""The platform's base for tasks: a request is declared by attributes, and a replaced job is known as such."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from celery import Task
+from celery.canvas import Signature, chunks
+from celery.exceptions import Ignore
+from kombu.utils.imports import symbol_by_name
+
+from celery_capacity.workers.process import attempts
+from celery_capacity.workers.submit.canvas import REPLACES, Chunks, mark
+
+
+class PlatformTask:
+    """Mixed into the app's task class. `cpus`, `memory`, `gpus`, `resources` are the declared request. (`rate_limit` is
+    Celery's, and holds for the whole cluster.)"""
+
+    cpus: float | None = None
+    memory: int | str | None = None
+    gpus: int | None = None
+    resources: dict[str, int] | None = None
+    #: False: it must not start twice by itself. Its first attempt that is lost with its worker or process ends the job.
+    rerun: bool = True
+    #: True: no two jobs with the same arguments at once. A text: none with this key.
+    unique: bool | str | None = None
+    #: Seconds after a submission in which an equal one is the same job though that has ended.
+    unique_for: float | None = None
+    request: Any
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+        """As Celery's; the messages of calls that are alike are made by a template (`workers.submit.message_cache`)."""
+        plain = super().apply_async  # type: ignore[misc]
+        templates = getattr(self._get_app(), "platform_templates", None)  # type: ignore[attr-defined]
+        if more or templates is None:
+            return plain(args, kwargs, *more, **options)
+        return templates.apply_async(self, plain, args, kwargs, options)
+
+    def replace(self, sig: Signature) -> Any:
+        """As Celery's. (Chunks are the group that they are made into, which alone can carry an id on.)"""
+        return super().replace(sig.group() if isinstance(sig, chunks) else sig)  # type: ignore[misc]
+
+    def on_replace(self, sig: Signature) -> Any:
+        """As Celery's; the job is `replaced` until the last step of the replacement carries its id on."""
+        attempt = attempts.current()
+        if attempt is None or self.request.is_eager:
+            return super().on_replace(sig)  # type: ignore[misc]
+        mark(sig, self.request.id, (self.request.replaced_task_nesting or 0) + 1)
+        try:
+            return super().on_replace(sig)  # type: ignore[misc]
+        except Ignore:
+            attempt.outbox.replaced = True
+            raise
+
+    def chunks(self, it: Iterable[Any], n: int) -> Chunks:
+        """As Celery's; what they are given (`task.chunks(...).set(cpus=8)`) holds for each part."""
+        return Chunks(self.s(), it, n, app=self.app)  # type: ignore[attr-defined]
+
+    def add_to_chord(self, sig: Signature, lazy: bool = False) -> Any:
+        """As Celery's; what is added to a chord in a replacement is a step of that, too."""
+        replaces = self.request.get(REPLACES)
+        if replaces:
+            mark(sig, replaces, self.request.replaced_task_nesting or 0)
+        return super().add_to_chord(sig, lazy)  # type: ignore[misc]
+
+
+def task_class(base: Any) -> type:
+    """The app's task class with the platform's in front of it."""
+    found = symbol_by_name(base) if base is not None else Task
+    return _in_front(found, "Task", {"abstract": True, "__module__": __name__})
+
+
+def cover(task: Any) -> Any:
+    """Give the platform's class to a task that does not have it: one that was made before `install`, or whose base
+    derives from `celery.Task` and not from the app's. Returns it."""
+    cls = type(task)
+    if not issubclass(cls, PlatformTask):
+        told = {name: cls.__dict__[name] for name in ("__module__", "__doc__", "__qualname__") if name in cls.__dict__}
+        # (Its own class is its own alone: Celery makes one for each task.)
+        task.__class__ = _in_front(cls, cls.__name__, told)
+    return task
+
+
+def _in_front(base: type, name: str, namespace: dict[str, Any]) -> type:
+    """A class with the platform's methods before those of `base`, and what `base` declares before our defaults."""
+    declared = {
+        attribute: getattr(base, attribute)
+        for attribute, value in vars(PlatformTask).items()
+        if not attribute.startswith("__") and not callable(value) and hasattr(base, attribute)
+    }
+    return type(name, (PlatformTask, base), {**declared, **namespace})

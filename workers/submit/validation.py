@@ -1,0 +1,262 @@
+"""What a caller gives to `apply_async` and `send_task`, looked at before Celery does anything with it.
+
+Celery would meet most of this half way, with an error of whatever line it failed in. What the message itself carries
+is looked at once more by the sender, since others make messages too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from datetime import datetime, tzinfo
+from functools import wraps
+from numbers import Real
+from typing import Any, Final
+
+from celery import Celery
+from kombu import Queue
+
+from celery_capacity.routing.errors import InvalidRequest, show
+from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name
+from celery_capacity.routing.policy.placement import TOP_PRIORITY
+from celery_capacity.routing.recovery.revocation import stamps_json
+from celery_capacity.workers.broker.lazy_producer import SpareProducer
+from celery_capacity.workers.broker.queues import check_queue
+
+#: Seconds from now, the furthest that a job may be put off (Celery's own bound).
+MOST_SECONDS: Final = 2**31 - 1
+#: Years within which times must be, so that every time zone can show them.
+YEARS: Final = range(1900, 9999)
+#: The first parameters of Celery's `send_task`.
+PARAMETERS: Final = ("name", "args", "kwargs", "countdown", "eta", "task_id", "producer", "connection")
+#: Options by which something follows a job.
+FOLLOWED: Final = ("chain", "chord", "group_id", "link", "link_error")
+#: The most that a counter of retries or replacements may say (a column of Postgres).
+MOST_TIMES: Final = 2**31 - 1
+
+
+class SameJob(Exception):
+    """A submission (`refused`, its id) is the same as an earlier one (`first`), and was not accepted. Never reaches the
+    caller: what is sent is the first one."""
+
+    def __init__(self, refused: str, first: str) -> None:
+        super().__init__(f"{refused} is the same as {first}")
+        self.refused = refused
+        self.first = first
+
+
+def checking(app: Celery) -> Callable[..., Any]:
+    """The app's `send_task` that looks at the call first, and gives the result of the first of two that must be one.
+    Raises `InvalidRequest`."""
+    known, own = _of_class(app), vars(app).get("send_task")
+
+    @wraps(app.send_task)
+    def checked(*given: Any, **options: Any) -> Any:
+        said = {**dict(zip(PARAMETERS, given, strict=False)), **options}
+        name, args, kwargs, eta = said.get("name", ""), said.get("args"), said.get("kwargs"), said.get("eta")
+        if not isinstance(name, str):
+            raise _wrong("task name", name, "It must be text, such as 'tasks.add'.")
+        if args and not isinstance(args, (list, tuple)):
+            raise _wrong("args", args, "They must be a list or a tuple.")
+        if kwargs and not isinstance(kwargs, Mapping):
+            raise _wrong("kwargs", kwargs, "They must be a mapping.")
+        if countdown := said.get("countdown"):
+            check_seconds(countdown, "countdown")
+        if eta is not None and eta != "":
+            eta, place = check_time(eta, "eta"), PARAMETERS.index("eta")
+            if len(given) > place:
+                given = (*given[:place], eta, *given[place + 1 :])
+            else:
+                options["eta"] = eta
+        for option in CHECKED & options.keys():
+            if options[option] is not None:
+                options[option] = _CHECKS[option](options[option])
+        for stamp in options.get("stamped_headers") or ():
+            if stamp not in options:
+                raise _wrong("stamped_headers", stamp, "Each name in it must be given as an option too.")
+        task = options.get("task_type")
+        if "unique" in options or "unique_for" in options or (task is not None and is_unique(task)):
+            _check_followed(name, options)
+        # (Somebody may have put something in its place since, a test say, and sees the call as it was made.)
+        now = _of_class(app)
+        send_task = own or (now.__get__(app, type(app)) if hasattr(type(now), "__get__") else now)
+        spare = None
+        if now is known and not any(said.get(given) for given in ("producer", "publisher", "connection")):
+            spare = options["producer"] = SpareProducer(app)
+        try:
+            return send_task(*given, **options)
+        except SameJob as same:
+            return _first_result(app, same, options)
+        finally:
+            if spare is not None:
+                spare.release()
+
+    return checked
+
+
+def _of_class(app: Celery) -> Any:
+    """The `send_task` that an app's class has now, not bound."""
+    return next(vars(cls)["send_task"] for cls in type(app).__mro__ if "send_task" in vars(cls))
+
+
+def is_unique(task: Any) -> bool:
+    """Whether a task says of itself that equal submissions of it are one."""
+    said = getattr(task, "unique", None)
+    return said is not False and bool(said or getattr(task, "unique_for", None))
+
+
+def _check_followed(name: str, options: Mapping[str, Any]) -> None:
+    """What would follow a job (in a chain, a group, a chord, by a link) is never called where it turns out to be an
+    earlier one, and whoever waits for it would wait for ever."""
+    said = options.get("unique")
+    by_call = said is not None or options.get("unique_for") is not None
+    if said is False or not (by_call or is_unique(options.get("task_type"))) or options.get("retries"):
+        return
+    for what in FOLLOWED:
+        # (The last step of a chain has an empty one: its id is that of the chain.)
+        if options.get(what) or (what == "chain" and options.get(what) is not None):
+            raise InvalidRequest(
+                f"{name} is unique, and is sent with {what}={show(options[what])}",
+                value=what,
+                advice="What is part of a canvas, or has a link, cannot be unique: submit it by itself.",
+            )
+
+
+def _first_result(app: Celery, same: SameJob, options: Mapping[str, Any]) -> Any:
+    """What `send_task` gives for a submission that is an earlier one."""
+    backend = app.backend
+    if hasattr(backend, "remove_pending_result"):
+        # Celery listens for the result of the id that it made, and nothing will be said of that.
+        backend.remove_pending_result(app.AsyncResult(same.refused))
+    result = (options.get("result_cls") or app.AsyncResult)(same.first)
+    result.ignored = options.get("ignore_result")
+    parent = app.current_worker_task
+    if parent and options.get("add_to_parent", True):
+        parent.add_trail(result)
+    return result
+
+
+def check_seconds(value: Any, what: str) -> Any:
+    """A finite number of seconds."""
+    try:
+        # (NaN is in no range.)
+        usable = not isinstance(value, bool) and -MOST_SECONDS <= float(_number(value)) <= MOST_SECONDS
+    except OverflowError:
+        usable = False
+    if not usable:
+        raise _wrong(what, value, f"It must be a number of seconds, at most {MOST_SECONDS}.")
+    return value
+
+
+def _number(value: Any) -> Any:
+    """The value where it is a real number, else one that is in no range."""
+    return value if isinstance(value, Real) else math.nan
+
+
+def check_time(value: Any, what: str) -> datetime:
+    """A time, given as one or as ISO 8601 text."""
+    try:
+        when = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+    except (TypeError, ValueError) as error:
+        raise _wrong(what, value, "Pass a datetime or ISO 8601 text.") from error
+    if when.year not in YEARS:
+        raise _wrong(what, value, f"It must be in the years {YEARS[0]} to {YEARS[-1]}.")
+    return when
+
+
+def check_times(value: Any, what: str) -> int:
+    """A counter in a message: how often it was retried or replaced."""
+    if not value:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_TIMES:
+        raise _wrong(what, value, "It must be a whole number from 0.")
+    return value
+
+
+def check_time_limits(value: Any) -> None:
+    """The header `timelimit`: [hard, soft], seconds or None each."""
+    if value is None:
+        return
+    if not isinstance(value, (list, tuple)) or len(value) > 2:
+        raise _wrong("timelimit", value, "It must be two numbers of seconds.")
+    for limit, what in zip(value, ("time_limit", "soft_time_limit"), strict=False):
+        if limit is not None and check_seconds(limit, what) < 0:
+            raise _wrong(what, limit, "It must not be negative.")
+
+
+def check_priority(value: Any) -> int:
+    """A priority of a message; none is 0."""
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= TOP_PRIORITY:
+        raise InvalidRequest(f"priority {show(value)} is not valid", value=value, advice="It must be 0 to 9, 9 first.")
+    return value
+
+
+def check_parent(value: Any) -> str | None:
+    """The id of another task, as Celery passes it on."""
+    return None if value is None else check_job_id(value)
+
+
+def stamps_of(headers: Mapping[str, Any]) -> str | None:
+    """The stamps of a message, by which it can be revoked, as JSON; None where what it says of them is none."""
+    names, stamps = headers["stamped_headers"], headers.get("stamps")
+    if not isinstance(names, (list, tuple)) or not isinstance(stamps, Mapping):
+        return None
+    return stamps_json(names, stamps)
+
+
+def check_zoned(value: Any, what: str, zone: tzinfo) -> datetime | None:
+    """A time of a message, None where there is none. `zone`: of one that names none."""
+    if value is None:
+        return None
+    when = check_time(value, what)
+    return when if when.tzinfo is not None else when.replace(tzinfo=zone)
+
+
+def check_name(value: Any) -> str:
+    """A task's name."""
+    if not isinstance(value, str) or not value or len(value) > 255 or not value.isprintable():
+        raise InvalidRequest(
+            f"task name {show(value)} is not valid",
+            value=value,
+            advice="It must be 1 to 255 printable characters.",
+        )
+    return value
+
+
+def _expires(value: Any) -> Any:
+    return check_seconds(value, "expires") if isinstance(value, Real) else check_time(value, "expires")
+
+
+def _headers(value: Any) -> Any:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise _wrong("headers", value, "They must be a mapping of names to values.")
+    return value
+
+
+def _stamps(value: Any) -> Any:
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
+        raise _wrong("stamped_headers", value, "It must be a list of names.")
+    return value
+
+
+def _queue(value: Any) -> Any:
+    if isinstance(value, Queue):
+        return check_queue(value)
+    if not isinstance(value, str):
+        raise _wrong("queue", value, "It must be a name, or a kombu Queue.")
+    return check_queue_name(value)
+
+
+_CHECKS: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "expires": _expires,
+    "headers": _headers,
+    "stamped_headers": _stamps,
+    "queue": _queue,
+}
+CHECKED: Final = _CHECKS.keys()
+
+
+def _wrong(what: str, value: Any, right: str) -> InvalidRequest:
+    return InvalidRequest(f"{what} {show(value)} is not valid", value=value, advice=right)
