@@ -15,7 +15,7 @@ import redis
 import sqlalchemy
 
 from benchmarks.plain import PLAIN_URL
-from celery_capacity.platform import servers
+from celery_capacity.platform.embedded import servers
 
 #: Number of the Redis database of plain Celery. Ours is the one in the pair's own URL.
 PLAIN_DATABASE = 1

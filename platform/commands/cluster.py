@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from celery_capacity.platform import render
-from celery_capacity.platform.edge import Command, json_option, stores_of
-from celery_capacity.platform.terminal import facts, print_json, talk
+from celery_capacity.platform.console import render
+from celery_capacity.platform.console.command import Command, json_option, stores_of
+from celery_capacity.platform.console.terminal import facts, print_json, talk
 from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.ledger.connection import quick_client
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from celery_capacity.platform.edge import Command, stores_of
-from celery_capacity.platform.terminal import talk
+from celery_capacity.platform.console.command import Command, stores_of
+from celery_capacity.platform.console.terminal import talk
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.ledger.connection import quick_client

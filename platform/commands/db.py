@@ -8,8 +8,8 @@ from typing import Final
 import click
 
 from celery_capacity import migrations
-from celery_capacity.platform.edge import Command, Group, json_option, stores_of
-from celery_capacity.platform.terminal import facts, print_json, talk
+from celery_capacity.platform.console.command import Command, Group, json_option, stores_of
+from celery_capacity.platform.console.terminal import facts, print_json, talk
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.workers.process.exit_codes import Exit
 

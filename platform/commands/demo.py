@@ -9,11 +9,12 @@ from pathlib import Path
 
 import click
 
-from celery_capacity.platform import render, trace
-from celery_capacity.platform.demo import WORKERS, Replayed, Report, replay
-from celery_capacity.platform.edge import Command, json_option, settings_of_environment
-from celery_capacity.platform.launch import Interrupted, WorkerSpec, dashboard_url, parse_workers
-from celery_capacity.platform.terminal import Meters, facts, print_json, talk
+from celery_capacity.platform.console import render
+from celery_capacity.platform.console.command import Command, json_option, settings_of_environment
+from celery_capacity.platform.console.terminal import Meters, facts, print_json, talk
+from celery_capacity.platform.demo import trace
+from celery_capacity.platform.demo.replay import WORKERS, Replayed, Report, replay
+from celery_capacity.platform.processes.launch import Interrupted, WorkerSpec, dashboard_url, parse_workers
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.amounts import format_cpus
 from celery_capacity.workers.process.exit_codes import Exit

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from celery_capacity.platform import servers
-from celery_capacity.platform.edge import Command, json_option, settings_of_environment
-from celery_capacity.platform.terminal import facts, print_json
+from celery_capacity.platform.console.command import Command, json_option, settings_of_environment
+from celery_capacity.platform.console.terminal import facts, print_json
+from celery_capacity.platform.embedded import servers
 
 __all__ = ["command"]
 

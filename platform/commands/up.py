@@ -8,11 +8,11 @@ from contextlib import closing
 
 import click
 
-from celery_capacity.platform.edge import Command, settings_of_environment
-from celery_capacity.platform.launch import Interrupted, WorkerSpec, parse_workers
-from celery_capacity.platform.processes import Family, prefixed
-from celery_capacity.platform.station import Station
-from celery_capacity.platform.terminal import facts, print_json, table, talk
+from celery_capacity.platform.console.command import Command, settings_of_environment
+from celery_capacity.platform.console.terminal import facts, print_json, table, talk
+from celery_capacity.platform.processes.launch import Interrupted, WorkerSpec, parse_workers
+from celery_capacity.platform.processes.local_cluster import Station
+from celery_capacity.platform.processes.supervisor import Family, prefixed
 from celery_capacity.workers.process.exit_codes import Exit
 
 __all__ = ["command"]

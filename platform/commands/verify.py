@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from celery_capacity.platform import checks, render
-from celery_capacity.platform.edge import Command, json_option, stores_of
-from celery_capacity.platform.terminal import facts, print_json
+from celery_capacity.platform import health_checks
+from celery_capacity.platform.console import render
+from celery_capacity.platform.console.command import Command, json_option, stores_of
+from celery_capacity.platform.console.terminal import facts, print_json
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import verify
@@ -49,9 +50,9 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
     report: verify.Report | None = None
     why_not: str | None = f"only {worker} was asked about"
     if worker is not None:
-        results = checks.run_for(client, stores.settings, worker)
+        results = health_checks.run_for(client, stores.settings, worker)
     else:
-        results = checks.run(client, stores.engine, stores.settings)
+        results = health_checks.run(client, stores.engine, stores.settings)
     if not as_json:
         _show(results)
     if worker is None:
@@ -90,7 +91,7 @@ def _judge(stores: Stores) -> tuple[verify.Report | None, str | None]:
         return None, error.message
 
 
-def _show(results: list[checks.Check]) -> None:
+def _show(results: list[health_checks.Check]) -> None:
     console = facts()
     for number, result in enumerate(results, 1):
         console.print(f"{number} {'ok    ' if result.passed else 'FAILED'} {result.name}", soft_wrap=True)

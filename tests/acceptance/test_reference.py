@@ -16,7 +16,7 @@ from sqlalchemy import Engine, text
 
 import celery_capacity
 from benchmarks.proposals.report import RESULTS, Report
-from celery_capacity.platform import render
+from celery_capacity.platform.console import render
 from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.inspect.explain import Explanation, Why, refuse
 from celery_capacity.routing.ledger import keys

@@ -13,7 +13,7 @@ import psutil
 import redis
 from sqlalchemy import text
 
-from celery_capacity.platform import postgres, valkey
+from celery_capacity.platform.embedded import postgres, valkey
 from tests.faults.breaking import WAYS, World
 from tests.faults.plan import Fault
 from tests.fixtures.servers import ANSWER_WITHIN

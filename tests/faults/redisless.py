@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import click
 
-from celery_capacity.platform import valkey
+from celery_capacity.platform.embedded import valkey
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown
 from tests.faults.oracle import read

@@ -18,7 +18,7 @@ import psutil
 import redis
 from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 
-from celery_capacity.platform import postgres, servers, valkey
+from celery_capacity.platform.embedded import postgres, servers, valkey
 from celery_capacity.routing.config.embedded import Pair
 
 #: Systems give ports from here on to whoever connects somewhere: also that of a server that is down, to a client that

@@ -11,7 +11,7 @@ import pytest
 from celery import Celery
 from sqlalchemy import text
 
-from celery_capacity.platform import postgres
+from celery_capacity.platform.embedded import postgres
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown
 from celery_capacity.routing.ledger import keys
 from tests.faults.breaking import World

@@ -18,7 +18,7 @@ from celery import chain, chord, group
 from celery.exceptions import ChordError, TaskRevokedError
 from sqlalchemy import text
 
-from celery_capacity.platform import valkey
+from celery_capacity.platform.embedded import valkey
 from celery_capacity.routing.database.authority import Authority, read_authority
 from tests.faults.servers import Servers
 from tests.faults.watching import TASK, Oracle

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from celery.exceptions import TaskRevokedError
 
-from celery_capacity.platform.render import reasons
+from celery_capacity.platform.console.render import reasons
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.inspect.explain import Why, explain

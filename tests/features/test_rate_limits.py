@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from celery_capacity.platform.render import reasons
+from celery_capacity.platform.console.render import reasons
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.inspect.explain import explain
 from tests.fixtures.processes import Platform

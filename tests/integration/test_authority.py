@@ -18,7 +18,7 @@ import redis
 from celery.exceptions import TaskRevokedError, WorkerLostError
 from sqlalchemy import create_engine, make_url, text
 
-from celery_capacity.platform import valkey
+from celery_capacity.platform.embedded import valkey
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import Authority, change_pause, read_authority
 from celery_capacity.routing.inspect import overview

@@ -18,7 +18,7 @@ import pytest
 import redis
 from celery import Celery
 
-from celery_capacity.platform import servers, valkey
+from celery_capacity.platform.embedded import servers, valkey
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import Unsupported

@@ -13,8 +13,8 @@ import pytest
 from sqlalchemy import Engine
 
 from celery_capacity.migrations import downgrade
-from celery_capacity.platform import trace
-from celery_capacity.platform.demo import Replayed, Report, WorkerLine
+from celery_capacity.platform.demo import trace
+from celery_capacity.platform.demo.replay import Replayed, Report, WorkerLine
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import verify

@@ -23,7 +23,7 @@ from check_jsonschema.builtin_schemas import get_builtin_schema
 from jsonschema import Draft7Validator
 
 from celery_capacity import create_app
-from celery_capacity.platform import valkey
+from celery_capacity.platform.embedded import valkey
 from celery_capacity.routing.config.settings import Settings
 from tests.fixtures import deployed
 from tests.fixtures.composed import Composed, before, compose, entrypoint, health_check, instructions, is_platform

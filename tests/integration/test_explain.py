@@ -10,7 +10,7 @@ import pytest
 import redis
 from sqlalchemy import Engine
 
-from celery_capacity.platform import render
+from celery_capacity.platform.console import render
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect.explain import Explanation, Why, explain
 from celery_capacity.routing.ledger import keys

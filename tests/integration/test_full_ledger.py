@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from celery_capacity.platform import servers
+from celery_capacity.platform.embedded import servers
 from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures.processes import READY, Platform
 from tests.fixtures.submitting import Submitter, standing_platform

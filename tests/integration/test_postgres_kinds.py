@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import NullPool, create_engine, make_url, text
 
 from celery_capacity import StoreUnavailable, migrations
-from celery_capacity.platform import postgres
+from celery_capacity.platform.embedded import postgres
 from tests.fixtures.processes import FOREIGN
 from tests.fixtures.servers import environment_of
 from tests.fixtures.submitting import Submitter, platform_on

@@ -15,7 +15,7 @@ from celery.exceptions import ChordError, TaskRevokedError, WorkerLostError
 from celery.result import AsyncResult
 from sqlalchemy import text
 
-from celery_capacity.platform import postgres, servers, valkey
+from celery_capacity.platform.embedded import postgres, servers, valkey
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import LeaseLost
 from celery_capacity.routing.ledger import keys

@@ -13,7 +13,7 @@ import redis
 from celery import Celery
 
 from celery_capacity import install
-from celery_capacity.platform import valkey
+from celery_capacity.platform.embedded import valkey
 from celery_capacity.routing.config import redis_urls
 from celery_capacity.routing.config.redis_urls import numbered
 from celery_capacity.routing.config.settings import Settings

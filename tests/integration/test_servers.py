@@ -19,7 +19,7 @@ import pytest
 import redis
 from sqlalchemy import NullPool, create_engine, text
 
-from celery_capacity.platform import detached, postgres, servers, valkey
+from celery_capacity.platform.embedded import daemon, postgres, servers, valkey
 from celery_capacity.routing.config.embedded import Pair, running_pair
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import NoServers
@@ -68,7 +68,7 @@ def _pair(settings: Settings) -> Pair:
 def _kill(pid: int) -> None:
     process = psutil.Process(pid)
     process.kill()
-    assert detached.until(lambda: detached.Detached.of(pid) is None, SECONDS)
+    assert daemon.until(lambda: daemon.Detached.of(pid) is None, SECONDS)
 
 
 def test_given_urls_are_left_alone(home: Path) -> None:
@@ -101,7 +101,7 @@ def test_of_two_first_commands_at_once_one_starts_and_both_get_the_same(shared: 
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from celery_capacity.platform import servers\n"
+        "from celery_capacity.platform.embedded import servers\n"
         "from celery_capacity.routing.config.settings import Settings\n"
         "got = servers.ensure(Settings(home=Path(sys.argv[1])))\n"
         "print(got.redis_url, got.database_url)"
@@ -130,7 +130,7 @@ def test_data_outlive_down_and_down_says_what_it_ended(shared: Settings) -> None
     ended = servers.stop(shared)
     assert [phrase.split()[0] for phrase in ended] == ["Postgres", "Redis"]
     assert running_pair(shared.home) is None
-    assert not psutil.pid_exists(pair.redis_pid) or detached.Detached.of(pair.redis_pid) is None
+    assert not psutil.pid_exists(pair.redis_pid) or daemon.Detached.of(pair.redis_pid) is None
     assert servers.stop(shared) == []
     after = servers.ensure(shared, _say)
     assert _redis(after).get("kept") == b"yes"
@@ -224,7 +224,7 @@ def test_only_its_owner_reaches_the_socket_and_nobody_the_network(own_embedded: 
 def test_a_private_pair_ends_with_its_owner_even_when_that_is_killed() -> None:
     code = (
         "import sys\n"
-        "from celery_capacity.platform import servers\n"
+        "from celery_capacity.platform.embedded import servers\n"
         "with servers.private_pair(durable=False, migrate=False) as pair:\n"
         "    print(pair.redis_pid, pair.postgres_pid, pair.data, flush=True)\n"
         "    sys.stdin.read()"
@@ -236,10 +236,10 @@ def test_a_private_pair_ends_with_its_owner_even_when_that_is_killed() -> None:
         assert owner.stdout is not None
         redis_pid, postgres_pid, folder = owner.stdout.readline().split()
         owner.send_signal(signal.SIGKILL)
-    gone = detached.until(
+    gone = daemon.until(
         lambda: (
-            detached.Detached.of(int(redis_pid)) is None
-            and detached.Detached.of(int(postgres_pid)) is None
+            daemon.Detached.of(int(redis_pid)) is None
+            and daemon.Detached.of(int(postgres_pid)) is None
             and not Path(folder).exists()
         ),
         SECONDS,

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from celery_capacity.platform.edge import ALWAYS, Command, exit_code
+from celery_capacity.platform.console.command import ALWAYS, Command, exit_code
 from celery_capacity.routing import errors
 from celery_capacity.workers.process.exit_codes import Exit, code_of
 from tests.fixtures.processes import ROOT

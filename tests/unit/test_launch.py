@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from celery_capacity.platform.launch import WorkerSpec, parse_workers
+from celery_capacity.platform.processes.launch import WorkerSpec, parse_workers
 from celery_capacity.routing.errors import InvalidRequest
 
 

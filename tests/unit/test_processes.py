@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from celery_capacity.platform.launch import ChildDied, Interrupted, NotReady, await_ready, pause
-from celery_capacity.platform.processes import Child, Family, Step, died, prefixed
+from celery_capacity.platform.processes.launch import ChildDied, Interrupted, NotReady, await_ready, pause
+from celery_capacity.platform.processes.supervisor import Child, Family, Step, died, prefixed
 from tests.fixtures.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,8 +155,8 @@ def test_another_signal_goes_on_to_the_next_step_at_once(family: Family) -> None
 def test_a_command_that_hears_nothing_is_broken_by_the_next_signal(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("celery_capacity.platform.processes.UNHEARD", 0.0)
-    monkeypatch.setattr("celery_capacity.platform.processes.SAME_SIGNAL", 0.0)
+    monkeypatch.setattr("celery_capacity.platform.processes.supervisor.UNHEARD", 0.0)
+    monkeypatch.setattr("celery_capacity.platform.processes.supervisor.SAME_SIGNAL", 0.0)
     with family.interruptible():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -192,7 +192,7 @@ def test_a_child_that_leaves_a_grandchild_at_its_output_still_ends(family: Famil
 def test_children_of_a_killed_command_do_not_stay(orphans: signal.Signals) -> None:
     code = (
         "import os, sys, signal\n"
-        "from celery_capacity.platform.processes import Family\n"
+        "from celery_capacity.platform.processes.supervisor import Family\n"
         f"family = Family(orphans=signal.Signals({orphans.value}))\n"
         "child = family.start('child', [sys.executable, '-c', sys.argv[1]], os.environ)\n"
         "family.next()\n"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from celery_capacity.platform import render
+from celery_capacity.platform.console import render
 from celery_capacity.routing.inspect.overview import Overview, WorkerLine
 from celery_capacity.routing.inspect.verify import INVARIANTS, Report, Verdict
 

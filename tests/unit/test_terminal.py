@@ -8,8 +8,8 @@ import json
 import pytest
 from rich.console import Console
 
-from celery_capacity.platform import terminal
-from celery_capacity.platform.terminal import Meter, Meters
+from celery_capacity.platform.console import terminal
+from celery_capacity.platform.console.terminal import Meter, Meters
 from celery_capacity.routing.errors import InvalidRequest
 
 

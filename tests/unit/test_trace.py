@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_capacity.platform import trace
-from celery_capacity.platform.trace import Job, Record
+from celery_capacity.platform.demo import trace
+from celery_capacity.platform.demo.trace import Job, Record
 from celery_capacity.routing.errors import InvalidRequest
 
 

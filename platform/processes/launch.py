@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from celery_capacity.platform.processes import Child, Family, Happening, celery_command, died
+from celery_capacity.platform.processes.supervisor import Child, Family, Happening, celery_command, died
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import InvalidRequest, PlatformError
 from celery_capacity.routing.model.amounts import MILLICORES, format_cpus, parse_cpus_text

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from celery_capacity.platform.detached import Owner
+from celery_capacity.platform.embedded.daemon import Owner
 from celery_capacity.routing.errors import NoServers
 
 __all__ = ["Owner", "folder", "give", "owner", "reachable_copy"]

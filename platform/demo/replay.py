@@ -21,11 +21,12 @@ import redis
 from sqlalchemy import ARRAY, Engine, Text, bindparam, func, select
 
 from celery_capacity import create_app, migrations
-from celery_capacity.platform import servers, trace
-from celery_capacity.platform.launch import WorkerSpec, await_ready, pause, start_worker
-from celery_capacity.platform.processes import COLD, WARM, Family, Step
+from celery_capacity.platform.console.terminal import Meter, Meters
+from celery_capacity.platform.demo import trace
+from celery_capacity.platform.embedded import servers
+from celery_capacity.platform.processes.launch import WorkerSpec, await_ready, pause, start_worker
+from celery_capacity.platform.processes.supervisor import COLD, WARM, Family, Step
 from celery_capacity.platform.tasks import SLEEP
-from celery_capacity.platform.terminal import Meter, Meters
 from celery_capacity.routing.config.secret_files import SUFFIX
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database import schema

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from celery_capacity import migrations
-from celery_capacity.platform import servers
-from celery_capacity.platform.launch import (
+from celery_capacity.platform.embedded import servers
+from celery_capacity.platform.processes.launch import (
     DASHBOARD_PATH,
     Interrupted,
     WorkerSpec,
@@ -25,7 +25,16 @@ from celery_capacity.platform.launch import (
     dashboard_url,
     start_worker,
 )
-from celery_capacity.platform.processes import COLD, WARM, Child, Family, Happening, Step, celery_command, died
+from celery_capacity.platform.processes.supervisor import (
+    COLD,
+    WARM,
+    Child,
+    Family,
+    Happening,
+    Step,
+    celery_command,
+    died,
+)
 from celery_capacity.routing.config.machine import detect
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import PlatformError, mask_url

@@ -1,7 +1,7 @@
 """The embedded Postgres: reached by a Unix socket that only its owner may open, with data that outlive it.
 
 Everything is in one folder: `data`, `run` (the socket) and `postgres.log`. Postgres refuses to run as root;
-for root it runs as a system user (`platform.ownership`), to whom the folder then belongs.
+for root it runs as a system user (`platform.embedded.os_user`), to whom the folder then belongs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import psutil
 
-from celery_capacity.platform import detached, ownership
+from celery_capacity.platform.embedded import daemon, os_user
 from celery_capacity.routing.errors import NoServers
 
 __all__ = ["Postgres", "running", "start"]
@@ -53,7 +53,7 @@ NOT_DURABLE = {
 
 @dataclass(frozen=True)
 class Postgres:
-    process: detached.Detached
+    process: daemon.Detached
     folder: Path
     #: the folder of the socket
     host: Path
@@ -91,9 +91,9 @@ def start(folder: Path, *, durable: bool = True) -> Postgres:
     For root, `folder` becomes a link to one that the system user can reach if it could not reach this one.
     Raises NoServers.
     """
-    owner = ownership.owner()
-    programs = ownership.reachable_copy(_installed(), owner) / "pginstall" / "bin"
-    folder = ownership.folder(folder, owner, lasting=durable)
+    owner = os_user.owner()
+    programs = os_user.reachable_copy(_installed(), owner) / "pginstall" / "bin"
+    folder = os_user.folder(folder, owner, lasting=durable)
     data, log, host = folder / "data", folder / "postgres.log", _socket_folder(folder)
     server = running(folder)
     if server is None:
@@ -102,7 +102,7 @@ def start(folder: Path, *, durable: bool = True) -> Postgres:
         _make_socket_folder(host, owner)
         _bury(data, host, owner)
         server = Postgres(_start(programs, data, host, log, owner, durable), folder, host)
-    detached.wait(server.process, lambda: _ready(data), START_SECONDS, log)
+    daemon.wait(server.process, lambda: _ready(data), START_SECONDS, log)
     _make_database(server)
     return server
 
@@ -118,7 +118,7 @@ def _installed() -> Path:
     return Path(spec.origin).parent
 
 
-def _make_data(programs: Path, data: Path, owner: ownership.Owner | None, durable: bool) -> None:
+def _make_data(programs: Path, data: Path, owner: os_user.Owner | None, durable: bool) -> None:
     if data.exists():
         return
     # Under another name until it is complete: an interrupted initdb leaves nothing that looks like data.
@@ -127,7 +127,7 @@ def _make_data(programs: Path, data: Path, owner: ownership.Owner | None, durabl
     arguments = ["-D", str(fresh), "-U", ROLE, "--auth=trust", "--encoding=UTF8", "--no-locale"]
     done = subprocess.run(
         [str(programs / "initdb"), *arguments, *([] if durable else ["--no-sync"])],
-        env=detached.environment(),
+        env=daemon.environment(),
         cwd="/",
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -156,8 +156,8 @@ def _check_version(programs: Path, data: Path) -> None:
 
 
 def _start(
-    programs: Path, data: Path, host: Path, log: Path, owner: ownership.Owner | None, durable: bool
-) -> detached.Detached:
+    programs: Path, data: Path, host: Path, log: Path, owner: os_user.Owner | None, durable: bool
+) -> daemon.Detached:
     settings = {
         "listen_addresses": "",
         # Quoted, since this is a list and a path may have a comma.
@@ -171,12 +171,12 @@ def _start(
         **({} if durable else NOT_DURABLE),
     }
     arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-    return detached.start([programs / "postgres", "-D", data, *arguments], log, owner)
+    return daemon.start([programs / "postgres", "-D", data, *arguments], log, owner)
 
 
-def _process(data: Path) -> detached.Detached | None:
+def _process(data: Path) -> daemon.Detached | None:
     try:
-        process = detached.Detached.of(int((data / "postmaster.pid").read_text().split("\n", 1)[0]))
+        process = daemon.Detached.of(int((data / "postmaster.pid").read_text().split("\n", 1)[0]))
     except (OSError, ValueError):
         return None
     return process if process is not None and process.mentions(data) else None
@@ -191,7 +191,7 @@ def _ready(data: Path) -> bool:
     return len(lines) > STATUS_LINE and lines[STATUS_LINE].strip() == READY
 
 
-def _bury(data: Path, host: Path, owner: ownership.Owner | None) -> None:
+def _bury(data: Path, host: Path, owner: os_user.Owner | None) -> None:
     """Waits for what is left of a killed server to go, then removes its lock files if Postgres would not.
 
     Postgres takes any process with the noted pid for a living server: one that was given the pid anew, and
@@ -199,7 +199,7 @@ def _bury(data: Path, host: Path, owner: ownership.Owner | None) -> None:
     memory; hence the waiting.
     """
     uid = os.getuid() if owner is None else owner.uid
-    if not detached.until(lambda: not _orphans(uid), AFTERLIFE_SECONDS):
+    if not daemon.until(lambda: not _orphans(uid), AFTERLIFE_SECONDS):
         pids = ", ".join(map(str, _orphans(uid)))
         raise NoServers(
             f"processes of a killed Postgres do not end: {pids}",
@@ -238,14 +238,14 @@ def _socket_folder(folder: Path) -> Path:
     return short.resolve() / f"celery-capacity-{os.getuid()}-{digest}"
 
 
-def _make_socket_folder(host: Path, owner: ownership.Owner | None) -> None:
+def _make_socket_folder(host: Path, owner: os_user.Owner | None) -> None:
     """Only its owner may enter it: whoever reaches the socket is the database's superuser."""
     uid = os.getuid() if owner is None else owner.uid
     host.mkdir(mode=0o700, exist_ok=True)
     found = host.lstat()
     if host.is_symlink() or found.st_uid not in (uid, os.getuid()):
         raise NoServers(f"{host} belongs to somebody else", advice="Set PLATFORM_HOME to a shorter path.")
-    ownership.give(host, owner)
+    os_user.give(host, owner)
     host.chmod(0o700)
 
 

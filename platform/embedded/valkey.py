@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from celery_capacity.platform import detached
+from celery_capacity.platform.embedded import daemon
 from celery_capacity.routing.errors import NoServers
 
 __all__ = ["Valkey", "running", "start"]
@@ -35,7 +35,7 @@ ADDRESS = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Valkey:
-    process: detached.Detached
+    process: daemon.Detached
     port: int
 
     @property
@@ -55,7 +55,7 @@ def running(folder: Path) -> Valkey | None:
     """The server whose data are in `folder`, if it lives; found by the pid file that it writes itself."""
     pidfile = _pidfile(folder)
     try:
-        process = detached.Detached.of(int(pidfile.read_text()))
+        process = daemon.Detached.of(int(pidfile.read_text()))
     except (OSError, ValueError):
         return None
     if process is None or not process.mentions(pidfile):
@@ -78,7 +78,7 @@ def start(folder: Path, port: int | None = None, *, durable: bool = True) -> Val
         return found
     if port:
         # A killed server's threads may hold its port a moment longer than its process seems to live.
-        detached.until(lambda: _free(port) is not None, LETTING_GO_SECONDS)
+        daemon.until(lambda: _free(port) is not None, LETTING_GO_SECONDS)
     usual = list(range(USUAL_PORT, USUAL_PORT + PORTS))
     candidates = [0] * 5 if port == 0 else usual if port is None else [port, *usual]
     failure: NoServers | None = None
@@ -87,7 +87,7 @@ def start(folder: Path, port: int | None = None, *, durable: bool = True) -> Val
         chosen = _free(candidate)
         if chosen is None:
             continue
-        server = Valkey(detached.start(_arguments(folder, chosen, durable), _log(folder)), chosen)
+        server = Valkey(daemon.start(_arguments(folder, chosen, durable), _log(folder)), chosen)
         try:
             _wait(server, folder)
         except NoServers as error:
@@ -133,7 +133,7 @@ def binary() -> Path:
 
 
 def _wait(server: Valkey, folder: Path) -> None:
-    detached.wait(server.process, lambda: _answers(server), START_SECONDS, _log(folder))
+    daemon.wait(server.process, lambda: _answers(server), START_SECONDS, _log(folder))
 
 
 def _answers(server: Valkey) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from celery_capacity.platform.terminal import bar, table
+from celery_capacity.platform.console.terminal import bar, table
 from celery_capacity.routing.inspect.explain import Explanation, Why
 from celery_capacity.routing.model.amounts import (
     ALONE,

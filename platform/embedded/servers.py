@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from celery_capacity.platform import postgres, valkey
+from celery_capacity.platform.embedded import postgres, valkey
 from celery_capacity.routing.config import process_identity
 from celery_capacity.routing.config.embedded import SERVERS_FILE, Pair, running_pair
 from celery_capacity.routing.errors import NoServers, SettingsError, mask_url

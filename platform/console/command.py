@@ -18,7 +18,7 @@ import click
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.platform.terminal import OutputLost, fail, print_json, talk
+from celery_capacity.platform.console.terminal import OutputLost, fail, print_json, talk
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import PlatformError, StoreUnavailable

@@ -1,0 +1,1 @@
+"""What commands share: their class, how they end, and how they print."""
