@@ -1,8 +1,9 @@
 """The Lua scripts of the ledger: read from `lua/`, completed, and ready to be sent.
 
-Each file is one operation and begins with a header (does, KEYS, ARGV, replies, cost, repeat). In front of each go the
-functions of the preludes that it uses, and for KEY (`routing.ledger.keys`), STEP (`routing.model.states`) and LIMIT
-(`routing.policy.placement` and the settings) stand their values, so that every name and number has one place.
+Each file in `lua/jobs`, `workers`, `backlog`, `repair` and `epoch` is one operation and begins with a header (does,
+KEYS, ARGV, replies, cost, repeat). In front of each go those functions of `lua/lib` that it uses, without comments,
+since server time is spent on each at every call. For KEY (`routing.ledger.keys`), STEP (`routing.model.states`) and
+LIMIT (`routing.policy.placement` and the settings) stand their values, so that every name and number has one place.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Final
 
 from celery_capacity.routing.ledger.keys import KEYS
@@ -39,8 +41,14 @@ HELD: Final = 500
 #: Bytes of a message that a release may give back to the worker that is asking; larger ones go by the broker.
 HAND_OVER_BYTES: Final = 65_536
 
-#: The files with what the operations share.
-PRELUDES: Final = ("prelude", "prelude_search", "prelude_jobs", "prelude_submit", "prelude_fill")
+#: The folders of the operations.
+FOLDERS: Final = ("jobs", "workers", "backlog", "repair", "epoch")
+#: The files of `lua/lib`, with what the operations share: a function stands behind those that it uses.
+LIBRARY: Final = (
+    "values", "book", "indexes", "search", "transitions", "queues", "grant", "requeue", "runs", "take_in", "held",
+    "exclusive", "candidates", "fill_one", "fill",
+)  # fmt: skip
+_LUA: Final = files("celery_capacity.routing").joinpath("lua")
 
 HEADER_FIELDS: Final = ("Does", "KEYS", "ARGV", "Replies", "Cost", "Repeat")
 FLAGS: Final = re.compile(r"\A#!lua[^\n]*\n")
@@ -60,13 +68,24 @@ class Script:
 
 def names() -> tuple[str, ...]:
     """The operations, by the names of their files."""
-    found = (entry.name for entry in files("celery_capacity.routing").joinpath("lua").iterdir())
-    return tuple(sorted(name[:-4] for name in found if name.endswith(".lua") and name[:-4] not in PRELUDES))
+    return tuple(sorted(_places()))
+
+
+@lru_cache(maxsize=1)
+def _places() -> dict[str, Traversable]:
+    """The files of the operations, by name."""
+    entries = (entry for folder in FOLDERS for entry in _LUA.joinpath(folder).iterdir())
+    return {entry.name[:-4]: entry for entry in entries if entry.name.endswith(".lua")}
 
 
 def source(name: str) -> str:
-    """The text of one file as it stands in `lua/`."""
-    return files("celery_capacity.routing").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    """The text of an operation's file."""
+    return _places()[name].read_text(encoding="utf-8")
+
+
+def library() -> str:
+    """The text of what the operations share."""
+    return "\n".join(_LUA.joinpath("lib", f"{name}.lua").read_text(encoding="utf-8") for name in LIBRARY)
 
 
 def header(name: str) -> dict[str, str]:
@@ -86,20 +105,19 @@ def header(name: str) -> dict[str, str]:
     return found
 
 
-#: A function of the prelude: its comment, its head, and all up to the `end` at the start of a line.
+#: A function of the library: its comment, its head, and all up to the `end` at the start of a line.
 _FUNCTION: Final = re.compile(r"(?:^--[^\n]*\n)*^local function (\w+)\(.*?^end\n", re.MULTILINE | re.DOTALL)
 _VALUE: Final = re.compile(r"\b(KEY|STEP|LIMIT)\.(\w+)\b")
 _COMMENT: Final = re.compile(r"^\s*--[^\n]*\n", re.MULTILINE)
 
 
 def _functions() -> dict[str, str]:
-    """The functions of the preludes, in their order."""
-    text = "".join(map(source, PRELUDES))
-    return {found.group(1): found.group(0) for found in _FUNCTION.finditer(text)}
+    """The functions of the library, in their order."""
+    return {found.group(1): found.group(0) for found in _FUNCTION.finditer(library())}
 
 
 def _used(body: str, functions: dict[str, str]) -> list[str]:
-    """The names of the functions that a body uses, and those that they use, in the order of the prelude."""
+    """The names of the functions that a body uses, and those that they use, in the order of the library."""
     used: set[str] = set()
     texts = [body]
     while texts:

@@ -18,7 +18,7 @@ NAME_LENGTH: Final = 512
 #: How the bodies of messages are written into JSON.
 ENCODINGS: Final = ("base64", "utf-8", None)
 
-#: What the scripts put at the end of a message: see `tagged` in lua/prelude_jobs.lua.
+#: What the scripts put at the end of a message: see `tagged` in lua/lib/transitions.lua.
 _TAG: Final = b',"delivery_tag":'
 _END: Final = b"}}"
 

@@ -20,7 +20,7 @@ CHUNK: Final = 1000
 
 
 def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
-    """A transition from an entry of the stream, as `note` in lua/prelude_jobs.lua wrote it."""
+    """A transition from an entry of the stream, as `note` in lua/lib/transitions.lua wrote it."""
 
     def text(name: str) -> str:
         return fields.get(name.encode(), b"").decode("utf-8", "replace")

@@ -172,7 +172,8 @@ def take(
 
 
 def tagged(message: bytes, job: str, token: str) -> str:
-    """A row's message with the token of its attempt as delivery tag, as `tagged` in lua/prelude_jobs.lua makes it."""
+    """A row's message with the token of its attempt as delivery tag, as `tagged` in lua/lib/transitions.lua makes
+    it."""
     return f'{message[:-2].decode("utf-8")},"delivery_tag":{json.dumps(f"{job}:{token}")}}}}}'
 
 

@@ -152,7 +152,7 @@ def test_every_counter_is_explained() -> None:
     counted = {"cancelled", "expired", "drift"}
     for path in [*(ROOT / "routing").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]:
         counted |= set(re.findall(r"\bledger\.count\(\"([\w.]+)\"", path.read_text(encoding="utf-8")))
-    for path in (ROOT / "routing" / "lua").glob("*.lua"):
+    for path in (ROOT / "routing" / "lua").rglob("*.lua"):
         counted |= set(re.findall(r"\bcount\('([\w.]+)'", path.read_text(encoding="utf-8")))
     told = " ".join(cells[0] for cells in rows(HOW, "| counter | counts | in a healthy platform |"))
     assert set(re.findall(r"`([\w.]+)`", told)) == counted

@@ -196,7 +196,7 @@ def test_every_counter_is_on_the_page_of_metrics() -> None:
     counted = {"cancelled", "expired", "drift"}
     for path in [*(ROOT / "routing").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]:
         counted |= set(re.findall(r"\b_?ledger\.count\(\"([\w.]+)\"", path.read_text(encoding="utf-8")))
-    for path in (ROOT / "routing" / "lua").glob("*.lua"):
+    for path in (ROOT / "routing" / "lua").rglob("*.lua"):
         counted |= set(re.findall(r"\bcount\('([\w.]+)'", path.read_text(encoding="utf-8")))
     told = [names(cells[0])[0] for cells in rows(sections(METRICS)["Counters"])]
     assert sorted(told) == sorted(counted)

@@ -265,7 +265,7 @@ def in_turn(replies: tuple[Any, ...]) -> list[tuple[str, ...]]:
 
 
 def assembled(name: str) -> str:
-    """The code of a script with the functions of the prelude that it uses, without comments."""
+    """The code of a script with the functions of the library that it uses, without comments."""
     functions = scripts._functions()
     body = scripts.FLAGS.sub("", scripts.source(name))
     return re.sub(r"--[^\n]*", "", "".join(functions[used] for used in scripts._used(body, functions)) + body)

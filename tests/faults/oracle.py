@@ -34,7 +34,7 @@ COUNTS: Final = {
     "wrong results": "a succeeded job whose result is missing or another",
     "deaths": "processes that ended unasked",
 }
-#: The error of an attempt that a heartbeat took back (lua/renew.lua).
+#: The error of an attempt that a heartbeat took back (lua/workers/renew.lua).
 NOT_HELD: Final = "the worker no longer held it"
 #: Seconds by which a time read from Postgres (milliseconds, by the clock of the ledger) may be late.
 CLOCKS: Final = 0.05

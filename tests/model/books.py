@@ -41,7 +41,7 @@ from tests.model.state import (
 
 
 def note(job: Job, record: Record) -> tuple[Record, ...]:
-    """The stream with an entry; it replaces that of the same attempt. (lua/prelude_jobs.lua)"""
+    """The stream with an entry; it replaces that of the same attempt. (lua/lib/transitions.lua)"""
     span = record.attempt + (record.step == STEP_FILED)
     kept = (one for one in job.entries if (one.epoch, one.attempt + (one.step == STEP_FILED)) != (record.epoch, span))
     return tuple(sorted((*kept, record)))
@@ -109,7 +109,7 @@ def bury(job: Job, became: int, rules: Rules) -> Card:
 
 
 def end(job: Job, rules: Rules) -> Job:
-    """Give back what an attempt holds that succeeded. (lua/release.lua)"""
+    """Give back what an attempt holds that succeeded. (lua/jobs/release.lua)"""
     card = job.card
     assert card
     entries = note(job, Record(card.epoch, card.attempt, STEP_ENDED, SUCCEEDED, card.losses, card.worker))
@@ -136,7 +136,8 @@ def back(job: Job, card: Card, losses: int) -> Job:
 
 
 def adopt(job: Job, worker: int, token: tuple[int, int], losses: int, started: bool) -> tuple[Job, bool]:
-    """Enter what a worker holds since an older epoch; False where another attempt has the job. (lua/adopt.lua)"""
+    """Enter what a worker holds since an older epoch; False where another attempt has the job.
+    (lua/workers/adopt.lua)"""
     card, (epoch, attempt) = job.card, token
     entries = job.entries
     if card and card.attempt < attempt and (card.state == WAITING or (card.state == OVER and card.became not in FINAL)):

@@ -48,7 +48,7 @@ def _may_call(state: State, worker: int, rules: Rules) -> bool:
 
 
 def claim(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/claim.lua, for a message that came or one whose answer was lost."""
+    """lua/jobs/claim.lua, for a message that came or one whose answer was lost."""
     for worker in WORKERS:
         if state.workers[worker].unsure or not _may_call(state, worker, rules):
             continue
@@ -82,7 +82,7 @@ def _claimed(
 
 
 def release(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/release.lua: give back, note the end, and hand over what fits now."""
+    """lua/jobs/release.lua: give back, note the end, and hand over what fits now."""
     for worker in WORKERS:
         me = state.workers[worker]
         if me.unsure or not _may_call(state, worker, rules):
@@ -136,7 +136,7 @@ def _handed_back(job: Job, worker: int, held: Held) -> Job:
 
 
 def recover(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/recover.lua: an answer was lost, and the worker asks for what it was given with it."""
+    """lua/workers/recover.lua: an answer was lost, and the worker asks for what it was given with it."""
     for worker in WORKERS:
         me = state.workers[worker]
         if not me.unsure or not _may_call(state, worker, rules):

@@ -58,7 +58,7 @@ def _may_matter(state: State, job: Job, worker: int, rules: Rules) -> bool:
 
 
 def renew(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/renew.lua: what runs there and is not named is missing; what was missing before is taken back."""
+    """lua/workers/renew.lua: what runs there and is not named is missing; what was missing before is taken back."""
     for worker in WORKERS:
         me = state.workers[worker]
         if me.list == NO_LIST:

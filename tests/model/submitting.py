@@ -38,7 +38,7 @@ def _is_unreported(state: State, worker: int) -> bool:
 
 
 def submit(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/submit.lua: to any worker with room, or into the backlog; or it never comes."""
+    """lua/jobs/submit.lua: to any worker with room, or into the backlog; or it never comes."""
     for index, job in enumerate(state.jobs):
         if not job.submission:
             continue
@@ -63,7 +63,7 @@ def submit(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def fill(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/fill.lua: a waiting job is admitted where there is room."""
+    """lua/backlog/fill.lua: a waiting job is admitted where there is room."""
     if not is_open(state):
         return
     for worker in WORKERS:
@@ -77,7 +77,7 @@ def fill(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def redeliver(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/redeliver.lua: START is over, though the message may only be late."""
+    """lua/jobs/redeliver.lua: START is over, though the message may only be late."""
     faults = use(state, "redelivery")
     if faults is None or not is_open(state):
         return

@@ -41,6 +41,7 @@ ENTRY_POINT = f"{PACKAGE}.workers.plugin"
 MOST_ENTRIES = 13
 
 MOST_LINES = 400
+MOST_LINES_OF_LUA = 120
 
 
 def _modules(package: str) -> Iterator[tuple[str, Path]]:
@@ -198,6 +199,11 @@ def test_nothing_is_imported_past_the_package() -> None:
 def test_no_module_is_longer_than_400_lines(package: str) -> None:
     lines = {name: len(path.read_text().splitlines()) for name, path in _modules(package)}
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_no_shared_lua_is_longer_than_120_lines() -> None:
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "routing" / "lua" / "lib").iterdir()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES_OF_LUA} == {}
 
 
 @pytest.mark.parametrize("package", LAYERS)

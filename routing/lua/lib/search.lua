@@ -1,4 +1,4 @@
--- Shared by the scripts of the ledger, as prelude.lua is. Here: the search for a worker.
+-- The search for a worker.
 
 -- The index of the workers that may have room for these amounts: that of their queue; in the default queue that of the
 -- resource which the fewest have, of equal ones the first by name; else the whole one.

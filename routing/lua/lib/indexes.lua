@@ -1,0 +1,108 @@
+-- Where a worker stands in the indexes of free CPUs, and its book as it is written.
+
+-- Are there indexes of the workers that have a resource, and of the shapes that ask for it? (Not where all have it.)
+local function has_index(name)
+  return name ~= 'cpus' and name ~= 'slots' and name ~= 'memory' and name ~= 'alone' and name ~= 'queue:'
+end
+
+-- The resources in whose indexes of free CPUs a worker stands: all that it has of them, but of one that takes only what
+-- has a label the queues alone.
+local function resources_of(book)
+  local names, only = {}, book.capacity['queue:']
+  for name, amount in pairs(book.capacity) do
+    if has_index(name) and amount > 0 and (not only or string.sub(name, 1, 6) == 'queue:') then
+      names[#names + 1] = name
+    end
+  end
+  return names
+end
+
+-- Write into a book in which indexes its worker stands, as its capacity says. Where it stood it stands no more until the
+-- book is written. Called for a worker that keeps these indexes itself, and by nobody for another: then it has none.
+local function choose_places(book)
+  local names = resources_of(book)
+  table.sort(names)
+  local places = #names > 0 and table.concat(names, ',') or nil
+  if places == book.places then
+    return
+  end
+  for name in string.gmatch(book.places or '', '[^,]+') do
+    redis.call('ZREM', KEY.free_of .. name, book.worker)
+  end
+  book.places = places
+  if places then
+    redis.call('HSET', KEY.book .. book.worker, 'places', places)
+  else
+    redis.call('HDEL', KEY.book .. book.worker, 'places')
+  end
+end
+
+-- Put a worker into the indexes of free CPUs in which it stands, or with free = nil take it out of them. One that takes
+-- only what has a label (`only`) stands in the whole index before all others, where no search looks: it is found by its
+-- queues.
+local function stand(worker, free, only, places)
+  if free then
+    redis.call('ZADD', KEY.free, only and places and '-1' or free, worker)
+  else
+    redis.call('ZREM', KEY.free, worker)
+  end
+  if not places then
+    return
+  end
+  for name in string.gmatch(places, '[^,]+') do
+    if free then
+      redis.call('ZADD', KEY.free_of .. name, free, worker)
+    else
+      redis.call('ZREM', KEY.free_of .. name, worker)
+    end
+  end
+end
+
+-- Take a worker out of the indexes of free CPUs before its book goes, or closes.
+local function withdraw(worker)
+  stand(worker, nil, nil, redis.call('HGET', KEY.book .. worker, 'places'))
+end
+
+-- Write the difference that allocations made on a book, these (`changed`) among them: the book itself, the sums, the view
+-- for people. What was given back and taken again leaves none.
+local function write_amounts(book, changed)
+  allocate(book, changed, 1)
+  local fields, shown, n, m = {}, {}, 0, 0
+  for name, difference in pairs(book.unwritten) do
+    if difference ~= 0 or changed[name] then
+      local allocated = book.allocated[name]
+      fields[n + 1], fields[n + 2], n = 'a.' .. name, int(allocated), n + 2
+      if name == 'cpus' then
+        shown[m + 1], shown[m + 2], m = 'allocated_cpus', cpus_text(allocated), m + 2
+      elseif name == 'memory' or name == 'slots' then
+        shown[m + 1], shown[m + 2], m = 'allocated_' .. name, int(allocated), m + 2
+      end
+    end
+  end
+  local cpus = book.unwritten.cpus or 0
+  book.unwritten = {}
+  if n > 0 then
+    redis.call('HSET', KEY.book .. book.worker, unpack(fields))
+  end
+  if cpus ~= 0 then
+    redis.call('SET', KEY.allocated_cpus, cpus_text(redis.call('INCRBY', KEY.allocated, int(cpus))))
+  end
+  if m > 0 and redis.call('EXISTS', KEY.view .. book.worker) == 1 then
+    redis.call('HSET', KEY.view .. book.worker, unpack(shown))
+  end
+end
+
+-- The same for a whole book, whose places in the indexes of free CPUs are found anew.
+local function write_book(book, changed)
+  write_amounts(book, changed)
+  if book.shrunk and not over(book) then
+    redis.call('HDEL', KEY.book .. book.worker, 'shrunk')
+  end
+  stand(book.worker, is_open(book) and int(room(book, 'cpus')), book.capacity['queue:'], book.places)
+end
+
+-- All that a book has allocated, into a view that was made just now.
+local function show(book)
+  redis.call('HSET', KEY.view .. book.worker, 'allocated_cpus', cpus_text(book.allocated.cpus or 0),
+    'allocated_memory', int(book.allocated.memory or 0), 'allocated_slots', int(book.allocated.slots or 0))
+end

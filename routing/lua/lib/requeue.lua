@@ -1,0 +1,57 @@
+-- A job leaves its worker: a tombstone, or the way back into the backlog.
+
+-- Leave a tombstone of a job whose attempt is over, or that ended in the backlog. `job` has the entry that says so: while
+-- Postgres does not have that, the tombstone stays, whatever time it takes. `forget` gives it the rest of its life.
+local function bury(id, job, became, outcome, final)
+  local fields = {'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt}
+  for name, value in pairs({became = became, outcome = outcome, final = final and '1', entry = job.entry,
+      noted = job.entry and job.noted}) do
+    if value then
+      fields[#fields + 1], fields[#fields + 2] = name, value
+    end
+  end
+  redis.call('DEL', KEY.job .. id)
+  redis.call('HSET', KEY.job .. id, unpack(fields))
+  if not job.entry then
+    redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+  end
+end
+
+-- Put a job that held an allocation back into the backlog (the caller gives the allocation back), or end it where it
+-- was revoked meanwhile or lost too often (then with its outbox). Returns the state it has now.
+local function put_back(id, job, now, outcome, error_text, most_losses, outbox)
+  redis.call('HDEL', KEY.held .. job.worker, id)
+  redis.call('ZREM', KEY.unclaimed, id)
+  if outcome == 'lost' then
+    job.losses = int(tonumber(job.losses or '0') + 1)
+    count('lost', 1)
+  end
+  if job.revoked then
+    note(id, job, 'cancelled', STEP.back, now, {outcome = outcome, error = 'revoked'})
+    bury(id, job, 'cancelled', outcome, true)
+    return 'cancelled'
+  end
+  if outcome == 'lost' then
+    -- A successor that the attempt published before it was lost runs all the same.
+    if (job.rerun == '0' or tonumber(job.losses) >= tonumber(most_losses)) and not job.successor then
+      note(id, job, 'lost', STEP.ended, now, {outcome = 'lost', error = error_text, outbox = outbox})
+      bury(id, job, 'lost', 'lost', true)
+      return 'lost'
+    end
+    job.shape = shape_held(job.shape, job.losses, most_losses)
+  end
+  local kept = redis.call('HEXISTS', KEY.job .. id, 'message') == 1
+  if job.successor or not kept then
+    -- Postgres has what runs next: the successor that the attempt published, or the message of an adopted job.
+    local state = job.successor and 'scheduled' or 'accepted'
+    note(id, job, state, STEP.back, now, {outcome = outcome, error = error_text})
+    bury(id, job, state, outcome, false)
+    return state
+  end
+  note(id, job, 'waiting', STEP.back, now, {outcome = outcome, error = error_text})
+  redis.call('HDEL', KEY.job .. id, 'worker', 'incarnation', 'admitted', 'started', 'nonce', 'redelivered')
+  redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'shape', job.shape, 'losses', job.losses or '0',
+    'entry', job.entry, 'noted', job.noted)
+  file(job.shape, {job.order, id}, job.order)
+  return 'waiting'
+end

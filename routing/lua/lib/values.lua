@@ -1,0 +1,57 @@
+-- Numbers, times and texts, and whether a caller is of this epoch.
+
+-- A whole number as text: tostring() would write 1e+15.
+local function int(number)
+  return string.format('%.0f', number)
+end
+
+-- The server's clock in milliseconds: clients' clocks are not trusted.
+local function clock()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- What a caller names as run_id is the server's, and behind a slash the id of the caller's database in Postgres.
+local function parted(run_id)
+  return string.match(run_id, '^([^/]*)/?(.*)$')
+end
+
+-- nil when this caller may act on these books, else the reply that refuses it.
+local function refused(epoch, run_id)
+  local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format', 'database')
+  local life, database = parted(run_id)
+  -- (Books of a newer format are closed to a process of before: what it accepted waits in Postgres for one that knows.)
+  if not current[1] or current[2] ~= life or tonumber(current[3] or 1) > LIMIT.format then
+    return {'cold'}
+  end
+  if current[4] and database ~= '' and current[4] ~= database then
+    return {'cold'}
+  end
+  if current[1] ~= epoch then
+    return {'epoch', current[1]}
+  end
+  return nil
+end
+
+local function count(what, by)
+  redis.call('HINCRBY', KEY.counters, what, by)
+end
+
+-- "cpus=4000,slots=1" as {cpus = 4000, slots = 1}.
+local function amounts_of(shape)
+  local amounts = {}
+  for name, amount in string.gmatch(shape, '([^=,]+)=(%d+)') do
+    amounts[name] = tonumber(amount)
+  end
+  return amounts
+end
+
+-- Millicores as people read them: 72000 -> 72, 500 -> 0.5.
+local function cpus_text(millicores)
+  if millicores % 1000 == 0 then
+    return int(millicores / 1000)
+  end
+  local text = string.format('%.3f', millicores / 1000)
+  text = string.gsub(text, '0+$', '')
+  return (string.gsub(text, '%.$', ''))
+end
