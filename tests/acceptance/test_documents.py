@@ -22,6 +22,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect.explain import Why
 from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.plugin import Lazy
+from docs.site import folders
 from tests.fixtures.processes import ROOT
 from tests.fixtures.replay import blocks_of
 
@@ -238,6 +239,20 @@ def named(path: str) -> Any:
             found = annotated[part] if part in annotated else getattr(found, part)
         return found
     raise ModuleNotFoundError(path)
+
+
+def test_the_diagram_of_the_folders_is_that_of_the_imports() -> None:
+    page = (DOCS / "explanation" / "find-your-way.md").read_text(encoding="utf-8")
+    told = re.search(r"```mermaid\n(.*?)\n```", page, re.DOTALL)
+    assert told
+    assert told[1] == folders.diagram(), "python -m docs.site.folders prints it"
+
+
+def test_every_file_of_the_way_through_the_code_is_there() -> None:
+    page = (DOCS / "explanation" / "find-your-way.md").read_text(encoding="utf-8")
+    found = re.findall(r"`([a-z_]+/[\w/.]*)`", page)
+    assert len(found) > 30
+    assert [name for name in found if not (ROOT / name).exists()] == []
 
 
 def test_every_word_of_the_glossary_is_a_name_in_the_code() -> None:
