@@ -22,6 +22,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 #: Pages of the root, and where they are in the site. (A page `README.md` would be the first page of its folder.)
 PAGES: Final = {
     "CHANGELOG.md": "CHANGELOG.md",
+    "CONTRIBUTING.md": "repository/contributing.md",
     "README.md": "repository/readme.md",
     "README.zh.md": "repository/readme.zh.md",
 }
