@@ -97,6 +97,18 @@ def _definitions(connection: Connection, schema: str) -> dict[str, str]:
     return {name: definition for name, definition in rows if not name.startswith(migrations.VERSION_TABLE)}
 
 
+def test_functions_with_their_owners_rights_mean_the_platforms_tables(engine: Engine) -> None:
+    with engine.connect() as connection:
+        found = connection.execute(
+            text(
+                "SELECT proname, proconfig FROM pg_proc"
+                " WHERE prosecdef AND pronamespace = CAST('public' AS regnamespace)"
+            )
+        ).all()
+    assert {name for name, _ in found} >= {"archive_finished", "claim_key", "note_chord"}
+    assert {tuple(config or ()) for _, config in found} == {("search_path=public, pg_temp",)}
+
+
 def test_the_authority_is_one_row_and_stays_one(engine: Engine) -> None:
     with engine.connect() as connection:
         row = connection.execute(text("SELECT epoch, authority FROM authority")).one()

@@ -107,7 +107,8 @@ def test_a_draining_worker_counts_and_says_so(stage: Stage) -> None:
 def test_of_two_lives_of_a_worker_postgres_counts_the_newer(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
     stage.sql(
-        "INSERT INTO workers SELECT 'older', name, 1000, memory, '{\"cpus\": 1}', status, hostname, pid,"
+        "INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, boot_id, version,"
+        " started_at, seen_at, left_at) SELECT 'older', name, 1000, memory, '{\"cpus\": 1}', status, hostname, pid,"
         " boot_id, version, started_at - interval '1 s', seen_at, left_at FROM workers"
     )
     with stage.engine.connect() as connection:
