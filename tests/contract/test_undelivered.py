@@ -10,21 +10,25 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from sqlalchemy import Engine, text
+from celery.app.task import Context
+from redis.exceptions import ConnectionError as RedisConnectionError
+from sqlalchemy import Engine, event, text
 
 from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.outbox import UNANNOUNCED, UNTOLD, Outbox, parse
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.store import fencing
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.process import running_workers
+from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.results import chord_parts as parts
 from celery_capacity.workers.results import deliver_later
 from celery_capacity.workers.results.backends import CarriedResults
 from celery_capacity.workers.results.cancellation import end_before_start
 from celery_capacity.workers.results.chord_parts import Parts
-from celery_capacity.workers.results.deliver_later import context_of, deliver_rows, tell_late
+from celery_capacity.workers.results.deliver_later import TOGETHER, context_of, deliver_rows, tell_late
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
 
@@ -93,6 +97,55 @@ def test_a_callback_that_cannot_be_called_keeps_back_no_other(app: Celery, stage
     with stage.engine.connect() as connection:
         called = connection.execute(text("SELECT parent_id FROM jobs WHERE name = 'some.errback'")).scalars().all()
     assert called == ["b"]
+
+
+def result_of(app: Celery, job: str, value: object) -> str:
+    """The outbox of a job that has succeeded with a value."""
+    attempt = Attempt(Tag(job, 1, 1), "life")
+    with held(attempt):
+        app.backend.store_result(job, value, "SUCCESS", request=Context(id=job))
+    return attempt.outbox.to_text()
+
+
+def ended(app: Celery, stage: Stage, count: int) -> list[str]:
+    """Jobs whose values are in their rows."""
+    jobs = [stage.insert({"cpus": 1000}) for _ in range(count)]
+    for number, job in enumerate(jobs):
+        stage.sql(
+            "UPDATE jobs SET state = 'succeeded', step = 11, finished_at = now(), outbox = :outbox WHERE id = :job",
+            job=job,
+            outbox=result_of(app, job, number),
+        )
+    return jobs
+
+
+def test_results_alone_are_delivered_many_in_a_transaction(engine: Engine, app: Celery, stage: Stage) -> None:
+    jobs = ended(app, stage, 2 * TOGETHER + 50)
+    commits: list[Any] = []
+    event.listen(app.platform.engine, "commit", commits.append)
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("SELECT 1 FROM jobs WHERE id = :job FOR UPDATE"), {"job": jobs[7]})
+        assert deliver_rows(app, app.platform) == len(jobs) - 1
+    assert len(commits) < 10
+    assert [app.backend.get_result(job) for job in jobs if job != jobs[7]] == [n for n in range(len(jobs)) if n != 7]
+    assert deliver_rows(app, app.platform) == 1
+    assert {stage.row(job).outbox for job in jobs} == {None}
+
+
+def test_results_stay_in_their_rows_where_the_backend_takes_none(
+    app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = ended(app, stage, 3)
+
+    def refuse(*_: object) -> None:
+        raise RedisConnectionError("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CarriedResults, "deliver_results", refuse)
+        patched.setattr(type(app.backend), "deliver_results", refuse)
+        assert deliver_rows(app, app.platform) == 0
+    assert None not in {stage.row(job).outbox for job in jobs}
+    assert deliver_rows(app, app.platform) == 3
 
 
 def test_two_who_deliver_at_once_call_what_follows_once(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import time
+
 from celery import Celery
 
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.results.backends import is_asked
-from celery_capacity.workers.results.deliver_later import deliver_rows
+from celery_capacity.workers.results.deliver_later import MOST, deliver_rows
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `delivered` jobs."""
-    # (Thousands may wait while the backend is away, and each look would read them.)
-    return {"delivered": deliver_rows(app, stores) if is_asked(app.backend) else 0}
+    """Counts: `delivered` jobs. Page by page for one interval: after an outage of the backend tens of thousands wait,
+    and other duties with them."""
+    delivered, end = 0, time.monotonic() + stores.settings.due_interval
+    # (While the backend is away, each look would read them.)
+    while is_asked(app.backend):
+        page = deliver_rows(app, stores)
+        delivered += page
+        if page < MOST or time.monotonic() >= end:
+            break
+    return {"delivered": delivered}

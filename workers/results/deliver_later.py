@@ -34,8 +34,9 @@ from celery_capacity.workers.results.events import Announcer
 
 logger = logging.getLogger(__name__)
 
-#: Rows delivered in one pass.
+#: Rows delivered in one pass, and those of them with nothing but results that are delivered in one transaction.
 MOST: Final = 1000
+TOGETHER: Final = 100
 
 _LEFT: Final = text(
     "SELECT id, epoch, attempt, state, error, outbox, message, coalesce(incarnation, '') AS incarnation, replaces "
@@ -50,6 +51,11 @@ _LEFT: Final = text(
 _TAIL: Final = 500
 #: Nobody else delivers a row that is locked, and one that was delivered since it was read is delivered no more.
 _MINE: Final = text("SELECT id FROM jobs WHERE id = :id AND outbox = :outbox FOR UPDATE SKIP LOCKED")
+_ALL_MINE: Final = text("""
+SELECT id FROM jobs WHERE (id, outbox) IN (SELECT * FROM unnest(CAST(:ids AS text[]), CAST(:outboxes AS text[])))
+ORDER BY id FOR UPDATE SKIP LOCKED
+""")
+_ALL_DONE: Final = text("UPDATE jobs SET outbox = NULL WHERE id = ANY(CAST(:ids AS text[]))")
 _DONE: Final = text("UPDATE jobs SET outbox = :rest WHERE id = :id AND outbox = :outbox")
 #: Whoever writes the row at this moment is waited for.
 _LOCK: Final = text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE")
@@ -57,14 +63,21 @@ _LOCK: Final = text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE")
 
 def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> int:
     """Deliver for all jobs, or `only` these; returns for how many. Stops where the backend does not take one."""
-    delivered, replaced = 0, set[str]()
+    replaced = set[str]()
     parts = parts_of(app)
     with transactions(stores.engine).connect() as connection:
         with connection.begin():
             announces = {"announces": announcer_of(app) is not None, "unannounced": outbox.UNANNOUNCED}
             by = {"me": parts.incarnation if parts is not None else "", "tail": _TAIL}
             rows = connection.execute(_LEFT, {"ids": only, "most": MOST, **announces, **by}).all()
-        for row in rows:
+        plain = [row for row in rows if _has_results_alone(row)]
+        together = _deliver_together(app, connection, plain)
+        delivered = 0 if together is None else len(together)
+        replaced |= {row.replaces for row in together or ()} - {None}
+        others = set(rows).difference(plain)
+        for row in rows if together is not None else ():
+            if row not in others:
+                continue
             with connection.begin():
                 if connection.execute(_MINE, {"id": row.id, "outbox": row.outbox}).first() is None:
                     continue
@@ -79,6 +92,36 @@ def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> 
             # What was a step of a replacement publishes nothing more.
             ended = replacements.end_abandoned(connection, sorted(replaced))
     return delivered + (deliver_rows(app, stores, ended) if ended else 0)
+
+
+def _has_results_alone(row: Any) -> bool:
+    """Whether a row left nothing that takes longer than the backend, or needs more than it."""
+    try:
+        box = outbox.parse(row.outbox)
+    except (ValueError, TypeError, LookupError):
+        return False
+    return bool(box.results) and not (box.publishes or box.by) and all("result" in note for note in box.results)
+
+
+def _deliver_together(app: Celery, connection: Connection, rows: Sequence[Any]) -> list[Any] | None:
+    """Deliver what has results alone, many in one transaction: after an outage there may be tens of thousands. Return
+    the rows that are delivered; None where the backend does not take them."""
+    delivered = []
+    for start in range(0, len(rows), TOGETHER):
+        some = {row.id: row for row in rows[start : start + TOGETHER]}
+        with connection.begin():
+            values = {"ids": list(some), "outboxes": [row.outbox for row in some.values()]}
+            mine = [some[job] for job in connection.execute(_ALL_MINE, values).scalars()]
+            results = [note for row in mine for note in outbox.parse(row.outbox).results]
+            speaker = Attempt(Tag("", 0, 0), "", patient=lambda: True)
+            try:
+                deliver(app.backend, Outbox([], results), speaker)
+            except Exception as error:
+                logger.warning("what %d jobs left is not delivered yet: %s", len(mine), error)
+                return None
+            connection.execute(_ALL_DONE, {"ids": [row.id for row in mine]})
+        delivered += mine
+    return delivered
 
 
 def deliver_parts(app: Celery, stores: Stores, jobs: Sequence[str]) -> None:
