@@ -336,9 +336,9 @@ def _submit(connection: Connection, ledger: Ledger, job: str) -> bool:
     return bool(pending) and resubmit.submit_rows(ledger, pending) == 1
 
 
-def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconciled) -> bool:
+def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconciled) -> bool | None:
     """Postgres says that a worker runs it: enter it into that worker's book; where that worker has left, or is another
-    life by now, it is submitted again."""
+    life by now, it is submitted again. None where the job has a key by now: its worker brought it back, or ended it."""
     if row.worker and row.incarnation:
         held = Adopted(
             row.id,
@@ -355,6 +355,8 @@ def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconc
         # (A book that went missing together with the job comes back first: its worker may not have missed it yet.)
         if not adopt() or (reconcile_indexes.give_home(connection, ledger, row.worker, result) and not adopt()):
             return True
+        if snapshot.read_cards(ledger.client, [row.id]):
+            return None
     return _give_back(connection, ledger, row)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -15,7 +15,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.ledger.replies import Adopted, LedgerClosed
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import resubmit, transition_log
@@ -260,3 +260,24 @@ def test_work_that_goes_on_meanwhile_is_never_taken_for_drift(engine: Engine, se
     assert reconcile(stage.engine, stage.ledger).drift == 0
     ledger.client.close()
     stage.close()
+
+
+def test_job_that_its_worker_ends_while_it_is_repaired_is_not_given_back(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its key was deleted: the reconcile enters it once more, and so does its worker, which then ends it."""
+    stage, job = scene.stage, scene.running
+    scene.redis.delete(keys.job(job))
+    real = Ledger.adopt
+
+    def adopt(ledger: Ledger, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[tuple[str, str]]:
+        assert real(ledger, worker, incarnation, held) == []
+        stage.end(job, applied=False)
+        return real(ledger, worker, incarnation, held)
+
+    monkeypatch.setattr(Ledger, "adopt", adopt)
+    reconcile(stage.engine, stage.ledger)
+    stage.apply()
+    assert (stage.row(job).state, stage.row(job).attempt) == ("succeeded", 1)
+    assert check(scene) == []
+

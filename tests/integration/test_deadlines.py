@@ -28,12 +28,14 @@ from celery_capacity.workers.process.attempts import Attempt
 from celery_capacity.workers.process.stores import make_engine
 from celery_capacity.workers.submit.submit_many import submit_many
 from tests.faults.servers import Servers, own_servers
+from tests.fixtures import tasks
 from tests.fixtures.processes import FOREIGN, ROOT, Platform
 from tests.fixtures.servers import empty_database, empty_redis, environment_of
 from tests.fixtures.stalling import ENDS_WITHIN, ending, postgres_pids, redis_pids, stalled
 from tests.fixtures.submitting import Submitter, platform_on
 
 ADD = "tests.fixtures.tasks.add"
+HOLD = "tests.fixtures.tasks.hold"
 
 #: Seconds of the limit under test: a call that waits for nothing takes a thousandth of it.
 LIMIT = 1.0
@@ -142,9 +144,13 @@ def test_worker_goes_on_and_ends_where_postgres_stalls(
     own_pair: Servers, platform: Platform, submitter: Submitter
 ) -> None:
     worker = platform.worker("a", 4, "threads")
-    assert submitter.value(submitter.send(ADD, 1, 2)) == 3
+    # (A worker that has nothing to do asks Postgres nothing.)
+    held = submitter.send(HOLD, "gate")
+    tasks.started(platform.redis, "gate")
     with stalled(postgres_pids(own_pair)):
         worker.wait_for("Postgres does not confirm")
+    tasks.let_go(platform.redis, "gate")
+    submitter.ended(held)
     # Each of its threads has given its connection up, and has another one now.
     assert submitter.value(submitter.send(ADD, 2, 2)) == 4
     with stalled(postgres_pids(own_pair)):
