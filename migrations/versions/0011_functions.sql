@@ -95,7 +95,7 @@ END
 $$;
 
 -- In the transaction of the end, whoever writes it. It touches no row that anybody but the ender of this job changes;
--- the gates themselves are opened after it (`routing.gates`).
+-- the gates themselves are opened after it (`routing.store.dependencies`).
 CREATE FUNCTION note_awaited_end() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN

@@ -42,7 +42,7 @@ def command() -> None:
     cls=Command,
     examples=(
         ("Make the tables, or bring them up to date", "celery -A platform db upgrade"),
-        ("Up to a revision", "celery -A platform db upgrade 0002"),
+        ("Up to a revision", "celery -A platform db upgrade 0011"),
     ),
     codes=UNKNOWN_REVISION,
 )
@@ -66,7 +66,7 @@ def upgrade(context: click.Context, revision: str, as_json: bool) -> None:
     context_settings={"ignore_unknown_options": True},
     examples=(
         ("One revision back; on a terminal it asks first", "celery -A platform db downgrade"),
-        ("To a revision, without asking", "celery -A platform db downgrade 0001 --force"),
+        ("To a revision, without asking", "celery -A platform db downgrade 0011 --force"),
         ("Drop all tables, with all jobs", "celery -A platform db downgrade base --force"),
     ),
     codes={Exit.FAILED: "there is no such revision, or you said no"},

@@ -13,11 +13,17 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel, SentinelManagedConnection
 
+from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.redis_urls import Address
 
 #: What the Sentinels themselves are asked with: one that does not answer is passed over, and not tried again (redis-py
 #: tries ten times by default).
-ASKING: Final[dict[str, Any]] = {"retry": Retry(NoBackoff(), 0), "protocol": 2}
+ASKING: Final[dict[str, Any]] = {
+    "socket_connect_timeout": timeouts.SENTINEL * timeouts.STORE_TIMEOUT,
+    "socket_timeout": timeouts.SENTINEL * timeouts.STORE_TIMEOUT,
+    "retry": Retry(NoBackoff(), 0),
+    "protocol": 2,
+}
 
 #: The ports of all servers that Sentinels have named to this process.
 ports: Final[set[int]] = set()

@@ -63,6 +63,8 @@ def parse(text: str) -> Outbox:
     if not text:
         return Outbox()
     found = json.loads(text)
+    if not all(isinstance(note, dict) for note in found["results"]):
+        raise TypeError("a result in an outbox is no object")
     return Outbox([_job_in(job) for job in found["publishes"]], list(found["results"]), by=found.get("by", ""))
 
 

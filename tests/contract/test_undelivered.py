@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.app.task import Context
+from kombu.exceptions import DecodeError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import Engine, event, text
 
@@ -28,7 +29,7 @@ from celery_capacity.workers.results import deliver_later
 from celery_capacity.workers.results.backends import CarriedResults
 from celery_capacity.workers.results.cancellation import end_before_start
 from celery_capacity.workers.results.chord_parts import Parts
-from celery_capacity.workers.results.deliver_later import TOGETHER, context_of, deliver_rows, tell_late
+from celery_capacity.workers.results.deliver_later import TOGETHER, TOGETHER_BYTES, context_of, deliver_rows, tell_late
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
 
@@ -73,16 +74,17 @@ def test_a_job_whose_message_cannot_be_read_keeps_back_no_other(app: Celery, sta
 
 
 def test_an_outbox_that_cannot_be_read_keeps_back_no_other(app: Celery, stage: Stage) -> None:
-    boxes = {"a-1": '{"publishes": [', "a-2": "[]", "a-3": '{"publishes": [{"id": 7}], "results": []}', "b": UNTOLD}
+    boxes = {"a-1": '{"publishes": [', "a-2": "[]", "a-3": '{"publishes": [{"id": 7}], "results": []}'}
+    boxes |= {"a-4": '{"publishes": [], "results": [3]}', "b": UNTOLD}
     for job, box in boxes.items():
         accept(app, job)
         ended = "UPDATE jobs SET state = 'lost', finished_at = now(), outbox = :outbox WHERE id = :job"
         stage.sql(ended, job=job, outbox=box)
     deliver_rows(app, app.platform)
-    assert [app.backend.get_state(job) for job in boxes] == ["FAILURE"] * 4
+    assert [app.backend.get_state(job) for job in boxes] == ["FAILURE"] * 5
     with stage.engine.connect() as connection:
         reasons = connection.execute(text("SELECT reason FROM quarantine ORDER BY id")).scalars().all()
-    assert [job in reason for job, reason in zip(boxes, reasons, strict=False)] == [True] * 3
+    assert [job in reason for job, reason in zip(boxes, reasons, strict=False)] == [True] * 4
 
 
 def test_a_callback_that_cannot_be_called_keeps_back_no_other(app: Celery, stage: Stage) -> None:
@@ -146,6 +148,45 @@ def test_results_stay_in_their_rows_where_the_backend_takes_none(
         assert deliver_rows(app, app.platform) == 0
     assert None not in {stage.row(job).outbox for job in jobs}
     assert deliver_rows(app, app.platform) == 3
+
+
+def test_result_that_the_backend_refuses_keeps_back_no_other(
+    app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its class can be imported by the worker alone that ran it, say."""
+    jobs = sorted(ended(app, stage, 20))
+    real = type(app.backend).deliver_results
+
+    def refuse(backend: Any, notes: Any) -> None:
+        if any(note["result"] == jobs[7] for note in notes):
+            raise DecodeError("no such class")
+        real(backend, notes)
+
+    monkeypatch.setattr(type(app.backend), "deliver_results", refuse)
+    assert deliver_rows(app, app.platform) == 19
+    assert [job for job in jobs if stage.row(job).outbox is not None] == [jobs[7]]
+
+
+def test_large_results_are_delivered_in_small_batches(
+    app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = ended(app, stage, 12)
+    text_ = "x" * (TOGETHER_BYTES // 4)
+    for job in jobs:
+        stage.sql("UPDATE jobs SET outbox = :box WHERE id = :job", job=job, box=result_of(app, job, text_))
+    largest = result_of(app, jobs[0], 2 * TOGETHER_BYTES * "y")
+    stage.sql("UPDATE jobs SET outbox = :box WHERE id = :job", job=jobs[0], box=largest)
+    sizes: list[int] = []
+    real = type(app.backend).deliver_results
+
+    def note(backend: Any, notes: Any) -> None:
+        sizes.append(len(notes))
+        real(backend, notes)
+
+    monkeypatch.setattr(type(app.backend), "deliver_results", note)
+    assert deliver_rows(app, app.platform) == len(jobs)
+    assert max(sizes) == 3
+    assert len(app.backend.get_result(jobs[0])) == 2 * TOGETHER_BYTES
 
 
 def test_two_who_deliver_at_once_call_what_follows_once(

@@ -195,3 +195,11 @@ def test_a_short_failover_changes_not_who_decides_and_a_long_one_does(
         assert starts(read(trace)) == {str(n): 1 for n in range(50)}
         assert all(worker.alive for worker in workers)
         submitter.close()
+
+
+def test_a_sentinel_that_says_nothing_is_given_up() -> None:
+    """Whoever asks: the ledger, the broker and the result backend."""
+    assert {name: sentinels.ASKING[name] for name in ("socket_connect_timeout", "socket_timeout")} == {
+        "socket_connect_timeout": 1.0,
+        "socket_timeout": 1.0,
+    }

@@ -39,7 +39,9 @@ class Mailbox(os_threads.Thread):
         self._received = received
         self._ending = os_threads.Event()
         self._client: redis.Redis = connect(
-            str(settings.redis_url), socket_timeout=POLL + timeouts.CONNECT * settings.store_timeout
+            str(settings.redis_url),
+            settings.store_timeout,
+            socket_timeout=POLL + timeouts.CONNECT * settings.store_timeout,
         )
 
     def stop(self, within: float) -> None:

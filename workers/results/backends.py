@@ -29,6 +29,7 @@ from kombu.exceptions import EncodeError
 from redis.exceptions import WatchError
 
 from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger import sentinels
 from celery_capacity.routing.ledger.replies import Kept
 from celery_capacity.routing.model.outbox import Outbox
@@ -61,6 +62,12 @@ class CarriedResults:
     app: Any
     #: The class that this one was made of.
     plain_class: type
+
+    def exception_to_python(self, exc: Any) -> Any:
+        """Return the exception that a result holds. A worker of the version before names our errors by their file."""
+        if isinstance(exc, dict) and exc.get("exc_module") == "routing.errors":
+            exc = {**exc, "exc_module": PlatformError.__module__}
+        return super().exception_to_python(exc)  # type: ignore[misc]
 
     def __reduce__(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         plain: Any = super().__reduce__(args, kwargs)  # type: ignore[call-arg]

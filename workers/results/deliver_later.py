@@ -3,9 +3,10 @@ no worker was there to say how they ended."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -13,8 +14,10 @@ from celery import Celery, states
 from celery.app.task import Context
 from celery.exceptions import TaskError, WorkerLostError
 from kombu.compression import decompress
+from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.serialization import loads, prepare_accept_content
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DataError
 
 from celery_capacity.routing.errors import NotAccepted, Unsupported
 from celery_capacity.routing.insert import replacements
@@ -37,6 +40,14 @@ logger = logging.getLogger(__name__)
 #: Rows delivered in one pass, and those of them with nothing but results that are delivered in one transaction.
 MOST: Final = 1000
 TOGETHER: Final = 100
+#: Bytes of these, at the most. (Results are not compressed on their way.)
+TOGETHER_BYTES: Final = 1024**2
+
+#: Errors that lie in what one job left: a class that this process cannot import, a value that the backend has no place
+#: for.
+OF_A_JOB: Final = (
+    TypeError, ValueError, LookupError, AttributeError, ImportError, DecodeError, ContentDisallowed, DataError,
+)  # fmt: skip
 
 _LEFT: Final = text(
     "SELECT id, epoch, attempt, state, error, outbox, message, coalesce(incarnation, '') AS incarnation, replaces "
@@ -51,9 +62,10 @@ _LEFT: Final = text(
 _TAIL: Final = 500
 #: Nobody else delivers a row that is locked, and one that was delivered since it was read is delivered no more.
 _MINE: Final = text("SELECT id FROM jobs WHERE id = :id AND outbox = :outbox FOR UPDATE SKIP LOCKED")
+#: By a digest, since outboxes may be large.
 _ALL_MINE: Final = text("""
-SELECT id FROM jobs WHERE (id, outbox) IN (SELECT * FROM unnest(CAST(:ids AS text[]), CAST(:outboxes AS text[])))
-ORDER BY id FOR UPDATE SKIP LOCKED
+SELECT j.id FROM unnest(CAST(:ids AS text[]), CAST(:digests AS text[])) AS x (id, digest)
+JOIN jobs j ON j.id = x.id AND md5(j.outbox) = x.digest ORDER BY j.id FOR UPDATE OF j SKIP LOCKED
 """)
 _ALL_DONE: Final = text("UPDATE jobs SET outbox = NULL WHERE id = ANY(CAST(:ids AS text[]))")
 _DONE: Final = text("UPDATE jobs SET outbox = :rest WHERE id = :id AND outbox = :outbox")
@@ -71,13 +83,11 @@ def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> 
             by = {"me": parts.incarnation if parts is not None else "", "tail": _TAIL}
             rows = connection.execute(_LEFT, {"ids": only, "most": MOST, **announces, **by}).all()
         plain = [row for row in rows if _has_results_alone(row)]
-        together = _deliver_together(app, connection, plain)
-        delivered = 0 if together is None else len(together)
-        replaced |= {row.replaces for row in together or ()} - {None}
-        others = set(rows).difference(plain)
-        for row in rows if together is not None else ():
-            if row not in others:
-                continue
+        together, refused, answers = _deliver_together(app, connection, plain)
+        delivered = len(together)
+        replaced |= {row.replaces for row in together} - {None}
+        alone = {row.id for row in plain} - {row.id for row in refused}
+        for row in [row for row in rows if row.id not in alone] if answers else ():
             with connection.begin():
                 if connection.execute(_MINE, {"id": row.id, "outbox": row.outbox}).first() is None:
                     continue
@@ -96,32 +106,51 @@ def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> 
 
 def _has_results_alone(row: Any) -> bool:
     """Whether a row left nothing that takes longer than the backend, or needs more than it."""
+    if len(row.outbox) > TOGETHER_BYTES:
+        return False
     try:
         box = outbox.parse(row.outbox)
+        return bool(box.results) and not (box.publishes or box.by) and all("result" in note for note in box.results)
     except (ValueError, TypeError, LookupError):
         return False
-    return bool(box.results) and not (box.publishes or box.by) and all("result" in note for note in box.results)
 
 
-def _deliver_together(app: Celery, connection: Connection, rows: Sequence[Any]) -> list[Any] | None:
+def _batches(rows: Sequence[Any]) -> Iterator[list[Any]]:
+    batch, size = list[Any](), 0
+    for row in rows:
+        if batch and (len(batch) == TOGETHER or size + len(row.outbox) > TOGETHER_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(row)
+        size += len(row.outbox)
+    if batch:
+        yield batch
+
+
+def _deliver_together(app: Celery, connection: Connection, rows: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
     """Deliver what has results alone, many in one transaction: after an outage there may be tens of thousands. Return
-    the rows that are delivered; None where the backend does not take them."""
-    delivered = []
-    for start in range(0, len(rows), TOGETHER):
-        some = {row.id: row for row in rows[start : start + TOGETHER]}
+    the rows that are delivered, those to be tried one by one since the backend refuses one of them, and whether the
+    backend answers."""
+    delivered, refused = list[Any](), list[Any]()
+    for batch in _batches(rows):
+        some = {row.id: row for row in batch}
+        digests = [hashlib.md5(row.outbox.encode(), usedforsecurity=False).hexdigest() for row in batch]
         with connection.begin():
-            values = {"ids": list(some), "outboxes": [row.outbox for row in some.values()]}
+            values = {"ids": list(some), "digests": digests}
             mine = [some[job] for job in connection.execute(_ALL_MINE, values).scalars()]
             results = [note for row in mine for note in outbox.parse(row.outbox).results]
             speaker = Attempt(Tag("", 0, 0), "", patient=lambda: True)
             try:
                 deliver(app.backend, Outbox([], results), speaker)
             except Exception as error:
+                if isinstance(error, OF_A_JOB):
+                    refused += mine
+                    continue
                 logger.warning("what %d jobs left is not delivered yet: %s", len(mine), error)
-                return None
+                return delivered, refused, False
             connection.execute(_ALL_DONE, {"ids": [row.id for row in mine]})
         delivered += mine
-    return delivered
+    return delivered, refused, True
 
 
 def deliver_parts(app: Celery, stores: Stores, jobs: Sequence[str]) -> None:
@@ -219,9 +248,9 @@ def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None)
         connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": by})
         return None
     if part.error is not None:
-        # It stays where it is: whatever hinders it now concerns the backend, not the job.
         logger.warning("what job %s left is not delivered yet: %s", job, part.error)
-        return False
+        # It stays where it is. What else hinders it concerns the backend, and so all others.
+        return None if isinstance(part.error, OF_A_JOB) else False
     if not part.done:
         return None
     connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": announce()})

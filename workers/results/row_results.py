@@ -25,7 +25,6 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing.config import timeouts
-from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.states import FINAL, State
 from celery_capacity.workers.dispatch.circuit import Circuit
@@ -141,12 +140,6 @@ class RowResults(RedisBackend):
             if may_pass(error):
                 self.reach.trip(str(error))
             raise
-
-    def exception_to_python(self, exc: Any) -> Any:
-        """Return the exception that a result holds. A worker of the version before names our errors by their file."""
-        if isinstance(exc, dict) and exc.get("exc_module") == "routing.errors":
-            exc = {**exc, "exc_module": PlatformError.__module__}
-        return super().exception_to_python(exc)
 
     def _ping(self) -> None:
         """In the circuit's thread: on a connection of its own, with a short time-out."""

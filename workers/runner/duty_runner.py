@@ -190,8 +190,8 @@ class Runner(os_threads.Thread):
     def _loop(self) -> None:
         while not self._stopping:
             if not self.election.holds():
-                self._wake.wait(IDLE)
                 self._serve_own()
+                self._wake.wait(IDLE)
                 continue
             if self._won:
                 self._won = False

@@ -17,10 +17,10 @@ from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed
-from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.process.claims import running
 from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.process.identity import Identity
+from celery_capacity.workers.results.outcome_writer import Recorder
 from celery_capacity.workers.settle.postgres_ends import End
 
 logger = logging.getLogger(__name__)
@@ -30,52 +30,63 @@ ASK_AFTER: Final = 0.25
 
 
 class Keyless:
-    """`claim` writes that an attempt runs, and returns what `workers.process.claims.write` does; `later` runs what may
-    wait for a store in a thread of its own; there `say_again` gets the end once more, and `wake` is called."""
+    """`say_again` gets the end once more, in a thread of the recorder's that may wait for a store. `stopping`: whether
+    this worker leaves, and waits for nobody."""
 
     def __init__(
         self,
         ledger: Ledger,
         identity: Identity,
         holdings: Holdings,
-        claim: Callable[[Transition], bool | None],
-        later: Callable[[Callable[[], None]], None],
+        recorder: Recorder,
         say_again: Callable[[End], None],
-        wake: Callable[[], None],
+        stopping: Callable[[], bool],
     ) -> None:
         self._ledger = ledger
         self._identity = identity
         self._holdings = holdings
-        self._claim = claim
-        self._later = later
+        self._recorder = recorder
         self._say_again = say_again
-        self._wake = wake
+        self._stopping = stopping
         self._pause = os_threads.Event()
+        #: The attempts (job, token) whose ends are looked into just now.
+        self._under_way: set[tuple[str, str]] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether an end is still to be said again."""
+        return bool(self._under_way)
 
     def takes(self, end: End) -> bool:
-        """Whether an end that the ledger calls unknown is looked into, and said again afterwards: once."""
+        """Whether an end that the ledger calls unknown is looked into, and said again: until Postgres says that it is
+        no longer this worker's."""
         holding = self._holdings.find(end.ended.job, end.ended.token)
-        if holding is None or end.restored:
+        if holding is None or end.refused:
             return False
-        self._later(partial(self._restore, end, holding))
+        self._under_way.add(holding.key)
+        self._recorder.call(partial(self._restore, end, holding))
         return True
 
     def _restore(self, end: End, holding: Holding) -> None:
-        self._say_again(self._restored(end, holding))
-        self._wake()
+        try:
+            end = self._judged(end, holding)
+        except Exception as error:
+            # Whatever it was: an end that nobody says again keeps its allocation for ever.
+            if not isinstance(error, (StoreUnavailable, LedgerClosed)):
+                logger.exception("job %s: its key is not there and is not restored; that is tried again", holding.job)
+            self._pause.wait(ASK_AFTER)
+        self._say_again(end)
+        self._under_way.discard(holding.key)
 
-    def _restored(self, end: End, holding: Holding) -> End:
-        has_claim = self._claim(running(self._identity, holding))
-        if has_claim is None:
+    def _judged(self, end: End, holding: Holding) -> End:
+        has_claim = self._recorder.claim(running(self._identity, holding))
+        if has_claim is None and not self._stopping():
             self._pause.wait(ASK_AFTER)
             return end
-        try:
-            if has_claim:
-                self._ledger.adopt(self._identity.name, self._identity.incarnation, [holding.as_adopted()])
-                logger.warning("job %s: the ledger had lost its key, and has it again", holding.job)
-            else:
-                self._ledger.count("stale.release")
-        except (StoreUnavailable, LedgerClosed) as error:
-            logger.info("job %s: its key is not there, and the ledger does not answer: %s", holding.job, error)
-            return end
-        return replace(end, restored=True)
+        if has_claim is False:
+            self._ledger.count("stale.release")
+            return replace(end, refused=True)
+        # (Who leaves and gets no answer says the end all the same: Postgres judges it by its token.)
+        self._ledger.adopt(self._identity.name, self._identity.incarnation, [holding.as_adopted()])
+        logger.warning("job %s: the ledger had lost its key, and has it again", holding.job)
+        return end

@@ -36,12 +36,12 @@ PART: Final = '"chord": "'
 @dataclass(frozen=True, slots=True)
 class End:
     """The end of a body. `on_lost` is called when the job ended as lost: its result must say so. `whole`: the outbox
-    with the results that `ended` has apart, for Postgres. `restored`: the ledger had lost the job's key (`Keyless`)."""
+    with the results that `ended` has apart, for Postgres. `refused`: the row is not of this attempt any more."""
 
     ended: Ended
     on_lost: Callable[[], None] | None = None
     whole: Callable[[], str] | None = None
-    restored: bool = False
+    refused: bool = False
 
 
 class PostgresEnds:

@@ -85,10 +85,11 @@ class LedgerThread(os_threads.Thread):
         self.on_missing: Callable[[], None] = lambda: None
         self._arrivals: deque[Arrival] = deque()
         self._ends: deque[End] = deque()
-        self._keyless = Keyless(ledger, identity, holdings, recorder.claim, recorder.call, self._ends.append, self.wake)
+        self._keyless = Keyless(ledger, identity, holdings, recorder, self._say_again, lambda: self._stopping)
         self._returns: deque[tuple[str, str, str]] = deque()
         self._nonces = itertools.count()
         self._wake = Wake()
+        self.wake = self._wake.set
         #: Set in a signal handler: this worker takes nothing over with its releases any more.
         self.draining = False
         self._stopping = False
@@ -132,8 +133,10 @@ class LedgerThread(os_threads.Thread):
         self._returns.append((job, token, reason))
         self._wake.set()
 
-    def wake(self) -> None:
+    def _say_again(self, end: End) -> None:
+        self._ends.append(end)
         self._wake.set()
+        self.on_missing()
 
     @property
     def idle(self) -> bool:
@@ -160,7 +163,7 @@ class LedgerThread(os_threads.Thread):
                 self._return(*self._returns.popleft())
             asking = self._unsure and self._confirmation.may_admit
             if not (self._arrivals or self._ends or offering or asking):
-                if self._stopping:
+                if self._stopping and not self._keyless.busy:
                     return
                 self._wake.wait(RETRY_AFTER if self._refused or self._late else 60.0)
                 continue
@@ -321,9 +324,6 @@ class LedgerThread(os_threads.Thread):
             end = ends.get((one.end.job, one.end.token))
             if one.verdict == "unknown" and end is not None and self._keyless.takes(end):
                 continue
-            if end is not None and end.restored:
-                # More may be gone than its key.
-                self.on_missing()
             holding = self._holdings.remove(one.end.job, one.end.token)
             if one.verdict in ("stale", "unknown"):
                 told = "job %s: attempt %s no longer held its lease; its end (%s) is refused"
