@@ -85,12 +85,20 @@ def test_end_is_said_again_once_the_job_is_restored(bench: Bench) -> None:
     assert (len(bench.recorded), bench.holdings.jobs()) == (1, [])
 
 
-def test_worker_that_leaves_says_an_end_though_postgres_does_not_answer(bench: Bench) -> None:
-    bench.claims = [None] * 1000
+def test_worker_that_leaves_waits_until_postgres_answers(bench: Bench) -> None:
+    bench.claims = [None] * 3
     bench.thread.end("job", "1.1", "succeeded")
     assert bench.thread.stop(10.0)
-    assert bench.ledger.verdicts[-1] == "released"
+    assert bench.ledger.verdicts == ["unknown"] * 4 + ["released"]
     assert (len(bench.recorded), bench.holdings.jobs()) == (1, [])
+
+
+def test_worker_that_leaves_waits_no_longer_than_it_may(bench: Bench) -> None:
+    bench.claims = [None] * 1000
+    bench.thread.end("job", "1.1", "succeeded")
+    assert not bench.thread.stop(0.5)
+    bench.claims = []
+    assert bench.thread.stop(10.0)
 
 
 def test_end_is_kept_whatever_fails(bench: Bench) -> None:

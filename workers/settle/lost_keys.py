@@ -30,8 +30,8 @@ ASK_AFTER: Final = 0.25
 
 
 class Keyless:
-    """`say_again` gets the end once more, in a thread of the recorder's that may wait for a store. `stopping`: whether
-    this worker leaves, and waits for nobody."""
+    """`say_again` gets the end once more, in a thread of the recorder's that may wait for a store, and `said` is called
+    when that has come about."""
 
     def __init__(
         self,
@@ -40,14 +40,14 @@ class Keyless:
         holdings: Holdings,
         recorder: Recorder,
         say_again: Callable[[End], None],
-        stopping: Callable[[], bool],
+        said: Callable[[], None],
     ) -> None:
         self._ledger = ledger
         self._identity = identity
         self._holdings = holdings
         self._recorder = recorder
         self._say_again = say_again
-        self._stopping = stopping
+        self._said = said
         self._pause = os_threads.Event()
         #: The attempts (job, token) whose ends are looked into just now.
         self._under_way: set[tuple[str, str]] = set()
@@ -75,18 +75,21 @@ class Keyless:
             if not isinstance(error, (StoreUnavailable, LedgerClosed)):
                 logger.exception("job %s: its key is not there and is not restored; that is tried again", holding.job)
             self._pause.wait(ASK_AFTER)
+        # (In this order: who leaves looks first whether something is under way, then at the ends, and is woken last.)
         self._say_again(end)
         self._under_way.discard(holding.key)
+        self._said()
 
     def _judged(self, end: End, holding: Holding) -> End:
         has_claim = self._recorder.claim(running(self._identity, holding))
-        if has_claim is None and not self._stopping():
+        if has_claim is None:
+            # (Also who leaves asks, as long as there is time: the job may be over by a later attempt, whose result this
+            # end would replace. What is not said then is taken back.)
             self._pause.wait(ASK_AFTER)
             return end
         if has_claim is False:
             self._ledger.count("stale.release")
             return replace(end, refused=True)
-        # (Who leaves and gets no answer says the end all the same: Postgres judges it by its token.)
         self._ledger.adopt(self._identity.name, self._identity.incarnation, [holding.as_adopted()])
         logger.warning("job %s: the ledger had lost its key, and has it again", holding.job)
         return end

@@ -85,7 +85,7 @@ class LedgerThread(os_threads.Thread):
         self.on_missing: Callable[[], None] = lambda: None
         self._arrivals: deque[Arrival] = deque()
         self._ends: deque[End] = deque()
-        self._keyless = Keyless(ledger, identity, holdings, recorder, self._say_again, lambda: self._stopping)
+        self._keyless = Keyless(ledger, identity, holdings, recorder, self._ends.append, self._said_again)
         self._returns: deque[tuple[str, str, str]] = deque()
         self._nonces = itertools.count()
         self._wake = Wake()
@@ -133,8 +133,7 @@ class LedgerThread(os_threads.Thread):
         self._returns.append((job, token, reason))
         self._wake.set()
 
-    def _say_again(self, end: End) -> None:
-        self._ends.append(end)
+    def _said_again(self) -> None:
         self._wake.set()
         self.on_missing()
 
@@ -155,6 +154,8 @@ class LedgerThread(os_threads.Thread):
 
     def run(self) -> None:
         while True:
+            # (Before the ends are looked at: what is said again comes among them first.)
+            may_leave = self._stopping and not self._keyless.busy
             offering = bool(self._refused) and time.monotonic() >= self._retry_at and self._confirmation.may_admit
             if self._late and time.monotonic() >= self._late_at:
                 self._late_at = time.monotonic() + RETRY_AFTER
@@ -163,7 +164,7 @@ class LedgerThread(os_threads.Thread):
                 self._return(*self._returns.popleft())
             asking = self._unsure and self._confirmation.may_admit
             if not (self._arrivals or self._ends or offering or asking):
-                if self._stopping and not self._keyless.busy:
+                if may_leave:
                     return
                 self._wake.wait(RETRY_AFTER if self._refused or self._late else 60.0)
                 continue
@@ -179,10 +180,9 @@ class LedgerThread(os_threads.Thread):
                 self._on_closed()
                 done = False
             except StoreUnavailable as error:
-                if str(error) != self._said:
-                    self._said = str(error)
+                done, said, self._said = False, self._said, str(error)
+                if said != self._said:
                     logger.warning("the ledger does not answer, ends are kept: %s", error)
-                done = False
             except Exception:
                 # Whatever it was, what is pending stays so: without this thread nothing of this worker would ever end.
                 logger.exception("the ledger's answer could not be taken; it is asked again")
