@@ -49,7 +49,7 @@ def connect(url: str, timeout: float = timeouts.STORE_TIMEOUT, **options: Any) -
     }
     address = redis_urls.read(url)
     if address.scheme == redis_urls.SENTINEL:
-        return os_threads.by_thread(sentinels.client(address, options, timeouts.SENTINEL * timeout))
+        return os_threads.by_thread(sentinels.client(address, options, timeout))
     if not address.path:
         return os_threads.by_thread(redis.Redis.from_url(url, **options))
     del options["socket_keepalive"]

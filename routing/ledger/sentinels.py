@@ -16,14 +16,18 @@ from redis.sentinel import MasterNotFoundError, Sentinel, SentinelManagedConnect
 from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.redis_urls import Address
 
-#: What the Sentinels themselves are asked with: one that does not answer is passed over, and not tried again (redis-py
-#: tries ten times by default).
-ASKING: Final[dict[str, Any]] = {
-    "socket_connect_timeout": timeouts.SENTINEL * timeouts.STORE_TIMEOUT,
-    "socket_timeout": timeouts.SENTINEL * timeouts.STORE_TIMEOUT,
-    "retry": Retry(NoBackoff(), 0),
-    "protocol": 2,
-}
+
+def asking(timeout: float = timeouts.STORE_TIMEOUT) -> dict[str, Any]:
+    """Return redis-py's options for the Sentinels themselves; `timeout`: PLATFORM_STORE_TIMEOUT. A Sentinel that does
+    not answer is passed over, and not tried again (redis-py tries ten times by default)."""
+    within = timeouts.SENTINEL * timeout
+    return {
+        "socket_connect_timeout": within,
+        "socket_timeout": within,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }
+
 
 #: The ports of all servers that Sentinels have named to this process.
 ports: Final[set[int]] = set()
@@ -62,10 +66,11 @@ class Sentinels(Sentinel):
 
 
 def client(address: Address, options: dict[str, Any], timeout: float) -> redis.Redis:
-    """A client of the server that the Sentinels of an address watch; `options` are for its connections. `timeout`: the
-    most seconds for a connection to a Sentinel, and for its answer."""
-    within = {name: min(timeout, options.get(name, timeout)) for name in ("socket_connect_timeout", "socket_timeout")}
-    sentinel = Sentinels(list(address.hosts), sentinel_kwargs={**ASKING, **within})  # type: ignore[no-untyped-call]
+    """A client of the server that the Sentinels of an address watch; `options` are for its connections, `timeout` is
+    PLATFORM_STORE_TIMEOUT."""
+    ask = asking(timeout)
+    shorter = {name: min(ask[name], options[name]) for name in ask.keys() & options.keys() if name.startswith("socket")}
+    sentinel = Sentinels(list(address.hosts), sentinel_kwargs={**ask, **shorter})  # type: ignore[no-untyped-call]
     found: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
         address.master,
         connection_class=Watched,

@@ -14,7 +14,7 @@ from celery import Celery
 
 from celery_capacity import install
 from celery_capacity.platform.embedded import valkey
-from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.config import redis_urls, timeouts
 from celery_capacity.routing.config.redis_urls import numbered
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import Authority, read_authority
@@ -197,9 +197,14 @@ def test_a_short_failover_changes_not_who_decides_and_a_long_one_does(
         submitter.close()
 
 
-def test_a_sentinel_that_says_nothing_is_given_up() -> None:
-    """Whoever asks: the ledger, the broker and the result backend."""
-    assert {name: sentinels.ASKING[name] for name in ("socket_connect_timeout", "socket_timeout")} == {
-        "socket_connect_timeout": 1.0,
-        "socket_timeout": 1.0,
-    }
+def test_sentinels_are_asked_within_a_part_of_the_store_timeout(platform: Platform, submitter: Submitter) -> None:
+    """By the ledger, the broker and the result backend alike: else one that says nothing holds a thread for ever."""
+    app, part = submitter.app, timeouts.SENTINEL * platform.settings.store_timeout
+    with app.connection_for_write() as connection:
+        channel = connection.channel()
+        asked = [
+            channel.sentinel_kwargs,
+            app.backend._transport_options["sentinel_kwargs"],
+            app.platform.ledger.client.connection_pool.sentinel_manager.sentinel_kwargs,
+        ]
+    assert [(one["socket_connect_timeout"], one["socket_timeout"]) for one in asked] == [(part, part)] * 3

@@ -298,7 +298,7 @@ class SentinelChannel(_AskingOnce, _Looking, kombu_redis.SentinelChannel):
     """That of a Redis behind Sentinels."""
 
     connection_class = sentinels.Watched
-    sentinel_kwargs = sentinels.ASKING
+    sentinel_kwargs = sentinels.asking()
 
 
 def _purge_jobs(channel: Any, queue: str) -> int:

@@ -28,7 +28,7 @@ from celery.result import result_from_tuple
 from kombu.exceptions import EncodeError
 from redis.exceptions import WatchError
 
-from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.config import redis_urls, timeouts
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger import sentinels
 from celery_capacity.routing.ledger.replies import Kept
@@ -209,7 +209,8 @@ class PlatformSentinelBackend(PlatformRedisBackend, SentinelBackend):
     @property
     def _transport_options(self) -> dict[str, Any]:
         given = self.app.conf.get("result_backend_transport_options") or {}
-        return {redis_urls.MASTER: self._master_name, "sentinel_kwargs": sentinels.ASKING, **given}
+        timeout = self.app.platform.settings.store_timeout if self.is_on_platform else timeouts.STORE_TIMEOUT
+        return {redis_urls.MASTER: self._master_name, "sentinel_kwargs": sentinels.asking(timeout), **given}
 
     def _get_sentinel_instance(self, **options: Any) -> Any:
         return super()._get_sentinel_instance(**options, connection_class=sentinels.Watched)

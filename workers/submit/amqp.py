@@ -15,7 +15,9 @@ from kombu.pools import ProducerPool
 from kombu.serialization import prepare_accept_content
 
 from celery_capacity.routing import os_threads
+from celery_capacity.routing.config import redis_urls
 from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.ledger import sentinels
 from celery_capacity.routing.model.message import PLATFORM_PREFIX
 from celery_capacity.workers.broker import beat_messages
 from celery_capacity.workers.broker.lazy_producer import SpareProducer
@@ -109,6 +111,9 @@ class PlatformAMQP:
     def Connection(self, *args: Any, **options: Any) -> Connection:  # noqa: N802
         """(Celery makes all its connections by this.)"""
         connection = Connection(*args, **options)
+        if redis_urls.MASTER in (connection.transport_options or {}):
+            asking = sentinels.asking(self.stores.settings.store_timeout)
+            connection.transport_options = {"sentinel_kwargs": asking, **connection.transport_options}
         connection.purge_jobs = partial(self.purge_queue, self.app, self.stores)
         return connection
 
