@@ -29,6 +29,9 @@ __all__ = ["HEAD", "check", "current", "downgrade", "upgrade"]
 #: The newest revision. Kept as a constant so that `check` needs no import of Alembic (a test compares it).
 HEAD: Final = "0012"
 
+#: The revision that stands for all those before it, none of which is here any more.
+FIRST: Final = "0011"
+
 #: Where Alembic notes the revision of a database.
 VERSION_TABLE: Final = "alembic_version"
 
@@ -48,6 +51,7 @@ def upgrade(database_url: str, revision: str = "head") -> None:
     """Apply the revisions up to `revision`. Does nothing where they are applied already."""
     from alembic import command
 
+    _check_first(current(database_url))
     with _locked(database_url) as connection, _known_revision(revision):
         command.upgrade(_config(connection), revision)
 
@@ -86,9 +90,19 @@ def check(database: str | Engine) -> str | None:
             value=found,
             advice="Install the version of the platform that upgraded it, or downgrade with that version.",
         )
+    _check_first(found)
     if found != HEAD:
         raise NotMigrated(f"Postgres is at revision {found or 'none'} and must be at {HEAD}", value=found)
     return None
+
+
+def _check_first(found: str | None) -> None:
+    if found is not None and found < FIRST:
+        raise NotMigrated(
+            f"Postgres is at revision {found}, and this version of the platform begins with {FIRST}",
+            value=found,
+            advice=f"Upgrade it to {FIRST} with the version of the platform that made it, then with this one.",
+        )
 
 
 def _config(connection: Connection) -> Config:

@@ -177,6 +177,14 @@ def test_a_database_of_a_newer_version_is_not_to_be_upgraded(engine: Engine) -> 
         migrations.check(engine)
 
 
+def test_a_database_of_before_the_first_revision_says_who_upgrades_it(engine: Engine, database_url: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(f"UPDATE {migrations.VERSION_TABLE} SET version_num = '0009'"))
+    for action in (migrations.check, migrations.upgrade):
+        with pytest.raises(NotMigrated, match=r"0009.*begins with 0011.*with the version of the platform that made it"):
+            action(database_url)
+
+
 def test_an_unknown_revision_is_refused(database_url: str) -> None:
     with pytest.raises(InvalidRequest, match=r"'nope'.*\"head\""):
         migrations.upgrade(database_url, "nope")
