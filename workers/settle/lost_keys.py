@@ -90,6 +90,6 @@ class Keyless:
         if has_claim is False:
             self._ledger.count("stale.release")
             return replace(end, refused=True)
-        self._ledger.adopt(self._identity.name, self._identity.incarnation, [holding.as_adopted()])
-        logger.warning("job %s: the ledger had lost its key, and has it again", holding.job)
+        if not self._ledger.adopt(self._identity.name, self._identity.incarnation, [holding.as_adopted()]):
+            logger.warning("job %s: the ledger had lost its key, and has it again", holding.job)
         return end
