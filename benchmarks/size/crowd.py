@@ -149,7 +149,7 @@ class Worker:
             confirmation,
             holdings,
             later,
-            *(lambda: None, lambda: None, lambda _: None),
+            *(lambda: None, lambda: None, lambda _: None, lambda *_: None),
         )
         self.ledger_thread = LedgerThread(
             self.ledger,

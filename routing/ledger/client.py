@@ -60,7 +60,7 @@ class Ledger(Held, Elections):
             args: list[Any] = [*self._gate(), worker, incarnation, most_losses, "1" if admit else "0", nonce]
             for end in ended:
                 args += (end.job, end.token, end.outcome, (end.error or "").encode("utf-8", "replace"))
-                args += (end.outbox, len(end.results))
+                args += (end.outbox, "1" if end.told else "", len(end.results))
                 for result in end.results:
                     args += result
             calls.append(("release", args))

@@ -50,8 +50,8 @@ Kept = tuple[str, int, bytes | str]
 @dataclass(frozen=True, slots=True)
 class Ended:
     """An attempt that is over, as its worker reports it. `outcome`: a final state, retried, handed_back or lost.
-    `results`: those that are kept in the ledger's own Redis. `outbox`: all else that is to
-    be delivered, see `routing.model.outbox`."""
+    `results`: those that are kept in the ledger's own Redis. `outbox`: all else that is to be delivered, see
+    `routing.model.outbox`. `told`: its worker tells the result, events and signals, also if the job ended as lost."""
 
     job: str
     token: str
@@ -59,6 +59,7 @@ class Ended:
     error: str | None = None
     outbox: str = ""
     results: tuple[Kept, ...] = ()
+    told: bool = False
 
 
 @dataclass(frozen=True, slots=True)

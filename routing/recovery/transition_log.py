@@ -44,6 +44,7 @@ def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
         error=text("error"),
         entry=entry.decode(),
         outbox=text("outbox"),
+        told=text("told") == "1",
     )
 
 

@@ -49,7 +49,7 @@ class Transition:
     entry: str = ""
     #: What is left to be delivered, see `routing.model.outbox`.
     outbox: str = ""
-    #: The worker has told the result of the job.
+    #: The worker tells the result of the job, events and signals.
     told: bool = False
 
     @property
@@ -102,7 +102,10 @@ WITH e AS (
 ), a AS (
   INSERT INTO attempts (job_id, epoch, attempt, worker, incarnation, admitted_at, started_at, ended_at, outcome, error)
   SELECT x.job, x.epoch, x.attempt, x.worker, x.incarnation, to_timestamp(nullif(x.admitted, 0) / 1000.0),
-    to_timestamp(nullif(x.started, 0) / 1000.0), to_timestamp(nullif(x.ended, 0) / 1000.0), nullif(x.outcome, ''),
+    to_timestamp(nullif(x.started, 0) / 1000.0), to_timestamp(nullif(x.ended, 0) / 1000.0),
+    -- (It was told that a newer one had ended the job, so it has ended nothing.)
+    CASE WHEN x.outcome = '{State.CANCELLED.value}' AND x.job IN (SELECT id FROM k WHERE k.state IN ({_FINAL})
+      AND (k.epoch, k.attempt) > (x.epoch, x.attempt)) THEN 'taken_back' ELSE nullif(x.outcome, '') END,
     nullif(x.error, '')
   FROM x
   -- (An attempt that was made after the job had ended itself came too late, and leaves no trace; nor does one of a job

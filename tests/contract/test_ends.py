@@ -10,8 +10,9 @@ from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.store import claims
+from celery_capacity.routing.store import claims, fencing
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.process.identity import new_identity
@@ -36,7 +37,15 @@ def holdings() -> Holdings:
 
 
 @pytest.fixture
-def ends(stage: Stage, settings: Settings, holdings: Holdings) -> Iterator[PostgresEnds]:
+def late() -> list[tuple[str, str, str]]:
+    """What ends left that were not written."""
+    return []
+
+
+@pytest.fixture
+def ends(
+    stage: Stage, settings: Settings, holdings: Holdings, late: list[tuple[str, str, str]]
+) -> Iterator[PostgresEnds]:
     bounded = make_engine(str(settings.database_url))
     confirmation = Confirmation(bounded, 1.0, lambda: None)
     confirmation.ask()
@@ -50,18 +59,19 @@ def ends(stage: Stage, settings: Settings, holdings: Holdings) -> Iterator[Postg
         lambda: None,
         lambda: None,
         lambda _: None,
+        lambda *told: late.append(told),
     )
     bounded.dispose()
 
 
-def ended(stage: Stage, holdings: Holdings, number: int) -> deque[End]:
-    """Jobs that this worker took and whose bodies have returned."""
+def ended(stage: Stage, holdings: Holdings, number: int, left: str = "") -> deque[End]:
+    """Jobs that this worker took and whose bodies have returned. `left`: the outbox of each."""
     jobs = [stage.insert({"cpus": 1000}) for _ in range(number)]
     with stage.engine.connect() as connection:
         taken = claims.take(connection, stage.ledger.epoch, "a", "a-life", jobs)
     for one in taken:
         holdings.add(Holding(one.job, one.token, Request.from_shape(one.shape), ""))
-    return deque(End(Ended(one.job, one.token, "succeeded")) for one in taken)
+    return deque(End(Ended(one.job, one.token, "succeeded", "", left)) for one in taken)
 
 
 def test_locked_row_holds_back_its_own_end_alone(
@@ -89,4 +99,19 @@ def test_bad_end_holds_back_no_other(stage: Stage, holdings: Holdings, ends: Pos
     assert ends.settle(pending, deque())
     assert [stage.row(job).state for job in jobs] == ["succeeded"] * 4
     assert len(set_aside(stage)) == 1
+    assert not pending and not holdings.all()
+
+
+def test_value_of_a_job_that_was_closed_without_its_worker_is_told_late(
+    stage: Stage, holdings: Holdings, ends: PostgresEnds, late: list[tuple[str, str, str]]
+) -> None:
+    """It ended itself, its worker stood still, and another one closed it meanwhile."""
+    (end,) = pending = ended(stage, holdings, 1, left="the value")
+    epoch, _, attempt = end.ended.token.partition(".")
+    with stage.engine.connect() as connection, connection.begin():
+        publisher = Publisher(end.ended.job, int(epoch), int(attempt), "a-life")
+        assert fencing.commit(connection, publisher)
+        assert fencing.close(connection, end.ended.job, int(epoch), int(attempt))
+    assert ends.settle(pending, deque())
+    assert late == [(end.ended.job, end.ended.token, "the value")]
     assert not pending and not holdings.all()

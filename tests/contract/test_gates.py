@@ -365,6 +365,7 @@ def test_a_worker_that_pulls_opens_gates_by_its_own_word(
             lambda: told.append("room"),
             lambda: told.append("outbox"),
             lambda _: told.append("parts"),
+            lambda *_: told.append("late"),
         )
         assert ends.settle(deque([End(Ended(first, taken.token, "succeeded"))]), deque())
         heard: Any = connection.connection.driver_connection

@@ -19,6 +19,7 @@ from celery_capacity.routing.insert import successors
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.outbox import UNTOLD
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import FINAL, State, Step
 from celery_capacity.routing.recovery import transition_log
@@ -256,6 +257,17 @@ def test_any_error_text_of_a_task_reaches_the_row(stage: Stage, said: str) -> No
     assert row.error[:3] == said[:3]
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_lost_job_is_told_by_its_worker_or_by_whoever_finds_it(stage: Stage, told: bool) -> None:
+    """Also where another worker is the first to write its end."""
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    ended = [Ended(job, "1.1", "lost", "its process died", told=told)]
+    stage.ledger.settle("a", "a-life", ended=ended, most_losses=1)
+    stage.apply()
+    assert (stage.row(job).state, stage.row(job).outbox) == ("lost", None if told else UNTOLD)
+
+
 def test_entries_are_forgotten_when_they_are_written_and_not_before(stage: Stage) -> None:
     job = stage.submit(cpus=1000, applied=False)
     assert [one.state for one in transition_log.read(stage.ledger)] == ["admitted"]
@@ -283,6 +295,20 @@ def test_a_job_that_ended_has_no_attempt_that_goes_on(connection: Connection) ->
     # It comes after all, and stands.
     rows.apply([first[-1]])
     assert ended_attempts(connection) == [(1, "handed_back", None), (2, "succeeded", None)]
+
+
+def test_attempt_that_lost_its_job_to_a_newer_one_has_not_ended_it(connection: Connection) -> None:
+    """Its body had lost its lease, and the books that held it still were told that it is over."""
+    rows = Rows(connection)
+    rows.insert("j0")
+    first, second = with_a_worker("cancelled", "cancelled"), with_a_worker("succeeded", "succeeded")
+    rows.apply(first[:1])
+    rows.apply([replace(second[-1], attempt=2)])
+    rows.apply([replace(first[-1], error="the job had ended as succeeded")])
+    assert ended_attempts(connection) == [
+        (1, "taken_back", "the job had ended as succeeded"),
+        (2, "succeeded", None),
+    ]
 
 
 def test_attempt_that_is_heard_of_after_the_end_of_its_job_is_over(connection: Connection) -> None:

@@ -124,15 +124,17 @@ def test_a_job_that_is_lost_has_failed(
         return platform.worker("dying", cpus=4, arguments=("-E",), **{HEARD: str(others)})  # type: ignore[arg-type]
 
     dying = start()
+    quiet = submitter.send(HOLD, "quiet", ignore_result=True)
     with_worker = submitter.send(HOLD, "worker", cpus=4)
-    for gate in ("theirs", "ours"):
+    plain.send_task(HOLD, ("theirs too",), ignore_result=True)
+    for gate in ("theirs", "ours", "theirs too", "quiet"):
         os.kill(tasks.started(platform.redis, gate)[1], signal.SIGKILL)
     tasks.started(platform.redis, "worker")
     dying.kill()
     # (It takes over at once.)
     its_next_life = start()
     expected = heard_of(files["plain"], theirs, "task_failure")
-    for job in (ours, with_worker):
+    for job in (ours, quiet, with_worker):
         assert submitter.ended(job).state == "lost"
         assert heard_of(files["ours"], job, "task_failure", more=others) == expected
         event = ear.until(job, "task-failed")[-1]
@@ -142,6 +144,8 @@ def test_a_job_that_is_lost_has_failed(
         for one in ear.of(job):
             seen.event(dict(one))
         assert seen.tasks[job].state == states.FAILURE
+        if job == quiet:
+            continue
         with pytest.raises(WorkerLostError):
             submitter.value(job)
     assert its_next_life.stop() == 0

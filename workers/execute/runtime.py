@@ -140,6 +140,7 @@ class Runtime:
             self.starting.take,
             lambda: self.starting.attached,
         )
+        late = partial(tell_late, app, engine, identity.incarnation)
         self.in_postgres = PostgresEnds(
             engine,
             settings,
@@ -150,6 +151,7 @@ class Runtime:
             self.puller.wake,
             lambda: self.duties.tick(OUTBOX),
             partial(deliver_parts, app, stores),
+            late,
         )
         self.pulse = Pulse(
             ledger,
@@ -176,7 +178,7 @@ class Runtime:
             exclusive,
             self.in_postgres,
             self.quarantine.set_aside,
-            partial(tell_late, app, engine, identity.incarnation),
+            late,
         )
         candidate = (identity.incarnation, lambda: self.confirmation.authority, ledger, identity.name)
         self.duties = Runner(app, stores, *candidate, self.pulse.looked, lambda: self.confirmation.resting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.postgres import is_locked
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended
-from celery_capacity.routing.model.states import State, Step
+from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.store import claims, dependencies, job_transitions, refused_transitions
 from celery_capacity.routing.store.claims import Became, Holder
 from celery_capacity.routing.store.job_transitions import Applied, Transition
@@ -44,10 +44,28 @@ class End:
     refused: bool = False
 
 
+@dataclass(slots=True)
+class Written:
+    """What became of ends that are over for their worker. `refused`: not their jobs' any more. `repeated`: their rows
+    have an end of theirs already. `lost`: they ended their jobs as lost."""
+
+    ends: list[End] = field(default_factory=list)
+    refused: list[End] = field(default_factory=list)
+    repeated: list[End] = field(default_factory=list)
+    lost: list[End] = field(default_factory=list)
+
+    def add(self, other: Written) -> None:
+        self.ends += other.ends
+        self.refused += other.refused
+        self.repeated += other.repeated
+        self.lost += other.lost
+
+
 class PostgresEnds:
     """Used by the ledger's thread alone. `later` runs what may wait for a store elsewhere; `on_room` is called after
     holdings were removed, `on_outbox` when rows have something to be delivered. `on_parts` gets the jobs whose rows
-    have parts of chords, in the thread of `later`."""
+    have parts of chords, in the thread of `later`, and `tell_late` there (job, token, outbox) of an end that was not
+    written."""
 
     def __init__(
         self,
@@ -60,6 +78,7 @@ class PostgresEnds:
         on_room: Callable[[], None],
         on_outbox: Callable[[], None],
         on_parts: Callable[[Sequence[str]], None],
+        tell_late: Callable[[str, str, str], None],
     ) -> None:
         self._engine = engine
         self._transactions = transactions(engine)
@@ -71,6 +90,7 @@ class PostgresEnds:
         self._on_room = on_room
         self._on_outbox = on_outbox
         self._on_parts = on_parts
+        self._tell_late = tell_late
         self._said = ""
         #: Ends that were refused and are not counted in the ledger yet.
         self.stale = 0
@@ -96,7 +116,7 @@ class PostgresEnds:
         if not batch:
             return dropped > 0
         try:
-            written, refused, lost = self._write_all(batch)
+            written = self._write_all(batch)
         except SQLAlchemyError as error:
             said = f"Postgres does not take what ended, it is kept: {type(error).__name__}"
             if said != self._said:
@@ -107,36 +127,42 @@ class PostgresEnds:
         for _ in batch:
             ends.popleft()
         # (Behind all others: an end whose row is locked, or that Postgres takes in no way, holds back none of them.)
-        done = set(map(id, written))
+        done = set(map(id, written.ends))
         ends.extend(end for end in batch if id(end) not in done)
-        batch = written
-        if not batch:
+        if not written.ends:
             return dropped > 0
-        for end in batch:
+        self._after(written)
+        return True
+
+    def _after(self, written: Written) -> None:
+        for end in written.ends:
             self._holdings.remove(end.ended.job, end.ended.token)
-        for end in refused:
+        for end in written.refused:
             logger.warning(
                 "job %s: attempt %s no longer held its lease; its end (%s) is refused",
                 end.ended.job,
                 end.ended.token,
                 end.ended.outcome,
             )
-        self.stale += len(refused)
-        for end in lost:
+        self.stale += len(written.refused)
+        for end in [*written.refused, *written.repeated]:
+            # (Whoever closed the end of a job that had ended itself did not know what it returned.)
+            if end.ended.outcome == "succeeded" and (left := left_by(end)):
+                self._later(partial(self._tell_late, end.ended.job, end.ended.token, left))
+        for end in written.lost:
             if end.on_lost is not None:
                 self._later(end.on_lost)
         self._on_room()
-        if any(end.whole or end.ended.outbox for end in batch):
+        if any(end.whole or end.ended.outbox for end in written.ends):
             self._on_outbox()
-        if parts := [end.ended.job for end in batch if PART in end.ended.outbox]:
+        if parts := [end.ended.job for end in written.ends if PART in end.ended.outbox]:
             self._later(partial(self._on_parts, parts))
-        return True
 
-    def _write_all(self, batch: Sequence[End]) -> tuple[list[End], list[End], list[End]]:
-        """Write ends so that one which Postgres does not take concerns its own job alone; returns those that are
-        written, and of them what `_write` returns. Raises what concerns the whole store."""
+    def _write_all(self, batch: Sequence[End]) -> Written:
+        """Write ends so that one which Postgres does not take concerns its own job alone; the others are left out of
+        what this returns. Raises what concerns the whole store."""
         try:
-            return list(batch), *self._write(batch)
+            return self._write(batch)
         except Exception as error:
             if is_locked(error):
                 return self._write_free(batch, error)
@@ -145,11 +171,11 @@ class PostgresEnds:
             if len(batch) == 1:
                 return self._write_bad(batch[0])
         half = len(batch) // 2
-        parts = [self._write_all(some) for some in (batch[:half], batch[half:])]
-        written, refused, lost = ([end for part in parts for end in part[i]] for i in range(3))
-        return written, refused, lost
+        written = self._write_all(batch[:half])
+        written.add(self._write_all(batch[half:]))
+        return written
 
-    def _write_free(self, batch: Sequence[End], error: Exception) -> tuple[list[End], list[End], list[End]]:
+    def _write_free(self, batch: Sequence[End], error: Exception) -> Written:
         """Write the ends of jobs whose rows nobody keeps locked."""
         with self._transactions.begin() as connection:
             free = job_transitions.free(connection, [end.ended.job for end in batch])
@@ -157,38 +183,38 @@ class PostgresEnds:
         if len(some) == len(batch):
             # It was free again just now, or a whole table is locked.
             raise error
-        return self._write_all(some) if some else ([], [], [])
+        return self._write_all(some) if some else Written()
 
-    def _write_bad(self, end: End) -> tuple[list[End], list[End], list[End]]:
+    def _write_bad(self, end: End) -> Written:
         """Write one that Postgres does not take as it is (`routing.store.refused_transitions`)."""
         with self._transactions.begin() as connection:
             rows = claims.lock_holders(connection, [end.ended.job])
-            refused, lost, transitions = self._judge([end], rows, claims.now_ms(connection))
+            written, transitions = self._judge([end], rows, claims.now_ms(connection))
         applied, left = refused_transitions.write(self._engine, transitions)
         if left:
-            return [], [], []
+            return Written()
         if _starts(applied):
             self._wake()
         self._open_needs(applied)
-        return [end], refused, lost
+        return written
 
-    def _write(self, batch: Sequence[End]) -> tuple[list[End], list[End]]:
-        """One transaction; returns the ends that are not their jobs' any more, and those that ended theirs as lost."""
+    def _write(self, batch: Sequence[End]) -> Written:
+        """One transaction."""
         with self._transactions.begin() as connection:
             rows = claims.lock_holders(connection, [end.ended.job for end in batch])
-            refused, lost, transitions = self._judge(batch, rows, claims.now_ms(connection))
+            written, transitions = self._judge(batch, rows, claims.now_ms(connection))
             applied = job_transitions.apply(connection, transitions)
             if _starts(applied):
                 claims.wake(connection)
         self._open_needs(applied)
-        return refused, lost
+        return written
 
     def _judge(
         self, batch: Sequence[End], rows: Mapping[str, Holder], now: int
-    ) -> tuple[list[End], list[End], list[Transition]]:
-        """What `_write` returns, and what the other ends make of their jobs."""
+    ) -> tuple[Written, list[Transition]]:
+        """What becomes of these ends, and what they make of their jobs."""
         held = {(one.job, one.token): one for one in self._holdings.all()}
-        refused, lost, transitions = list[End](), list[End](), list[Transition]()
+        written, transitions = Written(list(batch)), list[Transition]()
         for end in batch:
             row = rows.get(end.ended.job)
             epoch, attempt = _numbers(end.ended.token)
@@ -196,10 +222,12 @@ class PostgresEnds:
             if row is not None and holding is not None and row.takes(epoch, attempt):
                 transitions.append(self._transition(end, holding, row, now))
                 if transitions[-1].state == "lost":
-                    lost.append(end)
+                    written.lost.append(end)
             elif row is None or not row.has(epoch, attempt):
-                refused.append(end)
-        return refused, lost, transitions
+                written.refused.append(end)
+            else:
+                written.repeated.append(end)
+        return written, transitions
 
     def _wake(self) -> None:
         try:
@@ -242,10 +270,14 @@ class PostgresEnds:
             outcome=ended.outcome,
             error=ended.error or "",
             # (A job that runs again has nothing to deliver but what it published itself, its retry.)
-            outbox="" if back else end.whole() if end.whole is not None else ended.outbox,
-            # (Of one that was stopped with its worker nobody has told that it is lost.)
-            told=not (became.state == State.LOST and end.whole is None and not ended.outbox),
+            outbox="" if back else left_by(end),
+            told=ended.told,
         )
+
+
+def left_by(end: End) -> str:
+    """The whole outbox of an end."""
+    return end.whole() if end.whole is not None else end.ended.outbox
 
 
 def _starts(applied: Sequence[Applied]) -> bool:

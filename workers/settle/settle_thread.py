@@ -33,7 +33,7 @@ from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.results.outcome_writer import Recorder
 from celery_capacity.workers.settle.lost_keys import Keyless
-from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
+from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds, left_by
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,9 @@ class LedgerThread(os_threads.Thread):
         """An attempt is over. The first call for it counts; False for the others."""
         if not self._holdings.end(job, token):
             return False
-        ended = Ended(job, token, outcome, storable(error or "", ERROR_LENGTH), outbox, results)
+        # (Of one that was stopped with its worker nobody tells that it is lost.)
+        told = outcome != "lost" or on_lost is not None
+        ended = Ended(job, token, outcome, storable(error or "", ERROR_LENGTH), outbox, results, told)
         self._ends.append(End(ended, on_lost, whole))
         self._wake.set()
         return True
@@ -330,8 +332,7 @@ class LedgerThread(os_threads.Thread):
                 logger.warning(told, one.end.job, one.end.token, one.end.outcome)
                 self.on_missing()
                 if one.end.outcome == "succeeded" and end is not None:
-                    late = end.whole() if end.whole is not None else one.end.outbox
-                    self._recorder.call(partial(self._tell_late, one.end.job, one.end.token, late))
+                    self._recorder.call(partial(self._tell_late, one.end.job, one.end.token, left_by(end)))
                 continue
             if one.state == "lost" and end is not None and end.on_lost is not None:
                 self._recorder.call(end.on_lost)
@@ -395,6 +396,5 @@ class LedgerThread(os_threads.Thread):
             entry=entry,
             # (A job that runs again has nothing to deliver but what it published itself, its retry.)
             outbox="" if stopped or end.outcome == "handed_back" or (end.outcome == "lost" and back) else end.outbox,
-            # (Of one that was stopped with its worker nobody has told that it is lost.)
-            told=not stopped and not (state == "lost" and not end.outbox and not end.results),
+            told=not stopped and end.told,
         )

@@ -5,8 +5,8 @@
 --   allocated, allocated_cpus, kept
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not '':
 --   the worker is asking, hand over to it), then for each job: job, token, outcome (succeeded, failed, cancelled, expired,
---   replaced, retried, handed_back, lost), error, outbox, number of results that are kept in this Redis, and for each of
---   these: its key (of Celery's backend), seconds to live (0: for ever), result
+--   replaced, retried, handed_back, lost), error, outbox, told (1: the worker tells how the job ended), number of results
+--   that are kept in this Redis, and for each of these: its key (of Celery's backend), seconds to live (0: for ever), result
 -- Replies: {ok, admitted, cursor of shapes, then for each job: released | repeat | stale | unknown (no key of it is there),
 --   state, entry, shape, then for each job handed over: job, token, admitted, started, entry, losses, shape, rerun, message}
 --   | {cold} | {epoch, current}
@@ -32,8 +32,8 @@ local reply = {'ok', '0', ''}
 local i = 8
 while i <= #ARGV do
   local id, token, outcome, error_text = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
-  local outbox, results = ARGV[i + 4], i + 6
-  i = results + 3 * tonumber(ARGV[i + 5])
+  local outbox, told, results = ARGV[i + 4], ARGV[i + 5], i + 7
+  i = results + 3 * tonumber(ARGV[i + 6])
   local job = read_job(id)
   local verdict, state, entry = 'stale', '', ''
   local before = job and job.state == 'ended' and token_of(job) == token and redis.call('HMGET', KEY.job .. id, 'outcome', 'became', 'entry')
@@ -47,7 +47,7 @@ while i <= #ARGV do
       if outcome == 'handed_back' then
         count('handed_back', 1)
       end
-      state = put_back(id, job, now, outcome, error_text, most_losses, outbox)
+      state = put_back(id, job, now, outcome, error_text, most_losses, outbox, told)
     else
       local final = outcome ~= 'retried'
       state = final and outcome or 'scheduled'
@@ -56,7 +56,7 @@ while i <= #ARGV do
         redis.call('ZREM', KEY.unclaimed, id)
       end
       note(id, job, state, final and STEP.ended or STEP.back, now, {outcome = outcome, error = error_text,
-        outbox = outbox})
+        outbox = outbox, told = told})
       -- Where Postgres holds a successor, or waits for a replacement, the job goes on, unless it was revoked.
       local for_good = final and outcome ~= 'replaced' and (outcome == 'cancelled' or not job.successor)
       bury(id, job, state, outcome, for_good)
@@ -68,10 +68,10 @@ while i <= #ARGV do
         -- As Celery's backend stores it, and tells whoever waits.
         local key, seconds, result = ARGV[r], ARGV[r + 1], ARGV[r + 2]
         local kept = redis.pcall('SET', key, result, unpack(seconds == '0' and {} or {'EX', seconds}))
-        local told = redis.pcall('PUBLISH', key, result)
+        local sent = redis.pcall('PUBLISH', key, result)
         -- A time that no key can have, or no right to that channel: the book is not written yet, so nothing here may end
         -- this script.
-        if (type(kept) == 'table' and kept.err) or (type(told) == 'table' and told.err) then
+        if (type(kept) == 'table' and kept.err) or (type(sent) == 'table' and sent.err) then
           count('refused.result', 1)
         end
       end

@@ -18,8 +18,8 @@ local function bury(id, job, became, outcome, final)
 end
 
 -- Put a job that held an allocation back into the backlog (the caller gives the allocation back), or end it where it
--- was revoked meanwhile or lost too often (then with its outbox). Returns the state it has now.
-local function put_back(id, job, now, outcome, error_text, most_losses, outbox)
+-- was revoked meanwhile or lost too often (then with its outbox, and whether its worker tells). Returns the state it has now.
+local function put_back(id, job, now, outcome, error_text, most_losses, outbox, told)
   redis.call('HDEL', KEY.held .. job.worker, id)
   redis.call('ZREM', KEY.unclaimed, id)
   if outcome == 'lost' then
@@ -34,7 +34,7 @@ local function put_back(id, job, now, outcome, error_text, most_losses, outbox)
   if outcome == 'lost' then
     -- A successor that the attempt published before it was lost runs all the same.
     if (job.rerun == '0' or tonumber(job.losses) >= tonumber(most_losses)) and not job.successor then
-      note(id, job, 'lost', STEP.ended, now, {outcome = 'lost', error = error_text, outbox = outbox})
+      note(id, job, 'lost', STEP.ended, now, {outcome = 'lost', error = error_text, outbox = outbox, told = told})
       bury(id, job, 'lost', 'lost', true)
       return 'lost'
     end

@@ -14,7 +14,8 @@ local function note(id, job, state, step, now, more)
   job.entry = redis.call('XADD', KEY.stream, '*', 'job', id, 'epoch', job.epoch, 'attempt', job.attempt,
     'state', state, 'step', step, 'worker', job.worker or '', 'incarnation', job.incarnation or '',
     'admitted', job.admitted or '', 'started', job.started or '', 'at', int(now), 'losses', job.losses or '0',
-    'outcome', more and more.outcome or '', 'error', more and more.error or '', 'outbox', more and more.outbox or '')
+    'outcome', more and more.outcome or '', 'error', more and more.error or '', 'outbox', more and more.outbox or '',
+    'told', more and more.told or '')
   job.noted = span
   -- Whoever watches the job hears of it on the channel that has the name of its key (routing/inspect/job_events.py).
   redis.call('PUBLISH', KEY.job .. id, job.epoch .. ' ' .. job.attempt .. ' ' .. step .. ' ' .. state .. ' ' .. int(now) ..
