@@ -86,6 +86,8 @@ class Mortal:
 @pytest.fixture
 def mortal(platform: Platform, oracle: Oracle) -> Mortal:
     platform.environment["PLATFORM_IMPORTS"] += ",tests.tasks.dying"
+    # (One job may be on the worker each time that this dies.)
+    platform.environment["PLATFORM_MOST_LOSSES"] = str(max(map(len, (DELIVER_AND_CLAIM, FINISH, RELEASE))) + 1)
     return Mortal(platform, oracle)
 
 
@@ -108,7 +110,8 @@ def test_a_worker_dies_at_each_step_of_a_job(
     pool: Pool,
 ) -> None:
     platform.worker("b", cpus=2, pool="threads")
-    with oracle.flow(submitter, every=0.05, seconds=0.05):
+    # (More than one of the two can run, so that both have enough to do.)
+    with oracle.flow(submitter, every=0.05, seconds=0.15):
         for point in points:
             mortal.died(mortal.start("a", point, pool), point)
         platform.worker("a", cpus=2, pool=pool)
