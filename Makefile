@@ -61,6 +61,7 @@ test-pythons:
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Not --quiet, which would hide the warnings from --strict too. (The variable silences an advertisement of the theme.)

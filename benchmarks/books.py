@@ -108,9 +108,7 @@ class Books:
             answer = self.ledger.submit(job, REQUEST, place, self.message)
             worker = str(answer.worker)
             arrival = (job, f"{self.ledger.epoch}.{answer.attempt}", str(uuid.uuid4()))
-            settled = self.ledger.settle(
-                worker, self._incarnations[worker], arrived=[arrival], most_losses=MOST_LOSSES
-            )
+            settled = self.ledger.settle(worker, self._incarnations[worker], arrived=[arrival], most_losses=MOST_LOSSES)
             if not settled.claimed[0].ok:
                 raise RuntimeError(f"{worker} could not claim what was admitted to it")
             holds.append(job)

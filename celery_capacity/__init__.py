@@ -100,6 +100,7 @@ _SOURCES = {
     "job": "celery_capacity.workers.client.job",
 }
 
+
 def __getattr__(name: str) -> _Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

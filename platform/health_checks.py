@@ -86,9 +86,7 @@ def _registered(client: redispy.Redis, seen: Overview, ttl: float) -> Check:
     name = "workers are registered, and expire"
     left: dict[str, float] = {}
     if not seen.workers:
-        return Check(
-            name, False, "no live worker: start one with `celery -A platform worker`", {"workers": left}
-        )
+        return Check(name, False, "no live worker: start one with `celery -A platform worker`", {"workers": left})
     if seen.source != "ledger":
         return Check(name, False, seen.why or "the ledger does not answer or is cold", {"workers": left})
     pipe = client.pipeline(transaction=False)

@@ -208,9 +208,7 @@ def _held(engine: Engine, worker: str) -> list[Holding]:
         return [Holding(row[0], row[1], Request.from_shape(row[2]), "", row[3], row[4]) for row in rows]
 
 
-def serve(
-    pipe: Connection, environment: dict[str, str], first: int, count: int, cpus: int, hold: float | None
-) -> None:
+def serve(pipe: Connection, environment: dict[str, str], first: int, count: int, cpus: int, hold: float | None) -> None:
     """The process: says "ready" when all are registered or wait for the ledger; answers "troubles"."""
     threading.stack_size(STACK)
     # Each of a thousand would say that it has registered again.

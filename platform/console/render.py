@@ -256,8 +256,7 @@ def _reason(why: Explanation) -> str:
         f" and {why.worker}, which comes closest, has {free} when empty.",
         Why.NO_ROOM: f"No worker has room now: {why.worker} is left to a job that must run alone."
         if why.resource == ALONE
-        else f"No worker has room now: it needs {asked},"
-        f" and {why.worker}, which comes closest, has {free} free.",
+        else f"No worker has room now: it needs {asked}, and {why.worker}, which comes closest, has {free} free.",
         Why.ALONE: "One more lost attempt would end it, so it runs alone on a worker, and none that it fits is empty."
         + (f" {why.worker} takes nothing else until it is." if why.worker else ""),
         Why.BEHIND_SHAPE: "There is room, and jobs with the same request come before it.",

@@ -55,9 +55,7 @@ def harmless(text: str) -> str:
     names and errors come from whoever submits."""
     if text.isprintable():
         return text
-    return "".join(
-        one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text
-    )
+    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
 
 
 class OutputLost(Exception):

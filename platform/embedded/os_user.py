@@ -47,9 +47,7 @@ def owner() -> Owner | None:
     while (found := _user()) is None:
         for command in _MAKE_USER:
             try:
-                done = subprocess.run(
-                    command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-                )
+                done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
             except FileNotFoundError:
                 continue
             # It may also fail because another process makes the same user at this moment: then it is there
@@ -112,9 +110,7 @@ def reachable_copy(package: Path, user: Owner | None) -> Path:
         fresh = Path(tempfile.mkdtemp(prefix="programs.new-", dir=PLACE))
         for source in (package, libraries):
             if source.exists():
-                shutil.copytree(
-                    source, fresh / source.name, ignore=shutil.ignore_patterns("__pycache__", "include")
-                )
+                shutil.copytree(source, fresh / source.name, ignore=shutil.ignore_patterns("__pycache__", "include"))
         for path in (fresh, *fresh.rglob("*")):
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
         try:
@@ -135,8 +131,7 @@ def _readable(path: Path) -> bool:
     if not path.exists():
         return True
     needed: Iterable[bool] = (
-        bool(found.st_mode & stat.S_IROTH)
-        and (not stat.S_ISDIR(found.st_mode) or bool(found.st_mode & stat.S_IXOTH))
+        bool(found.st_mode & stat.S_IROTH) and (not stat.S_ISDIR(found.st_mode) or bool(found.st_mode & stat.S_IXOTH))
         for found in (entry.lstat() for entry in path.rglob("*"))
     )
     return all(needed)

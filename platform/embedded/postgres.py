@@ -144,9 +144,7 @@ def _make_data(programs: Path, data: Path, owner: os_user.Owner | None, durable:
 
 def _check_version(programs: Path, data: Path) -> None:
     have = (data / "PG_VERSION").read_text().strip()
-    spoken = subprocess.run(
-        [str(programs / "postgres"), "--version"], capture_output=True, text=True, check=True
-    )
+    spoken = subprocess.run([str(programs / "postgres"), "--version"], capture_output=True, text=True, check=True)
     need = spoken.stdout.split()[2].split(".")[0]
     if have != need:
         raise NoServers(

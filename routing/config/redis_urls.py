@@ -174,4 +174,3 @@ def verified(value: str, env: str) -> str:
     if not value.startswith("rediss://") or "ssl_cert_reqs=" in value:
         return value
     return f"{value}{'&' if '?' in value else '?'}ssl_cert_reqs=required"
-

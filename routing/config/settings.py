@@ -31,6 +31,7 @@ MAX_MESSAGE_LIMIT = 512 * 1024**2
 #: lost attempts after which a job may be ended at the latest; a column of Postgres counts them
 MOST_LOSSES_LIMIT = 1000
 
+
 class Meaning(NamedTuple):
     """What a field's metadata holds: variable, default as the docs write it, unit, what it does."""
 

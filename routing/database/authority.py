@@ -66,9 +66,7 @@ def database_id(connection: Connection) -> str:
 def count_from_now(connection: Connection) -> None:
     """Where Postgres's clock was set back since the authority changed, count the time since then from now: else nobody
     would decide until that clock has come so far again."""
-    connection.execute(
-        text("UPDATE authority SET changed_at = clock_timestamp() WHERE changed_at > clock_timestamp()")
-    )
+    connection.execute(text("UPDATE authority SET changed_at = clock_timestamp() WHERE changed_at > clock_timestamp()"))
 
 
 # (An opener that spoke in the future did so before the clock was set back.)

@@ -55,9 +55,7 @@ jobs = Table(
     ),
     Column("worker", Text, comment="the worker of the newest attempt"),
     Column("incarnation", Text),
-    Column(
-        "priority", SmallInteger, nullable=False, server_default=text("0"), comment="0 to 9, higher first"
-    ),
+    Column("priority", SmallInteger, nullable=False, server_default=text("0"), comment="0 to 9, higher first"),
     Column("request", JSONB, nullable=False, comment="people's units: {cpus, memory, slots, ...}"),
     Column("shape", Text, nullable=False, comment="the request in integers, see routing.model.request"),
     Column(

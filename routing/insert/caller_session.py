@@ -59,9 +59,7 @@ def is_at(connection: Connection, home: Home) -> bool:
     return bool(connection.execute(_IS_HOME, values).scalar_one())
 
 
-_INSERT: Final = (
-    insert(jobs).on_conflict_do_nothing(index_elements=["id"]).returning(jobs.c.id, jobs.c.seq)
-)
+_INSERT: Final = insert(jobs).on_conflict_do_nothing(index_elements=["id"]).returning(jobs.c.id, jobs.c.seq)
 
 
 def insert_jobs(connection: Connection, home: Home, jobs: Sequence[NewJob]) -> Mapping[str, int]:

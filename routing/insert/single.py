@@ -45,9 +45,7 @@ _TYPES: Final = (
     "text, jsonb"
 )
 _VALUES: Final = ", ".join(f"${number}" for number in range(1, 19))
-_RETURNING: Final = (
-    "ON CONFLICT (id) DO NOTHING RETURNING seq, (SELECT epoch || ' ' || authority FROM authority)"
-)
+_RETURNING: Final = "ON CONFLICT (id) DO NOTHING RETURNING seq, (SELECT epoch || ' ' || authority FROM authority)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,10 +117,6 @@ def publish_left(connection: Connection, left: str) -> list[str]:
         if inserted.seq is not None:
             if inserted.starts:
                 new.append(job.id)
-        elif (
-            inserted.same_as is None
-            and put_successor(connection, job) == State.REPLACED
-            and job.due_at is None
-        ):
+        elif inserted.same_as is None and put_successor(connection, job) == State.REPLACED and job.due_at is None:
             new.append(job.id)
     return new

@@ -263,31 +263,23 @@ def _books(shelf: Shelf) -> Iterator[Suspicion]:
         book = shelf.books.get(worker)
         if book is None:
             if held:
-                yield Suspicion(
-                    "I1", f"worker {worker} has no book and holds {', '.join(sorted(held.items())[0])}"
-                )
+                yield Suspicion("I1", f"worker {worker} has no book and holds {', '.join(sorted(held.items())[0])}")
             continue
         for name in book.over():
             used, there = book.allocated[name], book.capacity.get(name, 0)
             if not book.shrunk:
                 yield Suspicion("I1", f"worker {worker} has {used} of {there} {name} allocated")
         cards = {job: shelf.cards.get(job) for job in held}
-        unlike = [
-            job for job, card in cards.items() if card is None or card.token != held[job] or not card.shape
-        ]
+        unlike = [job for job, card in cards.items() if card is None or card.token != held[job] or not card.shape]
         for job in unlike:
-            yield Suspicion(
-                "I1", f"worker {worker} holds {job} {held[job]}, which the job's own key does not say"
-            )
+            yield Suspicion("I1", f"worker {worker} holds {job} {held[job]}, which the job's own key does not say")
         if not unlike:
             sums = sum_up((worker, card.shape or "", 1) for card in cards.values() if card)
             expected = sums.get(worker, {})
             for name in sorted(expected.keys() | book.allocated.keys()):
                 used, sum_ = book.allocated.get(name, 0), expected.get(name, 0)
                 if used != sum_:
-                    yield Suspicion(
-                        "I1", f"worker {worker} has {used} {name} allocated, its jobs hold {sum_}"
-                    )
+                    yield Suspicion("I1", f"worker {worker} has {used} {name} allocated, its jobs hold {sum_}")
     for job, workers in holders.items():
         if len(workers) > 1:
             yield Suspicion("I4", f"job {job} is held by {', '.join(workers)}")
@@ -324,9 +316,7 @@ def _queues(shelf: Shelf) -> Iterator[Suspicion]:
 
 def _agreement(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
     """I6: Redis says what Postgres says, but for transitions that are on their way there."""
-    redis_held = {
-        job: f"{worker} {token}" for worker, held in shelf.held.items() for job, token in held.items()
-    }
+    redis_held = {job: f"{worker} {token}" for worker, held in shelf.held.items() for job, token in held.items()}
     rows_held = {
         job: f"{row.worker} {row.epoch}.{row.attempt}"
         for job, row in rows.active.items()
@@ -368,6 +358,4 @@ def _rest(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
         yield Suspicion("I3", f"ledger:allocated is {shelf.allocated[0]}")
     for shape, queue in shelf.waits.items():
         if queue:
-            yield Suspicion(
-                "I3", f"{len(queue)} jobs wait under {shape} in Redis, the first is {queue[0][0]}"
-            )
+            yield Suspicion("I3", f"{len(queue)} jobs wait under {shape} in Redis, the first is {queue[0][0]}")

@@ -231,4 +231,3 @@ class Ledger(Held, Elections):
         """`resource:allocated_cpus` as it stands."""
         found = self._guard(lambda: self.client.get(keys.ALLOCATED_CPUS))
         return found.decode() if found is not None else None
-

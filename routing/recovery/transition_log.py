@@ -123,9 +123,7 @@ def write(
     return applied, len(left)
 
 
-def _set_aside(
-    engine: Engine, ledger: Ledger, unreadable: Sequence[tuple[bytes, dict[bytes, bytes]]]
-) -> None:
+def _set_aside(engine: Engine, ledger: Ledger, unreadable: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> None:
     """Keep entries that no script wrote, and drop them from the stream."""
     for entry, fields in unreadable:
         said = {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in fields.items()}

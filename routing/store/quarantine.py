@@ -39,9 +39,7 @@ class SetAside:
     @classmethod
     def of(cls, raw: bytes, queue: str, reason: str, worker: str | None = None) -> SetAside:
         """With everything cut to what the table holds, and made such as Postgres takes it."""
-        return cls(
-            bytes(raw[:MOST_BYTES]), storable(queue, QUEUE_LENGTH), storable(reason, REASON_LENGTH), worker
-        )
+        return cls(bytes(raw[:MOST_BYTES]), storable(queue, QUEUE_LENGTH), storable(reason, REASON_LENGTH), worker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +75,7 @@ def write(connection: Connection, messages: Sequence[SetAside]) -> None:
     """Keep these messages, and no more than the newest of all."""
     newest = connection.execute(
         insert(quarantine).returning(quarantine.c.id),
-        [
-            {"raw": one.raw, "queue": one.queue, "reason": one.reason, "worker": one.worker} for one in messages
-        ],
+        [{"raw": one.raw, "queue": one.queue, "reason": one.reason, "worker": one.worker} for one in messages],
     ).scalars()
     connection.execute(delete(quarantine).where(quarantine.c.id <= max(newest) - MOST_KEPT))
 

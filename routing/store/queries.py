@@ -139,9 +139,7 @@ def _columns(table: Table) -> list[ColumnElement[Any]]:
     return [table.c[name] for name in (*_SHOWN, *_DETAILS)]
 
 
-def _file(
-    connection: Connection, query: Select[Any], attempts: Table, own: ColumnElement[bool]
-) -> JobFile | None:
+def _file(connection: Connection, query: Select[Any], attempts: Table, own: ColumnElement[bool]) -> JobFile | None:
     """The job of a query, with those of the attempts that are its `own`."""
     row = connection.execute(query.add_columns(func.clock_timestamp().label("now"))).one_or_none()
     if row is None:

@@ -43,9 +43,7 @@ def _row(columns: Sequence[Any]) -> WorkerRow:
     name, incarnation, cpus, memory, capacity, hostname, pid, machine, boot, ticks, version, started_at = columns[:12]
     # A release before noted no machine: its process is not looked up.
     place = Place(machine or "", "" if machine is None else boot)
-    return WorkerRow(
-        name, incarnation, cpus, memory, capacity, hostname, pid, place, ticks, version, started_at
-    )
+    return WorkerRow(name, incarnation, cpus, memory, capacity, hostname, pid, place, ticks, version, started_at)
 
 
 _SEEN: Final = text(f"""

@@ -51,9 +51,7 @@ def confirmation(stage: Stage, regained: threading.Event) -> Iterator[Observed]:
         confirmation.join(10.0)
 
 
-def test_confirmation_rests_while_there_is_nothing_to_decide(
-    confirmation: Observed, regained: threading.Event
-) -> None:
+def test_confirmation_rests_while_there_is_nothing_to_decide(confirmation: Observed, regained: threading.Event) -> None:
     confirmation.idle = lambda: True
     confirmation.start()
     until(lambda: confirmation.resting, "it rests")

@@ -43,9 +43,7 @@ from tests.fixtures.waiting import until
 TASK: Final = "some.task"
 SHAPE: Final = "cpus=1000,slots=1"
 #: How many statements wait for somebody else's row.
-WAITING: Final = (
-    "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-)
+WAITING: Final = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
 @pytest.fixture(params=["ledger", "postgres"])
@@ -484,9 +482,7 @@ def started(stage: Stage, jobs: list[str]) -> list[str]:
     return [job for job in jobs if stage.row(job).due_at is not None]
 
 
-def test_a_rate_lets_jobs_go_in_their_order_as_many_as_its_time_allows(
-    app: Celery, stage: Stage, duty: Any
-) -> None:
+def test_a_rate_lets_jobs_go_in_their_order_as_many_as_its_time_allows(app: Celery, stage: Stage, duty: Any) -> None:
     limit(app, stage, "20/s")
     low = [send(app) for _ in range(12)]
     high = send(app, priority=5)
@@ -590,9 +586,7 @@ def test_what_the_code_declares_holds_unless_one_was_set_at_run_time(app: Celery
     assert stage.row(limited.delay().id).rated is True
 
 
-def test_workers_publish_what_their_tasks_declare_for_senders_that_do_not_have_them(
-    app: Celery, stage: Stage
-) -> None:
+def test_workers_publish_what_their_tasks_declare_for_senders_that_do_not_have_them(app: Celery, stage: Stage) -> None:
     @app.task(name=TASK, rate_limit="1/h", shared=False)
     def limited() -> None: ...
 

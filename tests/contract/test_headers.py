@@ -94,9 +94,7 @@ BINDINGS: Final = {
             )
         },
     ),
-    "close_epoch": Binding(
-        lambda ledger: ledger.close_books(5, "run", "remove", [b"x", b"y"]), 2, {("ok",): "None"}
-    ),
+    "close_epoch": Binding(lambda ledger: ledger.close_books(5, "run", "remove", [b"x", b"y"]), 2, {("ok",): "None"}),
     "compare": Binding(lambda ledger: ledger.compare("a waiting 1.0 -"), 0, {("ok", "a", "b"): "['a', 'b']"}),
     "condemn": Binding(lambda ledger: ledger.condemn("w", "life"), 0, {("ok",): "None", ("unknown",): "None"}),
     # (First of all nothing is named.)
@@ -110,9 +108,7 @@ BINDINGS: Final = {
         lambda ledger: ledger.elect("life", 0, 5.0, ["suspicion"]),
         1,
         {
-            ("elected", "7", "1", "3", "suspicion"): (
-                "Elected(fence=3, asked=('suspicion',), epoch=7, has_book=True)"
-            ),
+            ("elected", "7", "1", "3", "suspicion"): ("Elected(fence=3, asked=('suspicion',), epoch=7, has_book=True)"),
             ("other", "0", "0"): "Elected(fence=0, asked=(), epoch=0, has_book=False)",
         },
     ),

@@ -38,7 +38,11 @@ class Namesakes:
         self.stage.sql(
             "UPDATE workers SET machine_id = :machine, boot_id = :boot, pid = :pid, start_ticks = :ticks,"
             " status = :status WHERE incarnation = :life",
-            machine=place.machine, boot=place.boot, pid=pid, status=status, life=f"a-{life}",
+            machine=place.machine,
+            boot=place.boot,
+            pid=pid,
+            status=status,
+            life=f"a-{life}",
             ticks=process_identity.start_ticks(pid),
         )
 

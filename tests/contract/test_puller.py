@@ -53,7 +53,9 @@ def puller(stage: Stage, settings: Settings) -> Iterator[Puller]:
 
 def test_worker_that_cannot_listen_takes_jobs_all_the_same(stage: Stage, settings: Settings, puller: Puller) -> None:
     """As where all connections past the pooler are taken."""
-    puller._stores._made["settings"] = replace(settings, direct_database_url="postgresql+psycopg2://nobody@127.0.0.1:1/none")
+    puller._stores._made["settings"] = replace(
+        settings, direct_database_url="postgresql+psycopg2://nobody@127.0.0.1:1/none"
+    )
     job = stage.insert({"cpus": 1000})
     puller.start()
     until(lambda: stage.row(job).state == "running", "it is taken")

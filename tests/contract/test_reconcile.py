@@ -280,4 +280,3 @@ def test_job_that_its_worker_ends_while_it_is_repaired_is_not_given_back(
     stage.apply()
     assert (stage.row(job).state, stage.row(job).attempt) == ("succeeded", 1)
     assert check(scene) == []
-

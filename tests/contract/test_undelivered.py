@@ -34,7 +34,7 @@ from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
 
 #: Bodies of old producers of which no arguments can be made.
-UNREADABLE = (b"no JSON", b"[]", b"[[], {}, [1]]", b"[[], {}, {\"errbacks\": 1}]")
+UNREADABLE = (b"no JSON", b"[]", b"[[], {}, [1]]", b'[[], {}, {"errbacks": 1}]')
 
 
 @pytest.fixture

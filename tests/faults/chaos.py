@@ -150,14 +150,14 @@ class Load:
                 self._give_up.wait(LOOK_EVERY)
 
 
-def run(
-    seed: int, seconds: float, jobs: int, faults: list[Fault], folder: Path, say: Callable[[str], None]
-) -> Outcome:
+def run(seed: int, seconds: float, jobs: int, faults: list[Fault], folder: Path, say: Callable[[str], None]) -> Outcome:
     """One run; `say` gets a line for each fault and what ended unasked."""
     outcome = Outcome(seed, seconds, faults)
-    with small_disk() as disk, own_servers(disk) as servers, breaking.world(
-        servers, folder, PLATFORM_STORE_TIMEOUT=STORE_TIMEOUT
-    ) as world:
+    with (
+        small_disk() as disk,
+        own_servers(disk) as servers,
+        breaking.world(servers, folder, PLATFORM_STORE_TIMEOUT=STORE_TIMEOUT) as world,
+    ):
         if disk is None and any(fault.kind == lasting.DISK_IS_FULL for fault in faults):
             say("no disk can be mounted here: it is not filled")
             outcome.faults = faults = [fault for fault in faults if fault.kind != lasting.DISK_IS_FULL]

@@ -148,9 +148,7 @@ def _plan(chance: random.Random, seconds: float, chosen: Sequence[Kind]) -> Iter
         at += chance.uniform(*EVERY)
 
 
-def _possible(
-    kinds: Sequence[Kind], busy: dict[str, float], at: float, beat: bool
-) -> tuple[Kind, list[str]] | None:
+def _possible(kinds: Sequence[Kind], busy: dict[str, float], at: float, beat: bool) -> tuple[Kind, list[str]] | None:
     """The next kind that something free can have, and what of the platform that is."""
     for kind in kinds:
         if (kind.touches == "beat" and not beat) or any(busy.get(name, 0.0) > at for name in kind.also):

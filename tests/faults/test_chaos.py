@@ -15,9 +15,7 @@ JOBS = 1_000
 
 
 @pytest.mark.long
-def test_half_a_minute_of_random_faults_costs_no_job(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_half_a_minute_of_random_faults_costs_no_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     outcome = chaos.run(SEED, SECONDS, JOBS, plan(SEED, SECONDS), tmp_path, said.append)
     chaos.show(outcome)

@@ -79,9 +79,7 @@ def small_group() -> Iterator[Path | None]:
     yield None
 
 
-def test_a_process_that_the_kernel_ends_for_its_memory_costs_that_attempt(
-    submitter: Submitter, oracle: Oracle
-) -> None:
+def test_a_process_that_the_kernel_ends_for_its_memory_costs_that_attempt(submitter: Submitter, oracle: Oracle) -> None:
     """Where no control group can be made, the process is killed as the kernel would."""
     with small_group() as group:
         job = oracle.send(submitter, seconds=2.0, how="take memory" if group else "die")

@@ -34,8 +34,13 @@ def right() -> Records:
             {"what": "effect", "job": job, "attempt": 1, "pid": 7},
             {"what": "row", "job": job, "state": "succeeded"},
             {
-                "what": "attempt", "job": job, "epoch": 1, "attempt": 1,
-                "outcome": "succeeded", "at": began + 0.9, "error": None,
+                "what": "attempt",
+                "job": job,
+                "epoch": 1,
+                "attempt": 1,
+                "outcome": "succeeded",
+                "at": began + 0.9,
+                "error": None,
             },
             {"what": "result", "job": job, "wanted": value, "found": ["SUCCESS", value], "unknown": False},
         ]
@@ -88,9 +93,7 @@ def test_every_count_is_doctored_once() -> None:
 
 
 @pytest.mark.parametrize(("name", "doctor"), DOCTORED)
-def test_judge_counts_what_is_wrong_in_a_file(
-    tmp_path: Path, name: str, doctor: Callable[[Records], None]
-) -> None:
+def test_judge_counts_what_is_wrong_in_a_file(tmp_path: Path, name: str, doctor: Callable[[Records], None]) -> None:
     records = right()
     doctor(records)
     file = tmp_path / "history.jsonl"

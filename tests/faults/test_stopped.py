@@ -119,9 +119,7 @@ def test_worker_that_was_given_up_and_goes_on_keeps_its_name(
 
 
 @pytest.mark.long
-def test_stopped_child_of_a_live_worker_loses_nothing(
-    platform: Platform, submitter: Submitter, oracle: Oracle
-) -> None:
+def test_stopped_child_of_a_live_worker_loses_nothing(platform: Platform, submitter: Submitter, oracle: Oracle) -> None:
     """Its job is held by a worker that renews its lease: it goes on where it was."""
     worker = platform.worker("a", cpus=2)
     job = oracle.send(submitter, seconds=1.0)

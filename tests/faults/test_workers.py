@@ -126,9 +126,7 @@ def test_a_worker_whose_main_process_is_killed_is_followed_at_once(
     oracle.assert_zeros()
 
 
-def test_what_a_body_started_is_ended_with_its_worker(
-    platform: Platform, submitter: Submitter, oracle: Oracle
-) -> None:
+def test_what_a_body_started_is_ended_with_its_worker(platform: Platform, submitter: Submitter, oracle: Oracle) -> None:
     former = platform.worker("a", cpus=1)
     job = oracle.send(submitter, how="grandchild")
     oracle.until_runs(1)

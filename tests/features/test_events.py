@@ -64,14 +64,17 @@ def test_a_job_that_waits_is_told_of(platform: Platform, submitter: Submitter, e
     for one in events:
         state.event(dict(one))
         seen = state.tasks[job]
-        assert seen.state == {
-            "task-sent": states.PENDING,
-            "task-waiting": "WAITING",
-            "task-admitted": "ADMITTED",
-            "task-received": states.RECEIVED,
-            "task-started": states.STARTED,
-            "task-succeeded": states.SUCCESS,
-        }[one["type"]]
+        assert (
+            seen.state
+            == {
+                "task-sent": states.PENDING,
+                "task-waiting": "WAITING",
+                "task-admitted": "ADMITTED",
+                "task-received": states.RECEIVED,
+                "task-started": states.STARTED,
+                "task-succeeded": states.SUCCESS,
+            }[one["type"]]
+        )
     assert (seen.name, seen.worker.hostname.partition("@")[0], seen.result) == (f"{TASKS}.done", "a", "1")
     assert [node.partition("@")[0] for node in state.workers] == ["a"]
     assert seen.as_dict()["uuid"] == job

@@ -185,5 +185,3 @@ def test_a_remote_shutdown_drains(platform: Platform, submitter: Submitter) -> N
 
 def status_of(submitter: Submitter, worker: str) -> str | None:
     return submitter.view(worker).get("status")
-
-

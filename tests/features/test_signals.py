@@ -40,9 +40,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def platform(
-    server_pair: Pair, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Platform]:
+def platform(server_pair: Pair, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     with standing_platform(server_pair, tmp_path_factory.mktemp("signals"), TASKS) as running:
         running.environment[HEARD] = str(files["ours"])
         # A job whose process dies is over, as with plain Celery.

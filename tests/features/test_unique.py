@@ -113,7 +113,11 @@ def test_a_tick_is_skipped_while_the_last_run_goes_on(platform: Platform, submit
     """What beat does with an entry whose options say so, and then without."""
     scheduler: Any = Scheduler(app=submitter.app, lazy=True)
     entry = scheduler.Entry(
-        name="often", task="tests.fixtures.tasks.hold", schedule=1.0, args=("tick",), options={"unique": True},
+        name="often",
+        task="tests.fixtures.tasks.hold",
+        schedule=1.0,
+        args=("tick",),
+        options={"unique": True},
         app=submitter.app,
     )
     before = submitter.jobs()

@@ -138,9 +138,7 @@ def test_the_same_publish_again_obeys_the_breaker(
     assert {submitter.ended(job).state for job in (*held, *jobs)} == {"succeeded"}
 
 
-def test_a_child_of_a_submitter_has_a_breaker_of_its_own(
-    platform: Platform, app: Celery, ledger_path: Proxy
-) -> None:
+def test_a_child_of_a_submitter_has_a_breaker_of_its_own(platform: Platform, app: Celery, ledger_path: Proxy) -> None:
     platform.worker("a", 4, "threads")
     app.send_task(ADD, [1, 1])
     ledger_path.refuse()
@@ -182,9 +180,7 @@ def test_an_attempt_is_bounded_however_many_answers_it_waits_for(
 # -- Postgres
 
 
-def test_a_locked_table_is_an_error_in_three_seconds(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_a_locked_table_is_an_error_in_three_seconds(platform: Platform, submitter: Submitter) -> None:
     worker = platform.worker("a", 4, "threads")
     assert submitter.value(submitter.send(ADD, 1, 1)) == 2
     with platform.engine.begin() as connection:

@@ -114,9 +114,7 @@ def test_the_authority_is_one_row_and_stays_one(engine: Engine) -> None:
         row = connection.execute(text("SELECT epoch, authority FROM authority")).one()
         assert tuple(row) == (1, "ledger")
         with pytest.raises(Exception, match="authority_"):
-            connection.execute(
-                text("INSERT INTO authority (\"only\", epoch, authority) VALUES (false, 2, 'ledger')")
-            )
+            connection.execute(text("INSERT INTO authority (\"only\", epoch, authority) VALUES (false, 2, 'ledger')"))
 
 
 def test_upgrades_at_once_do_the_work_once(unmigrated: str) -> None:

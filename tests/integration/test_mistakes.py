@@ -63,7 +63,9 @@ MISTAKES = [
     Mistake("-A platform worker", Exit.CONFIGURATION, ("'many'", "such as 4 or 0.5"), {"PLATFORM_CPUS": "many"}),
     Mistake("-A platform beat", Exit.CONFIGURATION, ("'soon'", "PLATFORM_WORKER_TTL"), {"PLATFORM_WORKER_TTL": "soon"}),
     Mistake("-A platform jobs", Exit.CONFIGURATION, ("'http://x/0'", "redis://"), {"REDIS_URL": "http://x/0"}),
-    Mistake("-A platform jobs", Exit.CONFIGURATION, ("'mysql://x/y'", "postgresql://"), {"DATABASE_URL": "mysql://x/y"}),
+    Mistake(
+        "-A platform jobs", Exit.CONFIGURATION, ("'mysql://x/y'", "postgresql://"), {"DATABASE_URL": "mysql://x/y"}
+    ),
     Mistake("-A platform jobs", Exit.CONFIGURATION, ("DATABASE_URL is not", "set both"), {"DATABASE_URL": ""}),
     Mistake(
         "-A platform jobs",

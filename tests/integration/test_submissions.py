@@ -96,9 +96,7 @@ def test_a_program_that_ends_right_after_it_sent_jobs_has_told_the_ledger(
     assert {submitter.ended(job).state for job in sent} == {"succeeded"}
 
 
-def test_what_a_program_asks_the_ledger_comes_behind_what_it_has_sent(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_what_a_program_asks_the_ledger_comes_behind_what_it_has_sent(platform: Platform, submitter: Submitter) -> None:
     worker = platform.worker("a", 1, "threads")
     assert submitter.value(submitter.send(ADD, 0, 0)) == 0
     worker.signal(signal.SIGSTOP)

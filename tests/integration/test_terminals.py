@@ -51,9 +51,7 @@ def test_a_terminal_gets_bars_and_colours(platform: Platform, stage: Stage) -> N
 
 
 @pytest.mark.parametrize(("option", "environment"), [((), {"NO_COLOR": "1"}), (("--no-color",), {})])
-def test_colours_can_be_switched_off(
-    platform: Platform, option: tuple[str, ...], environment: dict[str, str]
-) -> None:
+def test_colours_can_be_switched_off(platform: Platform, option: tuple[str, ...], environment: dict[str, str]) -> None:
     missing = show(platform, "-A", "platform", *option, "job", "nothing", environment=environment)
     assert "there is no job nothing" in missing.screen
     assert not COLOUR.search(missing.screen)

@@ -40,9 +40,7 @@ def arm(point: str, once: str) -> None:
     setattr(owner, last, _dying(getattr(owner, last), when, int(count or 1), lambda: next(calls), once))
 
 
-def _dying(
-    real: Callable[..., Any], when: str, fatal: int, number: Callable[[], int], once: str
-) -> Callable[..., Any]:
+def _dying(real: Callable[..., Any], when: str, fatal: int, number: Callable[[], int], once: str) -> Callable[..., Any]:
     @wraps(real)
     def dying(*args: Any, **options: Any) -> Any:
         mine = number() == fatal or fatal == 0

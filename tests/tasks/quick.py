@@ -19,8 +19,7 @@ ensure = Connection._ensure_connection
 names = ensure.__code__.co_varnames[1 : ensure.__code__.co_argcount]
 bounds = {"interval_start": RECONNECT, "interval_step": 0.0, "interval_max": RECONNECT}
 ensure.__defaults__ = tuple(
-    bounds.get(name, value)
-    for name, value in zip(names[-len(ensure.__defaults__) :], ensure.__defaults__, strict=True)
+    bounds.get(name, value) for name, value in zip(names[-len(ensure.__defaults__) :], ensure.__defaults__, strict=True)
 )
 
 current_app.conf.broker_transport_options = {

@@ -41,9 +41,7 @@ def test_a_socket_and_sentinels_are_kept_as_celery_reads_them_and_others_as_they
         "redis://h/1?x=y": "redis://h/1?x=y",
         "rediss://h": "rediss://h?ssl_cert_reqs=required",
         "unix://u:p%3A@/run/r.sock?db=4": "redis+socket://u:p%3A@/run/r.sock?virtual_host=4",
-        "sentinel://:p@a:1/2;sentinel://b?master_name=m": (
-            "sentinel://:p@a:1/2;sentinel://:p@b:26379/2?master_name=m"
-        ),
+        "sentinel://:p@a:1/2;sentinel://b?master_name=m": ("sentinel://:p@a:1/2;sentinel://:p@b:26379/2?master_name=m"),
     }
     assert {url: redis_urls.check(url, "REDIS_URL") for url in kept} == kept
     assert {url: redis_urls.check(url, "REDIS_URL") for url in kept.values()} == {url: url for url in kept.values()}

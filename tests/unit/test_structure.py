@@ -105,7 +105,8 @@ def test_the_arrows_go_from_platform_to_workers_to_routing() -> None:
             wrong += [
                 f"{name} imports {found}"
                 for found in _imports(name, path)
-                if found.split(".")[0] in ("tests", "benchmarks") or any(_of(one, {found}) for one in above)
+                if found.split(".")[0] in ("tests", "benchmarks")
+                or any(_of(one, {found}) for one in above)
                 # (The public names stand above all but the app of `celery -A platform`.)
                 or (found == PACKAGE and package != "platform")
             ]
@@ -142,10 +143,7 @@ def test_each_folder_is_one_concept_with_a_role(layer: str) -> None:
 
 def test_no_modules_import_each_other_in_a_circle_not_even_for_types() -> None:
     paths = {name: path for package in LAYERS for name, path in _modules(package)}
-    graph = {
-        name: {found for found in _imports(name, path) if found in paths} - {name}
-        for name, path in paths.items()
-    }
+    graph = {name: {found for found in _imports(name, path) if found in paths} - {name} for name, path in paths.items()}
     # A package's own module is loaded before its members whatever they import.
     for name, needs in graph.items():
         graph[name] = {need for need in needs if not name.startswith(f"{need}.")}

@@ -218,9 +218,7 @@ def test_where_there_can_be_no_thread_each_job_goes_at_once(
     assert ledger.threads[3:] == ["submissions"]
 
 
-def test_large_jobs_wait_in_smaller_numbers(
-    ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_jobs_wait_in_smaller_numbers(ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submission_queue, "PATIENCE", ALWAYS)
     hold_up(ledger, sent)
     half = submission_queue.MOST_BYTES // 2

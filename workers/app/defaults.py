@@ -85,9 +85,7 @@ class Defaults(dict[str, Any]):
         settings = stores.settings_without_servers()
         if settings.broker_url is not None:
             check_broker(settings.broker_url)
-        answer_within, connect_within = (
-            part * settings.store_timeout for part in (timeouts.ANSWER, timeouts.CONNECT)
-        )
+        answer_within, connect_within = (part * settings.store_timeout for part in (timeouts.ANSWER, timeouts.CONNECT))
         super().__init__(
             {
                 "broker_url": settings.broker_url,
@@ -108,7 +106,9 @@ class Defaults(dict[str, Any]):
                 "broker_connection_retry_on_startup": True,
                 # (kombu waits for ever on a dead connection by default.)
                 "broker_transport_options": {
-                    "socket_timeout": answer_within, "socket_connect_timeout": connect_within, **BROKER_TRANSPORT
+                    "socket_timeout": answer_within,
+                    "socket_connect_timeout": connect_within,
+                    **BROKER_TRANSPORT,
                 },
                 "redis_socket_timeout": answer_within,
                 "redis_socket_connect_timeout": connect_within,

@@ -36,9 +36,7 @@ class Breaker:
     def __init__(self, settings: Settings, find_database: Callable[[], str] | None = None) -> None:
         answer_within = timeouts.QUICK_ANSWER * settings.store_timeout
         self._within = timeouts.QUICK_ATTEMPT * settings.store_timeout
-        client = connect(
-            str(settings.redis_url), socket_connect_timeout=answer_within, socket_timeout=answer_within
-        )
+        client = connect(str(settings.redis_url), socket_connect_timeout=answer_within, socket_timeout=answer_within)
         self._ledger = Ledger(settings, call_budget.bounded(client))
         self._ledger.find_database = find_database
         self._submissions = Submissions(self._bring)

@@ -76,8 +76,7 @@ SWITCH_INTERVAL: Final = 0.0005
 
 
 class Runtime:
-    """One for each worker. Made at `worker_init`, running from `worker_ready` until its worker ends. `green`: its pool
-    is one of greenlets (`workers.execute.gevent_pool`)."""
+    """All that runs in a worker, from `worker_init` to its end. `green`: its pool runs greenlets."""
 
     def __init__(self, app: Celery, stores: Stores, identity: Identity, green: bool) -> None:
         self.app = app
@@ -87,8 +86,7 @@ class Runtime:
         settings, engine = stores.settings, stores.engine
         #: Seconds for each step of leaving; the whole is bounded, and what is not done is repaired by the duties.
         self._leave_within = timeouts.LEAVE * settings.store_timeout
-        # A handle of the worker's own: its epoch is the one in which this worker is registered and has said what it
-        # holds, while that of `stores.ledger` follows whatever Postgres confirms to senders and duties.
+        # The worker's own client: its epoch is that of the worker's registration; `stores.ledger` follows Postgres.
         self.ledger = ledger = stores.new_ledger()
         exclusive = threading.Lock()
         self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
@@ -98,7 +96,8 @@ class Runtime:
         newer = NewerFormats(
             self.holdings.put_off,
             lambda job, token: self.ledger_thread.give_back(job, token, "a message of a newer format"),
-            lambda: self.recorder.call(lambda: ledger.count("refused.format")), settings.start_timeout,
+            lambda: self.recorder.call(lambda: ledger.count("refused.format")),
+            settings.start_timeout,
         )
         self.starting = Starting(
             self._loop, green, self.announcer, self._accept, self.refusing, self._hand_back, self.holdings.start, newer

@@ -90,9 +90,7 @@ class Membership:
 
     # -- joining -------------------------------------------------------------------------------------------------
 
-    def register(
-        self, capacity: Capacity, declared: Declarations, challenge: Callable[[], None]
-    ) -> int:
+    def register(self, capacity: Capacity, declared: Declarations, challenge: Callable[[], None]) -> int:
         """Publish the capacity in the epoch that Postgres confirms; returns how many waiting jobs were admitted.
 
         Whatever the name's former life still holds is taken back first. Raises `NameTaken`, `LedgerClosed`.

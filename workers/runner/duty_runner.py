@@ -284,9 +284,7 @@ class Runner(os_threads.Thread):
         self._said.pop(f"duty {duty.name}", None)
         counts = {name: number for name, number in found.items() if number}
         if counts:
-            logger.info(
-                "duty %s: %s", duty.name, ", ".join(f"{name} {number}" for name, number in counts.items())
-            )
+            logger.info("duty %s: %s", duty.name, ", ".join(f"{name} {number}" for name, number in counts.items()))
 
     def _try_soon(self, duty: Duty) -> None:
         """Not at its next interval, which may be long, and not at once."""

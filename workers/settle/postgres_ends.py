@@ -209,9 +209,7 @@ class PostgresEnds:
         self._open_needs(applied)
         return written
 
-    def _judge(
-        self, batch: Sequence[End], rows: Mapping[str, Holder], now: int
-    ) -> tuple[Written, list[Transition]]:
+    def _judge(self, batch: Sequence[End], rows: Mapping[str, Holder], now: int) -> tuple[Written, list[Transition]]:
         """What becomes of these ends, and what they make of their jobs."""
         held = {(one.job, one.token): one for one in self._holdings.all()}
         written, transitions = Written(list(batch)), list[Transition]()

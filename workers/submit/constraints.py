@@ -60,9 +60,7 @@ _DIGEST: Final = re.compile("[0-9a-f]{64}")
 
 def declares(task: Any) -> bool:
     """Whether a task (None: an unknown one) says something of it."""
-    return bool(
-        getattr(task, "rate_limit", None) or getattr(task, UNIQUE, None) or getattr(task, UNIQUE_FOR, None)
-    )
+    return bool(getattr(task, "rate_limit", None) or getattr(task, UNIQUE, None) or getattr(task, UNIQUE_FOR, None))
 
 
 def header_of(name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any) -> dict[str, Any]:

@@ -47,9 +47,7 @@ class Router:
         self._never_again: set[str] = set()
         self._published_until = 0.0
 
-    def __call__(
-        self, name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any = None, **_: Any
-    ) -> None:
+    def __call__(self, name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any = None, **_: Any) -> None:
         if name.startswith(PLATFORM_PREFIX):
             return
         for option in MISSPELT.keys() & options.keys():
