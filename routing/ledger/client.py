@@ -24,6 +24,7 @@ from celery_capacity.routing.ledger.replies import (
     claims,
     hand_overs,
 )
+from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model.envelope import digest_of
 
 #: Messages that one script delivers again, so that admission never waits long for it.
@@ -55,39 +56,32 @@ class Ledger(Held, Elections):
         With a `nonce` of its own the worker takes what the release admits to it from the reply, claimed already.
         Without `follow` the caller calls that itself, when it holds what it was given.
         """
-        calls: list[tuple[str, Sequence[Any]]] = []
+        calls: list[tuple[str, list[Any]]] = []
+        caller = {"worker": worker, "incarnation": incarnation}
         if ended:
-            args: list[Any] = [*self._gate(), worker, incarnation, most_losses, "1" if admit else "0", nonce]
-            for end in ended:
-                args += (end.job, end.token, end.outcome, (end.error or "").encode("utf-8", "replace"))
-                args += (end.outbox, "1" if end.told else "", len(end.results))
-                for result in end.results:
-                    args += result
-            calls.append(("release", args))
+            may = {"most_losses": most_losses, "admit": "1" if admit else "0", "nonce": nonce}
+            calls.append(self._prepared("release", map(_end_values, ended), **caller, **may))
         if arrived:
-            args = [*self._gate(), worker, incarnation]
-            for job, token, nonce, *digest in arrived:
-                args += (job, token, nonce, *(digest or [""]))
-            calls.append(("claim", args))
+            calls.append(self._prepared("claim", (_claim_values(*claim) for claim in arrived), **caller))
         replies = self._calls(calls) if calls else []
         settled = Settled([], [], [])
-        for (name, _), reply in zip(calls, replies, strict=True):
+        for (name, _), values in zip(calls, replies, strict=True):
             if name == "release":
-                self._released(ended, reply, settled, admit)
+                self._released(ended, self._reply(name, values), settled, admit)
             else:
-                settled.claimed.extend(claims(arrived, reply))
+                settled.claimed.extend(claims(arrived, self._reply(name, values).rest))
         if follow:
             self.follow(worker, settled)
         return settled
 
-    def _released(self, ended: Sequence[Ended], reply: list[str], settled: Settled, admit: bool) -> None:
+    def _released(self, ended: Sequence[Ended], reply: Reply, settled: Settled, admit: bool) -> None:
         for index, end in enumerate(ended):
-            verdict, state, entry, shape = reply[3 + 4 * index : 7 + 4 * index]
+            verdict, state, entry, shape = reply.rest[4 * index : 4 * index + 4]
             settled.released.append(Released(end, verdict, state, entry))
             if admit and verdict == "released" and state == "waiting":
                 settled.shapes.append(shape)
-        settled.handed_over.extend(hand_overs(reply[3 + 4 * len(ended) :]))
-        settled.cursors.append(reply[2])
+        settled.handed_over.extend(hand_overs(reply.rest[4 * len(ended) :]))
+        settled.cursors.append(reply["cursor"])
 
     def follow(self, worker: str, settled: Settled) -> None:
         """After a release: what it put back may go to others, and what it did not look at to this worker."""
@@ -101,25 +95,25 @@ class Ledger(Held, Elections):
         admitted = 0
         while cursor and pages != 0:
             pages = None if pages is None else pages - 1
-            reply = self._call("fill", *self._gate(), worker, cursor)
-            admitted += int(reply[1])
-            cursor = reply[2]
+            reply = self._call("fill", worker=worker, cursor=cursor)
+            admitted += reply.number("admitted")
+            cursor = reply["cursor"]
         return admitted
 
     def cancel(self, job: str, state: str, error: str = "") -> Cancelled:
         """End a job that waits, as `cancelled` or `expired`."""
-        reply = self._call("cancel", *self._gate(), job, state, error)
-        if reply[0] == "held":
-            return Cancelled("held", worker=reply[2])
-        return Cancelled(reply[0], entry=reply[1] if reply[0] == "ended" else None)
+        reply = self._call("cancel", job=job, state=state, error=error)
+        if reply.head == "held":
+            return Cancelled("held", worker=reply["worker"])
+        return Cancelled(reply.head, entry=reply["entry"] if reply.head == "ended" else None)
 
     def revoke(self, job: str) -> bool:
         """Note that a job was revoked which a worker holds; False where none does."""
-        return self._call("revoke", *self._gate(), job)[0] == "held"
+        return self._call("revoke", job=job).head == "held"
 
     def succeed(self, job: str, message: bytes) -> bool:
         """Note that a successor of the running attempt, with this message, is in Postgres."""
-        return self._call("succeed", job, digest_of(message))[0] == "ok"
+        return self._call("succeed", job=job, digest=digest_of(message)).head == "ok"
 
     def count(self, what: str, by: int = 1) -> None:
         """Count what no script saw."""
@@ -127,24 +121,24 @@ class Ledger(Held, Elections):
 
     def forget(self, entries: Sequence[tuple[str, str]]) -> int:
         """Drop stream entries (entry, job) that Postgres has."""
-        args = [item for pair in entries for item in pair]
-        return int(self._call("forget", *args)[1]) if entries else 0
+        rows = [{"entry": entry, "job": job} for entry, job in entries]
+        return self._call("forget", rows).number("dropped") if rows else 0
 
     def redeliver(self) -> int:
         """Deliver again what was admitted and not claimed in time; returns how many messages went out."""
         delivered = 0
         while True:
-            reply = self._call("redeliver", *self._gate(), REDELIVER_CHUNK)
-            delivered += int(reply[2])
-            if int(reply[1]) < REDELIVER_CHUNK:
+            reply = self._call("redeliver", most=REDELIVER_CHUNK)
+            delivered += reply.number("delivered")
+            if reply.number("looked") < REDELIVER_CHUNK:
                 return delivered
 
     def drop(self, job: str, token: str, *, final: bool) -> bool:
         """Take out a job unless it changed since it was read; `final`: it may not come back."""
-        reply = self._call("drop", *self._gate(), job, token, "1" if final else "0")
-        if reply[0] == "ok" and reply[1]:
-            self.fill(reply[1])
-        return reply[0] == "ok"
+        reply = self._call("drop", job=job, token=token, final="1" if final else "0")
+        if reply.head == "ok" and reply["worker"]:
+            self.fill(reply["worker"])
+        return reply.head == "ok"
 
     # -- workers -------------------------------------------------------------------------------------------------
 
@@ -161,12 +155,20 @@ class Ledger(Held, Elections):
     ) -> Filled | Taken:
         """Open a worker's book; `capacity` in the form of a shape. `Taken` when the name belongs to another. With the
         status `closed` nothing is admitted before the next `renew`; without `admit` by this caller."""
-        flat = [item for pair in view.items() for item in pair]
-        args = (worker, incarnation, queue, self.ttl_ms, capacity, status, "1" if admit else "0")
-        reply = self._counted("register", args, flat)
-        if reply[0] == "taken":
-            return Taken(incarnation=reply[1], lease_left_ms=int(reply[2]), held=int(reply[3]))
-        return Filled(int(reply[1]) + self.fill(worker, reply[2]))
+        reply = self._counted(
+            "register",
+            _view_values(view),
+            worker=worker,
+            incarnation=incarnation,
+            queue=queue,
+            ttl=self.ttl_ms,
+            capacity=capacity,
+            status=status,
+            admit="1" if admit else "0",
+        )
+        if reply.head == "taken":
+            return Taken(reply["incarnation"], reply.number("lease_left"), reply.number("held"))
+        return Filled(reply.number("admitted") + self.fill(worker, reply["cursor"]))
 
     def renew(
         self,
@@ -182,14 +184,13 @@ class Ledger(Held, Elections):
         """Renew the lease with a list of what the worker holds. `known` is False where it must register again. Without
         `admit` nothing is admitted: this caller may not. `missing_ms`: a running job that no list has named for so long
         by the ledger's clock is taken back; a renew interval where it is None, 0: at once, negative: none is."""
-        flat = [item for pair in view.items() for item in pair]
-        args = (worker, incarnation, self.ttl_ms, "1" if admit else "0", *flat)
-        reply = self._call("renew", *self._gate(), *args)
-        if reply[0] == "unknown":
+        values = {"incarnation": incarnation, "ttl": self.ttl_ms, "admit": "1" if admit else "0"}
+        reply = self._call("renew", _view_values(view), worker=worker, **values)
+        if reply.head == "unknown":
             return Renewed(known=False, taken_back=0)
-        self.fill(worker, reply[2])
+        self.fill(worker, reply["cursor"])
         missing = round(self.settings.renew_interval * 1000) if missing_ms is None else missing_ms
-        if missing < 0 or reply[3:5] == ["0", "0"]:
+        if missing < 0 or (reply["held"], reply["lacked"]) == ("0", "0"):
             return Renewed(known=True, taken_back=0)
         taken_back = self.take_missing(worker, incarnation, holds, most_losses, missing)
         if taken_back and admit:
@@ -211,12 +212,12 @@ class Ledger(Held, Elections):
 
     def leave(self, worker: str, incarnation: str) -> int:
         """Close the book of a worker; returns what it still holds (0: it has left)."""
-        reply = self._call("leave", *self._gate(), worker, incarnation)
-        return int(reply[1]) if reply[0] == "held" else 0
+        reply = self._call("leave", worker=worker, incarnation=incarnation)
+        return reply.number("number") if reply.head == "held" else 0
 
     def condemn(self, worker: str, incarnation: str) -> None:
         """End the lease of an incarnation that is known to be dead."""
-        self._call("condemn", *self._gate(), worker, incarnation)
+        self._call("condemn", worker=worker, incarnation=incarnation)
 
     def lapsed_workers(self) -> list[str]:
         """The workers whose leases ran out, or end so late that the clock must have been set back since."""
@@ -231,3 +232,23 @@ class Ledger(Held, Elections):
         """`resource:allocated_cpus` as it stands."""
         found = self._guard(lambda: self.client.get(keys.ALLOCATED_CPUS))
         return found.decode() if found is not None else None
+
+
+def _end_values(end: Ended) -> Group:
+    return {
+        "job": end.job,
+        "token": end.token,
+        "outcome": end.outcome,
+        "error": (end.error or "").encode("utf-8", "replace"),
+        "outbox": end.outbox,
+        "told": "1" if end.told else "",
+        "results": [dict(zip(("key", "seconds", "result"), result, strict=True)) for result in end.results],
+    }
+
+
+def _claim_values(job: str, token: str, nonce: str, digest: str = "") -> Group:
+    return {"job": job, "token": token, "nonce": nonce, "digest": digest}
+
+
+def _view_values(view: Mapping[str, str]) -> list[Group]:
+    return [{"name": name, "value": value} for name, value in view.items()]

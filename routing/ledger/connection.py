@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import redis
@@ -20,6 +20,7 @@ from celery_capacity.routing.errors import NotMigrated, PlatformError, StoreUnav
 from celery_capacity.routing.ledger import keys, sentinels
 from celery_capacity.routing.ledger.replies import LedgerClosed, LedgerFull
 from celery_capacity.routing.ledger.scripts import Script, load
+from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model import format_versions
 
 #: Seconds that a reader gives the ledger before it asks Postgres.
@@ -181,8 +182,19 @@ class LedgerServer:
             kind = LedgerFull if full else StoreUnavailable
             raise kind(f"Redis at {where} does not serve: {error}") from error
 
-    def _call(self, name: str, *args: Any) -> list[str]:
-        return self._calls([(name, args)])[0]
+    def _call(self, script: str, groups: Iterable[Group] = (), **values: Any) -> Reply:
+        """Call a script with arguments by the names in its header, and the arguments of its groups."""
+        return self._reply(script, self._calls([self._prepared(script, groups, **values)])[0])
+
+    def _prepared(self, script: str, groups: Iterable[Group] = (), **values: Any) -> tuple[str, list[Any]]:
+        """Return a call for `_calls`; in the epoch of this process, unless another is named."""
+        signature = self._scripts[script].signature
+        if signature.has_gate and "epoch" not in values:
+            values["epoch"], values["run_id"] = self._gate()
+        return script, signature.arguments(values, groups)
+
+    def _reply(self, script: str, values: list[str]) -> Reply:
+        return Reply(self._scripts[script].signature, values)
 
     def _calls(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[list[str]]:
         """Send the calls in one round trip; each is atomic by itself. Raises the first refusal or error."""
@@ -301,26 +313,29 @@ class LedgerServer:
         `carry` jobs over, at most 1,000 at a time. `run_id`: of the server on which it began. Raises `LedgerClosed`
         where a newer epoch is opened."""
         self._meant.run_id = run_id
-        self._call("close_epoch", str(epoch), self._caller(run_id), step, *names)
+        rows = [{"name": name} for name in names]
+        self._call("close_epoch", rows, epoch=epoch, run_id=self._caller(run_id), step=step)
 
     def open(self, epoch: int, run_id: str | None = None) -> None:
         """Open an epoch on empty books; `run_id` as in `close_books`, else that of now."""
         self._meant.run_id = run_id or self.run_id
-        reply = self._call("open", str(epoch), self._caller(run_id or self.run_id))
+        reply = self._call("open", epoch=epoch, run_id=self._caller(run_id or self.run_id))
         # Rows that this process reads from now on are newer than the epoch by its own estimate of the clock too.
-        self.hear(int(reply[1]))
+        self.hear(reply.number("now"))
         self.epoch = epoch
 
     def finish(self, epoch: int) -> None:
         """The rebuild of this epoch is done. Raises `LedgerClosed` where a newer one is open."""
-        self._call("finish_epoch", str(epoch), self._caller(self.run_id))
+        self._call("finish_epoch", epoch=epoch, run_id=self._caller(self.run_id))
 
     def carried(self) -> set[str]:
         """The jobs that nobody may bring in, since the stream has what became of them in an older epoch."""
         found: Any = self._guard(lambda: self.client.smembers(keys.CARRIED))
         return {job.decode() for job in found}
 
-    def let_in(self, rows: Sequence[tuple[str, int, int, str, str]]) -> int:
+    def let_in(self, jobs: Sequence[tuple[str, int, int, str, str]]) -> int:
         """Let jobs in whose entries Postgres has, at most 200, each as its row is: id, epoch, attempt, state, and `1`
         where it has ended, `held` where a worker has it, else ``."""
-        return int(self._call("let_in", *self._gate(), *(value for row in rows for value in row))[1]) if rows else 0
+        names = ("job", "epoch", "attempt", "state", "final")
+        rows = [dict(zip(names, job, strict=True)) for job in jobs]
+        return self._call("let_in", rows).number("let_in") if rows else 0

@@ -34,9 +34,12 @@ class Elections(LedgerServer):
     def elect(self, caller: str, fence: int, term: float, asks: Iterable[str] = (), worker: str = "") -> Elected:
         """Take, renew or watch the lease for `term` seconds (0: give it back); hand over the duties that this caller
         asks for. The look tells, too, in which epoch the ledger is and whether it has a book of the caller's worker."""
-        verdict, epoch, book, *more = self._call("elect", caller, worker, fence, round(term * 1000), *asks)
-        fence = int(more[0]) if verdict == "elected" else 0
-        return Elected(fence, tuple(more[1:]), int(epoch), book == "1")
+        rows = [{"duty": duty} for duty in asks]
+        reply = self._call("elect", rows, caller=caller, worker=worker, fence=fence, term=round(term * 1000))
+        epoch, has_book = reply.number("epoch"), reply["book"] == "1"
+        if reply.head != "elected":
+            return Elected(0, (), epoch, has_book)
+        return Elected(reply.number("fence"), tuple(reply.rest), epoch, has_book)
 
 
 # (A lease that lasts longer than any was given for: the clock was set back since.)

@@ -19,6 +19,7 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.admission import Admission, flag
 from celery_capacity.routing.ledger.replies import Adopted, HandedOver, Lapsed, hand_overs
 from celery_capacity.routing.ledger.scripts import HELD
+from celery_capacity.routing.ledger.signatures import Group, Reply
 
 #: Entries of a list that one script looks at. Each may be put back into the backlog, in some ten commands.
 PAGE: Final = 100
@@ -55,9 +56,10 @@ class Held(Admission):
         counts: list[int] = []
         for start in range(0, len(workers), BOOKS):
             some = workers[start : start + BOOKS]
-            replies = self._calls([("recount", (*self._gate(), name, "")) for name in some])
-            for name, reply in zip(some, replies, strict=True):
-                counts.append(self._recount_in_pages(name) if reply[0] == "many" else int(reply[1]))
+            replies = self._calls([self._prepared("recount", worker=name, counted="") for name in some])
+            for name, values in zip(some, replies, strict=True):
+                reply = self._reply("recount", values)
+                counts.append(self._recount_in_pages(name) if reply.head == "many" else reply.number("differed"))
         return counts
 
     def _recount_in_pages(self, worker: str) -> int:
@@ -65,34 +67,36 @@ class Held(Admission):
         went all the time."""
         taken = self.unhold(worker)
         for _ in range(TRIES):
-            reply = self._recount_unchanged(worker)
-            if reply is not None:
-                return taken + int(reply[1])
+            differed = self._recount_unchanged(worker)
+            if differed is not None:
+                return taken + differed
         raise StoreUnavailable(f"what worker {worker} holds changes faster than it can be counted")
 
-    def _recount_unchanged(self, worker: str) -> list[Any] | None:
+    def _recount_unchanged(self, worker: str) -> int | None:
         """Recount a worker; None where its list or its book changed meanwhile."""
-        gate, script = self._gate(), self._scripts["recount"].text
+        script = self._scripts["recount"].text
 
-        def count() -> list[Any] | None:
+        def count() -> int | None:
             with self.client.pipeline() as pipe:
                 pipe.watch(keys.held(worker), keys.book(worker))  # type: ignore[no-untyped-call]
-                counted = self._held_sum(worker)
+                _, arguments = self._prepared("recount", worker=worker, counted=self._held_sum(worker))
                 pipe.multi()
-                pipe.eval(script, 0, *gate, worker, counted)
+                pipe.eval(script, 0, *arguments)
                 try:
-                    reply: list[Any] = pipe.execute()[0]
+                    values = pipe.execute()[0]
                 except WatchError:
                     return None
-            # (No reply of this one raises: an epoch that has ended is met by whoever asks next.)
-            return reply if snapshot.text(reply[0]) in ("ok", "unknown") else ["ok", 0]
+            # No reply of this script raises here: the next call meets an epoch that has ended.
+            reply = self._reply("recount", [snapshot.text(value) for value in values])
+            return reply.number("differed") if reply.head in ("ok", "unknown") else 0
 
-        found: list[Any] | None = self._guard(count)
-        return found
+        differed: int | None = self._guard(count)
+        return differed
 
     def unhold(self, worker: str) -> int:
         """Take out of a worker's list the entries of which no job's own key speaks; returns how many."""
-        return sum(int(self._call("unhold", *self._gate(), worker, *page)[1]) for page in self.held_pages(worker))
+        pages = self.held_pages(worker)
+        return sum(self._call("unhold", _jobs(page), worker=worker).number("taken") for page in pages)
 
     def _held_sum(self, worker: str) -> str:
         """Return the sum of the amounts of a worker's jobs, as a shape; '' where a script may count them."""
@@ -108,18 +112,18 @@ class Held(Admission):
                         sums[name] += int(amount)
         return "" if len(seen) <= HELD else ",".join(f"{name}={amount}" for name, amount in sorted(sums.items()))
 
-    def _counted(self, script: str, before: Sequence[Any], after: Sequence[Any] = ()) -> list[str]:
-        """Call a script that counts what a worker without a book holds, which nothing changes; in pages where that is
-        too much for it. `before` and `after`: its arguments before the sum and behind it."""
-        reply = self._call(script, *self._gate(), *before, "", *after)
-        if reply[0] == "many":
-            self.unhold(str(before[0]))
-            reply = self._call(script, *self._gate(), *before, self._held_sum(str(before[0])), *after)
+    def _counted(self, script: str, groups: Sequence[Group] = (), *, worker: str, **values: Any) -> Reply:
+        """Call a script that counts the jobs held by a worker without a book, which nothing changes. Too many jobs for
+        the script are counted in pages."""
+        reply = self._call(script, groups, worker=worker, counted="", **values)
+        if reply.head == "many":
+            self.unhold(worker)
+            reply = self._call(script, groups, worker=worker, counted=self._held_sum(worker), **values)
         return reply
 
     def reserve(self, worker: str, incarnation: str, capacity: str) -> bool:
         """A closed book for a worker that has not spoken in this epoch; False when it has."""
-        return self._counted("reserve", (worker, incarnation, capacity))[0] == "ok"
+        return self._counted("reserve", worker=worker, incarnation=incarnation, capacity=capacity).head == "ok"
 
     # -- taking back ---------------------------------------------------------------------------------------------
 
@@ -128,9 +132,9 @@ class Held(Admission):
         handed_back = 0
         # First of all nothing more is admitted: what is held is known from then on.
         for page in chain([list[str]()], self.held_pages(worker)):
-            reply = self._call("drain", *self._gate(), worker, incarnation, *page)
-            self.place_all(reply[1:])
-            handed_back += len(reply) - 1
+            shapes = self._call("drain", _jobs(page), worker=worker, incarnation=incarnation).rest
+            self.place_all(shapes)
+            handed_back += len(shapes)
         return handed_back
 
     def recover(self, worker: str, incarnation: str, holds: Iterable[str]) -> list[HandedOver]:
@@ -139,7 +143,8 @@ class Held(Admission):
         for page in self.held_pages(worker):
             asked = [job for job in page if job not in known]
             if asked:
-                found += hand_overs(self._call("recover", *self._gate(), worker, incarnation, *asked)[1:])
+                reply = self._call("recover", _jobs(asked), worker=worker, incarnation=incarnation)
+                found += hand_overs(reply.rest)
                 known.update(asked)
         return found
 
@@ -152,8 +157,8 @@ class Held(Admission):
         for page in self.held_pages(worker, HELD):
             asked = [job for job in page if job not in named]
             for start in range(0, len(asked), PAGE):
-                args = (worker, incarnation, most_losses, missing_ms, *asked[start : start + PAGE])
-                shapes += self._call("take_missing", *self._gate(), *args)[1:]
+                values = {"incarnation": incarnation, "most_losses": most_losses, "missing": missing_ms}
+                shapes += self._call("take_missing", _jobs(asked[start : start + PAGE]), worker=worker, **values).rest
             absent.update(asked)
         self._named_again(worker, absent)
         return shapes
@@ -175,19 +180,20 @@ class Held(Admission):
         only say that it is `due`). It keeps the jobs `without`, and its book with them: `waits`."""
         taken, page, pages = 0, list[str](), iter(list[list[str]]())
         while True:
-            args = (worker, grace_ms, most_losses, "1" if most else "0", self.ttl_ms, *page)
-            reply = self._call("lapse", *self._gate(), *args)
-            if reply[0] in ("more", "gone"):
-                taken += len(reply) - 2
-                self.place_all(reply[2:])
-            if reply[0] != "more":
-                return Lapsed(reply[0], incarnation=reply[1] if len(reply) > 1 else None, taken_back=taken)
+            values = {"grace": grace_ms, "most_losses": most_losses, "take": "1" if most else "0", "ttl": self.ttl_ms}
+            reply = self._call("lapse", _jobs(page), worker=worker, **values)
+            if reply.head == "unknown":
+                return Lapsed("unknown", incarnation=None, taken_back=taken)
+            taken += len(reply.rest)
+            self.place_all(reply.rest)
+            if reply.head != "more":
+                return Lapsed(reply.head, incarnation=reply["incarnation"], taken_back=taken)
             page = next(pages, [])
             if not page:
                 pages = self._held_but(worker, most, without)
                 page = next(pages, [])
                 if not page and without:
-                    return Lapsed("waits", incarnation=reply[1], taken_back=taken)
+                    return Lapsed("waits", incarnation=reply["incarnation"], taken_back=taken)
 
     def _held_but(self, worker: str, page: int, without: Collection[str]) -> Iterator[list[str]]:
         for ids in self.held_pages(worker, page):
@@ -199,13 +205,26 @@ class Held(Admission):
         refused: list[tuple[str, str]] = []
         for start in range(0, len(held), PAGE):
             some = held[start : start + PAGE]
-            args: list[Any] = [*self._gate(), worker, incarnation]
-            for one in some:
-                shape = self.shape_held(one.shape, one.losses)
-                args += (one.job, one.token, shape, one.order, one.admitted_ms, one.started_ms, one.nonce, one.losses)
-                args.append(flag(one.rerun))
-            reply = self._call("adopt", *args)
-            verdicts = ["stale"] * len(some) if reply[0] == "unknown" else reply[1:]
+            jobs = [self._adopted_values(job) for job in some]
+            reply = self._call("adopt", jobs, worker=worker, incarnation=incarnation)
+            verdicts = ["stale"] * len(some) if reply.head == "unknown" else reply.rest
             answered = zip(some, verdicts, strict=True)
-            refused += [(one.job, one.token) for one, verdict in answered if verdict != "adopted"]
+            refused += [(job.job, job.token) for job, verdict in answered if verdict != "adopted"]
         return refused
+
+    def _adopted_values(self, job: Adopted) -> Group:
+        return {
+            "job": job.job,
+            "token": job.token,
+            "shape": self.shape_held(job.shape, job.losses),
+            "order": job.order,
+            "admitted": job.admitted_ms,
+            "started": job.started_ms,
+            "nonce": job.nonce,
+            "losses": job.losses,
+            "rerun": flag(job.rerun),
+        }
+
+
+def _jobs(ids: Iterable[str]) -> list[Group]:
+    return [{"job": job} for job in ids]

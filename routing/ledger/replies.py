@@ -181,10 +181,10 @@ class Lapsed:
     taken_back: int
 
 
-def claims(arrived: Sequence[tuple[str, ...]], reply: list[str]) -> Iterable[Claimed]:
-    """The reply of the script claim, for what arrived."""
+def claims(arrived: Sequence[tuple[str, ...]], values: list[str]) -> Iterable[Claimed]:
+    """Read the groups in the reply of the script claim."""
     for index, (job, token, *_) in enumerate(arrived):
-        verdict, admitted, started, entry, losses, rerun, revoked = reply[1 + 7 * index : 8 + 7 * index]
+        verdict, admitted, started, entry, losses, rerun, revoked = values[7 * index : 7 * index + 7]
         lost, again = int(losses or 0), rerun != NEVER_AGAIN
         yield Claimed(job, token, verdict, _ms(admitted), _ms(started), entry, lost, again, bool(revoked))
 

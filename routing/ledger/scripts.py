@@ -4,19 +4,23 @@ Each file in `lua/jobs`, `workers`, `backlog`, `repair` and `epoch` is one opera
 KEYS, ARGV, replies, cost, repeat). In front of each go those functions of `lua/lib` that it uses, without comments,
 since server time is spent on each at every call. For KEY (`routing.ledger.keys`), STEP (`routing.model.states`) and
 LIMIT (`routing.policy.placement` and the settings) stand their values, so that every name and number has one place.
+For ARG, EACH and INNER stand the places of the arguments (`routing.ledger.signatures`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Final
+from typing import Any, Final
 
+from celery_capacity.routing.ledger import signatures
 from celery_capacity.routing.ledger.keys import KEYS
+from celery_capacity.routing.ledger.signatures import Signature
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.model.states import Step
@@ -64,6 +68,7 @@ class Script:
     name: str
     text: str
     sha: str
+    signature: Signature
 
 
 def names() -> tuple[str, ...]:
@@ -105,9 +110,16 @@ def header(name: str) -> dict[str, str]:
     return found
 
 
+@lru_cache(maxsize=64)
+def signature(name: str) -> Signature:
+    """Return the names of a script's arguments and replies."""
+    fields = header(name)
+    return signatures.parse(fields["ARGV"], fields["Replies"])
+
+
 #: A function of the library: its comment, its head, and all up to the `end` at the start of a line.
 _FUNCTION: Final = re.compile(r"(?:^--[^\n]*\n)*^local function (\w+)\(.*?^end\n", re.MULTILINE | re.DOTALL)
-_VALUE: Final = re.compile(r"\b(KEY|STEP|LIMIT)\.(\w+)\b")
+_VALUE: Final = re.compile(r"\b(KEY|STEP|LIMIT|ARG|EACH|INNER)\.(\w+)\b")
 _COMMENT: Final = re.compile(r"^\s*--[^\n]*\n", re.MULTILINE)
 
 
@@ -136,8 +148,8 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
     an ended job is remembered after Postgres has its end. `flags`: whether the server knows
     the line `#!lua flags=...` (Redis 7 and Valkey do, 6.2 takes it for an error and gets `BEFORE_FLAGS` instead).
     """
-    values: dict[str, dict[str, str | int]] = {
-        "KEY": dict(KEYS),
+    values: dict[str, dict[str, Any]] = {
+        "KEY": {name: repr(key) for name, key in KEYS.items()},
         "STEP": {step.name.lower(): step.value for step in Step},
         "LIMIT": {
             "candidates": CANDIDATES,
@@ -155,7 +167,7 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
             "hand_over": HAND_OVER_BYTES,
             "format": format_versions.LEDGER,
             "doubt": FEWEST_LOSSES,
-            "unlabelled": LABEL + DEFAULT_QUEUE,
+            "unlabelled": repr(LABEL + DEFAULT_QUEUE),
         },
     }
     functions = _functions()
@@ -165,8 +177,14 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
         first = FLAGS.match(own)
         body = FLAGS.sub("", own)
         text = "".join(functions[used] for used in _used(body, functions)) + body
-        text = _VALUE.sub(lambda found: repr(values[found.group(1)][found.group(2)]), _COMMENT.sub("", text))
+        places = values | signature(name).places()
+        text = _VALUE.sub(partial(_value, places), _COMMENT.sub("", text))
         if first:
             text = (first.group(0) if flags else BEFORE_FLAGS) + text
-        scripts[name] = Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+        sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        scripts[name] = Script(name, text, sha, signature(name))
     return scripts
+
+
+def _value(values: Mapping[str, Mapping[str, Any]], place: re.Match[str]) -> str:
+    return str(values[place.group(1)][place.group(2)])

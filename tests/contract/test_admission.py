@@ -312,9 +312,10 @@ def test_one_script_admits_as_many_as_the_policy_and_says_where_to_go_on(ledger:
     book = Book("w", {"cpus": 1000, "slots": 1000}, {})
     file(ledger, jobs)
     write_book(ledger, book)
-    first = ledger._call("fill", *ledger._gate(), "w", "")
-    assert first == ["ok", str(len(fill(book, jobs, SHAPES, MOST_ADMITTED))), "-inf"]
-    assert ledger._call("fill", *ledger._gate(), "w", first[2]) == ["ok", "5", ""]
+    first = ledger._call("fill", worker="w", cursor="")
+    assert first.number("admitted") == len(fill(book, jobs, SHAPES, MOST_ADMITTED))
+    assert first["cursor"] == "-inf"
+    assert ledger._call("fill", worker="w", cursor=first["cursor"])["admitted"] == "5"
 
 
 # More workers than one script looks at.
@@ -360,21 +361,23 @@ def test_the_cursor_of_a_submit_is_the_one_that_the_policy_says(ledger: Ledger) 
     write(ledger, books)
     request_ = Request.of({"cpus": 1000, "memory": 1})
     refusal = choose(request_, books, CANDIDATES)
-    args = ledger._submit_args("job", request_.shape, order(0, 1), MESSAGE, 0, 0, 0)
-    reply = ledger._call("submit", *args)
+    values = ledger._submit_values("job", request_.shape, order(0, 1), MESSAGE, 0, 0, 0)
+    reply = ledger._call("submit", **values)
     assert isinstance(refusal, Refusal)
-    assert (refusal.reason, reply) == (Reason.LOOK_FURTHER, ["waiting", str(refusal.free), refusal.worker])
+    assert (refusal.reason, reply.head) == (Reason.LOOK_FURTHER, "waiting")
+    assert (reply["cursor_score"], reply["cursor_worker"]) == (str(refusal.free), refusal.worker)
 
 
 def test_a_search_whose_cursor_moved_meanwhile_still_finds_the_worker(ledger: Ledger) -> None:
     books = crowd({f"w{n:04}": 4000 for n in range(3 * CANDIDATES)})
     write(ledger, books)
     request_ = Request.of({"cpus": 1000, "memory": 1})
-    reply = ledger._call("submit", *ledger._submit_args("job", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
-    assert reply[0] == "waiting"
+    reply = ledger._call("submit", **ledger._submit_values("job", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
+    assert reply.head == "waiting"
     # The worker at the cursor is admitted to: it leaves its place.
-    ledger.client.zadd(keys.FREE, {reply[2]: 3000})
-    assert [placed.worker for placed in ledger.place(request_.shape, reply[1], reply[2])] == [books[-1].worker]
+    ledger.client.zadd(keys.FREE, {reply["cursor_worker"]: 3000})
+    placed = ledger.place(request_.shape, reply["cursor_score"], reply["cursor_worker"])
+    assert [one.worker for one in placed] == [books[-1].worker]
 
 
 def test_a_job_that_fits_nowhere_is_filed_after_all_workers_were_looked_at(ledger: Ledger) -> None:
@@ -389,8 +392,8 @@ def test_a_job_behind_others_of_its_shape_leaves_the_search_to_the_first_of_them
     books = crowd({f"w{n:04}": 4000 for n in range(CANDIDATES + 1)})
     write(ledger, books)
     request_ = Request.of({"cpus": 1000, "memory": 1})
-    first = ledger._call("submit", *ledger._submit_args("first", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
-    assert first[0] == "waiting"
+    first = ledger._call("submit", **ledger._submit_values("first", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
+    assert first.head == "waiting"
     # The caller of the first one died here; the next one is filed unseen, and the sweep's fill finds both.
     assert ledger.submit("second", request_.shape, order(0, 2), MESSAGE).state == "waiting"
     assert ledger.fill(books[-1].worker) == 1

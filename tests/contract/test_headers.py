@@ -237,8 +237,8 @@ class Recording(Ledger):
     def _scan_held(self, worker: str, cursor: int, count: int) -> tuple[int, list[str]]:
         return 0, list(HELD)
 
-    def _recount_unchanged(self, worker: str) -> list[Any] | None:
-        return ["ok", "7"]
+    def _recount_unchanged(self, worker: str) -> int | None:
+        return 7
 
     def _held_sum(self, worker: str) -> str:
         return "cpus=1000,slots=1"
@@ -267,27 +267,6 @@ def assembled(name: str) -> str:
     return re.sub(r"--[^\n]*", "", "".join(functions[used] for used in scripts._used(body, functions)) + body)
 
 
-def plain(field: str) -> str:
-    """A field of a header without its remarks in brackets."""
-    return re.sub(r"\s*\([^()]*\)", "", field)
-
-
-#: What introduces the arguments of a header that are repeated -> how many stand in each group; None: those listed.
-REPEATED: Final = {"for each": None, "then the fields of": 2, "the view's fields": 2, "then the ids of": 1}
-
-
-def arguments(name: str) -> tuple[int, int]:
-    """How many arguments of a script stand once, and how many stand in the group that is repeated; by its header."""
-    text = plain(scripts.header(name)["ARGV"])
-    begins = {text.index(words): words for words in REPEATED if words in text}
-    begin = min(begins, default=len(text))
-    once = [part for part in text[:begin].removesuffix("then ").split(",") if part.strip()]
-    if not begins:
-        return len(once), 0
-    group = REPEATED[begins[begin]]
-    return len(once), group if group is not None else len(text[begin:].split(": ", 1)[1].split(", "))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_header_has_all_its_fields(name: str) -> None:
     found = scripts.header(name)
@@ -312,12 +291,38 @@ def test_a_script_never_searches_the_server_and_has_no_time_or_chance_of_its_own
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loops_of_a_script_go_through_its_arguments_as_the_header_counts_them(name: str) -> None:
-    once, group = arguments(name)
+def test_script_reads_its_arguments_by_the_names_in_its_header(name: str) -> None:
     code = assembled(name)
-    for begin, step in re.findall(r"for i = (\d+), #ARGV(?:, (\d+))?", code):
-        assert (int(begin) - 1, int(step or 1)) == (once, group)
-    assert max(map(int, re.findall(r"ARGV\[(\d+)\]", code)), default=0) <= once
+    signature = scripts.signature(name)
+    assert all(re.fullmatch("[a-z_]+", one) for one in [*signature.once, *signature.each, *signature.inner])
+    assert not re.findall(r"ARGV\[(?:\w+ \+ )?\d|for \w+ = \d+, #ARGV|unpack\(ARGV, \d", code)
+    assert set(re.findall(r"\bARG\.(\w+)", code)) == set(signature.once)
+    assert set(re.findall(r"\bINNER\.(\w+)", code)) - {"step"} == set(signature.inner)
+    whole = "unpack(ARGV, EACH.first)" in code
+    assert whole or set(re.findall(r"\bEACH\.(\w+)", code)) - {"first", "step"} == set(signature.each)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reply_of_a_script_has_the_fields_in_its_header(name: str) -> None:
+    replies = scripts.signature(name).replies
+    for head, fields in re.findall(r"return \{'(\w+)'((?:, [^,{}()]+(?:\([^()]*\))?)*)\}", assembled(name)):
+        if head in replies:
+            assert fields.count(", ") == len(replies[head])
+
+
+def test_call_with_other_names_than_the_header_is_refused() -> None:
+    signature = scripts.signature("claim")
+    caller = {"epoch": 1, "run_id": "r", "worker": "w", "incarnation": "i"}
+    group = {"job": "j", "token": "1.1", "nonce": "n", "digest": "d"}
+    assert signature.arguments(caller, [group]) == [1, "r", "w", "i", "j", "1.1", "n", "d"]
+    for values, groups in (
+        ({**caller, "worker_name": "w"}, [group]),
+        ({**caller, "wrong": caller["worker"]} | {"worker": None}, [group]),
+        (caller, [{**group, "nonce_": "n"}]),
+        ({name: value for name, value in caller.items() if name != "worker"}, [group]),
+    ):
+        with pytest.raises(TypeError, match="are needed"):
+            signature.arguments(values, groups)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -325,17 +330,17 @@ def test_every_script_loads_on_the_server(name: str, redis_client: redis.Redis) 
     about: Any = redis_client.info("server")
     script = scripts.load(15_000, 60_000, int(about["redis_version"].split(".")[0]) >= 7)[name]
     assert redis_client.script_load(script.text) == script.sha
-    assert not re.search(r"\b(KEY|STEP|LIMIT)\.", script.text)
+    assert not re.search(r"\b(KEY|STEP|LIMIT|ARG|EACH|INNER)\.", script.text)
 
 
 def test_every_script_is_called_by_exactly_one_method_of_the_ledger() -> None:
     assert sorted(BINDINGS) == list(NAMES)
     own = Path(str(bindings.__file__))
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(own.parent.glob("*.py")))
-    calls = r"_(?:calls?|counted)\(\s*\[?\(?\"(\w+)\""
-    called = re.findall(rf"{calls}|calls\.append\(\(\"(\w+)\"|self\._script\(\"(\w+)\"", text)
-    by_name = sorted("".join(found) for found in called)
-    assert by_name == list(NAMES)
+    called = re.findall(r"_(?:call|counted|prepared)\(\s*\"(\w+)\"", text)
+    # A long list is recounted by the same script in a transaction.
+    called.remove("recount")
+    assert sorted(called) == list(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -344,17 +349,15 @@ def test_the_binding_sends_as_many_arguments_as_the_header_lists(name: str, sett
     ledger = Recording(settings_without_servers, name, in_turn(next(iter(binding.replies))))
     binding.call(ledger)
     sent = next(arguments for script, arguments in ledger.sent if script == name)
-    once, group = arguments(name)
-    assert len(sent) == once + group * binding.groups
+    signature = scripts.signature(name)
+    assert len(sent) == len(signature.once) + (len(signature.each) + len(signature.inner)) * binding.groups
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_binding_handles_each_reply_that_the_header_lists_and_no_other(
     name: str, settings_without_servers: Settings
 ) -> None:
-    listed: set[str] = set()
-    for shape in re.findall(r"\{([^}]*)\}", plain(scripts.header(name)["Replies"])):
-        listed |= set(re.findall(r"\w+", shape.split(",")[0]))
+    listed = scripts.signature(name).replies.keys()
     binding = BINDINGS[name]
     handled = {reply[0] for replies in binding.replies for reply in in_turn(replies)}
     assert handled == listed - GATES

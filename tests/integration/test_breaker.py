@@ -17,9 +17,9 @@ from sqlalchemy import text
 
 from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.errors import NotAccepted
-from celery_capacity.routing.ledger import call_budget
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers.app.install import create_app
+from celery_capacity.workers.dispatch import call_budget
 from celery_capacity.workers.dispatch.circuit_breaker import Breaker
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit import constraints

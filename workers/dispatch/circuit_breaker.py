@@ -20,10 +20,10 @@ from redis.exceptions import RedisError
 from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.ledger import call_budget
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.workers.dispatch import call_budget
 from celery_capacity.workers.dispatch.circuit import SLOW, Circuit
 from celery_capacity.workers.dispatch.submission_queue import Beginning, Submission, Submissions
 

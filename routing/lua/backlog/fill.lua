@@ -6,7 +6,7 @@
 -- Replies: {ok, admitted, cursor ('' when done)} | {cold} | {epoch, current}
 -- Cost: at the worst twice LIMIT.shapes shapes are looked at and LIMIT.most jobs admitted
 -- Repeat: harmless: what was admitted waits no longer
-local epoch, run_id, worker, after = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local epoch, run_id, worker, after = ARG.epoch, ARG.run_id, ARG.worker, ARG.cursor
 
 local no = refused(epoch, run_id)
 if no then

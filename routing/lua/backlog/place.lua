@@ -6,7 +6,8 @@
 -- Replies: {admitted, job, worker, attempt} | {more, cursor_score, cursor_worker} | {none} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read, and LIMIT.most places of jobs that do not wait are passed
 -- Repeat: harmless: the job that was admitted waits no longer, the next one is looked at
-local epoch, run_id, shape, cursor_score, cursor_worker = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local epoch, run_id, shape = ARG.epoch, ARG.run_id, ARG.shape
+local cursor_score, cursor_worker = ARG.cursor_score, ARG.cursor_worker
 local whole = string.sub(cursor_score, 1, 1) == '*'
 
 local no = refused(epoch, run_id)

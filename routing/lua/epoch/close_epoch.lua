@@ -3,12 +3,12 @@
 --   nobody may bring in yet.
 -- KEYS: none; by name: epoch, carried
 -- ARGV: epoch, run_id, step (begin: close the books for this epoch; remove and carry: they must be closed for it still), then
---   for each key to remove or job to carry over, at most 1,000: its name
+--   for each key to remove or job to carry over (at most 1,000): name
 -- Replies: {ok} | {cold} where the books are closed for nobody | {epoch, current} where a newer one is opened |
 --   {foreign, database} where the books are those of another database
 -- Cost: one command, and what it takes to unlink the keys
 -- Repeat: harmless
-local epoch, run_id, step = ARGV[1], ARGV[2], ARGV[3]
+local epoch, run_id, step = ARG.epoch, ARG.run_id, ARG.step
 
 local current = redis.call('HMGET', KEY.epoch, 'epoch', 'opening', 'database')
 local _, database = parted(run_id)
@@ -30,8 +30,8 @@ elseif current[2] ~= epoch then
   -- Emptied meanwhile: whoever looks next begins anew.
   return {'cold'}
 elseif step == 'remove' then
-  redis.call('UNLINK', unpack(ARGV, 4))
+  redis.call('UNLINK', unpack(ARGV, EACH.first))
 else
-  redis.call('SADD', KEY.carried, unpack(ARGV, 4))
+  redis.call('SADD', KEY.carried, unpack(ARGV, EACH.first))
 end
 return {'ok'}

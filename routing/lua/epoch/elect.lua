@@ -1,19 +1,21 @@
 #!lua flags=allow-oom
 -- Does: gives one worker at a time the lease on the duties, renews it, and brings its holder what others asked for.
 -- KEYS: none; by name: runner, asked, epoch, book
--- ARGV: caller, its worker's name, fence of the caller's lease (0: it has none), term (ms; 0: give it back), for each duty that it asks for: name
--- Replies: {elected, epoch of the ledger (0: none), book (1: its worker has one), fence, then the duties that were asked for} | {other (has the lease, or nobody), epoch, book}
+-- ARGV: caller (an incarnation), worker (its name), fence (of the caller's lease, 0: it has none), term (ms; 0: give it back),
+--   then for each duty that it asks for: duty
+-- Replies: {elected, epoch (of the ledger, 0: none), book (1: its worker has one), fence, then for each duty that was asked
+--   for: duty} | {other (has the lease, or nobody), epoch, book}
 -- Cost: constant, and one command for each duty asked for
 -- Repeat: harmless: the holder keeps its lease and its fence; what was asked for is told once
-local caller, worker, fence, term = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local caller, worker, fence, term = ARG.caller, ARG.worker, tonumber(ARG.fence), tonumber(ARG.term)
 local now = clock()
 local lease = redis.call('HMGET', KEY.runner, 'incarnation', 'fence', 'until')
 local number, over = tonumber(lease[2] or '0'), tonumber(lease[3] or '0')
 local epoch = redis.call('HGET', KEY.epoch, 'epoch') or '0'
 local book = int(redis.call('EXISTS', KEY.book .. worker))
 local mine = fence > 0 and lease[1] == caller and number == fence
-for i = 5, #ARGV do
-  redis.call('SADD', KEY.asked, ARGV[i])
+for i = EACH.first, #ARGV, EACH.step do
+  redis.call('SADD', KEY.asked, ARGV[i + EACH.duty])
 end
 if term == 0 then
   if mine then

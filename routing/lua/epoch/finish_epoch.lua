@@ -5,7 +5,7 @@
 -- Replies: {ok} | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
-local epoch, run_id = ARGV[1], ARGV[2]
+local epoch, run_id = ARG.epoch, ARG.run_id
 
 local no = refused(epoch, run_id)
 if no then

@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
 -- Does: drops stream entries that Postgres has. From then on the tombstone of a job that ended has its time.
 -- KEYS: none; by name: stream, job
--- ARGV: for each entry: entry, job
+-- ARGV: then for each entry: entry, job
 -- Replies: {ok, dropped}
 -- Cost: two to four commands an entry
 -- Repeat: harmless
 local dropped = 0
-for i = 1, #ARGV, 2 do
-  local entry, id = ARGV[i], ARGV[i + 1]
+for i = EACH.first, #ARGV, EACH.step do
+  local entry, id = ARGV[i + EACH.entry], ARGV[i + EACH.job]
   dropped = dropped + redis.call('XDEL', KEY.stream, entry)
   local job = redis.call('HMGET', KEY.job .. id, 'entry', 'state')
   if job[1] == entry then

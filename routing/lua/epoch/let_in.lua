@@ -2,25 +2,26 @@
 -- Does: lets jobs in whose entries of an older epoch Postgres has. Each but what is held leaves a tombstone of the attempt
 --   that its row names: a submit that read the row before, and comes only now, is refused.
 -- KEYS: none; by name: epoch, job, carried
--- ARGV: epoch, run_id, then for each job (at most 200): its id, the epoch, the attempt, the state of its row, final (1: it has
+-- ARGV: epoch, run_id, then for each job (at most 200): job, epoch, attempt, state (as its row has them), final (1: it has
 --   ended, '': it goes on, held: a worker has it)
--- Replies: {ok, jobs that were kept out until now} | {cold} | {epoch, current}
+-- Replies: {ok, let_in (jobs that were kept out until now)} | {cold} | {epoch, current}
 -- Cost: four commands a job
 -- Repeat: harmless
-local epoch, run_id = ARGV[1], ARGV[2]
+local epoch, run_id = ARG.epoch, ARG.run_id
 
 local no = refused(epoch, run_id)
 if no then
   return no
 end
 local let_in = 0
-for i = 3, #ARGV, 5 do
-  local id, final = ARGV[i], ARGV[i + 4]
+for i = EACH.first, #ARGV, EACH.step do
+  local id, final = ARGV[i + EACH.job], ARGV[i + EACH.final]
   if redis.call('SREM', KEY.carried, id) == 1 then
     let_in = let_in + 1
     if final ~= 'held' and redis.call('EXISTS', KEY.job .. id) == 0 then
-      redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', ARGV[i + 1], 'attempt', ARGV[i + 2], 'became', ARGV[i + 3],
-        unpack(final == '1' and {'final', '1'} or {}))
+      local became = ARGV[i + EACH.state]
+      redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', ARGV[i + EACH.epoch],
+        'attempt', ARGV[i + EACH.attempt], 'became', became, unpack(final == '1' and {'final', '1'} or {}))
       redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
     end
   end

@@ -6,7 +6,7 @@
 --   those of another database
 -- Cost: constant
 -- Repeat: harmless: what was admitted in this epoch meanwhile stays
-local epoch, run_id = ARGV[1], ARGV[2]
+local epoch, run_id = ARG.epoch, ARG.run_id
 local life, database = parted(run_id)
 local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'opening', 'database')
 if current[4] and database ~= '' and current[4] ~= database then

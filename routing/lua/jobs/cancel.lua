@@ -7,7 +7,7 @@
 --   worker holds it) | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless: answered 'over' while the tombstone stands
-local epoch, run_id, id, state, error_text = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local epoch, run_id, id, state, error_text = ARG.epoch, ARG.run_id, ARG.job, ARG.state, ARG.error
 
 local no = refused(epoch, run_id)
 if no then

@@ -2,13 +2,13 @@
 -- Does: gives an incarnation of a worker the leases of the attempts whose messages arrived there. A message that is not
 --   the one that was pushed is refused, and the job's own is delivered (again).
 -- KEYS: none; by name: epoch, book, job, unclaimed, counters, stream
--- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, nonce (unique to this claim), digest of the
---   message that arrived ('': it is not known, and not compared)
+-- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, nonce (unique to this claim), digest (of the
+--   message that arrived; '': it is not known, and not compared)
 -- Replies: {ok, then for each job: claimed | stale | forged | unknown (no such job in this epoch), admitted, started, entry,
 --   losses, rerun, revoked ('1': it was, the worker ends it)} | {cold} | {epoch, current}
 -- Cost: a few commands a job
 -- Repeat: harmless: the nonce tells a claim that is sent again from a doubled message
-local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 
 local no = refused(epoch, run_id)
 if no then
@@ -17,8 +17,8 @@ end
 local now = clock()
 local current = redis.call('HGET', KEY.book .. worker, 'incarnation') == incarnation
 local reply = {'ok'}
-for i = 5, #ARGV, 4 do
-  local id, token, nonce, digest = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+for i = EACH.first, #ARGV, EACH.step do
+  local id, token, nonce, digest = ARGV[i + EACH.job], ARGV[i + EACH.token], ARGV[i + EACH.nonce], ARGV[i + EACH.digest]
   local job = read_job(id)
   local mine = current and job and job.worker == worker and job.incarnation == incarnation and token_of(job) == token
   local verdict = 'stale'

@@ -6,7 +6,7 @@
 -- Replies: {ok, worker} ('' when it was waiting) | {changed} | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
-local epoch, run_id, id, token, final = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local epoch, run_id, id, token, final = ARG.epoch, ARG.run_id, ARG.job, ARG.token, ARG.final
 
 local no = refused(epoch, run_id)
 if no then

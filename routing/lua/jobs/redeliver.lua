@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
 -- Does: delivers again the messages of jobs that were admitted and not claimed in time (the same attempt).
 -- KEYS: none; by name: epoch, unclaimed, job, book, counters
--- ARGV: epoch, run_id, most jobs to look at in this call
--- Replies: {ok, looked at, delivered} | {cold} | {epoch, current}
+-- ARGV: epoch, run_id, most (jobs to look at in this call)
+-- Replies: {ok, looked (at so many jobs), delivered} | {cold} | {epoch, current}
 -- Cost: a few commands a job
 -- Repeat: harmless: a doubled message is refused by the claim; the time to the next delivery doubles each time
-local epoch, run_id, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local epoch, run_id, most = ARG.epoch, ARG.run_id, tonumber(ARG.most)
 
 local no = refused(epoch, run_id)
 if no then

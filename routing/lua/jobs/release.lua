@@ -5,16 +5,16 @@
 --   allocated, allocated_cpus, kept
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not '':
 --   the worker is asking, hand over to it), then for each job: job, token, outcome (succeeded, failed, cancelled, expired,
---   replaced, retried, handed_back, lost), error, outbox, told (1: the worker tells how the job ended), number of results
---   that are kept in this Redis, and for each of these: its key (of Celery's backend), seconds to live (0: for ever), result
--- Replies: {ok, admitted, cursor of shapes, then for each job: released | repeat | stale | unknown (no key of it is there),
+--   replaced, retried, handed_back, lost), error, outbox, told (1: the worker tells how the job ended), results
+--   (number of those kept in this Redis), and for each of these: key (of Celery's backend), seconds (to live; 0: for ever), result
+-- Replies: {ok, admitted, cursor (of shapes), then for each job: released | repeat | stale | unknown (no key of it is there),
 --   state, entry, shape, then for each job handed over: job, token, admitted, started, entry, losses, shape, rerun, message}
 --   | {cold} | {epoch, current}
 -- Cost: a few commands a job, one pass as that of fill, and a command for each resource and queue that the worker has and
 --   not every worker does
 -- Repeat: harmless: keyed by job and token; the same end of an attempt that ended its job is answered 'repeat', any other 'stale'
-local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local most_losses, admit, nonce = ARGV[5], ARGV[6], ARGV[7]
+local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
+local most_losses, admit, nonce = ARG.most_losses, ARG.admit, ARG.nonce
 
 local no = refused(epoch, run_id)
 if no then
@@ -29,11 +29,12 @@ end
 local mine = book.incarnation == incarnation
 local any = false
 local reply = {'ok', '0', ''}
-local i = 8
+local i = EACH.first
 while i <= #ARGV do
-  local id, token, outcome, error_text = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
-  local outbox, told, results = ARGV[i + 4], ARGV[i + 5], i + 7
-  i = results + 3 * tonumber(ARGV[i + 6])
+  local id, token, outcome = ARGV[i + EACH.job], ARGV[i + EACH.token], ARGV[i + EACH.outcome]
+  local error_text, outbox, told = ARGV[i + EACH.error], ARGV[i + EACH.outbox], ARGV[i + EACH.told]
+  local results = i + EACH.step
+  i = results + INNER.step * tonumber(ARGV[i + EACH.results])
   local job = read_job(id)
   local verdict, state, entry = 'stale', '', ''
   local before = job and job.state == 'ended' and token_of(job) == token and redis.call('HMGET', KEY.job .. id, 'outcome', 'became', 'entry')
@@ -64,9 +65,9 @@ while i <= #ARGV do
     entry = job.entry
     -- (What is run again has no result, unless it says itself that it is retried.)
     if outcome ~= 'handed_back' and (outcome ~= 'lost' or state == 'lost') then
-      for r = results, i - 1, 3 do
+      for r = results, i - 1, INNER.step do
         -- As Celery's backend stores it, and tells whoever waits.
-        local key, seconds, result = ARGV[r], ARGV[r + 1], ARGV[r + 2]
+        local key, seconds, result = ARGV[r + INNER.key], ARGV[r + INNER.seconds], ARGV[r + INNER.result]
         local kept = redis.pcall('SET', key, result, unpack(seconds == '0' and {} or {'EX', seconds}))
         local sent = redis.pcall('PUBLISH', key, result)
         -- A time that no key can have, or no right to that channel: the book is not written yet, so nothing here may end

@@ -5,7 +5,7 @@
 -- Replies: {held, worker} | {free} (no worker holds it) | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
-local epoch, run_id, id = ARGV[1], ARGV[2], ARGV[3]
+local epoch, run_id, id = ARG.epoch, ARG.run_id, ARG.job
 
 local no = refused(epoch, run_id)
 if no then

@@ -2,13 +2,13 @@
 -- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed, view,
 --   allocated, allocated_cpus, indexed, leases, carried
 -- ARGV: epoch, run_id, deadline (ms of the server), then for each job: job, shape, order, message, attempt (admissions so far),
---   losses, submitted (ms), rerun (0: its first lost attempt ends it), digest of the message
--- Replies: {ok, taken, then shape, cursor_score, cursor_worker of each shape that found no room among those looked at, while
---   there were others} | {late, now (ms)} | {cold} | {epoch, current}
+--   losses, submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
+-- Replies: {ok, taken, then for each shape that found no room among those looked at, while there were others: shape,
+--   cursor_score, cursor_worker} | {late, now (ms)} | {cold} | {epoch, current}
 -- Cost: some ten commands a job, and LIMIT.searched books are read at the worst; jobs of one shape in a row look for room once,
 --   and again where a worker is full
 -- Repeat: harmless: a job that is known (or has ended, by its tombstone) is left as it is
-local epoch, run_id, deadline = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local epoch, run_id, deadline = ARG.epoch, ARG.run_id, tonumber(ARG.deadline)
 
 local no = refused(epoch, run_id)
 if no then
@@ -19,12 +19,13 @@ if is_late(deadline, now) then
   return {'late', int(now)}
 end
 local reply, taken, run = {'ok', ''}, 0, nil
-for i = 4, #ARGV, 9 do
-  local shape = ARGV[i + 1]
-  local job = {epoch = epoch, attempt = ARGV[i + 4], shape = shape, order = ARGV[i + 2], losses = ARGV[i + 5],
-    submitted = ARGV[i + 6]}
+for i = EACH.first, #ARGV, EACH.step do
+  local id, shape, order = ARGV[i + EACH.job], ARGV[i + EACH.shape], ARGV[i + EACH.order]
+  local message, attempt, losses = ARGV[i + EACH.message], ARGV[i + EACH.attempt], ARGV[i + EACH.losses]
+  local submitted, rerun, digest = ARGV[i + EACH.submitted], ARGV[i + EACH.rerun], ARGV[i + EACH.digest]
+  local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
   local became
-  became, run = take_in(ARGV[i], job, ARGV[i + 3], ARGV[i + 8], ARGV[i + 7], now, run)
+  became, run = take_in(id, job, message, digest, rerun, now, run)
   if became[1] ~= 'exists' then
     taken = taken + 1
   end

@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
 -- Does: notes that Postgres holds a successor (retry, replace) of the attempt of a job that is admitted or running.
 -- KEYS: none; by name: job
--- ARGV: job, digest of the successor's message
+-- ARGV: job, digest (of the successor's message)
 -- Replies: {ok} | {missing} where there is no such attempt, or it is that of the successor itself: Postgres was quicker
 -- Cost: constant
 -- Repeat: harmless
-local id, digest = ARGV[1], ARGV[2]
+local id, digest = ARG.job, ARG.digest
 local known = redis.call('HMGET', KEY.job .. id, 'state', 'digest')
 if (known[1] ~= 'admitted' and known[1] ~= 'running') or known[2] == digest then
   return {'missing'}

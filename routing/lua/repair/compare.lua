@@ -2,10 +2,10 @@
 -- Does: finds jobs of which the ledger says something else than Postgres, or that do not stand where their own keys say.
 -- KEYS: none; by name: epoch, job, wait, book, held, unclaimed, stream
 -- ARGV: epoch, run_id, rows (a line a job: job, state, token, worker; each of them without blanks; ended: it is over)
--- Replies: {ok, the jobs that differ} | {cold} | {epoch, current}
+-- Replies: {ok, then for each job that differs: job} | {cold} | {epoch, current}
 -- Cost: three or four commands a job
 -- Repeat: harmless: nothing is written
-local epoch, run_id, rows = ARGV[1], ARGV[2], ARGV[3]
+local epoch, run_id, rows = ARG.epoch, ARG.run_id, ARG.rows
 
 local no = refused(epoch, run_id)
 if no then

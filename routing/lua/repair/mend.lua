@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
 -- Does: makes the queue of a shape right about one job, and the indexes of shapes right about its first job.
 -- KEYS: none; by name: epoch, job, wait, shapes, shapes_of
--- ARGV: epoch, run_id, shape, job ('' when only the shape is looked at), resource in whose index of shapes it was seen
---   ('': none)
--- Replies: {ok, 1 when something differed, else 0} | {cold} | {epoch, current}
+-- ARGV: epoch, run_id, shape, job ('' when only the shape is looked at), seen (the resource in whose index of shapes it
+--   was seen; '': none)
+-- Replies: {ok, differed (1, else 0)} | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
-local epoch, run_id, shape, id, seen = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local epoch, run_id, shape, id, seen = ARG.epoch, ARG.run_id, ARG.shape, ARG.job, ARG.seen
 
 local no = refused(epoch, run_id)
 if no then

@@ -2,10 +2,10 @@
 -- Does: finds places in the queue of a shape that no waiting job has.
 -- KEYS: none; by name: epoch, job, wait
 -- ARGV: epoch, run_id, shape, seen (places that were looked at, counted from the end), most (places to look at)
--- Replies: {ok, places looked at, the jobs that do not belong there} | {cold} | {epoch, current}
+-- Replies: {ok, looked (at so many places), then for each job that does not belong there: job} | {cold} | {epoch, current}
 -- Cost: one command a place
 -- Repeat: harmless: nothing is written
-local epoch, run_id, shape, seen, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local epoch, run_id, shape, seen, most = ARG.epoch, ARG.run_id, ARG.shape, tonumber(ARG.seen), tonumber(ARG.most)
 
 local no = refused(epoch, run_id)
 if no then

@@ -2,11 +2,11 @@
 -- Does: makes a worker's allocations the sum of what it holds, and repairs its places in the indexes and in the sums.
 -- KEYS: none; by name: epoch, book, held, job, free, free_of, leases, indexed, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, counted (the sum of what it holds, as a shape; '': count here)
--- Replies: {ok, number of fields that differed} | {unknown, the same} | {many} where it holds too much to be counted here
+-- Replies: {ok, differed (number of fields)} | {unknown, differed} | {many} where it holds too much to be counted here
 --   | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.held jobs are looked at
 -- Repeat: harmless
-local epoch, run_id, worker, counted = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local epoch, run_id, worker, counted = ARG.epoch, ARG.run_id, ARG.worker, ARG.counted
 
 local no = refused(epoch, run_id)
 if no then

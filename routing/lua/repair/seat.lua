@@ -2,10 +2,10 @@
 -- Does: makes the places of one job right: the list of its worker (with the book) and the deliveries to come.
 -- KEYS: none; by name: epoch, job, book, held, unclaimed, free, free_of, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, job
--- Replies: {ok, number of places that differed} | {homeless, worker} where its worker has no book | {cold} | {epoch, current}
+-- Replies: {ok, differed (number of places)} | {homeless, worker} where its worker has no book | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
-local epoch, run_id, id = ARGV[1], ARGV[2], ARGV[3]
+local epoch, run_id, id = ARG.epoch, ARG.run_id, ARG.job
 
 local no = refused(epoch, run_id)
 if no then

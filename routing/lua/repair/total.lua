@@ -5,7 +5,7 @@
 -- Replies: {ok} | {changed} | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
-local epoch, run_id, expected, sum = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local epoch, run_id, expected, sum = ARG.epoch, ARG.run_id, ARG.expected, ARG.sum
 
 local no = refused(epoch, run_id)
 if no then

@@ -2,10 +2,10 @@
 -- Does: takes out of the index of a resource the workers whose books do not say that they stand there.
 -- KEYS: none; by name: epoch, book, free_of
 -- ARGV: epoch, run_id, resource, seen (places that were looked at and stay), most (places to look at)
--- Replies: {ok, places looked at, workers taken out} | {cold} | {epoch, current}
+-- Replies: {ok, looked (at so many places), taken (workers out of the index)} | {cold} | {epoch, current}
 -- Cost: two commands a place
 -- Repeat: harmless
-local epoch, run_id, resource, seen, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local epoch, run_id, resource, seen, most = ARG.epoch, ARG.run_id, ARG.resource, tonumber(ARG.seen), tonumber(ARG.most)
 
 local no = refused(epoch, run_id)
 if no then

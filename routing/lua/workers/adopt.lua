@@ -7,7 +7,7 @@
 -- Replies: {ok, then for each job: adopted | stale} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands a job
 -- Repeat: harmless: a job that is held already is answered 'adopted'
-local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 
 local no = refused(epoch, run_id)
 if no then
@@ -18,8 +18,10 @@ if not book or book.incarnation ~= incarnation then
   return {'unknown'}
 end
 local reply, changed, left = {'ok'}, {}, {}
-for i = 5, #ARGV, 9 do
-  local id, token, shape, order = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+for i = EACH.first, #ARGV, EACH.step do
+  local id, token, shape, order = ARGV[i + EACH.job], ARGV[i + EACH.token], ARGV[i + EACH.shape], ARGV[i + EACH.order]
+  local admitted, started, nonce = ARGV[i + EACH.admitted], ARGV[i + EACH.started], ARGV[i + EACH.nonce]
+  local losses, rerun = ARGV[i + EACH.losses], ARGV[i + EACH.rerun]
   local token_epoch, token_attempt = string.match(token, '^(%d+)%.(%d+)$')
   local job = read_job(id)
   local verdict = 'adopted'
@@ -39,8 +41,8 @@ for i = 5, #ARGV, 9 do
   end
   if not job then
     redis.call('HSET', KEY.job .. id, 'state', 'running', 'epoch', token_epoch, 'attempt', token_attempt,
-      'worker', worker, 'incarnation', incarnation, 'shape', shape, 'order', order, 'admitted', ARGV[i + 4],
-      'started', ARGV[i + 5], 'nonce', ARGV[i + 6], 'losses', ARGV[i + 7], unpack(ARGV[i + 8] == '0' and {'rerun', '0'} or {}))
+      'worker', worker, 'incarnation', incarnation, 'shape', shape, 'order', order, 'admitted', admitted,
+      'started', started, 'nonce', nonce, 'losses', losses, unpack(rerun == '0' and {'rerun', '0'} or {}))
     -- 0: it stood there already, only its own key was lost.
     if redis.call('HSET', KEY.held .. worker, id, token) == 1 then
       for name, amount in pairs(amounts_of(shape)) do

@@ -5,7 +5,7 @@
 -- Replies: {ok} | {unknown} | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
-local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 
 local no = refused(epoch, run_id)
 if no then

@@ -3,11 +3,11 @@
 --   named.
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, counters, stream, wait, shapes, shapes_of, free, free_of, view,
 --   allocated, allocated_cpus
--- ARGV: epoch, run_id, worker, incarnation, then the ids of the jobs (none to begin: what is held from then on is known)
--- Replies: {ok, then the shapes of the jobs handed back} | {unknown} | {cold} | {epoch, current}
+-- ARGV: epoch, run_id, worker, incarnation, then for each job (none to begin: what is held from then on is known): job
+-- Replies: {ok, then for each job handed back: shape} | {unknown} | {cold} | {epoch, current}
 -- Cost: some ten commands a job
 -- Repeat: harmless
-local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 
 local no = refused(epoch, run_id)
 if no then
@@ -24,8 +24,8 @@ if redis.call('EXISTS', KEY.view .. worker) == 1 then
   redis.call('HSET', KEY.view .. worker, 'status', 'draining')
 end
 local reply, changed = {'ok'}, {}
-for i = 5, #ARGV do
-  local id = ARGV[i]
+for i = EACH.first, #ARGV, EACH.step do
+  local id = ARGV[i + EACH.job]
   local job = read_job(id)
   if job and job.state == 'admitted' and job.worker == worker and job.incarnation == incarnation then
     for name, amount in pairs(amounts_of(job.shape)) do

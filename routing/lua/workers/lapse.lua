@@ -5,12 +5,12 @@
 --   leases, indexed, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that: the clock may have
 --   been set meanwhile), most_losses, take (1: take back, 0: say whether it is time), ttl (ms: a lease that ends later than
---   that from now was written before the clock was set back, and ends then), then the ids of the jobs
--- Replies: {alive, incarnation} | {closed (just now) | waits (for the grace, as before) | due, incarnation} | {more | gone, incarnation, then the shapes of jobs taken back} | {unknown} | {cold} | {epoch, current}
+--   that from now was written before the clock was set back, and ends then), then for each job: job
+-- Replies: {alive, incarnation} | {closed (just now) | waits (for the grace, as before) | due, incarnation} | {more | gone, incarnation, then for each job taken back: shape} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands for each job taken back
 -- Repeat: harmless: goes on where it stopped
-local epoch, run_id, worker = ARGV[1], ARGV[2], ARGV[3]
-local grace, most_losses, take, ttl = tonumber(ARGV[4]), ARGV[5], ARGV[6], tonumber(ARGV[7])
+local epoch, run_id, worker = ARG.epoch, ARG.run_id, ARG.worker
+local grace, most_losses, take, ttl = tonumber(ARG.grace), ARG.most_losses, ARG.take, tonumber(ARG.ttl)
 
 local no = refused(epoch, run_id)
 if no then
@@ -54,8 +54,8 @@ if take ~= '1' then
   return {'due', book.incarnation or ''}
 end
 local reply, changed = {'gone', book.incarnation or ''}, {}
-for i = 8, #ARGV do
-  local id = ARGV[i]
+for i = EACH.first, #ARGV, EACH.step do
+  local id = ARGV[i + EACH.job]
   local job = read_job(id)
   if job and job.worker == worker and (job.state == 'admitted' or job.state == 'running') then
     for name, amount in pairs(amounts_of(job.shape)) do

@@ -2,10 +2,10 @@
 -- Does: closes the book of a worker that holds nothing any more, and removes its private queue.
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, indexed, free, free_of
 -- ARGV: epoch, run_id, worker, incarnation
--- Replies: {ok} | {held, number} | {unknown} | {cold} | {epoch, current}
+-- Replies: {ok} | {held, number (of jobs)} | {unknown} | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
-local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 
 local no = refused(epoch, run_id)
 if no then

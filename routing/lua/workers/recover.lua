@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
 -- Does: gives a worker again the jobs whose leases it has and does not know of, since the reply of a release was lost.
 -- KEYS: none; by name: epoch, book, held, job
--- ARGV: epoch, run_id, worker, incarnation, then the ids of the jobs that the worker does not know of
+-- ARGV: epoch, run_id, worker, incarnation, then for each job that the worker does not know of: job
 -- Replies: {ok, then for each job: job, token, admitted, started, entry, losses, shape, rerun, message} | {unknown} | {cold}
 --   | {epoch, current}
 -- Cost: three commands a job
 -- Repeat: harmless: the same jobs are given again
-local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 
 local no = refused(epoch, run_id)
 if no then
@@ -16,8 +16,8 @@ if redis.call('HGET', KEY.book .. worker, 'incarnation') ~= incarnation then
   return {'unknown'}
 end
 local reply = {'ok'}
-for i = 5, #ARGV do
-  local id = ARGV[i]
+for i = EACH.first, #ARGV, EACH.step do
+  local id = ARGV[i + EACH.job]
   local job = read_job(id)
   local mine = job and job.state == 'running' and redis.call('HGET', KEY.held .. worker, id) == token_of(job)
   local message = mine and redis.call('HGET', KEY.job .. id, 'message')

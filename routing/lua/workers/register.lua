@@ -4,15 +4,15 @@
 --   shapes_of, wait, job, unclaimed, counters, stream, kept
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), status (ready, or closed until the
 --   worker has said what it holds and renews), admit (1: go on to admit, 0: this caller may not), counted (the sum of what
---   is held there, as a shape; '': count here), then the fields of the view: name, value, ...
--- Replies: {ok, admitted, cursor of shapes} | {taken, incarnation, lease left (ms, negative when it ran out), held}
+--   is held there, as a shape; '': count here), then for each field of the view: name, value
+-- Replies: {ok, admitted, cursor (of shapes)} | {taken, incarnation, lease_left (ms, negative when it ran out), held}
 --   | {many} where too much is held to be counted here | {cold} | {epoch, current}
 -- Cost: one pass as that of fill, LIMIT.held jobs where the book went missing, and a command for each resource and queue
 --   that not every worker has
 -- Repeat: harmless: the same incarnation keeps its allocations
-local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local queue, ttl, capacity, status, admit = ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9]
-local counted = ARGV[10]
+local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
+local queue, ttl, capacity, status, admit = ARG.queue, tonumber(ARG.ttl), ARG.capacity, ARG.status, ARG.admit
+local counted = ARG.counted
 
 local no = refused(epoch, run_id)
 if no then
@@ -62,7 +62,7 @@ redis.call('HDEL', key, 'lapsed')
 redis.call('ZADD', KEY.leases, int(now + ttl), worker)
 redis.call('ZADD', KEY.indexed, int(now + ttl), worker)
 redis.call('DEL', KEY.view .. worker)
-redis.call('HSET', KEY.view .. worker, unpack(ARGV, 11))
+redis.call('HSET', KEY.view .. worker, unpack(ARGV, EACH.first))
 redis.call('HSET', KEY.view .. worker, 'status', status)
 redis.call('PEXPIRE', KEY.view .. worker, int(ttl))
 redis.call('SET', KEY.allocated_cpus, cpus_text(redis.call('INCRBY', KEY.allocated, 0)))

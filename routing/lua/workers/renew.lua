@@ -2,14 +2,14 @@
 -- Does: renews the lease of a worker and its view, and admits what fits.
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, indexed, free, free_of, allocated, allocated_cpus, job,
 --   unclaimed, counters, stream, wait, shapes, shapes_of, kept
--- ARGV: epoch, run_id, worker, incarnation, ttl (ms), admit (1: go on to admit, 0: this caller may not), then the view's
---   fields: name, value, ...
--- Replies: {ok, admitted, cursor of shapes, number of jobs held there, 1 when lists lacked some of them before, else 0}
+-- ARGV: epoch, run_id, worker, incarnation, ttl (ms), admit (1: go on to admit, 0: this caller may not), then for each
+--   field of the view: name, value
+-- Replies: {ok, admitted, cursor (of shapes), held (number of jobs), lacked (1 when lists lacked some of them before, else 0)}
 --   | {unknown} | {cold} | {epoch, current}
 -- Cost: one pass as that of fill, and a command for each resource and queue that not every worker has
 -- Repeat: harmless
-local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local ttl, admit = tonumber(ARGV[5]), ARGV[6]
+local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
+local ttl, admit = tonumber(ARG.ttl), ARG.admit
 
 local no = refused(epoch, run_id)
 if no then
@@ -32,8 +32,8 @@ if book.lapsed then
 end
 redis.call('ZADD', KEY.leases, int(book.lease), worker)
 redis.call('ZADD', KEY.indexed, int(book.lease), worker)
-if #ARGV > 6 then
-  redis.call('HSET', KEY.view .. worker, unpack(ARGV, 7))
+if #ARGV >= EACH.first then
+  redis.call('HSET', KEY.view .. worker, unpack(ARGV, EACH.first))
 end
 redis.call('HSET', KEY.view .. worker, 'status', book.status)
 redis.call('PEXPIRE', KEY.view .. worker, int(ttl))

@@ -7,8 +7,8 @@
 --   | {epoch, current}
 -- Cost: at the worst LIMIT.held jobs are looked at: none, but where a book went missing
 -- Repeat: harmless
-local epoch, run_id, worker, incarnation, capacity = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local counted = ARGV[6]
+local epoch, run_id, worker, incarnation, capacity = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation, ARG.capacity
+local counted = ARG.counted
 
 local no = refused(epoch, run_id)
 if no then

@@ -3,12 +3,12 @@
 -- KEYS: none; by name: epoch, book, held, missing, free, free_of, allocated, allocated_cpus, view, job, unclaimed, counters,
 --   stream, wait, shapes, shapes_of
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, missing (ms for which no list has named a job that is taken back;
---   0: at once, the list is known to be whole), then the ids of the jobs that its list does not name
--- Replies: {ok, then the shapes of jobs that were taken back} | {unknown} | {cold} | {epoch, current}
+--   0: at once, the list is known to be whole), then for each job that its list does not name: job
+-- Replies: {ok, then for each job taken back: shape} | {unknown} | {cold} | {epoch, current}
 -- Cost: some ten commands a job
 -- Repeat: harmless: judged by the time since the first list that lacked a job, not by the number of lists
-local epoch, run_id, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local most_losses, missing_for = ARGV[5], tonumber(ARGV[6])
+local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
+local most_losses, missing_for = ARG.most_losses, tonumber(ARG.missing)
 
 local no = refused(epoch, run_id)
 if no then
@@ -20,8 +20,8 @@ if not book or book.incarnation ~= incarnation then
   return {'unknown'}
 end
 local reply, changed = {'ok'}, {}
-for i = 7, #ARGV do
-  local id = ARGV[i]
+for i = EACH.first, #ARGV, EACH.step do
+  local id = ARGV[i + EACH.job]
   local job = read_job(id)
   -- What was admitted and not claimed yet is on its way: START looks after it.
   if job and job.state == 'running' and redis.call('HGET', KEY.held .. worker, id) == token_of(job) then
