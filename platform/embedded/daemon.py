@@ -1,5 +1,7 @@
-"""Processes that outlive the command that starts them: started apart from it, known by pid and start time,
-ended by signal."""
+"""Processes that outlive the command that starts them.
+
+Each one is started apart from the command, identified by pid and start time, and ended by signal.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +20,20 @@ from celery_capacity.routing.errors import NoServers
 
 __all__ = ["Detached", "Owner", "start", "tail", "until", "wait"]
 
-#: Seconds between two looks at a process that starts or ends; it is not our child, so nothing tells us.
+#: Seconds between two looks at a process that starts or ends. It is not our child, so the system sends no notice.
 LOOK = 0.01
 
-#: Lines of a log shown in an error.
+#: Lines of a log that an error shows.
 SHOWN_LINES = 12
 
-# The shell ends at once, so the server becomes init's child: no zombie stays when it ends before us, and
-# Ctrl-C in our terminal does not reach it (the session is new).
+# The shell ends at once, so that the server becomes init's child. No zombie stays when the server ends before us. The
+# session is new, so that Ctrl-C in our terminal does not reach the server.
 _DETACH = '"$@" </dev/null >>"$DETACHED_LOG" 2>&1 & echo $!'
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The system user that a process runs as, where that is not the caller."""
+    """The system user of a process that does not run as the caller."""
 
     name: str
     uid: int
@@ -40,33 +42,38 @@ class Owner:
 
 @dataclass(frozen=True)
 class Detached:
-    """A process of this machine by its pid and the clock ticks from the boot to its start: pids are used again, the
-    two together are not. (`ticks` is None where there is no `/proc`.)"""
+    """A process of this machine, identified by its pid and by the clock ticks from the boot to its start.
+
+    Pids are reused, but a pid together with its ticks is unique. `ticks` is None where there is no `/proc`.
+    """
 
     pid: int
     ticks: int | None
 
     @classmethod
     def of(cls, pid: int) -> Detached | None:
-        """The live process with this pid. A zombie, which has ended and only waits to be reaped, is not
-        one."""
-        found = cls(pid, process_identity.start_ticks(pid))
-        return found if found.alive() else None
+        """Return the live process with this pid, or None.
+
+        A zombie is not alive: it has ended and only waits to be reaped.
+        """
+        process = cls(pid, process_identity.start_ticks(pid))
+        return process if process.alive() else None
 
     def alive(self) -> bool:
         return not process_identity.is_over(self.pid, self.ticks)
 
     def mentions(self, path: Path) -> bool:
-        """Whether the process's command line has this path as an argument: how a server is told from a reused
-        pid."""
+        """Return True if the process's command line has this path as an argument.
+
+        So a server is distinguished from another process that reuses its pid.
+        """
         try:
             return str(path) in psutil.Process(self.pid).cmdline()
         except psutil.Error:
             return False
 
     def end(self, *steps: tuple[signal.Signals, float]) -> bool:
-        """Sends each signal in turn and waits its seconds for the process to go; False if it is still
-        there."""
+        """Send each signal in turn and wait its seconds for the process to end. Return False if it still lives."""
         for signum, seconds in steps:
             if not self.alive():
                 return True
@@ -80,9 +87,9 @@ class Detached:
 
 
 def start(arguments: Sequence[str | Path], log: Path, owner: Owner | None = None) -> Detached:
-    """Starts a program apart from this process, its output appended to `log`.
+    """Start a program apart from this process, and append its output to `log`.
 
-    Raises NoServers with the end of the log when it is gone at once.
+    Raises NoServers with the end of the log if the program ends at once.
     """
     try:
         done = subprocess.run(
@@ -106,8 +113,10 @@ def start(arguments: Sequence[str | Path], log: Path, owner: Owner | None = None
 
 
 def wait(process: Detached, ready: Callable[[], bool], seconds: float, log: Path) -> None:
-    """Returns when `ready()` holds. Raises NoServers, with the end of the log, when the process ends or the
-    time does."""
+    """Return when `ready()` is true.
+
+    Raises NoServers, with the end of the log, when the process ends or the time runs out.
+    """
     until(lambda: not process.alive() or ready(), seconds)
     if not process.alive():
         raise NoServers(f"the server ended while it started. The end of {log}:\n{tail(log)}")
@@ -116,7 +125,7 @@ def wait(process: Detached, ready: Callable[[], bool], seconds: float, log: Path
 
 
 def until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Waits for a condition outside this process; False if the time ended first."""
+    """Wait for a condition outside this process. Return False if the time runs out first."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -126,7 +135,7 @@ def until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log, for an error."""
+    """Return the last lines of a log, for an error."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
@@ -135,8 +144,11 @@ def tail(log: Path) -> str:
 
 
 def environment() -> Mapping[str, str]:
-    """Ours, less what would change a server's or a client tool's mind (the caller's PG... variables and locale), and
-    less what says that a worker's body started it: servers outlive that worker."""
+    """Return this process's environment without the variables that would change a server or a client tool.
+
+    The PG... variables and the locale of the caller are removed. So are the variables that say that the body of a
+    worker started the server, because servers outlive that worker.
+    """
     foreign = ("PG", "LC_", "LANG", "CELERY_CAPACITY_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return {**kept, "LC_ALL": "C"}

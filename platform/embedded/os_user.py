@@ -1,7 +1,6 @@
-"""Who owns the embedded Postgres when root starts it, and where that user can read and write.
+"""The owner of the embedded Postgres when root starts it, and the folders that this user can read and write.
 
-Postgres refuses to run as root. An ordinary user has no use for any of this: every function here then changes
-nothing.
+Postgres refuses to run as root. For an ordinary user no function here changes anything.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from celery_capacity.routing.errors import NoServers
 
 __all__ = ["Owner", "folder", "give", "owner", "reachable_copy"]
 
-#: The system user, made when it is first needed, who owns nothing but Postgres's processes and data.
+#: System user that owns only Postgres's processes and data. It is made when it is first needed.
 USER = "celery-capacity"
 
-#: Where its folders are when those of root are closed to it (as /root mostly is).
+#: Place of the user's folders when root's folders are closed to it, as /root mostly is.
 PLACE = Path("/var/lib/celery-capacity")
 
-#: Seconds in which another process that is just making the user has done so.
+#: Seconds for another process to finish making the same user.
 USER_SECONDS = 10.0
 
-#: How the user is made: by the tools of most distributions, or by busybox.
+#: Commands that make the user: by the tools of most distributions, or by busybox.
 _MAKE_USER = (
     ["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent", USER],
     ["adduser", "-S", "-D", "-H", "-h", "/nonexistent", USER],
@@ -38,28 +37,29 @@ _MAKE_USER = (
 
 
 def owner() -> Owner | None:
-    """The user for Postgres: None (the caller's own) unless the caller is root. Raises NoServers if none can
-    be made."""
+    """Return the user for Postgres, or None for the caller's own unless the caller is root.
+
+    Raises NoServers if the user cannot be made.
+    """
     if os.geteuid() != 0:
         return None
     end = time.monotonic() + USER_SECONDS
-    said = "neither useradd nor adduser is there"
-    while (found := _user()) is None:
+    reason = "neither useradd nor adduser is there"
+    while (entry := _user()) is None:
         for command in _MAKE_USER:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
             except FileNotFoundError:
                 continue
-            # It may also fail because another process makes the same user at this moment: then it is there
-            # soon.
-            said = done.stderr.strip() or said
+            # The command also fails if another process makes the same user at this moment. Then the user exists soon.
+            reason = done.stderr.strip() or reason
             break
         if _user() is None and time.monotonic() > end:
             raise NoServers(
-                f"Postgres does not run as root, and the user {USER!r} cannot be made ({said})",
+                f"Postgres does not run as root, and the user {USER!r} cannot be made ({reason})",
                 advice="Start this as an ordinary user, or set REDIS_URL and DATABASE_URL.",
             )
-    return Owner(USER, found.pw_uid, found.pw_gid)
+    return Owner(USER, entry.pw_uid, entry.pw_gid)
 
 
 def _user() -> pwd.struct_passwd | None:
@@ -70,10 +70,10 @@ def _user() -> pwd.struct_passwd | None:
 
 
 def folder(wanted: Path, user: Owner | None, *, lasting: bool) -> Path:
-    """The folder `wanted`, made and given to the user; resolved.
+    """Make the folder `wanted`, give it to the user, and return its resolved path.
 
-    Where the user cannot reach it, it becomes a link to a folder of another place: under /var/lib for data
-    that are to last, else under the system's folder for temporary files.
+    Where the user cannot reach it, the path becomes a link to a folder in another place. That place is under /var/lib
+    for data that must last, else under the system's folder for temporary files.
     """
     if not wanted.exists():
         wanted.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -82,7 +82,7 @@ def folder(wanted: Path, user: Owner | None, *, lasting: bool) -> Path:
         else:
             place = PLACE if lasting else Path(tempfile.gettempdir()).resolve()
             place.mkdir(parents=True, exist_ok=True, mode=0o755)
-            # A link of an earlier time whose target is gone is of no use.
+            # An older link whose target is gone is useless.
             wanted.unlink(missing_ok=True)
             wanted.symlink_to(tempfile.mkdtemp(prefix="postgres-", dir=place))
     wanted = wanted.resolve()
@@ -96,13 +96,11 @@ def give(path: Path, user: Owner | None) -> None:
 
 
 def reachable_copy(package: Path, user: Owner | None) -> Path:
-    """The installed package with Postgres's programs, or, where the user cannot run them from there, a copy
-    of it."""
+    """Return the installed package with Postgres's programs, or a copy if the user cannot run them there."""
     libraries = package.with_name(f"{package.name}.libs")
     if user is None or (_open_to_all(package) and _readable(package) and _readable(libraries)):
         return package
-    # The name tells one installed version from another; a change in place of the same version would not be
-    # noticed.
+    # The name distinguishes installed versions. A change in place within one version would not be noticed.
     version = int((package / "pginstall" / "bin" / "postgres").stat().st_mtime)
     copy = PLACE / f"programs-{version}"
     if not copy.exists():
@@ -116,22 +114,23 @@ def reachable_copy(package: Path, user: Owner | None) -> Path:
         try:
             fresh.rename(copy)
         except OSError:
-            # Another process was faster; its copy is as good.
+            # Another process was faster, and its copy is as good.
             shutil.rmtree(fresh)
     return copy / package.name
 
 
 def _open_to_all(path: Path) -> bool:
-    """Whether everybody may pass through the folder and those above it."""
+    """Return True if every user may pass through the folder and the folders above it."""
     return all(folder.stat().st_mode & stat.S_IXOTH for folder in (path, *path.parents))
 
 
 def _readable(path: Path) -> bool:
-    """Whether everybody may read all files in it; True where there is none."""
+    """Return True if every user may read all files in the folder, or if the folder does not exist."""
     if not path.exists():
         return True
     needed: Iterable[bool] = (
-        bool(found.st_mode & stat.S_IROTH) and (not stat.S_ISDIR(found.st_mode) or bool(found.st_mode & stat.S_IXOTH))
-        for found in (entry.lstat() for entry in path.rglob("*"))
+        bool(status.st_mode & stat.S_IROTH)
+        and (not stat.S_ISDIR(status.st_mode) or bool(status.st_mode & stat.S_IXOTH))
+        for status in (entry.lstat() for entry in path.rglob("*"))
     )
     return all(needed)

