@@ -1,5 +1,8 @@
-"""The app of `celery -A platform`. Without URLs in the environment the user's embedded servers serve; the first
-command that needs them starts them."""
+"""The app of `celery -A platform`.
+
+Without URLs in the environment, the embedded servers of the user serve the app. The first command that needs them
+starts them.
+"""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""What the dashboard serves over HTTP: the overview as JSON. Read only; a page comes later.
+"""HTTP service of the dashboard: the overview as JSON. Read only; a page comes later.
 
 | path | answers |
 | --- | --- |
 | `/api/v1/dashboard` | the object that `cluster --json` prints |
 | `/health` | that this process serves; no store is asked |
 
-It answers only to names of its own (`Host`): a page elsewhere whose name is made to lead here, once a browser has it
-open, would else read the cluster with that browser's reach.
+The service answers only to its own names in `Host`. Otherwise a foreign page whose name is made to lead here could read
+the cluster through the browser that has it open.
 
-A request does not read the stores itself: `Prepared` holds one value, at most `MAX_AGE` old, and however many
-ask at once, one of them has it read, outside the loop. Errors are `application/problem+json`.
+A request does not read the stores itself. `Prepared` holds one value, at most `MAX_AGE` old. However many clients ask
+at once, one request reads the value, outside the loop. Errors are `application/problem+json`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from celery_capacity.routing.errors import PlatformError
 #: Seconds for which a value that was read answers further requests.
 MAX_AGE: Final = 0.2
 
-#: What a client may cost (bytes and seconds), as options of Tornado's server. Nobody sends a body here.
+#: Limits of a client's cost, in bytes and seconds, as options of Tornado's server. No client sends a body here.
 LIMITS: Final[dict[str, Any]] = {
     "max_header_size": 16 * 1024,
     "max_body_size": 1024,
@@ -38,7 +38,7 @@ LIMITS: Final[dict[str, Any]] = {
     "idle_connection_timeout": 30.0,
     "body_timeout": 5.0,
 }
-#: For every answer: nobody frames it, runs it, keeps it, or reads it from another page.
+#: Headers of every answer: no other page frames it, runs it or reads it, and no client keeps it.
 HEADERS: Final = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -52,7 +52,7 @@ Read = Callable[[], dict[str, Any]]
 
 
 class Prepared:
-    """One value for all requests. `read` may block; it runs in a thread, never twice at once."""
+    """A value shared by all requests. `read` may block; it runs in a thread, never twice at once."""
 
     def __init__(self, read: Read, clock: Callable[[], float] = time.monotonic) -> None:
         self._read = read
@@ -62,7 +62,7 @@ class Prepared:
         self._until = float("-inf")
 
     async def body(self) -> bytes:
-        """The value as JSON. Raises what `read` raises."""
+        """Return the value as JSON. Raises what `read` raises."""
         async with self._lock:
             if self._clock() >= self._until:
                 value = await asyncio.get_running_loop().run_in_executor(None, self._read)
@@ -72,7 +72,7 @@ class Prepared:
 
 
 class Handler(RequestHandler):
-    """What all answers have in common; whatever a handler does not offer is answered 405."""
+    """Base of all handlers: common headers, errors and host check. A method that a handler lacks is answered 405."""
 
     def set_default_headers(self) -> None:
         self.set_header("Content-Type", "application/json")
@@ -95,7 +95,7 @@ class Handler(RequestHandler):
         self.finish(json.dumps(problem))
 
     def log_exception(self, *exc_info: Any) -> None:
-        # What the platform raises on purpose was answered; only defects belong in the log, with their
+        # Errors that the platform raises on purpose were answered. Only defects belong in the log, with their
         # traceback.
         if not isinstance(exc_info[1], PlatformError):
             super().log_exception(*exc_info)
@@ -126,8 +126,10 @@ class NotFound(Handler):
 
 
 def is_own(host: str, names: Iterable[str]) -> bool:
-    """Whether a `Host` header names this server: by an address, which no foreign name server can forge, or by a name
-    that is its own."""
+    """Return True if a `Host` header names this server, by one of its names or by an address.
+
+    An address is safe, because no foreign name server can forge it.
+    """
     try:
         name = urlsplit(f"//{host}").hostname or ""
         ip_address(name)
@@ -138,12 +140,15 @@ def is_own(host: str, names: Iterable[str]) -> bool:
 
 
 def application(read: Read, name: str = "localhost") -> Application:
-    """The routes. `read` returns the overview's JSON object, or raises PlatformError. `name`: under which the server
-    was told to listen; it answers to that one, to the machine's own, and to addresses."""
+    """Return the application with its routes.
+
+    `read` returns the overview's JSON object, or raises PlatformError. `name` is the name under which the server was
+    told to listen. The server answers to that name, to the machine's own name, to localhost and to addresses.
+    """
     return Application(
         [(r"/api/v1/dashboard", Dashboard, {"prepared": Prepared(read)}), (r"/health", Health)],
         default_handler_class=NotFound,
         names=frozenset({"localhost", name.lower(), socket.gethostname().lower()}),
-        # A line for each request is of no use to the person who watches a terminal.
+        # No log: a line for each request does not help a person who watches a terminal.
         log_function=lambda handler: None,
     )

@@ -1,5 +1,7 @@
-"""The four checks of `verify`: registration, resources, heartbeats, and what a read of the ledger costs; and the
-two that concern one worker."""
+"""The four checks of `verify`, and the two checks that concern one worker.
+
+The four are registration, resources, heartbeats, and the cost of a read of the ledger.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,13 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import CPUS
 
-#: Reads of the allocated CPUs in the fourth check.
+#: Number of reads of the allocated CPUs in the fourth check.
 READS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: whether it passed, what was found in words, and the numbers."""
+    """Result of a check: whether it passed, its finding in words, and the numbers."""
 
     name: str
     passed: bool
@@ -36,7 +38,7 @@ class Check:
 
 
 def run(client: redispy.Redis, engine: Engine, settings: Settings) -> list[Check]:
-    """All four, in order. Raises StoreUnavailable where neither store answers."""
+    """Run all four checks, in order. Raise StoreUnavailable if neither store answers."""
     seen = overview.read(client, engine, settings.worker_ttl)
     return [
         _registered(client, seen, settings.worker_ttl),
@@ -47,9 +49,10 @@ def run(client: redispy.Redis, engine: Engine, settings: Settings) -> list[Check
 
 
 def run_for(client: redispy.Redis, settings: Settings, worker: str) -> list[Check]:
-    """The checks that concern one worker, by its own key alone: every worker of a large cluster can be asked often.
+    """Run the checks that concern one worker.
 
-    Postgres is not asked, and neither are other workers. Raises RedisError where the ledger does not answer.
+    They read only the worker's own key, so that every worker of a large cluster can be asked often. They ask neither
+    Postgres nor other workers. Raises RedisError if the ledger does not answer.
     """
     pipe = client.pipeline(transaction=False)
     pipe.hgetall(keys.view(worker))
@@ -58,8 +61,8 @@ def run_for(client: redispy.Redis, settings: Settings, worker: str) -> list[Chec
     fields, ms, (seconds, microseconds) = pipe.execute()
     seen = {snapshot.text(name): snapshot.text(value) for name, value in fields.items()}
     if not seen:
-        found = f"no live worker is named {worker}: its log says why, or `celery -A platform cluster` who is there"
-        missing = Check(f"{worker} is registered, and expires", False, found, {"workers": {}})
+        finding = f"no live worker is named {worker}: its log says why, or `celery -A platform cluster` who is there"
+        missing = Check(f"{worker} is registered, and expires", False, finding, {"workers": {}})
         return [missing, Check(f"the heartbeat of {worker} is fresh", False, "no heartbeat", {"ages_seconds": {}})]
     left = ms / 1000
     beaten = datetime.fromisoformat(seen["heartbeat_at"]).timestamp() if seen.get("heartbeat_at") else None
@@ -82,7 +85,7 @@ def run_for(client: redispy.Redis, settings: Settings, worker: str) -> list[Chec
 
 
 def _registered(client: redispy.Redis, seen: Overview, ttl: float) -> Check:
-    """Every live worker has its `worker:<name>`, which expires within the TTL."""
+    """Check that every live worker has its `worker:<name>` key, which expires within the TTL."""
     name = "workers are registered, and expire"
     left: dict[str, float] = {}
     if not seen.workers:
@@ -97,16 +100,16 @@ def _registered(client: redispy.Redis, seen: Overview, ttl: float) -> Check:
     except RedisError as error:
         return Check(name, False, f"Redis does not answer: {error}", {"workers": left})
     wrong = sorted(worker for worker, seconds in left.items() if not 0 < seconds <= ttl)
-    found = ", ".join(f"{worker} {seconds:.0f} s left" for worker, seconds in left.items())
+    finding = ", ".join(f"{worker} {seconds:.0f} s left" for worker, seconds in left.items())
     if wrong:
-        found = f"without a key that expires within {ttl:g} s: {', '.join(wrong)}"
-    return Check(name, not wrong, found, {"workers": left})
+        finding = f"without a key that expires within {ttl:g} s: {', '.join(wrong)}"
+    return Check(name, not wrong, finding, {"workers": left})
 
 
 def _resources(seen: Overview) -> Check:
-    """The totals are there and add up."""
+    """Check that the totals are present and add up."""
     total, allocated, available = seen.total(CPUS), seen.allocated(CPUS), seen.available(CPUS)
-    found = (
+    finding = (
         f"total {amounts.format_cpus(total)} CPUs, allocated {amounts.format_cpus(allocated)},"
         f" available {amounts.format_cpus(available)}, utilisation {seen.utilization_percent:g}%"
     )
@@ -117,27 +120,30 @@ def _resources(seen: Overview) -> Check:
         "utilization_percent": seen.utilization_percent,
         "source": seen.source,
     }
-    return Check("resources add up", total > 0 and 0 <= allocated <= total, found, facts)
+    return Check("resources add up", total > 0 and 0 <= allocated <= total, finding, facts)
 
 
 def _heartbeats(seen: Overview, fresh: float) -> Check:
-    """Every live worker was heard within one tick of beat and one of its own timer (`fresh` seconds)."""
+    """Check that every live worker was heard in the last `fresh` seconds.
+
+    That is one tick of beat plus one tick of the worker's own timer.
+    """
     ages = {worker.name: worker.heartbeat_age for worker in seen.workers}
     late = sorted(name for name, age in ages.items() if age is None or age > fresh)
-    known = [age for age in ages.values() if age is not None]
+    known_ages = [age for age in ages.values() if age is not None]
     if not ages:
-        found = "no live worker"
+        finding = "no live worker"
     elif late:
-        found = f"not heard for more than {fresh:g} s: {', '.join(late)}"
+        finding = f"not heard for more than {fresh:g} s: {', '.join(late)}"
     else:
-        found = f"the oldest is {max(known):.1f} s old, and may be {fresh:g} s"
+        finding = f"the oldest is {max(known_ages):.1f} s old, and may be {fresh:g} s"
     shown = {name: None if age is None else round(age, 3) for name, age in ages.items()}
-    return Check("heartbeats are fresh", bool(ages) and not late, found, {"ages_seconds": shown})
+    return Check("heartbeats are fresh", bool(ages) and not late, finding, {"ages_seconds": shown})
 
 
 def _reads(reads: Reads) -> Check:
-    """Redis answers every read of the allocated CPUs; how long they took is told and not judged."""
-    found = (
+    """Check that Redis answers every read of the allocated CPUs. Their duration is reported and not judged."""
+    finding = (
         f"{reads.times:,} reads took {reads.seconds * 1000:.1f} ms,"
         f" {reads.share_percent:g}% answered by Redis ({reads.value} CPUs allocated)"
     )
@@ -147,4 +153,4 @@ def _reads(reads: Reads) -> Check:
         "answered_by_redis_percent": reads.share_percent,
         "allocated_cpus": reads.value,
     }
-    return Check("allocated CPUs are read from Redis", reads.answered == reads.times, found, facts)
+    return Check("allocated CPUs are read from Redis", reads.answered == reads.times, finding, facts)

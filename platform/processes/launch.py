@@ -1,7 +1,7 @@
 """Workers, beat and the dashboard as children of one command: how they are started, awaited and given up.
 
-A child gets the servers' URLs in its environment, whether they were given or are embedded, so that it never
-asks for a pair of its own.
+A child gets the URLs of the servers in its environment, for given servers and for embedded ones. So it never asks for a
+pair of its own.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ __all__ = [
     "start_worker",
 ]
 
-#: Seconds that a worker may take to be ready. After a kill it waits for its predecessor's TTL (60 s).
+#: Seconds that a worker may take to be ready. After a kill it waits for its predecessor's TTL of 60 s.
 READY_PATIENCE = 120.0
 
-#: Where the dashboard answers; its first line ends with it.
+#: Path at which the dashboard answers. The dashboard's first line ends with it.
 DASHBOARD_PATH = "/api/v1/dashboard"
 
 #: Lines of a dead child that an error shows.
 SHOWN_LINES = 12
 
-#: Slots of a worker whose jobs only sleep: enough that its CPUs, not its slots, are the limit.
+#: Slots of a worker whose jobs only sleep: enough that its CPUs are the limit, and not its slots.
 LEAST_SLOTS = 40
 
 
@@ -55,7 +55,7 @@ class WorkerSpec:
 
     @classmethod
     def parse(cls, text: str) -> WorkerSpec:
-        """From NAME=CPUS; raises InvalidRequest."""
+        """Parse NAME=CPUS. Raise InvalidRequest for any other text."""
         name, separator, cpus = text.partition("=")
         if not separator:
             raise InvalidRequest(
@@ -72,7 +72,7 @@ class WorkerSpec:
 
 
 def parse_workers(_context: click.Context, _parameter: click.Parameter, texts: Sequence[str]) -> tuple[WorkerSpec, ...]:
-    """The callback of `--worker NAME=CPUS`, which may be given more than once."""
+    """Parse the values of `--worker NAME=CPUS`, which may be given more than once. Used as click's callback."""
     try:
         specs = tuple(WorkerSpec.parse(text) for text in texts)
     except InvalidRequest as error:
@@ -91,8 +91,8 @@ class ChildDied(PlatformError):
     title = "a process of this command ended"
 
     def __init__(self, child: Child) -> None:
-        said = "\n".join(f"  {line}" for line in list(child.said)[-SHOWN_LINES:])
-        super().__init__(f"{died(child)}. What it said last:\n{said}" if said else f"{died(child)}.")
+        last_lines = "\n".join(f"  {line}" for line in list(child.said)[-SHOWN_LINES:])
+        super().__init__(f"{died(child)}. What it said last:\n{last_lines}" if last_lines else f"{died(child)}.")
 
 
 class NotReady(PlatformError):
@@ -103,7 +103,7 @@ class NotReady(PlatformError):
 
 
 class Interrupted(Exception):
-    """A signal asked this command to end; `code` is its exit code, as shells say it."""
+    """A signal asked this command to end. `code` is the exit code, by the convention of shells."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -113,22 +113,22 @@ class Interrupted(Exception):
 def start_worker(
     family: Family, spec: WorkerSpec, environ: Mapping[str, str], *, pool: str, slots: int | None = None
 ) -> Child:
-    """Start a worker that publishes these CPUs under this name; without `slots` Celery's default holds."""
+    """Start a worker that publishes these CPUs under this name. Without `slots` Celery's default holds."""
     command = celery_command("--quiet", "worker", "--pool", pool, "--loglevel", "INFO")
     if slots is not None:
         command += ["--concurrency", str(slots)]
-    own = {**environ, "NODE_NAME": spec.name, "PLATFORM_CPUS": format_cpus(spec.cpus)}
-    return family.start(spec.name, command, own)
+    worker_environ = {**environ, "NODE_NAME": spec.name, "PLATFORM_CPUS": format_cpus(spec.cpus)}
+    return family.start(spec.name, command, worker_environ)
 
 
 def dashboard_url(settings: Settings) -> str:
-    """Where the dashboard answers."""
+    """Return the URL at which the dashboard answers."""
     host, port = settings.dashboard
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{DASHBOARD_PATH}"
 
 
 def judge(happening: Happening) -> None:
-    """Raise what ends a command: Interrupted by a signal, ChildDied where a child ended by itself."""
+    """Raise the exception that ends a command: Interrupted for a signal, ChildDied for a child that ended by itself."""
     if happening.what == "signal":
         raise Interrupted(happening.signum)
     if happening.what == "ended" and happening.child is not None:
@@ -136,7 +136,7 @@ def judge(happening: Happening) -> None:
 
 
 def pause(family: Family, seconds: float) -> None:
-    """Wait, unless a signal or the end of a child says otherwise (see `judge`)."""
+    """Wait, unless a signal or the end of a child ends the command, as `judge` decides."""
     deadline = time.monotonic() + seconds
     while (happening := family.next(deadline - time.monotonic())) is not None:
         judge(happening)
@@ -148,14 +148,17 @@ def await_ready(
     patience: float = READY_PATIENCE,
     on_end: Callable[[Happening], Any] = judge,
 ) -> list[Child]:
-    """Wait until each of these is ready or has ended; returns those that are ready.
+    """Wait until each of these children is ready or has ended, and return the ready ones.
 
-    What ends meanwhile goes to `on_end`, as signals do. Raises NotReady after `patience` seconds.
+    Ends of children and signals in the meantime go to `on_end`. Raises NotReady after `patience` seconds.
     """
     deadline = time.monotonic() + patience
-    # By what was said of them, not by their codes: one that ended before the first look has an end to be judged too.
+    # Collect ended children by their reported ends, not by their exit codes. A child that ended before the first look
+    # must be judged too.
     ended: list[Child] = []
-    while late := [child for child in children if not child.ready and not any(child is one for one in ended)]:
+    while late := [
+        child for child in children if not child.ready and not any(child is ended_child for ended_child in ended)
+    ]:
         happening = family.next(deadline - time.monotonic())
         if happening is None:
             names = ", ".join(child.name for child in late)

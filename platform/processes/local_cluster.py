@@ -1,7 +1,7 @@
-"""What `up` runs on one machine: servers where none are given, workers, beat and the dashboard.
+"""The processes that `up` runs on one machine: servers where none are given, workers, beat and the dashboard.
 
-A child that dies is told and not started again: its log says why, and the others go on. Workers end before
-beat and the dashboard, so that what they still run is kept alive and can be seen to its end.
+The death of a child is reported, and the child is not started again: its log says why, and the others go on. Workers
+end before beat and the dashboard, so that their running jobs are kept alive and stay visible until they end.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from celery_capacity.workers.process.stores import make_engine
 
 __all__ = ["NothingRuns", "Running", "Station"]
 
-#: Beat and the dashboard have nothing to finish (seconds).
+#: Step that ends beat and the dashboard, which have nothing to finish; patience in seconds.
 SOON = Step(WARM.signum, 10.0)
 
 
 class NothingRuns(PlatformError):
-    """All that `up` had started has ended by itself."""
+    """All processes that `up` had started ended by themselves."""
 
     reference = "nothing-runs"
     title = "no worker runs"
@@ -61,7 +61,7 @@ class NothingRuns(PlatformError):
 
 @dataclass(frozen=True)
 class Running:
-    """What runs where, for the eyes and for programs. URLs without passwords."""
+    """The running processes and their places, for people and for programs. URLs have no passwords."""
 
     redis_url: str
     database_url: str
@@ -107,7 +107,7 @@ def _or_not(what: str, pid: int | None) -> tuple[str, str]:
 
 
 class Station:
-    """The processes of one `up`. `say` gets a line of talk."""
+    """The processes of one `up`. `say` prints a line for the user."""
 
     def __init__(
         self, settings: Settings, environ: Mapping[str, str], family: Family, say: Callable[[str], None]
@@ -123,20 +123,20 @@ class Station:
 
     @property
     def embedded(self) -> bool:
-        """Whether no servers were given."""
+        """Return True if no servers were given."""
         return self._given.redis_url is None
 
     def start(self, specs: Sequence[WorkerSpec], pool: str | None = None) -> None:
-        """Start all and wait for the workers. Raises Interrupted, NothingRuns, and what the servers do."""
+        """Start all processes and wait for the workers. Raise Interrupted, NothingRuns, and the servers' errors."""
         self._settings = servers.ensure(self._given, self._say)
         redis_url, database_url = str(self._settings.redis_url), str(self._settings.database_url)
         migrations.upgrade(database_url)
         if self.embedded:
-            # Servers that were given stay written as they were: a URL from a file is in no child's environment.
+            # Given servers stay written as they were: a URL from a file is in no child's environment.
             self._environ |= {"REDIS_URL": redis_url, "DATABASE_URL": database_url}
-        own = specs or (self._whole(),)
-        for spec in own:
-            environ = self._environ if len(own) == 1 else {**self._environ, **self._share(spec, own)}
+        worker_specs = specs or (self._whole(),)
+        for spec in worker_specs:
+            environ = self._environ if len(worker_specs) == 1 else {**self._environ, **self._share(spec, worker_specs)}
             self._workers.append(start_worker(self._family, spec, environ, pool=pool or self._pool(spec)))
         self._beat = self._start_beat()
         self._dashboard = self._family.start(
@@ -147,27 +147,33 @@ class Station:
             raise NothingRuns("no worker became ready")
 
     def _whole(self) -> WorkerSpec:
-        """One worker with all of this machine, under the name that it would give itself."""
+        """Return the spec of a worker with all of this machine, under the name that it would give itself."""
         name = self._settings.node_name or check_worker_name(socket.gethostname())
         return WorkerSpec(name, detect(self._settings).capacity.get(CPUS))
 
     def _share(self, spec: WorkerSpec, specs: Sequence[WorkerSpec]) -> dict[str, str]:
-        """Memory as its CPUs: each would publish all of the machine's. PLATFORM_MEMORY is meant for each."""
+        """Return the settings that give a worker memory in proportion to its CPUs.
+
+        Otherwise each worker would publish all of the machine's memory. PLATFORM_MEMORY is meant for each worker.
+        """
         if self._settings.memory is not None:
             return {}
         memory = detect(self._settings).capacity.get(MEMORY)
         return {"PLATFORM_MEMORY": str(memory * spec.cpus // sum(other.cpus for other in specs))}
 
     def _pool(self, spec: WorkerSpec) -> str:
-        """More CPUs than there are can only be a rehearsal with sleeping tasks: no process for each."""
+        """Return the worker's pool: threads if it has more CPUs than the machine, else prefork.
+
+        More CPUs than exist can only be a rehearsal with sleeping tasks, which need no process each.
+        """
         machine = detect(replace(self._settings, cpus=None)).capacity.get(CPUS)
         return "prefork" if spec.cpus <= machine else "threads"
 
     def _start_beat(self) -> Child | None:
-        """One beat for each pair of servers and home: two would write one schedule file. None: another `up`
-        has it.
+        """Start beat and return it, or None if another `up` already runs it.
 
-        The child inherits the lock, so that it is held as long as this very beat lives.
+        Each pair of servers and home has a single beat, because two would write the same schedule file. The child
+        inherits the lock, so that the lock is held as long as this very beat lives.
         """
         home = self._settings.home
         servers.make_home(home)
@@ -181,7 +187,7 @@ class Station:
             return self._family.start("beat", command, self._environ, ready="", keep_open=(lock,))
 
     def describe(self) -> Running:
-        """What runs now; the workers' capacity is what they have published."""
+        """Return the running processes. The workers' capacity is the capacity that they have published."""
         redis_url, database_url = str(self._settings.redis_url), str(self._settings.database_url)
         engine = make_engine(database_url, timeout=self._settings.store_timeout)
         client = connection.connect(redis_url, self._settings.store_timeout)
@@ -190,21 +196,21 @@ class Station:
         finally:
             client.close()
             engine.dispose()
-        own = {child.pid for child in self._workers if child.code is None}
+        live_pids = {child.pid for child in self._workers if child.code is None}
         return Running(
             redis_url=mask_url(redis_url),
             database_url=mask_url(database_url).replace("postgresql+psycopg2://", "postgresql://", 1),
             embedded=self.embedded,
-            workers=tuple(worker for worker in live if worker.pid in own),
+            workers=tuple(worker for worker in live if worker.pid in live_pids),
             beat=_live_pid(self._beat),
             dashboard=_live_pid(self._dashboard),
             dashboard_url=self._dashboard_url(),
         )
 
     def _dashboard_url(self) -> str:
-        """What it says itself: its port may be one that it was given by the system."""
-        said = self._dashboard.ready_line.split() if self._dashboard is not None else []
-        return said[-1] if said else dashboard_url(self._settings)
+        """Return the URL that the dashboard reports, because the system may have chosen its port."""
+        words = self._dashboard.ready_line.split() if self._dashboard is not None else []
+        return words[-1] if words else dashboard_url(self._settings)
 
     def _told(self, happening: Happening) -> None:
         if happening.what == "signal":
@@ -213,7 +219,7 @@ class Station:
             self._say(died(happening.child))
 
     def watch(self) -> None:
-        """Tell what dies, until a signal (Interrupted) or until nothing is left (NothingRuns)."""
+        """Report each dying child, until a signal (Interrupted) or until no child is left (NothingRuns)."""
         while self._family.running():
             happening = self._family.next()
             if happening is not None:
@@ -221,7 +227,7 @@ class Station:
         raise NothingRuns("all that was started has ended", advice="Its last lines are above.")
 
     def end(self) -> None:
-        """End the workers warm, then beat, then the dashboard. A signal meanwhile breaks running jobs off."""
+        """End the workers warm, then beat, then the dashboard. A signal in the meantime breaks running jobs off."""
         if any(child.code is None for child in self._workers):
             self._say("Ending the workers; running jobs come to their end first (Ctrl-C again breaks them off).")
         self._family.end(self._workers, (WARM, COLD))
@@ -236,7 +242,7 @@ def _live_pid(child: Child | None) -> int | None:
 
 @contextmanager
 def _locked(path: str) -> Iterator[int | None]:
-    """A descriptor of this file with its lock for the time of the block; None where another process has it.
+    """Open this file and yield its locked descriptor for the block, or None if another process has the lock.
 
     The lock belongs to the open file: a child that inherited the descriptor keeps it after the block.
     """

@@ -1,9 +1,9 @@
-"""Child processes of a command: start them, read what they say, notice their end, end them in order.
+"""Child processes of a command: start them, read their output, notice their end, end them in order.
 
-A `Family` puts everything that happens to it into one queue as a `Happening`: a child is ready, a child
-ended, this process got a signal. The command waits in `next`, so nothing is polled and nothing is missed.
-Each child leads a process group of its own: Ctrl-C reaches this process alone, which then ends the children
-in its own order, and the last resort reaches what a child forked.
+A `Family` puts all its events into one queue, each as a `Happening`: a child is ready, a child ended, this process got
+a signal. The command waits in `next`, so that nothing is polled and nothing is missed. Each child leads a process group
+of its own. So Ctrl-C reaches this process alone, which then ends the children in its own order, and the final kill also
+reaches the processes that a child forked.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from typing import TextIO
 
 __all__ = ["COLD", "WARM", "Child", "Family", "Happening", "Step", "celery_command", "died", "prefixed"]
 
-#: How the line ends that Celery's worker logs (at INFO) when it can be admitted to.
+#: End of the line that Celery's worker logs, at INFO, when it can be admitted to.
 READY = " ready."
 
 #: Lines of a child that are kept, to be shown when it dies.
 KEPT_LINES = 40
 
-#: Seconds that a killed process may take to be gone: it only has to leave the kernel.
+#: Seconds that a killed process may take to disappear: it only has to leave the kernel.
 KILL_PATIENCE = 10.0
 
-#: Seconds in which a repeated signal counts as the same one: `timeout` signals a process and then its group.
+#: Seconds in which a repeated signal is a duplicate: `timeout` signals a process and then its group.
 SAME_SIGNAL = 0.3
 
-#: Seconds after which a signal that nobody looked at tells that the command is stuck, so that the next one
-#: breaks it.
+#: Seconds after which an unhandled signal means that the command is stuck, so that the next signal breaks it.
 UNHEARD = 2.0
 
-# Ends what a command leaves behind that was itself killed: the pipe to it closes then. It reads the children's
-# pids, a line each, and "done" when the command has ended them itself. Pids are used again, so it asks whose
-# command line that is ($1 is its beginning; Celery renames its processes where setproctitle is installed).
+# Ends the children of a command that was itself killed: the pipe to this script closes then. The script reads the
+# children's pids, one per line, and "done" when the command has ended them itself. Pids are reused, so the script
+# checks the command line of each process. $1 is the line's beginning; Celery renames its processes where setproctitle
+# is installed.
 _GUARD = """
 mine() { { tr '\\0' ' ' </proc/"$1"/cmdline || ps -p "$1" -o command=; } 2>/dev/null | grep -qF -e "$2" -e celeryd; }
 pids=
@@ -56,20 +56,20 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Step:
-    """One way of asking a child to end, and the seconds to wait for it (None: until it has)."""
+    """A way to ask a child to end: a signal, and the seconds to wait for the end. None waits without limit."""
 
     signum: int
     patience: float | None
 
 
-#: Celery's warm shutdown: what runs comes to its end. Never hurried by us, only by a second signal to us.
+#: Celery's warm shutdown: running jobs come to their end. Only a second signal to this process hurries it.
 WARM = Step(signal.SIGTERM, None)
-#: Celery's cold shutdown: what runs is broken off and handed back.
+#: Celery's cold shutdown: running jobs are broken off and handed back.
 COLD = Step(signal.SIGQUIT, 10.0)
 
 
 def celery_command(*arguments: str) -> list[str]:
-    """The command line of `celery -A platform …` under this very interpreter, whatever PATH says.
+    """Return the command line of `celery -A platform …` under this very interpreter, whatever PATH says.
 
     With -P the working folder does not come before the installed packages, as with the `celery` script.
     """
@@ -78,7 +78,7 @@ def celery_command(*arguments: str) -> list[str]:
 
 @dataclass
 class Child:
-    """One started process. `code` is None until it was seen to end, negative for the signal that ended it."""
+    """A started process. `code` is None until its end is seen, and negative for the signal that ended it."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -94,7 +94,7 @@ class Child:
 
 @dataclass(frozen=True)
 class Happening:
-    """`what` is "ready", "ended" (both of a child) or "signal" (to this process)."""
+    """An event. `what` is "ready" or "ended", both of a child, or "signal", to this process."""
 
     what: str
     child: Child | None = None
@@ -102,7 +102,7 @@ class Happening:
 
 
 def died(child: Child) -> str:
-    """How a child ended, in words."""
+    """Describe in words how a child ended."""
     if child.code is None:
         return f"{child.name} is running"
     if child.code >= 0:
@@ -115,7 +115,10 @@ def died(child: Child) -> str:
 
 
 def prefixed(stream: TextIO) -> Callable[[Child, str], None]:
-    """Print what children say with their names in front, each line in one write, from any thread."""
+    """Return a function that prints the lines of children with their names in front.
+
+    Each line is one write, from any thread.
+    """
     lock = threading.Lock()
 
     def write(child: Child, line: str) -> None:
@@ -124,8 +127,8 @@ def prefixed(stream: TextIO) -> Callable[[Child, str], None]:
                 stream.write(f"[{child.name}] {line}\n")
                 stream.flush()
             except (OSError, ValueError):
-                # Nobody reads any more (`| head`), or the stream is closed. The child's pipe must be emptied
-                # all the same: a worker that cannot log stands still.
+                # No reader is left, as with `| head`, or the stream is closed. Keep emptying the child's pipe all the
+                # same: a worker that cannot log stands still.
                 return
 
     return write
@@ -134,7 +137,7 @@ def prefixed(stream: TextIO) -> Callable[[Child, str], None]:
 class Family:
     """The children of one command. One thread calls `start`, `next`, `end` and `close`.
 
-    `orphans` is what the children get when this process is killed: TERM lets running jobs come to their end.
+    `orphans` is the signal to the children when this process is killed. TERM lets running jobs come to their end.
     """
 
     def __init__(
@@ -143,7 +146,7 @@ class Family:
         self._on_line = on_line
         self._orphans = orphans
         self._guard: subprocess.Popen[bytes] | None = None
-        #: SimpleQueue: its put is reentrant, so a signal handler may call it wherever it interrupts.
+        #: A SimpleQueue, because its put is reentrant: a signal handler may call it wherever it interrupts.
         self._happenings: queue.SimpleQueue[Happening] = queue.SimpleQueue()
         self._readers: dict[int, threading.Thread] = {}
         self._unheard: float | None = None
@@ -158,7 +161,7 @@ class Family:
         ready: str = READY,
         keep_open: Sequence[int] = (),
     ) -> Child:
-        """Start a child; it is ready when a line of it ends with `ready` ("": at once).
+        """Start a child. It is ready when one of its lines ends with `ready`; with "" it is ready at once.
 
         `keep_open` are file descriptors that it inherits. Raises OSError if it cannot be started.
         """
@@ -194,12 +197,12 @@ class Family:
 
     def _to_guard(self, line: str) -> None:
         if self._guard is not None and self._guard.stdin is not None:
-            with suppress(BrokenPipeError):  # somebody ended the guard; it is a help, not a need
+            with suppress(BrokenPipeError):  # the guard was ended by somebody; it is only a help
                 self._guard.stdin.write(f"{line}\n".encode())
                 self._guard.stdin.flush()
 
     def close(self) -> None:
-        """All children have ended: nobody is to be guarded any more."""
+        """Tell the guard that all children have ended, and wait for its end."""
         if self._guard is not None:
             self._to_guard("done")
             self._guard.communicate()
@@ -220,17 +223,17 @@ class Family:
 
     def _reap(self, child: Child) -> None:
         code = child.process.wait()
-        # Its last words come before the news of its end. What it forked may keep the pipe open: that is not
-        # waited for.
+        # The child's last lines come before the news of its end. Processes that it forked may keep the pipe open; do
+        # not wait for them.
         self._readers[child.pid].join(1.0)
         child.code = code
         self._happenings.put(Happening("ended", child))
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Signals that mean "end" become happenings, so that none breaks an orderly end. Main thread only.
+        """Turn signals that mean "end" into happenings, so that none breaks an orderly end. Main thread only.
 
-        If nobody looks (a store that does not answer holds the command), the next one is a KeyboardInterrupt.
+        If nobody looks, because a store that does not answer holds the command, the next signal is a KeyboardInterrupt.
         """
         before = {signum: signal.signal(signum, self._on_signal) for signum in ENDING}
         try:
@@ -251,7 +254,7 @@ class Family:
         self._happenings.put(Happening("signal", signum=signum))
 
     def next(self, timeout: float | None = None) -> Happening | None:
-        """What happened next, or None after `timeout` seconds (None: wait for ever)."""
+        """Return the next happening, or None after `timeout` seconds. Without a timeout, wait for ever."""
         try:
             happening = self._happenings.get(timeout=None if timeout is None else max(timeout, 0.0))
         except queue.Empty:
@@ -261,13 +264,13 @@ class Family:
         return happening
 
     def running(self) -> list[Child]:
-        """The children that were not seen to end."""
+        """Return the children whose end was not seen."""
         return [child for child in self.children if child.code is None]
 
     def end(self, children: Sequence[Child], steps: Sequence[Step]) -> None:
-        """End these children: one step after the other, then kill what is left. Returns when all have ended.
+        """End these children: apply one step after the other, then kill the rest. Return when all have ended.
 
-        A signal to this process meanwhile (Ctrl-C again) goes on to the next step at once.
+        Another signal to this process in the meantime (Ctrl-C again) starts the next step at once.
         """
         for step in steps:
             for child in children:
