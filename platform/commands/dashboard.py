@@ -59,7 +59,7 @@ def _bind(host: str, port: int) -> list[socket.socket]:
 
     try:
         return bind_sockets(port, host, reuse_port=False)
-    except (OSError, ValueError) as error:  # ValueError: a text that is no name of a host
+    except (OSError, ValueError) as error:  # ValueError: a text that is not a host name
         raise InvalidRequest(
             f"the dashboard cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}",
             value=f"{host}:{port}",

@@ -19,7 +19,7 @@ UNKNOWN_REVISION: Final = {Exit.FAILED: "there is no such revision"}
 
 
 class Declined(PlatformError):
-    """The person said no."""
+    """The user declined the change."""
 
     reference = "declined"
     title = "it was not wanted"
@@ -89,10 +89,10 @@ def downgrade(context: click.Context, revision: str, force: bool, as_json: bool)
 
 
 def _ask(question: str) -> None:
-    """Raises Declined unless the answer is yes."""
+    """Ask the user to confirm. Raise Declined unless the answer is yes."""
     try:
         yes = click.confirm(question, err=True)
-    except click.Abort:  # the end of the input
+    except click.Abort:  # end of the input
         yes = False
     if not yes:
         raise Declined("nothing was changed", advice="--force does it without asking.")
@@ -113,12 +113,12 @@ def current(context: click.Context, as_json: bool) -> None:
 
     Says so, on standard error, where an upgrade is needed.
     """
-    found = migrations.current(_url(context))
+    revision = migrations.current(_url(context))
     if as_json:
-        print_json({"current": found, "head": migrations.HEAD, "up_to_date": found == migrations.HEAD})
+        print_json({"current": revision, "head": migrations.HEAD, "up_to_date": revision == migrations.HEAD})
     else:
-        facts().print(found or "none", soft_wrap=True)
-    if found != migrations.HEAD:
+        facts().print(revision or "none", soft_wrap=True)
+    if revision != migrations.HEAD:
         talk().print(f"needed: {migrations.HEAD}; run `celery -A platform db upgrade`", soft_wrap=True)
 
 

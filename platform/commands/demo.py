@@ -21,7 +21,7 @@ from celery_capacity.workers.process.exit_codes import Exit
 
 __all__ = ["command"]
 
-#: What to do next; the last words of a demo.
+#: Advice at the end of a demo: the next steps.
 NEXT = """\
 To keep a platform running:      celery -A platform up
 Then look at it, from anywhere:  celery -A platform cluster      (jobs, job ID, verify)
@@ -104,7 +104,7 @@ def command(
     settings = settings_of_environment()
     replayed = _read(path, scale, workers or WORKERS)
     if log is not None:
-        _write_log(log, [])  # a folder that is not there is told now, and not after a minute
+        _write_log(log, [])  # report a missing folder now, and not after a minute
     say(f"{len(replayed.jobs)} jobs of {replayed.name}, {replayed.scale:g} times faster than they were.")
     try:
         with Meters(console) as meters:

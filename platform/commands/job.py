@@ -45,14 +45,14 @@ def command(context: click.Context, job_id: str, as_json: bool) -> None:
     check_job_id(job_id)
     stores = stores_of(context)
     with stores.engine.connect() as connection:
-        found = queries.find(connection, job_id)
-        if found is None:
+        file = queries.find(connection, job_id)
+        if file is None:
             raise _unknown(job_id, queries.nearest(connection, job_id))
         why = explain.explain(quick_client(stores.redis), connection, job_id)
     if as_json:
-        print_json({**found.to_json(), "why": None if why is None else why.to_json()})
+        print_json({**file.to_json(), "why": None if why is None else why.to_json()})
     else:
-        render.job(facts(), found, why)
+        render.job(facts(), file, why)
 
 
 def _unknown(job_id: str, near: list[str]) -> UnknownJob:

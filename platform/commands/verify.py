@@ -83,7 +83,7 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
 
 
 def _judge(stores: Stores) -> tuple[verify.Report | None, str | None]:
-    """The invariants, or why they cannot be judged: both stores are needed."""
+    """Return the invariants, or why they cannot be judged: both stores are needed."""
     try:
         with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
             return verify.check(stores.engine, stores.redis, write_within=stores.settings.write_within), None

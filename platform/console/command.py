@@ -1,8 +1,8 @@
-"""Where a command meets the person who typed it: the stores it works on, its help, and an end that reads well.
+"""Base of the commands: the stores that a command works on, its help, and a readable end.
 
-A mistake, a missing table or a store that is down ends a command with one message and an exit code
-(`workers.process.exit_codes`), never with a traceback; with `--json` the message is one `application/problem+json`
-object on stdout, also where the command line itself is wrong.
+A mistake, a missing table or an unavailable store ends a command with one message and an exit code
+(`workers.process.exit_codes`), never with a traceback. With `--json` the message is one `application/problem+json`
+object on stdout, even if the command line itself is wrong.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from celery_capacity.workers.process.exit_codes import Exit, code_of
 if TYPE_CHECKING:
     from celery_capacity.workers.process.stores import Stores
 
-#: The option of every command that prints facts.
+#: Option of every command that prints facts.
 json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 
-#: Lines of help: what an example does, and its command.
+#: Lines of help: the purpose of an example, and its command.
 Examples = Sequence[tuple[str, str]]
 
-#: The codes that every command can give.
+#: Exit codes that every command can give.
 ALWAYS: Final = (
     Exit.OK,
     Exit.USAGE,
@@ -55,10 +55,10 @@ class WrongUsage(PlatformError):
 
 
 class Command(click.Command):
-    """A command whose help ends with examples and exit codes, and which ends with one of these.
+    """A command whose help ends with examples and exit codes, and which ends with one of these codes.
 
-    `codes`: when this command ends with a code, where it is not what the code always means. `never`: of the codes that
-    other commands can give.
+    `codes`: meanings of exit codes of this command that differ from their usual meanings. `never`: the common exit
+    codes that this command never gives.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Command(click.Command):
     ) -> None:
         super().__init__(*arguments, **options)
         self.examples = examples
-        given = {**{code: code.meaning for code in ALWAYS if code not in never}, **(codes or {})}
-        self.codes = dict(sorted(given.items()))
+        meanings = {**{code: code.meaning for code in ALWAYS if code not in never}, **(codes or {})}
+        self.codes = dict(sorted(meanings.items()))
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         write_examples(formatter, self.examples)
@@ -84,7 +84,7 @@ class Command(click.Command):
     ) -> click.Context:
         as_json = "--json" in args
         try:
-            with _written():  # of --help
+            with _written():  # for the output of --help
                 return super().make_context(info_name, args, parent, **extra)
         except click.UsageError as error:
             if not as_json:
@@ -113,7 +113,7 @@ class Group(click.Group):
 
 
 def write_examples(formatter: click.HelpFormatter, examples: Examples) -> None:
-    """The section of the help; each command on a line that can be copied whole."""
+    """Write the section of examples. Each command has a line that can be copied whole."""
     with formatter.section("Examples"):
         for what, line in examples:
             formatter.write(f"  {what}:\n    {line}\n")
@@ -137,7 +137,7 @@ def answering(as_json: bool) -> Iterator[None]:
 
 @contextmanager
 def _written() -> Iterator[None]:
-    """End quietly after Ctrl-C, and where nobody reads on; with a message where the output cannot be written."""
+    """End quietly after Ctrl-C or when no reader is left, and with a message when the output cannot be written."""
     try:
         yield
     except KeyboardInterrupt:
@@ -154,7 +154,7 @@ def _written() -> Iterator[None]:
 
 
 def _forsake(stream: Any) -> None:
-    """Let a stream lead nowhere: what is left in its buffer would fail once more when the interpreter ends."""
+    """Redirect a stream to /dev/null, so that its buffered rest does not fail again when the interpreter ends."""
     if stream is not None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -163,11 +163,13 @@ def _forsake(stream: Any) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the process as it stands, also while the driver waits for Postgres, where Python's own handler is
-    not called. It is what a kill does, and every command may be killed; those with children install their own handler.
+    """Let Ctrl-C end the process at once, also while the driver waits for Postgres.
+
+    Python's own handler is not called during such a wait. Ctrl-C then acts like a kill, and every command may be
+    killed. Commands with children install their own handler.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # ignored, as by `nohup`, or somebody's own
+        yield  # ignored, as by `nohup`, or a handler of somebody else
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -177,7 +179,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def stores_of(context: click.Context) -> Stores:
-    """The stores of the app that `-A` names. Raises WrongUsage where it is not on the platform."""
+    """Return the stores of the app that `-A` names. Raise WrongUsage if the app is not on the platform."""
     from celery_capacity.workers.app.install import platform_of
 
     app: Any = context.obj.app
@@ -190,7 +192,10 @@ def stores_of(context: click.Context) -> Stores:
 
 
 def settings_of_environment() -> Settings:
-    """The settings, for a command that needs no app; what looks like a slip in a name is told. Raises SettingsError."""
+    """Return the settings, for a command that needs no app. Raise SettingsError.
+
+    A name that looks mistyped gives a warning.
+    """
     settings = Settings.from_environ(os.environ)
     _warn(settings)
     return settings
@@ -209,5 +214,5 @@ def _end(error: PlatformError, as_json: bool, cause: Exception | None = None) ->
 
 
 def exit_code(error: PlatformError) -> Exit:
-    """The exit code of a command that ends with this error."""
+    """Return the exit code of a command that ends with this error."""
     return Exit.USAGE if isinstance(error, WrongUsage) else code_of(error)

@@ -1,7 +1,6 @@
-"""The values of the commands, drawn for people: plain lines, coloured and with bars only on a terminal.
+"""The values of the commands, drawn for people: plain lines, with colours and bars only on a terminal.
 
-Words for reasons are made here and nowhere else. Each function takes a console and a value; what programs
-read is the value's own `to_json`.
+Only this module words the reasons. Each function takes a console and a value. Programs read the value's own `to_json`.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ if TYPE_CHECKING:
 
 #: Characters of an error or a name in a list.
 CUT: Final = 60
-#: Characters of a bar: as many of these as the screen has beside the rest.
+#: Characters of a bar, at least and at most: as many as the screen has beside the other columns.
 SHORTEST_BAR: Final = 8
 LONGEST_BAR: Final = 24
-#: What stands where there is nothing to say.
+#: Text in place of a missing value.
 NOTHING: Final = "-"
 
 
 def cluster(console: Console, overview: Overview) -> None:
-    """Totals, a line for each worker, the backlog by request."""
+    """Print the totals, a line for each worker, and the backlog by request."""
     decides = overview.why.startswith("Postgres decides")
     cold = "from Postgres, which decides" if decides else "from Postgres: the ledger does not answer or is cold"
     source = {"ledger": "from the ledger", "postgres": cold}
@@ -78,13 +77,14 @@ def cluster(console: Console, overview: Overview) -> None:
             soft_wrap=True,
         )
         aside = [
-            (_cut(one.reason), one.queue, str(one.messages), moment(one.seen_at)) for one in overview.quarantine.reasons
+            (_cut(entry.reason), entry.queue, str(entry.messages), moment(entry.seen_at))
+            for entry in overview.quarantine.reasons
         ]
         table(console, ("reason", "queue", "messages", "last"), aside, right=(2,))
 
 
 def _workers(console: Console, workers: Sequence[WorkerLine]) -> None:
-    """A line each."""
+    """Print a line for each worker."""
     header: tuple[str, ...] = ("worker", "status", "CPUs", "memory", "slots", "heartbeat", "queues")
     rows = [_worker(worker) for worker in workers]
     shown = len(header) - all(row[-1] == DEFAULT_QUEUE for row in rows)
@@ -101,7 +101,10 @@ def table_with_bars(
     place: int,
     right: Sequence[int],
 ) -> None:
-    """A table; on a terminal with a bar in each row, before the column `place`: (used, total) of `meters`."""
+    """Print a table; on a terminal, draw a bar in each row before the column `place`.
+
+    `meters` has (used, total) for each row.
+    """
     if not console.is_terminal:
         table(console, header, rows, right)
         return
@@ -133,12 +136,12 @@ def _of(used: int, total: int) -> str:
 
 
 def _draws(console: Console) -> bool:
-    """Whether the console can show block characters."""
+    """Return True if the console can show block characters."""
     return (console.encoding or "").lower().startswith("utf")
 
 
 def age(seconds: float | None) -> str:
-    """Seconds as people say them: "4 s", "3 min", "5 h", "2 d"."""
+    """Format seconds as people say them: "4 s", "3 min", "5 h", "2 d"."""
     if seconds is None:
         return NOTHING
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -148,7 +151,7 @@ def age(seconds: float | None) -> str:
 
 
 def jobs(console: Console, lines: Sequence[JobLine], total: int) -> None:
-    """The list, newest first."""
+    """Print the list of jobs, newest first."""
     if not lines:
         console.print("no jobs", soft_wrap=True)
         return
@@ -173,7 +176,7 @@ def jobs(console: Console, lines: Sequence[JobLine], total: int) -> None:
 
 
 def job(console: Console, file: JobFile, why: Explanation | None) -> None:
-    """One job: what it is, its times, its attempts, and why it waits."""
+    """Print one job: its description, its times, its attempts, and why it waits."""
     line = file.job
     declared = "" if line["declared"] else " (the default: no worker declared this task)"
     rows = [
@@ -211,33 +214,33 @@ def job(console: Console, file: JobFile, why: Explanation | None) -> None:
 def _attempts(file: JobFile) -> list[tuple[str, ...]]:
     return [
         (
-            f"{one['epoch']}.{one['attempt']}",
-            one["worker"],
-            moment(one["admitted_at"]),
-            moment(one["started_at"]),
-            moment(one["ended_at"]),
-            one["outcome"] or "open",
-            _cut(one["error"] or ""),
+            f"{attempt['epoch']}.{attempt['attempt']}",
+            attempt["worker"],
+            moment(attempt["admitted_at"]),
+            moment(attempt["started_at"]),
+            moment(attempt["ended_at"]),
+            attempt["outcome"] or "open",
+            _cut(attempt["error"] or ""),
         )
-        for one in file.attempts
+        for attempt in file.attempts
     ]
 
 
 def reasons(why: Explanation) -> list[str]:
-    """Why a job waits, a sentence each; the first says it, the others add to it."""
-    said = [_reason(why)]
+    """Explain why a job waits, in sentences: the first gives the reason, the others add to it."""
+    sentences = [_reason(why)]
     if why.place is not None:
-        said.append(
+        sentences.append(
             f"It is number {why.place} of the jobs with this request; {why.before or 0} waiting jobs come before it."
         )
     if why.large_enough is not None and why.why in (Why.NO_ROOM, Why.BEHIND_SHAPE):
-        said.append(f"{why.large_enough} of {why.live_workers} live workers are large enough for it.")
+        sentences.append(f"{why.large_enough} of {why.live_workers} live workers are large enough for it.")
     if not why.declared:
-        said.append(
+        sentences.append(
             "No worker has declared this task, so its request is the default;"
             " a worker that knows the task may declare another."
         )
-    return said
+    return sentences
 
 
 def _reason(why: Explanation) -> str:
@@ -281,7 +284,7 @@ def _amount(resource: str | None, amount: int | None) -> str:
 
 
 def invariants(console: Console, report: Report) -> None:
-    """A line for each invariant, and what violates it."""
+    """Print a line for each invariant, and its violations."""
     for verdict in report.verdicts:
         word = {True: "holds", False: "VIOLATED", None: "not judged: it holds only at rest, and work runs"}
         console.print(f"{verdict.name} {word[verdict.holds]}: {verdict.says}", soft_wrap=True)
@@ -292,7 +295,7 @@ def invariants(console: Console, report: Report) -> None:
 
 
 def verdict_line(report: Report) -> str:
-    """All invariants in one line."""
+    """Summarise all invariants in one line."""
     broken = [v.name for v in report.verdicts if v.holds is False]
     if broken:
         return f"invariants: VIOLATED {', '.join(broken)}"
@@ -302,7 +305,7 @@ def verdict_line(report: Report) -> str:
 
 
 def reconciled(console: Console, done: Reconciled, rebuilt: Rebuilt | None) -> None:
-    """What a pass did: entries applied, jobs compared, what differed."""
+    """Print the result of a pass: applied entries, compared jobs, and differences."""
     if rebuilt is not None:
         console.print(
             f"the ledger was cold: epoch {rebuilt.epoch} was opened with {rebuilt.workers} workers,"
@@ -317,14 +320,14 @@ def reconciled(console: Console, done: Reconciled, rebuilt: Rebuilt | None) -> N
 
 
 def moment(value: Any) -> str:
-    """A time as people read it, in their own zone, to the second."""
+    """Format a time as people read it, in their own zone, to the second."""
     if not isinstance(value, datetime):
         return NOTHING
     return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _after(value: Any, before: Any) -> str:
-    """A time, and how long after the step before it."""
+    """Format a time, and its distance from the step before it."""
     if not isinstance(value, datetime):
         return NOTHING
     if not isinstance(before, datetime):

@@ -1,7 +1,7 @@
-"""What all commands print with: facts to stdout, talk to stderr; colours and bars only on a terminal.
+"""Output of all commands: facts to stdout, messages to stderr; colours and bars only on a terminal.
 
-A command computes a value; `print_json` writes it for programs, `table`, `bar` and `Meters` draw it for
-people. Where the output is no terminal there are plain lines without colour, never wrapped or cut.
+A command computes a value. `print_json` writes it for programs; `table`, `bar` and `Meters` draw it for people. If the
+output is not a terminal, lines are plain, without colour, never wrapped or cut.
 """
 
 from __future__ import annotations
@@ -34,32 +34,37 @@ __all__ = [
     "talk",
 ]
 
-#: Characters of a table's line, at the most.
+#: Maximum number of characters of a table's line.
 WIDEST = 10_000
 #: Seconds between two plain progress lines.
 PLAIN_INTERVAL = 5.0
 
 
 def facts() -> Console:
-    """The console for results (stdout); made at each call, so that a redirected stdout is respected."""
+    """Return the console for results (stdout). Each call makes it anew, so that a redirected stdout is respected."""
     return _console(stderr=False)
 
 
 def talk() -> Console:
-    """The console for everything else (stderr)."""
+    """Return the console for everything else (stderr)."""
     return _console(stderr=True)
 
 
 def harmless(text: str) -> str:
-    """The text with what would steer a terminal, turn the reading direction or break the output written as its escape:
-    names and errors come from whoever submits."""
+    """Escape the characters that would steer a terminal, turn the reading direction or break the output.
+
+    Names and errors are text of any submitter.
+    """
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 class OutputLost(Exception):
-    """Standard output or error cannot be written, and somebody would read it: its disk is full."""
+    """Standard output or error cannot be written although a reader may be there: its disk is full."""
 
 
 @contextmanager
@@ -75,14 +80,14 @@ def _writing() -> Iterator[None]:
 
 
 class _Console(Console):
-    """Prints texts `harmless`."""
+    """A console that prints texts `harmless`."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         with _writing():
-            super().print(*(harmless(one) if isinstance(one, str) else one for one in objects), **options)
+            super().print(*(harmless(item) if isinstance(item, str) else item for item in objects), **options)
 
     def on_broken_pipe(self) -> None:
-        """Rich itself would end the process here, with a code of its own."""
+        """Raise BrokenPipeError. Rich itself would end the process here, with an exit code of its own."""
         raise BrokenPipeError
 
 
@@ -93,15 +98,15 @@ def _console(stderr: bool) -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on one line of stdout, flushed, so that a reader sees it while the command goes on."""
+    """Print a JSON value on one line of stdout, flushed, so that a reader sees it while the command goes on."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    # Half of a surrogate pair (an argument that is not UTF-8) has no encoding; JSON can write it as an escape.
+    # Half of a surrogate pair, from an argument that is not UTF-8, has no encoding. JSON can write it as an escape.
     with _writing():
         print(text if text.isprintable() else json.dumps(value, allow_nan=False), flush=True)
 
 
 def fail(error: PlatformError, as_json: bool = False) -> None:
-    """Say what went wrong and what to do; with `as_json` the problem is the one object on stdout."""
+    """Print the error and its advice. With `as_json` the problem is the one object on stdout."""
     if as_json:
         print_json(error.to_problem())
     else:
@@ -109,7 +114,7 @@ def fail(error: PlatformError, as_json: bool = False) -> None:
 
 
 def bar(used: float, total: float, width: int = 24, unicode: bool = True) -> str:
-    """`used` of `total` in `width` characters: at least one mark if any is used, full only when full."""
+    """Draw `used` of `total` in `width` characters: at least one mark if any is used, full only when full."""
     share = min(max(used / total, 0.0), 1.0) if total > 0 else 0.0
     marks = int(share * width)
     if used > 0:
@@ -119,7 +124,7 @@ def bar(used: float, total: float, width: int = 24, unicode: bool = True) -> str
 
 
 def table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
-    """Rows below a header; the columns numbered in `right` are right-aligned. Plain text off a terminal."""
+    """Print rows below a header. Columns numbered in `right` are right-aligned. Plain text off a terminal."""
     cells = [[harmless(cell) for cell in row] for row in rows]
     rights = set(right)
     if console.is_terminal:
@@ -128,8 +133,8 @@ def table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]]
             drawn.add_column(Text(name), justify="right" if place in rights else "left", overflow="fold")
         for row in cells:
             drawn.add_row(*(Text(cell) for cell in row))
-        # Where it is wider than the screen, its lines go on in the next one, as the terminal has it: a cell that was
-        # broken into a column of bits could be neither read nor copied.
+        # A row wider than the screen continues on the next line, as the terminal does it. A cell that was broken into a
+        # column of bits could be neither read nor copied.
         screen = console.width
         console.width = max(screen, console.measure(drawn, options=console.options.update(width=WIDEST)).maximum)
         console.print(drawn, soft_wrap=True)
@@ -147,16 +152,16 @@ def table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]]
 
 @dataclass(frozen=True)
 class Meter:
-    """One measured value on its way to a total, such as 64 of the 72 CPUs of a worker."""
+    """A measured value on its way to a total, such as 64 of the 72 CPUs of a worker."""
 
     name: str
     value: float
     total: float
-    text: str  #: what stands behind the bar, such as "64/72 CPUs"
+    text: str  # text behind the bar, such as "64/72 CPUs"
 
 
 class Meters(AbstractContextManager["Meters"]):
-    """Some meters drawn in place on a terminal; elsewhere one line, at most every `interval` seconds."""
+    """Meters drawn in place on a terminal; elsewhere one line, at most every `interval` seconds."""
 
     def __init__(
         self, console: Console, interval: float = PLAIN_INTERVAL, clock: Callable[[], float] = time.monotonic
@@ -191,7 +196,7 @@ class Meters(AbstractContextManager["Meters"]):
             self._say()
 
     def show(self, meters: Sequence[Meter]) -> None:
-        """Draw the present values; a meter of a new name is added below the others."""
+        """Draw the present values. A meter with a new name is added below the others."""
         if self._progress is None:
             self._plain = " · ".join(f"{meter.name} {meter.text}" for meter in meters)
             if self._clock() >= self._next:

@@ -1,8 +1,8 @@
 """The demo: a job trace replayed by real workers, measured by its tasks and judged by the invariants.
 
-What one replay makes (workers, a Redis list of records, and a private pair of servers unless URLs are given)
-it takes away again. The list has one entry for each run of a task, so the peaks and times are what happened,
-and not what the ledger says of itself.
+A replay removes everything that it makes: workers, a Redis list of records, and a private pair of servers unless URLs
+are given. The list has an entry for each run of a task. So peaks and times are measured facts, and not the ledger's
+account of itself.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from celery_capacity.workers.process.stores import make_engine
 
 __all__ = ["WORKERS", "Replayed", "Report", "WorkerLine", "replay"]
 
-#: The workers of a demo that names none.
+#: Workers of a demo that names none.
 WORKERS = (WorkerSpec("worker-01", 72_000), WorkerSpec("worker-02", 16_000))
 
 #: Seconds between two looks at the cluster while the trace runs.
 LOOK = 0.25
 
-#: Seconds between two questions to Postgres whether jobs ended without a record.
+#: Seconds between two queries to Postgres for jobs that ended without a record.
 ASK = 2.0
 
-#: Most failed jobs whose errors are shown.
+#: Maximum number of failed jobs whose errors are shown.
 SHOWN_ERRORS = 5
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What to replay. `scale`: how many times faster than the trace."""
+    """Input of a replay. `scale`: how many times faster than the trace."""
 
     name: str
     jobs: tuple[trace.Job, ...]
@@ -65,7 +65,7 @@ class Replayed:
 
 @dataclass(frozen=True)
 class WorkerLine:
-    """Measured on one worker; millicores. `cpus` is None for another's worker that left."""
+    """Measurements of one worker, in millicores. `cpus` is None for a worker of another owner that left."""
 
     name: str
     cpus: int | None
@@ -79,7 +79,7 @@ class WorkerLine:
 
 @dataclass(frozen=True)
 class Report:
-    """A finished replay. `states` counts the jobs by state; `errors`: (row, state, text) of failed ones."""
+    """A finished replay. `states` counts the jobs by state; `errors` has (row, state, text) of failed jobs."""
 
     replayed: Replayed
     states: Mapping[str, int]
@@ -89,12 +89,12 @@ class Report:
     summary: trace.Summary
     workers: tuple[WorkerLine, ...]
     doubled: tuple[int, ...]
-    delay: float  #: seconds that the latest submission came after its time
+    delay: float  # seconds by which the most delayed submission missed its time
     invariants: verify.Report
 
     @property
     def ok(self) -> bool:
-        """All jobs ran once and to their end, no worker held more than it has, and the invariants hold."""
+        """Return True if each job succeeded and ran once, no worker exceeded its CPUs, and the invariants hold."""
         return (
             self.states.get(State.SUCCEEDED, 0) == len(self.replayed.jobs) == len(self.records)
             and not self.doubled
@@ -103,7 +103,7 @@ class Report:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `demo --json` prints; seconds and CPUs."""
+        """Return the object that `demo --json` prints, in seconds and CPUs."""
         return {
             "trace": self.replayed.name,
             "scale": self.replayed.scale,
@@ -133,25 +133,25 @@ class Report:
 
 
 def replay(replayed: Replayed, settings: Settings, environ: Mapping[str, str], meters: Meters, say: Any) -> Report:
-    """Start the workers, submit the jobs at their times, wait for the last, and judge. `say` gets talk.
+    """Start the workers, submit the jobs at their times, wait for the last, and judge. `say` prints a line.
 
-    Raises Interrupted, ChildDied, NotReady, and what the servers and the submission raise; nothing of it is
-    left running then. With URLs given, jobs that have not run are revoked.
+    Raises Interrupted, ChildDied, NotReady, and the errors of the servers and the submission. Nothing of the replay is
+    left running then. With given URLs, jobs that have not run are revoked.
     """
-    family = Family(orphans=signal.SIGKILL)  # their servers may be gone too: nothing to end warm with
+    family = Family(orphans=signal.SIGKILL)  # kill: their servers may be gone too, so no warm end is possible
     with closing(family), family.interruptible(), ExitStack() as stack:
         private = settings.redis_url is None
         settings = _with_servers(settings, stack)
         say(servers.describe(settings))
-        own = _environ(environ, settings, private)
-        stack.enter_context(_environment(own))
+        run_environment = _environ(environ, settings, private)
+        stack.enter_context(_environment(run_environment))
         run = _Run(replayed, settings, family, meters)
         stack.callback(run.close)
         try:
             say("Starting " + ", ".join(f"{w.name} with {format_cpus(w.cpus)} CPUs" for w in replayed.workers))
             await_ready(
                 family,
-                [start_worker(family, w, own, pool="threads", slots=w.slots) for w in replayed.workers],
+                [start_worker(family, w, run_environment, pool="threads", slots=w.slots) for w in replayed.workers],
             )
             run.submit()
             run.wait()
@@ -170,7 +170,7 @@ def replay(replayed: Replayed, settings: Settings, environ: Mapping[str, str], m
 
 
 def _with_servers(settings: Settings, stack: ExitStack) -> Settings:
-    """The given servers, with tables where there were none; else a private pair while `stack` lasts."""
+    """Return the given servers, with tables made if there were none, or a private pair while `stack` lasts."""
     if settings.redis_url is None or settings.database_url is None:
         pair = stack.enter_context(servers.private_pair())
         return settings.with_urls(pair.redis_url, pair.database_url)
@@ -181,7 +181,7 @@ def _with_servers(settings: Settings, stack: ExitStack) -> Settings:
 
 
 def _environ(environ: Mapping[str, str], settings: Settings, private: bool) -> dict[str, str]:
-    """The environment of workers and submitter. On a private pair nothing leads to other servers."""
+    """Return the environment of workers and submitter. On a private pair no variable leads to other servers."""
     if not private:
         return dict(environ)
     urls = {"REDIS_URL": str(settings.redis_url), "DATABASE_URL": str(settings.database_url)}
@@ -192,7 +192,7 @@ def _environ(environ: Mapping[str, str], settings: Settings, private: bool) -> d
 
 @contextmanager
 def _environment(environ: Mapping[str, str]) -> Iterator[None]:
-    """Make this the environment for a while: `create_app` reads its URLs there, as for any user."""
+    """Make this the environment during the block: `create_app` reads its URLs there, as for any user."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(environ)
@@ -204,7 +204,7 @@ def _environment(environ: Mapping[str, str]) -> Iterator[None]:
 
 
 class _Run:
-    """The jobs of one replay on their way."""
+    """The jobs of one replay in progress."""
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class _Run:
         self._app: Any = None
 
     def close(self) -> None:
-        """Take away the records; the servers themselves may be gone."""
+        """Delete the records and close the connections. The servers themselves may be gone."""
         with suppress(redis.RedisError):  # the list expires by itself
             self._redis.delete(self._log)
         self._redis.close()
@@ -255,7 +255,7 @@ class _Run:
             self._delay = max(self._delay, time.monotonic() - due)
 
     def _look_until(self, due: float) -> None:
-        """Draw the cluster until it is time; returns at once where it is late."""
+        """Draw the cluster until it is time. Return at once if the time has passed."""
         while (left := due - time.monotonic()) > 0:
             if left > LOOK:
                 self._draw(self._finished())
@@ -311,17 +311,17 @@ class _Run:
         return tuple((int(row[0].rpartition("-")[2]), row[1], row[2] or "") for row in rows)
 
     def judge(self) -> Report:
-        """Measure by the records of the tasks, and ask the invariants."""
+        """Measure the replay by the records of the tasks, and check the invariants."""
         seen = [json.loads(entry) for entry in self._redis.lrange(self._log, 0, -1)]
-        records = tuple(trace.Record(one["job"], one["start"], one["end"], one["worker"]) for one in seen)
+        records = tuple(trace.Record(entry["job"], entry["start"], entry["end"], entry["worker"]) for entry in seen)
         capacities: dict[str, int | None] = {spec.name: spec.cpus for spec in self._replayed.workers}
         for worker in overview.read(self._reader, self._engine).workers:
             capacities.setdefault(worker.name, worker.capacity.get(CPUS, 0))
         peaks = trace.peaks(records, {job.row: job.cpus for job in self._replayed.jobs})
-        own = [spec.name for spec in self._replayed.workers]
+        spec_names = [spec.name for spec in self._replayed.workers]
         lines = [
             WorkerLine(name, capacities.get(name), peaks.get(name, 0), sum(r.worker == name for r in records))
-            for name in [*own, *sorted(peaks.keys() - set(own))]
+            for name in [*spec_names, *sorted(peaks.keys() - set(spec_names))]
         ]
         return Report(
             replayed=self._replayed,
@@ -337,12 +337,12 @@ class _Run:
         )
 
     def revoke(self) -> None:
-        """Take back what has not run, on servers that others use too."""
+        """Revoke the jobs that have not run, on servers that others use too."""
         if self._app is not None and self._submitted:
             self._app.control.revoke([self._job_id(row) for row in self._submitted])
 
     def settle(self) -> None:
-        """Write to Postgres what the ledger did since: the workers that would have are gone."""
+        """Write the ledger's latest transitions to Postgres, because the workers that would write them are gone."""
         if self._app is not None:
             stores = platform_of(self._app)
             transition_log.apply_all(stores.engine, stores.ledger)

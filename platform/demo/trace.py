@@ -1,9 +1,8 @@
-"""A job trace: what was submitted when, for how long and on how many CPUs. No process, store or clock here.
+"""A job trace: the submission time, run time and CPUs of each job. No process, store or clock here.
 
-A trace is CSV text with a header that names `submit`, `run` (seconds) and `cpus`; other columns, blank lines
-and lines that begin with `#` are ignored. `read` refuses what it cannot read with the line number and the
-value. What a replay measured comes back as `Record`s, written by the tasks themselves; `summarise` and
-`peaks` turn them into the numbers of the report.
+A trace is CSV text with a header that names `submit`, `run` (seconds) and `cpus`. Other columns, blank lines and lines
+that begin with `#` are ignored. `read` refuses an unreadable row with its line number and value. The tasks of a replay
+write their measurements as `Record`s. `summarise` and `peaks` turn these into the numbers of the report.
 """
 
 from __future__ import annotations
@@ -38,19 +37,19 @@ __all__ = [
     "too_wide",
 ]
 
-#: The columns that a trace must have, in any order and at any place.
+#: Columns that a trace must have, in any order and at any place.
 COLUMNS = ("submit", "run", "cpus")
 
-#: Seconds: the shortest sleep of a replayed job, so that a job of one second leaves a trace at any scale.
+#: Seconds: the shortest sleep of a replayed job, so that a job of one second leaves a mark at any scale.
 LEAST_SLEEP = 0.05
 
-#: Seconds: what a replay without `--scale` aims at, before its processes start and end.
+#: Seconds: the aimed duration of a replay without `--scale`, without the start and end of its processes.
 AIM = 50.0
 
-#: Seconds: the largest time in a trace (30,000 years); above it a time is a mistake, and sleep() refuses it.
+#: Seconds: the largest time in a trace, 30,000 years. A larger time is a mistake, and sleep() refuses it.
 LARGEST_TIME = 1e12
 
-#: 300 jobs of the KTH-SP2 log; its head acknowledges the source.
+#: Trace of 300 jobs from the KTH-SP2 log. Its head acknowledges the source.
 PACKAGED = Path(__file__).with_name("traces") / "kth-sp2-300.csv"
 
 _DECIMAL = re.compile(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?")
@@ -58,7 +57,7 @@ _DECIMAL = re.compile(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?")
 
 @dataclass(frozen=True)
 class Job:
-    """One row: `row` counts from 0, times in seconds, `cpus` in millicores."""
+    """A row of a trace: `row` counts from 0, times are in seconds, `cpus` in millicores."""
 
     row: int
     submit: float
@@ -69,7 +68,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Planned:
-    """A job of a replay: submitted `at` seconds after the start, sleeps `seconds`."""
+    """A job of a replay: submitted `at` seconds after the start, it sleeps `seconds`."""
 
     job: Job
     at: float
@@ -78,7 +77,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Record:
-    """What a task saw of itself: start and end in seconds since the epoch, and the worker that ran it."""
+    """A task's record of its own run: start and end in seconds since the epoch, and its worker."""
 
     job: int
     start: float
@@ -88,7 +87,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Summary:
-    """The measured replay; seconds. A job waits from its submission to the start of its task."""
+    """Measurements of a replay, in seconds. A job waits from its submission to the start of its task."""
 
     jobs: int
     makespan: float
@@ -98,7 +97,7 @@ class Summary:
 
 
 def decimal(text: str) -> float | None:
-    """The finite number ≥ 0 in plain decimal notation, or None."""
+    """Return the finite number ≥ 0 that the text writes in plain decimal notation, or None."""
     text = text.strip()
     if not _DECIMAL.fullmatch(text):
         return None
@@ -107,7 +106,7 @@ def decimal(text: str) -> float | None:
 
 
 def parse_scale(text: str) -> float:
-    """How many times faster than the trace; raises InvalidRequest unless it is a decimal number above 0."""
+    """Parse how many times faster than the trace a replay is. Raise InvalidRequest unless it is a decimal above 0."""
     number = decimal(text)
     if number is None or number <= 0:
         raise InvalidRequest(
@@ -119,7 +118,7 @@ def parse_scale(text: str) -> float:
 
 
 class _Numbered:
-    """The lines of a trace without comments; `line` is the number (from 1) of the last one given out."""
+    """Lines of a trace without comments. `line` is the number of the last line that was read, from 1."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self._lines = lines
@@ -130,15 +129,15 @@ class _Numbered:
             self.line += 1
             if self.line == 1:
                 text = text.removeprefix("\ufeff")
-            # NUL makes the csv module of Python 3.11 and 3.12 behave differently: here it is a wrong value.
+            # The csv module of Python 3.11 and that of 3.12 treat NUL differently: here it is a wrong value.
             if text.strip() and not text.lstrip().startswith("#"):
                 yield text.replace("\0", "\N{SYMBOL FOR NULL}")
 
 
 def read(lines: Iterable[str]) -> list[Job]:
-    """The jobs of a trace in the order of its rows; raises InvalidRequest with the line and the value."""
+    """Return the jobs of a trace in the order of its rows. Raise InvalidRequest with the line and the value."""
     numbered = _Numbered(lines)
-    # strict: an open quote would silently swallow the rows up to the next one.
+    # strict: otherwise an open quote would silently swallow the rows up to the next quote.
     rows = csv.reader(numbered, strict=True)
     jobs: list[Job] = []
     try:
@@ -199,7 +198,7 @@ def _job(row: int, cells: Sequence[str], places: Mapping[str, int], line: int) -
 
 
 def too_wide(jobs: Iterable[Job], workers: Mapping[str, int]) -> InvalidRequest | None:
-    """The error for the widest job that no worker (name → millicores) can ever run, or None."""
+    """Return the error for the widest job if no worker (name → millicores) can ever run it, or None."""
     most = max(workers.values())
     widest = max(jobs, key=lambda job: (job.cpus, -job.row))
     if widest.cpus <= most:
@@ -214,10 +213,10 @@ def too_wide(jobs: Iterable[Job], workers: Mapping[str, int]) -> InvalidRequest 
 
 
 def default_scale(jobs: Sequence[Job], cpus: int) -> float:
-    """The scale, in one significant digit, at which the trace takes about a minute on `cpus` millicores.
+    """Return the scale, in one significant digit, at which the trace takes about a minute on `cpus` millicores.
 
-    No replay is shorter than its last end without waiting, or than its CPU-seconds over the CPUs. A trace
-    that takes less than that as it is, is replayed as it is: never slower.
+    A replay is never shorter than its last end without waiting, nor than its CPU-seconds divided by the CPUs. A trace
+    that takes less time than the aim is replayed at its own speed, and never slower.
     """
     first = min(job.submit for job in jobs)
     unhindered = max(job.submit - first + job.run for job in jobs)
@@ -230,22 +229,22 @@ def default_scale(jobs: Sequence[Job], cpus: int) -> float:
 
 
 def plan(jobs: Iterable[Job], scale: float) -> list[Planned]:
-    """The replay in order of submission, `scale` times faster; time starts with the first submission."""
+    """Plan the replay in order of submission, `scale` times faster. Time starts with the first submission."""
     ordered = sorted(jobs, key=lambda job: (job.submit, job.row))
     first = ordered[0].submit
     return [Planned(job, (job.submit - first) / scale, max(job.run / scale, LEAST_SLEEP)) for job in ordered]
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
-    """The smallest value that at least `percent` of all values do not exceed (nearest rank)."""
+    """Return the smallest value that at least `percent` of all values do not exceed (nearest rank)."""
     ordered = sorted(values)
     return ordered[max(math.ceil(percent / 100 * len(ordered)), 1) - 1]
 
 
 def summarise(records: Sequence[Record], submitted: Mapping[int, float]) -> Summary:
-    """The report's numbers; `submitted` has the epoch second at which each job's submission began.
+    """Return the report's numbers. `submitted` has the epoch second at which each job's submission began.
 
-    Clocks of two processes may differ by less than a job needs to arrive: a wait below 0 counts as 0.
+    The clocks of two processes may differ by less than a job needs to arrive. A wait below 0 therefore counts as 0.
     """
     if not records:
         return Summary(0, 0.0, 0.0, 0.0, 0.0)
@@ -260,9 +259,9 @@ def summarise(records: Sequence[Record], submitted: Mapping[int, float]) -> Summ
 
 
 def peaks(records: Iterable[Record], cpus: Mapping[int, int]) -> dict[str, int]:
-    """The most millicores that ran at once on each worker, from the tasks' own starts and ends.
+    """Return the most millicores that ran at once on each worker, by the starts and ends that the tasks recorded.
 
-    A job holds its CPUs in [start, end): one that starts at the very end of another does not add to it.
+    A job holds its CPUs in [start, end): a job that starts at the very end of another does not add to it.
     """
     edges = sorted(
         edge
@@ -281,7 +280,7 @@ def peaks(records: Iterable[Record], cpus: Mapping[int, int]) -> dict[str, int]:
 
 
 def doubled(records: Iterable[Record]) -> list[int]:
-    """The jobs that more than one task ran to its end, in order."""
+    """Return, in order, the jobs that more than one task ran to its end."""
     seen: dict[int, int] = {}
     for record in records:
         seen[record.job] = seen.get(record.job, 0) + 1
@@ -289,6 +288,6 @@ def doubled(records: Iterable[Record]) -> list[int]:
 
 
 def log_rows(records: Iterable[Record], first: float) -> Iterator[tuple[int, str, str, str]]:
-    """Rows job, start, end, worker in order of the start; seconds since `first`, to the microsecond."""
+    """Yield the rows job, start, end, worker in order of the start. Times are seconds since `first`, to 1 µs."""
     for record in sorted(records, key=lambda record: (record.start, record.job)):
         yield record.job, f"{record.start - first:.6f}", f"{record.end - first:.6f}", record.worker
