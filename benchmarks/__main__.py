@@ -1,5 +1,7 @@
-"""`python -m benchmarks`: measures the figures and reports them; `python -m benchmarks proposals`: the ways that were
-weighed."""
+"""`python -m benchmarks`: measure the figures and report them.
+
+`python -m benchmarks proposals` measures the ways that were weighed.
+"""
 
 from __future__ import annotations
 
@@ -28,33 +30,33 @@ from benchmarks.report import (
     update_page,
 )
 
-#: Where the results go.
+#: Files and page that the results go to.
 RESULTS = Path(__file__).with_name("results.json")
 PROFILES = Path(__file__).with_name("profiles.json")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "benchmarks.md"
 
-#: Rounds a figure, unless told otherwise; the median is an actual round when it is odd.
+#: Rounds of a figure by default. An odd number makes the median an actual round.
 ROUNDS = 5
 
 
 def figures(text: str) -> list[Figure]:
-    """The figures named in `text`, separated by commas, in the order of the table."""
+    """Return the figures named in `text`, separated by commas, in the order of the table."""
     names = {name.strip() for name in text.split(",")} - {""}
     if unknown := sorted(names - set(BY_NAME)):
-        known = ", ".join(BY_NAME)
-        raise argparse.ArgumentTypeError(f"no such figure: {', '.join(unknown)} (there are {known})")
+        known_names = ", ".join(BY_NAME)
+        raise argparse.ArgumentTypeError(f"no such figure: {', '.join(unknown)} (there are {known_names})")
     return [figure for figure in FIGURES if figure.name in names]
 
 
 def count(text: str) -> int:
-    """A number of rounds, 1 or more."""
+    """Return the number of rounds in `text`, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of rounds (1 or more)")
     return int(text)
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; argparse ends the process where it is wrong."""
+    """Parse the command line. On a mistake, argparse ends the process."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measures this platform beside plain Celery on the same servers, in turn.",
@@ -69,7 +71,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
 
 @dataclass
 class Run:
-    """What a run found: results and profiles by figure, and the figures that could not be measured."""
+    """Outcome of a run: results and profiles by figure, and the figures that could not be measured."""
 
     results: dict[str, Result] = field(default_factory=dict)
     profiles: dict[str, list[str]] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Run:
 
 
 def measure(bench: Bench, wanted: Sequence[Figure]) -> Run:
-    """Measures these figures, one after the other."""
+    """Measure these figures, one after the other."""
     run = Run()
     for place, figure in enumerate(wanted, 1):
         bench.say(f"[{place}/{len(wanted)}] {figure.name}")
@@ -85,7 +87,7 @@ def measure(bench: Bench, wanted: Sequence[Figure]) -> Run:
         begin = time.monotonic()
         try:
             sides = figure.measure(bench)
-        except Exception:  # one figure that fails must not cost the others
+        except Exception:  # a failing figure must not cost the others
             bench.say(traceback.format_exc())
             run.failed.append(figure.name)
         else:
@@ -96,7 +98,7 @@ def measure(bench: Bench, wanted: Sequence[Figure]) -> Run:
 
 
 def judged(results: Mapping[str, Result]) -> list[Line]:
-    """Every result beside its target, in the order of the table."""
+    """Return every result beside its target, in the order of the table."""
     return [
         Line(results[figure.name], figure.target, figure.reached(results[figure.name], results))
         for figure in FIGURES
@@ -105,13 +107,13 @@ def judged(results: Mapping[str, Result]) -> list[Line]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures, writes, prints. 0, or 1 when a figure could not be measured."""
+    """Measure, write and print. Return 0, or 1 when a figure could not be measured."""
     if arguments and arguments[0] == "proposals":
         return proposals.main(arguments[1:])
     chosen = options(arguments)
     bench = Bench(chosen.rounds)
     run = measure(bench, chosen.only)
-    # What was not asked for stays as it was; what failed does not.
+    # Figures that were not asked for keep their results. Failed figures do not.
     kept = {figure.name for figure in FIGURES} - {figure.name for figure in chosen.only}
     results = {**{name: of for name, of in read_results(RESULTS).items() if name in kept}, **run.results}
     profiles = {**{name: of for name, of in read_profiles(PROFILES).items() if name in kept}, **run.profiles}

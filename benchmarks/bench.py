@@ -1,4 +1,4 @@
-"""What a figure is given: the number of rounds, servers of its own with both sides on them, progress."""
+"""Tools of a figure: the number of rounds, servers of its own with both sides on them, progress."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class Contest:
-    """Both sides on one pair of servers: a submitter each, and a worker each if it was asked for."""
+    """Both sides on one pair of servers: a submitter each, and on request a worker each."""
 
     pair: Pair
     rounds: int
@@ -34,8 +34,10 @@ class Contest:
     def metered(
         self, side: Side, jobs: int, worker: Worker | None = None, senders: Sequence[Submitter] = ()
     ) -> Iterator[None]:
-        """Adds what the block costs to the costs of a side. `worker`, `senders`: where they are not the contest's
-        own."""
+        """Add the block's costs to the costs of a side.
+
+        `worker` and `senders` name the processes when they are not the contest's own.
+        """
         receiver = worker or self.workers[side]
         processes = [
             *(("submitter", sender.pid) for sender in senders or (self.senders[side],)),
@@ -49,42 +51,42 @@ class Contest:
             self.costs[side].add(read(client, processes).since(before), jobs)
 
     def in_turn(self, measure: Callable[[Side], V]) -> tuple[list[V], list[V]]:
-        """One value of `measure` per round of each side: ours, plain, ours, plain."""
+        """Return one value of `measure` per round and side, measured in turn: ours, plain, ours, plain."""
         return in_turn(self.rounds, lambda: measure("ours"), lambda: measure("plain"))
 
     def warm_up(self, call: str, **arguments: Any) -> None:
-        """Makes a call on each side that does not count: it opens connections, loads scripts, fills pools."""
+        """Make a call on each side that does not count: it opens connections, loads scripts and fills pools."""
         for sender in self.senders.values():
             sender.call(call, **arguments)
 
 
 class Bench:
-    """One run of the benchmarks, of `rounds` rounds a figure."""
+    """A run of the benchmarks, with `rounds` rounds per figure."""
 
     def __init__(self, rounds: int) -> None:
         self.rounds = rounds
-        #: What explains the newest figure, a line each.
+        #: Lines that explain the newest figure.
         self.profile: list[str] = []
-        #: Name and version of each server that was measured on, and how fast their disk is.
+        #: Name and version of each measured server, and the speed of its disk.
         self.versions: dict[str, str] = {}
         self._measured: dict[Callable[..., Any], tuple[Any, list[str]]] = {}
 
     def say(self, text: str) -> None:
-        """Progress for the person who waits, on standard error."""
+        """Print progress on standard error, for the waiting user."""
         print(text, file=sys.stderr, flush=True)
 
     def once(self, measure: Callable[[Bench], V]) -> V:
-        """What `measure` found, for figures that are two views of one measurement."""
+        """Return the result of `measure`, measured once, for figures that are two views of one measurement."""
         if measure not in self._measured:
-            found = measure(self)
-            self._measured[measure] = found, self.profile
+            result = measure(self)
+            self._measured[measure] = result, self.profile
         value: V
         value, self.profile = self._measured[measure]
         return value
 
     @contextmanager
     def pair(self) -> Iterator[Pair]:
-        """Fresh servers in a temporary folder, so that no figure meets what another one left."""
+        """Start fresh servers in a temporary folder, so that no figure meets the remains of another."""
         with tempfile.TemporaryDirectory(prefix="bench-") as folder, private_pair(Path(folder)) as pair:
             if not self.versions:
                 self.versions = {**versions(pair), "one sync of the disk": f"{sync_ms(Path(folder)):.2f} ms"}
@@ -92,9 +94,9 @@ class Bench:
 
     @contextmanager
     def contest(self, *, pool: str = "prefork", concurrency: int = 2, workers: bool = True) -> Iterator[Contest]:
-        """Fresh servers, and on them one submitter and one worker of each side.
+        """Start fresh servers, and on them one submitter and one worker of each side.
 
-        `concurrency` is the slots of either worker; ours publishes as many CPUs.
+        `concurrency` is the number of slots of either worker. Ours publishes as many CPUs.
         """
         with self.pair() as pair, ExitStack() as stack:
             running: dict[Side, Worker] = {}

@@ -20,25 +20,25 @@ from celery_capacity.routing.policy.placement import order
 CPUS = 64
 CAPACITY = f"cpus={CPUS}000,memory={256 * 2**30},slots={CPUS}"
 
-#: What a registration writes into the view besides.
+#: Fields that a registration writes into the view in addition.
 EMPTY = {"status": "ready", "allocated_cpus": "0", "allocated_memory": "0", "allocated_slots": "0"}
 
-#: What a measured job asks for: one CPU, like a task that declares nothing.
+#: Request of a measured job: one CPU, like a task that declares nothing.
 REQUEST = "cpus=1000,slots=1"
 
-#: The same in another queue than the default one, and a worker that serves both.
+#: The measured request in another queue than the default one, and the capacity of a worker that serves both.
 REQUEST_OF_QUEUE = "cpus=1000,queue:rare=1,slots=1"
 CAPACITY_WITH_QUEUE = f"cpus={CPUS}000,memory={256 * 2**30},queue:rare={10**9},slots={CPUS}"
 
 #: Jobs of the backlog that are filed in one round trip.
 CHUNK = 1000
 
-#: Losses that end a job as lost, as the platform has it; nothing is lost here.
+#: Losses that end a job as lost, as on the platform. Nothing is lost here.
 MOST_LOSSES = 3
 
 
 class Books:
-    """The ledger of one figure. Names of workers are w0, w1, ...; each is an incarnation of its own."""
+    """The ledger of one figure. Workers are named w0, w1, ...; each is an incarnation of its own."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -47,7 +47,7 @@ class Books:
         self._incarnations: dict[str, str] = {}
 
     def register(self, worker: str, capacity: str = CAPACITY) -> None:
-        """Opens the book of a worker as its process would. Raises RuntimeError when the name is taken."""
+        """Open the book of a worker as its process would. Raise RuntimeError if the name is taken."""
         self._incarnations[worker] = incarnation = str(uuid.uuid4())
         queue = private_queue(worker, incarnation)
         view = self.view(worker) | EMPTY
@@ -55,17 +55,17 @@ class Books:
             raise RuntimeError(f"the name {worker} is taken")
 
     def leave(self, worker: str) -> None:
-        """Closes the book of a worker that holds nothing."""
+        """Close the book of a worker that holds nothing."""
         self.ledger.leave(worker, self._incarnations.pop(worker))
 
     def renew(self, worker: str, holds: list[str]) -> None:
-        """The heartbeat of a worker that holds these jobs. Raises RuntimeError when it is not registered."""
+        """Send the heartbeat of a worker that holds these jobs. Raise RuntimeError if it is not registered."""
         incarnation = self._incarnations[worker]
         if not self.ledger.renew(worker, incarnation, self.view(worker), holds, MOST_LOSSES).known:
             raise RuntimeError(f"the ledger does not know {worker}")
 
     def view(self, worker: str) -> dict[str, str]:
-        """The fields that people read in `worker:<name>`, as many and as long as a worker's heartbeat writes."""
+        """Return the fields that people read in `worker:<name>`, as many and as long as a worker's heartbeat writes."""
         incarnation = self._incarnations[worker]
         return {
             "cpus": str(CPUS),
@@ -81,14 +81,14 @@ class Books:
         }
 
     def new_job(self) -> tuple[str, int]:
-        """An id that nobody has, and the order of a job of priority 0 that is submitted now."""
+        """Return an unused id, and the order of a job of priority 0 that is submitted now."""
         self._sequence += 1
         return str(uuid.uuid4()), order(0, self._sequence)
 
     def release(self, job: str, answer: Submitted) -> None:
-        """Gives back what an admitted job holds, and removes its message and entries; its tombstone stays.
+        """Release the allocation of an admitted job, and remove its message and entries. Its tombstone stays.
 
-        Raises RuntimeError when the answer is no admission.
+        Raises RuntimeError if the answer is not an admission.
         """
         if answer.state != "admitted":
             raise RuntimeError(f"a job that fits became {answer.state}")
@@ -96,11 +96,11 @@ class Books:
         incarnation = self._incarnations[worker]
         end = Ended(job, f"{self.ledger.epoch}.{answer.attempt}", "succeeded")
         released = self.ledger.settle(worker, incarnation, ended=[end], most_losses=MOST_LOSSES).released
-        self.ledger.forget([(one.entry, job) for one in released])
+        self.ledger.forget([(release.entry, job) for release in released])
         self.ledger.client.delete(private_queue(worker, incarnation))
 
     def run_jobs(self, jobs: int) -> tuple[str, list[str]]:
-        """Admits jobs and claims them. Best fit puts all on one worker: returns its name, and the jobs."""
+        """Admit jobs and claim them. Return the worker's name and the jobs; best fit puts all on one worker."""
         holds: list[str] = []
         worker = ""
         for _ in range(jobs):
@@ -115,7 +115,7 @@ class Books:
         return worker, holds
 
     def fill_backlog(self, jobs: int, shapes: int) -> None:
-        """Files jobs of as many shapes, each wider than any worker, so that they wait for ever."""
+        """File jobs of as many shapes, each wider than any worker, so that they wait for ever."""
         for begin in range(0, jobs, CHUNK):
             rows = []
             for number in range(begin, min(begin + CHUNK, jobs)):
@@ -127,7 +127,7 @@ class Books:
 
 
 def message() -> bytes:
-    """A message as kombu's Redis transport writes it, for a task without arguments."""
+    """Return a message as kombu's Redis transport writes it, for a task without arguments."""
     job = str(uuid.uuid4())
     embedded = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
     headers: dict[str, object] = {
@@ -171,7 +171,7 @@ def message() -> bytes:
 
 @contextmanager
 def books(pair: Pair, workers: int) -> Iterator[Books]:
-    """An opened ledger with so many registered workers, whose leases outlast the measurement."""
+    """Open a ledger with so many registered workers, whose leases outlast the measurement."""
     environment = {
         "REDIS_URL": pair.redis_url,
         "DATABASE_URL": pair.database_url,
@@ -192,11 +192,10 @@ def books(pair: Pair, workers: int) -> Iterator[Books]:
 
 @contextmanager
 def apart(server: int) -> Iterator[None]:
-    """Keeps this process and the server with this pid on CPUs of their own, as if they were on machines of their own.
+    """Keep this process and the server with this pid on separate CPUs, as if on separate machines.
 
-    On a machine with two CPUs the scheduler now and then puts both on one, and for that while a round trip takes 40 us
-    instead of 110: numbers of two such moments cannot be compared. Where there is one CPU, or no way to choose,
-    nothing is done.
+    On a machine with two CPUs the scheduler sometimes puts both on one CPU. Then a round trip takes 40 us instead of
+    110, and numbers of two such moments cannot be compared. With a single CPU, or no way to choose, nothing is done.
     """
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     if len(cpus) < 2:

@@ -1,7 +1,7 @@
-"""Why a figure is what it is: what one job costs each process, and what it asks of Redis.
+"""Reasons for a figure: the cost of one job in each process, and its calls of Redis.
 
-Read before and after the timed part, never inside it. The sides take turns, so what the shared servers did
-meanwhile belongs to the side whose turn it was.
+Costs are read before and after the timed part, never inside it. The sides take turns, so that the work of the shared
+servers in that time belongs to the side whose turn it was.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import psutil
 import redis
 
-#: Commands of Redis that a profile names, the ones that are called most.
+#: Number of Redis commands that a profile names, the most frequent ones.
 NAMED = 12
 
 
@@ -21,7 +21,7 @@ NAMED = 12
 class Reading:
     """Totals since the processes started: CPU seconds by role, and Redis calls by command.
 
-    `script_us` is the microseconds that Redis spent in scripts.
+    `script_us` is the time that Redis spent in scripts, in microseconds.
     """
 
     cpu: Counter[str]
@@ -29,7 +29,7 @@ class Reading:
     script_us: int
 
     def since(self, earlier: Reading) -> Reading:
-        """What was added to an earlier reading."""
+        """Return the difference from an earlier reading."""
         cpu, calls = Counter(self.cpu), Counter(self.calls)
         cpu.subtract(earlier.cpu)
         calls.subtract(earlier.calls)
@@ -46,16 +46,16 @@ class Costs:
     script_us: int = 0
 
     def add(self, reading: Reading, jobs: int) -> None:
-        """One more round of so many jobs."""
+        """Add a round of so many jobs."""
         self.jobs += jobs
         self.cpu.update(reading.cpu)
         self.calls.update({name: count for name, count in reading.calls.items() if count > 0})
         self.script_us += reading.script_us
 
     def lines(self, side: str) -> list[str]:
-        """The profile of a side, per job, for people."""
+        """Return the profile of a side, per job, for people."""
         cpu = ", ".join(f"{role} {seconds / self.jobs * 1e6:.0f}" for role, seconds in self.cpu.items())
-        # What rounds to nothing belongs to no job: it is what the idle side does meanwhile.
+        # Omit calls that round to zero per job: the idle side makes them meanwhile, and they belong to no job.
         most = [(name, count / self.jobs) for name, count in self.calls.most_common(NAMED)]
         calls = ", ".join(f"{name} {each:.1f}" for name, each in most if each >= 0.05)
         processes = [f"  CPU, us: {cpu}"] if cpu else []
@@ -64,10 +64,10 @@ class Costs:
 
 
 def read(client: redis.Redis, processes: Iterable[tuple[str, int]]) -> Reading:
-    """The totals now, of processes (role, pid) and their children; those of one role are added up."""
+    """Return the totals now, of processes (role, pid) and their children. Processes of a role are added up."""
     stats: dict[str, dict[str, int]] = client.info("commandstats")
     calls = Counter({name.removeprefix("cmdstat_"): int(of["calls"]) for name, of in stats.items()})
-    del calls["info"]  # our own
+    del calls["info"]  # our own call
     scripts = sum(int(stats[name]["usec"]) for name in ("cmdstat_eval", "cmdstat_evalsha") if name in stats)
     cpu: dict[str, float] = {}
     for role, pid in processes:
@@ -76,18 +76,18 @@ def read(client: redis.Redis, processes: Iterable[tuple[str, int]]) -> Reading:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU seconds of a process and all its children, those that ended included."""
+    """Return the CPU seconds of a process and all its children, including ended children."""
     process = psutil.Process(pid)
-    own = process.cpu_times()
-    ended: float = own.children_user + own.children_system
-    return float(own.user + own.system) + ended + sum(living(process.children(recursive=True)))
+    times = process.cpu_times()
+    ended: float = times.children_user + times.children_system
+    return float(times.user + times.system) + ended + sum(living(process.children(recursive=True)))
 
 
 def living(processes: Iterable[psutil.Process]) -> Iterable[float]:
-    """CPU seconds of each process that still is there."""
+    """Yield the CPU seconds of each process that still exists."""
     for process in processes:
         try:
             times = process.cpu_times()
         except psutil.NoSuchProcess:
-            continue  # it ended since it was listed, and is in its parent's sum from now on
+            continue  # the process ended since it was listed, and counts in its parent's sum from now on
         yield float(times.user + times.system)

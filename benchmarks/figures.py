@@ -1,4 +1,4 @@
-"""The figures: their names, units, families and what each one should reach."""
+"""The figures: their names, units, families and targets."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from benchmarks.bench import Bench
 from benchmarks.report import Result
 from benchmarks.rounds import Sides
 
-#: Whether a result reaches its target; the others of the same table are there to compare with.
+#: Decides if a result reaches its target. The other results of the table are there for comparison.
 Reached = Callable[[Result, Mapping[str, Result]], bool]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table. `target` says in words what `reached` decides."""
+    """A line of the table. `target` says in words what `reached` decides."""
 
     name: str
     unit: str
@@ -26,35 +26,35 @@ class Figure:
 
 
 def ratio_at_least(least: float) -> Reached:
-    """Ours is at least `least` times plain."""
+    """Require that ours is at least `least` times plain."""
     return lambda result, _: result.ratio is not None and result.ratio >= least
 
 
 def bulk_at_least(least: float, times: float) -> Reached:
-    """Ours is at least `least`, in the figure's unit, and `times` as much as plain."""
+    """Require that ours is at least `least`, in the figure's unit, and at least `times` times plain."""
     return lambda result, _: result.ours >= least and result.ratio is not None and result.ratio >= times
 
 
 def ratio_at_most(most: float) -> Reached:
-    """Ours is at most `most` times plain."""
+    """Require that ours is at most `most` times plain."""
     return lambda result, _: result.ratio is not None and result.ratio <= most
 
 
 def value_at_most(most: float) -> Reached:
-    """Ours is at most `most`, in the figure's unit."""
+    """Require that ours is at most `most`, in the figure's unit."""
     return lambda result, _: result.ours <= most
 
 
 def value_below(limit: float) -> Reached:
-    """Ours is below `limit`, in the figure's unit."""
+    """Require that ours is below `limit`, in the figure's unit."""
     return lambda result, _: result.ours < limit
 
 
 def flat(other: str, growth: float, most: float) -> Reached:
-    """At most `most` times plain, and at most `growth` times as many times plain as the figure `other`.
+    """Require a ratio to plain of at most `most`, and of at most `growth` times the ratio of the figure `other`.
 
-    The ratios are compared, so that a machine that got slower between the two figures does not count as
-    growth. Where `other` was not measured, only the first half is decided.
+    Ratios are compared, so that a machine that got slower between the two figures does not count as growth. If `other`
+    was not measured, only the first condition is decided.
     """
 
     def reached(result: Result, others: Mapping[str, Result]) -> bool:

@@ -1,4 +1,4 @@
-"""How long one job takes on an idle platform, and how long a freed slot stays empty."""
+"""Latency of one job on an idle platform, and the time that a freed slot stays empty."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ SLOTS, HELD, SHORTEST, LONGEST = 4, 200, 0.02, 0.06
 
 
 def latency_p50(bench: Bench) -> Sides:
-    """Milliseconds from the call to its result, where no other job is on its way: the median."""
+    """Measure the milliseconds from a call to its result, with no other job in progress: the median."""
     ours, plain = bench.once(idle_latencies)
     return Sides([percentile(taken, 0.5) for taken in ours], [percentile(taken, 0.5) for taken in plain])
 
 
 def latency_p95(bench: Bench) -> Sides:
-    """The same measurement as `latency_p50`: the value that one call in twenty exceeds."""
+    """Measure the milliseconds from a call to its result, as `latency_p50` does: the 95th percentile."""
     ours, plain = bench.once(idle_latencies)
     return Sides([percentile(taken, 0.95) for taken in ours], [percentile(taken, 0.95) for taken in plain])
 
 
 def idle_latencies(bench: Bench) -> tuple[list[list[float]], list[list[float]]]:
-    """Milliseconds of each call of each round, ours and plain."""
+    """Return the milliseconds of each call of each round, ours and plain."""
     with bench.contest(concurrency=CONCURRENCY) as contest:
 
         def latencies(side: Side) -> list[float]:
@@ -49,9 +49,9 @@ def idle_latencies(bench: Bench) -> tuple[list[list[float]], list[list[float]]]:
 
 
 def release_to_start_p95(bench: Bench) -> Sides:
-    """Milliseconds from a task's end to the next one's start on the freed slot of a full worker, p95."""
+    """Measure the milliseconds from a task's end to the next start on the freed slot of a full worker, p95."""
     with bench.contest(concurrency=SLOTS) as contest:
-        draw = random.Random(2)  # both sides, every round and every run hold the same seconds
+        draw = random.Random(2)  # both sides, every round and every run hold for the same seconds
         jobs: list[tuple[float, dict[str, Any]]]
         jobs = [(draw.uniform(SHORTEST, LONGEST), {}) for _ in range(HELD)]
 
@@ -67,17 +67,20 @@ def release_to_start_p95(bench: Bench) -> Sides:
 
 
 def commit_to_start_session_p95(bench: Bench) -> Sides:
-    """Milliseconds from the commit of a SQLAlchemy Session to the start of a job that is part of it, p95."""
+    """Measure the milliseconds from the commit of a SQLAlchemy Session to the start of its job, p95."""
     return _commits(bench, "session")
 
 
 def commit_to_start_connection_p95(bench: Bench) -> Sides:
-    """The same of a bare Connection, whose commit only a worker hears of."""
+    """Measure the milliseconds from the commit of a bare Connection to the start of its job, p95.
+
+    Only a worker hears of this commit.
+    """
     return _commits(bench, "connection")
 
 
 def _commits(bench: Bench, by: str) -> Sides:
-    """One job at a time on an idle worker. Plain Celery has no counterpart."""
+    """Measure one job at a time on an idle worker. Plain Celery has no counterpart."""
     with (
         bench.pair() as pair,
         worker("ours", pair, pool="threads", concurrency=CONCURRENCY, cpus=CONCURRENCY),
@@ -93,9 +96,10 @@ def _commits(bench: Bench, by: str) -> Sides:
 
 
 def idle_gaps(ran: list[tuple[float, float]], slots: int) -> list[float]:
-    """Milliseconds each freed slot stayed empty, of jobs (start, end in seconds) that kept all slots full.
+    """Return the milliseconds that each freed slot stayed empty, of jobs that kept all slots full.
 
-    The slot that the n-th end frees is taken by the start number `slots` + n, whichever process it is in.
+    Jobs are (start, end), in seconds. The start number `slots` + n takes the slot that the n-th end frees, in any
+    process.
 
     >>> idle_gaps([(0.0, 1.0), (0.0, 2.0), (1.5, 3.0), (2.25, 3.0)], slots=2)
     [500.0, 250.0]

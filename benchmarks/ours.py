@@ -8,6 +8,6 @@ import celery_capacity
 
 
 def create() -> Celery:
-    """The application of a process that submits to `celery -A platform worker`."""
+    """Return the application of a process that submits to `celery -A platform worker`."""
     app: Celery = celery_capacity.create_app(include=["benchmarks.tasks"])
     return app

@@ -1,4 +1,4 @@
-"""How tightly jobs of different widths are packed on workers of different sizes."""
+"""Packing density of jobs of different widths on workers of different sizes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ WORKERS: Mapping[str, int] = {"small-1": 16, "small-2": 16, "large": 32}
 #: Number of jobs, their least and most CPUs, and their least and most seconds.
 JOBS, NARROWEST, WIDEST, SHORTEST, LONGEST = 200, 1, 16, 0.2, 2.0
 
-#: A round takes about 30 s.
+#: Maximum number of rounds: a round takes about 30 s.
 MOST_ROUNDS = 3
 
 
 class OverCapacity(RuntimeError):
-    """A worker ran more at one time than it has CPUs for: its makespan would be worth nothing."""
+    """A worker ran more CPUs at one time than it has, so that its makespan is worthless."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Job:
 
 
 def jobs(draw_number: int) -> list[Job]:
-    """The jobs of one draw, the same ones in every run.
+    """Return the jobs of one draw, which is the same in every run.
 
-    How well jobs can be packed in the order in which they come depends on the draw: the same rules give from 1.07 to
-    1.14 without any delay. So every round has its own.
+    The draw decides how well jobs can be packed in their order of arrival: with no delay at all, the same rules give
+    from 1.07 to 1.14. So every round has its own draw.
     """
     draw = random.Random(draw_number)
     return [Job(draw.randint(NARROWEST, WIDEST), draw.uniform(SHORTEST, LONGEST)) for _ in range(JOBS)]
 
 
 def lower_bound(packed: Sequence[Job], cpus: int) -> float:
-    """Seconds that no schedule of these jobs on `cpus` CPUs can beat.
+    """Return the seconds that no schedule of these jobs on `cpus` CPUs can beat.
 
     >>> lower_bound([Job(4, 1.0), Job(2, 3.0)], cpus=4)
     3.0
@@ -55,7 +55,7 @@ def lower_bound(packed: Sequence[Job], cpus: int) -> float:
 
 
 def peak(ran: Sequence[tuple[float, float, int]]) -> int:
-    """The most CPUs in use at one time, of (start, end, cpus).
+    """Return the most CPUs in use at one time, of (start, end, cpus).
 
     >>> peak([(0.0, 1.0, 4), (0.5, 2.0, 3), (1.0, 2.0, 4)])
     7
@@ -70,10 +70,10 @@ def peak(ran: Sequence[tuple[float, float, int]]) -> int:
 
 
 def packing(bench: Bench) -> Sides:
-    """Makespan of the jobs over its lower bound.
+    """Measure the makespan of the jobs divided by its lower bound.
 
-    There is no peer: plain Celery knows nothing of a job's CPUs and starts all at once. Raises OverCapacity
-    when a worker of ours did so.
+    There is no peer: plain Celery does not know a job's CPUs and starts all jobs at once. Raises OverCapacity when a
+    worker of ours did so.
     """
     with bench.pair() as pair, ExitStack() as stack:
         for name, cpus in WORKERS.items():
@@ -93,7 +93,7 @@ def packing(bench: Bench) -> Sides:
 
 
 def check_capacity(packed: Sequence[Job], ran: Sequence[tuple[float, float, str]]) -> None:
-    """Raises OverCapacity when a worker had more CPUs in use than it has, as the tasks themselves saw it."""
+    """Raise OverCapacity if a worker had more CPUs in use than it has, by the records of the tasks themselves."""
     by_worker: dict[str, list[tuple[float, float, int]]] = {name: [] for name in WORKERS}
     for job, (start, end, node) in zip(packed, ran, strict=True):
         by_worker[node.partition("@")[0]].append((start, end, job.cpus))

@@ -6,15 +6,15 @@ import os
 
 from celery import Celery
 
-#: Environment: the Redis URL of the plain side, the same server as ours with another database number.
+#: Environment variable with the Redis URL of the plain side: the same server as ours, another database number.
 PLAIN_URL = "BENCH_PLAIN_URL"
 
 
 def create() -> Celery:
-    """The plain application. Raises KeyError when `BENCH_PLAIN_URL` is not set."""
+    """Return the plain application. Raise KeyError if `BENCH_PLAIN_URL` is not set."""
     url = os.environ[PLAIN_URL]
     return Celery("plain", broker=url, backend=url, include=["benchmarks.tasks"])
 
 
 if PLAIN_URL in os.environ:
-    app = create()  # what `celery -A benchmarks.plain` looks for
+    app = create()  # the app of `celery -A benchmarks.plain`

@@ -20,13 +20,13 @@ Side = Literal["ours", "plain"]
 
 SIDES: tuple[Side, Side] = ("ours", "plain")
 
-#: The folder that holds `benchmarks`; measured processes run in it.
+#: Folder that holds `benchmarks`; measured processes run in it.
 ROOT = Path(__file__).resolve().parent.parent
 
-#: Seconds a worker may take to be ready, and to end after it was asked to.
+#: Seconds for a worker to become ready, and to end on request.
 START_PATIENCE, END_PATIENCE = 60.0, 30.0
 
-#: The part of a `celery` command line that tells the sides apart.
+#: The part of a `celery` command line that distinguishes the sides.
 APPLICATION = {
     "ours": ["-A", "platform", "worker", "-I", "benchmarks.tasks"],
     "plain": ["-A", "benchmarks.plain", "worker"],
@@ -34,14 +34,14 @@ APPLICATION = {
 
 
 class ProcessFailed(RuntimeError):
-    """A measured process ended or answered with an error; the message holds the end of its log."""
+    """A measured process ended or answered with an error. The message holds the end of its log."""
 
 
 class Worker:
-    """One worker process of a side, running when the constructor returns.
+    """A worker process of a side, running when the constructor returns.
 
-    `cpus` is what ours publishes; plain Celery knows only `concurrency`, the number of slots of both.
-    Raises ProcessFailed when it ends, or is not ready within `START_PATIENCE`.
+    `cpus` is the capacity that ours publishes. Plain Celery knows only `concurrency`, the number of slots of both.
+    Raises ProcessFailed when the process ends, or is not ready within `START_PATIENCE`.
     """
 
     def __init__(self, side: Side, pair: Pair, *, pool: str, concurrency: int, cpus: int, name: str = "bench") -> None:
@@ -66,24 +66,24 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Of the main process; a prefork pool's children are its children."""
+        """Return the pid of the main process. The children of a prefork pool are its children."""
         return self._process.pid
 
     def pause(self) -> None:
-        """Stops the process where it stands (SIGSTOP); its connections and its lease stay."""
+        """Stop the process at its current point (SIGSTOP). Its connections and its lease stay."""
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Lets it go on after `pause`."""
+        """Continue the process after `pause`."""
         self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """End the process at once."""
         self._process.kill()
         self._process.wait()
 
     def end(self) -> None:
-        """A warm shutdown. Raises ProcessFailed when it does not end in `END_PATIENCE` seconds."""
+        """Shut the worker down warm. Raise ProcessFailed if it does not end in `END_PATIENCE` seconds."""
         if self._process.poll() is None:
             self.resume()
             self._process.terminate()
@@ -94,7 +94,7 @@ class Worker:
             raise ProcessFailed(f"the {self.side} worker did not end:\n{self.log_tail()}") from None
 
     def log_tail(self, lines: int = 30) -> str:
-        """The last lines it logged."""
+        """Return the last lines of the worker's log."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
 
 
@@ -102,7 +102,7 @@ class Worker:
 def worker(
     side: Side, pair: Pair, *, pool: str = "prefork", concurrency: int = 2, cpus: int = 2, name: str = "bench"
 ) -> Iterator[Worker]:
-    """A worker that is ready on entry and was shut down warmly on exit (killed when the block failed)."""
+    """Run a worker that is ready on entry, and end it warm on exit. Kill it if the block failed."""
     started = Worker(side, pair, pool=pool, concurrency=concurrency, cpus=cpus, name=name)
     try:
         yield started
@@ -129,22 +129,22 @@ class Submitter:
 
     @property
     def pid(self) -> int:
-        """Of the submitting process."""
+        """Return the pid of the submitting process."""
         return self._process.pid
 
     def call(self, name: str, **arguments: Any) -> Any:
-        """The value of the call. Raises ProcessFailed when it raised there or the process ended."""
+        """Return the value of the call. Raise ProcessFailed if the call raised or the process ended."""
         self.begin(name, **arguments)
         return self.answer(name)
 
     def begin(self, name: str, **arguments: Any) -> None:
-        """Makes the call, and leaves its value to `answer`: several submitters can be at work at once."""
+        """Make the call, and leave its value to `answer`: several submitters can work at once."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
         self._process.stdin.flush()
 
     def answer(self, name: str) -> Any:
-        """The value of the call that was begun. Raises as `call` does."""
+        """Return the value of the call that was begun. Raise ProcessFailed as `call` does."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -155,7 +155,7 @@ class Submitter:
         return reply["value"]
 
     def close(self) -> None:
-        """Ends the process by closing its input."""
+        """End the process by closing its input."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -167,7 +167,7 @@ class Submitter:
 
 @contextmanager
 def submitter(side: Side, pair: Pair) -> Iterator[Submitter]:
-    """A submitter process that ends with the block."""
+    """Run a submitter process that ends with the block."""
     started = Submitter(side, pair)
     try:
         yield started

@@ -1,4 +1,4 @@
-"""What it costs a worker to register and to renew its lease, among 1,000 workers."""
+"""Cost for a worker to register and to renew its lease, among 1,000 workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELD = 16
 
 
 def register_ms(bench: Bench) -> Sides:
-    """Milliseconds (p50) of the registration of one more worker."""
+    """Measure the registration of one more worker, in milliseconds (p50)."""
     with bench.pair() as pair, books(pair, WORKERS) as opened:
 
         def register() -> float:
@@ -34,7 +34,7 @@ def register_ms(bench: Bench) -> Sides:
 
 
 def heartbeat_ms(bench: Bench) -> Sides:
-    """Milliseconds (p50) of one heartbeat of a worker that runs jobs."""
+    """Measure one heartbeat of a worker that runs jobs, in milliseconds (p50)."""
     with bench.pair() as pair, books(pair, WORKERS) as opened:
         holder, holds = opened.run_jobs(HELD)
         sides = Sides()

@@ -1,4 +1,4 @@
-"""What is made of the results: a table, `results.json`, and the table in the docs."""
+"""Reports of the results: a table, `results.json`, and the table in the docs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rich.table import Table
 
 from benchmarks.rounds import Sides
 
-#: Between these two lines of a page a table is replaced; the rest of the page is written by hand.
+#: Markers on a page: the table between them is replaced; the rest of the page is written by hand.
 BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
 
-#: Digits that are kept of a measured number.
+#: Significant digits that are kept of a measured number.
 DIGITS = 4
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line of results.json. `plain` and `ratio` (ours / plain) are None where there is no peer."""
+    """A line of results.json. `plain` and `ratio` (ours / plain) are None where there is no peer."""
 
     figure: str
     unit: str
@@ -37,7 +37,7 @@ class Result:
 
     @classmethod
     def of(cls, figure: str, unit: str, sides: Sides) -> Result:
-        """The medians of both sides and their ratio."""
+        """Make a result of the medians of both sides and their ratio."""
         ours, plain = sides.medians()
         ratio = None if plain is None else significant(ours / plain)
         return cls(figure, unit, significant(ours), plain and significant(plain), ratio, sides.rounds)
@@ -52,7 +52,7 @@ class Line:
     reached: bool
 
     def cells(self) -> tuple[str, ...]:
-        """Its texts, in the order of `HEADINGS`."""
+        """Return the line's texts, in the order of `HEADINGS`."""
         result = self.result
         return (
             result.figure,
@@ -73,23 +73,23 @@ NUMBERS = frozenset({"ours", "plain", "ratio", "rounds"})
 
 
 def significant(value: float) -> float:
-    """The value with `DIGITS` significant digits."""
+    """Round the value to `DIGITS` significant digits."""
     return float(f"{value:.{DIGITS}g}")
 
 
 def number(value: float | None) -> str:
-    """For people: whole from 100 on, else three digits; a dash for None."""
+    """Format a number for people: whole from 100 on, else three digits; a dash for None."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def print_table(lines: Sequence[Line], stream: TextIO) -> None:
-    """A table with rules and colours on a terminal, aligned columns elsewhere."""
+    """Print a table with rules and colours on a terminal, and aligned columns elsewhere."""
     if stream.isatty():
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in HEADINGS:
-            # A narrow terminal breaks names and targets; it shortens nothing.
+            # On a narrow terminal, names and targets are broken and nothing is shortened.
             justify: Literal["right", "left"] = "right" if heading in NUMBERS else "left"
             table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading in NUMBERS)
         for line in lines:
@@ -109,25 +109,25 @@ def print_table(lines: Sequence[Line], stream: TextIO) -> None:
 
 
 def as_json(results: Sequence[Result]) -> str:
-    """The text of results.json."""
+    """Return the text of results.json."""
     return json.dumps([asdict(result) for result in results], indent=2) + "\n"
 
 
 def read_results(path: Path) -> dict[str, Result]:
-    """The results of an earlier run, by figure; none when there is no such file."""
+    """Return the results of an earlier run, by figure; none if the file does not exist."""
     if not path.exists():
         return {}
     return {line["figure"]: Result(**line) for line in json.loads(path.read_text())}
 
 
 def read_profiles(path: Path) -> dict[str, list[str]]:
-    """The profiles of an earlier run, by figure; none when there is no such file."""
-    found: dict[str, list[str]] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    """Return the profiles of an earlier run, by figure; none if the file does not exist."""
+    profiles: dict[str, list[str]] = json.loads(path.read_text()) if path.exists() else {}
+    return profiles
 
 
 def markdown(lines: Sequence[Line], versions: Mapping[str, str], profiles: Mapping[str, list[str]]) -> str:
-    """The table of the docs, what it was measured on, and the profile of each figure that is not reached."""
+    """Return the table of the docs, the measured machine, and the profile of each figure that missed its target."""
     about = ", ".join(f"{name} {version}" for name, version in versions.items())
     rule = ["---:" if heading in NUMBERS else "---" for heading in HEADINGS]
     rows = [HEADINGS, rule, *(line.cells() for line in lines)]
@@ -141,7 +141,10 @@ def markdown(lines: Sequence[Line], versions: Mapping[str, str], profiles: Mappi
 
 
 def machine(versions: Mapping[str, str]) -> dict[str, str]:
-    """What the numbers depend on: this machine, its Python, the given versions of servers and libraries."""
+    """Return the conditions of the numbers: this machine, its Python, and the given versions.
+
+    The given versions are those of servers and libraries.
+    """
     system = os.uname()
     return {
         f"{system.sysname} {system.machine}": f"with {os.cpu_count()} CPUs",
@@ -151,7 +154,7 @@ def machine(versions: Mapping[str, str]) -> dict[str, str]:
 
 
 def update_page(path: Path, text: str, place: str = "benchmarks") -> bool:
-    """Replaces what stands between the markers of a place. False when the page does not exist or has none."""
+    """Replace the text between the markers of a place. Return False if the page or its markers do not exist."""
     page = path.read_text() if path.exists() else ""
     before, begin, rest = page.partition(BEGIN.format(place))
     _, end, after = rest.partition(END.format(place))

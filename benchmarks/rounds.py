@@ -26,12 +26,12 @@ class Sides:
         return len(self.ours)
 
     def medians(self) -> tuple[float, float | None]:
-        """Median of our rounds, and of plain's where there are any."""
+        """Return the median of our rounds, and of plain's rounds if there are any."""
         return statistics.median(self.ours), statistics.median(self.plain) if self.plain else None
 
 
 def in_turn(rounds: int, ours: Callable[[], V], plain: Callable[[], V]) -> tuple[list[V], list[V]]:
-    """Runs both sides one after the other, `rounds` times: ours, plain, ours, plain."""
+    """Run both sides one after the other, `rounds` times: ours, plain, ours, plain."""
     ours_values: list[V] = []
     plain_values: list[V] = []
     for _ in range(rounds):
@@ -41,7 +41,7 @@ def in_turn(rounds: int, ours: Callable[[], V], plain: Callable[[], V]) -> tuple
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` (0 to 1) of the values do not exceed.
+    """Return the smallest value that at least `share` (0 to 1) of the values do not exceed.
 
     Raises ValueError when there are no values.
     """

@@ -1,4 +1,4 @@
-"""What the ledger's scripts and reads cost beside the cheapest thing Redis can do with the same client."""
+"""Cost of the ledger's scripts and reads, beside the cheapest call that Redis can answer to the same client."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from celery_capacity.routing.ledger.replies import Submitted
 #: Calls of each side in one round.
 CALLS = 500
 
-#: The bare script.
+#: Text of the bare script.
 BARE = "return 1"
 
-#: Admissions between two releases, for the profile: half of what one worker can hold.
+#: Admissions between two releases, for the profile: half of a worker's capacity.
 BATCH = CPUS // 2
 
-#: Jobs of the backlog, and the shapes they have.
+#: Number of jobs in the backlog, and number of their shapes.
 WAITING, SHAPES = 100_000, 50
 
 #: Reads of one pipeline, and pipelines of one round.
@@ -29,23 +29,25 @@ READS, PIPELINES = 1000, 10
 
 
 def admit_vs_evalsha_3(bench: Bench) -> Sides:
-    """Milliseconds (p50) of an admission with 3 workers, beside a bare EVALSHA."""
+    """Measure an admission with 3 workers beside a bare EVALSHA, in milliseconds (p50)."""
     return admissions(bench, workers=3, waiting=0)
 
 
 def admit_vs_evalsha_10000(bench: Bench) -> Sides:
-    """Milliseconds (p50) of an admission with 10,000 workers, beside a bare EVALSHA."""
+    """Measure an admission with 10,000 workers beside a bare EVALSHA, in milliseconds (p50)."""
     return admissions(bench, workers=10_000, waiting=0)
 
 
 def admit_vs_evalsha_10000_waiting_100000(bench: Bench) -> Sides:
-    """The same while 100,000 jobs of 50 shapes wait."""
+    """Measure an admission with 10,000 workers while 100,000 jobs of 50 shapes wait, in milliseconds (p50)."""
     return admissions(bench, workers=10_000, waiting=WAITING)
 
 
 def admit_rare_queue_1000(bench: Bench) -> Sides:
-    """Milliseconds (p50) of the admission of a job whose queue one of 1,000 workers serves, beside that of a job of the
-    default queue, which all serve."""
+    """Measure the admission of a job of a rare queue beside one of the default queue, in milliseconds (p50).
+
+    One of 1,000 workers serves the rare queue. All serve the default queue.
+    """
     with bench.pair() as pair, books(pair, 999) as opened:
         opened.register("x", CAPACITY_WITH_QUEUE)
         sides = paired(
@@ -56,9 +58,9 @@ def admit_rare_queue_1000(bench: Bench) -> Sides:
 
 
 def admissions(bench: Bench, workers: int, waiting: int) -> Sides:
-    """One value per round: p50 of the admission of a job (with its delivery), and p50 of a bare EVALSHA.
+    """Return per round the p50 of a job's admission, with its delivery, and the p50 of a bare EVALSHA.
 
-    Both go through the ledger's own client. What was admitted is released outside the timed part.
+    Both go through the ledger's own client. Admitted jobs are released outside the timed part.
     """
     with bench.pair() as pair, books(pair, workers) as opened:
         opened.fill_backlog(waiting, SHAPES)
@@ -74,7 +76,7 @@ def admissions(bench: Bench, workers: int, waiting: int) -> Sides:
 
 
 def read_vs_ping(bench: Bench) -> Sides:
-    """Milliseconds (p50) of one read of `resource:allocated_cpus`, beside a PING."""
+    """Measure a read of `resource:allocated_cpus` beside a PING, in milliseconds (p50)."""
     with bench.pair() as pair, books(pair, workers=3) as opened:
         ledger = opened.ledger
         return paired(
@@ -86,7 +88,7 @@ def read_vs_ping(bench: Bench) -> Sides:
 
 
 def reads_1000_ms(bench: Bench) -> Sides:
-    """Milliseconds (p50) of 1,000 reads of `resource:allocated_cpus` in one pipeline."""
+    """Measure 1,000 reads of `resource:allocated_cpus` in one pipeline, in milliseconds (p50)."""
     with bench.pair() as pair, books(pair, workers=3) as opened:
         client = opened.ledger.client
 
@@ -106,7 +108,10 @@ def reads_1000_ms(bench: Bench) -> Sides:
 
 
 def paired(bench: Bench, ours: Callable[[], float], plain: Callable[[], float], peer: str) -> Sides:
-    """The p50 of both per round, of single calls in turn: what slows the machine down slows down both."""
+    """Return the p50 of both sides per round, of single calls in turn.
+
+    So a slowdown of the machine affects both sides.
+    """
     in_turn(CALLS // 10, ours, plain)  # connections and caches are warm from here on
     sides = Sides()
     for _ in range(bench.rounds):
@@ -118,7 +123,7 @@ def paired(bench: Bench, ours: Callable[[], float], plain: Callable[[], float], 
 
 
 def admission(opened: Books, request: str = REQUEST) -> float:
-    """Milliseconds of one admission."""
+    """Return the milliseconds of one admission."""
     job, place = opened.new_job()
     answers: list[Submitted] = []
     taken = milliseconds(lambda: answers.append(opened.ledger.submit(job, request, place, opened.message)))
@@ -127,7 +132,7 @@ def admission(opened: Books, request: str = REQUEST) -> float:
 
 
 def admission_costs(opened: Books, request: str = REQUEST) -> list[str]:
-    """What the server does in one admission, and how long it takes by its own count."""
+    """Return the server's work in one admission, and its duration by the server's own count."""
     costs = Costs()
     for _ in range(CALLS // BATCH):
         jobs = [opened.new_job() for _ in range(BATCH)]
@@ -140,7 +145,7 @@ def admission_costs(opened: Books, request: str = REQUEST) -> list[str]:
 
 
 def milliseconds(action: Callable[[], object]) -> float:
-    """The time that one call takes."""
+    """Return the duration of one call, in milliseconds."""
     begin = time.perf_counter()
     action()
     return (time.perf_counter() - begin) * 1000

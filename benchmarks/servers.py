@@ -1,4 +1,4 @@
-"""One private pair of servers per figure, and the environment that each side sees of it."""
+"""Private servers for each figure, and the environment in which each side sees them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import sqlalchemy
 from benchmarks.plain import PLAIN_URL
 from celery_capacity.platform.embedded import servers
 
-#: Number of the Redis database of plain Celery. Ours is the one in the pair's own URL.
+#: Number of plain Celery's Redis database. Ours is the number in the pair's own URL.
 PLAIN_DATABASE = 1
 
-#: Bytes of a page of Postgres's log, pages of the file that stands for it, and syncs that are timed.
+#: Bytes of a page of Postgres's log, pages of the file that stands for the log, and number of timed syncs.
 PAGE, PAGES, SYNCS = 8192, 512, 400
 
 #: Environment names that must not reach a measured process from outside.
@@ -39,11 +39,11 @@ class Pair:
 
     @property
     def plain_url(self) -> str:
-        """The same Redis server, the database of the plain side."""
+        """Return the URL of the plain side's database on the Redis server of the pair."""
         return urlunsplit(urlsplit(self.redis_url)._replace(path=f"/{PLAIN_DATABASE}"))
 
     def environment(self, **more: str) -> dict[str, str]:
-        """The environment of a measured process: this one's, cleaned, with the pair's addresses."""
+        """Return the environment of a measured process: a cleaned copy of this one, with the pair's addresses."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         return {
             **clean,
@@ -57,7 +57,7 @@ class Pair:
 
 @contextmanager
 def private_pair(folder: Path) -> Iterator[Pair]:
-    """Starts a migrated pair that syncs to disk as a real one does, and ends it afterwards.
+    """Start a migrated pair that syncs to disk as a real one does, and end it afterwards.
 
     Its data have a temporary folder of their own; `folder` is for the logs of the measured processes.
     """
@@ -66,7 +66,7 @@ def private_pair(folder: Path) -> Iterator[Pair]:
 
 
 def versions(pair: Pair) -> dict[str, str]:
-    """Name and version of both servers, as they themselves say."""
+    """Return name and version of both servers, as the servers report them."""
     with redis.Redis.from_url(pair.redis_url) as client:
         about = client.info("server")
     name = about.get("server_name", "redis")
@@ -81,9 +81,11 @@ def versions(pair: Pair) -> dict[str, str]:
 
 
 def sync_ms(folder: Path) -> float:
-    """Milliseconds (median) in which the disk under a folder keeps one page that is written over, as Postgres's log is
-    with each commit: what no submitter can be faster than."""
-    # (Postgres's own default on Linux; macOS has only the other.)
+    """Measure the median time in which the disk under a folder syncs one overwritten page, in milliseconds.
+
+    Postgres's log is overwritten so with each commit. No submitter can be faster than this sync.
+    """
+    # fdatasync is Postgres's own default on Linux. macOS has only fsync.
     sync = getattr(os, "fdatasync", os.fsync)
     path = folder / "synced"
     file = os.open(path, os.O_RDWR | os.O_CREAT)

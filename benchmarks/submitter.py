@@ -1,8 +1,8 @@
 """A process that submits: `python -m benchmarks.submitter ours|plain`.
 
-It reads one JSON object a line from its standard input, `{"call": name, ...arguments}`, and answers each with
-one line, `{"value": ...}` or `{"error": text}`. Both sides run this code; only the application differs, and a
-process of the plain side loads nothing of ours.
+The process reads one JSON object a line from its standard input, `{"call": name, ...arguments}`. It answers each with
+one line, `{"value": ...}` or `{"error": text}`. Both sides run this code. Only the application differs, and a process
+of the plain side loads nothing of ours.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Submitter:
         self._pending: list[AsyncResult[Any]] = []
 
     def submit(self, task: str, count: int) -> float:
-        """Submits `count` tasks one by one, and keeps their results for `gather`. The seconds it took."""
+        """Submit `count` tasks one by one, keep their results for `gather`, and return the seconds taken."""
         delay = self._app.tasks[task].delay
         pending = self._pending
         begin = time.perf_counter()
@@ -40,7 +40,7 @@ class Submitter:
         return time.perf_counter() - begin
 
     def submit_together(self, task: str, count: int) -> float:
-        """Submits `count` tasks in one call, and keeps their results for `gather`. The seconds it took.
+        """Submit `count` tasks in one call, keep their results for `gather`, and return the seconds taken.
 
         Our side has a call for it, plain Celery its groups.
         """
@@ -55,29 +55,29 @@ class Submitter:
         return taken
 
     def chord(self, task: str, count: int) -> float:
-        """Seconds from a chord of `count` tasks to the result of its body, which counts them."""
+        """Return the seconds from a chord of `count` tasks to the result of its body, which counts them."""
         begin = time.perf_counter()
-        found = chord(self._app.tasks[task].si() for _ in range(count))(self._app.tasks["bench.count"].s())
-        counted = found.get(timeout=PATIENCE)
+        result = chord(self._app.tasks[task].si() for _ in range(count))(self._app.tasks["bench.count"].s())
+        counted = result.get(timeout=PATIENCE)
         if counted != count:
             raise RuntimeError(f"the body of a chord of {count} got {counted} values")
         return time.perf_counter() - begin
 
     def gather(self) -> list[Any]:
-        """Waits for all that was submitted since the last call. The tasks' values, in order of submission."""
+        """Wait for all tasks that were submitted since the last call. Return their values, in order of submission."""
         pending, self._pending = self._pending, []
         values: list[Any] = ResultSet(pending, app=self._app).get(timeout=PATIENCE)
         return values
 
     def end_to_end(self, task: str, count: int) -> float:
-        """Seconds from the first submission to the last result."""
+        """Return the seconds from the first submission to the last result."""
         begin = time.perf_counter()
         self.submit(task, count)
         self.gather()
         return time.perf_counter() - begin
 
     def latency(self, task: str, count: int) -> list[float]:
-        """Milliseconds from the call to its result, for `count` tasks, one on its way at a time."""
+        """Return the milliseconds from each call to its result, for `count` tasks, one at a time."""
         delay = self._app.tasks[task].delay
         taken: list[float] = []
         for _ in range(count):
@@ -87,9 +87,11 @@ class Submitter:
         return taken
 
     def committed(self, by: str, count: int) -> list[float]:
-        """Milliseconds from the commit of a transaction to the start of the one job in it, for `count` of them, one on
-        its way at a time. `by`: "session" or "connection" of SQLAlchemy. Both ends are of this machine's monotonic
-        clock; the commit's own time counts."""
+        """Return the milliseconds from each commit of a transaction to the start of the one job in it.
+
+        Makes `count` such transactions, one at a time. `by` is "session" or "connection" of SQLAlchemy. Start and end
+        are times of this machine's monotonic clock, and the duration of the commit itself counts.
+        """
         from sqlalchemy import create_engine, text
         from sqlalchemy.orm import Session
 
@@ -108,8 +110,10 @@ class Submitter:
         return taken
 
     def grown(self, task: str, first: int, count: int) -> float:
-        """MB (10^6 bytes) by which this process is larger at its largest while it submits `count` tasks in one call
-        from a generator, than at its largest while it submits `first`."""
+        """Return the growth of this process's peak memory from `first` to `count` submitted tasks, in MB (10^6 bytes).
+
+        Each number of tasks is submitted in one call from a generator.
+        """
         import psutil
 
         process = psutil.Process()
@@ -125,7 +129,7 @@ class Submitter:
         return (largest[1] - largest[0]) / 1e6
 
     def hold(self, jobs: list[tuple[float, dict[str, Any]]]) -> list[Any]:
-        """Submits a sleeping task per (seconds, options of `apply_async`) and waits for all. Their values."""
+        """Submit a sleeping task per (seconds, options of `apply_async`), wait for all, and return their values."""
         task = self._app.tasks["bench.hold"]
         for seconds, options in jobs:
             self._pending.append(task.apply_async((seconds,), **options))
@@ -133,13 +137,13 @@ class Submitter:
 
 
 def serve(submitter: Submitter, requests: TextIO, replies: TextIO) -> None:
-    """Answers requests until there are no more."""
+    """Answer requests until there are no more."""
     for line in requests:
         request = json.loads(line)
         call = getattr(submitter, request.pop("call"))
         try:
             reply = {"value": call(**request)}
-        except Exception as error:  # whatever a side raises is the parent's to report
+        except Exception as error:  # the parent reports all errors of a side
             traceback.print_exc()
             reply = {"error": f"{type(error).__name__}: {error}"}
         replies.write(json.dumps(reply) + "\n")
@@ -147,9 +151,9 @@ def serve(submitter: Submitter, requests: TextIO, replies: TextIO) -> None:
 
 
 def main() -> None:
-    """Serves the side named on the command line."""
+    """Serve the side named on the command line."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what anybody prints must not stand between the replies
+    os.dup2(2, 1)  # stray prints must not stand between the replies
     side = importlib.import_module(f"benchmarks.{sys.argv[1]}")
     serve(Submitter(side.create()), sys.stdin, replies)
 

@@ -1,4 +1,4 @@
-"""The tasks that both sides run. Nothing here knows which side it is on."""
+"""The tasks that both sides run. Nothing here knows its side."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any
 from celery import current_task, shared_task
 from celery.signals import worker_ready
 
-#: Environment: number of the open pipe to which a worker writes one byte when it is ready to run tasks.
+#: Environment variable with the number of the open pipe to which a worker writes one byte when it can run tasks.
 READY_FD = "BENCH_READY_FD"
 
 
 @shared_task(name="bench.noop")
 def noop() -> None:
-    """Does nothing."""
+    """Do nothing."""
 
 
 @shared_task(name="bench.count")
 def count(values: list[Any]) -> int:
-    """The body of a chord: how many values it got."""
+    """Return the number of received values. The body of a chord."""
     return len(values)
 
 
 @shared_task(name="bench.stamp")
 def stamp() -> tuple[float, float]:
-    """Does nothing, and says when: start and end in seconds of this machine's monotonic clock."""
+    """Do nothing, and return start and end in seconds of this machine's monotonic clock."""
     return time.monotonic(), time.monotonic()
 
 
 @shared_task(name="bench.hold")
 def hold(seconds: float) -> tuple[float, float, str]:
-    """Sleeps. Start and end in seconds of this machine's monotonic clock, and the worker's node name."""
+    """Sleep, and return start and end in seconds of this machine's monotonic clock, and the worker's node name."""
     start = time.monotonic()
     time.sleep(seconds)  # the work itself: a job that keeps its CPUs and leaves this machine quiet
     worker = str(current_task.request.hostname)
@@ -41,7 +41,7 @@ def hold(seconds: float) -> tuple[float, float, str]:
 
 @worker_ready.connect
 def announce(**_: Any) -> None:
-    """Tells the process that started this worker that it is ready."""
+    """Tell the process that started this worker that the worker is ready."""
     number = os.environ.get(READY_FD)
     if number is not None:
         os.write(int(number), b"r")

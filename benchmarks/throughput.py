@@ -1,4 +1,4 @@
-"""How many jobs a second: submitted, end to end, and drained from a backlog."""
+"""Throughput in jobs a second: submitted, end to end, and drained from a backlog."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUBMITTED, END_TO_END, DRAINED = 1000, 1000, 1000
 #: Processes that submit at once, and the jobs of each.
 SUBMITTERS, EACH = 4, 250
 
-#: The same of those that are submitted in one call: more than fit in a chunk, and than workers have room for.
+#: Jobs of one round submitted in one call, and as a chord: more than fit in a chunk, and than workers have room for.
 TOGETHER, CHORD = 5000, 1000
 
 #: Jobs that run before the first round, so that connections, scripts and pools are warm.
@@ -26,10 +26,10 @@ CONCURRENCY = 2
 
 
 def submit(bench: Bench) -> Sides:
-    """Jobs a second that one process submits one by one, while a worker has room for all of them.
+    """Measure the jobs a second that one process submits one by one, while a worker has room for all of them.
 
-    The worker is stopped (SIGSTOP) while the clock runs: it stands for workers on other machines, and ours is
-    admitted to and delivered to as if it ran. Afterwards it runs everything, so a lost job would be noticed.
+    The worker is stopped (SIGSTOP) while the clock runs. It stands for workers on other machines; ours is admitted to
+    and delivered to as if it ran. Afterwards it runs everything, so that a lost job would be noticed.
     """
     with bench.contest(pool="threads", concurrency=2 * SUBMITTED) as contest:
 
@@ -50,7 +50,10 @@ def submit(bench: Bench) -> Sides:
 
 
 def submit_4(bench: Bench) -> Sides:
-    """Jobs a second that four processes submit at once, each of them one by one: as `submit` in all else."""
+    """Measure the jobs a second that four processes submit at once, each one by one.
+
+    The rest is as in `submit`.
+    """
     with bench.contest(pool="threads", concurrency=2 * SUBMITTERS * EACH) as contest, ExitStack() as stack:
         senders = {
             side: [
@@ -85,7 +88,10 @@ def submit_4(bench: Bench) -> Sides:
 
 
 def end_to_end(bench: Bench) -> Sides:
-    """Jobs a second from the first submission to the last result; one submitter, two worker processes."""
+    """Measure the jobs a second from the first submission to the last result.
+
+    There are one submitter and two worker processes.
+    """
     with bench.contest(concurrency=CONCURRENCY) as contest:
 
         def rate(side: Side) -> float:
@@ -99,10 +105,10 @@ def end_to_end(bench: Bench) -> Sides:
 
 
 def bulk(bench: Bench) -> Sides:
-    """Jobs a second that one process submits in one call: `app.submit_many` beside a group of plain Celery.
+    """Measure the jobs a second that a process submits in one call: `app.submit_many` beside a group of plain Celery.
 
-    The worker is stopped while the clock runs, as in `submit`, and has room for two: most of ours are filed, as a bulk
-    usually is.
+    The worker is stopped while the clock runs, as in `submit`, and has room for two. So most of our jobs are filed, as
+    in a usual bulk.
     """
     with bench.contest(concurrency=CONCURRENCY) as contest:
 
@@ -123,7 +129,10 @@ def bulk(bench: Bench) -> Sides:
 
 
 def chord(bench: Bench) -> Sides:
-    """Jobs a second of a chord of 1,000 tasks, from the call to the result of its body; two worker processes."""
+    """Measure the jobs a second of a chord of 1,000 tasks, from the call to the result of its body.
+
+    There are two worker processes.
+    """
     with bench.contest(concurrency=CONCURRENCY) as contest:
 
         def rate(side: Side) -> float:
@@ -137,9 +146,9 @@ def chord(bench: Bench) -> Sides:
 
 
 def drain(bench: Bench) -> Sides:
-    """Jobs a second of a backlog submitted while no worker ran, from the first start to the last end.
+    """Measure the jobs a second of a backlog submitted while no worker ran, from the first start to the last end.
 
-    Starts and ends are the tasks' own, so the time a worker takes to boot is not in it.
+    The tasks record starts and ends themselves, so that the boot time of a worker is not included.
     """
     with bench.contest(workers=False) as contest:
 
