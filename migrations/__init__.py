@@ -1,9 +1,8 @@
-"""The tables in Postgres and how they change, by Alembic.
+"""The tables in Postgres and their changes, by Alembic.
 
-There is no `alembic.ini`: the configuration is built here, and the revisions are found by the path of this
-folder, so that the functions work from any working directory and from an installed wheel. An upgrade or
-downgrade is one transaction: it holds an advisory lock until its commit, so that of two at once the second
-finds the work done.
+There is no `alembic.ini`. The configuration is built here, and the revisions are found by the path of this folder. So
+the functions work from any working directory and from an installed wheel. An upgrade or downgrade is one transaction.
+It holds an advisory lock until its commit, so that of two at once the second finds the work done.
 """
 
 from __future__ import annotations
@@ -26,29 +25,29 @@ if TYPE_CHECKING:
 
 __all__ = ["HEAD", "check", "current", "downgrade", "upgrade"]
 
-#: The newest revision. Kept as a constant so that `check` needs no import of Alembic (a test compares it).
+#: Newest revision. Kept as a constant so that `check` needs no import of Alembic; a test compares it.
 HEAD: Final = "0012"
 
-#: The revision that stands for all those before it, none of which is here any more.
+#: Revision that replaces all earlier ones, none of which is here any more.
 FIRST: Final = "0011"
 
-#: Where Alembic notes the revision of a database.
+#: Table in which Alembic records the revision of a database.
 VERSION_TABLE: Final = "alembic_version"
 
-#: Seconds for a connection, and for one statement of a revision: it may write a large table anew, and waits for whoever
-#: upgrades the same database.
+#: Seconds for a connection, and for one statement of a revision. A statement may rewrite a large table, and waits for
+#: another upgrade of the same database.
 CONNECT_WITHIN: Final = 10
 MIGRATED_WITHIN: Final = 3600.0
 
 #: Key of the advisory lock under which revisions are applied: "migrate" in ASCII.
 _LOCK: Final = int.from_bytes(b"migrate")
 
-# Alembic's `context` and `op` belong to the whole process, so two threads must not run it at once.
+# Alembic's `context` and `op` belong to the whole process, so two threads must not run Alembic at once.
 _IN_THIS_PROCESS: Final = threading.Lock()
 
 
 def upgrade(database_url: str, revision: str = "head") -> None:
-    """Apply the revisions up to `revision`. Does nothing where they are applied already."""
+    """Apply the revisions up to `revision`. Do nothing if they are applied already."""
     from alembic import command
 
     _check_first(current(database_url))
@@ -57,7 +56,10 @@ def upgrade(database_url: str, revision: str = "head") -> None:
 
 
 def downgrade(database_url: str, revision: str) -> None:
-    """Take back the revisions after `revision` ("base": all of them, with every job; "-1": the newest)."""
+    """Take back the revisions after `revision`.
+
+    "base" takes back all of them, with every job. "-1" takes back the newest.
+    """
     from alembic import command
 
     with _locked(database_url) as connection, _known_revision(revision):
@@ -65,7 +67,7 @@ def downgrade(database_url: str, revision: str) -> None:
 
 
 def current(database: str | Engine) -> str | None:
-    """The revision of the database, None where nothing was ever applied.
+    """Return the revision of the database, or None if no revision was ever applied.
 
     Raises StoreUnavailable when Postgres does not answer, and PlatformError when it is too old.
     """
@@ -73,26 +75,28 @@ def current(database: str | Engine) -> str | None:
         table = connection.execute(text("SELECT to_regclass(:name)"), {"name": VERSION_TABLE})
         if table.scalar_one() is None:
             return None
-        found = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one_or_none()
-    return None if found is None else str(found)
+        revision = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one_or_none()
+    return None if revision is None else str(revision)
 
 
 def check(database: str | Engine) -> str | None:
-    """Raise NotMigrated unless the database has the tables that this version of the platform needs. Returns the
-    revision where it is a newer one of the same format (`routing.model.format_versions`), which has these and more;
-    else None."""
-    found = current(database)
-    if found is not None and found > HEAD:
-        if format_versions.of_revision(found) == format_versions.of_revision(HEAD):
-            return found
+    """Raise NotMigrated unless the database has the tables that this version of the platform needs.
+
+    Returns the revision if it is a newer one of the same format (`routing.model.format_versions`), which has these
+    tables and more. Otherwise returns None.
+    """
+    revision = current(database)
+    if revision is not None and revision > HEAD:
+        if format_versions.of_revision(revision) == format_versions.of_revision(HEAD):
+            return revision
         raise NotMigrated(
-            f"Postgres is at revision {found}, and this version of the platform knows {HEAD} as the newest",
-            value=found,
+            f"Postgres is at revision {revision}, and this version of the platform knows {HEAD} as the newest",
+            value=revision,
             advice="Install the version of the platform that upgraded it, or downgrade with that version.",
         )
-    _check_first(found)
-    if found != HEAD:
-        raise NotMigrated(f"Postgres is at revision {found or 'none'} and must be at {HEAD}", value=found)
+    _check_first(revision)
+    if revision != HEAD:
+        raise NotMigrated(f"Postgres is at revision {revision or 'none'} and must be at {HEAD}", value=revision)
     return None
 
 
@@ -116,7 +120,7 @@ def _config(connection: Connection) -> Config:
 
 @contextmanager
 def _known_revision(revision: str) -> Iterator[None]:
-    """Alembic's word for a revision that it cannot find or reach, as an error of ours."""
+    """Turn Alembic's error for an unknown or unreachable revision into a platform error."""
     from alembic.util import CommandError
 
     try:
@@ -128,7 +132,7 @@ def _known_revision(revision: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(database_url: str) -> Iterator[Connection]:
-    """A transaction that alone changes the tables; committed by the end of the block."""
+    """Open a transaction that alone changes the tables. The end of the block commits it."""
     with _IN_THIS_PROCESS, _connected(database_url) as connection, connection.begin():
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         yield connection

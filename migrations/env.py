@@ -1,6 +1,6 @@
-"""Run by Alembic for every command: it works on the connection that `migrations` hands over.
+"""Alembic's environment, run for every command: it works on the connection that `migrations` hands over.
 
-That connection is in a transaction that `migrations` opened and commits; none is begun or ended here.
+That connection is in a transaction that `migrations` opened and commits. This script begins and ends none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is free, in Redis alone: one script takes it, and nothing else knows of it."""
+"""Free CPUs in Redis alone: one script takes them, and no other place knows of it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ return found[1]
 
 
 class Cache:
-    """The smallest cache that cannot overcommit by a race. What it does not hold it takes for a worker that is free, as
-    a cache does that is filled at a miss from what is configured: no other place knows what runs."""
+    """The smallest cache that cannot overcommit by a race.
+
+    A worker that the cache does not hold counts as free, as in a cache that fills a miss from the configuration: no
+    other place knows the running jobs.
+    """
 
     def __init__(self, redis_url: str, workers: list[str] | None = None) -> None:
         self._url = redis_url
@@ -61,10 +64,10 @@ class Cache:
         pipe.execute()
 
     def beat(self, worker: str) -> None:
-        """Nothing: the set does not know that workers live."""
+        """Do nothing: the set does not know that workers live."""
 
     def watch(self) -> None:
-        """Nothing: nobody looks."""
+        """Do nothing: nobody looks."""
 
     def empty(self) -> None:
         self._client.flushdb()

@@ -1,4 +1,4 @@
-"""What is taken, as a column in Postgres that each admission and each end changes: the sum is never made."""
+"""Taken CPUs as a column in Postgres that each admission and each end changes: no sum is computed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CREATE TABLE columns.jobs (
   cpus int NOT NULL, submitted_at timestamptz NOT NULL DEFAULT now(), finished_at timestamptz, args text NOT NULL
 );
 """
-#: A row that another admission has locked is passed over: whoever waits for it would find another amount there.
+#: Skips a row that another admission has locked: after a wait, the row would have another amount.
 _ADMIT = """
 WITH chosen AS (
   SELECT name FROM columns.workers WHERE cpus - taken >= %(asked)s ORDER BY cpus - taken, name LIMIT 1
@@ -38,7 +38,7 @@ UPDATE columns.workers w SET taken = w.taken - e.cpus FROM ended e WHERE w.name 
 
 
 class Columns:
-    """A table of workers, filled by hand, with a column for what is taken. One statement admits and makes the row."""
+    """A table of workers, filled by hand, with a column for taken CPUs. One statement admits and makes the row."""
 
     def __init__(self, database_url: str) -> None:
         self._url = database_url
@@ -67,24 +67,24 @@ class Columns:
     def admit(self) -> Held | None:
         with self._connection.cursor() as cursor:
             cursor.execute(_ADMIT, {"asked": ASKED})
-            found = cursor.fetchone()
-        return None if found is None else Held(found[0], str(found[1]))
+            row = cursor.fetchone()
+        return None if row is None else Held(row[0], str(row[1]))
 
     def release(self, held: Held) -> None:
         with self._connection.cursor() as cursor:
             cursor.execute(_RELEASE, (held.token,))
 
     def beat(self, worker: str) -> None:
-        """Nothing: a row of the table of workers stays until somebody deletes it."""
+        """Do nothing: a row of the table of workers stays until somebody deletes it."""
 
     def watch(self) -> None:
-        """Nothing: nobody looks."""
+        """Do nothing: nobody looks."""
 
     def empty(self) -> None:
-        """Nothing: there is no quick store."""
+        """Do nothing: there is no quick store."""
 
     def recover(self) -> int:
-        """Nothing was lost."""
+        """Do nothing, because nothing was lost. Return 0."""
         return 0
 
     def close(self) -> None:

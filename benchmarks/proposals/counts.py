@@ -1,4 +1,4 @@
-"""CPU counts in a JSON file: who wants some takes a lock, reads, writes, and lets go."""
+"""CPU counts in a JSON file: a program that wants CPUs takes a lock, reads, writes, and releases the lock."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ Counts = dict[str, list[int]]
 
 
 class FileCounts:
-    """A file that somebody wrote by hand, and in which the programs note what they took. It is replaced whole, and
-    synced to disk as Postgres syncs: a reader needs no lock, and a crash leaves the old file or the new one."""
+    """A file that somebody wrote by hand, and in which the programs record their taken CPUs.
+
+    The file is replaced whole, and synced to disk as Postgres syncs. So a reader needs no lock, and a crash leaves the
+    old file or the new one.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -53,20 +56,20 @@ class FileCounts:
             self._write(counts)
 
     def beat(self, worker: str) -> None:
-        """Nothing: the file does not know that workers live."""
+        """Do nothing: the file does not know that workers live."""
 
     def watch(self) -> None:
-        """Nothing: nobody looks."""
+        """Do nothing: nobody looks."""
 
     def empty(self) -> None:
         self._write({name: [cpus, 0] for name, (cpus, _) in self._read().items()})
 
     def recover(self) -> int:
-        """Nothing: nobody can tell that it is another file."""
+        """Do nothing, because no program can tell that the file is another one. Return 0."""
         return 0
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

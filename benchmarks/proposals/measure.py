@@ -23,7 +23,7 @@ from benchmarks.rounds import percentile
 from benchmarks.scripts import milliseconds
 from benchmarks.servers import Pair
 
-#: The ways, by the names that they have in the tables.
+#: Names of the ways in the tables.
 FILE, SUMS, INDEXED, COLUMNS, CACHE, PLATFORM = NAMES = (
     "file",
     "database sums",
@@ -33,21 +33,21 @@ FILE, SUMS, INDEXED, COLUMNS, CACHE, PLATFORM = NAMES = (
     "registration and heartbeat",
 )
 
-#: Progress for the person who waits.
+#: Function that shows progress to the waiting user.
 Say = Callable[[str], None]
 
 #: Workers of the three sizes.
 SIZES: Final = (3, 100, 1000)
-#: Calls of which one asks what is free on each worker: with 1,000 workers that is a long answer.
+#: Of so many calls, one asks for the free CPUs of each worker: with 1,000 workers that is a long answer.
 FREE_EVERY: Final = 4
-#: Workers where callers come at once, and where the table grows.
+#: Number of workers when callers come at once, and when the table grows.
 MIDDLE: Final = 100
 #: Callers at once, and admissions of each.
 CALLERS, EACH = 8, 25
 #: Rows of the table that grows, and calls at each size.
 ROWS: Final = (10_000, 100_000, 1_000_000)
 ROW_CALLS: Final = 30
-#: Seconds of a lease and until its jobs are taken back, where a worker dies: a thirtieth of the usual 60 and 75.
+#: Seconds of a lease, and until its jobs are taken back, for a dying worker: a thirtieth of the usual 60 and 75.
 TTL, LOST_AFTER = 2.0, 2.5
 #: Leases for which a dead worker is watched.
 WATCHED: Final = 3
@@ -55,7 +55,7 @@ WATCHED: Final = 3
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one call. `question`: taken, free or admit. `callers`: how many ask at once."""
+    """Milliseconds of one call. `question`: taken, free or admit. `callers`: number of callers at once."""
 
     way: str
     question: str
@@ -68,8 +68,10 @@ class Latency:
 
 @dataclass(frozen=True)
 class Death:
-    """Three workers, one of which says nothing more: seconds until it is counted no more, and until its jobs are given
-    back; None: they still were when the watch ended. `watched`, `ttl`: seconds."""
+    """Three workers, one of which falls silent: seconds until it is not counted, and until its jobs are released.
+
+    None: it was still counted, or its jobs were still held, when the watch ended. `watched` and `ttl` are seconds.
+    """
 
     way: str
     counted: float | None
@@ -80,9 +82,11 @@ class Death:
 
 @dataclass(frozen=True)
 class Loss:
-    """Three workers, half of whose CPUs are taken, and the quick store was emptied. `at_once`: jobs that were admitted
-    before anybody repaired anything. `running`: CPUs of all jobs that run when nothing more is admitted; `cpus`: those
-    of the workers."""
+    """Three workers, half of whose CPUs are taken, after the quick store was emptied.
+
+    `at_once`: jobs that were admitted before any repair. `running`: CPUs of all jobs that run when nothing more is
+    admitted. `cpus`: CPUs of the workers.
+    """
 
     way: str
     at_once: int
@@ -94,7 +98,10 @@ class Loss:
 def ways(
     pair: Pair, names: tuple[str, ...] = NAMES, ttl: float = 3600, lost_after: float = 3700
 ) -> Iterator[dict[str, Way]]:
-    """These ways on one pair of servers, in their order; none is loaded. `ttl`, `lost_after`: see `Registration`."""
+    """Make these ways on one pair of servers, in their order. None is loaded.
+
+    `ttl`, `lost_after`: see `Registration`.
+    """
     other = pair.plain_url
     make: dict[str, Callable[[], Way]] = {
         FILE: lambda: FileCounts(Path(pair.folder) / "counts.json"),
@@ -113,19 +120,22 @@ def ways(
 
 
 def latencies(pair: Pair, calls: int, say: Say) -> list[Latency]:
-    """Each question to each way, call by call in turn, at each size; at the middle one also many callers at once."""
-    found: list[Latency] = []
+    """Ask each way each question, call by call in turn, at each size.
+
+    At the middle size, many callers also ask at once.
+    """
+    results: list[Latency] = []
     for workers in SIZES:
         cluster = Cluster(workers)
         with ways(pair) as asked:
             for way in asked.values():
                 way.load(cluster)
             with apart(pair.redis_pid):
-                found += _in_turn(asked, cluster, calls)
+                results += _in_turn(asked, cluster, calls)
             if workers == MIDDLE:
-                found += _at_once(asked, cluster)
+                results += _at_once(asked, cluster)
         say(f"  {workers} workers")
-    return found
+    return results
 
 
 def _in_turn(asked: Mapping[str, Way], cluster: Cluster, calls: int) -> list[Latency]:
@@ -133,7 +143,7 @@ def _in_turn(asked: Mapping[str, Way], cluster: Cluster, calls: int) -> list[Lat
     shuffle = random.Random(4).shuffle
     for call in range(-max(1, calls // 10), calls):
         order = list(asked)
-        shuffle(order)  # whoever comes first after a pause finds its server asleep
+        shuffle(order)  # the first way after a pause meets a sleeping server
         for name in order:
             way = asked[name]
             way.taken()
@@ -145,7 +155,7 @@ def _in_turn(asked: Mapping[str, Way], cluster: Cluster, calls: int) -> list[Lat
             if call >= 0:  # before, connections and caches get warm
                 for question, taken in of_this_call.items():
                     times.setdefault((name, question), []).append(taken)
-    return [_latency(name, question, cluster, 1, found) for (name, question), found in times.items()]
+    return [_latency(name, question, cluster, 1, values) for (name, question), values in times.items()]
 
 
 def _at_once(asked: Mapping[str, Way], cluster: Cluster) -> list[Latency]:
@@ -155,7 +165,10 @@ def _at_once(asked: Mapping[str, Way], cluster: Cluster) -> list[Latency]:
 
 
 def _admit_at_once(way: Way, callers: int, each: int) -> list[float]:
-    """Milliseconds of the admissions of so many callers, each of which gives back what it got before it asks again."""
+    """Return the milliseconds of the admissions of so many callers.
+
+    Each caller releases its job before it asks again.
+    """
 
     def ask(handle: Way) -> list[float]:
         times = []
@@ -191,20 +204,20 @@ def _latency(way: str, question: str, cluster: Cluster, callers: int, times: lis
 
 
 def growth(pair: Pair, say: Say) -> list[Latency]:
-    """The sums over a table that grows, with its index and without."""
-    found = []
+    """Measure the sums over a table that grows, with its index and without."""
+    results = []
     for name in (SUMS, INDEXED):
         for rows in ROWS:
             cluster = Cluster(MIDDLE, rows)
             with ways(pair, (name,)) as asked:
                 asked[name].load(cluster)
-                found += _in_turn(asked, cluster, ROW_CALLS)
+                results += _in_turn(asked, cluster, ROW_CALLS)
             say(f"  {name}, {rows} rows")
-    return found
+    return results
 
 
 def deaths(pair: Pair, say: Say) -> list[Death]:
-    """One of three workers, half full, says nothing more. All ways are watched in the same loop."""
+    """Let one of three workers, half full, fall silent. Watch all ways in the same loop."""
     cluster, watched = Cluster(3), WATCHED * TTL
     dead = next(name for name, held in cluster.held.items() if 0 < held < CPUS)
     live = [name for name in cluster.names if name != dead]
@@ -224,7 +237,7 @@ def deaths(pair: Pair, say: Say) -> list[Death]:
                 free = way.free()
                 if dead not in free:
                     counted.setdefault(name, round(passed, 2))
-                # Its jobs run elsewhere when they take the room of those that live.
+                # Its jobs run elsewhere when they take the room of the live workers.
                 if sum(free[worker] for worker in live) <= CPUS - cluster.held[dead]:
                     given_back.setdefault(name, round(passed, 2))
             pause.wait(0.05)
@@ -233,22 +246,22 @@ def deaths(pair: Pair, say: Say) -> list[Death]:
 
 
 def losses(pair: Pair, say: Say) -> list[Loss]:
-    """The quick store of each way is emptied while half of the CPUs are taken; then jobs come until none is taken."""
+    """Empty the quick store of each way while half of the CPUs are taken, then admit jobs until none is admitted."""
     cluster = Cluster(3)
-    found = []
+    results = []
     with ways(pair) as asked:
         for name, way in asked.items():
             way.load(cluster)
             way.empty()
             at_once = _admit_all(way)
             jobs = cluster.running + at_once + way.recover() + _admit_all(way)
-            found.append(Loss(name, at_once, jobs * ASKED, cluster.workers * CPUS))
+            results.append(Loss(name, at_once, jobs * ASKED, cluster.workers * CPUS))
     say("  a store that was emptied")
-    return found
+    return results
 
 
 def _admit_all(way: Way) -> int:
-    """Admits until nothing more is admitted; how many."""
+    """Admit until nothing more is admitted. Return the number of admitted jobs."""
     admitted = 0
     while way.admit() is not None:
         admitted += 1

@@ -1,5 +1,7 @@
-"""Workers that register and renew a lease, books in Redis, rows in Postgres: the platform's own code, without its
-processes."""
+"""Workers that register and renew a lease, books in Redis, rows in Postgres.
+
+All of it is the platform's own code, without its processes.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,9 @@ from celery_capacity.workers.process.stores import make_engine
 
 CAPACITY = f"cpus={CPUS}000,memory={256 * 2**30},slots={CPUS}"
 SHAPE = f"cpus={ASKED}000,slots=1"
-#: Jobs that are brought in together while the cluster is made.
+#: Jobs that are submitted together while the cluster is made.
 CHUNK = 500
-#: What one worker says of itself.
+#: Capacity that one worker reports of itself.
 PEOPLE = {"cpus": CPUS, "memory": 256 * 2**30, "slots": CPUS}
 
 _ENDED = """
@@ -44,7 +46,7 @@ FROM generate_series(1, :rows) AS n
 
 @dataclass
 class Life:
-    """One life of a worker, as its process would know it: what it holds, by job."""
+    """An incarnation of a worker, with the state of its process: the jobs that it holds."""
 
     name: str
     incarnation: str = field(default_factory=lambda: str(uuid.uuid4()))
@@ -56,8 +58,10 @@ class Life:
 
 
 class Registration:
-    """A row for each job, then the script that admits and delivers. `ttl`, `lost_after`: seconds of a lease, and until
-    the jobs of a worker that lost it are taken back."""
+    """A row for each job, then the script that admits and delivers.
+
+    `ttl`: seconds of a lease. `lost_after`: seconds until the jobs of a worker that lost its lease are taken back.
+    """
 
     def __init__(
         self,
@@ -74,7 +78,7 @@ class Registration:
             "PLATFORM_WORKER_TTL": str(ttl),
             "PLATFORM_RENEW_INTERVAL": str(min(10.0, ttl / 4)),
             "PLATFORM_LOST_AFTER": str(lost_after),
-            # What is admitted here is never claimed in the latency part: it must not be delivered again.
+            # A job admitted here is never claimed in the latency part: it must not be delivered again.
             "PLATFORM_START_TIMEOUT": "3600",
         }
         self._settings = Settings.from_environ(environment)
@@ -123,10 +127,10 @@ class Registration:
         return int(self._ledger.allocated_cpus() or 0)
 
     def free(self) -> Mapping[str, int]:
-        found = overview.from_ledger(self._reader).workers
+        lines = overview.from_ledger(self._reader).workers
         return {
             line.name: (line.capacity[MILLICORES] - line.allocated.get(MILLICORES, 0)) // 1000
-            for line in found
+            for line in lines
             if line.status == "ready"
         }
 
@@ -152,8 +156,10 @@ class Registration:
         self._ledger.renew(worker, life.incarnation, {}, life.held, self._settings.most_losses)
 
     def watch(self) -> None:
-        """What the duty `lapse` does: closes workers whose leases ran out, and takes back the jobs of those that are
-        LOST."""
+        """Do the work of the duty `lapse`: close lapsed workers, and take back the jobs of lost ones.
+
+        A lapsed worker's lease ran out. The workers whose jobs are taken back are those that count as LOST.
+        """
         grace_ms = round((self._settings.lost_after - self._settings.worker_ttl) * 1000)
         for worker in self._ledger.lapsed_workers():
             if self._ledger.lapse(worker, grace_ms, self._settings.most_losses, most=0).verdict != "due":
@@ -164,8 +170,11 @@ class Registration:
         self._ledger.client.flushdb()
 
     def recover(self) -> int:
-        """What the first worker that sees it does, and then each: it registers again and says what it holds. What was
-        accepted meanwhile is brought in."""
+        """Open the ledger as the first worker that finds it cold does, then do the part of each worker.
+
+        Each worker registers again and reports its jobs. Jobs that were accepted meanwhile are brought into the
+        ledger. Returns the number of jobs that were admitted.
+        """
         rebuilt = rebuild.open_if_cold(self._engine, self._ledger)
         if rebuilt is None:
             raise RuntimeError("the ledger is not cold")
@@ -204,7 +213,7 @@ class Registration:
             raise RuntimeError(f"the name {life.name} is taken")
 
     def _run(self, jobs: int) -> None:
-        """Accepts, admits and claims jobs, and writes to Postgres what the scripts noted."""
+        """Accept, admit and claim jobs, and write to Postgres the transitions that the scripts noted."""
         rows = []
         for _ in range(jobs):
             job = NewJob(id=str(uuid.uuid4()), name="tasks.render", shape=SHAPE, message=self._message)

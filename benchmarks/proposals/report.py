@@ -1,4 +1,4 @@
-"""One run: what it measured as JSON, and the tables of the page."""
+"""Report of one run: its measurements as JSON, and the tables of the page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What one run found. `about`: date, machine and versions."""
+    """Results of one run. `about`: date, machine and versions."""
 
     about: str
     latencies: list[Latency]
@@ -53,22 +53,22 @@ class Report:
     losses: list[Loss]
 
     def as_json(self) -> str:
-        """The text of results.json: times in milliseconds, ages in seconds, CPUs as counts."""
+        """Return the text of results.json: times in milliseconds, ages in seconds, CPUs as counts."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        found: dict[str, Any] = json.loads(text)
+        fields: dict[str, Any] = json.loads(text)
         return cls(
-            found["about"],
-            [Latency(**line) for line in found["latencies"]],
-            [Latency(**line) for line in found["growth"]],
-            [Death(**line) for line in found["deaths"]],
-            [Loss(**line) for line in found["losses"]],
+            fields["about"],
+            [Latency(**line) for line in fields["latencies"]],
+            [Latency(**line) for line in fields["growth"]],
+            [Death(**line) for line in fields["deaths"]],
+            [Loss(**line) for line in fields["losses"]],
         )
 
     def tables(self) -> dict[str, str]:
-        """The tables of the page, by the name of their place there."""
+        """Return the tables of the page, by the name of their place there."""
         return {
             "latency": "\n\n".join([self.about, *map(self._question, QUESTIONS)]),
             "callers": self._at_once(),
@@ -88,33 +88,40 @@ class Report:
         def is_it(one: Latency) -> bool:
             return (one.way, one.question, one.workers, one.callers) == (way, question, workers, callers)
 
-        return _times(next(one for one in self.latencies if is_it(one)))
+        return _times(next(latency for latency in self.latencies if is_it(latency)))
 
     def _at_once(self) -> str:
         rows = [[name, *(self._cell(name, "admit", MIDDLE, callers) for callers in (1, CALLERS))] for name in NAMES]
         return _table([f"Admit one job, {MIDDLE} workers (ms, p50 / p95)", "one caller", f"{CALLERS} callers"], rows)
 
     def _rows(self) -> str:
-        names = list(dict.fromkeys(one.way for one in self.growth))
+        names = list(dict.fromkeys(latency.way for latency in self.growth))
         lines = []
         for question in QUESTIONS:
             for name in names:
-                found = {one.rows: one for one in self.growth if (one.way, one.question) == (name, question)}
-                lines.append([f"{QUESTIONS[question]} ({name})", *(_times(found[rows]) for rows in ROWS)])
+                by_rows = {
+                    latency.rows: latency
+                    for latency in self.growth
+                    if (latency.way, latency.question) == (name, question)
+                }
+                lines.append([f"{QUESTIONS[question]} ({name})", *(_times(by_rows[rows]) for rows in ROWS)])
         return _table([f"{MIDDLE} workers (ms, p50 / p95)", *(f"{rows:,} rows" for rows in ROWS)], lines)
 
     def _deaths(self) -> str:
         def seconds(found: float | None, watched: float) -> str:
             return f"still after {watched:g} s" if found is None else f"{found:.2f} s"
 
-        rows = [[one.way, seconds(one.counted, one.watched), seconds(one.held, one.watched)] for one in self.deaths]
+        rows = [
+            [death.way, seconds(death.counted, death.watched), seconds(death.held, death.watched)]
+            for death in self.deaths
+        ]
         ttl = self.deaths[0].ttl
         return _table([f"A worker dies (lease of {ttl:g} s)", "its capacity is counted", "its jobs are held"], rows)
 
     def _losses(self) -> str:
         rows = [
-            [one.way, str(one.at_once), f"{one.running} of {one.cpus}", number(one.running / one.cpus)]
-            for one in self.losses
+            [loss.way, str(loss.at_once), f"{loss.running} of {loss.cpus}", number(loss.running / loss.cpus)]
+            for loss in self.losses
         ]
         heads = ["The quick store is emptied", "jobs admitted at once", "CPUs that run in the end", "ratio"]
         return _table(heads, rows)
@@ -130,9 +137,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def run(bench: Bench, calls: int) -> Report:
-    """Measures everything on one pair of servers."""
+    """Measure everything on one pair of servers."""
     with bench.pair() as pair:
-        found = Report(
+        report = Report(
             "",
             latencies(pair, calls, bench.say),
             [],
@@ -143,19 +150,21 @@ def run(bench: Bench, calls: int) -> Report:
     versions = {name: importlib.metadata.version(name) for name in ("redis", "psycopg2-binary")}
     about = ", ".join(f"{name} {version}" for name, version in machine(versions | bench.versions).items())
     today = datetime.now(UTC).date().isoformat()
-    return Report(f"Measured on {today}: {about}.", found.latencies, grown, found.deaths, found.losses)
+    return Report(f"Measured on {today}: {about}.", report.latencies, grown, report.deaths, report.losses)
 
 
 def calls(argument: str) -> int:
-    """A number of calls, 20 or more: p95 of fewer says nothing."""
+    """Return the number of calls in `argument`, 20 or more: a p95 of fewer calls has no meaning."""
     if not argument.isdecimal() or int(argument) < 20:
         raise argparse.ArgumentTypeError(f"{argument!r} is not a number of calls (20 or more)")
     return int(argument)
 
 
 def main(arguments: Sequence[str], write: Callable[[str], object] = sys.stdout.write) -> int:
-    """`python -m benchmarks proposals`: measures, writes results.json and the tables of the page, prints. 0, or 1 where
-    the page has no place for a table."""
+    """Measure, write results.json and the tables of the page, and print. Return 0 or 1.
+
+    Runs as `python -m benchmarks proposals`. The result is 1 if the page has no place for a table.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks proposals",
         description="Measures the ways that were weighed beside the platform, on small stand-ins; about a minute.",

@@ -1,4 +1,4 @@
-"""Jobs in Postgres, and what is free as a sum over them."""
+"""Jobs in Postgres, and the free CPUs as a sum over them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy import make_url
 
 from benchmarks.proposals.way import ASKED, CPUS, Cluster, Held
 
-#: The advisory lock under which a job is admitted: two sums at once would both see the same room.
+#: Key of the advisory lock under which a job is admitted: two sums at once would both see the same room.
 LOCK = 4242
 
 _TABLES = """
@@ -23,7 +23,7 @@ CREATE TABLE {0}.jobs (
 );
 """
 _INDEX = "CREATE INDEX ON {0}.jobs (worker) INCLUDE (cpus) WHERE state = 'running'"
-#: A row of some 200 bytes, as a job's row without its message has.
+#: Inserts rows of some 200 bytes, the size of a job's row without its message.
 _ENDED = """
 INSERT INTO {0}.jobs (name, state, worker, cpus, finished_at, args)
 SELECT 'tasks.render', 'succeeded', 'w0000', %s, now(), repeat('x', 100) FROM generate_series(1, %s)
@@ -47,8 +47,10 @@ _RELEASE = "UPDATE {0}.jobs SET state = 'succeeded', finished_at = now() WHERE i
 
 
 class Sums:
-    """A table of workers, filled by hand, and a table of jobs; `indexed`: with the index that fits the sum. An
-    admission is one transaction under a lock, else two of them would overcommit."""
+    """A table of workers, filled by hand, and a table of jobs. `indexed`: with the index that fits the sum.
+
+    An admission is one transaction under a lock; otherwise two admissions would overcommit.
+    """
 
     def __init__(self, database_url: str, *, indexed: bool) -> None:
         self._url = database_url
@@ -83,25 +85,25 @@ class Sums:
         with self._connection.cursor() as cursor:
             cursor.execute("BEGIN; SELECT pg_advisory_xact_lock(%s)", (LOCK + self._indexed,))
             cursor.execute(self._on(_ADMIT), {"asked": ASKED})
-            found = cursor.fetchone()
+            row = cursor.fetchone()
             cursor.execute("COMMIT")
-        return None if found is None else Held(found[0], str(found[1]))
+        return None if row is None else Held(row[0], str(row[1]))
 
     def release(self, held: Held) -> None:
         with self._connection.cursor() as cursor:
             cursor.execute(self._on(_RELEASE), (held.token,))
 
     def beat(self, worker: str) -> None:
-        """Nothing: a row of the table of workers stays until somebody deletes it."""
+        """Do nothing: a row of the table of workers stays until somebody deletes it."""
 
     def watch(self) -> None:
-        """Nothing: nobody looks."""
+        """Do nothing: nobody looks."""
 
     def empty(self) -> None:
-        """Nothing: there is no quick store."""
+        """Do nothing: there is no quick store."""
 
     def recover(self) -> int:
-        """Nothing was lost."""
+        """Do nothing, because nothing was lost. Return 0."""
         return 0
 
     def close(self) -> None:
@@ -113,12 +115,12 @@ class Sums:
             return list(cursor.fetchall())
 
     def _on(self, statement: str) -> str:
-        """The statement on this way's own tables."""
+        """Return the statement on this way's own tables."""
         return statement.format(self._schema)
 
 
 def connect(database_url: str) -> Any:
-    """A connection whose statements are committed one by one, unless they say BEGIN."""
+    """Return a connection whose statements are committed one by one, unless they say BEGIN."""
     plain = make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
     connection = psycopg2.connect(plain)
     connection.autocommit = True

@@ -1,4 +1,4 @@
-"""What a way can be asked, and the cluster that all of them are asked about."""
+"""The questions that each way answers, and the cluster that all ways are asked about."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ FIT = CPUS // ASKED
 
 @dataclass(frozen=True)
 class Cluster:
-    """`workers` of 64 CPUs, half of which are taken: the workers with the lowest numbers are full. `rows`: jobs in the
-    table, where a way has one; all that do not run have ended."""
+    """`workers` of 64 CPUs, half of which are taken: the workers with the lowest numbers are full.
+
+    `rows`: jobs in the table, where a way has one. All jobs that do not run have ended.
+    """
 
     workers: int
     rows: int = 10_000
@@ -28,59 +30,59 @@ class Cluster:
 
     @property
     def running(self) -> int:
-        """Jobs that run: half of what fits."""
+        """Return the number of running jobs: half of those that fit."""
         return self.workers * FIT // 2
 
     @property
     def held(self) -> dict[str, int]:
-        """CPUs taken on each worker."""
+        """Return the CPUs taken on each worker."""
         return {name: ASKED * self.jobs_on(number) for number, name in enumerate(self.names)}
 
     def jobs_on(self, number: int) -> int:
-        """How many of the running jobs the worker of this number has."""
+        """Return the number of running jobs on the worker of this number."""
         return max(0, min(FIT, self.running - number * FIT))
 
 
 @dataclass(frozen=True)
 class Held:
-    """An admitted job. `token`: what the way needs beside the worker to give it back."""
+    """An admitted job. `token`: the value, beside the worker, that the way needs for its release."""
 
     worker: str
     token: str = ""
 
 
 class Way(Protocol):
-    """One way to know what is free. Amounts are whole CPUs; a handle is used by one thread."""
+    """A way to know the free CPUs. Amounts are whole CPUs; a handle is used by one thread."""
 
     def load(self, cluster: Cluster) -> None:
-        """Brings the cluster about: workers, and the jobs that run on them."""
+        """Create the cluster: workers, and the jobs that run on them."""
 
     def apart(self) -> Way:
-        """Another handle on the same state, with connections of its own."""
+        """Return another handle on the same state, with connections of its own."""
 
     def taken(self) -> int:
-        """CPUs taken in all."""
+        """Return the CPUs taken in all."""
 
     def free(self) -> Mapping[str, int]:
-        """CPUs free on each worker that is counted."""
+        """Return the free CPUs of each worker that is counted."""
 
     def admit(self) -> Held | None:
-        """Admits one job to the worker with the fewest free CPUs that has room; None where none has."""
+        """Admit one job to the worker with the fewest free CPUs that has room. Return None if none has."""
 
     def release(self, held: Held) -> None:
-        """Gives back what an admitted job holds."""
+        """Release the CPUs of an admitted job."""
 
     def beat(self, worker: str) -> None:
-        """What a live worker does from time to time. Where the way has no heartbeat, nothing."""
+        """Do the periodic work of a live worker. Do nothing where the way has no heartbeat."""
 
     def watch(self) -> None:
-        """What the way itself does from time to time about workers that say nothing."""
+        """Do the way's own periodic work about silent workers."""
 
     def empty(self) -> None:
-        """Its quick store forgets everything. (A file is the one under version control again.)"""
+        """Empty the way's quick store. A file becomes the version under version control again."""
 
     def recover(self) -> int:
-        """What the way does by itself when it finds that store empty; the jobs that it admits meanwhile."""
+        """Do the way's own work after it finds that store empty. Return the number of jobs admitted meanwhile."""
 
     def close(self) -> None:
-        """Ends its connections."""
+        """Close the way's connections."""

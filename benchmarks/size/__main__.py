@@ -1,4 +1,4 @@
-"""`python -m benchmarks.size`: measures the platform at the size of a large cluster and reports it."""
+"""`python -m benchmarks.size`: measure the platform at the size of a large cluster and report it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from benchmarks.size.figures import PARTS
 from benchmarks.size.report import HEADINGS, PAGE, PLACE, RESULTS, Report
 from benchmarks.size.scale import Scale
 
-#: Rounds, unless told otherwise: the table shows the worst.
+#: Default number of rounds. The table shows the worst.
 ROUNDS = 2
 
 
 def parts(text: str) -> list[str]:
-    """The parts named in `text`, separated by commas, in the order of the table."""
+    """Return the parts named in `text`, separated by commas, in the order of the table."""
     names = {name.strip() for name in text.split(",")} - {""}
     if unknown := sorted(names - set(PARTS)):
         raise argparse.ArgumentTypeError(f"no such part: {', '.join(unknown)} (there are {', '.join(PARTS)})")
@@ -28,7 +28,7 @@ def parts(text: str) -> list[str]:
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; argparse ends the process where it is wrong."""
+    """Parse the command line. On a mistake, argparse ends the process."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.size",
         description="Measures the platform with 100,000 jobs, 1,000 workers and a million finished rows.",
@@ -41,7 +41,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures, writes, prints. 0; 1 when a part could not be measured or a target was missed."""
+    """Measure, write and print. Return 0, or 1 when a part could not be measured or a target was missed."""
     chosen = options(arguments)
     bench, scale = Bench(chosen.rounds), Scale(chosen.scale)
     values: dict[str, list[float]] = {}
@@ -51,12 +51,12 @@ def main(arguments: Sequence[str]) -> int:
             bench.say(f"[round {round_ + 1} of {chosen.rounds}] {name}")
             begin = time.monotonic()
             try:
-                found = PARTS[name].measure(bench, scale)
-            except Exception:  # one part that fails must not cost the others
+                measured = PARTS[name].measure(bench, scale)
+            except Exception:  # a failing part must not cost the others
                 bench.say(traceback.format_exc())
                 failed.append(name)
                 continue
-            for figure, value in found.items():
+            for figure, value in measured.items():
                 values.setdefault(figure, []).append(value)
             bench.say(f"  ({time.monotonic() - begin:.0f} s)")
     versions = {name: importlib.metadata.version(name) for name in ("celery", "redis")}

@@ -1,4 +1,4 @@
-"""A process that submits and releases while something else goes on, and notes how long each admission took."""
+"""A process that submits and releases while something else goes on, and records the duration of each admission."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from celery_capacity.routing.ledger.replies import Ended, Taken
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.policy.placement import order
 
-#: The worker that always has room for these jobs, and for no others: those ask for a whole CPU at the least.
+#: A worker that always has room for these jobs, and for no others: the others ask for at least a whole CPU.
 WORKER: Final = "spare"
 INCARNATION: Final = "spare-life"
 QUEUE: Final = "queue.spare"
@@ -32,7 +32,7 @@ PAUSE: Final = 0.002
 
 
 class Admitting(threading.Thread):
-    """The loop. `taken`: milliseconds of each admission since it was last asked."""
+    """The loop. `taken`: milliseconds of each admission since the last question."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         super().__init__(daemon=True)
@@ -81,7 +81,7 @@ class Admitting(threading.Thread):
 
 
 def serve(pipe: Connection, environment: dict[str, str]) -> None:
-    """The process: says "ready", and answers "taken" with the admissions since it was last asked."""
+    """Run the process: send "ready", and answer "taken" with the admissions since the last question."""
     admitting = Admitting(environment)
     admitting.register()
     admitting.start()

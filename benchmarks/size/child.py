@@ -1,4 +1,4 @@
-"""A process of its own that is told what to do over a pipe."""
+"""A separate process that gets its commands over a pipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PATIENCE: Final = 300.0
 
 
 class Child:
-    """`main(pipe, *arguments)` runs in a fresh interpreter; `ask` sends it a word and returns what it answers."""
+    """A fresh interpreter that runs `main(pipe, *arguments)`. `ask` sends it a word and returns the answer."""
 
     def __init__(self, main: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -27,7 +27,7 @@ class Child:
         return self.answer()
 
     def answer(self) -> Any:
-        """What it says next. Raises RuntimeError where it has died or is silent for too long."""
+        """Return the child's next answer. Raise RuntimeError if the child has died or is silent for too long."""
         if not self._pipe.poll(PATIENCE):
             raise RuntimeError(f"process {self._process.pid} does not answer")
         try:

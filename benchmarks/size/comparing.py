@@ -1,4 +1,4 @@
-"""Reconcile, where nothing differs and work goes on: how long it takes, and how long it holds up an admission."""
+"""Reconcile, while nothing differs and work goes on: its duration, and how long it holds up an admission."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from celery_capacity.routing.recovery import rebuild, reconcile, transition_log
 
 
 def compared(bench: Bench, scale: Scale) -> dict[str, float]:
-    """20,000 jobs that run on 1,000 workers, 80,000 that wait, and some 200 admissions a second."""
+    """Compare 20,000 jobs that run on 1,000 workers and 80,000 that wait, during some 200 admissions a second."""
     stock = Stock(scale.of(1000), running=scale.of(20_000), waiting=scale.of(80_000))
     with bench.pair() as pair:
         engine = engine_of(pair.database_url)
         with engine.connect() as connection:
             fill(connection, stock)
-            # Nobody waits for workers that were not seen for so long.
+            # Workers that were not seen for so long are not waited for.
             connection.execute(text("UPDATE workers SET seen_at = now() - interval '1 day'"))
         ledger = Ledger(Settings.from_environ(environment(pair)))
         rebuild.open_if_cold(engine, ledger)

@@ -1,9 +1,9 @@
 """Many workers in one process: each with the threads of a real worker, and without Celery's consumer and pool.
 
-What a worker says to the stores is said by the platform's own code: registration and heartbeat (`Membership`, `Pulse`),
-messages (`Mailbox`), claims and releases (`LedgerThread`). Its jobs have no bodies: they end after `hold` seconds. The
-workers of one process share what they say to Postgres (`Recorder`, `Confirmation`), which has no connections for a
-thousand.
+The platform's own code talks to the stores for each worker: registration and heartbeat (`Membership`, `Pulse`),
+messages (`Mailbox`), claims and releases (`LedgerThread`). The jobs have no bodies: they end after `hold` seconds. The
+workers of a process share their writer to Postgres (`Recorder`, `Confirmation`), because Postgres has no connections
+for a thousand.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from celery_capacity.workers.settle.settle_thread import LedgerThread
 
 #: Bytes of a thread's stack: a process has a thousand threads.
 STACK: Final = 256 * 1024
-#: Of a message that does not say.
+#: Request of a message that does not name its request.
 ONE_CPU: Final = Request.of({"cpus": 1000})
 
 
@@ -58,10 +58,10 @@ class Arrived:
 
     @property
     def tag(self) -> Tag:
-        found = parse_tag(self._raw.tag)
-        if found is None:
+        tag = parse_tag(self._raw.tag)
+        if tag is None:
             raise RuntimeError(f"a message came without a tag: {self._raw.tag}")
-        return found
+        return tag
 
     @property
     def request(self) -> Request:
@@ -70,7 +70,7 @@ class Arrived:
 
 
 class Clock(threading.Thread):
-    """Calls what is due, in one thread."""
+    """A thread that calls due actions."""
 
     def __init__(self) -> None:
         super().__init__(name="clock", daemon=True)
@@ -95,8 +95,10 @@ class Clock(threading.Thread):
 
 
 class Shared:
-    """What the workers of one process have together. `cpus`: of each; `hold`: seconds that a job takes; None: for
-    ever."""
+    """The shared parts of the workers of one process.
+
+    `cpus`: CPUs of each worker. `hold`: seconds that a job takes; None means for ever.
+    """
 
     def __init__(self, settings: Settings, cpus: int, hold: float | None) -> None:
         self.settings = settings
@@ -111,12 +113,12 @@ class Shared:
         self.troubles: list[str] = []
         for thread in (self.confirmation, self.recorder, self.clock):
             thread.start()
-        # The entries that a recorder drops are of whatever epoch is open.
+        # The entries that a recorder drops belong to the epoch that is open.
         self.ledger.epoch = self.confirmation.epoch
 
 
 class Worker:
-    """One worker. `held`: what it runs already, by what Postgres says."""
+    """A simulated worker. `held`: its jobs that run already, by Postgres's rows."""
 
     def __init__(self, shared: Shared, name: str, held: list[Holding]) -> None:
         self._shared = shared
@@ -170,7 +172,7 @@ class Worker:
         self.mailbox = Mailbox(shared.settings, identity.queue, self._received)
 
     def join(self) -> None:
-        """Register; where the ledger is cold, the heartbeat does it as soon as it is open."""
+        """Register the worker. While the ledger is cold, the heartbeat registers it as soon as the ledger is open."""
         with suppress(LedgerClosed):
             self.membership.register(self._shared.capacity, {}, lambda: None)
 
@@ -209,9 +211,9 @@ def _held(engine: Engine, worker: str) -> list[Holding]:
 
 
 def serve(pipe: Connection, environment: dict[str, str], first: int, count: int, cpus: int, hold: float | None) -> None:
-    """The process: says "ready" when all are registered or wait for the ledger; answers "troubles"."""
+    """Run the process: send "ready" when all are registered or wait for the ledger; answer "troubles"."""
     threading.stack_size(STACK)
-    # Each of a thousand would say that it has registered again.
+    # Each of a thousand workers would log that it has registered again.
     logging.getLogger("celery_capacity.workers").setLevel(logging.ERROR)
     shared = Shared(Settings.from_environ(environment), cpus, hold)
     names = [worker_name(number) for number in range(first, first + count)]
@@ -227,7 +229,7 @@ def serve(pipe: Connection, environment: dict[str, str], first: int, count: int,
 
 
 class Crowd:
-    """So many workers, with so many CPUs each, in so many processes; all are there when the constructor returns."""
+    """So many workers, with so many CPUs each, in so many processes, all ready when the constructor returns."""
 
     def __init__(
         self, environment: dict[str, str], workers: int, processes: int, *, cpus: int, hold: float | None = None
@@ -241,7 +243,7 @@ class Crowd:
             child.answer()
 
     def troubles(self) -> list[str]:
-        """What any of them met that a healthy platform never shows."""
+        """Return the troubles of all workers. A healthy platform has none."""
         return [line for child in self.children for line in child.ask("troubles")]
 
     def end(self) -> None:

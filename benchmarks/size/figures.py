@@ -1,4 +1,4 @@
-"""The figures of the table: their names, units and targets, and what is measured together."""
+"""The figures of the table: their names, units and targets, and the parts that are measured together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from benchmarks.bench import Bench
 from benchmarks.size import comparing, keeping, rebuild, streaming, working
 from benchmarks.size.scale import Scale
 
-#: What measures several figures at once: name -> value.
+#: A function that measures several figures at once: name -> value.
 Measure = Callable[[Bench, Scale], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table. `at_most`, `at_least`: the target, in the figure's unit; neither: it is told only."""
+    """A line of the table. `at_most`, `at_least`: the target, in the figure's unit; neither means report only."""
 
     name: str
     unit: str
@@ -24,7 +24,7 @@ class Figure:
     at_least: float | None = None
 
     def worst(self, values: list[float]) -> float:
-        """The value that a table shows of several rounds."""
+        """Return the value that a table shows of several rounds."""
         return min(values) if self.at_least is not None else max(values)
 
     def target(self) -> str:
@@ -33,7 +33,7 @@ class Figure:
         return "–" if self.at_least is None else f"≥ {self.at_least:,g}"
 
     def reached(self, value: float) -> bool | None:
-        """None where there is no target."""
+        """Return True if the value reaches the target, or None where there is no target."""
         if self.at_most is not None:
             return value <= self.at_most
         return None if self.at_least is None else value >= self.at_least
@@ -41,7 +41,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured together, on servers of its own."""
+    """Figures that are measured together, on servers of their own."""
 
     measure: Measure
     figures: tuple[Figure, ...]

@@ -1,5 +1,4 @@
-"""A million finished rows: what they cost a submit before they have moved into the archive and afterwards, and how fast
-they move."""
+"""A million finished rows: their cost to a submission before and after archiving, and the speed of archiving."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ from celery_capacity.routing.store import archive
 #: Submissions of one turn, and turns of each side.
 CALLS: Final = 50
 TURNS: Final = 40
-#: A worker with room for all that is submitted here, so that every submission is admitted and delivered.
+#: Capacity of a worker with room for all submitted jobs, so that every submission is admitted and delivered.
 ROOM: Final = "cpus=1000000000,memory=1073741824,slots=1000000"
 
 
 def kept(bench: Bench, scale: Scale) -> dict[str, float]:
-    """Two databases of one server, one of them with a million finished jobs; submissions to them take turns."""
+    """Measure submissions to two databases of one server in turn, one of them with a million finished jobs."""
     finished = scale.of(1_000_000)
     with bench.pair() as pair, ExitStack() as stack:
         full = stack.enter_context(_second(pair))
@@ -75,7 +74,7 @@ _SIZES: Final = (
 
 @contextmanager
 def _second(pair: Pair) -> Iterator[Pair]:
-    """Another database of the same Postgres, and of the same Redis."""
+    """Make another database of the same Postgres, and use another one of the same Redis."""
     url = make_url(pair.database_url)
     server = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
     with server.connect() as connection:
@@ -87,7 +86,7 @@ def _second(pair: Pair) -> Iterator[Pair]:
 
 @contextmanager
 def _sender(pair: Pair) -> Iterator[Submitter]:
-    """A program that submits, and the worker to which all goes; nobody takes it there."""
+    """Run a submitting program, and register the worker to which all jobs go. No process takes them there."""
     engine = engine_of(pair.database_url)
     ledger = Ledger(Settings.from_environ({**environment(pair), "PLATFORM_WORKER_TTL": "3600", **_LOST_AFTER}))
     rebuild.open_if_cold(engine, ledger)
@@ -105,11 +104,11 @@ _LOST_AFTER: Final = {"PLATFORM_LOST_AFTER": "3600"}
 
 
 def _ratio(bench: Bench, empty: Submitter, full: Submitter) -> float:
-    """How many times as long a submission takes beside the million: by the medians over the turns."""
+    """Return how many times as long a submission takes beside the million, by the medians over the turns."""
     taken: dict[Submitter, list[float]] = {empty: [], full: []}
     for turn in range(TURNS):
-        for one in (empty, full) if turn % 2 else (full, empty):
-            taken[one].append(one.call("submit", task="bench.noop", count=CALLS) / CALLS * 1000)
+        for sender in (empty, full) if turn % 2 else (full, empty):
+            taken[sender].append(sender.call("submit", task="bench.noop", count=CALLS) / CALLS * 1000)
     alone, beside = (statistics.median(of) for of in taken.values())
     bench.say(f"  a submission takes {alone:.3f} ms, and {beside:.3f} ms beside the others")
     return beside / alone

@@ -1,4 +1,4 @@
-"""An emptied Redis: how soon the first job is admitted again, and how soon all wait in the ledger as before."""
+"""An emptied Redis: the time until the first job is admitted again, and until all wait in the ledger as before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOOK_EVERY: Final = 0.005
 
 
 def rebuilt(bench: Bench, scale: Scale) -> dict[str, float]:
-    """1,000 workers that run a job each, 100,000 jobs that wait, and a Redis with nothing in it."""
+    """Rebuild an empty Redis for 1,000 workers that run a job each, and 100,000 jobs that wait."""
     stock = Stock(scale.of(1000), running=scale.of(1000), waiting=scale.of(100_000))
     with bench.pair() as pair:
         engine = engine_of(pair.database_url)
@@ -46,7 +46,7 @@ def rebuilt(bench: Bench, scale: Scale) -> dict[str, float]:
             level = time.monotonic() - begin
             after = int(ledger.client.info("memory")["used_memory"])
             bench.say(f"  {done}, {written} entries written")
-            # The duty looks every second.
+            # The duty looks once in this interval, every second.
             notice = settings.due_interval
             return {
                 "rebuild_first_s": first[0] - begin + notice,

@@ -1,4 +1,4 @@
-"""What is made of the values: results.json, the table of the docs, and the same table on a terminal."""
+"""Reports of the values: results.json, the table of the docs, and the same table on a terminal."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from benchmarks.size.figures import PARTS, Figure
 
 RESULTS: Final = Path(__file__).with_name("results.json")
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "reference" / "size.md"
-#: The place of the table in the page.
+#: Place of the table in the page.
 PLACE: Final = "size"
 HEADINGS: Final = ("figure", "unit", "worst", "each round", "target", "reached", "what it is")
 
 
 @dataclass(frozen=True)
 class Report:
-    """The values of each figure, a round each, and what they were measured on."""
+    """The values of each figure, one per round, and the machine and versions on which they were measured."""
 
     about: str
     values: dict[str, list[float]]
@@ -34,25 +34,25 @@ class Report:
 
     @classmethod
     def read(cls, path: Path = RESULTS) -> Report:
-        """That of an earlier run; an empty one where there is none."""
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"about": "", "values": {}}
-        return cls(found["about"], found["values"])
+        """Return the report of an earlier run, or an empty one if there is none."""
+        fields: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"about": "", "values": {}}
+        return cls(fields["about"], fields["values"])
 
     def over(self, earlier: Report) -> Report:
-        """This one, with what only the earlier one measured."""
+        """Return this report, with the figures that only the earlier one measured."""
         return Report(self.about, {**earlier.values, **self.values})
 
     def as_json(self) -> str:
         return json.dumps({"about": self.about, "values": self.values}, indent=2) + "\n"
 
     def lines(self) -> list[tuple[str, ...]]:
-        """The table without its headings, in the order of the figures."""
+        """Return the table without its headings, in the order of the figures."""
         return [_line(figure, self.values[figure.name]) for figure in figures() if figure.name in self.values]
 
     def missed(self) -> list[str]:
-        """The figures that do not reach their targets."""
-        known = [figure for figure in figures() if figure.name in self.values]
-        return [one.name for one in known if one.reached(one.worst(self.values[one.name])) is False]
+        """Return the figures that do not reach their targets."""
+        measured = [figure for figure in figures() if figure.name in self.values]
+        return [figure.name for figure in measured if figure.reached(figure.worst(self.values[figure.name])) is False]
 
     def markdown(self) -> str:
         rule = tuple("---:" if heading in ("worst", "each round") else "---" for heading in HEADINGS)

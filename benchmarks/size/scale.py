@@ -1,4 +1,4 @@
-"""How large everything is, beside the sizes of the table."""
+"""Size of everything that is measured, relative to the sizes of the table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """`part`: 1 for the sizes of the table, less for a try."""
+    """A factor for sizes. `part`: 1 for the sizes of the table, less for a try."""
 
     part: float = 1.0
 

@@ -1,5 +1,7 @@
-"""Rows of a platform that has been at work for long, made by Postgres itself: to submit and run a million jobs takes
-hours, and what is measured begins where they are."""
+"""Rows of a platform that has been at work for long, made by Postgres itself.
+
+To submit and run a million jobs takes hours, and the measurement begins only after them.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from sqlalchemy import Connection, Engine, create_engine, text
 from benchmarks.books import message
 from benchmarks.servers import Pair
 
-#: CPUs and slots of every worker, and what one of its running jobs takes.
+#: CPUs and slots of every worker, CPUs that one of its running jobs takes, and memory of every worker.
 CPUS: Final = 64
 BUSY: Final = 60
 MEMORY: Final = 256 * 2**30
-#: Shapes of the waiting jobs: 1 to so many CPUs.
+#: Number of shapes of the waiting jobs: from 1 to so many CPUs.
 SHAPES: Final = 50
 
 
@@ -24,13 +26,13 @@ def worker_name(number: int) -> str:
 
 
 def incarnation_of(worker: str) -> str:
-    """Each worker has one life."""
+    """Return the incarnation of a worker. Each worker has a single one."""
     return f"{worker}-life"
 
 
 @dataclass(frozen=True)
 class Stock:
-    """How many workers, jobs that run there (in turn), and jobs that wait."""
+    """Numbers of workers, of jobs that run there (in turn), and of jobs that wait."""
 
     workers: int
     running: int = 0
@@ -80,7 +82,7 @@ SELECT id, 1, 1, 'w0000', 'w0000-life', finished_at, finished_at, finished_at, '
 
 
 def engine_of(url: str) -> Engine:
-    """As the platform has it: each statement is committed by itself."""
+    """Make an engine like the platform's: each statement is committed by itself."""
     return create_engine(url, isolation_level="AUTOCOMMIT")
 
 
@@ -94,17 +96,17 @@ def fill(connection: Connection, stock: Stock) -> None:
 
 
 def finish(connection: Connection, finished: int) -> None:
-    """Write the rows of so many jobs that have ended, a second after one another, the first 40 days ago."""
+    """Write the rows of so many ended jobs, one second after one another, the first 40 days ago."""
     connection.execute(_FINISHED, {"finished": finished, "message": message()})
     settle(connection)
 
 
 def settle(connection: Connection) -> None:
-    """What autovacuum would have done by the time that so many rows are there."""
+    """Do the work that autovacuum would have done by the time that so many rows exist."""
     connection.execute(text("VACUUM (ANALYZE) jobs"))
     connection.execute(text("VACUUM (ANALYZE) attempts"))
 
 
 def environment(pair: Pair) -> dict[str, str]:
-    """Of every process that is measured: the servers, and the usual times."""
+    """Return the environment of every measured process: the servers, and the usual times."""
     return {"REDIS_URL": pair.redis_url, "DATABASE_URL": pair.database_url}

@@ -1,4 +1,4 @@
-"""A million jobs of a generator in one call: what the submitter's memory is of them."""
+"""A million jobs of a generator in one call: the growth of the submitter's memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from benchmarks.bench import Bench
 from benchmarks.processes import submitter
 from benchmarks.size.scale import Scale
 
-#: Jobs that the process has submitted before, so that all it loads is there. (It grows for some more chunks.)
+#: Jobs that the process has submitted before, so that everything it needs is loaded. It still grows for some more
+#: chunks.
 FIRST: Final = 10_000
 
 
 def streamed(bench: Bench, scale: Scale) -> dict[str, float]:
-    """There is no worker: all wait, which costs the submitter no less."""
+    """Submit a million jobs with no worker: all wait, which costs the submitter no less."""
     count = scale.of(1_000_000)
     with bench.pair() as pair, submitter("ours", pair) as sender:
         begin = time.monotonic()

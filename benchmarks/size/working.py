@@ -24,11 +24,11 @@ from celery_capacity.routing.recovery import rebuild
 #: Processes of the crowd, and programs that submit.
 PROCESSES: Final = 4
 SUBMITTERS: Final = 2
-#: CPUs of each worker, and seconds that a job of one CPU takes: with 2,000 slots, 10,000 jobs take 40 s at the least,
-#: so that the workers become full, jobs wait, and releases admit.
+#: CPUs of each worker, and seconds that a job of one CPU takes. With 2,000 slots, 10,000 jobs take at least 40 s. So
+#: the workers become full, jobs wait, and releases admit.
 CPUS: Final = 2
 HOLD: Final = 8.0
-#: Heartbeats of each worker that are waited for, in renew intervals.
+#: Heartbeats of each worker to wait for, in renew intervals.
 BEATS: Final = 2.5
 #: Seconds for all jobs to end after the last was submitted.
 PATIENCE: Final = 120.0
@@ -43,7 +43,7 @@ _RUNS: Final = text(
 
 
 def worked(bench: Bench, scale: Scale) -> dict[str, float]:
-    """Every submission is a real `delay()`; each worker has all threads of a real one and no pool."""
+    """Run jobs on a crowd: each submission is a real `delay()`, each worker has all real threads and no pool."""
     workers, jobs = scale.of(1000), scale.of(10_000)
     with bench.pair() as pair:
         engine = engine_of(pair.database_url)
@@ -56,7 +56,7 @@ def worked(bench: Bench, scale: Scale) -> dict[str, float]:
             live = ledger.client.zcard(keys.LEASES)
             bench.say(f"  {live} workers after {registered:.1f} s")
             seconds, violations = _run(bench, pair, engine, ledger, jobs)
-            # Idle now: nothing is admitted, and each beats on.
+            # Idle now: nothing is admitted, and each worker beats on.
             time.sleep(BEATS * ledger.settings.renew_interval)
             report = verify.check(engine, ledger.client, at_rest=True)
             with engine.connect() as connection:
@@ -84,25 +84,29 @@ def worked(bench: Bench, scale: Scale) -> dict[str, float]:
 
 
 def _run(bench: Bench, pair: Pair, engine: Engine, ledger: Ledger, jobs: int) -> tuple[float, int]:
-    """Seconds from the first submission to the last end in Postgres, and violations that were seen meanwhile."""
+    """Return the seconds from the first submission to the last end in Postgres, and the violations until then."""
     violations = 0
-    with submitter("ours", pair) as one, submitter("ours", pair) as other, ThreadPoolExecutor(SUBMITTERS) as threads:
+    with (
+        submitter("ours", pair) as first_sender,
+        submitter("ours", pair) as second_sender,
+        ThreadPoolExecutor(SUBMITTERS) as threads,
+    ):
         begin = time.monotonic()
         share = jobs // SUBMITTERS
         sent = [
             threads.submit(sender.call, "submit", task="bench.noop", count=count)
-            for sender, count in ((one, share), (other, jobs - share))
+            for sender, count in ((first_sender, share), (second_sender, jobs - share))
         ]
         while True:
             with engine.connect() as connection:
                 ended = int(connection.execute(_ENDED).scalar_one())
             if ended == jobs:
                 break
-            if time.monotonic() - begin > PATIENCE + 300 * all(not one.done() for one in sent):
+            if time.monotonic() - begin > PATIENCE + 300 * all(not call.done() for call in sent):
                 raise RuntimeError(f"only {ended} of {jobs} jobs have ended")
-            found = verify.check(engine, ledger.client, at_rest=False, patience=2.0)
-            violations += len(found.lines())
-            for line in found.lines():
+            report = verify.check(engine, ledger.client, at_rest=False, patience=2.0)
+            violations += len(report.lines())
+            for line in report.lines():
                 bench.say(f"  wrong meanwhile: {line}")
             time.sleep(LOOK_EVERY)
         seconds = time.monotonic() - begin

@@ -1,7 +1,7 @@
-"""The folders of the code as a Mermaid diagram, made of the imports: `python -m docs.site.folders`.
+"""The folders of the code as a Mermaid diagram, made from the imports: `python -m docs.site.folders`.
 
-An arrow leads from a folder to one of which it imports, if it does not get there by another arrow already. A test holds
-the page against it.
+An arrow leads from a folder to a folder that it imports, unless other arrows lead there already. A test compares the
+page with the diagram.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LAYERS: Final = ("platform", "workers", "routing")
 
 
 def _folder(module: str) -> str | None:
-    """`workers/submit` for `celery_capacity.workers.submit.sender`; None for a file beside the folders."""
+    """Return `workers/submit` for `celery_capacity.workers.submit.sender`; None for a file beside the folders."""
     parts = module.split(".")
     if parts[:1] != [PACKAGE] or len(parts) < 3 or parts[1] not in LAYERS:
         return None
@@ -31,14 +31,14 @@ def _imports(path: Path) -> Iterator[str]:
 
 
 def arrows() -> dict[str, set[str]]:
-    """The folders of each layer, and of which others of the same layer they import."""
-    found: dict[str, set[str]] = {}
+    """Return the folders of each layer, and for each the other folders of the layer that it imports."""
+    imported: dict[str, set[str]] = {}
     for layer in LAYERS:
         for path in sorted((ROOT / layer).glob("*/*.py")):
-            own = f"{layer}/{path.parent.name}"
-            targets = {_folder(name) for name in _imports(path)} - {own, None}
-            found.setdefault(own, set()).update(name for name in targets if name and name.startswith(f"{layer}/"))
-    return found
+            folder = f"{layer}/{path.parent.name}"
+            targets = {_folder(name) for name in _imports(path)} - {folder, None}
+            imported.setdefault(folder, set()).update(name for name in targets if name and name.startswith(f"{layer}/"))
+    return imported
 
 
 def _reach(graph: Mapping[str, set[str]], start: str) -> set[str]:
@@ -53,7 +53,7 @@ def _reach(graph: Mapping[str, set[str]], start: str) -> set[str]:
 
 
 def _direct(graph: Mapping[str, set[str]], start: str) -> list[str]:
-    """The targets that no other target leads to."""
+    """Return the targets that no other target leads to."""
     return sorted(
         name
         for name in graph[start]
@@ -62,13 +62,13 @@ def _direct(graph: Mapping[str, set[str]], start: str) -> list[str]:
 
 
 def diagram() -> str:
-    """The text of the diagram."""
+    """Return the text of the diagram."""
     graph = arrows()
     lines = ["flowchart TD"]
     for layer in LAYERS:
         lines.append(f"    subgraph {layer}")
-        own = sorted(name for name in graph if name.startswith(f"{layer}/"))
-        lines += [f"        {name.replace('/', '_')}[{name.partition('/')[2]}]" for name in own]
+        names = sorted(name for name in graph if name.startswith(f"{layer}/"))
+        lines += [f"        {name.replace('/', '_')}[{name.partition('/')[2]}]" for name in names]
         lines.append("    end")
     lines += ["    platform --> workers --> routing"]
     for folder in sorted(graph):

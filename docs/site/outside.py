@@ -1,8 +1,8 @@
 """A hook of mkdocs: the pages work in the site as they do in the repository.
 
-- What they link to outside of `docs/` comes into the site. A page names such a file as the repository has it,
-  `../../deploy/redis.acl`; in the site it lies in `repository/`. The changelog and the READMEs become pages, and so do
-  lists of the files of folders.
+- Files outside of `docs/` that a page links to come into the site. A page names such a file by its path in the
+  repository, `../../deploy/redis.acl`. In the site the file lies in `repository/`. The changelog and the READMEs become
+  pages, and so do lists of the files of folders.
 - Anchors are those that GitHub makes of headings.
 """
 
@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 
-#: Pages of the root, and where they are in the site. (A page `README.md` would be the first page of its folder.)
+#: Pages of the root, and their places in the site. A page `README.md` would become the first page of its folder.
 PAGES: Final = {
     "CHANGELOG.md": "CHANGELOG.md",
     "CONTRIBUTING.md": "repository/contributing.md",
@@ -31,17 +31,17 @@ _LINK: Final = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])")
 
 
 def slug(heading: str, _separator: str) -> str:
-    """The anchor of a heading."""
+    """Return the anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _source(page: str) -> str:
-    """Where a page of the site is in the repository."""
+    """Return the path in the repository of a page of the site."""
     return next((source for source, place in PAGES.items() if place == page), f"docs/{page}")
 
 
 def _place(source: str) -> str | None:
-    """Where a file or folder of the repository is in the site; None where it does not come into it."""
+    """Return the place in the site of a file or folder of the repository; None if it is not in the site."""
     if source in PAGES:
         return PAGES[source]
     if source.startswith("docs/"):
@@ -52,7 +52,7 @@ def _place(source: str) -> str | None:
 
 
 def _target(page: str, link: str) -> str | None:
-    """What a page of the site links to, as a path of the repository; None for the rest of the world."""
+    """Return the path in the repository of a link on a page of the site; None for a link to another site."""
     if "://" in link or link.startswith("mailto:"):
         return None
     return normpath(f"{dirname(_source(page)) or '.'}/{link}")
@@ -90,7 +90,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     here = page.file.src_uri
     if here.startswith("repository/") and here not in PAGES.values():
-        return markdown  # made above, and its links with it
+        return markdown  # made above, with its links
 
     def placed(link: re.Match[str]) -> str:
         target = _target(here, link[0])

@@ -1,7 +1,8 @@
-"""The tables before the first release, and the functions that act with their owner's rights.
+"""The tables before the first release, and the functions that run with their owner's rights.
 
-Written out as SQL, and not made from `routing.database.schema`: a revision must go on doing what it did when it was
-applied. A test compares the result with the schema. (Its number is that of the last of the revisions that it replaces.)
+They are written as SQL, and not made from `routing.database.schema`: a revision must always do the work that it did
+when it was applied. A test compares the result with the schema. The revision's number is that of the last of the
+revisions that it replaces.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _TABLES = (
 def upgrade() -> None:
     for name in ("tables", "functions"):
         statements = Path(__file__).with_name(f"{revision}_{name}.sql").read_text(encoding="utf-8")
-        # (The driver takes a percent sign for the place of a value.)
+        # The driver takes a percent sign for a placeholder of a value.
         op.get_bind().exec_driver_sql(statements.replace("%", "%%"))
 
 

@@ -1,6 +1,7 @@
-"""The function that notes a chord means the platform's tables, whatever its caller has put in front of them.
+"""The function `note_chord` uses the platform's tables, whatever its caller has put in front of them.
 
-It acts with its owner's rights. With a temporary table `chords` a caller could have run a trigger of its own by these.
+The function runs with its owner's rights. With a temporary table `chords`, a caller could otherwise run a trigger of
+its own with these rights.
 """
 
 from __future__ import annotations
