@@ -1,4 +1,4 @@
-"""Turns and the numbers made from them."""
+"""Turns of both sides, and the numbers made from them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Beat's schedule of the platform: by default heartbeat every 30 s, sweep every 10 s, reconcile every 300 s.
 
 The settings may change these intervals. The entries themselves are `workers.broker.beat_messages.beat_entries`, because
-apps that `install` the platform have them too. Here is only an addition of the platform's own app: a line in beat's log
-for each entry, because beat does not log its ticks.
+apps that `install` the platform have them too. Here is only an addition of the platform's own app: at its start, beat
+logs a line for each entry.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group of such commands."""
+    """A group of commands, whose help ends with examples."""
 
     def __init__(self, *arguments: Any, examples: Examples = (), **options: Any) -> None:
         super().__init__(*arguments, **options)
