@@ -64,7 +64,7 @@ def harmless(text: str) -> str:
 
 
 class OutputLost(Exception):
-    """Standard output or error cannot be written although a reader may be there: its disk is full."""
+    """Standard output or error cannot be written although it has a reader: its disk is full."""
 
 
 @contextmanager
@@ -157,7 +157,7 @@ class Meter:
     name: str
     value: float
     total: float
-    text: str  # text behind the bar, such as "64/72 CPUs"
+    text: str  #: text behind the bar, such as "64/72 CPUs"
 
 
 class Meters(AbstractContextManager["Meters"]):

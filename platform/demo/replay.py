@@ -89,7 +89,7 @@ class Report:
     summary: trace.Summary
     workers: tuple[WorkerLine, ...]
     doubled: tuple[int, ...]
-    delay: float  # seconds by which the most delayed submission missed its time
+    delay: float  #: seconds by which the most delayed submission missed its time
     invariants: verify.Report
 
     @property
