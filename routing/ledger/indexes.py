@@ -1,8 +1,5 @@
 """The indexes of the ledger beside the whole ones: the workers that have a resource, by their free CPUs, and the shapes
 that ask for one. How they stand in Redis, and what of it is not as books and backlog say.
-
-A process of a version before these indexes keeps the whole ones alone. Of a worker whose process does not know them
-(`ledger:indexed`) only its place in the whole one is judged.
 """
 
 from __future__ import annotations
@@ -24,11 +21,12 @@ WHOLE = ""
 
 @dataclass(slots=True)
 class Indexes:
-    """`free`: worker -> resource -> free millicores; `leases`: of workers whose processes know the indexes of
-    resources; `shapes`: resource -> shape -> order of its first job."""
+    """Places as Redis has them.
+
+    `free`: worker -> resource -> free millicores. `shapes`: resource -> shape -> order of its first job.
+    """
 
     free: dict[str, dict[str, int]] = field(default_factory=dict)
-    leases: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -46,7 +44,6 @@ def read_places(client: redis.Redis, workers: Iterable[str]) -> dict[str, list[s
 def ask(pipe: Any, worker: str, places: Iterable[str]) -> None:
     """Read with a worker's book, in one transaction, how it stands in these indexes and the whole one; `note` is given
     the replies."""
-    pipe.zscore(keys.INDEXED, worker)
     pipe.zscore(keys.FREE, worker)
     for resource in places:
         pipe.zscore(keys.free_of(resource), worker)
@@ -54,9 +51,6 @@ def ask(pipe: Any, worker: str, places: Iterable[str]) -> None:
 
 def note(indexes: Indexes, worker: str, places: Iterable[str], replies: Iterator[Any]) -> None:
     """The replies to what `ask` asked."""
-    lease = next(replies)
-    if lease is not None:
-        indexes.leases[worker] = int(lease)
     scores = {resource: next(replies) for resource in (WHOLE, *places)}
     indexes.free[worker] = {resource: int(score) for resource, score in scores.items() if score is not None}
 
@@ -79,11 +73,9 @@ def wrong_places(indexes: Indexes, books: Mapping[str, WorkerBook]) -> Iterator[
         own = None if book is None else replace(book.to_policy(0), admitting=book.status == "ready")
         room = 0 if own is None else own.free(CPUS)
         expected = {} if own is None or not own.open else dict.fromkeys((WHOLE, *own.places), room)
-        known = book is None or indexes.leases.get(worker) == book.lease
-        only = own is not None and own.capacity.get(ONLY_LABELLED) and own.places
-        if WHOLE in expected and only and (known or found.get(WHOLE) == -1):
+        if WHOLE in expected and own is not None and own.capacity.get(ONLY_LABELLED) and own.places:
             expected[WHOLE] = -1
-        for resource in sorted(found.keys() | expected.keys() if known else {WHOLE}):
+        for resource in sorted(found.keys() | expected.keys()):
             if found.get(resource) != expected.get(resource):
                 place = "the index" if resource == WHOLE else f"the index of {resource}"
                 yield f"worker {worker} has {room} free and stands as {found.get(resource)} in {place}"

@@ -7,7 +7,6 @@
 | `ledger:free` | sorted set | worker, free millicores; only workers that may be admitted to |
 | `ledger:free:<resource>` | sorted set | the same; only workers that have a resource which not every worker has |
 | `ledger:leases` | sorted set | worker, end of its lease (ms) |
-| `ledger:indexed` | sorted set | the same; only workers whose processes know of `ledger:free:<resource>` |
 | `ledger:held:<worker>` | hash | job, token of the attempt that holds an allocation there |
 | `ledger:missing:<worker>` | hash | attempt (`<job> <token>`) held there that its last list lacked, since when (ms) |
 | `ledger:job:<id>` | hash | one job; of one that ended a tombstone |
@@ -55,7 +54,6 @@ KEYS: Final = {
     "free": "ledger:free",
     "free_of": "ledger:free:",
     "leases": "ledger:leases",
-    "indexed": "ledger:indexed",
     "held": "ledger:held:",
     "missing": "ledger:missing:",
     "job": "ledger:job:",
@@ -79,7 +77,6 @@ KEYS: Final = {
 EPOCH: Final = KEYS["epoch"]
 FREE: Final = KEYS["free"]
 LEASES: Final = KEYS["leases"]
-INDEXED: Final = KEYS["indexed"]
 SHAPES: Final = KEYS["shapes"]
 UNCLAIMED: Final = KEYS["unclaimed"]
 STREAM: Final = KEYS["stream"]

@@ -159,10 +159,8 @@ def check_books(ledger: Ledger, workers: set[str], resources: set[str], result: 
 
 
 def _indexed(ledger: Ledger) -> set[str]:
-    """The workers that have a lease, as they or others know it, or a place in the index. (Whoever opens a book gets a
-    lease in the same step; a version before `ledger:indexed` takes nobody out of that.)"""
-    known = (keys.FREE, keys.LEASES, keys.INDEXED)
-    return {snapshot.text(name) for key in known for name in ledger.client.zrange(key, 0, -1)}
+    """Return the workers with a lease or a place in the index. A new book gets its lease in the same step."""
+    return {snapshot.text(name) for key in (keys.FREE, keys.LEASES) for name in ledger.client.zrange(key, 0, -1)}
 
 
 def _check_total(ledger: Ledger, workers: set[str], result: Reconciled) -> bool:

@@ -164,7 +164,7 @@ def standing(ledger: Ledger) -> dict[bytes, Any]:
             times = (b"lease", b"entry", b"admitted", b"opened") if key != keys.COUNTERS.encode() else ()
             found[key] = {name: value for name, value in fields.items() if name not in times}
         elif kind == b"zset":
-            timed = key.decode() in (keys.LEASES, keys.INDEXED, keys.UNCLAIMED)
+            timed = key.decode() in (keys.LEASES, keys.UNCLAIMED)
             found[key] = client.zrange(key, 0, -1, withscores=not timed)
             found[key] = sorted(found[key]) if timed else found[key]
         elif kind == b"list":

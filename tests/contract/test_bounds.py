@@ -177,7 +177,7 @@ class Flood:
 
     def workers(self) -> None:
         """Workers in the indexes, with room and without books."""
-        for key, score in ((keys.FREE, 64_000), (keys.free_of("gpus"), 64_000), (keys.LEASES, 0), (keys.INDEXED, 0)):
+        for key, score in ((keys.FREE, 64_000), (keys.free_of("gpus"), 64_000), (keys.LEASES, 0)):
             self._build("ZADD", key, beside=score)
 
     def held(self) -> None:

@@ -18,9 +18,9 @@ from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.amounts import labels
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Admission, Book, Waiting, choose, order
+from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, order
 from tests.contract.test_admission import ON_A_SERVER, delivered, file, passes, write
-from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger, write_book
+from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
 
 ROOM: Final = {"cpus": 4000, "memory": 8, "slots": 4}
 ONE: Final = Request.of({"cpus": 1000})
@@ -135,7 +135,6 @@ def test_a_worker_that_is_closed_or_leaves_stands_in_no_index(ledger: Ledger) ->
     register("celery", "mail", life="next")
     assert ledger.leave("w", "next") == 0
     assert standing() == []
-    assert ledger.client.zcard(keys.INDEXED) == 0
 
 
 # -- a job for a worker
@@ -202,39 +201,10 @@ def test_of_more_shapes_than_a_page_a_worker_takes_what_the_policy_says_in_its_o
     assert delivered(ledger.client, "queue") == passes(Book("w", {**capacity, **labels(queues)}, {}), backlog)
 
 
-# -- beside a version that knows the whole indexes alone
+# -- beside an index that is damaged
 
 
-@pytest.mark.parametrize("what", RARE)
-def test_what_a_version_before_keeps_is_found_in_the_whole_index(ledger: Ledger, what: str) -> None:
-    most, one, request = RARE[what]
-    write(ledger, [])
-    books = crowd(2 * CANDIDATES, most, one)
-    for book in books:
-        write_book(ledger, book, by_this_version=False)
-    assert choose(request, books, len(books)) == Admission("x")
-    assert ledger.submit("one", request.shape, order(0, 1), MESSAGE).worker == "x"
-    assert ledger.submit_many([("two", request.shape, order(0, 2), MESSAGE, 0, 0, 0)]) == 1
-    assert ledger.client.hget(keys.job("two"), "worker") == b"x"
-    # Its heartbeat by this version puts it into the indexes, and after those of the others nobody looks elsewhere.
-    for book in books:
-        assert ledger.renew(book.worker, f"{book.worker}-life", {}, ["one", "two"], MOST_LOSSES).known
-    before = commands(ledger, lambda: ledger.submit("three", request.shape, order(0, 3), MESSAGE))
-    assert ledger.client.hget(keys.job("three"), "worker") == b"x"
-    assert before["cmdstat_hmget"] <= 4, before
-
-
-def test_one_worker_of_a_version_before_is_found_among_others(ledger: Ledger) -> None:
-    mail = labels(["celery", "mail"])
-    new, old = Book("new", {**ROOM, **mail}, {}), Book("old", {**ROOM, **mail}, {})
-    write(ledger, [new])
-    write_book(ledger, old, by_this_version=False)
-    shape = ONE.within("mail").shape
-    took = [ledger.submit(f"job-{n}", shape, order(0, n), MESSAGE).worker for n in range(9)]
-    assert took == [*["new"] * 4, *["old"] * 4, None]
-
-
-def test_whom_a_version_before_closed_is_not_admitted_to(ledger: Ledger) -> None:
+def test_worker_outside_the_whole_index_is_not_admitted_to(ledger: Ledger) -> None:
     write(ledger, crowd(0, {}, labels(["celery", "mail"])))
     ledger.client.hset(keys.book("x"), "status", "draining")
     ledger.client.zrem(keys.FREE, "x")
@@ -242,21 +212,10 @@ def test_whom_a_version_before_closed_is_not_admitted_to(ledger: Ledger) -> None
     assert ledger.submit("job", ONE.within("mail").shape, order(0, 1), MESSAGE).state == "waiting"
 
 
-def test_room_that_a_version_before_gave_back_is_found_after_the_next_heartbeat(ledger: Ledger) -> None:
+def test_heartbeat_puts_its_worker_into_its_indexes(ledger: Ledger) -> None:
     write(ledger, crowd(0, {}, labels(["mail"])))
     index = keys.free_of("queue:mail")
     ledger.client.zadd(keys.FREE, {"x": 4000})
     ledger.client.zrem(index, "x")
     assert ledger.renew("x", "x-life", {}, [], MOST_LOSSES).known
     assert (ledger.client.zscore(index, "x"), ledger.client.zscore(keys.FREE, "x")) == (4000, -1)
-
-
-def test_what_a_version_before_filed_is_taken_by_a_release(ledger: Ledger) -> None:
-    write(ledger, [])
-    ledger.register("w", "life", "queue", Capacity.of(ROOM).shape, VIEW)
-    first = [ledger.submit(f"first-{n}", ONE.shape, order(0, n), MESSAGE).worker for n in range(4)]
-    assert first == ["w"] * 4
-    assert ledger.submit("job", ONE.shape, order(0, 9), MESSAGE).state == "waiting"
-    ledger.client.delete(keys.shapes_of("queue:celery"))
-    ledger.settle("w", "life", ended=[Ended("first-0", "1.1", "succeeded")], most_losses=MOST_LOSSES)
-    assert ledger.client.hget(keys.job("job"), "worker") == b"w"

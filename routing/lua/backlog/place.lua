@@ -1,14 +1,13 @@
 #!lua flags=allow-oom
 -- Does: looks for a worker for the first waiting job of a shape, among the candidates after a cursor, and admits it.
 -- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed, view,
---   allocated, allocated_cpus, kept, indexed, leases
--- ARGV: epoch, run_id, shape, cursor_score, cursor_worker (both '' to begin; '*' before the score: in the whole index)
+--   allocated, allocated_cpus, kept
+-- ARGV: epoch, run_id, shape, cursor_score, cursor_worker (both '' to begin)
 -- Replies: {admitted, job, worker, attempt} | {more, cursor_score, cursor_worker} | {none} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read, and LIMIT.most places of jobs that do not wait are passed
 -- Repeat: harmless: the job that was admitted waits no longer, the next one is looked at
 local epoch, run_id, shape = ARG.epoch, ARG.run_id, ARG.shape
 local cursor_score, cursor_worker = ARG.cursor_score, ARG.cursor_worker
-local whole = string.sub(cursor_score, 1, 1) == '*'
 
 local no = refused(epoch, run_id)
 if no then
@@ -20,14 +19,14 @@ local head = redis.call('ZRANGE', KEY.wait .. shape, 0, 0)[1]
 if not head then
   return {'none'}
 end
-local index, at, start = whole and KEY.free or index_for(amounts), whole and string.sub(cursor_score, 2) or cursor_score, nil
+local index, start = index_for(amounts), nil
 if cursor_worker == '' then
   start = redis.call('ZCOUNT', index, '-inf', '(' .. int(amounts.cpus or 0))
-elseif redis.call('ZSCORE', index, cursor_worker) == at then
+elseif redis.call('ZSCORE', index, cursor_worker) == cursor_score then
   start = redis.call('ZRANK', index, cursor_worker) + 1
 else
   -- The worker at the cursor moved meanwhile: begin again with those that have as much as it had.
-  start = redis.call('ZCOUNT', index, '-inf', '(' .. at)
+  start = redis.call('ZCOUNT', index, '-inf', '(' .. cursor_score)
 end
 local found = redis.call('ZRANGE', index, start, start + LIMIT.candidates - 1)
 local book = first_with_room(index, found, epoch, now, amounts)
@@ -59,9 +58,6 @@ if book then
   return admitted or {'more', cursor_score, cursor_worker}
 end
 if #found == LIMIT.candidates then
-  return {'more', (whole and '*' or '') .. redis.call('ZSCORE', index, found[#found]), found[#found]}
-end
-if lacks_some(index, now) then
-  return {'more', '*', ''}
+  return {'more', redis.call('ZSCORE', index, found[#found]), found[#found]}
 end
 return {'none'}

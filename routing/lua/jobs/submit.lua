@@ -1,10 +1,9 @@
 -- Does: admits a job whose row is durable to the best worker and delivers it, or files it in the backlog.
 -- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed, view,
---   allocated, allocated_cpus, indexed, leases, carried
+--   allocated, allocated_cpus, carried
 -- ARGV: epoch, run_id, deadline (ms of the server), job, shape, order, message, attempt (admissions so far), losses, submitted (ms),
 --   rerun (0: its first lost attempt ends it), digest (of the message)
--- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when every candidate was looked at,
---   '*' for the score: go on in the whole index)
+-- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when every candidate was looked at)
 --   | {exists, state (of its key, or carried)} | {late, now (ms)} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read, and a command for each resource and queue that the chosen worker has
 --   and not every worker does; independent of the number of workers and of waiting jobs

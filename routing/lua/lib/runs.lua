@@ -49,5 +49,5 @@ local function search(run, epoch, now)
   if looked_at == LIMIT.candidates then
     return nil, redis.call('ZSCORE', index, last), last
   end
-  return nil, lacks_some(index, now) and '*' or '', ''
+  return nil, '', ''
 end

@@ -18,13 +18,6 @@ local function index_for(amounts)
   return first and KEY.free_of .. first or KEY.free
 end
 
--- Does an index lack workers? Those that a version before it keeps stand in the whole one alone. (Whoever renews a lease
--- says whether it knows the others.)
-local function lacks_some(index, now)
-  return index ~= KEY.free
-    and redis.call('ZCOUNT', KEY.leases, int(now), '+inf') > redis.call('ZCOUNT', KEY.indexed, int(now), '+inf')
-end
-
 -- What admission asks of a book: the fields for these amounts, always in the same order. (Not `places`, which may be as
 -- long as the names of a hundred queues: it is read of the one that is chosen.)
 local function asked_fields(amounts)
@@ -62,8 +55,8 @@ local function with_room(worker, epoch, now, amounts, fields, names, labelled)
   return book
 end
 
--- The first of some candidates from an index that has room: its book, or nil. (A version before the other indexes takes
--- workers out of the whole one alone: who does not stand there may not be admitted to.)
+-- The first of some candidates from an index that has room: its book, or nil. A worker outside the whole index admits
+-- nothing, though a damaged index of a resource may still list it.
 local function first_with_room(index, candidates, epoch, now, amounts)
   local fields, names, labelled = asked_fields(amounts)
   for _, worker in ipairs(candidates) do

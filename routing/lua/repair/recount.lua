@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: makes a worker's allocations the sum of what it holds, and repairs its places in the indexes and in the sums.
--- KEYS: none; by name: epoch, book, held, job, free, free_of, leases, indexed, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, book, held, job, free, free_of, leases, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, counted (the sum of what it holds, as a shape; '': count here)
 -- Replies: {ok, differed (number of fields)} | {unknown, differed} | {many} where it holds too much to be counted here
 --   | {cold} | {epoch, current}
@@ -24,7 +24,6 @@ local book = read_book(worker, epoch)
 if not book then
   -- Nothing may be admitted to a worker without a book.
   local found = redis.call('ZREM', KEY.free, worker) + redis.call('ZREM', KEY.leases, worker)
-    + redis.call('ZREM', KEY.indexed, worker)
   return {'unknown', int(different + found)}
 end
 local changed = {}
@@ -40,12 +39,10 @@ for name, sum in pairs(sums) do
     different = different + 1
   end
 end
--- Of a worker of a version before the indexes of resources only the whole one is looked at.
-local known, indexes = redis.call('ZSCORE', KEY.indexed, worker), {KEY.free}
-if known and tonumber(known) == book.lease then
-  for _, name in ipairs(resources_of(book)) do
-    indexes[#indexes + 1] = KEY.free_of .. name
-  end
+-- A reserved book has no queue: its worker chooses its places when it registers.
+local indexes = {KEY.free}
+for _, name in ipairs(book.queue ~= '' and resources_of(book) or {}) do
+  indexes[#indexes + 1] = KEY.free_of .. name
 end
 local before = {}
 for i, index in ipairs(indexes) do

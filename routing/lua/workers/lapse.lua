@@ -2,7 +2,7 @@
 -- Does: closes a worker whose lease ran out and, when the grace is over too, takes jobs back as new attempts, of those that
 --   are named. Its book goes when it holds nothing any more.
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, shapes_of, free, free_of,
---   leases, indexed, view, allocated, allocated_cpus
+--   leases, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that: the clock may have
 --   been set meanwhile), most_losses, take (1: take back, 0: say whether it is time), ttl (ms: a lease that ends later than
 --   that from now was written before the clock was set back, and ends then), then for each job: job
@@ -20,16 +20,12 @@ local now = clock()
 local book = read_book(worker, epoch)
 if not book then
   redis.call('ZREM', KEY.leases, worker)
-  redis.call('ZREM', KEY.indexed, worker)
   return {'unknown'}
 end
 if book.lease > now + ttl then
   book.lease = now + ttl
   redis.call('HSET', KEY.book .. worker, 'lease', int(book.lease))
   redis.call('ZADD', KEY.leases, int(book.lease), worker)
-  if redis.call('ZSCORE', KEY.indexed, worker) then
-    redis.call('ZADD', KEY.indexed, int(book.lease), worker)
-  end
 end
 if book.lease > now then
   return {'alive', book.incarnation or ''}
@@ -83,6 +79,5 @@ else
     redis.call('UNLINK', book.queue)
   end
   redis.call('ZREM', KEY.leases, worker)
-  redis.call('ZREM', KEY.indexed, worker)
 end
 return reply

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: closes the book of a worker that holds nothing any more, and removes its private queue.
--- KEYS: none; by name: epoch, book, held, missing, view, leases, indexed, free, free_of
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of
 -- ARGV: epoch, run_id, worker, incarnation
 -- Replies: {ok} | {held, number (of jobs)} | {unknown} | {cold} | {epoch, current}
 -- Cost: constant
@@ -22,5 +22,4 @@ end
 withdraw(worker)
 redis.call('UNLINK', KEY.book .. worker, KEY.missing .. worker, KEY.view .. worker, book[2])
 redis.call('ZREM', KEY.leases, worker)
-redis.call('ZREM', KEY.indexed, worker)
 return {'ok'}

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: opens a worker's book with its capacity (or changes the capacity of this incarnation), and admits what fits.
--- KEYS: none; by name: epoch, book, held, missing, view, leases, indexed, free, free_of, allocated, allocated_cpus, shapes,
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, shapes,
 --   shapes_of, wait, job, unclaimed, counters, stream, kept
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), status (ready, or closed until the
 --   worker has said what it holds and renews), admit (1: go on to admit, 0: this caller may not), counted (the sum of what
@@ -60,7 +60,6 @@ end
 redis.call('HSET', key, unpack(fields))
 redis.call('HDEL', key, 'lapsed')
 redis.call('ZADD', KEY.leases, int(now + ttl), worker)
-redis.call('ZADD', KEY.indexed, int(now + ttl), worker)
 redis.call('DEL', KEY.view .. worker)
 redis.call('HSET', KEY.view .. worker, unpack(ARGV, EACH.first))
 redis.call('HSET', KEY.view .. worker, 'status', status)

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: renews the lease of a worker and its view, and admits what fits.
--- KEYS: none; by name: epoch, book, held, missing, view, leases, indexed, free, free_of, allocated, allocated_cpus, job,
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, job,
 --   unclaimed, counters, stream, wait, shapes, shapes_of, kept
 -- ARGV: epoch, run_id, worker, incarnation, ttl (ms), admit (1: go on to admit, 0: this caller may not), then for each
 --   field of the view: name, value
@@ -31,7 +31,6 @@ if book.lapsed then
   redis.call('HDEL', KEY.book .. worker, 'lapsed')
 end
 redis.call('ZADD', KEY.leases, int(book.lease), worker)
-redis.call('ZADD', KEY.indexed, int(book.lease), worker)
 if #ARGV >= EACH.first then
   redis.call('HSET', KEY.view .. worker, unpack(ARGV, EACH.first))
 end

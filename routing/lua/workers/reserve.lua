@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: gives a worker that has not spoken in this epoch a closed book, so that what it holds is not taken for free.
--- KEYS: none; by name: epoch, book, held, job, leases, indexed, free, free_of
+-- KEYS: none; by name: epoch, book, held, job, leases, free, free_of
 -- ARGV: epoch, run_id, worker, incarnation, capacity (as a shape), counted (the sum of what is held there, as a shape;
 --   '': count here)
 -- Replies: {ok} | {open} where there is a book in this epoch | {many} where too much is held to be counted here | {cold}
@@ -40,5 +40,4 @@ withdraw(worker)
 redis.call('DEL', KEY.book .. worker)
 redis.call('HSET', KEY.book .. worker, unpack(fields))
 redis.call('ZADD', KEY.leases, int(now), worker)
-redis.call('ZREM', KEY.indexed, worker)
 return {'ok'}
