@@ -3,13 +3,13 @@
 ::
 
     PlatformError
-    ├── InvalidRequest       what was asked for is wrong; nothing was written (also a ValueError)
+    ├── InvalidRequest       an amount, a name or an argument is wrong; nothing was written. Also a ValueError
     │   ├── MessageTooLarge  the message has more bytes than are allowed
-    │   └── MessageTooDeep   lists and dicts in it are nested deeper than is allowed
+    │   └── MessageTooDeep   lists and dicts in the message are nested deeper than is allowed
     ├── NotAccepted          the job could not be stored; nothing was written
     │   └── BacklogFull      more jobs wait than are allowed
     ├── OutcomeUnknown       the connection broke around the commit: the job may have been stored
-    ├── PartlyAccepted       of many jobs some were accepted, then one was not
+    ├── PartlyAccepted       some of many jobs were accepted, then one was not
     ├── LeaseLost            this attempt no longer holds its job
     ├── SettingsError        one or more settings are wrong, all of them named
     ├── NotMigrated          the tables are missing or older than the code
@@ -19,13 +19,12 @@
     ├── Unsupported          a feature of Celery that the platform does not offer
     └── IllegalTransition    a job cannot do this in its state
 
-Each error keeps what went wrong (`message`), the offending `value` as text, and what to do (`advice`)
-apart, so that the same object reads well in a traceback, in a terminal and as ``application/problem+json``.
-`reference` is stable: programs may compare it. Passwords in URLs are masked on the way in, so no error can
-leak one.
+Each error keeps its parts separate: the problem (`message`), the offending `value` as text, and the remedy (`advice`).
+So one object reads well in a traceback, in a terminal and as ``application/problem+json``. `reference` is stable:
+programs may compare it. Passwords in URLs are masked on the way in, so no error can leak one.
 
-`cls(*error.args)` makes the error again: it survives pickling between processes, and Celery, which re-builds
-exceptions from JSON that way.
+`cls(*error.args)` makes the error again. So an error survives pickling between processes. It also survives Celery,
+which rebuilds exceptions from JSON in this way.
 """
 
 from __future__ import annotations
@@ -34,30 +33,30 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-#: characters of a value that a message shows; what is longer is cut
+#: characters of a value that a message shows; a longer value is cut
 SHOWN_CHARACTERS = 80
 
-# Up to the next space, once: a search that began anew at each "://" would take hours on a text of nothing else.
+# Reads up to the next space, once. A search that began anew at each "://" would take hours on a text of nothing else.
 _AUTHORITY = re.compile(r"://([^\s:/@?#]*):(\S*)")
 _NEXT_ADDRESS = re.compile(";sentinel(?=://)")
 _PASSWORD_IN_QUERY = re.compile(r"([?&](?:password|passwd|sslpassword|secret|token)=)[^&\s#'\"]*", re.IGNORECASE)
 
 
 def mask_url(text: str) -> str:
-    """The text with the passwords of all URLs in it replaced by ``***``; users, hosts and paths stay."""
-    # Of several addresses that stand together each shows its host.
+    """Return the text with the passwords of all URLs in it replaced by ``***``; users, hosts and paths stay."""
+    # Where several Sentinel addresses stand together, each shows its host.
     each = (_AUTHORITY.sub(_without_password, part) for part in _NEXT_ADDRESS.split(text))
     return _PASSWORD_IN_QUERY.sub(r"\1***", ";sentinel".join(each))
 
 
 def _without_password(found: re.Match[str]) -> str:
-    """To the last "@": a password that holds "@", "/" or ":" unescaped is masked whole."""
+    """Mask a password up to the last "@", so that one with an unescaped "@", "/" or ":" is masked whole."""
     _, at, rest = found[2].rpartition("@")
     return f"://{found[1]}:***@{rest}" if at else found[0]
 
 
 def show(value: object) -> str:
-    """`repr` of a value for a message: passwords masked, at most `SHOWN_CHARACTERS`, never raises."""
+    """Return `repr` of a value for a message: passwords masked, at most `SHOWN_CHARACTERS`. Never raises."""
     try:
         text = repr(value)
     except Exception as error:  # a foreign __repr__ may do anything, and this is already the error path
@@ -67,22 +66,24 @@ def show(value: object) -> str:
 
 
 def storable(text: str, characters: int) -> str:
-    """An error's text as both stores can hold it, its beginning where it is longer: Postgres refuses the character NUL,
-    and no UTF-8 has half a surrogate pair (file names that are not UTF-8 come with such). Passwords in URLs are
-    masked."""
+    """Return an error's text in a form that both stores can hold; of a longer text, its beginning.
+
+    Postgres refuses the character NUL. UTF-8 has no half of a surrogate pair, and file names that are not UTF-8 come
+    with such halves. Passwords in URLs are masked.
+    """
     return mask_url(text)[:characters].replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class PlatformError(Exception):
-    """The base of all errors that the platform raises on purpose; catching it catches nothing else."""
+    """Base of all errors that the platform raises on purpose; catching it catches nothing else."""
 
     #: stable name of the kind of error; programs compare it
     reference: ClassVar[str] = "platform-error"
-    #: what this kind of error is, in one phrase; the message where none is given
+    #: this kind of error in one phrase; also the message where none is given
     title: ClassVar[str] = "the platform cannot do this"
-    #: what to do, where the one who raises has nothing better to say
+    #: remedy for an error that is raised without advice of its own
     default_advice: ClassVar[str] = ""
-    #: status code where the error is answered over HTTP
+    #: status code of an HTTP answer with this error
     status: ClassVar[int] = 500
 
     message: str
@@ -102,7 +103,7 @@ class PlatformError(Exception):
         return f"{self.message}{end} {self.advice}"
 
     def to_problem(self) -> dict[str, Any]:
-        """The error as an RFC 9457 object, the body of an ``application/problem+json`` answer."""
+        """Return the error as an RFC 9457 object, the body of an ``application/problem+json`` answer."""
         problem: dict[str, Any] = {
             "type": f"urn:celery-capacity:error:{self.reference}",
             "title": self.title,
@@ -118,7 +119,7 @@ class PlatformError(Exception):
 
 
 class InvalidRequest(PlatformError, ValueError):
-    """What was asked for is wrong: an amount, a name, an argument. Raised before anything is written."""
+    """An amount, a name or an argument is wrong. Raised before anything is written."""
 
     reference = "invalid-request"
     title = "the request is not valid"
@@ -135,7 +136,7 @@ class MessageTooLarge(InvalidRequest):
 
 
 class MessageTooDeep(InvalidRequest):
-    """Lists and dicts in the arguments or headers are nested too deep: whoever reads them would have to recurse."""
+    """Lists and dicts in the arguments or headers are nested too deep: every reader would have to recurse."""
 
     reference = "message-too-deep"
     title = "the message is nested too deep"
@@ -152,7 +153,7 @@ class NotAccepted(PlatformError):
 
 
 class BacklogFull(NotAccepted):
-    """So many jobs wait already that no more are accepted (PLATFORM_MAX_BACKLOG). Nothing was written."""
+    """Too many jobs wait already, so no more are accepted (PLATFORM_MAX_BACKLOG). Nothing was written."""
 
     reference = "backlog-full"
     title = "the backlog is full"
@@ -184,8 +185,11 @@ class OutcomeUnknown(PlatformError):
 
 
 class PartlyAccepted(PlatformError):
-    """Of jobs that were submitted together the first `accepted` are durable; then one was not, for the reason that is
-    this error's cause. `unknown`: the ids that follow, where the connection broke around their commit."""
+    """Only the first `accepted` of the jobs that were submitted together are durable.
+
+    The next job was not accepted; the reason is this error's cause. `unknown`: the ids of the jobs that follow, where
+    the connection broke around their commit.
+    """
 
     reference = "partly-accepted"
     title = "some of the jobs were accepted"
@@ -206,7 +210,7 @@ class PartlyAccepted(PlatformError):
 
 
 class LeaseLost(PlatformError):
-    """This attempt no longer holds its job: it was taken back, and another attempt may speak for it."""
+    """The attempt no longer holds its job: the job was taken back, and another attempt may speak for it."""
 
     reference = "lease-lost"
     title = "this attempt no longer holds the job"
@@ -215,7 +219,7 @@ class LeaseLost(PlatformError):
 
 
 class SettingsError(PlatformError):
-    """One or more settings are wrong. `problems` has a sentence for each, and the message has them all."""
+    """Some settings are wrong. `problems` has a sentence for each of them, and the message has them all."""
 
     reference = "wrong-settings"
     title = "settings are wrong"
@@ -242,8 +246,10 @@ class SettingsError(PlatformError):
 
 
 class NotMigrated(PlatformError):
-    """The platform's tables are missing in Postgres or older than this version needs; or they, or the ledger, are of a
-    newer format (`routing.model.format_versions`)."""
+    """The platform's tables are missing in Postgres, older than this version needs, or of a newer format.
+
+    The ledger may also be of a newer format (`routing.model.format_versions`).
+    """
 
     reference = "not-migrated"
     title = "Postgres has not been migrated"
@@ -264,7 +270,7 @@ class NoServers(PlatformError):
 
 
 class NameTaken(PlatformError):
-    """A live worker has this name. Two workers of one name would share one book of capacity."""
+    """A live worker has this name. Two workers with one name would share one book of capacity."""
 
     reference = "name-taken"
     title = "a live worker has this name already"
@@ -273,7 +279,7 @@ class NameTaken(PlatformError):
 
 
 class StoreUnavailable(PlatformError):
-    """Redis or Postgres does not answer; nothing can be said about what it holds."""
+    """Redis or Postgres does not answer; nothing can be said about its content."""
 
     reference = "store-unavailable"
     title = "a store does not answer"
@@ -284,8 +290,10 @@ class StoreUnavailable(PlatformError):
 
 
 class Unsupported(PlatformError):
-    """A feature of Celery, a server or a database that the platform does not work with; ignoring it would run the wrong
-    thing, or lose it."""
+    """The platform does not work with this feature of Celery, this server or this database.
+
+    Ignoring the feature would run the wrong thing, or lose it.
+    """
 
     reference = "unsupported"
     title = "this is not supported"
@@ -300,7 +308,8 @@ class IllegalTransition(PlatformError):
     status = 409
 
 
-# The name by which programs import them, and by which a result names the error that it holds, wherever this file lies.
-for _error in [named for named in vars().values() if isinstance(named, type) and issubclass(named, PlatformError)]:
+# Programs import the errors from `celery_capacity`. A result names its error by that module too, wherever this file
+# lies.
+for _error in [value for value in vars().values() if isinstance(value, type) and issubclass(value, PlatformError)]:
     _error.__module__ = "celery_capacity"
 del _error

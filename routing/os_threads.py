@@ -1,13 +1,15 @@
 """Threads of the operating system in a process whose own threads are greenlets (`celery worker -P gevent`).
 
-gevent makes a greenlet of each thread, and greenlets give way to each other only where they wait: a body that computes,
-and a driver that waits in C, would stop the heartbeat beside it. So the threads of the platform stay what they were
-(`Thread`), and what they share with greenlets is made to serve both (`install`):
+gevent makes a greenlet of each thread, and greenlets give way to each other only where they wait. A body that computes,
+or a driver that waits in C, would stop the heartbeat beside it. So the threads of the platform stay threads of the
+operating system (`Thread`). The locks and connections that they share with greenlets are made to serve both
+(`install`):
 
-- locks: a thread waits for gevent's by way of the loop that runs the greenlets, so for as long as one of them computes.
-  `Lock` is the operating system's, for which a thread waits by itself, and for which a greenlet waits without stopping
-  the others. Conditions, events and re-entrant locks are made of it, those of libraries too.
-- connections: a socket belongs to the loop of the thread that made it. `by_thread` keeps a pool's apart.
+- Locks: a thread waits for gevent's lock by way of the loop that runs the greenlets, so for as long as one of them
+  computes. `Lock` is the operating system's. A thread waits for it by itself, and a greenlet waits for it without
+  stopping the others. Conditions, events and re-entrant locks are made of it, those of libraries too.
+- Connections: a socket belongs to the loop of the thread that made it. `by_thread` keeps the connections of a pool
+  apart.
 
 Where gevent has changed nothing, all of this is `threading`, and `install` is never called.
 """
@@ -29,13 +31,13 @@ import redis
 
 
 def is_green() -> bool:
-    """Whether gevent has made greenlets of this process's threads."""
+    """Return True if gevent has made greenlets of this process's threads."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("threading"))
 
 
 def _original(module: Any, name: str) -> Any:
-    """What the standard library has, or had before gevent changed it."""
+    """Return an attribute of a standard library module as it is, or as it was before gevent changed it."""
     if not is_green():
         return getattr(module, name)
     from gevent.monkey import get_original
@@ -48,27 +50,27 @@ _start: Final = _original(_thread, "start_new_thread")
 _ident: Final = _original(_thread, "get_ident")
 _local: Final = _original(_thread, "_local")
 _poll: Final = _original(select, "poll")
-#: Re-entrant locks beside greenlets.
+#: Class of re-entrant locks beside greenlets.
 _Reentrant: Final[Any] = threading._PyRLock  # type: ignore[attr-defined]
-#: Made of what `threading` has for locks; gevent's own belongs to one loop.
+#: Events that are made of the locks of `threading`; gevent's own event belongs to one loop.
 Event: Final[type[threading.Event]] = _original(threading, "Event")
 
-#: Identifiers of the threads that `Thread` started beside greenlets. (Changed by one step at a time.)
+#: Identifiers of the threads that `Thread` started beside greenlets. Each change of the set is one atomic step.
 _threads: Final[set[int]] = set()
-#: Whether `install` was called.
+#: True once `install` was called.
 _installed = False
 
 
 class Lock:
-    """As `threading.Lock`, between greenlets and threads of the operating system."""
+    """Lock like `threading.Lock`, shared by greenlets and threads of the operating system."""
 
     __slots__ = ("__weakref__", "_native", "_owner", "_waiting")
 
     def __init__(self) -> None:
         self._native: Any = _allocate()
-        #: The thread that took it last.
+        #: Identifier of the thread that took the lock last; 0 for none.
         self._owner = 0
-        #: Of greenlets that wait for it, in any thread.
+        #: Waiters of the greenlets that wait for the lock, in any thread.
         self._waiting: deque[Any] = deque()
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
@@ -109,7 +111,7 @@ class Lock:
         self._waiting.clear()
 
     def _hub(self) -> Any:
-        """gevent's loop, where other greenlets of this thread may run meanwhile."""
+        """Return gevent's loop if other greenlets of this thread may run meanwhile, else None."""
         from gevent._hub_local import get_hub_if_exists
         from gevent.exceptions import BlockingSwitchOutError
         from greenlet import getcurrent
@@ -124,11 +126,11 @@ class Lock:
         return hub
 
     def _wait(self, hub: Any, timeout: float) -> bool:
-        """In a greenlet: let the others run until the lock is free."""
+        """Let the other greenlets run until the lock is free; return False if the timeout comes first."""
         from gevent import Timeout
 
         got = False
-        # A loop with nothing to watch ends, and knows nothing of threads that will release the lock.
+        # A loop with nothing to watch ends: it does not know of the threads that will release the lock.
         watched = hub.loop.async_()
         watched.start(_nothing)
         try:
@@ -147,7 +149,7 @@ class Lock:
         self._waiting.append(waiter)
         got = False
         try:
-            # Once more: who released it before this line saw nobody waiting.
+            # Try once more: a release before the append above saw no waiter.
             got = self._native.acquire(False)
             if not got:
                 waiter.get()
@@ -157,7 +159,7 @@ class Lock:
             try:
                 self._waiting.remove(waiter)
             except ValueError:
-                # It was woken; where it goes without the lock, the next one is to look.
+                # A release has woken this waiter. If it leaves without the lock, the next waiter must look.
                 if not got and not self._native.locked():
                     self._wake()
 
@@ -165,17 +167,20 @@ class Lock:
         try:
             waiter = self._waiting.popleft()
         except IndexError:
-            # It saw by itself that the lock is free.
+            # The waiter saw by itself that the lock is free.
             return
         waiter.hub.loop.run_callback_threadsafe(waiter.switch, None)
 
 
 def _nothing() -> None:
-    """What a watcher calls that is never sent anything."""
+    """Do nothing: callback of a watcher that is never sent anything."""
 
 
 def _give_way() -> None:
-    """As gevent's own lock does after a look: who looks again and again lets the holder run."""
+    """Let other greenlets run after a failed attempt, as gevent's own lock does.
+
+    So a caller that tries again and again lets the holder run.
+    """
     from gevent import sleep
     from gevent._hub_local import get_hub_if_exists
     from greenlet import getcurrent
@@ -186,10 +191,12 @@ def _give_way() -> None:
 
 
 class Thread(threading.Thread):
-    """A thread of the platform's: one of the operating system, whatever others are. What it is to run is said by
-    deriving from it, or by `target`, as with `threading.Thread`."""
+    """Thread of the platform, which is always one of the operating system.
 
-    #: Held while it runs beside greenlets.
+    Derive from it, or pass `target`, as with `threading.Thread`.
+    """
+
+    #: Lock that is held while the thread runs beside greenlets.
     _runs: Any = None
 
     def start(self) -> None:
@@ -205,7 +212,7 @@ class Thread(threading.Thread):
     def _live(self) -> None:
         _threads.add(_ident())
         try:
-            # (A stranger to `threading`, which gives it a number.)
+            # `threading` does not know this thread, and gives it a number as its name.
             threading.current_thread().name = self.name
             self.run()
         except BaseException:
@@ -220,7 +227,10 @@ class Thread(threading.Thread):
         return super().is_alive() if self._runs is None else bool(self._runs.locked())
 
     def join(self, timeout: float | None = None) -> None:
-        """Greenlets wait with it: whoever ends a thread of the platform ends the worker."""
+        """Wait until the thread ends.
+
+        The greenlets wait too, which does no harm: a caller that ends a thread of the platform ends the worker.
+        """
         if self._runs is None:
             super().join(timeout)
         elif self._runs.acquire(True, -1 if timeout is None else max(0.0, timeout)):
@@ -228,8 +238,10 @@ class Thread(threading.Thread):
 
 
 def _leave_loop() -> None:
-    """End the loop that gevent made for this thread, if it used a socket: nobody else does, and it has files and a
-    thread of its own."""
+    """End the loop that gevent made for this thread, if the thread used a socket.
+
+    Nobody else ends it, and it has files and a thread of its own.
+    """
     from gevent import _hub_local
 
     hub = _hub_local.get_hub_if_exists()
@@ -238,38 +250,42 @@ def _leave_loop() -> None:
 
 
 def is_apart() -> bool:
-    """Whether this thread is one of the platform's beside greenlets."""
+    """Return True if this thread is one of the platform's beside greenlets."""
     return _ident() in _threads
 
 
 def start_thread(target: Any) -> None:
-    """Run `target` in a thread of the operating system, in a process that called `install` and in one that did not. It
-    may use nothing that gevent has changed."""
+    """Run `target` in a thread of the operating system, whether or not the process called `install`.
+
+    `target` may use nothing that gevent has changed.
+    """
     _start(target, ())
 
 
 def allocate_lock() -> Any:
-    """Return a lock of the operating system: a greenlet that waits for it stops the others."""
+    """Return a lock of the operating system; a greenlet that waits for it stops the others."""
     return _allocate()
 
 
 def poll() -> Any:
-    """`select.poll()`, which in a greenlet lets the others run."""
+    """Return a `select.poll()` that lets other greenlets run while a greenlet waits in it."""
     return _poll() if is_apart() else select.poll()
 
 
 def install() -> None:
-    """Make locks serve threads and greenlets alike, from here on in this process, where gevent was in it first. Threads
-    of the platform that start later are the operating system's."""
+    """Make locks serve threads and greenlets alike from here on, in a process where gevent was first.
+
+    Threads of the platform that start later are the operating system's.
+    """
     global _installed
     for module, names in ((threading, ("Lock", "_allocate_lock")), (_thread, ("allocate_lock",))):
         for name in names:
             setattr(module, name, Lock)
-    # What is there already, and what every thread meets. (Re-entrant ones are on every class that has a property which
-    # kombu keeps; one that is held stays.)
-    for found in gc.get_objects():
-        if type(found) is _Reentrant and found._owner is None:
-            found._block = Lock()
+    # Change the locks that exist already, and those that every thread meets. A re-entrant lock is on every class with a
+    # property that kombu caches. A held lock stays as it is.
+    for instance in gc.get_objects():
+        if type(instance) is _Reentrant and instance._owner is None:
+            instance._block = Lock()
     threading._active_limbo_lock = Lock()  # type: ignore[attr-defined]
     logging._lock = threading.RLock()  # type: ignore[attr-defined]
     for reference in logging._handlerList:  # type: ignore[attr-defined]
@@ -282,7 +298,7 @@ def install() -> None:
 
 
 class _Mine(_local):  # type: ignore[misc, valid-type]
-    """What belongs to one thread of the operating system."""
+    """Idle connections and pools of one thread of the operating system."""
 
     def __init__(self) -> None:
         self.idle: list[Any] = []
@@ -293,7 +309,7 @@ _mine: Final = _Mine()
 
 
 class _ByThread:
-    """In front of a pool of redis-py, which keeps what is not used in a list: each thread has a list of its own."""
+    """Mixin for a pool of redis-py: each thread has its own list of idle connections."""
 
     @property
     def _available_connections(self) -> list[Any]:
@@ -313,7 +329,10 @@ def _by_thread_class(base: type) -> type:
 
 
 def by_thread(client: redis.Redis) -> redis.Redis:
-    """The client, which has no connections yet; beside greenlets each thread then has its own."""
+    """Return the client, whose pool then keeps connections apart by thread beside greenlets.
+
+    The client must not have connections yet.
+    """
     if is_green():
         pool: Any = client.connection_pool
         del pool._available_connections
@@ -324,7 +343,7 @@ def by_thread(client: redis.Redis) -> redis.Redis:
 
 
 def _leave_pools() -> None:
-    """A thread ends: close what only it could use."""
+    """Close the idle connections of a thread that ends; no other thread could use them."""
     for pool in list(_mine.pools):
         pool.disconnect(inuse_connections=False)
     _mine.pools.clear()

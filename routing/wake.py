@@ -1,4 +1,4 @@
-"""Waking a thread or an event loop: a pipe, since writing one byte is safe in any thread and in a signal handler."""
+"""Wake-ups of a thread or an event loop, by a pipe: writing one byte is safe in any thread and in a signal handler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ALL: Final = 4096
 
 
 class Wake:
-    """`set` wakes whoever waits (or whoever reads `fileno`); several sets before that are one."""
+    """Wake-up of a thread in `wait`, or of a loop that watches `fileno`; several `set` before it wakes are one."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
@@ -26,7 +26,7 @@ class Wake:
         try:
             os.write(self._write, b"!")
         except BlockingIOError:
-            # The pipe is full of wake-ups already: one more says nothing new.
+            # The pipe is full of wake-ups already: another one says nothing new.
             return
 
     def clear(self) -> None:
@@ -34,11 +34,11 @@ class Wake:
             while len(os.read(self._read, _ALL)) == _ALL:
                 pass
         except BlockingIOError:
-            # Empty: nothing to clear.
+            # The pipe is empty: there is nothing to clear.
             return
 
     def wait(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds; True when it was woken."""
+        """Wait up to `timeout` seconds; return True if woken."""
         poll = os_threads.poll()
         poll.register(self._read, select.POLLIN)
         woken = bool(poll.poll(max(0, timeout) * 1000))

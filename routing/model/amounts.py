@@ -1,10 +1,9 @@
 """Amounts of resources: integers inside (millicores, bytes, counts), floats and text only at this edge.
 
-A vector of amounts is a tuple of (name, amount) pairs sorted by name, without zeros: one form for equal
-vectors. `cpus` is in millicores, `memory` in bytes, everything else (`gpus`, `slots`, named resources) is a
-count.
+A vector of amounts is a tuple of (name, amount) pairs sorted by name, without zeros. So equal vectors have one form.
+`cpus` is in millicores and `memory` in bytes. Every other amount (`gpus`, `slots`, named resources) is a count.
 
-Every `parse_…` raises `InvalidRequest` with the value and what would be right.
+Every `parse_…` raises `InvalidRequest` with the wrong value and a description of a right one.
 """
 
 from __future__ import annotations
@@ -21,29 +20,29 @@ from celery_capacity.routing.model.identifiers import check_queue_name, check_re
 
 #: millicores in one CPU; nothing finer can be asked for
 MILLICORES = 1000
-#: CPUs, the most that can be asked for or published
+#: CPUs: the largest number that can be asked for or published
 MAX_CPUS = 1_000_000
-#: bytes or pieces. Redis computes in doubles, exact up to 2^53, and the sum of two amounts must stay within
-#: that.
+#: bytes or pieces. Redis computes in doubles, exact up to 2^53, and the sum of two amounts must stay within that.
 MAX_AMOUNT = 2**52
-#: names in one vector; bounds what a script has to compare for one candidate
+#: names in one vector; bounds the comparisons of a script for one candidate
 MAX_NAMES = 16
 
 CPUS, MEMORY, GPUS, SLOTS = "cpus", "memory", "gpus", "slots"
-#: The ledger's own: every worker has one, and an attempt that runs alone on its worker holds it. Nobody else names it.
+#: The ledger's own resource: every worker has one, and an attempt that runs alone on its worker holds it. Only the
+#: ledger names it.
 ALONE = "alone"
-#: The queue that is meant where nobody names one. A shape says nothing of it.
+#: Queue of a job that names no queue. A shape has no label for it.
 DEFAULT_QUEUE = "celery"
-#: Begins the label of any other queue: a job asks for one of it, and a worker that serves the queue has no end of it.
-#: No named resource can be called so.
+#: Prefix of the label of any other queue. A job asks for one piece of the label; a worker that serves the queue has
+#: endlessly many. No named resource can have this prefix.
 LABEL = "queue:"
-#: Published by a worker that does not serve the default queue: it takes only what has a label.
+#: Amount that a worker publishes if it does not serve the default queue: it takes only jobs with a label.
 ONLY_LABELLED = LABEL
-#: Of each label that a worker publishes: more than can be allocated.
+#: Amount of each label that a worker publishes: more than can be allocated.
 ENDLESS = 10**9
 #: labels of one worker; bounds what a script has to read of its book
 MAX_QUEUES = 100
-#: In the JSON of a capacity, the queues of a worker that serves others than the default one.
+#: Key in the JSON of a capacity: the queues of a worker that serves others than the default one.
 QUEUES = "queues"
 #: resources that have their own argument; not allowed as named resources
 STANDARD = (CPUS, MEMORY, GPUS, SLOTS)
@@ -51,7 +50,7 @@ STANDARD = (CPUS, MEMORY, GPUS, SLOTS)
 #: a vector of amounts
 Amounts = tuple[tuple[str, int], ...]
 
-# millicores. Errors of binary sums (0.1 + 0.2) stay far below it, and what somebody means (0.0001 CPUs) far
+# Millicores. Errors of binary sums (0.1 + 0.2) stay far below it, and amounts that somebody means (0.0001 CPUs) far
 # above.
 _FLOAT_NOISE_MILLICORES = 1e-6
 
@@ -79,7 +78,7 @@ def _right_count(what: str) -> str:
 
 
 def _kind(value: object) -> str:
-    """Why a value of the wrong type is refused."""
+    """Return the reason why a value of the wrong type is refused."""
     if isinstance(value, bool):
         return "is a bool"
     if isinstance(value, (str, bytes)):
@@ -88,10 +87,10 @@ def _kind(value: object) -> str:
 
 
 def parse_cpus(value: object, what: str = CPUS) -> int:
-    """CPUs given as int, float or Decimal → millicores.
+    """Return the millicores of a number of CPUs, given as int, float or Decimal.
 
-    Text is refused: "4" from a form or a file is a mistake that a caller should see. A float counts as the
-    multiple of 0.001 that it is meant to be: 0.1 + 0.2 is 300 millicores.
+    Text is refused: "4" from a form or a file is a mistake that a caller should see. A float counts as the multiple of
+    0.001 that it is meant to be: 0.1 + 0.2 is 300 millicores.
     """
     if isinstance(value, bool) or not isinstance(value, (Integral, float, Decimal)):
         _refuse(what, value, f"{_kind(value)}, not a number", _right_cpus(what))
@@ -99,14 +98,14 @@ def parse_cpus(value: object, what: str = CPUS) -> int:
 
 
 def parse_cpus_text(text: str, what: str = CPUS) -> int:
-    """CPUs written as text, in the environment or on a command line ("0.5", "72") → millicores."""
+    """Return the millicores of CPUs written as text, in the environment or on a command line ("0.5", "72")."""
     if not _DECIMAL_TEXT.fullmatch(text.strip()):
         _refuse(what, text, "is not a number of CPUs", _right_cpus(what))
     return _millicores(Decimal(text.strip()), text, what)
 
 
 def _millicores(number: float | Decimal, value: object, what: str) -> int:
-    """`value` is what the person wrote; it stands in the errors."""
+    """Return `number` CPUs as millicores. Errors show `value`, which is in the person's own words."""
     if (isinstance(number, Decimal) and not number.is_finite()) or (
         isinstance(number, float) and not math.isfinite(number)
     ):
@@ -128,7 +127,7 @@ def _float_millicores(number: float) -> int | None:
 
 
 def _decimal_millicores(number: Decimal) -> int | None:
-    """Exact, whatever decimal context the caller has set; None where the number is finer than a millicore."""
+    """Return exact millicores under any decimal context of the caller; None where the number is finer than one."""
     _, digits, exponent = number.as_tuple()
     assert isinstance(exponent, int), "only finite numbers come here"
     while digits and digits[-1] == 0:
@@ -139,10 +138,10 @@ def _decimal_millicores(number: Decimal) -> int | None:
 
 
 def parse_memory(value: object, what: str = MEMORY) -> int:
-    """Memory → bytes: whole bytes, or text with K M G T (powers of 1000) or KiB MiB GiB TiB (of 1024).
+    """Return memory in bytes, from whole bytes or from text with a unit.
 
-    The "B" is optional, and capitals do not matter. A fraction of a byte ("1.1GiB") is rounded up: nobody
-    gets less than was asked for.
+    K M G T are powers of 1000, and KiB MiB GiB TiB are powers of 1024. The "B" is optional, and capitals do not matter.
+    A fraction of a byte ("1.1GiB") is rounded up: no job gets less than it asked for.
     """
     if isinstance(value, str):
         match = _MEMORY_TEXT.fullmatch(value.strip())
@@ -166,7 +165,7 @@ def parse_memory(value: object, what: str = MEMORY) -> int:
 
 
 def parse_count(value: object, what: str) -> int:
-    """A count of pieces (gpus, slots, a named resource) given as int."""
+    """Return a count of pieces (gpus, slots, a named resource), given as int."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         _refuse(what, value, f"{_kind(value)}, not a whole number", _right_count(what))
     count = int(value)
@@ -178,27 +177,27 @@ def parse_count(value: object, what: str) -> int:
 
 
 def parse_count_text(text: str, what: str) -> int:
-    """A count written as text, in the environment or on a command line."""
+    """Return a count written as text, in the environment or on a command line."""
     if not _COUNT_TEXT.fullmatch(text.strip()):
         _refuse(what, text, "is not a whole number", _right_count(what))
     return parse_count(int(text), what)
 
 
 def format_cpus(millicores: int) -> str:
-    """Millicores as a decimal number of CPUs without superfluous zeros: "72", "0.5", "0"."""
+    """Return millicores as a decimal number of CPUs without superfluous zeros: "72", "0.5", "0"."""
     sign = "-" if millicores < 0 else ""
     whole, rest = divmod(abs(millicores), MILLICORES)
     return f"{sign}{whole}" + (f".{rest:03d}".rstrip("0") if rest else "")
 
 
 def cpus_number(millicores: int) -> int | float:
-    """Millicores as the number of CPUs that JSON shows: 72, 0.5, 0."""
+    """Return millicores as the number of CPUs that JSON shows: 72, 0.5, 0."""
     whole, rest = divmod(millicores, MILLICORES)
     return millicores / MILLICORES if rest else whole
 
 
 def format_memory(size: int) -> str:
-    """Bytes for people, in powers of 1024, rounded to one decimal: "2 GiB", "1.5 GiB", "0 B"."""
+    """Return bytes for people, in powers of 1024, rounded to one decimal: "2 GiB", "1.5 GiB", "0 B"."""
     sign, rest = ("-", -size) if size < 0 else ("", size)
     power = 0
     while power + 1 < len(_BINARY_UNITS) and rest >= 1024 ** (power + 1):
@@ -209,7 +208,7 @@ def format_memory(size: int) -> str:
 
 
 def format_amount(name: str, amount: int) -> str:
-    """One amount in words: "4 CPUs", "2 GiB memory", "1 gpu"; named resources by their own name."""
+    """Return an amount in words: "4 CPUs", "2 GiB memory", "1 gpu"; a named resource has its own name."""
     if name == CPUS:
         return f"{format_cpus(amount)} {'CPU' if amount == MILLICORES else 'CPUs'}"
     if name == MEMORY:
@@ -220,12 +219,15 @@ def format_amount(name: str, amount: int) -> str:
 
 
 def canonical(amounts: Mapping[str, int] | Iterable[tuple[str, int]]) -> Amounts:
-    """The one form of a vector: names checked, zeros dropped, sorted by name, at most `MAX_NAMES` names."""
-    given = dict(amounts)
+    """Return the one form of a vector: names checked, zeros dropped, sorted by name.
+
+    Raises `InvalidRequest` for more than `MAX_NAMES` resources, or for more than `MAX_QUEUES` labels.
+    """
+    by_name = dict(amounts)
     kept = []
-    for name in sorted(map(_check_name, given)):
-        amount = given[name]
-        if type(amount) is not int or not 0 <= amount <= MAX_AMOUNT:  # the rule of parse_count, without its price
+    for name in sorted(map(_check_name, by_name)):
+        amount = by_name[name]
+        if type(amount) is not int or not 0 <= amount <= MAX_AMOUNT:  # the rule of parse_count, at less cost
             amount = parse_count(amount, name)
         if amount:
             kept.append((name, amount))
@@ -246,12 +248,15 @@ def canonical(amounts: Mapping[str, int] | Iterable[tuple[str, int]]) -> Amounts
 
 
 def is_label(name: str) -> bool:
-    """Whether an amount is not of a resource, but says which queues a worker serves, or a job is in."""
+    """Return True for the name of a label, which tells the queues of a worker or the queue of a job."""
     return name.startswith(LABEL)
 
 
 def has_index(name: str) -> bool:
-    """Whether not every worker has it: the ledger keeps an index of those that do, and of what waits for it."""
+    """Return True for the name of a resource that not every worker has.
+
+    The ledger keeps an index of the workers that have it, and one of the waiting shapes that ask for it.
+    """
     return name not in (CPUS, MEMORY, SLOTS, ALONE, ONLY_LABELLED)
 
 
@@ -264,40 +269,42 @@ def _check_name(name: object) -> str:
 
 
 def labels(queues: Iterable[str]) -> dict[str, int]:
-    """What a worker that serves these queues publishes of them; nothing where that is the default queue alone."""
+    """Return the labels that a worker of these queues publishes; nothing for the default queue alone."""
     named = {check_queue_name(queue) for queue in queues}
-    found = {LABEL + queue: ENDLESS for queue in named if queue != DEFAULT_QUEUE}
-    return found if DEFAULT_QUEUE in named else {**found, ONLY_LABELLED: 1}
+    labelled = {LABEL + queue: ENDLESS for queue in named if queue != DEFAULT_QUEUE}
+    return labelled if DEFAULT_QUEUE in named else {**labelled, ONLY_LABELLED: 1}
 
 
 def queues_of(amounts: Iterable[str]) -> list[str]:
-    """The queues that a worker serves which publishes (or a job is in which asks for) these names, sorted."""
+    """Return the sorted queues of a worker that publishes these names, or of a job that asks for them."""
     names = set(amounts)
     labelled = [name.removeprefix(LABEL) for name in names if is_label(name) and name != ONLY_LABELLED]
     return sorted(labelled if ONLY_LABELLED in names else [*labelled, DEFAULT_QUEUE])
 
 
 def to_people(amounts: Amounts) -> dict[str, int | float]:
-    """A vector in the units of people, standard resources first: CPUs (also 0) as a number, bytes, counts. Queues are
-    none of these."""
-    given = dict(amounts)
-    people: dict[str, int | float] = {CPUS: cpus_number(given.get(CPUS, 0))}
-    people.update((name, given[name]) for name in STANDARD[1:] if name in given)
+    """Return a vector in the units of people, standard resources first.
+
+    CPUs are a number, also where they are 0. Memory is in bytes, all other amounts are counts. Queues are left out.
+    """
+    by_name = dict(amounts)
+    people: dict[str, int | float] = {CPUS: cpus_number(by_name.get(CPUS, 0))}
+    people.update((name, by_name[name]) for name in STANDARD[1:] if name in by_name)
     people.update((name, amount) for name, amount in amounts if name not in (*STANDARD, ALONE) and not is_label(name))
     return people
 
 
 def from_people(mapping: Mapping[str, Any]) -> dict[str, int]:
-    """What `to_people` made, read back: name → millicores, bytes or count. Not yet canonical."""
+    """Read a mapping of `to_people` back into name → millicores, bytes or count. Not yet canonical."""
     parsers = {CPUS: parse_cpus, MEMORY: parse_memory}
-    found = {
+    parsed = {
         name: parsers.get(name, parse_count)(value, str(name)) for name, value in mapping.items() if name != QUEUES
     }
-    return {**found, **labels(mapping[QUEUES])} if QUEUES in mapping else found
+    return {**parsed, **labels(mapping[QUEUES])} if QUEUES in mapping else parsed
 
 
 def named_resources(value: object, what: str = "resources") -> dict[str, int]:
-    """`resources={"licence": 1}`: checked names → counts; no standard resource among them."""
+    """Return the checked names → counts of `resources={"licence": 1}`; a standard resource is refused."""
     if not isinstance(value, Mapping):
         _refuse(what, value, f"{_kind(value)}, not a mapping", f"{what} must be like {{'licence': 1}}.")
     checked = {}
@@ -308,8 +315,10 @@ def named_resources(value: object, what: str = "resources") -> dict[str, int]:
 
 
 def refuse_standard(name: str, what: str) -> str:
-    """The name, unless it is one of the standard resources, which are never given among the named ones, or the ledger's
-    own."""
+    """Return the name, unless it may not stand among the named resources.
+
+    Raises `InvalidRequest` for a standard resource, and for a name of the ledger's own.
+    """
     if name in (ALONE, QUEUES):
         raise InvalidRequest(
             f"{what} names {name!r}, which the platform uses itself",

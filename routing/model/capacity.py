@@ -1,4 +1,4 @@
-"""What a worker publishes: amounts of resources and the queues that it serves."""
+"""Capacity that a worker publishes: amounts of resources and the queues that it serves."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ from celery_capacity.routing.model.amounts import Amounts
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """`amounts`: (name, millicores | bytes | count) sorted by name, without zeros; see `of`."""
+    """A worker's capacity. `amounts`: (name, millicores | bytes | count) sorted by name, without zeros; see `of`."""
 
     amounts: Amounts
 
     @classmethod
     def of(cls, given: Mapping[str, int]) -> Capacity:
-        """From internal units."""
+        """Make a capacity from amounts in internal units."""
         return cls(_amounts.canonical(given))
 
     @classmethod
     def from_people(cls, mapping: Mapping[str, Any]) -> Capacity:
-        """From the JSON that `to_people` makes."""
+        """Make a capacity from the JSON that `to_people` makes."""
         return cls.of(_amounts.from_people(mapping))
 
     def get(self, name: str) -> int:
-        """The amount of one resource; 0 where the worker has none."""
+        """Return the amount of one resource; 0 where the worker has none."""
         return dict(self.amounts).get(name, 0)
 
     @property
     def shape(self) -> str:
-        """The text of the ledger: "cpus=72000,memory=68719476736,slots=72"."""
+        """Return the text of the ledger: "cpus=72000,memory=68719476736,slots=72"."""
         return ",".join(f"{name}={amount}" for name, amount in self.amounts)
 
     def to_people(self) -> dict[str, Any]:
-        """{"cpus": 72, "memory": 68719476736, "slots": 72}: what Postgres, JSON and pages show; with "queues": [...]
-        where the worker serves others than the default one."""
+        """Return the capacity as Postgres, JSON and pages show it.
+
+        Example: {"cpus": 72, "memory": 68719476736, "slots": 72}. A worker that serves other queues than the default
+        one has "queues": [...] too.
+        """
         people: dict[str, Any] = _amounts.to_people(self.amounts)
         if any(map(_amounts.is_label, dict(self.amounts))):
             people[_amounts.QUEUES] = self.queues
@@ -45,10 +48,10 @@ class Capacity:
 
     @property
     def queues(self) -> list[str]:
-        """The queues that a worker with this capacity serves, by name."""
+        """Return the queues that a worker with this capacity serves, by name."""
         return _amounts.queues_of(dict(self.amounts))
 
     def serving(self, queues: Iterable[str]) -> Capacity:
-        """The same of a worker that serves these queues."""
-        own = {name: amount for name, amount in self.amounts if not _amounts.is_label(name)}
-        return Capacity.of({**own, **_amounts.labels(queues)})
+        """Return this capacity for a worker that serves these queues."""
+        resources = {name: amount for name, amount in self.amounts if not _amounts.is_label(name)}
+        return Capacity.of({**resources, **_amounts.labels(queues)})

@@ -1,7 +1,7 @@
-"""What came from a queue, read with suspicion: anybody who can write to Redis can put anything there.
+"""Envelopes from a queue, read with suspicion: anybody who can write to Redis can put anything there.
 
-An envelope is the JSON object that kombu's virtual transports send (see `routing.model.message`). `read` accepts one
-that kombu can make a message of, and raises `Unreadable` with the reason for everything else.
+An envelope is the JSON object that kombu's virtual transports send (see `routing.model.message`). `read` accepts an
+envelope of which kombu can make a message. For everything else it raises `Unreadable` with the reason.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-#: Levels of lists and objects in an envelope. (A body is text here, whatever is in it.)
+#: Levels of lists and objects in an envelope. The body is text here, whatever is in it.
 MOST_LEVELS: Final = 100
 #: Characters of a delivery tag, an exchange and a routing key.
 NAME_LENGTH: Final = 512
-#: How the bodies of messages are written into JSON.
+#: Encodings in which the bodies of messages are written into JSON.
 ENCODINGS: Final = ("base64", "utf-8", None)
 
-#: What the scripts put at the end of a message: see `tagged` in lua/lib/transitions.lua.
+#: Text before and behind the delivery tag at the end of a message that a script delivers: see `tagged` in
+#: lua/lib/transitions.lua.
 _TAG: Final = b',"delivery_tag":'
 _END: Final = b"}}"
 
 
 class Unreadable(ValueError):
-    """This is no task message; the text says why."""
+    """The bytes are no task message; the error's text says why."""
 
 
 class Envelope(dict[str, Any]):
@@ -34,30 +35,30 @@ class Envelope(dict[str, Any]):
 
     @property
     def tag(self) -> str:
-        found: str = self["properties"]["delivery_tag"]
-        return found
+        tag: str = self["properties"]["delivery_tag"]
+        return tag
 
 
 def read(raw: bytes) -> Envelope:
-    """The envelope in these bytes. Raises `Unreadable`."""
+    """Return the envelope in these bytes. Raises `Unreadable`."""
     try:
-        found = json.loads(raw.decode("utf-8"))
+        decoded = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Unreadable(f"not UTF-8 (at byte {error.start})") from error
     except RecursionError as error:
         raise Unreadable("nested too deep") from error
     except ValueError as error:
         raise Unreadable(f"not JSON: {error}") from error
-    envelope = checked(found)
-    # (Most messages have fewer brackets in all.)
-    if raw.count(b"[") + raw.count(b"{") > MOST_LEVELS and not _is_shallow(found):
+    envelope = checked(decoded)
+    # Count first: most messages have fewer brackets in all than levels are allowed.
+    if raw.count(b"[") + raw.count(b"{") > MOST_LEVELS and not _is_shallow(decoded):
         raise Unreadable("nested too deep")
     envelope.raw = raw
     return envelope
 
 
 def checked(found: object) -> Envelope:
-    """A decoded envelope, if a message can be made of it. Raises `Unreadable`."""
+    """Return a decoded envelope if a message can be made of it. Raises `Unreadable`."""
     if not isinstance(found, dict):
         raise Unreadable(f"JSON, but no message: {_kind(found)}")
     properties = found.get("properties")
@@ -82,7 +83,10 @@ def checked(found: object) -> Envelope:
 
 
 def _is_name(value: object) -> bool:
-    """Whether it can stand in a key. (Printable is no half of a surrogate pair, which no UTF-8 has.)"""
+    """Return True if a value can stand in a key.
+
+    Printable text has no half of a surrogate pair, which UTF-8 cannot hold.
+    """
     return isinstance(value, str) and len(value) <= NAME_LENGTH and value.isprintable()
 
 
@@ -92,15 +96,15 @@ def _kind(value: object) -> str:
 
 
 def _is_shallow(value: object) -> bool:
-    """Whether nothing in it is nested too deep for those who walk through it."""
+    """Return True if no part of a value is nested too deep for code that walks through it."""
     here = [value]
     for _ in range(MOST_LEVELS):
         inside: list[object] = []
-        for one in here:
-            if isinstance(one, Mapping):
-                inside += one.values()
-            elif isinstance(one, list):
-                inside += one
+        for member in here:
+            if isinstance(member, Mapping):
+                inside += member.values()
+            elif isinstance(member, list):
+                inside += member
         if not inside:
             return True
         here = inside
@@ -108,21 +112,25 @@ def _is_shallow(value: object) -> bool:
 
 
 def digest_of(message: bytes) -> str:
-    """What the ledger keeps beside a message, to tell whether what arrives is that. (SHA-1, since nobody but the sender
-    chooses a message, and its digest with it.)"""
+    """Return the digest that the ledger keeps beside a message, to recognize the message when it arrives.
+
+    SHA-1 is enough: only the sender chooses a message, and its digest with it.
+    """
     return hashlib.sha1(message, usedforsecurity=False).hexdigest()
 
 
 def digest(envelope: Envelope) -> str:
-    """The same of what came, without the tag that the script put there. Of what no script made it is a digest that the
-    ledger has not."""
+    """Return the digest of a received message without its delivery tag.
+
+    A forged message gives a digest that the ledger does not know.
+    """
     raw = envelope.raw
     at, tag = _tag_at_end(raw)
     return digest_of(raw[:at] + _END if tag == envelope.tag else b"")
 
 
 def tag_at_end(raw: bytes) -> str:
-    """The tag that a script put at the end of a message, whatever else is in it; '' where there is none."""
+    """Return the tag that a script put at the end of a message, whatever else is in it; '' where there is none."""
     return _tag_at_end(raw)[1]
 
 
@@ -131,7 +139,7 @@ def _tag_at_end(raw: bytes) -> tuple[int, str]:
     if at < 0 or not raw.endswith(_END):
         return -1, ""
     try:
-        # Nothing but the tag may stand there: what follows it in JSON would override what stands before.
+        # Only the tag may stand there: a later key in JSON would override an earlier one.
         tag = json.loads(raw[at + len(_TAG) : -len(_END)])
     except (ValueError, RecursionError):
         return -1, ""

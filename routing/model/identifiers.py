@@ -1,6 +1,6 @@
 """Names that become part of a Redis key, a queue or a file: checked here, before they are used anywhere.
 
-Each function returns the name unchanged or raises `InvalidRequest` with the value and what would be right.
+Each function returns the name unchanged, or raises `InvalidRequest` with the wrong value and the rule for a right one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ MAX_JOB_ID = 255
 #: characters of a queue's name
 MAX_QUEUE_NAME = 100
 
-# Always with fullmatch: "$" would let a newline at the end pass.
+# Used with fullmatch only: "$" would let a newline at the end pass.
 _WORKER_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_WORKER_NAME}}}")
 _RESOURCE_NAME = re.compile(rf"[a-z0-9_.-]{{1,{MAX_RESOURCE_NAME}}}")
 
 
 def check_worker_name(name: object, what: str = "worker name") -> str:
-    """A worker's name: 1 to 100 letters, digits, ``_``, ``.``, ``-``; no ``:``, which parts the keys."""
+    """Check a worker's name: 1 to 100 letters, digits, ``_``, ``.``, ``-``; no ``:``, which divides keys into parts."""
     if isinstance(name, str) and _WORKER_NAME.fullmatch(name):
         return name
     raise InvalidRequest(
@@ -35,7 +35,7 @@ def check_worker_name(name: object, what: str = "worker name") -> str:
 
 
 def check_resource_name(name: object, what: str = "resource name") -> str:
-    """A resource's name: 1 to 64 of small letters, digits, ``_``, ``.`` and ``-``."""
+    """Check a resource's name: 1 to 64 of small letters, digits, ``_``, ``.`` and ``-``."""
     if isinstance(name, str) and _RESOURCE_NAME.fullmatch(name):
         return name
     raise InvalidRequest(
@@ -46,9 +46,11 @@ def check_resource_name(name: object, what: str = "resource name") -> str:
 
 
 def check_queue_name(name: object) -> str:
-    """A queue's name: 1 to 100 printable characters without white space, ``=`` and ``,``, which part the amounts of a
-    shape."""
-    # (See check_job_id about isprintable.)
+    """Check a queue's name: 1 to 100 printable characters without white space, ``=`` and ``,``.
+
+    In a shape, ``=`` and ``,`` separate the amounts.
+    """
+    # See check_job_id about isprintable.
     if isinstance(name, str) and name.isprintable() and 1 <= len(name) <= MAX_QUEUE_NAME and not set(name) & set(" =,"):
         return name
     raise InvalidRequest(
@@ -60,7 +62,7 @@ def check_queue_name(name: object) -> str:
 
 
 def check_job_id(job_id: object) -> str:
-    """A job's id (Celery's task id): 1 to 255 printable characters without any white space."""
+    """Check a job's id (Celery's task id): 1 to 255 printable characters without any white space."""
     # isprintable is false for controls, lone surrogates and every white space except the plain blank.
     if isinstance(job_id, str) and job_id.isprintable() and " " not in job_id and 1 <= len(job_id) <= MAX_JOB_ID:
         return job_id

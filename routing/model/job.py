@@ -1,4 +1,4 @@
-"""A job as it is submitted, its constraints, who publishes it, and how its insert ended."""
+"""A job as it is submitted, its constraints, its publisher, and the result of its insert."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """How many jobs of a task may start. `per_second`: 0 means as many as fit. `said`: as somebody wrote it."""
+    """Rate at which jobs of a task may start. `per_second`: 0 means as many as fit. `said`: as somebody wrote it."""
 
     per_second: float
     said: str
@@ -16,12 +16,12 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Gates:
-    """What a job waits for beside its time and a worker (`routing.store.dependencies`), and what it must not be equal
-    to.
+    """Constraints of a job beside its time and a worker (`routing.store.dependencies`), and its deduplication.
 
-    `key`: '' for none; while another job has it, this one is not accepted. `key_for`: seconds after the first one in
-    which that is so though it has ended. `after`: ids of jobs that must have succeeded; `tolerant`: one that is unknown
-    cancels this job, rather than have it refused. `burst`: for how many seconds of its rate starts are saved up.
+    `key`: while another job has this key, this job is not accepted; '' for none. `key_for`: seconds after the first job
+    with the key in which that holds, though that job has ended. `after`: ids of jobs that must have succeeded.
+    `tolerant`: an unknown id in `after` cancels this job, instead of refusing it. `burst`: seconds of the rate for
+    which starts are saved up.
     """
 
     key: str = ""
@@ -34,7 +34,7 @@ class Gates:
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job as it is submitted. `message` as `routing.model.message` makes it."""
+    """A job as it is submitted. `message` has the form of `routing.model.message`."""
 
     id: str
     name: str
@@ -45,24 +45,24 @@ class NewJob:
     queue: str = "celery"
     retries: int = 0
     nesting: int = 0
-    #: The attempt of the same job that publishes this (a retry); None where nobody says.
+    #: The attempt of the same job that publishes this one (a retry); None where it is not known.
     publisher: int | None = None
-    #: False: its first lost attempt ends it.
+    #: False: the first lost attempt ends the job.
     rerun: bool = True
     root_id: str | None = None
     parent_id: str | None = None
-    #: The job in whose replacement (`Task.replace`) this is a step.
+    #: The job in whose replacement (`Task.replace`) this job is a step.
     replaces: str | None = None
     due_at: datetime | None = None
     expires_at: datetime | None = None
     gates: Gates | None = None
-    #: Its stamped headers as JSON: {name: [values]}. None: it has none.
+    #: The job's stamped headers as JSON: {name: [values]}. None: it has none.
     stamps: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
-    """The attempt that publishes. `incarnation`: the life of its worker."""
+    """The attempt that publishes a job. `incarnation`: the life of the attempt's worker."""
 
     job: str
     epoch: int
@@ -72,9 +72,12 @@ class Publisher:
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """`seq`: the order of submission; None where nothing was inserted: the id existed, or `same_as` is the id of a job
-    that has its key. `epoch`, `authority`: as confirmed by this insert. `starts`: False where it waits for its time, or
-    behind a gate."""
+    """The result of a job's insert.
+
+    `seq`: the order of submission. It is None where nothing was inserted: the id exists, or `same_as` is the id of a
+    job that has the key. `epoch`, `authority`: as confirmed by this insert. `starts`: False where the job waits for its
+    time, or behind a constraint.
+    """
 
     seq: int | None
     epoch: int

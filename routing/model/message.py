@@ -1,11 +1,11 @@
-"""The message of a job as its row keeps it: JSON text that any broker's message can be made of again.
+"""The message of a job as its row keeps it: JSON text from which any broker's message can be made again.
 
 The form is that of kombu's virtual transports, so that on Redis a script can push it as it is::
 
     {"body": <base64>, "content-encoding": ..., "content-type": ..., "headers": {...}, "properties": {...}}
 
-`properties` comes last and never is empty: the text ends with `}}`, and the script that delivers it puts the delivery
-tag there, which is the token of the attempt. The tag is `<job>:<epoch>.<attempt>`.
+`properties` comes last and is never empty, so the text ends with `}}`. The script that delivers the message puts the
+delivery tag there, which is the token of the attempt. The tag is `<job>:<epoch>.<attempt>`.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from uuid import uuid4
 from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, MessageTooLarge
 from celery_capacity.routing.model.nesting import check_headers
 
-#: The header that carries the request: {"shape": ..., "declared": ...}.
+#: Header that carries the request: {"shape": ..., "declared": ...}.
 HEADER: Final = "capacity_request"
-#: In it: the time that the job was put off to, which its task sees as `self.request.eta`.
+#: Key in that header: the time that the job was put off to. Its task sees the time as `self.request.eta`.
 ETA: Final = "eta"
-#: The names of the platform's own messages (ticks): they make no job.
+#: Prefix of the names of the platform's own messages (ticks), which make no job.
 PLATFORM_PREFIX: Final = "platform."
-#: Characters of a token at the most: two numbers of 64 bits. (A longer one was written by nobody of ours.)
+#: Most characters of a token: two numbers of 64 bits. The platform writes no longer one.
 TOKEN_LENGTH: Final = 40
-#: What a template leaves open beside the id and the body, and where it stands.
+#: Fields that a template leaves open beside the id and the body, and the part of the message that has each.
 OPEN: Final = {
     "argsrepr": "headers",
     "kwargsrepr": "headers",
     "origin": "headers",
     "reply_to": "properties",
 }
-#: As `json.dumps` with these separators, which makes an encoder at each call.
+#: Encodes like `json.dumps` with these separators, which would make an encoder at each call.
 _compact: Final = json.JSONEncoder(separators=(",", ":")).encode
-#: What it makes of a text.
+#: Encodes a text as that encoder does.
 _quoted: Final = json.encoder.encode_basestring_ascii
 
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """The delivery tag: which job, and which attempt of it."""
+    """Delivery tag: a job, and the attempt of it."""
 
     job: str
     epoch: int
@@ -56,7 +56,7 @@ class Tag:
 
 
 def parse_tag(text: object) -> Tag | None:
-    """The tag that a script wrote, or None where it is none."""
+    """Return the tag that a script wrote, or None for any other value."""
     if not isinstance(text, str):
         return None
     job, _, token = text.rpartition(":")
@@ -77,8 +77,11 @@ def encode(
     properties: Mapping[str, Any],
     limit: int,
 ) -> bytes:
-    """The text of a message. Raises `InvalidRequest` where its headers are not JSON, `MessageTooLarge` where it has
-    more than `limit` bytes, `MessageTooDeep`."""
+    """Return the text of a message.
+
+    Raises `InvalidRequest` where the headers are not JSON, `MessageTooLarge` where the text has more than `limit`
+    bytes, and `MessageTooDeep`.
+    """
     envelope = {
         "body": _text_of(body),
         "content-encoding": content_encoding,
@@ -105,7 +108,7 @@ def _text_of(body: bytes) -> str:
 
 
 def _check_size(message: bytes, body: bytes, limit: int) -> None:
-    # The body as it is, not as base64 makes it: four characters for three bytes.
+    # Count the body's own bytes; base64 makes four characters of three bytes.
     size = len(message) - (len(body) + 2) // 3 * 4 + len(body)
     if size > limit:
         raise MessageTooLarge(f"the message has {size} bytes, {limit} are allowed", value=size)
@@ -113,14 +116,16 @@ def _check_size(message: bytes, body: bytes, limit: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Messages that differ by their body, by `OPEN` and by their id alone, which is that of their root too. `form`:
-    the text, with a place in Python's form (`%(name)s`) for each of these."""
+    """Messages that differ only in their body, in `OPEN` and in their id, which is that of their root too.
+
+    `form`: the text, with a place in Python's form (`%(name)s`) for each of these.
+    """
 
     form: str
 
     @classmethod
     def of(cls, message: bytes) -> Template:
-        """The template of a message such as `encode` makes."""
+        """Return the template of a message that `encode` could make."""
         envelope, mark = decode(message), uuid4().hex
         headers, properties = envelope["headers"], envelope["properties"]
         envelope["body"] = f"{mark}body"
@@ -131,7 +136,7 @@ class Template:
         return cls(re.sub(f'"{mark}([a-z_]+)"', r"%(\1)s", text))
 
     def fill(self, job: str, body: bytes, limit: int, **opened: str) -> bytes:
-        """The message of another job. `opened`: a value for each of `OPEN`. Raises `MessageTooLarge` as `encode`."""
+        """Return the message of another job. `opened`: a value for each of `OPEN`. Raises `MessageTooLarge`."""
         values = {name: _quoted(value) for name, value in opened.items()}
         values["id"], values["body"] = _quoted(job), f'"{_text_of(body)}"'
         text = (self.form % values).encode("ascii")
@@ -140,7 +145,7 @@ class Template:
 
 
 def decode(message: bytes) -> dict[str, Any]:
-    """The envelope of a stored message."""
+    """Return the envelope of a stored message."""
     envelope = json.loads(message)
     if not isinstance(envelope, dict):
         raise ValueError("a stored message is not an object")
@@ -148,6 +153,6 @@ def decode(message: bytes) -> dict[str, Any]:
 
 
 def body_of(envelope: Mapping[str, Any]) -> bytes:
-    """The body of an envelope as its sender encoded it."""
+    """Return the body of an envelope as its sender encoded it."""
     body: str = envelope["body"]
     return base64.b64decode(body) if envelope["properties"].get("body_encoding") == "base64" else body.encode()

@@ -1,7 +1,7 @@
-"""How deep a message may be nested: checked before anything is written.
+"""Limits on the nesting of a message: checked before anything is written.
 
-Depth is read off the encoded text, without recursion: whoever decodes a deep text recurses, and may not come back. Most
-messages have fewer brackets in all than levels are allowed, which two counts in C decide.
+Depth is read off the encoded text, without recursion. A decoder of a deep text recurses, and may not come back. Most
+messages have fewer brackets in all than levels are allowed; two counts in C decide that.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any, Final
 
 from celery_capacity.routing.errors import MessageTooDeep
 
-#: The content type whose text is looked at.
+#: Content type whose text is examined.
 JSON: Final = "application/json"
 #: Levels of lists and dicts that one argument or one header may have.
 MOST_LEVELS: Final = 50
-#: Levels of what follows a task (its chain, chord and links), where each step takes four to eight. Decoding them
-#: recurses, and Python allows some 1,000.
+#: Levels of the canvas that follows a task: its chain, chord and links, where each step takes four to eight. Decoding
+#: recurses, and Python allows some 1,000 levels.
 MOST_CANVAS_LEVELS: Final = 500
 #: Levels around an argument (the body, then args or kwargs), and around a header (the message, then its headers).
 AROUND: Final = 2
-#: Levels that are taken off at C's speed, one by one; what is left is looked at bracket by bracket.
+#: Levels that are removed one by one, at C's speed; the rest is examined bracket by bracket.
 SHALLOW: Final = 8
-#: Tasks with this prefix are Celery's own (`celery.chord`, `celery.group`): their arguments are a canvas.
+#: Prefix of Celery's own tasks (`celery.chord`, `celery.group`), whose arguments are a canvas.
 CANVAS_PREFIX: Final = "celery."
 
 _LISTS: Final = (list, tuple, set, frozenset)
@@ -41,34 +41,39 @@ def check_body(body: bytes, task: object) -> None:
 
 
 def check_headers(envelope: bytes) -> None:
-    """The same for the headers of a message, in the JSON text of the whole of it."""
+    """Raise `MessageTooDeep` where the headers are nested too deep, in the JSON text of a whole message."""
     levels = max(_levels(envelope), default=0)
     if levels > MOST_LEVELS:
         _refuse("a header", levels)
 
 
 def check_value(value: Any, task: object) -> None:
-    """The same as `check_body`, for a body that is not encoded as JSON: the value itself is walked through."""
+    """Raise `MessageTooDeep` where a body that is not encoded as JSON is nested too deep.
+
+    The value itself is walked through, without recursion.
+    """
     canvas = isinstance(task, str) and task.startswith(CANVAS_PREFIX)
     limit = MOST_CANVAS_LEVELS if canvas else MOST_LEVELS
     level, here = 0, [value]
     while here:
         inside: dict[int, Any] = {}
-        for one in here:
-            members = one.values() if isinstance(one, dict) else one if isinstance(one, _LISTS) else None
+        for item in here:
+            members = item.values() if isinstance(item, dict) else item if isinstance(item, _LISTS) else None
             if members is None:
                 continue
-            # (An empty list is a level too, as it is in the text.)
+            # An empty list is a level too, as it is in the text.
             if level >= limit + AROUND:
                 _refuse("an argument", level + 1 - AROUND)
-            # Once each: what holds the same list twice, which does so too, has twice as many members on each level.
+            # Take each member once. Where each list holds the next one twice, each level has twice as many members.
             inside.update((id(member), member) for member in members)
         level, here = level + 1, list(inside.values())
 
 
 def _levels(document: bytes) -> list[int]:
-    """How deep each member of a JSON array or object is nested, without the levels around an argument; nothing where
-    none can be too deep."""
+    """Return how deep each member of a JSON array or object is nested, without the levels around an argument.
+
+    Return an empty list where no member can be too deep.
+    """
     if document.count(b"[") + document.count(b"{") <= MOST_LEVELS:
         return []
     brackets = shallow = _STRING.sub(b"", document).translate(None, _OTHERS)
@@ -76,7 +81,7 @@ def _levels(document: bytes) -> list[int]:
         shallow = shallow.replace(b"[]", b"").replace(b"{}", b"")
     if not shallow:
         return []
-    depth, deepest, found = 0, 0, []
+    depth, deepest, levels = 0, 0, []
     for bracket in brackets:
         if bracket in b"[{":
             depth += 1
@@ -84,10 +89,11 @@ def _levels(document: bytes) -> list[int]:
         else:
             depth -= 1
             if depth == 1:
-                found.append(deepest - AROUND)
+                levels.append(deepest - AROUND)
                 deepest = 0
-    # What is not closed is no JSON, and refused as such where it is read; it is deep all the same.
-    return [*found, deepest - AROUND] if depth > 0 else found
+    # A text with an open bracket is no JSON, and is refused as such where it is read. Here it counts as deep all the
+    # same.
+    return [*levels, deepest - AROUND] if depth > 0 else levels
 
 
 def _refuse(what: str, levels: int) -> None:

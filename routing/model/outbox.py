@@ -1,8 +1,9 @@
-"""What the end of an attempt leaves to be delivered: results, parts of chords, and messages not yet published.
+"""Outbox of an attempt: the results, chord parts and unpublished messages that its end leaves to be delivered.
 
-It travels with the outcome: from the process of the body to the worker, through the release script into the stream (or
-straight into Postgres), and stands in the row's column `outbox` until it is delivered. So nobody waits for a store that
-is down, a stale attempt's outbox is dropped with its end, and what was accepted is delivered though the worker dies.
+The outbox travels with the outcome: from the process of the body to the worker, and through the release script into the
+stream, or straight into Postgres. It stands in the row's column `outbox` until it is delivered. So nobody waits for a
+store that is down. A stale attempt's outbox is dropped with its end. Accepted results and messages are delivered though
+the worker dies.
 """
 
 from __future__ import annotations
@@ -17,30 +18,32 @@ from typing import Any, Final
 from celery_capacity.routing.model.job import Gates, NewJob, Rate
 
 _TIMES: Final = ("due_at", "expires_at")
-#: The outbox of a job that ended where nobody could say its result (it waited, or was lost with its worker): whoever
-#: delivers it makes one of what the row says.
+#: Outbox of a job that ended where no process could say its result: it waited, or was lost with its worker. The process
+#: that delivers the outbox makes a result of the row.
 UNTOLD: Final = '{"publishes": [], "results": [{"untold": true}]}'
-#: The same of one whose result Celery may have told with the end of another (`routing.insert.replacements`).
+#: Like `UNTOLD`, for a job whose result Celery may have told with another job's end (`routing.insert.replacements`).
 UNLESS_TOLD: Final = '{"publishes": [], "results": [{"untold": true, "unless_told": true}]}'
-#: The same once its result is told, by a process that is no worker: events and signals come from one.
+#: Outbox of such a job once a process that is no worker has told its result: events and signals come from a worker.
 UNANNOUNCED: Final = '{"publishes": [], "results": [{"unannounced": true}]}'
 
 
 @dataclass(slots=True)
 class Outbox:
-    """`publishes`: jobs to be inserted before the outcome. `results`: what the result backend made of results and parts
-    of chords, as JSON values; only `workers.results.backends` looks into them."""
+    """Jobs and results that an attempt leaves to be delivered.
+
+    `publishes`: jobs to be inserted before the outcome. `results`: results and chord parts in the result backend's
+    form, as JSON values; only `workers.results.backends` looks into them.
+    """
 
     publishes: list[NewJob] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
-    #: The attempt has ended its job itself (`routing.store.fencing`). Known between the body's process and the worker
-    #: only.
+    #: The attempt has ended its job itself (`routing.store.fencing`). Only the body's process and the worker know this.
     committed: bool = False
-    #: The attempt has replaced its job (`Task.replace`), and ends by that. Known there only, too.
+    #: The attempt has replaced its job (`Task.replace`), and ends by that. Only these two know this, too.
     replaced: bool = False
-    #: The life of the worker that is delivering this just now: while it lives, nobody else does.
+    #: Incarnation of the worker that delivers this outbox now: while that worker lives, nobody else does.
     by: str = ""
-    #: Bytes of the messages in `publishes`, as far as somebody counted.
+    #: Bytes of the messages in `publishes`, as far as they were counted.
     size: int = 0
 
     def __bool__(self) -> bool:
@@ -50,26 +53,26 @@ class Outbox:
         return Outbox(self.publishes)
 
     def to_text(self) -> str:
-        """As JSON; '' where it is empty."""
+        """Return the outbox as JSON, '' where it is empty."""
         if not (self.publishes or self.results):
             return ""
-        # (In this order: `publishes` looks at the beginning, and whoever asks for `by` at the end.)
-        said = {"by": self.by} if self.by else {}
-        return json.dumps({"publishes": [_job_out(job) for job in self.publishes], "results": self.results, **said})
+        # Keep this order: `publishes` looks at the beginning of the text, and a reader of `by` at its end.
+        worker = {"by": self.by} if self.by else {}
+        return json.dumps({"publishes": [_job_out(job) for job in self.publishes], "results": self.results, **worker})
 
 
 def parse(text: str) -> Outbox:
-    """The outbox of a text that `to_text` made."""
+    """Return the outbox of a text that `to_text` made."""
     if not text:
         return Outbox()
-    found = json.loads(text)
-    if not all(isinstance(note, dict) for note in found["results"]):
+    content = json.loads(text)
+    if not all(isinstance(note, dict) for note in content["results"]):
         raise TypeError("a result in an outbox is no object")
-    return Outbox([_job_in(job) for job in found["publishes"]], list(found["results"]), by=found.get("by", ""))
+    return Outbox([_job_in(job) for job in content["publishes"]], list(content["results"]), by=content.get("by", ""))
 
 
 def publishes(text: str) -> bool:
-    """Whether there is something to be published in the outbox of a text."""
+    """Return True if the outbox of a text has something to publish."""
     return bool(text) and '"publishes": []' not in text[:20]
 
 
@@ -82,12 +85,12 @@ def _job_out(job: NewJob) -> dict[str, Any]:
 
 
 def _job_in(values: Mapping[str, Any]) -> NewJob:
-    found = dict(values)
-    found["message"] = base64.b64decode(found["message"])
+    fields = dict(values)
+    fields["message"] = base64.b64decode(fields["message"])
     for name in _TIMES:
-        found[name] = datetime.fromisoformat(found[name]) if found[name] else None
-    if gates := found.get("gates"):
+        fields[name] = datetime.fromisoformat(fields[name]) if fields[name] else None
+    if gates := fields.get("gates"):
         rate = gates["rate"] and Rate(**gates["rate"])
-        # (There is nobody any more whom a refusal would reach.)
-        found["gates"] = Gates(**{**gates, "after": tuple(gates["after"]), "rate": rate, "tolerant": True})
-    return NewJob(**found)
+        # A refusal would reach nobody any more, so be tolerant.
+        fields["gates"] = Gates(**{**gates, "after": tuple(gates["after"]), "rate": rate, "tolerant": True})
+    return NewJob(**fields)

@@ -1,7 +1,7 @@
-"""What a job needs: a vector of amounts that a worker must have free, all at once.
+"""A job's request: a vector of amounts that a worker must have free, all at once.
 
-A request is immutable and has one form for equal needs, whose text (`shape`) names the set of waiting jobs
-with that request in the ledger.
+A request is immutable and has one form for equal needs. The text of that form (`shape`) names the set of waiting jobs
+with the request in the ledger.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from celery_capacity.routing.model.amounts import (
     Amounts,
 )
 
-#: what `@app.task(…)` and `apply_async(…)` accept
+#: options that `@app.task(…)` and `apply_async(…)` accept
 REQUEST_OPTIONS = (CPUS, MEMORY, GPUS, "resources")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`amounts`: (name, millicores | bytes | count) sorted by name, without zeros; `slots` is always there.
+    """A job's request. `amounts`: (name, millicores | bytes | count) sorted by name, without zeros.
 
-    Make one with `from_options`, `from_people`, `from_shape` or `of`; the constructor takes the canonical
-    form only and raises `InvalidRequest` otherwise.
+    `slots` is always there. Make a request with `from_options`, `from_people`, `from_shape` or `of`. The constructor
+    takes the canonical form only, and raises `InvalidRequest` otherwise.
     """
 
     amounts: Amounts
@@ -56,29 +56,29 @@ class Request:
 
     @classmethod
     def of(cls, given: Mapping[str, int]) -> Request:
-        """From internal units (millicores, bytes, counts); one slot where none is given."""
+        """Make a request from internal units (millicores, bytes, counts); one slot where none is given."""
         return cls(_amounts.canonical({SLOTS: 1, **given}))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], default_cpus: int) -> Request:
-        """From what a person wrote: `REQUEST_OPTIONS`, others are ignored, and None counts as not given.
+        """Make a request from a person's options: `REQUEST_OPTIONS` count, others are ignored.
 
-        `default_cpus`: millicores where `cpus` is not given.
+        None counts as not given. `default_cpus`: millicores where `cpus` is not given.
         """
         return cls.of({CPUS: default_cpus, **_given(options)})
 
     @classmethod
     def from_people(cls, mapping: Mapping[str, Any]) -> Request:
-        """From the JSON that `to_people` makes; `cpus` that are missing are 0."""
+        """Make a request from the JSON that `to_people` makes; missing `cpus` are 0."""
         return cls.of(_amounts.from_people(mapping))
 
     @classmethod
     def from_shape(cls, shape: str) -> Request:
-        """From the text that `shape` makes; other texts of the same request are refused."""
+        """Make a request from the text that `shape` makes; other texts of an equal request are refused."""
         return _from_shape(shape)
 
     def get(self, name: str) -> int:
-        """The amount of one resource; 0 where it is not asked for."""
+        """Return the amount of one resource; 0 where it is not asked for."""
         for asked, amount in self.amounts:
             if asked == name:
                 return amount
@@ -86,49 +86,52 @@ class Request:
 
     @property
     def shape(self) -> str:
-        """The canonical text: "cpus=4000,memory=2147483648,slots=1"."""
+        """Return the canonical text: "cpus=4000,memory=2147483648,slots=1"."""
         return ",".join(f"{name}={amount}" for name, amount in self.amounts)
 
     def merged(self, options: Mapping[str, Any]) -> Request:
-        """This request with a call's options over it: what is given replaces, named resources one by one."""
-        given = _given(options)
-        return Request.of({**dict(self.amounts), **given}) if given else self
+        """Return this request with a call's options over it; each changes amount replaces its own, by name."""
+        changes = _given(options)
+        return Request.of({**dict(self.amounts), **changes}) if changes else self
 
     @property
     def queue(self) -> str:
-        """The queue that a job with this request is in."""
+        """Return the queue that a job with this request is in."""
         return next((name.removeprefix(LABEL) for name, _ in self.amounts if _amounts.is_label(name)), DEFAULT_QUEUE)
 
     def within(self, queue: str) -> Request:
-        """The same of a job in this queue."""
+        """Return this request for a job in `queue`."""
         if queue == self.queue:
             return self
-        own = {name: amount for name, amount in self.amounts if not _amounts.is_label(name)}
-        return Request.of(own if queue == DEFAULT_QUEUE else {**own, LABEL + queue: 1})
+        resources = {name: amount for name, amount in self.amounts if not _amounts.is_label(name)}
+        return Request.of(resources if queue == DEFAULT_QUEUE else {**resources, LABEL + queue: 1})
 
     def to_people(self) -> dict[str, int | float]:
-        """{"cpus": 4, "memory": 2147483648, "slots": 1}: what Postgres, JSON and pages show."""
+        """Return {"cpus": 4, "memory": 2147483648, "slots": 1}: the form that Postgres, JSON and pages show."""
         return _amounts.to_people(self.amounts)
 
     def __str__(self) -> str:
-        """In words: "4 CPUs, 2 GiB memory, 1 licence". The one slot is not worth a word; the queue is not told."""
+        """Return the request in words: "4 CPUs, 2 GiB memory, 1 licence".
+
+        A single slot is not worth a word, and the queue is not told.
+        """
         hidden = (ALONE, CPUS, SLOTS)
         named = [(n, a) for n, a in self.amounts if not (n in hidden or _amounts.is_label(n)) or (n == SLOTS and a > 1)]
         return ", ".join(_amounts.format_amount(n, a) for n, a in [(CPUS, self.get(CPUS)), *named])
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, int]:
-    """The amounts that a person's options set, zeros included."""
-    given: dict[str, int] = {}
+    """Return the amounts that a person's options set, zeros included."""
+    amounts: dict[str, int] = {}
     if options.get(CPUS) is not None:
-        given[CPUS] = _amounts.parse_cpus(options[CPUS])
+        amounts[CPUS] = _amounts.parse_cpus(options[CPUS])
     if options.get(MEMORY) is not None:
-        given[MEMORY] = _amounts.parse_memory(options[MEMORY])
+        amounts[MEMORY] = _amounts.parse_memory(options[MEMORY])
     if options.get(GPUS) is not None:
-        given[GPUS] = _amounts.parse_count(options[GPUS], GPUS)
+        amounts[GPUS] = _amounts.parse_count(options[GPUS], GPUS)
     if options.get("resources") is not None:
-        given.update(_amounts.named_resources(options["resources"]))
-    return given
+        amounts.update(_amounts.named_resources(options["resources"]))
+    return amounts
 
 
 @lru_cache(maxsize=4096)

@@ -1,22 +1,21 @@
 """The states of a job and the one table of its transitions.
 
-What may live here: states, events, the table, and functions that only read it. No clock, no store, no I/O.
-The Lua scripts, the guards of the SQL statements and the diagram in docs/reference/states.md have no edge
-beside this table.
+This module has states, events, the table, and functions that only read it: no clock, no store, no I/O. The Lua scripts,
+the guards of the SQL statements and the diagram in docs/reference/states.md have no edge beside this table.
 
 Three rules hold for every edge:
 
-- A final state has no exit. Whoever comes later was too late, and is told so.
-- An edge out of `admitted` or `running` belongs to an attempt and needs the current token
-  (`Token.CURRENT`): an older attempt is refused, whatever it reports. An edge into an attempt makes or
-  brings a newer token (`Token.NEW`). All other edges compare the state alone (`Token.NONE`).
-- Inside one attempt, `Step` only grows. Postgres is written later than the ledger, from more than one place
-  and sometimes twice; a row takes an entry only if (epoch, attempt, step) is larger than its own, so that
-  neither a late nor a doubled entry does harm.
+- A final state has no exit. A later writer came too late, and is told so.
+- An edge out of `admitted` or `running` belongs to an attempt and needs the current token (`Token.CURRENT`). An older
+  attempt is refused, whatever it reports. An edge into an attempt makes or brings a newer token (`Token.NEW`). All
+  other edges compare the state alone (`Token.NONE`).
+- Inside one attempt, `Step` only grows. Postgres is written later than the ledger, from more than one place and
+  sometimes twice. A row takes an entry only if (epoch, attempt, step) is larger than its own, so a late or a doubled
+  entry does no harm.
 
-Postgres may not have seen a claim when it sees what came after it (the entry was lost with the ledger). So
-whatever ends a running job may also end an admitted one, and `ADOPT` makes a row running that a live worker
-says it runs.
+Postgres may see later entries of an attempt without its claim, when the claim's entry was lost with the ledger. So
+every event that ends a running job may also end an admitted one. `ADOPT` makes a row running when a live worker says
+that it runs the job.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ from celery_capacity.routing.errors import IllegalTransition
 
 
 class State(StrEnum):
-    """Where a job is; the value is what Postgres, JSON and people see."""
+    """Where a job is; the value is the word that Postgres, JSON and people see."""
 
-    #: durable in Postgres, not known to the ledger yet. Left by the sender; after a crash by the duty for
-    #: accepted jobs
+    #: durable in Postgres, not known to the ledger yet. The sender moves the job on; after a crash the duty for
+    #: accepted jobs does
     ACCEPTED = "accepted"
-    #: in the backlog, no worker has room. Left by a release, a registration or the sweep
+    #: in the backlog, no worker has room. A release, a registration or the sweep moves the job on
     WAITING = "waiting"
-    #: must not start before its time, or before its gates are open. Left by the duty for scheduled jobs
+    #: must not start before its time, or before its constraints are met. The duty for scheduled jobs moves it on
     SCHEDULED = "scheduled"
-    #: holds an allocation, its message is in the worker's queue. Left by the claim; after a crash delivered
-    #: again
+    #: holds an allocation, its message is in the worker's queue. The claim moves the job on; after a crash the message
+    #: is delivered again
     ADMITTED = "admitted"
-    #: claimed and started. Left by its end; after the death of its worker by the lapse
+    #: claimed and started. The job's end moves it on; after the death of its worker the lapse does
     RUNNING = "running"
     #: ended by `Task.replace`; the replacement carries the id on and ends the job
     REPLACED = "replaced"
@@ -55,33 +54,33 @@ class State(StrEnum):
     LOST = "lost"
 
 
-#: a job in one of these stays there
+#: final states: a job stays in them
 FINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED, State.LOST})
-#: a job in one of these holds an allocation on a worker
+#: states in which a job holds an allocation on a worker
 HOLDING = frozenset({State.ADMITTED, State.RUNNING})
 
 
 class Event(Enum):
-    """What happens to a job; the value is the word on the edge of the diagram."""
+    """Event that moves a job from state to state; the value is the word on the edge of the diagram."""
 
     FILE = "file"
     SCHEDULE = "schedule"
     ADMIT = "admit"
     CLAIM = "claim"
-    #: a live worker says that it runs this job, and the books do not know
+    #: a live worker says that it runs this job, and the books do not know it
     ADOPT = "adopt"
-    #: by the worker itself: a drain, or its own count says that the job does not fit
+    #: the worker itself hands the job back: it drains, or its own count says that the job does not fit
     HAND_BACK = "hand back"
-    #: from a lost worker or one that does not hold it, into the backlog of a ledger that knows the job
+    #: taken from a worker that is lost or does not hold the job, into the backlog of a ledger that knows the job
     TAKE_BACK = "take back"
-    #: the same, where the ledger does not know the job: it is submitted to the ledger again
+    #: taken in the same way, where the ledger does not know the job: it is submitted to the ledger again
     RESUBMIT = "resubmit"
     #: `Task.retry` without a countdown
     RETRY = "retry"
     #: `Task.retry` with a countdown or an eta
     RETRY_LATER = "retry later"
     REPLACE = "replace"
-    #: the step of a replacement that carries the replaced job's id is published
+    #: the replacement's step that carries the replaced job's id is published
     CONTINUE = "continue"
     SUCCEED = "succeed"
     FAIL = "fail"
@@ -99,7 +98,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.SCHEDULED, Event.ADMIT): State.ADMITTED,
     (State.WAITING, Event.ADMIT): State.ADMITTED,
     (State.ADMITTED, Event.CLAIM): State.RUNNING,
-    # a live worker knows better than books that were lost
+    # a live worker knows better than lost books
     (State.ACCEPTED, Event.ADOPT): State.RUNNING,
     (State.SCHEDULED, Event.ADOPT): State.RUNNING,
     (State.WAITING, Event.ADOPT): State.RUNNING,
@@ -145,7 +144,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 
 
 class Step(IntEnum):
-    """The rank of a transition inside one attempt (the column `jobs.step`); it only grows."""
+    """Rank of a transition inside one attempt (the column `jobs.step`); it only grows."""
 
     #: no attempt was made yet
     NONE = 0
@@ -153,7 +152,7 @@ class Step(IntEnum):
     RUNNING = 2
     #: the attempt ended the job itself, in the transaction of its effect (`routing.store.fencing`); its body goes on
     COMMITTED = 3
-    #: its worker is given up: what the attempt itself would write is refused
+    #: its worker is given up: the attempt's own writes are refused
     GIVEN_UP = 4
     ENDED = 9
     #: ended, and the job is back for another attempt. Above ENDED: a retry's row takes its outcome first,
@@ -166,9 +165,9 @@ class Step(IntEnum):
 
 
 class Token(Enum):
-    """What an edge asks of the one who writes it."""
+    """Token that an edge asks of its writer."""
 
-    #: nothing beside the state
+    #: no token: the state alone is compared
     NONE = "none"
     #: the writer holds the token that the row has
     CURRENT = "current"
@@ -177,7 +176,7 @@ class Token(Enum):
 
 
 def after(state: State) -> Step:
-    """The step of an attempt that its job came into this state by.
+    """Return the step of an attempt by which its job came into this state.
 
     A job without an attempt has `Step.NONE`; between two attempts a job takes `Step.FILED` or `Step.DROPPED`.
     """
@@ -189,11 +188,11 @@ def after(state: State) -> Step:
 
 
 def follow(state: State, event: Event) -> State:
-    """The state that an event leads to; raises `IllegalTransition` where the table has no such edge."""
+    """Return the state that an event leads to. Raises `IllegalTransition` where the table has no such edge."""
     try:
         return TRANSITIONS[state, event]
     except KeyError:
-        possible = ", ".join(known.value for known in events(state)) or "nothing: the state is final"
+        possible = ", ".join(allowed.value for allowed in events(state)) or "nothing: the state is final"
         raise IllegalTransition(
             f"a job that is {state.value} cannot {event.value}",
             value=state.value,
@@ -202,17 +201,17 @@ def follow(state: State, event: Event) -> State:
 
 
 def events(state: State) -> tuple[Event, ...]:
-    """What can happen to a job in this state, in the order of `Event`; empty for a final state."""
+    """Return the events that can happen to a job in this state, in the order of `Event`; none for a final state."""
     return tuple(event for event in Event if (state, event) in TRANSITIONS)
 
 
 def sources(event: Event) -> tuple[State, ...]:
-    """The states in which an event can happen: the guard in the WHERE of the statement that does it."""
+    """Return the states in which an event can happen: the guard in the WHERE of its statement."""
     return tuple(state for state in State if (state, event) in TRANSITIONS)
 
 
 def token_needed(state: State, event: Event) -> Token:
-    """The token that an edge of the table needs; raises `IllegalTransition` where there is no such edge."""
+    """Return the token that an edge of the table needs. Raises `IllegalTransition` where there is no such edge."""
     target = follow(state, event)
     if event in (Event.ADMIT, Event.ADOPT):
         return Token.NEW
@@ -220,7 +219,7 @@ def token_needed(state: State, event: Event) -> Token:
 
 
 def diagram() -> str:
-    """The table as a Mermaid state diagram; edges between the same two states share one arrow."""
+    """Return the table as a Mermaid state diagram; edges between the same two states share one arrow."""
     words: dict[tuple[State, State], list[str]] = {}
     for (state, event), target in TRANSITIONS.items():
         words.setdefault((state, target), []).append(event.value)
