@@ -1,4 +1,4 @@
-"""The folder of the embedded servers, and whether a pair of them runs. Nothing here starts anything."""
+"""Folder of the embedded servers, and the pair that runs there, if any. Nothing here starts anything."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 from celery_capacity.routing.config import process_identity
 from celery_capacity.routing.errors import NoServers
 
-#: the file in the platform's home that names the running pair; written by what starts the servers
+#: file in the platform's home that names the running pair; the process that starts the servers writes it
 SERVERS_FILE = "servers.json"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A running pair of embedded servers. Starts are clock ticks since the boot, None where not recorded."""
+    """A running pair of embedded servers. Starts are in clock ticks since the boot, None where not recorded."""
 
     redis_url: str = field(repr=False)
     database_url: str = field(repr=False)
@@ -35,19 +35,22 @@ class Pair:
 
 
 def default_home(environ: Mapping[str, str], system: str = sys.platform) -> Path:
-    """The user's state folder: XDG_STATE_HOME or ~/.local/state, on macOS ~/Library/Application Support."""
+    """Return the platform's folder in the user's state folder.
+
+    The state folder is XDG_STATE_HOME or ~/.local/state, on macOS ~/Library/Application Support.
+    """
     user = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
     if system == "darwin":
         state = user / "Library" / "Application Support"
     else:
         named = Path(environ.get("XDG_STATE_HOME", ""))
-        # The XDG specification has relative paths ignored: they would name another folder for each caller.
+        # The XDG specification ignores relative paths: they would name another folder for each caller.
         state = named if named.is_absolute() else user / ".local" / "state"
     return state / "celery-capacity"
 
 
 def running_pair(home: Path) -> Pair | None:
-    """The pair that servers.json names, if both processes live and are those that were recorded; else None.
+    """Return the pair that servers.json names if both processes live and are the recorded ones, else None.
 
     Raises `NoServers` where the file is there and cannot be read.
     """
@@ -69,19 +72,19 @@ def running_pair(home: Path) -> Pair | None:
 
 
 def _parse(text: str) -> Pair | None:
-    """A file that is no description of a pair (an old version's, a torn one) describes no running pair."""
+    """Return the pair that a file describes; None for any other file, such as an old version's or a torn one."""
     try:
-        found: Any = json.loads(text)
+        values: Any = json.loads(text)
         return Pair(
-            redis_url=str(found["redis_url"]),
-            database_url=str(found["database_url"]),
-            redis_pid=int(found["redis_pid"]),
-            postgres_pid=int(found["postgres_pid"]),
-            redis_ticks=_ticks(found.get("redis_ticks")),
-            postgres_ticks=_ticks(found.get("postgres_ticks")),
-            boot=found.get("boot"),
-            data=found.get("data"),
-            version=found.get("version"),
+            redis_url=str(values["redis_url"]),
+            database_url=str(values["database_url"]),
+            redis_pid=int(values["redis_pid"]),
+            postgres_pid=int(values["postgres_pid"]),
+            redis_ticks=_ticks(values.get("redis_ticks")),
+            postgres_ticks=_ticks(values.get("postgres_ticks")),
+            boot=values.get("boot"),
+            data=values.get("data"),
+            version=values.get("version"),
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -1,7 +1,7 @@
-"""The capacity of this machine: found, or given by the settings.
+"""Capacity of this machine: detected, or given by the settings.
 
-Reading (`Machine`, which takes another root in tests) and deciding (`publish`, pure) are apart. psutil sees
-the host and not the container, so limits of the cgroups and the CPU affinity come first.
+Reading (`Machine`, which takes another root in tests) and deciding (`publish`, pure) are apart. psutil sees the host
+and not the container, so limits of the cgroups and the CPU affinity come first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NO_LIMIT = 2**60
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit of this process's cgroups: millicores or bytes, and which version of cgroups sets it."""
+    """Limit of this process's cgroups: millicores or bytes, and the version of cgroups that sets it."""
 
     amount: int
     source: str
@@ -42,7 +42,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was read on the machine; None where the system does not say."""
+    """Facts that were read on the machine; None where the system does not say."""
 
     #: CPUs that this process may run on
     affinity: int | None
@@ -58,30 +58,33 @@ class Facts:
 
 @dataclass(frozen=True)
 class Detected:
-    """A capacity, and for each resource in it the word for where the number came from."""
+    """A capacity, and for each resource in it the word for the source of its number."""
 
     capacity: Capacity
     sources: dict[str, str]
 
 
 def default_concurrency(cpus: int) -> int:
-    """Processes of a pool for so many millicores: as many as CPUs, a part of one counting whole."""
+    """Return the processes of a pool for so many millicores: one for each CPU, and for a part of a CPU."""
     return max(1, -(-cpus // MILLICORES))
 
 
 def publish(settings: Settings, facts: Facts, slots: int | None = None) -> Detected:
-    """What is published: settings first, then the tightest limit. `slots` None: `default_concurrency`."""
+    """Return the capacity to publish: settings first, then the tightest limit.
+
+    `slots` None: `default_concurrency`.
+    """
     cpus, cpus_from = _cpus(facts) if settings.cpus is None else (settings.cpus, "PLATFORM_CPUS")
     memory, memory_from = _memory(facts) if settings.memory is None else (settings.memory, "PLATFORM_MEMORY")
-    found = {
+    resources = {
         CPUS: (min(cpus, MAX_CPUS * MILLICORES), cpus_from),
         MEMORY: (min(memory, MAX_AMOUNT), memory_from),
         GPUS: (settings.gpus, "PLATFORM_GPUS"),
         SLOTS: (default_concurrency(cpus), "CPUs") if slots is None else (slots, "pool"),
         **{name: (count, "PLATFORM_RESOURCES") for name, count in settings.resources.items()},
     }
-    capacity = Capacity.of({name: amount for name, (amount, _) in found.items()})
-    return Detected(capacity, {name: found[name][1] for name, _ in capacity.amounts})
+    capacity = Capacity.of({name: amount for name, (amount, _) in resources.items()})
+    return Detected(capacity, {name: resources[name][1] for name, _ in capacity.amounts})
 
 
 def _cpus(facts: Facts) -> tuple[int, str]:
@@ -105,26 +108,26 @@ def detect(
     machine: Machine | None = None,
     queues: Iterable[str] = (DEFAULT_QUEUE,),
 ) -> Detected:
-    """What this machine, or another one, publishes with these settings, so many slots and these queues."""
-    found = publish(settings, (machine or Machine()).read(), slots)
-    return Detected(found.capacity.serving(queues), found.sources)
+    """Return the capacity that this machine, or another one, publishes with these settings, slots and queues."""
+    detected = publish(settings, (machine or Machine()).read(), slots)
+    return Detected(detected.capacity.serving(queues), detected.sources)
 
 
 def describe(detected: Detected) -> str:
-    """One line for the log: "72 CPUs (affinity), 62.8 GiB memory (psutil), 72 slots (pool)"; without the queues."""
-    known = {name: amount for name, amount in detected.capacity.amounts if name in detected.sources}
-    names = [name for name in STANDARD if name in known] + [name for name in known if name not in STANDARD]
-    return ", ".join(f"{format_amount(name, known[name])} ({detected.sources[name]})" for name in names)
+    """Return a line for the log: "72 CPUs (affinity), 62.8 GiB memory (psutil), 72 slots (pool)"; without queues."""
+    amounts = {name: amount for name, amount in detected.capacity.amounts if name in detected.sources}
+    names = [name for name in STANDARD if name in amounts] + [name for name in amounts if name not in STANDARD]
+    return ", ".join(f"{format_amount(name, amounts[name])} ({detected.sources[name]})" for name in names)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Reads `Facts`, files below `root` (another one in tests). A file that cannot be read says nothing."""
+    """Reader of `Facts` from files below `root` (another one in tests). An unreadable file says nothing."""
 
     root: Path = field(default=Path("/"))
 
     def read(self) -> Facts:
-        """Read everything once."""
+        """Read all facts once."""
         return Facts(
             affinity=self.affinity(),
             machine_cpus=psutil.cpu_count() or 1,
@@ -134,11 +137,11 @@ class Machine:
         )
 
     def affinity(self) -> int | None:
-        """CPUs that this process may run on; None where the system has no such call (macOS)."""
+        """Return the CPUs that this process may run on; None where the system has no such call (macOS)."""
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
     def cpu_quota(self) -> Limit | None:
-        """The smallest CPU quota of this process's cgroup and those around it: each of them holds."""
+        """Return the smallest CPU quota of this process's cgroup and those around it: each of them holds."""
         limits = [Limit(quota, "cgroup v2") for quota in map(_quota_v2, self._files("", "cpu.max")) if quota]
         for folder in self._folders("cpu"):
             quota = _number(folder / "cpu.cfs_quota_us")
@@ -148,20 +151,19 @@ class Machine:
         return min(limits, key=lambda limit: limit.amount, default=None)
 
     def memory_limit(self) -> Limit | None:
-        """The smallest memory limit of this process's cgroup and those around it."""
-        found = [(_number(path), "cgroup v2") for path in self._files("", "memory.max")]
-        found += [(_number(path), "cgroup v1") for path in self._files("memory", "memory.limit_in_bytes")]
-        limits = [Limit(size, source) for size, source in found if size is not None and size < _NO_LIMIT]
+        """Return the smallest memory limit of this process's cgroup and those around it."""
+        sizes = [(_number(path), "cgroup v2") for path in self._files("", "memory.max")]
+        sizes += [(_number(path), "cgroup v1") for path in self._files("memory", "memory.limit_in_bytes")]
+        limits = [Limit(size, source) for size, source in sizes if size is not None and size < _NO_LIMIT]
         return min(limits, key=lambda limit: limit.amount, default=None)
 
     def _files(self, controller: str, name: str) -> Iterator[Path]:
         return (folder / name for folder in self._folders(controller))
 
     def _folders(self, controller: str) -> Iterator[Path]:
-        """The folders of this process's cgroup up to the mounted root; "" is the one hierarchy of version 2.
+        """Yield the folders of this process's cgroup up to the mounted root; "" is the one hierarchy of version 2.
 
-        In a container the path may be the host's, and only the root is there: folders that are missing say
-        nothing.
+        In a container the path may be the host's, and only the root is there: missing folders say nothing.
         """
         for mount, inside in self._cgroups(controller):
             path = PurePosixPath(*(part for part in PurePosixPath(inside).parts if part not in ("/", "..")))
@@ -169,7 +171,7 @@ class Machine:
                 yield mount / folder
 
     def _cgroups(self, controller: str) -> Iterator[tuple[Path, str]]:
-        """(mounted root, path inside it), from the lines "id:controllers:path" of /proc/self/cgroup."""
+        """Yield (mounted root, path inside it), from the lines "id:controllers:path" of /proc/self/cgroup."""
         base = self.root / "sys/fs/cgroup"
         for line in _lines(self.root / "proc/self/cgroup"):
             _, _, rest = line.partition(":")
@@ -177,7 +179,7 @@ class Machine:
             if controllers == controller == "":
                 yield base, inside
             elif controller and controller in controllers.split(","):
-                # Mounted under all its names ("cpu,cpuacct") and linked to from each.
+                # The controller is mounted under all its names ("cpu,cpuacct"), and each name is a link to that.
                 yield base / (controller if (base / controller).exists() else controllers), inside
 
 
@@ -189,13 +191,16 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None where there is no file, or a word ("max")."""
+    """Return the number in a file; None where there is no file, or a word ("max")."""
     text = "".join(_lines(path)).strip()
     return int(text) if text.removeprefix("-").isdecimal() else None
 
 
 def _quota_v2(path: Path) -> int | None:
-    """Millicores of a cpu.max ("150000 100000": µs of work per period in µs), rounded down; None: none."""
+    """Return the millicores of a cpu.max, rounded down; None where there is no quota.
+
+    The file has µs of work per period in µs, such as "150000 100000".
+    """
     words = "".join(_lines(path)).split()
     if len(words) != 2 or not all(word.isdecimal() for word in words) or not int(words[1]):
         return None

@@ -1,8 +1,8 @@
-"""Which process a pid means, so that it can be told whether that process is over.
+"""Identity of the process that a pid means, so that it can be told whether that process is over.
 
 A pid alone means little: it is used again, and counts within one namespace of one boot of one kernel. A process is
 known by its *place* (that boot and namespace) and by the tick of the kernel's monotonic clock at which it started. The
-host name and the wall clock prove nothing: cloned machines share the one, and anybody may set the other.
+host name and the wall clock prove nothing: cloned machines share a host name, and anybody may set the clock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 
 import psutil
 
-#: Files that name the machine, as systemd and D-Bus keep it. (Containers often have none, and clones share it.)
+#: Files that name the machine, as systemd and D-Bus keep it. Containers often have none, and clones share them.
 MACHINE_ID_FILES: Final = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 #: The kernel's random id of its boot, and a process's namespaces in which pids and clock ticks count.
 BOOT_ID_FILE: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -27,13 +27,13 @@ SYSCTL_WITHIN: Final = 5.0
 #: Fields of `/proc/<pid>/stat` behind the command's name: the state, and the start in clock ticks since the boot.
 STATE_FIELD: Final = 0
 START_FIELD: Final = 19
-#: States of a process that has ended and was not waited for.
+#: States of a process that has ended and that no parent has waited for.
 ENDED_STATES: Final = ("Z", "X", "x")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a pid counts. `machine` is a digest, which clones share; `boot` is random, and "" where it is unknown."""
+    """Place where a pid counts. `machine` is a digest, which clones share; `boot` is random, "" where unknown."""
 
     machine: str
     boot: str
@@ -49,7 +49,10 @@ def here() -> Place:
 
 
 def machine_id() -> str:
-    """Return a digest of this machine's id, "" where it has none. (The id itself is not to leave its machine.)"""
+    """Return a digest of this machine's id, "" where it has none.
+
+    The id itself is not to leave its machine.
+    """
     for path in MACHINE_ID_FILES:
         try:
             text = path.read_text().strip()
@@ -63,11 +66,11 @@ def machine_id() -> str:
 def boot_id() -> str:
     """Return the id of this boot, a colon, and the namespaces in which this process counts pids and ticks.
 
-    "" where that cannot be told: then nothing is known of any other process.
+    Return "" where that cannot be told: then nothing is known of any other process.
     """
     if not BOOT_ID_FILE.exists():
         return _boot_session()
-    # Where /proc is that of another namespace, its pids are not those of this process.
+    # A /proc of another namespace has pids that are not those of this process.
     if os.readlink("/proc/self") != str(os.getpid()):
         return ""
     spaces = [path.readlink().name for path in NAMESPACES if path.is_symlink()]
@@ -94,7 +97,7 @@ def start_ticks(pid: int) -> int | None:
 def is_over(pid: int, ticks: int | None) -> bool:
     """Return True only if no process of this place has that pid and start. A stopped process is not over.
 
-    Without `ticks` only a pid that nobody has, or that a zombie has, proves it.
+    Without `ticks`, only a pid without a process, or of a zombie, proves it.
     """
     if pid <= 0:
         return True
@@ -129,11 +132,11 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def _is_zombie(pid: int) -> bool:
-    """Return whether the process has ended, where there is no `/proc`."""
+    """Return True if the process has ended, where there is no `/proc`."""
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
-        # Where the kernel hides processes of other users, the signal has shown that there is one.
+        # The kernel may hide processes of other users; the signal has shown that there is one.
         return False
     except psutil.Error:
         return False

@@ -1,6 +1,6 @@
-"""What must not be read in a log, an event or a page: values under names that look secret, and passwords in URLs.
+"""Redaction of logs, events and pages: values under names that look secret, and passwords in URLs, are hidden.
 
-The names decide, not the values: a secret that is given without a name, as a positional argument, looks like any text.
+The names decide, not the values. A secret that is given without a name, as a positional argument, looks like any text.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-#: What stands for a value that is not shown.
+#: Text that stands for a hidden value.
 HIDDEN: Final = "***"
-#: Members of arguments that are looked at: more than the thousand characters of a representation can show.
+#: Members of arguments that are examined: more than the thousand characters of a representation can show.
 MOST_MEMBERS: Final = 1000
-#: Levels of lists and dicts that are looked into, one more than a representation shows.
+#: Levels of lists and dicts that are examined, one more than a representation shows.
 LEVELS: Final = 4
 
 _NAME: Final = re.compile(
@@ -24,17 +24,20 @@ _PLAIN: Final = (str, int, float, type(None))
 
 
 def looks_secret(name: object) -> bool:
-    """Whether a value of this name is not to be shown."""
+    """Return True if a value of this name must not be shown."""
     return isinstance(name, str) and _NAME.search(name) is not None
 
 
 def hidden(arguments: Any) -> Any:
-    """The arguments as they may be shown: the same object where nothing is to be hidden, else a copy."""
+    """Return the arguments as they may be shown: the object itself where nothing is to be hidden, else a copy."""
     return _hidden(arguments, LEVELS, [MOST_MEMBERS])
 
 
 def _hidden(value: Any, levels: int, left: list[int]) -> Any:
-    """In the order in which a representation shows the members, so that what is not looked at is not shown either."""
+    """Hide values in the order in which a representation shows the members.
+
+    So a member that is not examined is not shown either.
+    """
     if isinstance(value, _PLAIN) or not levels or left[0] <= 0:
         return value
     if isinstance(value, Mapping):
@@ -58,5 +61,5 @@ SHOWN_HEADERS: Final = ("argsrepr", "kwargsrepr")
 
 
 def hidden_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """A message's headers without what its producer wrote of arguments that look secret."""
+    """Return a message's headers without the texts of arguments, by its producer, that look secret."""
     return {name: HIDDEN if name in SHOWN_HEADERS and looks_secret(value) else value for name, value in headers.items()}

@@ -1,4 +1,4 @@
-"""The addresses of Redis: which texts name one, and what each client is told of it.
+"""Addresses of Redis: the texts that name one, and the text that each client gets.
 
 ::
 
@@ -7,10 +7,10 @@
     unix://[user[:password]@]/path/to/socket[?db=number]
     sentinel://[user[:password]@]host[:port][/number];sentinel://…?master_name=name
 
-A socket is kept as Celery writes it (`redis+socket:///path?virtual_host=number`, which is taken too), so that one text
-serves redis-py, kombu and Celery's results. Of several Sentinels each is named; user, password and number are those of
-the Redis that they watch, and `master_name` is how they call it. The text with it is what REDIS_URL, CELERY_BROKER_URL
-and CELERY_RESULT_BACKEND all take.
+A socket is kept as Celery writes it: `redis+socket:///path?virtual_host=number`, which is accepted too. So one text
+serves redis-py, kombu and Celery's results. Each of several Sentinels is named. User, password and number are those of
+the Redis that they watch, and `master_name` is their name for it. REDIS_URL, CELERY_BROKER_URL and
+CELERY_RESULT_BACKEND all take a text with that name.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from celery_capacity.routing.errors import InvalidRequest, show
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26379
 
-#: The scheme of a Unix socket as redis-py calls it, and as Celery and kombu do.
+#: Schemes of a Unix socket: that of redis-py, and that of Celery and kombu.
 SOCKETS: Final = ("unix", "redis+socket")
 SENTINEL: Final = "sentinel"
 #: Schemes whose URLs are kept as `Address.url` writes them; others stay as they were given.
 KEPT_OTHERWISE: Final = ("unix", SENTINEL)
 MASTER: Final = "master_name"
-#: What stands between the addresses of several Sentinels.
+#: Separator of the addresses of several Sentinels.
 BETWEEN: Final = ";"
 
 _NUMBER: Final = re.compile(r"[0-9]{0,9}")
@@ -42,12 +42,12 @@ _RIGHT: Final = (
 
 
 class WrongAddress(ValueError):
-    """What is wrong with an address, without any part of it: it may hold a password."""
+    """An address is wrong. The error's text has no part of the address, which may hold a password."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a Redis is. `hosts`: with their ports, of the server or of the Sentinels; `path`: of a socket instead."""
+    """Address of a Redis. `hosts`: with ports, of the server or of the Sentinels; `path`: of a socket instead."""
 
     scheme: str
     hosts: tuple[tuple[str, int], ...]
@@ -56,12 +56,12 @@ class Address:
     password: str | None = None
     number: int = 0
     master: str = ""
-    #: what else the URL says, such as `ssl_ca_certs`
+    #: other parameters of the URL, such as `ssl_ca_certs`
     query: tuple[tuple[str, str], ...] = ()
 
     @property
     def url(self) -> str:
-        """As redis-py, kombu and Celery understand it; see the top of this module for Sentinels."""
+        """Return the URL for redis-py, kombu and Celery; see the top of this module for Sentinels."""
         login = ""
         if self.user is not None or self.password is not None:
             secret = "" if self.password is None else f":{quote(self.password, safe='')}"
@@ -77,7 +77,10 @@ class Address:
 
 
 def read(url: str) -> Address:
-    """What a URL names. Raises ValueError for one that names no Redis: `WrongAddress` where there is more to say."""
+    """Return the address that a URL names.
+
+    Raises ValueError where the URL names no Redis; that is `WrongAddress` where there is more to say.
+    """
     if url.startswith(f"{SENTINEL}://"):
         return _read_sentinels(url)
     parts = urlsplit(url)
@@ -86,8 +89,8 @@ def read(url: str) -> Address:
     if parts.scheme in SOCKETS:
         if parts.hostname or not parts.path.strip("/"):
             raise WrongAddress("a socket has a path from the root: unix:///path/to/socket")
-        given = [query.pop(name) for name in ("db", "virtual_host") if name in query]
-        number = _number(given[0].strip("/") if given else "")
+        numbers = [query.pop(name) for name in ("db", "virtual_host") if name in query]
+        number = _number(numbers[0].strip("/") if numbers else "")
         return Address("unix", (), unquote(parts.path), *login, number, query=tuple(query.items()))
     if parts.scheme not in ("redis", "rediss") or not parts.hostname or parts.port == 0:
         raise WrongAddress("no Redis is named")
@@ -97,7 +100,7 @@ def read(url: str) -> Address:
 
 
 def _read_sentinels(url: str) -> Address:
-    found: set[tuple[str | None, str | None, int]] = set()
+    logins: set[tuple[str | None, str | None, int]] = set()
     hosts: list[tuple[str, int]] = []
     master = ""
     for text in url.split(BETWEEN):
@@ -110,12 +113,12 @@ def _read_sentinels(url: str) -> Address:
             raise WrongAddress(f"Sentinels take no {', '.join(query)}")
         hosts.append((parts.hostname, parts.port or SENTINEL_PORT))
         login = _unquoted(parts.username), _unquoted(parts.password)
-        # Said once, at any of them, it holds for all.
+        # A login and a number at any one of the Sentinels hold for all.
         if any(login) or parts.path.strip("/"):
-            found.add((*login, _number(parts.path.removeprefix("/"))))
-    if len(found) > 1:
+            logins.add((*login, _number(parts.path.removeprefix("/"))))
+    if len(logins) > 1:
         raise WrongAddress("all Sentinels must name the same user, password and database")
-    user, password, number = found.pop() if found else (None, None, 0)
+    user, password, number = logins.pop() if logins else (None, None, 0)
     return Address(SENTINEL, tuple(hosts), "", user, password, number, master)
 
 
@@ -134,26 +137,29 @@ def _bracketed(host: str) -> str:
 
 
 def numbered(url: str, number: int) -> str:
-    """The same server, and another of its databases."""
+    """Return the URL of another database of the same server."""
     return replace(read(url), number=number).url
 
 
 def check(value: str, env: str) -> str:
-    """The value of REDIS_URL, as it is kept. Raises `InvalidRequest`."""
-    found = _checked(value, env)
-    if found.scheme == SENTINEL and not found.master:
-        places = BETWEEN.join(f"{SENTINEL}://{_bracketed(host)}:{port}" for host, port in found.hosts)
+    """Return the value of REDIS_URL as it is kept. Raises `InvalidRequest`."""
+    address = _checked(value, env)
+    if address.scheme == SENTINEL and not address.master:
+        places = BETWEEN.join(f"{SENTINEL}://{_bracketed(host)}:{port}" for host, port in address.hosts)
         raise InvalidRequest(
             f"{env}={show(value)} does not say how the Sentinels call the Redis that they watch",
             value=value,
             advice=f"Add that name at the end: {places}?{MASTER}=name.",
         )
-    return found.url if found.scheme in KEPT_OTHERWISE else verified(value, env)
+    return address.url if address.scheme in KEPT_OTHERWISE else verified(value, env)
 
 
 def elsewhere(value: str, env: str) -> str:
-    """The value of CELERY_BROKER_URL or CELERY_RESULT_BACKEND, as it is kept. It may name something else than Redis,
-    and leave the name of the Redis behind Sentinels to Celery's own options."""
+    """Return the value of CELERY_BROKER_URL or CELERY_RESULT_BACKEND as it is kept.
+
+    The value may name something else than Redis. It may leave the name of the Redis behind Sentinels to Celery's own
+    options.
+    """
     if value.startswith(("unix://", f"{SENTINEL}://")):
         return _checked(value, env).url
     return verified(value, env)
@@ -170,7 +176,7 @@ def _checked(value: str, env: str) -> Address:
 
 
 def verified(value: str, env: str) -> str:
-    """A rediss:// URL that says itself that the server's certificate is verified, which kombu does not do unasked."""
+    """Make a rediss:// URL ask for the verification of the server's certificate; kombu does not do it unasked."""
     if not value.startswith("rediss://") or "ssl_cert_reqs=" in value:
         return value
     return f"{value}{'&' if '?' in value else '?'}ssl_cert_reqs=required"

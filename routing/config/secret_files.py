@@ -1,9 +1,10 @@
-"""URLs that stand in files: what holds a password need not stand in the environment, where `docker inspect`, a crash
-report or a child process shows it.
+"""URLs that stand in files, so that a password need not stand in the environment.
 
-For each variable of `FROM_FILES` there is one named `<variable>_FILE`: the path of a file whose only line is the URL.
-Secrets of Docker, Kubernetes and systemd are such files. What a file holds is never shown, not even with the password
-masked: a wrong path may lead to any other secret.
+`docker inspect`, a crash report or a child process shows the environment.
+
+Each variable of `FROM_FILES` has a second one named `<variable>_FILE`: the path of a file whose only line is the URL.
+Secrets of Docker, Kubernetes and systemd are such files. The content of a file is never shown, not even with the
+password masked: a wrong path may lead to any other secret.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Final
 
 from celery_capacity.routing.errors import InvalidRequest
 
-#: The variables whose value may stand in a file.
+#: Variables whose value may stand in a file.
 FROM_FILES: Final = (
     "REDIS_URL",
     "DATABASE_URL",
@@ -24,15 +25,17 @@ FROM_FILES: Final = (
     "CELERY_RESULT_BACKEND",
 )
 SUFFIX: Final = "_FILE"
-#: bytes; no URL is longer, and what is no text of ours (a device, a dump) is not read to its end
+#: bytes; no URL is longer, and a wrong file (a device, a dump) is not read to its end
 MOST_BYTES: Final = 64 * 1024
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
 
 
 def parsed(environ: Mapping[str, str], env: str, parse: Callable[[str, str], Any]) -> Any:
-    """What the variable `env`, or the file that `<env>_FILE` names, says, as `parse` understands it; None where neither
-    is set. Raises InvalidRequest, which never shows what a file holds."""
+    """Return the value of the variable `env`, or of the file that `<env>_FILE` names; None where neither is set.
+
+    `parse` makes the value of the text. Raises InvalidRequest, which never shows the content of a file.
+    """
     text = environ.get(env, "").strip()
     path = environ.get(env + SUFFIX, "").strip() if env in FROM_FILES else ""
     if not path:
@@ -45,7 +48,7 @@ def parsed(environ: Mapping[str, str], env: str, parse: Callable[[str, str], Any
         return parse(url, env)
     except InvalidRequest as error:
         advice = error.advice
-    # After the block, so that the error that shows the value is not even the context of this one.
+    # Raise after the block, so that the error that shows the value is not even the context of this one.
     raise InvalidRequest(f"{named}: what the file holds is not valid", value=path, advice=advice)
 
 
@@ -65,6 +68,6 @@ def _read(named: str, path: str) -> str:
         ) from None
     url = content.decode("utf-8", "replace").strip()
     if len(content) > MOST_BYTES or not _URL.fullmatch(url):
-        found = "is empty" if not url else "does not hold one URL and nothing else"
-        raise InvalidRequest(f"{named} {found}", value=path, advice="Write the URL into it, in one line.")
+        problem = "is empty" if not url else "does not hold one URL and nothing else"
+        raise InvalidRequest(f"{named} {problem}", value=path, advice="Write the URL into it, in one line.")
     return url

@@ -1,6 +1,6 @@
 """Parsers of the values that settings have in the environment: each takes the text and the variable's name.
 
-Each raises `InvalidRequest`, which names the variable, the value and what would be right.
+Each raises `InvalidRequest`, which names the variable, the wrong value and the rule for a right one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def database_url(value: str, env: str) -> str:
         raise _wrong(env, value, f"{env} must be like postgresql://user@host:5432/name.")
     try:
         make_url(value)
-    except (ArgumentError, ValueError):  # a port that is no number, for one
+    except (ArgumentError, ValueError):  # such as a port that is no number
         raise _wrong(env, value, f"{env} must be like postgresql://user@host:5432/name.") from None
     if rest.partition("?")[0].count("@") > 1:
         # The driver would take the rest of the password for a host, and say so in its error.
@@ -56,28 +56,28 @@ def memory(value: str, env: str) -> int:
 
 def resources(value: str, env: str) -> dict[str, int]:
     """Return the counts of named resources, from `name=count` separated by commas."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for part in filter(None, map(str.strip, value.split(","))):
         name, separator, count = (piece.strip() for piece in part.partition("="))
         if not separator:
             raise _wrong(env, value, f"{env} must be like licence=3,scratch=200.")
         amounts.refuse_standard(identifiers.check_resource_name(name, f"{env}: resource name"), env)
-        if name in found:
+        if name in counts:
             raise _wrong(env, value, f"{name} stands there twice; name each resource once.")
-        found[name] = amounts.parse_count_text(count, f"{env}: {name}")
+        counts[name] = amounts.parse_count_text(count, f"{env}: {name}")
     most = amounts.MAX_NAMES - len(amounts.STANDARD)
-    if len(found) > most:
+    if len(counts) > most:
         raise _wrong(env, value, f"{env} may name at most {most} resources.")
-    return found
+    return counts
 
 
 def modules(value: str, env: str) -> tuple[str, ...]:
     """Return names of modules, separated by commas."""
-    found = tuple(filter(None, map(str.strip, value.split(","))))
-    for name in found:
+    names = tuple(filter(None, map(str.strip, value.split(","))))
+    for name in names:
         if not _MODULE.fullmatch(name):
             raise _wrong(env, name, f"{env} must be names of modules, separated by commas, such as tasks,jobs.nightly.")
-    return found
+    return names
 
 
 def folder(value: str, env: str) -> Path:

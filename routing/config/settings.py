@@ -1,11 +1,9 @@
 """The settings: one frozen dataclass, read from the environment by `Settings.from_environ`.
 
-Reading is pure (a mapping in, a value or one error out), collects everything that is wrong into one
-`SettingsError`, and notices names that begin with PLATFORM_ and are not known. A variable that is empty
-counts as not set.
+Reading is pure: a mapping in, a value or one error out. It collects all mistakes into one `SettingsError`. It notices
+unknown names that begin with PLATFORM_. An empty variable counts as not set.
 
-Each field's metadata holds its variable, its unit and its meaning; docs/reference/settings.md has the same
-as a table.
+Each field's metadata holds its variable, its unit and its meaning; docs/reference/settings.md has the same as a table.
 """
 
 from __future__ import annotations
@@ -28,12 +26,12 @@ MAX_SECONDS = 31_536_000.0
 MIN_SECONDS = 0.001
 #: bytes, above which neither Redis (512 MiB a value) nor a row should hold a message
 MAX_MESSAGE_LIMIT = 512 * 1024**2
-#: lost attempts after which a job may be ended at the latest; a column of Postgres counts them
+#: lost attempts after which a job ends at the latest; a column of Postgres counts them
 MOST_LOSSES_LIMIT = 1000
 
 
 class Meaning(NamedTuple):
-    """What a field's metadata holds: variable, default as the docs write it, unit, what it does."""
+    """Metadata of a field: variable, default as the docs write it, unit, what it does, and its parser."""
 
     env: str
     shown: str
@@ -63,7 +61,7 @@ def _duration(env: str, default: float, text: str) -> Any:
 
 @dataclass(frozen=True, repr=False)
 class Settings:
-    """All settings, in millicores, bytes and seconds. Raises `SettingsError` for values that contradict."""
+    """All settings, in millicores, bytes and seconds. Raises `SettingsError` for values that contradict each other."""
 
     redis_url: str | None = _setting(
         "REDIS_URL",
@@ -236,11 +234,11 @@ class Settings:
         unit="seconds",
         shown="2592000",
     )
-    #: what was odd in the environment and did no harm, a sentence each
+    #: harmless oddities of the environment, a sentence each
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        # The broker and the results follow the ledger's Redis unless they were told otherwise.
+        # The broker and the results follow the ledger's Redis unless they have URLs of their own.
         for name in ("broker_url", "result_backend"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.redis_url)
@@ -250,10 +248,10 @@ class Settings:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
-        """Read the settings; raises one `SettingsError` that names all that is wrong.
+        """Read the settings. Raises one `SettingsError` that names all that is wrong.
 
-        Reads nothing but `environ` and the files that it names for URLs (`url_files`), and asks the system for the
-        user's home folder where HOME is not in it.
+        Reads nothing but `environ` and the files that it names for URLs (`secret_files`). Asks the system for the
+        user's home folder where HOME is not in `environ`.
         """
         values: dict[str, Any] = {"home": default_home(environ)}
         wrong: list[str] = []
@@ -275,7 +273,7 @@ class Settings:
         return cls(**values, warnings=_unknown(environ))
 
     def with_urls(self, redis_url: str, database_url: str) -> Settings:
-        """The same settings on other servers; broker and results follow unless they have their own place."""
+        """Return these settings on other servers; broker and results follow unless they have their own place."""
         return replace(
             self,
             redis_url=redis_urls.check(redis_url, "REDIS_URL"),
@@ -294,12 +292,15 @@ def _described() -> list[Field[Any]]:
 
 
 def described() -> list[tuple[str, Meaning]]:
-    """(field, what it means) for every setting, in the order of the docs."""
+    """Return (field, its meaning) for every setting, in the order of the docs."""
     return [(f.name, f.metadata["setting"]) for f in _described()]
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
-    """What is out of range or contradicts, a sentence each; what is missing from `values` is not judged."""
+    """Return a sentence for each value that is out of range or contradicts another one.
+
+    Values that are missing from `values` are not judged.
+    """
     wrong = []
     values = dict(values)
     for name, meaning in described():
@@ -331,12 +332,15 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
 
 
 def _unknown(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """A warning for each PLATFORM_ name that is no setting, with the nearest: a slip must not go unseen."""
-    known = [meaning.env for _, meaning in described() if meaning.env.startswith(PREFIX)]
-    bare = [env.removeprefix(PREFIX) for env in known]
+    """Return a warning for each PLATFORM_ name that is no setting, with the nearest setting.
+
+    A slip must not go unseen.
+    """
+    setting_names = [meaning.env for _, meaning in described() if meaning.env.startswith(PREFIX)]
+    bare = [env.removeprefix(PREFIX) for env in setting_names]
     warnings = []
     for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in known:
+        if name.startswith(PREFIX) and name not in setting_names:
             nearest = get_close_matches(name.removeprefix(PREFIX), bare, n=1, cutoff=0.0)
             warnings.append(f"{name} is not a setting and is ignored; the nearest known one is {PREFIX}{nearest[0]}.")
     return tuple(warnings)

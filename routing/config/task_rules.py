@@ -1,7 +1,7 @@
 """Requests for tasks whose code nobody here changes: the file that `PLATFORM_REQUESTS` names.
 
-TOML, a table for each pattern of task names (`*`, `?` and `[...]` as in file names). The first that fits counts, in the
-order of the file; what it names stands over what the task declares, one amount after the other::
+The file is TOML, with a table for each pattern of task names (`*`, `?` and `[...]` as in file names). The first pattern
+that fits counts, in the order of the file. Its amounts replace those that the task declares, one by one::
 
     ["reports.nightly"]
     cpus = 2
@@ -25,19 +25,19 @@ from typing import Any, Final
 from celery_capacity.routing.errors import InvalidRequest, SettingsError, show
 from celery_capacity.routing.model.request import REQUEST_OPTIONS, Request
 
-#: The setting that names the file.
+#: Setting that names the file.
 ENV: Final = "PLATFORM_REQUESTS"
-#: Where the first lost attempt ends the job, as in what workers publish of a task: {"rerun": false}.
+#: Key that is false where the first lost attempt ends the job, as in what workers publish of a task: {"rerun": false}.
 RERUN: Final = "rerun"
-#: Names of tasks whose rule is remembered at once: anybody may send by any name.
+#: Task names whose rule is remembered at once; bounded, since anybody may send by any name.
 MOST_NAMES: Final = 4096
-#: What a table may say.
+#: Keys that a table may have.
 KEYS: Final = (*REQUEST_OPTIONS, RERUN)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What the file says of the tasks whose names fit `pattern`. `rerun` is None where it says nothing of it."""
+    """Rule of the file for tasks whose names fit `pattern`. `rerun` is None where the table does not say."""
 
     pattern: str
     options: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class RequestRules:
-    """The rules of a file, in its order; false where there are none."""
+    """Rules of a file, in its order; false where there are none."""
 
     rules: tuple[Rule, ...] = ()
     _found: dict[str, Rule | None] = field(default_factory=dict, compare=False, repr=False)
@@ -55,7 +55,7 @@ class RequestRules:
         return bool(self.rules)
 
     def of(self, name: str) -> Rule | None:
-        """The first rule that fits the name of a task."""
+        """Return the first rule that fits the name of a task; None for none."""
         if name not in self._found:
             if len(self._found) >= MOST_NAMES:
                 self._found.clear()
@@ -63,17 +63,20 @@ class RequestRules:
         return self._found[name]
 
     def over(self, name: str, declared: Request) -> Request:
-        """The request of a task: what is declared, and what the file says over it."""
+        """Return the request of a task: the declared amounts, and those of the file over them."""
         rule = self.of(name)
         return declared if rule is None else declared.merged(rule.options)
 
 
-#: Where no file is named.
+#: Rules where no file is named.
 NO_RULES: Final = RequestRules()
 
 
 def read(path: Path | None) -> RequestRules:
-    """The rules of the file, none without one. Raises one `SettingsError` with all that is wrong in it."""
+    """Return the rules of the file; none without a file.
+
+    Raises one `SettingsError` with all that is wrong in the file.
+    """
     if path is None:
         return NO_RULES
     where = f"{ENV}={path}"
@@ -82,7 +85,7 @@ def read(path: Path | None) -> RequestRules:
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([f"{where} cannot be read: {error}. Name a TOML file that this user may read."]) from error
     try:
-        # (The error says line and column.)
+        # The error says line and column.
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SettingsError([f"{where} is not TOML: {error}"]) from error
@@ -94,7 +97,7 @@ def read(path: Path | None) -> RequestRules:
 
 
 def _rule(pattern: str, table: Any, where: str, wrong: list[str]) -> Rule:
-    """A rule; what is wrong with it goes into the list, a sentence each."""
+    """Return a rule; each mistake in it adds a sentence to the list `wrong`."""
     if not isinstance(table, dict):
         wrong.append(f'{where}: it must be a table: ["{pattern}"], and below it cpus = {table!r}.')
         return Rule(pattern, {})

@@ -1,7 +1,7 @@
-"""Making many jobs durable at once: their rows go by COPY, in one statement and one commit.
+"""Insert of many jobs at once: their rows go by COPY, in one statement and one commit.
 
-All rows of one call are there or none is. An id that exists stops the whole: the caller then goes on with the single
-inserts of `routing.insert.single`, which know what to do with it (a commit whose answer was lost, a successor).
+All rows of one call are there, or none is. An existing id stops the whole call. Then the caller goes on with the single
+inserts of `routing.insert.single`, which know how to treat such an id (a commit whose answer was lost, a successor).
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from celery_capacity.routing.insert.single import may_publish, request_json
 from celery_capacity.routing.model.job import NewJob, Publisher
 from celery_capacity.routing.model.states import State
 
-#: Rows of one statement: enough that its round trip and its commit do not count, and some 1 MB of memory.
+#: Rows of one statement: enough that its round trip and its commit do not count, at some 1 MB of memory.
 CHUNK: Final = 1000
 #: Bytes that the driver takes from the text at once.
 _BUFFER: Final = 1 << 20
-#: SQLSTATE of an id that exists.
+#: SQLSTATE of an insert with an existing id.
 _EXISTS: Final = "23505"
-#: In the order of `_line`.
+#: Columns in the order of `_line`.
 _COPY: Final = (
     "COPY jobs (id, root_id, message, name, state, shape, request, priority, declared, queue, retries, nesting, "
     "parent_id, due_at, expires_at, rerun, replaces, stamps) FROM STDIN"
 )
-#: What COPY's text form writes otherwise.
+#: Characters that COPY's text form escapes.
 _ESCAPES: Final = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 _NULL: Final = "\\N"
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """`seqs`: the order of submission of each job that is there, by id. `epoch`, `authority`: as Postgres says now."""
+    """Jobs that have a row. `seqs`: order of submission by id. `epoch`, `authority`: as Postgres says now."""
 
     seqs: Mapping[str, int]
     epoch: int
@@ -49,9 +49,12 @@ class Committed:
 
 
 def copy_jobs(connection: Connection, jobs: Sequence[NewJob], by: Publisher | None = None) -> bool:
-    """Write the rows of new jobs in their order. With `by` in the caller's transaction, until whose end that attempt
-    keeps its lease: False, and nothing is written, where it has lost it. Raises `DBAPIError` (`is_known`),
-    `NotMigrated`."""
+    """Write the rows of new jobs in their order. Return False if the attempt `by` has lost its lease.
+
+    With `by`, the rows go into the caller's transaction, and the attempt keeps its lease until the end of that
+    transaction. Where the attempt has lost its lease, nothing is written. Raises `DBAPIError` (`is_known`),
+    `NotMigrated`.
+    """
     if by is not None and not _keeps_lease(connection, by):
         return False
     rows = io.StringIO("".join(map(_line, jobs)))
@@ -73,12 +76,12 @@ def copy_jobs(connection: Connection, jobs: Sequence[NewJob], by: Publisher | No
 
 
 def is_known(error: DBAPIError) -> bool:
-    """Whether one of the ids existed: nothing was written."""
+    """Return True if the error says that an id existed; then nothing was written."""
     return getattr(error.orig, "pgcode", None) == _EXISTS
 
 
 def committed(connection: Connection, jobs: Sequence[NewJob]) -> Committed:
-    """Which of these jobs have a row. Raises `NotMigrated`."""
+    """Return those of the jobs that have a row. Raises `NotMigrated`."""
     rows = connection.execute(_COMMITTED, {"ids": [job.id for job in jobs]}).all()
     if not rows:
         raise NotMigrated()
@@ -93,13 +96,13 @@ _LOCK: Final = text("SELECT 1 FROM jobs WHERE id = :job FOR SHARE")
 
 
 def _keeps_lease(connection: Connection, by: Publisher) -> bool:
-    # Whoever takes the job back changes its row, and waits for this transaction.
+    # A process that takes the job back changes its row, and waits for this transaction.
     connection.execute(_LOCK, {"job": by.job})
     return may_publish(connection, by)
 
 
 def _line(job: NewJob) -> str:
-    """A row as COPY reads it."""
+    """Return a row as COPY reads it."""
     rest = _rest(
         job.name,
         job.shape,
@@ -118,7 +121,7 @@ def _line(job: NewJob) -> str:
     return f"{_text(job.id)}\t{_text(job.root_id)}\t\\\\x{job.message.hex()}\t{rest}\n"
 
 
-# The jobs of one call have most of their columns in common.
+# Cached, since the jobs of one call have most of their columns in common.
 @lru_cache(maxsize=1024)
 def _rest(
     name: str,

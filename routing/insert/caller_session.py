@@ -1,7 +1,7 @@
-"""Jobs that are made durable by somebody else's transaction: their rows are committed with it, or not at all.
+"""Insert of jobs by a caller's own transaction: their rows are committed with it, or not at all.
 
-The transaction is the caller's, on any driver; so nothing here commits, and nothing of the platform's own session holds
-there (its search path, its prepared statements). A notification goes with the rows: whoever listens brings them to the
+The transaction is the caller's, on any driver. So nothing here commits, and nothing of the platform's own session holds
+there: no search path, no prepared statements. A notification goes with the rows. A listening process brings them to the
 ledger as soon as they are committed.
 """
 
@@ -20,13 +20,13 @@ from celery_capacity.routing.insert.single import request_json
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.states import State
 
-#: Jobs of one call that are named in notifications; of more it is only said that there are some.
+#: Jobs of one call that are named in notifications; of more jobs, a notification says only that there are some.
 MOST_NAMED: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """The platform's table `jobs`, so that no other is taken for it. `server`: when it was started (seconds)."""
+    """Identity of the platform's table `jobs`, so that no other is taken for it. `server`: its start (seconds)."""
 
     server: str
     database: str
@@ -48,13 +48,13 @@ _NOTIFY: Final = text("SELECT pg_notify(CAST(:channel AS text), CAST(:payload AS
 
 
 def home_of(connection: Connection) -> Home | None:
-    """Where the platform's own connection finds its table; None where there is none."""
+    """Return the identity of the table that the platform's own connection finds; None where there is none."""
     row = connection.execute(_HOME).one_or_none()
     return None if row is None else Home(*row)
 
 
 def is_at(connection: Connection, home: Home) -> bool:
-    """Whether another connection leads to the same table."""
+    """Return True if another connection leads to the same table."""
     values = {"server": home.server, "database": home.database, "schema": home.schema, "table": home.table}
     return bool(connection.execute(_IS_HOME, values).scalar_one())
 
@@ -63,8 +63,10 @@ _INSERT: Final = insert(jobs).on_conflict_do_nothing(index_elements=["id"]).retu
 
 
 def insert_jobs(connection: Connection, home: Home, jobs: Sequence[NewJob]) -> Mapping[str, int]:
-    """Add rows to the caller's transaction, and the notification that is sent with its commit. The `seq` of each, by
-    id; an id that exists is left as it is."""
+    """Add rows to the caller's transaction, and a notification that is sent with its commit.
+
+    Return the `seq` of each inserted job, by id. An existing id is left as it is.
+    """
     options = {"schema_translate_map": {None: home.schema}}
     rows = connection.execute(_INSERT, [_row(job) for job in jobs], execution_options=options).all()
     written = {row[0]: row[1] for row in rows}

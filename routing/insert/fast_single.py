@@ -1,9 +1,9 @@
-"""The shortest way of one job into Postgres: of one that nothing holds back and no attempt publishes, as most are.
+"""Shortest way of a job into Postgres, for a job that no constraint holds back and no attempt publishes, as most are.
 
-To submit is to wait for Postgres's log; all else is to be little. So a process keeps one connection for this, rather
-than check one out of the pool each time, and a job that says nothing unusual is inserted by a statement that names only
-what it says: each parameter of a prepared statement is parsed, planned and evaluated anew. What jobs that come time and
-again have in common stands in a statement of theirs.
+The commit dominates the cost of a submission; everything around it must be cheap. So a process keeps one connection for
+this, instead of checking one out of the pool each time. A job without unusual values is inserted by a statement that
+names only its own columns: each parameter of a prepared statement is parsed, planned and evaluated anew. Jobs of a kind
+that comes time and again have a statement of their own, with their common values in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from celery_capacity.routing.model.job import Inserted, NewJob
 from celery_capacity.routing.model.states import State
 
 _COLUMNS: Final = "id, name, state, shape, request, message, priority, declared, queue, root_id"
-#: Of any such job.
+#: Insert of any job without unusual values.
 _SIMPLE: Final = single.Statement.of(
     "celery_capacity_insert_simple_job",
     _COLUMNS,
@@ -28,18 +28,19 @@ _SIMPLE: Final = single.Statement.of(
     f"VALUES ($1, $2, '{State.ACCEPTED.value}', $3, $4, $5, $6, $7, $8, $1)",
     8,
 )
-#: Jobs after which a kind of them is common, and has a statement of its own, of two parameters; the kinds that are
-#: counted, and that may have one (it costs the server some ten kB).
+#: Jobs after which a kind is common, and has a statement of its own with two parameters. Then the kinds that are
+#: counted, and the kinds that may have a statement, which costs the server some ten kB.
 _COMMON: Final = 8
 _COUNTED: Final = 256
 _MOST_KINDS: Final = 32
 
-#: What jobs of one kind have in common, as `_SIMPLE` has it: name, shape, request, priority, declared, queue.
+#: Values that jobs of one kind have in common, in the order of `_SIMPLE`: name, shape, request, priority, declared,
+#: queue.
 _Kind = tuple[str, str, str, int, bool, str]
 
 
 def _is_simple(job: NewJob) -> bool:
-    """Whether a job leaves all other columns as they are by default."""
+    """Return True if a job leaves all other columns at their defaults."""
     return (
         job.root_id == job.id
         and job.rerun
@@ -54,33 +55,40 @@ def _general(job: NewJob) -> tuple[single.Statement, tuple[Any, ...]]:
 
 
 def _own_statement(kind: _Kind) -> single.Statement:
-    """The insert of jobs of one kind: all that they have in common stands in it."""
+    """Return the insert of jobs of one kind, with all their common values in it."""
     source = f"VALUES ($1, %s, '{State.ACCEPTED.value}', %s, %s, $2, %s, %s, %s, $1)"
     return single.Statement.of("celery_capacity_insert_own_job", _COLUMNS, "text, bytea", source, 2, common=kind)
 
 
 class Inserter:
-    """Inserts jobs by a connection of its own, which `engine` makes (it keeps none); a second thread that comes
-    meanwhile takes one of `others`. Thread-safe; not carried over a fork."""
+    """Inserter of jobs by a connection of its own, which `engine` makes and does not keep.
+
+    A second thread that comes meanwhile takes a connection of `others`. Thread-safe; not carried over a fork.
+    """
 
     def __init__(self, engine: Engine, others: Engine) -> None:
         self._engine = engine
         self._others = others
         self._free = threading.Lock()
         self._connection: PoolProxiedConnection | None = None
-        #: Whether it is to be made anew before it is used.
+        #: True: the connection is made anew before its next use.
         self._doubted = False
-        #: How often jobs of a kind came, and the statements of those that are common.
+        #: How often jobs of each kind came, and the statements of the common kinds.
         self._came: dict[_Kind, int] = {}
         self._own: dict[_Kind, single.Statement] = {}
 
     def doubt(self) -> None:
-        """Another connection broke: the one that is kept may have, too, and is made anew. Waits for nobody."""
+        """Have the kept connection made anew, since another connection broke and this one may have, too.
+
+        Waits for nobody.
+        """
         self._doubted = True
 
     def insert(self, job: NewJob) -> Inserted | None:
-        """Make a job durable, as `accept.insert_job`; None where nothing was inserted. Raises `NotMigrated`, and
-        SQLAlchemy's `DBAPIError`."""
+        """Make a job durable, like `single.insert_job`; return None where nothing was inserted.
+
+        Raises `NotMigrated`, and SQLAlchemy's `DBAPIError`.
+        """
         if not self._free.acquire(blocking=False):
             with self._others.connect() as connection:
                 inserted = single.insert_job(connection, job)
@@ -97,23 +105,23 @@ class Inserter:
         return None if row is None else single.inserted_by(row, job)
 
     def _simple(self, job: NewJob) -> tuple[single.Statement, tuple[Any, ...]]:
-        """The insert of a simple job, and its parameters."""
+        """Return the insert of a simple job, and its parameters."""
         shape = job.shape
         kind = (job.name, shape, single.request_json(shape), job.priority, job.declared, job.queue)
-        own = self._own.get(kind) or self._count(kind)
-        if own is not None:
-            return own, (job.id, job.message)
+        statement = self._own.get(kind) or self._count(kind)
+        if statement is not None:
+            return statement, (job.id, job.message)
         name, shape, request, *others = kind
         return _SIMPLE, (job.id, name, shape, request, job.message, *others)
 
     def _count(self, kind: _Kind) -> single.Statement | None:
-        """Another one of a kind that has no statement of its own; the one that it gets for that."""
+        """Count a job of a kind without a statement; return the statement that the kind gets for that, if any."""
         if len(self._own) == _MOST_KINDS:
             return None
         came = self._came.pop(kind, 0) + 1
         if came == _COMMON:
-            own = self._own[kind] = _own_statement(kind)
-            return own
+            statement = self._own[kind] = _own_statement(kind)
+            return statement
         if len(self._came) == _COUNTED:
             self._came.clear()
         self._came[kind] = came
@@ -123,8 +131,8 @@ class Inserter:
         try:
             made = self._connection = self._engine.raw_connection()
         except psycopg2.Error as error:
-            given: Any = error
-            lost = self._engine.dialect.is_disconnect(given, None, None)
+            driver_error: Any = error
+            lost = self._engine.dialect.is_disconnect(driver_error, None, None)
             raise DBAPIError.instance(None, None, error, psycopg2.Error, connection_invalidated=lost) from error
         return made
 
@@ -134,7 +142,7 @@ class Inserter:
             broken.invalidate(error)
 
     def close(self) -> None:
-        """End the connection; the next job makes another."""
+        """Close the connection; the next job makes another."""
         with self._free:
             connected, self._connection = self._connection, None
             if connected is not None:

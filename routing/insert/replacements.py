@@ -1,19 +1,20 @@
-"""How a replaced job ends: with its replacement, whatever becomes of that.
+"""The end of a replaced job: the job ends with its replacement, however that ends.
 
-A task that replaces itself by a chain, a group or a chord (`Task.replace`) ends at once; its job's row is `replaced`
-and holds nothing. Only the last step of the replacement carries the job's id: once it is published the row goes on with
-it (`successors.put_successor`). Each step says in whose replacement it is (the column `replaces`), and is a row before
-the one that publishes it has ended. So a replacement is alive while one of its steps has not ended or has something to
-deliver (a part of a chord may publish the body); one that is not alive will publish nothing more, and the job ends as
-the step that stood in its way did. A step that is replaced itself is such a row, too: it ends first.
+A task that replaces itself by a chain, a group or a chord (`Task.replace`) ends at once. Its job's row is `replaced`
+and holds nothing. Only the last step of the replacement carries the job's id: once that step is published, the row goes
+on with it (`successors.put_successor`). Each step names the job in whose replacement it is (the column `replaces`). A
+step is a row before the attempt that publishes it has ended.
 
-A crash in between is repaired by what repairs any job: steps are jobs. An attempt that dies after it published its
-replacement is lost; the next one publishes a replacement of its own (Celery gives its inner steps new ids), and
-whichever comes first to its last step goes on with the job; the other's last step is there already.
+A replacement is alive while one of its steps has not ended or has something to deliver, since a chord part may publish
+the body. A replacement that is not alive will publish nothing more. Its job ends like the step that stood in its way. A
+step that is replaced itself is such a row, too: it ends first.
 
-It is asked after each end of a step (`routing.store.job_transitions`, `workers.results.deliver_later`), and by a duty
-for all that are replaced.
+Any repair of a job repairs a crash in between, since steps are jobs. An attempt that dies after it published its
+replacement is lost. The next attempt publishes a replacement of its own, and Celery gives its inner steps new ids. The
+replacement that comes first to its last step goes on with the job; the other's last step is there already.
 
+The check runs after each end of a step (`routing.store.job_transitions`, `workers.results.deliver_later`), and in a
+duty for all replaced jobs.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from celery_capacity.routing.model.states import FINAL, State, Step
 #: Rows ended in one statement.
 MOST: Final = 1000
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
-#: Why a job ends whose replacement did nothing wrong and yet did not come to its last step.
+#: Error of a job whose replacement did nothing wrong and yet did not come to its last step.
 NO_STEP: Final = "its replacement ended before its last step (a step ignored or rejected itself, say)"
 
-# (A step's error may end with a traceback; its first line is enough here.)
+# A step's error may end with a traceback; its first line is enough here.
 _END: Final = text(f"""
 WITH gone AS (
   SELECT r.id FROM jobs r
@@ -55,8 +56,10 @@ RETURNING jobs.id
 
 
 def end_abandoned(connection: Connection, ids: Sequence[str] | None = None) -> list[str]:
-    """End those replaced jobs (of these, or of all) whose replacement is not alive; returns their ids. Their results
-    are to be delivered, where Celery has not told them with the end of the step."""
+    """End the replaced jobs (of `ids`, or of all) whose replacement is not alive; return their ids.
+
+    Their results are to be delivered, where Celery has not told them with the end of the step.
+    """
     if ids is not None and not ids:
         return []
     values = {"ids": None if ids is None else sorted(set(ids)), "most": MOST}

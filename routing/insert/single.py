@@ -1,7 +1,8 @@
-"""Accepting jobs in Postgres: the durable row with its gates. (See `successors` for a publish under a known id.)
+"""Acceptance of a job in Postgres: the durable row with its constraints.
 
-Each function is one guarded statement on the caller's connection, autocommitted unless the caller opened a transaction.
-What an attempt publishes is refused once that attempt has lost its lease: the guard is in the insert itself.
+See `successors` for a publish under an existing id. Each function is one guarded statement on the caller's connection,
+autocommitted unless the caller opened a transaction. A publish of an attempt is refused once that attempt has lost its
+lease: the guard is in the insert itself.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 
 @lru_cache(maxsize=4096)
 def request_json(shape: str) -> str:
-    """The column `request`: the shape in people's units, as JSON."""
+    """Return the column `request`: the shape in people's units, as JSON."""
     return json.dumps(Request.from_shape(shape).to_people())
 
 
@@ -55,27 +56,30 @@ class Statement:
     name: str
     prepare: str
     execute: str
-    #: The same statement, not prepared.
+    #: The insert as a plain statement, not prepared.
     plain: str
-    #: What stands for each %s in `prepare`, quoted by the driver; such a statement has no plain form.
+    #: Value for each %s in `prepare`, quoted by the driver; a statement with such values has no plain form.
     common: tuple[Any, ...] | None = None
 
     @classmethod
     def of(
         cls, name: str, columns: str, types: str, source: str, values: int, common: tuple[Any, ...] | None = None
     ) -> Statement:
-        """`source` gives the columns their values, by so many parameters of those types: $1, $2, ..."""
+        """Make a statement with `values` parameters.
+
+        `source` gives the columns their values, by parameters of these types: $1, $2, ...
+        """
         insert = f"INSERT INTO jobs ({columns}) {source} {_RETURNING}"
-        # (Behind a pooler a session may know the statements of others: what has the same name is the same.)
+        # Behind a pooler a session may know the statements of others, so statements with equal names must be equal.
         name = f"{name}_{hashlib.sha256(json.dumps((types, insert, common)).encode()).hexdigest()[:16]}"
         execute = f"EXECUTE {name} ({', '.join(['%s'] * values)})"
         return cls(name, f"PREPARE {name} ({types}) AS {insert}", execute, re.sub(r"\$\d+", "%s", insert), common)
 
 
 BY_ANYBODY: Final = Statement.of("celery_capacity_insert_job", _COLUMNS, _TYPES, f"VALUES ({_VALUES})", 18)
-#: Whether an attempt (job, epoch, attempt, incarnation) may still speak: its row is there (and not in the archive), has
-#: no newer attempt and did not take this one back or give it up, and its worker was not given up (which is noted before
-#: its jobs are taken back).
+#: SQL condition that an attempt (job, epoch, attempt, incarnation) may still speak. Its row is there (and not in the
+#: archive), has no newer attempt, and did not take this attempt back or give it up. Its worker was not given up either,
+#: which is noted before the worker's jobs are taken back.
 _HOLDS: Final = (
     "EXISTS (SELECT 1 FROM jobs p WHERE p.id = {} AND "
     f"(p.epoch, p.attempt, CASE p.step WHEN {Step.GIVEN_UP.value} THEN {Step.BACK.value} ELSE p.step END) "
@@ -89,7 +93,7 @@ _BY_ATTEMPT: Final = Statement.of(
     f"SELECT {_VALUES} WHERE {_HOLDS.format('$19', '$20', '$21', '$22')}",
     22,
 )
-#: SQLSTATEs: a table is missing; a prepared statement is not known, or is known already (a pooler gave us another
+#: SQLSTATEs: a table is missing; a prepared statement is unknown, or is known already (a pooler gave us another
 #: session).
 _UNDEFINED_TABLE: Final = "42P01"
 _NOT_PREPARED: Final = "26000"
@@ -97,15 +101,18 @@ _PREPARED: Final = "42P05"
 
 
 def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None) -> Inserted:
-    """Make a job durable; an id that exists is left as it is (`seq` is None). Nothing is written either where the
-    attempt that publishes it has lost its lease (`may_publish` tells). Raises `NotMigrated`."""
+    """Make a job durable; an existing id is left as it is (`seq` is None).
+
+    Nothing is written either where the attempt that publishes the job has lost its lease (`may_publish` tells). Raises
+    `NotMigrated`.
+    """
     if job.gates is not None:
         return _insert_gated(connection, job, job.gates, by)
     return _insert(connection, job, by)
 
 
 def values_of(job: NewJob, state: State | None = None, gated: bool = False) -> tuple[Any, ...]:
-    """The parameters of `BY_ANYBODY`."""
+    """Return the parameters of `BY_ANYBODY`."""
     if state is None:
         state = State.SCHEDULED if job.due_at is not None else State.ACCEPTED
     return (
@@ -146,7 +153,7 @@ def _insert(
 
 
 def inserted_by(row: Any, job: NewJob) -> Inserted:
-    """What the row says that the insert of a job returned. Raises `NotMigrated`."""
+    """Return the result of an insert, from the row that the statement returned. Raises `NotMigrated`."""
     seq, confirmation = row
     if confirmation is None:
         raise NotMigrated()
@@ -155,9 +162,9 @@ def inserted_by(row: Any, job: NewJob) -> Inserted:
 
 
 def confirmed(connection: Connection) -> Inserted:
-    """Nothing was inserted; who decides, all the same."""
-    known = read_authority(connection)
-    return Inserted(None, known.epoch, known.authority)
+    """Return the result of an insert that wrote nothing; it says who decides all the same."""
+    current = read_authority(connection)
+    return Inserted(None, current.epoch, current.authority)
 
 
 def execute_insert(
@@ -167,9 +174,12 @@ def execute_insert(
     values: tuple[Any, ...],
     plain: bool = False,
 ) -> Any:
-    """The row that the insert returns, None for none. With the driver's own cursor: SQLAlchemy's result machinery would
-    be a fifth of the whole statement. Errors are SQLAlchemy's, and a connection that broke is given up, as it would do.
-    `plain`: not prepared, since in a transaction one that is not known here would end it. Raises `NotMigrated`."""
+    """Execute an insert and return its row, None for none.
+
+    The driver's own cursor executes it: SQLAlchemy's result machinery would be a fifth of the whole statement. Errors
+    are SQLAlchemy's, and a broken connection is given up, as SQLAlchemy would do. `plain`: not prepared, since in a
+    transaction an unknown prepared statement would end the transaction. Raises `NotMigrated`.
+    """
     cursor: Any = None
     try:
         cursor = pooled.cursor()
@@ -182,7 +192,8 @@ def execute_insert(
                 cursor.execute(statement.prepare, statement.common)
             except psycopg2.Error as error:
                 deadlines.nothing_written(error)
-                # (Known also where a signal raised its error, a time limit say, when the server had answered.)
+                # A statement is known already, too, where a signal (a time limit, say) raised its error after the
+                # server's answer.
                 if error.pgcode != _PREPARED:
                     raise
             pooled.info[statement.name] = True
@@ -212,22 +223,25 @@ def execute_insert(
 
 _CLAIM_KEY: Final = text("SELECT claim_key(:key, :job, :seconds)")
 _GATE_JOB: Final = text("SELECT unknown, starts FROM gate_job(:job, CAST(:after AS text[]), :rated, :not_before)")
-#: How a rate lets jobs go; returns their ids.
+#: Statement by which a rate lets jobs go; returns their ids.
 OPEN_RATE: Final = text("SELECT open_rate(:name, :rate, :said, :burst, :most)")
 #: Jobs of a task that one call lets go.
 MOST_LET_GO: Final = 1000
 
 
 class _NotInserted(Exception):
-    """Leaves the transaction, which wrote nothing."""
+    """Raised to leave the transaction, which wrote nothing."""
 
     def __init__(self, inserted: Inserted) -> None:
         self.inserted = inserted
 
 
 def _insert_gated(connection: Connection, job: NewJob, gates: Gates, by: Publisher | None) -> Inserted:
-    """The same with what holds it back, in one transaction. Raises `InvalidRequest` where a job that it needs is
-    unknown. (What is published under an id that exists, a retry say, passes no gate.)"""
+    """Insert a job with its constraints, in one transaction.
+
+    Raises `InvalidRequest` where a job that it needs is unknown. A publish under an existing id, such as a retry,
+    passes no constraint.
+    """
     waits = bool(gates.after) or gates.rate is not None
     try:
         with _in_one(connection):
@@ -235,8 +249,8 @@ def _insert_gated(connection: Connection, job: NewJob, gates: Gates, by: Publish
                 values = {"key": gates.key, "job": job.id, "seconds": gates.key_for}
                 holder = connection.execute(_CLAIM_KEY, values).scalar_one()
                 if holder != job.id:
-                    known = read_authority(connection)
-                    raise _NotInserted(Inserted(None, known.epoch, known.authority, False, str(holder)))
+                    current = read_authority(connection)
+                    raise _NotInserted(Inserted(None, current.epoch, current.authority, False, str(holder)))
             state = State.SCHEDULED if waits or job.due_at is not None else State.ACCEPTED
             inserted = _insert(connection, job, by, state, gated=waits, plain=True)
             if inserted.seq is None:
@@ -268,7 +282,10 @@ def _gate(connection: Connection, job: NewJob, gates: Gates, inserted: Inserted)
 
 
 def _goes_at_once(connection: Connection, job: NewJob, gates: Gates) -> bool:
-    """Whether the rate of its task lets it go now. (Others that it lets go in its place are due, and come as such.)"""
+    """Return True if the rate of its task lets the job go now.
+
+    Other jobs that the rate lets go in its place are due, and come as due jobs.
+    """
     assert gates.rate is not None
     rate = {"name": job.name, "rate": gates.rate.per_second, "said": gates.rate.said}
     return job.id in connection.execute(OPEN_RATE, {**rate, "burst": gates.burst, "most": MOST_LET_GO}).scalars().all()
@@ -276,7 +293,7 @@ def _goes_at_once(connection: Connection, job: NewJob, gates: Gates) -> bool:
 
 @contextmanager
 def _in_one(connection: Connection) -> Iterator[None]:
-    """Within, all is one transaction: of its own where statements are autocommitted, else a part of the caller's."""
+    """Run the body as one transaction: its own where statements are autocommitted, else a part of the caller's."""
     driver: Any = connection.connection.driver_connection
     if not driver.autocommit:
         with connection.begin_nested():
@@ -297,6 +314,6 @@ _MAY_PUBLISH: Final = text(f"SELECT {_HOLDS.format(':job', ':epoch', ':attempt',
 
 
 def may_publish(connection: Connection, by: Publisher) -> bool:
-    """Whether an attempt holds its lease, as far as Postgres knows."""
+    """Return True if an attempt holds its lease, as far as Postgres knows."""
     values = {"job": by.job, "epoch": by.epoch, "attempt": by.attempt, "incarnation": by.incarnation}
     return bool(connection.execute(_MAY_PUBLISH, values).scalar_one())

@@ -1,7 +1,7 @@
-"""What is published under an id that exists: the successor of a running attempt, or the end of a replacement.
+"""Publishes under an existing id: the successor of a running attempt, or the end of a replacement.
 
-A publish is identified by (id, `retries`, `replaced_task_nesting`): equal to the row's is there already, and ignored;
-higher is a successor. One guarded statement on the caller's connection.
+A publish is identified by (id, `retries`, `replaced_task_nesting`). A publish equal to the row's is there already, and
+is ignored. A higher one is a successor. Each is one guarded statement on the caller's connection.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 
 
 def _if_replaced(column: str, value: str) -> str:
-    """The row goes on with the publish where its attempt has ended by a replacement; else this waits beside it."""
+    """Return SQL that sets a column of the row itself, where its attempt has ended by a replacement.
+
+    The row then goes on with the publish; else the publish waits beside the row.
+    """
     return f"{column} = CASE WHEN state = '{State.REPLACED.value}' THEN {value} ELSE {column} END"
 
 
@@ -28,7 +31,7 @@ def _unless_replaced(column: str, value: str) -> str:
     return f"{column} = CASE WHEN state <> '{State.REPLACED.value}' THEN {value} END"
 
 
-# One statement, so that a row which becomes `replaced` meanwhile is looked at again by Postgres itself.
+# A single statement, so that Postgres itself looks again at a row that becomes `replaced` meanwhile.
 _SUCCESSOR: Final = text(f"""
 UPDATE jobs SET
   {_if_replaced("message", ":message")},
@@ -65,10 +68,13 @@ RETURNING CASE WHEN successor IS NULL THEN '{State.REPLACED.value}' ELSE state E
 
 
 def put_successor(connection: Connection, job: NewJob) -> str | None:
-    """Keep a publish under an existing id as the successor of its running attempt; a row whose attempt was replaced
-    long ago goes on with it at once. (A publish is identified by id, retries and nesting; equal or lower is there
-    already.) Returns the state that the row had, None where refused."""
-    found = connection.execute(
+    """Keep a publish under an existing id as the successor of its running attempt.
+
+    A row whose attempt was replaced long ago goes on with the publish at once. A publish is identified by id, retries
+    and nesting; an equal or lower one is there already. Returns the state that the row had, None where the publish is
+    refused.
+    """
+    state = connection.execute(
         _SUCCESSOR,
         {
             "id": job.id,
@@ -86,12 +92,12 @@ def put_successor(connection: Connection, job: NewJob) -> str | None:
             "expires_at": job.expires_at,
         },
     ).scalar_one_or_none()
-    return str(found) if found is not None else None
+    return str(state) if state is not None else None
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What tells one publish under an id from another."""
+    """Identity of a publish, which tells it from another publish under the same id."""
 
     seq: int
     state: str
@@ -101,7 +107,7 @@ class Identity:
 
 
 def identity_of(connection: Connection, job: str) -> Identity | None:
-    """The identity of a row, None where there is no such job."""
+    """Return the identity of a row, None where there is no such job."""
     row = connection.execute(
         text("SELECT seq, state, attempt, retries, nesting FROM jobs WHERE id = :id"), {"id": job}
     ).one_or_none()
@@ -109,8 +115,10 @@ def identity_of(connection: Connection, job: str) -> Identity | None:
 
 
 def publish_left(connection: Connection, left: str) -> list[str]:
-    """Insert the jobs that an attempt could not publish, before its outcome is written; returns the ids of new ones
-    that may start. What was inserted before is left as it is."""
+    """Insert the jobs that an attempt could not publish, before its outcome is written.
+
+    Return the ids of new jobs that may start. A job that was inserted before is left as it is.
+    """
     new = []
     for job in outbox.parse(left).publishes:
         inserted = insert_job(connection, job)

@@ -1,4 +1,4 @@
-"""What a worker takes of the backlog in one pass: in order, what fits; and for which exclusive job it is kept."""
+"""Worker's pass over the backlog: it takes the jobs that fit, in order, or is kept for an exclusive job."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ from celery_capacity.routing.policy.placement import Book, Waiting, fits, waits_
 
 
 class Filling(NamedTuple):
-    """What one pass comes to. `kept`: the shape for which the worker is kept from now on, "" for none."""
+    """Result of a pass. `kept`: the shape for which the worker is kept from now on, "" for none."""
 
     admitted: list[Waiting]
     kept: str
 
 
 def fill(book: Book, backlog: Iterable[Waiting], shapes: int, most: int) -> list[Waiting]:
-    """What a release (or a registration) on `book` admits, in this order: one pass of a script."""
+    """Return the jobs that a release or a registration on `book` admits, in order: one pass of a script."""
     return fill_or_keep(book, backlog, shapes, most).admitted
 
 
 def fill_or_keep(
     book: Book, backlog: Iterable[Waiting], shapes: int, most: int, elsewhere: Collection[str] = ()
 ) -> Filling:
-    """One pass over a worker, which may come to be kept for a shape (those `elsewhere` have a worker that is).
+    """Fill a worker in one pass, or keep it for a shape; the shapes in `elsewhere` have a worker that is kept for them.
 
-    It looks at the first `shapes` shapes by the order of their first job, and at the first `shapes` behind these that
-    wait beside a resource which the worker has, or for its default queue. Again and again the first
-    waiting job of these that fits is admitted, until none fits or `most` jobs are, or it is the turn of one that must
-    be alone here and others run: then the worker is kept for it. A worker that is kept takes only the shape that it is
-    kept for, once it is empty; when that no longer waits, or would not fit, it is kept no more.
+    The pass looks at the first `shapes` shapes, in the order of their first jobs. Behind these it looks at the first
+    `shapes` shapes that wait beside a resource of the worker, or for its default queue. Again and again it admits the
+    first waiting job of these that fits, until none fits or `most` jobs are admitted. It also ends at the turn of a job
+    that must be alone here while others run: then the worker is kept for that job's shape.
+
+    A kept worker takes only the shape that it is kept for, once it is empty. When that shape no longer waits, or would
+    not fit, the worker is kept no more.
     """
     if not book.admitting or book.over or not (book.kept or book.open):
         return Filling([], book.kept)
     queues: dict[str, list[Waiting]] = {}
-    # Redis breaks ties by the member's bytes; so does this.
+    # Ties go by the job's id, as Redis breaks them by the member's bytes.
     for waiting in sorted(backlog, key=lambda waiting: (waiting.order, waiting.job)):
         queues.setdefault(waiting.request.shape, []).append(waiting)
     heads = [(queue[0].order, shape) for shape, queue in queues.items()]
@@ -73,13 +75,13 @@ def fill_or_keep(
 
 
 def _stands_by(book: Book, request: Request) -> bool:
-    """Whether a worker looks for what waits into the index in which a request's shape stands."""
+    """Return True if a worker looks for waiting jobs in the index that has the request's shape."""
     place = waits_beside(request.shape)
     return place in book.places or (place == LABEL + DEFAULT_QUEUE and book.serves(request))
 
 
 def _keeps(shape: str, request: Request, book: Book, elsewhere: Collection[str]) -> bool:
-    """Whether a worker on which others run is to be kept for a request that must be alone."""
+    """Return True if a worker on which others run is to be kept for a request that must be alone."""
     if not request.get(ALONE) or shape in elsewhere or book.allocated.get(ALONE, 0):
         return False
     return fits(request, replace(book, allocated={})) is None

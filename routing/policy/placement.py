@@ -1,27 +1,24 @@
-"""Who runs where: the specification, as plain functions of plain values.
+"""Placement of jobs on workers: the specification, as plain functions of plain values.
 
-No clock, no randomness, no log, no I/O. The Lua scripts are held to these functions by property tests;
-`explain` and what-if questions call them as they are. A refusal is a value with a reason; its words are
-made where it is shown.
+No clock, no randomness, no log, no I/O. Property tests hold the Lua scripts to these functions; `explain` and what-if
+questions call them as they are. A refusal is a value with a reason; its words are made where it is shown.
 
 The rules:
 
-- A worker takes a job if it has room for the whole request. What a worker does not publish, it has none of.
-- A worker whose allocations exceed its capacity in any resource (the capacity shrank) takes nothing, not
-  even a job that asks for nothing, until it fits again. It is passed over like one that is cordoned.
-- A job is in a queue, and only workers that serve it take it. A queue other than the default one is a label: the job
-  asks for one of it, and workers that serve it have more than can be allocated. A worker that does not serve the
-  default queue takes only what has a label. Labels are no capacity: a worker that serves a queue no more is not over
-  for what it still holds of it.
+- A worker takes a job if it has room for the whole request. It has none of a resource that it does not publish.
+- A worker whose allocations exceed its capacity in any resource (the capacity shrank) takes nothing until it fits
+  again, not even a job that asks for nothing. It is passed over like a cordoned worker.
+- A job is in a queue, and only workers that serve the queue take the job. A queue other than the default one is a
+  label: the job asks for one of it, and workers that serve the queue have more than can be allocated. A worker that
+  does not serve the default queue takes only jobs with a label. Labels are no capacity: a worker that serves a queue no
+  more is not over its capacity for the jobs that it still holds of that queue.
 - Best fit: of the workers with room, the one with the fewest free CPUs, ties by name.
-- Waiting jobs come in order of priority (9 first) and then of submission. One that does not fit holds up no
-  other. (The reservation that keeps a wide job from starving belongs in `fill`, before a later job is
-  taken.)
-- The last attempt that a job has (one more loss ends it) runs alone on its worker, so that what it breaks is only
-  its own: it asks for `alone`, of which every worker has one, and fits where nothing is allocated; beside it
-  nothing fits. So that it does not wait for ever while others come, a worker that it would fit, were it empty, is
-  *kept* for its shape when its turn comes, and takes nothing else until it is empty. One worker is kept for a
-  shape at a time.
+- Waiting jobs come in order of priority (9 first) and then of submission. A job that does not fit holds up no other. A
+  reservation that keeps a wide job from starving would belong in `fill`, before a later job is taken.
+- The last attempt of a job (one more loss ends the job) runs alone on its worker, so that it can break only itself. It
+  asks for `alone`, of which every worker has one. It fits where nothing is allocated, and beside it nothing fits. It
+  must not wait for ever while others come: when its turn comes, a worker that it would fit, were it empty, is *kept*
+  for its shape, and takes nothing else until it is empty. Only one worker is kept for a shape at a time.
 """
 
 from __future__ import annotations
@@ -43,27 +40,25 @@ from celery_capacity.routing.model.amounts import (
 )
 from celery_capacity.routing.model.request import Request
 
-#: priorities from 0 to this; higher comes first
+#: highest priority; the lowest is 0, and a higher one comes first
 TOP_PRIORITY = 9
-#: submissions that fit between two priorities. Ten of them stay below 2^53, up to which Redis's scores are
-#: exact.
+#: submissions that fit between two priorities. Ten times as many stay below 2^53, up to which Redis's scores are exact.
 SUBMISSIONS = 2**49
 
 
-#: Workers that one script looks at. At one book read (some 5 us) each, Redis is held for well under a
-#: millisecond.
+#: Workers that one script looks at. A book takes some 5 us to read, so Redis is held for well under a millisecond.
 CANDIDATES = 64
 #: Shapes that one script looks at, for the same reason; platforms have tens of shapes rather than thousands.
 SHAPES = 64
-#: Jobs that one script admits: a worker with 96 CPUs that was empty is filled in a few calls.
+#: Jobs that one script admits: a few calls fill an empty worker with 96 CPUs.
 MOST_ADMITTED = 32
-#: Passes at once over a worker that is kept for a shape no more: it is empty, or nearly, and nobody goes on with it.
-#: They fill 128 slots; what may be behind is for the sweep. This is as rare as a job's last attempt.
+#: Passes in one call over a worker that is no longer kept for a shape: it is empty, or nearly, and nobody else goes on
+#: with it. They fill 128 slots; the sweep fills the rest. The case is as rare as a job's last attempt.
 FREED_PASSES = 4
 
 
 class Reason(Enum):
-    """Why a job is not admitted; the value is the stable name in counters and JSON."""
+    """Reason why a job is not admitted; the value is the stable name in counters and JSON."""
 
     #: no worker admits anything: none lives, or all are cordoned, draining or closed
     NO_WORKER = "no-worker"
@@ -75,16 +70,16 @@ class Reason(Enum):
     TOO_LARGE = "too-large"
     #: would fit an empty worker; none has room now
     NO_ROOM = "no-room"
-    #: none of the candidates that were looked at has room; there are more behind the worker named
+    #: none of the examined candidates has room; more candidates come behind the worker named
     LOOK_FURTHER = "look-further"
     #: jobs with the same request wait before it
     BEHIND_SHAPE = "behind-shape"
-    #: its last attempt runs alone on a worker, and none that it would fit is empty
+    #: its last attempt runs alone on a worker, and no worker that it would fit is empty
     ALONE = "alone"
 
 
 class Shortage(NamedTuple):
-    """A resource of which a worker has too little: millicores, bytes or pieces. `free` < 0: it is over."""
+    """Resource of which a worker has too little: millicores, bytes or pieces. `free` < 0: the worker is over."""
 
     resource: str
     asked: int
@@ -93,18 +88,18 @@ class Shortage(NamedTuple):
 
 @dataclass(frozen=True)
 class Admission:
-    """The job goes to this worker."""
+    """Decision that the job goes to this worker."""
 
     worker: str
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """The job does not go anywhere now. `resource`, `asked`, `free` and `worker` say what is short where.
+    """Decision that the job goes nowhere now. `resource`, `asked`, `free` and `worker` say what is short where.
 
-    They describe the worker that comes closest; "" and 0 where there is none. For `TOO_LARGE` `free` is its
-    capacity. For `BEHIND_SHAPE` `asked` is the number of jobs before it. For `LOOK_FURTHER` (`free`,
-    `worker`) is the cursor. For `ALONE` `worker` is the one that is kept for it, "" where none is yet.
+    They describe the worker that comes closest; "" and 0 where there is none. For `TOO_LARGE` `free` is its capacity.
+    For `BEHIND_SHAPE` `asked` is the number of jobs before it. For `LOOK_FURTHER` (`free`, `worker`) is the cursor. For
+    `ALONE` `worker` is the worker that is kept for the job, "" where none is yet.
     """
 
     reason: Reason
@@ -116,8 +111,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Book:
-    """A worker's capacity and allocations by resource. Not `admitting`: cordoned, draining or closed. `kept`: the shape
-    for which it takes nothing else, "" for none."""
+    """Capacity and allocations of a worker, by resource.
+
+    Not `admitting`: the worker is cordoned, draining or closed. `kept`: the only shape that the worker takes, "" for no
+    such limit.
+    """
 
     worker: str
     capacity: Mapping[str, int]
@@ -126,17 +124,20 @@ class Book:
     kept: str = ""
 
     def free(self, resource: str) -> int:
-        """Capacity less allocations; negative while the worker is over its capacity."""
+        """Return capacity less allocations; negative while the worker is over its capacity."""
         return self.capacity.get(resource, 1 if resource == ALONE else 0) - self.allocated.get(resource, 0)
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is allocated: every job takes a slot."""
+        """Return True if nothing is allocated; the slots tell, since every job takes one."""
         return not self.allocated.get(SLOTS, 0)
 
     @property
     def open(self) -> bool:
-        """Whether a request that does not ask to be alone may come: the workers in the index of the ledger."""
+        """Return True if a request that does not ask to be alone may come.
+
+        The ledger's index has just these workers.
+        """
         return (
             self.admitting
             and not self.over
@@ -147,34 +148,37 @@ class Book:
 
     @property
     def over(self) -> str | None:
-        """The first resource, by name, in which allocations exceed capacity."""
+        """Return the first resource, by name, in which allocations exceed capacity; None for none."""
         return next(iter(self.exceeded), None)
 
     @property
     def exceeded(self) -> list[str]:
-        """All of these."""
+        """Return all resources in which allocations exceed capacity, by name."""
         return [name for name in sorted(self.allocated) if self.free(name) < 0 and not is_label(name)]
 
     @property
     def places(self) -> frozenset[str]:
-        """The resources in whose indexes it stands while it is open: what it has and not every worker does. One that
-        takes only what has a label is found by its queues alone."""
+        """Return the resources in whose indexes the worker stands while it is open.
+
+        These are the resources that it has and not every worker has. A worker that takes only jobs with a label is
+        found by its queues alone.
+        """
         only = self.capacity.get(ONLY_LABELLED, 0)
-        own = (name for name, amount in self.capacity.items() if amount and has_index(name))
-        return frozenset(name for name in own if is_label(name) or not only)
+        names = (name for name, amount in self.capacity.items() if amount and has_index(name))
+        return frozenset(name for name in names if is_label(name) or not only)
 
     def serves(self, request: Request) -> bool:
-        """Whether it takes jobs of this request's queue."""
+        """Return True if the worker takes jobs of this request's queue."""
         if request.queue == DEFAULT_QUEUE:
             return not self.capacity.get(ONLY_LABELLED, 0)
         return self.capacity.get(LABEL + request.queue, 0) > 0
 
     def holding(self, request: Request) -> Book:
-        """The book after this request was admitted."""
+        """Return the book after this request was admitted."""
         return self._moved(request, 1)
 
     def without(self, request: Request) -> Book:
-        """The book after this request was released."""
+        """Return the book after this request was released."""
         return self._moved(request, -1)
 
     def _moved(self, request: Request, sign: int) -> Book:
@@ -184,7 +188,7 @@ class Book:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A job in the backlog; `order` is what `order()` made of its priority and its submission."""
+    """A job in the backlog. `order` is the number that `order()` makes of priority and submission."""
 
     job: str
     request: Request
@@ -192,40 +196,45 @@ class Waiting:
 
 
 def order(priority: int, seq: int) -> int:
-    """One number that sorts by priority (9 first), then by submission; `seq` counts submissions from 0."""
+    """Return a number that sorts by priority (9 first), then by submission; `seq` counts submissions from 0."""
     if not 0 <= priority <= TOP_PRIORITY or not 0 <= seq < SUBMISSIONS:
         raise ValueError(f"priority {priority} must be 0 to {TOP_PRIORITY}, seq {seq} 0 to {SUBMISSIONS - 1}")
     return (TOP_PRIORITY - priority) * SUBMISSIONS + seq
 
 
 def split_order(number: int) -> tuple[int, int]:
-    """(priority, seq) of an order."""
+    """Return (priority, seq) of an order."""
     above, seq = divmod(number, SUBMISSIONS)
     return TOP_PRIORITY - above, seq
 
 
 def is_last_chance(losses: int, most_losses: int) -> bool:
-    """Whether one more loss ends a job that has lost so many attempts. Where the first one does, every attempt is its
-    last, and none is alone."""
+    """Return True if one more loss ends a job that has lost so many attempts.
+
+    Where the first loss ends a job, every attempt is its last, and none runs alone: return False.
+    """
     return most_losses > 1 and losses >= most_losses - 1
 
 
 def held_by(request: Request, losses: int, most_losses: int) -> Request:
-    """What the next attempt of a job holds: its request, and where it is its last chance the worker alone."""
+    """Return the request that a job's next attempt holds; at its last chance it also holds the worker alone."""
     if request.get(ALONE) or not is_last_chance(losses, most_losses):
         return request
     return Request.of({**dict(request.amounts), ALONE: 1})
 
 
 def asked_shape(shape: str) -> str:
-    """The shape of what a job asks for itself, of that of what it holds."""
+    """Return the shape that a job itself asks for, from the shape that it holds."""
     asked = dict(Request.from_shape(shape).amounts)
     return Request.of(asked).shape if asked.pop(ALONE, 0) else shape
 
 
 def shortages(request: Request, book: Book) -> list[Shortage]:
-    """Every resource of which the worker has too little, by name; while it is over in any, only those; of one that does
-    not serve the request's queue, only that."""
+    """Return every resource of which the worker has too little, by name.
+
+    While the worker is over its capacity in any resource, return only the exceeded ones. Where it does not serve the
+    request's queue, return only the queue.
+    """
     if book.over:
         return [Shortage(name, request.get(name), book.free(name)) for name in book.exceeded]
     if not book.serves(request):
@@ -237,24 +246,31 @@ def shortages(request: Request, book: Book) -> list[Shortage]:
 
 
 def fits(request: Request, book: Book) -> Shortage | None:
-    """None if the worker has room for the whole request, else its first shortage; ignores `admitting`."""
+    """Return None if the worker has room for the whole request, else its first shortage; ignores `admitting`."""
     short = shortages(request, book)
     return short[0] if short else None
 
 
 def found_by(request: Request, books: Iterable[Book]) -> str:
-    """The index in which a request's candidates stand: that of its queue; in the default queue that of the resource it
-    asks for which the fewest open workers have, of equal ones the first by name; "" for all that serve that queue."""
+    """Return the index in which a request's candidates stand.
+
+    For a labelled queue that is the index of the queue. In the default queue it is the index of a requested resource:
+    of the resource that the fewest open workers have, and of equal ones the first by name. "" means all workers that
+    serve the default queue.
+    """
     if request.queue != DEFAULT_QUEUE:
         return LABEL + request.queue
     named = [name for name, _ in request.amounts if has_index(name)]
     places = [book.places for book in books if book.open] if named else []
-    return min(named, key=lambda name: sum(name in own for own in places), default="")
+    return min(named, key=lambda name: sum(name in worker_places for worker_places in places), default="")
 
 
 def waits_beside(shape: str) -> str:
-    """The index of waiting shapes in which one stands beside the whole one: that of its queue; in the default queue
-    that of the first resource it asks for which not every worker has."""
+    """Return the index of waiting shapes in which a shape stands beside the index of all shapes.
+
+    For a labelled queue that is the index of the queue. In the default queue it is the index of the first requested
+    resource that not every worker has; without such a resource, the index of the default queue.
+    """
     names = [name for name in (part.partition("=")[0] for part in shape.split(",")) if has_index(name)]
     return next((name for name in names if is_label(name)), next(iter(names), LABEL + DEFAULT_QUEUE))
 
@@ -262,12 +278,12 @@ def waits_beside(shape: str) -> str:
 def choose(
     request: Request, books: Iterable[Book], candidates: int, after: tuple[int, str] | None = None
 ) -> Admission | Refusal:
-    """Best fit among at most `candidates` workers, as one script looks at them.
+    """Return the best fit among at most `candidates` workers, as one script looks at them.
 
-    The candidates are the admitting workers, none over its capacity, with a free slot and enough free CPUs, in
-    order of (free CPUs, name), behind `after` where a cursor is given; not one on which a job is alone, or that is kept
-    for one; and of these only what stands in the index that the request is `found_by`. The first with room for the
-    whole request is it.
+    The candidates admit, are not over their capacity, and have a free slot and enough free CPUs. A worker on which a
+    job is alone, or that is kept for a job, is no candidate. All of them stand in the index that the request is
+    `found_by`. They come in order of (free CPUs, name), behind the cursor `after` where there is one. The first with
+    room for the whole request is chosen.
     """
     books = list(books)
     admitting = [book for book in books if book.admitting]
@@ -295,19 +311,19 @@ def choose(
 
 
 def survey(request: Request, books: Iterable[Book], ahead: int = 0) -> Admission | Refusal:
-    """What `explain` says: the decision over all workers, with the best reason there is.
+    """Return the decision over all workers, with the best reason there is, as `explain` says it.
 
     `ahead`: jobs of the same request that wait before this one; they would get the room first.
     """
     live = list(books)
-    known = [book for book in live if book.serves(request)]
-    if live and not known:
+    serving = [book for book in live if book.serves(request)]
+    if live and not serving:
         return Refusal(Reason.NO_QUEUE)
-    admitting = [book for book in known if book.admitting]
+    admitting = [book for book in serving if book.admitting]
     if not admitting:
         return Refusal(Reason.NO_WORKER)
     for name, amount in request.amounts:
-        if name != ALONE and not any(book.capacity.get(name, 0) for book in known):
+        if name != ALONE and not any(book.capacity.get(name, 0) for book in serving):
             return Refusal(Reason.UNKNOWN_RESOURCE, name, amount)
     empty = [replace(book, allocated={}, kept="") for book in admitting]
     large_enough = [book for book, bare in zip(admitting, empty, strict=True) if fits(request, bare) is None]
@@ -323,11 +339,11 @@ def survey(request: Request, books: Iterable[Book], ahead: int = 0) -> Admission
 
 
 def _closest(request: Request, books: Sequence[Book], reason: Reason) -> Refusal:
-    """The refusal of the worker that lacks the fewest resources, then has most free CPUs, then by name."""
-    found = [(shortages(request, book), book) for book in books]
+    """Return the refusal of the worker that lacks the fewest resources, then has most free CPUs, then by name."""
+    judged = [(shortages(request, book), book) for book in books]
     closest = min(
-        ((short, book) for short, book in found if short),
+        ((short, book) for short, book in judged if short),
         key=lambda pair: (len(pair[0]), -pair[1].free(CPUS), pair[1].worker),
-        default=None,  # all have room: those before a cursor, which the one who asks has seen already
+        default=None,  # all have room: they stand before a cursor, and the caller has seen them already
     )
     return Refusal(reason, *closest[0][0], worker=closest[1].worker) if closest else Refusal(reason)

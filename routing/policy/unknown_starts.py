@@ -1,21 +1,21 @@
-"""Attempts of which nobody knows whether they started: their worker died, and the ledger was lost before Postgres had
-their claim.
+"""Attempts that may have started unseen: their worker died, and the ledger was lost before Postgres had their claim.
 
-Postgres hears of a claim within milliseconds, while the body runs already. Whoever opens the next epoch learns of the
-claims in between from the stream, if it survived, and from each worker that lives. Of a worker that is silent nobody
-knows: each job that waited may have started there. Two rules keep the promises all the same:
+Postgres hears of a claim within milliseconds, while the body runs already. The process that opens the next epoch learns
+of the claims in between from the stream, if it survived, and from each live worker. A silent worker tells nothing: each
+job that waited may have started there. Two rules keep the promises all the same:
 
-- **Known before the start.** An attempt whose loss would matter starts when Postgres has its claim: of a job that may
-  start only once, or that has lost an attempt already (or is in doubt).
-- **In doubt.** Every other job is brought in with the next number left out, so that none is used twice, and as one that
-  has lost an attempt. So a job is in doubt once at the most, and starts as often as its losses allow, no more.
+- **Known before the start.** An attempt whose loss would matter starts only when Postgres has its claim. Such an
+  attempt is of a job that may start only once, or that has lost an attempt already, or that is in doubt.
+- **In doubt.** Every other job is brought in with the next attempt number left out, so that no number is used twice. It
+  counts as having lost an attempt. So a job is in doubt once at the most, and starts as often as its losses allow, no
+  more.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-#: Allowed losses below which a doubt would be the last but one: then each attempt is known before it starts.
+#: Allowed losses below which a doubt would be the last loss but one: then each attempt is known before it starts.
 FEWEST_LOSSES: Final = 3
 
 
@@ -25,5 +25,5 @@ def is_known_before_start(losses: int, most_losses: int, rerun: bool) -> bool:
 
 
 def losses_in_doubt(losses: int, most_losses: int, rerun: bool) -> int:
-    """Return the losses of a job, one attempt of which may have started and was lost."""
+    """Return the losses of a job in doubt: an attempt of it may have started and may have been lost."""
     return losses if is_known_before_start(losses, most_losses, rerun) else losses + 1
