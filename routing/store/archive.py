@@ -1,12 +1,13 @@
-"""Finished jobs leave the tables that every submit and every duty reads, for an archive.
+"""Move finished jobs out of the tables that every submit and every duty reads, into an archive.
 
-One call moves some of them, with their attempts, in one statement (`archive_finished`, see migration 0003). What has
-not ended never moves, nor does what somebody still needs: a job whose worker has not spoken yet, whose result is not
-delivered, or of which an attempt is open. The archive has no messages: nothing runs an archived job again, and its
+One call moves some jobs with their attempts, in one statement (`archive_finished`, see migration 0003). A job that has
+not ended never moves. An ended job stays while somebody needs it: its worker has not reported yet, its result is not
+delivered, or one of its attempts is open. The archive has no messages: nothing runs an archived job again, and its
 arguments need not be kept for as long as the fact that it ran.
 
-From then on the id is free: a publish under it is a new job, as where there never was one. An attempt that is still
-under way somewhere cannot speak for it: what is not in `jobs` publishes nothing (`routing.insert.single`).
+An archived id is free: a publish under it makes a new job, as if the id had never been used. An attempt of the archived
+job that still runs somewhere cannot speak for the new one: a job that is not in `jobs` publishes nothing
+(`routing.insert.single`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
-#: Jobs moved in one statement: some 30 ms of Postgres, in which nobody waits for anything.
+#: Jobs moved in one statement. It takes Postgres some 30 ms, in which nobody waits for anything.
 CHUNK: Final = 1000
 
 _MOVE: Final = text("SELECT archive_finished(:keep, :most)")
 
 
 def archive_finished(connection: Connection, keep: float, most: int) -> int:
-    """Move at most so many jobs that ended more than `keep` seconds ago, the oldest first; returns how many."""
+    """Archive at most `most` jobs that ended more than `keep` seconds ago, oldest first; return how many."""
     return int(connection.execute(_MOVE, {"keep": keep, "most": most}).scalar_one())

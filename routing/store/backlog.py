@@ -1,7 +1,7 @@
-"""The rows that the ledger should know, in their order: what waits, is due, never arrived, or came too late.
+"""Rows that the ledger should know, in order: jobs that wait, are due, never arrived, or came too late.
 
-A job whose row is marked as revoked is none of these: the sweep ends it, and until then nothing may start it.
-Reading only; each function takes the caller's connection.
+A job whose row is marked as revoked is left out: the sweep ends it, and until then nothing may start it.
+The functions only read, each on the caller's connection.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from celery_capacity.routing.policy.unknown_starts import losses_in_doubt
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A row that the ledger should know: the arguments of a submit."""
+    """A row that the ledger should know, as the arguments of a submit."""
 
     id: str
     shape: str
@@ -29,13 +29,13 @@ class Pending:
     attempt: int
     losses: int
     submitted_ms: int
-    #: When it was read, by this process's clock.
+    #: When the row was read, in milliseconds of this process's clock.
     read_ms: float
-    #: False: its first lost attempt ends it.
+    #: False: the first lost attempt ends the job.
     rerun: bool = True
 
     def submission(self) -> tuple[Any, ...]:
-        """The arguments of `Ledger.submit`, in order."""
+        """Return the arguments of `Ledger.submit`, in order."""
         return (
             self.id,
             self.shape,
@@ -50,7 +50,7 @@ class Pending:
 
 
 def in_doubt(row: Pending, most_losses: int) -> Pending:
-    """Return a row as it is submitted when an attempt may have started of which Postgres has not heard."""
+    """Return a row as it is submitted where an attempt may have started without Postgres knowing it."""
     return replace(row, attempt=row.attempt + 1, losses=losses_in_doubt(row.losses, most_losses, row.rerun))
 
 
@@ -84,22 +84,22 @@ def _pending(connection: Connection, statement: Any, values: dict[str, Any]) -> 
 
 
 def due(connection: Connection, most: int, after: int = 0) -> list[Pending]:
-    """Scheduled jobs whose time has come, in order of submission after a `seq`."""
+    """Return scheduled jobs whose time has come, in order of submission after a `seq`."""
     return _pending(connection, _DUE, {"most": most, "after": after})
 
 
 def stranded(connection: Connection, age: float, most: int, after: int = 0) -> list[Pending]:
-    """Accepted jobs that never reached the ledger within `age` seconds, in order of submission after a `seq`."""
+    """Return accepted jobs that did not reach the ledger within `age` seconds, by submission after a `seq`."""
     return _pending(connection, _STRANDED, {"age": age, "most": most, "after": after})
 
 
 def backlog(connection: Connection, most: int, after: tuple[int, int] = (-10, 0)) -> list[Pending]:
-    """Jobs that wait, in their order, after a cursor (-priority, seq)."""
+    """Return waiting jobs in the order of the backlog, after a cursor (-priority, seq)."""
     return _pending(connection, _BACKLOG, {"most": most, "priority": after[0], "seq": after[1]})
 
 
 def these(connection: Connection, ids: Sequence[str]) -> list[Pending]:
-    """Named jobs, those of them that have not started and may."""
+    """Return those of the named jobs that have not started and may start now."""
     return _pending(connection, _THESE, {"ids": list(ids)}) if ids else []
 
 
@@ -109,7 +109,7 @@ _ACCEPTED: Final = text(
 
 
 def accepted(connection: Connection, ids: Sequence[str]) -> list[Pending]:
-    """Named jobs, those of them of which the ledger has told nothing yet, in order of submission."""
+    """Return those of the named jobs that the ledger has not reported yet, in order of submission."""
     return _pending(connection, _ACCEPTED, {"ids": list(ids)})
 
 
@@ -120,5 +120,5 @@ _OVERDUE: Final = text(
 
 
 def overdue(connection: Connection, most: int) -> list[str]:
-    """Jobs that have not started and must not any more."""
+    """Return the ids of jobs that have not started and have expired, the earliest expiry first."""
     return list(connection.execute(_OVERDUE, {"most": most}).scalars())

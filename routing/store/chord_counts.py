@@ -1,7 +1,7 @@
-"""Chords that are counted in Postgres: their sizes, and the parts that have come.
+"""Chords that are counted in Postgres: their sizes, and the chord parts that have arrived.
 
-A chord is counted where its size was stored: in Redis, and here where Redis was away then. A part of a chord whose size
-nobody has stored yet is kept here as well, since the size may come to either place.
+A chord is counted in the store that has its size: in Redis, or here where Redis was away when the size was stored. A
+part of a chord whose size nobody has stored yet is kept here as well, since the size may come to either store.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sqlalchemy import Connection, text
 
 @dataclass(frozen=True, slots=True)
 class Chord:
-    """`size`: parts of its header, None while that is not known. `structure`: the nested results of its header."""
+    """A chord. `size`: parts of its header, None while unknown. `structure`: the nested results of its header."""
 
     size: int | None
     structure: str | None
@@ -42,7 +42,7 @@ _FORGET_OLD: Final = (
 
 
 def note(connection: Connection, group: str, size: int | None = None, structure: str | None = None) -> None:
-    """Have a chord counted here; what is None stays as it was."""
+    """Count a chord here. An argument that is None leaves the stored value as it is."""
     connection.execute(_NOTE, {"group": group, "size": size, "structure": structure})
 
 
@@ -52,39 +52,39 @@ def is_noted(connection: Connection, group: str) -> bool:
 
 
 def enlarge(connection: Connection, group: str) -> bool:
-    """Add one to the size of a chord; False where it is not counted here."""
+    """Add one part to the size of a chord; return False where the chord is not counted here."""
     return connection.execute(_ENLARGE, {"group": group}).rowcount > 0
 
 
 def add_part(connection: Connection, group: str, member: str, position: float, outcome: bytes) -> None:
-    """Keep a part. The same `member` again changes nothing."""
+    """Keep a chord part. Idempotent: a `member` that is there already changes nothing."""
     values = {"group": group, "member": member, "position": position, "outcome": outcome}
     connection.execute(_ADD, values)
 
 
 def lock(connection: Connection, group: str) -> Chord | None:
-    """A chord that is counted here, locked until the end of the caller's transaction."""
+    """Lock a chord until the end of the caller's transaction; return None where it is not counted here."""
     row = connection.execute(_LOCK, {"group": group}).first()
     return None if row is None else Chord(row[0], row[1])
 
 
 def is_complete(connection: Connection, group: str, chord: Chord) -> bool:
-    """Return whether all parts of its header have come."""
+    """Return whether all parts of the header of a chord have arrived."""
     count = int(connection.execute(_COUNT, {"group": group}).scalar_one())
     return chord.size is not None and count >= chord.size
 
 
 def parts(connection: Connection, group: str) -> Sequence[bytes]:
-    """Return the values of its parts, in the order of its header."""
+    """Return the encoded outcomes of the parts of a chord, in the order of its header."""
     return [bytes(row[0]) for row in connection.execute(_PARTS, {"group": group})]
 
 
 def forget(connection: Connection, group: str) -> None:
-    """Its body is published."""
+    """Delete a chord and its parts, after its body was published."""
     for statement in _FORGET:
         connection.execute(statement, {"group": group})
 
 
 def forget_old(connection: Connection, seconds: float) -> int:
-    """Forget chords and parts that are so old that their results have expired; returns how many rows."""
+    """Delete chords and parts older than `seconds`, whose results have expired; return how many rows."""
     return sum(connection.execute(statement, {"seconds": seconds}).rowcount for statement in _FORGET_OLD)

@@ -1,8 +1,9 @@
-"""Taking jobs from Postgres, where it decides: what a worker pulls while the ledger is gone, and how its attempts end.
+"""Take jobs from Postgres where it decides: the pulls of a worker while the ledger is gone, and the ends of attempts.
 
-A worker looks at the backlog in its order, chooses what fits beside what it holds, and takes that in one statement
-whose WHERE is the admission: Postgres decides, in this epoch, and the row still waits. Two workers that chose the same
-job share nothing: the one skips what the other has locked. Ends are written by `store.apply`, guarded by their token.
+A worker reads the backlog in its order, chooses the jobs that fit beside those it holds, and takes them in one
+statement. The WHERE of that statement is the admission: Postgres decides, in this epoch, and the row still waits. Two
+workers that chose one job do not both get it: each skips the rows that the other has locked. `job_transitions.apply`
+writes the ends, guarded by their token.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES, losses_
 from celery_capacity.routing.store import fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Applied, Transition
 
-#: Rows looked at in one statement.
+#: Rows that one statement reads.
 PAGE: Final = 200
-#: Before the first row of the backlog: (-priority, seq).
+#: Cursor before the first row of the backlog: (-priority, seq).
 START: Final = (-10, 0)
-#: (epoch, attempt, step) of a row.
+#: Rank of a row: (epoch, attempt, step).
 Rank = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A row that waits, and may start now."""
+    """A row that waits and may start now."""
 
     job: str
     shape: str
@@ -46,14 +47,16 @@ class Candidate:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Where it stands in the backlog: the cursor of the page after it."""
+        """Return the place in the backlog: the cursor of the page after this row."""
         return -self.priority, self.seq
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """An attempt that this worker holds from now on. `message` with the tag of the attempt; times in milliseconds of
-    Postgres's clock."""
+    """An attempt that this worker holds from now on.
+
+    `message` carries the tag of the attempt. Times in milliseconds of Postgres's clock.
+    """
 
     job: str
     token: str
@@ -61,12 +64,12 @@ class Taken:
     losses: int
     started_ms: int
     message: str
-    #: False: its first lost attempt ends it.
+    #: False: the first lost attempt ends the job.
     rerun: bool = True
 
 
-# Two ordered parts, each by its own index: what waits, and what is due. Shapes that do not fit are left out here, so
-# that ten thousand of them in front cost an index scan and no round trip.
+# Two ordered parts, each by its own index: waiting jobs, and due jobs. Shapes that do not fit are left out here, so
+# that ten thousand such jobs in front cost an index scan and no round trip.
 _PART: Final = """
 (SELECT id, shape, priority, seq, losses FROM jobs
  WHERE {} AND (expires_at IS NULL OR expires_at > now()) AND revoked_at IS NULL AND (-priority, seq) > (:priority, :seq)
@@ -83,37 +86,42 @@ _CANDIDATES: Final = text(
 def candidates(
     connection: Connection, most: int, after: tuple[int, int] = START, without: Sequence[str] = ()
 ) -> list[Candidate]:
-    """What waits and may start now, in the order of the backlog after a cursor, but for these shapes."""
+    """Return jobs that may start now, in the order of the backlog after a cursor, without these shapes."""
     values = {"most": most, "priority": after[0], "seq": after[1], "without": list(without)}
     return [Candidate(*row) for row in connection.execute(_CANDIDATES, values)]
 
 
 def choose(book: Book, page: Sequence[Candidate], most_losses: int) -> list[Candidate]:
-    """What of a page this worker takes, in order. A job that must be alone is taken by whoever holds nothing, before
-    all others. (No worker is kept for it, as the ledger does: each would be, since none knows of the others.)"""
-    asked = {one.job: held_by(Request.from_shape(one.shape), one.losses, most_losses) for one in page}
-    alone = [one for one in page if asked[one.job].get(ALONE)]
+    """Return the jobs of a page that this worker takes, in order.
+
+    A worker that holds nothing takes a job that must be alone before all others. No worker is kept for such a job,
+    while the ledger keeps one: here every worker would be kept, since none knows of the others.
+    """
+    asked = {row.job: held_by(Request.from_shape(row.shape), row.losses, most_losses) for row in page}
+    alone = [row for row in page if asked[row.job].get(ALONE)]
     if book.empty:
-        for one in alone:
-            if fits(asked[one.job], book) is None:
-                return [one]
-    known = {one.job: one for one in page}
-    waiting = [Waiting(one.job, asked[one.job], order(one.priority, one.seq)) for one in page]
-    elsewhere = {asked[one.job].shape for one in alone}
-    return [known[one.job] for one in fill_or_keep(book, waiting, len(page), MOST_ADMITTED, elsewhere).admitted]
+        for row in alone:
+            if fits(asked[row.job], book) is None:
+                return [row]
+    by_id = {row.job: row for row in page}
+    waiting = [Waiting(row.job, asked[row.job], order(row.priority, row.seq)) for row in page]
+    elsewhere = {asked[row.job].shape for row in alone}
+    return [by_id[entry.job] for entry in fill_or_keep(book, waiting, len(page), MOST_ADMITTED, elsewhere).admitted]
 
 
 def look(connection: Connection, book: Book, most_losses: int, passed: Collection[str] = ()) -> list[Candidate]:
-    """The first jobs of the backlog that this worker takes, but for those `passed`; empty where nothing fits. Page by
-    page, without the shapes that were seen not to fit."""
+    """Return the first jobs of the backlog that this worker takes, without those `passed`; empty where nothing fits.
+
+    The backlog is read page by page. A shape that did not fit is left out of all later pages.
+    """
     after, without = START, set[str]()
     while True:
         page = candidates(connection, PAGE, after, sorted(without))
-        chosen = choose(book, [one for one in page if one.job not in passed], most_losses)
+        chosen = choose(book, [row for row in page if row.job not in passed], most_losses)
         if chosen or len(page) < PAGE:
             return chosen
         after = page[-1].place
-        without |= {one.shape for one in page if fits(Request.from_shape(one.shape), book) is not None}
+        without |= {row.shape for row in page if fits(Request.from_shape(row.shape), book) is not None}
 
 
 _TAKE: Final = text(f"""
@@ -161,7 +169,7 @@ def take(
     jobs: Sequence[str],
     most_losses: int = FEWEST_LOSSES,
 ) -> list[Taken]:
-    """Make attempts of these jobs, those of them that still wait; none where Postgres does not decide in this epoch."""
+    """Make attempts of these jobs where they still wait; none where Postgres does not decide in this epoch."""
     values = {"ids": list(jobs), "epoch": epoch, "worker": worker, "incarnation": incarnation}
     rows = connection.execute(_TAKE, {**values, "counts": most_losses >= FEWEST_LOSSES})
     taken = []
@@ -172,13 +180,15 @@ def take(
 
 
 def tagged(message: bytes, job: str, token: str) -> str:
-    """A row's message with the token of its attempt as delivery tag, as `tagged` in lua/lib/transitions.lua makes
-    it."""
+    """Return a row's message with the token of its attempt as delivery tag.
+
+    The form is that of `tagged` in lua/lib/transitions.lua.
+    """
     return f'{message[:-2].decode("utf-8")},"delivery_tag":{json.dumps(f"{job}:{token}")}}}}}'
 
 
 def wake(connection: Connection) -> None:
-    """Tell the workers that pull that there is something to take."""
+    """Notify the workers that pull that there are jobs to take."""
     connection.execute(text(f"NOTIFY {CHANNEL}"))
 
 
@@ -187,7 +197,7 @@ def wake(connection: Connection) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Became:
-    """What the end of an attempt makes of its job (where Postgres holds a successor, the job goes on with that)."""
+    """Effect of the end of an attempt on its job. A job with a successor in Postgres goes on with that."""
 
     state: State
     step: Step
@@ -195,7 +205,7 @@ class Became:
 
 
 def became(outcome: str, losses: int, most_losses: int, rerun: bool) -> Became:
-    """`outcome` as in `replies.Ended`; `losses`: of the attempts before."""
+    """Return the effect of an end. `outcome` as in `replies.Ended`; `losses`: those of the attempts before."""
     if outcome == "retried":
         return Became(State.SCHEDULED, Step.BACK, losses)
     if outcome in ("handed_back", "taken_back"):
@@ -208,7 +218,7 @@ def became(outcome: str, losses: int, most_losses: int, rerun: bool) -> Became:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What a row says of its newest attempt. `over`: that attempt has ended."""
+    """The newest attempt of a row. `final`: the job has ended."""
 
     epoch: int
     attempt: int
@@ -219,12 +229,15 @@ class Holder:
     incarnation: str | None
 
     def takes(self, epoch: int, attempt: int) -> bool:
-        """Whether the end of this attempt is news. (Also of one that ended its job itself: it adds what it left.)"""
+        """Return whether the end of this attempt is still to be written.
+
+        It is also for an attempt that ended its job itself: its end adds what the attempt left to be delivered.
+        """
         mine = self.step == Step.COMMITTED and (self.epoch, self.attempt) == (epoch, attempt)
         return (mine or not self.final) and (self.epoch, self.attempt, self.step) < (epoch, attempt, Step.ENDED)
 
     def has(self, epoch: int, attempt: int) -> bool:
-        """Whether the end of this attempt is there already (its answer was lost)."""
+        """Return whether the end of this attempt is written already, so that only the reply was lost."""
         return (self.epoch, self.attempt) == (epoch, attempt) and self.step in (Step.ENDED, Step.BACK)
 
 
@@ -235,7 +248,7 @@ WHERE id = ANY(CAST(:ids AS text[])) ORDER BY id FOR NO KEY UPDATE
 
 
 def lock_holders(connection: Connection, jobs: Sequence[str]) -> Mapping[str, Holder]:
-    """The rows of these jobs, locked until the end of the caller's transaction."""
+    """Lock the rows of these jobs until the end of the caller's transaction, and return them by id."""
     return {
         row[0]: Holder(row[1], row[2], row[3], row[4], row[5], row[6] in FINAL, row[7])
         for row in connection.execute(_HOLDERS, {"ids": list(jobs)})
@@ -244,7 +257,7 @@ def lock_holders(connection: Connection, jobs: Sequence[str]) -> Mapping[str, Ho
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """An attempt that a row says is on a worker. Times in milliseconds, 0 means none."""
+    """An attempt that is on a worker, by its row. Times in milliseconds, 0 means none."""
 
     job: str
     epoch: int
@@ -275,17 +288,20 @@ _COMMITTED_NOWHERE: Final = text(
 
 
 def open_attempts(connection: Connection, incarnation: str) -> list[Open]:
-    """What Postgres says that a life of a worker holds."""
+    """Return the attempts that a life of a worker holds, by Postgres."""
     return [Open(*row) for row in connection.execute(_OPEN_HERE, {"incarnation": incarnation})]
 
 
 def orphans(connection: Connection) -> list[Open]:
-    """What Postgres says that a life of a worker holds which has ended."""
+    """Return the attempts that Postgres has on lives of workers that have ended."""
     return [Open(*row) for row in connection.execute(_OPEN_NOWHERE)]
 
 
 def close_orphans(connection: Connection) -> int:
-    """Attempts that ended their jobs themselves and whose worker has ended: nobody else will say so. How many."""
+    """Close attempts that ended their jobs themselves and whose worker has ended; return how many.
+
+    Nobody else will report these ends.
+    """
     rows = connection.execute(_COMMITTED_NOWHERE).all()
     return sum(fencing.close(connection, job, epoch, attempt) for job, epoch, attempt in rows)
 
@@ -293,30 +309,32 @@ def close_orphans(connection: Connection) -> int:
 def give_back(
     connection: Connection, attempts: Sequence[Open], outcome: str | None, error: str, most_losses: int
 ) -> list[Applied]:
-    """End open attempts which nobody holds any more. `outcome`: taken_back or lost; None: lost, if it had started. The
-    rows that this changed."""
+    """End open attempts that nobody holds any more; return the rows that changed.
+
+    `outcome`: taken_back or lost. None: lost if the attempt had started, else taken_back.
+    """
     if not attempts:
         return []
     now = now_ms(connection)
     transitions = []
-    for one in attempts:
-        ends_as = outcome or ("lost" if one.started_ms else "taken_back")
-        losses = one.losses
-        if outcome is None and not one.started_ms:
-            # Nobody can say whether it was claimed before its worker was gone.
-            losses = losses_in_doubt(losses, most_losses, one.rerun)
-        after = became(ends_as, losses, most_losses, one.rerun)
+    for attempt in attempts:
+        ends_as = outcome or ("lost" if attempt.started_ms else "taken_back")
+        losses = attempt.losses
+        if outcome is None and not attempt.started_ms:
+            # Nobody knows if the job was claimed before its worker was gone.
+            losses = losses_in_doubt(losses, most_losses, attempt.rerun)
+        after = became(ends_as, losses, most_losses, attempt.rerun)
         transitions.append(
             Transition(
-                job=one.job,
-                epoch=one.epoch,
-                attempt=one.attempt,
+                job=attempt.job,
+                epoch=attempt.epoch,
+                attempt=attempt.attempt,
                 state=after.state,
                 step=after.step,
-                worker=one.worker,
-                incarnation=one.incarnation,
-                admitted_ms=one.admitted_ms,
-                started_ms=one.started_ms,
+                worker=attempt.worker,
+                incarnation=attempt.incarnation,
+                admitted_ms=attempt.admitted_ms,
+                started_ms=attempt.started_ms,
                 at_ms=now,
                 losses=after.losses,
                 outcome=ends_as,
@@ -329,18 +347,20 @@ def give_back(
 def give_back_free(
     connection: Connection, attempts: Sequence[Open], outcome: str | None, error: str, most_losses: int
 ) -> list[Applied]:
-    """End open attempts as `give_back`, in the caller's transaction, but for jobs whose rows somebody keeps locked:
-    a later pass ends these."""
+    """End open attempts as `give_back` does, in the caller's transaction, without the jobs whose rows are locked.
+
+    A later pass ends these.
+    """
     try:
         with connection.begin_nested():
             return give_back(connection, attempts, outcome, error, most_losses)
     except OperationalError as problem:
         if not is_locked(problem):
             raise
-    free = job_transitions.free(connection, [one.job for one in attempts])
-    return give_back(connection, [one for one in attempts if one.job in free], outcome, error, most_losses)
+    free = job_transitions.free(connection, [attempt.job for attempt in attempts])
+    return give_back(connection, [attempt for attempt in attempts if attempt.job in free], outcome, error, most_losses)
 
 
 def now_ms(connection: Connection) -> int:
-    """Postgres's clock, in milliseconds."""
+    """Return Postgres's clock, in milliseconds."""
     return int(connection.execute(text("SELECT extract(epoch FROM clock_timestamp()) * 1000")).scalar_one())

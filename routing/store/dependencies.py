@@ -1,17 +1,17 @@
-"""What a job can wait for beside its time and a worker: the success of other jobs, and the rate of its task.
+"""Constraints of a job beside its time and a worker: the success of other jobs, and the rate of its task.
 
-A job behind a gate is `scheduled` without a time (`due_at` is null), so no store starts it, it holds nothing and stands
-in no ledger; what it waits for stands in its row (`needs`, `rated`). Once the last gate is open it gets its time, and
-comes in as all that is due. (`routing.insert.single` shuts the gates, with the insert.)
+A job behind such a gate is `scheduled` without a time (`due_at` is null), so no store starts it. It holds nothing and
+is in no ledger. Its row says how many jobs it waits for (`needs`) and if a rate holds it (`rated`). The insert shuts
+the gates (`routing.insert.single`). Once the last gate is open the job gets its time, and comes in like every due job.
 
-How an end reaches those who wait for it, and what a crash leaves::
+How an end reaches the jobs that wait for it, and what a crash leaves::
 
-    the transaction of the end    a trigger notes in `dependencies` how it ended, whoever wrote it
-    a crash here                  the duty finds what is noted within its interval
-    `open_needs`                  takes the notes away and counts them off from the rows that wait, in one transaction:
-                                  a second caller finds nothing. One that can never start is cancelled, which is an end
-                                  in turn
-    a crash here                  what got its time is due, and the duty brings it in
+    the transaction of the end    a trigger notes the final state in `dependencies`, for every writer
+    a crash here                  the duty finds the note within its interval
+    `open_needs`                  deletes the notes and subtracts them from the waiting rows, in one transaction: a
+                                  second caller finds nothing. A job that can never start is cancelled, which is an
+                                  end in turn
+    a crash here                  a job that got its time is due, and the duty brings it in
 
 Rates are token buckets in Postgres (`open_rate`, see migration 0004), by its clock.
 """
@@ -39,8 +39,10 @@ KEYS: Final = 2000
 
 @dataclass(slots=True)
 class Opened:
-    """`due`: jobs that may start now. `scheduled`: those whose gates are open and whose time has not come.
-    `cancelled`: those that can never start, since one that they needed did not succeed."""
+    """Jobs whose gates were decided. `due`: they may start now. `scheduled`: their time has not come.
+
+    `cancelled`: they can never start, since a job that they needed did not succeed.
+    """
 
     due: list[str] = field(default_factory=list)
     scheduled: list[str] = field(default_factory=list)
@@ -56,7 +58,7 @@ _LOCKING: Final = (text(_LOCK), text(f"{_LOCK} SKIP LOCKED"))
 _GONE: Final = text("""
 SELECT w.id FROM unnest(CAST(:ids AS text[])) AS w (id) WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.id = w.id)
 """)
-# A statement of its own: it sees what those wrote for whose locks the one before waited.
+# A statement of its own: it sees the writes of transactions whose locks the statement before waited for.
 _OPEN: Final = text(f"""
 WITH told AS (
   DELETE FROM dependencies WHERE job = ANY(CAST(:ids AS text[])) AND ended_as IS NOT NULL
@@ -83,17 +85,20 @@ RETURNING jobs.id, jobs.state, jobs.due_at <= clock_timestamp()
 
 
 def open_needs(engine: Engine) -> Opened:
-    """Open, or shut for good, the gates of all jobs that waited for others that have ended; also of those that waited
-    for one of these. Safe by several at once. (One whose row somebody keeps locked is left for later.)"""
-    found = Opened()
+    """Open, or shut for good, the gates of all jobs that waited for jobs that have ended.
+
+    Jobs that waited for a job cancelled here are included. Several callers may do it at once. A job whose row somebody
+    keeps locked is left for later.
+    """
+    opened = Opened()
     for lock in _LOCKING:
         try:
-            _open_all(engine.execution_options(isolation_level="READ COMMITTED"), lock, found)
+            _open_all(engine.execution_options(isolation_level="READ COMMITTED"), lock, opened)
             break
         except OperationalError as error:
             if not is_locked(error) or lock is _LOCKING[-1]:
                 raise
-    return found
+    return opened
 
 
 def _open_all(transactions: Engine, lock: TextClause, found: Opened) -> None:
@@ -117,7 +122,7 @@ _NEEDS: Final = text("SELECT needs FROM dependencies WHERE job_seq = :seq ORDER 
 
 
 def needs_of(connection: Connection, seq: int, most: int) -> list[str]:
-    """Jobs for which a job (by its order of submission) waits, at most so many."""
+    """Return at most `most` ids of jobs for which a job waits. `seq`: the order of submission of the waiting job."""
     return list(connection.execute(_NEEDS, {"seq": seq, "most": most}).scalars())
 
 
@@ -130,8 +135,10 @@ SELECT name FROM rates WHERE EXISTS (SELECT 1 FROM jobs WHERE jobs.name = rates.
 
 
 def let_go(connection: Connection, burst: float) -> int:
-    """Give their time to as many jobs of each task as its rate allows now; how many. `burst`: for how many seconds of a
-    rate starts are saved up."""
+    """Give their time to as many jobs of each task as its rate allows now; return how many.
+
+    `burst`: seconds of a rate for which unused starts are saved up.
+    """
     went = 0
     for name in connection.execute(_HELD).scalars().all():
         values = {"name": name, "rate": None, "said": None, "burst": burst, "most": MOST_LET_GO}
@@ -158,12 +165,15 @@ WHERE (excluded.by_control OR NOT rates.by_control) AND (rates.said, rates.by_co
 
 
 def known_rates(connection: Connection) -> dict[str, KnownRate]:
-    """The rates of all tasks that have, or had, one."""
+    """Return the rates of all tasks that have, or had, a rate, by task name."""
     return {row[0]: KnownRate(Rate(row[1], row[2]), row[3]) for row in connection.execute(_RATES)}
 
 
 def set_rate(connection: Connection, name: str, rate: Rate, by_control: bool) -> None:
-    """Note the rate of a task: what it declares, unless one was set at run time; or that which is set at run time."""
+    """Store the rate of a task. `by_control`: it is set at run time.
+
+    A rate set at run time wins over a rate that the task declares.
+    """
     values: dict[str, Any] = {"name": name, "rate": rate.per_second, "said": rate.said, "by_control": by_control}
     connection.execute(_SET_RATE, values)
 
@@ -174,13 +184,13 @@ UPDATE rates SET rate = 0, said = '0' WHERE name = ANY(CAST(:names AS text[])) A
 
 
 def lift_rates(connection: Connection, names: Sequence[str]) -> None:
-    """Note that these tasks declare no rate, or no more."""
+    """Store that these tasks declare no rate, or none any more. A rate set at run time stays."""
     connection.execute(_LIFT, {"names": list(names)})
 
 
 # -- unique keys
 
-# What was claimed just now is left alone: whether its job is there may not be visible to this statement.
+# A key that was claimed just now is left alone: its job may not be visible to this statement yet.
 _FORGET: Final = text("""
 DELETE FROM unique_keys WHERE key IN (
   SELECT k.key FROM (SELECT * FROM unique_keys WHERE key >= :start ORDER BY key LIMIT :most) AS k
@@ -191,5 +201,5 @@ DELETE FROM unique_keys WHERE key IN (
 
 
 def forget_keys(connection: Connection, start: str, age: float, most: int = KEYS) -> int:
-    """Drop, of the keys from `start` on, those that keep nobody out any more and are at least `age` seconds old."""
+    """Delete keys from `start` on that block no job any more and are at least `age` seconds old; return how many."""
     return connection.execute(_FORGET, {"start": start, "age": age, "most": most}).rowcount

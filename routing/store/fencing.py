@@ -1,10 +1,10 @@
-"""Ending a job in the transaction of its own effect, and keeping out attempts that may not do so any more.
+"""Commit the end of a job in the transaction of its own effect, and fence out attempts that may not do so any more.
 
-An attempt commits its end with its own rows in one statement guarded by its token: a row takes one such end, whatever
-runs beside it. The row is then final and `COMMITTED`, while the ledger says running until the body has returned; the
-worker's own word brings it to `ENDED`. Before the jobs of a worker are taken back, its attempts are given up in
-Postgres: from then on none of them can commit, though the worker wakes up, and what had committed does not run again.
-Each function is one statement on the caller's connection.
+An attempt commits its end together with its own rows, in one statement guarded by its token: a row takes one such end,
+whatever runs beside it. The row is then final and `COMMITTED`, while the ledger says running until the body has
+returned; the worker's own report brings the row to `ENDED`. Before the jobs of a worker are taken back, its attempts
+are given up in Postgres. From then on none of them can commit, even if the worker wakes up, and a job that had
+committed does not run again. Each function is one statement on the caller's connection.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ _LIVES_HERE: Final = text("SELECT EXISTS (SELECT 1 FROM workers WHERE incarnatio
 
 
 def is_home(connection: Connection, incarnation: str) -> bool:
-    """Whether this is the database in which this life of a worker is registered. (The name of a database, or its URL,
-    would not tell: its incarnation stands in no other.)"""
+    """Return whether this life of a worker is registered in this database.
+
+    The name or URL of a database would not tell, but an incarnation stands in no other database.
+    """
     if not connection.execute(_KNOWS, {"jobs": "jobs", "workers": "workers"}).scalar_one():
         return False
     return bool(connection.execute(_LIVES_HERE, {"incarnation": incarnation}).scalar_one())
@@ -52,16 +54,18 @@ RETURNING job_id, set_config(:setting, CAST(:hangs_ms AS text), true)
 """)
 
 
-#: Seconds after which a transaction is taken for one whose worker is lost, where nobody says otherwise.
+#: Seconds after which the worker of a silent transaction is taken for lost, where the caller does not say.
 HANGS_AFTER: Final = 75.0
 
 
 def commit(connection: Connection, attempt: Publisher, hangs_after: float = HANGS_AFTER) -> bool:
-    """End the job as succeeded by this attempt, with the caller's transaction. False where it may not: it lost its
-    lease, or the job has ended. (Postgres may be behind: the row may still be of an older attempt.)
+    """End the job as succeeded by this attempt, in the caller's transaction; return False where it may not.
 
-    From here to the end of the transaction the row is locked, and whoever gives the worker up waits for it: where
-    nothing is said for `hangs_after` seconds (its machine went away, it is stopped), the server ends the transaction.
+    An attempt may not where it lost its lease, or the job has ended. A row that is still of an older attempt takes the
+    end: Postgres may be behind.
+
+    From here to the end of the transaction the row is locked, and a caller that gives the worker up waits for it. After
+    `hangs_after` seconds of silence the server ends the transaction: the machine went away, or the worker is stopped.
     """
     values = {
         "setting": "idle_in_transaction_session_timeout",
@@ -78,7 +82,7 @@ _WHY: Final = text("SELECT state, epoch, attempt, step, successor IS NOT NULL FR
 
 
 def why_not(connection: Connection, attempt: Publisher) -> tuple[str, bool]:
-    """What stood in the way of `commit`, in words, and whether the attempt itself did it."""
+    """Return why `commit` was refused, in words, and whether the attempt itself is the cause."""
     row = connection.execute(_WHY, {"job": attempt.job}).one_or_none()
     if row is None:
         return "the job is unknown", False
@@ -91,7 +95,7 @@ def why_not(connection: Connection, attempt: Publisher) -> tuple[str, bool]:
     return "its worker was given up" if mine else f"attempt {number} has the job", False
 
 
-# (What ended an attempt before this one may have been lost with the ledger: none of them goes on any more.)
+# The end of an earlier attempt may have been lost with the ledger. No earlier attempt goes on any more.
 def _closing(which: str) -> TextClause:
     return text(f"""
 WITH j AS (
@@ -116,8 +120,10 @@ _NOT_GIVEN_UP: Final = text(f"SELECT id FROM jobs WHERE {_HELD_BY}")
 
 
 def close(connection: Connection, job: str, epoch: int, attempt: int) -> bool:
-    """The attempt died and will say nothing more. True where it had committed the end of its job: that stands, and
-    whoever waits for a result hears of it."""
+    """Close an attempt that died and will report nothing more; return True where it had committed the end of its job.
+
+    That end stands, and clients that wait for the result are told of it.
+    """
     values = {"job": job, "epoch": epoch, "attempt": attempt}
     return connection.execute(_CLOSE, values).first() is not None
 
@@ -126,14 +132,16 @@ _CLOSE_FORMER: Final = _closing("worker = :worker AND incarnation <> :incarnatio
 
 
 def close_former(connection: Connection, worker: str, incarnation: str) -> None:
-    """The same for all that the former lives of a worker committed and did not say: this life has the name now."""
+    """Close all committed ends that former lives of a worker did not report: this life has the name now."""
     connection.execute(_CLOSE_FORMER, {"worker": worker, "incarnation": incarnation})
 
 
 def give_up(connection: Connection, incarnation: str) -> set[str]:
-    """No attempt of this life of a worker may commit or publish any more; a commit on its way is waited for. Return the
-    jobs whose rows somebody keeps locked: their attempts are not given up. (The rows are up to date: the caller has
-    applied the stream.)"""
+    """Forbid each attempt of this life of a worker to commit or publish; return the jobs whose rows stay locked.
+
+    A commit on its way is waited for. The attempts of the returned jobs are not given up. The rows are up to date,
+    because the caller has applied the stream.
+    """
     try:
         connection.execute(_GIVE_UP, {"incarnation": incarnation})
         return set()
@@ -151,8 +159,10 @@ WHERE step = {Step.COMMITTED.value} AND (CAST(:incarnation AS text) IS NULL OR i
 
 
 def committed(connection: Connection, incarnation: str | None = None) -> list[tuple[str, int, int]]:
-    """The jobs (id, epoch, attempt) that ended themselves, and whose attempt has not said so yet; of all workers, or of
-    one life of one."""
+    """Return attempts (job, epoch, attempt) that ended their jobs themselves and have not reported that yet.
+
+    `incarnation`: only those of this life of a worker; None: of all workers.
+    """
     rows = connection.execute(_COMMITTED, {"incarnation": incarnation})
     return [(row[0], row[1], row[2]) for row in rows]
 
@@ -180,12 +190,12 @@ SELECT state = '{State.SUCCEEDED.value}' AND (epoch, attempt) = (:epoch, :attemp
 
 
 def has_succeeded(connection: Connection, job: str, epoch: int, attempt: int) -> bool:
-    """Whether the job has succeeded by this very attempt."""
+    """Return whether the job has succeeded by this very attempt."""
     values = {"job": job, "epoch": epoch, "attempt": attempt}
     return bool(connection.execute(_ENDED_BY, values).scalar_one_or_none())
 
 
 def final_state(connection: Connection, job: str) -> str | None:
-    """The state in which a job has ended; None where it has not."""
+    """Return the state in which a job has ended; None where it has not ended."""
     state = connection.execute(text("SELECT state FROM jobs WHERE id = :job"), {"job": job}).scalar_one_or_none()
     return str(state) if state in FINAL else None

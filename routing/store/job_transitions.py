@@ -1,4 +1,4 @@
-"""What becomes of jobs, in Postgres: each function is one guarded statement on the caller's connection.
+"""Writes of job transitions to Postgres: each function is one guarded statement on the caller's connection.
 
 State and token stand in the WHERE of every write: `(epoch, attempt, step)` only grows, and a final state has no exit.
 Statements are autocommitted one by one unless the caller opened a transaction.
@@ -24,14 +24,14 @@ from celery_capacity.routing.model.states import FINAL, State, Step
 
 #: Characters of an error that a row keeps.
 ERROR_LENGTH: Final = 8000
-#: Jobs, and attempts, for which the statement is not planned anew.
+#: Most jobs, and most attempts, for which the statement keeps its prepared plan.
 FEW: Final = 100
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """One step of a job, as an entry of the stream says it; times in milliseconds, '' and 0 mean none."""
+    """A step of a job, as an entry of the stream has it. Times in milliseconds; '' and 0 mean none."""
 
     job: str
     epoch: int
@@ -47,9 +47,9 @@ class Transition:
     outcome: str = ""
     error: str = ""
     entry: str = ""
-    #: What is left to be delivered, see `routing.model.outbox`.
+    #: Results and publishes that are left to be delivered, see `routing.model.outbox`.
     outbox: str = ""
-    #: The worker tells the result of the job, events and signals.
+    #: True: the worker itself sends the result, events and signals.
     told: bool = False
 
     @property
@@ -61,17 +61,17 @@ class Transition:
 REVOKED: Final = "revoked"
 #: The queue of a successor, of its shape (`Request.queue`).
 _QUEUE_OF: Final = f"coalesce(substring(jobs.successor_shape from '{LABEL}([^=,]+)=1'), '{DEFAULT_QUEUE}')"
-#: Of an attempt: that it is over is known by what came after it.
+#: Error of an attempt whose end was lost: only a later attempt or end shows that it is over.
 END_LOST: Final = "its end was lost with the ledger"
 
-# A row says what its newest transition says, so the order and the batches in which they come make no difference; what
-# was before is in `attempts`. An attempt that ends while its row holds a successor does not end the job: it runs. One
-# that ended its job itself (`routing.store.fencing`) has said how: its worker's word adds only what is left to be
-# delivered. A job that would go on though it was revoked (`routing.recovery.revocation`) stops there, and one that
-# starts by a rate goes on behind that gate again.
-# It comes some 50 times a second, so each table is joined once, by its key, and the rows come as two texts: Postgres
-# parses, plans and evaluates each parameter of a prepared statement for itself; 23 arrays were a sixth of the whole.
-# (It takes such a text for 100 rows. Told their number it knows better, or takes them for 10 where it plans for any.)
+# A row has the state of its newest transition, so the order and the batches of transitions make no difference; earlier
+# attempts are in `attempts`. An attempt that ends while its row holds a successor does not end the job: the successor
+# runs. An attempt that ended its job itself (`routing.store.fencing`) has stored how: its worker's report adds only the
+# outbox. A revoked job that would go on (`routing.recovery.revocation`) stops there. A job that starts by a rate goes
+# on behind that gate again.
+# The statement runs some 50 times a second, so each table is joined once, by its key, and the rows come as two texts:
+# Postgres parses, plans and evaluates each parameter of a prepared statement for itself; 23 arrays were a sixth of the
+# cost. Postgres expects 100 rows of such a text. LIMIT tells it the number, or makes it expect 10 in a generic plan.
 _APPLY: Final = Prepared.of(
     "celery_capacity_apply",
     f"""
@@ -165,8 +165,10 @@ RETURNING jobs.id, jobs.state, coalesce(jobs.due_at <= now(), false), jobs.repla
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A row that a transition changed, or that an attempt had left to be inserted. `due`: it is to be submitted now.
-    `awaited`: it has ended, and others wait for that (`routing.store.dependencies`)."""
+    """A row that a transition changed, or that an attempt had left to be inserted.
+
+    `due`: submit it now. `awaited`: it has ended, and other jobs wait for that (`routing.store.dependencies`).
+    """
 
     job: str
     state: str
@@ -175,34 +177,34 @@ class Applied:
 
 
 def _newest(transitions: Iterable[Transition]) -> list[Transition]:
-    """One transition for each job, the newest, in the order of ids (so that two writers lock in the same order)."""
+    """Return the newest transition of each job, in the order of ids, so that all writers lock in one order."""
     newest: dict[str, Transition] = {}
-    for one in transitions:
-        known = newest.get(one.job)
-        if known is None or known.rank < one.rank:
-            newest[one.job] = one
+    for transition in transitions:
+        latest = newest.get(transition.job)
+        if latest is None or latest.rank < transition.rank:
+            newest[transition.job] = transition
     return [newest[job] for job in sorted(newest)]
 
 
 def _attempts(transitions: Iterable[Transition]) -> list[Transition]:
-    """One transition for each attempt: what is known of it together. Those in the backlog are of no attempt."""
-    known: dict[tuple[str, int, int], Transition] = {}
-    for one in transitions:
-        if not one.worker or one.step in (Step.FILED, Step.DROPPED):
+    """Merge the transitions of each attempt into one. Transitions in the backlog belong to no attempt."""
+    merged: dict[tuple[str, int, int], Transition] = {}
+    for transition in transitions:
+        if not transition.worker or transition.step in (Step.FILED, Step.DROPPED):
             continue
-        key = (one.job, one.epoch, one.attempt)
-        before = known.get(key)
-        if before is None or before.step < one.step:
-            known[key] = replace(
-                one,
-                admitted_ms=one.admitted_ms or (before.admitted_ms if before else 0),
-                started_ms=one.started_ms or (before.started_ms if before else 0),
+        key = (transition.job, transition.epoch, transition.attempt)
+        before = merged.get(key)
+        if before is None or before.step < transition.step:
+            merged[key] = replace(
+                transition,
+                admitted_ms=transition.admitted_ms or (before.admitted_ms if before else 0),
+                started_ms=transition.started_ms or (before.started_ms if before else 0),
             )
-    return [known[key] for key in sorted(known)]
+    return [merged[key] for key in sorted(merged)]
 
 
 def _said(one: Transition) -> dict[str, str | int]:
-    """What it says of its job, for `_APPLY`."""
+    """Return the columns of a transition for its job, for `_APPLY`."""
     return {
         "job": one.job,
         "epoch": one.epoch,
@@ -225,7 +227,7 @@ def _is_over(one: Transition) -> bool:
 
 
 def _noted(one: Transition) -> dict[str, str | int]:
-    """What it says of its attempt, for `_APPLY`."""
+    """Return the columns of a transition for its attempt, for `_APPLY`."""
     over = _is_over(one)
     return {
         "job": one.job,
@@ -242,16 +244,19 @@ def _noted(one: Transition) -> dict[str, str | int]:
 
 
 def _rows(said: Iterable[dict[str, str | int]]) -> str:
-    # (A database's encoding may lack characters that \u1234 could name: it is sent as it is.)
+    # Characters are sent as they are: a database's encoding may lack characters that \u1234 could name.
     return json.dumps(list(said), ensure_ascii=False)
 
 
 def apply(connection: Connection, transitions: Sequence[Transition]) -> list[Applied]:
-    """Write transitions into `jobs` and `attempts`; one that is older than its row, or after its end, has no effect.
-    What their attempts had left to be published is inserted first: a retry must be there before its attempt ends."""
+    """Write transitions into `jobs` and `attempts`; return the rows that changed.
+
+    A transition that is older than its row, or after its end, has no effect. Publishes that the attempts left are
+    inserted first: a retry must be there before its attempt ends.
+    """
     if not transitions:
         return []
-    published = _publish(connection, [one for one in transitions if outbox.publishes(one.outbox)])
+    published = _publish(connection, [transition for transition in transitions if outbox.publishes(transition.outbox)])
     newest, attempts = _newest(transitions), _attempts(transitions)
     values: dict[str, str | int] = {
         "newest": _rows(_said(t) for t in newest),
@@ -262,8 +267,10 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
     rows = _APPLY.rows(connection, values, few=len(newest) <= FEW and len(attempts) <= FEW)
     changed = {row[0] for row in rows}
     _close_overtaken(connection, newest, changed)
-    _close_late(connection, [one.job for one in attempts if one.job not in changed and not _is_over(one)])
-    # (Those that have something to deliver are looked at when it is delivered.)
+    _close_late(
+        connection, [attempt.job for attempt in attempts if attempt.job not in changed and not _is_over(attempt)]
+    )
+    # A row with an outbox is looked at when that is delivered.
     replacements.end_abandoned(connection, [row[3] for row in rows if row[3] and row[1] in FINAL])
     return [
         *(Applied(row[0], row[1], row[1] == State.SCHEDULED and bool(row[2]), bool(row[4])) for row in rows),
@@ -280,9 +287,11 @@ SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) AND id NOT IN (SELECT i
 def apply_unlocked(
     engine: Engine, transitions: Sequence[Transition], *, wait: bool = True
 ) -> tuple[list[Applied], list[Transition]]:
-    """Write transitions as `apply`, each statement committed by itself, but for jobs whose rows somebody keeps locked;
-    returns also those transitions, which are left for later. Without `wait` it looks at once which rows are locked.
-    Raises what Postgres does where it cannot write any (a locked table)."""
+    """Write transitions as `apply` does, each statement committed by itself; return also those left for later.
+
+    Transitions of jobs whose rows somebody keeps locked are left. Without `wait` the locked rows are looked up at once.
+    Raises the error of Postgres where none can be written, as with a locked table.
+    """
     try:
         if wait:
             with engine.connect() as connection:
@@ -291,23 +300,25 @@ def apply_unlocked(
         if not is_locked(error):
             raise
     with engine.connect() as connection:
-        locked = set(connection.execute(_LOCKED, {"ids": [one.job for one in transitions]}).scalars())
-        applied = apply(connection, [one for one in transitions if one.job not in locked])
-    return applied, [one for one in transitions if one.job in locked]
+        locked = set(connection.execute(_LOCKED, {"ids": [transition.job for transition in transitions]}).scalars())
+        applied = apply(connection, [transition for transition in transitions if transition.job not in locked])
+    return applied, [transition for transition in transitions if transition.job in locked]
 
 
 def free(connection: Connection, jobs: Sequence[str]) -> set[str]:
-    """Return those of these jobs whose rows nobody else has locked. The caller's transaction has them locked then."""
+    """Lock the rows of these jobs in the caller's transaction, without those locked elsewhere; return their ids."""
     return set(jobs).difference(connection.execute(_LOCKED, {"ids": list(jobs)}).scalars())
 
 
 def _close_overtaken(connection: Connection, newest: Sequence[Transition], changed: set[str]) -> None:
-    """A job that ended has no attempt that goes on: what ended one before its last may have been lost with the ledger.
-    (Should it come after all, it stands instead.)"""
-    for one in newest:
-        dropped = one.step == Step.DROPPED
-        if one.state in FINAL and one.job in changed and one.attempt + dropped > 1:
-            close_attempts(connection, one.job, one.epoch, one.attempt + dropped, one.at_ms)
+    """Close the open earlier attempts of jobs that have ended: none of them goes on.
+
+    Their ends may have been lost with the ledger. An end that arrives after all replaces this one.
+    """
+    for transition in newest:
+        dropped = transition.step == Step.DROPPED
+        if transition.state in FINAL and transition.job in changed and transition.attempt + dropped > 1:
+            close_attempts(connection, transition.job, transition.epoch, transition.attempt + dropped, transition.at_ms)
 
 
 _CLOSE_LATE: Final = text(f"""
@@ -320,8 +331,10 @@ FROM jobs WHERE jobs.id = attempts.job_id AND jobs.id = ANY(CAST(:jobs AS text[]
 
 
 def _close_late(connection: Connection, jobs: Sequence[str]) -> None:
-    """End the attempts of these jobs of which Postgres heard only now, where a newer one has ended the job: their
-    workers could not write for so long. What they say of their end is refused."""
+    """Close attempts that Postgres learned of only now, where a newer attempt has ended the job.
+
+    Their workers could not write for so long. The ends that they report are refused.
+    """
     if jobs:
         connection.execute(_CLOSE_LATE, {"jobs": list(jobs)})
 
@@ -334,8 +347,10 @@ LEFT JOIN jobs j ON j.id = x.job WHERE j.id IS NULL OR (j.epoch, j.attempt) > (x
 
 
 def _publish(connection: Connection, transitions: Sequence[Transition]) -> list[str]:
-    """Insert what attempts left to be published, unless a newer one has their job, or it is in the archive; the ids of
-    those that may start."""
+    """Insert the publishes that attempts left; return the ids of the jobs that may start.
+
+    A publish is skipped where a newer attempt has the job, or the job is in the archive.
+    """
     if not transitions:
         return []
     values = {
@@ -344,11 +359,11 @@ def _publish(connection: Connection, transitions: Sequence[Transition]) -> list[
         "attempt": [t.attempt for t in transitions],
     }
     overtaken = set(connection.execute(_OVERTAKEN, values).scalars())
-    current = [one for number, one in enumerate(transitions, 1) if number not in overtaken]
-    return [job for one in current for job in successors.publish_left(connection, one.outbox)]
+    current = [transition for number, transition in enumerate(transitions, 1) if number not in overtaken]
+    return [job for transition in current for job in successors.publish_left(connection, transition.outbox)]
 
 
-#: Ends that come about without a worker, unless `told`.
+#: Ends that no worker reports to clients, unless `told`.
 _SILENT: Final = (State.CANCELLED, State.EXPIRED, State.LOST)
 
 
@@ -365,7 +380,7 @@ WHERE job_id = :job AND ended_at IS NULL AND (epoch, attempt) < (:epoch, :attemp
 
 
 def close_attempts(connection: Connection, job: str, epoch: int, attempt: int, now_ms: int) -> None:
-    """End the attempts of a job before a token that are open: newer ones were made, and what ended them was lost."""
+    """End the open attempts of a job before a token: newer ones were made, and the ends of these were lost."""
     connection.execute(_CLOSE, {"job": job, "epoch": epoch, "attempt": attempt, "now": now_ms})
 
 
@@ -379,6 +394,9 @@ RETURNING id
 
 
 def end_unfiled(connection: Connection, job: str, state: State, error: str | None = None) -> bool:
-    """End a job that is not in the ledger: `cancelled` or `expired`. False where it is (or has ended). What waits is in
-    the ledger, unless Postgres decides, or the job was revoked while nobody could ask: then no rebuild brings it in."""
+    """End a job that is not in the ledger as `cancelled` or `expired`; return False where it is there or has ended.
+
+    A waiting job is in the ledger, unless Postgres decides, or the job was revoked while the ledger could not be asked.
+    No rebuild brings such a revoked job in.
+    """
     return connection.execute(_DROP, {"id": job, "state": state.value, "error": error}).first() is not None

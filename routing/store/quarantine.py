@@ -1,7 +1,7 @@
-"""Messages that nobody can read, set aside as they came: the table `quarantine`.
+"""Messages that nobody can read, set aside as they came, in the table `quarantine`.
 
-Nothing in them is trusted or looked at again; they are kept for a person who asks where they came from. The newest
-`MOST_KEPT` are, so that whoever floods a queue does not fill the database.
+Nothing in them is trusted or looked at again. They are kept for a person who asks where they came from. Only the newest
+`MOST_KEPT` are kept, so that a flood of such messages does not fill the database.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ MOST_KEPT: Final = 1000
 #: Characters of a reason and of the name of a queue.
 REASON_LENGTH: Final = 500
 QUEUE_LENGTH: Final = 255
-#: Reasons that people are shown with the number of messages.
+#: Reasons that are shown to people, with the number of messages.
 SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """One message: what came (cut), from which queue, and why it was not taken. `worker`: who took it."""
+    """A message that was set aside: its bytes (cut), its queue, and the reason. `worker`: its receiver."""
 
     raw: bytes
     queue: str
@@ -38,13 +38,13 @@ class SetAside:
 
     @classmethod
     def of(cls, raw: bytes, queue: str, reason: str, worker: str | None = None) -> SetAside:
-        """With everything cut to what the table holds, and made such as Postgres takes it."""
+        """Make one, with each value cut to the limits of the table, in characters that Postgres stores."""
         return cls(bytes(raw[:MOST_BYTES]), storable(queue, QUEUE_LENGTH), storable(reason, REASON_LENGTH), worker)
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why messages of a queue were set aside: how often of those that are kept, and when last."""
+    """A reason why messages of a queue were set aside. `messages`: of those kept; `seen_at`: the last time."""
 
     reason: str
     queue: str
@@ -62,7 +62,7 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """How many messages were set aside so far, and the newest reasons."""
+    """The number of all messages set aside so far, and the newest reasons."""
 
     messages: int
     reasons: tuple[Reason, ...]
@@ -72,10 +72,13 @@ class Quarantined:
 
 
 def write(connection: Connection, messages: Sequence[SetAside]) -> None:
-    """Keep these messages, and no more than the newest of all."""
+    """Store these messages, and delete all but the newest `MOST_KEPT`."""
     newest = connection.execute(
         insert(quarantine).returning(quarantine.c.id),
-        [{"raw": one.raw, "queue": one.queue, "reason": one.reason, "worker": one.worker} for one in messages],
+        [
+            {"raw": message.raw, "queue": message.queue, "reason": message.reason, "worker": message.worker}
+            for message in messages
+        ],
     ).scalars()
     connection.execute(delete(quarantine).where(quarantine.c.id <= max(newest) - MOST_KEPT))
 
@@ -87,14 +90,17 @@ WHERE EXISTS (SELECT 1 FROM jobs WHERE jobs.id = id.id) OR EXISTS (SELECT 1 FROM
 
 
 def known(connection: Connection, jobs: Sequence[str]) -> set[str]:
-    """Return those of these ids that are, or were, jobs."""
+    """Return those of these ids that are, or were, ids of jobs."""
     return set(connection.execute(_KNOWN, {"ids": list(jobs)}).scalars()) if jobs else set()
 
 
 def read(connection: Connection) -> Quarantined:
-    """The numbers for people. All that were ever set aside count, also those that are not kept any more."""
+    """Return the numbers for people.
+
+    All messages that were ever set aside count, also those that are not kept any more.
+    """
     columns = quarantine.c
-    # The ids are given in order, one for each message.
+    # Ids are assigned in order, one for each message, so the largest id is the number of messages.
     last = connection.execute(select(func.coalesce(func.max(columns.id), 0))).scalar_one()
     rows = connection.execute(
         select(columns.reason, columns.queue, func.count().label("messages"), func.max(columns.seen_at).label("last"))

@@ -1,5 +1,7 @@
-"""Looking at jobs in Postgres: the newest ones, one with all its attempts (in the archive too), and ids that are like a
-wrong one."""
+"""Read jobs in Postgres: the newest jobs, a job with all its attempts, and ids like a wrong one.
+
+A job that left for the archive is read there.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,11 @@ from sqlalchemy import ColumnElement, Connection, Select, Table, func, null, sel
 from celery_capacity.routing.database import schema
 from celery_capacity.routing.model.states import State
 
-#: Newest jobs among which an id like the wrong one is looked for.
+#: Newest jobs that are searched for an id like the wrong one.
 LOOKED_AT: Final = 2000
-#: Characters in which two ids that begin alike agree.
+#: Leading characters that two ids must share to be taken as beginning alike.
 SHORTEST: Final = 4
-#: Likeness (of difflib, 0 to 1) of an id with a slip of the pen; two random UUIDs have some 0.5.
+#: Similarity of an id with a typing error, by difflib, 0 to 1. Two random UUIDs have some 0.5.
 SIMILAR: Final = 0.8
 
 _jobs = schema.jobs.c
@@ -62,7 +64,7 @@ _TRIES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class JobLine:
-    """One row of `jobs`, by column: what the list shows, or all of it but the message."""
+    """A row of `jobs`, by column: the columns of the list, or all of them without the message."""
 
     columns: Mapping[str, Any]
 
@@ -70,13 +72,13 @@ class JobLine:
         return self.columns[name]
 
     def to_json(self) -> dict[str, Any]:
-        """Times in ISO 8601 UTC, the request in people's units."""
+        """Return the columns for JSON: times in ISO 8601 UTC, the request in people's units."""
         return {name: plain(value) for name, value in self.columns.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class JobFile:
-    """One job with all its attempts, oldest first. `now`: Postgres's clock when it was read."""
+    """A job with all its attempts, oldest first. `now`: Postgres's clock when it was read."""
 
     job: JobLine
     attempts: Sequence[JobLine]
@@ -87,32 +89,34 @@ class JobFile:
 
 
 def plain(value: Any) -> Any:
-    """A value of a column as JSON holds it."""
+    """Return a value of a column as JSON holds it."""
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat(timespec="milliseconds")
     return value
 
 
 def newest(connection: Connection, state: State | None, limit: int) -> list[JobLine]:
-    """At most `limit` jobs, those submitted last first; only of one state where it is given."""
+    """Return at most `limit` jobs, the last submitted first. `state`: only jobs in this state; None: in all."""
     columns = (_jobs[name] for name in _SHOWN)
     query = select(*columns).where(_jobs.id.in_(_newest(state, limit))).order_by(_jobs.seq.desc())
     return [_line(row) for row in connection.execute(query)]
 
 
 def _newest(state: State | None, limit: int) -> Select[Any]:
-    """The ids of the newest jobs. Asked of each state by itself: there they stand in an index in their order, and a
-    million jobs that have ended are not sorted."""
+    """Return a query for the ids of the newest jobs.
+
+    Each state is asked by itself: an index has the jobs of a state in order, so a million ended jobs are not sorted.
+    """
     each = (
-        select(_jobs.id, _jobs.seq).where(_jobs.state == one).order_by(_jobs.seq.desc()).limit(limit).subquery()
-        for one in ([state] if state is not None else State)
+        select(_jobs.id, _jobs.seq).where(_jobs.state == member).order_by(_jobs.seq.desc()).limit(limit).subquery()
+        for member in ([state] if state is not None else State)
     )
-    found = union_all(*(select(one.c.id, one.c.seq) for one in each)).subquery()
-    return select(found.c.id).order_by(found.c.seq.desc()).limit(limit)
+    ids = union_all(*(select(part.c.id, part.c.seq) for part in each)).subquery()
+    return select(ids.c.id).order_by(ids.c.seq.desc()).limit(limit)
 
 
 def count(connection: Connection, state: State | None) -> int:
-    """How many jobs there are in all, or of one state."""
+    """Return the number of all jobs, or of the jobs in one state."""
     query = select(func.count()).select_from(schema.jobs)
     if state is not None:
         query = query.where(_jobs.state == state)
@@ -120,15 +124,15 @@ def count(connection: Connection, state: State | None) -> int:
 
 
 def find(connection: Connection, job: str) -> JobFile | None:
-    """One job by its id, None where there is none; of those in the archive that had this id, the newest."""
-    # A role that may not read messages is not told how long they are either.
+    """Return a job by its id, else the newest job in the archive that had this id, else None."""
+    # A role that may not read messages does not get their sizes either.
     readable = connection.execute(select(func.has_column_privilege("jobs", "message", "SELECT"))).scalar_one()
     live, gone = schema.jobs, schema.jobs_archive
     size = func.length(_jobs.message) if readable else null()
     query = select(*_columns(live), size.label("message_bytes")).where(_jobs.id == job)
-    found = _file(connection, query, schema.attempts, schema.attempts.c.job_id == job)
-    if found is not None:
-        return found
+    file = _file(connection, query, schema.attempts, schema.attempts.c.job_id == job)
+    if file is not None:
+        return file
     row = connection.execute(select(func.max(gone.c.seq)).where(gone.c.id == job)).scalar_one()
     kept = gone.c.message_bytes if readable else null()
     query = select(*_columns(gone), kept.label("message_bytes")).where(gone.c.seq == row)
@@ -140,7 +144,7 @@ def _columns(table: Table) -> list[ColumnElement[Any]]:
 
 
 def _file(connection: Connection, query: Select[Any], attempts: Table, own: ColumnElement[bool]) -> JobFile | None:
-    """The job of a query, with those of the attempts that are its `own`."""
+    """Return the job of a query with its attempts. `own`: the condition that selects them."""
     row = connection.execute(query.add_columns(func.clock_timestamp().label("now"))).one_or_none()
     if row is None:
         return None
@@ -151,18 +155,20 @@ def _file(connection: Connection, query: Select[Any], attempts: Table, own: Colu
 
 
 def nearest(connection: Connection, job: str, most: int = 3) -> list[str]:
-    """Ids that a person may have meant, the likeliest first: those of the newest jobs that begin alike, or
-    are much alike altogether."""
+    """Return ids that a person may have meant, the likeliest first.
+
+    They are ids of the newest jobs that begin like `job`, or are much like it as a whole.
+    """
     recent = connection.execute(_newest(None, LOOKED_AT)).scalars().all()
-    begun = {known: _agree(known, job) for known in recent}
-    alike = [known for known in recent if begun[known] >= min(SHORTEST, len(job))]
-    alike.sort(key=lambda known: -begun[known])
+    begun = {candidate: _agree(candidate, job) for candidate in recent}
+    alike = [candidate for candidate in recent if begun[candidate] >= min(SHORTEST, len(job))]
+    alike.sort(key=lambda candidate: -begun[candidate])
     similar = get_close_matches(job, recent, n=most, cutoff=SIMILAR)
     return list(dict.fromkeys([*alike, *similar]))[:most]
 
 
 def _agree(one: str, other: str) -> int:
-    """How many characters two ids have in common from their beginnings."""
+    """Return how many leading characters two ids have in common."""
     for place, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return place

@@ -1,7 +1,7 @@
-"""Write transitions so that one which Postgres never takes concerns its own job alone.
+"""Write transitions so that a transition that Postgres never takes concerns its own job alone.
 
-Postgres may refuse a transition whenever it is asked: its database has no character of an error's text, the message of
-a retry breaks a rule of the operator's, a page of the row is damaged. A failing batch is halved until such a transition
+Postgres may refuse a transition at every try: its encoding has no character for the text of an error, the message of a
+retry breaks a rule of the operator, or a page of the row is damaged. A failing batch is halved until such a transition
 is alone. It is then written in the first of these ways that Postgres takes:
 
 1. with the same meaning and its error in ASCII;
@@ -57,9 +57,9 @@ _AWAITED: Final = text("SELECT awaited FROM jobs WHERE id = :job")
 
 
 def concerns_data(error: Exception) -> bool:
-    """Return True if an error lies in what was to be written, so that it comes again whenever that is written."""
+    """Return True if an error lies in the data to be written, so that each further try fails too."""
     if not isinstance(error, DBAPIError):
-        # The driver or our own code could not make a statement of it.
+        # The driver or our own code could not make a statement of the data.
         cause = error.orig if isinstance(error, StatementError) else error
         return isinstance(cause, (ValueError, TypeError, LookupError, ArithmeticError))
     code = str(getattr(error.orig, "pgcode", None) or "")
@@ -69,10 +69,10 @@ def concerns_data(error: Exception) -> bool:
 def write(
     engine: Engine, transitions: Sequence[Transition], *, wait: bool = True
 ) -> tuple[list[Applied], list[Transition]]:
-    """Write transitions, each statement committed by itself; returns the rows that changed, and the transitions that
-    are left: somebody keeps their rows locked, or Postgres takes them in no way.
+    """Write transitions, each statement committed by itself; return the rows that changed, and transitions left.
 
-    `wait`: for locked rows, up to the lock's time-out. Raises what concerns the whole store.
+    A transition is left where somebody keeps its row locked, or Postgres takes it in no way. `wait`: for locked rows,
+    up to the time-out of a lock. Raises errors that concern the whole store.
     """
     try:
         return job_transitions.apply_unlocked(engine, transitions, wait=wait)
@@ -88,8 +88,10 @@ def write(
 
 
 def set_aside(engine: Engine, fields: Mapping[str, Any], reason: str, worker: str | None = None) -> None:
-    """Keep what nobody can write or read in the table `quarantine`, under the name of the stream. Raises what Postgres
-    does."""
+    """Keep data that nobody can write or read in the table `quarantine`, under the name of the stream.
+
+    Raises the errors of Postgres.
+    """
     raw = json.dumps(dict(fields)).encode("ascii")
     with engine.begin() as connection:
         quarantine.write(connection, [SetAside.of(raw, keys.STREAM, _ascii(reason), worker)])
@@ -108,7 +110,7 @@ def _write_alone(engine: Engine, one: Transition, error: Exception) -> tuple[lis
             return way(), []
         except Exception as again:
             if is_locked(again):
-                # It is written when its row is free. Nothing else waits for that.
+                # The transition is written when its row is free. Nothing else waits for that.
                 return [], [one]
             if not concerns_data(again):
                 raise
@@ -123,8 +125,10 @@ def _apply(engine: Engine, one: Transition) -> list[Applied]:
 
 
 def _apply_without_outbox(engine: Engine, one: Transition, why: str) -> list[Applied]:
-    """Write a transition without what its attempt would have published, whose results stay. A retry without its
-    successor would begin the same attempt anew, for ever: its job has failed."""
+    """Write a transition without the publishes of its attempt. The results of the attempt stay.
+
+    A retry without its successor would begin the same attempt anew, for ever. So its job has failed.
+    """
     try:
         box = outbox.parse(one.outbox)
     except (ValueError, TypeError, LookupError):
@@ -140,7 +144,7 @@ def _apply_without_outbox(engine: Engine, one: Transition, why: str) -> list[App
 
 
 def _mark(engine: Engine, one: Transition, why: str) -> list[Applied]:
-    """Say in the row that a transition was set aside. The end of a job ends it without the words."""
+    """Note in the row that a transition was set aside. An end still ends the job, with this note as its error."""
     token = {"epoch": _within(one.epoch, _MOST_EPOCH), "attempt": _within(one.attempt, _MOST_ATTEMPT)}
     words = _ascii(f"a transition was set aside: {why}")[: job_transitions.ERROR_LENGTH]
     values = {"job": one.job, "error": words, **token}
@@ -162,12 +166,12 @@ def _within(number: int, most: int) -> int:
 
 
 def _ascii(words: str) -> str:
-    """The text in characters that every encoding has."""
+    """Return the text in characters that every encoding has."""
     return words.replace("\0", "\\x00").encode("ascii", "backslashreplace").decode("ascii")
 
 
 def _told(error: Exception) -> str:
-    """Return the fault in one line, without the statement, whose values are none of the log's business."""
+    """Return the fault in one line, without the statement: its values do not belong in the log."""
     what = error.orig if isinstance(error, DBAPIError) else error
     lines = str(what).splitlines() or [""]
     return f"{type(what).__name__}: {lines[0]}"

@@ -1,4 +1,4 @@
-"""Workers and the declarations of tasks in Postgres."""
+"""Rows of workers, and the declarations of tasks, in Postgres."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from celery_capacity.routing.errors import NotMigrated
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """What a worker publishes of itself. `cpus` in millicores, `memory` in bytes, `capacity` in people's units."""
+    """The data that a worker publishes. `cpus` in millicores, `memory` in bytes, `capacity` in people's units."""
 
     name: str
     incarnation: str
@@ -26,7 +26,7 @@ class WorkerRow:
     hostname: str
     pid: int
     place: Place
-    #: Clock ticks from the boot to the start of its main process; None where they cannot be known.
+    #: Clock ticks from the boot to the start of its main process; None where they are unknown.
     start_ticks: int | None
     version: str
     started_at: str
@@ -41,7 +41,7 @@ _COLUMNS: Final = (
 
 def _row(columns: Sequence[Any]) -> WorkerRow:
     name, incarnation, cpus, memory, capacity, hostname, pid, machine, boot, ticks, version, started_at = columns[:12]
-    # A release before noted no machine: its process is not looked up.
+    # An older release noted no machine: its process is not looked up.
     place = Place(machine or "", "" if machine is None else boot)
     return WorkerRow(name, incarnation, cpus, memory, capacity, hostname, pid, place, ticks, version, started_at)
 
@@ -63,8 +63,11 @@ LEFT JOIN workers ON status = 'lost' AND machine_id = :machine_id AND boot_id = 
 def see_worker(
     connection: Connection, worker: WorkerRow, status: str, *, ledger_lost: bool = False
 ) -> tuple[Authority, list[WorkerRow]]:
-    """Note that a worker lives, with its capacity, and whether it has lost the ledger. Return who decides, and the
-    workers of its place that were given up: they may have left processes there."""
+    """Note that a worker lives, its capacity, and whether it has lost the ledger.
+
+    Return the authority, and the workers of its place that were given up: they may have left processes there. Raises
+    `NotMigrated` where the authority has no row.
+    """
     rows = connection.execute(
         _SEEN,
         {
@@ -90,7 +93,7 @@ def see_worker(
 
 
 def end_worker(connection: Connection, incarnation: str, status: str) -> None:
-    """Note that a worker left or was lost; an end that was noted before stays."""
+    """Note that a worker left or was lost. An end that was noted before stays."""
     connection.execute(
         text(
             "UPDATE workers SET status = :status, left_at = now() WHERE incarnation = :incarnation "
@@ -101,13 +104,13 @@ def end_worker(connection: Connection, incarnation: str, status: str) -> None:
 
 
 def revive_worker(connection: Connection, incarnation: str) -> None:
-    """A worker that was given up lives after all."""
+    """Note that a worker that was given up lives after all."""
     revived = "UPDATE workers SET status = 'ready', left_at = NULL WHERE incarnation = :incarnation AND status = 'lost'"
     connection.execute(text(revived), {"incarnation": incarnation})
 
 
 def end_former_lives(connection: Connection, name: str, incarnation: str) -> None:
-    """Note that every other life of a name is over: this one holds it now."""
+    """Note that every other life of a name is over: this life has the name now."""
     connection.execute(
         text(
             "UPDATE workers SET status = 'lost', left_at = now() WHERE name = :name AND incarnation <> :incarnation "
@@ -118,7 +121,7 @@ def end_former_lives(connection: Connection, name: str, incarnation: str) -> Non
 
 
 def find_worker(connection: Connection, incarnation: str) -> WorkerRow | None:
-    """One life of a worker, None where Postgres does not know it."""
+    """Return the row of a life of a worker; None where Postgres does not know it."""
     row = connection.execute(
         text(f"SELECT {_COLUMNS} FROM workers WHERE incarnation = :incarnation"), {"incarnation": incarnation}
     ).one_or_none()
@@ -127,8 +130,11 @@ def find_worker(connection: Connection, incarnation: str) -> WorkerRow | None:
 
 @dataclass(frozen=True, slots=True)
 class Namesake:
-    """Another incarnation of a name. `seen`: its last heartbeat in Postgres, seconds since 1970; `age`: seconds since
-    then by Postgres's clock; `over`: Postgres knows it as lost."""
+    """Another incarnation of a name.
+
+    `seen`: its last heartbeat in Postgres, seconds since 1970. `age`: seconds since then by Postgres's clock. `over`:
+    Postgres knows it as lost.
+    """
 
     worker: WorkerRow
     seen: float
@@ -146,8 +152,10 @@ FROM workers WHERE name = :name AND incarnation <> :incarnation
 
 
 def namesakes(connection: Connection, name: str, incarnation: str, place: Place, holder: str) -> list[Namesake]:
-    """Return the other incarnations of a name that may still run: those that never left, the holder of the ledger's
-    book, and those of this place that were given up."""
+    """Return the other incarnations of a name that may still run.
+
+    They are those that never left, the holder of the ledger's book, and those of this place that were given up.
+    """
     rows = connection.execute(
         _NAMESAKES,
         {"name": name, "incarnation": incarnation, "machine": place.machine, "boot": place.boot, "holder": holder},
@@ -156,7 +164,7 @@ def namesakes(connection: Connection, name: str, incarnation: str, place: Place,
 
 
 def live_workers(connection: Connection, within: float) -> list[tuple[str, str]]:
-    """(name, incarnation) of the workers that Postgres saw within so many seconds and that have not left."""
+    """Return (name, incarnation) of workers that have not left and were seen in the last `within` seconds."""
     rows = connection.execute(
         text(
             "SELECT name, incarnation FROM workers WHERE status IN ('ready', 'draining') "
@@ -168,8 +176,10 @@ def live_workers(connection: Connection, within: float) -> list[tuple[str, str]]
 
 
 def silent_workers(connection: Connection, beyond: float) -> dict[str, float]:
-    """The lives that Postgres has not seen for so many seconds, and that never left: when each was seen last (seconds
-    since 1970)."""
+    """Return the lives of workers that never left and were not seen for `beyond` seconds, with their last time.
+
+    The value of each incarnation is its last heartbeat in Postgres, in seconds since 1970.
+    """
     rows = connection.execute(
         text(
             "SELECT incarnation, extract(epoch FROM seen_at)::float FROM workers WHERE status IN ('ready', 'draining') "
@@ -189,13 +199,13 @@ ORDER BY name
 
 
 def live_on_machine(connection: Connection, boot_id: str, name: str, within: float) -> list[str]:
-    """The names of other workers of one boot of a machine that Postgres saw within so many seconds."""
+    """Return the names of other workers on this boot of a machine that were seen in the last `within` seconds."""
     rows = connection.execute(_ON_MACHINE, {"boot_id": boot_id, "name": name, "within": within})
     return [str(row[0]) for row in rows]
 
 
 def declare(connection: Connection, requests: Mapping[str, Mapping[str, Any]]) -> None:
-    """Keep the requests that tasks declare, by task name, in people's units."""
+    """Store the requests that tasks declare, by task name, in people's units."""
     connection.execute(
         text(
             "INSERT INTO declarations (name, request, seen_at) "
@@ -211,5 +221,5 @@ def declare(connection: Connection, requests: Mapping[str, Mapping[str, Any]]) -
 
 
 def declarations(connection: Connection) -> dict[str, dict[str, Any]]:
-    """All declarations: task name -> request in people's units."""
+    """Return all declarations: task name -> request in people's units."""
     return {row[0]: row[1] for row in connection.execute(text("SELECT name, request FROM declarations"))}
