@@ -267,9 +267,7 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
     rows = _APPLY.rows(connection, values, few=len(newest) <= FEW and len(attempts) <= FEW)
     changed = {row[0] for row in rows}
     _close_overtaken(connection, newest, changed)
-    _close_late(
-        connection, [attempt.job for attempt in attempts if attempt.job not in changed and not _is_over(attempt)]
-    )
+    _close_late(connection, [t.job for t in attempts if t.job not in changed and not _is_over(t)])
     # A row with an outbox is looked at when that is delivered.
     replacements.end_abandoned(connection, [row[3] for row in rows if row[3] and row[1] in FINAL])
     return [
