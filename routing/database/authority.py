@@ -1,4 +1,4 @@
-"""The authority row in Postgres: which store admits, and in which epoch."""
+"""The authority row in Postgres: the store that admits, and the epoch."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from sqlalchemy import Connection, text
 
 from celery_capacity.routing.errors import NotMigrated
 
-#: Renew intervals after which a process that opens an epoch, and says nothing, is overtaken (20 s at the usual 10).
+#: Renew intervals after which a silent process that opens an epoch is overtaken: 20 s at the usual 10 s.
 OPENING_INTERVALS: Final = 2.0
-#: Intervals for which an answer about the authority is valid, counted from the sending of the question (10 s at the
-#: usual 5).
+#: Confirm intervals for which an answer about the authority is valid, counted from the sending of the question: 10 s at
+#: the usual 5 s.
 VALID_INTERVALS: Final = 2.0
 
 
 def change_pause(confirm_interval: float) -> float:
-    """Seconds after a change of the authority in which nobody decides: so long others may believe what was before."""
+    """Return the seconds after a change of the authority in which nobody decides: others may believe the old one."""
     return confirm_interval * VALID_INTERVALS
 
 
 def opening_term(renew_interval: float) -> float:
-    """Seconds after which a process that opens an epoch, and says nothing, is overtaken."""
+    """Return the seconds after which a silent process that opens an epoch is overtaken."""
     return renew_interval * OPENING_INTERVALS
 
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """`authority`: ledger or postgres. `changed`: which change made it so; `age`: seconds since then, by Postgres's
-    clock (never negative, though that clock was set back)."""
+    """The store that admits. `authority`: ledger or postgres.
+
+    `changed`: the time of the change, which identifies it. `age`: seconds since then by Postgres's clock, never
+    negative even where that clock was set back.
+    """
 
     epoch: int
     authority: str
@@ -45,7 +48,7 @@ SELECT_AUTHORITY: Final = (
 
 
 def read_authority(connection: Connection) -> Authority:
-    """The one row. Raises `NotMigrated` where it is missing."""
+    """Read the one row. Raises `NotMigrated` where it is missing."""
     return _authority(connection.execute(text(SELECT_AUTHORITY)).one_or_none())
 
 
@@ -57,19 +60,21 @@ def _authority(row: Any) -> Authority:
 
 def database_id(connection: Connection) -> str:
     """Return the id of this database, which its copies share and no other has. Raises `NotMigrated` without the row."""
-    found = connection.execute(text("SELECT database_id FROM authority")).scalar_one_or_none()
-    if found is None:
+    value = connection.execute(text("SELECT database_id FROM authority")).scalar_one_or_none()
+    if value is None:
         raise NotMigrated()
-    return str(found)
+    return str(value)
 
 
 def count_from_now(connection: Connection) -> None:
-    """Where Postgres's clock was set back since the authority changed, count the time since then from now: else nobody
-    would decide until that clock has come so far again."""
+    """Count the age of the authority from now, where Postgres's clock was set back since the authority changed.
+
+    Else nobody would decide until that clock has reached the time of the change again.
+    """
     connection.execute(text("UPDATE authority SET changed_at = clock_timestamp() WHERE changed_at > clock_timestamp()"))
 
 
-# (An opener that spoke in the future did so before the clock was set back.)
+# An opener whose last report lies in the future made it before the clock was set back.
 _BEGIN_EPOCH: Final = text("""
 UPDATE authority SET epoch = greatest(epoch, :above) + 1, opening_at = clock_timestamp()
 WHERE epoch = :epoch AND authority = 'ledger' AND (opening_at IS NULL OR opening_at > clock_timestamp()
@@ -79,16 +84,15 @@ RETURNING epoch
 
 
 def begin_epoch(connection: Connection, epoch: int, term: float, above: int = 0) -> int | None:
-    """Begin the epoch after this one, newer than `above` too. None where another process has begun it, or opens this
-    one and has said so within `term` seconds.
+    """Begin the epoch after this one, newer than `above` too; return its number.
 
-    The number belongs to the caller alone: every script and statement of an opener is refused once a newer one has
-    begun.
-    (It is no change of the authority, and nobody has to pause: the scripts compare it with the books.)
+    Return None where another process has begun it, or opens this epoch and has reported that within `term` seconds.
+    The number belongs to the caller alone: every script and statement of an opener is refused once a newer epoch has
+    begun. A new epoch is no change of the authority, and nobody has to pause: the scripts compare it with the books.
     """
     values = {"epoch": epoch, "above": above, "term": term}
-    found = connection.execute(_BEGIN_EPOCH, values).scalar_one_or_none()
-    return None if found is None else int(found)
+    begun = connection.execute(_BEGIN_EPOCH, values).scalar_one_or_none()
+    return None if begun is None else int(begun)
 
 
 _STILL_OPENING: Final = text("""
@@ -102,13 +106,15 @@ FROM authority WHERE epoch = :epoch FOR SHARE
 
 
 def still_opens(connection: Connection, epoch: int) -> bool:
-    """Say that the caller goes on with opening an epoch. False where it was overtaken."""
+    """Report that the caller goes on with opening an epoch; return False where it was overtaken."""
     return connection.execute(_STILL_OPENING, {"epoch": epoch}).first() is not None
 
 
 def hold_epoch(connection: Connection, epoch: int, within: float) -> bool:
-    """Let no newer epoch begin before the end of the caller's transaction. False where one has begun. The server ends
-    the transaction of a caller that says nothing for `within` seconds."""
+    """Let no newer epoch begin before the end of the caller's transaction; return False where one has begun.
+
+    The server ends the transaction of a caller that is silent for `within` seconds.
+    """
     values = {"epoch": epoch, "hangs_ms": max(1, round(within * 1000))}
     return connection.execute(_HOLD_EPOCH, values).first() is not None
 
@@ -131,10 +137,12 @@ RETURNING epoch
 
 
 def decide_in_postgres(connection: Connection, within: float, lost_for: float) -> int | None:
-    """Let Postgres decide, when every worker seen `within` so many seconds has been without the ledger for `lost_for`
-    seconds: one that lost it alone changes nothing. Returns the new epoch, else None."""
-    found = connection.execute(_TO_POSTGRES, {"within": within, "lost_for": lost_for}).scalar_one_or_none()
-    return None if found is None else int(found)
+    """Let Postgres decide when no worker has had the ledger for `lost_for` seconds; return the new epoch, else None.
+
+    Every worker seen in the last `within` seconds counts. A single worker that lost the ledger changes nothing.
+    """
+    epoch = connection.execute(_TO_POSTGRES, {"within": within, "lost_for": lost_for}).scalar_one_or_none()
+    return None if epoch is None else int(epoch)
 
 
 _TO_LEDGER: Final = text("""
@@ -147,7 +155,9 @@ RETURNING epoch
 
 
 def decide_in_ledger(connection: Connection, within: float) -> int | None:
-    """Let the ledger decide again, when every worker seen `within` so many seconds reaches it. Returns the new epoch,
-    else None."""
-    found = connection.execute(_TO_LEDGER, {"within": within}).scalar_one_or_none()
-    return None if found is None else int(found)
+    """Let the ledger decide again when every worker reaches it; return the new epoch, else None.
+
+    Every worker seen in the last `within` seconds counts.
+    """
+    epoch = connection.execute(_TO_LEDGER, {"within": within}).scalar_one_or_none()
+    return None if epoch is None else int(epoch)

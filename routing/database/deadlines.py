@@ -1,8 +1,8 @@
 """Deadlines of calls to Postgres: a call ends in time, also where the server is stopped.
 
-libpq waits for an answer without a limit. The kernel of a stopped server goes on to acknowledge what it is sent, so
-that no time-out of TCP helps either. So one thread of each process, the watchdog, knows all calls that are under way.
-It shuts down the socket of a call that is past its deadline, and the call ends as after a lost connection: `Stalled`.
+libpq waits for an answer without a limit. The kernel of a stopped server goes on to acknowledge all packets, so no
+time-out of TCP helps either. So one thread of each process, the watchdog, knows all calls that are under way. It shuts
+down the socket of a call that is past its deadline, and the call ends as after a lost connection: `Stalled`.
 
 A call costs an entry of a dict. The watchdog sleeps until the earliest deadline, so it wakes at most once in the time
 of one limit while calls come and go, and never while there are none.
@@ -28,15 +28,17 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing import os_threads
 
-#: Limits that one statement of a duty, of a rebuild or of a check may last: they read whole tables.
+#: Multiple of the limit that a statement of a duty, of a rebuild or of a check may last: they read whole tables.
 LONG: Final = 6
 #: Seconds until the watchdog looks again at a connection that has no socket yet.
 _LOOK_AGAIN: Final = 0.1
 
 
 class Stalled(psycopg2.OperationalError):
-    """Postgres did not answer before the deadline. The connection has been ended. `sent`: whether the statement was on
-    its way, so that the server may still carry it out."""
+    """Postgres did not answer before the deadline, and the connection has been ended.
+
+    `sent`: the statement was on its way, so that the server may still carry it out.
+    """
 
     sent: bool = True
 
@@ -47,15 +49,17 @@ def unsent(error: DBAPIError) -> bool:
 
 
 def nothing_written(error: BaseException) -> None:
-    """Note of an error that the server cannot have carried anything out: what it was given stands in a transaction that
-    was not committed, or writes nothing."""
+    """Mark an error as one after which the server cannot have carried anything out.
+
+    Its statements were in a transaction that was not committed, or they write nothing.
+    """
     driver = error.orig if isinstance(error, DBAPIError) else error
     if isinstance(driver, Stalled):
         driver.sent = False
 
 
 class _Here(threading.local):
-    """The deadlines of a thread: of each call, and of all calls of a block (monotonic)."""
+    """Deadlines of a thread. `limit`: seconds of each call; `until`: end of all calls of a block (monotonic)."""
 
     limit: float | None = None
     until: float = math.inf
@@ -65,8 +69,11 @@ _here: Final = _Here()
 
 
 class within:  # noqa: N801 - reads as a statement
-    """Let all calls of this thread within the block end in so many seconds, counted from here. Within another block the
-    earlier deadline counts, unless this one begins `anew`: for a try of a caller who waits for Postgres."""
+    """Let all calls of this thread within the block end in so many seconds, counted from its start.
+
+    Inside another block the earlier deadline counts, unless this block begins `anew`: for a try of a caller that waits
+    for Postgres.
+    """
 
     __slots__ = ("_anew", "_outer", "_seconds")
 
@@ -84,7 +91,7 @@ class within:  # noqa: N801 - reads as a statement
 
 
 class patiently:  # noqa: N801 - reads as a statement
-    """Give each call of this thread within the block so many seconds, in place of its connection's limit."""
+    """Give each call of this thread within the block so many seconds, instead of the limit of its connection."""
 
     __slots__ = ("_outer", "_seconds")
 
@@ -105,7 +112,7 @@ def left() -> float:
 
 
 class _Watchdog:
-    """Knows the calls that are under way, and cuts those past their deadlines. One for each process."""
+    """The registry of all calls under way, one for each process, which cuts calls past their deadlines."""
 
     def __init__(self) -> None:
         self.calls: dict[Call, None] = {}
@@ -119,10 +126,10 @@ class _Watchdog:
         self._runs = False
 
     def ring(self) -> None:
-        """Have the thread look at once; start it if this is the first call."""
+        """Make the thread look at once; start the thread at the first call."""
         if not self._runs:
             self._start()
-        # (It has been rung already.)
+        # The bell has been rung already.
         with suppress(RuntimeError):
             self._bell.release()
 
@@ -137,7 +144,7 @@ class _Watchdog:
 
     def _run(self) -> None:
         while True:
-            # First: a call that begins behind the look below rings.
+            # This comes first: a call that begins after the look below rings.
             self.looks_at = math.inf
             now, earliest = time.monotonic(), math.inf
             for call in self.calls.copy():
@@ -153,13 +160,13 @@ class _Watchdog:
 
     def _cut(self, call: Call, now: float) -> None:
         with self.cutting:
-            # In one step: a call may end by itself at any moment, and one that ends from here on waits for `cutting`.
+            # In one step: a call may end by itself at any moment. A call that ends from here on waits for `cutting`.
             if self.calls.pop(call, call) is call:
                 return
             try:
                 descriptor = call.connection.fileno()
             except Exception:
-                # (Whatever the driver is: one that has no socket now is looked at again.)
+                # Any driver may raise here: a connection that has no socket now is looked at again.
                 descriptor = -1
             if descriptor < 0:
                 # The connection is being made: libpq has a limit for that, and the driver asks something afterwards.
@@ -173,7 +180,7 @@ class _Watchdog:
 def _shut_down(descriptor: int) -> None:
     # The connection may be gone already: no error ends the watchdog.
     with suppress(OSError):
-        # (Not gevent's socket, which its loop would watch. The descriptor stays libpq's, who closes it.)
+        # Not gevent's socket, which its loop would watch. The descriptor still belongs to libpq, which closes it.
         cut = _socket.socket(fileno=descriptor)
         try:
             cut.shutdown(socket.SHUT_RDWR)
@@ -185,7 +192,7 @@ _watchdog = _Watchdog()
 
 
 def _after_fork() -> None:
-    """In a child no thread watches, and no call is under way."""
+    """Start a child process with a new watchdog: no thread runs there, and no call is under way."""
     global _watchdog
     _watchdog = _Watchdog()
 
@@ -194,8 +201,10 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Call:
-    """A call to Postgres under way, a context manager: the connection is cut where the block lasts longer than `limit`
-    seconds, or than what is left of `within`. Raises `Stalled`."""
+    """A context manager for a call to Postgres, which cuts the connection where the block lasts too long.
+
+    The block may last `limit` seconds, and no longer than the time that is left of `within`. Raises `Stalled`.
+    """
 
     __slots__ = ("_seconds", "connection", "cut", "deadline")
 
@@ -208,7 +217,7 @@ class Call:
 
     def __enter__(self) -> None:
         if self._seconds <= 0:
-            # (It may be in the middle of a transaction, which nobody would end.)
+            # The connection may be in the middle of a transaction, which nobody would end.
             self._end_connection()
             raise _stalled("no time was left for it", sent=False)
         watchdog = _watchdog
@@ -221,9 +230,9 @@ class Call:
     ) -> None:
         watchdog = _watchdog
         if watchdog.calls.pop(self, self) is self:
-            # The watchdog took it: its socket is not closed before that has let go of it.
+            # The watchdog took the call: its socket is not closed before the watchdog has let go of it.
             with watchdog.cutting:
-                # (One that had no socket just then was put back.)
+                # The watchdog put the call back if it had no socket just then.
                 watchdog.calls.pop(self, None)
         if self.cut and isinstance(error, psycopg2.Error):
             self._end_connection()
@@ -260,7 +269,7 @@ class Cursor(extensions.cursor):
 
 
 class Connection(extensions.connection):
-    """The driver's connection, each call of which ends within `limit` seconds. `made`: whether the server let it in."""
+    """The driver's connection. Each call ends within `limit` seconds. `made`: the server has accepted it."""
 
     made = False
 
@@ -270,7 +279,7 @@ class Connection(extensions.connection):
             with Call(self, limit):
                 super().__init__(dsn, async_)  # type: ignore[call-arg]
         except Stalled as error:
-            # (Whatever is to be said here, nothing of it has been.)
+            # No statement has been sent on this connection yet.
             error.sent = False
             raise
         self.cursor_factory = Cursor
@@ -286,8 +295,7 @@ class Connection(extensions.connection):
 
 
 def watched(connection: SQLConnection, limit: float) -> AbstractContextManager[object]:
-    """Within the block a connection of somebody else's engine ends in so many seconds, where its driver names its
-    socket."""
+    """Limit a connection of another engine to `limit` seconds within the block, where its driver names its socket."""
     driver = connection.connection.driver_connection
     if isinstance(driver, Connection) or not callable(getattr(driver, "fileno", None)):
         return nullcontext()
@@ -295,5 +303,5 @@ def watched(connection: SQLConnection, limit: float) -> AbstractContextManager[o
 
 
 def connection_factory(limit: float) -> Any:
-    """Return what the driver makes connections with, for `connect_args`: each call ends within `limit` seconds."""
+    """Return a factory of connections for `connect_args`. Each call on them ends within `limit` seconds."""
     return partial(Connection, limit=limit)

@@ -1,4 +1,4 @@
-"""What Postgres's errors mean for the platform."""
+"""Errors and settings of Postgres, and their meaning for the platform."""
 
 from __future__ import annotations
 
@@ -12,55 +12,61 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported
 
-#: The oldest Postgres that is tested, and has all that the statements use.
+#: The oldest Postgres that is tested, and that has all features of the statements.
 OLDEST: Final = 13
 #: The encoding of a database that can store every error and name.
 ENCODING: Final = "UTF8"
-#: The isolation that the statements are written for: each sees what others committed before it began, and waits for a
-#: locked row instead of failing.
+#: The isolation that the statements are written for. Each statement sees all that was committed before it began, and
+#: waits for a locked row instead of failing.
 ISOLATION: Final = "read committed"
-#: Options of each connection that do not depend on what the server, the database or the role has as its default. (In
-#: libpq's `options` a space is escaped.)
+#: Options of each connection, so that no default of the server, the database or the role counts. In libpq's `options` a
+#: space is escaped.
 PINNED: Final = "-c default_transaction_isolation=read\\ committed"
-#: SQLSTATE of a table that does not exist, and of a column.
+#: SQLSTATE of a missing table, and of a missing column.
 NOT_THERE: Final = ("42P01", "42703")
-#: SQLSTATE of what the role may not do.
+#: SQLSTATE of a statement that the role may not execute.
 NOT_ALLOWED: Final = "42501"
-#: SQLSTATE of a write to a server that only reads: a standby, or one that was made so for a while.
+#: SQLSTATE of a write to a read-only server: a standby, or a server that was made read-only for a while.
 READ_ONLY: Final = "25006"
-#: SQLSTATE of a lock that was waited for in vain.
+#: SQLSTATE of a lock that was not obtained in time.
 LOCKED: Final = "55P03"
 
 _DIALECT: Final[Any] = PGDialect_psycopg2(dbapi=psycopg2)  # type: ignore[no-untyped-call]
 
 
 def is_lost(error: psycopg2.Error, connection: Any) -> bool:
-    """Whether an error of the driver's connection means that it is of no more use: what it was in the middle of may or
-    may not be done. (Over a socket of a server that was killed libpq does not always say that it is closed.)"""
+    """Return whether an error means that the driver's connection is lost.
+
+    The statement that it was executing may or may not be done. After the server was killed, libpq does not always
+    report the connection as closed.
+    """
     return bool(getattr(connection, "closed", 0)) or bool(_DIALECT.is_disconnect(error, None, None))
 
 
 def told(error: DBAPIError) -> str:
-    """What the driver said, in one line: it may have written several, and an empty one at their end."""
+    """Return the message of the driver in one line. The driver may write several, with an empty one at the end."""
     return " ".join(str(error.orig).split())
 
 
 def hide_values(engine: Engine) -> None:
-    """Have the errors of an engine say what is wrong and not with which values: Postgres's DETAIL names the row, which
-    has arguments and results of jobs. (The engine itself is made with `hide_parameters`.)"""
+    """Make the errors of an engine report the fault without the values.
+
+    Postgres's DETAIL names the row, which has arguments and results of jobs. The engine itself is made with
+    `hide_parameters`.
+    """
     event.listen(engine, "handle_error", _without_detail)
 
 
 def _without_detail(context: ExceptionContext) -> None:
     original, shown = context.original_exception, context.sqlalchemy_exception
-    said = getattr(getattr(original, "diag", None), "message_primary", None)
-    if said and shown is not None:
-        original.args = (said,)
-        shown.args = (f"({type(original).__module__}.{type(original).__name__}) {said}",)
+    message = getattr(getattr(original, "diag", None), "message_primary", None)
+    if message and shown is not None:
+        original.args = (message,)
+        shown.args = (f"({type(original).__module__}.{type(original).__name__}) {message}",)
 
 
 def translate(error: DBAPIError, also: str = "") -> PlatformError:
-    """An error of the driver as one of the platform; `also` goes in front of what Postgres said."""
+    """Return an error of the driver as an error of the platform. `also` precedes the message of Postgres."""
     if getattr(error.orig, "pgcode", None) in NOT_THERE:
         return NotMigrated()
     if getattr(error.orig, "pgcode", None) == NOT_ALLOWED:
@@ -72,14 +78,14 @@ def translate(error: DBAPIError, also: str = "") -> PlatformError:
 
 
 def check_version(connection: Connection) -> None:
-    """Raise where the server is older than the platform's statements need."""
+    """Raise `PlatformError` where the server is older than the platform's statements need."""
     version = connection.dialect.server_version_info or (OLDEST,)
     if int(version[0]) < OLDEST:
-        found = ".".join(map(str, version))
+        release = ".".join(map(str, version))
         where = connection.engine.url.render_as_string(hide_password=True)
         raise PlatformError(
-            f"Postgres at {where} is version {found}, and the platform needs {OLDEST}",
-            value=found,
+            f"Postgres at {where} is version {release}, and the platform needs {OLDEST}",
+            value=release,
             advice=f"Use Postgres {OLDEST} or newer.",
         )
 
@@ -107,7 +113,10 @@ def check_database(connection: Connection) -> None:
 
 
 def is_locked(error: BaseException | None) -> bool:
-    """Whether it came of a row or a table that somebody else keeps locked: Postgres answers, and all else goes on."""
+    """Return whether an error comes from a row or a table that another transaction keeps locked.
+
+    Postgres answers then, and all other work goes on.
+    """
     while error is not None:
         if getattr(getattr(error, "orig", None), "pgcode", None) == LOCKED:
             return True

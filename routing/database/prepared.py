@@ -1,13 +1,13 @@
-"""A statement that costs Postgres more to plan than to run: prepared and planned once for each connection, for a while.
+"""Prepare a statement that costs Postgres more to plan than to run, and keep its plan on each connection for a while.
 
-The driver sends text, so a statement that comes 50 times a second is parsed and planned as often. Prepared it is parsed
-once, but Postgres goes on planning it for the values of each execution, since it guesses better from those; here the
-values are few and say nothing new. So one plan for all is asked for by `plan_cache_mode`, and for this statement alone:
-in the message that executes it, which is a transaction of its own.
+The driver sends text, so a statement that runs 50 times a second is parsed and planned as often. A prepared statement
+is parsed once, but Postgres still plans it for the values of each execution, since those give better estimates. Here
+the values are few and add nothing. So `plan_cache_mode` asks for one plan for all values, and for this statement alone:
+it is set in the message that executes the statement, which is a transaction of its own.
 
-Such a plan is as good as the tables were when it was made: one that was made for empty tables reads them from end to
-end. So it is planned by index where that can be asked for, and it is used for `KEPT_FOR` seconds, in which no table
-grows too large for it, and then made anew.
+Such a plan fits the tables of the moment at which it was made: a plan made for empty tables reads them from end to end.
+So the statement is planned by index where that can be asked for. The plan is used for `KEPT_FOR` seconds, in which no
+table grows too large for it, and then made anew.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from sqlalchemy.exc import DBAPIError
 
 #: Seconds for which a plan is used.
 KEPT_FOR: Final = 2.0
-#: SQLSTATEs: this session does not know the prepared statement; it has one of that name. (A pooler gave us another one,
-#: or the message that prepared it failed.)
+#: SQLSTATEs: the session does not know the prepared statement; the session has one of that name already. A pooler gave
+#: us another session, or the message that prepared the statement failed.
 _UNKNOWN: Final = "26000"
 _KNOWN: Final = "42P05"
-#: All that would read a table from end to end while it is small. (What is left of that, in a table of ten rows say, is
-#: over with the plan.)
+#: Kinds of plans that would read a table from end to end while it is small. A remaining full read, of a table of ten
+#: rows for example, ends with the plan.
 _READING_ALL: Final = ("seqscan", "hashjoin", "mergejoin", "material")
 _BY_INDEX: Final = "".join(f"SET LOCAL enable_{way} = off; " for way in _READING_ALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """`plain`: the same statement, not prepared."""
+    """A statement to prepare. `plain`: its text without PREPARE."""
 
     name: str
     plain: TextClause
@@ -47,11 +47,14 @@ class Prepared:
 
     @classmethod
     def of(cls, name: str, statement: str) -> Prepared:
-        """Of a statement with parameters (:one) that says the type of each at least once: CAST(:one AS json)."""
+        """Make one from a statement with parameters (:one).
+
+        The statement gives the type of each parameter at least once: CAST(:one AS json).
+        """
         types = dict(re.findall(r"CAST\(:(\w+) AS ([\w\[\]]+)\)", statement))
         number = {parameter: str(place) for place, parameter in enumerate(types, 1)}
-        body = re.sub(r"(?<!:):([a-z]\w*)", lambda found: f"${number[found[1]]}", statement).replace("%", "%%")
-        # (Behind a pooler a session may know the statement of another version.)
+        body = re.sub(r"(?<!:):([a-z]\w*)", lambda match: f"${number[match[1]]}", statement).replace("%", "%%")
+        # The digest: behind a pooler a session may know the statement of another version.
         name = f"{name}_{hashlib.sha256(body.encode()).hexdigest()[:8]}"
         execute = (
             "SET LOCAL plan_cache_mode = force_generic_plan; "
@@ -61,10 +64,11 @@ class Prepared:
         return cls(name, text(statement), execute, prepare, f"DEALLOCATE {name}; {prepare}")
 
     def rows(self, connection: Connection, values: Mapping[str, str | int], *, few: bool) -> Sequence[Any]:
-        """What it returns. `few`: the plan for a few values does; a statement about many is worth one of its own.
+        """Execute the statement and return its rows. `few`: the kept plan will do; many values are worth a new one.
 
-        In a transaction the statement is not prepared: one that is not known there would end it, and its plan, once
-        asked for, would be that of all that follows."""
+        In a transaction the statement is not prepared. An unknown statement would end the transaction, and the plan
+        mode, once set, would hold for all statements that follow.
+        """
         driver: Any = connection.connection.driver_connection
         idle = driver.autocommit and driver.get_transaction_status() == TRANSACTION_STATUS_IDLE
         if not (few and idle):
@@ -84,5 +88,5 @@ class Prepared:
                 if message is not self._execute:
                     connection.info[self.name] = now + KEPT_FOR
                 return rows
-        # (Each time another session.)
+        # Each try met another session.
         return connection.execute(self.plain, values).all()

@@ -1,7 +1,7 @@
 """The tables in Postgres, the durable truth of the platform (SQLAlchemy Core; changed by the migrations).
 
-Units: CPUs in millicores, memory in bytes, times with time zone. Everything that people read as JSON
-(`jobs.request`, `workers.capacity`) is in people's units: CPUs as numbers, memory in bytes.
+Units: CPUs in millicores, memory in bytes, times with time zone. The JSON columns that people read (`jobs.request`,
+`workers.capacity`) are in people's units: CPUs as numbers, memory in bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from celery_capacity.routing.model.states import FINAL, State
 
-#: The channel of Postgres on which whoever leaves a job for the pullers says so.
+#: Channel of Postgres on which a process announces that it left a job for the pulling workers.
 CHANNEL = "celery_capacity_backlog"
 metadata = MetaData()
 
@@ -41,7 +41,7 @@ jobs = Table(
     Column("seq", BigInteger, Identity(), nullable=False, comment="order of submission"),
     Column("name", Text, nullable=False, comment="name of the task"),
     Column("state", Text, nullable=False, comment="see routing.model.states"),
-    # The token of the newest attempt is (epoch, attempt); step ranks what happened inside that attempt.
+    # The token of the newest attempt is (epoch, attempt); step ranks the events inside that attempt.
     # A write is accepted only when (epoch, attempt, step) grows: an attempt that lost its lease cannot speak.
     Column("epoch", BigInteger, nullable=False, server_default=text("0")),
     Column("attempt", Integer, nullable=False, server_default=text("0"), comment="admissions so far"),
@@ -87,10 +87,10 @@ jobs = Table(
     Column("started_at", DateTime(timezone=True), comment="of the newest attempt"),
     Column("finished_at", DateTime(timezone=True)),
     Column("error", Text),
-    # Of a job that was revoked while a worker held it: should it come back from there, it ends.
+    # A job that was revoked while a worker held it ends when it comes back from there.
     Column("revoked_at", DateTime(timezone=True), comment="when it was revoked, if it had been admitted"),
     Column("stamps", JSONB, comment="its stamped headers: {name: [values]}; null: none"),
-    # A publish under the id of a running attempt (retry, replace): it waits here until that attempt ends.
+    # A publish under the id of a running attempt (retry, replace) waits here until that attempt ends.
     Column("successor", LargeBinary),
     Column("successor_shape", Text),
     Column("successor_request", JSONB),
@@ -101,7 +101,7 @@ jobs = Table(
     Column("successor_priority", SmallInteger),
     Column("successor_due_at", DateTime(timezone=True)),
     Column("successor_expires_at", DateTime(timezone=True)),
-    # Gates (`routing.store.dependencies`): while one is shut the job is scheduled without a time.
+    # Gates (`routing.store.dependencies`): while a gate is shut the job is scheduled without a time.
     Column("awaited", Boolean, nullable=False, server_default=text("false"), comment="another job waits for its end"),
     Column("needs", Integer, nullable=False, server_default=text("0"), comment="jobs that it waits for"),
     Column("rated", Boolean, nullable=False, server_default=text("false"), comment="it starts by the rate of its task"),
@@ -169,7 +169,8 @@ attempts = Table(
     Column("error", Text),
 )
 
-# What ended long ago, without its message; `archive_finished` moves it here (migration 0003, routing.store.archive).
+# Jobs that ended long ago, without messages. `archive_finished` moves them here (migration 0003,
+# routing.store.archive).
 jobs_archive = Table(
     "jobs_archive",
     metadata,
@@ -248,7 +249,7 @@ workers = Table(
 authority = Table(
     "authority",
     metadata,
-    # One row: the primary key can only be true.
+    # The table has one row: the primary key can only be true.
     Column("only", Boolean, primary_key=True, server_default=text("true")),
     Column("epoch", BigInteger, nullable=False),
     Column("authority", Text, nullable=False, comment="which store admits: ledger or postgres"),
@@ -265,7 +266,7 @@ authority = Table(
     CheckConstraint("authority IN ('ledger', 'postgres')", name="authority_known"),
 )
 
-# Who runs the duties while Postgres decides; one row, made by the first election.
+# The worker that runs the duties while Postgres decides: one row, made by the first election.
 runner = Table(
     "runner",
     metadata,
@@ -284,7 +285,7 @@ declarations = Table(
     Column("seen_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
 )
 
-# What could not be read as a task message, as it came.
+# Messages that could not be read as task messages, as they came.
 quarantine = Table(
     "quarantine",
     metadata,
@@ -297,7 +298,7 @@ quarantine = Table(
     Index("quarantine_seen", "seen_at"),
 )
 
-# What must be unique, and the job that has it.
+# Unique keys, each with the job that has it.
 unique_keys = Table(
     "unique_keys",
     metadata,
@@ -307,7 +308,7 @@ unique_keys = Table(
     Column("claimed_at", DateTime(timezone=True), nullable=False, server_default=text("clock_timestamp()")),
 )
 
-# Jobs that wait for others to succeed. A row goes when its gate was opened, or shut for good.
+# Jobs that wait for other jobs to succeed. A row is deleted when its gate was opened, or shut for good.
 dependencies = Table(
     "dependencies",
     metadata,
@@ -319,7 +320,7 @@ dependencies = Table(
     Index("dependencies_ripe", "job", postgresql_where=text("ended_as IS NOT NULL")),
 )
 
-# How many jobs of a task may start: a token bucket each.
+# Rates at which jobs of a task may start: a token bucket for each task.
 rates = Table(
     "rates",
     metadata,
@@ -338,7 +339,7 @@ rates = Table(
     Column("idle", Boolean, nullable=False, server_default=text("true"), comment="none is held back"),
 )
 
-# Chords that are counted here, since Redis was away when they were made.
+# Chords that are counted here, because Redis was away when they were made.
 chords = Table(
     "chords",
     metadata,
@@ -348,7 +349,7 @@ chords = Table(
     Column("made_at", DateTime(timezone=True), nullable=False, server_default=text("clock_timestamp()")),
 )
 
-# Their parts, and those of chords whose size is not known yet.
+# Parts of these chords, and of chords whose size is not known yet.
 chord_parts = Table(
     "chord_parts",
     metadata,

@@ -1,11 +1,10 @@
-"""One reading of both stores for the invariants: what looks wrong in Redis, in Postgres, and between them.
+"""Read both stores once for the invariants, and collect suspicions in Redis, in Postgres, and between them.
 
-A reading is no judgement. Work goes on meanwhile, and the two stores are read one after the other, so what
-looks wrong may be a job on its way. `routing.inspect.verify` reads again and keeps only what stays. For that every
-suspicion names its evidence (tokens, amounts), so that two readings of different jobs never look like the
-same.
+A reading is no judgement. Work goes on meanwhile, and the two stores are read one after the other, so a suspicion may
+be a job on its way. `routing.inspect.verify` reads again and keeps only the suspicions that stay. For that every
+suspicion names its evidence (tokens, amounts), so that two readings of different jobs never look alike.
 
-A worker's book and what it holds are read in one transaction, so sums over them are exact at any time.
+A worker's book and the jobs that it holds are read in one transaction, so sums over them are exact at any time.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Step
 from celery_capacity.routing.policy.placement import asked_shape
 
-#: Items in one pipeline: some milliseconds of the server, so that admission never waits long for a reader.
+#: Items in one pipeline. It takes some milliseconds of the server, so admission never waits long for a reader.
 CHUNK: Final = 500
-#: Rows that a query for violations returns; the first ones are shown, the rest counted.
+#: Most rows that a query for violations returns. The first rows are shown, the rest are counted.
 MOST: Final = 1000
 
 _T = TypeVar("_T")
 
 
 class Suspicion(NamedTuple):
-    """Something that an invariant forbids, if it stays. `invariant`: I1 to I6."""
+    """A state that an invariant forbids, if it stays. `invariant`: I1 to I6."""
 
     invariant: str
     evidence: str
@@ -42,20 +41,23 @@ class Suspicion(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What Postgres says. `active`: the jobs that are neither ended nor put off, by id."""
+    """A reading of Postgres. `active`: the jobs that are neither ended nor put off, by id."""
 
     active: Mapping[str, Row[Any]]
     suspicions: tuple[Suspicion, ...]
 
     @property
     def at_rest(self) -> bool:
-        """Nothing waits or runs. (A job that must not start before a later time does neither.)"""
+        """Return whether no job waits or runs.
+
+        A job that must not start before a later time does neither.
+        """
         return all(row.state == State.REPLACED for row in self.active.values())
 
 
 @dataclass(slots=True)
 class Shelf:
-    """What Redis says. Times in ms; `held` by worker: job -> token; `waits` by shape: jobs in order."""
+    """A reading of Redis. Times in ms. `held` by worker: job -> token. `waits` by shape: jobs in order."""
 
     head: snapshot.Head
     books: dict[str, WorkerBook] = field(default_factory=dict)
@@ -71,7 +73,7 @@ class Shelf:
     wrong_expiry: list[str] = field(default_factory=list)
 
     def behind(self, job: str) -> bool:
-        """Whether Postgres does not have the newest transition of a job yet, as it may."""
+        """Return whether Postgres may still lack the newest transition of a job, which is on its way there."""
         card = self.cards.get(job)
         return job in self.in_stream or (card is not None and card.unapplied)
 
@@ -86,7 +88,7 @@ WHERE state IN ('accepted', 'waiting', 'admitted', 'running', 'replaced') OR (st
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 
-#: Query of what must not be, and what it means; the first column is the job, the others are the evidence.
+#: Forbidden states: invariant, wording and query. The first column is the job, the others are the evidence.
 _FORBIDDEN: Final = (
     (
         "I4",
@@ -124,7 +126,7 @@ _FORBIDDEN: Final = (
 
 
 def read_postgres(connection: Connection) -> Rows:
-    """The rows as of one moment, where the caller's transaction sees one (REPEATABLE READ)."""
+    """Read the rows, as of one moment if the caller's transaction is REPEATABLE READ."""
     active = {row.id: row for row in connection.execute(_ACTIVE)}
     suspicions = tuple(
         Suspicion(invariant, f"job {row[0]} " + wording.format(*row[1:]))
@@ -139,7 +141,7 @@ def read_postgres(connection: Connection) -> Rows:
 
 
 def read_ledger(client: redispy.Redis) -> Shelf:
-    """All that the ledger holds. Raises RedisError."""
+    """Read everything that the ledger holds. Raises RedisError."""
     shelf = Shelf(snapshot.read_head(client))
     families = _scan(client, shelf)
     workers = sorted(shelf.head.leases.keys() | families["book"] | families["held"])
@@ -160,31 +162,31 @@ def read_ledger(client: redispy.Redis) -> Shelf:
     indexes.read_rest(client, shelf.places, families["free_of"], families["shapes_of"])
     shelf.allocated = _totals(client, workers)
     _read_queues(client, shelf, families["wait"])
-    known = families["job"].union(shelf.unclaimed, *shelf.held.values())
-    known.update(job for queue in shelf.waits.values() for job, _ in queue)
-    for chunk in _chunks(sorted(known)):
+    job_ids = families["job"].union(shelf.unclaimed, *shelf.held.values())
+    job_ids.update(job for queue in shelf.waits.values() for job, _ in queue)
+    for chunk in _chunks(sorted(job_ids)):
         shelf.cards.update(snapshot.read_cards(client, chunk))
     _read_expiries(client, shelf)
     return shelf
 
 
 def _scan(client: redispy.Redis, shelf: Shelf) -> dict[str, set[str]]:
-    """The names behind each prefix; keys of no known family go to `shelf.strangers`."""
+    """Return the names behind each prefix. Keys of no known family go to `shelf.strangers`."""
     prefixes = {name: key for name, key in keys.KEYS.items() if key.endswith(":")}
     fixed = set(keys.KEYS.values()) - set(prefixes.values())
-    found: dict[str, set[str]] = {name: set() for name in prefixes}
+    names: dict[str, set[str]] = {name: set() for name in prefixes}
     for raw in client.scan_iter(match="ledger:*", count=1000):
         key = snapshot.text(raw)
         family = next((name for name, prefix in prefixes.items() if key.startswith(prefix)), None)
         if family is not None:
-            found[family].add(key.removeprefix(prefixes[family]))
+            names[family].add(key.removeprefix(prefixes[family]))
         elif key not in fixed:
             shelf.strangers.append(key)
-    return found
+    return names
 
 
 def _totals(client: redispy.Redis, workers: Sequence[str]) -> tuple[int | None, str | None, int]:
-    """(`ledger:allocated`, `resource:allocated_cpus`, the sum over the books), as of one moment."""
+    """Return `ledger:allocated`, `resource:allocated_cpus` and the sum over the books, as of one moment."""
     pipe = client.pipeline(transaction=True)
     pipe.mget(keys.ALLOCATED, keys.ALLOCATED_CPUS)
     for worker in workers:
@@ -207,12 +209,16 @@ def _read_queues(client: redispy.Redis, shelf: Shelf, waiting: set[str]) -> None
     shelf.unclaimed = [snapshot.text(job) for job in unclaimed]
     shelf.in_stream = snapshot.unapplied_jobs(entries)
     for shape in sorted(waiting | shelf.shapes.keys()):
-        found: Any = client.zrange(keys.wait(shape), 0, -1, withscores=True)
-        shelf.waits[shape] = [(snapshot.text(job), int(order)) for job, order in found]
+        members: Any = client.zrange(keys.wait(shape), 0, -1, withscores=True)
+        shelf.waits[shape] = [(snapshot.text(job), int(order)) for job, order in members]
 
 
 def _read_expiries(client: redispy.Redis, shelf: Shelf) -> None:
-    """A tombstone expires once Postgres has the end; what may be read as free (books) and what waits never does."""
+    """Collect the keys with a wrong expiry in `shelf.wrong_expiry`.
+
+    A tombstone expires once Postgres has the end. Books never expire, since a missing book may be read as free
+    capacity. Waiting jobs never expire either.
+    """
     never = [keys.book(worker) for worker in shelf.books] + [keys.held(worker) for worker in shelf.held]
     never += [keys.job(job) for job, card in shelf.cards.items() if card.state != "ended"]
     some = [keys.job(job) for job, card in shelf.cards.items() if card.state == "ended" and not card.unapplied]
@@ -223,7 +229,7 @@ def _read_expiries(client: redispy.Redis, shelf: Shelf) -> None:
             for name in chunk:
                 pipe.pttl(name)
             for name, left in zip(chunk, pipe.execute(), strict=True):
-                # -2: gone meanwhile; -1: without an expiry
+                # -2: the key is gone meanwhile. -1: it has no expiry.
                 if left != -2 and (left >= 0) != expires:
                     shelf.wrong_expiry.append(f"{name} {'has no' if expires else 'has an'} expiry")
 
@@ -234,28 +240,30 @@ def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
         yield chunk
 
 
-# -- what looks wrong
+# -- suspicions
 # --------------------------------------------------------------------------------------------
 
 
 def inspect(shelf: Shelf, rows: Rows, at_rest: bool, write_within: float) -> set[Suspicion]:
-    """Everything that an invariant forbids in this reading; I2 and I3 only `at_rest`. `write_within`: seconds after
-    which Postgres has what the ledger noted."""
+    """Return every suspicion of this reading; I2 and I3 only `at_rest`.
+
+    `write_within`: seconds after which Postgres has every transition that the ledger noted.
+    """
     if shelf.head.epoch is None:
-        found = set(rows.suspicions)
+        suspicions = set(rows.suspicions)
         running = sorted(rows.active)
         if running:
-            found.add(Suspicion("I6", f"the ledger is cold, and {len(running)} jobs are not ended"))
+            suspicions.add(Suspicion("I6", f"the ledger is cold, and {len(running)} jobs are not ended"))
     else:
-        found = {*rows.suspicions, *_books(shelf), *_queues(shelf), *_agreement(shelf, rows)}
-        found |= {*_late(shelf, write_within)}
+        suspicions = {*rows.suspicions, *_books(shelf), *_queues(shelf), *_agreement(shelf, rows)}
+        suspicions |= {*_late(shelf, write_within)}
     if at_rest:
-        found |= {*_rest(shelf, rows)}
-    return found
+        suspicions |= {*_rest(shelf, rows)}
+    return suspicions
 
 
 def _books(shelf: Shelf) -> Iterator[Suspicion]:
-    """I1: no book above its capacity, and each the sum of what is held; I4: nothing held twice."""
+    """Check I1, no book is above its capacity and each is the sum of its jobs, and I4, no job is held twice."""
     holders: dict[str, list[str]] = {}
     for worker, held in shelf.held.items():
         for job in held:
@@ -286,7 +294,7 @@ def _books(shelf: Shelf) -> Iterator[Suspicion]:
 
 
 def _queues(shelf: Shelf) -> Iterator[Suspicion]:
-    """I6: the ledger agrees with itself."""
+    """Check I6: the ledger agrees with itself."""
     first = {shape: queue[0][1] if queue else None for shape, queue in shelf.waits.items()}
     for wrong in (*indexes.wrong_places(shelf.places, shelf.books), *indexes.wrong_shapes(shelf.places, first)):
         yield Suspicion("I6", wrong)
@@ -315,7 +323,7 @@ def _queues(shelf: Shelf) -> Iterator[Suspicion]:
 
 
 def _agreement(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
-    """I6: Redis says what Postgres says, but for transitions that are on their way there."""
+    """Check I6: Redis equals Postgres, except for transitions that are on their way there."""
     redis_held = {job: f"{worker} {token}" for worker, held in shelf.held.items() for job, token in held.items()}
     rows_held = {
         job: f"{row.worker} {row.epoch}.{row.attempt}"
@@ -333,16 +341,19 @@ def _agreement(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
 
 
 def _late(shelf: Shelf, write_within: float) -> Iterator[Suspicion]:
-    """I6: what is on its way to Postgres arrives. (Where no worker lives nobody writes it.)"""
+    """Check I6: transitions on their way to Postgres arrive.
+
+    Where no worker lives, nobody writes them, and nothing is reported.
+    """
     if shelf.head.unapplied_since is None or not any(shelf.head.is_live(book) for book in shelf.books.values()):
         return
     if shelf.head.now - shelf.head.unapplied_since > write_within * 1000:
-        # (Without a name: which one is the oldest may change, and Postgres be late all the same.)
+        # The evidence names no job: the oldest entry may change while Postgres stays late.
         yield Suspicion("I6", f"Postgres lacks what the ledger noted more than {write_within:g} s ago")
 
 
 def _rest(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
-    """I2 and I3: all jobs ended, and nothing is allocated."""
+    """Check I2 and I3: all jobs have ended, and nothing is allocated."""
     for job, row in rows.active.items():
         yield Suspicion("I2", f"job {job} is {row.state} at {row.epoch}.{row.attempt}")
         if row.state in HOLDING:

@@ -1,4 +1,4 @@
-"""A limit on the backlog: a submission is refused while so many jobs wait."""
+"""Limit the backlog: refuse a submission while so many jobs wait."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import BacklogFull
 from celery_capacity.routing.ledger import keys
 
-#: Seconds for which a process goes by a count of the backlog.
+#: Seconds for which a process trusts a count of the backlog.
 COUNT_FOR: Final = 1.0
-#: Shapes that are counted at the most; each has one waiting job at least.
+#: Most shapes that are counted. Each has at least one waiting job.
 MOST_SHAPES: Final = 10_000
 
 
 class BacklogLimit:
-    """Says no to new jobs while `limit` wait. A count is trusted for `COUNT_FOR` seconds, so that together all
-    processes may go beyond the limit by what they submit within that time.
+    """The limit of one process on new jobs: they are refused while `limit` jobs wait. Threads may share it.
 
-    `ledger` counts what waits there, None where it does not say; `engine` is asked for only then. One for each
-    process; threads may share it.
+    A count is trusted for `COUNT_FOR` seconds. So together all processes may exceed the limit by the jobs that they
+    submit within that time. `ledger` counts the waiting jobs in Redis, None where it cannot; only then `engine` is
+    called.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class BacklogLimit:
         self._until = float("-inf")
 
     def check(self, limit: int) -> None:
-        """Raise `BacklogFull` where so many jobs wait already; 0 is no limit."""
+        """Raise `BacklogFull` where `limit` jobs wait already. 0 is no limit."""
         if not limit:
             return
         now = self._clock()
-        # Each job that this process sent since the count may wait; whether it does, only a new count says.
+        # Each job that this process sent since the count may wait. Only a new count can tell.
         if now >= self._until or self._waiting < limit <= self._waiting + self._since:
             self._waiting, self._since = self._count(limit), 0
             self._until = self._clock() + COUNT_FOR
@@ -56,21 +56,21 @@ class BacklogLimit:
         self._since += 1
 
     def _count(self, limit: int) -> int:
-        found = self._ledger()
-        if found is not None:
-            return found
+        waiting = self._ledger()
+        if waiting is not None:
+            return waiting
         try:
             with self._engine().connect() as connection:
                 return waiting_in_postgres(connection, limit)
         except (OperationalError, PoolTimeout):
-            # The insert that follows meets the same, and says what it is.
+            # The insert that follows meets the same error, and reports it.
             return 0
         except DBAPIError as error:
             raise translate(error) from error
 
 
 def waiting_in_ledger(client: redis.Redis) -> int | None:
-    """How many jobs wait, in two round trips; None where the ledger is cold or its rebuild goes on."""
+    """Count the waiting jobs, in two round trips; return None for a ledger that is cold or being rebuilt."""
     pipe = client.pipeline(transaction=False)
     pipe.hmget(keys.EPOCH, "epoch", "rebuilding")
     pipe.zrange(keys.SHAPES, 0, MOST_SHAPES - 1)
@@ -88,5 +88,5 @@ _WAITING: Final = text(
 
 
 def waiting_in_postgres(connection: Connection, most: int) -> int:
-    """How many jobs wait, counted to `most`."""
+    """Return the number of waiting jobs, or `most` where more wait."""
     return int(connection.execute(_WAITING, {"most": most}).scalar_one())

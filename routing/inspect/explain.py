@@ -1,6 +1,6 @@
-"""Why a job has not started: the decision of the policy itself, over the books as they stand.
+"""Explain why a job has not started: the decision of the policy itself, over the books as they stand.
 
-The answer is a value; its words are made where it is shown. Nothing is written and nothing is admitted here.
+The explanation is a value. Its words are made where it is shown. Nothing is written and nothing is admitted here.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from celery_capacity.routing.model.states import FINAL, HOLDING, State
 from celery_capacity.routing.policy.placement import Admission, Book, Reason, Refusal, order, survey
 from celery_capacity.routing.store import dependencies
 
-#: Jobs that an explanation names of those that are waited for.
+#: Most needed jobs that an explanation names.
 SHOWN_NEEDS: Final = 10
 
 
 class Why(Enum):
-    """What keeps a job from running; the value is the stable name in JSON. The first are the policy's."""
+    """Reasons that keep a job from running. The value is the stable name in JSON. The first are the policy's."""
 
     NO_WORKER = Reason.NO_WORKER.value
     NO_QUEUE = Reason.NO_QUEUE.value
@@ -38,15 +38,15 @@ class Why(Enum):
     NO_ROOM = Reason.NO_ROOM.value
     BEHIND_SHAPE = Reason.BEHIND_SHAPE.value
     ALONE = Reason.ALONE.value
-    #: there is room; it is admitted at this moment, or by the next sweep
+    #: there is room: the job is admitted at this moment, or by the next sweep
     ABOUT_TO_START = "about-to-start"
-    #: it must not start before its time
+    #: the job must not start before its time
     SCHEDULED = "scheduled"
-    #: others must succeed first
+    #: other jobs must succeed first
     NEEDS_JOBS = "needs-jobs"
-    #: as many jobs of its task have started as its rate allows
+    #: the jobs that started have used up the rate of the task
     RATE_LIMIT = "rate-limit"
-    #: durable and not in the ledger yet, which is open: the sender is at it, or died and the sweep brings it
+    #: the job is durable and not in the open ledger yet: its sender brings it, or died and the sweep brings it
     ON_ITS_WAY = "on-its-way"
     #: the ledger is cold, so nothing is admitted until its books are rebuilt
     LEDGER_CLOSED = "ledger-closed"
@@ -54,21 +54,21 @@ class Why(Enum):
     LEDGER_UNREACHABLE = "ledger-unreachable"
     #: Postgres admits instead of the ledger
     LEDGER_STANDS_BACK = "ledger-stands-back"
-    #: the task replaced itself; its replacement ends this job
+    #: the task replaced itself, and its replacement ends this job
     REPLACED = "replaced"
-    #: it does not wait: it is with a worker
+    #: the job does not wait: it is with a worker
     RUNS = "runs"
-    #: it does not wait: it ended
+    #: the job does not wait: it ended
     ENDED = "ended"
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why one job is where it is.
+    """The reason why a job is where it is.
 
-    `resource`, `asked` and `free` (millicores, bytes or counts) say what is short, on the worker (`worker`)
-    that comes closest. `place` is the job's place (from 1) among those with the same request, `before` the
-    number of all waiting jobs that come earlier in order, whatever they ask for.
+    `resource`, `asked` and `free` (millicores, bytes or counts) tell the shortage on the worker (`worker`) that comes
+    closest. `place` is the job's place, from 1, among the jobs with an equal request. `before` is the number of all
+    waiting jobs that come earlier in order, for any request.
     """
 
     job: str
@@ -86,14 +86,14 @@ class Explanation:
     #: workers that would have room if they were empty
     large_enough: int | None = None
     live_workers: int | None = None
-    #: the jobs that it waits for, at most `SHOWN_NEEDS`
+    #: the jobs that must succeed first, at most `SHOWN_NEEDS`
     needs: tuple[str, ...] = ()
     #: the rate of its task, as somebody wrote it
     rate: str | None = None
 
     @property
     def waits(self) -> bool:
-        """Whether there is anything to wait for."""
+        """Return whether the job waits: it neither runs nor has ended."""
         return self.why not in (Why.RUNS, Why.ENDED)
 
     def to_json(self) -> dict[str, Any]:
@@ -121,8 +121,10 @@ class Explanation:
 
 
 def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanation | None:
-    """Why `job` is where it is; None where Postgres has no such job (in the archive all have ended). At most four round
-    trips to Redis."""
+    """Return why `job` is where it is; None where Postgres has no such job. At most four round trips to Redis.
+
+    The archive is searched too. All jobs there have ended.
+    """
     jobs, authority = schema.jobs.c, schema.authority.c
     row = connection.execute(
         select(
@@ -155,13 +157,13 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         head = snapshot.read_head(client)
         if head.epoch is None:
             return Explanation(job, state, Why.LEDGER_CLOSED, request, row.declared)
-        found = snapshot.read_books(client, head.leases)
+        books = snapshot.read_books(client, head.leases)
         card = snapshot.read_cards(client, [job]).get(job)
         held = Request.from_shape(card.shape) if card is not None and card.shape else request
         ahead, before = _ahead(client, head.shapes, held.shape, order(row.priority, row.seq))
     except RedisError:
         return Explanation(job, state, Why.LEDGER_UNREACHABLE, request, row.declared)
-    live = [book.to_policy(head.now) for book in found.values() if head.is_live(book)]
+    live = [book.to_policy(head.now) for book in books.values() if head.is_live(book)]
     refusal = refuse(held, live, ahead)
     why = Why.ABOUT_TO_START if refusal is None else Why(refusal.reason.value)
     if state is State.ACCEPTED and why in (Why.ABOUT_TO_START, Why.BEHIND_SHAPE):
@@ -184,7 +186,7 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
 
 
 def _gated(connection: Connection, job: str, row: Any, request: Request) -> Explanation:
-    """Of a job that is behind a gate: other jobs, the time that it has then, or the rate of its task."""
+    """Explain a job behind a gate: other jobs, the time that it has then, or the rate of its task."""
     needs = dependencies.needs_of(connection, row.seq, SHOWN_NEEDS) if row.needs else []
     later = row.not_before if row.not_before is not None and row.not_before > row.now else None
     why = Why.NEEDS_JOBS if row.needs else Why.SCHEDULED if later else Why.RATE_LIMIT
@@ -212,13 +214,13 @@ def _archived(connection: Connection, job: str) -> Explanation | None:
 
 
 def refuse(request: Request, live: Sequence[Book], ahead: int) -> Refusal | None:
-    """The policy's reason for not admitting a request, None where it would."""
+    """Return the policy's reason for not admitting a request; None where it would admit it."""
     decision = survey(request, live, ahead)
     return None if isinstance(decision, Admission) else decision
 
 
 def _without_books(state: State) -> Why | None:
-    """The reason where the state alone says it."""
+    """Return the reason where the state alone tells it, else None."""
     if state in FINAL:
         return Why.ENDED
     if state in HOLDING:
@@ -233,9 +235,9 @@ def _when_empty(request: Request, book: Book) -> bool:
 
 
 def _ahead(client: redispy.Redis, shapes: Sequence[str], shape: str, place: int) -> tuple[int, int]:
-    """How many waiting jobs come before `place` (an order): with this shape, and in all. One round trip."""
+    """Count the waiting jobs before `place` (an order): with this shape, and in all. One round trip."""
     pipe = client.pipeline(transaction=False)
-    for one in shapes:
-        pipe.zcount(keys.wait(one), "-inf", f"({place}")
+    for queued in shapes:
+        pipe.zcount(keys.wait(queued), "-inf", f"({place}")
     counts = dict(zip(shapes, (int(count) for count in pipe.execute()), strict=True))
     return counts.get(shape, 0), sum(counts.values())

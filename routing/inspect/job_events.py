@@ -1,9 +1,9 @@
-"""What becomes of a job, as whoever watches it hears it: a message on the channel that has the name of the job's key.
+"""Events of a job for its watchers: messages on the channel that has the name of the job's key.
 
-Each script that changes a job tells it there, at the price of a microsecond, heard or not. A channel keeps nothing: so
-whoever begins to listen, or does so again after a gap, looks at the job first. The same holds for what no script did
-(Postgres decided, or ended a job that the ledger does not know): then the message is empty, or a new epoch is told on
-`EPOCH_CHANNEL`.
+Each script that changes a job publishes a message there. It costs a microsecond, with or without listeners. A channel
+keeps nothing: so a watcher that begins to listen, or listens again after a gap, looks at the job first. A watcher also
+looks at the job after a change that no script made: Postgres decided, or ended a job that the ledger does not know.
+Then the message is empty, or a new epoch is published on `EPOCH_CHANNEL`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from celery_capacity.routing.database.postgres import NOT_ALLOWED
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.states import FINAL, State, Step
 
-#: Where a new epoch is told.
+#: Channel on which a new epoch is published.
 EPOCH_CHANNEL: Final = keys.EPOCH
 
-#: (epoch, attempt, step): it only grows.
+#: Rank of an event: (epoch, attempt, step). The rank of a job only grows.
 Rank = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """A job came into a `state`. `attempt`: how many admissions it has had. `worker` and `at`: where they are known (of
-    what was over when it was looked at, they may not be)."""
+    """A job came into a `state`. `attempt`: the number of its admissions.
+
+    `worker` and `at` may be None for a change that was over when the job was looked at.
+    """
 
     job: str
     state: State
@@ -41,23 +43,23 @@ class JobEvent:
 
     @property
     def final(self) -> bool:
-        """Whether the job has ended."""
+        """Return whether the job has ended."""
         return self.state in FINAL
 
     def follows(self, other: JobEvent | None) -> bool:
-        """Whether it is news after another one."""
+        """Return whether this event is news after another one."""
         if other is None:
             return True
         return self.rank > other.rank and (self.state, self.attempt) != (other.state, other.attempt)
 
 
 def channel(job: str) -> str:
-    """Where a job's events are told."""
+    """Return the channel on which a job's events are published."""
     return keys.job(job)
 
 
 def parse(job: str, said: bytes) -> JobEvent | None:
-    """A message of a job's channel; None: look at the job."""
+    """Parse a message of a job's channel; return None where the caller has to look at the job."""
     if not said:
         return None
     epoch, attempt, step, state, at, worker = said.decode("utf-8", "replace").split(" ", 5)
@@ -66,14 +68,14 @@ def parse(job: str, said: bytes) -> JobEvent | None:
     return JobEvent(job, State(state), int(attempt), worker or None, when, rank)
 
 
-#: Of what the ledger says of a job; of one that waits, it may have been filed or put back.
+#: Step for each state in the ledger. A waiting job may have been filed or put back.
 _STEPS: Final = {"waiting": Step.FILED, "admitted": Step.ADMITTED, "running": Step.RUNNING}
 
 
 def in_ledger(client: redis.Redis, job: str) -> JobEvent | None:
-    """What the ledger knows of a job; None where that is nothing."""
-    found: Any = client.hmget(keys.job(job), "state", "epoch", "attempt", "worker", "became")
-    state, epoch, attempt, worker, became = (None if value is None else value.decode() for value in found)
+    """Return the state of a job in the ledger; None where the ledger does not know it."""
+    reply: Any = client.hmget(keys.job(job), "state", "epoch", "attempt", "worker", "became")
+    state, epoch, attempt, worker, became = (None if value is None else value.decode() for value in reply)
     if state == "ended":
         state, step = became, Step.DROPPED if became in FINAL else Step.BACK
     else:
@@ -83,13 +85,13 @@ def in_ledger(client: redis.Redis, job: str) -> JobEvent | None:
     return JobEvent(job, State(state), int(attempt), worker, rank=(int(epoch), int(attempt), step))
 
 
-# (Whoever only submits may read these columns, and no archive.)
+# A role that only submits may read these columns, but not the archive.
 _ROW: Final = text("SELECT state, attempt, epoch, step FROM jobs WHERE id = :id")
 _ARCHIVED: Final = text("SELECT state, attempt, epoch FROM jobs_archive WHERE id = :id ORDER BY seq DESC LIMIT 1")
 
 
 def in_postgres(connection: Connection, job: str) -> JobEvent | None:
-    """What Postgres knows of a job; None where there is none."""
+    """Return the state of a job in Postgres; None where there is no such job."""
     row = connection.execute(_ROW, {"id": job}).one_or_none()
     if row is not None:
         return JobEvent(job, State(row[0]), row[1], rank=(row[2], row[1], row[3]))

@@ -1,7 +1,7 @@
 """The one value behind `cluster`, the dashboard and the metrics: capacity, allocations, backlog at a moment.
 
-It comes from the ledger in three round trips, however many workers there are. Where the ledger is cold or
-does not answer it comes from Postgres, in four queries, and says so (`source`).
+The ledger gives it in three round trips, however many workers there are. Where the ledger is cold or does not answer,
+Postgres gives it in four queries. `source` names the store.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from celery_capacity.routing.store.quarantine import Quarantined
 
 #: Seconds without a heartbeat after which Postgres no longer counts a worker, where the caller does not say.
 WORKER_TTL: Final = 60.0
-#: Resources that have fields of their own; all others stand under `named`.
+#: Resources with fields of their own. All others stand under `named`.
 _OWN: Final = (CPUS, MEMORY, SLOTS)
 _PRIORITIES: Final = range(TOP_PRIORITY + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLine:
-    """One live worker. `heartbeat_age`: seconds, None where nobody noted a heartbeat."""
+    """A live worker. `heartbeat_age`: seconds, None where nobody noted a heartbeat."""
 
     name: str
     status: str
@@ -78,7 +78,7 @@ class WorkerLine:
 
 @dataclass(frozen=True, slots=True)
 class BacklogLine:
-    """The jobs of one shape that wait. `oldest`: seconds since the first of them was submitted."""
+    """The waiting jobs of one shape. `oldest`: seconds since the first of them was submitted."""
 
     request: Request
     waiting: int
@@ -95,7 +95,7 @@ class BacklogLine:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """The cluster at `at`. `source`: the store that said so, ledger or postgres."""
+    """The cluster at the time `at`. `source`: the store that gave the values, ledger or postgres."""
 
     source: str
     at: datetime
@@ -118,7 +118,7 @@ class Overview:
         return sum(worker.allocated.get(name, 0) for worker in self.workers)
 
     def available(self, name: str) -> int:
-        """Never negative: capacity may shrink below what already runs."""
+        """Return the free amount, never negative: capacity may shrink below the present allocations."""
         return max(0, self.total(name) - self.allocated(name))
 
     @property
@@ -131,7 +131,7 @@ class Overview:
         return round(100 * self.allocated(CPUS) / total, 2) if total else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `cluster --json` prints and `/api/v1/dashboard` answers."""
+        """Return the object that `cluster --json` prints and `/api/v1/dashboard` answers with."""
         totals = {name: self.total(name) for worker in self.workers for name in worker.capacity}
         used = {name: self.allocated(name) for worker in self.workers for name in worker.allocated}
         return {
@@ -167,14 +167,14 @@ def _named(capacity: Mapping[str, int], allocated: Mapping[str, int]) -> dict[st
 
 
 class Cold(Exception):
-    """The ledger is cold: it says nothing about the cluster."""
+    """The ledger is cold and has no current values of the cluster."""
 
 
 def read(client: redispy.Redis, engine: Engine, ttl: float = WORKER_TTL) -> Overview:
-    """From the ledger, else from Postgres; what is set aside is in Postgres alone. Give it a `quick_client`; `ttl`: see
-    `from_postgres`.
+    """Read the overview from the ledger, else from Postgres. `client`: a `quick_client`; `ttl`: see `from_postgres`.
 
-    Raises StoreUnavailable where neither answers, NotMigrated where Postgres has no tables.
+    Only Postgres has the quarantine. Raises StoreUnavailable where neither store answers, NotMigrated where Postgres
+    has no tables.
     """
     try:
         if _postgres_decides(engine):
@@ -190,7 +190,10 @@ def read(client: redispy.Redis, engine: Engine, ttl: float = WORKER_TTL) -> Over
 
 
 def _postgres_decides(engine: Engine) -> bool:
-    """Whether the ledger was left; False where Postgres does not say: then the books are the best there is."""
+    """Return whether Postgres decides instead of the ledger.
+
+    False where Postgres does not answer: then the books are the best values that there are.
+    """
     try:
         with engine.connect() as connection:
             return read_authority(connection).authority == "postgres"
@@ -199,7 +202,7 @@ def _postgres_decides(engine: Engine) -> bool:
 
 
 def _quarantined(engine: Engine) -> Quarantined | None:
-    """What is set aside; None where Postgres does not say, which the ledger need not wait for."""
+    """Return the quarantine; None where Postgres does not answer, since the values of the ledger need not wait."""
     try:
         with engine.connect() as connection:
             return quarantine.read(connection)
@@ -208,7 +211,7 @@ def _quarantined(engine: Engine) -> Quarantined | None:
 
 
 def from_ledger(client: redispy.Redis) -> Overview:
-    """Three round trips: the index, the books and queues, the ages. Raises Cold, or RedisError."""
+    """Read the index, the books and queues, and the ages, in three round trips. Raises Cold, or RedisError."""
     head = snapshot.read_head(client)
     if head.epoch is None:
         raise Cold("the ledger is cold")
@@ -228,9 +231,9 @@ def from_ledger(client: redispy.Redis) -> Overview:
     ages = _submitted(client, [job for _, _, firsts in queues for job in firsts])
     backlog = []
     for shape, waiting, firsts in queues:
-        known = [ages[job] for job in firsts if job in ages]
+        submitted = [ages[job] for job in firsts if job in ages]
         if waiting:
-            oldest = max(0.0, (head.now - min(known)) / 1000) if known else None
+            oldest = max(0.0, (head.now - min(submitted)) / 1000) if submitted else None
             backlog.append(BacklogLine(Request.from_shape(shape), int(waiting), oldest))
     return Overview(
         source="ledger",
@@ -244,7 +247,7 @@ def from_ledger(client: redispy.Redis) -> Overview:
 
 
 def _ledger_line(head: snapshot.Head, worker: str, fields: Any, view: Any) -> WorkerLine | None:
-    """A live worker, or None."""
+    """Return the line of a worker; None for a worker that is not live."""
     book = snapshot.parse_book(worker, fields)
     if book is None or not head.is_live(book):
         return None
@@ -266,11 +269,11 @@ def _ledger_line(head: snapshot.Head, worker: str, fields: Any, view: Any) -> Wo
 
 
 def _firsts(replies: Iterator[Any]) -> list[str]:
-    return [snapshot.text(found[0]) for found in (next(replies) for _ in _PRIORITIES) if found]
+    return [snapshot.text(members[0]) for members in (next(replies) for _ in _PRIORITIES) if members]
 
 
 def _submitted(client: redispy.Redis, jobs: Sequence[str]) -> dict[str, int]:
-    """When these jobs were submitted (ms); those that left meanwhile are missing."""
+    """Return the times of submission of these jobs (ms). Jobs that left meanwhile are missing."""
     if not jobs:
         return {}
     pipe = client.pipeline(transaction=False)
@@ -281,9 +284,9 @@ def _submitted(client: redispy.Redis, jobs: Sequence[str]) -> dict[str, int]:
 
 
 def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
-    """From the tables alone. `ttl`: seconds since a worker was last seen after which it is not counted.
+    """Read the overview from the tables alone. `ttl`: seconds after which a worker that was not seen is left out.
 
-    A job that is accepted counts as waiting: it does, for the ledger.
+    An accepted job counts as waiting: it waits for the ledger.
     """
     workers, jobs = schema.workers.c, schema.jobs.c
     now: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
@@ -292,7 +295,7 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
         select(schema.workers).where(workers.status.in_(sorted(snapshot.LIVE))).order_by(workers.started_at.desc())
     ).all()
     lines = []
-    # A name may have an older life that is not ended yet: the newest stands for it.
+    # A name may have an older life that has not ended yet. The newest life counts.
     newest = {row.name: row for row in reversed(lives)}
     for row in sorted(newest.values(), key=lambda row: str(row.name)):
         age = max(0.0, (now - row.seen_at).total_seconds())
@@ -325,7 +328,7 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
 
 
 def _allocated(connection: Connection) -> dict[str, dict[str, int]]:
-    """What is allocated, by incarnation and resource."""
+    """Return the allocated amounts, by incarnation and resource."""
     jobs = schema.jobs.c
     held = connection.execute(
         select(jobs.incarnation, jobs.shape, func.count().label("jobs"))
@@ -336,7 +339,7 @@ def _allocated(connection: Connection) -> dict[str, dict[str, int]]:
 
 
 def sum_up(held: Iterable[tuple[str, str, int]]) -> dict[str, dict[str, int]]:
-    """(holder, shape, number of jobs) -> what each holder has allocated, by resource."""
+    """Return the amounts that each holder has allocated, by resource. `held`: (holder, shape, number of jobs)."""
     sums: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for holder, shape, number in held:
         for name, amount in Request.from_shape(shape).amounts:
@@ -346,9 +349,9 @@ def sum_up(held: Iterable[tuple[str, str, int]]) -> dict[str, dict[str, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What many reads of the allocated CPUs gave: `answered` of `times` by Redis, the others by Postgres.
+    """Result of many reads of the allocated CPUs: Redis answered `answered` of `times`, Postgres the others.
 
-    `value`: the last one, in CPUs as text. `seconds`: for all of them.
+    `value`: the last value, in CPUs as text. `seconds`: for all reads.
     """
 
     times: int
@@ -362,7 +365,7 @@ class Reads:
 
 
 def read_allocated(client: redispy.Redis, engine: Engine, times: int) -> Reads:
-    """Read the allocated CPUs so many times in one pipeline; what Redis does not know is asked of Postgres.
+    """Read the allocated CPUs `times` times in one pipeline. Postgres is asked for reads that Redis cannot answer.
 
     Raises StoreUnavailable where neither answers.
     """
@@ -371,15 +374,15 @@ def read_allocated(client: redispy.Redis, engine: Engine, times: int) -> Reads:
         pipe.get(keys.ALLOCATED_CPUS)
     start = time.perf_counter()
     try:
-        found = [value for value in pipe.execute() if value is not None]
+        values = [value for value in pipe.execute() if value is not None]
     except RedisError:
-        found = []
-    if len(found) == times:
-        return Reads(times, times, time.perf_counter() - start, snapshot.text(found[-1]))
+        values = []
+    if len(values) == times:
+        return Reads(times, times, time.perf_counter() - start, snapshot.text(values[-1]))
     try:
         with engine.connect() as connection:
             sums = _allocated(connection)
     except DBAPIError as error:
         raise translate(error, "Redis does not answer, and ") from error
     value = amounts.format_cpus(sum(by_name.get(CPUS, 0) for by_name in sums.values()))
-    return Reads(times, len(found), time.perf_counter() - start, value)
+    return Reads(times, len(values), time.perf_counter() - start, value)

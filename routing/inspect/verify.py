@@ -6,12 +6,10 @@
 | I2 | at rest | every accepted job has exactly one final state |
 | I3 | at rest | every allocation is zero, in Redis and in Postgres |
 | I4 | always | at most one attempt of a job is open, tokens grow, the row is of the newest attempt |
-| I6 | always | Redis equals Postgres but for transitions on their way there, and the ledger agrees with
-itself |
+| I6 | always | Redis equals Postgres but for transitions on their way there, and the ledger agrees with itself |
 
-(I5, that no job waits while a worker could take it, is judged by the benchmarks.) Work may go on: what looks
-wrong is read again, and only what is still there, with the same tokens and amounts, after `PATIENCE` is a
-violation.
+The benchmarks judge I5: no job waits while a worker could take it. Work may go on during a check. So a suspicion is
+read again, and it is a violation only if it is still there after `PATIENCE`, with the same tokens and amounts.
 """
 
 from __future__ import annotations
@@ -30,17 +28,17 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import audit
 from celery_capacity.routing.inspect.audit import Suspicion
 
-#: Seconds for which something must look wrong before it is: longer than a rebuild waits for the workers (2
-#: s), and far longer than an outcome takes to Postgres.
+#: Seconds after which a suspicion that stays is a violation. Longer than a rebuild waits for the workers (2 s), and far
+#: longer than an outcome takes to reach Postgres.
 PATIENCE: Final = 4.0
-#: Seconds after which Postgres has what the ledger noted, where nobody says otherwise.
+#: Seconds after which Postgres has every transition of the ledger, where the caller does not say.
 WRITE_WITHIN: Final = 20.0
 #: Seconds between two readings.
 PAUSE: Final = 0.1
 #: Violations that a verdict shows.
 SHOWN: Final = 10
 
-#: name -> (what it says, whether it holds only at rest)
+#: name -> (its statement, True if it holds only at rest)
 INVARIANTS: Final = {
     "I1": ("no worker is allocated above its capacity, and its book is the sum of what it holds", False),
     "I2": ("every accepted job has exactly one final state", True),
@@ -52,7 +50,7 @@ INVARIANTS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One invariant. `holds` is None where it was not judged: it holds only at rest, and work runs."""
+    """The verdict on an invariant. `holds`: None where it holds only at rest and work runs, so it was not judged."""
 
     name: str
     says: str
@@ -74,14 +72,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The verdicts, and whether the platform was at rest: nothing waited or ran."""
+    """The verdicts. `at_rest`: no job waited or ran."""
 
     at_rest: bool
     verdicts: tuple[Verdict, ...]
 
     @property
     def holds(self) -> bool:
-        """Whether all that could be judged holds."""
+        """Return whether all invariants that could be judged hold."""
         return all(verdict.holds is not False for verdict in self.verdicts)
 
     def to_json(self) -> dict[str, Any]:
@@ -93,11 +91,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """The same, by the name that tests use."""
+        """Return `holds`, under the name that tests use."""
         return self.holds
 
     def lines(self) -> list[str]:
-        """What is violated, a line each."""
+        """Return the violations that are shown, a line for each."""
         broken = (verdict for verdict in self.verdicts if verdict.holds is False)
         return [f"{v.name}: {line}" for v in broken for line in v.detail]
 
@@ -109,19 +107,19 @@ def check(
     patience: float | None = None,
     write_within: float = WRITE_WITHIN,
 ) -> Report:
-    """Judge the invariants. `at_rest`: judge as if at rest or not; None: find out. `write_within`: seconds after which
-    Postgres has what the ledger noted, while a worker lives.
+    """Judge the invariants. `at_rest`: judge as at rest or not; None: find out.
 
-    Returns at once where nothing looks wrong, after `patience` (PATIENCE) seconds where something does.
-    Raises StoreUnavailable where a store does not answer: what it holds cannot be judged.
+    `write_within`: seconds after which Postgres has every transition that the ledger noted, while a worker lives.
+    Returns at once where there is no suspicion, and after `patience` seconds (default PATIENCE) where one stays. Raises
+    StoreUnavailable where a store does not answer: its content cannot be judged.
     """
     end = time.monotonic() + (PATIENCE if patience is None else patience)
-    found, resting = _read(engine, client, at_rest, write_within)
-    while found and time.monotonic() < end:
+    suspicions, resting = _read(engine, client, at_rest, write_within)
+    while suspicions and time.monotonic() < end:
         time.sleep(PAUSE)
         again, resting = _read(engine, client, at_rest, write_within)
-        found &= again
-    return Report(resting, tuple(_verdict(name, found, resting) for name in INVARIANTS))
+        suspicions &= again
+    return Report(resting, tuple(_verdict(name, suspicions, resting) for name in INVARIANTS))
 
 
 def _read(

@@ -1,4 +1,4 @@
-"""What a reconcile found, and what of it was repaired."""
+"""Result of a reconcile: the drift that it found, and how much of it was repaired."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass
 class Reconciled:
-    """`applied`: entries of the stream; `checked`: jobs compared; `found` and `repaired`: differences by kind."""
+    """Counts of a reconcile.
+
+    `applied`: entries of the stream. `checked`: jobs compared. `found` and `repaired`: differences by kind.
+    """
 
     applied: int = 0
     checked: int = 0

@@ -1,10 +1,10 @@
-"""Opening a new epoch on a ledger that is cold: it never was open, was emptied, or came back with old books.
+"""Open a new epoch on a cold ledger: one that never was open, was emptied, or came back with old books.
 
-One process does it: it began the epoch in Postgres, by one guarded statement, and says meanwhile that it goes on. Where
-it falls silent, another process begins the next epoch, and all that the first one still does is refused. Books come
-first: each worker that Postgres takes for alive gets a closed book that holds what Postgres says it runs, so that
-nothing of it is free before the worker has spoken. The workers see the new epoch, register and say what they hold. Then
-the backlog is filed, in its order.
+One process does it. It begins the epoch in Postgres, by one guarded statement, and reports meanwhile that it goes on.
+Where it falls silent, another process begins the next epoch, and every further step of the first one is refused. Books
+come first. Each worker that Postgres takes for alive gets a closed book with the jobs that it runs by Postgres, so that
+none of its capacity is free before the worker has reported. The workers see the new epoch, register and report what
+they hold. Then the backlog is filed, in its order.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from celery_capacity.routing.store.backlog import Pending, in_doubt
 logger = logging.getLogger(__name__)
 
 BACKLOG_CHUNK: Final = 1000
-#: Carried jobs let in in one step: some 1 ms of the server.
+#: Carried jobs that are let in in one step: some 1 ms of the server.
 CARRIED_CHUNK: Final = 200
 #: Keys removed in one step.
 WIPE_CHUNK: Final = 500
@@ -53,7 +53,7 @@ WIPE_CHUNK: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
-    """What a rebuild did. `workers`: books written; `held`: jobs entered into them; `filed`: jobs brought back."""
+    """Result of a rebuild. `workers`: books written; `held`: jobs entered into them; `filed`: jobs brought back."""
 
     epoch: int
     workers: int
@@ -62,42 +62,46 @@ class Rebuilt:
 
 
 def open_if_cold(engine: Engine, ledger: Ledger) -> Rebuilt | None:
-    """Open the next epoch when the ledger is cold, or its opener has died, has failed or says nothing; None where there
-    is nothing to do, or another process is doing it."""
+    """Open the next epoch when the ledger is cold, or its opener has died, failed or fallen silent.
+
+    Return None where there is nothing to do, or another process does it.
+    """
     # Before anything is closed: the books may be those of another database.
     ledger.own_database()
     with engine.connect() as connection:
-        known = read_authority(connection)
-        if known.age == 0:
+        authority = read_authority(connection)
+        if authority.age == 0:
             count_from_now(connection)
-        if not _is_wanting(known, ledger):
+        if not _is_wanting(authority, ledger):
             return None
-        # (What cannot be written cannot be opened, and needs no new epoch.)
+        # A ledger that cannot be written cannot be opened, and needs no new epoch.
         ledger.probe()
         opened, whole = ledger.opened(), ledger.has_whole_stream()
         term = opening_term(ledger.settings.renew_interval)
-        epoch = begin_epoch(connection, known.epoch, term, above=opened[0] if opened else 0)
+        epoch = begin_epoch(connection, authority.epoch, term, above=opened[0] if opened else 0)
         began_ms = claims.now_ms(connection)
     return None if epoch is None else Opener(engine, ledger, epoch, term, began_ms, whole).run()
 
 
 def _is_wanting(known: Authority, ledger: Ledger) -> bool:
-    """Whether there is something to do, and it is the ledger that is to decide."""
+    """Return whether the ledger is to decide and has to be opened."""
     if known.authority != "ledger" or known.age < change_pause(ledger.settings.confirm_interval):
         return False
     return _is_old(known, ledger) or ledger.is_unfinished()
 
 
 def _is_old(known: Authority, ledger: Ledger) -> bool:
-    """Whether the books are none, of another life of the server, or of another epoch than Postgres names: an older one
-    (Postgres decided meanwhile), or a newer one (Postgres was restored from a backup)."""
+    """Return whether there are no books, or they are of another life of the server or of another epoch than Postgres's.
+
+    An older epoch: Postgres decided meanwhile. A newer epoch: Postgres was restored from a backup.
+    """
     opened = ledger.opened()
     return opened is None or opened != (known.epoch, ledger.run_id)
 
 
 @dataclass(frozen=True, slots=True)
 class _Worker:
-    """A life of a worker that has not left. `seen`: it may be alive; `newest`: it has the name."""
+    """A life of a worker that has not left. `seen`: it may be alive. `newest`: it has the name."""
 
     name: str
     incarnation: str
@@ -107,7 +111,7 @@ class _Worker:
 
 
 class Opener:
-    """The one process that opens an epoch. `term`: seconds without a word after which another process opens the next.
+    """The one process that opens an epoch. `term`: seconds of silence after which another process opens the next.
 
     The epoch is its fence: each script compares it with the books, each statement with the row `authority`. An opener
     that was stopped, and goes on after it was overtaken, is refused at its next step, whichever that is.
@@ -120,16 +124,19 @@ class Opener:
         self._ledger = ledger
         self._epoch = epoch
         self._term = term
-        #: When the epoch was begun, by Postgres's clock.
+        #: When the epoch was begun, in milliseconds of Postgres's clock.
         self._began_ms = began_ms
-        #: Whether the stream has all that the old books noted.
+        #: True where the stream has all transitions that the old books noted.
         self._whole_stream = whole_stream
-        #: The life of the server that it opens the ledger on.
+        #: The life of the server on which the ledger is opened.
         self._run_id = ledger.run_id
         self._said_at = time.monotonic()
 
     def run(self) -> Rebuilt | None:
-        """Books, then the backlog. None where it was overtaken, or the server was emptied or restarted meanwhile."""
+        """Write the books, then file the backlog.
+
+        Return None where the opener was overtaken, or the server was emptied or restarted meanwhile.
+        """
         try:
             self._close()
             with self._engine.connect() as connection:
@@ -142,7 +149,7 @@ class Opener:
                 end_opening(connection, self._epoch)
 
     def _go_on(self) -> None:
-        """Say that this process goes on, when it is time. Raises `LedgerClosed` where it was overtaken."""
+        """Report that this process goes on, when it is time. Raises `LedgerClosed` where it was overtaken."""
         if time.monotonic() < self._said_at + self._term / 4:
             return
         with self._engine.connect() as connection:
@@ -151,20 +158,19 @@ class Opener:
         self._said_at = time.monotonic()
 
     def _close(self) -> None:
-        """Close the old books, bring Postgres up to date with what they noted, if the stream survived, and remove
-        them."""
+        """Close the old books, apply what they noted to Postgres, if the stream survived, and remove them."""
         self._ledger.close_books(self._epoch, self._run_id, "begin")
         transition_log.apply_all(self._engine, self._ledger, between=self._go_on)
         self._wipe()
-        # What is left: their rows are locked, and do not say yet what the jobs are.
-        jobs = sorted({one.job for one in transition_log.unapplied(self._ledger)})
+        # Entries that are left: the rows of their jobs are locked, and do not have the state of the jobs yet.
+        jobs = sorted({transition.job for transition in transition_log.unapplied(self._ledger)})
         for start in range(0, len(jobs), BACKLOG_CHUNK):
             self._go_on()
             self._ledger.close_books(self._epoch, self._run_id, "carry", jobs[start : start + BACKLOG_CHUNK])
         self._ledger.open(self._epoch, self._run_id)
 
     def _wipe(self) -> None:
-        # (An entry leaves the stream when Postgres has it, and not before.)
+        # An entry leaves the stream when Postgres has it, and not before.
         kept = (keys.EPOCH, keys.COUNTERS, keys.DECLARATIONS, keys.STREAM, keys.RUNNER, keys.ASKED)
         keep = {key.encode() for key in kept}
         try:
@@ -187,7 +193,7 @@ class Opener:
 
     def _rebuild(self, connection: Connection) -> Rebuilt:
         workers, held = self._reserve(connection)
-        self._await_reports([one.name for one in workers if one.seen])
+        self._await_reports([worker.name for worker in workers if worker.seen])
         self._go_on()
         revocation.tell_all(connection, self._ledger, between=self._go_on)
         filed = self._file_backlog(connection, doubtful=not self._whole_stream and self._is_one_silent(workers))
@@ -195,31 +201,34 @@ class Opener:
         return Rebuilt(self._epoch, len(workers), held, filed)
 
     def _is_one_silent(self, workers: Sequence[_Worker]) -> bool:
-        """Return whether a worker that had not left has not said what it holds, or a former life of one cannot."""
-        found = snapshot.read_books(self._ledger.client, {one.name for one in workers})
-        said = {book.incarnation for book in found.values() if book.status != "closed"}
-        return any(one.incarnation not in said for one in workers)
+        """Return whether a life of a worker that had not left has not reported what it holds.
+
+        A former life of a worker can report nothing.
+        """
+        books = snapshot.read_books(self._ledger.client, {worker.name for worker in workers})
+        reported = {book.incarnation for book in books.values() if book.status != "closed"}
+        return any(worker.incarnation not in reported for worker in workers)
 
     def _reserve(self, connection: Connection) -> tuple[list[_Worker], int]:
-        """A closed book for each worker that has not left, with what Postgres says it holds."""
+        """Write a closed book for each worker that has not left, with the jobs that it holds by Postgres."""
         ledger = self._ledger
         workers = [_Worker(*row) for row in connection.execute(_WORKERS, {"ttl": ledger.settings.worker_ttl * 2})]
-        # In one statement: there is no index by incarnation, which every transition would pay for.
+        # A single statement for all held jobs: an index by incarnation would cost every transition.
         holdings: dict[str, list[Adopted]] = {}
         carried = ledger.carried()
         for incarnation, *row in connection.execute(_HELD):
             if row[0] not in carried:
                 holdings.setdefault(incarnation, []).append(_adopted(row))
         held = 0
-        for one in workers:
+        for worker in workers:
             self._go_on()
-            if not one.newest:
+            if not worker.newest:
                 continue
-            ledger.reserve(one.name, one.incarnation, Capacity.from_people(one.capacity).shape)
-            found = holdings.get(one.incarnation, [])
-            for start in range(0, len(found), BACKLOG_CHUNK):
-                ledger.adopt(one.name, one.incarnation, found[start : start + BACKLOG_CHUNK])
-            held += len(found)
+            ledger.reserve(worker.name, worker.incarnation, Capacity.from_people(worker.capacity).shape)
+            jobs = holdings.get(worker.incarnation, [])
+            for start in range(0, len(jobs), BACKLOG_CHUNK):
+                ledger.adopt(worker.name, worker.incarnation, jobs[start : start + BACKLOG_CHUNK])
+            held += len(jobs)
         self._give_back_orphans(carried)
         return workers, held
 
@@ -231,14 +240,17 @@ class Opener:
         ):
             if not hold_epoch(connection, self._epoch, self._term):
                 raise LedgerClosed(None)
-            orphans = [one for one in claims.orphans(connection) if one.job not in carried]
+            orphans = [orphan for orphan in claims.orphans(connection) if orphan.job not in carried]
             most_losses = self._ledger.settings.most_losses
-            # (One whose row is locked is left to a reconcile.)
+            # A job whose row is locked is left to a reconcile.
             claims.give_back_free(connection, orphans, None, "its worker has ended", most_losses)
 
     def _await_reports(self, workers: list[str]) -> None:
-        """Wait, for a bounded time, until the workers that live have opened their books again, before the backlog is
-        filed. (They write their claims to Postgres within milliseconds; this covers those that were on their way.)"""
+        """Wait, for a bounded time, until the live workers have opened their books again.
+
+        The backlog is filed after that. Workers write their claims to Postgres within milliseconds; the wait covers the
+        claims that were on their way.
+        """
         pause = threading.Event()
         end = time.monotonic() + timeouts.REPORT * self._ledger.settings.store_timeout
         while workers and time.monotonic() < end:
@@ -255,7 +267,7 @@ class Opener:
             filed += self._submit(rows, doubtful)
             after = (-rows[-1].priority, rows[-1].seq)
         seq = 0
-        # (Else they are brought in by the duty for scheduled jobs.)
+        # Where jobs are not doubtful, the duty for scheduled jobs brings the due ones in.
         while doubtful and (rows := backlog.due(connection, BACKLOG_CHUNK, seq)):
             self._go_on()
             filed += self._submit(rows, doubtful)
@@ -270,18 +282,18 @@ class Opener:
 
 
 def bring_in_carried(engine: Engine, ledger: Ledger) -> int:
-    """Let in the jobs whose entries of an older epoch Postgres has by now, as their rows say. Returns how many."""
+    """Let in the jobs whose entries of an older epoch Postgres has by now, by their rows; return how many."""
     carried = ledger.carried()
     if not carried:
         return 0
-    free = sorted(carried - {one.job for one in transition_log.unapplied(ledger)})
+    free = sorted(carried - {transition.job for transition in transition_log.unapplied(ledger)})
     for start in range(0, len(free), CARRIED_CHUNK):
         some = free[start : start + CARRIED_CHUNK]
         with engine.connect() as connection:
             rows = connection.execute(_ROWS, {"ids": some}).all()
-        known = {row.id: (row.id, row.epoch, row.attempt, row.state, _standing(row.state)) for row in rows}
-        # (Should this process die after this line, the next reconcile brings them in.)
-        ledger.let_in([known.get(job, (job, 0, 0, "", "held")) for job in some])
+        by_id = {row.id: (row.id, row.epoch, row.attempt, row.state, _standing(row.state)) for row in rows}
+        # If this process dies after this line, the next reconcile brings them in.
+        ledger.let_in([by_id.get(job, (job, 0, 0, "", "held")) for job in some])
         reconcile.look_at(engine, ledger, some)
     return len(free)
 

@@ -1,7 +1,7 @@
-"""Taking back the jobs of a worker that is lost: first in Postgres, then in the ledger.
+"""Take back the jobs of a lost worker: first in Postgres, then in the ledger.
 
-Postgres first, so that nothing which the worker still does has an effect: should it wake up, what its attempts commit
-or publish is refused from then on, and what they had committed does not run again. Where Postgres does not answer,
+Postgres comes first, so that no later act of the worker has an effect. If it wakes up, the commits and publishes of its
+attempts are refused from then on, and a job that had committed does not run again. Where Postgres does not answer,
 nothing is taken back yet.
 """
 
@@ -18,31 +18,34 @@ from celery_capacity.routing.store import fencing, worker_rows
 
 
 def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, grace_ms: int) -> Lapsed:
-    """Give a life of a worker up, whose lease ran out `grace_ms` ago. Safe to do again, and by several at once. `waits`
-    where Postgres cannot be told yet of an attempt that it has: the worker keeps that one, and loses all others."""
+    """Give up a life of a worker whose lease ran out `grace_ms` ago. Idempotent; several callers may do it at once.
+
+    Return `waits` where Postgres cannot take an attempt of the worker yet: the worker keeps that attempt, and loses all
+    others.
+    """
     with engine.connect() as connection:
         worker_rows.end_worker(connection, incarnation, "lost")
-        # The claims of which only the stream knows yet. One that Postgres cannot take now could not be given up, though
-        # its attempt may be committing just now: that job is not taken back before it is there. The others are.
+        # First the claims that only the stream has. A claim that Postgres cannot take now could not be given up, though
+        # its attempt may be committing just now: that job is taken back once its claim is there. The others go at once.
         transition_log.apply_all(engine, ledger)
         left = {
-            one.job
-            for one in transition_log.unapplied(ledger)
-            if one.incarnation == incarnation and one.step < Step.ENDED
+            transition.job
+            for transition in transition_log.unapplied(ledger)
+            if transition.incarnation == incarnation and transition.step < Step.ENDED
         }
         left |= fencing.give_up(connection, incarnation)
         for job, epoch, attempt in fencing.committed(connection, incarnation):
-            # (Here too only once the stream has nothing of it.)
+            # A committed job too is closed only once the stream has no entry of it.
             if not ledger.drop(job, f"{epoch}.{attempt}", final=True) and _is_held(ledger, job, worker):
                 left.add(job)
             else:
                 fencing.close(connection, job, epoch, attempt)
-    found = ledger.lapse(worker, grace_ms, ledger.settings.most_losses, without=left)
-    if (found.verdict, found.incarnation) == ("alive", incarnation):
-        # It renewed its lease just now: its next attempts may speak. (Those that it has may not commit any more.)
+    lapsed = ledger.lapse(worker, grace_ms, ledger.settings.most_losses, without=left)
+    if (lapsed.verdict, lapsed.incarnation) == ("alive", incarnation):
+        # The worker renewed its lease just now: its next attempts may speak. Its present ones may not commit any more.
         with engine.connect() as connection:
             worker_rows.revive_worker(connection, incarnation)
-    return found
+    return lapsed
 
 
 def _is_held(ledger: Ledger, job: str, worker: str) -> bool:

@@ -1,10 +1,10 @@
-"""Making the ledger equal Postgres, and saying what differed.
+"""Make the ledger equal Postgres, and report the drift.
 
-First the stream is applied: what it says is not drift, Postgres is only behind. Then both are compared, in both
+First the stream is applied: its entries are no drift, Postgres is only behind. Then both stores are compared, in both
 directions, in chunks of one round trip each, so that no admission waits for it. Nearly all jobs are right: Postgres
-writes what it says of them as text, a script compares that with the books, and this process only carries it from one to
-the other. What looks different is read again before anything is touched, and each repair is a script or statement that
-checks once more: work goes on meanwhile.
+writes its state of them as text, a script compares the text with the books, and this process only carries it from one
+store to the other. A job that looks different is read again before anything is touched, and each repair is a script or
+statement that checks once more: work goes on meanwhile.
 
 Which store is right: a job with an entry in the stream is not judged. Else Postgres is, except where the ledger has a
 newer token or step: then the entry was lost with the stream, and Postgres is brought forward.
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 #: Jobs compared in one step.
 CHUNK: Final = 500
-#: The state in the ledger of a job that ended, or went back to Postgres: a tombstone.
+#: State in the ledger of a job that ended, or went back to Postgres: a tombstone.
 ENDED: Final = "ended"
 #: The step by which a job came into its state in the ledger.
 STEPS: Final = {State.WAITING: Step.FILED, State.ADMITTED: Step.ADMITTED, State.RUNNING: Step.RUNNING}
@@ -48,7 +48,7 @@ STEPS: Final = {State.WAITING: Step.FILED, State.ADMITTED: Step.ADMITTED, State.
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is compared of a row."""
+    """The columns of a row that are compared. Times in milliseconds, 0 means none."""
 
     id: str
     seq: int
@@ -70,19 +70,19 @@ class Row:
         return self.epoch, self.attempt, self.step
 
     def agrees(self, card: JobCard | None) -> bool:
-        """Whether the ledger says the same of it."""
+        """Return whether the ledger agrees with this row."""
         if card is None or card.state == ENDED:
             if self.state in (State.WAITING, *HOLDING):
                 return False
-            # An outcome that Postgres does not know. (Without one it is being cancelled on its way to the ledger.)
+            # An outcome that Postgres does not know. Without one the job is being cancelled on its way to the ledger.
             unknown = card is not None and card.final and card.outcome is not None and is_newer(card, self)
             return self.state in FINAL or not unknown
         token = f"{self.epoch}.{self.attempt}"
         if self.step == Step.COMMITTED:
-            # It ended the job itself, and its body goes on: its worker releases it.
+            # The attempt ended the job itself, and its body goes on: its worker releases it.
             return (card.state, card.token) == (State.RUNNING, token)
         if self.step == Step.GIVEN_UP and card.state in HOLDING:
-            # It lives after all, and what it claimed since is not written any more: its end is.
+            # The worker lives after all. Its later claims are not written any more, but its ends are.
             return (card.token, card.worker) == (token, self.worker)
         if self.state != card.state:
             return False
@@ -96,7 +96,7 @@ _COLUMNS: Final = (
 )
 #: The states of jobs that the ledger has, in the order in which most jobs go through them.
 _OPEN: Final = (State.WAITING, State.ADMITTED, State.RUNNING)
-#: One state at a time: its rows stand in the index in their order.
+#: Reads one state at a time, because the index has the rows of a state in their order.
 _SAID: Final = text("""
 SELECT max(seq), string_agg(concat_ws(' ', id, state, epoch || '.' || attempt, coalesce(worker, '-')), chr(10))
 FROM (SELECT seq, id, state, epoch, attempt, worker FROM jobs WHERE state = :state AND seq > :after
@@ -109,14 +109,17 @@ _THESE: Final = text(_COLUMNS + "WHERE id = ANY(CAST(:ids AS text[]))")
 
 
 def rank_of(card: JobCard) -> tuple[int, int, int]:
-    """How new what the ledger knows is, to be compared with a row's."""
+    """Return the rank of a job in the ledger, to be compared with the rank of its row."""
     epoch, _, attempt = card.token.partition(".")
     return int(epoch), int(attempt), _ended_by(card) if card.state == ENDED else STEPS[State(card.state)]
 
 
 def is_newer(card: JobCard, row: Row) -> bool:
-    """Whether the ledger knows more of a job than Postgres. (One that was cancelled without being known to the ledger
-    left a tombstone of no attempt, which says nothing of an attempt that Postgres knows.)"""
+    """Return whether the ledger knows more of a job than Postgres.
+
+    A job that was cancelled without being in the ledger left a tombstone of no attempt. Such a tombstone says nothing
+    about an attempt that Postgres knows.
+    """
     rank = rank_of(card)
     return rank > row.rank and rank[1] >= row.attempt
 
@@ -128,24 +131,24 @@ def _ended_by(card: JobCard) -> Step:
 
 
 def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
-    """One pass over everything. Raises `LedgerClosed` when the ledger is cold: there is nothing to compare then."""
+    """Make one pass over everything. Raises `LedgerClosed` for a cold ledger: there is nothing to compare then."""
     result = Reconciled()
     try:
         with engine.connect() as connection:
-            known = read_authority(connection)
-            if known.authority != "ledger":
+            authority = read_authority(connection)
+            if authority.authority != "ledger":
                 raise StoreUnavailable(
                     "the ledger was lost and Postgres decides: there is nothing to compare",
                     advice="Look at Redis: when it has answered for a while, the ledger decides again.",
                 )
-            ledger.epoch = known.epoch
+            ledger.epoch = authority.epoch
             result.applied, applied = transition_log.apply_all(engine, ledger)
             resubmit.go_on(engine, ledger, applied)
-            told = _rows_against_ledger(connection, ledger, result)
-            found = _ledger_against_rows(connection, ledger, told, result)
+            compared = _rows_against_ledger(connection, ledger, result)
+            names = _ledger_against_rows(connection, ledger, compared, result)
             _close_committed(connection, ledger, result)
-            reconcile_indexes.check_queues(ledger, found["wait"], found["shapes_of"], result)
-            reconcile_indexes.check_books(ledger, found["book"] | found["held"], found["free_of"], result)
+            reconcile_indexes.check_queues(ledger, names["wait"], names["shapes_of"], result)
+            reconcile_indexes.check_books(ledger, names["book"] | names["held"], names["free_of"], result)
         if result.drift:
             ledger.client.hincrby(keys.COUNTERS, "drift", result.drift)
     except RedisError as error:
@@ -162,8 +165,8 @@ def look_at(engine: Engine, ledger: Ledger, ids: Sequence[str]) -> Reconciled:
 
 
 def _rows_against_ledger(connection: Connection, ledger: Ledger, result: Reconciled) -> set[str]:
-    """Jobs that wait or are held by what Postgres says. Returns them."""
-    told: set[str] = set()
+    """Compare the jobs that wait or are held by Postgres with the ledger; return their ids."""
+    compared: set[str] = set()
     for state in _OPEN:
         after = -1
         while True:
@@ -173,25 +176,27 @@ def _rows_against_ledger(connection: Connection, ledger: Ledger, result: Reconci
             after = last
             ids = [row.partition(" ")[0] for row in rows.split("\n")]
             result.checked += len(ids)
-            told.update(ids)
+            compared.update(ids)
             _look_at(connection, ledger, ledger.compare(rows), result)
-    return told
+    return compared
 
 
 def _ledger_against_rows(
     connection: Connection, ledger: Ledger, told: set[str], result: Reconciled
 ) -> dict[str, set[str]]:
-    """Jobs that the ledger has besides: those that Postgres has ended, never had, or knows less of. Returns the names
-    of all other keys, by family."""
-    found: dict[str, set[str]] = {family: set() for family in _PLACES}
-    job, prefixes = keys.KEYS["job"], {family: keys.KEYS[family] for family in found}
+    """Compare the other jobs of the ledger: those that Postgres has ended, never had, or knows less of.
+
+    Return the names of all other keys, by family. `told`: jobs that were compared already.
+    """
+    names: dict[str, set[str]] = {family: set() for family in _PLACES}
+    job, prefixes = keys.KEYS["job"], {family: keys.KEYS[family] for family in names}
     batch: list[str] = []
     for raw in ledger.client.scan_iter(match=keys.LEDGER, count=CHUNK):
         key = raw.decode()
         if not key.startswith(job):
             for family, prefix in prefixes.items():
                 if key.startswith(prefix):
-                    found[family].add(key[len(prefix) :])
+                    names[family].add(key[len(prefix) :])
             continue
         name = key[len(job) :]
         if name not in told:
@@ -200,18 +205,18 @@ def _ledger_against_rows(
             _look_at(connection, ledger, _not_over(connection, ledger, batch), result)
             batch = []
     _look_at(connection, ledger, _not_over(connection, ledger, batch), result)
-    return found
+    return names
 
 
 def _not_over(connection: Connection, ledger: Ledger, ids: Sequence[str]) -> list[str]:
-    """Those that are not over in both stores: nearly all others ended within the last minute."""
+    """Return the jobs that are not over in both stores. Nearly all others ended within the last minute."""
     going_on = list(connection.execute(_GOING_ON, {"ids": list(ids)}).scalars()) if ids else []
     over = set(ids).difference(going_on)
     return [*going_on, *ledger.compare("\n".join(f"{job} {ENDED} - -" for job in over))]
 
 
 def _look_at(connection: Connection, ledger: Ledger, ids: Sequence[str], result: Reconciled) -> None:
-    """Compare these jobs one by one, and look where they stand."""
+    """Compare these jobs one by one, and check their places in the ledger."""
     if not ids:
         return
     cards = snapshot.read_cards(ledger.client, ids)
@@ -234,12 +239,12 @@ def _differ(row: Row | None, card: JobCard | None) -> bool:
 
 
 def _close_committed(connection: Connection, ledger: Ledger, result: Reconciled) -> None:
-    """Jobs that ended themselves, and whose worker's word was lost with the ledger."""
+    """Close jobs that ended themselves, where the report of the worker was lost with the ledger."""
     committed = fencing.committed(connection)
     for start in range(0, len(committed), CHUNK):
         rows = committed[start : start + CHUNK]
         cards = snapshot.read_cards(ledger.client, [job for job, _, _ in rows])
-        on_their_way = {one.job for one in transition_log.unapplied(ledger)}
+        on_their_way = {transition.job for transition in transition_log.unapplied(ledger)}
         for job, epoch, attempt in rows:
             card = cards.get(job)
             holds = card is not None and card.state != ENDED and card.token == f"{epoch}.{attempt}"
@@ -248,7 +253,7 @@ def _close_committed(connection: Connection, ledger: Ledger, result: Reconciled)
 
 
 def _settle(connection: Connection, ledger: Ledger, suspects: Sequence[str], result: Reconciled) -> None:
-    """Repair those of the suspects that do differ, by the ledger as it is between two equal readings of Postgres.
+    """Repair the suspects that do differ, by the ledger as it is between two equal readings of Postgres.
 
     A job with an entry in the stream is on its way and not judged; the stream is read after the job, so that an entry
     that was applied meanwhile shows in the second reading of Postgres.
@@ -257,7 +262,7 @@ def _settle(connection: Connection, ledger: Ledger, suspects: Sequence[str], res
         return
     before = _rows(connection, suspects)
     cards = snapshot.read_cards(ledger.client, suspects)
-    on_their_way = {one.job for one in transition_log.unapplied(ledger)}
+    on_their_way = {transition.job for transition in transition_log.unapplied(ledger)}
     after = _rows(connection, suspects)
     for job in suspects:
         row, card = before.get(job), cards.get(job)
@@ -285,15 +290,15 @@ def _rows(connection: Connection, ids: Sequence[str]) -> dict[str, Row]:
 def _repair(
     connection: Connection, ledger: Ledger, job: str, row: Row | None, card: JobCard | None, result: Reconciled
 ) -> bool | None:
-    """None where it turned out that work went on meanwhile."""
-    known = card is not None and card.state != ENDED
+    """Repair a job that differs; return whether that worked. None where work went on meanwhile."""
+    is_open = card is not None and card.state != ENDED
     if row is None or row.state in FINAL:
-        return (known and card is not None and ledger.drop(job, card.token, final=True)) or None
-    # A scheduled row that waits in the ledger has a newer message than what waits there.
-    older = row.state == State.SCHEDULED and known and card is not None and card.state == State.WAITING
+        return (is_open and card is not None and ledger.drop(job, card.token, final=True)) or None
+    # A scheduled row that waits in the ledger has a newer message than the one that waits there.
+    older = row.state == State.SCHEDULED and is_open and card is not None and card.state == State.WAITING
     if card is not None and is_newer(card, row) and not older:
         return _bring_forward(connection, ledger, row, card)
-    if card is not None and known and not ledger.drop(job, card.token, final=False):
+    if card is not None and is_open and not ledger.drop(job, card.token, final=False):
         return None
     if row.state == State.RUNNING:
         return _hold_again(connection, ledger, row, result)
@@ -304,28 +309,28 @@ def _repair(
 
 
 def _bring_forward(connection: Connection, ledger: Ledger, row: Row, card: JobCard) -> bool:
-    """The ledger is ahead and its entry was lost: Postgres gets what it says."""
+    """Bring a row of Postgres forward to the ledger, which is ahead and whose entry was lost."""
     names = ("incarnation", "admitted", "started", "losses", "became")
     values = ledger.client.hmget(keys.job(row.id), names)
-    said = {name: snapshot.text(value) for name, value in zip(names, values, strict=True) if value}
+    fields = {name: snapshot.text(value) for name, value in zip(names, values, strict=True) if value}
     epoch, attempt, step = rank_of(card)
     same = (epoch, attempt) == (row.epoch, row.attempt)
     ended = card.state == ENDED
     now = ledger.now_ms()
-    # Attempts before this one, whose ends were lost too. What happened in the backlog comes after the last attempt.
+    # Close earlier attempts, whose ends were lost too. A step in the backlog comes after the last attempt.
     job_transitions.close_attempts(connection, row.id, epoch, attempt + (step in (Step.FILED, Step.DROPPED)), now)
     forward = Transition(
         job=row.id,
         epoch=epoch,
         attempt=attempt,
-        state=said.get("became", State.CANCELLED.value) if ended else card.state,
+        state=fields.get("became", State.CANCELLED.value) if ended else card.state,
         step=step,
         worker=(row.worker if ended and same else card.worker) or "",
-        incarnation=(row.incarnation if ended and same else said.get("incarnation")) or "",
-        admitted_ms=row.admitted_ms if ended and same else int(said.get("admitted") or 0),
-        started_ms=row.started_ms if ended and same else int(said.get("started") or 0),
+        incarnation=(row.incarnation if ended and same else fields.get("incarnation")) or "",
+        admitted_ms=row.admitted_ms if ended and same else int(fields.get("admitted") or 0),
+        started_ms=row.started_ms if ended and same else int(fields.get("started") or 0),
         at_ms=now,
-        losses=int(said.get("losses") or 0),
+        losses=int(fields.get("losses") or 0),
         outcome=card.outcome or "",
     )
     return bool(job_transitions.apply(connection, [forward]))
@@ -337,8 +342,11 @@ def _submit(connection: Connection, ledger: Ledger, job: str) -> bool:
 
 
 def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconciled) -> bool | None:
-    """Postgres says that a worker runs it: enter it into that worker's book; where that worker has left, or is another
-    life by now, it is submitted again. None where the job has a key by now: its worker brought it back, or ended it."""
+    """Enter a job that runs on a worker, by Postgres, into the book of that worker.
+
+    Where the worker has left, or is another life by now, the job is submitted again. Return None where the job has a
+    key by now: its worker brought it back, or ended it.
+    """
     if row.worker and row.incarnation:
         held = Adopted(
             row.id,
@@ -352,7 +360,7 @@ def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconc
             row.rerun,
         )
         adopt = partial(ledger.adopt, row.worker, row.incarnation, [held])
-        # (A book that went missing together with the job comes back first: its worker may not have missed it yet.)
+        # A book that went missing together with the job comes back first: its worker may not have missed it yet.
         if not adopt() or (reconcile_indexes.give_home(connection, ledger, row.worker, result) and not adopt()):
             return True
         if snapshot.read_cards(ledger.client, [row.id]):
@@ -361,7 +369,7 @@ def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconc
 
 
 def _give_back(connection: Connection, ledger: Ledger, row: Row) -> bool:
-    """Its attempt is over, and it is submitted again; one that had started is lost, and may have been the last."""
+    """End the attempt of a job and submit the job again; an attempt that had started is lost, perhaps the last."""
     attempt = claims.Open(
         row.id,
         row.epoch,
@@ -374,4 +382,4 @@ def _give_back(connection: Connection, ledger: Ledger, row: Row) -> bool:
         row.started_ms,
     )
     taken = claims.give_back(connection, [attempt], None, "the ledger did not know it", ledger.settings.most_losses)
-    return any(one.state in FINAL for one in taken) or (bool(taken) and _submit(connection, ledger, row.id))
+    return any(applied.state in FINAL for applied in taken) or (bool(taken) and _submit(connection, ledger, row.id))

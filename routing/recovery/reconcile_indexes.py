@@ -1,7 +1,7 @@
-"""Reconcile's second half: the ledger agrees with itself.
+"""Second half of a reconcile: make the ledger agree with itself.
 
 Each job stands where its own key says: in the queue of its shape, in the list of its worker, among the deliveries to
-come. Each book is the sum of what its worker holds, and the whole is the sum of the books. What looks different is
+come. Each book is the sum of the allocations on its worker, and the total is the sum of the books. A difference is
 repaired by a script that checks once more, so work that goes on meanwhile is never taken for drift.
 """
 
@@ -23,19 +23,21 @@ from celery_capacity.routing.recovery.drift import Reconciled
 
 #: Jobs looked at in one step: some 2 ms of the server.
 CHUNK: Final = 500
-#: How often the sum is read again because workers came or admissions went on.
+#: Readings of the total at the most, where workers come or admissions go on meanwhile.
 TRIES: Final = 10
 
 
 def clear_marks(ledger: Ledger, cards: Mapping[str, JobCard], result: Reconciled) -> bool:
-    """Take away what says that Postgres is behind on a job where the stream has no such entry (it was lost). True when
-    there was one: the card is to be judged like any other now."""
+    """Remove the marks that Postgres is behind on a job, where the stream lost the entry of the mark.
+
+    Return True where there was such a mark: the card is now to be judged like any other.
+    """
     marked = [(job, card.entry) for job, card in cards.items() if card.entry is not None]
     pipe = ledger.client.pipeline(transaction=False)
     for _, entry in marked:
         pipe.xrange(keys.STREAM, min=entry, max=entry, count=1)
-    gone = [pair for pair, found in zip(marked, pipe.execute(), strict=True) if not found]
-    # The scripts write both or none: a card that has the same entry after that entry was missed is wrong.
+    gone = [pair for pair, entries in zip(marked, pipe.execute(), strict=True) if not entries]
+    # The scripts write mark and entry or neither: a card that still names an entry that was missing is wrong.
     again = snapshot.read_cards(ledger.client, [job for job, _ in gone])
     orphans = [(entry, job) for job, entry in gone if job in again and again[job].entry == entry]
     ledger.forget(orphans)
@@ -45,8 +47,10 @@ def clear_marks(ledger: Ledger, cards: Mapping[str, JobCard], result: Reconciled
 
 
 def check_jobs(connection: Connection, ledger: Ledger, cards: Mapping[str, JobCard], result: Reconciled) -> list[str]:
-    """Put jobs where their keys say; returns those that are held by a worker, or a former
-    life of one, which has no book and is not alive."""
+    """Put jobs where their keys say; return those that nobody alive holds.
+
+    Their worker, or the former life of a worker that holds them, has no book and is not alive.
+    """
     pipe = ledger.client.pipeline(transaction=False)
     for job, card in cards.items():
         if card.state == State.WAITING:
@@ -56,8 +60,8 @@ def check_jobs(connection: Connection, ledger: Ledger, cards: Mapping[str, JobCa
         pipe.zscore(keys.UNCLAIMED, job)
     replies = iter(pipe.execute())
     holders = {card.worker for card in cards.values() if card.state != State.WAITING and card.worker is not None}
-    found = snapshot.read_books(ledger.client, holders)
-    lives = {(name, book.incarnation) for name, book in found.items() if book.epoch == ledger.epoch}
+    books = snapshot.read_books(ledger.client, holders)
+    lives = {(name, book.incarnation) for name, book in books.items() if book.epoch == ledger.epoch}
     strays = []
     for job, card in cards.items():
         place, due = next(replies), next(replies)
@@ -89,8 +93,11 @@ ORDER BY started_at DESC LIMIT 1
 
 
 def give_home(connection: Connection, ledger: Ledger, worker: str, result: Reconciled) -> bool:
-    """A closed book for a worker whose book went missing, with what it holds: it registers again when it lives, and is
-    lost after the usual grace when it does not. False where Postgres knows of no such worker."""
+    """Write a closed book for a worker whose book went missing, with what it holds.
+
+    A live worker registers again; a dead one is lost after the usual grace. Return False where Postgres knows no such
+    worker.
+    """
     row = connection.execute(_CAPACITY, {"name": worker}).one_or_none()
     if row is None or not ledger.reserve(worker, row[0], Capacity.from_people(row[1]).shape):
         return False
@@ -99,9 +106,11 @@ def give_home(connection: Connection, ledger: Ledger, worker: str, result: Recon
 
 
 def check_queues(ledger: Ledger, shapes: set[str], resources: set[str], result: Reconciled) -> None:
-    """Each queue of a shape holds jobs that wait, in their order, and the indexes of shapes know it; what is to be
-    delivered again was admitted. `shapes`: those of which there is a queue; `resources`: those of which there is an
-    index of shapes."""
+    """Repair the queues of shapes, the indexes of shapes, and the deliveries to come.
+
+    Each queue holds waiting jobs in their order, and the indexes of shapes know it. Each job that is to be delivered
+    again is admitted. `shapes`: those with a queue. `resources`: those with an index of shapes.
+    """
     for resource in sorted(resources):
         for shape in map(snapshot.text, ledger.client.zrange(keys.shapes_of(resource), 0, -1)):
             if waits_beside(shape) != resource and ledger.mend(shape, seen_in=resource):
@@ -115,7 +124,7 @@ def check_queues(ledger: Ledger, shapes: set[str], resources: set[str], result: 
             for job in strays:
                 if ledger.mend(shape, job):
                     result.note("a place without its waiting job")
-                    seen -= 1  # all before it are nearer to the end now
+                    seen -= 1  # all places before it are nearer to the end now
         if ledger.mend(shape):
             result.note("a shape out of its place")
     for jobs in _chunks(ledger.client.zscan_iter(keys.UNCLAIMED, count=CHUNK)):
@@ -138,8 +147,11 @@ def _chunks(scanned: Iterable[Any]) -> Iterator[list[str]]:
 
 
 def check_books(ledger: Ledger, workers: set[str], resources: set[str], result: Reconciled) -> None:
-    """Each book is the sum of what is held and stands in the indexes, and the whole is the sum of the books.
-    `workers`: those of which there is a book or a list; `resources`: those of which there is an index of workers."""
+    """Repair the books, the indexes of workers, and the total.
+
+    Each book is the sum of what its worker holds and stands in the indexes. The total is the sum of the books.
+    `workers`: those with a book or a list. `resources`: those with an index of workers.
+    """
     for resource in sorted(resources):
         seen, looked = 0, CHUNK
         while looked == CHUNK:
@@ -164,22 +176,23 @@ def _indexed(ledger: Ledger) -> set[str]:
 
 
 def _check_total(ledger: Ledger, workers: set[str], result: Reconciled) -> bool:
-    """Compare the sum with the books as of one moment; False where it has to be read again."""
+    """Compare the total with the books as of one moment; return False where it has to be read again."""
     names = sorted(workers | _indexed(ledger))
     pipe = ledger.client.pipeline(transaction=True)
     pipe.mget(keys.ALLOCATED, keys.ALLOCATED_CPUS)
     pipe.zrange(keys.LEASES, 0, -1)
     for worker in names:
         pipe.hget(keys.book(worker), "a.cpus")
-    (found, shown), leases, *parts = pipe.execute()
+    (stored, shown), leases, *parts = pipe.execute()
     if not {snapshot.text(name) for name in leases} <= set(names):
         return False  # a worker came after the names were read
     total = sum(int(part) for part in parts if part is not None)
-    said = None if found is None else int(found)
-    if said == total and shown is not None and snapshot.text(shown) == amounts.format_cpus(total):
+    noted = None if stored is None else int(stored)
+    if noted == total and shown is not None and snapshot.text(shown) == amounts.format_cpus(total):
         return True
-    # What is admitted and released meanwhile changes the sum as it changes the books: it is right for an equal sum.
-    if not ledger.set_total(said, total):
+    # An admission or release meanwhile changes the total along with the books. So the new total is right where the
+    # stored one has not changed since it was read.
+    if not ledger.set_total(noted, total):
         return False
     result.note("a sum of CPUs that is not the sum of the books")
     return True

@@ -1,4 +1,4 @@
-"""Bringing rows to the ledger: jobs that are durable and that the books should know."""
+"""Bring rows to the ledger: jobs that are durable and that the books should have."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from celery_capacity.routing.store.job_transitions import Applied
 
 logger = logging.getLogger(__name__)
 
-#: Jobs submitted in one step (some 2 ms), so that no other caller waits for long.
+#: Jobs submitted in one step. A step takes some 2 ms, so no other caller waits for long.
 CHUNK: Final = 100
 
 
 def submit_rows(ledger: Ledger, rows: Sequence[Pending]) -> int:
-    """Submit rows in their order; returns how many the ledger took. (The others it knew, or it is full: they are
-    durable, and the next sweep brings them.)"""
+    """Submit rows in their order; return how many the ledger took.
+
+    It had the other jobs already, or it is full. Those left out are durable, and the next sweep brings them.
+    """
     taken = 0
     for start in range(0, len(rows), CHUNK):
         try:
@@ -34,10 +36,13 @@ def submit_rows(ledger: Ledger, rows: Sequence[Pending]) -> int:
 
 
 def go_on(engine: Engine, ledger: Ledger, applied: Sequence[Applied]) -> int:
-    """Submit at once the jobs whose attempt ended with a successor that is due (a retry without a countdown), and those
-    that waited for one of these to end. (Those that end with it are heard of.)"""
-    due, opened = [one.job for one in applied if one.due], dependencies.Opened()
-    if any(one.awaited for one in applied):
+    """Submit at once the jobs that may start after these ends; return how many the ledger took.
+
+    They are jobs whose attempt ended with a due successor, such as a retry without a countdown, and jobs that waited
+    for one of these jobs to end. Jobs that are cancelled by such an end are announced.
+    """
+    due, opened = [row.job for row in applied if row.due], dependencies.Opened()
+    if any(row.awaited for row in applied):
         opened = dependencies.open_needs(engine)
         due += opened.due
     rows: list[Pending] = []

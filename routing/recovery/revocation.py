@@ -1,9 +1,9 @@
-"""Jobs that were revoked while a worker held them: the row keeps it, so that the job ends should it ever come back.
+"""Jobs that were revoked while a worker held them: the row keeps a mark, so that the job ends if it ever comes back.
 
-The worker is told too, by Celery's own remote control, and mostly ends the job itself. But that message reaches nobody
-who is stopped, dead or cut off. So the row is marked first (`mark`), then the ledger (`tell`), and a job so marked is
-never admitted again: what takes it back ends it, in Lua (`put_back`) as in SQL (`store.apply`), and the answer to a
-claim says that it was revoked. What died between the two marks is repaired by the sweep, and by a rebuild (`tell_all`).
+Celery's own remote control tells the worker too, which mostly ends the job itself. But that message does not reach a
+worker that is stopped, dead or cut off. So the row is marked first (`mark`), then the ledger (`tell`). A marked job is
+never admitted again: the code that takes it back ends it, in Lua (`put_back`) and in SQL (`job_transitions.apply`), and
+the reply to a claim says that it was revoked. The sweep, and a rebuild (`tell_all`), repair a crash between both marks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from celery_capacity.routing.ledger.replies import Cancelled
 from celery_capacity.routing.model.states import FINAL, State
 from celery_capacity.routing.store.job_transitions import REVOKED
 
-#: Characters of a stamp by which a job is found.
+#: Characters of a stamp that are kept and compared.
 STAMP_LENGTH: Final = 1000
 #: Ids read in one statement.
 PAGE: Final = 1000
-#: Looks at a job that moves between a worker and the backlog meanwhile; the sweep goes on with what is left.
+#: Tries for a job that moves between a worker and the backlog meanwhile. The sweep goes on with the jobs left.
 TRIES: Final = 3
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
@@ -46,17 +46,17 @@ _BACKLOG: Final = text(
 
 
 def mark(connection: Connection, jobs: Sequence[str]) -> list[str]:
-    """Keep in the rows of these jobs that they were revoked; returns those that have not ended."""
+    """Mark the rows of these jobs as revoked; return those that have not ended."""
     return sorted(connection.execute(_MARK, {"ids": list(jobs)}).scalars()) if jobs else []
 
 
 def still_open(connection: Connection) -> Iterator[list[str]]:
-    """What was revoked and has not ended, page by page."""
+    """Return the revoked jobs that have not ended, page by page."""
     return _pages(connection, _OPEN, {})
 
 
 def waiting_in(connection: Connection, queue: str) -> Iterator[list[str]]:
-    """The jobs of a queue that are accepted or wait, page by page."""
+    """Return the jobs of a queue that are accepted or wait, page by page."""
     return _pages(connection, _BACKLOG, {"queue": queue})
 
 
@@ -68,29 +68,29 @@ def _pages(connection: Connection, query: Any, values: Mapping[str, str]) -> Ite
 
 
 def stamped(connection: Connection, headers: Mapping[str, Any]) -> list[str]:
-    """The jobs that have not ended and carry one of these stamps: {name: value or list of values}."""
-    found: set[str] = set()
+    """Return the jobs that have not ended and carry one of these stamps: {name: value or list of values}."""
+    ids: set[str] = set()
     for name, values in headers.items():
         for value in _comparable(values):
             stamp = json.dumps({storable(name, STAMP_LENGTH): [value]})
-            found |= set(connection.execute(_STAMPED, {"stamp": stamp}).scalars())
-    return sorted(found)
+            ids |= set(connection.execute(_STAMPED, {"stamp": stamp}).scalars())
+    return sorted(ids)
 
 
 def stamps_json(names: Iterable[Any], stamps: Mapping[str, Any]) -> str:
-    """The column `stamps` of a message with these stamped headers."""
+    """Return the column `stamps` of a message with these stamped headers, as JSON."""
     return json.dumps({storable(str(name), STAMP_LENGTH): _comparable(stamps.get(name)) for name in names})
 
 
 def _comparable(stamp: Any) -> list[Any]:
-    """The values of a stamp, one or several, that a job can be found by: text and numbers."""
+    """Return those values of a stamp that a job can be found by: text and finite numbers."""
     values = stamp if isinstance(stamp, (list, tuple, set, frozenset)) else (stamp,)
     texts = [storable(value, STAMP_LENGTH) for value in values if isinstance(value, str)]
     return texts + [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
 
 
 def tell(ledger: Ledger, job: str) -> Cancelled:
-    """The ledger's part: end a job that waits, and mark one that a worker holds (`held`)."""
+    """Tell the ledger of a revoked job: end a job that waits, and mark a job that a worker holds (`held`)."""
     for _ in range(TRIES):
         cancelled = ledger.cancel(job, State.CANCELLED.value, REVOKED)
         if cancelled.verdict != "held" or ledger.revoke(job):
@@ -99,8 +99,10 @@ def tell(ledger: Ledger, job: str) -> Cancelled:
 
 
 def tell_all(connection: Connection, ledger: Ledger, between: Callable[[], None] = lambda: None) -> None:
-    """Tell new books what was revoked before they were opened. (What ends by it is written with the stream.) `between`
-    is called before each job, and may raise."""
+    """Tell new books of the jobs that were revoked before the books were opened.
+
+    The ends that follow are written with the stream. `between` is called before each job, and may raise.
+    """
     for jobs in still_open(connection):
         for job in jobs:
             between()

@@ -1,4 +1,4 @@
-"""The stream of transitions: what the scripts noted and Postgres does not have yet."""
+"""The stream of transitions that the scripts noted and Postgres does not have yet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNK: Final = 1000
 
 
 def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
-    """A transition from an entry of the stream, as `note` in lua/lib/transitions.lua wrote it."""
+    """Parse an entry of the stream, as `note` in lua/lib/transitions.lua wrote it. Raises `ValueError`."""
 
     def text(name: str) -> str:
         return fields.get(name.encode(), b"").decode("utf-8", "replace")
@@ -49,14 +49,17 @@ def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
 
 
 def read(ledger: Ledger, *, older_than_ms: int = 0, after: str = "-", most: int = CHUNK) -> list[Transition]:
-    """Return the oldest readable entries, those that are at least so many milliseconds old."""
+    """Return at most `most` of the oldest readable entries that are at least `older_than_ms` milliseconds old."""
     newest = _newest(ledger, older_than_ms)
     return _parsed(_page(ledger, after, newest, most))[0]
 
 
 def _newest(ledger: Ledger, older_than_ms: int) -> str:
-    """Return the end of a range of entries that are at least so many milliseconds old. Names of entries never go back:
-    while they are ahead of a clock that was set back they tell no age, and all are read."""
+    """Return the end of a range of entries that are at least so many milliseconds old.
+
+    The ids of entries never go back. While they are ahead of a clock that was set back they tell no age, and all
+    entries are read.
+    """
     if not older_than_ms:
         return "+"
     now = ledger.measure()
@@ -70,16 +73,16 @@ def _newest(ledger: Ledger, older_than_ms: int) -> str:
 
 def _page(ledger: Ledger, oldest: str, newest: str, most: int | None = None) -> list[tuple[bytes, dict[bytes, bytes]]]:
     try:
-        found: Any = ledger.client.xrange(keys.STREAM, min=oldest, max=newest, count=most)
+        rows: Any = ledger.client.xrange(keys.STREAM, min=oldest, max=newest, count=most)
     except RedisError as error:
         raise StoreUnavailable(f"the stream cannot be read: {error}") from error
-    return [(entry, fields) for entry, fields in found]
+    return [(entry, fields) for entry, fields in rows]
 
 
 def _parsed(
     page: Sequence[tuple[bytes, dict[bytes, bytes]]],
 ) -> tuple[list[Transition], list[tuple[bytes, dict[bytes, bytes]]]]:
-    """The transitions of a page, and the entries of which none can be made."""
+    """Return the transitions of a page, and the entries that cannot be parsed."""
     transitions, unreadable = [], []
     for entry, fields in page:
         try:
@@ -90,13 +93,15 @@ def _parsed(
 
 
 def settled(transitions: Sequence[Transition]) -> list[tuple[str, str]]:
-    """The entries to forget (entry, job) once these are written. Of an attempt only the newest entry exists, since each
-    replaces the one before."""
+    """Return the entries (entry, job) to delete once these transitions are written.
+
+    Of an attempt only the newest entry exists, since each entry replaces the one before.
+    """
     newest: dict[tuple[str, int, int, bool], Transition] = {}
-    for one in transitions:
-        if one.entry:
-            newest[one.job, one.epoch, one.attempt, one.step >= Step.FILED] = one
-    return [(one.entry, one.job) for one in newest.values()]
+    for transition in transitions:
+        if transition.entry:
+            newest[transition.job, transition.epoch, transition.attempt, transition.step >= Step.FILED] = transition
+    return [(transition.entry, transition.job) for transition in newest.values()]
 
 
 def unapplied(ledger: Ledger) -> Iterator[Transition]:
@@ -113,31 +118,34 @@ def unapplied(ledger: Ledger) -> Iterator[Transition]:
 def write(
     engine: Engine, ledger: Ledger, transitions: Sequence[Transition], *, wait: bool = True
 ) -> tuple[list[Applied], int]:
-    """Write transitions into Postgres, then drop their entries; returns also how many are left: somebody keeps their
-    rows locked, or Postgres takes them in no way (`routing.store.refused_transitions`)."""
+    """Write transitions into Postgres, then delete their entries; return the changed rows, and how many are left.
+
+    A transition is left where somebody keeps its row locked, or Postgres takes it in no way
+    (`routing.store.refused_transitions`).
+    """
     if not transitions:
         return [], 0
     applied, left = refused_transitions.write(engine, transitions, wait=wait)
-    kept = {one.entry for one in left}
-    ledger.forget(settled([one for one in transitions if one.entry not in kept]))
+    kept = {transition.entry for transition in left}
+    ledger.forget(settled([transition for transition in transitions if transition.entry not in kept]))
     return applied, len(left)
 
 
 def _set_aside(engine: Engine, ledger: Ledger, unreadable: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> None:
-    """Keep entries that no script wrote, and drop them from the stream."""
+    """Keep entries that no script wrote in the quarantine, and delete them from the stream."""
     for entry, fields in unreadable:
-        said = {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in fields.items()}
-        refused_transitions.set_aside(engine, said, f"entry {entry.decode()} is no transition")
-        ledger.forget([(entry.decode(), said.get("job", ""))])
+        texts = {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in fields.items()}
+        refused_transitions.set_aside(engine, texts, f"entry {entry.decode()} is no transition")
+        ledger.forget([(entry.decode(), texts.get("job", ""))])
 
 
 def apply_all(
     engine: Engine, ledger: Ledger, *, older_than_ms: int = 0, between: Callable[[], None] = lambda: None
 ) -> tuple[int, list[Applied]]:
-    """Apply what is in the stream; returns the number of entries that left it, and the rows that changed.
+    """Apply the stream; return the number of entries that left it, and the rows that changed.
 
     Entries younger than `older_than_ms` are left to the worker that is about to write them in its own batch. Entries
-    that cannot be written now stay, and the pass goes on behind them; it waits for locked rows once. `between`
+    that cannot be written now stay, and the pass goes on behind them. The pass waits for locked rows once. `between`
     is called before each page, and may raise.
     """
     newest = _newest(ledger, older_than_ms)
@@ -157,5 +165,8 @@ def apply_all(
 
 
 def apply_entry(engine: Engine, ledger: Ledger, entry: str) -> None:
-    """Write one entry now, for a caller after whom perhaps nobody comes. One that is gone was written by another."""
+    """Write one entry now, for a caller that may be the last process for a while.
+
+    An entry that is gone was written by another process.
+    """
     write(engine, ledger, _parsed(_page(ledger, entry, entry))[0])

@@ -1,8 +1,8 @@
-"""Which workers have room for anything that waits: read and judged here, so that nobody else is asked to fill up.
+"""Find the workers that have room for any waiting job, so that no other worker is asked to fill up.
 
-`fill` looks at each waiting shape for one worker. In a cluster without room that is workers times shapes, and finds
-nothing. Most shapes say nothing new: where one fits, each smaller one does. So the smallest of them are judged, against
-the books, which one pipeline reads.
+`fill` looks at each waiting shape for one worker. In a cluster without room that costs workers times shapes, and finds
+nothing. Most shapes add nothing: where a shape fits, each smaller one does. So only the smallest shapes are judged,
+against books that one pipeline reads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import Book, fits
 
-#: Shapes that are read, and the smallest ones that are judged. Where there are more, every worker may have room.
+#: Most shapes that are read, and most smallest ones that are judged. Where there are more, any worker may have room.
 MOST_SHAPES: Final = 2000
 MOST_SMALLEST: Final = 50
 #: Books in one round trip.
@@ -27,7 +27,7 @@ CHUNK: Final = 200
 
 
 def with_room(client: redis.Redis) -> Iterator[str]:
-    """Yield the workers in the index that may have room for something that waits. Raises `RedisError`."""
+    """Yield the workers in the index that may have room for a waiting job. Raises `RedisError`."""
     shapes = client.zrange(keys.SHAPES, 0, MOST_SHAPES)
     if not shapes:
         return
@@ -44,20 +44,22 @@ def with_room(client: redis.Redis) -> Iterator[str]:
 
 
 def smallest(shapes: Iterable[str]) -> list[Request] | None:
-    """Return the requests among these of which no other one asks for less of everything; None where they are too many,
-    or one is none."""
+    """Return the smallest of these requests: no other one asks for less of everything.
+
+    Return None where there are more than `MOST_SMALLEST`, or a shape is no valid request.
+    """
     try:
         requests = sorted(map(Request.from_shape, shapes), key=lambda request: sum(dict(request.amounts).values()))
     except InvalidRequest:
         return None
-    found: list[Request] = []
+    minimal: list[Request] = []
     for request in requests:
-        if any(_is_within(other, request) for other in found):
+        if any(_is_within(other, request) for other in minimal):
             continue
-        found = [other for other in found if not _is_within(request, other)] + [request]
-        if len(found) > MOST_SMALLEST:
+        minimal = [other for other in minimal if not _is_within(request, other)] + [request]
+        if len(minimal) > MOST_SMALLEST:
             return None
-    return found
+    return minimal
 
 
 def _is_within(small: Request, large: Request) -> bool:
