@@ -4,7 +4,7 @@ libpq waits for an answer without a limit. The kernel of a stopped server goes o
 time-out of TCP helps either. So one thread of each process, the watchdog, knows all calls that are under way. It shuts
 down the socket of a call that is past its deadline, and the call ends as after a lost connection: `Stalled`.
 
-A call costs an entry of a dict. The watchdog sleeps until the earliest deadline, so it wakes at most once in the time
+A call costs an entry of a dict. The watchdog sleeps until the earliest deadline. So it wakes at most once in the time
 of one limit while calls come and go, and never while there are none.
 """
 

@@ -2,9 +2,9 @@
 
 One process does it. It begins the epoch in Postgres, by one guarded statement, and reports meanwhile that it goes on.
 Where it falls silent, another process begins the next epoch, and every further step of the first one is refused. Books
-come first. Each worker that Postgres takes for alive gets a closed book with the jobs that it runs by Postgres, so that
-none of its capacity is free before the worker has reported. The workers see the new epoch, register and report what
-they hold. Then the backlog is filed, in its order.
+come first. Each worker that Postgres takes for alive gets a closed book with the jobs that it runs by Postgres. So none
+of its capacity is free before the worker has reported. The workers see the new epoch, register and report what they
+hold. Then the backlog is filed, in its order.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Make the ledger equal Postgres, and report the drift.
 
 First the stream is applied: its entries are no drift, Postgres is only behind. Then both stores are compared, in both
-directions, in chunks of one round trip each, so that no admission waits for it. Nearly all jobs are right: Postgres
-writes its state of them as text, a script compares the text with the books, and this process only carries it from one
-store to the other. A job that looks different is read again before anything is touched, and each repair is a script or
+directions, in chunks of one round trip each, so that no admission waits for it. Nearly all jobs are right. So Postgres
+writes its state of them as text, and a script compares the text with the books. This process only carries it from one
+store to the other. A job that looks different is read again before anything is touched. Each repair is a script or
 statement that checks once more: work goes on meanwhile.
 
-Which store is right: a job with an entry in the stream is not judged. Else Postgres is, except where the ledger has a
-newer token or step: then the entry was lost with the stream, and Postgres is brought forward.
+A job with an entry in the stream is not judged. Else Postgres is right, except where the ledger has a newer token or
+step: then the entry was lost with the stream, and Postgres is brought forward.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ CHUNK: Final = 100
 def submit_rows(ledger: Ledger, rows: Sequence[Pending]) -> int:
     """Submit rows in their order; return how many the ledger took.
 
-    It had the other jobs already, or it is full. Those left out are durable, and the next sweep brings them.
+    It had the other jobs already, or it is full. The jobs left out are durable, and the next sweep brings them.
     """
     taken = 0
     for start in range(0, len(rows), CHUNK):
@@ -38,8 +38,8 @@ def submit_rows(ledger: Ledger, rows: Sequence[Pending]) -> int:
 def go_on(engine: Engine, ledger: Ledger, applied: Sequence[Applied]) -> int:
     """Submit at once the jobs that may start after these ends; return how many the ledger took.
 
-    They are jobs whose attempt ended with a due successor, such as a retry without a countdown, and jobs that waited
-    for one of these jobs to end. Jobs that are cancelled by such an end are announced.
+    Some have an attempt that ended with a due successor, such as a retry without a countdown. Others waited for one of
+    the ended jobs. Jobs that are cancelled by such an end are announced.
     """
     due, opened = [row.job for row in applied if row.due], dependencies.Opened()
     if any(row.awaited for row in applied):
