@@ -35,20 +35,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-#: Where the origin stands among Celery's arguments behind those of the task.
+#: Index of `origin` among the positional arguments of Celery's `as_task_v2` behind `kwargs`.
 _ORIGIN: Final = 19
 
 
 @lru_cache(maxsize=1)
 def origin(process: int) -> str:
-    """What a message says of the process that sent it, as Celery makes it for each."""
+    """Return the `origin` of a message: the name of its sending process, in Celery's form.
+
+    Celery makes the name for each message; here it is cached. `process` is a process id, so that a forked child gets a
+    name of its own.
+    """
     name: str = anon_nodename()
     return name
 
 
 class _JobProducer:
-    """Stands for kombu's producer while Celery sends one task: what it publishes becomes a row. What is published after
-    that is the event `task-sent`, which no caller may mistake for the task."""
+    """Stand-in for kombu's producer while Celery sends one task: the published message becomes a row.
+
+    A later publish is the event `task-sent`. A caller must not mistake an error of that event for one of the task.
+    """
 
     def __init__(self, producer: Any, sender: Sender | Transaction, queues: Mapping[str, Queue]) -> None:
         self._producer = producer
@@ -77,14 +83,14 @@ class _JobProducer:
         **properties: Any,
     ) -> None:
         if self._accepted:
-            given = {"serializer": serializer, "compression": compression, "delivery_mode": delivery_mode}
-            given |= {"exchange": exchange, "routing_key": routing_key, "declare": declare, "timeout": timeout}
+            event_options = {"serializer": serializer, "compression": compression, "delivery_mode": delivery_mode}
+            event_options |= {"exchange": exchange, "routing_key": routing_key, "declare": declare, "timeout": timeout}
             try:
                 self._producer.publish(
-                    body, headers=headers, retry=retry, retry_policy=retry_policy, **given, **properties
+                    body, headers=headers, retry=retry, retry_policy=retry_policy, **event_options, **properties
                 )
             except Exception as error:
-                # The job is durable, and whoever is told otherwise sends it again.
+                # The job is durable. A caller that gets an error sends it again.
                 logger.warning("a job is accepted, and the event of it was not sent: %r", error)
             return
         job = self._sender.accept(
@@ -101,15 +107,15 @@ class _JobProducer:
 
 
 class PlatformAMQP:
-    """Mixed into the app's own AMQP class (`amqp_class`). `stores` belongs to the app."""
+    """Mixin for the app's own AMQP class, applied by `amqp_class`. `stores` belongs to the app."""
 
     stores: Stores
     app: Any
-    #: Ends what waits in a queue: gets the app, its stores and the name; returns how many jobs.
+    #: Ends the waiting jobs of a queue. Gets the app, its stores and the queue's name; returns the number of jobs.
     purge_queue: Callable[[Any, Stores, str], int]
 
     def Connection(self, *args: Any, **options: Any) -> Connection:  # noqa: N802
-        """(Celery makes all its connections by this.)"""
+        """Make a connection with the platform's transports. Celery makes all its connections by this method."""
         connection = Connection(*args, **options)
         if redis_urls.MASTER in (connection.transport_options or {}):
             asking = sentinels.asking(self.stores.settings.store_timeout)
@@ -129,7 +135,7 @@ class PlatformAMQP:
                 advice = f"{PLATFORM_PREFIX} begins the platform's own names."
                 raise InvalidRequest(f"no task may be named {name}", value=name, advice=advice)
             if session is not None:
-                # (Few programs use it, and it loads SQLAlchemy's ORM.)
+                # Imported late: few programs use it, and it loads SQLAlchemy's ORM.
                 from celery_capacity.workers.submit.caller_session import Transaction
 
                 within = Transaction(sender, self.stores, session)
@@ -144,10 +150,13 @@ class PlatformAMQP:
     def as_task_v2(
         self, task_id: str, name: str, args: Any = None, kwargs: Any = None, *more: Any, **options: Any
     ) -> Any:
-        """As Celery's; what logs, events and pages show of the arguments leaves out what looks secret."""
-        for what, given in (("argsrepr", args or ()), ("kwargsrepr", kwargs or {})):
-            if options.get(what) is None:
-                options[what] = self.shown(what, given)
+        """Make a message as Celery does, and hide secrets in `argsrepr` and `kwargsrepr`.
+
+        Logs, events and pages show the arguments by these two headers. Values that look secret are left out of them.
+        """
+        for header, arguments in (("argsrepr", args or ()), ("kwargsrepr", kwargs or {})):
+            if options.get(header) is None:
+                options[header] = self.shown(header, arguments)
         if len(more) <= _ORIGIN:
             options.setdefault("origin", origin(os.getpid()))
         gathering = here(self)
@@ -156,50 +165,57 @@ class PlatformAMQP:
         return super().as_task_v2(task_id, name, args, kwargs, *more, **options)  # type: ignore[misc]
 
     def shown(self, what: str, given: Any) -> str:
-        """The header `what` (argsrepr, kwargsrepr) of arguments."""
+        """Return the header `what` (argsrepr or kwargsrepr) of arguments."""
         if not given:
             return repr(given)
         most: int = getattr(self, f"{what}_maxsize")
         return shown(given, most, self.app.conf.task_repr_maxlevels)
 
     def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:
-        """As Celery's, by which a task publishes what follows it. Without a priority to be inherited it hands on None,
-        which would stand over the priority that the body of a chord was given."""
+        """Publish as Celery does, without a priority of None. A task publishes its followers by this method.
+
+        Where there is no priority to inherit, Celery hands on None. That None would override the priority given to the
+        body of a chord.
+        """
         if options.get("priority", 0) is None:
             del options["priority"]
         return super()._retry_publish(publish, *args, **options)  # type: ignore[misc]
 
     @property
     def job_sender(self) -> Sender:
-        found: Sender | None = self.__dict__.get("_job_sender")
-        if found is None:
+        sender: Sender | None = self.__dict__.get("_job_sender")
+        if sender is None:
             app = self.app
-            found = self.__dict__["_job_sender"] = Sender(
+            sender = self.__dict__["_job_sender"] = Sender(
                 self.stores,
                 app.conf.task_default_queue,
                 app.timezone,
                 prepare_accept_content(app.conf.accept_content),
             )
-        return found
+        return sender
 
     @property
     def producer_pool(self) -> Any:
-        """The process's. Beside greenlets each thread of the platform has one, since its connections are its own."""
+        """Return the process's pool of producers.
+
+        Beside greenlets each thread of the platform has a pool of its own, because its connections are its own.
+        """
         if not os_threads.is_apart():
             return super().producer_pool  # type: ignore[misc]
-        found = self.apart.__dict__
-        if "pool" not in found:
-            found["pool"] = ProducerPool(self.app.connection_for_write().Pool(1), limit=1)
-        return found["pool"]
+        thread_values = self.apart.__dict__
+        if "pool" not in thread_values:
+            thread_values["pool"] = ProducerPool(self.app.connection_for_write().Pool(1), limit=1)
+        return thread_values["pool"]
 
     @cached_property
     def apart(self) -> threading.local:
-        """What one thread has of it."""
+        """Return the store of values that belong to one thread, such as its pool of producers."""
         return threading.local()
 
     def flush_routes(self) -> None:
         super().flush_routes()  # type: ignore[misc]
-        # First, also where the user's configuration set task_routes anew; routers before it would end the search.
+        # Our router comes first, also where the user's configuration has set task_routes anew. A router before it would
+        # end the search.
         mine = [route for route in self._rtable if isinstance(route, Router)]  # type: ignore[has-type]
         others = [route for route in self._rtable if not isinstance(route, Router)]  # type: ignore[has-type]
         self._rtable = [*(mine or [Router(self.stores, lambda: self.app.tasks)]), *others]
@@ -212,5 +228,5 @@ class PlatformAMQP:
 
 
 def amqp_class(base: type, stores: Stores, purge_queue: Callable[[Any, Stores, str], int]) -> type:
-    """The app's AMQP class with the platform's in front of it."""
+    """Return the app's AMQP class with the platform's mixin in front of it."""
     return type("AMQP", (PlatformAMQP, base), {"stores": stores, "purge_queue": staticmethod(purge_queue)})

@@ -1,9 +1,9 @@
 """Transactional enqueue: `apply_async(session=...)`. The job's row is part of the caller's own transaction.
 
-Until its commit nobody sees the job; a rollback, of a savepoint too, takes it back. After the commit of a Session this
-process brings the job to the ledger. That of a bare Connection tells nobody here, and a process may die right after a
-commit: the notification that goes with the rows has a worker do it (`workers.runner.commit_listener`), and the sweep is
-behind both.
+Nobody sees the job until the commit. A rollback, also of a savepoint, takes it back. After the commit of a Session this
+process brings the job to the ledger. The commit of a bare Connection is reported to nobody here, and a process may die
+right after a commit. Then a worker brings the job in, because a notification goes with the rows
+(`workers.runner.commit_listener`). The sweep is behind both.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from celery_capacity.workers.submit.sender import Sender
 
 logger = logging.getLogger(__name__)
 
-#: Jobs of one transaction that this process brings in itself; those beyond are left to the workers.
+#: Jobs of one transaction that this process brings to the ledger itself. Workers bring in the jobs beyond.
 MOST_KEPT: Final = 1000
-#: Where a connection keeps that it leads to the platform's table.
+#: Key in a connection's `info` for the platform's table, once the connection is known to lead to it.
 _KNOWN: Final = "celery_capacity_home"
 _ADVICE: Final = "Pass a Session or a Connection of SQLAlchemy on the database of DATABASE_URL."
 
 
 class Transaction:
-    """What is sent goes into the transaction of a `session`: a Session, a scoped session or a Connection."""
+    """Sender of jobs into the transaction of a `session`: a Session, a scoped session or a Connection."""
 
     def __init__(self, sender: Sender, stores: Stores, session: Any) -> None:
         self._sender = sender
@@ -54,21 +54,24 @@ class Transaction:
         self._session = _checked(session)
 
     def accept(self, body: Any, **message: Any) -> NewJob:
-        """As `Sender.accept`, up to the commit."""
+        """Accept a message like `Sender.accept`, up to the commit: the caller makes that."""
         job = self._sender.encoded(body, **message)
         self._sender.admits(attempts.current())
         self.add([job])
         return job
 
     def check(self) -> None:
-        """Raises `InvalidRequest` for a session elsewhere."""
+        """Raise `InvalidRequest` for a session on another database."""
         self._home(self._connection())
 
     def add(self, jobs: Sequence[NewJob]) -> None:
-        """Write the rows of jobs. Raises `InvalidRequest` for a session elsewhere, `Unsupported`, `NotAccepted`."""
+        """Write the rows of jobs.
+
+        Raises `InvalidRequest` for a session on another database, `Unsupported`, `NotAccepted`.
+        """
         for job in jobs:
             if job.gates is not None:
-                # It locks what other submitters wait for, until a commit of which nobody knows when it comes.
+                # Its constraints lock out other submitters until a commit, and nobody knows when that comes.
                 raise Unsupported(
                     f"job {job.id} ({job.name}) is held back by unique, after or a rate limit, and cannot be part of"
                     " the caller's transaction",
@@ -93,9 +96,9 @@ class Transaction:
 
     def _check_lease(self, publisher: Publisher, job: NewJob) -> None:
         try:
-            with self._stores.engine.connect() as own:
-                if not single.may_publish(own, publisher):
-                    self._sender.refuse(single.confirmed(own), job, publisher)
+            with self._stores.engine.connect() as connection:
+                if not single.may_publish(connection, publisher):
+                    self._sender.refuse(single.confirmed(connection), job, publisher)
         except SQLAlchemyError as error:
             raise NotAccepted(f"Postgres does not answer: job {job.id} was not written") from error
 
@@ -112,13 +115,15 @@ class Transaction:
             ) from error
 
     def _home(self, connection: Connection) -> Home:
-        """The platform's table, which this connection must lead to. (What is known of a connection to the server is
-        kept with it.)"""
+        """Return the platform's table, and raise `InvalidRequest` where this connection does not lead to it.
+
+        The table is kept with a connection that led there, so that each connection to the server is checked once.
+        """
         if connection.dialect.name != "postgresql":
             raise _elsewhere(connection.dialect.name)
-        known: Home | None = connection.info.get(_KNOWN)
-        if known is not None and known == _homes.get(self._stores):
-            return known
+        cached: Home | None = connection.info.get(_KNOWN)
+        if cached is not None and cached == _homes.get(self._stores):
+            return cached
         for again in (False, True):
             home = _home_of(self._stores, again)
             try:
@@ -159,25 +164,27 @@ _homes: weakref.WeakKeyDictionary[Stores, Home] = weakref.WeakKeyDictionary()
 
 
 def _home_of(stores: Stores, again: bool) -> Home:
-    """The platform's own table; looked up once, and `again` where a connection does not lead there: the server may have
-    been started anew."""
-    found = None if again else _homes.get(stores)
-    if found is None:
+    """Return the platform's own table, looked up once.
+
+    `again`: look it up anew, because a connection does not lead there. The server may have been started anew.
+    """
+    home = None if again else _homes.get(stores)
+    if home is None:
         try:
             with stores.engine.connect() as connection:
-                found = caller_session.home_of(connection)
+                home = caller_session.home_of(connection)
         except SQLAlchemyError as error:
             raise NotAccepted("Postgres does not answer: the job was not written") from error
-        if found is None:
+        if home is None:
             raise NotMigrated()
-        _homes[stores] = found
-    return found
+        _homes[stores] = home
+    return home
 
 
 # -- after the commit of a Session
 
 _Kept = tuple[Sender, list[NewJob]]
-#: What the transaction of each session has added.
+#: Jobs that the transaction of each session has added, by the stores of their app.
 _kept: weakref.WeakKeyDictionary[Session, dict[Stores, _Kept]] = weakref.WeakKeyDictionary()
 
 
@@ -190,7 +197,7 @@ def _remember(session: Session, sender: Sender, stores: Stores, jobs: Sequence[N
 
 
 def _after_commit(session: Session) -> None:
-    # (Also called when a savepoint is released, whose jobs may still be rolled back.)
+    # SQLAlchemy also calls this when a savepoint is released. The savepoint's jobs may still be rolled back.
     if session.in_nested_transaction():
         return
     for stores, (sender, jobs) in _kept.pop(session, {}).items():
@@ -203,8 +210,11 @@ def _after_end(session: Session, transaction: Any) -> None:
 
 
 def _bring_in(sender: Sender, stores: Stores, jobs: Sequence[NewJob]) -> None:
-    """Admit or file what was committed: Postgres says which (savepoints were rolled back, or the session's transaction
-    is part of another one). Never raises: the rows are there, and somebody brings them in."""
+    """Admit or file committed jobs. Never raises.
+
+    Postgres says which jobs are committed. Savepoints may have been rolled back, or the session's transaction may be
+    part of another one. After an error the rows are there, and a worker or the sweep brings them in.
+    """
     if not jobs:
         return
     began_ms = time.time() * 1000

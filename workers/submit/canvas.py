@@ -1,5 +1,8 @@
-"""What the platform knows of Celery's canvas: the steps of a replacement say which job they stand for, and the tasks of
-Celery's own that put the work of others together ask for what they need."""
+"""Celery's canvas on the platform: marks on the steps of a replacement, and requests of Celery's own tasks.
+
+Each step of a replacement names the job that it stands for. Celery's own tasks that put the work of others together ask
+for the resources that they need.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,15 @@ from celery_capacity.routing.model.request import REQUEST_OPTIONS
 REPLACES: Final = "capacity_replaces"
 
 
-#: Signatures that are made of others, by their `subtask_type` -> where in their arguments these stand.
+#: `subtask_type` of a composed signature -> the arguments that hold its parts.
 _COMPOSED: Final = {"chain": ("tasks",), "group": ("tasks",), "chord": ("header", "body")}
 
 
 def steps_of(canvas: Any) -> Iterator[Any]:
-    """All signatures of a canvas, at every level; those that are made of others come before them. (A signature is a
-    mapping, and one that came over the wire is nothing else. What is none is left out.)"""
+    """Yield all signatures of a canvas, at every level, each composed signature before its parts.
+
+    A signature is a mapping, and after its way over the wire it is a plain one. Other values are left out.
+    """
     if not isinstance(canvas, Mapping) or not isinstance(canvas.get("options"), Mapping):
         return
     yield canvas
@@ -29,19 +34,20 @@ def steps_of(canvas: Any) -> Iterator[Any]:
         return
     for place in _COMPOSED.get(str(canvas.get("subtask_type")), ()):
         inner = arguments.get(place)
-        # (A body is one signature, and so may a header be: a group.)
+        # A chord's body is one signature. Its header may be one too: a group.
         for step in [inner] if isinstance(inner, Mapping) else inner or ():
             yield from steps_of(step)
 
 
 def mark(canvas: Any, job: str, nesting: int) -> None:
-    """Have all steps of a replacement say so, but for those that are in the replacement of another job already (what
-    followed the replaced task there).
+    """Mark all steps of a replacement with the id of the replaced job.
 
-    `nesting`: how often the id has been replaced, by which the step that carries it on is known as newer. All steps
-    have it, since those that are replaced themselves count on from there; Celery leaves it out inside of a chord.
+    Steps in the replacement of another job keep their mark: they followed the replaced task there.
 
-    What is made of others says so only where it has headers of its own: these stand over those of its steps.
+    `nesting`: how often the id has been replaced. By this number the step that carries the id on is known as newer. All
+    steps have it, because a step that is replaced itself counts on from there. Celery leaves it out inside a chord.
+
+    A composed signature is marked only where it has headers of its own: these override the headers of its steps.
     """
     for step in steps_of(canvas):
         options = step["options"]
@@ -56,7 +62,7 @@ def mark(canvas: Any, job: str, nesting: int) -> None:
 
 
 def mark_of(args: Any) -> dict[str, str]:
-    """The mark that a canvas among a task's arguments has, as a header; empty where there is none."""
+    """Return the mark of a canvas among a task's arguments, as a header; empty where there is none."""
     for canvas in args or ():
         for step in steps_of(canvas):
             headers = step["options"].get("headers")
@@ -67,19 +73,19 @@ def mark_of(args: Any) -> dict[str, str]:
 
 #: Celery's task that waits for the header of a chord where the result backend does not, and publishes the body.
 UNLOCKING: Final = "celery.chord_unlock"
-#: What a signature may be given for the jobs that are made of it.
+#: Options of a chunks signature that are handed on to each of its parts.
 _GIVEN: Final = (*REQUEST_OPTIONS, "rerun", "priority", "headers")
-#: Tasks of Celery's own that put the work of others together: they compute next to nothing, and take a slot alone.
-#: (`celery.chord_unlock` looks whether a header is done, and retries itself until it is: it holds nothing meanwhile.)
+#: Tasks of Celery's own that put the work of others together. They compute next to nothing, and take only a slot.
+#: `celery.chord_unlock` checks whether a header is done, and retries itself until it is. It holds nothing meanwhile.
 COORDINATING: Final = frozenset(
     {UNLOCKING, "celery.accumulate", "celery.backend_cleanup", "celery.chord", "celery.chunks", "celery.group"}
 )
-#: Those that call another task within their own job, item by item: they need what that one needs.
+#: Celery's tasks that call another task within their own job, item by item. They need what the called task needs.
 CALLING: Final = frozenset({"celery.map", "celery.starmap"})
 
 
 def called_by(name: str, kwargs: Any) -> tuple[str, Mapping[str, Any]] | None:
-    """The task that a job of `CALLING` calls, with the options of its signature; None where this is no such job."""
+    """Return the task that a job of `CALLING` calls, with the options of its signature. None for another job."""
     if name not in CALLING or not isinstance(kwargs, Mapping):
         return None
     task = kwargs.get("task")
@@ -90,11 +96,11 @@ def called_by(name: str, kwargs: Any) -> tuple[str, Mapping[str, Any]] | None:
 
 
 class Chunks(chunks):
-    """Celery's chunks, which forget what they are given: here each part asks for it."""
+    """Celery's chunks, with their options handed on to each part. Celery's own class forgets the options."""
 
     def group(self) -> group:
         parts = super().group()
-        given = {name: self.options[name] for name in _GIVEN if name in self.options}
+        options = {name: self.options[name] for name in _GIVEN if name in self.options}
         for part in parts.tasks:
-            part.set(**given)
+            part.set(**options)
         return parts

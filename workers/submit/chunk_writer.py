@@ -1,5 +1,6 @@
-"""Storing many jobs: a chunk of rows in one statement, then into the ledger. While one chunk is stored, in a thread,
-the next one is built by the caller; there are never more than these two.
+"""Storing of many jobs: a chunk of rows in one statement, then into the ledger.
+
+While a thread stores one chunk, the caller builds the next one. There are never more than these two.
 """
 
 from __future__ import annotations
@@ -29,16 +30,19 @@ from celery_capacity.workers.submit.sender import Sender
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of messages for which one limit is long enough, at a few MB a second.
+#: Bytes of messages that one `store_timeout` is long enough for, at a few MB a second.
 BYTES_IN_LIMIT: Final = 32 * 1024**2
 
-#: What is called once a job is stored (a signal of Celery's), None where nobody listens.
+#: Callback for a stored job, such as a signal of Celery's. None where nobody listens.
 After = Callable[[], None] | None
 
 
 class Chunks:
-    """Jobs on their way in. All but `_store` runs in the caller's thread. `done` gets the number that is stored.
-    `within`: writes them into the caller's own transaction instead, in the caller's thread."""
+    """Jobs on their way into Postgres and the ledger, a chunk at a time.
+
+    All methods but `_store` run in the caller's thread. `done` is called with the number of stored jobs. `within`
+    writes the jobs into the caller's own transaction instead, in the caller's thread.
+    """
 
     def __init__(
         self,
@@ -60,15 +64,15 @@ class Chunks:
         self._thread: ThreadPoolExecutor | None = None
         self._storing: Future[None] | None = None
         self._stored: list[After] = []
-        #: Jobs that are stored.
+        #: Number of stored jobs.
         self.accepted = 0
-        #: The ids of those of which it is not known.
+        #: Ids of jobs of which it is not known whether they are stored.
         self.unknown: tuple[str, ...] = ()
-        #: Whether a chunk was not stored: then nothing more is.
+        #: True once a chunk was not stored. Then no other chunk is stored.
         self.failed = False
 
     def add(self, job: NewJob, after: After = None) -> None:
-        """Take a job. Raises what became of an earlier chunk."""
+        """Add a job, and store the chunk once it is full. Raises the error of an earlier chunk."""
         self._sender.admits(self._attempt)
         self._jobs.append(job)
         self._after.append(after)
@@ -83,7 +87,7 @@ class Chunks:
                 self._thread = self._thread or ThreadPoolExecutor(1, "bulk")
                 self._storing = self._thread.submit(self._store, jobs)
             except RuntimeError:
-                # The interpreter ends, or the system has no thread for us; what it would have done is not kept.
+                # The interpreter ends, or the system has no thread for us. Cancel the executor's work, and store here.
                 if self._thread is not None:
                     self._thread.shutdown(wait=False, cancel_futures=True)
                 self._thread = None
@@ -91,7 +95,7 @@ class Chunks:
                 self._tell()
 
     def flush(self) -> None:
-        """Store what there is."""
+        """Store all jobs that were added."""
         self._settle()
         while self._jobs:
             self._store(self._taken())
@@ -104,11 +108,11 @@ class Chunks:
 
     @property
     def stand(self) -> bool:
-        """Whether anything of this stays, whatever else happens."""
+        """Return True if some jobs stay stored, or may stay, whatever else happens."""
         return self._within is None and bool(self.accepted or self.unknown)
 
     def close(self) -> None:
-        """What was not flushed is not stored; what is being stored is waited for."""
+        """Wait for the chunk that is being stored. Jobs that were not flushed are not stored."""
         if self._thread is not None:
             self._thread.shutdown()
 
@@ -142,7 +146,7 @@ class Chunks:
             return
         attempt, began_ms = self._attempt, time.time() * 1000
         if any(job.gates is not None for job in jobs):
-            # What holds a job back is written with its row, one at a time.
+            # A job's constraints are written with its row, one job at a time.
             self._store_singly(jobs)
             return
         limits = 1 + sum(len(job.message) for job in jobs) // BYTES_IN_LIMIT
@@ -158,7 +162,7 @@ class Chunks:
             self.accepted += len(jobs)
             return
         if committed is None:
-            # One by one: what is there already is left as it is, or succeeded.
+            # Store job by job: an existing row is left as it is, or gets its successor.
             self._store_singly(jobs)
             return
         self.accepted += len(jobs)
@@ -170,7 +174,7 @@ class Chunks:
             self.accepted += 1
 
     def _copy(self, jobs: Sequence[NewJob]) -> Committed | None:
-        """Make the rows durable; None where an id existed, and nothing was written."""
+        """Make the rows durable. Returns None, and writes nothing, where an id exists."""
         try:
             return self._copy_once(jobs)
         except DBAPIError as error:
@@ -178,7 +182,7 @@ class Chunks:
                 return None
             if not error.connection_invalidated or deadlines.unsent(error):
                 raise NotAccepted(f"Postgres refused {len(jobs)} jobs: {mask_url(str(error.orig))}") from error
-            # The connection was lost around the commit. The same again is safe: ids that exist by now say so.
+            # The connection was lost around the commit. A second try is safe: it fails for ids that exist by now.
             return self._copy_again(jobs)
         except PoolTimeout as error:
             raise NotAccepted(f"no connection to Postgres was free for {len(jobs)} jobs") from error
@@ -210,8 +214,10 @@ class Chunks:
 
 
 def to_ledger(sender: Sender, jobs: Sequence[NewJob], committed: Committed, began_ms: float) -> None:
-    """Admit or file jobs whose rows were written after `began_ms`, in order. Whatever goes wrong here leaves accepted
-    rows, which the sweep brings in."""
+    """Admit or file jobs in order, whose rows were written after `began_ms`.
+
+    An error here leaves accepted rows, which the sweep brings in.
+    """
     now = round(time.time() * 1000)
     rows = [
         (job.id, job.shape, order(job.priority, committed.seqs[job.id]), job.message, 0, 0, now, began_ms, job.rerun)

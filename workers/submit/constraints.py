@@ -1,7 +1,8 @@
-"""What a caller says that a job waits for or must not be equal to: `unique`, `unique_for`, `after`, and a task's rate.
+"""Constraints of a submission: `unique`, `unique_for`, `after`, and a task's rate.
 
-The router writes it into the message's header (`header_of`), so that `before_task_publish` sees it; the sender reads it
-there (`of_header`) and takes it out again: it concerns this submission, and neither a retry nor a replacement.
+With them a caller says which jobs a job waits for, or must not be equal to. The router writes them into the message's
+header (`header_of`), so that `before_task_publish` sees them. The sender reads them there (`of_header`) and takes them
+out again: they concern this submission, and neither a retry nor a replacement.
 """
 
 from __future__ import annotations
@@ -32,25 +33,25 @@ from celery_capacity.routing.store.dependencies import KnownRate, known_rates, l
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit.validation import MOST_SECONDS, check_seconds
 
-#: Options of `apply_async`, and attributes of tasks but for `after`.
+#: Options of `apply_async`. All but `after` are attributes of tasks too.
 UNIQUE: Final = "unique"
 UNIQUE_FOR: Final = "unique_for"
 AFTER: Final = "after"
 OPTIONS: Final = frozenset({UNIQUE, UNIQUE_FOR, AFTER})
-#: The names in the header, whose values are [digest, seconds], ids, and [starts a second, as it was written].
+#: Names in the header. Their values are [digest, seconds], ids, and [starts a second, the rate as it was written].
 RATE: Final = "rate"
 CARRIED: Final = frozenset({UNIQUE, AFTER, RATE})
-#: Jobs that one can wait for.
+#: Jobs that one job can wait for.
 MOST_NEEDS: Final = 10_000
-#: Seconds for which a sender trusts the rates that it read: so long a rate that is set at run time takes to be known.
+#: Seconds for which a sender trusts the rates that it read. A rate that is set at run time takes so long to be known.
 RATES_FOR: Final = 5.0
-#: Seconds in which the end of a job is written, and between looks at whether it is (a worker writes ends in batches).
+#: Seconds in which the end of a job is written, and seconds between two looks for it. Workers write ends in batches.
 WRITTEN_WITHIN: Final = 5.0
 LOOK_EVERY: Final = 0.005
-#: Intervals of the duty for which starts are saved up, since none of its passes comes exactly in time.
+#: Intervals of the duty for which starts are saved up, because none of its passes comes exactly in time.
 BURST_INTERVALS: Final = 1.5
 
-#: A job that waits for nothing but its time and a worker.
+#: Constraints of a job that waits for nothing but its time and a worker.
 NONE: Final = Gates()
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,15 @@ _DIGEST: Final = re.compile("[0-9a-f]{64}")
 
 
 def declares(task: Any) -> bool:
-    """Whether a task (None: an unknown one) says something of it."""
+    """Return True if a task declares a rate, `unique` or `unique_for`. None is an unknown task."""
     return bool(getattr(task, "rate_limit", None) or getattr(task, UNIQUE, None) or getattr(task, UNIQUE_FOR, None))
 
 
 def header_of(name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any) -> dict[str, Any]:
-    """What a call says, and else its task; taken out of the options. Raises `InvalidRequest`."""
+    """Return the constraints of a call, or else of its task, for the header.
+
+    Takes them out of the options. Raises `InvalidRequest`.
+    """
     carried: dict[str, Any] = {}
     unique = options.pop(UNIQUE, None)
     unique_for = options.pop(UNIQUE_FOR, None)
@@ -83,11 +87,14 @@ def header_of(name: str, args: Any, kwargs: Any, options: dict[str, Any], task: 
 
 
 def key_of(name: str, args: Any, kwargs: Any, unique: Any) -> str:
-    """The digest under which a submission is the only one: of the caller's text, whatever the task, or (True) of the
-    task's name and its arguments, as JSON with sorted keys."""
+    """Return the digest under which a submission is the only one.
+
+    A text is the caller's key, whatever the task. True stands for the task's name and its arguments, as JSON with
+    sorted keys.
+    """
     if unique is True:
         try:
-            said = "call:" + dumps([name, list(args or ()), dict(kwargs or {})], sort_keys=True)
+            compared = "call:" + dumps([name, list(args or ()), dict(kwargs or {})], sort_keys=True)
         except (TypeError, ValueError, EncodeError, RecursionError) as error:
             raise InvalidRequest(
                 f"unique=True of {name}: its arguments cannot be compared: {error}",
@@ -95,12 +102,12 @@ def key_of(name: str, args: Any, kwargs: Any, unique: Any) -> str:
                 advice="Give a text instead, such as unique='nightly report'.",
             ) from error
     elif isinstance(unique, str) and unique:
-        said = "key:" + unique
+        compared = "key:" + unique
     else:
         raise InvalidRequest(
             f"unique={show(unique)} of {name} is not valid", value=unique, advice="It must be True, False or a text."
         )
-    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(compared.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _seconds(value: Any) -> float:
@@ -113,14 +120,14 @@ def _seconds(value: Any) -> float:
 
 
 def after_ids(value: Any) -> list[str]:
-    """The ids that `after` names: ids, results, results of groups, and lists of them."""
-    found: dict[str, None] = {}
-    for one in _ids(value):
-        found[one] = None
-        if len(found) > MOST_NEEDS:
+    """Return the ids that `after` names. It may hold ids, results, results of groups, and lists of them."""
+    job_ids: dict[str, None] = {}
+    for job_id in _ids(value):
+        job_ids[job_id] = None
+        if len(job_ids) > MOST_NEEDS:
             advice = "Have a job in between that waits for a part of them."
             raise InvalidRequest(f"after names more than {MOST_NEEDS} jobs, the most that are possible", advice=advice)
-    return list(found)
+    return list(job_ids)
 
 
 def _ids(value: Any) -> Iterator[str]:
@@ -142,7 +149,7 @@ def _ids(value: Any) -> Iterator[str]:
 
 
 def rate_of(value: Any, what: str) -> Rate | None:
-    """A rate as Celery has it (10, "10/s", "0.5/m", "100/h"); None where there is none. Raises `InvalidRequest`."""
+    """Parse a rate in Celery's forms (10, "10/s", "0.5/m", "100/h"). None for no rate. Raises `InvalidRequest`."""
     if value is None or value == "":
         return None
     try:
@@ -157,28 +164,37 @@ def rate_of(value: Any, what: str) -> Rate | None:
 
 
 def burst_of(settings: Settings) -> float:
-    """For how many seconds of a rate starts are saved up."""
+    """Return the seconds of a rate for which starts are saved up."""
     return max(1.0, settings.due_interval * BURST_INTERVALS)
 
 
 def of_header(carried: Mapping[str, Any]) -> tuple[Gates, Rate | None]:
-    """The gates in a header, and the rate that its task declares. Whoever wrote it: others make messages too."""
+    """Return the constraints in a header, and the rate that its task declares.
+
+    Other programs make messages too, so the values are checked. Raises `InvalidRequest`.
+    """
     key, key_for = carried.get(UNIQUE) or ("", 0.0)
     if key and not (isinstance(key, str) and _DIGEST.fullmatch(key)):
         raise InvalidRequest(f"the header's unique {show(key)} is not valid", value=key, advice="Leave it out.")
-    said = carried.get(RATE)
-    if said is not None and not (isinstance(said, Sequence) and len(said) == 2 and isinstance(said[1], str)):
-        raise InvalidRequest(f"the header's rate {show(said)} is not valid", value=said, advice="Leave it out.")
-    rate = rate_of(said[0], "the header's rate") if said is not None else None
+    carried_rate = carried.get(RATE)
+    if carried_rate is not None and not (
+        isinstance(carried_rate, Sequence) and len(carried_rate) == 2 and isinstance(carried_rate[1], str)
+    ):
+        raise InvalidRequest(
+            f"the header's rate {show(carried_rate)} is not valid", value=carried_rate, advice="Leave it out."
+        )
+    rate = rate_of(carried_rate[0], "the header's rate") if carried_rate is not None else None
     return (
         Gates(key=key, key_for=_seconds(key_for or None), after=tuple(after_ids(carried.get(AFTER)))),
-        Rate(rate.per_second, said[1]) if rate is not None and said is not None else None,
+        Rate(rate.per_second, carried_rate[1]) if rate is not None and carried_rate is not None else None,
     )
 
 
 def declare_rates(app: Celery, stores: Stores) -> None:
-    """Publish the rates that the tasks of a worker declare, for senders that do not have the tasks. (Where Postgres
-    does not take them, the first job of each task brings its rate.)"""
+    """Publish the rates that the tasks of a worker declare, for senders that do not have the tasks.
+
+    Where Postgres does not take them, the first job of each task brings its rate.
+    """
     declared = {
         name: rate_of(getattr(task, "rate_limit", None), f"the declaration of task {name}: rate_limit")
         for name, task in app.tasks.items()
@@ -194,22 +210,25 @@ def declare_rates(app: Celery, stores: Stores) -> None:
 
 
 def until_written(stores: Stores, job: str) -> bool:
-    """Wait for the row of a job that the ledger knows to have ended: its result is out before, and whoever has that
-    submits another job, not the same once more. False where the job has not ended. Raises `NotAccepted`."""
-    known = stores.sending.ask(lambda ledger: job_events.in_ledger(ledger.client, job))
-    if known is None or not known.final:
+    """Wait for the end in Postgres of a job that has ended in the ledger.
+
+    A job's result is out before its row. A caller that has the result submits another job, not the first one once more.
+    Returns False where the job has not ended. Raises `NotAccepted` where Postgres does not say so in time.
+    """
+    ledger_event = stores.sending.ask(lambda ledger: job_events.in_ledger(ledger.client, job))
+    if ledger_event is None or not ledger_event.final:
         return False
     deadline, pause = time.monotonic() + WRITTEN_WITHIN, threading.Event()
     while True:
         try:
             with stores.engine.connect() as connection:
-                written = job_events.in_postgres(connection, job)
+                row_event = job_events.in_postgres(connection, job)
         except SQLAlchemyError as error:
             raise NotAccepted(f"whether job {job}, which has the same key, has ended is not known") from error
-        if written is None or written.final:
+        if row_event is None or row_event.final:
             return True
-        if written.rank > known.rank:
-            # It goes on: by what Postgres decided, the ledger is behind.
+        if row_event.rank > ledger_event.rank:
+            # The job goes on, as Postgres decided. The ledger is behind.
             return False
         if time.monotonic() >= deadline:
             raise NotAccepted(f"job {job} has the same key and has ended, and Postgres does not say so yet")
@@ -217,7 +236,7 @@ def until_written(stores: Stores, job: str) -> bool:
 
 
 class Rates:
-    """The rates that hold in the cluster, as this process last read them, and with them what a message waits for."""
+    """Rates that hold in the cluster, as this process last read them, and the constraints of messages."""
 
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
@@ -225,8 +244,10 @@ class Rates:
         self._until = 0.0
 
     def gates(self, wire: dict[str, Any], header: str, may_ask: bool) -> Gates | None:
-        """What the job of a message waits for, by its header, from which that is taken, and by the rate of its task.
-        `may_ask`: this thread may wait for Postgres."""
+        """Return the constraints of a message's job: those in its header, and the rate of its task. None for none.
+
+        The header's constraints are taken out of it. `may_ask`: this thread may wait for Postgres.
+        """
         gates, declared, carried = NONE, None, wire[header]
         if not CARRIED.isdisjoint(carried):
             gates, declared = of_header(carried)
@@ -243,17 +264,20 @@ class Rates:
         return None if gates is NONE or gates == NONE else gates
 
     def _of(self, name: Any, declared: Rate | None, may_ask: bool) -> Rate | None:
-        """The rate of a task: as it was set at run time, or else as the sender's code declares it, or else as somebody
-        declared it."""
+        """Return the rate of a task.
+
+        A rate that was set at run time comes first. Then comes the declaration in the sender's code, then any other
+        declaration.
+        """
         if may_ask and time.monotonic() >= self._until:
             self._read()
-        known = self._known.get(name)
-        if known is None or (declared is not None and not known.by_control):
+        cached = self._known.get(name)
+        if cached is None or (declared is not None and not cached.by_control):
             return declared
-        return known.rate if known.rate.per_second else None
+        return cached.rate if cached.rate.per_second else None
 
     def forget(self) -> None:
-        """They have changed."""
+        """Read the rates anew at their next use, because they have changed."""
         self._until = 0.0
 
     def _read(self) -> None:
@@ -262,5 +286,5 @@ class Rates:
             with self._stores.engine.connect() as connection:
                 self._known = known_rates(connection)
         except SQLAlchemyError:
-            # The insert says what is wrong, and what was read before serves on.
+            # The insert reports the error. The rates that were read before stay in use.
             return

@@ -1,5 +1,8 @@
-"""The body of a task message as bytes, in the serialiser and the compression that its sender asks for, and Celery's two
-forms of a message. A row always has protocol 2, so that nothing behind it knows of another."""
+"""Body of a task message as bytes, and Celery's two forms of a message.
+
+The body is written in the serialiser and the compression that its sender asks for. A row always has protocol 2, so that
+no code behind it knows another one.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from celery_capacity.routing.config.redaction import hidden
 from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, Unsupported, mask_url, show
 from celery_capacity.routing.model.nesting import JSON, check_value
 
-#: Characters and levels of what is shown of arguments, as Celery has them.
+#: Characters and levels of arguments that are shown, as Celery has them.
 SHOWN_SIZE: Final = 1024
 SHOWN_LEVELS: Final = 3
-#: What protocol 1 has in its body and protocol 2 in the headers, and under which name.
+#: Fields that protocol 1 has in the body and protocol 2 in the headers -> their new name, None where it is equal.
 MOVED: Final = {"taskset": "group", **dict.fromkeys((
     "task", "id", "group", "group_index", "eta", "expires", "retries", "timelimit", "root_id", "parent_id", "shadow",
     "origin", "ignore_result",
@@ -27,13 +30,16 @@ MOVED: Final = {"taskset": "group", **dict.fromkeys((
 
 
 class NotEncodable(InvalidRequest, EncodeError):
-    """Arguments that the serialiser cannot write: for who catches what kombu raises there."""
+    """Arguments that the serialiser cannot write. It is also the `EncodeError` that kombu raises there."""
 
 
 def encode(
     body: Any, headers: Mapping[str, Any], serializer: str | None, compression: str | None
 ) -> tuple[bytes, str, str, dict[str, Any]]:
-    """(body, content type, content encoding, headers). Raises `InvalidRequest`, `MessageTooDeep`."""
+    """Encode a body, and return (body, content type, content encoding, headers).
+
+    Raises `InvalidRequest`, `MessageTooDeep`.
+    """
     try:
         content_type, content_encoding, payload = serialization.dumps(body, serializer=serializer or "json")
     except (SerializerNotInstalled, TypeError) as error:
@@ -61,13 +67,16 @@ def encode(
 
 
 def shown(arguments: Any, most: int = SHOWN_SIZE, levels: int = SHOWN_LEVELS) -> str:
-    """What logs, events and pages show of arguments: without what looks secret."""
+    """Return arguments as logs, events and pages show them, without values that look secret."""
     text: str = saferepr(hidden(arguments), most, maxlevels=levels)
     return mask_url(text) if "://" in text else text
 
 
 def to_protocol2(body: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(body, headers) as protocol 2 has them, of a message of protocol 1; headers that it has already stand."""
+    """Convert a message of protocol 1, and return (body, headers) of protocol 2.
+
+    Headers that the message has already are kept. Raises `InvalidRequest`, `Unsupported`.
+    """
     args, kwargs = body.get("args") or (), body.get("kwargs") or {}
     if "task" not in body or "id" not in body:
         raise InvalidRequest("not a task message (protocol 1 or 2)", value=sorted(map(str, body))[:10])
@@ -88,7 +97,7 @@ def to_protocol2(body: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[A
 
 
 def _in_utc(value: Any) -> Any:
-    """A time that names no zone, where the message says that such are in UTC."""
+    """Return a time with the zone UTC if it names none. The message says that such times are in UTC."""
     if not isinstance(value, str):
         return value
     try:

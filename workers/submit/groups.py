@@ -1,8 +1,11 @@
-"""Messages that are gathered while Celery publishes them, and stored a chunk at a time: bulk submission, large groups;
-or all at once, where they are part of a transaction of the caller's: groups and chords.
+"""Gathering of messages while Celery publishes them, to store them a chunk at a time or all at once.
 
-Within `gathering(...)` what this thread publishes is built by Celery's own code up to the moment at which its sender
-hands the message over. What Celery does after that (signals, the event `task-sent`) waits until the chunk is stored.
+Bulk submissions and large groups are stored a chunk at a time. Groups and chords in a transaction of the caller's are
+stored all at once.
+
+Within `active(gathering)`, Celery's own code builds each message that this thread publishes, up to the moment at which
+its sender hands the message over. Celery's next steps, signals and the event `task-sent`, wait until the chunk is
+stored.
 """
 
 from __future__ import annotations
@@ -29,11 +32,11 @@ _here = threading.local()
 
 
 class _HandedOver(Exception):
-    """Celery's sender has handed its message over, and does no more."""
+    """Signal that Celery's sender has handed its message over, and does no more."""
 
 
 class _Catcher:
-    """Stands for kombu's producer: keeps what Celery's sender would publish, and leaves the sender there."""
+    """Stand-in for kombu's producer: keeps the message that Celery's sender would publish, and leaves the sender."""
 
     def __init__(self, producer: Any) -> None:
         self._producer = producer
@@ -49,39 +52,39 @@ class _Catcher:
 
 
 class Gathering:
-    """What one app publishes in this thread. `jobs`: where they go."""
+    """Messages that one app publishes in this thread. They go to `jobs`."""
 
     def __init__(self, app: Celery, jobs: Chunks) -> None:
         self.amqp: Any = app.amqp
         self._app = app
         self._jobs = jobs
-        #: What makes and sends a message like the newest one, given its id and its arguments.
+        #: Functions that make a message like the newest one, of its id and its arguments, and that send it.
         self._make: Callable[[str, Any], Any] | None = None
         self._send: Callable[[Any], None] | None = None
-        #: Whether something holds the newest job back that concerns it alone.
+        #: True if the newest job has constraints, which concern it alone.
         self._gated = False
-        #: Messages so far.
+        #: Number of messages so far.
         self.count = 0
 
     @property
     def repeats(self) -> bool:
-        """Whether there has been one message, which `repeat` can make again."""
+        """Return True if there has been one message, which `repeat` can make again."""
         return self.count == 1 and self._make is not None and not self._gated
 
     def repeat(self, job: str, args: Any) -> None:
-        """Another message like the newest one, for another job."""
+        """Publish another message like the newest one, for another job."""
         assert self._make is not None and self._send is not None, "the caller asks `repeats`"
         self._send(self._make(job, args))
 
     def made(self, name: str, kwargs: Any, more: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """The call by which the newest message was made."""
+        """Remember the call that made the newest message."""
         options = {"origin": anon_nodename(), **options}
         del options["argsrepr"]
         make = self.amqp.create_task_message
         self._make = lambda job, args: make(job, name, args, kwargs, *more, **options)
 
     def publish(self, plain: Callable[..., Any], producer: Any, name: str, message: Any, options: Any) -> None:
-        """In place of Celery's sender `plain`."""
+        """Take a message in place of Celery's sender `plain`."""
         self._send = lambda another: self._publish(plain, None, name, another, options)
         self._publish(plain, producer, name, message, options)
 
@@ -100,7 +103,7 @@ class Gathering:
             self._jobs.add(job, after)
 
     def encode(self, body: Any, options: dict[str, Any]) -> NewJob:
-        """The job that a message makes, as its sender published it."""
+        """Return the job that a message makes, as its sender published it."""
         properties = {name: value for name, value in options.items() if name not in _PUBLISHING}
         exchange, key = options["exchange"], options["routing_key"]
         job: NewJob = self.amqp.job_sender.encoded(
@@ -114,7 +117,7 @@ class Gathering:
         return job
 
     def _after(self, name: str, message: Any, options: dict[str, Any], caught: _Catcher) -> After:
-        """What Celery's sender does when it has published a message."""
+        """Return a callback with the steps of Celery's sender after a publish. None where nobody listens."""
         event = message[3]
         if not (signals.after_task_publish.receivers or signals.task_sent.receivers or event):
             return None
@@ -146,7 +149,7 @@ class Gathering:
         return after
 
 
-#: What Celery's sender passes to a producer besides the properties of the message.
+#: Options that Celery's sender passes to a producer besides the properties of the message.
 _PUBLISHING: Final = frozenset(
     {
         "headers",
@@ -165,14 +168,14 @@ _PUBLISHING: Final = frozenset(
 
 
 def here(amqp: Any) -> Gathering | None:
-    """What gathers the messages that this thread publishes by an app's AMQP, None where each goes by itself."""
-    found: Gathering | None = getattr(_here, "gathering", None)
-    return found if found is not None and found.amqp is amqp else None
+    """Return this thread's gathering for an app's AMQP, None where each message goes by itself."""
+    gathering: Gathering | None = getattr(_here, "gathering", None)
+    return gathering if gathering is not None and gathering.amqp is amqp else None
 
 
 @contextmanager
 def active(gathering: Gathering | None) -> Iterator[None]:
-    """Within, this thread publishes into a gathering; None: as if there were none."""
+    """Publish into a gathering within the block, in this thread. None: publish as if there were no gathering."""
     before = getattr(_here, "gathering", None)
     _here.gathering = gathering
     try:
@@ -183,8 +186,11 @@ def active(gathering: Gathering | None) -> Iterator[None]:
 
 @contextmanager
 def stored_together(app: Celery, jobs: Chunks) -> Iterator[Gathering]:
-    """What is gathered within is stored at the end, if not before. An error leaves what was taken before it accepted:
-    it is raised as it is where nothing of that stands, else as the cause of `PartlyAccepted`."""
+    """Gather jobs within the block, and store them by its end.
+
+    After an error the jobs that were taken before it are accepted. The error is raised as it is where none of them
+    stays, or else as the cause of `PartlyAccepted`. A `LeaseLost` is always raised as it is.
+    """
     try:
         yield Gathering(app, jobs)
         jobs.flush()
@@ -197,20 +203,20 @@ def stored_together(app: Celery, jobs: Chunks) -> Iterator[Gathering]:
                 first = another
         if isinstance(first, LeaseLost) or not jobs.stand:
             raise first from first.__cause__
-        said = f"{jobs.accepted} jobs were accepted, then one was not: {first}"
-        raise PartlyAccepted(jobs.accepted, jobs.unknown, said) from first
+        message = f"{jobs.accepted} jobs were accepted, then one was not: {first}"
+        raise PartlyAccepted(jobs.accepted, jobs.unknown, message) from first
     finally:
         jobs.close()
 
 
 @contextmanager
 def within_session(app: Celery, session: Any) -> Iterator[None]:
-    """What is published within is written at its end, into the transaction of a session: all of it, or nothing.
+    """Write all jobs that are published within the block into a session's transaction, or none of them.
 
-    Nothing is written before all is known to be right; what Postgres refuses after that fails the whole transaction.
-    Raises `InvalidRequest` for a session that cannot be used, before anything is published.
+    They are written at the end of the block, when all are known to be right. A refusal by Postgres after that fails the
+    whole transaction. Raises `InvalidRequest` for a session that cannot be used, before anything is published.
     """
-    # (It loads SQLAlchemy's ORM.)
+    # Imported late: it loads SQLAlchemy's ORM.
     from celery_capacity.workers.submit.caller_session import Transaction
 
     transaction = Transaction(app.amqp.job_sender, app.platform, session)
@@ -225,8 +231,10 @@ def within_session(app: Celery, session: Any) -> Iterator[None]:
 
 
 def in_transaction(apply_async: Callable[..., Any]) -> Callable[..., Any]:
-    """Celery's `chord.apply_async`, which hands its options on to the messages of its header, where a session cannot
-    be: here all that it publishes is part of the session's transaction."""
+    """Wrap Celery's `chord.apply_async`, so that all it publishes is part of a session's transaction.
+
+    Celery's own hands its options on to the messages of its header, and a session cannot be there.
+    """
 
     @wraps(apply_async)
     def applied(self: Any, *args: Any, session: Any = None, **options: Any) -> Any:
@@ -238,7 +246,7 @@ def in_transaction(apply_async: Callable[..., Any]) -> Callable[..., Any]:
         if app.conf.task_always_eager:
             return apply_async(self, *args, **options)
         if isinstance(self.tasks, _regen):
-            # What the caller's own code publishes while it makes the header is no part of this.
+            # Make the header first: jobs that the caller's own code publishes meanwhile are no part of this.
             list(self.tasks)
         with within_session(app, session):
             return apply_async(self, *args, **options)
@@ -247,8 +255,10 @@ def in_transaction(apply_async: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_chunks(apply_tasks: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
-    """Celery's `group._apply_tasks`, whose tasks go together where the group's app is on the platform. (Group is a
-    class that people import: no app has one of its own.)"""
+    """Wrap Celery's `group._apply_tasks`, so that the tasks go together where the group's app is on the platform.
+
+    `group` is a class that people import: no app has one of its own.
+    """
 
     @wraps(apply_tasks)
     def applied(
@@ -260,21 +270,23 @@ def in_chunks(apply_tasks: Callable[..., Iterable[Any]]) -> Callable[..., Iterab
             with within_session(app, options.pop("session")):
                 return list(apply_tasks(self, _aside(tasks), producer, app, *more, **options))
         attempt = attempts.current()
-        # What the worker itself publishes may not wait, or waits for Postgres; and in a group within a group the outer
-        # one gathers.
+        # A job that the worker itself publishes may not wait, or waits for Postgres. In a group within a group the
+        # outer one gathers.
         alone = attempt is not None and (attempt.deferred or attempt.patient is not None)
         if not on_platform or alone or here(app.amqp) is not None:
             return apply_tasks(self, tasks, producer, app, *more, **options)
         jobs = Chunks(app.amqp.job_sender, app.platform, attempt)
-        with stored_together(app, jobs) as found, active(found):
+        with stored_together(app, jobs) as gathering, active(gathering):
             return list(apply_tasks(self, _aside(tasks), producer, app, *more, **options))
 
     return applied
 
 
 def _aside(tasks: Iterable[Any]) -> Iterator[Any]:
-    """The same; what their own code publishes while it makes them (a generator of the user's) is not gathered: it may
-    wait for that."""
+    """Yield tasks, and do not gather the jobs that their iterator publishes.
+
+    A generator of the user's may publish jobs while it makes the tasks, and may wait for them.
+    """
     iterator = iter(tasks)
     while True:
         with active(None):
@@ -286,7 +298,7 @@ def _aside(tasks: Iterable[Any]) -> Iterator[Any]:
 
 
 def connect() -> None:
-    """Have groups go together, and chords with a session. Once for all apps."""
+    """Have Celery store groups together, and accept a session for chords. One call serves all apps."""
     if not hasattr(canvas.group._apply_tasks, "__wrapped__"):
         canvas.group._apply_tasks = in_chunks(canvas.group._apply_tasks)
         canvas._chord.apply_async = in_transaction(canvas._chord.apply_async)

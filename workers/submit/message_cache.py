@@ -1,12 +1,12 @@
-"""Calls that are alike.
+"""Templates of messages, for calls that are alike.
 
 Celery makes the message of each call anew: options, routes, headers, serialiser, signals. Two ordinary calls of a task
-with the same options give the same message but for the id and the arguments. So the first ones go through Celery, a
-template is kept of what came of them, and the next ones fill that in, for a third of the time.
+with the same options give the same message but for the id and the arguments. So the first calls go through Celery, and
+a template of their message is kept. The next calls fill the template in, for a third of the time.
 
-A call is ordinary where all that its message depends on is a simple option, is part of the state of the task and the
-app that is looked at each time, or is filled in. All others go through Celery: with other options, in a task that runs,
-while somebody listens to Celery's signals, with routers or classes of the app's own.
+A call is ordinary where each thing that its message depends on is a simple option, or is filled in, or belongs to the
+state of the task and the app. That state is looked at each time. All other calls go through Celery: with other options,
+in a task that runs, while somebody listens to Celery's signals, with routers or classes of the app's own.
 """
 
 from __future__ import annotations
@@ -42,25 +42,26 @@ from celery_capacity.workers.submit.encoding import encode
 from celery_capacity.workers.submit.groups import here
 from celery_capacity.workers.submit.router import Router
 
-#: What Celery's own code reads of a task for its message, and ours.
+#: Attributes of a task that Celery's own code and ours read for its message.
 _OF_TASK: Final = attrgetter(
     *("__class__", "name", "_exec_options", "ignore_result", "time_limit", "soft_time_limit"),
     *("_dump_pydantic_arguments", "cpus", "memory", "gpus", "resources", "rerun", "unique", "unique_for", "rate_limit"),
 )
-#: The same of the app's AMQP. (The serialiser and the like belong to the sender that Celery makes once.)
+#: Attributes of the app's AMQP that its messages depend on. The serialiser and the like belong to the sender, which
+#: Celery makes once.
 _OF_AMQP: Final = ("create_task_message", "send_task_message", "router", "queues", "default_queue")
 #: Options with which a call may be ordinary, and the types of their values.
 _OPTIONS: Final = frozenset(
     {"ignore_result", "priority", "queue", "serializer", "time_limit", "soft_time_limit", RERUN, *REQUEST_OPTIONS}
 )
 _SIMPLE: Final = frozenset({str, int, bool})
-#: The serialiser of kombu's that templates write with.
+#: Kombu's serialiser that templates write with.
 JSON: Final = "json"
 #: Types of a request's amounts that cannot change while they are the same object.
 _AMOUNTS: Final = frozenset({type(None), int, float, str})
-#: Tasks whose request is that of others that they call, and the platform's messages, which make no job.
+#: Prefixes of tasks that take the request of the tasks they call, and of the platform's messages, which make no job.
 _SPECIAL: Final = (CANVAS_PREFIX, PLATFORM_PREFIX)
-#: The headers of a message that has nothing of anybody else's.
+#: Headers of a message to which nobody else has added one.
 _HEADERS: Final = frozenset(
     {
         *("lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id"),
@@ -68,9 +69,10 @@ _HEADERS: Final = frozenset(
         *("stamps", HEADER),
     }
 )
-#: What follows a task that nothing follows: the third part of a body.
+#: Third part of the body of a task that nothing follows.
 _NOTHING: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-#: Kinds of calls that an app keeps, and how often one is learnt anew: what changes all the time is not worth it.
+#: Kinds of calls that an app keeps, and how often one kind is learnt anew. A kind that changes all the time is not
+#: worth it.
 MOST_KINDS: Final = 1000
 MOST_CHANGES: Final = 100
 
@@ -82,8 +84,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """One kind of calls, and the state in which they are alike. `first`: the job of one of them, without its message,
-    which has the arguments."""
+    """Kind of calls, and the state in which they are alike.
+
+    `first`: the job of one of these calls, without its message, which has the arguments.
+    """
 
     state: tuple[Any, ...]
     first: NewJob
@@ -101,31 +105,35 @@ class Templates:
         self._app = app
         self._stores = stores
         self._kinds: dict[Any, _Kind] = {}
-        #: Kinds that were seen, and how often they were learnt.
+        #: Kinds that were seen -> how often they were learnt.
         self._seen: dict[Any, int] = {}
 
     def apply_async(
         self, task: Any, plain: Callable[..., Any], args: Any, kwargs: Any, options: Mapping[str, Any]
     ) -> Any:
-        """As `plain`, which is the task's own of Celery. Raises what that raises."""
+        """Submit a call by a template, or else by `plain`, the task's own method of Celery.
+
+        Raises what `plain` raises.
+        """
         if not self._is_ordinary(task, plain, args, kwargs, options):
             return plain(args, kwargs, **options)
-        # (True equals 1, and is written otherwise. The state has the task itself, whose class may say what equals it.)
+        # The key has the type of a value: True equals 1, and is written otherwise. It has the id of the task, whose
+        # class may say what equals it. The state has the task itself.
         key = (id(task), *[(option, type(value), value) for option, value in options.items() if option != "task_id"])
         learnt = self._seen.get(key)
         if learnt is None:
-            # Options that are other ones each time come once.
+            # A kind whose options differ each time comes only once.
             self._note(key, 0)
             return plain(args, kwargs, **options)
         amqp = self._app.amqp
         kind = self._kinds.get(key)
         try:
             state = self._state(task, amqp)
-            known = kind is not None and all(map(is_, state, kind.state)) and _goes_there(kind, amqp)
+            is_alike = kind is not None and all(map(is_, state, kind.state)) and _goes_there(kind, amqp)
         except Exception:
-            # Of a property of the task's own, say. Where Celery meets it too, it is its to raise.
+            # A property of the task's own may raise, say. Where Celery meets the error too, Celery raises it.
             return plain(args, kwargs, **options)
-        if kind is not None and known:
+        if kind is not None and is_alike:
             if task.typing and hasattr(task, "__header__"):
                 task.__header__(*(args or ()), **(kwargs or {}))
             return self._send(kind, task, amqp, args, kwargs, options.get("task_id"))
@@ -141,7 +149,8 @@ class Templates:
                 self._note(key, learnt + 1)
                 self._learn(key, task, state, producer, args, kwargs, options)
         except Exception:
-            # The job is accepted, and whoever is told otherwise sends it again. (It may be what a signal raises.)
+            # The job is accepted. A caller that gets an error sends it again. The error may be one that a signal
+            # raises.
             logger.debug("no template of %s was made", task.name, exc_info=True)
         return result
 
@@ -152,7 +161,7 @@ class Templates:
         self._seen[key] = times
 
     def _is_ordinary(self, task: Any, plain: Any, args: Any, kwargs: Any, options: Mapping[str, Any]) -> bool:
-        """Whether nothing takes part in this call but what Celery and the platform always do."""
+        """Return True if only the usual code of Celery and the platform takes part in this call."""
         app, conf = self._app, self._app.conf
         for option, value in options.items():
             if not (option == "task_id" or (option in _OPTIONS and type(value) in _SIMPLE)):
@@ -173,9 +182,11 @@ class Templates:
         )
 
     def _state(self, task: Any, amqp: Any) -> tuple[Any, ...]:
-        """All else that the messages of a task's calls depend on, at this moment: they are alike while each is the same
-        object."""
-        # (Nothing is made here: Celery makes it in its order, and its errors come first.)
+        """Return all else that the messages of a task's calls depend on, at this moment.
+
+        The messages are alike while each item is the same object.
+        """
+        # Nothing is made here: Celery makes it in its order, and its errors come first.
         made, stores = vars(amqp), self._stores.made
         routes = made["router"].routes if "router" in made else ()
         return (
@@ -209,19 +220,19 @@ class Templates:
         return result
 
     def _fill(self, kind: _Kind, amqp: Any, job: Any, args: Any, kwargs: Any, may_ask: bool = True) -> NewJob:
-        """The job of a call. Raises `InvalidRequest`, `MessageTooDeep`, `MessageTooLarge` as the sender."""
+        """Return the job of a call. Raises `InvalidRequest`, `MessageTooDeep`, `MessageTooLarge` as the sender."""
         first, args, kwargs = kind.first, args or (), kwargs or {}
-        said = {"argsrepr": amqp.shown("argsrepr", args), "kwargsrepr": amqp.shown("kwargsrepr", kwargs)}
-        body = encode((args, kwargs, _NOTHING), {"task": first.name, **said}, None, None)[0]
+        filled = {"argsrepr": amqp.shown("argsrepr", args), "kwargsrepr": amqp.shown("kwargsrepr", kwargs)}
+        body = encode((args, kwargs, _NOTHING), {"task": first.name, **filled}, None, None)[0]
         check_body(body, first.name)
         gates = amqp.job_sender.rates.gates({"task": first.name, HEADER: {}}, HEADER, may_ask)
         check_job_id(job)
-        said |= {"origin": origin(os.getpid()), "reply_to": self._app.thread_oid}
+        filled |= {"origin": origin(os.getpid()), "reply_to": self._app.thread_oid}
         return NewJob(
             job,
             first.name,
             first.shape,
-            kind.template.fill(job, body, self._stores.settings.max_message, **said),
+            kind.template.fill(job, body, self._stores.settings.max_message, **filled),
             first.priority,
             first.declared,
             first.queue,
@@ -240,7 +251,7 @@ class Templates:
         kwargs: Any,
         options: Mapping[str, Any],
     ) -> None:
-        """Celery published the job of such a call by `producer`, in this state."""
+        """Keep a template of the job that Celery published by `producer`, if the call is of an ordinary kind."""
         job, amqp = producer.job, self._app.amqp
         options = {**task._get_exec_options(), "ignore_result": task.ignore_result, **options, "task_id": None}
         routed = _routed(amqp, task.name)
@@ -254,24 +265,24 @@ class Templates:
             return
         first = replace(job, message=b"", gates=None)
         kind = _Kind(state, first, Template.of(job.message), options["ignore_result"], routed, queue, name)
-        # What was not thought of shows here: the template gives what Celery gave.
+        # Safety check: keep the template only if it gives exactly Celery's job.
         if self._fill(kind, amqp, job.id, args, kwargs, may_ask=False) == job:
             self._kinds[key] = kind
 
 
 def _queue(amqp: Any, name: str) -> Any:
-    """As Celery finds it, without making one."""
+    """Return the queue that Celery finds, without making one."""
     queues = amqp.queues
     return queues.aliases.get(name) or queues.get(name)
 
 
 def _routed(amqp: Any, name: str) -> Mapping[str, Any]:
-    """What the routes behind the platform's say of a task."""
-    return next((found for route in amqp.router.routes[1:] if (found := route(name)) is not None), {})
+    """Return the options that the routes behind the platform's give a task."""
+    return next((options for route in amqp.router.routes[1:] if (options := route(name)) is not None), {})
 
 
 def _goes_there(kind: _Kind, amqp: Any) -> bool:
-    """Whether calls still go where those of the kind went."""
+    """Return True if calls still go where those of the kind went."""
     return _queue(amqp, kind.queue_name) is kind.queue and _routed(amqp, kind.first.name) == kind.routed
 
 
@@ -292,7 +303,10 @@ def _is_plain_task(task: Any) -> bool:
 
 
 def _is_plain_app(app: Celery) -> bool:
-    """Whether what makes and sends a message is Celery's and the platform's, with nothing around or in between."""
+    """Return True if only Celery's and the platform's code makes and sends a message.
+
+    Nothing may be around it or in between.
+    """
     amqp: Any = app.amqp
     if type(amqp).__mro__[1:3] != (PlatformAMQP, celery_amqp.AMQP):
         return False
@@ -314,13 +328,16 @@ def _is_plain_app(app: Celery) -> bool:
 
 
 def sends_plainly(app: Celery) -> bool:
-    """Whether `send_task` is Celery's with the platform's around it, and nothing else."""
+    """Return True if `send_task` is Celery's with the platform's around it, and nothing else."""
     around, wrapped = app.send_task, getattr(app.send_task, "__wrapped__", None)
     return is_of(around, validation) and is_of(wrapped, celery_base) and is_of(type(app).send_task, celery_base)
 
 
 def is_of(function: Any, module: Any) -> bool:
-    """Whether a function was written in a module. (What wraps one may answer as that one to all but `type`: wrapt.)"""
+    """Return True if a function was written in a module.
+
+    A wrapper, of wrapt say, may answer like its function to everything but `type`.
+    """
     return type(function) in (FunctionType, MethodType) and function.__globals__ is vars(module)
 
 

@@ -27,13 +27,16 @@ from celery_capacity.workers.submit.canvas import COORDINATING, UNLOCKING, calle
 Declarations = Mapping[str, Mapping[str, Any]]
 #: Seconds for which a sender trusts the declarations that it read.
 DECLARATIONS_FOR: Final = 10.0
-#: What people write for the names of a request, and what they mean.
+#: Wrong names of a request's options that people write -> the right ones.
 MISSPELT: Final = {"cpu": "cpus", "mem": "memory", "ram": "memory", "gpu": "gpus", "resource": "resources"}
 
 
 class Router:
-    """`task_routes` entry. Knows a task's declaration from the task itself, also where it is sent by its name, or else
-    from what workers published."""
+    """Entry of `task_routes` that gives each task its request.
+
+    It knows a task's declaration from the task itself, also where it is sent by its name. For a task that is not here
+    it reads the declarations that workers published.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,7 @@ class Router:
         self._stores = stores
         self._tasks = tasks
         self._published: dict[str, Request] = {}
-        #: Those of them that run only until their first loss.
+        #: Published tasks that run only until their first loss.
         self._never_again: set[str] = set()
         self._published_until = 0.0
 
@@ -55,19 +58,19 @@ class Router:
             raise InvalidRequest(f"apply_async({option}=...) of {name} is not an option", value=option, advice=advice)
         call = {option: options.pop(option) for option in REQUEST_OPTIONS if option in options}
         headers = dict(options.get("headers") or {})
-        # (Celery routes a map by the name of the task that it calls.)
-        own = task.name if task is not None else name
-        if own == UNLOCKING:
+        # Celery routes a map by the name of the task that it calls.
+        task_name = task.name if task is not None else name
+        if task_name == UNLOCKING:
             headers = {**mark_of(args), **headers}
-        called = called_by(own, kwargs) if HEADER not in headers else None
+        called = called_by(task_name, kwargs) if HEADER not in headers else None
         if called is not None:
-            # What it needs is what the task needs that it calls; its own signature still has the last word.
+            # A map needs what its called task needs. Its own signature still has the last word.
             name, inner = called
             task, call = None, {**{option: inner[option] for option in REQUEST_OPTIONS if option in inner}, **call}
         headers[HEADER] = self.header(name, headers.get(HEADER), task, call, options.pop("rerun", None))
-        known = task if task is not None else self._tasks().get(name)
-        if not constraints.OPTIONS.isdisjoint(options) or constraints.declares(known):
-            headers[HEADER] |= constraints.header_of(name, args, kwargs, options, known)
+        registered = task if task is not None else self._tasks().get(name)
+        if not constraints.OPTIONS.isdisjoint(options) or constraints.declares(registered):
+            headers[HEADER] |= constraints.header_of(name, args, kwargs, options, registered)
         options["headers"] = headers
         priority = options.get("priority")
         if priority is not None and (
@@ -87,14 +90,17 @@ class Router:
         call: Mapping[str, Any] | None = None,
         rerun: Any = None,
     ) -> dict[str, Any]:
-        """The header `HEADER` of a message. `carried`: what it has already; `call`: what the caller asks for."""
+        """Return the header `HEADER` of a message.
+
+        `carried`: the header that the message has already. `call`: the request that the caller asks for.
+        """
         base, declared = self._base(name, carried, task)
-        found = {"shape": base.merged(call or {}).shape, "declared": declared or bool(call)}
-        return found if self._reruns(name, rerun, carried, task) else {**found, RERUN: False}
+        header = {"shape": base.merged(call or {}).shape, "declared": declared or bool(call)}
+        return header if self._reruns(name, rerun, carried, task) else {**header, RERUN: False}
 
     def _base(self, name: str, carried: Any, task: Any) -> tuple[Request, bool]:
         if isinstance(carried, Mapping):
-            # (In which queue, is said anew: a retry may go to another one.)
+            # The queue is written anew, because a retry may go to another one.
             return Request.from_shape(str(carried.get("shape"))).within(DEFAULT_QUEUE), bool(carried.get("declared"))
         base, declared = self._declared(name, task)
         if rules := self._stores.requests:
@@ -102,16 +108,20 @@ class Router:
         return base, declared
 
     def _declared(self, name: str, task: Any) -> tuple[Request, bool]:
-        known = task if task is not None else self._tasks().get(name)
-        if known is not None:
-            return declared_by(known, self._stores.settings.default_cpus), True
+        registered = task if task is not None else self._tasks().get(name)
+        if registered is not None:
+            return declared_by(registered, self._stores.settings.default_cpus), True
         published = self.published().get(name)
         if published is not None:
             return published, True
         return Request.from_options({}, self._stores.settings.default_cpus), False
 
     def _reruns(self, name: str, called: Any, carried: Any, task: Any) -> bool:
-        """Whether another attempt follows a lost one: as the call says, or else the message of a retry, or the task."""
+        """Return True if another attempt follows a lost one.
+
+        The first of these that says so decides: the call, the header of a retry, the file of `PLATFORM_REQUESTS`, the
+        task, the published declaration.
+        """
         if called is not None:
             return check_rerun(called, f"apply_async(rerun=...) of {name}")
         if isinstance(carried, Mapping):
@@ -119,45 +129,48 @@ class Router:
         rule = self._stores.requests.of(name)
         if rule is not None and rule.rerun is not None:
             return rule.rerun
-        known = task if task is not None else self._tasks().get(name)
-        if known is not None:
-            return reruns(known)
+        registered = task if task is not None else self._tasks().get(name)
+        if registered is not None:
+            return reruns(registered)
         return name not in self._never_again
 
     def published(self) -> dict[str, Request]:
-        """What workers declared, read from the ledger at most every `DECLARATIONS_FOR` seconds."""
+        """Return the requests that workers published, read at most every `DECLARATIONS_FOR` seconds from the ledger."""
         now = time.monotonic()
         if now >= self._published_until:
             self._published_until = now + DECLARATIONS_FOR
             try:
-                found: Any = self._stores.sending.ask(lambda ledger: ledger.client.hgetall(keys.DECLARATIONS))
+                reply: Any = self._stores.sending.ask(lambda ledger: ledger.client.hgetall(keys.DECLARATIONS))
             except PlatformError:
-                # The submit itself will say what is wrong.
+                # The submit itself reports the error.
                 return self._published
-            if found is None:
-                # No answer: the last that was read serves on.
+            if reply is None:
+                # No answer: the declarations that were read before stay in use.
                 return self._published
-            declared = {text(key): json.loads(value) for key, value in found.items()}
-            self._never_again = {name for name, said in declared.items() if said.pop(RERUN, True) is False}
-            self._published = {name: Request.from_people(said) for name, said in declared.items()}
+            declared = {text(key): json.loads(value) for key, value in reply.items()}
+            self._never_again = {name for name, fields in declared.items() if fields.pop(RERUN, True) is False}
+            self._published = {name: Request.from_people(fields) for name, fields in declared.items()}
         return self._published
 
 
 def check_rerun(value: Any, what: str) -> bool:
-    """`rerun` as a person gives it. Raises `InvalidRequest`."""
+    """Return `rerun` as a person gives it. Raises `InvalidRequest` for other values than True and False."""
     if isinstance(value, bool):
         return value
     raise InvalidRequest(f"{what}: {show(value)} is not valid", value=value, advice="It must be True or False.")
 
 
 def reruns(task: Any) -> bool:
-    """What a task declares by `@app.task(rerun=False)`."""
+    """Return the value of `rerun` that a task declares, as by `@app.task(rerun=False)`."""
     return check_rerun(getattr(task, RERUN, True), f"the declaration of task {task.name}: rerun")
 
 
 def declaration(task: Any, default_cpus: int, rules: RequestRules = NO_RULES) -> dict[str, Any]:
-    """What workers publish of a task: its request as people write it, and that it does not run again. `rules`: what the
-    file of `PLATFORM_REQUESTS` says over the task."""
+    """Return the declaration of a task that workers publish.
+
+    It has the task's request as people write it, and `rerun` where the task does not run again. `rules`: the file of
+    `PLATFORM_REQUESTS`, which overrides the task.
+    """
     people: dict[str, Any] = rules.over(task.name, declared_by(task, default_cpus)).to_people()
     rule = rules.of(task.name)
     again = reruns(task) if rule is None or rule.rerun is None else rule.rerun
@@ -165,7 +178,7 @@ def declaration(task: Any, default_cpus: int, rules: RequestRules = NO_RULES) ->
 
 
 def declared_by(task: Any, default_cpus: int) -> Request:
-    """The request that a task declares by its attributes: `@app.task(cpus=4, memory="2GiB")`. Errors name the task."""
+    """Return the request that a task's attributes declare: `@app.task(cpus=4, memory="2GiB")`. Errors name the task."""
     if task.name in COORDINATING:
         return Request.of({})
     options = {option: getattr(task, option, None) for option in REQUEST_OPTIONS}
@@ -183,11 +196,11 @@ def _declared(cpus: Any, memory: Any, gpus: Any, default_cpus: int) -> Request:
     try:
         return _cached(cpus, memory, gpus, default_cpus)
     except TypeError:
-        # What cannot be hashed is no amount, and the parser says so.
+        # A value that cannot be hashed is no amount, and the parser says so.
         return Request.from_options({"cpus": cpus, "memory": memory, "gpus": gpus}, default_cpus)
 
 
-# Typed: True equals 1, and is no number of CPUs.
+# Typed, because True equals 1 and is no number of CPUs.
 @lru_cache(maxsize=1024, typed=True)
 def _cached(cpus: Any, memory: Any, gpus: Any, default_cpus: int) -> Request:
     return Request.from_options({"cpus": cpus, "memory": memory, "gpus": gpus}, default_cpus)

@@ -1,4 +1,4 @@
-"""Accepting a job: the durable row first, then the admission. Behind Celery's own sender, which calls `publish`."""
+"""Acceptance of a job: the durable row first, then the admission. Celery's own sender calls it by `publish`."""
 
 from __future__ import annotations
 
@@ -57,19 +57,21 @@ from celery_capacity.workers.submit.validation import (
     stamps_of,
 )
 
-#: Where Celery carries on what a task saw as self.request.attempt.
+#: Header in which Celery carries on the value that a task saw as `self.request.attempt`.
 ATTEMPT_HEADER: Final = "attempt"
-#: Seconds for which what attempts publish is kept without asking a Postgres that did not answer.
+#: Seconds for which jobs that attempts publish are kept, without asking a Postgres that did not answer.
 POSTGRES_PAUSE: Final = 2.0
-#: Seconds between tries of whoever waits for Postgres.
+#: Seconds between tries of an attempt that waits for Postgres.
 AGAIN_AFTER: Final = 0.2
 
 logger = logging.getLogger(__name__)
 
 
 class Sender:
-    """Makes rows of Celery's messages and brings them to the ledger. `zone`: that of times which name none. `accepted`:
-    the content types that workers read."""
+    """Sender that makes rows of Celery's messages and brings them to the ledger.
+
+    `zone`: the zone of times that name none. `accepted`: the content types that workers read.
+    """
 
     def __init__(
         self,
@@ -83,19 +85,19 @@ class Sender:
         self._zone = zone
         self._keep_until = 0.0
         self._accepted = accepted
-        #: Of the tasks of the whole cluster.
+        #: Rates of the tasks of the whole cluster.
         self.rates = Rates(stores)
         self._backlog = backlog_limit.BacklogLimit(self._waiting, lambda: stores.engine)
 
     def accept(self, body: Any, **message: Any) -> NewJob:
-        """Accept a message as Celery publishes it (as `encoded`). When this returns, the job is durable."""
+        """Accept a message as Celery publishes it, with the parameters of `encoded`. The job is durable on return."""
         with self._in_time():
             job = self.encoded(body, **message)
             self.store(job)
         return job
 
     def _in_time(self) -> deadlines.within:
-        """All that one job asks Postgres ends within the setting."""
+        """Return the deadline within which all that one job asks Postgres ends, by the setting."""
         return deadlines.within(self._stores.settings.store_timeout)
 
     def encoded(
@@ -108,7 +110,7 @@ class Sender:
         routing_key: str | None,
         properties: Mapping[str, Any],
     ) -> NewJob:
-        """The job that such a message makes; nothing is written. Raises `InvalidRequest` and `Unsupported`."""
+        """Return the job of a message, and write nothing. Raises `InvalidRequest` and `Unsupported`."""
         if isinstance(body, Mapping):
             body, headers = to_protocol2(body, headers)
         raw, content_type, content_encoding, wire = encode(body, headers, serializer, compression)
@@ -136,7 +138,7 @@ class Sender:
         queue: str,
         properties: Mapping[str, Any],
     ) -> NewJob:
-        """The same as `encoded`."""
+        """Return the job of a message that is encoded already, and write nothing. Raises as `encoded` does."""
         if content_type not in self._accepted:
             # No worker of this configuration would read it.
             serializer = serialization.registry.type_to_name.get(content_type, content_type)
@@ -152,8 +154,7 @@ class Sender:
         return self._job(body, content_type, content_encoding, headers, queue, properties, may_ask)
 
     def admits(self, attempt: Attempt | None) -> None:
-        """Raise `BacklogFull` where too many jobs wait. (What an attempt publishes is part of a job that was
-        accepted.)"""
+        """Raise `BacklogFull` where too many jobs wait. An attempt publishes as part of a job that was accepted."""
         if attempt is None:
             self._backlog.check(self._stores.settings.max_backlog)
 
@@ -165,13 +166,13 @@ class Sender:
             self.store_for(attempt, job)
 
     def store_for(self, attempt: Attempt | None, job: NewJob) -> None:
-        """The same, in any thread, for the attempt that publishes it."""
+        """Store one job for the attempt that publishes it, and bring it to the ledger. May run in any thread."""
         began, began_ms = self._stores.sending.begin(), time.time() * 1000
         with self._in_time():
             inserted = self._insert(job) if attempt is None else self._insert_for(attempt, job)
         if inserted is None or not inserted.starts:
             return
-        # (A worker's process may end as soon as its task has.)
+        # For an attempt, tell the ledger at once: a worker's process may end as soon as its task has.
         self._to_ledger(job, inserted, began, began_ms, attempt is not None)
 
     def _job(
@@ -198,13 +199,13 @@ class Sender:
         gates = self.rates.gates(wire, HEADER, may_ask)
         check_time_limits(wire.get("timelimit"))
         due_at, expires_at = (check_zoned(wire.get(what), what, self._zone) for what in ("eta", "expires"))
-        # The broker's message is a doorbell: the time is kept by the row alone, and told to the task.
+        # The broker's message is a doorbell: the row alone keeps the time, and the header tells it to the task.
         wire[HEADER].pop(ETA, None)
         eta, wire["eta"] = wire.get("eta"), None
         if eta:
             wire[HEADER][ETA] = str(eta)
         priority = check_priority(properties.get("priority"))
-        # Of a retry or a replacement: the attempt that publishes it.
+        # The attempt that publishes a retry or a replacement.
         publisher = wire.pop(ATTEMPT_HEADER, None)
         wire_properties = {
             "correlation_id": properties.get("correlation_id"),
@@ -242,8 +243,10 @@ class Sender:
         )
 
     def _insert_for(self, attempt: Attempt, job: NewJob) -> Inserted | None:
-        """The same for what an attempt publishes: refused once it has lost its lease; while Postgres is away it goes
-        with the attempt's end, or waits where that has come already."""
+        """Insert a job that an attempt publishes. Raises `LeaseLost` once the attempt has lost its lease.
+
+        While Postgres is away, the job goes with the attempt's end. Where that has come already, this call waits.
+        """
         if attempt.patient is not None:
             return self._insert_patiently(attempt.patient, job)
         if attempt.deferred or time.monotonic() < self._keep_until:
@@ -271,7 +274,7 @@ class Sender:
             pause.wait(AGAIN_AFTER)
 
     def _insert(self, job: NewJob, by: Publisher | None = None) -> Inserted | None:
-        """The durable insert. None where the id belongs to a job that runs, and this is its successor (or known)."""
+        """Insert the row. Returns None where the id exists, and the job is its successor or is known already."""
         try:
             return insert_errors.insert_safely(self._stores, job.id, lambda: self._insert_once(job, by))
         except SameJob as same:
@@ -292,28 +295,28 @@ class Sender:
                 raise SameJob(job.id, inserted.same_as)
             if by is not None and not single.may_publish(connection, by):
                 self.refuse(inserted, job, by)
-            # (What was never retried or replaced succeeds nothing, and whoever only submits may not change a row.)
-            was = successors.put_successor(connection, job) if job.retries or job.nesting else None
-            if was == State.REPLACED:
-                # Its attempt ended long ago; this is the last step of its replacement, and the row goes on with it.
+            # A job never retried or replaced succeeds nothing, and a role that only submits may not change a row.
+            prior_state = successors.put_successor(connection, job) if job.retries or job.nesting else None
+            if prior_state == State.REPLACED:
+                # The attempt ended long ago. This is the last step of its replacement, and the row goes on with it.
                 if job.due_at is None:
                     self._bring(connection, job.id, inserted)
-            elif was is not None:
-                # The row knows; the ledger only spares it a detour.
+            elif prior_state is not None:
+                # The row knows the successor already. The ledger is told to save a detour.
                 self.ask(inserted, lambda ledger: ledger.succeed(job.id, job.message))
             else:
                 self._known(connection, job, inserted)
         return None
 
     def refuse(self, inserted: Inserted, job: NewJob, by: Publisher) -> NoReturn:
-        """An attempt that lost its lease publishes nothing."""
+        """Raise `LeaseLost`: an attempt that lost its lease publishes nothing."""
         self.ask(inserted, lambda ledger: ledger.count("stale.publish"))
         raise LeaseLost(
             f"attempt {by.attempt} of job {by.job} lost its lease: what it publishes, {job.id} ({job.name}), is refused"
         )
 
     def _known(self, connection: Any, job: NewJob, inserted: Inserted) -> None:
-        """The id exists and this is no successor: the same publish again, one that comes too late, or a stale one."""
+        """Handle an existing id that gets no successor: a repeated, a late or a stale publish."""
         row = successors.identity_of(connection, job.id)
         if row is None:
             return
@@ -324,7 +327,7 @@ class Sender:
             )
         if row.state in FINAL and (row.retries, row.nesting) < (job.retries, job.nesting):
             if job.nesting > row.nesting and attempts.current() is not None:
-                # It was revoked before its replacement came to its last step, say. The step before is not to blame.
+                # The job was revoked before the last step of its replacement, say. The step before is not to blame.
                 logger.warning("job %s has ended as %s, the last step of its replacement is dropped", job.id, row.state)
                 return
             raise Unsupported(
@@ -333,26 +336,26 @@ class Sender:
                 advice="Use a new task_id.",
             )
         if row.state == State.ACCEPTED:
-            # It never reached the ledger, or came back from there: what goes now is the row, not this publish.
+            # The job never reached the ledger, or came back from there. Submit the row, not this publish.
             self._bring(connection, job.id, inserted)
 
     def _bring(self, connection: Any, job: str, inserted: Inserted) -> None:
-        """Submit the row as it is."""
+        """Submit the row to the ledger as it is."""
         try:
             rows = backlog.these(connection, [job])
         except DBAPIError as error:
             if getattr(error.orig, "pgcode", None) != NOT_ALLOWED:
                 raise
-            # Whoever only submits may not read messages: the sweep brings it.
+            # A role that only submits may not read messages: the sweep brings the job.
             return
         self.ask(inserted, lambda ledger: resubmit.submit_rows(ledger, rows))
 
     def _waiting(self) -> int | None:
-        """How many jobs wait in the ledger; None where it does not say."""
+        """Return the number of jobs that wait in the ledger. None where it does not say."""
         return self._stores.sending.ask(lambda ledger: backlog_limit.waiting_in_ledger(ledger.client))
 
     def _to_ledger(self, job: NewJob, inserted: Inserted, began: Beginning, began_ms: float, alone: bool) -> None:
-        """Admit or file. Whatever goes wrong here leaves a row that is accepted, which the sweep brings in."""
+        """Admit or file a job. An error here leaves an accepted row, which the sweep brings in."""
         if inserted.seq is None:
             return
         if inserted.authority != "ledger":
@@ -363,8 +366,11 @@ class Sender:
         self._stores.sending.submit(Submission(inserted.epoch, args, len(job.message)), began, alone=alone)
 
     def ask(self, inserted: Inserted, question: Callable[[Ledger], object]) -> bool:
-        """Tell the ledger, in the epoch that this insert confirmed; what it does not hear or take, the duties bring.
-        Where Postgres decides, tell those who take jobs there. Whether the ledger answered."""
+        """Ask the ledger, in the epoch that this insert confirmed. Returns True if it answered.
+
+        The duties bring in a job that the ledger does not hear of or take. Where Postgres decides, wake those who take
+        jobs there instead.
+        """
         if inserted.authority != "ledger":
             self._wake_pullers()
             return False
@@ -376,7 +382,7 @@ class Sender:
         try:
             return self._stores.sending.ask(asked) is not None
         except LedgerClosed:
-            # Cold, or of another epoch: a worker opens it, and brings in what is accepted.
+            # The ledger is cold, or of another epoch: a worker opens it, and brings in the accepted jobs.
             return False
 
     def _wake_pullers(self) -> None:
@@ -384,5 +390,5 @@ class Sender:
             with self._stores.engine.connect() as connection:
                 claims.wake(connection)
         except SQLAlchemyError as error:
-            # They look by themselves, a little later.
+            # The workers look by themselves, a little later.
             logger.info("the workers were not told of a job: %s", error)

@@ -1,11 +1,11 @@
 """`app.submit_many`: a million jobs of one task, as cheap as their messages can be made.
 
-The first job goes through all of Celery's code, as `apply_async` does. What that made of the call (routes, headers,
-times, the request) holds for all others, unless something looks at each call: a router, a task class or an app with
-code of its own, an option that is not known here. Then each job goes the whole way. Either way Celery itself makes each
-message, and its signals are sent for each.
+The first job goes through all of Celery's code, as `apply_async` does. The outcome of that (routes, headers, times, the
+request) holds for all other jobs, unless something looks at each call. That is a router, a task class or an app with
+code of its own, or an option that is not known here. Then each job goes through all of Celery's code. Either way Celery
+itself makes each message, and its signals are sent for each.
 
-Ids are made here: one random part for all, and a number for each. So a handle of a million jobs is a few bytes, and
+Ids are made here: a random part for all jobs, and a number for each. So a handle of a million jobs is a few bytes, and
 their rows and keys stand beside each other.
 """
 
@@ -32,10 +32,10 @@ from celery_capacity.workers.submit.router import Router
 from celery_capacity.workers.submit.task import PlatformTask
 from celery_capacity.workers.submit.validation import is_unique
 
-#: Characters of an id that all have in common, and what numbers the rest can be.
+#: Characters of an id that all jobs of a call have in common, and how many numbers the rest can show.
 _COMMON: Final = 28
 MOST: Final = 16 ** (36 - _COMMON)
-#: Jobs of one chunk at the most: two of them are in memory.
+#: Jobs of one chunk at the most. Two chunks are in memory.
 MOST_IN_CHUNK: Final = 100_000
 #: Options of a call that mean the same for each of its jobs.
 _SAME_FOR_ALL: Final = frozenset(
@@ -67,17 +67,19 @@ _NOT_HERE: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class JobRange(Sequence["AsyncResult[Any]"]):
-    """Jobs that were submitted together, in their order: a sequence of their results, made when they are asked for. It
-    keeps two values, however many jobs there are."""
+    """Jobs that were submitted together, in their order: a sequence of their results.
+
+    A result is made when it is asked for. The sequence keeps two values, however many jobs there are.
+    """
 
     app: Celery
-    #: What their ids have in common.
+    #: First characters, which all ids have in common.
     common: str
-    #: How many there are.
+    #: Number of jobs.
     length: int
 
     def id(self, number: int) -> str:
-        """The id of a job, by its number from 0."""
+        """Return the id of a job by its number, from 0."""
         return f"{self.common}{number:08x}"
 
     def ids(self) -> Iterator[str]:
@@ -95,7 +97,7 @@ class JobRange(Sequence["AsyncResult[Any]"]):
     def __getitem__(self, number: int | slice) -> AsyncResult[Any] | list[AsyncResult[Any]]:
         numbers = range(self.length)[number]
         if isinstance(numbers, range):
-            return [self.app.AsyncResult(self.id(one)) for one in numbers]
+            return [self.app.AsyncResult(self.id(index)) for index in numbers]
         return self.app.AsyncResult(self.id(numbers))
 
 
@@ -110,32 +112,36 @@ def submit_many(
     session: Any = None,
     **options: Any,
 ) -> JobRange:
-    """Submit a job of a task for each item of `arguments` (the positional arguments of one). All are durable when this
-    returns; those of a chunk when `progress` is called with the number so far, in this thread.
+    """Submit a job of a task for each item of `arguments`, the positional arguments of one job.
 
-    `kwargs` and `options` (those of `apply_async`: cpus=, priority=, countdown=, ...) are the same for all. An error of
-    the first chunk's beginning is raised as `delay()` raises it, and nothing was written; a later one as
-    `PartlyAccepted`, with that error as its cause. With a `session` all of it is part of that transaction, and errors
+    All jobs are durable when this returns. Those of a chunk are durable when `progress` is called, in this thread, with
+    the number so far.
+
+    `kwargs` and `options` are the same for all jobs. The options are those of `apply_async`: cpus=, priority=,
+    countdown=, ... Where nothing was written, an error is raised as `delay()` raises it. A later error is raised as
+    `PartlyAccepted`, with that error as its cause. With a `session` all jobs are part of its transaction, and errors
     are raised as they are.
     """
     for option in _NOT_HERE & options.keys():
         raise InvalidRequest(f"submit_many({option}=...) is not an option", value=option, advice="Leave it out.")
     check_chunk(chunk)
-    known: Task | str = app.tasks.get(task, task) if isinstance(task, str) else task
-    if not isinstance(known, str) and is_unique(known):
+    resolved: Task | str = app.tasks.get(task, task) if isinstance(task, str) else task
+    if not isinstance(resolved, str) and is_unique(resolved):
         advice = "Submit its jobs one by one: which of them are others is only known then."
-        raise InvalidRequest(f"task {known.name} is unique, and many are submitted", value=known.name, advice=advice)
+        raise InvalidRequest(
+            f"task {resolved.name} is unique, and many are submitted", value=resolved.name, advice=advice
+        )
     common, number = uuid()[:_COMMON], 0
     sender = app.amqp.job_sender
     within = None
     if session is not None:
-        # (It loads SQLAlchemy's ORM.)
+        # Imported late: it loads SQLAlchemy's ORM.
         from celery_capacity.workers.submit.caller_session import Transaction
 
         within = Transaction(sender, app.platform, session).add
     jobs = Chunks(sender, app.platform, attempts.current(), chunk, progress, within)
     with stored_together(app, jobs) as gathering:
-        call = _Call(app, gathering, known, dict(kwargs or {}), options)
+        call = _Call(app, gathering, resolved, dict(kwargs or {}), options)
         for number, item in enumerate(arguments, 1):
             if number > MOST:
                 raise InvalidRequest(f"{MOST} jobs are the most of one call")
@@ -153,7 +159,7 @@ def check_chunk(chunk: Any) -> None:
 
 
 class _Call:
-    """One call, for all of its jobs."""
+    """Call of `submit_many`, for all of its jobs."""
 
     def __init__(
         self, app: Celery, gathering: Gathering, task: Task | str, kwargs: Mapping[str, Any], options: dict[str, Any]
@@ -178,16 +184,16 @@ class _Call:
         self._gathering.repeat(job, args)
 
     def _whole_way(self, job: str, args: Sequence[Any]) -> None:
-        own = {"task_id": job, "add_to_parent": False}
+        job_options = {"task_id": job, "add_to_parent": False}
         with active(self._gathering):
             if isinstance(self._task, str):
-                self._app.send_task(self._task, args, dict(self._kwargs), **own, **self._options)
+                self._app.send_task(self._task, args, dict(self._kwargs), **job_options, **self._options)
             else:
-                self._task.apply_async(args, dict(self._kwargs), **own, **self._options)
+                self._task.apply_async(args, dict(self._kwargs), **job_options, **self._options)
 
 
 def _is_plain(app: Celery, task: Task) -> bool:
-    """Whether nothing but Celery's and the platform's own code looks at each call."""
+    """Return True if nothing but Celery's and the platform's own code looks at each call."""
     ours = is_of(task.apply_async, platform_task)
     behind: Any = super(PlatformTask, task) if ours and isinstance(task, PlatformTask) else task
     return (

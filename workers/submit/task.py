@@ -1,4 +1,4 @@
-"""The platform's base for tasks: a request is declared by attributes, and a replaced job is known as such."""
+"""The platform's base for tasks: attributes declare a request, and a replaced job is known as such."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from celery_capacity.workers.submit.canvas import REPLACES, Chunks, mark
 
 
 class PlatformTask:
-    """Mixed into the app's task class. `cpus`, `memory`, `gpus`, `resources` are the declared request. (`rate_limit` is
-    Celery's, and holds for the whole cluster.)"""
+    """Mixin for the app's task class. `cpus`, `memory`, `gpus`, `resources` are the declared request.
+
+    `rate_limit` is Celery's, and holds for the whole cluster.
+    """
 
     cpus: float | None = None
     memory: int | str | None = None
     gpus: int | None = None
     resources: dict[str, int] | None = None
-    #: False: it must not start twice by itself. Its first attempt that is lost with its worker or process ends the job.
+    #: False: the job must not start twice by itself. Its first attempt that is lost with its worker or process ends it.
     rerun: bool = True
-    #: True: no two jobs with the same arguments at once. A text: none with this key.
+    #: True: no two jobs with equal arguments at once. A text: no two jobs with this key at once.
     unique: bool | str | None = None
-    #: Seconds after a submission in which an equal one is the same job though that has ended.
+    #: Seconds after a submission in which an equal one is the same job, even if that job has ended.
     unique_for: float | None = None
     request: Any
 
     def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
-        """As Celery's; the messages of calls that are alike are made by a template (`workers.submit.message_cache`)."""
+        """Submit a call as Celery does. Calls that are alike use a template (`workers.submit.message_cache`)."""
         plain = super().apply_async  # type: ignore[misc]
         templates = getattr(self._get_app(), "platform_templates", None)  # type: ignore[attr-defined]
         if more or templates is None:
@@ -39,11 +41,14 @@ class PlatformTask:
         return templates.apply_async(self, plain, args, kwargs, options)
 
     def replace(self, sig: Signature) -> Any:
-        """As Celery's. (Chunks are the group that they are made into, which alone can carry an id on.)"""
+        """Replace as Celery does. Chunks are replaced by their group, which alone can carry an id on."""
         return super().replace(sig.group() if isinstance(sig, chunks) else sig)  # type: ignore[misc]
 
     def on_replace(self, sig: Signature) -> Any:
-        """As Celery's; the job is `replaced` until the last step of the replacement carries its id on."""
+        """Replace as Celery does, and mark the steps of the replacement.
+
+        The job is `replaced` until the last step of the replacement carries its id on.
+        """
         attempt = attempts.current()
         if attempt is None or self.request.is_eager:
             return super().on_replace(sig)  # type: ignore[misc]
@@ -55,11 +60,11 @@ class PlatformTask:
             raise
 
     def chunks(self, it: Iterable[Any], n: int) -> Chunks:
-        """As Celery's; what they are given (`task.chunks(...).set(cpus=8)`) holds for each part."""
+        """Return chunks like Celery's, whose options (`task.chunks(...).set(cpus=8)`) hold for each part."""
         return Chunks(self.s(), it, n, app=self.app)  # type: ignore[attr-defined]
 
     def add_to_chord(self, sig: Signature, lazy: bool = False) -> Any:
-        """As Celery's; what is added to a chord in a replacement is a step of that, too."""
+        """Add a signature to a chord as Celery does. In a replacement it is a step of that, too."""
         replaces = self.request.get(REPLACES)
         if replaces:
             mark(sig, replaces, self.request.replaced_task_nesting or 0)
@@ -67,24 +72,31 @@ class PlatformTask:
 
 
 def task_class(base: Any) -> type:
-    """The app's task class with the platform's in front of it."""
-    found = symbol_by_name(base) if base is not None else Task
-    return _in_front(found, "Task", {"abstract": True, "__module__": __name__})
+    """Return the app's task class with the platform's in front of it."""
+    base_class = symbol_by_name(base) if base is not None else Task
+    return _in_front(base_class, "Task", {"abstract": True, "__module__": __name__})
 
 
 def cover(task: Any) -> Any:
-    """Give the platform's class to a task that does not have it: one that was made before `install`, or whose base
-    derives from `celery.Task` and not from the app's. Returns it."""
+    """Give the platform's class to a task that does not have it, and return the task.
+
+    Such a task was made before `install`, or its base derives from `celery.Task` and not from the app's class.
+    """
     cls = type(task)
     if not issubclass(cls, PlatformTask):
-        told = {name: cls.__dict__[name] for name in ("__module__", "__doc__", "__qualname__") if name in cls.__dict__}
-        # (Its own class is its own alone: Celery makes one for each task.)
-        task.__class__ = _in_front(cls, cls.__name__, told)
+        namespace = {
+            name: cls.__dict__[name] for name in ("__module__", "__doc__", "__qualname__") if name in cls.__dict__
+        }
+        # The task's class is its own alone: Celery makes one for each task.
+        task.__class__ = _in_front(cls, cls.__name__, namespace)
     return task
 
 
 def _in_front(base: type, name: str, namespace: dict[str, Any]) -> type:
-    """A class with the platform's methods before those of `base`, and what `base` declares before our defaults."""
+    """Return a class with the platform's methods before those of `base`.
+
+    Declarations of `base` come before our defaults.
+    """
     declared = {
         attribute: getattr(base, attribute)
         for attribute, value in vars(PlatformTask).items()

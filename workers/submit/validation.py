@@ -1,7 +1,7 @@
-"""What a caller gives to `apply_async` and `send_task`, looked at before Celery does anything with it.
+"""Checks of the arguments of `apply_async` and `send_task`, before Celery does anything with them.
 
-Celery would meet most of this half way, with an error of whatever line it failed in. What the message itself carries
-is looked at once more by the sender, since others make messages too.
+Celery would find most of these errors half way, and report them by whatever line it failed in. The sender checks the
+message itself once more, because other programs make messages too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from celery_capacity.routing.recovery.revocation import stamps_json
 from celery_capacity.workers.broker.lazy_producer import SpareProducer
 from celery_capacity.workers.broker.queues import check_queue
 
-#: Seconds from now, the furthest that a job may be put off (Celery's own bound).
+#: Seconds from now, the furthest that a job may be put off. Celery's own bound.
 MOST_SECONDS: Final = 2**31 - 1
 #: Years within which times must be, so that every time zone can show them.
 YEARS: Final = range(1900, 9999)
@@ -31,13 +31,15 @@ YEARS: Final = range(1900, 9999)
 PARAMETERS: Final = ("name", "args", "kwargs", "countdown", "eta", "task_id", "producer", "connection")
 #: Options by which something follows a job.
 FOLLOWED: Final = ("chain", "chord", "group_id", "link", "link_error")
-#: The most that a counter of retries or replacements may say (a column of Postgres).
+#: Largest value of a counter of retries or replacements, by its column of Postgres.
 MOST_TIMES: Final = 2**31 - 1
 
 
 class SameJob(Exception):
-    """A submission (`refused`, its id) is the same as an earlier one (`first`), and was not accepted. Never reaches the
-    caller: what is sent is the first one."""
+    """Refusal of a submission (`refused`, its id) that is the same as an earlier one (`first`).
+
+    Never reaches the caller, who gets the result of the first one.
+    """
 
     def __init__(self, refused: str, first: str) -> None:
         super().__init__(f"{refused} is the same as {first}")
@@ -46,21 +48,23 @@ class SameJob(Exception):
 
 
 def checking(app: Celery) -> Callable[..., Any]:
-    """The app's `send_task` that looks at the call first, and gives the result of the first of two that must be one.
-    Raises `InvalidRequest`."""
-    known, own = _of_class(app), vars(app).get("send_task")
+    """Return the app's `send_task` with checks of the call in front.
+
+    Of two submissions that must be one job, it gives the result of the first. It raises `InvalidRequest`.
+    """
+    class_sender, instance_sender = _of_class(app), vars(app).get("send_task")
 
     @wraps(app.send_task)
     def checked(*given: Any, **options: Any) -> Any:
-        said = {**dict(zip(PARAMETERS, given, strict=False)), **options}
-        name, args, kwargs, eta = said.get("name", ""), said.get("args"), said.get("kwargs"), said.get("eta")
+        call = {**dict(zip(PARAMETERS, given, strict=False)), **options}
+        name, args, kwargs, eta = call.get("name", ""), call.get("args"), call.get("kwargs"), call.get("eta")
         if not isinstance(name, str):
             raise _wrong("task name", name, "It must be text, such as 'tasks.add'.")
         if args and not isinstance(args, (list, tuple)):
             raise _wrong("args", args, "They must be a list or a tuple.")
         if kwargs and not isinstance(kwargs, Mapping):
             raise _wrong("kwargs", kwargs, "They must be a mapping.")
-        if countdown := said.get("countdown"):
+        if countdown := call.get("countdown"):
             check_seconds(countdown, "countdown")
         if eta is not None and eta != "":
             eta, place = check_time(eta, "eta"), PARAMETERS.index("eta")
@@ -77,11 +81,15 @@ def checking(app: Celery) -> Callable[..., Any]:
         task = options.get("task_type")
         if "unique" in options or "unique_for" in options or (task is not None and is_unique(task)):
             _check_followed(name, options)
-        # (Somebody may have put something in its place since, a test say, and sees the call as it was made.)
-        now = _of_class(app)
-        send_task = own or (now.__get__(app, type(app)) if hasattr(type(now), "__get__") else now)
+        # Other code, a test say, may have put something in its place since. That sees the call as it was made.
+        current_sender = _of_class(app)
+        send_task = instance_sender or (
+            current_sender.__get__(app, type(app)) if hasattr(type(current_sender), "__get__") else current_sender
+        )
         spare = None
-        if now is known and not any(said.get(given) for given in ("producer", "publisher", "connection")):
+        if current_sender is class_sender and not any(
+            call.get(option_name) for option_name in ("producer", "publisher", "connection")
+        ):
             spare = options["producer"] = SpareProducer(app)
         try:
             return send_task(*given, **options)
@@ -95,25 +103,27 @@ def checking(app: Celery) -> Callable[..., Any]:
 
 
 def _of_class(app: Celery) -> Any:
-    """The `send_task` that an app's class has now, not bound."""
+    """Return the `send_task` that an app's class has now, not bound."""
     return next(vars(cls)["send_task"] for cls in type(app).__mro__ if "send_task" in vars(cls))
 
 
 def is_unique(task: Any) -> bool:
-    """Whether a task says of itself that equal submissions of it are one."""
-    said = getattr(task, "unique", None)
-    return said is not False and bool(said or getattr(task, "unique_for", None))
+    """Return True if a task declares that equal submissions of it are one job."""
+    declared = getattr(task, "unique", None)
+    return declared is not False and bool(declared or getattr(task, "unique_for", None))
 
 
 def _check_followed(name: str, options: Mapping[str, Any]) -> None:
-    """What would follow a job (in a chain, a group, a chord, by a link) is never called where it turns out to be an
-    earlier one, and whoever waits for it would wait for ever."""
-    said = options.get("unique")
-    by_call = said is not None or options.get("unique_for") is not None
-    if said is False or not (by_call or is_unique(options.get("task_type"))) or options.get("retries"):
+    """Raise `InvalidRequest` for a unique job with a follower, in a chain, a group, a chord or by a link.
+
+    Where the job turns out to be an earlier one, its follower is never called. A waiting caller would wait for ever.
+    """
+    unique = options.get("unique")
+    by_call = unique is not None or options.get("unique_for") is not None
+    if unique is False or not (by_call or is_unique(options.get("task_type"))) or options.get("retries"):
         return
     for what in FOLLOWED:
-        # (The last step of a chain has an empty one: its id is that of the chain.)
+        # The last step of a chain has an empty chain: its id is that of the chain.
         if options.get(what) or (what == "chain" and options.get(what) is not None):
             raise InvalidRequest(
                 f"{name} is unique, and is sent with {what}={show(options[what])}",
@@ -123,10 +133,10 @@ def _check_followed(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _first_result(app: Celery, same: SameJob, options: Mapping[str, Any]) -> Any:
-    """What `send_task` gives for a submission that is an earlier one."""
+    """Return the result that `send_task` gives for a submission that is an earlier one."""
     backend = app.backend
     if hasattr(backend, "remove_pending_result"):
-        # Celery listens for the result of the id that it made, and nothing will be said of that.
+        # Celery listens for the result of the id that it made, and no result will come under that id.
         backend.remove_pending_result(app.AsyncResult(same.refused))
     result = (options.get("result_cls") or app.AsyncResult)(same.first)
     result.ignored = options.get("ignore_result")
@@ -137,9 +147,9 @@ def _first_result(app: Celery, same: SameJob, options: Mapping[str, Any]) -> Any
 
 
 def check_seconds(value: Any, what: str) -> Any:
-    """A finite number of seconds."""
+    """Return a value that is a finite number of seconds. Raises `InvalidRequest` for others."""
     try:
-        # (NaN is in no range.)
+        # NaN is in no range.
         usable = not isinstance(value, bool) and -MOST_SECONDS <= float(_number(value)) <= MOST_SECONDS
     except OverflowError:
         usable = False
@@ -149,12 +159,12 @@ def check_seconds(value: Any, what: str) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """The value where it is a real number, else one that is in no range."""
+    """Return the value if it is a real number, or else NaN, which is in no range."""
     return value if isinstance(value, Real) else math.nan
 
 
 def check_time(value: Any, what: str) -> datetime:
-    """A time, given as one or as ISO 8601 text."""
+    """Return a time, given as a datetime or as ISO 8601 text. Raises `InvalidRequest`."""
     try:
         when = value if isinstance(value, datetime) else datetime.fromisoformat(value)
     except (TypeError, ValueError) as error:
@@ -165,7 +175,7 @@ def check_time(value: Any, what: str) -> datetime:
 
 
 def check_times(value: Any, what: str) -> int:
-    """A counter in a message: how often it was retried or replaced."""
+    """Return a counter in a message: how often the job was retried or replaced."""
     if not value:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_TIMES:
@@ -174,7 +184,7 @@ def check_times(value: Any, what: str) -> int:
 
 
 def check_time_limits(value: Any) -> None:
-    """The header `timelimit`: [hard, soft], seconds or None each."""
+    """Check the header `timelimit`: [hard, soft], seconds or None each."""
     if value is None:
         return
     if not isinstance(value, (list, tuple)) or len(value) > 2:
@@ -185,7 +195,7 @@ def check_time_limits(value: Any) -> None:
 
 
 def check_priority(value: Any) -> int:
-    """A priority of a message; none is 0."""
+    """Return the priority of a message; none is 0."""
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= TOP_PRIORITY:
@@ -194,12 +204,15 @@ def check_priority(value: Any) -> int:
 
 
 def check_parent(value: Any) -> str | None:
-    """The id of another task, as Celery passes it on."""
+    """Return the id of another task, as Celery passes it on."""
     return None if value is None else check_job_id(value)
 
 
 def stamps_of(headers: Mapping[str, Any]) -> str | None:
-    """The stamps of a message, by which it can be revoked, as JSON; None where what it says of them is none."""
+    """Return the stamps of a message as JSON, None where its headers hold no valid ones.
+
+    A message can be revoked by its stamps.
+    """
     names, stamps = headers["stamped_headers"], headers.get("stamps")
     if not isinstance(names, (list, tuple)) or not isinstance(stamps, Mapping):
         return None
@@ -207,7 +220,7 @@ def stamps_of(headers: Mapping[str, Any]) -> str | None:
 
 
 def check_zoned(value: Any, what: str, zone: tzinfo) -> datetime | None:
-    """A time of a message, None where there is none. `zone`: of one that names none."""
+    """Return a time of a message, None where there is none. `zone`: the zone of a time that names none."""
     if value is None:
         return None
     when = check_time(value, what)
@@ -215,7 +228,7 @@ def check_zoned(value: Any, what: str, zone: tzinfo) -> datetime | None:
 
 
 def check_name(value: Any) -> str:
-    """A task's name."""
+    """Return a task's name. Raises `InvalidRequest`."""
     if not isinstance(value, str) or not value or len(value) > 255 or not value.isprintable():
         raise InvalidRequest(
             f"task name {show(value)} is not valid",
