@@ -17,27 +17,27 @@ EXCHANGE: Final = Exchange("platform.ticks", type="fanout", durable=False, deliv
 HEARTBEAT: Final = PLATFORM_PREFIX + "heartbeat"
 SWEEP: Final = PLATFORM_PREFIX + "sweep"
 RECONCILE: Final = PLATFORM_PREFIX + "reconcile"
-#: What kombu writes in front of the channels of an exchange.
+#: Prefix that kombu writes in front of the channels of an exchange.
 KOMBU_PREFIX: Final = "/{db}."
 NAMES: Final = frozenset({HEARTBEAT, SWEEP, RECONCILE})
 
 
 def queue() -> Queue:
-    """A queue of this process alone, gone with its connection."""
+    """Return a queue of this process alone, which is gone with its connection."""
     return Queue(f"platform.ticks.{uuid()}", EXCHANGE, durable=False, auto_delete=True, exclusive=True)
 
 
 def channel(app: Any) -> str:
-    """The channel on which Celery's broker publishes ticks, where that is a Redis."""
+    """Return the channel on which Celery's broker publishes ticks, where that is a Redis."""
     options = app.conf.broker_transport_options or {}
     number = redis_urls.read(str(app.platform.settings.redis_url)).number
     prefix = options.get("fanout_prefix", True)
-    # (As kombu makes it: True stands for its own prefix.)
+    # Like in kombu, True stands for its own prefix.
     return f"{KOMBU_PREFIX if prefix is True else prefix or ''}{EXCHANGE.name}".format(db=number)
 
 
 def read(raw: Any) -> str | None:
-    """The name of a tick as the broker's Redis publishes it, None where it is no tick."""
+    """Return the name of a tick as the broker's Redis publishes it, None where it is no tick."""
     try:
         envelope = json.loads(raw)
         body = envelope["body"]
@@ -50,14 +50,14 @@ def read(raw: Any) -> str | None:
 
 
 def publish(producer: Any, name: str) -> None:
-    """Tell every worker."""
+    """Publish a tick to every worker."""
     producer.publish(
         {"tick": name}, exchange=EXCHANGE, routing_key="", serializer="json", declare=[EXCHANGE], retry=False
     )
 
 
 def beat_entries(settings: Settings) -> dict[str, dict[str, Any]]:
-    """The platform's entries for beat's schedule. The 1 s duties run on the workers' own timers."""
+    """Return the platform's entries for beat's schedule. The 1 s duties run on the workers' own timers."""
     return {
         "platform: heartbeat": {"task": HEARTBEAT, "schedule": settings.heartbeat_interval},
         "platform: sweep": {"task": SWEEP, "schedule": settings.sweep_interval},

@@ -1,8 +1,8 @@
-"""Cutting Celery's connections to a Redis that answers nobody.
+"""Cutting of Celery's connections to a Redis that answers nobody.
 
 A server that is stopped, or behind a network that drops packets, closes no connection. Celery's main loop then waits
-for each answer until a time-out, and for another one at each step of its clean-up, and the pool is not served for a
-minute and more. Here every use of such a connection fails at once, also the one for which the main loop waits just now.
+for each answer until a time-out, and for another one at each step of its clean-up. The pool is not served for a minute
+and more. Here every use of such a connection fails at once, also the use for which the main loop waits just now.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-#: Where kombu's channel for Redis keeps its pools of connections, once they are made.
+#: Attributes in which kombu's channel for Redis keeps its pools of connections, once they are made.
 _POOLS: Final = ("_pool", "_async_pool")
-#: By which steps a connection of redis-py connects, in all of its versions and behind Sentinels.
+#: Methods by which a connection of redis-py connects, in all of its versions and behind Sentinels.
 _CONNECTS: Final = ("connect", "connect_check_health", "_connect", "_connect_retry")
 
 
 def is_silence(error: BaseException | None) -> bool:
-    """Return whether an error came of a Redis that does not answer in time. (One that is gone refuses connections.)"""
+    """Return True if an error came of a Redis that does not answer in time.
+
+    A Redis that is gone refuses connections instead.
+    """
     while error is not None:
         if isinstance(error, (RedisTimeoutError, TimeoutError)):
             return True
@@ -33,12 +36,14 @@ def is_silence(error: BaseException | None) -> bool:
 
 
 def cut(connection: Any) -> None:
-    """Have every use of a connection of kombu's to Redis fail at once, for good. Other brokers' are left as they are.
-    In any thread."""
+    """Have every use of a connection of kombu's to Redis fail at once, for good. May run in any thread.
+
+    Connections to other brokers are left as they are.
+    """
     transport = getattr(connection, "_transport", None)
     if getattr(transport, "driver_type", None) != "redis":
         return
-    # (Celery sends its heartbeat events in the main loop, and kombu tries again for ever where it connects.)
+    # Celery sends its heartbeat events in the main loop, and kombu tries again for ever to connect there.
     connection._establish_connection = _give_up
     for channels in ("channels", "_avail_channels"):
         for channel in list(getattr(transport, channels, None) or ()):
@@ -67,7 +72,7 @@ def _connections(pool: Any) -> Iterator[Any]:
 
 
 class Cut(Exception):
-    """No other try is made."""
+    """Failure to connect after a cut, upon which kombu does not try again."""
 
 
 def _give_up(*_: Any, **__: Any) -> NoReturn:

@@ -1,8 +1,8 @@
 """A producer that is taken from the app's pool only when something is published by it.
 
-Celery takes one for each task that it sends, with its connection to the broker; a job goes by Postgres and the ledger.
-It is needed for what else may be published on the way: the event `task-sent`, the platform's ticks, the reply queue of
-`rpc://`.
+Celery takes a producer, with its connection to the broker, for each task that it sends. A job goes by Postgres and the
+ledger instead. The producer is needed only for other messages on the way: the event `task-sent`, the platform's ticks,
+the reply queue of `rpc://`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from celery_capacity.routing.model.job import NewJob
 
 
 class SpareProducer:
-    """Stands for kombu's producer for one call; `release` it then. Not thread-safe."""
+    """Stand-in for kombu's producer during one call. Call `release` after it. Not thread-safe."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._taken: Any = None
-        #: The job that was made of what Celery published by it.
+        #: Job that was made of the message that Celery published by this producer.
         self.job: NewJob | None = None
-        #: What wrote its body; None for Celery's default.
+        #: Serialiser that wrote the job's body; None for Celery's default.
         self.serializer: str | None = None
         self.connection = _SpareConnection(self)
 
@@ -31,24 +31,24 @@ class SpareProducer:
 
     @property
     def is_taken(self) -> bool:
-        """Whether there is a producer behind it."""
+        """Return True if a producer has been taken from the pool."""
         return self._taken is not None
 
     def take(self) -> Any:
-        """The producer. Raises what the pool raises."""
+        """Return the producer, taken from the pool if it is not yet. Raises what the pool raises."""
         if self._taken is None:
             timeout = self._app.conf.broker_pool_acquire_timeout
             self._taken = self._app.producer_pool.acquire(block=True, timeout=timeout)
         return self._taken
 
     def release(self) -> None:
-        """Give it back."""
+        """Give the producer back, if one was taken."""
         if self._taken is not None:
             self._taken.release()
 
 
 class _SpareConnection:
-    """The connection of that producer."""
+    """Connection of a `SpareProducer`."""
 
     def __init__(self, producer: SpareProducer) -> None:
         self._producer = producer
@@ -57,7 +57,7 @@ class _SpareConnection:
         return getattr(self._producer.take().connection, name)
 
     def _reraise_as_library_errors(self) -> _SpareConnection:
-        """Celery sends within it. Only what the producer raises is an error of the broker."""
+        """Return the context in which Celery sends. Only what the producer raises is an error of the broker."""
         return self
 
     def __enter__(self) -> None:

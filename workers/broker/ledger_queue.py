@@ -1,9 +1,9 @@
 """The worker's own queue, where Celery's broker is not the ledger's Redis: a thread takes the messages from there.
 
-The ledger's scripts push a job's message in the same step that admits it, always on their own server; so nothing is
+The ledger's scripts push a job's message in the same step that admits it, always on their own server. So nothing is
 published after an admission, and no publish has an unknown outcome, whatever the broker is. Where broker and ledger are
-one Redis, Celery's own loop reads the queue; where they are not, this thread does, and the broker serves ticks, remote
-control, events and the default queue of old producers.
+one Redis, Celery's own loop reads the queue. Where they are not, this thread reads it. The broker then serves ticks,
+remote control, events and the default queue of old producers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ RETRY_AFTER: Final = 0.25
 
 
 class Mailbox(os_threads.Thread):
-    """`received` is called with the bytes of each message, in this thread, and must not raise."""
+    """Thread that takes messages from the worker's own queue.
+
+    `received` is called with the bytes of each message, in this thread, and must not raise.
+    """
 
     def __init__(self, settings: Settings, queue: str, received: Callable[[bytes], None]) -> None:
         super().__init__(name="mailbox", daemon=True)
@@ -45,25 +48,28 @@ class Mailbox(os_threads.Thread):
         )
 
     def stop(self, within: float) -> None:
-        """Take no more. What is in the queue is handed back by the drain, which names no message but the jobs."""
+        """Take no more messages, and wait for the thread within so many seconds.
+
+        The drain hands back the jobs whose messages are left in the queue. It names the jobs, and no message.
+        """
         self._ending.set()
         if self.is_alive():
             self.join(within)
 
     def run(self) -> None:
-        said = ""
+        last_error = ""
         while not self._ending.is_set():
             try:
                 self._take()
-                said = ""
+                last_error = ""
             except RedisError as error:
-                # A message that was on its way is delivered again (START), as one that any worker loses.
-                if str(error) != said:
-                    said = str(error)
+                # A message that was on its way is delivered again (START), like any message that a worker loses.
+                if str(error) != last_error:
+                    last_error = str(error)
                     logger.warning("mailbox: the ledger's Redis does not answer: %s", error)
                 self._ending.wait(RETRY_AFTER)
             except Exception:
-                # Whatever it was, a worker without its messages would hold what is admitted to it.
+                # Go on after any error: a worker without its messages would hold the jobs that are admitted to it.
                 logger.exception("mailbox: begins anew")
                 self._ending.wait(RETRY_AFTER)
         self._client.close()

@@ -1,6 +1,6 @@
-"""Which queue a message goes to: Celery's exchanges, routing keys and bindings, resolved before it becomes a row.
+"""The queue of a message, by Celery's exchanges, routing keys and bindings, resolved before it becomes a row.
 
-Nothing of them reaches a broker here. A job is one and is in one queue, so that what a broker would copy to several
+None of these reach a broker here. A job is one and is in one queue. So a message that a broker would copy to several
 queues is refused.
 """
 
@@ -18,13 +18,17 @@ from celery_capacity.routing.model.identifiers import check_queue_name
 
 
 def queue_of(queues: Mapping[str, Queue], exchange: Any, routing_key: str | None) -> str:
-    """The name of the queue that a message to this exchange, with this routing key, arrives in. Raises `InvalidRequest`
-    where there is none, `Unsupported` where it would be copied."""
+    """Return the name of the queue in which a message to this exchange, with this routing key, arrives.
+
+    Raises `InvalidRequest` where there is none, `Unsupported` where the message would be copied.
+    """
     name = exchange.name if isinstance(exchange, Exchange) else exchange
     if not name:
         return str(routing_key)
     key = routing_key or ""
-    bound: set[str] = {queue.name for queue, kind, own in _bindings(queues, name) if _matches(kind, own, key)}
+    bound: set[str] = {
+        queue.name for queue, kind, bound_key in _bindings(queues, name) if _matches(kind, bound_key, key)
+    }
     if len(bound) == 1:
         return bound.pop()
     if bound:
@@ -42,7 +46,10 @@ def queue_of(queues: Mapping[str, Queue], exchange: Any, routing_key: str | None
 
 
 def check_queue(queue: Queue) -> Queue:
-    """A queue that jobs can be in, or that a worker is to serve. Raises `InvalidRequest`, `Unsupported`."""
+    """Return a queue, if jobs can be in it, or if a worker can serve it.
+
+    Raises `InvalidRequest`, `Unsupported`.
+    """
     for _, kind, _ in _bindings({queue.name: queue}, None):
         _check_kind(queue, kind)
     check_queue_name(queue.name)
@@ -57,9 +64,11 @@ def as_queue(
     routing_key: str | None = None,
     **options: Any,
 ) -> Queue:
-    """A queue that is declared, or one as these options say (else direct, with an exchange and a key of its name).
-    Raises as `check_queue` does."""
-    # (Asking for one that is missing would make it.)
+    """Return a declared queue, or else a new one by these options. Raises as `check_queue` does.
+
+    Without options the queue is direct, with an exchange and a routing key of its name.
+    """
+    # Look first: to ask for a queue that is missing would make it.
     if name in queues:
         return check_queue(queues[name])
     made = Exchange(exchange or name, exchange_type or "direct")
@@ -67,10 +76,10 @@ def as_queue(
 
 
 def _bindings(queues: Mapping[str, Queue], exchange: str | None) -> Iterator[tuple[Queue, str, str]]:
-    """(queue, type of the exchange, routing key) of all bindings to an exchange; None: to any."""
+    """Yield (queue, type of the exchange, routing key) of all bindings to an exchange; None: to any."""
     for queue in list(queues.values()):
-        own = (queue.exchange, queue.routing_key)
-        for to, key in (own, *((one.exchange, one.routing_key) for one in queue.bindings or ())):
+        primary = (queue.exchange, queue.routing_key)
+        for to, key in (primary, *((binding.exchange, binding.routing_key) for binding in queue.bindings or ())):
             if to is not None and (exchange is None or to.name == exchange):
                 _check_kind(queue, to.type)
                 yield queue, to.type, key or ""
@@ -92,7 +101,9 @@ def _matches(kind: str, bound: str, key: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _topic(bound: str) -> re.Pattern[str]:
-    """The keys that a topic binding takes, each with a dot in front of every word: `*` stands for one word, `#` for any
-    number of them."""
+    """Compile a pattern of the keys that a topic binding takes, each key with a dot in front of every word.
+
+    `*` stands for one word, `#` for any number of words.
+    """
     words = {"*": r"\.[^.]+", "#": r"(?:\.[^.]+)*"}
     return re.compile("".join(words.get(word, r"\." + re.escape(word)) for word in bound.split(".")))

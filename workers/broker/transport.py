@@ -1,10 +1,10 @@
-"""How a worker takes messages from a broker, so that none of them can end it.
+"""Transports by which a worker takes messages from a broker, so that no message can end it.
 
-kombu decodes what a queue holds and lets every error out into the loop that reads the queue: one raw `garbage`, `[]` or
-`null`, pushed by anybody, ends a Celery worker. Here a channel looks first; what no message can be made of is set aside
+kombu decodes each message of a queue and lets every error out into the loop that reads the queue. So a raw `garbage`,
+`[]` or `null`, pushed by anybody, ends a Celery worker. Here a channel looks first: it sets an unreadable message aside
 (`Receiving.set_aside`), and the loop goes on. Bodies are decompressed up to a bound.
 
-`Connection` stands in for kombu's on an installed app: `redis://`, `sentinel://`, `amqp://` and the others mean what
+`Connection` stands in for kombu's on an installed app. `redis://`, `sentinel://`, `amqp://` and the others mean what
 they always do, with our classes behind them.
 """
 
@@ -46,21 +46,23 @@ def _say(raw: bytes, queue: str, reason: str) -> None:
 
 @dataclass
 class Receiving:
-    """What this process does with what it receives; a worker says so at its start. `set_aside`: (raw, queue, reason).
-    `most_bytes`: of a decompressed body."""
+    """Rules of this process for received messages. A worker sets them at its start.
+
+    `set_aside` gets (raw, queue, reason). `most_bytes`: of a decompressed body.
+    """
 
     set_aside: Callable[[bytes, str, str], None] = _say
     most_bytes: int = TIMES * 1024**2
 
 
-#: One for the process, since kombu makes channels and messages by itself.
+#: Rules of the process in one object, since kombu makes channels and messages by itself.
 receiving: Final = Receiving()
 
 
 class _Unpacked(kombu_message.Message):
-    """A message whose body is decompressed here, up to the bound, and not by kombu without one."""
+    """Message whose body is decompressed here, up to the bound. kombu would do that without a bound."""
 
-    #: Whether the headers speak of a compression that the body no longer has.
+    #: True if the headers speak of a compression that the body no longer has.
     was_compressed = False
 
     def __init__(self, body: Any = None, *args: Any, headers: Any = None, **options: Any) -> None:
@@ -72,7 +74,7 @@ class _Unpacked(kombu_message.Message):
             body = unpack(body, method, receiving.most_bytes)
             self.was_compressed = True
         except Exception:
-            # As kombu: whoever handles the message finds the error there.
+            # Like in kombu, the handler of the message finds the error there.
             self.errors = [sys.exc_info()]
         super().__init__(body, *args, headers={**headers, "compression": None}, **options)
         self.headers = headers
@@ -83,10 +85,11 @@ class Message(virtual.Message, _Unpacked):
 
 
 class JobMessage(Message):
-    """A message of this worker's own queue: its row is durable, so that nobody waits for an acknowledgement.
+    """Message of this worker's own queue: its row is durable, so that nobody waits for an acknowledgement.
 
-    A body that cannot be decompressed is no error of the message, which must be claimed before its job can end:
-    `spoiled` has it, and whoever starts the job looks there. `revoked`: the claim said that the job was revoked.
+    A body that cannot be decompressed is no error of the message, because its job must be claimed before it can end.
+    `spoiled` has that error, and the starter of the job looks there. `revoked`: the claim said that the job was
+    revoked.
     """
 
     revoked = False
@@ -107,7 +110,7 @@ class JobMessage(Message):
 
 
 class _NoChannel:
-    """What a message asks of its channel, where it came by none."""
+    """Stand-in for the channel of a message that came by none."""
 
     no_ack_consumers: Any = None
     decode_body = virtual.Channel.decode_body
@@ -115,7 +118,7 @@ class _NoChannel:
 
 
 def job_message(raw: bytes, accept: Any) -> JobMessage:
-    """The message of a job that came from the private queue without the broker. Raises `Unreadable`."""
+    """Return the message of a job that came from the private queue without the broker. Raises `Unreadable`."""
     envelope = envelopes.read(raw)
     try:
         message = JobMessage(envelope, channel=_NoChannel())
@@ -126,8 +129,10 @@ def job_message(raw: bytes, accept: Any) -> JobMessage:
 
 
 def replied_message(text: str, accept: Any) -> JobMessage:
-    """The message of a job that came in a reply of the ledger, claimed already. One that cannot be read has nothing but
-    its tag, so that its job ends as undecodable."""
+    """Return the message of a job that came in a reply of the ledger, claimed already.
+
+    An unreadable message has nothing but its tag, so that its job ends as undecodable.
+    """
     raw = text.encode("utf-8", "replace")
     try:
         return job_message(raw, accept)
@@ -139,49 +144,52 @@ def replied_message(text: str, accept: Any) -> JobMessage:
 
 
 def raw_of(message: Any) -> bytes:
-    """What came, or what can be known of it: for the quarantine."""
-    found = getattr(message, "_raw", None)
-    if isinstance(found, Envelope) and found.raw:
-        return found.raw
+    """Return the bytes of a message as they came, or else its known parts, for the quarantine."""
+    envelope = getattr(message, "_raw", None)
+    if isinstance(envelope, Envelope) and envelope.raw:
+        return envelope.raw
     shown = {"headers": getattr(message, "headers", None), "body": getattr(message, "body", None)}
     return json.dumps(shown, default=repr, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def digest_of(message: Any) -> str:
-    """See `routing.model.envelope.digest`; '' where what came is not known."""
-    found = getattr(message, "_raw", None)
-    return envelopes.digest(found) if isinstance(found, Envelope) and found.raw else ""
+    """Return the digest of a message by `routing.model.envelope.digest`; '' where its bytes are not known."""
+    envelope = getattr(message, "_raw", None)
+    return envelopes.digest(envelope) if isinstance(envelope, Envelope) and envelope.raw else ""
 
 
-#: Seconds for which the server waits for a message before it says that there is none. (kombu's 1 s is a question a
-#: second of each worker.)
+#: Seconds for which the server waits for a message before it says that there is none. kombu's 1 s is a question a
+#: second of each worker.
 WAIT: Final = 60
 
-#: The channels of Redis of this process: threads that end take theirs out.
+#: Redis channels of this process. Threads that end take theirs out.
 _channels: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
 def _channels_now() -> list[Any]:
-    """Return the channels of Redis of this process, whose other threads may make one meanwhile."""
+    """Return the Redis channels of this process, whose other threads may make one meanwhile."""
     while True:
         with suppress(RuntimeError):
             return list(_channels)
 
 
 def doubt() -> None:
-    """Have every connection that waits for a message of Redis made anew: the server was away, and one that waits since
-    before may wait for ever. In any thread: the sockets are shut down, and whoever reads them finds out."""
+    """Have every connection that waits for a message of Redis made anew. May run in any thread.
+
+    The server was away, and a connection that waits since before may wait for ever. The sockets are shut down, so that
+    their readers find out.
+    """
     for channel in _channels_now():
         for name in ("client", "subclient"):
             connection = getattr(channel.__dict__.get(name), "connection", None)
-            found = getattr(connection, "_sock", None)
-            if found is not None:
+            sock = getattr(connection, "_sock", None)
+            if sock is not None:
                 with suppress(OSError):
-                    found.shutdown(socket.SHUT_RDWR)
+                    sock.shutdown(socket.SHUT_RDWR)
 
 
 def close_spare_connections() -> None:
-    """Close what the channels of this process do not wait on, in any thread."""
+    """Close the connections on which the channels of this process do not wait. May run in any thread."""
     for channel in _channels_now():
         for pool in (getattr(channel, "_pool", None), getattr(channel, "_async_pool", None)):
             if pool is not None:
@@ -189,10 +197,10 @@ def close_spare_connections() -> None:
 
 
 class _Looking:
-    """In front of a channel of Redis: an eye on what it delivers."""
+    """Channel mixin that validates raw messages before kombu decodes them, and sets the rest aside."""
 
     Message = Message
-    # What of kombu's channel is used here.
+    # Attributes of kombu's channel that are used here.
     connection: Any
     connection_errors: Any
     client: Any
@@ -202,7 +210,7 @@ class _Looking:
     _flush_brpop_reauth: Any
     _in_poll: Any
     _queue_cycle: Any
-    #: The connection's number at the server, and the socket that had it.
+    #: Number of the connection at the server, and the socket that had it.
     _waits_as: int | None = None
     _waits_on: Any = None
 
@@ -211,9 +219,9 @@ class _Looking:
         _channels.add(self)
 
     def _brpop_start(self, timeout: Any = None) -> None:
-        found = self.client.connection._sock
-        if found is not None and found is not self._waits_on:
-            self._waits_on, self._waits_as = found, None
+        sock = self.client.connection._sock
+        if sock is not None and sock is not self._waits_on:
+            self._waits_on, self._waits_as = sock, None
             with suppress(ResponseError):
                 self.client.connection.send_command("CLIENT", "ID")
                 self._waits_as = int(self.client.parse_response(self.client.connection, "CLIENT ID"))
@@ -231,7 +239,7 @@ class _Looking:
         super().close()  # type: ignore[misc]
 
     def basic_consume(self, queue: Any, no_ack: bool, callback: Any, consumer_tag: Any, **options: Any) -> Any:
-        found = super().basic_consume(queue, no_ack, callback, consumer_tag, **options)  # type: ignore[misc]
+        consumed = super().basic_consume(queue, no_ack, callback, consumer_tag, **options)  # type: ignore[misc]
         kind = JobMessage if no_ack and queue not in self._fanout_queues else Message
 
         def deliver(raw: Any) -> Any:
@@ -247,19 +255,19 @@ class _Looking:
             return callback(message)
 
         self.connection._callbacks[queue] = deliver
-        return found
+        return consumed
 
     def queue_purge(self, queue: str, **options: Any) -> int:
         count: int = super().queue_purge(queue, **options)  # type: ignore[misc]
         return count + _purge_jobs(self, queue)
 
     def _brpop_read(self, **options: Any) -> bool:
-        """As kombu's, but for what is done with what came."""
+        """Read a message as kombu does, but check it before it is delivered."""
         try:
             try:
                 popped = self.client.parse_response(self.client.connection, "BRPOP", **options)
             except self.connection_errors:
-                # Disconnected, the next round connects again.
+                # After the disconnect the next round connects again.
                 self.client.connection.disconnect()
                 raise
             if not popped:
@@ -284,25 +292,25 @@ class _Looking:
 
 
 class _AskingOnce:
-    """Leaves retries to Celery: redis-py would make ten of its own, with pauses of up to 10 s, in the main loop."""
+    """Mixin that leaves retries to Celery: redis-py makes ten, with pauses of up to 10 s, in the main loop."""
 
     def _connparams(self, *args: Any, **options: Any) -> Any:
         return {**super()._connparams(*args, **options), "retry": Retry(NoBackoff(), 0)}  # type: ignore[misc]
 
 
 class Channel(_AskingOnce, _Looking, kombu_redis.Channel):
-    """Redis's channel."""
+    """Channel of a Redis."""
 
 
 class SentinelChannel(_AskingOnce, _Looking, kombu_redis.SentinelChannel):
-    """That of a Redis behind Sentinels."""
+    """Channel of a Redis behind Sentinels."""
 
     connection_class = sentinels.Watched
     sentinel_kwargs = sentinels.asking()
 
 
 def _purge_jobs(channel: Any, queue: str) -> int:
-    """What else a purge of a queue ends, where it came by a connection of an app on the platform."""
+    """End the waiting jobs of a purged queue, and return how many. 0 where the app is not on the platform."""
     purge = getattr(channel.connection.client, "purge_jobs", None)
     return purge(queue) if purge is not None else 0
 
@@ -312,21 +320,21 @@ def _reason(error: Exception) -> str:
 
 
 class Transport(kombu_redis.Transport):
-    """`redis://`, `rediss://` and `redis+socket://`."""
+    """Transport of `redis://`, `rediss://` and `redis+socket://`."""
 
     Channel = Channel
     brpop_timeout = WAIT
 
 
 class SentinelTransport(kombu_redis.SentinelTransport):
-    """`sentinel://`."""
+    """Transport of `sentinel://`."""
 
     Channel = SentinelChannel
     brpop_timeout = WAIT
 
 
 class AMQPMessage(pyamqp.Message, _Unpacked):
-    """A message of RabbitMQ."""
+    """Message of RabbitMQ."""
 
 
 class AMQPChannel(pyamqp.Channel):
@@ -342,13 +350,13 @@ class AMQPConnection(pyamqp.Connection):
 
 
 class AMQPTransport(pyamqp.Transport):
-    """`amqp://`."""
+    """Transport of `amqp://`."""
 
     Connection = AMQPConnection
 
 
 class AMQPSTransport(pyamqp.SSLTransport):
-    """`amqps://`."""
+    """Transport of `amqps://`."""
 
     Connection = AMQPConnection
 
@@ -363,7 +371,10 @@ OURS: Final[dict[type, type]] = {
 
 
 class Connection(kombu.Connection):
-    """kombu's, with our transports, and with what `master_name` in a URL of Sentinels says (kombu has an option)."""
+    """Connection of kombu's with our transports.
+
+    It takes `master_name` from a URL of Sentinels, where kombu has an option.
+    """
 
     def __init__(self, hostname: Any = "localhost", *args: Any, transport_options: Any = None, **options: Any) -> None:
         if isinstance(hostname, str) and hostname.startswith(f"{redis_urls.SENTINEL}://"):
@@ -373,9 +384,9 @@ class Connection(kombu.Connection):
             hostname = replace(address, master="").url
         super().__init__(hostname, *args, transport_options=transport_options, **options)
 
-    #: Set by the app: ends what waits in the backlog of a queue that is purged, and returns how many jobs.
+    #: Set by the app: ends the jobs in the backlog of a queue that is purged, and returns how many.
     purge_jobs: Callable[[str], int] | None = None
-    #: Set by a worker's consumer on its own connection: other threads read the queues.
+    #: Set by a worker's consumer on its own connection, because other threads read the queues.
     consumes_nothing: bool = False
 
     def clone(self, **options: Any) -> Connection:
@@ -384,5 +395,5 @@ class Connection(kombu.Connection):
         return twin
 
     def get_transport_cls(self) -> type:
-        found: type = super().get_transport_cls()
-        return OURS.get(found, found)
+        transport_class: type = super().get_transport_cls()
+        return OURS.get(transport_class, transport_class)

@@ -3,7 +3,7 @@
     with fenced(session):
         session.add(Invoice(...))
 
-Leaving the block commits the rows and the end of the job together, or neither: an attempt that lost its lease is rolled
+Leaving the block commits the rows and the end of the job together, or neither. An attempt that lost its lease is rolled
 back and told so. Whatever dies, and however often the body starts, the rows are there once.
 """
 
@@ -25,12 +25,14 @@ from celery_capacity.workers.process.stores import Stores
 
 @contextmanager
 def fenced(session: Session) -> Iterator[Session]:
-    """A block whose changes through `session` are committed together with the end of the job that runs here.
+    """Commit the block's changes through `session` together with the end of the job that runs here.
 
     `session`: a SQLAlchemy Session on the platform's database, not in autocommit mode. From the commit on the job has
-    succeeded, whatever the body does after the block. An exception in the block rolls back and goes on. Raises
-    `LeaseLost` where this attempt may no longer end the job (all is rolled back), `InvalidRequest` for a session that
-    cannot be used, before anything is written, and `PlatformError` outside of a running attempt.
+    succeeded, whatever the body does after the block. An exception in the block rolls back and goes on.
+
+    Raises `LeaseLost` where this attempt may no longer end the job; all changes are rolled back. Raises
+    `InvalidRequest` for a session that cannot be used, before anything is written. Raises `PlatformError` outside of a
+    running attempt.
     """
     attempt = attempts.current()
     if attempt is None:

@@ -1,4 +1,4 @@
-"""One job as asyncio programs see it: `await job(id).wait("running")`, `async for event in job(id).events()`."""
+"""A job as asyncio programs see it: `await job(id).wait("running")`, `async for event in job(id).events()`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOOK_AGAIN: Final = 1.0
 
 
 class Job:
-    """A job by its id. Nothing is asked before it is awaited, and Postgres only at the beginning and after a gap."""
+    """Handle of a job, by its id. It asks nothing before it is awaited, and Postgres only at first and after a gap."""
 
     def __init__(self, id: str, stores: Stores) -> None:  # noqa: A002
         self.id = check_job_id(id)
@@ -35,13 +35,16 @@ class Job:
         return f"<Job {self.id}>"
 
     async def now(self) -> JobEvent:
-        """What the job is now. Raises `InvalidRequest` where there is none, `StoreUnavailable`."""
+        """Return the current state as an event. Raises `InvalidRequest` for an unknown job, `StoreUnavailable`."""
         return await asyncio.to_thread(self._look)
 
     async def wait(self, *states: str, timeout: float | None = None) -> JobEvent:
-        """The event with which the job came into one of the states, or ended (no state: its end), if it has not been
-        there already. Raises `TimeoutError` after so many seconds, and as `now` does."""
-        wanted = {_state(one) for one in states} | FINAL
+        """Wait until the job is in one of the states or has ended, and return the event that says so.
+
+        Without a state, wait for its end. Returns at once if the job is there already. Raises `TimeoutError` after
+        `timeout` seconds, and raises as `now` does.
+        """
+        wanted = {_state(name) for name in states} | FINAL
         async with asyncio.timeout(timeout), aclosing(self.events()) as events:
             async for event in events:
                 if event.state in wanted:
@@ -49,7 +52,7 @@ class Job:
         raise AssertionError("the events of a job end with its end")
 
     async def events(self) -> AsyncGenerator[JobEvent, None]:
-        """What the job is now, and then each state that it comes into, until it has ended. Raises as `now` does."""
+        """Yield the current state, then each state that the job comes into, until its end. Raises as `now` does."""
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[JobEvent | None]()
 
         def tell(event: JobEvent | None) -> None:
@@ -70,7 +73,7 @@ class Job:
                         loop.call_later(LOOK_AGAIN, tell, None)
                         continue
                 elif last is None:
-                    # The first look is on its way, and sees what this says.
+                    # The first look is on its way, and sees the state of this event.
                     continue
                 if event.follows(last):
                     last = event
@@ -79,8 +82,8 @@ class Job:
             watcher.unwatch(self.id, tell)
 
     def _look(self) -> JobEvent:
-        # In this order: what the ledger forgets meanwhile, Postgres has.
-        known = self._stores.sending.ask(lambda ledger: job_events.in_ledger(ledger.client, self.id))
+        # The ledger comes first: jobs that it forgets meanwhile are in Postgres.
+        ledger_event = self._stores.sending.ask(lambda ledger: job_events.in_ledger(ledger.client, self.id))
         try:
             with self._stores.engine.connect() as connection:
                 row = job_events.in_postgres(connection, self.id)
@@ -90,21 +93,21 @@ class Job:
             raise StoreUnavailable("no connection to Postgres was free") from error
         if row is None:
             raise InvalidRequest(f"there is no job {self.id}", value=self.id, advice="Its transaction may not be over.")
-        return known if known is not None and known.rank > row.rank else row
+        return ledger_event if ledger_event is not None and ledger_event.rank > row.rank else row
 
 
 def _state(value: Any) -> State:
     try:
         return State(value)
     except ValueError as error:
-        known = ", ".join(state.value for state in State)
+        names = ", ".join(state.value for state in State)
         raise InvalidRequest(
-            f"state {show(value)} is not valid", value=value, advice=f"It is one of {known}."
+            f"state {show(value)} is not valid", value=value, advice=f"It is one of {names}."
         ) from error
 
 
 def job(id: str | AsyncResult[Any], app: Celery | None = None) -> Job:  # noqa: A002
-    """A job by its id or its result, to be waited for. `app`: the current one, unless it is given."""
+    """Return a handle of a job, by its id or its result. `app`: the current one, unless it is given."""
     result = id if isinstance(id, AsyncResult) else None
     app = app or (result.app if result is not None else current_app._get_current_object())
     stores = getattr(app, "platform", None)

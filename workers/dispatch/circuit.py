@@ -1,7 +1,7 @@
 """A circuit breaker: a server that is slow or silent costs its callers a moment once, not at each call.
 
-The first failure *opens* the circuit: from then on nobody asks, and a thread looks by itself until an answer comes
-quickly again, which *closes* it. While it is closed nothing looks.
+The first failure *opens* the circuit. From then on nobody asks, and a thread looks by itself. The circuit *closes* when
+an answer comes quickly again. While it is closed, nothing looks.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from celery_capacity.routing import os_threads
 
 logger = logging.getLogger(__name__)
 
-#: Seconds above which an answer is slow: thousands of times what it takes, so that a busy machine does not matter.
+#: Seconds above which an answer is slow: thousands of times the usual time, so that a busy machine does not matter.
 SLOW: Final = 0.5
-#: Seconds between two looks at a server that did not answer: doubled from the first to the last.
+#: Seconds between two looks at a server that did not answer. The first pause is doubled up to the last.
 LOOK_AFTER: Final = 0.25
 LOOK_AT_MOST: Final = 2.0
 
 
 class Circuit:
-    """Thread-safe. `ping` asks the server, in a thread, and raises where it does not answer. `opened` is what is logged
-    when nobody asks any more, with the reason; `closed_again` when somebody does.
+    """Circuit breaker of one server. Thread-safe.
 
-    A fork copies no thread: in the child the circuit begins anew, closed."""
+    `ping` asks the server, in a thread, and raises where it does not answer. `opened` is logged, with the reason, when
+    nobody asks any more. `closed_again` is logged when callers ask again.
+
+    A fork copies no thread: in the child the circuit begins anew, closed.
+    """
 
     def __init__(self, ping: Callable[[], object], opened: str, closed_again: str) -> None:
         self._ping = ping
@@ -44,11 +47,14 @@ class Circuit:
 
     @property
     def closed(self) -> bool:
-        """Return whether the server is asked."""
+        """Return True if the server is asked."""
         return not self._open or self._pid != os.getpid()
 
     def trip(self, why: str) -> None:
-        """The server did not answer, or not quickly: ask it no more until a look at it succeeds."""
+        """Open the circuit, so that nobody asks the server until a look at it succeeds.
+
+        Callers trip it when the server did not answer, or not quickly. `why` is logged.
+        """
         if self._pid != os.getpid():
             self._lock, self._open, self._pid = threading.Lock(), False, os.getpid()
         with self._lock:
@@ -60,13 +66,13 @@ class Circuit:
         self._looking.start()
 
     def stop(self, within: float) -> None:
-        """End the thread where there is one."""
+        """End the thread where there is one, within so many seconds."""
         self._ended.set()
         if self._looking is not None and self._pid == os.getpid():
             self._looking.join(within)
 
     def _look(self) -> None:
-        """In a thread: until the server answers quickly."""
+        """Look at the server, in a thread, until it answers quickly."""
         pause = LOOK_AFTER
         while not self._ended.wait(pause):
             began = time.monotonic()
@@ -76,7 +82,7 @@ class Circuit:
             except (RedisError, OSError):
                 quick = False
             except Exception:
-                # Whatever it was: without this thread nobody would ever ask again.
+                # Go on after any error: without this thread nobody would ever ask again.
                 logger.exception("it could not be seen whether a server answers")
                 quick = False
             if quick:

@@ -1,9 +1,9 @@
 """The circuit breaker of senders: a ledger that is slow or silent costs them a moment once, not with each job.
 
-A row that is durable is accepted, whatever Redis does; only its way into the ledger is then left to the sweep. So a
-sender asks the ledger as long as that answers quickly. The first failure or slow answer *opens* the breaker: from then
-on nobody is asked, and a thread looks by itself until an answer comes quickly again, which *closes* it. While it is
-closed nothing looks, and there is no question beyond those of the senders.
+A durable row is accepted, whatever Redis does. Only its way into the ledger is then left to the sweep. So a sender asks
+the ledger as long as the ledger answers quickly. The first failure or slow answer *opens* the breaker. From then on
+nobody asks, and a thread looks by itself. The breaker *closes* when an answer comes quickly again. While it is closed,
+nothing looks, and the ledger gets no question beyond those of the senders.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Breaker:
-    """Senders' own handle of the ledger. Thread-safe; not carried over a fork (`Stores` makes a new one there)."""
+    """Senders' own handle of the ledger. Thread-safe. Not carried over a fork: `Stores` makes a new one there."""
 
     def __init__(self, settings: Settings, find_database: Callable[[], str] | None = None) -> None:
         answer_within = timeouts.QUICK_ANSWER * settings.store_timeout
@@ -48,32 +48,37 @@ class Breaker:
 
     @property
     def closed(self) -> bool:
-        """Whether the ledger is asked."""
+        """Return True if the ledger is asked."""
         return self._circuit.closed
 
     def ask(self, question: Callable[[Ledger], T]) -> T | None:
-        """What the ledger answers, once it has what was submitted before; None where it is left alone, or does not
-        answer. Raises `LedgerClosed`."""
+        """Ask the ledger, once it has the jobs that were submitted before, and return its answer.
+
+        Returns None where the ledger is left alone, or does not answer. Raises `LedgerClosed`.
+        """
         self._submissions.flush()
         return self._ask(question)
 
     def begin(self) -> Beginning:
-        """A sender begins with a job."""
+        """Mark the moment at which a sender begins with a job."""
         return self._submissions.begin()
 
     def submit(self, job: Submission, began: Beginning, *, alone: bool) -> None:
-        """Bring a job to the ledger that is durable. `began`: what `begin` said. `alone`: before this
-        returns. What the ledger does not hear or take, the duties bring."""
+        """Bring a durable job to the ledger.
+
+        `began`: the value that `begin` returned. `alone`: bring the job before this returns. The duties bring in jobs
+        that the ledger does not hear of or take.
+        """
         if self._circuit.closed:
             self._submissions.add(job, began, alone=alone)
 
     def flush(self) -> bool:
-        """Wait until the ledger was told of all that was submitted; whether it was."""
+        """Wait until the ledger was told of all submitted jobs. Returns True if it was."""
         return self._submissions.flush()
 
     def _bring(self, jobs: Sequence[Submission]) -> None:
         for epoch, together in groupby(jobs, key=lambda job: job.epoch):
-            # Cold, or of another epoch: a worker opens it, and brings in what is accepted.
+            # The ledger is cold, or of another epoch: a worker opens it, and brings in the accepted jobs.
             with suppress(LedgerClosed):
                 self._ask(partial(_submit, epoch, [job.args for job in together]))
 
@@ -92,7 +97,7 @@ class Breaker:
         return answer
 
     def descriptors(self) -> list[int]:
-        """The sockets of this handle, as numbers: for a child that inherited them."""
+        """Return the sockets of this handle, as numbers, for a child that inherited them."""
         return self._ledger.descriptors()
 
     def close(self) -> None:

@@ -1,11 +1,11 @@
 """Jobs on their way to the ledger.
 
-A sender has nothing to do with what the ledger answers: its job is durable. One that sends a single job asks the ledger
-by itself, and is back when that has the job. One that sends job after job leaves them to a thread, which brings what
-has come together in one step, while the sender waits for Postgres: to ask each time would cost it as much again as the
-insert. The jobs go in their order, and what a process asks the ledger besides goes behind them.
+A sender does not depend on the ledger's answer: its job is durable. A sender of a single job asks the ledger by itself,
+and returns when the ledger has the job. A sender of job after job leaves them to a thread. While the sender waits for
+Postgres, the thread brings the jobs that have come together in one step. A question for each job would cost the sender
+as much again as the insert. The jobs go in their order, and other questions of the process go behind them.
 
-What a process had not told the ledger when it died are rows that are accepted: the sweep brings them in.
+A process may die before it told the ledger of its jobs. Their rows are accepted, and the sweep brings them in.
 """
 
 from __future__ import annotations
@@ -25,29 +25,31 @@ from celery_capacity.routing import os_threads
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two submissions below which they are a row of them; and those below which they are where their thread
-#: waited for nothing in between but a processor.
+#: Seconds between two submissions below which they are in a row. The second value holds where their thread waited for
+#: nothing but a processor in between.
 IN_A_ROW: Final = 0.001
 IN_A_ROW_BUSY: Final = 0.02
-#: The share of the time since a row began for which the thread lets jobs come together, and the seconds of it at the
-#: most: what one step costs hardly grows with them, and who sends for a second does not feel a hundredth of it.
+#: Share of the time since a row began for which the thread lets jobs come together, and its limit in seconds. The cost
+#: of a step hardly grows with its jobs, and a sender of a second does not feel a hundredth of it.
 GATHER: Final = 0.1
 GATHER_AT_MOST: Final = 0.01
-#: Jobs that wait for the thread, above which a sender waits for it.
+#: Number of jobs that wait for the thread, from which on a sender waits for it.
 MOST_WAITING: Final = 100
-#: Bytes of their messages, likewise: the server takes them at one time, and answers nobody else meanwhile.
+#: Bytes of their messages, likewise. The server takes them at one time, and answers nobody else meanwhile.
 MOST_BYTES: Final = 4 * 1024**2
-#: Seconds for which a sender waits then, and a process at its end.
+#: Seconds for which a sender waits then, and for which a process waits at its end.
 PATIENCE: Final = 1.0
 #: Seconds for which the thread waits for another job, before it ends.
 REST_AT_MOST: Final = 5.0
-#: Linux counts for each thread what it waited for.
+#: Linux counts the waits of each thread. None where the system does not.
 _THREAD: Final[int | None] = getattr(resource, "RUSAGE_THREAD", None)
 
 
 class Submission(NamedTuple):
-    """A job for `Ledger.submit`: its arguments, in the epoch that the insert of its row confirmed. `size`: the bytes of
-    its message."""
+    """Job for `Ledger.submit`: its arguments, in the epoch that the insert of its row confirmed.
+
+    `size`: the bytes of its message.
+    """
 
     epoch: int
     args: tuple[Any, ...]
@@ -55,8 +57,11 @@ class Submission(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When (monotonic), in which thread, and how often that had waited for anything. (0 where nobody counts: macOS, and
-    gVisor, which answers without counting. Whoever sent a job has waited for Postgres.)"""
+    """Moment (monotonic seconds) in a thread, and how often the thread had waited for anything.
+
+    `waits` is 0 where nobody counts: on macOS, and on gVisor, which answers without counting. A real count is not 0,
+    because a sender of a job has waited for Postgres.
+    """
 
     at: float
     thread: int = 0
@@ -68,49 +73,53 @@ class Moment(NamedTuple):
         return cls(time.monotonic(), threading.get_ident(), waits)
 
     def goes_on(self, at: float, now: Callable[[], Moment]) -> bool:
-        """Whether what begins `at` a time, which is `now`, follows at once on what ended at this moment. (Whoever waits
-        for a result in between is in a hurry to have it, not to send.)"""
+        """Return True if a submission that begins `at` a time, which is `now`, follows at once on this moment.
+
+        A caller that waits for a result in between is in a hurry to have the result, not to send.
+        """
         gap = at - self.at
         return gap < IN_A_ROW or (gap < IN_A_ROW_BUSY and self.waits > 0 and self[1:] == now()[1:])
 
 
 class Beginning(NamedTuple):
-    """When a sender began (monotonic), and whether it goes on with a row."""
+    """Moment at which a sender began (monotonic seconds), and whether it goes on with a row."""
 
     at: float
     in_a_row: bool
 
 
 class Submissions:
-    """The jobs that one process submits. `bring` takes them to the ledger, and raises nothing. Thread-safe; not carried
-    over a fork."""
+    """Jobs that one process submits. Thread-safe; not carried over a fork.
+
+    `bring` takes them to the ledger, and raises nothing.
+    """
 
     def __init__(self, bring: Callable[[Sequence[Submission]], object]) -> None:
         self._bring = bring
-        #: When the last sender was back, and when the first one of the row began.
+        #: Moment at which the last sender was back, and time at which the first sender of the row began.
         self._last = Moment(0.0)
         self._row = 0.0
         self._waiting: list[Submission] = []
-        #: Their bytes.
+        #: Bytes of the waiting jobs' messages.
         self._size = 0
-        #: Jobs that were left to the thread, and those that it is done with.
+        #: Number of jobs that were left to the thread, and of those that it is done with.
         self._left = self._done = 0
         self._thread: os_threads.Thread | None = None
-        #: Whether the thread waits for a job.
+        #: True while the thread waits for a job.
         self._resting = False
-        #: Those who wait for it, and those who wait for its end.
+        #: Number of callers that wait for the thread, and of callers that wait for its end.
         self._flushing = 0
         self._dismissing = 0
         self._changed = threading.Condition()
         _all.add(self)
 
     def begin(self) -> Beginning:
-        """A sender begins with a job."""
+        """Mark the moment at which a sender begins with a job."""
         at = time.monotonic()
         return Beginning(at, self._last.goes_on(at, Moment.now))
 
     def add(self, job: Submission, began: Beginning, *, alone: bool) -> None:
-        """Bring a job to the ledger, now or soon. `began`: what `begin` said. `alone`: now."""
+        """Bring a job to the ledger, now or soon. `began`: the value that `begin` returned. `alone`: now."""
         try:
             with self._changed:
                 if not began.in_a_row:
@@ -123,13 +132,13 @@ class Submissions:
             self._last = Moment.now()
 
     def flush(self) -> bool:
-        """Wait until all that was added before has been brought; whether it has."""
+        """Wait until all jobs that were added before have been brought. Returns True if they have."""
         with self._changed:
             left = self._left
             return self._wait(lambda: self._done >= left)
 
     def dismiss(self) -> None:
-        """The same, and have the thread end; another one follows when it is needed."""
+        """Have the thread bring all jobs and end, and wait for it. Another one follows when it is needed."""
         thread = self._thread
         if thread is None or thread is threading.current_thread():
             return
@@ -143,7 +152,7 @@ class Submissions:
                 self._dismissing -= 1
 
     def _wait(self, until: Callable[[], bool]) -> bool:
-        """Have the thread hurry, and wait for it."""
+        """Have the thread hurry, and wait for `until`, at most `PATIENCE` seconds. Returns True if it holds."""
         if until():
             return True
         self._flushing += 1
@@ -154,14 +163,14 @@ class Submissions:
             self._flushing -= 1
 
     def _leave(self, job: Submission) -> bool:
-        """Leave a job to the thread; False where there can be none."""
+        """Leave a job to the thread. Returns False where there can be no thread."""
         self._wait(lambda: len(self._waiting) < MOST_WAITING and self._size < MOST_BYTES)
         if self._thread is None:
             thread = os_threads.Thread(target=self._run, name="submissions", daemon=True)
             try:
                 thread.start()
             except RuntimeError:
-                # The system has no more threads for us, or the interpreter ends. (Nothing waits without a thread.)
+                # The system has no more threads for us, or the interpreter ends. No job waits without a thread.
                 return False
             self._thread = thread
             _flush_at_the_end()
@@ -173,12 +182,12 @@ class Submissions:
         return True
 
     def _run(self) -> None:
-        """The thread: until nothing was added for a while."""
+        """Bring jobs, in the thread, until none was added for a while."""
         while jobs := self._take():
             try:
                 self._bring(jobs)
             except Exception:
-                # Whatever it was: the next jobs are to be brought, and the sweep brings these.
+                # Go on after any error: the thread must bring the next jobs, and the sweep brings these.
                 logger.exception("%d jobs were not brought to the ledger", len(jobs))
             with self._changed:
                 self._done += len(jobs)
@@ -199,15 +208,15 @@ class Submissions:
 
 
 _all: weakref.WeakSet[Submissions] = weakref.WeakSet()
-#: Whether this process ends: nothing is left to a thread any more.
+#: True once this process ends. Then no job is left to a thread any more.
 _ending = False
-#: Whether `multiprocessing` has been told.
+#: True once `multiprocessing` has been told.
 _told = False
 
 
 @atexit.register
 def _flush_all() -> None:
-    """A program may end right after it sent something, or because of it."""
+    """Flush all jobs at exit: a program may end right after it sent a job, or because of it."""
     global _ending
     _ending = True
     for submissions in list(_all):
@@ -215,7 +224,7 @@ def _flush_all() -> None:
 
 
 def _flush_at_the_end() -> None:
-    """A child that `multiprocessing` forked leaves `atexit` out; it has an end of its own."""
+    """Flush at the end of `multiprocessing`'s children too: a forked child leaves `atexit` out."""
     global _told
     if not _told:
         _told = True
@@ -225,13 +234,16 @@ def _flush_at_the_end() -> None:
 
 
 def _before_fork() -> None:
-    """A program of one thread may fork, and no child finds a lock that a thread held which it has not."""
+    """Stop the threads before a fork, so that no child inherits a lock whose owner does not exist there.
+
+    A program of one thread may fork, so none of these threads may be left.
+    """
     for submissions in list(_all):
         submissions.dismiss()
 
 
 def _after_fork() -> None:
-    """A child has none of the thread, and its copy of what was to be brought is not its own to bring."""
+    """Forget the parent's jobs in a child: it has no thread, and the jobs are not its own to bring."""
     global _told
     _told = False
     _all.clear()
