@@ -228,7 +228,7 @@ class _Looking:
         super()._brpop_start(timeout)  # type: ignore[misc]
 
     def close(self) -> None:
-        """Wait no more for a message, without losing one that comes just now."""
+        """Close, and wait no more for a message, without losing one that comes just now."""
         if self._in_poll:
             try:
                 with self.conn_or_acquire() as client:  # type: ignore[attr-defined]

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 #: Bytes of messages that one `store_timeout` is long enough for, at a few MB a second.
 BYTES_IN_LIMIT: Final = 32 * 1024**2
 
-#: Callback for a stored job, such as a signal of Celery's. None where nobody listens.
+#: Callback once a job is stored, which sends a signal of Celery's. None where nobody listens.
 After = Callable[[], None] | None
 
 

@@ -48,7 +48,8 @@ RATES_FOR: Final = 5.0
 #: Seconds in which the end of a job is written, and seconds between two looks for it. Workers write ends in batches.
 WRITTEN_WITHIN: Final = 5.0
 LOOK_EVERY: Final = 0.005
-#: Intervals of the duty for which starts are saved up, because none of its passes comes exactly in time.
+#: Intervals of the duty (`due_interval`) for which starts are saved up, because none of its passes comes exactly in
+#: time.
 BURST_INTERVALS: Final = 1.5
 
 #: Constraints of a job that waits for nothing but its time and a worker.

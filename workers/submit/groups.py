@@ -271,7 +271,7 @@ def in_chunks(apply_tasks: Callable[..., Iterable[Any]]) -> Callable[..., Iterab
                 return list(apply_tasks(self, _aside(tasks), producer, app, *more, **options))
         attempt = attempts.current()
         # A job that the worker itself publishes may not wait, or waits for Postgres. In a group within a group the
-        # outer one gathers.
+        # outer group gathers.
         alone = attempt is not None and (attempt.deferred or attempt.patient is not None)
         if not on_platform or alone or here(app.amqp) is not None:
             return apply_tasks(self, tasks, producer, app, *more, **options)

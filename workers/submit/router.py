@@ -23,7 +23,7 @@ from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit import constraints
 from celery_capacity.workers.submit.canvas import COORDINATING, UNLOCKING, called_by, mark_of
 
-#: Task name -> what workers publish of it (`declaration`).
+#: Task name -> its declaration, as workers publish it (`declaration`).
 Declarations = Mapping[str, Mapping[str, Any]]
 #: Seconds for which a sender trusts the declarations that it read.
 DECLARATIONS_FOR: Final = 10.0
@@ -58,7 +58,7 @@ class Router:
             raise InvalidRequest(f"apply_async({option}=...) of {name} is not an option", value=option, advice=advice)
         call = {option: options.pop(option) for option in REQUEST_OPTIONS if option in options}
         headers = dict(options.get("headers") or {})
-        # Celery routes a map by the name of the task that it calls.
+        # Celery routes a map by the name of the task that it calls. The map's own name is in `task`.
         task_name = task.name if task is not None else name
         if task_name == UNLOCKING:
             headers = {**mark_of(args), **headers}
@@ -119,8 +119,8 @@ class Router:
     def _reruns(self, name: str, called: Any, carried: Any, task: Any) -> bool:
         """Return True if another attempt follows a lost one.
 
-        The first of these that says so decides: the call, the header of a retry, the file of `PLATFORM_REQUESTS`, the
-        task, the published declaration.
+        The first of these that has an answer decides: the call, the header of a retry, the file of `PLATFORM_REQUESTS`,
+        the task, the published declaration.
         """
         if called is not None:
             return check_rerun(called, f"apply_async(rerun=...) of {name}")

@@ -1,4 +1,4 @@
-"""Acceptance of a job: the durable row first, then the admission. Celery's own sender calls it by `publish`."""
+"""Acceptance of a job: the durable row first, then the admission. Celery's own sender gets here by `_JobProducer`."""
 
 from __future__ import annotations
 

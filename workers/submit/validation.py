@@ -29,7 +29,7 @@ MOST_SECONDS: Final = 2**31 - 1
 YEARS: Final = range(1900, 9999)
 #: The first parameters of Celery's `send_task`.
 PARAMETERS: Final = ("name", "args", "kwargs", "countdown", "eta", "task_id", "producer", "connection")
-#: Options by which something follows a job.
+#: Options by which other tasks follow a job.
 FOLLOWED: Final = ("chain", "chord", "group_id", "link", "link_error")
 #: Largest value of a counter of retries or replacements, by its column of Postgres.
 MOST_TIMES: Final = 2**31 - 1
@@ -81,15 +81,13 @@ def checking(app: Celery) -> Callable[..., Any]:
         task = options.get("task_type")
         if "unique" in options or "unique_for" in options or (task is not None and is_unique(task)):
             _check_followed(name, options)
-        # Other code, a test say, may have put something in its place since. That sees the call as it was made.
-        current_sender = _of_class(app)
+        # Other code, such as a test, may have replaced `send_task` since. It sees the call as it was made.
+        current = _of_class(app)
         send_task = instance_sender or (
-            current_sender.__get__(app, type(app)) if hasattr(type(current_sender), "__get__") else current_sender
+            current.__get__(app, type(app)) if hasattr(type(current), "__get__") else current
         )
         spare = None
-        if current_sender is class_sender and not any(
-            call.get(option_name) for option_name in ("producer", "publisher", "connection")
-        ):
+        if current is class_sender and not any(call.get(key) for key in ("producer", "publisher", "connection")):
             spare = options["producer"] = SpareProducer(app)
         try:
             return send_task(*given, **options)
