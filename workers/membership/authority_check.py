@@ -120,9 +120,9 @@ class Confirmation(os_threads.Thread):
                 self.ask()
                 self._said = ""
             except (SQLAlchemyError, PlatformError) as error:
-                said = f"Postgres does not confirm that this worker may admit: {type(error).__name__}"
-                if said != self._said:
-                    self._said = said
-                    logger.warning(said)
+                problem = f"Postgres does not confirm that this worker may admit: {type(error).__name__}"
+                if problem != self._said:
+                    self._said = problem
+                    logger.warning(problem)
             except Exception:
                 logger.exception("a confirmation failed; the next one is asked for")

@@ -59,14 +59,14 @@ class Switch:
 
     def look(self) -> None:
         """Change the authority, if it is time. Asks Postgres only when this worker's own sight speaks for a change."""
-        settings, known, sight = self._settings, self._confirmation.authority, self._sight
+        settings, authority, sight = self._settings, self._confirmation.authority, self._sight
         lost_for = change_pause(settings.confirm_interval)
-        if known == "ledger" and sight.lost and sight.seconds() >= lost_for:
+        if authority == "ledger" and sight.lost and sight.seconds() >= lost_for:
             self._change(
                 lambda connection: decide_in_postgres(connection, settings.worker_ttl, lost_for),
                 "no worker reaches the ledger: Postgres decides, in epoch %d",
             )
-        elif known == "postgres" and not sight.lost and sight.seconds() >= settings.due_interval * STEADY_INTERVALS:
+        elif authority == "postgres" and not sight.lost and sight.seconds() >= settings.due_interval * STEADY_INTERVALS:
             within = settings.renew_interval * SILENT_INTERVALS
             self._change(
                 lambda connection: decide_in_ledger(connection, within),

@@ -78,7 +78,9 @@ class NameClaim:
         warned = False
         while True:
             claimants, rows = self._look(with_ledger=challenge is not None)
-            claimants = {life: one for life, one in claimants.items() if not one.is_as(self._given_up.get(life))}
+            claimants = {
+                life: claimant for life, claimant in claimants.items() if not claimant.is_as(self._given_up.get(life))
+            }
             if not claimants:
                 break
             if not first:
@@ -86,13 +88,13 @@ class NameClaim:
                 answer_by = began + self._answer_within(challenge is not None)
                 if challenge is not None:
                     challenge()
-            for life, one in claimants.items():
-                if one.spoke_since(first.get(life)):
+            for life, claimant in claimants.items():
+                if claimant.spoke_since(first.get(life)):
                     raise self.taken(life)
             waited = time.monotonic() - began
             if time.monotonic() >= answer_by:
                 # By its own clock too: that of a store may be set back meanwhile.
-                left = min(max(one.left for one in claimants.values()), self._ttl - waited)
+                left = min(max(claimant.left for claimant in claimants.values()), self._ttl - waited)
                 if left <= 0:
                     self._given_up |= claimants
                     break
@@ -133,22 +135,24 @@ class NameClaim:
     def _look(self, *, with_ledger: bool) -> tuple[dict[str, Claimant], list[WorkerRow]]:
         """Return the incarnations that are not known to be dead, and the rows of all that may have left something."""
         holder, lease = self._holder() if with_ledger else ("", None)
-        identity, found = self._identity, dict[str, Claimant]()
+        identity, claimants = self._identity, dict[str, Claimant]()
         with self._engine.connect() as connection:
             rows = worker_rows.namesakes(connection, identity.name, identity.incarnation, identity.place, holder)
         lease_left = 0.0 if lease is None else (lease - self._ledger.now_ms()) / 1000
-        known = {row.worker.incarnation for row in rows}
-        if holder and holder not in known:
-            found[holder] = Claimant(None, lease, None, lease_left)
+        incarnations = {row.worker.incarnation for row in rows}
+        if holder and holder not in incarnations:
+            claimants[holder] = Claimant(None, lease, None, lease_left)
         for row in rows:
             worker = row.worker
             if is_known_dead(worker, identity.place):
                 continue
             if worker.incarnation == holder and lease is not None:
-                found[holder] = Claimant(worker, lease, row.seen, lease_left)
+                claimants[holder] = Claimant(worker, lease, row.seen, lease_left)
             else:
-                found[worker.incarnation] = Claimant(worker, None, row.seen, 0.0 if row.over else self._ttl - row.age)
-        return found, [row.worker for row in rows]
+                claimants[worker.incarnation] = Claimant(
+                    worker, None, row.seen, 0.0 if row.over else self._ttl - row.age
+                )
+        return claimants, [row.worker for row in rows]
 
     def _holder(self) -> tuple[str, int | None]:
         """Return the incarnation of another one's book, "" without one, and the end of its lease (ms). A book that was

@@ -88,15 +88,15 @@ def _end_worker(row: WorkerRow) -> int:
 def _marked(incarnations: Collection[str]) -> list[psutil.Process]:
     """Return the processes that bodies of these incarnations started."""
     # A body may have started this very worker.
-    spared = {os.getpid(), *(one.pid for one in psutil.Process().parents())}
-    found = []
+    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    processes = []
     for process in psutil.process_iter():
         try:
             if process.pid not in spared and process.environ().get(VARIABLE) in incarnations:
-                found.append(process)
+                processes.append(process)
         except psutil.Error:
             continue  # it ended meanwhile, or belongs to somebody else
-    return found
+    return processes
 
 
 def _kill(processes: Iterable[psutil.Process]) -> int:

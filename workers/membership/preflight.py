@@ -66,7 +66,7 @@ def check_broker(broker_url: object) -> None:
             raise Unsupported(
                 f"a broker with {scheme}:// is not supported" if "://" in url else "a broker must be named by its URL",
                 value=url,
-                advice=f"Use one with {', '.join(f'{known}://' for known in BROKERS)}, or leave the broker out of the "
+                advice=f"Use one with {', '.join(f'{name}://' for name in BROKERS)}, or leave the broker out of the "
                 "app and CELERY_BROKER_URL out of the environment: then the ledger's Redis serves.",
             )
 
@@ -112,9 +112,9 @@ def shares_ledger(app: Celery, settings: Settings) -> bool:
     options = app.conf.broker_transport_options or {}
     if options.get("global_keyprefix"):
         return False
-    given = BETWEEN.join(_urls(app.conf.broker_read_url))
+    broker_url = BETWEEN.join(_urls(app.conf.broker_read_url))
     try:
-        broker, ledger = redis_urls.read(given), redis_urls.read(str(settings.redis_url))
+        broker, ledger = redis_urls.read(broker_url), redis_urls.read(str(settings.redis_url))
     except ValueError:
         # Another kind of server, or several to choose from.
         return False
@@ -123,8 +123,8 @@ def shares_ledger(app: Celery, settings: Settings) -> bool:
 
 
 def _urls(broker_url: object) -> list[str]:
-    given = broker_url if isinstance(broker_url, list | tuple) else [broker_url]
-    return [url for text in given for url in str(text).split(BETWEEN)]
+    values = broker_url if isinstance(broker_url, list | tuple) else [broker_url]
+    return [url for value in values for url in str(value).split(BETWEEN)]
 
 
 def _place(address: Address) -> tuple[object, ...]:

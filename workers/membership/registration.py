@@ -166,12 +166,14 @@ class Membership:
         held = holdings.all()
         refused: set[tuple[str, str]] = set()
         if held:
-            adopted = [one.as_adopted() for one in held]
+            adopted = [holding.as_adopted() for holding in held]
             refused = set(self._ledger.adopt(self.identity.name, self.identity.incarnation, adopted))
         if refused and self._measured is not None:
             holdings.disown(refused)
             self.resize(self._measured, holdings)
-        recorder.add([running(self.identity, one) for one in held if one.key not in refused and not one.ended])
+        recorder.add(
+            [running(self.identity, holding) for holding in held if holding.key not in refused and not holding.ended]
+        )
         for job, token in sorted(refused):
             logger.warning("job %s: the lease of attempt %s went to another one while the ledger was lost", job, token)
         # This list is complete: what Postgres says is held here and it does not name, is taken back at once.

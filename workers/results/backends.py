@@ -190,11 +190,11 @@ class PlatformRedisBackend(RowChords):
     """Reads results from their jobs' rows, and counts chords in Postgres, while its Redis is away."""
 
     def _params_from_url(self, url: str, defaults: Any) -> Any:
-        found = super()._params_from_url(url, defaults)
-        if "path" in found:
+        params = super()._params_from_url(url, defaults)
+        if "path" in params:
             # A Unix socket has no such option, and Celery hands it on all the same.
-            found.pop("socket_keepalive", None)
-        return found
+            params.pop("socket_keepalive", None)
+        return params
 
 
 class PlatformSentinelBackend(PlatformRedisBackend, SentinelBackend):
@@ -208,9 +208,9 @@ class PlatformSentinelBackend(PlatformRedisBackend, SentinelBackend):
 
     @property
     def _transport_options(self) -> dict[str, Any]:
-        given = self.app.conf.get("result_backend_transport_options") or {}
+        options = self.app.conf.get("result_backend_transport_options") or {}
         timeout = self.app.platform.settings.store_timeout if self.is_on_platform else timeouts.STORE_TIMEOUT
-        return {redis_urls.MASTER: self._master_name, "sentinel_kwargs": sentinels.asking(timeout), **given}
+        return {redis_urls.MASTER: self._master_name, "sentinel_kwargs": sentinels.asking(timeout), **options}
 
     def _get_sentinel_instance(self, **options: Any) -> Any:
         return super()._get_sentinel_instance(**options, connection_class=sentinels.Watched)
@@ -229,8 +229,8 @@ class CarriedRedisResults(CarriedResults):
         try:
             with self.client.pipeline() as pipe:  # type: ignore[attr-defined]
                 pipe.watch(key)
-                known = pipe.get(key)
-                if known and self.decode_result(known)["status"] in states.READY_STATES:  # type: ignore[attr-defined]
+                stored = pipe.get(key)
+                if stored and self.decode_result(stored)["status"] in states.READY_STATES:  # type: ignore[attr-defined]
                     return
                 pipe.multi()
                 self._set_in(pipe, key, self._seconds(state), text)
@@ -315,10 +315,10 @@ def is_asked(backend: Any) -> bool:
 
 def kept_of(app: Celery, request: Context) -> tuple[bool, bool]:
     """Whether the value of a job is kept, and whether an error is, as Celery's worker would say."""
-    said = vars(request)
+    fields = vars(request)
     # (Of a message that cannot be read nothing is known.)
-    task = app.tasks.get(said.get("task"))
-    ignored = said.get("ignore_result")
+    task = app.tasks.get(fields.get("task"))
+    ignored = fields.get("ignore_result")
     if ignored is None:
         ignored = getattr(task, "ignore_result", False)
     return not ignored, not ignored or bool(getattr(task, "store_errors_even_if_ignored", False))

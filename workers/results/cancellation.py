@@ -116,10 +116,10 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
     ledger does not say."""
     try:
         with stores.engine.connect() as connection:
-            known = read_authority(connection)
-            if known.authority == "postgres":
+            current = read_authority(connection)
+            if current.authority == "postgres":
                 return job_transitions.end_unfiled(connection, job, state, error)
-            stores.ledger.epoch = known.epoch
+            stores.ledger.epoch = current.epoch
             cancelled = _cancel(stores, connection, job, state, error)
             if cancelled.entry is not None:
                 # Perhaps no worker lives that would write it.

@@ -89,9 +89,9 @@ class Parts:
                         part.late = True
                         self._late += 1
                         # The thread keeps this one alone, another one goes on.
-                        rest = deque(one for one in work if one is not part)
-                        for one in rest:
-                            work.remove(one)
+                        rest = deque(other for other in work if other is not part)
+                        for other in rest:
+                            work.remove(other)
                         work, hand = rest, None
             yield part
 
@@ -99,7 +99,9 @@ class Parts:
         """Give up what is late for too long."""
         with self._changed:
             before = time.monotonic() - GIVEN_UP_AFTER
-            stuck = [one for one in self._under_way.values() if one.late and one.since < before and not one.given_up]
+            stuck = [
+                part for part in self._under_way.values() if part.late and part.since < before and not part.given_up
+            ]
             for part in stuck:
                 part.given_up = True
         for part in stuck:

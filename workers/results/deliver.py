@@ -67,8 +67,8 @@ def _store(backend: Any, results: Sequence[dict[str, Any]]) -> None:
     try:
         backend.deliver_results(results)
     except HOPELESS:
-        for one in results:
-            _try(backend.deliver_results, [one])
+        for note in results:
+            _try(backend.deliver_results, [note])
 
 
 def _try(action: Callable[[Any], None], notes: Any) -> None:
@@ -103,19 +103,19 @@ class Delivery(os_threads.Thread):
         self._down_until = 0.0
 
     def add(self, transitions: Sequence[Transition]) -> None:
-        carrying = [one for one in transitions if one.outbox]
+        carrying = [transition for transition in transitions if transition.outbox]
         if carrying:
             with self._changed:
                 self._pending += carrying
                 self._changed.notify_all()
-        rest = [one for one in transitions if not one.outbox] if carrying else transitions
+        rest = [transition for transition in transitions if not transition.outbox] if carrying else transitions
         if rest:
             self._record(rest)
 
     def jobs(self) -> set[str]:
         """The jobs of all that has not gone on."""
         with self._changed:
-            return {one.job for some in (self._pending, self._delivering) for one in some}
+            return {transition.job for batch in (self._pending, self._delivering) for transition in batch}
 
     def flush(self, within: float) -> bool:
         """Wait until all that was added went on."""
@@ -147,7 +147,7 @@ class Delivery(os_threads.Thread):
                 self._changed.notify_all()
 
     def _deliver(self, batch: Sequence[Transition]) -> None:
-        boxes = [parse(one.outbox) for one in batch]
+        boxes = [parse(transition.outbox) for transition in batch]
         if time.monotonic() < self._down_until:
             self._record(batch)
             return
@@ -157,10 +157,10 @@ class Delivery(os_threads.Thread):
             self._leave(len(batch), error)
             self._record(batch)
             return
-        rest = [_without(one, box) for one, box in zip(batch, boxes, strict=True) if not chords_in(box)]
+        rest = [_without(transition, box) for transition, box in zip(batch, boxes, strict=True) if not chords_in(box)]
         if rest:
             self._record(rest)
-        self._deliver_parts([(one, box) for one, box in zip(batch, boxes, strict=True) if chords_in(box)])
+        self._deliver_parts([(transition, box) for transition, box in zip(batch, boxes, strict=True) if chords_in(box)])
 
     def _leave(self, number: int, error: Exception) -> None:
         """Whatever it is: the ends themselves go on, and the duty tries again."""
@@ -168,27 +168,27 @@ class Delivery(os_threads.Thread):
         logger.warning("the result backend does not take %d results, they are kept: %s", number, error)
 
     def _deliver_parts(self, carrying: Sequence[tuple[Transition, Outbox]]) -> None:
-        parts = [self._part(one, box) for one, box in carrying]
-        told, since = list[Transition](), time.monotonic()
+        parts = [self._part(transition, box) for transition, box in carrying]
+        ready, since = list[Transition](), time.monotonic()
         kept, failed = 0, None
-        for part, (one, box) in zip(self._parts.bring(parts), carrying, strict=True):
+        for part, (transition, box) in zip(self._parts.bring(parts), carrying, strict=True):
             if part.late:
                 # At once: others take what is in the stream for left behind soon.
-                self._record([*told, replace(one, outbox=self._under_way(box).to_text())])
-                told, since = [], time.monotonic()
+                self._record([*ready, replace(transition, outbox=self._under_way(box).to_text())])
+                ready, since = [], time.monotonic()
                 continue
             if part.done:
-                told.append(_without(one, box))
+                ready.append(_without(transition, box))
             else:
-                told.append(replace(one, outbox=_left(box).to_text()))
+                ready.append(replace(transition, outbox=_left(box).to_text()))
                 kept, failed = kept + 1, failed or part.error
             if time.monotonic() - since > RECORD_EVERY:
-                self._record(told)
-                told, since = [], time.monotonic()
+                self._record(ready)
+                ready, since = [], time.monotonic()
         if failed is not None:
             self._leave(kept, failed)
-        if told:
-            self._record(told)
+        if ready:
+            self._record(ready)
 
     def _part(self, one: Transition, box: Outbox) -> Part:
         attempt = Attempt(Tag(one.job, one.epoch, one.attempt), self._incarnation, patient=self._may_wait)

@@ -313,8 +313,8 @@ def _announce(app: Celery, box: Outbox, job: str, state: State, error: str | Non
 def parts_of(app: Celery) -> Parts | None:
     """What delivers parts of chords in this process, None where it is no worker."""
     runtime = running_workers.newest(app)
-    found: Parts | None = None if runtime is None else runtime.parts
-    return found if found is not None and found.pid == os.getpid() else None
+    parts: Parts | None = None if runtime is None else runtime.parts
+    return parts if parts is not None and parts.pid == os.getpid() else None
 
 
 def announcer_of(app: Celery) -> Announcer | None:

@@ -143,7 +143,7 @@ class Announcer:
 
     def waiting(self, applied: Sequence[Any]) -> None:
         """In any thread that may ask Postgres: rows that changed (`routing.store.job_transitions.Applied`)."""
-        ids = [one.job for one in applied if one.state == State.WAITING]
+        ids = [change.job for change in applied if change.state == State.WAITING]
         if not ids or self.events is None:
             return
         with self._engine.connect() as connection:
@@ -191,5 +191,5 @@ class Announcer:
         signals.task_revoked.send(sender=task, request=request, terminated=False, signum=None, expired=expired)
 
     def _sends(self, name: Any) -> bool:
-        known = self._app.tasks.get(name) if isinstance(name, str) else None
-        return bool(getattr(known, "send_events", True))
+        task = self._app.tasks.get(name) if isinstance(name, str) else None
+        return bool(getattr(task, "send_events", True))

@@ -103,7 +103,7 @@ class Recorder(os_threads.Thread):
     def jobs(self) -> set[str]:
         """The jobs of all that is not written."""
         with self._changed:
-            return {one.job for some in (self._pending, self._put_off, self._writing) for one in some}
+            return {transition.job for batch in (self._pending, self._put_off, self._writing) for transition in batch}
 
     def start(self) -> None:
         self._calls.start()
@@ -129,7 +129,10 @@ class Recorder(os_threads.Thread):
         if flush():
             return True
         with self._changed:
-            unwritten = {(one.job, one.incarnation) for one in (*self._pending, *self._put_off, *self._writing)}
+            unwritten = {
+                (transition.job, transition.incarnation)
+                for transition in (*self._pending, *self._put_off, *self._writing)
+            }
         if not unwritten:
             return True
         jobs, lives = zip(*sorted(unwritten), strict=True)
@@ -239,7 +242,7 @@ class Recorder(os_threads.Thread):
         if left and wait:
             logger.warning("the rows of %d outcomes are locked or damaged, they are kept", len(left))
         kept = set(map(id, left))
-        self._after([one for one in batch if id(one) not in kept], applied)
+        self._after([transition for transition in batch if id(transition) not in kept], applied)
         return [], left
 
     def _after(self, batch: Sequence[Transition], applied: Sequence[Applied]) -> None:

@@ -69,7 +69,7 @@ class Quarantine(os_threads.Thread):
             self.join(within)
 
     def run(self) -> None:
-        said = ""
+        logged = ""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._stopping)
@@ -87,26 +87,26 @@ class Quarantine(os_threads.Thread):
                 if self._stopping:
                     logger.error("%d messages that cannot be read are lost: %s", len(self._waiting), kind)
                     return
-                if kind != said:
-                    said = kind
-                    logger.warning("Postgres does not take messages for the quarantine, they are kept: %s", said)
+                if kind != logged:
+                    logged = kind
+                    logger.warning("Postgres does not take messages for the quarantine, they are kept: %s", logged)
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping, RETRY_AFTER)
                 continue
-            said = ""
+            logged = ""
             with self._changed:
-                for one, _ in batch:
+                for message, _ in batch:
                     self._waiting.popleft()
-                    self._bytes -= len(one.raw)
+                    self._bytes -= len(message.raw)
 
     def _write(self, connection: Connection, batch: Sequence[tuple[SetAside, str]]) -> None:
-        known = quarantine.known(connection, [job for _, job in batch if job])
+        known_jobs = quarantine.known(connection, [job for _, job in batch if job])
         for message, job in batch:
-            if job in known:
+            if job in known_jobs:
                 logger.info("job %s: a doubled message of an attempt that ended long ago is dropped", job)
             elif job:
                 _say(message)
-        if unreadable := [message for message, job in batch if job not in known]:
+        if unreadable := [message for message, job in batch if job not in known_jobs]:
             quarantine.write(connection, unreadable)
 
 

@@ -96,11 +96,11 @@ class RowConsumer(ResultConsumer):
 
     def _look_at_rows(self) -> None:
         try:
-            found = self.backend.rows(list(self.subscribed_to), tolerant=True)
+            results = self.backend.rows(list(self.subscribed_to), tolerant=True)
         except SQLAlchemyError as error:
             logger.info("the results that are waited for cannot be read from Postgres: %s", error)
             return
-        for stored in found:
+        for stored in results:
             if stored is not None:
                 self.on_state_change(self._decode_result(stored), None)
 
@@ -121,14 +121,14 @@ class RowResults(RedisBackend):
     @property
     def reach(self) -> Circuit:
         """Return whether this backend's Redis is asked."""
-        found: Circuit | None = self.__dict__.get("_reach")
-        if found is None:
-            found = self.__dict__["_reach"] = Circuit(
+        circuit: Circuit | None = self.__dict__.get("_reach")
+        if circuit is None:
+            circuit = self.__dict__["_reach"] = Circuit(
                 self._ping,
                 "the result backend is left alone until it answers quickly (results are read from Postgres meanwhile)",
                 "the result backend answers again",
             )
-        return found
+        return circuit
 
     def ask(self, question: Callable[[], Any]) -> Any:
         """Return what Redis answers; raises at once while it is left alone."""
@@ -216,8 +216,8 @@ class RowResults(RedisBackend):
             raise Unknown("not the keys of jobs")
         ids = [name[len(prefix) :].decode() for name in names]
         with self.app.platform.engine.connect() as connection:
-            found = {row.id: row for row in connection.execute(_ROWS, {"ids": ids})}
-        return [self._text_of(job, found.get(job), tolerant) for job in ids]
+            rows_by_id = {row.id: row for row in connection.execute(_ROWS, {"ids": ids})}
+        return [self._text_of(job, rows_by_id.get(job), tolerant) for job in ids]
 
     def _text_of(self, job: str, row: Any, tolerant: bool) -> Any:
         if row is None or row.state not in FINAL:

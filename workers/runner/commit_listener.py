@@ -106,10 +106,10 @@ class Listener(os_threads.Thread):
         if not any(descriptor != self._wake.fileno() for descriptor, _ in ready):
             return
         self._listening.poll()
-        said = [one.payload for one in self._listening.notifies]
+        payloads = [notification.payload for notification in self._listening.notifies]
         self._listening.notifies.clear()
-        if said:
-            self._bring_in(said)
+        if payloads:
+            self._bring_in(payloads)
 
     def _bring_in(self, said: Iterable[str]) -> None:
         """`said`: ids of jobs; '' stands for all that are accepted."""
@@ -135,10 +135,10 @@ class Listener(os_threads.Thread):
         """Return whether there are accepted jobs that are known not to have started (see `sweep`)."""
         engine, ledger = self.stores.engine, self.stores.ledger
         with engine.connect() as connection:
-            known = read_authority(connection)
-            if known.authority != "ledger" or not backlog.stranded(connection, 0.0, 1):
+            current = read_authority(connection)
+            if current.authority != "ledger" or not backlog.stranded(connection, 0.0, 1):
                 return False
-        ledger.epoch = known.epoch
+        ledger.epoch = current.epoch
         if ledger.is_cold() or ledger.is_unfinished():
             # The opener brings them in. It knows which of them may have started (`routing.policy.unknown_starts`).
             return False
@@ -148,11 +148,11 @@ class Listener(os_threads.Thread):
     def _submit(self, rows: list[backlog.Pending]) -> bool:
         """False where the ledger takes none now: it does not decide, is not open or does not answer; the sweep will."""
         with self.stores.engine.connect() as connection:
-            known = read_authority(connection)
-        if known.authority != "ledger":
+            current = read_authority(connection)
+        if current.authority != "ledger":
             # Those who take jobs from Postgres listen themselves.
             return False
-        self.stores.ledger.epoch = known.epoch
+        self.stores.ledger.epoch = current.epoch
         try:
             resubmit.submit_rows(self.stores.ledger, rows)
         except (PlatformError, LedgerClosed) as error:

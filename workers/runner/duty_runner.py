@@ -234,12 +234,12 @@ class Runner(os_threads.Thread):
     def _run(self, due_now: list[Duty]) -> None:
         try:
             with self._stores.engine.connect() as connection:
-                known = read_authority(connection)
-            if not self.election.holds(known.authority):
+                current = read_authority(connection)
+            if not self.election.holds(current.authority):
                 # Overtaken, or the authority has changed, and the election of the other store is not over.
                 self._suspected |= SUSPICION in due_now
                 return
-            if known.authority == "postgres":
+            if current.authority == "postgres":
                 self._run_without_ledger(due_now)
             else:
                 self._run_with_ledger(due_now)
@@ -254,10 +254,10 @@ class Runner(os_threads.Thread):
         open_ledger(self._stores)
         # Whoever repairs the books must be of the epoch that Postgres names now.
         with self._stores.engine.connect() as connection:
-            known = read_authority(connection)
-        self._stores.ledger.epoch = known.epoch
+            current = read_authority(connection)
+        self._stores.ledger.epoch = current.epoch
         for duty in due_now:
-            if not self.election.holds(known.authority):
+            if not self.election.holds(current.authority):
                 self._suspected |= SUSPICION in due_now
                 return
             self._run_one(duty, duty.run)
@@ -271,7 +271,7 @@ class Runner(os_threads.Thread):
         """Do one duty. One that fails concerns no other: it is tried again after a pause of its own."""
         more = {"window": self.election.window} if duty.name == "lapse" else {}
         try:
-            found = run(self._app, self._stores, **more)
+            totals = run(self._app, self._stores, **more)
         except Exception as error:
             self._failures[duty.name] = self._failures.get(duty.name, 0) + 1
             self._try_soon(duty)
@@ -282,7 +282,7 @@ class Runner(os_threads.Thread):
             return
         self._failures.pop(duty.name, None)
         self._said.pop(f"duty {duty.name}", None)
-        counts = {name: number for name, number in found.items() if number}
+        counts = {name: number for name, number in totals.items() if number}
         if counts:
             logger.info("duty %s: %s", duty.name, ", ".join(f"{name} {number}" for name, number in counts.items()))
 
@@ -299,12 +299,12 @@ class Runner(os_threads.Thread):
     def _say(self, what: str, error: Exception) -> None:
         """Say what failed, once and not at every try."""
         why = told(error) if isinstance(error, DBAPIError) else str(error)
-        said = f"{what} is tried again: {type(error).__name__}: {why}"
-        if said == self._said.get(what):
+        message = f"{what} is tried again: {type(error).__name__}: {why}"
+        if message == self._said.get(what):
             return
-        self._said[what] = said
+        self._said[what] = message
         passes = isinstance(error, (PlatformError, LedgerClosed, RedisError, SQLAlchemyError))
-        logger.warning("%s", said, exc_info=None if passes else error)
+        logger.warning("%s", message, exc_info=None if passes else error)
 
 
 def _lies_in(store: type[Exception], error: BaseException | None) -> bool:

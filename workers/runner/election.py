@@ -111,10 +111,10 @@ class Candidate(os_threads.Thread):
         if not elected.fence:
             self._lost()
             return
-        held, known, self._fence, self._until = self.holds(), self._fence, elected.fence, sent + self._term
-        if elected.fence != known:
+        held, previous, self._fence, self._until = self.holds(), self._fence, elected.fence, sent + self._term
+        if elected.fence != previous:
             logger.info("this worker runs the duties, by lease %d of the %s", self._fence, store)
-        if elected.fence != known or not held:
+        if elected.fence != previous or not held:
             # (Or again: a renewal came late, and nobody else had taken over.)
             self._on_change()
         if elected.asked:

@@ -118,10 +118,10 @@ class PostgresEnds:
         try:
             written = self._write_all(batch)
         except SQLAlchemyError as error:
-            said = f"Postgres does not take what ended, it is kept: {type(error).__name__}"
-            if said != self._said:
-                self._said = said
-                logger.warning(said)
+            problem = f"Postgres does not take what ended, it is kept: {type(error).__name__}"
+            if problem != self._said:
+                self._said = problem
+                logger.warning(problem)
             return False
         self._said = ""
         for _ in batch:
@@ -179,11 +179,11 @@ class PostgresEnds:
         """Write the ends of jobs whose rows nobody keeps locked."""
         with self._transactions.begin() as connection:
             free = job_transitions.free(connection, [end.ended.job for end in batch])
-        some = [end for end in batch if end.ended.job in free]
-        if len(some) == len(batch):
+        writable = [end for end in batch if end.ended.job in free]
+        if len(writable) == len(batch):
             # It was free again just now, or a whole table is locked.
             raise error
-        return self._write_all(some) if some else Written()
+        return self._write_all(writable) if writable else Written()
 
     def _write_bad(self, end: End) -> Written:
         """Write one that Postgres does not take as it is (`routing.store.refused_transitions`)."""
@@ -211,7 +211,7 @@ class PostgresEnds:
 
     def _judge(self, batch: Sequence[End], rows: Mapping[str, Holder], now: int) -> tuple[Written, list[Transition]]:
         """What becomes of these ends, and what they make of their jobs."""
-        held = {(one.job, one.token): one for one in self._holdings.all()}
+        held = {(holding.job, holding.token): holding for holding in self._holdings.all()}
         written, transitions = Written(list(batch)), list[Transition]()
         for end in batch:
             row = rows.get(end.ended.job)
@@ -236,7 +236,7 @@ class PostgresEnds:
 
     def _open_needs(self, applied: Sequence[Applied]) -> None:
         """What waited for these ends may start. (What fails here, a duty does.)"""
-        if not any(one.awaited for one in applied):
+        if not any(change.awaited for change in applied):
             return
         try:
             opened = dependencies.open_needs(self._transactions)
@@ -279,7 +279,7 @@ def left_by(end: End) -> str:
 
 
 def _starts(applied: Sequence[Applied]) -> bool:
-    return any(one.due or one.state == "accepted" for one in applied)
+    return any(change.due or change.state == "accepted" for change in applied)
 
 
 def _numbers(token: str) -> tuple[int, int]:

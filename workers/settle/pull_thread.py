@@ -116,10 +116,10 @@ class Puller(os_threads.Thread):
             self._compared_until = now + self._settings.renew_interval
         misses, passed = 0, set[str]()
         while self._confirmation.may_pull and not (self.draining or self._stopping) and misses < MOST_MISSES:
-            found = self._take(passed)
-            if found is None:
+            count = self._take(passed)
+            if count is None:
                 return
-            misses = 0 if found else misses + 1
+            misses = 0 if count else misses + 1
 
     def _take(self, passed: set[str]) -> int | None:
         """Take what fits beside what is held, and start it. The number of jobs, None where nothing fits. `passed`: jobs
@@ -134,16 +134,16 @@ class Puller(os_threads.Thread):
                 return None
             # An answer that is lost leaves rows that this worker does not know: it looks for them.
             self._compared_until, compared_until = 0.0, self._compared_until
-            ids = [one.job for one in chosen]
+            ids = [row.job for row in chosen]
             taken = self._take_these(connection, ids)
             self._compared_until = compared_until
-        passed.update(set(ids).difference(one.job for one in taken))
-        for one in taken:
-            request = held_by(Request.from_shape(one.shape), one.losses, most_losses)
-            times = (one.started_ms, one.started_ms)
-            holding = Holding(one.job, one.token, request, "", *times, one.losses, one.rerun)
+        passed.update(set(ids).difference(row.job for row in taken))
+        for row in taken:
+            request = held_by(Request.from_shape(row.shape), row.losses, most_losses)
+            times = (row.started_ms, row.started_ms)
+            holding = Holding(row.job, row.token, request, "", *times, row.losses, row.rerun)
             self._holdings.add(holding)
-            self._start_job(one.message)
+            self._start_job(row.message)
         return len(taken)
 
     def _take_these(self, connection: Connection, ids: Sequence[str]) -> list[claims.Taken]:
@@ -169,10 +169,10 @@ class Puller(os_threads.Thread):
             return False
         most_losses = self._settings.most_losses
         # In this order: what is in the list and no longer held has ended, and its row says so.
-        held = {(one.job, one.token) for one in self._holdings.all()}
+        held = {(holding.job, holding.token) for holding in self._holdings.all()}
         with self._transactions.begin() as connection:
             rows = claims.open_attempts(connection, self._identity.incarnation)
-            strays = [one for one in rows if (one.job, f"{one.epoch}.{one.attempt}") not in held]
+            strays = [row for row in rows if (row.job, f"{row.epoch}.{row.attempt}") not in held]
             for job, epoch, attempt in fencing.committed(connection, self._identity.incarnation):
                 if (job, f"{epoch}.{attempt}") not in held:
                     fencing.close(connection, job, epoch, attempt)
@@ -206,9 +206,9 @@ class Puller(os_threads.Thread):
         """A connection of this thread's own, past a pooler: a notification comes to the session that listens. Where
         there are no more connections, each interval looks."""
         try:
-            own = self._stores.direct.raw_connection()
-            self._listening = own.driver_connection
-            own.detach()
+            pooled = self._stores.direct.raw_connection()
+            self._listening = pooled.driver_connection
+            pooled.detach()
             with self._listening.cursor() as cursor:
                 cursor.execute(f"LISTEN {CHANNEL}")
         except (SQLAlchemyError, psycopg2.Error) as error:

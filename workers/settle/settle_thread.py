@@ -124,8 +124,8 @@ class LedgerThread(os_threads.Thread):
         if not self._holdings.end(job, token):
             return False
         # (Of one that was stopped with its worker nobody tells that it is lost.)
-        told = outcome != "lost" or on_lost is not None
-        ended = Ended(job, token, outcome, storable(error or "", ERROR_LENGTH), outbox, results, told)
+        is_told = outcome != "lost" or on_lost is not None
+        ended = Ended(job, token, outcome, storable(error or "", ERROR_LENGTH), outbox, results, is_told)
         self._ends.append(End(ended, on_lost, whole))
         self._wake.set()
         return True
@@ -182,8 +182,8 @@ class LedgerThread(os_threads.Thread):
                 self._on_closed()
                 done = False
             except StoreUnavailable as error:
-                done, said, self._said = False, self._said, str(error)
-                if said != self._said:
+                done, previous, self._said = False, self._said, str(error)
+                if previous != self._said:
                     logger.warning("the ledger does not answer, ends are kept: %s", error)
             except Exception:
                 # Whatever it was, what is pending stays so: without this thread nothing of this worker would ever end.
@@ -210,13 +210,13 @@ class LedgerThread(os_threads.Thread):
         if not ends and not arrivals:
             return False
         # From here to the answer: what it hands over, or gives a lease of, may be lost with it.
-        self._holdings.claiming |= (claiming := {one.tag.job for one in arrivals})
+        self._holdings.claiming |= (claiming := {arrival.tag.job for arrival in arrivals})
         unsure, self._unsure = self._unsure, True
         settled = self._ledger.settle(
             self._identity.name,
             self._identity.incarnation,
-            ended=[one.ended for one in ends],
-            arrived=[(one.tag.job, one.tag.token, one.nonce, digest_of(one.message)) for one in arrivals],
+            ended=[end.ended for end in ends],
+            arrived=[(item.tag.job, item.tag.token, item.nonce, digest_of(item.message)) for item in arrivals],
             most_losses=self._ledger.settings.most_losses,
             admit=may_claim and not self._refused,
             nonce="" if self.draining else f"{self._identity.pid}.{next(self._nonces)}",
@@ -228,7 +228,7 @@ class LedgerThread(os_threads.Thread):
             self._ends.popleft()
         for _ in arrivals:
             self._arrivals.popleft()
-        transitions = self._after_release(settled.released, {(one.ended.job, one.ended.token): one for one in ends})
+        transitions = self._after_release(settled.released, {(end.ended.job, end.ended.token): end for end in ends})
         transitions += self._after_claim(arrivals, settled.claimed)
         self._holdings.claiming -= claiming
         transitions += self._take_over(settled.handed_over)
@@ -240,23 +240,23 @@ class LedgerThread(os_threads.Thread):
 
     def _recover(self) -> None:
         """An answer was lost: ask for what it handed over. Claims that are pending are asked again by themselves."""
-        known = [*self._holdings.jobs(), *(one.tag.job for one in self._arrivals)]
-        handed_over = self._ledger.recover(self._identity.name, self._identity.incarnation, known)
+        jobs = [*self._holdings.jobs(), *(arrival.tag.job for arrival in self._arrivals)]
+        handed_over = self._ledger.recover(self._identity.name, self._identity.incarnation, jobs)
         self._unsure = False
         self._record(self._take_over(handed_over))
 
     def _take_over(self, handed_over: Sequence[HandedOver]) -> list[Transition]:
         """Start what a release admitted here, unless it does not fit by this worker's own count."""
         transitions = []
-        for one in handed_over:
-            request = Request.from_shape(one.shape)
-            fits = bool(self._holdings.admits({one.job: request}))
-            holding = Holding(one.job, one.token, request, "", one.admitted_ms, one.started_ms, one.losses, one.rerun)
+        for job in handed_over:
+            request = Request.from_shape(job.shape)
+            fits = bool(self._holdings.admits({job.job: request}))
+            holding = Holding(job.job, job.token, request, "", job.admitted_ms, job.started_ms, job.losses, job.rerun)
             self._holdings.add(holding)
             if fits:
-                transitions += self._start(holding, one.entry, one.message)
+                transitions += self._start(holding, job.entry, job.message)
             else:
-                self._refuse(one.job, one.token, request)
+                self._refuse(job.job, job.token, request)
         return transitions
 
     def _start(self, holding: Holding, entry: str, message: Any) -> list[Transition]:
@@ -308,7 +308,9 @@ class LedgerThread(os_threads.Thread):
         self.end(job, token, "handed_back")
 
     def _return(self, job: str, token: str, reason: str) -> None:
-        self._refused |= {one.request.shape for one in self._holdings.running() if (one.job, one.token) == (job, token)}
+        self._refused |= {
+            held.request.shape for held in self._holdings.running() if (held.job, held.token) == (job, token)
+        }
         self._retry_at = time.monotonic() + RETRY_AFTER
         self.end(job, token, "handed_back", reason)
 
@@ -322,22 +324,22 @@ class LedgerThread(os_threads.Thread):
     def _after_release(self, released: list[Released], ends: dict[tuple[str, str], End]) -> list[Transition]:
         transitions = []
         now = self._ledger.now_ms()
-        for one in released:
-            end = ends.get((one.end.job, one.end.token))
-            if one.verdict == "unknown" and end is not None and self._keyless.takes(end):
+        for release in released:
+            end = ends.get((release.end.job, release.end.token))
+            if release.verdict == "unknown" and end is not None and self._keyless.takes(end):
                 continue
-            holding = self._holdings.remove(one.end.job, one.end.token)
-            if one.verdict in ("stale", "unknown"):
-                told = "job %s: attempt %s no longer held its lease; its end (%s) is refused"
-                logger.warning(told, one.end.job, one.end.token, one.end.outcome)
+            holding = self._holdings.remove(release.end.job, release.end.token)
+            if release.verdict in ("stale", "unknown"):
+                template = "job %s: attempt %s no longer held its lease; its end (%s) is refused"
+                logger.warning(template, release.end.job, release.end.token, release.end.outcome)
                 self.on_missing()
-                if one.end.outcome == "succeeded" and end is not None:
-                    self._recorder.call(partial(self._tell_late, one.end.job, one.end.token, left_by(end)))
+                if release.end.outcome == "succeeded" and end is not None:
+                    self._recorder.call(partial(self._tell_late, release.end.job, release.end.token, left_by(end)))
                 continue
-            if one.state == "lost" and end is not None and end.on_lost is not None:
+            if release.state == "lost" and end is not None and end.on_lost is not None:
                 self._recorder.call(end.on_lost)
             if holding is not None:
-                transitions.append(self._transition(holding, one.state, one.end, one.entry, now))
+                transitions.append(self._transition(holding, release.state, release.end, release.entry, now))
         return transitions
 
     def _after_claim(self, arrivals: list[Arrival], claimed: list[Claimed]) -> list[Transition]:
