@@ -1,12 +1,16 @@
-"""Celery's result backends, where what an attempt says at its end travels with its outcome.
+"""Celery's result backends, in which the results of an attempt travel with its outcome.
 
-Within an attempt (`workers.process.attempts`) a final result or a part of a chord is not stored but collected; it is
-delivered once the ledger has taken the end from the holder of the lease. So a stale attempt's result never reaches the
-backend, a part is counted once, nobody waits for a backend that is down, and a body that succeeded is never reported as
-failed because its result could not be stored. Where results are kept in the ledger's own Redis, the release stores
-them.
+Within an attempt (`workers.process.attempts`) a final result or a chord part is not stored but collected. It is
+delivered once the ledger has taken the end from the holder of the lease. This has four consequences:
 
-What is said on the way (STARTED, the user's own states) is stored at once, and is not worth an error.
+- The result of a stale attempt never reaches the backend.
+- A chord part is counted once.
+- Nothing waits for a backend that is down.
+- A body that succeeded is never reported as failed because its result could not be stored.
+
+Where results are kept in the ledger's own Redis, the release stores them.
+
+A state on the way (STARTED, the user's own states) is stored at once. A failure to store it raises no error.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from celery_capacity.workers.results.row_results import payload
 
 logger = logging.getLogger(__name__)
 
-#: Celery's names of backends -> where ours is, for `loader.override_backends`.
+#: Celery's names of backends, and the paths of the platform's own, for `loader.override_backends`.
 BACKENDS: Final = {
     "redis": "celery_capacity.workers.results.backends:PlatformRedisBackend",
     "rediss": "celery_capacity.workers.results.backends:PlatformRedisBackend",
@@ -48,23 +52,26 @@ BACKENDS: Final = {
 }
 #: States that end an attempt.
 ENDS: Final = frozenset({*states.READY_STATES, states.RETRY})
-#: What a backend raises for a result that it will never take; anything else may pass.
-#: Seconds for which a result is kept at the most, a century: Redis refuses times that its milliseconds cannot hold.
+#: Most seconds for which a result is kept: a century. Redis refuses times that its milliseconds cannot hold.
 MAX_EXPIRES: Final = 100 * 366 * 86_400
+#: Errors of a backend for a result that it will never take. Any other error may pass.
 HOPELESS: Final = (EncodeError, TypeError, ValueError, AttributeError, LookupError)
-#: What is kept of a request for a part of a chord.
+#: Attributes of a request that are kept with a chord part.
 _CHORD: Final = ("id", "task", "group", "group_index", "chord", "root_id", "parent_id", "errbacks", "chain", "reply_to")
 
 
 class CarriedResults:
-    """Mixed into the app's backend class (`backend_class`)."""
+    """Mixin for the app's backend class (`backend_class`): it collects the results of an attempt instead of storing."""
 
     app: Any
-    #: The class that this one was made of.
+    #: The backend class to which this mixin was added.
     plain_class: type
 
     def exception_to_python(self, exc: Any) -> Any:
-        """Return the exception that a result holds. A worker of the version before names our errors by their file."""
+        """Return the exception that a result holds.
+
+        A worker of the version before names the platform's errors by their file.
+        """
         if isinstance(exc, dict) and exc.get("exc_module") == "routing.errors":
             exc = {**exc, "exc_module": PlatformError.__module__}
         return super().exception_to_python(exc)  # type: ignore[misc]
@@ -97,7 +104,7 @@ class CarriedResults:
         return encoded
 
     def _store_passing(self, task_id: str, encoded: Any, state: str, traceback: Any, request: Any) -> None:
-        """Store what is said on the way, unless the job has ended. Once: it is not worth waiting for."""
+        """Store a state on the way, unless the job has ended. One try only: such a state is not worth a wait."""
         try:
             if self._get_task_meta_for(task_id)["status"] not in states.READY_STATES:  # type: ignore[attr-defined]
                 self._store_result(task_id, encoded, state, traceback, request=request)  # type: ignore[attr-defined]
@@ -124,11 +131,11 @@ class CarriedResults:
     # -- delivering ----------------------------------------------------------------------------------------------
 
     def kept_in(self, ledger_url: str | None, outbox: Outbox) -> tuple[tuple[Kept, ...], Outbox]:
-        """Those results that the ledger's release can store, and all else."""
+        """Return the results that the ledger's release can store, and an outbox with all else."""
         return (), outbox
 
     def deliver_results(self, notes: Sequence[dict[str, Any]]) -> None:
-        """Store results as they were collected; doing so again does no harm."""
+        """Store results as they were collected. The call is idempotent."""
         for note in notes:
             meta = self._unpacked(note)
             context = Context(
@@ -147,18 +154,18 @@ class CarriedResults:
                 reply_to=note["reply_to"],
                 correlation_id=note["correlation_id"],
             )
-            # (Not by `store_result`, which would encode it once more and wait while the backend is down.)
+            # Not by `store_result`, which would encode the result once more and wait while the backend is down.
             self._store_result(note["result"], meta["result"], note["state"], meta["traceback"], request=context)  # type: ignore[attr-defined]
 
     def deliver_chord(self, note: dict[str, Any]) -> None:
-        """Count a part of a chord. The caller is patient (`attempts.Attempt`): the last part publishes the body."""
+        """Count a chord part. The caller is patient (`attempts.Attempt`), since the last part publishes the body."""
         kept = self._unpacked(note)
         request = Context(kept["request"], called_directly=False)
         with _current(self.app, request):
             self.on_chord_part_return(request, note["state"], kept["result"])
 
     def _packed(self, data: Any) -> dict[str, str]:
-        """In the serialiser of results, as it fits into JSON."""
+        """Encode data with the serialiser of results, in a form that fits into JSON."""
         text = self.encode(data)  # type: ignore[attr-defined]
         if isinstance(text, str):
             return {"text": text}
@@ -170,11 +177,14 @@ class CarriedResults:
 
 @contextmanager
 def _current(app: Any, request: Context) -> Iterator[None]:
-    """Within, a task is the current one, as Celery has it while it counts a part of a chord: what is published then has
-    it as its parent, its root, and where the app says so its priority."""
+    """Make the request's task the current one, as Celery does while it counts a chord part.
+
+    A message that is published within has this request as its parent and its root. Where the app says so, it has the
+    request's priority too.
+    """
     task = app.tasks.get(getattr(request, "task", None))
     if task is None:
-        # (Of another process's modules, or left by a version that did not say which.)
+        # The task is in a module of another process, or an older version left the note without a task.
         yield
         return
     _task_stack.push(task)
@@ -187,19 +197,22 @@ def _current(app: Any, request: Context) -> Iterator[None]:
 
 
 class PlatformRedisBackend(RowChords):
-    """Reads results from their jobs' rows, and counts chords in Postgres, while its Redis is away."""
+    """Redis backend that reads results from rows, and counts chords in Postgres, while its Redis is away."""
 
     def _params_from_url(self, url: str, defaults: Any) -> Any:
         params = super()._params_from_url(url, defaults)
         if "path" in params:
-            # A Unix socket has no such option, and Celery hands it on all the same.
+            # A Unix socket has no such option, but Celery passes it on all the same.
             params.pop("socket_keepalive", None)
         return params
 
 
 class PlatformSentinelBackend(PlatformRedisBackend, SentinelBackend):
-    """The same behind Sentinels: `master_name` may stand in the URL (Celery has an option), and a Sentinel that does
-    not answer is passed over at once."""
+    """The platform's Redis backend behind Sentinels.
+
+    `master_name` may stand in the URL, where Celery has an option. A Sentinel that does not answer is passed over at
+    once.
+    """
 
     def __init__(self, *args: Any, url: str | None = None, **options: Any) -> None:
         address = redis_urls.read(str(url))
@@ -217,7 +230,7 @@ class PlatformSentinelBackend(PlatformRedisBackend, SentinelBackend):
 
 
 class CarriedRedisResults(CarriedResults):
-    """The same for Redis, in fewer round trips."""
+    """Mixin like `CarriedResults` for a backend in Redis, with fewer round trips."""
 
     def _store_passing(self, task_id: str, encoded: Any, state: str, traceback: Any, request: Any) -> None:
         meta = self._get_result_meta(encoded, state, traceback, request)  # type: ignore[attr-defined]
@@ -236,7 +249,7 @@ class CarriedRedisResults(CarriedResults):
                 self._set_in(pipe, key, self._seconds(state), text)
                 pipe.execute()
         except WatchError:
-            # Somebody stored a newer one just now.
+            # Another process stored a newer state just now.
             return
         except Exception as error:
             if may_pass(error) and hasattr(self, "reach"):
@@ -250,7 +263,7 @@ class CarriedRedisResults(CarriedResults):
         return kept, Outbox(outbox.publishes, [note for note in outbox.results if "result" not in note])
 
     def deliver_results(self, notes: Sequence[dict[str, Any]]) -> None:
-        # (While Redis is away nobody waits for it.)
+        # `ask` raises at once while Redis is away, so that nothing waits for it.
         deliver, ask = partial(self._deliver_all, notes), getattr(self, "ask", None)
         deliver() if ask is None else ask(deliver)
 
@@ -266,7 +279,7 @@ class CarriedRedisResults(CarriedResults):
 
     def _seconds(self, state: str) -> int:
         expires = self.failure_expires if state == states.FAILURE else self.expires  # type: ignore[attr-defined]
-        # (A negative time is none that a key can have; a result that is over at once would reach nobody.)
+        # A key cannot have a negative time, and a result that expires at once would reach nobody.
         return min(MAX_EXPIRES, max(1, int(expires))) if expires else 0
 
     @staticmethod
@@ -276,7 +289,10 @@ class CarriedRedisResults(CarriedResults):
 
 
 class CarriedReplies(CarriedResults):
-    """The same where a result is a message to whoever waits (`rpc://`): nobody stores it, so nobody can look it up."""
+    """Mixin like `CarriedResults` for `rpc://`, where a result is a message to the waiting client.
+
+    No store keeps such a result, so it cannot be looked up.
+    """
 
     def _store_passing(self, task_id: str, encoded: Any, state: str, traceback: Any, request: Any) -> None:
         meta = self._get_result_meta(encoded, state, traceback, request)  # type: ignore[attr-defined]
@@ -292,7 +308,7 @@ class CarriedReplies(CarriedResults):
     def _reply(self, replies: Sequence[tuple[str | None, str | None, dict[str, Any]]]) -> None:
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
             for reply_to, correlation_id, meta in replies:
-                # (Old producers, and programs that wait for nothing, name no queue.)
+                # Old producers, and programs that wait for nothing, name no queue.
                 if reply_to:
                     producer.publish(
                         meta,
@@ -300,7 +316,7 @@ class CarriedReplies(CarriedResults):
                         routing_key=reply_to,
                         correlation_id=correlation_id or meta["task_id"],
                         serializer=self.serializer,  # type: ignore[attr-defined]
-                        # A connection that was lost meanwhile is made anew; more than that is left to the duties.
+                        # A single retry replaces a connection that was lost meanwhile. More is left to the duties.
                         retry=True,
                         retry_policy={"max_retries": 1, "interval_start": 0},
                         delivery_mode=self.delivery_mode,  # type: ignore[attr-defined]
@@ -308,15 +324,15 @@ class CarriedReplies(CarriedResults):
 
 
 def is_asked(backend: Any) -> bool:
-    """Return whether a backend is asked now: one in Redis is left alone while it does not answer."""
+    """Return whether a backend is asked now. A backend in Redis is left alone while it does not answer."""
     reach = getattr(backend, "reach", None)
     return reach is None or bool(reach.closed)
 
 
 def kept_of(app: Celery, request: Context) -> tuple[bool, bool]:
-    """Whether the value of a job is kept, and whether an error is, as Celery's worker would say."""
+    """Return whether the value of a job is kept, and whether its error is, by the rules of Celery's worker."""
     fields = vars(request)
-    # (Of a message that cannot be read nothing is known.)
+    # The request of an unreadable message has neither of these fields.
     task = app.tasks.get(fields.get("task"))
     ignored = fields.get("ignore_result")
     if ignored is None:
@@ -325,7 +341,7 @@ def kept_of(app: Celery, request: Context) -> tuple[bool, bool]:
 
 
 def backend_class(base: type) -> type:
-    """A backend class with the platform's in front of it."""
+    """Return a backend class with the platform's mixin in front of it."""
     if issubclass(base, CarriedResults):
         return base
     mixin = next((mixin for kind, mixin in _MIXINS if issubclass(base, kind)), CarriedResults)
@@ -336,5 +352,5 @@ _MIXINS: Final[Sequence[tuple[type, type]]] = ((RedisBackend, CarriedRedisResult
 
 
 def unpickle_backend(base: type, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """A backend that was pickled with an AsyncResult; as Celery's own function of this name."""
+    """Return a backend that was pickled with an `AsyncResult`, like Celery's own function of this name."""
     return backend_class(base)(*args, app=current_app._get_current_object(), **options)

@@ -1,4 +1,4 @@
-"""Ending jobs that no worker has started: revoked, purged, expired, or waiting for a job that did not succeed."""
+"""End jobs that no worker has started: revoked, purged, expired, or waiting for a job that did not succeed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from celery_capacity.workers.results.deliver_later import deliver_rows
 
 logger = logging.getLogger(__name__)
 
-#: What a broadcast of these carries, where the rows have been seen to already (see `workers.remote.remote_control`).
+#: Mark of a broadcast of a revoke whose rows are updated already (see `workers.remote.remote_control`).
 TOLD: Final = "told"
 #: The error of a job that `celery purge` ended.
 PURGED: Final = "purged"
 
 
 def revoke_jobs(app: Any, stores: Stores, ids: Sequence[str]) -> int:
-    """Revoke jobs in the stores: what waits ends, what a worker holds is marked. Returns how many ended."""
+    """Revoke jobs in the stores: end waiting jobs, mark jobs that a worker holds. Return how many ended."""
     try:
         with stores.engine.connect() as connection:
             jobs = revocation.mark(connection, ids)
@@ -40,14 +40,14 @@ def revoke_jobs(app: Any, stores: Stores, ids: Sequence[str]) -> int:
         raise StoreUnavailable("nothing was revoked: no connection to Postgres was free") from problem
     ended = [job for job in jobs if carry_out(stores, job)]
     if ended:
-        # (What the backend does not take now, a worker's duty brings.)
+        # A worker's duty brings results that the backend does not take now.
         deliver_rows(app, stores, ended)
         open_gates(app, stores)
     return len(ended)
 
 
 def revoke_stamped(app: Any, stores: Stores, headers: Any) -> int:
-    """The same for the jobs that carry stamps. Raises `InvalidRequest` where these are no stamps."""
+    """Revoke the jobs that carry these stamps; return how many ended. Raises `InvalidRequest` for invalid stamps."""
     if not isinstance(headers, Mapping) or not all(isinstance(name, str) for name in headers):
         raise InvalidRequest(
             "stamped headers are a mapping of names to values", value=headers, advice="Pass {'name': ['value', ...]}."
@@ -61,8 +61,11 @@ def revoke_stamped(app: Any, stores: Stores, headers: Any) -> int:
 
 
 def carry_out(stores: Stores, job: str) -> bool:
-    """Go on with the revoke of a job whose row is marked: end it if it waits, and mark it in the ledger if a worker
-    holds it. Whether it ended. What a store does not take now the sweep does."""
+    """Carry out the revoke of a job whose row is marked; return True if it ended.
+
+    A waiting job is ended. A job that a worker holds is marked in the ledger. The sweep does later what a store does
+    not take now.
+    """
     for _ in range(revocation.TRIES):
         try:
             if end_before_start(stores, job, State.CANCELLED, REVOKED):
@@ -75,7 +78,7 @@ def carry_out(stores: Stores, job: str) -> bool:
         try:
             with stores.engine.connect() as connection:
                 if read_authority(connection).authority == "postgres":
-                    # The mark is all that it takes; and the ledger's server may be one that never answers.
+                    # The mark in the row is enough, and the ledger's server may never answer.
                     return False
             if stores.ledger.revoke(job):
                 return False
@@ -89,8 +92,10 @@ def carry_out(stores: Stores, job: str) -> bool:
 
 
 def purge_queue(app: Any, stores: Stores, queue: str) -> int:
-    """End what waits in a queue's backlog, as cancelled; returns how many jobs. What is scheduled stays, as what a
-    Celery worker holds until its time does."""
+    """End the jobs that wait in a queue's backlog, as cancelled; return how many.
+
+    Scheduled jobs stay. So do the tasks that a Celery worker holds until their time.
+    """
     purged = 0
     with stores.engine.connect() as connection:
         for jobs in revocation.waiting_in(connection, queue):
@@ -103,7 +108,7 @@ def purge_queue(app: Any, stores: Stores, queue: str) -> int:
 
 
 def open_gates(app: Any, stores: Stores) -> Opened:
-    """Bring in what waited for jobs that have ended; who cannot start any more hears of it."""
+    """Bring in jobs that waited for ended jobs, and tell the end of those that can never start."""
     opened = dependencies.open_needs(stores.engine)
     if opened.cancelled:
         deliver_rows(app, stores, opened.cancelled)
@@ -112,8 +117,10 @@ def open_gates(app: Any, stores: Stores) -> Opened:
 
 
 def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool:
-    """End a job that no worker holds, as cancelled or expired. False where a worker holds it, it has ended, or the
-    ledger does not say."""
+    """End a job that no worker holds, as cancelled or expired; return True if it ended.
+
+    False: a worker holds the job, it has ended before, or the ledger does not say.
+    """
     try:
         with stores.engine.connect() as connection:
             current = read_authority(connection)
@@ -122,7 +129,7 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
             stores.ledger.epoch = current.epoch
             cancelled = _cancel(stores, connection, job, state, error)
             if cancelled.entry is not None:
-                # Perhaps no worker lives that would write it.
+                # Write the entry here, since perhaps no worker lives that would.
                 transition_log.apply_entry(stores.engine, stores.ledger, cancelled.entry)
                 return True
             ended = cancelled.verdict == "missing" and job_transitions.end_unfiled(connection, job, state, error)
@@ -136,8 +143,11 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
 
 
 def _cancel(stores: Stores, connection: Any, job: str, state: State, error: str) -> Cancelled:
-    """Cancel in the ledger. While it does not answer nobody can say where the job is: the ledger is ahead of its row,
-    and a worker may run what is `accepted` there. So the job goes on being what it is, and a duty ends it later."""
+    """Cancel a job in the ledger; return `unsure` while the ledger does not answer.
+
+    Then nobody can say where the job is: the ledger is ahead of the row, and a worker may run a job whose row says
+    `accepted`. So the job keeps its state, and a duty ends it later.
+    """
     try:
         return stores.ledger.cancel(job, state.value, error)
     except LedgerClosed:

@@ -1,10 +1,11 @@
-"""Parts of chords, delivered so that one which takes long concerns its own chord alone.
+"""Chord parts, delivered so that a slow part delays its own chord alone.
 
 The last part of a chord joins the results of all the others, and calls the chord's error callbacks, which may be the
-user's own code: it can wait for a result that nobody stores, for ever. So threads of their own deliver parts.
-Whoever has a part delivered waits for a moment; what has not come through by then is *late*: its thread stays with it,
-the others go on, and the row of the job says by whom it is being delivered (`Outbox.by`), so that nobody else does it
-again while that worker lives.
+user's own code. It can wait for ever for a result that nobody stores. So threads of their own deliver chord parts.
+
+The caller waits a moment for each part. A part that is not delivered by then is *late*. Its thread stays with it, and
+another thread goes on with the other parts. The job's row names the worker that is delivering the late part
+(`Outbox.by`). So nobody else delivers it again while that worker lives.
 """
 
 from __future__ import annotations
@@ -22,24 +23,28 @@ from celery_capacity.routing import os_threads
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for which a part is waited for, and the same while others are late.
+#: Seconds for which the caller waits for a part.
 WITHIN: Final = 0.5
+#: Seconds for which the caller waits for a part while other parts are late.
 SHORTLY: Final = 0.1
-#: Seconds after which a late part is given up: nobody expects it any more, its thread stays with it.
+#: Seconds after which a late part is given up: nobody expects it any more, but its thread stays with it.
 GIVEN_UP_AFTER: Final = 60.0
-#: Threads, so also parts that are late at once. Where all are taken, parts wait in the rows of their jobs.
+#: Most threads, so also most late parts at a time. While all are taken, parts wait in the rows of their jobs.
 MOST: Final = 64
-#: Seconds for which a thread waits for something to do.
+#: Seconds for which an idle thread waits for a part before it ends.
 IDLE: Final = 30.0
-#: Parts that came through of which it is known that they did.
+#: Number of delivered parts that a process remembers, so that it does not deliver them again.
 REMEMBERED: Final = 1000
 
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """`key`: the same for all who would deliver this part. `deliver` may wait without limit. `afterwards` is called in
-    the thread of a late part when it has come through, or with what it raised. `remembered`: it is not delivered again
-    by this process, though a row should say later that it is to be."""
+    """A chord part, or other work that may take long, to be delivered for a job.
+
+    `key` is equal for all callers that would deliver this part. `deliver` may wait without limit. `afterwards` is
+    called in the thread of a late part: with None once the part is delivered, else with the error. `remembered`: this
+    process does not deliver the part again, even if a row says later that it should.
+    """
 
     job: str
     chord: str
@@ -47,7 +52,7 @@ class Part:
     deliver: Callable[[], None]
     afterwards: Callable[[Exception | None], None]
     remembered: bool = False
-    #: What became of it: neither, where it is still to be delivered.
+    #: Outcome of the delivery. A part that is neither done nor late is still to be delivered.
     done: bool = False
     late: bool = False
     error: Exception | None = None
@@ -56,11 +61,11 @@ class Part:
 
 
 class Parts:
-    """One for each worker. `incarnation`: its life, by which rows name it."""
+    """Chord parts of one worker that are being delivered. Rows name the worker by its `incarnation`."""
 
     def __init__(self, incarnation: str) -> None:
         self.incarnation = incarnation
-        #: (A child of the pool has none of these threads.)
+        #: The process that has these threads. A child of the pool has none of them.
         self.pid = os.getpid()
         self._changed = threading.Condition()
         self._under_way: dict[Hashable, Part] = {}
@@ -75,7 +80,7 @@ class Parts:
             return key in self._under_way
 
     def bring(self, parts: Sequence[Part]) -> Iterator[Part]:
-        """Deliver them one after the other; yields each when it has come through, is late, or is left."""
+        """Deliver parts one after the other; yield each when it is delivered, late, or left for another time."""
         work = deque(part for part in parts if self._register(part))
         hand: _Hand | None = None
         for part in parts:
@@ -88,7 +93,7 @@ class Parts:
                     elif not self._wait_for(part):
                         part.late = True
                         self._late += 1
-                        # The thread keeps this one alone, another one goes on.
+                        # The thread keeps this part alone, and another thread goes on with the rest.
                         rest = deque(other for other in work if other is not part)
                         for other in rest:
                             work.remove(other)
@@ -96,7 +101,7 @@ class Parts:
             yield part
 
     def complain(self) -> None:
-        """Give up what is late for too long."""
+        """Give up parts that are late for too long, and log an error for each."""
         with self._changed:
             before = time.monotonic() - GIVEN_UP_AFTER
             stuck = [
@@ -114,7 +119,7 @@ class Parts:
             )
 
     def _register(self, part: Part) -> bool:
-        """Whether it is for the caller to deliver. (Else somebody does or did so.)"""
+        """Return True if the caller must deliver this part, False if that is done or under way."""
         with self._changed:
             part.late = part.key in self._under_way
             part.done = not part.late and part.key in self._through
@@ -162,7 +167,7 @@ class Parts:
             return part
 
     def leaves(self, hand: _Hand) -> bool:
-        """Whether nothing was given to it meanwhile."""
+        """Return True if a thread may end, since it got no work meanwhile."""
         with self._changed:
             if hand not in self._idle:
                 return False
@@ -171,7 +176,7 @@ class Parts:
             return True
 
     def over(self, hand: _Hand, part: Part) -> bool:
-        """It has come through, or failed; whether nobody waits for it."""
+        """Note that a part is delivered or has failed; return True if it is late, so that no caller waits for it."""
         with self._changed:
             part.done = part.error is None
             if part.done and part.remembered:
@@ -179,7 +184,7 @@ class Parts:
                 while len(self._through) > REMEMBERED:
                     del self._through[next(iter(self._through))]
             if part.error is not None:
-                # The others would meet with the same.
+                # The other parts of this thread would meet the same error.
                 while hand.work:
                     del self._under_way[hand.work.popleft().key]
                 self._changed.notify_all()
@@ -195,7 +200,7 @@ class Parts:
 
 
 class _Hand(os_threads.Thread):
-    """Delivers what it is given."""
+    """Thread that delivers the parts in its `work`."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(name="parts", daemon=True)
@@ -214,7 +219,7 @@ class _Hand(os_threads.Thread):
         except Exception as error:
             part.error = error
         except BaseException:
-            # (An error callback that ends its process, say. It would do so again.)
+            # For example an error callback that ends its process. It would do so again, so the part is dropped.
             logger.exception("what job %s left for %s is dropped", part.job, part.chord)
         if self._parts.over(self, part):
             try:

@@ -1,9 +1,8 @@
-"""Chords while the Redis that counts them is away: made, counted and completed in Postgres
-(`routing.store.chord_counts`).
+"""Chords that are made, counted and completed in Postgres while Redis is away (`routing.store.chord_counts`).
 
-A chord is counted where its size was stored. One that was made before Redis went is counted there, and waits for it; so
-does one of which a part failed, since its body's result is stored there. A body is published under the id that it has
-had from the beginning, so a second publish of it changes nothing.
+A chord is counted where its size was stored. A chord that was made before Redis went away is counted in Redis, and
+waits for it. A chord with a failed part waits too, since its body's result is stored in Redis. A body is published
+under the id that it has had from the beginning, so a second publish of it changes nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.waiting_for_stores import may_pass
 from celery_capacity.workers.results.row_results import RowResults
 
-#: What is raised for a body that cannot be published now or later: a wrong request, too large a message.
+#: Errors for a body that can be published neither now nor later: a wrong request, too large a message.
 NEVER_PUBLISHED: Final = (InvalidRequest, Unsupported, EncodeError, TypeError, ValueError, AttributeError, LookupError)
 
 
 class RowChords(RowResults):
-    """Mixed into a Redis backend."""
+    """Mixin for a Redis backend that counts chords in Postgres while Redis is away."""
 
     # -- making one
 
@@ -62,7 +61,7 @@ class RowChords(RowResults):
         super().add_to_chord(group_id, result)
 
     def _store(self, store: Callable[[], None], note: Callable[[Connection], None]) -> None:
-        """In Redis, or in Postgres while that is away."""
+        """Store the size or the structure of a chord in Redis, or in Postgres while Redis is away."""
         if not self.is_on_platform:
             store()
             return
@@ -103,7 +102,7 @@ class RowChords(RowResults):
         return bool(self.client.exists(*(self.get_key_for_group(group, end) for end in (".s", ".c"))))
 
     def _count(self, request: Any, state: str, result: Any, away: BaseException | None) -> None:
-        """Keep a part whose chord may be counted here. Raises what Redis says where it may be counted there."""
+        """Keep a part whose chord may be counted in Postgres. Raises the error of Redis if it may be counted there."""
         place = request.group_index
         position = float("inf") if place is None else float(place)
         outcome = self.encode([1, request.id, state, self.encode_result(result, state)])
@@ -135,15 +134,17 @@ class RowChords(RowResults):
             chord_counts.forget(connection, request.group)
 
     def _publish(self, body: Any, values: list[Any]) -> None:
-        """Publish the body of a chord. Raises `ChordError` where no try would ever succeed, as Celery's backend does;
-        the chord fails then, and whoever waits for it hears of that."""
+        """Publish the body of a chord. Raises `ChordError` where no try would ever succeed, as Celery's backend does.
+
+        The chord fails then, and a waiting client hears of that.
+        """
         try:
             body.delay(values)
         except NEVER_PUBLISHED as error:
             raise ChordError(f"Callback error: {error!r}") from error
 
     def _values(self, connection: Connection, group: str, chord: Chord) -> list[Any]:
-        """Return the values of its parts, in order. Raises `ChordError` where one failed."""
+        """Return the values of a chord's parts, in order. Raises `ChordError` where a part failed."""
         if chord.structure is None:
             return [self._unpack_chord_result(part, self.decode) for part in chord_counts.parts(connection, group)]
         header = result_from_tuple(json.loads(chord.structure), app=self.app)

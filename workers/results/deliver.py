@@ -1,8 +1,8 @@
-"""Delivering what ended attempts left: results and parts of chords, to Celery's result backend.
+"""Delivery of the results and chord parts of ended attempts to Celery's result backend.
 
-The worker does so as soon as the ledger took the end, in a thread of its own, before the outcome is written to
-Postgres. What the backend does not take now stays with the outcome, in the row; a duty brings it when the backend is
-back.
+The worker delivers as soon as the ledger took the end, in a thread of its own, before the outcome is written to
+Postgres. A result that the backend does not take now stays with the outcome, in the row. A duty brings it when the
+backend is back.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for which a backend that did not answer is left alone.
 PAUSE: Final = 1.0
-#: Seconds after which those whose parts have come through are recorded, though others of the same batch have not.
+#: Seconds after which ends with delivered parts are recorded, although other ends of the batch are not delivered yet.
 RECORD_EVERY: Final = 0.25
-#: Ends delivered together.
+#: Most ends delivered together.
 MOST: Final = 200
 
 
 def deliver(backend: Any, box: Outbox, attempt: Attempt) -> None:
-    """Deliver results, then parts of chords, which may take as long as they like (see `workers.results.chord_parts`).
-    Raises what the backend raises, where it may pass: then all is left. What it will never take is logged and dropped.
-    A part may be counted in Postgres though the backend takes no result."""
+    """Deliver results, then chord parts, which may take any time (see `workers.results.chord_parts`).
+
+    Raises an error of the backend that may pass: then the whole outbox is left for another try. A result that the
+    backend will never take is logged and dropped. A chord part may be counted in Postgres though the backend takes no
+    result.
+    """
     results, problem = [note for note in box.results if "result" in note], None
     if results:
         try:
@@ -55,7 +58,10 @@ def chords_in(box: Outbox) -> list[dict[str, Any]]:
 
 
 def key_of(attempt: Attempt, box: Outbox) -> Hashable:
-    """What makes the parts of chords that an attempt left the same. (They may be large, and it is kept.)"""
+    """Return the deduplication key of an attempt's chord parts.
+
+    A digest, because keys are kept and parts may be large.
+    """
     return attempt.tag, hashlib.sha256(Outbox([], chords_in(box)).to_text().encode()).digest()
 
 
@@ -79,8 +85,11 @@ def _try(action: Callable[[Any], None], notes: Any) -> None:
 
 
 class Delivery(os_threads.Thread):
-    """`add` never blocks. Transitions go on to `record` when what they carry was delivered, or has to wait. `settle`
-    (job, what was left, what is left) brings the row up to date where a part of a chord was late."""
+    """Thread that delivers the outboxes of transitions, then passes the transitions on.
+
+    `add` never blocks. A transition goes on to `record` when its outbox is delivered, or has to wait. `settle` (job,
+    old outbox, new outbox) updates the row where a chord part was late.
+    """
 
     def __init__(
         self,
@@ -113,17 +122,17 @@ class Delivery(os_threads.Thread):
             self._record(rest)
 
     def jobs(self) -> set[str]:
-        """The jobs of all that has not gone on."""
+        """Return the jobs of all transitions that have not gone on to `record`."""
         with self._changed:
             return {transition.job for batch in (self._pending, self._delivering) for transition in batch}
 
     def flush(self, within: float) -> bool:
-        """Wait until all that was added went on."""
+        """Wait until all added transitions went on, `within` seconds at the most; return False if they did not."""
         with self._changed:
             return self._changed.wait_for(lambda: not (self._pending or self._delivering), within)
 
     def stop(self, within: float) -> None:
-        """Deliver what is pending, or leave it to the duty, and end."""
+        """Deliver what is pending, or leave it to the duty, then end. Waits `within` seconds at the most."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -163,7 +172,7 @@ class Delivery(os_threads.Thread):
         self._deliver_parts([(transition, box) for transition, box in zip(batch, boxes, strict=True) if chords_in(box)])
 
     def _leave(self, number: int, error: Exception) -> None:
-        """Whatever it is: the ends themselves go on, and the duty tries again."""
+        """Leave results to the duty after any error, and pause deliveries. The ends themselves go on."""
         self._down_until = time.monotonic() + PAUSE
         logger.warning("the result backend does not take %d results, they are kept: %s", number, error)
 
@@ -173,7 +182,7 @@ class Delivery(os_threads.Thread):
         kept, failed = 0, None
         for part, (transition, box) in zip(self._parts.bring(parts), carrying, strict=True):
             if part.late:
-                # At once: others take what is in the stream for left behind soon.
+                # Record at once: other workers soon take entries of the stream for left behind.
                 self._record([*ready, replace(transition, outbox=self._under_way(box).to_text())])
                 ready, since = [], time.monotonic()
                 continue
@@ -215,10 +224,10 @@ class Delivery(os_threads.Thread):
 
 
 def _left(box: Outbox) -> Outbox:
-    """Once its results are delivered."""
+    """Return what is left of an outbox once its results are delivered."""
     return Outbox(box.publishes, chords_in(box))
 
 
 def _without(one: Transition, box: Outbox) -> Transition:
-    """Once all is delivered."""
+    """Return a transition whose results and chord parts are all delivered. Its publishes stay in the outbox."""
     return replace(one, outbox=Outbox(box.publishes).to_text(), told=True)

@@ -1,5 +1,7 @@
-"""Delivering what stands in the rows of ended jobs: their worker died before it could, the result backend was away, or
-no worker was there to say how they ended."""
+"""Delivery of outboxes that stand in the rows of ended jobs.
+
+Such a job's worker died before it could deliver, the result backend was away, or no worker was there to tell the end.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,15 @@ from celery_capacity.workers.results.events import Announcer
 
 logger = logging.getLogger(__name__)
 
-#: Rows delivered in one pass, and those of them with nothing but results that are delivered in one transaction.
+#: Most rows delivered in one pass.
 MOST: Final = 1000
+#: Most rows with nothing but results that are delivered in one transaction.
 TOGETHER: Final = 100
-#: Bytes of these, at the most. (Results are not compressed on their way.)
+#: Most bytes of the outboxes in such a transaction. Results are not compressed on their way.
 TOGETHER_BYTES: Final = 1024**2
 
-#: Errors that lie in what one job left: a class that this process cannot import, a value that the backend has no place
-#: for.
+#: Errors that lie in the outbox of a single job: a class that this process cannot import, a value that does not fit
+#: into the backend.
 OF_A_JOB: Final = (
     TypeError, ValueError, LookupError, AttributeError, ImportError, DecodeError, ContentDisallowed, DataError,
 )  # fmt: skip
@@ -53,28 +56,28 @@ _LEFT: Final = text(
     "SELECT id, epoch, attempt, state, error, outbox, message, coalesce(incarnation, '') AS incarnation, replaces "
     "FROM jobs WHERE outbox IS NOT NULL AND (:announces OR outbox <> :unannounced) "
     "AND (CAST(:ids AS text[]) IS NULL OR id = ANY(CAST(:ids AS text[]))) "
-    # (Who delivers it just now stands at its end, see `Outbox.to_text`.)
+    # The worker that delivers an outbox just now stands at its end, see `Outbox.to_text`.
     "AND NOT EXISTS (SELECT 1 FROM workers w WHERE w.incarnation <> :me AND w.status IN ('ready', 'draining') "
     """AND w.incarnation = substring(right(outbox, :tail) FROM '"by": "([^"]+)"[}]$')) """
     "ORDER BY id LIMIT :most"
 )
-#: Characters of an outbox in which that stands.
+#: Characters at the end of an outbox in which the delivering worker stands.
 _TAIL: Final = 500
-#: Nobody else delivers a row that is locked, and one that was delivered since it was read is delivered no more.
+#: Nobody else delivers a locked row, and a row that was delivered since it was read is not delivered again.
 _MINE: Final = text("SELECT id FROM jobs WHERE id = :id AND outbox = :outbox FOR UPDATE SKIP LOCKED")
-#: By a digest, since outboxes may be large.
+#: Locks many rows that are to be delivered. Outboxes may be large, so they are compared by a digest.
 _ALL_MINE: Final = text("""
 SELECT j.id FROM unnest(CAST(:ids AS text[]), CAST(:digests AS text[])) AS x (id, digest)
 JOIN jobs j ON j.id = x.id AND md5(j.outbox) = x.digest ORDER BY j.id FOR UPDATE OF j SKIP LOCKED
 """)
 _ALL_DONE: Final = text("UPDATE jobs SET outbox = NULL WHERE id = ANY(CAST(:ids AS text[]))")
 _DONE: Final = text("UPDATE jobs SET outbox = :rest WHERE id = :id AND outbox = :outbox")
-#: Whoever writes the row at this moment is waited for.
+#: Waits for a transaction that writes the row at this moment.
 _LOCK: Final = text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE")
 
 
 def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> int:
-    """Deliver for all jobs, or `only` these; returns for how many. Stops where the backend does not take one."""
+    """Deliver the outboxes of all jobs, or `only` these; return how many. Stops where the backend does not take one."""
     replaced = set[str]()
     parts = parts_of(app)
     with transactions(stores.engine).connect() as connection:
@@ -99,13 +102,13 @@ def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> 
                 delivered += 1
                 replaced |= {row.replaces} - {None}
         with connection.begin():
-            # What was a step of a replacement publishes nothing more.
+            # An ended step of a replacement publishes nothing more, so its replaced job may end.
             ended = replacements.end_abandoned(connection, sorted(replaced))
     return delivered + (deliver_rows(app, stores, ended) if ended else 0)
 
 
 def _has_results_alone(row: Any) -> bool:
-    """Whether a row left nothing that takes longer than the backend, or needs more than it."""
+    """Return True if a row left results alone: nothing that takes longer than the backend, or needs more than it."""
     if len(row.outbox) > TOGETHER_BYTES:
         return False
     try:
@@ -128,9 +131,11 @@ def _batches(rows: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def _deliver_together(app: Celery, connection: Connection, rows: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
-    """Deliver what has results alone, many in one transaction: after an outage there may be tens of thousands. Return
-    the rows that are delivered, those to be tried one by one since the backend refuses one of them, and whether the
-    backend answers."""
+    """Deliver rows with results alone, many in one transaction: after an outage there may be tens of thousands.
+
+    Return the delivered rows, the rows to be tried one by one since the backend refuses one of them, and whether the
+    backend answers.
+    """
     delivered, refused = list[Any](), list[Any]()
     for batch in _batches(rows):
         some = {row.id: row for row in batch}
@@ -154,8 +159,7 @@ def _deliver_together(app: Celery, connection: Connection, rows: Sequence[Any]) 
 
 
 def deliver_parts(app: Celery, stores: Stores, jobs: Sequence[str]) -> None:
-    """Have the parts of chords counted that these jobs left, while the backend does not take their results. A part of a
-    chord that is counted in Redis stays in its row."""
+    """Have the chord parts of jobs counted while the backend takes no results. Parts counted in Redis stay in rows."""
     parts = parts_of(app)
     with transactions(stores.engine).connect() as connection:
         with connection.begin():
@@ -192,8 +196,11 @@ def _deliver_parts(app: Celery, connection: Connection, row: Any, box: Outbox, p
 
 
 def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: str, left: str) -> None:
-    """What an attempt left whose end the ledger refused: nobody's business, unless it had ended its job itself before
-    it lost its lease (`celery_capacity.fenced`). Then its value is the job's, however late it comes."""
+    """Deliver the outbox of an attempt whose end was refused, if the attempt had ended its job itself.
+
+    An attempt does so within `celery_capacity.fenced`, before it lost its lease. Then its value is the job's, however
+    late it comes. The outbox of any other refused attempt is dropped.
+    """
     epoch, _, attempt = token.partition(".")
     with engine.connect() as connection:
         if not fencing.has_succeeded(connection, job, int(epoch), int(attempt)):
@@ -206,7 +213,7 @@ def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: st
             logger.warning("what job %s left late is dropped: %s", job, error)
 
     part = Part(job, name_of(box), key_of(speaker, box), lambda: deliver(app.backend, box, speaker), afterwards)
-    # (A value alone is dropped for no others that take long.)
+    # A value alone needs no thread, so that it is not dropped because chord parts are late.
     _bring(parts if chords_in(box) else None, part)
     if part.late:
         return
@@ -217,14 +224,14 @@ def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: st
 
 
 def settle(engine: Engine, job: str, left: str, rest: str | None) -> None:
-    """Note what is left of what a late part's job left, once the row says the latter."""
+    """Replace the outbox `left` in a row by `rest`, once the row says `left`. Waits for a writer of the row."""
     with transactions(engine).begin() as connection:
         connection.execute(_LOCK, {"id": job})
         connection.execute(_DONE, {"id": job, "outbox": left, "rest": rest or None})
 
 
 def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None) -> bool | None:
-    """Whether it is delivered. None where it takes long, or has to wait for others that do."""
+    """Deliver a row's outbox; return True if that is done, False if the backend takes none, None if this row waits."""
     job, box = row.id, _box(connection.engine, row)
     speaker = Attempt(Tag(job, row.epoch, row.attempt), row.incarnation, patient=lambda: True)
     by = replace(box, by=parts.incarnation if parts is not None else "").to_text()
@@ -241,15 +248,15 @@ def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None)
     part = Part(job, name_of(box), key_of(speaker, box), lambda: _tell_all(app, row, box, speaker), afterwards)
     part.late = parts is not None and parts.is_under_way(part.key)
     if not part.late:
-        # (Results alone take as long as the backend.)
+        # Results alone need no thread, since they take only as long as the backend.
         _bring(parts if chords_in(box) or _untold(box) else None, part)
     if part.late:
-        # Also where a row says nothing of it: it was made of what the stream said.
+        # Also if the row does not name this worker yet: such a row was written from the entry in the stream.
         connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": by})
         return None
     if part.error is not None:
         logger.warning("what job %s left is not delivered yet: %s", job, part.error)
-        # It stays where it is. What else hinders it concerns the backend, and so all others.
+        # The outbox stays in the row. Any other error concerns the backend, and so all other rows.
         return None if isinstance(part.error, OF_A_JOB) else False
     if not part.done:
         return None
@@ -258,7 +265,7 @@ def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None)
 
 
 def _box(engine: Engine, row: Any) -> Outbox:
-    """Return what a job left. What cannot be read is set aside, and the result is made of what the row says."""
+    """Return the outbox of a row. An unreadable outbox is set aside, and the result is made from the row's state."""
     try:
         return outbox.parse(row.outbox)
     except (ValueError, TypeError, LookupError) as error:
@@ -268,7 +275,7 @@ def _box(engine: Engine, row: Any) -> Outbox:
 
 
 def _bring(parts: Parts | None, part: Part) -> None:
-    """Without threads for what may take long (a process that is no worker) it is waited for."""
+    """Deliver a part in a thread of `parts`, or in this thread where there is none: a process that is no worker."""
     if parts is not None:
         list(parts.bring([part]))
         return
@@ -282,7 +289,7 @@ def _bring(parts: Parts | None, part: Part) -> None:
 def _tell_all(app: Celery, row: Any, box: Outbox, speaker: Attempt) -> None:
     deliver(app.backend, box, speaker)
     untold = _untold(box)
-    # (Whoever speaks for an attempt asks the backend itself, and no row.)
+    # A thread that delivers for an attempt reads the state from the backend itself, never from a row.
     with held(speaker):
         if untold and not (untold[0].get("unless_told") and app.backend.get_state(row.id) in states.READY_STATES):
             _tell_anyhow(app, row.id, State(row.state), row.error or "", bytes(row.message))
@@ -293,8 +300,10 @@ def _untold(box: Outbox) -> list[dict[str, Any]]:
 
 
 def _announce(app: Celery, box: Outbox, job: str, state: State, error: str | None, message: bytes) -> str | None:
-    """Where a job ended that no worker held, a worker says so to whoever listens to events and signals. What then stays
-    in the row: where this process is no worker, that it is not announced yet."""
+    """Send the events and signals for the end of a job that no worker held; return the outbox that stays in the row.
+
+    Only a worker sends them. Where this process is no worker, the outbox says that the end is not announced yet.
+    """
     silent = state in (State.CANCELLED, State.EXPIRED, State.LOST)
     if not silent or not any("untold" in note or "unannounced" in note for note in box.results):
         return None
@@ -311,26 +320,25 @@ def _announce(app: Celery, box: Outbox, job: str, state: State, error: str | Non
 
 
 def parts_of(app: Celery) -> Parts | None:
-    """What delivers parts of chords in this process, None where it is no worker."""
+    """Return the deliverer of chord parts in this process, None where it is no worker."""
     runtime = running_workers.newest(app)
     parts: Parts | None = None if runtime is None else runtime.parts
     return parts if parts is not None and parts.pid == os.getpid() else None
 
 
 def announcer_of(app: Celery) -> Announcer | None:
-    """What tells events and signals in this process, None where it is no worker."""
+    """Return the sender of events and signals in this process, None where it is no worker."""
     runtime = running_workers.newest(app)
     announcer: Announcer | None = None if runtime is None else runtime.announcer
     return announcer
 
 
 def _tell_anyhow(app: Celery, job: str, state: State, error: str, message: bytes) -> None:
-    """The same though its message, or what it says is to be called, is such that nobody can make anything of it: then
-    whoever waits hears of the end, and no other job's end is kept back."""
+    """Like `_tell`, for an unreadable message or callback too: store the bare result so that waiters are released."""
     try:
         request = context_of(app, message)
     except Exception as problem:
-        # Nothing is asked of a store in there: it lies in the message, and will lie there the next time.
+        # `context_of` asks no store: the error is in the message, will come again, and must hold up no other job's end.
         logger.warning("the message of job %s cannot be read, its result alone is told: %s", job, problem)
         request = Context(id=job)
     try:
@@ -341,11 +349,11 @@ def _tell_anyhow(app: Celery, job: str, state: State, error: str, message: bytes
 
 
 def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> None:
-    """The result of a job that ended while no worker held it; its chord and its callbacks hear of it too."""
+    """Store the result of a job that ended while no worker held it, and tell its chord and its callbacks."""
     value_wanted, errors = kept_of(app, request)
     if state is State.SUCCEEDED:
-        # It ended itself (`celery_capacity.fenced`), and its process died before it could return anything; or its value
-        # was stored with its end, of which Postgres did not hear: that one stays.
+        # The job ended itself (`celery_capacity.fenced`), and its process died before it could return a value. Or its
+        # value was stored with its end, of which Postgres did not hear: such a value stays.
         stored = app.backend.get_state(job) == states.SUCCESS
         value = app.backend.get_result(job) if stored else None
         app.backend.mark_as_done(job, value, request=request, store_result=value_wanted and not stored)
@@ -354,17 +362,16 @@ def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> 
         lost = WorkerLostError(error or "the job was lost with its workers")
         app.backend.mark_as_failure(job, lost, request=request, store_result=errors)
     elif state is State.FAILED:
-        # (Only of one that was replaced: whatever else fails is told by its worker.)
+        # Only a replaced job comes here: the failure of any other job is told by its worker.
         app.backend.mark_as_failure(job, TaskError(error), request=request, store_result=errors)
     else:
-        # (As with Celery, whoever revokes a job finds it revoked, whatever is kept of its task.)
+        # A revoked job is found as revoked, whatever is kept of its task: Celery does so too.
         kept = errors or state is State.CANCELLED
         app.backend.mark_as_revoked(job, error or state.value, request=request, store_result=kept)
 
 
 def _go_on(app: Celery, job: str, request: Context, value: Any) -> None:
-    """Publish what comes after a body that succeeded, as Celery's trace does before it returns. (A step that was
-    published has its id already, and is left as it is.)"""
+    """Publish what follows a successful body, like Celery's trace before it returns. A published step keeps its id."""
     following = {"parent_id": job, "root_id": request.root_id or job}
     for callback in request.callbacks or ():
         app.signature(callback).apply_async((value,), **following)
@@ -374,7 +381,7 @@ def _go_on(app: Celery, job: str, request: Context, value: Any) -> None:
 
 
 def context_of(app: Celery, message: bytes) -> Context:
-    """A job's message as Celery's hooks know it: a request."""
+    """Return the request that a job's message makes, as Celery's hooks know it."""
     envelope = messages.decode(message)
     headers, properties = envelope["headers"], envelope["properties"]
     body = messages.body_of(envelope)

@@ -1,9 +1,9 @@
-"""What Celery's events and signals say of a job beside what Celery's own request does.
+"""Events and signals of a job that Celery's own request does not send.
 
-`task-waiting` and `task-admitted` are events of the platform's own; and where a job ends that no worker holds (revoked
-in the backlog, expired, lost), a worker says so as Celery's would: `task-revoked` and the signal `task_revoked`, or
-`task-failed` and `task_failure`. All is said in the main loop, by the consumer's own dispatcher, which no other thread
-may use.
+`task-waiting` and `task-admitted` are events of the platform's own. Some jobs end while no worker holds them: they are
+revoked in the backlog, expire or are lost. Then a worker sends what Celery's worker would: `task-revoked` and the
+signal `task_revoked`, or `task-failed` and `task_failure`. All are sent in the main loop, by the consumer's own
+dispatcher, which no other thread may use.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from celery_capacity.routing.model.states import State
 
 logger = logging.getLogger(__name__)
 
-#: The states that Celery's `State` makes of the events, and their places among its own: a state that it does not know
-#: it puts above STARTED and REVOKED, so that a job that was admitted would never be seen to start.
+#: States that Celery's `State` makes of the platform's events, and Celery's own states of equal precedence. Celery puts
+#: an unknown state above STARTED and REVOKED, so that an admitted job would never be seen to start.
 PLACES: Final = {"WAITING": "PENDING", "ADMITTED": "REJECTED"}
 
 _ROWS: Final = text("SELECT id, name, attempt, request, queue FROM jobs WHERE id = ANY(CAST(:ids AS text[]))")
 
 
 def teach_states() -> None:
-    """Tell this process's Celery where the states of the platform's events belong (Flower, `celery events`)."""
+    """Tell this process's Celery the precedence of the states of the platform's events (Flower, `celery events`)."""
     for name, like in PLACES.items():
         celery_states.PRECEDENCE_LOOKUP[name] = celery_states.PRECEDENCE_LOOKUP[like]
 
 
 def allocation(worker: str, tag: Tag) -> dict[str, Any]:
-    """What events and `inspect` say of the allocation that an attempt holds."""
+    """Return the fields that events and `inspect` show of the allocation that an attempt holds."""
     return {"worker": worker, "attempt": tag.attempt, "token": tag.token}
 
 
 def request_of(headers: Any) -> dict[str, int | float] | None:
-    """The request that a message carries, in people's units; None where it carries none."""
+    """Return the request that a message carries, in people's units; None where it carries none."""
     carried = headers.get(HEADER) if isinstance(headers, dict) else None
     if not isinstance(carried, dict):
         return None
@@ -58,8 +58,10 @@ def request_of(headers: Any) -> dict[str, int | float] | None:
 
 
 def signal_failure(task: Any, request: Context, error: BaseException, info: ExceptionInfo) -> None:
-    """Send `task_failure` as Celery's own request does, which has the job's request on the stack of its task. `task` is
-    the name alone where this process does not know it."""
+    """Send `task_failure` as Celery's own request does, with the job's request on the stack of its task.
+
+    `task` is the bare name where this process does not know the task.
+    """
     stack = getattr(task, "request_stack", None)
     if stack is not None:
         stack.push(request)
@@ -79,7 +81,7 @@ def signal_failure(task: Any, request: Context, error: BaseException, info: Exce
 
 
 def raised(error: Exception) -> ExceptionInfo:
-    """What Celery tells of an exception that nobody has raised."""
+    """Return the information that Celery shows of an exception, for an exception that nobody has raised."""
     try:
         raise error
     except type(error):
@@ -87,7 +89,10 @@ def raised(error: Exception) -> ExceptionInfo:
 
 
 class Announcer:
-    """`wake` makes the main loop call `say`. `consumer`: Celery's, set once it is there."""
+    """Sender of events and signals of one worker.
+
+    `wake` makes the main loop call `say`. `consumer` is Celery's, set once it is there.
+    """
 
     def __init__(self, app: Any, engine: Engine, worker: str, wake: Callable[[], None]) -> None:
         self._app = app
@@ -99,14 +104,14 @@ class Announcer:
 
     @property
     def events(self) -> Any:
-        """Celery's dispatcher where events are sent (`-E`), else None."""
+        """Return Celery's dispatcher where events are sent (`-E`), else None."""
         dispatcher = getattr(self.consumer, "event_dispatcher", None)
         if dispatcher is None or not dispatcher.enabled:
             return None
         return None if dispatcher.groups and "task" not in dispatcher.groups else dispatcher
 
     def say(self) -> None:
-        """In the main loop: what others left to be said. What goes wrong with it concerns nobody's job."""
+        """Send what other threads left to be sent; in the main loop. An error here concerns no job."""
         while self._pending:
             try:
                 self._pending.popleft()()
@@ -114,12 +119,12 @@ class Announcer:
                 logger.exception("what became of a job could not be announced")
 
     def later(self, action: Callable[[], None]) -> None:
-        """In any thread: say this in the main loop."""
+        """Run an action in the main loop; in any thread."""
         self._pending.append(action)
         self._wake()
 
     def admitted(self, message: Any) -> None:
-        """In the main loop, of a message that is about to become a request."""
+        """Announce the admission of a message that is about to become a request; in the main loop."""
         events = self.events
         if events is None:
             return
@@ -138,11 +143,14 @@ class Announcer:
                 allocation=allocation(self._worker, tag),
             )
         except Exception:
-            # Whatever it is, the job starts all the same.
+            # After any error the job starts all the same.
             logger.exception("the admission of job %s could not be announced", tag.job)
 
     def waiting(self, applied: Sequence[Any]) -> None:
-        """In any thread that may ask Postgres: rows that changed (`routing.store.job_transitions.Applied`)."""
+        """Announce changed rows (`routing.store.job_transitions.Applied`) that wait now.
+
+        The calling thread may ask Postgres.
+        """
         ids = [change.job for change in applied if change.state == State.WAITING]
         if not ids or self.events is None:
             return
@@ -159,11 +167,11 @@ class Announcer:
             self.events.send("task-waiting", uuid=row.id, **fields)
 
     def refused(self, message: Any) -> None:
-        """In any thread: a message of an old producer is no task's, and was set aside."""
+        """Signal that a message of an old producer is no task's, and was set aside; in any thread."""
         self.later(lambda: signals.task_rejected.send(sender=self.consumer, message=message, exc=None))
 
     def failed(self, job: str, name: Any, error: Exception) -> None:
-        """In any thread: a job that was admitted here has failed, and will never be a request."""
+        """Announce that a job that was admitted here has failed, and will never be a request; in any thread."""
         self.later(lambda: self._send_failed(job, name, error))
 
     def _send_failed(self, job: str, name: Any, error: Exception) -> None:
@@ -172,7 +180,7 @@ class Announcer:
             events.send("task-failed", uuid=job, exception=saferepr(error), traceback="")
 
     def ended(self, job: str, state: State, error: str, request: Context) -> None:
-        """In any thread: a job that no worker held has ended, and its result says so."""
+        """Announce the end of a job that no worker held, and whose result says so; in any thread."""
         self.later(lambda: self._say_end(job, state, error, request))
 
     def _say_end(self, job: str, state: State, error: str, request: Context) -> None:

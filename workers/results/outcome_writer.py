@@ -1,10 +1,10 @@
-"""Writing outcomes to Postgres: in batches, from a thread of its own, so that nothing waits for the database.
+"""Writer of outcomes to Postgres: in batches, from a thread of its own, so that nothing waits for the database.
 
 Until they are written, transitions are in two places: here, and in the ledger's stream. A transition whose row somebody
-keeps locked is put aside and tried again later, and those behind it go on: rows take them in any order.
+keeps locked is put off and retried later. The transitions behind it go on, since rows take them in any order.
 
-What is not written is bounded. While Postgres has taken nothing for too long, or too much is left, the recorder is
-*behind*, and its worker starts nothing more: a body that began would only add to it.
+The number of unwritten transitions is bounded. While Postgres has taken nothing for too long, or too much is unwritten,
+the recorder is *behind*. Then its worker starts nothing more, since a new body would only add to the arrears.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for which a batch is collected.
 BATCH_WITHIN: Final = 0.02
-#: Transitions written in one statement.
+#: Most transitions written in one statement.
 MOST: Final = 1000
-#: Unwritten transitions of one worker, above which it is behind: some 10 MB of its memory, and of the stream.
+#: Unwritten transitions of a worker above which it is behind: some 10 MB of its memory, and of the stream.
 MAX_UNWRITTEN: Final = 10_000
-#: Seconds for which Postgres may take nothing, where nobody says otherwise.
+#: Default of the seconds for which Postgres may take nothing before a worker is behind.
 WRITE_WITHIN: Final = 20.0
 #: Seconds between tries while Postgres does not answer.
 RETRY_AFTER: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -50,9 +50,12 @@ SELECT EXISTS (SELECT 1 FROM jobs
 
 
 class Recorder(os_threads.Thread):
-    """`add` never blocks. `flush` waits until all that was added is written, or the time is over. `on_applied` is
-    called with the rows that changed, `on_level` when it is behind no more. `write_within`: seconds for which Postgres
-    may take nothing before it is."""
+    """Thread that writes transitions to Postgres.
+
+    `add` never blocks. `flush` waits until all added transitions are written, or the time is over. `on_applied` is
+    called with the rows that changed, `on_level` when the recorder is behind no more. `write_within`: seconds for which
+    Postgres may take nothing before the recorder is behind.
+    """
 
     def __init__(
         self,
@@ -69,11 +72,11 @@ class Recorder(os_threads.Thread):
         self._on_level = on_level
         self._write_within = write_within
         self._calls = StoreCalls()
-        #: When those that are pending came (monotonic), and how many at a time.
+        #: Times at which the pending transitions came (monotonic), and how many came at each.
         self._came: deque[tuple[float, int]] = deque()
         self._was_behind = False
         self._pending: list[Transition] = []
-        #: Those that could not be written, though Postgres takes others, and when they are tried again (monotonic).
+        #: Transitions that Postgres did not take though it takes others, and when they are retried (monotonic).
         self._put_off: list[Transition] = []
         self._try_again_at = 0.0
         self._writing: list[Transition] = []
@@ -82,7 +85,7 @@ class Recorder(os_threads.Thread):
 
     def add(self, transitions: Sequence[Transition]) -> None:
         if not transitions:
-            # (Its time would be that of what comes next.)
+            # An entry without transitions would stay, and its time would count as that of later transitions.
             return
         with self._changed:
             self._pending += transitions
@@ -90,18 +93,20 @@ class Recorder(os_threads.Thread):
             self._changed.notify_all()
 
     def call(self, action: Callable[[], object]) -> None:
-        """Run something that may wait for a store, beside the writing of outcomes."""
+        """Run an action that may wait for a store, in a thread beside the writing of outcomes."""
         self._calls.call(action)
 
     def is_behind(self) -> bool:
-        """Whether so much is unwritten, or for so long, that nothing more should start here. (Rows that somebody keeps
-        locked count by their number alone: one of them holds nobody up.)"""
+        """Return True if so much is unwritten, or for so long, that nothing more should start here.
+
+        Transitions of locked rows count by their number alone: a single locked row holds nobody up.
+        """
         with self._changed:
             late = bool(self._came) and time.monotonic() - self._came[0][0] > self._write_within
             return late or len(self._pending) + len(self._put_off) > MAX_UNWRITTEN
 
     def jobs(self) -> set[str]:
-        """The jobs of all that is not written."""
+        """Return the jobs of all unwritten transitions."""
         with self._changed:
             return {transition.job for batch in (self._pending, self._put_off, self._writing) for transition in batch}
 
@@ -114,8 +119,7 @@ class Recorder(os_threads.Thread):
         return claims.write(self._engine, one)
 
     def flush(self, within: float) -> bool:
-        """Wait until all that was added is written, and all calls are done; False where that did not come about in
-        time."""
+        """Wait until all added transitions are written and all calls are done; return False if time ran out."""
         end = time.monotonic() + within
         called = self._calls.flush(within)
         with self._changed:
@@ -124,8 +128,10 @@ class Recorder(os_threads.Thread):
         return called and settled
 
     def is_level(self, flush: Callable[[], bool]) -> bool:
-        """Return True if all is written (`flush`), or if no other worker could take a job of what is not, were Postgres
-        to decide: by its row this worker holds it, or it has ended. Raises what Postgres does."""
+        """Return True if all is written (`flush`), or if no other worker could take an unwritten job from Postgres.
+
+        Postgres gives nobody a job that has ended, or that this worker holds by its row. Raises the error of Postgres.
+        """
         if flush():
             return True
         with self._changed:
@@ -140,7 +146,7 @@ class Recorder(os_threads.Thread):
             return not connection.execute(_TAKEABLE, {"jobs": list(jobs), "lives": list(lives)}).scalar_one()
 
     def stop(self, within: float) -> None:
-        """Write what is pending, if Postgres takes it, and end."""
+        """Write what is pending, if Postgres takes it, and end. Waits `within` seconds at the most for each thread."""
         self._calls.stop(within)
         with self._changed:
             self._stopping = True
@@ -161,7 +167,7 @@ class Recorder(os_threads.Thread):
                 kept, put_off = self._write(batch, wait=not again)
             finally:
                 with self._changed:
-                    # In one step: whoever flushes must find what was not written here or there.
+                    # In one step, so that `flush` always finds an unwritten transition in one of the lists.
                     self._writing = []
                     self._pending = kept + self._pending
                     self._put_off += put_off
@@ -175,13 +181,13 @@ class Recorder(os_threads.Thread):
                 self._try_again_at = time.monotonic() + pause
             with self._changed:
                 if kept and self._stopping:
-                    # The stream has them: whoever runs the duty writes them.
+                    # The stream has the transitions too: the worker that runs the duties writes them.
                     return
                 if kept:
                     self._changed.wait_for(lambda: self._stopping, pause)
 
     def _forget_times(self, count: int) -> None:
-        """So many of the oldest are pending no more. The caller has the lock."""
+        """Forget the times of the `count` oldest transitions, which are written. The caller has the lock."""
         while count and self._came:
             came, size = self._came.popleft()
             if size > count:
@@ -189,7 +195,7 @@ class Recorder(os_threads.Thread):
             count -= min(size, count)
 
     def _look_behind(self) -> None:
-        """Say that Postgres is too far behind, or no more."""
+        """Log and count that Postgres is too far behind, or log that it is behind no more; only on a change."""
         behind = self.is_behind()
         if behind == self._was_behind:
             return
@@ -209,8 +215,10 @@ class Recorder(os_threads.Thread):
             logger.info("not counted: %s", error)
 
     def _next_batch(self) -> tuple[list[Transition], bool]:
-        """Return what is to be written next, and whether it was tried before; nothing where this thread is to end. The
-        caller has the lock."""
+        """Return the transitions to be written next, and whether they were tried before; none if this thread is to end.
+
+        The caller has the lock.
+        """
         while True:
             again_in = self._try_again_at - time.monotonic() if self._put_off and not self._stopping else None
             if again_in is not None and again_in <= 0:
@@ -225,7 +233,7 @@ class Recorder(os_threads.Thread):
         return batch, False
 
     def _write(self, batch: list[Transition], *, wait: bool) -> tuple[list[Transition], list[Transition]]:
-        """What Postgres does not take now, since it takes nothing; and what it does not take though it takes others."""
+        """Write a batch; return the transitions to keep since Postgres takes nothing, and those it refused alone."""
         if not batch:
             return [], []
         try:
@@ -236,7 +244,7 @@ class Recorder(os_threads.Thread):
             )
             return batch, []
         except Exception:
-            # Whatever it is, it must not end the thread that writes the others.
+            # No error may end the thread that writes the other transitions.
             logger.exception("%d outcomes cannot be written, they are kept", len(batch))
             return batch, []
         if left and wait:
@@ -246,8 +254,11 @@ class Recorder(os_threads.Thread):
         return [], left
 
     def _after(self, batch: Sequence[Transition], applied: Sequence[Applied]) -> None:
-        """Postgres has them. What fails from here on is repaired by the duties: entries are applied once more without
-        effect, scheduled rows are found when they are due."""
+        """Take the steps that follow once Postgres has these transitions.
+
+        The duties repair a step that fails here: entries are applied once more without effect, and scheduled rows are
+        found when they are due.
+        """
         try:
             self._ledger.forget(transition_log.settled(batch))
             resubmit.go_on(self._engine, self._ledger, applied)

@@ -1,7 +1,7 @@
-"""Setting messages aside: whoever meets one that cannot be read hands it over here, and goes on.
+"""Quarantine of unreadable messages: a caller that meets such a message hands it over here, and goes on.
 
-A thread writes them to Postgres, so that the main loop waits for nothing. While Postgres is down they are kept in
-memory, up to a bound; what comes beyond it is dropped and counted.
+A thread writes the messages to Postgres, so that the main loop waits for nothing. While Postgres is down they are kept
+in memory, up to a bound. Messages beyond the bound are dropped and counted.
 """
 
 from __future__ import annotations
@@ -21,25 +21,29 @@ from celery_capacity.routing.store.quarantine import SetAside
 
 logger = logging.getLogger(__name__)
 
-#: Messages, and bytes of them, that wait for Postgres at the most.
+#: Most messages that wait for Postgres.
 MOST_WAITING: Final = 1000
+#: Most bytes of messages that wait for Postgres.
 MOST_BYTES_WAITING: Final = 32 * 1024**2
-#: Messages written in one statement.
+#: Most messages written in one statement.
 BATCH: Final = 100
 #: Seconds between tries while Postgres does not answer.
 RETRY_AFTER: Final = 1.0
-#: Bytes of a message that the log shows.
+#: Most bytes of a message that the log shows.
 SHOWN: Final = 200
 
 
 class Quarantine(os_threads.Thread):
-    """`set_aside` never waits for a store and may be called in any thread."""
+    """Thread that writes unreadable messages to Postgres.
+
+    `set_aside` never waits for a store and may be called in any thread.
+    """
 
     def __init__(self, engine: Engine, worker: str) -> None:
         super().__init__(name="quarantine", daemon=True)
         self._engine = engine
         self._worker = worker
-        #: With the job of whose messages one may be a second copy, '' for none.
+        #: Messages, each with the job of whose message it may be a second copy; '' for none.
         self._waiting: deque[tuple[SetAside, str]] = deque()
         self._bytes = 0
         self._dropped = 0
@@ -47,8 +51,11 @@ class Quarantine(os_threads.Thread):
         self._stopping = False
 
     def set_aside(self, raw: bytes, queue: str, reason: str, unless: str = "") -> None:
-        """Keep a message that was taken from a queue and cannot be read. `unless`: not where Postgres knows this job;
-        then it is a second copy of a message whose attempt ended so long ago that the ledger knows it no more."""
+        """Keep a message that was taken from a queue and cannot be read.
+
+        `unless` is a job. A message is not kept where Postgres knows that job. Then it is a second copy of a message
+        whose attempt ended so long ago that the ledger knows the job no more.
+        """
         message = SetAside.of(raw, queue, reason, self._worker)
         if not unless:
             _say(message)
@@ -61,7 +68,7 @@ class Quarantine(os_threads.Thread):
             self._changed.notify_all()
 
     def stop(self, within: float) -> None:
-        """Write what waits, if Postgres takes it, and end."""
+        """Write the waiting messages, if Postgres takes them, and end. Waits `within` seconds at the most."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()

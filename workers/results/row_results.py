@@ -2,9 +2,9 @@
 
 A result that could not be delivered stands in the row's outbox, as its backend would have stored it. So a read returns
 the very text that Redis would return, and all of Celery above it works: states, values, exceptions with their types,
-groups. A result that was delivered before is in Redis alone: reading it raises what Redis answers.
+groups. A result that was delivered before is in Redis alone: a read of it raises the error of Redis.
 
-What delivers results asks Redis alone: a row that says how its job ended must not pass for a delivered result.
+A thread that delivers results asks Redis alone: a row that says how its job ended must not pass for a delivered result.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from celery_capacity.workers.process.waiting_for_stores import may_pass
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at the rows of results that are waited for: doubled from the first to the last.
+#: Seconds between the first two looks at the rows of awaited results. The pause doubles with each look.
 LOOK_AFTER: Final = 0.05
+#: Most seconds between two such looks.
 LOOK_AT_MOST: Final = 0.5
 
 _ROWS: Final = text("SELECT id, state, error, outbox FROM jobs WHERE id = ANY(CAST(:ids AS text[]))")
@@ -45,16 +46,16 @@ _here: Final = threading.local()
 
 
 class Unknown(Exception):
-    """The rows do not say what a result is."""
+    """Raised where the rows do not say what a result is."""
 
 
 def payload(note: dict[str, Any]) -> Any:
-    """The text or bytes that the backend stores for a result of an outbox."""
+    """Return the text or bytes that the backend stores for a result of an outbox."""
     return note["text"] if "text" in note else base64.b64decode(note["base64"])
 
 
 class RowConsumer(ResultConsumer):
-    """Waits for results by a subscription, and by looks at the rows while Redis is away."""
+    """Consumer that waits for results by a subscription, and by looks at the rows while Redis is away."""
 
     backend: Any
     subscribed_to: set[Any]
@@ -63,7 +64,7 @@ class RowConsumer(ResultConsumer):
 
     @contextmanager
     def reconnect_on_error(self) -> Iterator[None]:
-        """Give the subscription up where Redis does not answer. Celery would try for some 20 s, and then raise."""
+        """Give the subscription up where Redis does not answer. Celery would retry for some 20 s, and then raise."""
         try:
             yield
         except self._connection_errors as error:
@@ -86,7 +87,7 @@ class RowConsumer(ResultConsumer):
         if self._pubsub is not None or not self.subscribed_to:
             super().drain_events(timeout)
         elif self.backend.reach.closed:
-            # (What ended meanwhile is read once.)
+            # The new subscription also reads once the results of jobs that ended meanwhile.
             with self._locked(), self.reconnect_on_error():
                 self._reconnect_pubsub()
         else:
@@ -106,21 +107,22 @@ class RowConsumer(ResultConsumer):
 
 
 class RowResults(RedisBackend):
-    """Mixed into a Redis backend. Thread-safe as that is."""
+    """Mixin for a Redis backend that reads results from rows while Redis is away. Thread-safe as the backend is."""
 
     app: Any
     ResultConsumer = RowConsumer
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
-        """Nothing to prepare: `AsyncResult.get` and groups subscribe before they read.
+        """Do nothing: `AsyncResult.get` and groups subscribe before they read.
 
-        Celery subscribes to a result's channel when the task is sent, and again (a no-op then) when somebody waits for
-        it, before it reads the state. The second is enough; the first costs each `delay()` two commands.
+        Celery subscribes to a result's channel when the task is sent. It subscribes again when a client waits for the
+        result, before it reads the state. The second subscription is enough. The first would cost each `delay()` two
+        commands.
         """
 
     @property
     def reach(self) -> Circuit:
-        """Return whether this backend's Redis is asked."""
+        """Return the circuit that says whether this backend's Redis is asked. It is made at the first use."""
         circuit: Circuit | None = self.__dict__.get("_reach")
         if circuit is None:
             circuit = self.__dict__["_reach"] = Circuit(
@@ -131,7 +133,7 @@ class RowResults(RedisBackend):
         return circuit
 
     def ask(self, question: Callable[[], Any]) -> Any:
-        """Return what Redis answers; raises at once while it is left alone."""
+        """Return the answer of Redis; raise at once while Redis is left alone."""
         if not self.reach.closed:
             raise RedisConnectionError("the result backend is left alone until it answers")
         try:
@@ -142,7 +144,7 @@ class RowResults(RedisBackend):
             raise
 
     def _ping(self) -> None:
-        """In the circuit's thread: on a connection of its own, with a short time-out."""
+        """Ping Redis on a connection of its own with a short time-out; in the circuit's thread."""
         timeout = self.app.platform.settings.store_timeout if self.is_on_platform else timeouts.STORE_TIMEOUT
         names = {"socket_timeout", "socket_connect_timeout"} & self.connparams.keys()
         times = dict.fromkeys(names, timeouts.QUICK_ANSWER * timeout)
@@ -150,7 +152,7 @@ class RowResults(RedisBackend):
         try:
             client.ping()
         finally:
-            # (The client does not close a pool that it was given.)
+            # The client does not close a pool that its caller made.
             client.connection_pool.disconnect()
 
     def get(self, key: Any) -> Any:
@@ -177,7 +179,7 @@ class RowResults(RedisBackend):
         except (Unknown, SQLAlchemyError) as unknown:
             if problem is not None:
                 raise problem from unknown
-            # (It says itself why it does not answer, or has it.)
+            # Ask Redis after all: it has the result, or raises the reason why it does not answer.
             return question()
 
     @property
@@ -185,19 +187,19 @@ class RowResults(RedisBackend):
         return isinstance(getattr(self.app, "platform", None), Stores)
 
     def _may_read_rows(self) -> bool:
-        """Return whether this thread reads results. A thread that delivers them waits for none."""
+        """Return whether this thread may read results from rows. A thread that delivers results may not."""
         attempt = attempts.current()
         return self.is_on_platform and (attempt is None or attempt.patient is None)
 
     def ensure(self, fun: Callable[..., Any], args: Sequence[Any], **policy: Any) -> Any:
-        """Try once, where Celery tries for some 20 s, within `asking_once`, and for what delivers results."""
+        """Try once within `asking_once`, and in a thread that delivers results. Else retry as Celery, for some 20 s."""
         if self._may_read_rows() and not getattr(_here, "once", False):
             return super().ensure(fun, args, **policy)
         return self.ask(lambda: fun(*args))
 
     @contextmanager
     def asking_once(self) -> Iterator[None]:
-        """Within, this thread tries once what Celery would try for some 20 s."""
+        """Have this thread try once, within the context, what Celery would retry for some 20 s."""
         _here.once = True
         try:
             yield
@@ -208,8 +210,10 @@ class RowResults(RedisBackend):
         return self._may_read_rows() and bool(super().exception_safe_to_retry(exc))
 
     def rows(self, keys: Sequence[Any], tolerant: bool = False) -> list[Any]:
-        """What Redis would have under these keys of jobs; None for one that has not ended. Raises `Unknown` where a row
-        does not say it, which is None too for whoever is `tolerant`."""
+        """Return the values that Redis would have under these keys of jobs; None for a job that has not ended.
+
+        Raises `Unknown` where a row does not say the result. A `tolerant` caller gets None for such a row.
+        """
         prefix = self.key_t(self.task_keyprefix)
         names = [self.key_t(key) for key in keys]
         if not all(name.startswith(prefix) for name in names):
@@ -221,7 +225,7 @@ class RowResults(RedisBackend):
 
     def _text_of(self, job: str, row: Any, tolerant: bool) -> Any:
         if row is None or row.state not in FINAL:
-            # (The body of a chord has no row before its parts have come.)
+            # A job without a row has not ended either: a chord's body has none before all its parts have come.
             return None
         for note in outbox.parse(row.outbox or "").results:
             if note.get("result") == job:
@@ -236,7 +240,10 @@ class RowResults(RedisBackend):
 
 
 def _end_of(state: State, error: str | None) -> tuple[str, Exception | None]:
-    """Celery's state and exception of a job that ended while no worker held it, as whoever delivers that says it."""
+    """Return Celery's state and exception of a job that ended while no worker held it, as a delivery would store them.
+
+    The exception is None for a job that ended in any other way.
+    """
     if state is State.LOST:
         return states.FAILURE, WorkerLostError(error or "the job was lost with its workers")
     if state in (State.CANCELLED, State.EXPIRED):

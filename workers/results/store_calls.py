@@ -1,5 +1,7 @@
-"""What a worker does at a store beside writing outcomes, and may wait for: in a thread of its own, so that a slow store
-delays no outcome."""
+"""Calls of a worker to a store beside the writing of outcomes.
+
+They may wait, so they run in a thread of their own: a slow store delays no outcome.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class StoreCalls(os_threads.Thread):
-    """Run calls one after the other, in their order. `call` never blocks; what a call raises is logged."""
+    """Thread that runs calls one after the other, in their order.
+
+    `call` never blocks. An error of a call is logged.
+    """
 
     def __init__(self) -> None:
         super().__init__(name="store calls", daemon=True)
@@ -25,18 +30,18 @@ class StoreCalls(os_threads.Thread):
         self._stopping = False
 
     def call(self, action: Callable[[], object]) -> None:
-        """Run an action in this thread, after those that came before."""
+        """Run an action in this thread, after the actions that came before."""
         with self._changed:
             self._calls.append(action)
             self._changed.notify_all()
 
     def flush(self, within: float) -> bool:
-        """Wait until all calls are done; False where that did not come about in `within` seconds."""
+        """Wait until all calls are done; return False if they are not done in `within` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not (self._calls or self._calling), within)
 
     def stop(self, within: float) -> None:
-        """Do what is left, then end; waits for `within` seconds at the most."""
+        """Run the calls that are left, then end. Waits `within` seconds at the most."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -44,7 +49,7 @@ class StoreCalls(os_threads.Thread):
             self.join(within)
 
     def run(self) -> None:
-        """Do what comes, until it is stopped."""
+        """Run calls as they come, until this thread is stopped."""
         while True:
             with self._changed:
                 self._calling = False
