@@ -1,8 +1,8 @@
 """Ends of jobs whose keys the ledger lost, though this worker holds them.
 
 Keys go missing where Redis evicts them, or somebody deletes them. The ledger also knows nothing of a job that ended
-more than a tombstone ago. Postgres tells the two apart: where the job's row says that it runs here, in this attempt,
-the ledger gets it back, and takes its end as any other.
+more than a tombstone ago. Postgres tells the two apart. Where the job's row says that it runs here, in this attempt,
+the ledger gets the job back, and takes its end like any other.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ ASK_AFTER: Final = 0.25
 
 
 class Keyless:
-    """`say_again` gets the end once more, in a thread of the recorder's that may wait for a store, and `said` is called
-    when that has come about."""
+    """Ends whose keys the ledger lost, and which are repeated once Postgres has judged them.
+
+    `say_again` gets each end once more, in a thread of the recorder's that may wait for a store. `said` is called after
+    that.
+    """
 
     def __init__(
         self,
@@ -49,17 +52,19 @@ class Keyless:
         self._say_again = say_again
         self._said = said
         self._pause = os_threads.Event()
-        #: The attempts (job, token) whose ends are looked into just now.
+        #: Attempts (job, token) whose ends are under examination.
         self._under_way: set[tuple[str, str]] = set()
 
     @property
     def busy(self) -> bool:
-        """Whether an end is still to be said again."""
+        """Return True while an end is still to be repeated."""
         return bool(self._under_way)
 
     def takes(self, end: End) -> bool:
-        """Whether an end that the ledger calls unknown is looked into, and said again: until Postgres says that it is
-        no longer this worker's."""
+        """Return True if an end that the ledger calls unknown is examined here, and then repeated.
+
+        That goes on until Postgres says that the job is no longer this worker's.
+        """
         holding = self._holdings.find(end.ended.job, end.ended.token)
         if holding is None or end.refused:
             return False
@@ -71,11 +76,11 @@ class Keyless:
         try:
             end = self._judged(end, holding)
         except Exception as error:
-            # Whatever it was: an end that nobody says again keeps its allocation for ever.
+            # No error may stop the repeat: an end that nobody repeats keeps its allocation for ever.
             if not isinstance(error, (StoreUnavailable, LedgerClosed)):
                 logger.exception("job %s: its key is not there and is not restored; that is tried again", holding.job)
             self._pause.wait(ASK_AFTER)
-        # (In this order: who leaves looks first whether something is under way, then at the ends, and is woken last.)
+        # In this order: a leaving worker looks first whether an end is under way, then at the ends, and is woken last.
         self._say_again(end)
         self._under_way.discard(holding.key)
         self._said()
@@ -83,8 +88,8 @@ class Keyless:
     def _judged(self, end: End, holding: Holding) -> End:
         has_claim = self._recorder.claim(running(self._identity, holding))
         if has_claim is None:
-            # (Also who leaves asks, as long as there is time: the job may be over by a later attempt, whose result this
-            # end would replace. What is not said then is taken back.)
+            # A leaving worker asks too, as long as there is time: a later attempt may have ended the job, and this end
+            # would replace its result. A job whose end is not repeated by then is taken back.
             self._pause.wait(ASK_AFTER)
             return end
         if has_claim is False:

@@ -27,16 +27,19 @@ from celery_capacity.workers.process.stores import transactions
 
 logger = logging.getLogger(__name__)
 
-#: Ends written in one transaction.
+#: Most ends written in one transaction.
 MOST: Final = 200
-#: What stands in the outbox of a job that left a part of a chord. (Its results may be kept apart, its parts are not.)
+#: Text in the outbox of a job that left a chord part. Results may be kept apart from the outbox, chord parts are not.
 PART: Final = '"chord": "'
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The end of a body. `on_lost` is called when the job ended as lost: its result must say so. `whole`: the outbox
-    with the results that `ended` has apart, for Postgres. `refused`: the row is not of this attempt any more."""
+    """End of a body.
+
+    `on_lost` is called when the job ended as lost: its result must say so. `whole` returns the outbox for Postgres,
+    with the results that `ended` keeps apart. `refused`: the row does not belong to this attempt any more.
+    """
 
     ended: Ended
     on_lost: Callable[[], None] | None = None
@@ -46,8 +49,11 @@ class End:
 
 @dataclass(slots=True)
 class Written:
-    """What became of ends that are over for their worker. `refused`: not their jobs' any more. `repeated`: their rows
-    have an end of theirs already. `lost`: they ended their jobs as lost."""
+    """Ends that are over for their worker, and their fates.
+
+    `ends`: all of them. `refused`: their attempts no longer hold their jobs. `repeated`: their rows have an end of the
+    same attempt already. `lost`: they ended their jobs as lost.
+    """
 
     ends: list[End] = field(default_factory=list)
     refused: list[End] = field(default_factory=list)
@@ -62,10 +68,12 @@ class Written:
 
 
 class PostgresEnds:
-    """Used by the ledger's thread alone. `later` runs what may wait for a store elsewhere; `on_room` is called after
-    holdings were removed, `on_outbox` when rows have something to be delivered. `on_parts` gets the jobs whose rows
-    have parts of chords, in the thread of `later`, and `tell_late` there (job, token, outbox) of an end that was not
-    written."""
+    """Writer of ends to Postgres, used by the ledger's thread alone.
+
+    `later` runs an action that may wait for a store, in another thread. `on_room` is called after holdings were
+    removed, `on_outbox` when rows have something to be delivered. In the thread of `later`, `on_parts` gets the jobs
+    whose rows have chord parts, and `tell_late` gets (job, token, outbox) of an end that was not written.
+    """
 
     def __init__(
         self,
@@ -92,24 +100,26 @@ class PostgresEnds:
         self._on_parts = on_parts
         self._tell_late = tell_late
         self._said = ""
-        #: Ends that were refused and are not counted in the ledger yet.
+        #: Number of refused ends that are not counted in the ledger yet.
         self.stale = 0
 
     @property
     def decides(self) -> bool:
-        """Whether Postgres is the one to be told, as far as this process knows. (It need not be sure: the token guards
-        the row, whoever decides.)"""
+        """Return True if Postgres decides, as far as this process knows.
+
+        The answer need not be sure: the token guards the row, whichever store decides.
+        """
         return self._confirmation.authority == "postgres"
 
     def count_stale(self, ledger: Ledger) -> None:
-        """Count in the ledger what was refused while it was gone."""
+        """Count in the ledger the ends that were refused while the ledger was gone."""
         stale, self.stale = self.stale, 0
         if stale:
             ledger.count("stale.release", stale)
 
     def settle(self, ends: deque[End], arrivals: deque[Any]) -> bool:
-        """Write what ended; what was not written stays pending. False where there was nothing that it could do."""
-        # Messages of the old books: nobody can claim them, and their rows go back.
+        """Write ends; unwritten ends stay pending. Return False where there was nothing that it could do."""
+        # Arrivals are messages of the old books: nobody can claim them, and their rows go back.
         dropped = len(arrivals)
         arrivals.clear()
         batch = [ends[i] for i in range(min(MOST, len(ends)))]
@@ -126,7 +136,7 @@ class PostgresEnds:
         self._said = ""
         for _ in batch:
             ends.popleft()
-        # (Behind all others: an end whose row is locked, or that Postgres takes in no way, holds back none of them.)
+        # An end whose row is locked, or that Postgres refuses, goes behind all others, so that it delays none of them.
         done = set(map(id, written.ends))
         ends.extend(end for end in batch if id(end) not in done)
         if not written.ends:
@@ -146,7 +156,7 @@ class PostgresEnds:
             )
         self.stale += len(written.refused)
         for end in [*written.refused, *written.repeated]:
-            # (Whoever closed the end of a job that had ended itself did not know what it returned.)
+            # Another process closed the end of a job that had ended itself, and did not know the job's value.
             if end.ended.outcome == "succeeded" and (left := left_by(end)):
                 self._later(partial(self._tell_late, end.ended.job, end.ended.token, left))
         for end in written.lost:
@@ -159,8 +169,10 @@ class PostgresEnds:
             self._later(partial(self._on_parts, parts))
 
     def _write_all(self, batch: Sequence[End]) -> Written:
-        """Write ends so that one which Postgres does not take concerns its own job alone; the others are left out of
-        what this returns. Raises what concerns the whole store."""
+        """Write ends so that an end that Postgres refuses concerns its own job alone; return those that are written.
+
+        Raises an error that concerns the whole store.
+        """
         try:
             return self._write(batch)
         except Exception as error:
@@ -181,12 +193,12 @@ class PostgresEnds:
             free = job_transitions.free(connection, [end.ended.job for end in batch])
         writable = [end for end in batch if end.ended.job in free]
         if len(writable) == len(batch):
-            # It was free again just now, or a whole table is locked.
+            # The locked row was free again just now, or a whole table is locked.
             raise error
         return self._write_all(writable) if writable else Written()
 
     def _write_bad(self, end: End) -> Written:
-        """Write one that Postgres does not take as it is (`routing.store.refused_transitions`)."""
+        """Write an end that Postgres does not take as it is (`routing.store.refused_transitions`)."""
         with self._transactions.begin() as connection:
             rows = claims.lock_holders(connection, [end.ended.job])
             written, transitions = self._judge([end], rows, claims.now_ms(connection))
@@ -199,7 +211,7 @@ class PostgresEnds:
         return written
 
     def _write(self, batch: Sequence[End]) -> Written:
-        """One transaction."""
+        """Write ends in one transaction, and wake workers if jobs may start now."""
         with self._transactions.begin() as connection:
             rows = claims.lock_holders(connection, [end.ended.job for end in batch])
             written, transitions = self._judge(batch, rows, claims.now_ms(connection))
@@ -210,7 +222,7 @@ class PostgresEnds:
         return written
 
     def _judge(self, batch: Sequence[End], rows: Mapping[str, Holder], now: int) -> tuple[Written, list[Transition]]:
-        """What becomes of these ends, and what they make of their jobs."""
+        """Return the fates of these ends, and the transitions of their jobs."""
         held = {(holding.job, holding.token): holding for holding in self._holdings.all()}
         written, transitions = Written(list(batch)), list[Transition]()
         for end in batch:
@@ -235,7 +247,7 @@ class PostgresEnds:
             logger.info("nobody was told that there is something to take: %s", error)
 
     def _open_needs(self, applied: Sequence[Applied]) -> None:
-        """What waited for these ends may start. (What fails here, a duty does.)"""
+        """Bring in jobs that waited for these ends. A duty does so where this fails."""
         if not any(change.awaited for change in applied):
             return
         try:
@@ -267,14 +279,14 @@ class PostgresEnds:
             losses=became.losses,
             outcome=ended.outcome,
             error=ended.error or "",
-            # (A job that runs again has nothing to deliver but what it published itself, its retry.)
+            # A job that runs again has nothing to deliver, except a retry that it published itself.
             outbox="" if back else left_by(end),
             told=ended.told,
         )
 
 
 def left_by(end: End) -> str:
-    """The whole outbox of an end."""
+    """Return the whole outbox of an end, with the results that are kept apart."""
     return end.whole() if end.whole is not None else end.ended.outbox
 
 

@@ -1,6 +1,6 @@
-"""The thread of a worker that takes jobs from Postgres while the ledger is gone, and what is settled there meanwhile.
+"""The thread of a worker that takes jobs from Postgres, and settles them there, while the ledger is gone.
 
-Nothing of it touches the ledger. While the ledger decides, the thread only looks now and then whether it still does.
+The thread never touches the ledger. While the ledger decides, it only looks now and then whether that is still so.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ from celery_capacity.workers.process.stores import Stores, transactions
 
 logger = logging.getLogger(__name__)
 
-#: Times that others may be faster in a row, before this worker waits for the next interval: a row that somebody keeps
-#: locked looks free to all.
+#: Tries in a row in which other workers may be faster, before this worker waits for the next interval. A row that
+#: somebody keeps locked looks free to all.
 MOST_MISSES: Final = 5
 
 
 class Puller(os_threads.Thread):
-    """`start_job` gets the text of each message, in this thread; `can_start` says whether it would start at once.
-    `flush` waits until what this worker noted before is in Postgres. This is the one thread that never waits for the
-    ledger: so here Postgres is told that the worker lives (`tell`), and who decides is looked at."""
+    """Thread that takes jobs from Postgres.
+
+    `start_job` gets the text of each message, in this thread. `can_start` says whether it would start at once. `flush`
+    waits until Postgres has all earlier notes of this worker. No other thread is sure never to wait for the ledger. So
+    this thread tells Postgres that the worker lives (`tell`), and looks which store decides.
+    """
 
     def __init__(
         self,
@@ -68,20 +71,20 @@ class Puller(os_threads.Thread):
         self._start_job = start_job
         self._can_start = can_start
         self._wake = Wake()
-        #: Set in a signal handler: nothing is taken any more.
+        #: Set in a signal handler: this worker takes nothing any more.
         self.draining = False
         self._stopping = False
         self._listening: Any = None
-        #: When it is tried again to listen (monotonic).
+        #: Time of the next try to listen (monotonic).
         self._listen_at = 0.0
-        #: Since when Postgres's list of what this worker holds need not be looked at again (monotonic).
+        #: Time until which Postgres's list of this worker's jobs need not be compared again (monotonic).
         self._compared_until = 0.0
-        #: Jobs of which it is said that their rows take no write.
+        #: Jobs for which an error is logged already, since their rows take no write.
         self._unwritable: set[str] = set()
         self._said = ""
 
     def wake(self) -> None:
-        """There may be room, or something to take; in any thread or signal handler."""
+        """Wake this thread, since there may be room, or a job to take; in any thread or signal handler."""
         self._wake.set()
 
     def stop(self, within: float) -> None:
@@ -104,13 +107,13 @@ class Puller(os_threads.Thread):
                 self._say(f"pull: Postgres does not answer: {type(error).__name__}")
                 self._begin_again()
             except Exception:
-                # Whatever it was: without this thread nothing starts here while the ledger is gone.
+                # No error may end this thread: without it nothing starts here while the ledger is gone.
                 logger.exception("a pull failed; the next one is tried")
                 self._begin_again()
         self._listen_no_more()
 
     def _pass(self) -> None:
-        """What a wake-up leads to."""
+        """Compare what is held with Postgres if that is due, then take jobs until nothing more fits."""
         now = time.monotonic()
         if now >= self._compared_until and self._compare():
             self._compared_until = now + self._settings.renew_interval
@@ -122,8 +125,10 @@ class Puller(os_threads.Thread):
             misses = 0 if count else misses + 1
 
     def _take(self, passed: set[str]) -> int | None:
-        """Take what fits beside what is held, and start it. The number of jobs, None where nothing fits. `passed`: jobs
-        that could not be taken in this pass, since another worker has them, or their rows are locked."""
+        """Take jobs that fit beside those held here, and start them; return how many, None where nothing fits.
+
+        `passed`: jobs that could not be taken in this pass, since another worker has them, or their rows are locked.
+        """
         most_losses = self._settings.most_losses
         book = self._holdings.book()
         if not self._can_start() or not book.open:
@@ -132,7 +137,7 @@ class Puller(os_threads.Thread):
             chosen = claims.look(connection, book, most_losses, passed)
             if not chosen:
                 return None
-            # An answer that is lost leaves rows that this worker does not know: it looks for them.
+            # A lost answer leaves rows that this worker does not know of: then the next pass compares again.
             self._compared_until, compared_until = 0.0, self._compared_until
             ids = [row.job for row in chosen]
             taken = self._take_these(connection, ids)
@@ -147,7 +152,7 @@ class Puller(os_threads.Thread):
         return len(taken)
 
     def _take_these(self, connection: Connection, ids: Sequence[str]) -> list[claims.Taken]:
-        """Take these jobs, those of them that still wait and whose rows Postgres lets anybody write."""
+        """Take those of these jobs that still wait, and whose rows Postgres lets anybody write."""
         me, most_losses = self._identity, self._settings.most_losses
         try:
             return claims.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids, most_losses)
@@ -163,12 +168,15 @@ class Puller(os_threads.Thread):
         return self._take_these(connection, ids[:half]) + self._take_these(connection, ids[half:])
 
     def _compare(self) -> bool:
-        """Give back what Postgres says is here and is not: what the old books admitted and nobody claimed, and what was
-        taken by a statement whose answer was lost. False where this worker's own notes are not in Postgres yet."""
+        """Give back jobs that this worker has by Postgres and does not hold; return True if that could be compared.
+
+        The old books admitted such a job and nobody claimed it, or a statement took it and its answer was lost. False:
+        this worker's own notes are not in Postgres yet.
+        """
         if not self._flush(self._flush_within):
             return False
         most_losses = self._settings.most_losses
-        # In this order: what is in the list and no longer held has ended, and its row says so.
+        # Read the holdings first: a job of this list that is no longer held has ended by then, and its row says so.
         held = {(holding.job, holding.token) for holding in self._holdings.all()}
         with self._transactions.begin() as connection:
             rows = claims.open_attempts(connection, self._identity.incarnation)
@@ -176,7 +184,7 @@ class Puller(os_threads.Thread):
             for job, epoch, attempt in fencing.committed(connection, self._identity.incarnation):
                 if (job, f"{epoch}.{attempt}") not in held:
                     fencing.close(connection, job, epoch, attempt)
-            # (One whose row is locked is looked at again with the next comparison: it stops nothing here.)
+            # A job whose row is locked is left for the next comparison, so that it stops nothing here.
             if claims.give_back_free(connection, strays, "taken_back", "its worker does not hold it", most_losses):
                 claims.wake(connection)
         if strays:
@@ -186,7 +194,7 @@ class Puller(os_threads.Thread):
     # -- waiting -------------------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        """Until somebody wakes this thread, Postgres says that there is something, or an interval is over."""
+        """Wait until somebody wakes this thread, Postgres notifies of something to take, or an interval is over."""
         if self._confirmation.authority != "postgres":
             self._listen_no_more()
             self._wake.wait(self._settings.due_interval)
@@ -203,8 +211,11 @@ class Puller(os_threads.Thread):
             self._hear()
 
     def _listen(self) -> None:
-        """A connection of this thread's own, past a pooler: a notification comes to the session that listens. Where
-        there are no more connections, each interval looks."""
+        """Listen to Postgres on a connection of this thread's own, past a pooler.
+
+        A notification comes only to the session that listens. Where no connection is left, this thread looks at each
+        interval.
+        """
         try:
             pooled = self._stores.direct.raw_connection()
             self._listening = pooled.driver_connection
@@ -223,7 +234,7 @@ class Puller(os_threads.Thread):
             self._listening.poll()
             self._listening.notifies.clear()
         except psycopg2.Error:
-            # The next wait listens anew; what was said meanwhile the interval finds.
+            # The next wait listens anew. A job notified meanwhile is found at the next interval.
             self._listen_no_more()
 
     def _listen_no_more(self) -> None:
@@ -232,12 +243,12 @@ class Puller(os_threads.Thread):
             self._listening = None
 
     def _say(self, what: str) -> None:
-        """Say a thing once, not at every interval."""
+        """Log a warning once, not at every interval."""
         if what != self._said:
             self._said = what
             logger.warning(what)
 
     def _begin_again(self) -> None:
-        """On new connections, and not at once."""
+        """Have the next pass begin on new connections, after an interval."""
         self._listen_no_more()
         self._wake.wait(self._settings.due_interval)

@@ -1,7 +1,7 @@
-"""The one thread of a worker that settles its jobs with the ledger.
+"""The single thread of a worker that settles its jobs with the ledger.
 
-Messages that arrived and bodies that ended are put into its hands by whoever meets them (the main loop, a thread of the
-pool); it sends all that is pending in one round trip, and gives back what may start. Nobody waits for it.
+The main loop hands arrived messages to it, threads of the pool hand it the ends of bodies. It sends all that is pending
+in one round trip, and starts the jobs that may start. Nobody waits for it.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between tries while the ledger does not answer, or while this process may not claim.
 RETRY_AFTER: Final = 0.25
-#: Jobs settled in one round trip.
+#: Most jobs settled in one round trip.
 MOST: Final = 200
-#: Why a message that arrived is set aside, by the verdict on its claim.
+#: Reasons for which an arrived message is set aside, by the verdict on its claim.
 NOT_OURS: Final = {
     "forged": "job {0.job}: the message is not that of attempt {0.token}; its own is delivered again",
     "unknown": "there is no job {0.job}",
 }
-#: Characters of an error that are kept.
+#: Most characters of an error that are kept.
 ERROR_LENGTH: Final = 8000
 
 
 class LedgerThread(os_threads.Thread):
-    """`arrive` and `end` never block and may be called in any thread. `start_job` is called in this thread."""
+    """Thread for claims and ends. `arrive` and `end` never block, in any thread. It calls `start_job` itself."""
 
     def __init__(
         self,
@@ -90,13 +90,12 @@ class LedgerThread(os_threads.Thread):
         self._nonces = itertools.count()
         self._wake = Wake()
         self.wake = self._wake.set
-        #: Set in a signal handler: this worker takes nothing over with its releases any more.
+        #: Set in a signal handler: this worker's releases admit no further job here.
         self.draining = False
         self._stopping = False
         self._unsure = False
         self._refused: set[str] = set()
-        #: What was claimed by an answer after which this process might not decide any more, or whose claim Postgres
-        #: does not take now.
+        #: Claimed jobs that cannot start yet: this process may not decide any more, or Postgres lacks their claim.
         self._late: deque[tuple[Holding, str, Any]] = deque()
         self._retry_at = self._late_at = 0.0
         self._said = ""
@@ -104,7 +103,7 @@ class LedgerThread(os_threads.Thread):
     # -- called by others ----------------------------------------------------------------------------------------
 
     def arrive(self, tag: Tag, request: Request, message: Any) -> None:
-        """A message came: claim its job, then start it."""
+        """Claim the job of a message that came, then start it."""
         self._arrivals.append(Arrival(tag, request, message, f"{self._identity.pid}.{next(self._nonces)}"))
         self._confirmation.needed()
         self._wake.set()
@@ -120,10 +119,10 @@ class LedgerThread(os_threads.Thread):
         results: tuple[Kept, ...] = (),
         whole: Callable[[], str] | None = None,
     ) -> bool:
-        """An attempt is over. The first call for it counts; False for the others."""
+        """Note that an attempt is over. Return True for the first call, which counts, and False for later ones."""
         if not self._holdings.end(job, token):
             return False
-        # (Of one that was stopped with its worker nobody tells that it is lost.)
+        # Nobody here tells the end of a lost job that was stopped with its worker.
         is_told = outcome != "lost" or on_lost is not None
         ended = Ended(job, token, outcome, storable(error or "", ERROR_LENGTH), outbox, results, is_told)
         self._ends.append(End(ended, on_lost, whole))
@@ -131,7 +130,7 @@ class LedgerThread(os_threads.Thread):
         return True
 
     def give_back(self, job: str, token: str, reason: str) -> None:
-        """Hand a claimed job back that cannot run here: it is not offered here again for a moment."""
+        """Hand a claimed job back that cannot run here. For a moment it is not offered here again."""
         self._returns.append((job, token, reason))
         self._wake.set()
 
@@ -141,11 +140,11 @@ class LedgerThread(os_threads.Thread):
 
     @property
     def idle(self) -> bool:
-        """Return whether nothing is held here, and nothing is to be settled."""
+        """Return True if nothing is held here, and nothing is to be settled."""
         return not (self._arrivals or self._ends or self._refused or self._late or self._unsure or self._holdings.all())
 
     def stop(self, within: float) -> bool:
-        """Settle what is pending, then end. False when that did not come about in time."""
+        """Settle what is pending, then end; return False if that took longer than `within` seconds."""
         self._stopping = True
         self._wake.set()
         if self.is_alive():
@@ -156,7 +155,7 @@ class LedgerThread(os_threads.Thread):
 
     def run(self) -> None:
         while True:
-            # (Before the ends are looked at: what is said again comes among them first.)
+            # Look at this before the ends: a repeated end is among them before `busy` is over.
             may_leave = self._stopping and not self._keyless.busy
             offering = bool(self._refused) and time.monotonic() >= self._retry_at and self._confirmation.may_admit
             if self._late and time.monotonic() >= self._late_at:
@@ -171,8 +170,7 @@ class LedgerThread(os_threads.Thread):
                 self._wake.wait(RETRY_AFTER if self._refused or self._late else 60.0)
                 continue
             try:
-                # Not while the worker registers in a new epoch: before the books know what it holds, its ends would
-                # be taken for those of a stranger.
+                # Not while it registers in a new epoch: books without its holdings take its ends for a stranger's.
                 with self._exclusive:
                     if offering:
                         self._offer_again()
@@ -186,7 +184,7 @@ class LedgerThread(os_threads.Thread):
                 if previous != self._said:
                     logger.warning("the ledger does not answer, ends are kept: %s", error)
             except Exception:
-                # Whatever it was, what is pending stays so: without this thread nothing of this worker would ever end.
+                # After any error all that is pending stays so: without this thread no job of this worker would end.
                 logger.exception("the ledger's answer could not be taken; it is asked again")
                 done = False
             if not done:
@@ -195,11 +193,11 @@ class LedgerThread(os_threads.Thread):
                 self._wake.wait(RETRY_AFTER)
 
     def _settle(self) -> bool:
-        """Settle what is pending; what was not answered stays pending. False where there was nothing it could do."""
+        """Settle what is pending; return False if nothing could be done. Unanswered jobs stay pending."""
         if self._in_postgres.decides:
             return self._in_postgres.settle(self._ends, self._arrivals)
         if self._confirmation.epoch != self._ledger.epoch:
-            # Until this worker is in the epoch that Postgres names, its ends are news to other books than these.
+            # Until this worker is in the epoch that Postgres names, its ends belong to other books than these.
             self._on_closed()
             return False
         may_claim = self._confirmation.may_admit and not self._recorder.is_behind()
@@ -209,7 +207,7 @@ class LedgerThread(os_threads.Thread):
             self._recover()
         if not ends and not arrivals:
             return False
-        # From here to the answer: what it hands over, or gives a lease of, may be lost with it.
+        # From here to the answer: jobs that it hands over, or gives a lease of, may be lost with the answer.
         self._holdings.claiming |= (claiming := {arrival.tag.job for arrival in arrivals})
         unsure, self._unsure = self._unsure, True
         settled = self._ledger.settle(
@@ -222,7 +220,7 @@ class LedgerThread(os_threads.Thread):
             nonce="" if self.draining else f"{self._identity.pid}.{next(self._nonces)}",
             follow=False,
         )
-        # (What an answer before this one had, and this worker may not ask for now, is still to be asked for.)
+        # An earlier lost answer that this worker may not ask for now is still to be asked for.
         self._unsure = unsure
         for _ in ends:
             self._ends.popleft()
@@ -234,19 +232,19 @@ class LedgerThread(os_threads.Thread):
         transitions += self._take_over(settled.handed_over)
         if transitions:
             self._record(transitions)
-        # Now that all of it is held here.
+        # Follow up now that this worker holds all of these jobs.
         self._ledger.follow(self._identity.name, settled)
         return True
 
     def _recover(self) -> None:
-        """An answer was lost: ask for what it handed over. Claims that are pending are asked again by themselves."""
+        """Ask for the jobs that a lost answer handed over. Pending claims are asked again by themselves."""
         jobs = [*self._holdings.jobs(), *(arrival.tag.job for arrival in self._arrivals)]
         handed_over = self._ledger.recover(self._identity.name, self._identity.incarnation, jobs)
         self._unsure = False
         self._record(self._take_over(handed_over))
 
     def _take_over(self, handed_over: Sequence[HandedOver]) -> list[Transition]:
-        """Start what a release admitted here, unless it does not fit by this worker's own count."""
+        """Start the jobs that a release admitted here, unless they do not fit by this worker's own count."""
         transitions = []
         for job in handed_over:
             request = Request.from_shape(job.shape)
@@ -260,9 +258,10 @@ class LedgerThread(os_threads.Thread):
         return transitions
 
     def _start(self, holding: Holding, entry: str, message: Any) -> list[Transition]:
-        """Start a body, if this process may still decide: the answer may have been so late that another authority has
-        the job. What it says to Postgres. Some bodies start only when Postgres has that
-        (`routing.policy.unknown_starts`)."""
+        """Start a body if this process may still decide; return the transitions for Postgres.
+
+        Another authority may have a late job. Some bodies start only when Postgres has their claim (`unknown_starts`).
+        """
         if not self._may_start():
             self._late.append((holding, entry, message))
             return []
@@ -276,7 +275,7 @@ class LedgerThread(os_threads.Thread):
         return self._confirmation.may_admit and self._confirmation.epoch == self._ledger.epoch
 
     def _start_known(self, holding: Holding, entry: str, message: Any) -> None:
-        """In a thread that may wait for Postgres: start a body whose claim is there."""
+        """Start a body once Postgres has its claim; in a thread that may wait for Postgres."""
         claim = running(self._identity, holding, entry)
         has_claim = self._recorder.claim(claim)
         if has_claim is False:
@@ -285,12 +284,12 @@ class LedgerThread(os_threads.Thread):
             self._late.append((holding, entry, message))
             self._wake.set()
         else:
-            # (So that its entry leaves the stream.)
+            # Record the claim, so that its entry leaves the stream.
             self._recorder.add([claim])
             self._start_job(message)
 
     def _start_late(self) -> None:
-        """What came too late starts when this process may decide again in the same epoch, and goes back in another."""
+        """Start late jobs once this process may decide again in their epoch, or hand them back in another epoch."""
         late = [self._late.popleft() for _ in range(len(self._late))]
         left = self._in_postgres.decides or self._confirmation.epoch != self._ledger.epoch
         for holding, entry, message in late:
@@ -300,8 +299,8 @@ class LedgerThread(os_threads.Thread):
                 self._record(self._start(holding, entry, message))
 
     def _refuse(self, job: str, token: str, request: Request) -> None:
-        """Hand a job back: by this worker's own count (which has attempts that lost their lease and still run) it does
-        not fit. Nothing is admitted here for a moment, or the books would offer it again at once, for ever."""
+        """Hand back a job that does not fit by this worker's own count, and admit nothing here for a moment."""
+        # Else the books would offer it again at once, for ever: they do not count attempts that run without a lease.
         logger.warning("job %s would exceed this worker's capacity by its own count: handed back", job)
         self._refused.add(request.shape)
         self._retry_at = time.monotonic() + RETRY_AFTER
@@ -315,7 +314,7 @@ class LedgerThread(os_threads.Thread):
         self.end(job, token, "handed_back", reason)
 
     def _offer_again(self) -> None:
-        """The moment is over: what was handed back finds its place, here or elsewhere."""
+        """Have the jobs that were handed back placed, here or elsewhere, once the moment is over."""
         shapes, self._refused = self._refused, set()
         for shape in sorted(shapes):
             self._ledger.place(shape)
@@ -343,13 +342,12 @@ class LedgerThread(os_threads.Thread):
         return transitions
 
     def _after_claim(self, arrivals: list[Arrival], claimed: list[Claimed]) -> list[Transition]:
-        """Start what was claimed, unless it does not fit by this worker's own count. (Only the claim tells whether a
-        message may be believed.)"""
+        """Start claimed jobs that fit by this worker's own count. Only a claim tells if a message may be believed."""
         transitions = []
         for arrival, claim in zip(arrivals, claimed, strict=True):
             if claim.verdict in ("forged", "unknown"):
                 reason = NOT_OURS[claim.verdict].format(claim)
-                # The ledger forgets ended jobs, Postgres does not: a doubled message is no news, however late it comes.
+                # The ledger forgets ended jobs, Postgres does not: it knows a doubled message, however late it comes.
                 ended = claim.job if claim.verdict == "unknown" else ""
                 self._set_aside(raw_of(arrival.message), self._identity.queue, reason, ended)
                 continue
@@ -377,7 +375,7 @@ class LedgerThread(os_threads.Thread):
 
     def _transition(self, holding: Holding, state: str, end: Ended, entry: str, now: int) -> Transition:
         back = state in ("waiting", "scheduled", "accepted")
-        # (It came back, and had been revoked meanwhile.)
+        # The job came back, and had been revoked meanwhile.
         stopped = state == "cancelled" and end.outcome != state
         back = back or stopped
         epoch, _, attempt = holding.token.partition(".")
@@ -396,7 +394,7 @@ class LedgerThread(os_threads.Thread):
             outcome=end.outcome,
             error=REVOKED if stopped else end.error or "",
             entry=entry,
-            # (A job that runs again has nothing to deliver but what it published itself, its retry.)
+            # A job that runs again has nothing to deliver, except a retry that it published itself.
             outbox="" if stopped or end.outcome == "handed_back" or (end.outcome == "lost" and back) else end.outbox,
             told=not stopped and end.told,
         )
