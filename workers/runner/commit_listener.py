@@ -1,9 +1,8 @@
-"""The runner listens to Postgres for jobs which somebody's own transaction has committed
-(`routing.insert.caller_session`).
+"""Listener of the runner for jobs that a caller's own transaction has committed (`routing.insert.caller_session`).
 
 A connection that listens can do nothing else, and needs a session of its own: behind a pooler it would hear nothing. So
-the one worker that runs the duties listens, on a direct connection. While nobody does, the sweep finds what was
-committed.
+only the worker that runs the duties listens, on a direct connection. While nobody listens, the sweep finds committed
+jobs.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from celery_capacity.workers.process.stores import Stores
 
 logger = logging.getLogger(__name__)
 
-#: The name of the connection in `pg_stat_activity`.
+#: Name of the connection in `pg_stat_activity`.
 NAME: Final = "celery-capacity-listen"
-#: Rows brought in by one statement.
+#: Most rows brought in by one statement.
 MOST: Final = 1000
-#: Seconds for which a worker that is not elected waits for a wake-up, at the most.
+#: Most seconds for which a worker that is not elected waits for a wake-up.
 IDLE: Final = 60.0
-#: The connection of a runner whose machine lost its power is soon gone.
+#: Settings by which the connection of a runner whose machine lost its power is soon gone.
 _SHORT_LIVED: Final = (
     f"SET application_name = '{NAME}'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; "
     "SET tcp_keepalives_count = 3; SET tcp_user_timeout = {}"
@@ -43,7 +42,10 @@ _SHORT_LIVED: Final = (
 
 
 class Listener(os_threads.Thread):
-    """`stores`: with a handle of the ledger of its own. `elected`: whether this worker is to listen."""
+    """Thread that listens while this worker is elected, and brings in the jobs that it hears of.
+
+    `stores` has a handle of the ledger for this thread alone. `elected` says whether this worker is to listen.
+    """
 
     def __init__(self, stores: Stores, elected: Callable[[], bool]) -> None:
         super().__init__(name="listen", daemon=True)
@@ -55,7 +57,7 @@ class Listener(os_threads.Thread):
         self._said = ""
 
     def wake(self) -> None:
-        """This worker was elected, or is not any more; in any thread."""
+        """Wake this thread, since this worker was elected or is not any more; in any thread."""
         self._wake.set()
 
     def stop(self, within: float) -> None:
@@ -93,11 +95,11 @@ class Listener(os_threads.Thread):
         with self._listening.cursor() as cursor:
             cursor.execute(_SHORT_LIVED.format(round(self.stores.settings.store_timeout * 1000)))
             cursor.execute(f"LISTEN {CHANNEL}")
-        # What was committed before nobody will say again.
+        # No notification comes again for jobs that were committed before.
         self._bring_in([""])
 
     def _hear(self, within: float) -> None:
-        """Wait for notifications, and bring in what they name."""
+        """Wait `within` seconds for notifications, and bring in the jobs that they name."""
         poll = os_threads.poll()
         poll.register(self._wake.fileno(), select.POLLIN)
         poll.register(self._listening.fileno(), select.POLLIN)
@@ -112,7 +114,7 @@ class Listener(os_threads.Thread):
             self._bring_in(payloads)
 
     def _bring_in(self, said: Iterable[str]) -> None:
-        """`said`: ids of jobs; '' stands for all that are accepted."""
+        """Bring in jobs by their ids; '' stands for all accepted jobs."""
         named = list(dict.fromkeys(said))
         if "" not in named:
             for start in range(0, len(named), MOST):
@@ -132,7 +134,7 @@ class Listener(os_threads.Thread):
             after = rows[-1].seq
 
     def _may_bring_in_all(self) -> bool:
-        """Return whether there are accepted jobs that are known not to have started (see `sweep`)."""
+        """Return True if there are accepted jobs that are known not to have started (see `sweep`)."""
         engine, ledger = self.stores.engine, self.stores.ledger
         with engine.connect() as connection:
             current = read_authority(connection)
@@ -146,11 +148,14 @@ class Listener(os_threads.Thread):
         return True
 
     def _submit(self, rows: list[backlog.Pending]) -> bool:
-        """False where the ledger takes none now: it does not decide, is not open or does not answer; the sweep will."""
+        """Submit rows to the ledger; return False if it does not decide, is not open or does not answer.
+
+        The sweep submits them then.
+        """
         with self.stores.engine.connect() as connection:
             current = read_authority(connection)
         if current.authority != "ledger":
-            # Those who take jobs from Postgres listen themselves.
+            # Workers that take jobs from Postgres listen themselves.
             return False
         self.stores.ledger.epoch = current.epoch
         try:
@@ -166,7 +171,7 @@ class Listener(os_threads.Thread):
             self._listening = None
 
     def _say(self, what: str) -> None:
-        """Say a thing once, not at every interval."""
+        """Log a warning once, not at every interval."""
         if what != self._said:
             self._said = what
             logger.warning(what)

@@ -1,7 +1,7 @@
 """The thread of a worker that runs the duties while this worker is elected (`workers.runner.election`).
 
-Between two duties it looks whether its lease still holds, and stops where not. Other workers wait, and pass on what
-they ask for.
+Between two duties it looks whether its lease still holds, and stops if not. Other workers wait, and pass their requests
+on to the runner.
 """
 
 from __future__ import annotations
@@ -48,16 +48,19 @@ from celery_capacity.workers.runner.election import Candidate
 
 logger = logging.getLogger(__name__)
 
-#: Doublings of the pause after which a duty that failed is tried again; it is at most its interval.
+#: Most doublings of the pause after which a failed duty is retried. The pause is at most the duty's interval.
 MOST_DOUBLINGS: Final = 6
-#: What is said to fail where no duty could begin.
+#: Name in the log of a failure before any duty could begin.
 STORES: Final = "duties"
 
 
 @dataclass(frozen=True, slots=True)
 class Duty:
-    """`interval` in seconds by the settings; `tick`: the message that asks for it (beat's, or a worker's own);
-    `without`: what runs in its place while Postgres decides."""
+    """A duty of the runner.
+
+    `interval`: seconds, by the settings. `tick`: the message that asks for the duty, beat's or a worker's own.
+    `without` runs in its place while Postgres decides.
+    """
 
     name: str
     interval: Callable[[Settings], float]
@@ -66,13 +69,13 @@ class Duty:
     without: Callable[..., Mapping[str, int]] | None = None
 
 
-#: What a worker's own thread says when it left something to be delivered.
+#: Tick of a worker's own thread that left an outbox to be delivered.
 OUTBOX: Final = "outbox"
-#: Seconds for which a worker that is not elected waits for a wake-up, at the most.
+#: Most seconds for which a worker that is not elected waits for a wake-up.
 IDLE: Final = 60.0
 
 DUTIES: Final = (
-    # First what the ledger knows and Postgres does not: by their rows the others judge what to bring in.
+    # First write to Postgres what the ledger alone knows: by the rows the other duties judge what to bring in.
     Duty("stream", lambda s: s.due_interval, apply_transitions.run_once),
     Duty("due", lambda s: s.due_interval, due.run_once, without=fallback.expire),
     Duty("outbox", lambda s: s.due_interval, deliver_results.run_once, OUTBOX, deliver_results.run_once),
@@ -90,15 +93,18 @@ DUTIES: Final = (
     ),
 )
 
-#: The reconcile, out of its turn: whoever met a ledger that misses what it should have asks for it. Once in the time
-#: between two sweeps, however many suspect.
+#: The reconcile out of its turn, for a caller that met a ledger which lacks what it should have. It runs at most once
+#: in the time between two sweeps, however many callers ask.
 SUSPICION: Final = Duty("suspicion", sweep.pause, reconcile.run_once)
 
 
 class Runner(os_threads.Thread):
-    """Runs each duty at its interval, while this worker is elected. Each stands alone: one that fails is tried again
-    after a pause of its own, and the others are done. `authority`: which store decides, as far as this worker knows;
-    `ledger`, `worker`, `on_look`: see `Candidate`; `is_idle`: whether the worker has nothing to do."""
+    """Thread that runs each duty at its interval, while this worker is elected.
+
+    Each duty stands alone: a failed duty is retried after a pause of its own, and the others are done. `authority` says
+    which store decides, as far as this worker knows. `ledger`, `worker` and `on_look`: see `Candidate`. `is_idle` says
+    whether the worker has nothing to do.
+    """
 
     def __init__(
         self,
@@ -115,7 +121,7 @@ class Runner(os_threads.Thread):
         self._app = app
         self._workers_stores = stores
         self._is_idle = is_idle
-        # With a handle of the ledger of their own: its epoch is the one in which duties may act.
+        # The duties have a handle of the ledger of their own: its epoch is the epoch in which they may act.
         self._stores = stores.apart()
         self.election = Candidate(
             stores.engine, ledger, incarnation, authority, self._on_change, self._on_asked, worker, on_look
@@ -124,12 +130,13 @@ class Runner(os_threads.Thread):
         self._wake = Wake()
         self._stopping = False
         self._asked: set[str] = set()
-        #: Whether the ledger is to be compared with Postgres out of turn, and from when on (monotonic).
+        #: True if the ledger is to be compared with Postgres out of turn.
         self._suspected = False
+        #: Earliest time of the next comparison out of turn (monotonic).
         self._suspect_from = 0.0
-        #: Whether this worker was elected just now.
+        #: True if this worker was elected just now.
         self._won = True
-        #: When each duty is due (monotonic), its failures in a row, and what was said of the last one.
+        #: Time at which each duty is due (monotonic), its failures in a row, and the last logged message.
         self._next_at: dict[str, float] = {}
         self._failures: dict[str, int] = {}
         self._said: dict[str, str] = {}
@@ -142,19 +149,19 @@ class Runner(os_threads.Thread):
     # -- called by others, in any thread -------------------------------------------------------------------------
 
     def tick(self, name: str) -> None:
-        """A duty is asked for: by beat, whose ticks come to every worker, or by this worker."""
+        """Note that a duty is asked for, by beat, whose ticks come to every worker, or by this worker."""
         self._asked.add(name)
         self._wake.set()
 
     def suspect(self) -> None:
-        """The ledger misses what it should have (keys were deleted, say): the runner compares it with Postgres soon."""
+        """Have the runner compare the ledger with Postgres soon, since the ledger lacks keys: deleted ones, say."""
         if self.election.holds():
             self.tick(SUSPICION.name)
         else:
             self.election.ask(SUSPICION.name)
 
     def close_spare_connections(self) -> None:
-        """Keep few connections to Redis where this worker has nothing to do, and does no duties."""
+        """Keep few connections to Redis where this worker is idle, and does no duties."""
         if self._is_idle() and not self.election.holds():
             close_spare(self.election.ledger.client.connection_pool, keep=1)
             for stores in (self._workers_stores, self._stores, self._listener.stores):
@@ -167,17 +174,17 @@ class Runner(os_threads.Thread):
         self._listener.stop(within)
         if self.is_alive():
             self.join(within)
-        # (Once nothing is done any more: another worker has the lease from here on.)
+        # Last, when no duty runs any more: from here on another worker may have the lease.
         self.election.stop(within)
 
     def _on_change(self) -> None:
-        """In the thread of the election: this worker has won or lost it."""
+        """Wake the threads of this worker, since it has won or lost the election; in the thread of the election."""
         self._won = True
         self._wake.set()
         self._listener.wake()
 
     def _on_asked(self, names: Sequence[str]) -> None:
-        """In the thread of the election: other workers ask."""
+        """Ask for the duties that other workers asked for; in the thread of the election."""
         for name in names:
             self.tick(name)
 
@@ -202,18 +209,18 @@ class Runner(os_threads.Thread):
                 self._run(due_now)
 
     def _begin(self) -> None:
-        """All is due at once, but what is long and comes seldom: that an interval later."""
+        """Make all duties due at once, except long and rare ones, which have a tick: those an interval later."""
         now, settings = time.monotonic(), self._stores.settings
         self._next_at = {duty.name: now + (duty.interval(settings) if duty.tick else 0.0) for duty in DUTIES}
 
     def _due(self) -> list[Duty]:
-        """Return the duties that are due or asked for now; each is due again an interval later."""
+        """Return the duties that are due or asked for now. Each is due again an interval later."""
         now, next_at = time.monotonic(), self._next_at
         asked, self._asked = self._asked, set()
         due_now = [duty for duty in DUTIES if now >= next_at[duty.name] or duty.tick in asked]
         for duty in due_now:
             next_at[duty.name] = now + duty.interval(self._stores.settings)
-        # (What the last one compared may have been right then: a suspicion is kept until its time has come.)
+        # The last comparison may have come before the damage: a suspicion is kept until its time has come.
         self._suspected |= SUSPICION.name in asked
         if self._suspected and now >= self._suspect_from:
             self._suspected, self._suspect_from = False, now + SUSPICION.interval(self._stores.settings)
@@ -221,8 +228,10 @@ class Runner(os_threads.Thread):
         return due_now
 
     def _serve_own(self) -> None:
-        """Without the lease: this worker delivers what it left in rows itself, while nobody else hears of it. What it
-        was to compare, as long as it had the lease, its successor compares."""
+        """Deliver the outboxes that this worker left in rows, without the lease, since nobody else hears of them.
+
+        Its successor makes the comparison that this worker was to make while it had the lease.
+        """
         asked, self._asked = self._asked, set()
         if self._suspected or SUSPICION.name in asked:
             self._suspected = False
@@ -236,7 +245,7 @@ class Runner(os_threads.Thread):
             with self._stores.engine.connect() as connection:
                 current = read_authority(connection)
             if not self.election.holds(current.authority):
-                # Overtaken, or the authority has changed, and the election of the other store is not over.
+                # Another worker has the lease, or the authority changed and the other store's election is not over.
                 self._suspected |= SUSPICION in due_now
                 return
             if current.authority == "postgres":
@@ -252,7 +261,7 @@ class Runner(os_threads.Thread):
 
     def _run_with_ledger(self, due_now: list[Duty]) -> None:
         open_ledger(self._stores)
-        # Whoever repairs the books must be of the epoch that Postgres names now.
+        # A duty that repairs the books must act in the epoch that Postgres names now.
         with self._stores.engine.connect() as connection:
             current = read_authority(connection)
         self._stores.ledger.epoch = current.epoch
@@ -268,7 +277,7 @@ class Runner(os_threads.Thread):
                 self._run_one(duty, duty.without)
 
     def _run_one(self, duty: Duty, run: Callable[..., Mapping[str, int]]) -> None:
-        """Do one duty. One that fails concerns no other: it is tried again after a pause of its own."""
+        """Run a duty. A failure concerns no other duty: this one is retried after a pause of its own."""
         more = {"window": self.election.window} if duty.name == "lapse" else {}
         try:
             totals = run(self._app, self._stores, **more)
@@ -287,7 +296,7 @@ class Runner(os_threads.Thread):
             logger.info("duty %s: %s", duty.name, ", ".join(f"{name} {number}" for name, number in counts.items()))
 
     def _try_soon(self, duty: Duty) -> None:
-        """Not at its next interval, which may be long, and not at once."""
+        """Have a failed duty retried soon: not at its next interval, which may be long, and not at once."""
         settings = self._stores.settings
         pause = settings.due_interval * 2 ** min(self._failures.get(duty.name, 0), MOST_DOUBLINGS)
         again_at = time.monotonic() + min(pause, duty.interval(settings))
@@ -297,7 +306,7 @@ class Runner(os_threads.Thread):
             self._next_at[duty.name] = again_at
 
     def _say(self, what: str, error: Exception) -> None:
-        """Say what failed, once and not at every try."""
+        """Log a failure once, not at every try."""
         why = told(error) if isinstance(error, DBAPIError) else str(error)
         message = f"{what} is tried again: {type(error).__name__}: {why}"
         if message == self._said.get(what):
@@ -308,7 +317,7 @@ class Runner(os_threads.Thread):
 
 
 def _lies_in(store: type[Exception], error: BaseException | None) -> bool:
-    """Return whether an error came of a store that could not be read. (One that keeps a row locked answers.)"""
+    """Return True if an error comes from a store that could not be read. A store with a locked row does answer."""
     if is_locked(error):
         return False
     while error is not None:

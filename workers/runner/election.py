@@ -1,8 +1,8 @@
-"""The thread of a worker that stands for election as the runner of the duties, and keeps the lease of the one that is.
+"""The thread of a worker that stands for election as the runner of the duties, and renews the lease while it is.
 
-The holder renews its lease three times in each term, beside the pass, however long that takes. Every other worker looks
-once in a term whether the lease is free, so a successor is there within two terms. What a worker that is not the runner
-asks for travels with its look, and comes to the runner with a renewal.
+The holder renews its lease three times in each term, beside the duties, however long they take. Every other worker
+looks once in a term whether the lease is free, so a successor is there within two terms. A request for a duty by
+another worker travels with that worker's look, and comes to the runner with a renewal.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ RENEWALS: Final = 3
 
 
 class Candidate(os_threads.Thread):
-    """`authority` says which store decides, so which one keeps the lease. `on_change` is called when this worker won or
-    lost the election, `on_asked` with the duties that other workers asked for, `on_look` with each answer of the
-    ledger, None where it gave none. Any handle of the ledger will do."""
+    """Thread that stands for election.
+
+    `authority` says which store decides, and so which store keeps the lease. `on_change` is called when this worker won
+    or lost the election, `on_asked` with the duties that other workers asked for. `on_look` is called with each answer
+    of the ledger, None where it gave none. Any handle of the ledger will do.
+    """
 
     def __init__(
         self,
@@ -56,9 +59,9 @@ class Candidate(os_threads.Thread):
         self._worker = worker
         self._on_look = on_look
         self._term = ledger.settings.runner_term
-        #: For how long without a gap the store of the heartbeats could be read.
+        #: Time for which the store of the heartbeats could be read without a gap.
         self.window = Window(max(ledger.settings.renew_interval, 2 * self._term))
-        #: The store that the lease is of, its fence (0: none), and when it runs out (monotonic).
+        #: Store that keeps the lease, its fence (0: no lease), and the time at which it runs out (monotonic).
         self._store = ""
         self._fence = 0
         self._until = 0.0
@@ -68,8 +71,10 @@ class Candidate(os_threads.Thread):
         self._said = ""
 
     def holds(self, store: str | None = None) -> bool:
-        """Return whether this worker is the runner now, by the lease of that store. False as soon as the lease may
-        have run out, by this machine's own clock: also after the process was stopped."""
+        """Return True if this worker is the runner now, by the lease of that store.
+
+        False as soon as the lease may have run out, by this machine's own clock: also after the process was stopped.
+        """
         return bool(self._fence) and time.monotonic() < self._until and store in (None, self._store)
 
     def ask(self, duty: str) -> None:
@@ -115,7 +120,7 @@ class Candidate(os_threads.Thread):
         if elected.fence != previous:
             logger.info("this worker runs the duties, by lease %d of the %s", self._fence, store)
         if elected.fence != previous or not held:
-            # (Or again: a renewal came late, and nobody else had taken over.)
+            # Also if this worker has the lease again: a renewal came late, and nobody else had taken over.
             self._on_change()
         if elected.asked:
             self._on_asked(elected.asked)
@@ -148,7 +153,7 @@ class Candidate(os_threads.Thread):
         self._fence = 0
 
     def _say(self, what: str) -> None:
-        """Say a thing once, not at every look."""
+        """Log a warning once, not at every look."""
         if what != self._said:
             self._said = what
             logger.warning(what)
