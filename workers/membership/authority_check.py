@@ -1,8 +1,8 @@
 """The confirmation that this process may decide: Postgres said so less than ten seconds ago.
 
-A thread of its own asks, since a Postgres that hangs must not hold up a heartbeat. It rests while this worker has
-nothing to decide: then the answer runs out, and whoever has something to claim asks first (`needed`). A heartbeat that
-is written to Postgres brings an answer too.
+A thread of its own asks, since a Postgres that hangs must not hold up a heartbeat. The thread rests while this worker
+has nothing to decide. Then the answer runs out, and a caller that has something to claim asks first (`needed`). A
+heartbeat that is written to Postgres brings an answer too.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from celery_capacity.routing.wake import Wake
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for which the thread rests at the most: heartbeats bring answers more often.
+#: Most seconds for which the thread rests: heartbeats bring answers more often.
 REST: Final = 300.0
 
 
 class Confirmation(os_threads.Thread):
-    """One thread asks, all read: assignments of one value each. `on_regained` is called in this thread when the answer
-    is valid again after it was not."""
+    """Thread that asks Postgres which store decides, and in which epoch.
+
+    Any thread may read the answer without a lock, since each assignment is of a single value. `on_regained` is called
+    in this thread when the answer is valid again after it was not.
+    """
 
     def __init__(self, engine: Engine, interval: float, on_regained: Callable[[], None]) -> None:
         super().__init__(name="confirmation", daemon=True)
@@ -37,14 +40,15 @@ class Confirmation(os_threads.Thread):
         self._interval = interval
         self._on_regained = on_regained
         self._valid_until = 0.0
-        #: The change of authority that was seen last, and when what it made may decide (monotonic).
+        #: Last change of authority that was seen.
         self._changed: datetime | None = None
+        #: Time from which the new authority may decide (monotonic).
         self._decides_from = 0.0
         self._wake = Wake()
         self._stopping = False
         self._resting = False
         self._said = ""
-        #: Whether this worker has nothing to decide.
+        #: Says that this worker has nothing to decide.
         self.idle: Callable[[], bool] = lambda: False
         #: Called when Postgres names another epoch than before.
         self.on_epoch: Callable[[], None] = lambda: None
@@ -54,19 +58,19 @@ class Confirmation(os_threads.Thread):
 
     @property
     def may_admit(self) -> bool:
-        """Whether this process may admit and claim through the ledger now."""
+        """Return True if this process may admit and claim through the ledger now."""
         return self.authority == "ledger" and self._may_decide()
 
     @property
     def may_pull(self) -> bool:
-        """Whether this process may take jobs from Postgres now."""
+        """Return True if this process may take jobs from Postgres now."""
         return self.authority == "postgres" and self._may_decide()
 
     def _may_decide(self) -> bool:
         return self._decides_from <= time.monotonic() < self._valid_until
 
     def ask(self) -> int:
-        """Ask now, in the caller's thread; returns the epoch."""
+        """Ask Postgres now, in the caller's thread; return the epoch."""
         asked = time.monotonic()
         with self._engine.connect() as connection:
             answer = read_authority(connection)
@@ -77,10 +81,10 @@ class Confirmation(os_threads.Thread):
         return answer.epoch
 
     def hear(self, asked: float, answer: Authority) -> None:
-        """Take an answer of Postgres to a question that was sent then (monotonic)."""
+        """Take an answer of Postgres to a question that was sent at `asked` (monotonic)."""
         if answer.changed != self._changed:
-            # Nobody decides before all that others were told earlier has run out. Counted once, by this process's own
-            # clock: that of Postgres may be set meanwhile.
+            # Nobody decides before all earlier answers to other processes have run out. The pause is counted once, by
+            # this process's own clock, since the clock of Postgres may be set meanwhile.
             self._decides_from = time.monotonic() + max(0.0, change_pause(self._interval) - answer.age)
             self._changed = answer.changed
         before, self.epoch, self.authority = self.epoch, answer.epoch, answer.authority
@@ -89,27 +93,27 @@ class Confirmation(os_threads.Thread):
             self.on_epoch()
 
     def needed(self) -> None:
-        """There is something to decide: ask at once, if the thread rests. In any thread, and cheap."""
+        """Ask at once if the thread rests, since there is something to decide; in any thread. The call is cheap."""
         if self._resting:
             self._wake.set()
 
     @property
     def resting(self) -> bool:
-        """Return whether there is nothing to decide here, for a while now."""
+        """Return True if there has been nothing to decide here for a while."""
         return self._resting
 
     def ask_soon(self) -> None:
-        """Ask in the thread, without waiting for it."""
+        """Have this thread ask now, without waiting for it."""
         self._wake.set()
 
     def stop(self) -> None:
-        """It may be waiting for Postgres: it is a daemon, and nobody waits for it."""
+        """End this thread without waiting for it: it is a daemon, and may be waiting for Postgres."""
         self._stopping = True
         self._wake.set()
 
     def run(self) -> None:
         while True:
-            # (In this order: whoever comes between the two finds it resting, and wakes it.)
+            # In this order: a caller that comes between the two lines sees a resting thread, and wakes it.
             self._resting = True
             self._resting = self.authority == "ledger" and self.idle()
             self._wake.wait(REST if self._resting else self._interval)

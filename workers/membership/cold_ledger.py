@@ -1,4 +1,4 @@
-"""A ledger that is cold is opened anew."""
+"""Reopening of a cold ledger."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_ledger(stores: Stores) -> dict[str, int]:
-    """Open a new epoch when the ledger is cold and nobody else is doing it."""
+    """Open a new epoch if the ledger is cold and no other process is doing so; return the numbers of what was done."""
     with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
         done = rebuild.open_if_cold(stores.engine, stores.ledger)
     if done is None:

@@ -1,7 +1,7 @@
 """The thread of a worker that hears what concerns all workers: a new epoch of the ledger, and beat's ticks.
 
-Whoever opens the ledger waits for the workers to say what they hold, so each has to hear of it at once, also one that
-has nothing to do. A subscription costs nothing while nothing is said.
+A process that opens the ledger waits for the workers to report their holdings. So each worker has to hear of a new
+epoch at once, also an idle one. A subscription costs nothing while nothing is published.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from celery_capacity.workers.broker import beat_messages
 
 logger = logging.getLogger(__name__)
 
-#: What CLIENT LIST calls the connection.
+#: Name of the connection in CLIENT LIST.
 NAME: Final = "celery-capacity-epoch"
-#: Seconds until the thread looks whether it is to end, at the most.
+#: Most seconds until the thread looks whether it is to end.
 IDLE: Final = 60.0
 
 
 class EpochWatch(os_threads.Thread):
-    """`on_epoch` is called when a new epoch is open, or may be: also after each gap. `on_tick` is called with the name
-    of each tick, where the broker is the ledger's Redis, on whose `tick_channel` they are published."""
+    """Thread that subscribes to new epochs and ticks.
+
+    `on_epoch` is called when a new epoch is open, or may be: also after each gap. `on_tick` is called with the name of
+    each tick, where the broker is the ledger's Redis. There, ticks are published on `tick_channel`.
+    """
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class EpochWatch(os_threads.Thread):
                 self._on_epoch()
                 self._wake.wait(self._settings.due_interval)
             except Exception:
-                # Whatever it was: the looks of the election go on.
+                # After any error the looks of the election go on, which find a new epoch too.
                 logger.exception("listening for new epochs failed; it begins anew")
                 self._close()
                 self._wake.wait(self._settings.due_interval)
@@ -87,7 +90,7 @@ class EpochWatch(os_threads.Thread):
         self._wake.clear()
         while (message := self._pubsub.get_message(timeout=0)) is not None:
             kind, channel = message["type"], (message["channel"] or b"").decode()
-            # (Also when it is subscribed: what was said before nobody will say again.)
+            # Also when the subscription begins: nobody publishes an earlier epoch again.
             if channel == EPOCH_CHANNEL and kind in ("message", "subscribe"):
                 self._on_epoch()
             elif kind == "message" and (name := beat_messages.read(message["data"])):

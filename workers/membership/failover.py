@@ -1,7 +1,8 @@
-"""Whether this worker reaches the ledger, as its heartbeat finds out, and what follows for who decides.
+"""Reachability of the ledger, as a worker's heartbeat finds it, and the change of authority that follows.
 
-A worker that lost the ledger says so in its row in Postgres. When all have, for long enough, whoever looks first lets
-Postgres decide; when all reach it again, the ledger. Both are one guarded statement.
+A worker that lost the ledger says so in its row in Postgres. When all workers have lost it for long enough, the first
+worker that looks lets Postgres decide. When all reach it again, the first that looks lets the ledger decide. Each
+change is a single guarded statement.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ logger = logging.getLogger(__name__)
 
 #: Due intervals for which the ledger must have answered without a gap before it may decide again (2 s at the usual 1).
 STEADY_INTERVALS: Final = 2.0
-#: Renew intervals after which a worker that says nothing is not asked whether it reaches the ledger again.
+#: Renew intervals after which a silent worker does not count: it need not reach the ledger for the ledger to decide.
 SILENT_INTERVALS: Final = 3.0
 
 
 class Sight:
-    """One thread notes what it finds, all read: assignments of one value each."""
+    """Reachability of the ledger. A single thread notes it, any thread reads it: each assignment is of one value."""
 
     def __init__(self) -> None:
-        #: Since when what `lost` says has been so (monotonic).
+        #: Time since which `lost` has its value (monotonic).
         self.since = time.monotonic()
         self.lost = False
-        #: Called when the ledger's Redis does not answer in time, rather than refuse.
+        #: Called when the ledger's Redis does not answer in time. A refusal does not count.
         self.on_silence: Callable[[], None] = lambda: None
         #: Called when the ledger answers again.
         self.on_found: Callable[[], None] = lambda: None
@@ -49,7 +50,7 @@ class Sight:
 
 
 class Switch:
-    """Changes the authority."""
+    """Switch of the authority between the ledger and Postgres."""
 
     def __init__(self, engine: Engine, settings: Settings, confirmation: Confirmation, sight: Sight) -> None:
         self._engine = engine
@@ -58,7 +59,7 @@ class Switch:
         self._sight = sight
 
     def look(self) -> None:
-        """Change the authority, if it is time. Asks Postgres only when this worker's own sight speaks for a change."""
+        """Change the authority if it is time. Asks Postgres only if this worker's own view speaks for a change."""
         settings, authority, sight = self._settings, self._confirmation.authority, self._sight
         lost_for = change_pause(settings.confirm_interval)
         if authority == "ledger" and sight.lost and sight.seconds() >= lost_for:

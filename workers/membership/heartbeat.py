@@ -27,15 +27,15 @@ from celery_capacity.workers.results.outcome_writer import Recorder
 
 logger = logging.getLogger(__name__)
 
-#: Part of the due interval within which two ticks are one heartbeat: beat's come in pairs.
+#: Part of the due interval within which two ticks make a single heartbeat: beat's ticks come in pairs.
 TICKS_WITHIN: Final = 0.1
 #: Part of the renew interval for which a heartbeat waits for the ledger's thread, which may have jobs that are in no
-#: list yet. After that it renews the lease, and leaves the list for the next one.
+#: list yet. After that it renews the lease, and leaves the list to the next heartbeat.
 WAITS_PART: Final = 0.5
 
 
 class Pulse(os_threads.Thread):
-    """Confirms the authority, renews the lease, sees a new epoch, and drains when it is told to."""
+    """Heartbeat thread: has the authority confirmed, renews the lease, sees a new epoch, and drains on request."""
 
     def __init__(
         self,
@@ -79,22 +79,22 @@ class Pulse(os_threads.Thread):
     # -- called by others, in any thread or signal handler -------------------------------------------------------
 
     def tick(self) -> None:
-        """Beat's heartbeat, or somebody's challenge."""
+        """Have a heartbeat made soon, for a tick of beat's or a challenge."""
         self._ticked = True
         self._wake.set()
 
     def closed(self) -> None:
-        """Somebody met a ledger that is cold or of another epoch."""
+        """Note that a caller met a ledger that is cold or of another epoch."""
         self._closed = True
         self._wake.set()
 
     def look(self) -> None:
-        """The ledger may be cold, of another epoch or away."""
+        """Have this thread look at the ledger, which may be cold, of another epoch or away."""
         self._looks = True
         self._wake.set()
 
     def looked(self, elected: Elected | None) -> None:
-        """The election's look at the ledger found this; None: it had no answer."""
+        """Take the result of the election's look at the ledger, None where the ledger gave no answer."""
         if elected is None:
             self._sight.note(lost=True)
         if elected is None or elected.epoch != self._ledger.epoch:
@@ -118,10 +118,10 @@ class Pulse(os_threads.Thread):
         settings = self._ledger.settings
         now = time.monotonic()
         renewed_at, renew_at = now, now + settings.renew_interval
-        #: Seconds to wait at the least: a store that fails at once is not asked without a pause.
+        #: Fewest seconds to wait, so that a store that fails at once is not asked without a pause.
         pause = 0.0
         while not self._stopping:
-            # (A worker that has nothing to do asks nothing between two heartbeats: the election looks, and says so.)
+            # An idle worker asks nothing between two heartbeats: the election looks, and wakes this thread.
             quiet = self._confirmation.resting and not (pause or self._closed)
             left = max(pause, renew_at - time.monotonic())
             self._wake.wait(left if quiet else min(settings.due_interval, left))
@@ -147,7 +147,7 @@ class Pulse(os_threads.Thread):
                 elif now >= renew_at:
                     renewed_at, renew_at = now, now + settings.renew_interval
                     if not self._membership.draining:
-                        # (The pool of a worker that stops has no size any more.)
+                        # Not while draining, since the pool of a worker that stops has no size any more.
                         self._membership.resize(self._measure(), self._holdings)
                     if not self._renew(settings.renew_interval * WAITS_PART):
                         self._rejoin(self._ledger.opened())
@@ -160,23 +160,26 @@ class Pulse(os_threads.Thread):
                 self._closed = True
                 self._note(lost=False)
             except NameTaken as error:
-                # This worker was silent for so long that another has its name: nothing here is admitted to any more.
+                # This worker was silent for so long that another has its name: nothing is admitted here any more.
                 self._on_taken(error)
                 return
             except (StoreUnavailable, RedisError) as error:
                 self._say(f"heartbeat: the ledger does not answer: {type(error).__name__}: {error}")
                 self._note(lost=True, silent=is_silence(error))
-                # It has it again when it could renew its lease: a ledger that can be read only is of no use.
+                # The worker has the ledger again once it could renew its lease: a read-only ledger is of no use.
                 renew_at = now
             except (SQLAlchemyError, PlatformError) as error:
                 self._say(f"heartbeat: a store does not answer: {type(error).__name__}: {error}")
             except Exception:
-                # Whatever it was: a worker without a heartbeat loses its jobs.
+                # No error may end this thread: a worker without a heartbeat loses its jobs.
                 logger.exception("a heartbeat failed; the next one is tried")
 
     def _note(self, *, lost: bool, silent: bool = False) -> None:
-        """Note whether the ledger answers. What follows touches connections of Celery's, which its own threads use at
-        the same time: no error there ends this thread."""
+        """Note whether the ledger answers.
+
+        The callbacks touch connections of Celery's, which Celery's own threads use at the same time. So no error of
+        theirs may end this thread.
+        """
         try:
             self._sight.note(lost=lost)
             if silent:
@@ -185,8 +188,10 @@ class Pulse(os_threads.Thread):
             logger.exception("connections to the broker were not ended; they end by their own time-outs")
 
     def _renew(self, within: float) -> bool:
-        """Renew the lease with the list of what is held, while the ledger's thread gets nothing that is in no list yet.
-        False where the ledger does not know this worker."""
+        """Renew the lease with the list of held jobs; return False if the ledger does not know this worker.
+
+        Meanwhile the ledger's thread is kept from getting jobs that are in no list yet.
+        """
         judged = self._exclusive.acquire(timeout=within)
         try:
             return self._membership.renew(self._holdings, missing_ms=None if judged else -1)
@@ -198,7 +203,7 @@ class Pulse(os_threads.Thread):
         """Register again, once the ledger is open in the epoch that Postgres names."""
         if opened is None or self._ledger.is_cold() or self._confirmation.epoch != opened[0]:
             self._closed = True
-            # One that can be read only, or is full, cannot be opened either.
+            # A ledger that is read-only, or full, cannot be opened either.
             self._ledger.probe()
             if self._confirmation.authority != "postgres":
                 # Postgres has the last word, and is asked without being waited for.
@@ -210,7 +215,7 @@ class Pulse(os_threads.Thread):
         self._on_open()
 
     def _say(self, what: str) -> None:
-        """Say a thing once, not at every interval."""
+        """Log a warning once, not at every interval."""
         if what != self._said:
             self._said = what
             logger.warning(what)

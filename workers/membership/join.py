@@ -1,4 +1,4 @@
-"""How a worker comes in: with whoever decides, and with patience for a store that is down."""
+"""Entry of a worker: it registers with the store that decides, and waits for a store that is down."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from celery_capacity.workers.submit.router import Declarations
 
 logger = logging.getLogger(__name__)
 
-#: Seconds until a ledger that somebody is opening is looked at again.
+#: Seconds between two looks at a ledger that another process is opening.
 OPEN_AGAIN_AFTER: Final = 0.05
 
 
 class Joining:
-    """`challenge` asks a twin to show itself."""
+    """Entry of one life of a worker. `challenge` asks a twin to show itself."""
 
     def __init__(
         self,
@@ -44,17 +44,20 @@ class Joining:
         self._confirmation = confirmation
         self._sight = sight
         self._challenge = challenge
-        #: Whether this life has met the others, and has begun to register.
+        #: `met`: this life has met the other workers. `begun`: it has begun to register.
         self.met = self.begun = False
 
     def meet(self, wait: Callable[[float], object]) -> None:
-        """Look at the stores, and make sure of the name, as soon as they let it. `wait` waits for so many seconds, and
-        raises where the process is to end. Raises `NameTaken`, and what no waiting changes."""
+        """Check the stores, and make sure of the name, as soon as the stores allow it.
+
+        `wait` waits for so many seconds, and raises where the process is to end. Raises `NameTaken`, and any error that
+        no waiting changes.
+        """
         when_stores_answer(self._meet, wait)
         self.met = True
 
     def enter(self, capacity: Capacity, declared: Declarations, wait: Callable[[float], object]) -> int:
-        """Register with whoever decides, as soon as that lets it; returns how many waiting jobs were admitted."""
+        """Register with the store that decides, as soon as it answers; return how many waiting jobs were admitted."""
         self.begun = True
         return when_stores_answer(lambda: self._enter(capacity, declared, wait), wait)
 
@@ -68,14 +71,14 @@ class Joining:
         except (StoreUnavailable, RedisError) as error:
             if not may_pass(error):
                 raise
-            # (Where it was Postgres that did not answer, this does not either.)
+            # Where it was Postgres that did not answer, this call fails too.
             try:
                 self._membership.name_claim.take(None)
             except DBAPIError as refused:
                 raise translate(refused) from refused
 
     def _enter(self, capacity: Capacity, declared: Declarations, wait: Callable[[float], object]) -> int:
-        # A handle of its own: that of an opener stays in the epoch which it opens.
+        # Use a handle apart, since the handle of an opener stays in the epoch that it opens.
         apart = self._stores.apart()
         try:
             return self._enter_with(apart, capacity, declared, wait)
@@ -94,7 +97,7 @@ class Joining:
                 open_ledger(apart)
                 return self._membership.register(capacity, declared, self._challenge)
             except LedgerClosed:
-                # Another process is opening the epoch, or it changed just now.
+                # Another process is opening the epoch, or the epoch changed just now.
                 wait(OPEN_AGAIN_AFTER)
             except (StoreUnavailable, RedisError) as error:
                 if not may_pass(error):

@@ -1,8 +1,9 @@
-"""The right to a worker's name: nobody alive may have it.
+"""The right to a worker's name: no live worker may have it.
 
 An incarnation that this machine can prove to be dead is passed over at once. All others are challenged, and given up
-only when they were silent for the rest of their lease: another boot, another host name or another pid proves nothing,
-since clones and containers share the one and number the other anew. Whoever gives any sign of life meanwhile is a twin.
+only after silence for the rest of their lease. Another boot, another host name or another pid proves nothing: clones
+and containers share the names, and number their processes anew. An incarnation that gives any sign of life meanwhile is
+a twin.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 #: Part of the TTL within which a live worker answers a challenge (3 s at the usual 60).
 CHALLENGE_PART: Final = 0.05
-#: Renew intervals within which a live worker is seen in Postgres, where that decides: nobody answers challenges then.
+#: Renew intervals within which a live worker is seen in Postgres while that decides. Nobody answers challenges then.
 SEEN_WITHIN_INTERVALS: Final = 1.5
 #: Seconds between two looks at the stores.
 LOOK_EVERY: Final = 0.1
@@ -38,8 +39,11 @@ LOOK_EVERY: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Claimant:
-    """Another incarnation that may have the name. `lease`: end of its lease (ms of the ledger's clock), None without a
-    book that it registered. `seen`: its heartbeat in Postgres. `left`: seconds of its lease, by the store's clock."""
+    """Another incarnation that may have the name.
+
+    `lease`: end of its lease (ms of the ledger's clock), None without a book that it registered. `seen`: its heartbeat
+    in Postgres. `left`: remaining seconds of its lease, by the store's clock.
+    """
 
     worker: WorkerRow | None
     lease: int | None
@@ -47,30 +51,30 @@ class Claimant:
     left: float
 
     def spoke_since(self, before: Claimant | None) -> bool:
-        """Return whether it gave a sign of life since that look at it. None: it was not there."""
+        """Return True if the incarnation gave a sign of life since an earlier look. None: it was not there then."""
         if before is None:
             return self.lease is not None
         return (self.lease is not None and self.lease != before.lease) or self.seen != before.seen
 
     def is_as(self, before: Claimant | None) -> bool:
-        """Return whether nothing changed since that look at it."""
+        """Return True if nothing changed since an earlier look at the incarnation."""
         return before is not None and (self.lease, self.seen) == (before.lease, before.seen)
 
 
 class NameClaim:
-    """One for each worker. Calls block; they belong to the thread that joins."""
+    """Claim of a worker to its name. Calls block; they belong to the thread that joins."""
 
     def __init__(self, engine: Engine, ledger: Ledger, identity: Identity) -> None:
         self._engine = engine
         self._ledger = ledger
         self._identity = identity
-        #: Claimants that were silent for as long as it takes: they are not waited for again.
+        #: Claimants that were silent for the whole time, so that nobody waits for them again.
         self._given_up: dict[str, Claimant] = {}
 
     def take(self, challenge: Callable[[], None] | None) -> None:
-        """Return when nobody alive has the name, and nothing runs for it on this machine. Raises `NameTaken`.
+        """Return once no live worker has the name, and nothing runs for it on this machine. Raises `NameTaken`.
 
-        `challenge` asks every worker for a heartbeat; None: the ledger is gone, and Postgres alone is looked at.
+        `challenge` asks every worker for a heartbeat. None: the ledger is gone, and only Postgres is looked at.
         """
         first: dict[str, Claimant] = {}
         pause = threading.Event()
@@ -93,7 +97,7 @@ class NameClaim:
                     raise self.taken(life)
             waited = time.monotonic() - began
             if time.monotonic() >= answer_by:
-                # By its own clock too: that of a store may be set back meanwhile.
+                # By this process's own clock too, since the clock of a store may be set back meanwhile.
                 left = min(max(claimant.left for claimant in claimants.values()), self._ttl - waited)
                 if left <= 0:
                     self._given_up |= claimants
@@ -106,11 +110,11 @@ class NameClaim:
                         left,
                     )
             pause.wait(LOOK_EVERY)
-        # Those of this very look: an incarnation that came after it was not judged.
+        # Only the rows of this very look, since an incarnation that came after it was not judged.
         orphans.end_predecessors(rows, self._identity.place)
 
     def taken(self, incarnation: str) -> NameTaken:
-        """Return the error for a name that this incarnation has."""
+        """Return the error for a name that this other incarnation has."""
         with self._engine.connect() as connection:
             row = worker_rows.find_worker(connection, incarnation)
         where = f"pid {row.pid} on {row.hostname}" if row is not None else f"incarnation {incarnation}"
@@ -125,7 +129,7 @@ class NameClaim:
         return self._ledger.settings.worker_ttl
 
     def _answer_within(self, with_ledger: bool) -> float:
-        """Return the seconds within which a live claimant gives a sign."""
+        """Return the seconds within which a live claimant gives a sign of life."""
         with self._engine.connect() as connection:
             authority = read_authority(connection).authority
         if with_ledger and authority == "ledger":
@@ -133,7 +137,7 @@ class NameClaim:
         return min(self._ttl, self._ledger.settings.renew_interval * SEEN_WITHIN_INTERVALS)
 
     def _look(self, *, with_ledger: bool) -> tuple[dict[str, Claimant], list[WorkerRow]]:
-        """Return the incarnations that are not known to be dead, and the rows of all that may have left something."""
+        """Return the incarnations not known to be dead, and the rows of all that may have left processes behind."""
         holder, lease = self._holder() if with_ledger else ("", None)
         identity, claimants = self._identity, dict[str, Claimant]()
         with self._engine.connect() as connection:
@@ -155,8 +159,10 @@ class NameClaim:
         return claimants, [row.worker for row in rows]
 
     def _holder(self) -> tuple[str, int | None]:
-        """Return the incarnation of another one's book, "" without one, and the end of its lease (ms). A book that was
-        only reserved, for an incarnation that has not registered in this epoch, has no lease."""
+        """Return the other incarnation that has the name's book, "" without one, and the end of its lease (ms).
+
+        A book that was only reserved, for an incarnation that has not registered in this epoch, has no lease.
+        """
         fields = ("incarnation", "lease", "queue")
         incarnation, lease, queue = self._ledger.client.hmget(keys.book(self._identity.name), *fields)
         if incarnation is None or text(incarnation) == self._identity.incarnation:

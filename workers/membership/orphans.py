@@ -1,10 +1,11 @@
-"""What bodies started and a dead worker left behind, and what a stopped worker still runs: processes that would go on
-beside the next attempt of their job.
+"""Orphans of dead and stopped workers: processes that would go on beside the next attempt of their job.
 
-The processes of a pool end with their worker by themselves. What a body started (`subprocess` and the like) does not:
-it is known by a variable that it inherited, and ended by whoever takes the dead life's jobs back on the same machine.
-A worker that is only stopped (or hangs) still has its pool. Whoever takes its name on the same machine ends all of it
-first: it is known by its pid and start.
+The processes of a pool end with their worker by themselves. A process that a body started (`subprocess` and the like)
+does not end. It is known by a variable that it inherited. The worker that takes the dead life's jobs back on the same
+machine ends it.
+
+A worker that is only stopped, or hangs, still has its pool. Such a worker is known by its pid and start. The next
+worker that takes its name on the same machine ends all of its processes first.
 """
 
 from __future__ import annotations
@@ -25,22 +26,24 @@ from celery_capacity.workers.process.identity import is_known_dead
 
 logger = logging.getLogger(__name__)
 
-#: In the environment of what a worker's bodies start: the life of the worker. (No setting: nobody else sets it.)
+#: Variable in the environment of processes that bodies start: the life of the worker. No setting: nobody else sets it.
 VARIABLE: Final = "CELERY_CAPACITY_INCARNATION"
-#: Seconds to wait for killed processes to be gone. (A killed process runs nothing more, though the kernel keeps it.)
+#: Seconds to wait for killed processes to be gone. A killed process runs nothing more, though the kernel keeps it.
 GONE_WITHIN: Final = 5.0
-#: Seconds between two looks at them: they are nobody's children here, so nothing tells.
+#: Seconds between two looks at killed processes: they are not children of this process, so nothing signals their end.
 LOOK_EVERY: Final = 0.01
 
 
 def mark(incarnation: str) -> None:
-    """From now on what this process and its pool start carries this life's name."""
+    """Mark all processes that this process and its pool start from now on with this life of the worker."""
     os.environ[VARIABLE] = incarnation
 
 
 def see_to(row: WorkerRow | None, here: Place) -> int:
-    """End what a life of a worker left on this machine, if this machine knows that it is dead; return the number of
-    ended processes."""
+    """End the processes that a life of a worker left on this machine; return how many.
+
+    Nothing is ended unless this machine knows that the life is over.
+    """
     if row is None or not is_known_dead(row, here):
         return 0
     ended = _kill(_marked({row.incarnation}))
@@ -50,8 +53,11 @@ def see_to(row: WorkerRow | None, here: Place) -> int:
 
 
 def end_predecessors(rows: Collection[WorkerRow], here: Place) -> int:
-    """End all that former incarnations of a name still run on this machine: main processes, pools, and what bodies
-    started. Return the number of ended processes. Raises `NameTaken` where one of them may not be ended."""
+    """End all processes that former incarnations of a name still run on this machine; return how many.
+
+    These are main processes, pools, and processes that bodies started. Raises `NameTaken` where a process may not be
+    ended.
+    """
     rows = [row for row in rows if here.has(row.place)]
     if not rows:
         return 0
@@ -64,15 +70,15 @@ def end_predecessors(rows: Collection[WorkerRow], here: Place) -> int:
 
 
 def _end_worker(row: WorkerRow) -> int:
-    """Kill a main process and all that descends from it; return how many there were."""
+    """Kill a main process and all its descendants; return how many there were."""
     if row.pid == os.getpid():
-        # A worker that ran in this very process before, as tests have it: there is nothing of it to be killed.
+        # The worker ran in this very process before, as in tests: nothing of it is to be killed.
         return 0
     try:
         main = psutil.Process(row.pid)
         if not process_identity.is_alive(row.pid, row.start_ticks):
             return 0
-        # Stopped, it starts nothing that this does not see.
+        # A suspended process starts no child that this would miss.
         main.suspend()
         return _kill([main, *main.children(recursive=True)])
     except psutil.NoSuchProcess:
@@ -95,7 +101,7 @@ def _marked(incarnations: Collection[str]) -> list[psutil.Process]:
             if process.pid not in spared and process.environ().get(VARIABLE) in incarnations:
                 processes.append(process)
         except psutil.Error:
-            continue  # it ended meanwhile, or belongs to somebody else
+            continue  # the process ended meanwhile, or belongs to somebody else
     return processes
 
 

@@ -1,4 +1,4 @@
-"""What is looked at before a worker joins: tables, Redis's eviction, and other workers on this machine."""
+"""Checks before a worker joins: tables, Redis's eviction, the broker, and other workers on this machine."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from celery_capacity.workers.process.identity import Identity
 
 logger = logging.getLogger(__name__)
 
-#: The only policy under which books are never evicted: a book that is gone closes its worker, a whole ledger that is
-#: gone stops admission until it is rebuilt.
+#: The only eviction policy under which books are never evicted. A missing book closes its worker. A missing ledger
+#: stops admission until it is rebuilt.
 NO_EVICTION = "noeviction"
 
-#: The brokers that a worker can listen to beside its main loop (kombu's `memory`, `filesystem` and the like live in one
-#: process, or are only polled).
+#: Brokers that a worker can listen to beside its main loop. Kombu's `memory`, `filesystem` and the like live in one
+#: process, or are only polled.
 BROKERS: Final = ("redis", "rediss", "redis+socket", "sentinel", "amqp", "amqps", "pyamqp")
 
 
 def check_stores(engine: Engine, client: redis.Redis, settings: Settings) -> None:
-    """Raise what would make this worker useless: tables that are missing or old, a Redis that evicts keys."""
+    """Raise an error where this worker would be useless: tables that are missing or old, a Redis that evicts keys."""
     if newer := check_tables(engine):
         logger.warning("Postgres is at revision %s, of a newer version of the platform: upgrade this worker", newer)
     try:
         limit = client.config_get("maxmemory").get("maxmemory", "0")
         policy = text(client.config_get("maxmemory-policy").get("maxmemory-policy", NO_EVICTION))
     except ResponseError:
-        # CONFIG is often closed to users: then whoever runs the server has to know (docs: real servers).
+        # CONFIG is often closed to users: then the server's operator has to know (docs: real servers).
         return
     except RedisError as error:
         raise StoreUnavailable(f"Redis at {mask_url(str(settings.redis_url))} does not answer: {error}") from error
@@ -58,8 +58,10 @@ def check_stores(engine: Engine, client: redis.Redis, settings: Settings) -> Non
 
 
 def check_broker(broker_url: object) -> None:
-    """Raise where Celery's own messages would go through what no worker of the platform can listen to. Takes what
-    Celery takes: a URL, several with `;` between them, or a list."""
+    """Raise `Unsupported` where Celery's own messages would use a broker that no worker can listen to.
+
+    The argument is as Celery takes it: a URL, several with `;` between them, or a list.
+    """
     for url in _urls(broker_url):
         scheme = url.partition("://")[0]
         if "://" not in url or scheme not in BROKERS:
@@ -72,7 +74,7 @@ def check_broker(broker_url: object) -> None:
 
 
 def check_results(app: Celery) -> None:
-    """Raise where the app's results cannot be kept: nobody knows such a store, or its driver is not installed."""
+    """Raise `Unsupported` where the app's results cannot be kept: the store is unknown, or its driver is missing."""
     try:
         app.backend  # noqa: B018 - made at its first use
     except (ImportError, AttributeError, ImproperlyConfigured) as error:
@@ -84,8 +86,10 @@ def check_results(app: Celery) -> None:
 
 
 def check_imports(names: Iterable[str]) -> None:
-    """Raise where a module of PLATFORM_IMPORTS is not there. What such a module itself fails to import is its author's
-    affair, and keeps its traceback."""
+    """Raise `SettingsError` where a module of PLATFORM_IMPORTS is missing.
+
+    An import that fails within such a module is its author's affair, and keeps its traceback.
+    """
     with cwd_in_path():
         missing = [name for name in names if not _is_there(name)]
     if missing:
@@ -102,13 +106,15 @@ def _is_there(name: str) -> bool:
     try:
         return name in sys.modules or find_spec(name) is not None
     except ModuleNotFoundError as error:
-        # Where it is something else that is missing, it is there and needs that.
+        # If another module is the missing one, this one is there and needs that other.
         return not f"{name}.".startswith(f"{error.name}.")
 
 
 def shares_ledger(app: Celery, settings: Settings) -> bool:
-    """Whether Celery's broker is the very database of the ledger, where the scripts push the messages of jobs, under
-    the very names of keys. Where this cannot be told for sure it is False, which is always safe."""
+    """Return True if Celery's broker is the very database of the ledger, with the very names of keys.
+
+    The scripts push the messages of jobs there. False where that is not certain, which is always safe.
+    """
     options = app.conf.broker_transport_options or {}
     if options.get("global_keyprefix"):
         return False
@@ -116,7 +122,7 @@ def shares_ledger(app: Celery, settings: Settings) -> bool:
     try:
         broker, ledger = redis_urls.read(broker_url), redis_urls.read(str(settings.redis_url))
     except ValueError:
-        # Another kind of server, or several to choose from.
+        # The broker is another kind of server, or several to choose from.
         return False
     master = broker.master or str(options.get(redis_urls.MASTER) or "")
     return _place(replace(broker, master=master)) == _place(ledger)
@@ -128,7 +134,7 @@ def _urls(broker_url: object) -> list[str]:
 
 
 def _place(address: Address) -> tuple[object, ...]:
-    """What an address leads to, as whom, and how. Sentinels that watch one Redis may be named in any order."""
+    """Return the target, the user and the options of an address. Sentinels of one Redis may be named in any order."""
     hosts = frozenset((host.lower(), port) for host, port in address.hosts)
     return (
         *(address.scheme, hosts, address.path, address.number, address.master),
@@ -137,7 +143,7 @@ def _place(address: Address) -> tuple[object, ...]:
 
 
 def neighbours(engine: Engine, settings: Settings, identity: Identity) -> list[str]:
-    """Live workers on this machine that publish it as well, when this one publishes the whole of it."""
+    """Return other live workers that publish this machine too, if this worker publishes the whole of it."""
     if settings.cpus is not None:
         return []
     with engine.connect() as connection:

@@ -41,7 +41,7 @@ POSTGRES_EVERY: Final = 30.0
 
 
 class Membership:
-    """Blocking calls, each one exchange with the stores; threads and signals are the caller's."""
+    """Membership of a worker. Each call blocks for an exchange with the stores; threads and signals are the caller's."""
 
     def __init__(
         self,
@@ -54,8 +54,12 @@ class Membership:
         unwritten: Callable[[], set[str]] = set,
         flush: Callable[[float], object] = lambda _: True,
     ) -> None:
-        """`later` runs what may wait for a store elsewhere; `is_behind`: Postgres is, too far; `unwritten`: the jobs of
-        which this worker has noted what Postgres does not have; `flush` waits until it has, for so many seconds."""
+        """Make a membership that is not registered yet.
+
+        `later` runs an action that may wait for a store, in another thread. `is_behind` says that Postgres is too far
+        behind. `unwritten` returns the jobs with notes of this worker that Postgres does not have yet. `flush` waits,
+        for so many seconds, until Postgres has them.
+        """
         self._engine = engine
         self._later = later
         self._is_behind = is_behind
@@ -66,43 +70,43 @@ class Membership:
         self.identity = identity
         self.name_claim = NameClaim(engine, ledger, identity)
         self.draining = False
-        #: What is published.
+        #: Published capacity.
         self._capacity: Capacity | None = None
-        #: What there is: more than is published while attempts run here that lost their lease.
+        #: Capacity of the machine: more than is published while attempts run here that lost their lease.
         self._measured: Capacity | None = None
         self._declared: Declarations = {}
-        #: When the newest heartbeat for Postgres was made (monotonic).
+        #: Time of the newest heartbeat for Postgres (monotonic).
         self._seen_at = 0.0
         #: Dead workers of this machine of which nothing runs here any more.
         self._seen_to: set[str] = set()
-        #: What Postgres was told last: whether this worker has lost the ledger.
+        #: Last report to Postgres: True if this worker has lost the ledger.
         self._told_lost = False
 
     @property
     def registered(self) -> bool:
-        """Whether registration was begun: then there may be something to leave."""
+        """Return True if registration was begun: then there may be something to leave."""
         return self._capacity is not None
 
     @property
     def _may_admit(self) -> bool:
-        """Return whether jobs may start here: this process decides, and Postgres is not too far behind."""
+        """Return True if jobs may start here: this process may decide, and Postgres is not too far behind."""
         return self._confirmation.may_admit and not self._is_behind()
 
     # -- joining -------------------------------------------------------------------------------------------------
 
     def register(self, capacity: Capacity, declared: Declarations, challenge: Callable[[], None]) -> int:
-        """Publish the capacity in the epoch that Postgres confirms; returns how many waiting jobs were admitted.
+        """Publish the capacity in the epoch that Postgres confirms; return how many waiting jobs were admitted.
 
-        Whatever the name's former life still holds is taken back first. Raises `NameTaken`, `LedgerClosed`.
+        Jobs that the name's former life still holds are taken back first. Raises `NameTaken`, `LedgerClosed`.
         """
         self._capacity, self._measured, self._declared = capacity, capacity, declared
         epoch = self._confirmation.ask()
-        # Postgres knows the worker before the ledger does: a rebuild begins with what it knows.
+        # Postgres knows the worker before the ledger does: a rebuild begins with the workers that Postgres knows.
         self._write_seen("ready")
         return self._register(epoch, "ready", challenge)
 
     def register_in_postgres(self, capacity: Capacity, declared: Declarations, *, ledger_lost: bool) -> None:
-        """Join without the ledger: the heartbeat registers there too, when it can."""
+        """Join without the ledger. The heartbeat registers in the ledger too, once it can."""
         self._capacity, self._measured, self._declared = capacity, capacity, declared
         self._told_lost = ledger_lost
         self._write_seen("ready")
@@ -126,14 +130,17 @@ class Membership:
                 break
             self.name_claim.take(challenge)
             self._take_over(reply.incarnation)
-        # One that held nothing when its lease ran out has left no book to take over.
+        # A former life that held nothing when its lease ran out has left no book to take over.
         self._later(self._write_former_lives)
         self._declare()
         return reply.admitted
 
     def _take_over(self, incarnation: str) -> None:
-        """Take back what a former incarnation holds, of which nothing runs any more: it is dead, or was silent until
-        its lease had run out. One that renews its lease just now stays."""
+        """Take back the jobs of a former incarnation of which nothing runs any more.
+
+        Such an incarnation is dead, or was silent until its lease had run out. An incarnation that renews its lease
+        just now stays.
+        """
         name, settings = self.identity.name, self._ledger.settings
         with self._engine.connect() as connection:
             row = worker_rows.find_worker(connection, incarnation)
@@ -145,12 +152,14 @@ class Membership:
         lapsed = take_back(self._engine, self._ledger, name, incarnation, 0)
         logger.warning("%d jobs of the former life of %s were taken back", lapsed.taken_back, name)
         if lapsed.verdict == "waits":
-            # For whoever has a row of its jobs locked.
+            # Wait for a transaction that keeps the row of one of its jobs locked.
             threading.Event().wait(settings.due_interval)
 
     def rejoin(self, holdings: Holdings, recorder: Recorder, challenge: Callable[[], None]) -> None:
-        """After a new epoch: register again, and say at once what is held. Whole or not at all: until it is done this
-        handle of the ledger has no epoch, and does nothing."""
+        """Register again after a new epoch, and report at once the jobs that are held.
+
+        This happens wholly or not at all: until it is done this handle of the ledger has no epoch, and does nothing.
+        """
         try:
             self._rejoin(holdings, recorder, challenge)
         except BaseException:
@@ -158,9 +167,9 @@ class Membership:
             raise
 
     def _rejoin(self, holdings: Holdings, recorder: Recorder, challenge: Callable[[], None]) -> None:
-        # Whoever opens the ledger goes by the rows: what ended here must be in them first, or it would run again.
+        # The opener of the ledger goes by the rows: a job that ended here must be in them first, or it would run again.
         self._flush(self._ledger.settings.due_interval)
-        # Closed until the books know what it holds: nothing of that is free, whoever looks meanwhile.
+        # Closed until the books know this worker's jobs, so that nobody takes their capacity for free meanwhile.
         self._register(self._confirmation.epoch, "closed", challenge)
         self._see("draining" if self.draining else "ready")
         held = holdings.all()
@@ -176,7 +185,7 @@ class Membership:
         )
         for job, token in sorted(refused):
             logger.warning("job %s: the lease of attempt %s went to another one while the ledger was lost", job, token)
-        # This list is complete: what Postgres says is held here and it does not name, is taken back at once.
+        # This list is complete: a job that is held here by Postgres, and not in the list, is taken back at once.
         self.renew(holdings, missing_ms=0)
         if self.draining:
             self._ledger.drain(self.identity.name, self.identity.incarnation)
@@ -189,28 +198,31 @@ class Membership:
         try:
             self._ledger.client.hset(keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people})
         except OutOfMemoryError as error:
-            # Senders that do not know a task ask for the default meanwhile; its jobs run all the same.
+            # Meanwhile senders that do not know a task ask for the default. Its jobs run all the same.
             logger.warning("what this worker's tasks declare is not published: %s", error)
         self._later(lambda: self._write_declarations(people))
 
     # -- Postgres, without waiting for it ------------------------------------------------------------------------
 
     def _see(self, status: str) -> None:
-        """Have the heartbeat written: a Postgres that hangs must not hold up the one in the ledger."""
+        """Have the heartbeat written to Postgres later: a Postgres that hangs must not delay the ledger's heartbeat."""
         self._seen_at = time.monotonic()
         self._later(lambda: self._write_seen(status))
 
     def _seen_every(self) -> float:
-        """Seconds between heartbeats in Postgres: where the ledger has none, they are all that there is."""
+        """Return the seconds between heartbeats in Postgres: fewer where the ledger gets none, and they are all there is."""
         settings = self._ledger.settings
         if self._told_lost or self._confirmation.authority == "postgres":
             return settings.renew_interval
         return min(POSTGRES_EVERY, settings.worker_ttl / 2)
 
     def tell_postgres(self, ledger_lost: bool, flush: Callable[[], bool]) -> None:
-        """Tell Postgres, when it is time, that this worker lives; at once, when it lost or found the ledger. One that
-        says that it lost it has written before (`flush`) what it claimed there: for Postgres, all else waits. (An end
-        whose row is locked, or takes no write, does not keep Postgres from deciding: nobody takes such a job.)"""
+        """Tell Postgres that this worker lives: when it is time, or at once if it lost or found the ledger.
+
+        Before a worker says that it lost the ledger, it writes its claims there to Postgres (`flush`): Postgres takes
+        all other jobs for waiting. An end whose row is locked, or takes no write, does not keep Postgres from deciding, since
+        nobody takes such a job.
+        """
         changed = ledger_lost != self._told_lost
         if not self.registered or not (changed or time.monotonic() >= self._seen_at + self._seen_every()):
             return
@@ -228,24 +240,26 @@ class Membership:
             worker_rows.end_former_lives(connection, self.identity.name, self.identity.incarnation)
             if self._ledger.epoch:
                 try:
-                    # What they said last has the values that their jobs returned.
+                    # The last entries of former lives have the values that their jobs returned.
                     transition_log.apply_all(self._engine, self._ledger)
                 except (StoreUnavailable, LedgerClosed):
                     return  # a reconcile closes them, when it has read the stream
-            # Where the ledger was lost with such a life, nobody takes its jobs back, and what had committed still is.
+            # If the ledger was lost with such a life, nobody takes its jobs back. So the ends that it committed are closed.
             fencing.close_former(connection, self.identity.name, self.identity.incarnation)
 
     # -- staying and leaving -------------------------------------------------------------------------------------
 
     def renew(self, holdings: Holdings, missing_ms: int | None = None) -> bool:
-        """Renew the lease once. False where the ledger does not know this worker: it must register again. `missing_ms`:
-        see `Ledger.renew`."""
+        """Renew the lease once; return False if the ledger does not know this worker, which must register again.
+
+        `missing_ms`: see `Ledger.renew`.
+        """
         renewed = self._ledger.renew(
             self.identity.name,
             self.identity.incarnation,
             self._view(full=False),
-            # (Of what ended here the row may still say that it runs: it is not lost. Nor is a job whose claim was
-            # carried out and whose answer was lost: it is claimed again.)
+            # Two kinds of jobs are not lost either. The row of an ended job may still say that it runs. A job whose
+            # claim was carried out, and whose answer was lost, is claimed again.
             [*{*holdings.jobs(), *holdings.claiming, *self._unwritten()}],
             self._ledger.settings.most_losses,
             admit=self._may_admit,
@@ -256,8 +270,10 @@ class Membership:
         return renewed.known
 
     def resize(self, capacity: Capacity, holdings: Holdings) -> None:
-        """Publish another capacity (the pool grew, a quota changed), less what attempts take up that lost their lease;
-        what fits into more is admitted at once."""
+        """Publish another capacity (the pool grew, a quota changed); jobs that fit now are admitted at once.
+
+        Attempts that lost their lease and still run are subtracted from it.
+        """
         holdings.capacity, self._measured = dict(capacity.amounts), capacity
         capacity = holdings.left_of(capacity)
         if capacity == self._capacity or self.draining:
@@ -269,7 +285,7 @@ class Membership:
             identity.name, identity.incarnation, identity.queue, capacity.shape, view, admit=admit
         )
         if isinstance(reply, Taken):
-            # Its lease was lost meanwhile: the heartbeat that follows finds out, and registers again.
+            # This worker lost its lease meanwhile: the heartbeat that follows finds out, and registers again.
             return
         self._see("ready")
         logger.warning(
@@ -280,17 +296,17 @@ class Membership:
         )
 
     def drain(self) -> int:
-        """Admit nothing more here; what was not started is handed back."""
+        """Admit nothing more here, and hand back the jobs that were not started; return how many."""
         self.draining = True
         handed = self._ledger.drain(self.identity.name, self.identity.incarnation)
         self._see("draining")
         return handed
 
     def leave(self, holdings: Holdings) -> bool:
-        """Deregister. False where something is still held. Raises `PlatformError` where a store is down."""
+        """Deregister; return False if a job is still held. Raises `PlatformError` where a store is down."""
         if not holdings.all():
-            # Postgres first: a worker whose book alone is gone would be ready there for ever. One that has its book
-            # still loses it with its lease.
+            # Postgres first: a worker whose book alone is gone would be ready in Postgres for ever. A worker that still
+            # has its book loses that with its lease.
             self._write_left()
         if self._confirmation.authority == "postgres":
             return not holdings.all()
@@ -307,7 +323,7 @@ class Membership:
             raise translate(error) from error
 
     def _write_seen(self, status: str) -> None:
-        # What there is: the books alone are told of less, while attempts without their lease take it up.
+        # Write the whole capacity. Only the books get less, while attempts without a lease take up a part of it.
         capacity = self._measured
         assert capacity is not None, "register comes first"
         identity = self.identity
@@ -328,14 +344,14 @@ class Membership:
         with self._engine.connect() as connection:
             answer, lost = worker_rows.see_worker(connection, row, status, ledger_lost=self._told_lost)
         self._confirmation.hear(asked, answer)
-        # Whoever took their jobs back may have done so on another machine.
+        # The jobs of these workers may have been taken back from another machine, which cannot end their processes.
         for worker in lost:
             if worker.incarnation not in self._seen_to and is_known_dead(worker, identity.place):
                 orphans.see_to(worker, identity.place)
                 self._seen_to.add(worker.incarnation)
 
     def _view(self, *, full: bool) -> dict[str, str]:
-        """The fields of `worker:<name>`; those about allocations are the scripts' own."""
+        """Return the fields of `worker:<name>`. The scripts themselves keep the fields about allocations."""
         assert self._capacity is not None, "register comes first"
         identity = self.identity
         view = {
