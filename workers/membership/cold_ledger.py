@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_ledger(stores: Stores) -> dict[str, int]:
-    """Open a new epoch if the ledger is cold and no other process is doing so; return the numbers of what was done."""
+    """Open a new epoch if the ledger is cold and no other process is doing so; return counts of the work done."""
     with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
         done = rebuild.open_if_cold(stores.engine, stores.ledger)
     if done is None:

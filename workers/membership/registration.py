@@ -41,7 +41,7 @@ POSTGRES_EVERY: Final = 30.0
 
 
 class Membership:
-    """Membership of a worker. Each call blocks for an exchange with the stores; threads and signals are the caller's."""
+    """Membership of a worker. Each call blocks for one exchange with stores; threads and signals are the caller's."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class Membership:
         self._later(lambda: self._write_seen(status))
 
     def _seen_every(self) -> float:
-        """Return the seconds between heartbeats in Postgres: fewer where the ledger gets none, and they are all there is."""
+        """Return the seconds between heartbeats in Postgres: fewer if they are all there is, since the ledger gets none."""
         settings = self._ledger.settings
         if self._told_lost or self._confirmation.authority == "postgres":
             return settings.renew_interval
@@ -220,8 +220,8 @@ class Membership:
         """Tell Postgres that this worker lives: when it is time, or at once if it lost or found the ledger.
 
         Before a worker says that it lost the ledger, it writes its claims there to Postgres (`flush`): Postgres takes
-        all other jobs for waiting. An end whose row is locked, or takes no write, does not keep Postgres from deciding, since
-        nobody takes such a job.
+        all other jobs for waiting. An end whose row is locked, or takes no write, does not keep Postgres from deciding,
+        since nobody takes such a job.
         """
         changed = ledger_lost != self._told_lost
         if not self.registered or not (changed or time.monotonic() >= self._seen_at + self._seen_every()):
@@ -244,7 +244,7 @@ class Membership:
                     transition_log.apply_all(self._engine, self._ledger)
                 except (StoreUnavailable, LedgerClosed):
                     return  # a reconcile closes them, when it has read the stream
-            # If the ledger was lost with such a life, nobody takes its jobs back. So the ends that it committed are closed.
+            # If the ledger was lost with such a life, nobody takes its jobs back. So its committed ends are closed.
             fencing.close_former(connection, self.identity.name, self.identity.incarnation)
 
     # -- staying and leaving -------------------------------------------------------------------------------------

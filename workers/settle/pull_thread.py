@@ -113,7 +113,7 @@ class Puller(os_threads.Thread):
         self._listen_no_more()
 
     def _pass(self) -> None:
-        """Compare what is held with Postgres if that is due, then take jobs until nothing more fits."""
+        """Compare the holdings with Postgres if that is due, then take jobs until nothing more fits."""
         now = time.monotonic()
         if now >= self._compared_until and self._compare():
             self._compared_until = now + self._settings.renew_interval

@@ -81,7 +81,7 @@ class LedgerThread(os_threads.Thread):
         self._in_postgres = in_postgres
         self._set_aside = set_aside
         self._tell_late = tell_late
-        #: Called when the ledger does not know what this worker holds: its lease was lost, or the ledger's key.
+        #: Called when the ledger does not know a job that this worker holds: its lease was lost, or the ledger's key.
         self.on_missing: Callable[[], None] = lambda: None
         self._arrivals: deque[Arrival] = deque()
         self._ends: deque[End] = deque()
