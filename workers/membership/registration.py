@@ -210,7 +210,7 @@ class Membership:
         self._later(lambda: self._write_seen(status))
 
     def _seen_every(self) -> float:
-        """Return the seconds between heartbeats in Postgres: fewer if they are all there is, since the ledger gets none."""
+        """Return the seconds between heartbeats in Postgres: fewer if they are all there is, without the ledger's."""
         settings = self._ledger.settings
         if self._told_lost or self._confirmation.authority == "postgres":
             return settings.renew_interval

@@ -198,8 +198,8 @@ def _deliver_parts(app: Celery, connection: Connection, row: Any, box: Outbox, p
 def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: str, left: str) -> None:
     """Deliver the outbox of an attempt whose end was refused, if the attempt had ended its job itself.
 
-    An attempt does so within `celery_capacity.fenced`, before it lost its lease. Then its value is the job's, however
-    late it comes. The outbox of any other refused attempt is dropped.
+    It did so within `celery_capacity.fenced`, before it lost its lease. Then its value is the job's, however late it
+    comes. The outbox of any other refused attempt is dropped.
     """
     epoch, _, attempt = token.partition(".")
     with engine.connect() as connection:

@@ -119,7 +119,7 @@ class Announcer:
                 logger.exception("what became of a job could not be announced")
 
     def later(self, action: Callable[[], None]) -> None:
-        """Run an action in the main loop; in any thread."""
+        """Have the main loop run an action; callable in any thread."""
         self._pending.append(action)
         self._wake()
 

@@ -130,7 +130,8 @@ class Recorder(os_threads.Thread):
     def is_level(self, flush: Callable[[], bool]) -> bool:
         """Return True if all is written (`flush`), or if no other worker could take an unwritten job from Postgres.
 
-        Postgres gives nobody a job that has ended, or that this worker holds by its row. Raises the error of Postgres.
+        Were Postgres to decide, it would give nobody a job that has ended, or that this worker holds by its row. Raises
+        the error of Postgres.
         """
         if flush():
             return True
