@@ -1,13 +1,12 @@
-"""What every `celery` command imports first: it makes `-A platform` find this project, and names its
-commands.
+"""Entry point that every `celery` command imports first: it makes `-A platform` find this project.
 
-The standard library has a module `platform`, and it is loaded long before Celery resolves `-A platform`.
-Therefore our folder `platform/` has no `__init__.py`, and importing this module (it is an entry point of the
-group `celery.commands`) gives the standard module a `__path__`. From then on `platform.celery` is found
-there, and `platform.system()` is what it always was.
+The standard library has a module `platform`, which is loaded long before Celery resolves `-A platform`. Therefore our
+folder `platform/` has no `__init__.py`. Importing this module, an entry point of the group `celery.commands`, gives the
+standard module a `__path__`. From then on `platform.celery` is found there, and `platform.system()` stays as it was.
 
-Besides, what a user got wrong ends Celery's own commands as it ends ours: with a message and an exit code. Nothing else
-happens here: commands are loaded when they are called, so that `celery -A another_app worker` pays nothing.
+This module also names the project's commands. And it lets a user's mistake end Celery's own commands as it ends ours:
+with a message and an exit code. Nothing else happens here. A command is loaded when it is called, so
+`celery -A another_app worker` pays nothing.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ import click
 FOLDER = Path(__file__).resolve().parent.parent / "platform"
 
 if str(FOLDER) not in getattr(platform, "__path__", ()):
-    # A name that is already a package would be someone else's doing; ours is then looked at last.
+    # If other code made `platform` a package already, our folder is searched last.
     platform.__path__ = [*getattr(platform, "__path__", ()), str(FOLDER)]
 
-#: What showed an error before.
+#: The hook that showed uncaught errors before ours.
 _show = sys.excepthook
 
 
 def _say_cleanly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The hook for what nobody caught: an error of the platform is a message and an exit code, without a traceback."""
+    """Show an uncaught error: one of the platform as a message and an exit code, without its traceback."""
     errors = sys.modules.get("celery_capacity.routing.errors")
     if errors is None or not isinstance(error, errors.PlatformError):
         _show(kind, error, trace)
@@ -41,7 +40,7 @@ def _say_cleanly(kind: type[BaseException], error: BaseException, trace: Traceba
     from celery_capacity.workers.process.exit_codes import code_of
 
     print(f"celery-capacity: {error}", file=sys.stderr)
-    # What a hook raises is what the interpreter ends with.
+    # The interpreter ends with the exception that its hook raises.
     raise SystemExit(code_of(error))
 
 
@@ -49,10 +48,10 @@ sys.excepthook = _say_cleanly
 
 
 class Lazy(click.Command):
-    """Stands for `platform.commands.<name>.command` in Celery's list of commands until that is called.
+    """Stand-in for `platform.commands.<name>.command` in Celery's list of commands, until the command is called.
 
-    Click asks a subcommand for a context and then goes on with the command of that context; so it is enough
-    to hand over there.
+    Click asks a subcommand for a context, and then goes on with the command of that context. So it is enough to hand
+    over there.
     """
 
     def make_context(

@@ -1,4 +1,4 @@
-"""Jobs that ended long ago go into the archive."""
+"""Move jobs that ended long ago into the archive."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from celery import Celery
 from celery_capacity.routing.store import archive, chord_counts
 from celery_capacity.workers.process.stores import Stores
 
-#: Statements of one pass: at the usual sweep interval 1,000 jobs a second, more than a platform ends.
+#: Most statements of one pass. At the usual sweep interval they move 1,000 jobs a second, more than a platform ends.
 MOST: Final = 10
-#: Seconds for which a chord is counted in Postgres: as long as Celery keeps a result, unless it is told otherwise.
+#: Seconds for which Postgres counts the parts of a chord: as long as Celery keeps a result by default.
 CHORDS_KEPT: Final = 86400.0
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `archived` jobs; `chords`: rows of chords that were never completed."""
+    """Archive finished jobs, and forget chords that were never completed.
+
+    Counts: `archived` jobs; `chords`: rows of such chords.
+    """
     archived, keep = 0, stores.settings.keep_finished
     for _ in range(MOST if keep else 0):
         with stores.engine.connect() as connection:

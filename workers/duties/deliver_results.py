@@ -1,4 +1,4 @@
-"""What ended jobs left undelivered, see `workers.results.deliver_later`."""
+"""Deliver the outboxes that ended jobs left undelivered, see `workers.results.deliver_later`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from celery_capacity.workers.results.deliver_later import MOST, deliver_rows
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `delivered` jobs. Page by page for one interval: after an outage of the backend tens of thousands wait,
-    and other duties with them."""
+    """Deliver outboxes page by page, for one interval at most.
+
+    After an outage of the backend tens of thousands of outboxes wait, and other duties wait behind them.
+    Counts: `delivered` jobs.
+    """
     delivered, end = 0, time.monotonic() + stores.settings.due_interval
-    # (While the backend is away, each look would read them.)
+    # Without this condition, each pass would read the outboxes while the backend is away.
     while is_asked(app.backend):
         page = deliver_rows(app, stores)
         delivered += page

@@ -1,4 +1,4 @@
-"""Jobs past their expiry end, gates are opened, and scheduled jobs whose time has come go to the ledger."""
+"""End expired jobs, make jobs due whose constraints are met, and submit scheduled jobs whose time has come."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from celery_capacity.workers.submit.constraints import burst_of
 
 logger = logging.getLogger(__name__)
 
-#: Rows looked at in one statement.
+#: Rows read in one statement.
 MOST = 1000
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `expired` and `cancelled` jobs ended, `opened` gates, jobs `let_go` by their rate, `due` submitted."""
+    """End expired jobs, make jobs due whose constraints are met, and submit due jobs to the ledger.
+
+    Counts: `expired` and `cancelled` jobs that ended, `opened` jobs whose constraints are met, jobs `let_go` by their
+    rate, `due` jobs submitted.
+    """
     with stores.engine.connect() as connection:
         overdue = backlog.overdue(connection, MOST)
     expired = 0
@@ -42,8 +46,10 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
 
 
 def open_all(app: Celery, stores: Stores) -> dict[str, int]:
-    """Give their time to the jobs whose gates are open now, whoever decides who starts. Counts: `opened`, `cancelled`,
-    `let_go`."""
+    """Set the due time of jobs whose constraints are met now, whether Postgres or the ledger decides starts.
+
+    Counts: `opened`, `cancelled`, `let_go`.
+    """
     opened = open_gates(app, stores)
     with stores.engine.connect() as connection:
         let_go = dependencies.let_go(connection, burst_of(stores.settings))
@@ -56,13 +62,13 @@ def open_all(app: Celery, stores: Stores) -> dict[str, int]:
 
 def _due(app: Celery, stores: Stores, gone: set[str]) -> int:
     if stores.ledger.is_unfinished():
-        # Whoever opens the ledger knows which of them may have started (`routing.policy.unknown_starts`).
+        # The process that opens the ledger knows which jobs may have started (`routing.policy.unknown_starts`).
         return 0
     submitted, after = 0, 0
     with stores.engine.connect() as connection:
         if not backlog.due(connection, 1):
             return 0
-    # What has started already is not due: see `sweep`.
+    # A job that has started already is not due: see `sweep`.
     apply_transitions.run_once(app, stores, older_than_ms=0)
     while True:
         with stores.engine.connect() as connection:

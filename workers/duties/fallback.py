@@ -1,4 +1,4 @@
-"""What duties do while Postgres decides, without the ledger: workers are lost and jobs expire by what the rows say."""
+"""Duties while Postgres decides, without the ledger: workers are lost and jobs expire by their rows."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from celery_capacity.workers.results.deliver_later import deliver_rows
 
 logger = logging.getLogger(__name__)
 
-#: Rows looked at in one statement.
+#: Rows read in one statement.
 MOST: Final = 1000
 
 
 def expire(app: Celery, stores: Stores) -> dict[str, int]:
-    """Jobs past their expiry end, those that were only marked as revoked too, and gates are opened. (Those that are due
-    are pulled as they are.) Counts: `expired`, `revoked`, and those of `due.open_all`."""
+    """End jobs that expired or were only marked as revoked, and make jobs due whose constraints are met.
+
+    Due jobs need nothing here: workers pull them as they are. Counts: `expired`, `revoked`, and those of
+    `due.open_all`.
+    """
     with stores.engine.connect() as connection:
         overdue = backlog.overdue(connection, MOST)
         expired = [job for job in overdue if _end(connection, job, State.EXPIRED, "expired")]
@@ -52,10 +55,12 @@ def _end(connection: Connection, job: str, state: State, error: str) -> bool:
 
 
 def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str, int]:
-    """Workers that Postgres has not seen for so long are LOST, and their jobs are taken back. Counts: `lost` workers,
-    `taken_back` jobs. Without a window (by hand) the rows alone count."""
+    """Mark workers that Postgres has not seen for the setting LOST as lost, and take back their jobs.
+
+    Without a window, as by hand, the rows alone count. Counts: `lost` workers, `taken_back` jobs.
+    """
     settings = stores.settings
-    # A worker is seen within the renew interval: after a gap each had the chance to be before it is given up.
+    # A worker is seen once per renew interval. After a gap, each has the chance to be seen before it is given up.
     watched = window is None or window.seconds() >= min(settings.lost_after, settings.renew_interval * 2)
     with transactions(stores.engine).begin() as connection:
         if window is None:

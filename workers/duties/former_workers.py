@@ -1,4 +1,4 @@
-"""Rows of workers that left long ago, and private queues that no script knows any more."""
+"""Forget rows of workers that left long ago, and remove private queues that no script knows any more."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sqlalchemy import Connection, text
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.workers.process.stores import Stores
 
-#: Times the setting LOST after which the row of an incarnation that has left is forgotten (21 h at the usual 75 s).
-#: Attempts name their worker by text, and need no row.
+#: Multiple of the setting LOST after which the row of an incarnation that has left is forgotten: 21 h at the usual
+#: 75 s. Attempts name their worker by text, and need no row.
 KEEP_TIMES: Final = 1000.0
 #: A private queue's name ends with the incarnation, a UUID.
 _PRIVATE: Final = re.compile(r"worker\..+\.[0-9a-f]{32}")
-#: Keys looked at in one step of a scan.
+#: Keys read in one step of a scan.
 CHUNK: Final = 1000
 
 _FORGET: Final = text("""
@@ -27,19 +27,22 @@ _ALIVE: Final = text("SELECT incarnation FROM workers WHERE status IN ('ready', 
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `forgotten` rows of workers, `queues` removed."""
-    # In this order: whoever has a queue by now was in Postgres before.
-    found = _private_queues(stores)
+    """Forget rows of former workers, and remove their private queues.
+
+    Counts: `forgotten` rows of workers, `queues` removed.
+    """
+    # The queues are read first: a worker that has a queue by now was in Postgres before.
+    private_queues = _private_queues(stores)
     forgotten = without_ledger(app, stores)
     with stores.engine.connect() as connection:
         alive = _alive(connection)
-    dead = [queue for queue, incarnation in found.items() if incarnation not in alive]
+    dead = [queue for queue, incarnation in private_queues.items() if incarnation not in alive]
     removed = int(stores.redis.unlink(*dead)) if dead else 0
     return {**forgotten, "queues": removed}
 
 
 def without_ledger(app: Celery, stores: Stores) -> dict[str, int]:
-    """Do what Postgres alone can tell. Counts: `forgotten` rows of workers."""
+    """Do the part that needs Postgres alone. Counts: `forgotten` rows of workers."""
     with stores.engine.connect() as connection:
         keep = stores.settings.lost_after * KEEP_TIMES
         return {"forgotten": connection.execute(_FORGET, {"keep": keep}).rowcount}
@@ -50,8 +53,8 @@ def _alive(connection: Connection) -> set[str]:
 
 
 def _private_queues(stores: Stores) -> dict[str, str]:
-    """The private queues that hold messages, and the incarnation of each."""
+    """Return the private queues that hold messages, and the incarnation of each."""
     client = stores.redis
     names = [snapshot.text(key) for key in client.scan_iter(match=keys.PRIVATE_QUEUES, count=CHUNK, _type="list")]
-    # (A list of somebody else may be called so; no incarnation of theirs looks like ours.)
+    # A list of another program may have a similar name, but no incarnation that looks like ours.
     return {name: name.rpartition(".")[2] for name in names if _PRIVATE.fullmatch(name)}

@@ -1,4 +1,4 @@
-"""Workers whose leases ran out are closed at once, and lose their jobs when they are LOST."""
+"""Close workers whose leases ran out at once, and take back their jobs when the workers are LOST."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ logger = logging.getLogger(__name__)
 
 
 def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[str, int]:
-    """Counts: `closed` and `lost` workers, `taken_back` jobs. Without a window (by hand) the lease alone counts."""
+    """Close workers whose leases ran out, and take back the jobs of lost workers.
+
+    Without a window, as by hand, the lease alone counts. Counts: `closed` and `lost` workers, `taken_back` jobs.
+    """
     settings = stores.settings
     grace_ms = round((settings.lost_after - settings.worker_ttl) * 1000)
-    # A worker renews within the renew interval: after a gap each had the chance to be seen before it is given up.
+    # A worker renews within the renew interval. After a gap, each has the chance to be seen before it is given up.
     watched = window is None or window.seconds() >= min(settings.lost_after, settings.renew_interval * 2)
     closed = lost = taken = 0
     for worker in stores.ledger.lapsed_workers():
-        found = stores.ledger.lapse(worker, grace_ms, settings.most_losses, most=0)
-        closed += found.verdict == "closed"
-        if watched and found.verdict == "due" and found.incarnation:
+        lapsed = stores.ledger.lapse(worker, grace_ms, settings.most_losses, most=0)
+        closed += lapsed.verdict == "closed"
+        if watched and lapsed.verdict == "due" and lapsed.incarnation:
             with stores.engine.connect() as connection:
-                life = worker_rows.find_worker(connection, found.incarnation)
+                life = worker_rows.find_worker(connection, lapsed.incarnation)
             orphans.see_to(life, process_identity.here())
             try:
-                given_up = reclaim.take_back(stores.engine, stores.ledger, worker, found.incarnation, grace_ms)
+                given_up = reclaim.take_back(stores.engine, stores.ledger, worker, lapsed.incarnation, grace_ms)
             except DBAPIError as error:
                 if not (is_locked(error) or concerns_data(error)):
                     raise
-                # It hangs within a commit (`routing.store.fencing`), which the server ends some time, or a row is
-                # damaged. The others do not wait.
+                # The worker hangs within a commit (`routing.store.fencing`), which the server ends some time, or a row
+                # is damaged. The other workers do not wait.
                 logger.warning(
                     "worker %s is lost, but Postgres takes no write of its jobs: they are taken back later: %s",
                     *(worker, told(error)),

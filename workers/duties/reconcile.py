@@ -1,4 +1,4 @@
-"""The ledger is compared with Postgres, and made equal to it."""
+"""Compare the ledger with Postgres, and make it equal to Postgres."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from celery_capacity.workers.process.stores import Stores
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: see `routing.recovery.reconcile.Reconciled`."""
+    """Make the ledger equal to Postgres. Counts: see `routing.recovery.reconcile.Reconciled`."""
     return reconcile.reconcile(stores.engine, stores.ledger).counts()

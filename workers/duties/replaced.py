@@ -1,5 +1,7 @@
-"""Replaced jobs whose replacement publishes nothing more, see `routing.insert.replacements`. In a healthy platform the
-end of the last step has ended them already."""
+"""End replaced jobs whose replacement publishes nothing more, see `routing.insert.replacements`.
+
+In a healthy platform the end of the last step has ended these jobs already.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from celery_capacity.workers.results.deliver_later import deliver_rows
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `ended` jobs."""
+    """End replaced jobs whose replacement publishes nothing more. Counts: `ended` jobs."""
     with stores.engine.connect() as connection:
         ended = replacements.end_abandoned(connection)
     if ended:

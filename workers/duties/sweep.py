@@ -1,5 +1,8 @@
-"""The safety net: accepted jobs that never reached the ledger, messages that never were claimed, room that nobody
-filled, and revokes that only Postgres heard of. In a healthy platform it finds nothing."""
+"""Safety net for jobs, messages, free room and revokes that were left behind.
+
+Accepted jobs may never have reached the ledger, and messages may never have been claimed. Nobody may have filled free
+room, and Postgres alone may know of a revoke. In a healthy platform the sweep finds nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +19,37 @@ MOST = 1000
 
 
 def pause(settings: Settings) -> float:
-    """Seconds between two sweeps, and of the age from which a job is looked after: half of the interval each, so that
-    it is brought in within the interval."""
+    """Return the seconds between two sweeps, which is also the age from which a sweep looks after a job.
+
+    Each is half of the sweep interval, so that a job is brought in within that interval.
+    """
     return settings.sweep_interval / 2
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `submitted` jobs, `redelivered` messages, `admitted` jobs that waited beside free room,
-    `revoked` jobs that had been marked alone."""
+    """Bring in jobs, messages and revokes that were left behind, and fill free room.
+
+    Counts: `submitted` jobs, `redelivered` messages, `admitted` jobs that waited beside free room, `revoked` jobs that
+    had only been marked.
+    """
     return {
         "redelivered": stores.ledger.redeliver(),
         "admitted": _fill(stores),
         "revoked": _revoked(stores),
-        # (The last one: it needs a Postgres that takes what is in the stream.)
+        # Last, because it needs a Postgres that takes the entries of the stream.
         "submitted": _stranded(app, stores),
     }
 
 
 def _stranded(app: Celery, stores: Stores) -> int:
     if stores.ledger.is_unfinished():
-        # Whoever opens the ledger knows which of them may have started (`routing.policy.unknown_starts`).
+        # The process that opens the ledger knows which jobs may have started (`routing.policy.unknown_starts`).
         return 0
     submitted, after = 0, 0
     with stores.engine.connect() as connection:
         if not backlog.stranded(connection, pause(stores.settings), 1):
             return 0
-    # A job that has started may be `accepted` in its row still, and its key in the ledger lost. The stream says so.
+    # A started job may still be `accepted` in its row, and its key in the ledger lost. The stream tells the start.
     apply_transitions.run_once(app, stores, older_than_ms=0)
     while True:
         with stores.engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""Unique keys that keep nobody out any more are forgotten."""
+"""Forget unique keys that keep no job out any more."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from celery import Celery
 from celery_capacity.routing.store import dependencies
 from celery_capacity.workers.process.stores import Stores
 
-#: Seconds for which a key is kept, whatever became of its job.
+#: Seconds for which a key is kept in any case, even if its job has ended.
 FORGET_AFTER: Final = 300.0
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Counts: `forgotten` keys. A pass looks at some of them, from a random place on (they are digests) and from the
-    first one on: so each comes round, and those that are kept hide no others."""
+    """Forget unique keys that keep no job out any more. Counts: `forgotten` keys.
+
+    A pass looks at some of the keys: from a random place on, and from the first key on. A random text is such a place,
+    since keys are digests. So each key comes round, and kept keys hide no others.
+    """
     with stores.engine.connect() as connection:
         forgotten = dependencies.forget_keys(connection, secrets.token_hex(32), FORGET_AFTER)
         forgotten += dependencies.forget_keys(connection, "", FORGET_AFTER)

@@ -1,4 +1,4 @@
-"""The time for which an observer has been able to read the store of the heartbeats without a gap."""
+"""Time for which an observer could read the store of the heartbeats without a gap."""
 
 from __future__ import annotations
 
@@ -7,36 +7,41 @@ from collections.abc import Mapping
 
 
 class Window:
-    """The silence of the store is not the silence of a worker, so LOST counts only time in which a heartbeat could have
-    been seen. `most_gap`: seconds between two looks above which heartbeats may have gone unseen."""
+    """Record of how long an observer could read the store of the heartbeats.
+
+    The silence of the store is not the silence of a worker. So LOST counts only time in which a heartbeat could have
+    been seen. `most_gap`: seconds between two looks above which heartbeats may have gone unseen.
+    """
 
     def __init__(self, most_gap: float) -> None:
         self._most_gap = most_gap
         self._since = self._saw_at = time.monotonic()
-        #: Of silent incarnations: when they were seen last, and since when no more is known (monotonic).
+        #: By silent incarnation: when it was seen last, and since when nothing newer is known (monotonic).
         self.looks: dict[str, tuple[float, float]] = {}
 
     def saw(self) -> None:
-        """The store was read just now."""
+        """Note that the store was read just now."""
         now = time.monotonic()
         if now - self._saw_at > self._most_gap:
             self.restart()
         self._saw_at = now
 
     def restart(self) -> None:
-        """The store could not be read."""
+        """Start the time anew, since the store could not be read."""
         self._since = time.monotonic()
         self.looks = {}
 
     def seconds(self) -> float:
-        """Return for how long the store could be read."""
+        """Return the seconds for which the store could be read without a gap."""
         return time.monotonic() - self._since
 
     def silent_for(self, seconds: float, seen: Mapping[str, float], *, any_lately: bool) -> list[str]:
-        """Return those of all silent incarnations of which nothing new was seen in so many seconds of this observer,
-        whatever the store's clock was set to meanwhile. `seen`: when each was seen last. `any_lately`: whether another
-        one was seen lately. Where there is no news of anybody, the observer's own heartbeat included, the store takes
-        none, and nobody is judged."""
+        """Return the silent incarnations of which this observer saw nothing new for `seconds`.
+
+        The observer's own clock counts, whatever the store's clock was set to meanwhile. `seen`: when each silent
+        incarnation was seen last. `any_lately`: True if another incarnation was seen lately. Without news of any
+        worker, not even the observer's own heartbeat, the store takes no heartbeats, and nobody is judged.
+        """
         now, before = time.monotonic(), self.looks
         news = any_lately or any(before[life][0] != last for life, last in seen.items() if life in before)
         if not news:
