@@ -1,7 +1,7 @@
-"""The attempt that the code running in this thread speaks for, and what it leaves to be delivered with its end.
+"""Attempt for which the code of this thread speaks, and the outbox that is delivered with its end.
 
-Set around a body in the pool's process or thread, and around those hooks of Celery that end a job in the main process.
-What speaks on behalf of a job (its result, its part of a chord, what it publishes) looks here.
+The attempt is set around a body, in the pool's process or thread. In the main process it is set around those hooks of
+Celery that end a job. Code that speaks for a job looks here: to store a result, to deliver a chord part, to publish.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from celery_capacity.routing.model.job import NewJob, Publisher
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.outbox import Outbox
 
-#: Bytes of messages that go with the end of an attempt, at the most. They travel as one value through one script and
-#: one entry of the stream, a third larger; Redis takes 512 MiB a value, and a worker holds it several times.
+#: Most bytes of messages that go with the end of an attempt. They travel as one value through one script and one entry
+#: of the stream, a third larger. Redis takes 512 MiB a value, and a worker holds the value several times.
 MAX_KEPT: Final = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """`incarnation`: the life of the worker that holds it. `deferred`: this thread must not wait for a store (the
-    worker's main loop), so that all that is published goes into the outbox. `patient`: it waits for Postgres instead of
-    failing, until this returns False."""
+    """Attempt for which a thread speaks, with its outbox.
+
+    `incarnation`: the life of the worker that holds the attempt. `deferred`: True where the thread must not wait for a
+    store, as in the worker's main loop. Then everything that is published goes into the outbox. `patient`: where it is
+    set, the attempt waits for Postgres instead of failing, until `patient` returns False.
+    """
 
     tag: Tag
     incarnation: str
@@ -35,8 +38,10 @@ class Attempt:
     outbox: Outbox = field(default_factory=Outbox)
 
     def keep(self, jobs: Sequence[NewJob]) -> None:
-        """Keep jobs that could not be published, to go with the end of the attempt. Raises `NotAccepted` where that
-        would be more than one value of Redis, and of the stream, can be."""
+        """Keep jobs that could not be published, so that they go with the end of the attempt.
+
+        Raises `NotAccepted` where they would be larger than one value of Redis, and of the stream, can be.
+        """
         size = self.outbox.size + sum(len(job.message) for job in jobs)
         if size > MAX_KEPT:
             raise NotAccepted(
@@ -56,14 +61,14 @@ _here = threading.local()
 
 
 def current() -> Attempt | None:
-    """The attempt that runs in this thread, None outside of any."""
-    found: Attempt | None = getattr(_here, "attempt", None)
-    return found
+    """Return the attempt that runs in this thread, None outside of any."""
+    attempt: Attempt | None = getattr(_here, "attempt", None)
+    return attempt
 
 
 @contextmanager
 def held(attempt: Attempt) -> Iterator[Attempt]:
-    """Within, this thread speaks for the attempt."""
+    """Let this thread speak for the attempt within the block."""
     before = current()
     _here.attempt = attempt
     try:
@@ -74,7 +79,7 @@ def held(attempt: Attempt) -> Iterator[Attempt]:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Within, this thread speaks for no attempt."""
+    """Let this thread speak for no attempt within the block."""
     before = current()
     _here.attempt = None
     try:

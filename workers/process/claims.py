@@ -51,9 +51,11 @@ def running(identity: Identity, holding: Holding, entry: str = "") -> Transition
 
 
 def write(engine: Engine, claim: Transition) -> bool | None:
-    """Write a claim and return True if Postgres has it, False if its row says that another attempt is newer, or that
-    the job is over. None where Postgres does not take it now. Safe to do again: a commit whose answer was lost is
-    found."""
+    """Write a claim to Postgres, and return True if Postgres has it.
+
+    Returns False if the row says that another attempt is newer, or that the job is over. Returns None where Postgres
+    does not take the claim now. Idempotent: a commit whose answer was lost is found.
+    """
     try:
         applied, left = job_transitions.apply_unlocked(engine, [claim])
         if left:

@@ -20,7 +20,7 @@ from celery_capacity.workers.process.waiting_for_stores import refused
 
 
 class Exit(IntEnum):
-    """How a command ended. A command that a signal ends has 128 + its number in a shell's `$?`."""
+    """Exit code of a command. A command that a signal ends has 128 + the signal's number in a shell's `$?`."""
 
     meaning: str
     when: str
@@ -60,7 +60,7 @@ class Exit(IntEnum):
 
 
 def code_of(error: PlatformError) -> Exit:
-    """The exit code of a command that ends with this error."""
+    """Return the exit code of a command that ends with this error."""
     if isinstance(error, (SettingsError, NotMigrated, Unsupported)) or refused(error):
         return Exit.CONFIGURATION
     return Exit.UNAVAILABLE if isinstance(error, (StoreUnavailable, NoServers, NameTaken)) else Exit.FAILED

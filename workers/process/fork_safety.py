@@ -1,7 +1,8 @@
-"""Connections that a fork copies: in the child they are let go of, without a word on them.
+"""Connections that a fork copies: the child lets go of them, and sends nothing over them.
 
-A copy of a socket keeps the server's session alive when the parent dies: what a broker then sends to the dead consumer
-is lost in it, and locks of a dead session are held. Closing such a connection properly would end the parent's.
+A copied socket keeps the server's session alive when the parent dies. Then the messages that a broker sends to the dead
+consumer are lost in it, and the locks of the dead session stay held. To close such a connection properly would end the
+parent's connection.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from celery_capacity.routing.config import redis_urls
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import sentinels
 
-#: Ports where a URL names none.
+#: Ports by scheme, for a URL that names none.
 USUAL_PORTS: Final = {"amqp": 5672, "amqps": 5671}
 POSTGRES_PORT: Final = 5432
-#: How the file of a Postgres socket is called.
+#: Beginning of the file name of a Postgres socket.
 POSTGRES_SOCKET: Final = ".s.PGSQL."
 
 #: A port, or the path of a socket.
@@ -31,8 +32,10 @@ _guarded: dict[str, tuple[int, Collection[Place]]] = {}
 
 
 def guard_children(settings: Settings) -> None:
-    """From here on, what this process forks (the children of its pool) begins without a connection to any store of the
-    platform: its own, and those that Celery holds."""
+    """Let the children of this process's pool begin without a connection to any store of the platform.
+
+    From here on a forked child has neither the platform's own connections nor those that Celery holds.
+    """
     if not _guarded:
         os.register_at_fork(after_in_child=_after_fork)
     _guarded["main"] = (os.getpid(), places_of(settings))
@@ -45,12 +48,15 @@ def _after_fork() -> None:
 
 
 def places_of(settings: Settings) -> frozenset[Place]:
-    """Where the stores and the broker of a platform listen. (Sentinels tell of their Redis when it is connected to.)"""
-    found: set[Place] = set()
+    """Return the places where the stores and the broker of a platform listen.
+
+    Behind sentinels, the place of Redis is learnt when it is connected to.
+    """
+    places: set[Place] = set()
     for url in (settings.redis_url, settings.broker_url, settings.result_backend, settings.database_url):
         with suppress(ValueError):
-            found |= _places(url or "")
-    return frozenset(found)
+            places |= _places(url or "")
+    return frozenset(places)
 
 
 def _places(url: str) -> set[Place]:
@@ -63,19 +69,19 @@ def _places(url: str) -> set[Place]:
 
 
 def sockets_to(places: Collection[Place]) -> list[int]:
-    """The descriptors of this process that are connected to such a place, or to the socket of a Postgres."""
-    found = []
+    """Return the descriptors of this process that are connected to such a place, or to the socket of a Postgres."""
+    descriptors = []
     for name in os.listdir("/dev/fd"):
         descriptor = int(name)
-        # (The descriptor of the listing itself is gone by now.)
+        # The descriptor of the listing itself is gone by now.
         with suppress(OSError):
             if stat.S_ISSOCK(os.fstat(descriptor).st_mode) and _leads_to(descriptor, places):
-                found.append(descriptor)
-    return found
+                descriptors.append(descriptor)
+    return descriptors
 
 
 def _leads_to(descriptor: int, places: Collection[Place]) -> bool:
-    # (Not gevent's, which would have its loop watch it.)
+    # The plain socket class: gevent's loop would watch a socket of gevent.
     looked_at = _socket.socket(fileno=descriptor)
     try:
         peer = looked_at.getpeername()
@@ -88,7 +94,10 @@ def _leads_to(descriptor: int, places: Collection[Place]) -> bool:
 
 
 def let_go(descriptors: Iterable[int]) -> None:
-    """Have descriptors lead nowhere. They stay taken, so that whoever knows one by its number hits nothing else."""
+    """Point descriptors at /dev/null instead of closing them, so that their numbers are not reused.
+
+    Code that still knows a descriptor by its number then hits nothing else.
+    """
     nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for descriptor in descriptors:
         os.dup2(nowhere, descriptor, inheritable=False)

@@ -1,4 +1,7 @@
-"""What a worker holds, by its own count: it never starts what would exceed its capacity, whatever the ledger says."""
+"""Attempts that a worker holds, by its own count.
+
+A worker never starts a job that would exceed its capacity, whatever the ledger says.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,7 @@ from celery_capacity.routing.policy.placement import Book, fits
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """One claimed attempt. `started`: it was given to the pool. `ended`: its body is over, and the release is on its
-    way."""
+    """Claimed attempt. `started`: given to the pool. `ended`: its body is over, and its release is on the way."""
 
     job: str
     token: str
@@ -30,11 +32,11 @@ class Holding:
 
     @property
     def key(self) -> tuple[str, str]:
-        """(job, token): which attempt it is."""
+        """Return the pair (job, token) that identifies the attempt."""
         return self.job, self.token
 
     def as_adopted(self) -> Adopted:
-        """What the books of a new epoch need to know of it. Its place in the backlog is Postgres's to say."""
+        """Return the facts that the books of a new epoch need. Postgres tells the place in the backlog."""
         return Adopted(
             self.job,
             self.token,
@@ -50,27 +52,27 @@ class Holding:
 
 @dataclass
 class Holdings:
-    """Thread-safe. `capacity` in millicores, bytes and counts."""
+    """Attempts that a worker holds beside its capacity. Thread-safe. `capacity` in millicores, bytes and counts."""
 
     capacity: Mapping[str, int]
-    #: By job and token: an attempt that lost its lease may still run beside a newer one of the same job.
+    #: By job and token, since an attempt that lost its lease may still run beside a newer attempt of the job.
     _held: dict[tuple[str, str], Holding] = field(default_factory=dict)
-    #: Those of them of which the ledger said that they lost their lease.
+    #: Attempts whose lease the ledger reported as lost.
     _strays: set[tuple[str, str]] = field(default_factory=set)
-    #: Jobs that were claimed and whose claim is not answered yet: the ledger may have them as running here. One thread
-    #: assigns it, the heartbeat reads.
+    #: Jobs whose claim is sent and not answered yet: the ledger may have them as running here. One thread assigns the
+    #: set, the heartbeat reads it.
     claiming: frozenset[str] = frozenset()
     _lock: threading.Lock = field(default_factory=lambda: threading.Lock())
 
     def book(self) -> Book:
-        """What runs here beside the capacity, as a book."""
+        """Return a book of the capacity and the running attempts."""
         book = Book("", self.capacity, {})
         for holding in self.running():
             book = book.holding(holding.request)
         return book
 
     def admits(self, requests: Mapping[str, Request]) -> set[str]:
-        """Which of these jobs fit beside what runs, taken in their order."""
+        """Return the jobs that fit beside the running attempts, taken in their order."""
         book = self.book()
         fitting = set()
         for job, request in requests.items():
@@ -84,8 +86,10 @@ class Holdings:
             self._held[holding.job, holding.token] = holding
 
     def start(self, job: str, token: str) -> bool:
-        """An attempt is given to the pool: its body may begin from now on. False where it is not held any more, or is
-        going back."""
+        """Note that an attempt is given to the pool: its body may begin from now on.
+
+        Returns False where the attempt is not held any more, or is going back.
+        """
         with self._lock:
             holding = self._held.get((job, token))
             if holding is None or holding.ended:
@@ -94,18 +98,18 @@ class Holdings:
             return True
 
     def put_off(self, job: str, token: str) -> None:
-        """An attempt that was to be given to the pool is not: its body has not begun."""
+        """Note that an attempt is not given to the pool after all: its body has not begun."""
         with self._lock:
             if (holding := self._held.get((job, token))) is not None:
                 self._held[job, token] = replace(holding, started=False)
 
     def may_rerun(self, job: str, token: str) -> bool:
-        """Return False if the job of an attempt may start only once. One that is not held has been ended already."""
+        """Return False if an attempt's job may start only once. An attempt that is not held has been ended already."""
         holding = self.find(job, token)
         return holding is None or holding.rerun
 
     def end(self, job: str, token: str) -> bool:
-        """The body of an attempt is over. False when it is not held, or was over before."""
+        """Note that the body of an attempt is over. Returns False if it is not held, or was over before."""
         with self._lock:
             holding = self._held.get((job, token))
             if holding is None or holding.ended:
@@ -114,21 +118,23 @@ class Holdings:
             return True
 
     def remove(self, job: str, token: str) -> Holding | None:
-        """The release was answered."""
+        """Forget an attempt whose release was answered, and return its holding."""
         with self._lock:
             self._strays.discard((job, token))
             return self._held.pop((job, token), None)
 
     def disown(self, attempts: Collection[tuple[str, str]]) -> None:
-        """These attempts (job, token) have lost their lease. Their bodies go on, and take up room."""
+        """Note that attempts (job, token) have lost their lease. Their bodies go on, and take up room."""
         with self._lock:
             self._strays |= self._held.keys() & set(attempts)
 
     def left_of(self, capacity: Capacity) -> Capacity:
-        """The part of a capacity that is not taken up by attempts which lost their lease: the books know nothing of
-        those, and would offer their room again and again."""
+        """Return the part of a capacity that is not taken up by attempts which lost their lease.
+
+        The books know nothing of these attempts, and would offer their room again and again.
+        """
         with self._lock:
-            strays = [one for key, one in self._held.items() if key in self._strays and not one.ended]
+            strays = [holding for key, holding in self._held.items() if key in self._strays and not holding.ended]
         left = dict(capacity.amounts)
         for stray in strays:
             for name, amount in stray.request.amounts:
@@ -136,21 +142,21 @@ class Holdings:
         return Capacity.of(left)
 
     def find(self, job: str, token: str) -> Holding | None:
-        """One attempt, if it is held."""
+        """Return the holding of an attempt, None if it is not held."""
         with self._lock:
             return self._held.get((job, token))
 
     def jobs(self) -> list[str]:
-        """All that is held, also what has ended and is not released yet: the list for the heartbeat."""
+        """Return the jobs for the heartbeat: all that are held, also ended jobs that are not released yet."""
         with self._lock:
             return list(dict.fromkeys(job for job, _ in self._held))
 
     def all(self) -> list[Holding]:
-        """The same, as it is held."""
+        """Return all holdings, also those that have ended and are not released yet."""
         with self._lock:
             return list(self._held.values())
 
     def running(self) -> list[Holding]:
-        """What runs."""
+        """Return the holdings whose body is not over."""
         with self._lock:
             return [holding for holding in self._held.values() if not holding.ended]

@@ -1,4 +1,4 @@
-"""Who a worker is: its name, and which life of it (incarnation) this process is."""
+"""Identity of a worker: its name, and its incarnation, the life of the worker that this process is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ DEFAULT_NODE: Final = "celery"
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """`incarnation` is unique to this life; place, pid and start ticks tell others here whether it is over."""
+    """Name and incarnation of a worker, with the facts of its process.
+
+    `incarnation` is unique to this life. Place, pid and start ticks tell others on this machine whether it is over.
+    """
 
     name: str
     incarnation: str
@@ -42,30 +45,31 @@ class Identity:
 
     @property
     def nodename(self) -> str:
-        """Celery's name for it."""
+        """Return Celery's name for the worker."""
         return f"{self.name}@{self.hostname}"
 
 
 def name_of(settings: Settings, nodename: str) -> str:
-    """`NODE_NAME`, else the part of a given `-n` before the @, else the host name. Raises `InvalidRequest`.
+    """Return `NODE_NAME`, else the part of a node `-n` before the @, else the host name.
 
-    Of a `-n` without an @ Celery makes `celery@<given>`: then the given one stands for the host name.
+    Celery turns a `-n` without an @ into `celery@<text>`. Then that text stands for the host name. Raises
+    `InvalidRequest`.
     """
     if settings.node_name:
         return check_worker_name(settings.node_name)
-    given, _, host = nodename.partition("@")
-    if given and given != DEFAULT_NODE:
-        return check_worker_name(given)
+    node, _, host = nodename.partition("@")
+    if node and node != DEFAULT_NODE:
+        return check_worker_name(node)
     return check_worker_name(host or socket.gethostname(), "host name (set NODE_NAME)")
 
 
 def process_start(pid: int) -> datetime:
-    """Return when a process started by the wall clock of now: for people, and for nothing else."""
+    """Return when a process started, by the wall clock of now: for people, and for nothing else."""
     return datetime.fromtimestamp(psutil.Process(pid).create_time(), UTC)
 
 
 def new_identity(name: str) -> Identity:
-    """This process as a new life of the worker `name`."""
+    """Return the identity of this process as a new life of the worker `name`."""
     return Identity(
         name=name,
         incarnation=uuid.uuid4().hex,
@@ -86,9 +90,9 @@ def platform_version() -> str:
 
 
 def is_known_dead(row: WorkerRow, here: Place) -> bool:
-    """Return True only if this machine can prove that an incarnation of a worker is over: it was a process of this
-    boot, and no process has its pid and start any more.
+    """Return True only if this machine can prove that an incarnation of a worker is over.
 
-    Another boot proves nothing: clones share the machine's id, and each has booted. A stopped process is not dead.
+    The proof: it was a process of this boot, and no process has its pid and start any more. Another boot proves
+    nothing: clones share the machine's id, and each has booted. A stopped process is not dead.
     """
     return here.has(row.place) and process_identity.is_over(row.pid, row.start_ticks)

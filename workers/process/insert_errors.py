@@ -1,4 +1,4 @@
-"""Errors of an insert as the submitter gets them: nothing was written, or nobody knows."""
+"""Errors of an insert as the submitter gets them: nothing was written, or the outcome is unknown."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ T = TypeVar("T")
 
 
 def insert_safely(stores: Stores, job: str, insert: Callable[[], T]) -> T:
-    """Insert a job's row; once more on another connection where the first one broke. Raises `NotAccepted` where nothing
-    was written, `OutcomeUnknown` where the row may be there."""
+    """Insert a job's row, and try once more on another connection where the first connection broke.
+
+    Raises `NotAccepted` where nothing was written, `OutcomeUnknown` where the row may be there.
+    """
     try:
         return insert()
     except DBAPIError as error:
@@ -28,7 +30,7 @@ def insert_safely(stores: Stores, job: str, insert: Callable[[], T]) -> T:
         if deadlines.left() <= 0:
             why = f"Postgres did not answer in time while job {job} was stored; it may have been accepted"
             raise OutcomeUnknown(job, why) from error
-        # The connection was lost around the commit. The same statement on a new connection is safe: a row that is
+        # The connection was lost around the commit. To repeat the statement on a new connection is safe: a row that is
         # there already is left as it is.
         try:
             return insert()
@@ -39,5 +41,5 @@ def insert_safely(stores: Stores, job: str, insert: Callable[[], T]) -> T:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Return True if Postgres did not answer, rather than refuse what it was asked."""
+    """Return True if Postgres did not answer, rather than refuse the insert."""
     return isinstance(error, OutcomeUnknown) or isinstance(error.__cause__, (OperationalError, PoolTimeout))

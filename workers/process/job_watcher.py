@@ -1,4 +1,4 @@
-"""The thread that hears what becomes of the jobs that one process watches: one connection for all of them."""
+"""Thread that hears what becomes of the jobs that a process watches, over one connection for all of them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from celery_capacity.routing.wake import Wake
 
 logger = logging.getLogger(__name__)
 
-#: Called in the thread: with an event, or None where the job is to be looked at. It must not wait.
+#: Callback, in the watcher's thread: gets an event, or None where the job is to be looked at. It must not wait.
 Tell = Callable[[JobEvent | None], object]
 
-#: Seconds between two tries while Redis does not answer: doubled from the first to the last. At each the jobs that are
-#: watched are looked at in Postgres.
+#: Seconds between two tries while Redis does not answer: doubled from the first to the last. At each try the watched
+#: jobs are looked at in Postgres.
 AGAIN_AFTER: Final = 0.5
 AGAIN_AT_MOST: Final = 5.0
-#: Seconds after which a silent connection is asked whether it lives; after twice as many it does not.
+#: Seconds after which a silent connection is pinged. After twice as many it counts as dead.
 SILENT_FOR: Final = 10.0
 #: Seconds for which the thread stays when nothing is watched any more.
 STAYS_FOR: Final = 30.0
-#: What CLIENT LIST calls the connection.
+#: Name of the connection in CLIENT LIST.
 NAME: Final = "celery-capacity-watch"
 
 
 class Watcher:
-    """Thread-safe. The thread begins with the first job that is watched, and ends some time after the last one."""
+    """Watcher of jobs. Thread-safe. Its thread begins with the first watched job, and ends some time after the last."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -46,14 +46,14 @@ class Watcher:
         self._wake = Wake()
         self._thread: os_threads.Thread | None = None
         self._pubsub: Any = None
-        #: Channels to which this connection has been subscribed, and those of which it was confirmed.
+        #: Channels to which this connection has been subscribed, and channels whose subscription was confirmed.
         self._asked: set[str] = set()
         self._subscribed: set[str] = set()
         self._heard_at = 0.0
         self._stays = True
 
     def watch(self, job: str, tell: Tell) -> None:
-        """Have each event of a job told, and when to look at it: at first, and after each gap."""
+        """Call `tell` with each event of a job, and with None to have it looked at: at first, and after each gap."""
         name = job_events.channel(job)
         with self._lock:
             self._told.setdefault(name, []).append(tell)
@@ -69,16 +69,16 @@ class Watcher:
     def unwatch(self, job: str, tell: Tell) -> None:
         name = job_events.channel(job)
         with self._lock:
-            told = self._told.get(name, [])
-            if tell in told:
-                told.remove(tell)
-            if not told:
+            listeners = self._told.get(name, [])
+            if tell in listeners:
+                listeners.remove(tell)
+            if not listeners:
                 self._told.pop(name, None)
                 self._jobs.pop(name, None)
         self._wake.set()
 
     def close(self, within: float = 5.0) -> None:
-        """End the thread and its connection; what is watched is told nothing more."""
+        """End the thread and its connection. No callback of a watched job is called any more."""
         with self._lock:
             self._told, self._jobs, self._stays = {}, {}, False
             thread = self._thread
@@ -87,13 +87,13 @@ class Watcher:
             thread.join(within)
 
     def descriptors(self) -> list[int]:
-        """The socket, as a number: for a child that inherited it."""
+        """Return the descriptor of the socket, if there is one: for a child that inherited it."""
         number = self._number()
         return [] if number is None else [number]
 
     def _number(self) -> int | None:
-        found = getattr(getattr(self._pubsub, "connection", None), "_sock", None)
-        return found.fileno() if found is not None and found.fileno() >= 0 else None
+        sock = getattr(getattr(self._pubsub, "connection", None), "_sock", None)
+        return sock.fileno() if sock is not None and sock.fileno() >= 0 else None
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Watcher:
                 self._wake.wait(pause)
                 pause = min(2 * pause, AGAIN_AT_MOST)
             except Exception:
-                # Whatever it was: without this thread nobody would hear anything.
+                # The thread outlives any error: without it nobody would hear anything.
                 logger.exception("watching failed; it begins anew")
                 self._close()
                 self._look_at_all()
@@ -128,7 +128,7 @@ class Watcher:
             return self._thread is not None
 
     def _listen(self, client: Any) -> None:
-        """Subscribe to what is watched now, and hear what is said until something changes or nobody says anything."""
+        """Subscribe to the channels that are watched now, and hear until something changes or nothing is said."""
         if self._pubsub is None:
             self._pubsub = client.pubsub()
             self._pubsub.subscribe(job_events.EPOCH_CHANNEL)
@@ -171,17 +171,17 @@ class Watcher:
         with self._lock:
             if kind == "subscribe":
                 self._subscribed.add(name)
-            told, job = list(self._told.get(name, ())), self._jobs.get(name)
+            listeners, job = list(self._told.get(name, ())), self._jobs.get(name)
         if job is None or kind not in ("subscribe", "message"):
             return
         event = job_events.parse(job, message["data"]) if kind == "message" else None
-        for tell in told:
+        for tell in listeners:
             tell(event)
 
     def _look_at_all(self) -> None:
         with self._lock:
-            told = [tell for tells in self._told.values() for tell in tells]
-        for tell in told:
+            listeners = [tell for tells in self._told.values() for tell in tells]
+        for tell in listeners:
             tell(None)
 
     def _close(self) -> None:

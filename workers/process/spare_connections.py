@@ -1,4 +1,4 @@
-"""Connections to Redis that nobody needs while a worker is idle: closed, and made anew when they are needed."""
+"""Close connections to Redis that nobody needs while a worker is idle. They are made anew when they are needed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from celery_capacity.routing import os_threads
 
 
 def close_spare(pool: Any, keep: int = 0) -> None:
-    """Close the connections of a pool that nobody uses just now, but for so many. In any thread."""
+    """Close the connections of a pool that nobody uses just now, but for `keep` of them. In any thread."""
     if os_threads.is_green():
-        # (Each thread there has its own, and alone may touch them.)
+        # With greenlets, each thread has connections of its own, and it alone may touch them.
         return
     with pool._lock:
         idle = list(pool._available_connections)

@@ -1,6 +1,6 @@
-"""The stores that one process uses: settings, the engine for Postgres, the client for Redis, the ledger.
+"""Stores that a process uses: settings, the engine for Postgres, the client for Redis, the ledger.
 
-Made on first use and never carried over a fork: a child that touches them makes its own.
+They are made at their first use, and never carried over a fork: a child that touches them makes its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Resolve = Callable[[Settings], Settings]
 
 
 def resolve_running(settings: Settings) -> Settings:
-    """The settings with the URLs of the user's running embedded servers; starts nothing."""
+    """Return the settings with the URLs of the user's running embedded servers. Starts nothing. Raises `NoServers`."""
     pair = running_pair(settings.home)
     if pair is None:
         raise NoServers(
@@ -52,9 +52,11 @@ def resolve_running(settings: Settings) -> Settings:
 def make_engine(
     url: str, *, pooled: bool = True, timeout: float = timeouts.STORE_TIMEOUT, most: float = deadlines.LONG
 ) -> Engine:
-    """An engine whose statements are autocommitted one by one, with short time-outs. `pooled`: False where whoever
-    connects keeps the connection. A call is given up after `timeout` seconds (`routing.database.deadlines`), and the
-    server ends a statement after `most` times as many."""
+    """Return an engine whose statements are autocommitted one by one, with short time-outs.
+
+    `pooled`: False where the user of a connection keeps it. A call is given up after `timeout` seconds
+    (`routing.database.deadlines`). The server ends a statement after `most` times as many.
+    """
     pool: dict[str, Any] = {"pool_size": 1, "max_overflow": 9, "pool_timeout": timeouts.CONNECT * timeout}
     options = {
         "lock_timeout": max(1, round(timeout * timeouts.LOCK * 1000)),
@@ -64,20 +66,20 @@ def make_engine(
     engine = create_engine(
         url,
         isolation_level="AUTOCOMMIT",
-        # Arguments and results of jobs are in no log, whatever prints an error.
+        # Arguments and results of jobs come into no log, whatever code prints an error.
         hide_parameters=True,
         # Autocommitted statements leave nothing to roll back: the reset would cost a round trip each time.
         pool_reset_on_return=None,
         **(pool if pooled else {"poolclass": NullPool}),
         connect_args={
             "connection_factory": deadlines.connection_factory(timeout),
-            # A server that went away without a word is noticed in seconds, not in hours (over TCP).
+            # Over TCP, a server that went away without a word is noticed in seconds, not in hours.
             "keepalives_idle": 5,
             "keepalives_interval": 2,
             "keepalives_count": 3,
             "tcp_user_timeout": max(1, round(timeout * 1000)),
             "options": " ".join([PINNED, *(f"-c {name}={value}" for name, value in options.items())]),
-            # Not that of the person's environment: results and errors are any text.
+            # Not the encoding of the user's environment: results and errors can be any text.
             "client_encoding": ENCODING,
         },
     )
@@ -88,17 +90,17 @@ def make_engine(
 
 
 def _limit_connecting(most: float, _dialect: Any, _record: Any, _arguments: Any, options: dict[str, Any]) -> None:
-    """Give a new connection no more time than its user has, and `most` seconds."""
+    """Give a new connection no more time than its user has left, and at most `most` seconds."""
     options["connect_timeout"] = round(max(CONNECT_AT_LEAST, min(most, deadlines.left())))
 
 
 def transactions(engine: Engine) -> Engine:
-    """The same engine, for statements that belong together."""
+    """Return the engine for statements that belong together: in transactions, instead of autocommitted."""
     return engine.execution_options(isolation_level="READ COMMITTED")
 
 
 class Stores:
-    """One for each app; `settings`, `engine`, `redis`, `ledger` and others are made when they are first asked for."""
+    """Stores of an app: `settings`, `engine`, `redis`, `ledger` and others, each made when it is first asked for."""
 
     def __init__(self, resolve: Resolve = resolve_running) -> None:
         self._resolve = resolve
@@ -107,31 +109,31 @@ class Stores:
         _all.add(self)
 
     def _get(self, name: str, make: Callable[[], Any]) -> Any:
-        found = self._made.get(name)
-        if found is None:
+        store = self._made.get(name)
+        if store is None:
             with self._lock:
-                found = self._made.get(name)
-                if found is None:
-                    found = self._made[name] = make()
-        return found
+                store = self._made.get(name)
+                if store is None:
+                    store = self._made[name] = make()
+        return store
 
     @property
     def made(self) -> Mapping[str, Any]:
-        """Those that have been made, by name."""
+        """Return the stores that have been made, by name."""
         return self._made
 
     @property
     def settings(self) -> Settings:
-        """Read from the environment once; with the URLs of the servers that serve. Raises `NoServers`."""
-        found: Settings = self._get("settings", self._read_settings)
-        return found
+        """Return the settings, read from the environment once, with the URLs of the servers. Raises `NoServers`."""
+        settings: Settings = self._get("settings", self._read_settings)
+        return settings
 
     def _read_settings(self) -> Settings:
         settings = Settings.from_environ(os.environ)
         return settings if settings.redis_url else self._resolve(settings)
 
     def settings_without_servers(self) -> Settings:
-        """The same, without any URL where no servers are named or running."""
+        """Return the settings, without any URL where no servers are named or running."""
         try:
             return self.settings
         except NoServers:
@@ -139,104 +141,110 @@ class Stores:
 
     @property
     def requests(self) -> RequestRules:
-        """What `PLATFORM_REQUESTS` says of tasks. Raises `SettingsError`."""
-        found: RequestRules = self._get("requests", lambda: task_rules.read(self.settings.requests))
-        return found
+        """Return the rules of `PLATFORM_REQUESTS` for tasks. Raises `SettingsError`."""
+        rules: RequestRules = self._get("requests", lambda: task_rules.read(self.settings.requests))
+        return rules
 
     @property
     def engine(self) -> Engine:
         def make() -> Engine:
             return make_engine(str(self.settings.database_url), timeout=self.settings.store_timeout)
 
-        found: Engine = self._get("engine", make)
-        return found
+        engine: Engine = self._get("engine", make)
+        return engine
 
     @property
     def direct(self) -> Engine:
-        """Connections that are sessions of their own, each kept by whoever asks: for LISTEN and the locks of sessions.
-        Where `engine` goes through a pooler, PLATFORM_DIRECT_DATABASE_URL names the server itself."""
+        """Return an engine whose connections are sessions of their own: for LISTEN and the locks of sessions.
+
+        Each connection is kept by its user. Where `engine` goes through a pooler, PLATFORM_DIRECT_DATABASE_URL names
+        the server itself.
+        """
 
         def make() -> Engine:
             url = str(self.settings.direct_database_url or self.settings.database_url)
             return make_engine(url, pooled=False, timeout=self.settings.store_timeout)
 
-        found: Engine = self._get("direct", make)
-        return found
+        engine: Engine = self._get("direct", make)
+        return engine
 
     @property
     def inserter(self) -> Inserter:
-        """Inserts the jobs that are submitted one by one."""
+        """Return the inserter of jobs that are submitted one by one."""
 
         def make() -> Inserter:
             url, timeout = str(self.settings.database_url), self.settings.store_timeout
-            own = make_engine(url, pooled=False, timeout=timeout, most=timeouts.INSERT)
-            return Inserter(own, self.engine)
+            engine = make_engine(url, pooled=False, timeout=timeout, most=timeouts.INSERT)
+            return Inserter(engine, self.engine)
 
-        found: Inserter = self._get("inserter", make)
-        return found
+        inserter: Inserter = self._get("inserter", make)
+        return inserter
 
     def doubt_connections(self) -> None:
-        """One connection to Postgres broke: with a restart all did, so those that nobody uses now are made anew."""
-        # As SQLAlchemy does where it sees the error itself. (`dispose` would leave what others use now to a pool that
-        # nobody empties.)
+        """Make the connections to Postgres anew that nobody uses now, after one broke: a restart breaks all of them."""
+        # SQLAlchemy does this where it sees the error itself. `dispose` would leave the connections that others use
+        # now to a pool that nobody empties.
         self.engine.pool._invalidate(None)  # type: ignore[arg-type]
         self.inserter.doubt()
 
     def apart(self) -> Stores:
-        """The same settings and engine with a handle of the ledger of its own: the epoch of a handle is its user's."""
+        """Return stores with these settings and this engine, but with a handle of the ledger of their own.
+
+        The epoch of a handle belongs to its user.
+        """
         twin = Stores(self._resolve)
         twin._made = {"settings": self.settings, "engine": self.engine}
         return twin
 
     @property
     def ledger(self) -> Ledger:
-        found: Ledger = self._get("ledger", self.new_ledger)
-        return found
+        ledger: Ledger = self._get("ledger", self.new_ledger)
+        return ledger
 
     def new_ledger(self) -> Ledger:
-        """A handle of the ledger of its own: the epoch of a handle is its user's."""
+        """Return a new handle of the ledger, since the epoch of a handle belongs to its user."""
         ledger = Ledger(self.settings)
         ledger.find_database = self.find_database
         return ledger
 
     def find_database(self) -> str:
-        """The id of the database, asked for once. Raises `PlatformError` where Postgres does not say it."""
-        found = self._made.get("database_id")
-        if found is None:
+        """Return the id of the database, asked for once. Raises `PlatformError` where Postgres does not tell it."""
+        database = self._made.get("database_id")
+        if database is None:
             try:
                 with self.engine.connect() as connection:
-                    found = self._made["database_id"] = database_id(connection)
+                    database = self._made["database_id"] = database_id(connection)
             except DBAPIError as error:
                 raise translate(error) from error
             except PoolTimeout as error:
                 raise StoreUnavailable("no connection to Postgres was free") from error
-        return str(found)
+        return str(database)
 
     @property
     def sending(self) -> Breaker:
-        """The ledger as senders ask it: with short time-outs, and not at all while it does not answer."""
-        found: Breaker = self._get("sending", lambda: Breaker(self.settings, self.find_database))
-        return found
+        """Return the ledger as senders ask it: with short time-outs, and not at all while it does not answer."""
+        breaker: Breaker = self._get("sending", lambda: Breaker(self.settings, self.find_database))
+        return breaker
 
     @property
     def watcher(self) -> Watcher:
-        """Hears what becomes of the jobs that this process watches."""
-        found: Watcher = self._get("watcher", lambda: Watcher(self.settings))
-        return found
+        """Return the watcher that hears what becomes of the jobs that this process watches."""
+        watcher: Watcher = self._get("watcher", lambda: Watcher(self.settings))
+        return watcher
 
     def close_spare_connections(self) -> None:
-        """Close the connections to Redis that nobody uses just now; they are made anew when they are needed."""
+        """Close the connections to Redis that nobody uses just now. They are made anew when they are needed."""
         for name in ("ledger", "sending"):
             if name in self._made:
                 close_spare(self._made[name].client.connection_pool)
 
     @property
     def redis(self) -> redis.Redis:
-        """The ledger's client."""
+        """Return the ledger's client."""
         return self.ledger.client
 
     def forget_after_fork(self) -> None:
-        """In a child: drop what the parent made, without a word on the parent's connections."""
+        """Drop, in a child, the stores that the parent made, and send nothing over the parent's connections."""
         self._lock = threading.RLock()
         for name in ("ledger", "sending", "watcher"):
             if name in self._made:

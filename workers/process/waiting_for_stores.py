@@ -1,4 +1,4 @@
-"""Waiting at the start for stores that are down: a worker whose stores come later than itself is not misconfigured."""
+"""Wait at the start for stores that are down: a worker that starts before its stores is not misconfigured."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two tries.
 AGAIN_AFTER: Final = 0.5
-#: What may stop a start and pass.
+#: Errors that may stop a start and may pass.
 TROUBLE: Final = (PlatformError, SQLAlchemyError, redis_errors.RedisError)
 
-#: What Redis answers that no waiting changes, and what it answers while it cannot serve yet.
+#: Answers of Redis that no waiting changes, and answers while it cannot serve yet.
 _REFUSED: Final = (redis_errors.AuthenticationError, redis_errors.AuthorizationError)
 _PASSING: Final = (
     redis_errors.ConnectionError,
@@ -30,10 +30,10 @@ _PASSING: Final = (
     redis_errors.ReadOnlyError,
     redis_errors.TryAgainError,
 )
-#: What Redis says while its disk takes no snapshot: it writes again when there is room.
+#: Beginning of Redis's answer while its disk takes no snapshot: it writes again when there is room.
 _NO_SNAPSHOT: Final = "MISCONF "
-#: Parts of what Postgres says to who may not come in, or names a database that is not there. (The driver gives no
-#: SQLSTATE of a connection that was refused. A server that speaks another language is waited for, with its words.)
+#: Parts of Postgres's answers to a user who may not come in, or who names a database that is not there. The driver
+#: gives no SQLSTATE of a refused connection. A server that speaks another language is waited for, with its words.
 _UNWELCOME: Final = (
     "authentication failed",
     "no pg_hba.conf entry",
@@ -42,44 +42,46 @@ _UNWELCOME: Final = (
     "is not permitted to log in",
     "permission denied",
     "certificate verify failed",
-    # What the driver itself does not take: an option of the URL, or its value.
+    # Refusals of the driver itself: an option of the URL, or its value.
     "invalid dsn",
     "invalid connection option",
     "invalid sslmode value",
     "invalid port number",
 )
-#: What Redis says where the database's number is above those that it has.
+#: Part of Redis's answer where the database's number is above those that it has.
 _NO_DATABASE: Final = "DB index is out of range"
 
 T = TypeVar("T")
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether waiting helps: a store does not answer (yet), rather than refuse what it was asked."""
-    for one in _chain(error):
-        if isinstance(one, (*_REFUSED, ssl.SSLCertVerificationError)):
+    """Return True if waiting helps: a store does not answer, or not yet, rather than refuse the request."""
+    for exc in _chain(error):
+        if isinstance(exc, (*_REFUSED, ssl.SSLCertVerificationError)):
             return False
-        if isinstance(one, (PoolTimeout, *_PASSING)):
+        if isinstance(exc, (PoolTimeout, *_PASSING)):
             return True
-        if isinstance(one, redis_errors.ResponseError) and str(one).startswith(_NO_SNAPSHOT):
+        if isinstance(exc, redis_errors.ResponseError) and str(exc).startswith(_NO_SNAPSHOT):
             return True
-        if isinstance(one, DBAPIError) and getattr(one.orig, "pgcode", None) == READ_ONLY:
+        if isinstance(exc, DBAPIError) and getattr(exc.orig, "pgcode", None) == READ_ONLY:
             return True
-        if isinstance(one, DBAPIError) and isinstance(one.orig, (psycopg2.OperationalError, psycopg2.InterfaceError)):
-            return not any(words in str(one.orig) for words in _UNWELCOME)
+        if isinstance(exc, DBAPIError) and isinstance(exc.orig, (psycopg2.OperationalError, psycopg2.InterfaceError)):
+            return not any(words in str(exc.orig) for words in _UNWELCOME)
     return False
 
 
 def refused(error: BaseException) -> bool:
-    """Whether a store answered and does not let this process in: no waiting changes that, another user or password
-    does."""
-    for one in _chain(error):
-        if isinstance(one, (*_REFUSED, ssl.SSLCertVerificationError)):
+    """Return True if a store answered and does not let this process in.
+
+    No waiting changes that; another user or password does.
+    """
+    for exc in _chain(error):
+        if isinstance(exc, (*_REFUSED, ssl.SSLCertVerificationError)):
             return True
-        if isinstance(one, redis_errors.ResponseError) and _NO_DATABASE in str(one):
+        if isinstance(exc, redis_errors.ResponseError) and _NO_DATABASE in str(exc):
             return True
-        if isinstance(one, DBAPIError) and isinstance(one.orig, psycopg2.Error):
-            return one.orig.pgcode == NOT_ALLOWED or any(words in str(one.orig) for words in _UNWELCOME)
+        if isinstance(exc, DBAPIError) and isinstance(exc.orig, psycopg2.Error):
+            return exc.orig.pgcode == NOT_ALLOWED or any(words in str(exc.orig) for words in _UNWELCOME)
     return False
 
 
@@ -90,21 +92,24 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def when_stores_answer(action: Callable[[], T], wait: Callable[[float], object]) -> T:
-    """Do what needs the stores, as soon as they let it. Says what it waits for, once for each change, and raises what
-    no waiting changes. `wait` waits for so many seconds, and raises where the process is to end."""
-    said = ""
+    """Run an action that needs the stores as soon as they let it, and return its result.
+
+    Logs the reason for waiting, once for each change. Raises an error that no waiting changes. `wait` waits for so many
+    seconds, and raises where the process is to end.
+    """
+    logged = ""
     while True:
         try:
             done = action()
         except TROUBLE as error:
             if not may_pass(error):
                 raise
-            says = mask_url(" ".join(str(error).split()))
-            if says != said:
-                said = says
-                logger.warning("waiting for a store: %s", says)
+            reason = mask_url(" ".join(str(error).split()))
+            if reason != logged:
+                logged = reason
+                logger.warning("waiting for a store: %s", reason)
         else:
-            if said:
+            if logged:
                 logger.warning("the stores answer")
             return done
         wait(AGAIN_AFTER)
