@@ -1,5 +1,8 @@
-"""What an app already has when the platform is installed on it: tasks that are defined, and what Celery keeps once it
-was asked for (`app.amqp`, `app.control`, `app.Task`, its backend and connections)."""
+"""Adopt the parts that an app already has when the platform is installed on it.
+
+These are the tasks that are defined, and the parts that Celery keeps once they were asked for: `app.amqp`,
+`app.control`, `app.Task`, the backend and the connections.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,22 @@ from celery.local import Proxy
 
 from celery_capacity.workers.submit.task import cover
 
-#: What Celery makes once and keeps in the app itself.
+#: Parts that Celery makes once and keeps in the app itself.
 KEPT: Final = ("amqp", "control", "Task")
 
 
 def unproxied(app: Any) -> Celery:
-    """The app behind `current_app` and the like."""
-    found: Celery = app._get_current_object() if isinstance(app, Proxy) else app
-    return found
+    """Return the app behind `current_app` and the like."""
+    real_app: Celery = app._get_current_object() if isinstance(app, Proxy) else app
+    return real_app
 
 
 def make_anew(app: Celery) -> None:
-    """Have the app make its parts anew, of the classes that it has now. Queues that were added to those of before
-    stay; connections and the result backend are made again when they are used."""
+    """Have the app make its parts anew, of the classes that it has now.
+
+    Queues that were added to the former parts stay. Connections and the result backend are made again when they are
+    used.
+    """
     before = {name: app.__dict__.pop(name) for name in KEPT if name in app.__dict__}
     if "amqp" in before and "queues" in before["amqp"].__dict__:
         app.amqp.queues = before["amqp"].queues
@@ -33,8 +39,10 @@ def make_anew(app: Celery) -> None:
 
 
 def cover_tasks(app: Celery) -> None:
-    """Give the platform's task class to those tasks that do not come of `app.Task`: the ones that are there, and
-    those that are still to come."""
+    """Give the platform's task class to tasks that do not derive from `app.Task`.
+
+    Existing tasks get it now, future tasks when they are made.
+    """
     for task in app._tasks.values():
         cover(task)
     app._task_from_fun = _covering(app._task_from_fun)

@@ -1,4 +1,4 @@
-"""Celery's remote control, with a revoke that reaches jobs which no worker holds, and outlives the worker of others."""
+"""Celery's remote control, with a revoke that reaches jobs without a worker, and outlives the worker of the others."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 _COMMANDS: Final = ("revoke", "revoke_by_stamped_headers")
 
-#: Set while this process broadcasts a revoke of which the rows know.
+#: Set while this process broadcasts a revoke that the rows know already.
 _told: ContextVar[bool] = ContextVar("celery-capacity told", default=False)
 
 
 class PlatformControl:
-    """Mixed into the app's control class."""
+    """Mixin for the app's control class."""
 
     stores: Stores
     app: Any
@@ -42,12 +42,17 @@ class PlatformControl:
         signal: str = "SIGTERM",
         **kwargs: Any,
     ) -> Any:
-        """Revoke jobs (an id, or several). One that waits or is scheduled ends at once, for good, with the result
-        REVOKED; of one that a worker holds the worker is told, as Celery does (`terminate` ends its process), and its
-        row keeps it: the job runs no other attempt. While the ledger does not answer every job is only marked, starts
-        no more, and ends within the sweep's interval once it answers. Raises `InvalidRequest`, and `StoreUnavailable`:
-        also where `terminate` is asked for and the broker is away, so that no worker can be told."""
-        ids = [check_job_id(one) for one in ([task_id] if isinstance(task_id, str) else task_id)]
+        """Revoke jobs, by one id or several.
+
+        A job that waits or is scheduled ends at once, for good, with the result REVOKED. If a worker holds a job, the
+        worker is told, as Celery does; `terminate` ends the job's process. The job's row keeps the revoke, so that the
+        job runs no other attempt. While the ledger does not answer, every job is only marked: it starts no more, and
+        ends within the sweep's interval once the ledger answers.
+
+        Raises `InvalidRequest`. Raises `StoreUnavailable`, also where `terminate` is asked for and the broker is away,
+        so that no worker can be told.
+        """
+        ids = [check_job_id(job) for job in ([task_id] if isinstance(task_id, str) else task_id)]
         revoke_jobs(self.app, self.stores, ids)
         with _telling(terminate):
             return super().revoke(task_id, destination=destination, terminate=terminate, signal=signal, **kwargs)  # type: ignore[misc]
@@ -55,8 +60,11 @@ class PlatformControl:
     def revoke_by_stamped_headers(
         self, headers: Any, destination: Any = None, terminate: bool = False, signal: str = "SIGTERM", **kwargs: Any
     ) -> Any:
-        """The same for all jobs that carry one of these stamps: {name: value or list of values}. Workers remember the
-        stamps, as Celery's do: what is submitted with one later ends when it is to start."""
+        """Revoke all jobs that carry one of these stamps: {name: value or list of values}. See `revoke`.
+
+        Workers remember the stamps, as Celery's do: a job that is submitted later with such a stamp ends when it is to
+        start.
+        """
         revoke_stamped(self.app, self.stores, headers)
         with _telling(terminate):
             return super().revoke_by_stamped_headers(  # type: ignore[misc]
@@ -64,21 +72,27 @@ class PlatformControl:
             )
 
     def purge(self, connection: Any = None) -> int:
-        """Empty the queues: what waits in their backlogs ends as cancelled, and messages of old producers that are not
-        enrolled yet are dropped. Returns how many."""
+        """Empty the queues, and return the number of jobs and messages removed.
+
+        Jobs that wait in the queues' backlogs end as cancelled. Messages of old producers that are not enrolled yet are
+        dropped.
+        """
         if getattr(connection, "purge_jobs", None) is not None:
             return int(super().purge(connection))  # type: ignore[misc]
-        # (Those of a pool are kombu's own, which know of no jobs.)
-        with self.app.connection_for_write() as own:
-            return int(super().purge(own))  # type: ignore[misc]
+        # The connections of a pool are kombu's own, which know of no jobs.
+        with self.app.connection_for_write() as write_connection:
+            return int(super().purge(write_connection))  # type: ignore[misc]
 
     discard_all = purge
 
     def broadcast(
         self, command: Any, arguments: Any = None, destination: Any = None, *more: Any, **options: Any
     ) -> Any:
-        """As Celery's; a rate limit (`rate_limit`, or `celery control rate_limit`) holds for the whole cluster from
-        then on, until another one is set: 0 lifts it."""
+        """Broadcast a command, as Celery does.
+
+        A rate limit (`rate_limit`, or `celery control rate_limit`) holds for the whole cluster from then on, until
+        another one is set. 0 lifts it.
+        """
         if command in _COMMANDS and _told.get():
             arguments = {**(arguments or {}), TOLD: True}
         if command == "rate_limit":
@@ -104,8 +118,10 @@ class PlatformControl:
 
 
 class _telling:  # noqa: N801 - reads as a statement
-    """Within, what this thread broadcasts says that the rows know. While the broker is away they are enough, but for
-    what is to be terminated."""
+    """Context in which a broadcast of this thread says that the rows know of the revoke.
+
+    While the broker is away the rows are enough, except for jobs that are to be terminated.
+    """
 
     def __init__(self, terminate: bool) -> None:
         self._terminate = terminate
@@ -124,5 +140,5 @@ class _telling:  # noqa: N801 - reads as a statement
 
 
 def control_class(base: type = Control, stores: Stores | None = None) -> type:
-    """The app's control class with the platform's in front of it."""
+    """Return the app's control class with the platform's in front of it."""
     return type("Control", (PlatformControl, base), {"stores": stores})

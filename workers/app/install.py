@@ -1,4 +1,4 @@
-"""Making a Celery app whose tasks are admitted by capacity: `create_app` a new one, `install` for one that exists."""
+"""Make a Celery app whose tasks are admitted by capacity: a new app by `create_app`, an existing one by `install`."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ def create_app(
     resolve: Resolve = resolve_running,
     **celery_options: Any,
 ) -> Celery:
-    """A Celery app on the platform's stores, made the current one. Opens nothing.
+    """Return a new Celery app on the platform's stores, and make it the current app. Opens nothing.
 
-    `include`: modules with tasks. `resolve`: what to do when no URL is set (the default takes the running embedded
-    servers, and raises `NoServers` without any). Other options are Celery's own, and win over the platform's.
+    `include`: modules with tasks. `resolve`: called when no URL is set. Its default takes the running embedded servers,
+    and raises `NoServers` without any. Other options are Celery's own, and win over the platform's.
     """
     app = Celery(name, include=[*include], set_as_current=True, **celery_options)
     return install(app, resolve=resolve)
 
 
 def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
-    """Give an existing app admission by capacity; the app is returned. A second time changes nothing.
+    """Give an existing app admission by capacity, and return the app. A second call changes nothing.
 
     Call it when the app is made: before or after its tasks are defined, its configuration is read or something was
-    sent. Its own AMQP, control, task, request and consumer classes are kept and extended, as are settings that it names
-    itself. Where the app has read its configuration already, the environment is read at once (and `SettingsError`
-    raised), else when it does. Servers are looked for when one is needed.
+    sent. The app's own AMQP, control, task, request and consumer classes are kept and extended, as are settings that
+    the app names itself. Where the app has read its configuration already, the environment is read at once, and
+    `SettingsError` raised. Otherwise the environment is read when the app reads its configuration. Servers are looked
+    for when one is needed.
     """
     app = unproxied(app)
     if isinstance(getattr(app, "platform", None), Stores):
@@ -67,7 +68,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     app.submit_many = partial(submit_many.submit_many, app)
     groups.connect()
     teach_states()
-    # Each time that a configuration is read: `config_from_object` after a first use does so anew.
+    # Called each time that a configuration is read: `config_from_object` after a first use reads it anew.
     app.add_defaults(partial(_configured, app))
     app.on_after_configure.connect(_configured, weak=False)
     app.on_after_finalize.connect(_finish, weak=False)
@@ -75,7 +76,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     cover_tasks(app)
     if app.finalized:
         _finish(app)
-    # Here, not at the import of this module: its signals concern the worker of an installed app only.
+    # Imported here, not with this module: its signals concern the worker of an installed app only.
     from celery_capacity.workers.app import signals
 
     signals.connect()
@@ -83,7 +84,10 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
 
 
 def platform_of(app: Celery) -> Stores:
-    """The stores of an app: `settings`, `engine`, `redis`, `ledger`. Raises where the platform is not installed."""
+    """Return the stores of an app: `settings`, `engine`, `redis`, `ledger`.
+
+    Raises `PlatformError` where the platform is not installed.
+    """
     stores = getattr(app, "platform", None)
     if not isinstance(stores, Stores):
         raise PlatformError(
@@ -94,7 +98,7 @@ def platform_of(app: Celery) -> Stores:
 
 
 def _check_imports(app: Celery, stores: Stores) -> None:
-    """Have whoever imports the tasks, a worker or beat, look first whether the modules of the settings are there."""
+    """Have a worker or beat check that the modules of the settings are there, before it imports the tasks."""
     plain = app.loader.import_default_modules
 
     def checked() -> Any:
@@ -105,14 +109,14 @@ def _check_imports(app: Celery, stores: Stores) -> None:
 
 
 def _carry_results(app: Celery) -> None:
-    """Have the app make its result backend, whichever it is, with the platform's in front of it."""
+    """Have the app make its result backend, whichever it is, with the platform's class in front of it."""
 
     def make() -> Any:
         try:
-            found, url = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+            base, url = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
         except NoServers as missing:
             return NoBackend(app, missing)
-        return backend_class(found)(app=app, url=url)
+        return backend_class(base)(app=app, url=url)
 
     app._get_backend = make
 
@@ -122,7 +126,7 @@ def _as_class(of: Any) -> type:
 
 
 def _configured(sender: Celery, **_: Any) -> dict[str, Any]:
-    """The app has read its configuration. Returns nothing more that is to stand before it."""
+    """Add the platform's defaults to a configuration that was read. Returns no settings that are to stand before it."""
     made: Defaults | None = sender.__dict__.get("platform_defaults")
     if made is None:
         made = sender.platform_defaults = Defaults(sender, platform_of(sender))
@@ -133,14 +137,14 @@ def _configured(sender: Celery, **_: Any) -> dict[str, Any]:
 
 
 def _finish(sender: Celery, **_: Any) -> None:
-    """Once the app is final: no task is left that was decorated before `install` and made since."""
+    """Cover the last tasks once the app is final: those that were decorated before `install` and made since."""
     for task in sender._tasks.values():
         cover(task)
     _add_ticks(sender)
 
 
 def _add_ticks(app: Celery) -> None:
-    """A schedule of the user's own does not lose the platform's ticks."""
+    """Add the platform's ticks to a schedule of the user's own, which would lack them."""
     entries = beat_messages.beat_entries(platform_of(app).settings_without_servers())
     if entries.keys() - app.conf.beat_schedule.keys():
         app.conf.beat_schedule = {**entries, **app.conf.beat_schedule}

@@ -1,4 +1,4 @@
-"""Celery's start-up and shutdown signals, wired to the worker's runtime. No rule in here."""
+"""Celery's start-up and shutdown signals, wired to the worker's runtime. No rule stands in here."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from celery_capacity.workers.remote import (
     remote_control,  # noqa: F401  its commands take the places of Celery's
 )
 
-#: By name, as Celery finds it: what only submits never loads it.
+#: Given by name, as Celery finds it: a process that only submits never loads it.
 CONSUMER: Final = "celery_capacity.workers.execute.consumer:consumer_class"
 
-#: Numbers of the workers of this process that nobody named.
+#: Numbers for the workers of this process that nobody named.
 _lives: Final = itertools.count(1)
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def connect() -> None:
 
 
 def _without_arguments(record: logging.LogRecord) -> bool:
-    """Celery's pool writes the arguments of each job into its log, at the level DEBUG."""
+    """Hide the arguments of jobs, which Celery's pool writes into its log at the level DEBUG."""
     if isinstance(record.args, tuple) and record.msg.startswith("TaskPool: Apply"):
         record.args = (record.args[0], HIDDEN, HIDDEN)
     return True
@@ -77,7 +77,7 @@ def on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None,
 
 
 def on_worker_init(sender: Any = None, **_: Any) -> None:
-    """Refuse early what cannot work: no tables, a name that is taken."""
+    """Refuse early a start that cannot work: no tables, a name that is taken."""
     stores = stores_of(sender.app)
     if stores is None:
         return
@@ -99,22 +99,23 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         check_results(sender.app)
         runtime = Runtime(sender.app, stores, identity, green)
         if type(sender) is not sender.app.WorkController:
-            # (One that was only made is looked at, by `celery graph bootsteps`: it meets the others when it starts.)
+            # A plain `WorkController` is only made to be looked at, by `celery graph bootsteps`: it meets the others
+            # when it starts.
             runtime.joining.meet(threading.Event().wait)
         if running_workers.running():
-            # Celery would have both wait with one event loop, in two threads.
+            # Celery would have both workers wait with one event loop, in two threads.
             set_event_loop(None)
         sender.platform_runtime = runtime
         sender.start = partial(runtime.run, sender.start)
 
 
 def on_worker_ready(sender: Any = None, **_: Any) -> None:
-    """The pool is up and the queue is consumed: now the worker can be admitted to."""
+    """Join the platform: the pool is up and the queue is consumed, so jobs can be admitted to the worker."""
     readiness.join(sender)
 
 
 def on_worker_shutting_down(sender: Any = None, how: str = "", **_: Any) -> None:
-    """In a signal handler: only flags are set and pipes written."""
+    """Drain the workers, and note a cold stop. In a signal handler: only flags are set and pipes written."""
     if how.lower() == "cold":
         for runtime in running_workers.running():
             runtime.stop_cold()
@@ -122,13 +123,13 @@ def on_worker_shutting_down(sender: Any = None, how: str = "", **_: Any) -> None
 
 
 def _drain() -> None:
-    """In a signal handler."""
+    """Drain the workers of this process, in a signal handler."""
     for runtime in running_workers.running():
         runtime.drain()
 
 
 def on_worker_shutdown(sender: Any = None, **_: Any) -> None:
-    """The pool has ended: settle and deregister, before whoever else hears of it."""
+    """Settle and deregister after the pool has ended, before anybody else hears of it."""
     runtime = runtime_of(sender)
     if runtime is not None:
         runtime.leave()

@@ -1,6 +1,6 @@
 """Celery's remote control about queues, where it would speak of the queue that this worker keeps for itself.
 
-The commands stand in a table of the process; a worker that is not of the platform gets Celery's own.
+The commands stand in a table of the process. A worker that is not of the platform gets Celery's own commands.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def _instead(celerys: Callable[..., Any], ours: Callable[..., Any]) -> Callable[
 
 
 def _active_queues(runtime: Runtime, state: Any) -> list[dict[str, Any]]:
-    """The queues that the worker serves."""
+    """Return the queues that the worker serves."""
     return [dict(queue.as_dict(recurse=True)) for queue in runtime.serving.queues]
 
 
 def _add_consumer(runtime: Runtime, state: Any, queue: str, *args: Any, **options: Any) -> Any:
-    """As Celery's; a queue that cannot be served is refused in the answer."""
+    """Serve a queue, as Celery's command does. A queue that cannot be served is refused in the answer."""
     names = ("exchange", "exchange_type", "routing_key")
-    given = {**dict(zip(names, args, strict=False)), **options}
+    arguments = {**dict(zip(names, args, strict=False)), **options}
     try:
-        as_queue(state.app.amqp.queues, queue, **given)
+        as_queue(state.app.amqp.queues, queue, **arguments)
     except PlatformError as error:
         return {"error": str(error)}
-    return control.add_consumer(state, queue, **given)
+    return control.add_consumer(state, queue, **arguments)

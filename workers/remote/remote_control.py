@@ -1,7 +1,7 @@
-"""The worker's side of Celery's remote control, where the platform has more to say or to do than Celery.
+"""Worker's side of Celery's remote control, where the platform has more to say or to do than Celery.
 
-Celery keeps its commands in one table for the process. These stand in it for Celery's own; on an app that is not on the
-platform they do what Celery's do.
+Celery keeps its commands in one table for the process. The commands of this module replace Celery's own there. On an
+app that is not on the platform they do what Celery's do.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from celery_capacity.workers.results.cancellation import TOLD, revoke_jobs, revo
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after a request for a heartbeat at which it is sent again. A program that begins to hear events asks for one,
-#: and its own subscription may come later than the first answer.
+#: Seconds after a request for a heartbeat at which the heartbeat is sent again. A program that begins to hear events
+#: asks for a heartbeat, and its own subscription may come later than the first answer.
 AGAIN_AFTER: Final = (1.0, 5.0)
 
-#: Sent to a process whose job is terminated, unless the caller names another signal.
+#: Signal for a process whose job is terminated, unless the caller names another.
 TERM: Final = "SIGTERM"
 
 
 def _in_place_of(plain: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Have a command answered by the function, which gets the worker's runtime too."""
+    """Have a command of Celery's answered by the decorated function, which gets the worker's runtime too."""
 
     def put(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(plain)
@@ -52,8 +52,11 @@ def _in_place_of(plain: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
 
 @_in_place_of(celery_control.heartbeat)
 def heartbeat(state: Any, runtime: Runtime) -> None:
-    """Send the event of a heartbeat now. Celery's own would call it good for seconds only, and sends the next one after
-    two: here they come once a minute."""
+    """Send the event of a heartbeat now.
+
+    Celery's own command would call the event good for seconds only, since Celery sends the next one after two. Here
+    the events come once a minute.
+    """
     consumer = state.consumer
     for seconds in (0.0, *AGAIN_AFTER):
         consumer.timer.call_after(seconds, _send_heartbeat, (consumer,))
@@ -75,10 +78,13 @@ def revoke(
     told: bool = False,
     **_: Any,
 ) -> Any:
-    """Celery's also stores the result REVOKED, from every worker that hears it, though the job may run on another. Here
-    the rows say what was ended by it; whoever called `app.control.revoke` has seen to them, and for others (`celery
-    control revoke`, a Celery without the platform) the worker does."""
-    ids = {str(one) for one in maybe_list(task_id) or ()}
+    """Revoke jobs on this worker, and in the rows unless the caller has done so (`told`).
+
+    Celery's command also stores the result REVOKED, from every worker that hears it, though the job may run on another
+    worker. Here the rows say which jobs the revoke ended. A caller of `app.control.revoke` has seen to the rows. For
+    other callers, `celery control revoke` or a Celery without the platform, the worker does.
+    """
+    ids = {str(job) for job in maybe_list(task_id) or ()}
     worker_state.revoked.update(ids)
     if not told:
         runtime.recorder.call(lambda: revoke_jobs(state.app, runtime.stores, sorted(ids)))
@@ -124,7 +130,7 @@ def revoke_by_stamped_headers(
 
 @_in_place_of(celery_control.stats)
 def stats(state: Any, runtime: Runtime, **options: Any) -> Any:
-    """With `capacity` and `allocated` in people's units, by the worker's own count."""
+    """Return Celery's statistics with `capacity` and `allocated` in people's units, by the worker's own count."""
     book = runtime.holdings.book()
     return {
         **celery_control.stats(state, **options),
@@ -135,14 +141,17 @@ def stats(state: Any, runtime: Runtime, **options: Any) -> Any:
 
 @_in_place_of(celery_control.shutdown)
 def shutdown(state: Any, runtime: Runtime, **options: Any) -> Any:
-    """As a TERM: nothing more is admitted from here on. (Of this one Celery sends no `worker_shutting_down`.)"""
+    """Shut down as after a TERM: nothing more is admitted from here on.
+
+    For a shutdown by remote control Celery sends no `worker_shutting_down`.
+    """
     runtime.drain()
     return celery_control.shutdown(state, **options)
 
 
 @_in_place_of(celery_control.pool_restart)
 def pool_restart(state: Any, runtime: Runtime, **options: Any) -> Any:
-    """Refused by a pool that cannot be restarted, where Celery says that it was."""
+    """Restart the pool. Raises `ValueError` for a pool that cannot be restarted, where Celery says that it was."""
     pool = state.consumer.pool
     if state.app.conf.worker_pool_restarts and type(pool).restart is BasePool.restart:
         raise ValueError(f"a pool of {type(pool).__module__.rpartition('.')[2]} cannot be restarted")
