@@ -1,6 +1,6 @@
 """Celery's consumer, between the worker's private queue and its pool: messages are claimed before they become requests.
 
-It wires; what is decided is in `ledger_thread` and `requests`.
+This module only wires. The decisions are in `workers.settle.settle_thread` and `workers.execute.request`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from celery_capacity.workers.execute.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between looks for dead children. Celery looks when a child's pipe closes, which may be a moment before the
-#: kernel lets it be reaped, and then not again for 5 s; for so long its job would hold what nobody uses.
+#: Seconds between looks for dead children. Celery looks when a child's pipe closes, perhaps a moment before the kernel
+#: lets the child be reaped, and then not again for 5 s. For so long the child's job would hold room that nobody uses.
 CHILDREN_EVERY: Final = 0.25
 
-#: Seconds between the events `worker-heartbeat`, unless the worker was told otherwise. They say so themselves, so that
-#: whoever hears them waits for the next one. (Celery's 2 s would be most of what an idle worker costs.)
+#: Seconds between the events `worker-heartbeat`, unless the worker was told otherwise. Each event carries this number,
+#: so that a listener waits for the next one. Celery's 2 s would be most of the cost of an idle worker.
 EVENT_EVERY: Final = 60.0
 
 #: Held while the tasks of an app name the requests of one worker.
@@ -43,21 +43,21 @@ _naming: Final = threading.Lock()
 class Consumer(celery_consumer.Consumer):
     """`worker_consumer` of an app on the platform."""
 
-    #: Celery's: nothing was ever tried.
+    #: Celery's flag: no connection was tried yet.
     first_connection_attempt: bool
 
     def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **options: Any) -> None:
-        # Workers find each other in the ledger; a chat between all of them does not grow to a thousand.
+        # Workers find each other in the ledger. Gossip between all of them does not grow to a thousand workers.
         quiet = {"without_mingle": True, "without_gossip": True}
-        own = dict(worker_options or {})
-        own["heartbeat_interval"] = own.get("heartbeat_interval") or EVENT_EVERY
-        super().__init__(*args, worker_options={**own, **quiet}, **options)
+        celerys = dict(worker_options or {})
+        celerys["heartbeat_interval"] = celerys.get("heartbeat_interval") or EVENT_EVERY
+        super().__init__(*args, worker_options={**celerys, **quiet}, **options)
         self.pool_loop = PoolLoop(self)
 
     @property
     def runtime(self) -> Runtime:
-        found: Runtime = self.controller.platform_runtime
-        return found
+        runtime: Runtime = self.controller.platform_runtime
+        return runtime
 
     def connect(self) -> Any:
         connection = super().connect()
@@ -66,26 +66,26 @@ class Consumer(celery_consumer.Consumer):
         return connection
 
     def ensure_connected(self, conn: Any) -> Any:
-        """Connect. Until the broker answers, the pool is served: Celery would sleep between its tries."""
+        """Connect to the broker, and serve the pool until it answers: Celery would sleep between its tries."""
         conf = self.app.conf
         again = conf.broker_connection_retry_on_startup if self.first_connection_attempt else None
         if not (conf.broker_connection_retry if again is None else again):
             return super().ensure_connected(conn)
         if self.connection is not None:
-            # The broker answered just now. Where it does not any more, all begins anew, with what follows here.
+            # The broker answered just now. If it does not any more, the start begins anew, with the lines below.
             return conn.ensure_connection(max_retries=0, reraise_as_library_errors=False)
         self.pool_loop.connect(conn)
         self.first_connection_attempt = False
         return conn
 
     def cut(self) -> None:
-        """The broker answers nobody: no use of its connections waits for it any more. In any thread."""
-        # (Celery's main loop may close the one and the other at any moment.)
+        """Cut the connections of a broker that answers nobody, so that no use of them waits. In any thread."""
+        # Celery's main loop may close either of them at any moment.
         dispatcher, connection = self.event_dispatcher, self.connection
         if dispatcher is not None:
             dispatcher.enabled = False
-        for one in (connection, getattr(dispatcher, "connection", None)):
-            cut(one)
+        for silent in (connection, getattr(dispatcher, "connection", None)):
+            cut(silent)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         if is_silence(exc) or self.runtime.sight.lost:
@@ -99,7 +99,10 @@ class Consumer(celery_consumer.Consumer):
         super().start()
 
     def update_strategies(self) -> None:
-        """(A strategy keeps the class that the task names meanwhile; another worker of the app names its own.)"""
+        """Make the strategies with this worker's request classes.
+
+        A strategy keeps the class that its task names meanwhile. Another worker of the app names its own classes.
+        """
         runtime = self.runtime
         with _naming:
             for task in self.app.tasks.values():
@@ -117,7 +120,8 @@ class Consumer(celery_consumer.Consumer):
         self.runtime.starting.handle = super().create_task_handler(*args, **options)
         return self.runtime.arrived
 
-    # Remote control, about what this worker publishes. Celery's own would consume the queues beside the worker's own.
+    # Remote control of the queues that this worker publishes. Celery's methods would consume them beside the private
+    # queue.
 
     def add_task_queue(
         self, queue: str, exchange: Any = None, exchange_type: Any = None, routing_key: Any = None, **options: Any
@@ -135,9 +139,9 @@ class Consumer(celery_consumer.Consumer):
             logger.info("serving queue %s no more", name)
 
     def _update_prefetch_count(self, index: int = 0) -> None:
-        """Called where the pool, or the range of its autoscaler, has changed its size."""
+        """Measure the capacity anew where the pool, or the range of its autoscaler, has changed its size."""
         super()._update_prefetch_count(index)
-        # (Soon: the autoscaler says it before it has its new range. Without a hub, Celery's "soon" is two seconds.)
+        # Not at once: the autoscaler calls before it has its new range. Without a hub, Celery's "soon" is two seconds.
         soon = self.call_soon if self.hub is not None else partial(self.timer.call_after, 0)
         soon(self.runtime.remeasure)
 
@@ -146,49 +150,54 @@ class Consumer(celery_consumer.Consumer):
         self.register_pool(hub)
 
     def register_pool(self, hub: Any) -> None:
-        """After Celery's pool was registered with the loop: what the platform wants of it."""
+        """Attach the platform to the loop, after Celery's pool was registered with it."""
         self.pool_loop.resume()
         self.runtime.attach(hub)
-        # (The loop is made anew for each connection to the broker, and ends its timers with it.)
+        # The loop is made anew for each connection to the broker, and ends its timers with the connection.
         maintain = getattr(getattr(self.pool, "_pool", None), "maintain_pool", None)
         if maintain is not None:
             hub.call_repeatedly(CHILDREN_EVERY, maintain)
 
     def on_ready(self) -> None:
-        """Ready means that it can be admitted to, also in a worker of `celery.contrib.testing`, which sends no signal.
-        A process of the pool that was killed while the worker joined is replaced, as any later one is: Celery would
-        end the worker, for it takes the pool for one that cannot start."""
+        """Join the platform where Celery's signal did not do so, and replace killed processes of the pool.
+
+        Ready means that jobs can be admitted to the worker, also to a worker of `celery.contrib.testing`, which sends
+        no signal. A process of the pool that was killed while the worker joined is replaced, as any later one is.
+        Celery would end the worker, because it takes the pool for one that cannot start.
+        """
         if getattr(self.pool, "is_green", False):
             self.runtime.attach(None)
         super().on_ready()
         if not self.runtime.joining.begun:
-            # (Nobody sent Celery's signal.)
+            # Nobody sent Celery's signal.
             readiness.join(self)
         maintain = getattr(getattr(self.pool, "_pool", None), "maintain_pool", None)
         if maintain is not None:
             maintain()
 
     def on_close(self) -> None:
-        """Instead of Celery's, which drops what the broker would deliver again. Here nobody would: over a lost
-        connection everything goes on, and at the stop what has provably not started is handed back. What was given to
-        the pool runs to its end, and says so itself."""
+        """Keep jobs over a lost connection, and hand jobs back at the stop that have provably not started.
+
+        Celery drops messages here, because its broker would deliver them again. Here nobody would. A job that was given
+        to the pool runs to its end, and reports the end itself.
+        """
         if self.blueprint.state == RUN:
             self.runtime.starting.detach()
             return
         self.recall()
 
     def recall(self) -> None:
-        """The main loop will not run again: hand back what has provably not started."""
-        # (Whatever asked for the stop: of a remote one Celery sends no signal.)
+        """Hand back jobs that have provably not started, since the main loop will not run again."""
+        # For any stop, whoever asked for it: for a remote one Celery sends no signal.
         self.runtime.drain()
         self.runtime.starting.stop()
         if self.hub is not None:
-            # Where Celery's pool, when it stops, looks for the loop of its worker: another one may have begun since.
+            # Celery's pool looks there for the loop of its worker when it stops. Another loop may have begun since.
             set_event_loop(self.hub)
         if self.controller is not None and self.controller.semaphore is not None:
             self.controller.semaphore.clear()
         recalled = recall_unsent(self.pool)
-        # (Celery has those of all workers of the process in one set.)
+        # Celery has the requests of all workers of the process in one set.
         mine = self.runtime.identity.incarnation
         for request in tuple(worker_state.reserved_requests):
             if not isinstance(request, JobRequest) or request.incarnation != mine:
@@ -221,6 +230,6 @@ class Consumer(celery_consumer.Consumer):
 
 
 def consumer_class(base: Any) -> type:
-    """The consumer class that the app names, with the platform's in front of it."""
-    found: type = symbol_by_name(base)
-    return found if issubclass(found, Consumer) else type("Consumer", (Consumer, found), {})
+    """Return the consumer class that the app names, with the platform's in front of it."""
+    plain: type = symbol_by_name(base)
+    return plain if issubclass(plain, Consumer) else type("Consumer", (Consumer, plain), {})

@@ -1,10 +1,12 @@
-"""What a worker reads from its broker: the messages of its private queue, and those of producers that know nothing of
-the platform; beat's ticks, where the broker is not the ledger's Redis.
+"""Intake of a worker: the messages that it reads from its broker.
 
-A thread with a broker connection of its own, outside the main loop: a full pool does not delay it. One blocking read
-waits for all queues, so that an idle worker asks next to nothing. Messages of the private queue go on as they come;
-messages in the queues that the worker serves are enrolled as jobs of these queues and acknowledged after the commit.
-Those that cannot be are set aside.
+These are the messages of its private queue, and messages of producers that know nothing of the platform. Where the
+broker is not the ledger's Redis, beat's ticks come this way too.
+
+The intake is a thread with a broker connection of its own, outside the main loop, so a full pool does not delay it. One
+blocking read waits for all queues, so that an idle worker asks next to nothing. Messages of the private queue go on as
+they come. Messages in the queues that the worker serves are enrolled as jobs of these queues, and acknowledged after
+the commit. Messages that cannot be enrolled are set aside.
 """
 
 from __future__ import annotations
@@ -41,28 +43,31 @@ from celery_capacity.workers.membership.served_queues import Serving
 from celery_capacity.workers.submit.router import Router
 from celery_capacity.workers.submit.sender import Sender
 
-#: Of SQLSTATEs: the classes of errors that lie in the data, and will lie there the next time.
+#: Classes of SQLSTATEs of errors that lie in the data, and will lie there the next time.
 DATA_ERRORS: Final = ("22", "23")
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between looks at whether to stop.
 LOOK_EVERY: Final = 0.5
-#: Content that is stored as it came: of the one the depth is read off the text, and decoding the other does what its
-#: sender says, which is left to whoever runs the task.
+#: Content types that are stored as they came. The depth of JSON is read off the text. To decode pickle does what its
+#: sender says, which is left to the worker that runs the task.
 NOT_DECODED: Final = (JSON, "application/x-python-serialize")
 #: Encodings of which ASCII is a part.
 PLAIN: Final = frozenset({"utf-8", "utf8", "ascii", "us-ascii", "binary"})
-#: How ticks are encoded, whatever tasks may be.
+#: Encoding of ticks, whatever the encoding of tasks.
 TICKS_ARE: Final = "json"
 #: Seconds between tries to reach the broker.
 RETRY_AFTER: Final = 0.25
 
 
 class Intake(os_threads.Thread):
-    """`on_tick` is called with the name of each tick, `on_refused` with each message that is set aside, in this
-    thread. `private`: the queue of this worker alone and who gets its messages, where the broker is the ledger's Redis;
-    then ticks come by `workers.membership.epoch_watch`."""
+    """Thread that reads the broker.
+
+    `on_tick` is called with the name of each tick, `on_refused` with each message that is set aside, in this thread.
+    `private`: the queue of this worker alone and the receiver of its messages, where the broker is the ledger's Redis.
+    Then ticks come by `workers.membership.epoch_watch`.
+    """
 
     def __init__(
         self,
@@ -75,7 +80,7 @@ class Intake(os_threads.Thread):
         super().__init__(name="intake", daemon=True)
         self._app = app
         self._serving = serving
-        #: Knows what the tasks of old producers need.
+        #: Knows the requests of the tasks of old producers.
         self._router = Router(app.platform, lambda: app.tasks)
         self._on_tick = on_tick
         self._on_refused = on_refused
@@ -93,18 +98,18 @@ class Intake(os_threads.Thread):
             self.join(within)
 
     def run(self) -> None:
-        said = ""
+        logged = ""
         while not self._ending.is_set():
             try:
                 self._consume()
-                said = ""
+                logged = ""
             except self._recoverable() as error:
-                if str(error) != said:
-                    said = str(error)
+                if str(error) != logged:
+                    logged = str(error)
                     logger.warning("intake: the broker does not answer: %s", error)
                 self._ending.wait(RETRY_AFTER)
             except Exception:
-                # Whatever it was, it must not make this worker deaf.
+                # No error may make this worker deaf.
                 logger.exception("intake: begins anew")
                 self._ending.wait(RETRY_AFTER)
 
@@ -113,11 +118,11 @@ class Intake(os_threads.Thread):
         return (*connection.connection_errors, *connection.channel_errors, OperationalError, OSError)
 
     def _consume(self) -> None:
-        """Until the end, or until the worker serves other queues."""
+        """Read the queues until the end, or until the worker serves other queues."""
         version = self._serving.version
         with self._app.connection_for_read() as connection, connection.channel() as channel:
             if self._private is not None:
-                # Everything in it was admitted to this worker, and the row is durable: no acknowledgements.
+                # Every message in it was admitted to this worker, and the row is durable: no acknowledgements.
                 name, received = self._private
                 queue = Queue(name, Exchange(""), routing_key=name, durable=False, no_declare=True)
                 first = self._consumer(channel, queue, received, self._app.conf.accept_content, no_ack=True)
@@ -170,11 +175,11 @@ class Intake(os_threads.Thread):
         self._on_refused(message)
 
     def _enroll(self, queue: str, message: Any) -> None:
-        """Make a job of a plain message. One that cannot be one is set aside; one that cannot be stored now is left."""
+        """Make a job of a plain message, set it aside if it cannot be a job, or leave it if it cannot be stored now."""
         try:
             enroll(self._app.amqp.job_sender, self._router, message, queue)
         except (InvalidRequest, LeaseLost, Unsupported) as error:
-            # (What says that it is a retry, of an attempt that is not the job's any more, is no less final.)
+            # No less final: a message that says that it is a retry, of an attempt that is not the job's any more.
             self._refuse(message, error)
         except (NotAccepted, OutcomeUnknown, PlatformError) as error:
             if _lies_in_the_data(error):
@@ -184,15 +189,17 @@ class Intake(os_threads.Thread):
             message.requeue()
             self._ending.wait(RETRY_AFTER)
         except Exception as error:
-            # Headers are whatever somebody wrote into them; no use of theirs may end the intake.
+            # Headers hold anything that a sender wrote into them. No use of them may end the intake.
             self._refuse(message, f"no job can be made of it: {error!r}")
         else:
             message.ack()
 
 
 def enroll(sender: Sender, router: Router, message: Any, queue: str) -> None:
-    """Make a job of a message (protocol 1 or 2, in whatever the configuration accepts) that came to a queue. Raises
-    what `Sender.accept` does, and what decoding it does where it cannot be read.
+    """Make a job of a message that came to a queue.
+
+    The message is of protocol 1 or 2, in any content type that the configuration accepts. Raises the errors of
+    `Sender.accept`, and the errors of decoding where the message cannot be read.
 
     A signed message (Celery's serializer `auth`) is verified here, before anything is written, and stored as it came,
     so that the worker verifies it again.
@@ -228,12 +235,15 @@ def enroll(sender: Sender, router: Router, message: Any, queue: str) -> None:
 
 
 def with_arguments(body: bytes) -> bytes:
-    """A body of protocol 2 in JSON, with empty arguments for what other languages write instead: `null`, and PHP a list
-    for an empty map. (Of no arguments at all Celery makes no call, and no error either.)"""
+    """Return a body of protocol 2 in JSON with empty arguments in place of those that other languages write.
+
+    They write `null` for empty arguments, and PHP writes a list for an empty map. Without arguments, Celery makes no
+    call, and no error either.
+    """
     try:
         args, kwargs, embed = json.loads(body)
     except (ValueError, TypeError, RecursionError):
-        # Whoever starts it says what is wrong with it.
+        # The worker that starts the job says what is wrong with the body.
         return body
     if args is not None and kwargs is not None and kwargs != []:
         return body
@@ -241,7 +251,7 @@ def with_arguments(body: bytes) -> bytes:
 
 
 def _lies_in_the_data(error: PlatformError) -> bool:
-    """Whether Postgres refuses this job whenever it is asked."""
+    """Return True if Postgres refuses this job whenever it is asked."""
     cause = error.__cause__
     code = getattr(cause.orig, "pgcode", None) if isinstance(cause, DBAPIError) else None
     return not isinstance(error, BacklogFull) and str(code or "")[:2] in DATA_ERRORS

@@ -1,8 +1,8 @@
-"""A worker whose pool is of greenlets (`-P gevent`): its threads, its loop, and what it makes of a greenlet's end.
+"""Worker whose pool is of greenlets (`-P gevent`): its threads, its loop, and the meaning of a greenlet's end.
 
 Celery's main loop is another one there, without the events by which a worker of processes or threads hears of its jobs.
-So the mailbox takes the messages (`workers.broker.ledger_queue`), as it does where the broker is not the ledger's, and
-a greenlet starts what was claimed (`Starter`). The threads of the platform are the operating system's
+So the mailbox takes the messages (`workers.broker.ledger_queue`), as it does where the broker is not the ledger's. A
+greenlet starts the claimed jobs (`Starter`). The threads of the platform are the operating system's
 (`routing.os_threads`).
 """
 
@@ -25,25 +25,28 @@ from celery_capacity.routing.errors import Unsupported
 
 logger = logging.getLogger(__name__)
 
-#: Where Celery has the pool that is supported.
+#: Celery's module of the supported pool.
 MODULE: Final = "celery.concurrency.gevent"
 #: Signals that end a worker.
 ENDING: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 
 
 class Killed:
-    """In place of what a body returned, of which gevent says nothing: its greenlet was killed."""
+    """Stand-in for the value of a body whose greenlet was killed, of which gevent says nothing."""
 
 
 def check_pool(pool: Any) -> bool:
-    """Whether a pool, given as Celery takes it (by name, or as a class), is of greenlets. Raises `Unsupported` for one
-    that is not gevent's, and where gevent has not changed this process: all would be one thread then."""
-    found = get_implementation(pool)
-    if not getattr(found, "is_green", False):
+    """Return True if a pool is of greenlets. `pool`: its name or its class, as Celery takes it.
+
+    Raises `Unsupported` for a pool of greenlets that is not gevent's. Raises it also where gevent has not changed this
+    process: all would be one thread then.
+    """
+    pool_class = get_implementation(pool)
+    if not getattr(pool_class, "is_green", False):
         return False
-    name = f"{found.__module__}:{found.__qualname__}"
+    name = f"{pool_class.__module__}:{pool_class.__qualname__}"
     value = pool if isinstance(pool, str) else name
-    if not any(base.__module__ == MODULE for base in found.__mro__):
+    if not any(base.__module__ == MODULE for base in pool_class.__mro__):
         raise Unsupported(
             f"the pool {name} is not supported: its threads give way to each other only where they wait, and a job that"
             " computes would stop the worker's heartbeat",
@@ -62,26 +65,29 @@ def check_pool(pool: Any) -> bool:
 
 
 def prepare(app: Celery, drain: Callable[[], None]) -> None:
-    """Before anything of the worker is made. `drain` is called in a signal's handler."""
+    """Prepare the process before any part of the worker is made. `drain` is called in a signal's handler."""
     os_threads.install()
     platforms.signals.__class__ = Signals
     platforms.signals.drain = drain
-    # On the main loop's own connection, as beside other pools: nothing else tells that the broker is gone. (Celery's
-    # main loop may wait for a place in the pool; here that is the starter's affair.)
+    # Remote control uses the main loop's own connection, as beside other pools: nothing else tells that the broker is
+    # gone. Celery's main loop may wait for a place in the pool, but here that is the starter's affair.
     pidbox.gPidbox = pidbox.Pidbox
-    # Made before, and met by threads of the platform.
+    # These locks were made before, and the platform's threads meet them.
     app.clock.mutex = threading.Lock()
-    for known in vars(signals).values():
-        if isinstance(known, CelerySignal):
-            known.lock = threading.Lock()
+    for celery_signal in vars(signals).values():
+        if isinstance(celery_signal, CelerySignal):
+            celery_signal.lock = threading.Lock()
     # A backend has connections, which belong to the thread that made them.
     app.conf.result_backend_thread_safe = False
     app._backend_cache = None
 
 
 class Signals(platforms.Signals):
-    """Celery's handlers, which wait, and end jobs: where a signal comes nothing may wait, for it is gevent's loop or
-    any job. So a greenlet does what they do; only that nothing is admitted any more need not wait for its turn."""
+    """Celery's handlers of signals, each run in a greenlet.
+
+    These handlers wait, and end jobs. But a signal comes in gevent's loop or in any job, where nothing may wait. So a
+    greenlet runs the handler. Only the drain, after which nothing is admitted any more, need not wait for its turn.
+    """
 
     drain: Callable[[], None]
 
@@ -100,7 +106,7 @@ class Signals(platforms.Signals):
 
 
 class Starter:
-    """The greenlet that calls `start` whenever the descriptor can be read."""
+    """Greenlet that calls `start` whenever the descriptor can be read."""
 
     def __init__(self, descriptor: int, start: Callable[[], None]) -> None:
         self._descriptor = descriptor
@@ -108,14 +114,14 @@ class Starter:
         self._greenlet: Any = None
 
     def begin(self) -> None:
-        """Does nothing where it runs."""
+        """Start the greenlet. Does nothing where it runs."""
         from gevent import spawn
 
         if self._greenlet is None:
             self._greenlet = spawn(self._run)
 
     def end(self) -> None:
-        """It starts nothing any more, not even what it waits to find a place for."""
+        """End the greenlet: it starts nothing any more, not even a job for which it waits to find a place."""
         if self._greenlet is not None:
             self._greenlet.kill()
 
@@ -129,21 +135,21 @@ class Starter:
             try:
                 self._start()
             except Exception:
-                # Whatever it was: without this greenlet nothing would start here.
+                # The greenlet outlives any error: without it nothing would start here.
                 logger.exception("what was claimed could not be started; it is tried again with the next")
 
 
 def was_killed(error: BaseException) -> bool:
-    """Whether an exception is the end that a greenlet is given from outside."""
+    """Return True if an exception is the end that a greenlet is given from outside."""
     greenlet = sys.modules.get("greenlet")
     return greenlet is not None and isinstance(error, greenlet.GreenletExit)
 
 
 def problem_of(greenlet: Any) -> BaseException | None:
-    """What ended a greenlet of the pool without a word to Celery; None where its body was heard of."""
+    """Return the error that ended a greenlet of the pool unknown to Celery, None where Celery heard of its body."""
     if greenlet.exception is not None:
         error: BaseException = greenlet.exception
         return error
-    # (One that is killed before it begins returns what it was killed with.)
+    # A greenlet that is killed before it begins returns the exception that killed it.
     value = greenlet.value
     return value if isinstance(value, BaseException) and was_killed(value) else None

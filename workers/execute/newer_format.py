@@ -1,7 +1,7 @@
 """Messages of a format that this release does not know: their jobs go back, for a worker of a newer release.
 
-A job is handed back at once when it comes the first time. One that comes again (no newer worker had room) is held for
-START before it goes back, so that it does not go to and fro as fast as the ledger answers.
+A job is handed back at once when it comes the first time. A job that comes again, because no newer worker had room, is
+held for START before it goes back. So it does not go to and fro as fast as the ledger answers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ MAX_REMEMBERED: Final = 1000
 
 
 class NewerFormats:
-    """For the main loop. `put_off` and `hand_back` get a job and its token, in any thread: its body has not begun; it
-    goes back. `count` counts one. `hold`: seconds."""
+    """Handling of messages of newer formats, for the main loop.
+
+    `put_off` and `hand_back` get a job and its token, in any thread: its body has not begun, and the job goes back.
+    `count` counts a message. `hold`: seconds for which a repeated job is held.
+    """
 
     def __init__(
         self,
@@ -41,7 +44,7 @@ class NewerFormats:
         self._told: set[str] = set()
 
     def returns(self, message: Any) -> bool:
-        """Return True if the message is of a format that this release does not know; then its job goes back."""
+        """Return True if the message is of a format that this release does not know. Then its job goes back."""
         carried = message.headers.get(HEADER)
         try:
             format_versions.check_message(carried if isinstance(carried, Mapping) else {})

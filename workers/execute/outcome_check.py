@@ -1,7 +1,7 @@
-"""Ends that Postgres has a word in: a body that died or was stopped may have ended its job itself before, and an
-attempt that was told that it lost its lease says nothing of the job.
+"""Ends of attempts about which Postgres is asked first.
 
-Asked in a thread that may wait for Postgres, before the ledger is told.
+A body that died or was stopped may have ended its job itself before. An attempt that was told that it lost its lease
+says nothing of the job. Postgres is asked before the ledger is told, in a thread that may wait for Postgres.
 """
 
 from __future__ import annotations
@@ -14,32 +14,34 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.store import fencing
 
-#: What a worker's request says of an attempt whose body ended with `LeaseLost`; no outcome that the ledger knows.
+#: Outcome, from a worker's request, of an attempt whose body ended with `LeaseLost`. The ledger knows no such outcome.
 LEASE_LOST: Final = "lease lost"
-#: The same of one that was ended by a limit or failed after its `fenced` block, and of one whose process was ended by a
-#: revoke -> the outcome, if it had not ended its job itself before.
+#: Outcomes, from a worker's request, of an attempt that was ended by a limit or failed after its `fenced` block, and of
+#: an attempt whose process was ended by a revoke -> the outcome, if the attempt had not ended its job itself before.
 BROKEN_OFF: Final = "broken off"
 TERMINATED: Final = "terminated"
 UNLESS_COMMITTED: Final = {"lost": "lost", "handed_back": "handed_back", BROKEN_OFF: "failed", TERMINATED: "cancelled"}
-#: The same of one that had started, and is broken off since its worker ends.
+#: Outcome, from a worker's request, of an attempt that had started, and is broken off since its worker ends.
 STOPPED: Final = "stopped"
-#: The ends that are judged.
+#: Outcomes that are judged.
 JUDGED: Final = frozenset({LEASE_LOST, STOPPED, *UNLESS_COMMITTED})
 
 
 def gone_back(rerun: bool) -> str:
-    """Return the outcome of an attempt that had started and is not over: it goes back, unless its job may start only
-    once (`rerun=False`); then it is lost."""
+    """Return the outcome of an attempt that had started and is not over: it goes back.
+
+    If its job may start only once (`rerun=False`), the attempt is lost instead.
+    """
     return "handed_back" if rerun else "lost"
 
 
 def judge(
     engine: Engine, job: str, token: str, outcome: str, error: str | None, outbox: Outbox, rerun: bool
 ) -> tuple[str, str, str, str | None, Outbox]:
-    """The same end as the ledger is told it. `rerun`: False where the job may start only once.
+    """Return the end of an attempt as the ledger is told it. `rerun`: False where the job may start only once.
 
-    While Postgres does not answer, what is lost is lost and what lost its lease goes back: should the job have ended
-    itself after all, its next attempt cannot commit, is told so, and comes here.
+    While Postgres does not answer, a lost attempt is lost, and an attempt that lost its lease goes back. Should the job
+    have ended itself after all, its next attempt cannot commit, is told so, and comes here.
     """
     epoch, _, attempt = token.partition(".")
     try:

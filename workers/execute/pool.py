@@ -1,4 +1,4 @@
-"""What is asked of Celery's pools: how large they are, and what was given to them and has not started."""
+"""Facts about Celery's pools: how large they are, and which jobs were given to them and have not started."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any
 
 
 def slots_of(worker: Any) -> int:
-    """Jobs that the pool of a worker runs at once. One that grows by itself (`--autoscale`) has room for its largest
-    size: it grows as jobs come."""
+    """Return the number of jobs that the pool of a worker runs at once.
+
+    A pool that grows by itself (`--autoscale`) counts with its largest size: it grows as jobs come.
+    """
     scaler = getattr(worker, "autoscaler", None)
     return int(scaler.max_concurrency if scaler is not None else worker.pool.num_processes)
 
 
 def recall_unsent(pool: Any) -> set[str]:
-    """Take the jobs out of a prefork pool that no process was sent yet; returns their ids. What is half written is
-    written to its end, since the process at the other side reads it. Other pools start at once: nothing to recall.
+    """Take the jobs out of a prefork pool that were sent to no process yet, and return their ids.
 
-    Celery's own `flush` also gives up what runs and has not said so yet: its end would never be heard of.
+    A half-written job is written to its end, since the process at the other side reads it. Other pools start jobs at
+    once: nothing to recall. Celery's own `flush` also gives up running jobs that have not said so yet: their ends would
+    never be heard of.
     """
     inner = getattr(pool, "_pool", None)
     buffer = getattr(inner, "outbound_buffer", None)

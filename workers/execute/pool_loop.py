@@ -1,4 +1,4 @@
-"""The pool's loop while Celery's consumer waits for its broker.
+"""Loop of the pool while Celery's consumer waits for its broker.
 
 Celery connects in its main loop and sleeps between two tries. Meanwhile it neither feeds a prefork pool nor reads what
 the pool returns, and no timer fires. Here a thread tries to connect (`BrokerProbe`) and the main loop goes on without a
@@ -30,10 +30,11 @@ PAUSES: Final = (2.0, 2.0, 30.0)
 
 
 class BrokerProbe(os_threads.Thread):
-    """Tries to connect until that succeeds, or the tries are over; `wake` is called after each.
+    """Thread that tries to connect until it succeeds or its tries are over. `wake` is called after each try.
 
-    `connection` is the probe's own. `pause`: seconds between two tries. `max_retries`: None means no limit. With one,
-    the pauses are Celery's, so that the limit means what it means there."""
+    `connection` is the probe's own. `pause`: seconds between two tries. `max_retries`: None means no limit. With a
+    limit, the pauses are Celery's, so that the limit means what it means there.
+    """
 
     def __init__(self, connection: Any, pause: float, max_retries: int | None, wake: Callable[[], None]) -> None:
         super().__init__(name="broker", daemon=True)
@@ -42,19 +43,20 @@ class BrokerProbe(os_threads.Thread):
         self._max_retries = max_retries
         self._wake = wake
         self._stopped = os_threads.Event()
-        #: No other try follows.
+        #: True when no other try follows.
         self.done = False
-        #: The last try had a connection, or failed in a way that no try after it changes: the caller's own will say so.
+        #: True when the last try had a connection, or failed in a way that no later try changes. The caller's own try
+        #: then tells which.
         self.answers = False
-        #: At least one try is over.
+        #: True when at least one try is over.
         self.tried = False
 
     def stop(self) -> None:
-        """End at the next look; a try that is under way ends by its own time-out."""
+        """End at the next look. A try that is under way ends by its own time-out."""
         self._stopped.set()
 
     def run(self) -> None:
-        said, retries = "", 0
+        logged, retries = "", 0
         while not self._stopped.is_set():
             error = self._try()
             self.answers = error is None
@@ -63,8 +65,8 @@ class BrokerProbe(os_threads.Thread):
             self._wake()
             if self.done:
                 break
-            if str(error) != said:
-                said = str(error)
+            if str(error) != logged:
+                logged = str(error)
                 logger.error(
                     "consumer: Cannot connect to %s: %s.\nTrying again in %.1f s; the pool goes on meanwhile.",
                     *(self._connection.as_uri(), error, self._pause_after(retries)),
@@ -78,7 +80,7 @@ class BrokerProbe(os_threads.Thread):
         return self._pause if self._max_retries is None else min(first + step * retries, longest)
 
     def _try(self) -> BaseException | None:
-        """Try each of the broker's addresses. None where one answers, or an error came that another try meets again."""
+        """Try each of the broker's addresses. Returns None where one answers, or for an error that a retry repeats."""
         error: BaseException | None = None
         for _ in range(max(1, len(self._connection.alt))):
             try:
@@ -94,15 +96,15 @@ class BrokerProbe(os_threads.Thread):
 
 
 class PoolLoop:
-    """One for each consumer."""
+    """Loop of a consumer's pool, one for each consumer."""
 
     def __init__(self, consumer: Any) -> None:
         self._consumer = consumer
         self._hub = consumer.hub
-        #: What the connection to the broker does at each turn of the loop, and what was done there before.
+        #: Callbacks of the connection to the broker at each turn of the loop, and the callbacks there before it.
         self._turns: set[Any] = set()
         self._before: set[Any] = set()
-        #: (how to add, descriptor, generator) of messages that are half read or half written.
+        #: Messages that are half read or half written: (function to add them, descriptor, generator).
         self._halves: list[tuple[Callable[..., None], int, Any]] = []
         if self._hub is not None:
             self._reset = self._hub.reset
@@ -111,7 +113,7 @@ class PoolLoop:
     # -- what Celery's loop forgets --------------------------------------------------------------------------------
 
     def connected(self) -> None:
-        """A connection was registered with the loop: note what it does at each turn."""
+        """Note the callbacks at each turn of a connection that was registered with the loop."""
         if self._hub is not None:
             self._turns = self._hub.on_tick - self._before
 
@@ -135,15 +137,17 @@ class PoolLoop:
     # -- without a broker ------------------------------------------------------------------------------------------
 
     def connect(self, connection: Any) -> None:
-        """Connect, and serve the pool until the broker answers. Raises kombu's error where the tries that Celery is
-        allowed are over, and what ends the worker."""
+        """Connect, and serve the pool until the broker answers.
+
+        Raises kombu's error where the tries that Celery is allowed are over, and any error that ends the worker.
+        """
         answers = True
         while answers:
             answers = self._wait(connection)
             try:
                 connection.ensure_connection(max_retries=0, reraise_as_library_errors=not answers)
             except connection.recoverable_connection_errors:
-                # It went away again, just now.
+                # The broker went away again, just now.
                 connection.maybe_switch_next()
             else:
                 break
@@ -151,7 +155,7 @@ class PoolLoop:
             self._before = set(self._hub.on_tick)
 
     def _wait(self, connection: Any) -> bool:
-        """Serve the pool until the broker answers. False where no other try is allowed."""
+        """Serve the pool until the broker answers. Returns False where no other try is allowed."""
         consumer, settings = self._consumer, self._consumer.runtime.stores.settings
         max_retries = consumer.app.conf.broker_connection_max_retries
         probe = BrokerProbe(connection.clone(), settings.due_interval, max_retries, consumer.runtime.wake_loop)
@@ -177,7 +181,7 @@ class PoolLoop:
     def _serve(self, ready: Callable[[], bool]) -> None:
         consumer, hub = self._consumer, self._hub
         if consumer.event_dispatcher is not None:
-            # Its connection is as lost as the consumer's, and no send may hold up the loop.
+            # The dispatcher's connection is as lost as the consumer's, and no send may hold up the loop.
             consumer.event_dispatcher.enabled = False
         consumer.update_strategies()
         consumer.create_task_handler()
@@ -191,7 +195,7 @@ class PoolLoop:
             else:
                 self._run(ready)
         except SystemExit:
-            # Celery's consumer is not running yet, and would leave what was claimed as it is.
+            # Celery's consumer is not running yet, and would leave claimed jobs as they are.
             consumer.recall()
             raise
 
@@ -214,8 +218,8 @@ class PoolLoop:
                     loop = hub.create_loop()
         finally:
             loops._cancel_timer_entries(hub.timer, registered)
-            # Celery cancels what was added since, when it loses the connection: time limits of jobs that started here
-            # are not of the connection.
+            # When Celery loses the connection, it cancels the timers that were added since. But time limits of jobs
+            # that started here do not belong to the connection.
             consumer.timer_entries_before_start = loops._timer_entries(hub.timer)
         consumer.runtime.starting.detach()
         hub.reset()

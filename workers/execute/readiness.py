@@ -1,4 +1,4 @@
-"""The moment at which a worker can be admitted to: its pool is up, and its queue is consumed."""
+"""Moment from which jobs can be admitted to a worker: its pool is up, and its queue is consumed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def join(consumer: Any) -> None:
-    """Register the worker of this consumer, and say what it published. Does nothing where its app is not the
-    platform's."""
+    """Register the worker of this consumer, and log the capacity that it published.
+
+    Does nothing where its app is not the platform's.
+    """
     app, stores = consumer.app, stores_of(consumer.app)
     if stores is None:
         return
@@ -47,7 +49,7 @@ def join(consumer: Any) -> None:
 
 
 def declarations(app: Any, stores: Stores) -> Declarations:
-    """The requests of all tasks that this worker knows, by name; Celery's and the platform's own are left out."""
+    """Return the requests of all tasks that this worker knows, by name, without Celery's and the platform's own."""
     default = stores.settings.default_cpus
     return {
         name: declaration(task, default, stores.requests)
@@ -62,7 +64,7 @@ def stores_of(app: Any) -> Stores | None:
 
 
 class refusing:  # noqa: N801 - reads as a statement
-    """What goes wrong ends the start: a user's mistake with its message and an exit code, without a traceback."""
+    """Context in which an error ends the start: a user's mistake by its message and exit code, without a traceback."""
 
     def __enter__(self) -> None:
         return None
@@ -71,9 +73,9 @@ class refusing:  # noqa: N801 - reads as a statement
         if isinstance(error, PlatformError):
             print(f"celery-capacity: {error}", file=sys.stderr, flush=True)
             code = code_of(error)
-            # What is refused here is a name, an app or a declaration: part of the configuration.
+            # A refusal here concerns a name, an app or a declaration: part of the configuration.
             raise SystemExit(Exit.CONFIGURATION if code is Exit.FAILED else code) from None
         if isinstance(error, Exception):
-            # Celery would log it and say "ready." of a worker that nothing is admitted to.
+            # Celery would log the error and say "ready." of a worker that nothing is admitted to.
             logger.critical("the worker cannot join the platform", exc_info=error)
             raise SystemExit(Exit.DEFECT) from None

@@ -28,11 +28,14 @@ def refusing(
     end_job: Callable[..., bool],
     failed: Callable[[str, Any, Exception], None],
 ) -> Iterator[None]:
-    """A message that never becomes a request ends its job; what Celery says of it within goes with the end. `failed`
-    is told (job, task's name, error) where it says nothing."""
+    """End the job of a message that never becomes a request.
+
+    Everything that Celery says of the job within the block goes with the end. Where Celery says nothing, `failed` is
+    called with the job, the task's name and the error.
+    """
     tag = parse_tag(message.delivery_tag) if isinstance(message, transport.JobMessage) else None
     if tag is None:
-        # Of remote control, which is no job's.
+        # A message of remote control, which belongs to no job.
         queue = str((message.delivery_info or {}).get("routing_key") or "")
         quarantine.set_aside(transport.raw_of(message), queue, error)
         yield
@@ -42,10 +45,10 @@ def refusing(
         with held(attempt):
             yield
             if not attempt.outbox:
-                # Celery says nothing of most of them, and whoever waits would wait for ever.
+                # Celery says nothing of most such messages, and a waiting client would wait for ever.
                 answer = {name: message.properties.get(name) for name in ("reply_to", "correlation_id")}
                 headers = message.headers if isinstance(message.headers, dict) else {}
-                # (A name that is none is no task's.)
+                # A task name that is not a string matches no task.
                 name = headers.get("task") if isinstance(headers.get("task"), str) else None
                 request = Context(id=tag.job, task=name, ignore_result=headers.get("ignore_result"), **answer)
                 _, kept = kept_of(app, request)

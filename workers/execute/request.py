@@ -1,7 +1,8 @@
-"""The worker's request for a job: every way out of it ends the attempt.
+"""Worker's request for a job: every way out of it ends the attempt.
 
-Celery's hooks run in the worker's main process (they see killed children too), or in a thread of the pool. What they
-would store or publish is collected (`_speaking`), since neither may wait for a store, and goes with the end.
+Celery's hooks run in the worker's main process, where they see killed children too, or in a thread of the pool. Neither
+may wait for a store. So everything that the hooks would store or publish is collected (`_speaking`), and goes with the
+end.
 """
 
 from __future__ import annotations
@@ -32,32 +33,32 @@ logger = logging.getLogger(__name__)
 #: Characters of an exception's text that are kept.
 ERROR_LENGTH = 4000
 
-#: Set by the worker's runtime: (job, token, outcome, error, outbox, on_lost) -> whether this was the first end.
+#: Set by the worker's runtime: (job, token, outcome, error, outbox, on_lost) -> True if this was the first end.
 EndJob = Callable[[str, str, str, str | None, Outbox, Callable[[], None] | None], bool]
 
 
 class JobRequest:
-    """Mixed into a task's request class (`request_class`)."""
+    """Mixin for a task's request class (`request_class`)."""
 
-    #: Celery's: what the pool gave for it, and when its body began.
+    #: Celery's attributes, among them the pool's result for the job, and the time at which the body began.
     id: str
     _apply_result: Any
     time_start: float | None
     hostname: str
     request_dict: dict[str, Any]
     end_job: EndJob
-    #: True while the worker stops without waiting for its jobs: what dies now is handed back, not lost.
+    #: True while the worker stops without waiting for its jobs: a job that dies now is handed back, not lost.
     stopping_cold: Callable[[], bool]
-    #: Has something said in the main loop, to events and signals.
+    #: Has a function called in the main loop, which speaks to events and signals.
     later: Callable[[Callable[[], None]], None]
-    #: The life of the worker.
+    #: The incarnation: the life of the worker.
     incarnation: str
-    #: The task's own class, of which `request_class` made this one.
+    #: The task's own request class, of which `request_class` made this class.
     plain_class: type
     tag: Tag | None
-    #: What the body left to be delivered.
+    #: Results and messages that the body left to be delivered.
     outbox: Outbox
-    #: Why the worker itself ends it, '' where it does not.
+    #: Reason why the worker itself ends the job, '' where it does not.
     ended_by: Literal["", "revoke", "stop"] = ""
 
     def __init__(self, message: Any, *args: Any, **options: Any) -> None:
@@ -65,27 +66,27 @@ class JobRequest:
         self.outbox = Outbox()
         self.tag = parse_tag(message.delivery_tag)
         if self.tag is not None:
-            # What a task sees as self.request.attempt.
+            # A task sees this number as self.request.attempt.
             self._request_dict["attempt"] = self.tag.attempt  # type: ignore[attr-defined]
             carried = self._request_dict.get(HEADER)  # type: ignore[attr-defined]
             if isinstance(carried, Mapping) and ETA in carried:
-                # (Its time has come: Celery, which has looked for one before this line, holds nothing back.)
+                # The ETA has come. Celery looked for an ETA before this line, so it holds nothing back.
                 self._request_dict["eta"] = carried[ETA]  # type: ignore[attr-defined]
 
     def info(self, safe: bool = False) -> dict[str, Any]:
-        """For `inspect`: the arguments as they may be shown, whoever asks; the request, and what the attempt holds."""
-        found: dict[str, Any] = super().info(safe=True)  # type: ignore[misc]
+        """Return the answer to `inspect`: arguments as anybody may see them, the request, and the allocation."""
+        facts: dict[str, Any] = super().info(safe=True)  # type: ignore[misc]
         if self.tag is None:
-            return found
+            return facts
         worker = str(self.hostname).partition("@")[0]
-        return {**found, "request": request_of(self.request_dict), "allocation": allocation(worker, self.tag)}
+        return {**facts, "request": request_of(self.request_dict), "allocation": allocation(worker, self.tag)}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # Celery derives once more for each task, with an on_success of its own that would hide ours.
+        # Celery derives one more class for each task, with an on_success of its own that would hide ours.
         if cls.__qualname__.startswith("create_request_cls."):
             cls.on_success = _ending(cls.__dict__["on_success"])  # type: ignore[attr-defined]
-            # It goes past the method below, which is the general one.
+            # Celery's own `execute_using_pool` goes past the method below, which is the general one.
             del cls.execute_using_pool
 
     def execute_using_pool(self, pool: Any, **options: Any) -> Any:
@@ -106,7 +107,7 @@ class JobRequest:
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:
-        """Within, what Celery's hooks store and publish for this job goes into the outbox."""
+        """Collect in the outbox everything that Celery's hooks store and publish for this job within the block."""
         if self.tag is None:
             yield
             return
@@ -115,11 +116,11 @@ class JobRequest:
 
     @property
     def never_sent(self) -> bool:
-        """Whether the pool never got it: it waits for a free process."""
+        """Return True if the pool never got the job: it waits for a free process."""
         return self._apply_result is None and self.time_start is None
 
     def hand_back(self) -> None:
-        """It was claimed, and will not start here."""
+        """Hand back a job that was claimed, and will not start here."""
         self._end("handed_back", "not started")
 
     # The row is durable and the message was a doorbell: there is nothing to acknowledge at the broker.
@@ -163,8 +164,11 @@ class JobRequest:
                 self._end(BROKEN_OFF if outcome == "failed" and self.outbox.committed else outcome, text)
 
     def _child_lost(self, error: WorkerLostError, info: Any) -> None:
-        """The pool's process died with the body. The job is not over: it runs again as a new attempt, until it was
-        lost too often; only then has it a result, and a failure that Celery's hooks may see."""
+        """End an attempt whose process in the pool died with the body.
+
+        The job is not over: it runs again as a new attempt, until it was lost too often. Only then it has a result, and
+        a failure that Celery's hooks may see.
+        """
         worker_state.task_ready(self)
         if type(self).stopping_cold():
             self._end(STOPPED, str(error))
@@ -179,7 +183,7 @@ class JobRequest:
         self._end("lost", str(error), lambda: self._say_failed(error, info))
 
     def _say_failed(self, error: Exception, info: Any) -> None:
-        """In any thread: tell whoever listens to events and signals, as Celery's hooks would have."""
+        """Tell the listeners to events and signals of a failure, as Celery's hooks would have. In any thread."""
         request: Any = self
 
         def say() -> None:
@@ -189,15 +193,18 @@ class JobRequest:
         type(self).later(say)
 
     def future_done(self, future: Future[Any]) -> None:
-        """A threads pool keeps to itself what is raised around a body (its result could not be stored), and drops what
-        it had not begun when it stops: no hook of Celery's is called for either."""
+        """End the attempt where a threads pool calls no hook of Celery's.
+
+        A threads pool keeps to itself an error that is raised around a body, such as a result that could not be stored.
+        When it stops, it drops jobs that it had not begun.
+        """
         if future.cancelled():
             self.hand_back()
         elif (error := future.exception()) is not None:
             self._fail(error)
 
     def greenlet_done(self, greenlet: Any) -> None:
-        """A pool of greenlets keeps the same to itself."""
+        """End the attempt where a pool of greenlets keeps an error around the body, or its kill, to itself."""
         if (error := problem_of(greenlet)) is not None:
             self.killed() if was_killed(error) else self._fail(error)
 
@@ -206,15 +213,20 @@ class JobRequest:
         super().terminate(pool, signal)  # type: ignore[misc]
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """Break off the body, as a cold stop does. Celery stores its state RETRY in a signal's handler, which must not
-        wait for the backend."""
+        """Break off the body, as a cold stop does.
+
+        Celery stores its state RETRY in a signal's handler, which must not wait for the backend.
+        """
         self.ended_by = "stop"
         with self._speaking():
             super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
 
     def killed(self) -> None:
-        """Its greenlet was ended from outside. Of one that was revoked all is said; when the worker stops it goes back;
-        else somebody did it who knows nothing of jobs."""
+        """End an attempt whose greenlet was ended from outside.
+
+        For a revoked job all is said. When the worker stops, the job goes back. Otherwise code that knows nothing of
+        jobs ended the greenlet, and the job has failed.
+        """
         worker_state.task_ready(self)
         if self.ended_by == "stop":
             self._end(STOPPED, "the worker was stopped")
@@ -244,14 +256,14 @@ def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
     def ends_first(self: Any, failed__retval__runtime: Any, **options: Any) -> Any:
         if not isinstance(failed__retval__runtime, tuple):
             # In threads and solo pools Celery 5.7 gives the information of a SystemExit, wrapped as a lost worker, in
-            # place of what a body returned. No process was lost: the job has failed.
+            # place of the body's value. No process was lost: the job has failed.
             return self.on_failure(failed__retval__runtime, return_ok=True)
         failed__retval__runtime, self.outbox = unpacked(failed__retval__runtime)
         failed, value, _ = failed__retval__runtime
         if isinstance(value, Killed):
             return self.killed()
         if not failed and value is None:
-            # (Of a body that returned, Celery gives a text. Here it made no call of the arguments.)
+            # For a body that returned, Celery gives a text. Here it made no call of the arguments.
             return self.on_failure(_not_called(), return_ok=False)
         if not failed:
             self._end("succeeded")
@@ -260,7 +272,7 @@ def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(error, ExceptionWithTraceback):
             error = error.exc
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
-            # In threads and solo pools Celery raises these on, and the worker would end with the task.
+            # In threads and solo pools Celery raises these errors on, and the worker would end with the task.
             return self.on_failure(value, return_ok=False)
         return on_success(self, failed__retval__runtime, **options)
 
@@ -275,7 +287,7 @@ def _not_called() -> ExceptionInfo:
 
 
 def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | None]:
-    """What an exception makes of the attempt; None where another hook says it."""
+    """Return the outcome and the error's text for an attempt with this exception, None where another hook tells it."""
     if isinstance(error, Retry):
         return "retried", saferepr(error.exc) if error.exc else None
     if isinstance(error, Ignore):
@@ -298,8 +310,10 @@ def request_class(
     stopping_cold: Callable[[], bool],
     later: Callable[[Callable[[], None]], None],
 ) -> type:
-    """A task's request class with the platform's in front of it, for this life of a worker: a process that is one anew
-    (a test's, in a thread) gets one of the same plain class again."""
+    """Return a task's request class with the platform's in front of it, for this life of a worker.
+
+    A process that becomes a worker anew, as a test does in a thread, gets a class of the same plain class again.
+    """
     if issubclass(base, JobRequest):
         if "plain_class" not in base.__dict__:
             return base

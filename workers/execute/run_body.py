@@ -1,9 +1,8 @@
-"""Around a body, in the pool's process or thread: what speaks for the job there is collected, and goes back with the
-value.
+"""Run a body in the pool's process or thread, collect its results and messages, and return them with its value.
 
-Celery's trace stores the result, counts the part of a chord and publishes what comes next, all before the worker's main
-process hears that the body is over. Here it collects (`workers.process.attempts`), and the main process tells it all to
-the ledger with the release, which is refused where the attempt has lost its lease.
+Celery's trace stores the result, counts the chord part and publishes the next tasks, all before the worker's main
+process hears that the body is over. Here the trace collects them (`workers.process.attempts`). The main process tells
+them to the ledger with the release, which is refused where the attempt has lost its lease.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from celery_capacity.workers.process.attempts import Attempt, held
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """What Celery's trace returned for a body, and what is to be delivered with its end."""
+    """Value that Celery's trace returned for a body, and the outbox that is to be delivered with its end."""
 
     value: Any
     outbox: Outbox
 
 
 class TracedPool:
-    """Stands for the pool while Celery's request hands itself to it: the body runs inside `traced`."""
+    """Stand-in for the pool while Celery's request hands itself to it: the body runs inside `traced`."""
 
     def __init__(self, pool: Any, tag: str, incarnation: str) -> None:
         self._pool = pool
@@ -42,8 +41,10 @@ class TracedPool:
 
 
 def traced(tag: str, incarnation: str, trace: Callable[..., Any], *args: Any) -> tuple[Any, Any, Any]:
-    """Celery's trace function (failed, value, runtime), run for one attempt; the value is a `Carried` where something
-    is to be delivered."""
+    """Run Celery's trace function for one attempt, and return its (failed, value, runtime).
+
+    The value is a `Carried` where results or messages are to be delivered.
+    """
     parsed = parse_tag(tag)
     assert parsed is not None, "only claimed messages become requests"
     try:
@@ -52,13 +53,13 @@ def traced(tag: str, incarnation: str, trace: Callable[..., Any], *args: Any) ->
     except BaseException as error:
         if not was_killed(error):
             raise
-        # (Celery's pool would say that it returned None.)
+        # Celery's pool would say that the body returned None.
         return False, Killed(), None
     return failed, Carried(value, attempt.outbox) if attempt.outbox else value, runtime
 
 
 def unpacked(returned: tuple[Any, Any, Any]) -> tuple[tuple[Any, Any, Any], Outbox]:
-    """What Celery's hooks expect, and what is to be delivered."""
+    """Return the tuple that Celery's hooks expect, and the outbox to deliver."""
     failed, value, runtime = returned
     if isinstance(value, Carried):
         return (failed, value.value, runtime), value.outbox

@@ -1,4 +1,4 @@
-"""What a worker of the platform is made of, put together: one attribute of the worker, `platform_runtime`.
+"""Parts of a worker of the platform, put together: one attribute of the worker, `platform_runtime`.
 
 ::
 
@@ -70,13 +70,13 @@ from celery_capacity.workers.submit.router import Declarations
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after which a thread that runs lets another one run. A job passes from the main loop to the ledger thread and
-#: back twice; at Python's 5 ms a busy loop alone would use up the 10 ms from a release to the next start.
+#: Seconds after which a running thread lets another one run. A job passes from the main loop to the ledger thread and
+#: back twice. At Python's 5 ms a busy loop alone would use up the 10 ms from a release to the next start.
 SWITCH_INTERVAL: Final = 0.0005
 
 
 class Runtime:
-    """All that runs in a worker, from `worker_init` to its end. `green`: its pool runs greenlets."""
+    """Everything that runs in a worker, from `worker_init` to its end. `green`: its pool runs greenlets."""
 
     def __init__(self, app: Celery, stores: Stores, identity: Identity, green: bool) -> None:
         self.app = app
@@ -84,9 +84,9 @@ class Runtime:
         self.identity = identity
         self.pid = os.getpid()
         settings, engine = stores.settings, stores.engine
-        #: Seconds for each step of leaving; the whole is bounded, and what is not done is repaired by the duties.
+        #: Seconds for each step of leaving. The whole is bounded, and the duties repair steps that are not done.
         self._leave_within = timeouts.LEAVE * settings.store_timeout
-        # The worker's own client: its epoch is that of the worker's registration; `stores.ledger` follows Postgres.
+        # The worker's own client: its epoch is that of the worker's registration. `stores.ledger` follows Postgres.
         self.ledger = ledger = stores.new_ledger()
         exclusive = threading.Lock()
         self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
@@ -103,7 +103,7 @@ class Runtime:
             self._loop, green, self.announcer, self._accept, self.refusing, self._hand_back, self.holdings.start, newer
         )
         self.recorder = Recorder(engine, ledger, self.announcer.waiting, self._on_regained, settings.write_within)
-        #: Deliver parts of chords, whoever asks for it: a join may wait without limit.
+        #: Deliver chord parts for any thread that asks: a join may wait without limit.
         self.parts = Parts(identity.incarnation)
         self.delivery = Delivery(lambda: app.backend, identity.incarnation, self.recorder.add, self.parts, self._settle)
         self.membership = Membership(
@@ -193,8 +193,8 @@ class Runtime:
     # -- the life of the worker ----------------------------------------------------------------------------------
 
     def run(self, start: Callable[[], None]) -> None:
-        """`start` is the worker's, which returns at its end. Whatever that was, nothing of the runtime goes on behind
-        it. (Of most ends of a worker in a thread Celery tells nobody.)"""
+        """Run the worker's `start`, which returns at its end. Whatever the end, no part of the runtime outlives it."""
+        # Celery tells nobody of most ends of a worker in a thread.
         running_workers.begin(self)
         self._receive()
         try:
@@ -203,13 +203,13 @@ class Runtime:
             self.leave()
 
     def _receive(self) -> None:
-        """What this process receives and cannot read is set aside here."""
+        """Set aside in this runtime's quarantine the messages that this process receives and cannot read."""
         transport.receiving.set_aside = self.quarantine.set_aside
         transport.receiving.most_bytes = TIMES * self.stores.settings.max_message
 
     def join(self, slots: Callable[[], int], declared: Declarations) -> tuple[Detected, int]:
-        """Register, and start the threads. `slots` tells the size of the pool, now and later. Returns what was
-        published, and how many waiting jobs were admitted at once."""
+        """Register, start the threads; return the published capacity and the number of jobs admitted at once."""
+        # `slots` tells the size of the pool, now and later.
         self.serving.slots = slots
         sys.setswitchinterval(SWITCH_INTERVAL)
         detected = self.serving.detect()
@@ -232,7 +232,7 @@ class Runtime:
         return detected, admitted
 
     def wait_to_start(self, seconds: float) -> None:
-        """In the main thread, whose loop does not run yet: a TERM ends the start."""
+        """Wait in the main thread, whose loop does not run yet: a TERM ends the start."""
         self._loop.wait(seconds)
         worker_state.maybe_shutdown()
 
@@ -241,15 +241,15 @@ class Runtime:
         self._loop.set()
 
     def remeasure(self) -> None:
-        """The pool, or what this worker serves, has changed: the heartbeat publishes it. What is admitted meanwhile and
-        fits no more is handed back; what runs goes on."""
+        """Measure the capacity anew when the pool or the served queues have changed: the heartbeat publishes it."""
+        # A job that is admitted meanwhile and fits no more is handed back. Running jobs go on.
         self.holdings.capacity = dict(self.serving.detect().capacity.amounts)
         self.confirmation.needed()
         self.pulse.tick()
         self.puller.wake()
 
     def drain(self) -> None:
-        """Safe in a signal handler."""
+        """Have nothing more admitted to this worker. Safe in a signal handler."""
         self.ledger_thread.draining = True
         self.puller.draining = True
         self.pulse.drain()
@@ -257,7 +257,7 @@ class Runtime:
         self._loop.set()
 
     def leave(self) -> None:
-        """Settle what is over, hand back what is not, deregister. Bounded, and safe to call twice."""
+        """Settle ended jobs, hand back the others, deregister. Bounded in time, and safe to call twice."""
         if self._left or os.getpid() != self.pid:
             return
         self._left = True
@@ -274,7 +274,7 @@ class Runtime:
         for holding in self.holdings.running():
             outcome = STOPPED if holding.started else "handed_back"
             self.end_job(holding.job, holding.token, outcome, why, Outbox(), None)
-        # (Unless Postgres did not answer when it was asked about them, these are ended by now.)
+        # These have ended by now, unless Postgres did not answer when it was asked about them.
         self.recorder.flush(self._leave_within)
         for holding in self.holdings.running():
             outcome = gone_back(holding.rerun or not holding.started)
@@ -307,23 +307,23 @@ class Runtime:
     # -- messages ------------------------------------------------------------------------------------------------
 
     def arrived(self, message: Any) -> None:
-        """A message of the private queue, in the intake's or the mailbox's thread: nothing here waits."""
+        """Pass on a message of the private queue. In the thread of the intake or the mailbox: nothing here waits."""
         tag = parse_tag(message.delivery_tag)
         carried = message.headers.get(HEADER)
         try:
             if tag is None or not isinstance(carried, dict):
                 raise Unreadable("no message of an attempt")
             check_job_id(tag.job)
-            # Of a format that this release does not know the tag alone is sure. It is claimed, and handed back.
-            known = format_versions.is_known(carried)
-            request = Request.from_shape(str(carried.get("shape"))) if known else Request.of({})
+            # In a format that this release does not know, the tag alone is sure. The job is claimed, and handed back.
+            readable = format_versions.is_known(carried)
+            request = Request.from_shape(str(carried.get("shape"))) if readable else Request.of({})
         except (PlatformError, Unreadable) as error:
             self.quarantine.set_aside(transport.raw_of(message), self.identity.queue, str(error))
             return
         self.ledger_thread.arrive(tag, request, message)
 
     def _received(self, raw: bytes) -> None:
-        """In the mailbox's thread."""
+        """Take a message that the mailbox received, in the mailbox's thread."""
         try:
             message = transport.job_message(raw, self._accept)
         except Unreadable as error:
@@ -332,12 +332,12 @@ class Runtime:
         self.arrived(message)
 
     def attach(self, hub: Any) -> None:
-        """See `Starting.attach`."""
+        """Attach the main loop, see `Starting.attach`, and pull jobs from Postgres."""
         self.starting.attach(hub)
         self.puller.wake()
 
     def refusing(self, message: Any, error: str) -> AbstractContextManager[None]:
-        """See `workers.execute.rejected`."""
+        """Return the context that ends the job of a refused message, see `workers.execute.rejected`."""
         return refusing(message, error, self.identity, self.app, self.quarantine, self.end_job, self.announcer.failed)
 
     def end_job(
@@ -366,35 +366,35 @@ class Runtime:
         return self.delivery.flush(within) and self.recorder.flush(within)
 
     def _settle(self, job: str, left: str, rest: str) -> None:
-        """In the thread of a late part. (Where its row is not written by then, a duty of this worker's comes to it.)"""
+        """Settle a late chord part, in its thread. If its row is not written by then, a duty of this worker comes to it."""
         self._flush(self._leave_within)
         settle(self.stores.engine, job, left, rest)
 
     # -- between the threads -------------------------------------------------------------------------------------
 
     def on_tick(self, name: str) -> None:
-        """Beat's tick, in the thread that hears it."""
+        """Pass on beat's tick, in the thread that hears it."""
         self.pulse.tick()
         self.duties.tick(name)
 
     def _on_regained(self) -> None:
-        """This worker may admit again: the heartbeat fills what was released meanwhile."""
+        """Note that this worker may admit again: the heartbeat fills the room that was released meanwhile."""
         self.pulse.tick()
         self.ledger_thread.wake()
 
     def _on_open(self) -> None:
-        """A new epoch is open and this worker is in it."""
+        """Note that a new epoch is open and this worker is in it."""
         self.in_postgres.count_stale(self.ledger)
         self.ledger_thread.wake()
 
     def _on_taken(self, error: NameTaken) -> None:
-        """In the pulse's thread: end as after a TERM, with an exit code that says why."""
+        """End as after a TERM, with an exit code that says why. In the heartbeat's thread."""
         logger.critical("this worker ends: %s", error)
         worker_state.should_stop = Exit.UNAVAILABLE
         self.drain()
 
 
 def runtime_of(worker: Any) -> Runtime | None:
-    """That of a worker (Celery's `WorkController`), None where it is not one of the platform."""
+    """Return the runtime of a worker (Celery's `WorkController`), None where it is not a worker of the platform."""
     runtime = getattr(worker, "platform_runtime", None)
     return runtime if isinstance(runtime, Runtime) else None

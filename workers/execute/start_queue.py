@@ -1,4 +1,4 @@
-"""What was claimed, until it is a request of Celery's: handed from the ledger's thread to the main loop.
+"""Claimed jobs on their way to a request of Celery's: handed from the ledger's thread to the main loop.
 
 Where the pool is of greenlets the main loop has no events, and a greenlet of its own does this
 (`workers.execute.gevent_pool`).
@@ -26,9 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 class Starting:
-    """`loop` wakes the main loop. `refusing` ends the job of a message that never becomes a request. `hand_back` is
-    called with the job and the token of what was claimed and is not started; `begin` before the pool gets it: False
-    where it went back meanwhile."""
+    """Queue of claimed messages that the main loop is to start.
+
+    `loop` wakes the main loop. `refusing` ends the job of a message that never becomes a request. `hand_back` is called
+    with the job and the token of a claimed message that is not started. `begin` is called before the pool gets a job,
+    and returns False where the job went back meanwhile.
+    """
 
     def __init__(
         self,
@@ -52,19 +55,19 @@ class Starting:
         #: Celery's own handler of a message, set by the consumer.
         self.handle: Callable[[Any], None] | None = None
         self._claimed: deque[Any] = deque()
-        #: Whether the main loop runs: what is handed to it starts at once.
+        #: True while the main loop runs: a message that is handed to it starts at once.
         self.attached = False
         self._stopped = False
 
     def take(self, message: Any) -> None:
-        """In the ledger thread: hand a claimed message to the main loop, or the text of one that came in a reply."""
+        """Hand a claimed message to the main loop, or the text of one that came in a reply. In the ledger thread."""
         self._claimed.append(message)
         if self._stopped:
             self._hand_back_all()
         self._loop.set()
 
     def attach(self, hub: Any) -> None:
-        """The main loop runs. `hub`: what it waits with, None beside greenlets."""
+        """Note that the main loop runs. `hub`: Celery's hub with which it waits, None beside greenlets."""
         if self._starter is not None:
             self._starter.begin()
         else:
@@ -73,18 +76,18 @@ class Starting:
         self._loop.set()
 
     def detach(self) -> None:
-        """The main loop waits for its broker: what is handed to it would not start."""
+        """Note that the main loop waits for its broker: a message that is handed to it would not start."""
         self.attached = False
 
     def stop(self) -> None:
-        """In the main loop, which will not run again: what was claimed and not started, now or later, goes back."""
+        """Hand back messages that are claimed and not started, now or later. In the main loop, which runs no more."""
         self._stopped = True
         if self._starter is not None:
             self._starter.end()
         self._hand_back_all()
 
     def _start_all(self) -> None:
-        """In the main loop: what was claimed becomes requests."""
+        """Make requests of the claimed messages, in the main loop."""
         self._loop.clear()
         if not self.attached:
             return
@@ -107,12 +110,12 @@ class Starting:
                 self._announcer.admitted(message)
                 self.handle(message)
             except Exception as error:
-                # Whatever it is, it concerns this one message.
+                # Any error here concerns this one message.
                 with self._refusing(message, f"cannot be started: {error!r}"):
                     logger.exception("the message of %s cannot be started", message.delivery_tag)
             except BaseException:
                 if self._starter is not None:
-                    # Its greenlet was ended while it waited for a place in the pool.
+                    # The starter's greenlet was ended while it waited for a place in the pool.
                     self._claimed.appendleft(message)
                 raise
 
