@@ -62,7 +62,7 @@ class PlatformControl:
     ) -> Any:
         """Revoke all jobs that carry one of these stamps: {name: value or list of values}. See `revoke`.
 
-        Workers remember the stamps, as Celery's do: a job that is submitted later with such a stamp ends when it is to
+        Workers remember the stamps, as Celery's do: a job that is submitted later with one of them ends when it is to
         start.
         """
         revoke_stamped(self.app, self.stores, headers)

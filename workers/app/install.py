@@ -48,8 +48,8 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
 
     Call it when the app is made: before or after its tasks are defined, its configuration is read or something was
     sent. The app's own AMQP, control, task, request and consumer classes are kept and extended, as are settings that
-    the app names itself. Where the app has read its configuration already, the environment is read at once, and
-    `SettingsError` raised. Otherwise the environment is read when the app reads its configuration. Servers are looked
+    the app names itself. Where the app has read its configuration already, the environment is read at once, which may
+    raise `SettingsError`. Otherwise the environment is read when the app reads its configuration. Servers are looked
     for when one is needed.
     """
     app = unproxied(app)
@@ -137,7 +137,7 @@ def _configured(sender: Celery, **_: Any) -> dict[str, Any]:
 
 
 def _finish(sender: Celery, **_: Any) -> None:
-    """Cover the last tasks once the app is final: those that were decorated before `install` and made since."""
+    """Cover the last tasks once the app is final: tasks that were decorated before `install` and made since."""
     for task in sender._tasks.values():
         cover(task)
     _add_ticks(sender)

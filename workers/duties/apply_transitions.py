@@ -1,4 +1,4 @@
-"""Transitions that are not in Postgres yet: those of senders, and of workers that died before their batch."""
+"""Write transitions to Postgres that senders left in the stream, or workers that died before their batch."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from celery_capacity.workers.process.stores import Stores
 
 #: Most statements of one pass. At the usual sweep interval they move 1,000 jobs a second, more than a platform ends.
 MOST: Final = 10
-#: Seconds for which Postgres counts the parts of a chord: as long as Celery keeps a result by default.
+#: Seconds for which Postgres counts a chord: as long as Celery keeps a result by default.
 CHORDS_KEPT: Final = 86400.0
 
 

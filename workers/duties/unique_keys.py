@@ -17,8 +17,8 @@ FORGET_AFTER: Final = 300.0
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     """Forget unique keys that keep no job out any more. Counts: `forgotten` keys.
 
-    A pass looks at some of the keys: from a random place on, and from the first key on. A random text is such a place,
-    since keys are digests. So each key comes round, and kept keys hide no others.
+    A pass looks at some of the keys: from a random digest on, and from the first key on. Keys are digests. So each key
+    comes round, and kept keys hide no others.
     """
     with stores.engine.connect() as connection:
         forgotten = dependencies.forget_keys(connection, secrets.token_hex(32), FORGET_AFTER)

@@ -38,7 +38,7 @@ class Window:
     def silent_for(self, seconds: float, seen: Mapping[str, float], *, any_lately: bool) -> list[str]:
         """Return the silent incarnations of which this observer saw nothing new for `seconds`.
 
-        The observer's own clock counts, whatever the store's clock was set to meanwhile. `seen`: when each silent
+        The observer's own clock counts, even if the store's clock was set meanwhile. `seen`: when each silent
         incarnation was seen last. `any_lately`: True if another incarnation was seen lately. Without news of any
         worker, not even the observer's own heartbeat, the store takes no heartbeats, and nobody is judged.
         """

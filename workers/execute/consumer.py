@@ -188,7 +188,7 @@ class Consumer(celery_consumer.Consumer):
 
     def recall(self) -> None:
         """Hand back jobs that have provably not started, since the main loop will not run again."""
-        # For any stop, whoever asked for it: for a remote one Celery sends no signal.
+        # Every stop drains here, since Celery sends no signal for a stop by remote control.
         self.runtime.drain()
         self.runtime.starting.stop()
         if self.hub is not None:

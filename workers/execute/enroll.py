@@ -50,10 +50,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between looks at whether to stop.
 LOOK_EVERY: Final = 0.5
-#: Content types that are stored as they came. The depth of JSON is read off the text. To decode pickle does what its
-#: sender says, which is left to the worker that runs the task.
+#: Content types that are stored as they came. The depth of JSON is read off the text. Decoding pickle does anything
+#: that its sender says, so it is left to the worker that runs the task.
 NOT_DECODED: Final = (JSON, "application/x-python-serialize")
-#: Encodings of which ASCII is a part.
+#: Encodings that contain ASCII.
 PLAIN: Final = frozenset({"utf-8", "utf8", "ascii", "us-ascii", "binary"})
 #: Encoding of ticks, whatever the encoding of tasks.
 TICKS_ARE: Final = "json"
@@ -159,7 +159,7 @@ class Intake(os_threads.Thread):
         try:
             payload = message.payload
         except Exception as error:
-            # Celery's decoders raise what they like.
+            # Celery's decoders raise any error.
             self._refuse(message, error)
             return
         name = payload.get("tick") if isinstance(payload, dict) else None
@@ -179,7 +179,7 @@ class Intake(os_threads.Thread):
         try:
             enroll(self._app.amqp.job_sender, self._router, message, queue)
         except (InvalidRequest, LeaseLost, Unsupported) as error:
-            # No less final: a message that says that it is a retry, of an attempt that is not the job's any more.
+            # A message may say that it is a retry, of an attempt that is not the job's any more. That is no less final.
             self._refuse(message, error)
         except (NotAccepted, OutcomeUnknown, PlatformError) as error:
             if _lies_in_the_data(error):
@@ -243,7 +243,7 @@ def with_arguments(body: bytes) -> bytes:
     try:
         args, kwargs, embed = json.loads(body)
     except (ValueError, TypeError, RecursionError):
-        # The worker that starts the job says what is wrong with the body.
+        # The worker that starts the job reports the fault of the body.
         return body
     if args is not None and kwargs is not None and kwargs != []:
         return body

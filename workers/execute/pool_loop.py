@@ -1,8 +1,8 @@
 """Loop of the pool while Celery's consumer waits for its broker.
 
-Celery connects in its main loop and sleeps between two tries. Meanwhile it neither feeds a prefork pool nor reads what
-the pool returns, and no timer fires. Here a thread tries to connect (`BrokerProbe`) and the main loop goes on without a
-broker (`PoolLoop`): jobs that a release handed over, or that were pulled from Postgres, start and end.
+Celery connects in its main loop and sleeps between two tries. Meanwhile it neither feeds a prefork pool nor reads the
+pool's answers, and no timer fires. Here a thread tries to connect (`BrokerProbe`) and the main loop goes on without a
+broker (`PoolLoop`). Jobs that a release handed over, or that were pulled from Postgres, start and end.
 
 Celery resets its loop when it loses the connection. A message that is half read from a process of the pool, or half
 written to one, would be lost with the reset, and its job would never end. `PoolLoop.reset` keeps such halves.
@@ -110,7 +110,7 @@ class PoolLoop:
             self._reset = self._hub.reset
             self._hub.reset = self.reset
 
-    # -- what Celery's loop forgets --------------------------------------------------------------------------------
+    # -- messages that Celery's loop forgets -----------------------------------------------------------------------
 
     def connected(self) -> None:
         """Note the callbacks at each turn of a connection that was registered with the loop."""

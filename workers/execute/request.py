@@ -123,7 +123,7 @@ class JobRequest:
         """Hand back a job that was claimed, and will not start here."""
         self._end("handed_back", "not started")
 
-    # The row is durable and the message was a doorbell: there is nothing to acknowledge at the broker.
+    # The row is durable, and the message was only a notice: there is nothing to acknowledge at the broker.
 
     def acknowledge(self) -> None:
         self.acknowledged = True
@@ -204,7 +204,7 @@ class JobRequest:
             self._fail(error)
 
     def greenlet_done(self, greenlet: Any) -> None:
-        """End the attempt where a pool of greenlets keeps an error around the body, or its kill, to itself."""
+        """End the attempt where a pool of greenlets keeps an error around the body, or a kill, to itself."""
         if (error := problem_of(greenlet)) is not None:
             self.killed() if was_killed(error) else self._fail(error)
 

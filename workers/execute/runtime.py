@@ -366,7 +366,7 @@ class Runtime:
         return self.delivery.flush(within) and self.recorder.flush(within)
 
     def _settle(self, job: str, left: str, rest: str) -> None:
-        """Settle a late chord part, in its thread. If its row is not written by then, a duty of this worker comes to it."""
+        """Settle a late chord part, in its thread. If its row is unwritten by then, a duty of this worker does it."""
         self._flush(self._leave_within)
         settle(self.stores.engine, job, left, rest)
 

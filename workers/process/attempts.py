@@ -1,6 +1,6 @@
 """Attempt for which the code of this thread speaks, and the outbox that is delivered with its end.
 
-The attempt is set around a body, in the pool's process or thread. In the main process it is set around those hooks of
+The attempt is set around a body, in the pool's process or thread. In the main process it is set around the hooks of
 Celery that end a job. Code that speaks for a job looks here: to store a result, to deliver a chord part, to publish.
 """
 

@@ -1,6 +1,6 @@
-"""Exit codes of `celery -A platform ...`: those of sysexits.h and of shells, each with what it means and when it comes.
+"""Exit codes of `celery -A platform ...`, as in sysexits.h and in shells, each with its meaning and its occasions.
 
-docs/reference/exit-codes.md has the same table, and the help of each command names the codes that it can give.
+docs/reference/exit-codes.md has this table too, and the help of each command names the codes that it can give.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class Holdings:
             return list(dict.fromkeys(job for job, _ in self._held))
 
     def all(self) -> list[Holding]:
-        """Return all holdings, also those that have ended and are not released yet."""
+        """Return all holdings, also holdings that have ended and are not released yet."""
         with self._lock:
             return list(self._held.values())
 

@@ -94,8 +94,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def when_stores_answer(action: Callable[[], T], wait: Callable[[float], object]) -> T:
     """Run an action that needs the stores as soon as they let it, and return its result.
 
-    Logs the reason for waiting, once for each change. Raises an error that no waiting changes. `wait` waits for so many
-    seconds, and raises where the process is to end.
+    Logs the reason for waiting, once for each change. Raises an error that no waiting changes. `wait` waits for the
+    seconds that it gets, and raises where the process is to end.
     """
     logged = ""
     while True:
