@@ -60,8 +60,12 @@ def running(folder: Path) -> Valkey | None:
         return None
     if process is None or not process.mentions(pidfile):
         return None
-    arguments = psutil.Process(process.pid).cmdline()
-    return Valkey(process, int(arguments[arguments.index("--port") + 1]))
+    try:
+        arguments = psutil.Process(process.pid).cmdline()
+    except psutil.Error:
+        # It ended just now.
+        return None
+    return Valkey(process, int(arguments[arguments.index("--port") + 1])) if "--port" in arguments else None
 
 
 def start(folder: Path, port: int | None = None, *, durable: bool = True) -> Valkey:

@@ -340,7 +340,8 @@ def _unknown(environ: Mapping[str, str]) -> tuple[str, ...]:
     bare = [env.removeprefix(PREFIX) for env in setting_names]
     warnings = []
     for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in setting_names:
+        in_file = name.removesuffix(secret_files.SUFFIX) in secret_files.FROM_FILES
+        if name.startswith(PREFIX) and name not in setting_names and not in_file:
             nearest = get_close_matches(name.removeprefix(PREFIX), bare, n=1, cutoff=0.0)
             warnings.append(f"{name} is not a setting and is ignored; the nearest known one is {PREFIX}{nearest[0]}.")
     return tuple(warnings)

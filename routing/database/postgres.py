@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported
 
@@ -65,8 +66,10 @@ def _without_detail(context: ExceptionContext) -> None:
         shown.args = (f"({type(original).__module__}.{type(original).__name__}) {message}",)
 
 
-def translate(error: DBAPIError, also: str = "") -> PlatformError:
+def translate(error: DBAPIError | PoolTimeout, also: str = "") -> PlatformError:
     """Return an error of the driver as an error of the platform. `also` precedes the message of Postgres."""
+    if isinstance(error, PoolTimeout):
+        return StoreUnavailable(f"{also}no connection to Postgres was free")
     if getattr(error.orig, "pgcode", None) in NOT_THERE:
         return NotMigrated()
     if getattr(error.orig, "pgcode", None) == NOT_ALLOWED:

@@ -185,7 +185,7 @@ def read(client: redispy.Redis, engine: Engine, ttl: float = WORKER_TTL) -> Over
             with engine.connect() as connection:
                 seen = from_postgres(connection, ttl)
                 return replace(seen, quarantine=quarantine.read(connection), why=mask_url(str(error)))
-        except DBAPIError as second:
+        except (DBAPIError, PoolTimeout) as second:
             raise translate(second, f"the ledger does not answer ({error}), and ") from second
 
 
@@ -382,7 +382,7 @@ def read_allocated(client: redispy.Redis, engine: Engine, times: int) -> Reads:
     try:
         with engine.connect() as connection:
             sums = _allocated(connection)
-    except DBAPIError as error:
+    except (DBAPIError, PoolTimeout) as error:
         raise translate(error, "Redis does not answer, and ") from error
     value = amounts.format_cpus(sum(by_name.get(CPUS, 0) for by_name in sums.values()))
     return Reads(times, len(values), time.perf_counter() - start, value)

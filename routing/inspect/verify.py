@@ -22,6 +22,7 @@ import redis as redispy
 from redis.exceptions import RedisError
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import StoreUnavailable
@@ -129,7 +130,7 @@ def _read(
         with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
             rows = audit.read_postgres(connection)
         shelf = audit.read_ledger(client)
-    except DBAPIError as error:
+    except (DBAPIError, PoolTimeout) as error:
         raise translate(error) from error
     except RedisError as error:
         raise StoreUnavailable(f"Redis does not answer: {error}") from error

@@ -36,15 +36,16 @@ def check_body(body: bytes, task: object) -> None:
     canvas = isinstance(task, str) and task.startswith(CANVAS_PREFIX)
     arguments = MOST_CANVAS_LEVELS if canvas else MOST_LEVELS
     for part, levels in enumerate(_levels(body)):
-        if levels > (arguments if part < 2 else MOST_CANVAS_LEVELS):
-            _refuse("an argument" if part < 2 else "the canvas that follows the task", levels)
+        limit = arguments if part < 2 else MOST_CANVAS_LEVELS
+        if levels > limit:
+            _refuse("an argument" if part < 2 else "the canvas that follows the task", levels, limit)
 
 
 def check_headers(envelope: bytes) -> None:
     """Raise `MessageTooDeep` where the headers are nested too deep, in the JSON text of a whole message."""
     levels = max(_levels(envelope), default=0)
     if levels > MOST_LEVELS:
-        _refuse("a header", levels)
+        _refuse("a header", levels, MOST_LEVELS)
 
 
 def check_value(value: Any, task: object) -> None:
@@ -63,7 +64,7 @@ def check_value(value: Any, task: object) -> None:
                 continue
             # An empty list is a level too, as it is in the text.
             if level >= limit + AROUND:
-                _refuse("an argument", level + 1 - AROUND)
+                _refuse("an argument", level + 1 - AROUND, limit)
             # Take each member once. Where each list holds the next one twice, each level has twice as many members.
             inside.update((id(member), member) for member in members)
         level, here = level + 1, list(inside.values())
@@ -96,5 +97,5 @@ def _levels(document: bytes) -> list[int]:
     return [*levels, deepest - AROUND] if depth > 0 else levels
 
 
-def _refuse(what: str, levels: int) -> None:
-    raise MessageTooDeep(f"{what} is nested {levels} levels deep, {MOST_LEVELS} are allowed", value=levels)
+def _refuse(what: str, levels: int, limit: int) -> None:
+    raise MessageTooDeep(f"{what} is nested {levels} levels deep, {limit} are allowed", value=levels)

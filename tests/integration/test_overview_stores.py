@@ -11,7 +11,7 @@ from sqlalchemy import Engine, create_engine
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import NotMigrated, StoreUnavailable
-from celery_capacity.routing.inspect import overview
+from celery_capacity.routing.inspect import overview, verify
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.connection import quick_client
 from tests.fixtures.staged import Stage
@@ -157,3 +157,17 @@ def test_reads_of_the_allocated_cpus_say_how_many_redis_answered(stage: Stage) -
     stage.redis.delete(keys.ALLOCATED_CPUS)
     reads = overview.read_allocated(stage.redis, stage.engine, 100)
     assert (reads.value, reads.answered, reads.share_percent) == ("1.5", 0, 0)
+
+
+def test_pool_without_a_free_connection_is_a_store_that_does_not_answer(stage: Stage) -> None:
+    nowhere = quick_client(redis.Redis(port=1))
+    engine = create_engine(stage.engine.url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    with engine.connect():
+        for look in (
+            lambda: overview.read(nowhere, engine),
+            lambda: overview.read_allocated(nowhere, engine, 1),
+            lambda: verify.check(engine, stage.redis),
+        ):
+            with pytest.raises(StoreUnavailable, match="no connection to Postgres was free"):
+                look()
+    engine.dispose()

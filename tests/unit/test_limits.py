@@ -12,7 +12,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.errors import BacklogFull, MessageTooDeep
 from celery_capacity.routing.inspect import backlog_limit
-from celery_capacity.routing.model.nesting import MOST_LEVELS, check_body, check_headers, check_value
+from celery_capacity.routing.model.nesting import (
+    MOST_CANVAS_LEVELS,
+    MOST_LEVELS,
+    check_body,
+    check_headers,
+    check_value,
+)
 
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
@@ -97,10 +103,18 @@ def test_the_depth_of_the_text_is_that_of_the_value(value: Any, more: int) -> No
         check_body(text, "task")
         check_value(([deep], {}, EMBED), "task")
     else:
-        with pytest.raises(MessageTooDeep, match=f"{levels} levels"):
+        with pytest.raises(MessageTooDeep, match=f"{levels} levels deep, {MOST_LEVELS} are allowed"):
             check_body(text, "task")
         with pytest.raises(MessageTooDeep):
             check_value(([deep], {}, EMBED), "task")
+
+
+def test_canvas_that_is_too_deep_is_refused_with_its_own_limit() -> None:
+    deep = nested(MOST_CANVAS_LEVELS + 1, None)
+    with pytest.raises(MessageTooDeep, match=f"{MOST_CANVAS_LEVELS} are allowed"):
+        check_body(body([deep]), "celery.chain")
+    with pytest.raises(MessageTooDeep, match=f"{MOST_CANVAS_LEVELS} are allowed"):
+        check_value(([deep], {}, EMBED), "celery.chain")
 
 
 # -- the backlog

@@ -268,6 +268,10 @@ def test_an_unknown_name_is_a_warning_with_the_nearest_known_one(name: str, near
     assert nearest in warning.partition("nearest known one is")[2]
 
 
+def test_file_of_a_platform_variable_is_no_unknown_name() -> None:
+    assert Settings.from_environ({"PLATFORM_DIRECT_DATABASE_URL_FILE": ""}).warnings == ()
+
+
 def test_passwords_are_not_shown() -> None:
     settings = Settings.from_environ({**URLS, "CELERY_RESULT_BACKEND": "db+postgresql://u:s3cret@h/db"})
     assert "s3cret" not in repr(settings)
