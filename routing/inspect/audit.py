@@ -22,6 +22,7 @@ from celery_capacity.routing.ledger import indexes, keys, snapshot
 from celery_capacity.routing.ledger.snapshot import JobCard, WorkerBook
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import asked_shape
 
 #: Items in one pipeline. It takes some milliseconds of the server, so admission never waits long for a reader.
@@ -326,7 +327,7 @@ def _agreement(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
     """Check I6: Redis equals Postgres, except for transitions that are on their way there."""
     redis_held = {job: f"{worker} {token}" for worker, held in shelf.held.items() for job, token in held.items()}
     rows_held = {
-        job: f"{row.worker} {row.epoch}.{row.attempt}"
+        job: f"{row.worker} {Token(row.epoch, row.attempt)}"
         for job, row in rows.active.items()
         if row.state in HOLDING or row.step == Step.COMMITTED
     }

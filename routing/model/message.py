@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, MessageTooLarge
 from celery_capacity.routing.model.nesting import check_headers
+from celery_capacity.routing.model.token import Token
 
 #: Header that carries the request: {"shape": ..., "declared": ...}.
 HEADER: Final = "capacity_request"
@@ -52,7 +53,7 @@ class Tag:
 
     @property
     def token(self) -> str:
-        return f"{self.epoch}.{self.attempt}"
+        return str(Token(self.epoch, self.attempt))
 
 
 def parse_tag(text: object) -> Tag | None:
@@ -60,12 +61,12 @@ def parse_tag(text: object) -> Tag | None:
     if not isinstance(text, str):
         return None
     job, _, token = text.rpartition(":")
-    epoch, _, attempt = token.partition(".")
-    if not job or not (epoch.isascii() and epoch.isdigit() and attempt.isascii() and attempt.isdigit()):
+    if not job or len(token) > TOKEN_LENGTH:
         return None
-    if len(token) > TOKEN_LENGTH:
+    try:
+        return Tag(job, *Token.parse(token))
+    except ValueError:
         return None
-    return Tag(job, int(epoch), int(attempt))
 
 
 def encode(

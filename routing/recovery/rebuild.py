@@ -37,6 +37,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted, LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.states import FINAL, HOLDING
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import reconcile, resubmit, revocation, transition_log
 from celery_capacity.routing.store import backlog, claims
@@ -320,4 +321,4 @@ FROM jobs WHERE state IN ('admitted', 'running') AND incarnation IS NOT NULL ORD
 def _adopted(row: Any) -> Adopted:
     job, epoch, attempt, shape, priority, seq, losses, admitted, started, rerun = row
     place = order(priority, seq)
-    return Adopted(job, f"{epoch}.{attempt}", shape, place, admitted or 0, started or 0, "", losses, rerun)
+    return Adopted(job, str(Token(epoch, attempt)), shape, place, admitted or 0, started or 0, "", losses, rerun)

@@ -34,12 +34,12 @@ def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, gra
             if transition.incarnation == incarnation and transition.step < Step.ENDED
         }
         left |= fencing.give_up(connection, incarnation)
-        for job, epoch, attempt in fencing.committed(connection, incarnation):
+        for job, token in fencing.committed(connection, incarnation):
             # A committed job too is closed only once the stream has no entry of it.
-            if not ledger.drop(job, f"{epoch}.{attempt}", final=True) and _is_held(ledger, job, worker):
+            if not ledger.drop(job, str(token), final=True) and _is_held(ledger, job, worker):
                 left.add(job)
             else:
-                fencing.close(connection, job, epoch, attempt)
+                fencing.close(connection, job, token)
     lapsed = ledger.lapse(worker, grace_ms, ledger.settings.most_losses, without=left)
     if (lapsed.verdict, lapsed.incarnation) == ("alive", incarnation):
         # The worker renewed its lease just now: its next attempts may speak. Its present ones may not commit any more.

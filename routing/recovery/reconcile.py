@@ -30,6 +30,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.ledger.snapshot import JobCard
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import reconcile_indexes, resubmit, transition_log
 from celery_capacity.routing.recovery.drift import Reconciled
@@ -77,7 +78,7 @@ class Row:
             # An outcome that Postgres does not know. Without one the job is being cancelled on its way to the ledger.
             unknown = card is not None and card.final and card.outcome is not None and is_newer(card, self)
             return self.state in FINAL or not unknown
-        token = f"{self.epoch}.{self.attempt}"
+        token = str(Token(self.epoch, self.attempt))
         if self.step == Step.COMMITTED:
             # The attempt ended the job itself, and its body goes on: its worker releases it.
             return (card.state, card.token) == (State.RUNNING, token)
@@ -110,8 +111,7 @@ _THESE: Final = text(_COLUMNS + "WHERE id = ANY(CAST(:ids AS text[]))")
 
 def rank_of(card: JobCard) -> tuple[int, int, int]:
     """Return the rank of a job in the ledger, to be compared with the rank of its row."""
-    epoch, _, attempt = card.token.partition(".")
-    return int(epoch), int(attempt), _ended_by(card) if card.state == ENDED else STEPS[State(card.state)]
+    return *Token.parse(card.token), _ended_by(card) if card.state == ENDED else STEPS[State(card.state)]
 
 
 def is_newer(card: JobCard, row: Row) -> bool:
@@ -243,12 +243,12 @@ def _close_committed(connection: Connection, ledger: Ledger, result: Reconciled)
     committed = fencing.committed(connection)
     for start in range(0, len(committed), CHUNK):
         rows = committed[start : start + CHUNK]
-        cards = snapshot.read_cards(ledger.client, [job for job, _, _ in rows])
+        cards = snapshot.read_cards(ledger.client, [job for job, _ in rows])
         on_their_way = {transition.job for transition in transition_log.unapplied(ledger)}
-        for job, epoch, attempt in rows:
+        for job, token in rows:
             card = cards.get(job)
-            holds = card is not None and card.state != ENDED and card.token == f"{epoch}.{attempt}"
-            if not holds and job not in on_their_way and fencing.close(connection, job, epoch, attempt):
+            holds = card is not None and card.state != ENDED and card.token == str(token)
+            if not holds and job not in on_their_way and fencing.close(connection, job, token):
                 result.note("ended by itself, and not held")
 
 
@@ -350,7 +350,7 @@ def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconc
     if row.worker and row.incarnation:
         held = Adopted(
             row.id,
-            f"{row.epoch}.{row.attempt}",
+            str(Token(row.epoch, row.attempt)),
             row.shape,
             order(row.priority, row.seq),
             row.admitted_ms,

@@ -21,6 +21,7 @@ from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import MOST_ADMITTED, Book, Waiting, fits, held_by, order
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES, losses_in_doubt
@@ -174,7 +175,7 @@ def take(
     rows = connection.execute(_TAKE, {**values, "counts": most_losses >= FEWEST_LOSSES})
     taken = []
     for job, attempt, shape, losses, started_ms, message, rerun in rows:
-        token = f"{epoch}.{attempt}"
+        token = str(Token(epoch, attempt))
         taken.append(Taken(job, token, shape, losses, started_ms, tagged(bytes(message), job, token), rerun))
     return taken
 
@@ -228,17 +229,17 @@ class Holder:
     final: bool
     incarnation: str | None
 
-    def takes(self, epoch: int, attempt: int) -> bool:
+    def takes(self, token: Token) -> bool:
         """Return whether the end of this attempt is still to be written.
 
         It is also for an attempt that ended its job itself: its end adds what the attempt left to be delivered.
         """
-        mine = self.step == Step.COMMITTED and (self.epoch, self.attempt) == (epoch, attempt)
-        return (mine or not self.final) and (self.epoch, self.attempt, self.step) < (epoch, attempt, Step.ENDED)
+        mine = self.step == Step.COMMITTED and (self.epoch, self.attempt) == token
+        return (mine or not self.final) and (self.epoch, self.attempt, self.step) < (*token, Step.ENDED)
 
-    def has(self, epoch: int, attempt: int) -> bool:
+    def has(self, token: Token) -> bool:
         """Return whether the end of this attempt is written already, so that only the reply was lost."""
-        return (self.epoch, self.attempt) == (epoch, attempt) and self.step in (Step.ENDED, Step.BACK)
+        return (self.epoch, self.attempt) == token and self.step in (Step.ENDED, Step.BACK)
 
 
 _HOLDERS: Final = text("""
@@ -303,7 +304,7 @@ def close_orphans(connection: Connection) -> int:
     Nobody else will report these ends.
     """
     rows = connection.execute(_COMMITTED_NOWHERE).all()
-    return sum(fencing.close(connection, job, epoch, attempt) for job, epoch, attempt in rows)
+    return sum(fencing.close(connection, job, Token(epoch, attempt)) for job, epoch, attempt in rows)
 
 
 def give_back(

@@ -18,6 +18,7 @@ from celery_capacity.routing.database.postgres import is_locked
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.outbox import UNTOLD
 from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store.job_transitions import END_LOST
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
@@ -119,12 +120,12 @@ WHERE {_HELD_BY} AND id IN (SELECT id FROM jobs WHERE {_HELD_BY} FOR NO KEY UPDA
 _NOT_GIVEN_UP: Final = text(f"SELECT id FROM jobs WHERE {_HELD_BY}")
 
 
-def close(connection: Connection, job: str, epoch: int, attempt: int) -> bool:
+def close(connection: Connection, job: str, token: Token) -> bool:
     """Close an attempt that died and will report nothing more; return True where it had committed the end of its job.
 
     That end stands, and clients that wait for the result are told of it.
     """
-    values = {"job": job, "epoch": epoch, "attempt": attempt}
+    values = {"job": job, "epoch": token.epoch, "attempt": token.attempt}
     return connection.execute(_CLOSE, values).first() is not None
 
 
@@ -158,13 +159,13 @@ WHERE step = {Step.COMMITTED.value} AND (CAST(:incarnation AS text) IS NULL OR i
 """)
 
 
-def committed(connection: Connection, incarnation: str | None = None) -> list[tuple[str, int, int]]:
-    """Return attempts (job, epoch, attempt) that ended their jobs themselves and have not reported that yet.
+def committed(connection: Connection, incarnation: str | None = None) -> list[tuple[str, Token]]:
+    """Return attempts (job, token) that ended their jobs themselves and have not reported that yet.
 
     `incarnation`: only those of this life of a worker; None: of all workers.
     """
     rows = connection.execute(_COMMITTED, {"incarnation": incarnation})
-    return [(row[0], row[1], row[2]) for row in rows]
+    return [(job, Token(epoch, attempt)) for job, epoch, attempt in rows]
 
 
 _RUNS: Final = text(f"""
@@ -189,9 +190,9 @@ SELECT state = '{State.SUCCEEDED.value}' AND (epoch, attempt) = (:epoch, :attemp
 """)
 
 
-def has_succeeded(connection: Connection, job: str, epoch: int, attempt: int) -> bool:
+def has_succeeded(connection: Connection, job: str, token: Token) -> bool:
     """Return whether the job has succeeded by this very attempt."""
-    values = {"job": job, "epoch": epoch, "attempt": attempt}
+    values = {"job": job, "epoch": token.epoch, "attempt": token.attempt}
     return bool(connection.execute(_ENDED_BY, values).scalar_one_or_none())
 
 

@@ -12,6 +12,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import claims, fencing
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.process.holdings import Holding, Holdings
@@ -107,11 +108,11 @@ def test_value_of_a_job_that_was_closed_without_its_worker_is_told_late(
 ) -> None:
     """It ended itself, its worker stood still, and another one closed it meanwhile."""
     (end,) = pending = ended(stage, holdings, 1, left="the value")
-    epoch, _, attempt = end.ended.token.partition(".")
+    token = Token.parse(end.ended.token)
     with stage.engine.connect() as connection, connection.begin():
-        publisher = Publisher(end.ended.job, int(epoch), int(attempt), "a-life")
+        publisher = Publisher(end.ended.job, *token, "a-life")
         assert fencing.commit(connection, publisher)
-        assert fencing.close(connection, end.ended.job, int(epoch), int(attempt))
+        assert fencing.close(connection, end.ended.job, token)
     assert ends.settle(pending, deque())
     assert late == [(end.ended.job, end.ended.token, "the value")]
     assert not pending and not holdings.all()

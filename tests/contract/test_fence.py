@@ -14,6 +14,7 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import reclaim, transition_log
 from celery_capacity.routing.recovery.reconcile import reconcile
 from celery_capacity.routing.store import claims, fencing
@@ -107,7 +108,7 @@ def test_an_attempt_that_died_after_its_commit_is_closed_once(stage: Stage) -> N
     job, other = running(stage), running(stage)
     commit(stage, job)
     with stage.engine.connect() as connection:
-        assert [fencing.close(connection, one, 1, 1) for one in (job, job, other)] == [True, False, False]
+        assert [fencing.close(connection, one, Token(1, 1)) for one in (job, job, other)] == [True, False, False]
         assert [fencing.final_state(connection, one) for one in (job, other)] == ["succeeded", None]
     assert (stage.row(job).step, stage.row(job).outbox is not None) == (Step.ENDED, True)
 
@@ -119,7 +120,7 @@ def test_an_attempt_before_it_whose_end_was_lost_is_closed_with_it(stage: Stage)
         transition_log.apply_all(stage.engine, stage.ledger)
         assert fencing.commit(connection, mine(stage, job, attempt=2))
     with stage.engine.connect() as connection:
-        assert fencing.close(connection, job, 1, 2)
+        assert fencing.close(connection, job, Token(1, 2))
     assert outcome(stage, job) == ["taken_back", "succeeded"]
 
 

@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import fencing
 
 #: Outcome, from a worker's request, of an attempt whose body ended with `LeaseLost`. The ledger knows no such outcome.
@@ -43,10 +44,9 @@ def judge(
     While Postgres does not answer, a lost attempt is lost, and an attempt that lost its lease goes back. Should the job
     have ended itself after all, its next attempt cannot commit, is told so, and comes here.
     """
-    epoch, _, attempt = token.partition(".")
     try:
         with engine.connect() as connection:
-            if outcome != LEASE_LOST and fencing.close(connection, job, int(epoch), int(attempt)):
+            if outcome != LEASE_LOST and fencing.close(connection, job, Token.parse(token)):
                 return job, token, "succeeded", None, Outbox()
             ended_as = fencing.final_state(connection, job)
     except SQLAlchemyError:

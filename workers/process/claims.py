@@ -13,6 +13,7 @@ from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.process.holdings import Holding
@@ -33,11 +34,11 @@ class Arrival:
 
 def running(identity: Identity, holding: Holding, entry: str = "") -> Transition:
     """Return the transition that says that an attempt runs on this worker."""
-    epoch, _, attempt = holding.token.partition(".")
+    token = Token.parse(holding.token)
     return Transition(
         job=holding.job,
-        epoch=int(epoch),
-        attempt=int(attempt),
+        epoch=token.epoch,
+        attempt=token.attempt,
         state="running",
         step=Step.RUNNING,
         worker=identity.name,

@@ -28,6 +28,7 @@ from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.states import State
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import fencing, refused_transitions
 from celery_capacity.workers.process import running_workers
 from celery_capacity.workers.process.attempts import Attempt, held
@@ -201,11 +202,11 @@ def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: st
     It did so within `celery_capacity.fenced`, before it lost its lease. Then its value is the job's, however late it
     comes. The outbox of any other refused attempt is dropped.
     """
-    epoch, _, attempt = token.partition(".")
+    attempt = Token.parse(token)
     with engine.connect() as connection:
-        if not fencing.has_succeeded(connection, job, int(epoch), int(attempt)):
+        if not fencing.has_succeeded(connection, job, attempt):
             return
-    speaker = Attempt(Tag(job, int(epoch), int(attempt)), incarnation, patient=lambda: True)
+    speaker = Attempt(Tag(job, *attempt), incarnation, patient=lambda: True)
     box, parts = outbox.parse(left), parts_of(app)
 
     def afterwards(error: Exception | None) -> None:

@@ -17,6 +17,7 @@ from celery_capacity.routing.database.postgres import is_locked
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import claims, dependencies, job_transitions, refused_transitions
 from celery_capacity.routing.store.claims import Became, Holder
 from celery_capacity.routing.store.job_transitions import Applied, Transition
@@ -227,13 +228,13 @@ class PostgresEnds:
         written, transitions = Written(list(batch)), list[Transition]()
         for end in batch:
             row = rows.get(end.ended.job)
-            epoch, attempt = _numbers(end.ended.token)
+            token = Token.parse(end.ended.token)
             holding = held.get((end.ended.job, end.ended.token))
-            if row is not None and holding is not None and row.takes(epoch, attempt):
+            if row is not None and holding is not None and row.takes(token):
                 transitions.append(self._transition(end, holding, row, now))
                 if transitions[-1].state == "lost":
                     written.lost.append(end)
-            elif row is None or not row.has(epoch, attempt):
+            elif row is None or not row.has(token):
                 written.refused.append(end)
             else:
                 written.repeated.append(end)
@@ -262,13 +263,13 @@ class PostgresEnds:
 
     def _transition(self, end: End, holding: Holding, row: Holder, now: int) -> Transition:
         ended = end.ended
-        epoch, attempt = _numbers(ended.token)
+        token = Token.parse(ended.token)
         became: Became = claims.became(ended.outcome, row.losses, self._settings.most_losses, row.rerun)
         back = became.step == Step.BACK and ended.outcome != "retried"
         return Transition(
             job=ended.job,
-            epoch=epoch,
-            attempt=attempt,
+            epoch=token.epoch,
+            attempt=token.attempt,
             state=became.state,
             step=became.step,
             worker=self._identity.name,
@@ -292,8 +293,3 @@ def left_by(end: End) -> str:
 
 def _starts(applied: Sequence[Applied]) -> bool:
     return any(change.due or change.state == "accepted" for change in applied)
-
-
-def _numbers(token: str) -> tuple[int, int]:
-    epoch, _, attempt = token.partition(".")
-    return int(epoch), int(attempt)

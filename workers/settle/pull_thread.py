@@ -20,6 +20,7 @@ from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.database.postgres import told
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.store import claims, fencing
 from celery_capacity.routing.store.refused_transitions import concerns_data
@@ -180,10 +181,10 @@ class Puller(os_threads.Thread):
         held = {(holding.job, holding.token) for holding in self._holdings.all()}
         with self._transactions.begin() as connection:
             rows = claims.open_attempts(connection, self._identity.incarnation)
-            strays = [row for row in rows if (row.job, f"{row.epoch}.{row.attempt}") not in held]
-            for job, epoch, attempt in fencing.committed(connection, self._identity.incarnation):
-                if (job, f"{epoch}.{attempt}") not in held:
-                    fencing.close(connection, job, epoch, attempt)
+            strays = [row for row in rows if (row.job, str(Token(row.epoch, row.attempt))) not in held]
+            for job, token in fencing.committed(connection, self._identity.incarnation):
+                if (job, str(token)) not in held:
+                    fencing.close(connection, job, token)
             # A job whose row is locked is left for the next comparison, so that it stops nothing here.
             if claims.give_back_free(connection, strays, "taken_back", "its worker does not hold it", most_losses):
                 claims.wake(connection)

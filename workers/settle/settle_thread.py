@@ -22,6 +22,7 @@ from celery_capacity.routing.ledger.replies import Claimed, Ended, HandedOver, K
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.policy.unknown_starts import is_known_before_start
 from celery_capacity.routing.store.job_transitions import REVOKED, Transition
@@ -374,15 +375,14 @@ class LedgerThread(os_threads.Thread):
         return transitions
 
     def _transition(self, holding: Holding, state: str, end: Ended, entry: str, now: int) -> Transition:
-        back = state in ("waiting", "scheduled", "accepted")
         # The job came back, and had been revoked meanwhile.
         stopped = state == "cancelled" and end.outcome != state
-        back = back or stopped
-        epoch, _, attempt = holding.token.partition(".")
+        back = stopped or state in ("waiting", "scheduled", "accepted")
+        token = Token.parse(holding.token)
         return Transition(
             job=holding.job,
-            epoch=int(epoch),
-            attempt=int(attempt),
+            epoch=token.epoch,
+            attempt=token.attempt,
             state=state,
             step=Step.BACK if back else Step.ENDED,
             worker=self._identity.name,
