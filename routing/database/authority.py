@@ -9,6 +9,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, text
 
 from celery_capacity.routing.errors import NotMigrated
+from celery_capacity.routing.model.states import Store
 
 #: Renew intervals after which a silent process that opens an epoch is overtaken: 20 s at the usual 10 s.
 OPENING_INTERVALS: Final = 2.0
@@ -36,7 +37,7 @@ class Authority:
     """
 
     epoch: int
-    authority: str
+    authority: Store
     changed: datetime
     age: float
 
@@ -55,7 +56,8 @@ def read_authority(connection: Connection) -> Authority:
 def _authority(row: Any) -> Authority:
     if row is None:
         raise NotMigrated()
-    return Authority(*row)
+    epoch, authority, changed, age = row
+    return Authority(epoch, Store(authority), changed, age)
 
 
 def database_id(connection: Connection) -> str:

@@ -311,11 +311,11 @@ def _queues(shelf: Shelf) -> Iterator[Suspicion]:
             )
         for job, _ in queue:
             card = shelf.cards.get(job)
-            if card is None or card.state != "waiting" or card.shape != shape:
+            if card is None or card.state != State.WAITING or card.shape != shape:
                 yield Suspicion("I6", f"job {job} waits under {shape}, and its own key says {card}")
     for job in shelf.unclaimed:
         card = shelf.cards.get(job)
-        if card is None or card.state != "admitted":
+        if card is None or card.state != State.ADMITTED:
             yield Suspicion("I6", f"job {job} is to be delivered again, and its own key says {card}")
     for key in shelf.strangers:
         yield Suspicion("I6", f"key {key} is of no known family")

@@ -20,7 +20,7 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import CPUS
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import FINAL, HOLDING, State
+from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
 from celery_capacity.routing.policy.placement import Admission, Book, Reason, Refusal, order, survey
 from celery_capacity.routing.store import dependencies
 
@@ -151,7 +151,7 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         worker = row.worker if state in HOLDING else None
         due_at = row.due_at if state is State.SCHEDULED else None
         return Explanation(job, state, simple, request, row.declared, worker=worker, due_at=due_at)
-    if connection.execute(select(authority.authority)).scalar_one_or_none() == "postgres":
+    if connection.execute(select(authority.authority)).scalar_one_or_none() == Store.POSTGRES:
         return Explanation(job, state, Why.LEDGER_STANDS_BACK, request, row.declared)
     try:
         head = snapshot.read_head(client)

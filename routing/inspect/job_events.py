@@ -69,7 +69,11 @@ def parse(job: str, said: bytes) -> JobEvent | None:
 
 
 #: Step for each state in the ledger. A waiting job may have been filed or put back.
-_STEPS: Final = {"waiting": Step.FILED, "admitted": Step.ADMITTED, "running": Step.RUNNING}
+_STEPS: Final[dict[str | None, Step]] = {
+    State.WAITING: Step.FILED,
+    State.ADMITTED: Step.ADMITTED,
+    State.RUNNING: Step.RUNNING,
+}
 
 
 def in_ledger(client: redis.Redis, job: str) -> JobEvent | None:
@@ -79,7 +83,7 @@ def in_ledger(client: redis.Redis, job: str) -> JobEvent | None:
     if state == "ended":
         state, step = became, Step.DROPPED if became in FINAL else Step.BACK
     else:
-        step = _STEPS.get(state or "", Step.NONE)
+        step = _STEPS.get(state, Step.NONE)
     if not state or epoch is None or attempt is None:
         return None
     return JobEvent(job, State(state), int(attempt), worker, rank=(int(epoch), int(attempt), step))

@@ -27,7 +27,7 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import ALONE, CPUS, MEMORY, SLOTS
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import State
+from celery_capacity.routing.model.states import State, Store
 from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, order
 from celery_capacity.routing.store import quarantine
 from celery_capacity.routing.store.quarantine import Quarantined
@@ -196,7 +196,7 @@ def _postgres_decides(engine: Engine) -> bool:
     """
     try:
         with engine.connect() as connection:
-            return read_authority(connection).authority == "postgres"
+            return read_authority(connection).authority == Store.POSTGRES
     except (DBAPIError, PoolTimeout, NotMigrated):
         return False
 

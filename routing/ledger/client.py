@@ -26,6 +26,7 @@ from celery_capacity.routing.ledger.replies import (
 )
 from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model.envelope import digest_of
+from celery_capacity.routing.model.states import State
 
 #: Messages that one script delivers again, so that admission never waits long for it.
 REDELIVER_CHUNK: Final = 100
@@ -78,7 +79,7 @@ class Ledger(Held, Elections):
         for index, end in enumerate(ended):
             verdict, state, entry, shape = reply.rest[4 * index : 4 * index + 4]
             settled.released.append(Released(end, verdict, state, entry))
-            if admit and verdict == "released" and state == "waiting":
+            if admit and verdict == "released" and state == State.WAITING:
                 settled.shapes.append(shape)
         settled.handed_over.extend(hand_overs(reply.rest[4 * len(ended) :]))
         settled.cursors.append(reply["cursor"])

@@ -60,6 +60,32 @@ FINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED
 HOLDING = frozenset({State.ADMITTED, State.RUNNING})
 
 
+class Outcome(StrEnum):
+    """How an attempt ended; the value is the word in the ledger, in `attempts` and on pages."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    #: by `Task.replace`
+    REPLACED = "replaced"
+    #: by `Task.retry`
+    RETRIED = "retried"
+    #: by its own worker, before it started or as the worker ends
+    HANDED_BACK = "handed_back"
+    #: from a worker that does not hold it; it had not started, or its job has a newer attempt
+    TAKEN_BACK = "taken_back"
+    #: with its process, its worker or its worker's lease
+    LOST = "lost"
+
+
+class Store(StrEnum):
+    """The store that admits jobs; the value is the word in the table `authority`."""
+
+    LEDGER = "ledger"
+    POSTGRES = "postgres"
+
+
 class Event(Enum):
     """Event that moves a job from state to state; the value is the word on the edge of the diagram."""
 

@@ -36,7 +36,7 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted, LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
-from celery_capacity.routing.model.states import FINAL, HOLDING
+from celery_capacity.routing.model.states import FINAL, HOLDING, Store
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import reconcile, resubmit, revocation, transition_log
@@ -86,7 +86,7 @@ def open_if_cold(engine: Engine, ledger: Ledger) -> Rebuilt | None:
 
 def _is_wanting(known: Authority, ledger: Ledger) -> bool:
     """Return whether the ledger is to decide and has to be opened."""
-    if known.authority != "ledger" or known.age < change_pause(ledger.settings.confirm_interval):
+    if known.authority != Store.LEDGER or known.age < change_pause(ledger.settings.confirm_interval):
         return False
     return _is_old(known, ledger) or ledger.is_unfinished()
 

@@ -29,7 +29,7 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.ledger.snapshot import JobCard
-from celery_capacity.routing.model.states import FINAL, HOLDING, State, Step
+from celery_capacity.routing.model.states import FINAL, HOLDING, State, Step, Store
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import reconcile_indexes, resubmit, transition_log
@@ -136,7 +136,7 @@ def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
     try:
         with engine.connect() as connection:
             authority = read_authority(connection)
-            if authority.authority != "ledger":
+            if authority.authority != Store.LEDGER:
                 raise StoreUnavailable(
                     "the ledger was lost and Postgres decides: there is nothing to compare",
                     advice="Look at Redis: when it has answered for a while, the ledger decides again.",

@@ -20,7 +20,7 @@ from celery_capacity.routing.database.postgres import is_locked
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.model.states import FINAL, Outcome, State, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import MOST_ADMITTED, Book, Waiting, fits, held_by, order
@@ -207,11 +207,11 @@ class Became:
 
 def became(outcome: str, losses: int, most_losses: int, rerun: bool) -> Became:
     """Return the effect of an end. `outcome` as in `replies.Ended`; `losses`: those of the attempts before."""
-    if outcome == "retried":
+    if outcome == Outcome.RETRIED:
         return Became(State.SCHEDULED, Step.BACK, losses)
-    if outcome in ("handed_back", "taken_back"):
+    if outcome in (Outcome.HANDED_BACK, Outcome.TAKEN_BACK):
         return Became(State.ACCEPTED, Step.BACK, losses)
-    if outcome == "lost":
+    if outcome == Outcome.LOST:
         again = rerun and losses + 1 < most_losses
         return Became(State.ACCEPTED if again else State.LOST, Step.BACK if again else Step.ENDED, losses + 1)
     return Became(State(outcome), Step.ENDED, losses)
@@ -319,7 +319,7 @@ def give_back(
     now = now_ms(connection)
     transitions = []
     for attempt in attempts:
-        ends_as = outcome or ("lost" if attempt.started_ms else "taken_back")
+        ends_as = outcome or (Outcome.LOST if attempt.started_ms else Outcome.TAKEN_BACK)
         losses = attempt.losses
         if outcome is None and not attempt.started_ms:
             # Nobody knows if the job was claimed before its worker was gone.

@@ -28,7 +28,7 @@ from celery_capacity.routing.database.postgres import is_locked
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.outbox import Outbox
-from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.model.states import FINAL, Outcome, State, Step
 from celery_capacity.routing.store import job_transitions, quarantine
 from celery_capacity.routing.store.job_transitions import Applied, Transition
 from celery_capacity.routing.store.quarantine import SetAside
@@ -135,7 +135,7 @@ def _apply_without_outbox(engine: Engine, one: Transition, why: str) -> list[App
         box = None
     kept = outbox.UNTOLD if box is None else Outbox([], box.results, by=box.by).to_text()
     less = replace(one, outbox=kept)
-    if one.outcome == "retried" and (box is None or any(job.id == one.job for job in box.publishes)):
+    if one.outcome == Outcome.RETRIED and (box is None or any(job.id == one.job for job in box.publishes)):
         failed, error = State.FAILED.value, _ascii(f"its retry was set aside: {why}")
         less = replace(one, state=failed, step=Step.ENDED, outcome=failed, error=error, outbox=outbox.UNTOLD)
     applied = _apply(engine, less)

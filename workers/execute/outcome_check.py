@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import fencing
 
@@ -21,7 +22,12 @@ LEASE_LOST: Final = "lease lost"
 #: an attempt whose process was ended by a revoke -> the outcome, if the attempt had not ended its job itself before.
 BROKEN_OFF: Final = "broken off"
 TERMINATED: Final = "terminated"
-UNLESS_COMMITTED: Final = {"lost": "lost", "handed_back": "handed_back", BROKEN_OFF: "failed", TERMINATED: "cancelled"}
+UNLESS_COMMITTED: Final = {
+    Outcome.LOST: Outcome.LOST,
+    Outcome.HANDED_BACK: Outcome.HANDED_BACK,
+    BROKEN_OFF: Outcome.FAILED,
+    TERMINATED: Outcome.CANCELLED,
+}
 #: Outcome, from a worker's request, of an attempt that had started, and is broken off since its worker ends.
 STOPPED: Final = "stopped"
 #: Outcomes that are judged.
@@ -33,7 +39,7 @@ def gone_back(rerun: bool) -> str:
 
     If its job may start only once (`rerun=False`), the attempt is lost instead.
     """
-    return "handed_back" if rerun else "lost"
+    return Outcome.HANDED_BACK if rerun else Outcome.LOST
 
 
 def judge(
@@ -47,7 +53,7 @@ def judge(
     try:
         with engine.connect() as connection:
             if outcome != LEASE_LOST and fencing.close(connection, job, Token.parse(token)):
-                return job, token, "succeeded", None, Outbox()
+                return job, token, Outcome.SUCCEEDED, None, Outbox()
             ended_as = fencing.final_state(connection, job)
     except SQLAlchemyError:
         ended_as = None
@@ -56,4 +62,4 @@ def judge(
     if outcome == STOPPED or ended_as is None:
         return job, token, gone_back(rerun), error, Outbox()
     # The books are told that this attempt is over; the row stays as it is.
-    return job, token, "cancelled", f"the job had ended as {ended_as}: {error}", Outbox()
+    return job, token, Outcome.CANCELLED, f"the job had ended as {ended_as}: {error}", Outbox()

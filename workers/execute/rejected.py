@@ -11,6 +11,7 @@ from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
 
 from celery_capacity.routing.model.message import parse_tag
+from celery_capacity.routing.model.states import Outcome
 from celery_capacity.workers.broker import transport
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.process.identity import Identity
@@ -56,4 +57,4 @@ def refusing(
                 app.backend.mark_as_failure(tag.job, problem, request=request, store_result=kept)
                 failed(tag.job, name, problem)
     finally:
-        end_job(tag.job, tag.token, "failed", error, attempt.outbox, None)
+        end_job(tag.job, tag.token, Outcome.FAILED, error, attempt.outbox, None)

@@ -22,6 +22,7 @@ from celery.worker import state as worker_state
 from celery_capacity.routing.errors import LeaseLost
 from celery_capacity.routing.model.message import ETA, HEADER, Tag, parse_tag
 from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.states import Outcome
 from celery_capacity.workers.execute.gevent_pool import Killed, problem_of, was_killed
 from celery_capacity.workers.execute.outcome_check import BROKEN_OFF, LEASE_LOST, STOPPED, TERMINATED
 from celery_capacity.workers.execute.run_body import TracedPool, unpacked
@@ -121,7 +122,7 @@ class JobRequest:
 
     def hand_back(self) -> None:
         """Hand back a job that was claimed, and will not start here."""
-        self._end("handed_back", "not started")
+        self._end(Outcome.HANDED_BACK, "not started")
 
     # The row is durable, and the message was only a notice: there is nothing to acknowledge at the broker.
 
@@ -131,7 +132,7 @@ class JobRequest:
     def reject(self, requeue: bool = False) -> None:
         if not getattr(self, "acknowledged", False):
             self.acknowledged = True
-            self._end("handed_back" if requeue else "failed", "rejected")
+            self._end(Outcome.HANDED_BACK if requeue else Outcome.FAILED, "rejected")
             self.send_event("task-rejected", requeue=requeue)  # type: ignore[attr-defined]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
@@ -150,7 +151,7 @@ class JobRequest:
             return self._child_lost(error, exc_info)
         outcome, text = _outcome(error, exc_info)
         if isinstance(error, Ignore) and self.outbox.replaced:
-            outcome, text = "replaced", None
+            outcome, text = Outcome.REPLACED, None
         try:
             if isinstance(error, MemoryError):
                 # Celery would end the whole worker. The body's process has told the failure already.
@@ -161,7 +162,7 @@ class JobRequest:
                 return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)  # type: ignore[misc]
         finally:
             if outcome is not None:
-                self._end(BROKEN_OFF if outcome == "failed" and self.outbox.committed else outcome, text)
+                self._end(BROKEN_OFF if outcome == Outcome.FAILED and self.outbox.committed else outcome, text)
 
     def _child_lost(self, error: WorkerLostError, info: Any) -> None:
         """End an attempt whose process in the pool died with the body.
@@ -180,7 +181,7 @@ class JobRequest:
                 request.id, error, request=request._context, store_result=request.store_errors
             )
 
-        self._end("lost", str(error), lambda: self._say_failed(error, info))
+        self._end(Outcome.LOST, str(error), lambda: self._say_failed(error, info))
 
     def _say_failed(self, error: Exception, info: Any) -> None:
         """Tell the listeners to events and signals of a failure, as Celery's hooks would have. In any thread."""
@@ -240,7 +241,7 @@ class JobRequest:
             request.task.backend.mark_as_failure(
                 request.id, error, request=request._context, store_result=request.store_errors
             )
-        self._end("failed", saferepr(error))
+        self._end(Outcome.FAILED, saferepr(error))
         if isinstance(error, Exception):
             self._say_failed(error, raised(error))
 
@@ -249,7 +250,7 @@ class JobRequest:
             with self._speaking():
                 super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
         finally:
-            self._end("expired" if expired else TERMINATED if terminated else "cancelled", reason)
+            self._end(Outcome.EXPIRED if expired else TERMINATED if terminated else Outcome.CANCELLED, reason)
 
 
 def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
@@ -266,7 +267,7 @@ def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
             # For a body that returned, Celery gives a text. Here it made no call of the arguments.
             return self.on_failure(_not_called(), return_ok=False)
         if not failed:
-            self._end("succeeded")
+            self._end(Outcome.SUCCEEDED)
             return on_success(self, failed__retval__runtime, **options)
         error = value.exception
         if isinstance(error, ExceptionWithTraceback):
@@ -289,17 +290,17 @@ def _not_called() -> ExceptionInfo:
 def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | None]:
     """Return the outcome and the error's text for an attempt with this exception, None where another hook tells it."""
     if isinstance(error, Retry):
-        return "retried", saferepr(error.exc) if error.exc else None
+        return Outcome.RETRIED, saferepr(error.exc) if error.exc else None
     if isinstance(error, Ignore):
-        return "succeeded", "ignored"
+        return Outcome.SUCCEEDED, "ignored"
     if isinstance(error, Reject):
-        return ("handed_back" if error.requeue else "failed"), f"rejected: {error.reason}"
+        return (Outcome.HANDED_BACK if error.requeue else Outcome.FAILED), f"rejected: {error.reason}"
     if isinstance(error, Terminated):
         return None, None
     if isinstance(error, LeaseLost):
         return LEASE_LOST, saferepr(error)[:ERROR_LENGTH]
     text = f"{saferepr(error)}\n{exc_info.traceback or ''}".strip()
-    return "failed", text[:ERROR_LENGTH]
+    return Outcome.FAILED, text[:ERROR_LENGTH]
 
 
 @lru_cache(maxsize=256)

@@ -34,6 +34,7 @@ from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.message import HEADER, parse_tag
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker import beat_messages, transport
 from celery_capacity.workers.broker.decompression import TIMES
@@ -181,8 +182,7 @@ class Runtime:
         )
         candidate = (identity.incarnation, lambda: self.confirmation.authority, ledger, identity.name)
         self.duties = Runner(app, stores, *candidate, self.pulse.looked, lambda: self.confirmation.resting)
-        channel = beat_messages.channel(app) if shared else ""
-        self.epoch_watch = EpochWatch(settings, self.pulse.look, self.on_tick, channel)
+        self.epoch_watch = EpochWatch(settings, self.pulse.look, self.on_tick, beat_messages.channel(app) if shared else "")
         self.confirmation.on_epoch = self.pulse.look
         self.pulse.on_renewed = self.duties.close_spare_connections
         self.pulse.on_missing = self.ledger_thread.on_missing = self.duties.suspect
@@ -272,7 +272,7 @@ class Runtime:
         self.confirmation.stop()
         why = "the worker was stopped"
         for holding in self.holdings.running():
-            outcome = STOPPED if holding.started else "handed_back"
+            outcome = STOPPED if holding.started else Outcome.HANDED_BACK
             self.end_job(holding.job, holding.token, outcome, why, Outbox(), None)
         # These have ended by now, unless Postgres did not answer when it was asked about them.
         self.recorder.flush(self._leave_within)
@@ -359,7 +359,7 @@ class Runtime:
         return self.ledger_thread.end(job, token, outcome, error, on_lost, rest.to_text(), results, whole)
 
     def _hand_back(self, job: str, token: str) -> None:
-        self.ledger_thread.end(job, token, "handed_back", "not started")
+        self.ledger_thread.end(job, token, Outcome.HANDED_BACK, "not started")
 
     def _flush(self, within: float) -> bool:
         """Wait until Postgres has all that this worker noted."""

@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.database.authority import Authority, change_pause, read_authority
 from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.wake import Wake
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,12 @@ class Confirmation(os_threads.Thread):
     @property
     def may_admit(self) -> bool:
         """Return True if this process may admit and claim through the ledger now."""
-        return self.authority == "ledger" and self._may_decide()
+        return self.authority == Store.LEDGER and self._may_decide()
 
     @property
     def may_pull(self) -> bool:
         """Return True if this process may take jobs from Postgres now."""
-        return self.authority == "postgres" and self._may_decide()
+        return self.authority == Store.POSTGRES and self._may_decide()
 
     def _may_decide(self) -> bool:
         return self._decides_from <= time.monotonic() < self._valid_until
@@ -115,7 +116,7 @@ class Confirmation(os_threads.Thread):
         while True:
             # In this order: a caller that comes between the two lines sees a resting thread, and wakes it.
             self._resting = True
-            self._resting = self.authority == "ledger" and self.idle()
+            self._resting = self.authority == Store.LEDGER and self.idle()
             self._wake.wait(REST if self._resting else self._interval)
             self._resting = False
             if self._stopping:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import change_pause, decide_in_ledger, decide_in_postgres
+from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.membership.authority_check import Confirmation
 
 logger = logging.getLogger(__name__)
@@ -62,12 +63,16 @@ class Switch:
         """Change the authority if it is time. Asks Postgres only if this worker's own view speaks for a change."""
         settings, authority, sight = self._settings, self._confirmation.authority, self._sight
         lost_for = change_pause(settings.confirm_interval)
-        if authority == "ledger" and sight.lost and sight.seconds() >= lost_for:
+        if authority == Store.LEDGER and sight.lost and sight.seconds() >= lost_for:
             self._change(
                 lambda connection: decide_in_postgres(connection, settings.worker_ttl, lost_for),
                 "no worker reaches the ledger: Postgres decides, in epoch %d",
             )
-        elif authority == "postgres" and not sight.lost and sight.seconds() >= settings.due_interval * STEADY_INTERVALS:
+        elif (
+            authority == Store.POSTGRES
+            and not sight.lost
+            and sight.seconds() >= settings.due_interval * STEADY_INTERVALS
+        ):
             within = settings.renew_interval * SILENT_INTERVALS
             self._change(
                 lambda connection: decide_in_ledger(connection, within),

@@ -17,6 +17,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker.cut_connection import is_silence
 from celery_capacity.workers.membership.authority_check import Confirmation
@@ -205,7 +206,7 @@ class Pulse(os_threads.Thread):
             self._closed = True
             # A ledger that is read-only, or full, cannot be opened either.
             self._ledger.probe()
-            if self._confirmation.authority != "postgres":
+            if self._confirmation.authority != Store.POSTGRES:
                 # Postgres has the last word, and is asked without being waited for.
                 self._confirmation.ask_soon()
             return

@@ -13,6 +13,7 @@ from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.cold_ledger import open_ledger
 from celery_capacity.workers.membership.failover import Sight
@@ -90,7 +91,7 @@ class Joining:
     ) -> int:
         while True:
             self._confirmation.ask()
-            if self._confirmation.authority == "postgres":
+            if self._confirmation.authority == Store.POSTGRES:
                 self._membership.register_in_postgres(capacity, declared, ledger_lost=self._sight.lost)
                 return 0
             try:

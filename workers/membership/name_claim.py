@@ -22,6 +22,7 @@ from celery_capacity.routing.errors import NameTaken
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.snapshot import text
+from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.store import worker_rows
 from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers.membership import orphans
@@ -132,7 +133,7 @@ class NameClaim:
         """Return the seconds within which a live claimant gives a sign of life."""
         with self._engine.connect() as connection:
             authority = read_authority(connection).authority
-        if with_ledger and authority == "ledger":
+        if with_ledger and authority == Store.LEDGER:
             return self._ttl * CHALLENGE_PART
         return min(self._ttl, self._ledger.settings.renew_interval * SEEN_WITHIN_INTERVALS)
 

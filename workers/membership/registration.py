@@ -21,6 +21,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed, Taken
 from celery_capacity.routing.model.amounts import format_cpus
 from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.recovery import transition_log
 from celery_capacity.routing.recovery.reclaim import take_back
 from celery_capacity.routing.store import fencing, worker_rows
@@ -212,7 +213,7 @@ class Membership:
     def _seen_every(self) -> float:
         """Return the seconds between heartbeats in Postgres: fewer if they are all there is, without the ledger's."""
         settings = self._ledger.settings
-        if self._told_lost or self._confirmation.authority == "postgres":
+        if self._told_lost or self._confirmation.authority == Store.POSTGRES:
             return settings.renew_interval
         return min(POSTGRES_EVERY, settings.worker_ttl / 2)
 
@@ -308,7 +309,7 @@ class Membership:
             # Postgres first: a worker whose book alone is gone would be ready in Postgres for ever. A worker that still
             # has its book loses that with its lease.
             self._write_left()
-        if self._confirmation.authority == "postgres":
+        if self._confirmation.authority == Store.POSTGRES:
             return not holdings.all()
         left = self._ledger.leave(self.identity.name, self.identity.incarnation) == 0
         if left:

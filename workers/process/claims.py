@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.states import State, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
@@ -39,7 +39,7 @@ def running(identity: Identity, holding: Holding, entry: str = "") -> Transition
         job=holding.job,
         epoch=token.epoch,
         attempt=token.attempt,
-        state="running",
+        state=State.RUNNING,
         step=Step.RUNNING,
         worker=identity.name,
         incarnation=identity.incarnation,

@@ -13,7 +13,7 @@ from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres import is_locked, translate
 from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable
 from celery_capacity.routing.ledger.replies import Cancelled, LedgerClosed
-from celery_capacity.routing.model.states import State
+from celery_capacity.routing.model.states import State, Store
 from celery_capacity.routing.recovery import revocation, transition_log
 from celery_capacity.routing.store import dependencies, job_transitions
 from celery_capacity.routing.store.dependencies import Opened
@@ -77,7 +77,7 @@ def carry_out(stores: Stores, job: str) -> bool:
             return False
         try:
             with stores.engine.connect() as connection:
-                if read_authority(connection).authority == "postgres":
+                if read_authority(connection).authority == Store.POSTGRES:
                     # The mark in the row is enough, and the ledger's server may never answer.
                     return False
             if stores.ledger.revoke(job):
@@ -124,7 +124,7 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
     try:
         with stores.engine.connect() as connection:
             current = read_authority(connection)
-            if current.authority == "postgres":
+            if current.authority == Store.POSTGRES:
                 return job_transitions.end_unfiled(connection, job, state, error)
             stores.ledger.epoch = current.epoch
             cancelled = _cancel(stores, connection, job, state, error)

@@ -21,6 +21,7 @@ from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.recovery import resubmit, transition_log
 from celery_capacity.routing.store import backlog
 from celery_capacity.routing.wake import Wake
@@ -138,7 +139,7 @@ class Listener(os_threads.Thread):
         engine, ledger = self.stores.engine, self.stores.ledger
         with engine.connect() as connection:
             current = read_authority(connection)
-            if current.authority != "ledger" or not backlog.stranded(connection, 0.0, 1):
+            if current.authority != Store.LEDGER or not backlog.stranded(connection, 0.0, 1):
                 return False
         ledger.epoch = current.epoch
         if ledger.is_cold() or ledger.is_unfinished():
@@ -154,7 +155,7 @@ class Listener(os_threads.Thread):
         """
         with self.stores.engine.connect() as connection:
             current = read_authority(connection)
-        if current.authority != "ledger":
+        if current.authority != Store.LEDGER:
             # Workers that take jobs from Postgres listen themselves.
             return False
         self.stores.ledger.epoch = current.epoch

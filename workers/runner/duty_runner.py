@@ -25,6 +25,7 @@ from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker import beat_messages, transport
 from celery_capacity.workers.duties import (
@@ -248,7 +249,7 @@ class Runner(os_threads.Thread):
                 # Another worker has the lease, or the authority changed and the other store's election is not over.
                 self._suspected |= SUSPICION in due_now
                 return
-            if current.authority == "postgres":
+            if current.authority == Store.POSTGRES:
                 self._run_without_ledger(due_now)
             else:
                 self._run_with_ledger(due_now)

@@ -21,6 +21,7 @@ from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger import election
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.election import Elected
+from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.duties.window import Window
 
@@ -105,7 +106,7 @@ class Candidate(os_threads.Thread):
         self._resign()
 
     def _stand(self) -> None:
-        store = self._authority() or "ledger"
+        store = self._authority() or Store.LEDGER
         if store != self._store:
             self._store = store
             self._lost()

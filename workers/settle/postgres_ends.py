@@ -16,7 +16,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.postgres import is_locked
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended
-from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.states import Outcome, State, Step, Store
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import claims, dependencies, job_transitions, refused_transitions
 from celery_capacity.routing.store.claims import Became, Holder
@@ -110,7 +110,7 @@ class PostgresEnds:
 
         The answer need not be sure: the token guards the row, whichever store decides.
         """
-        return self._confirmation.authority == "postgres"
+        return self._confirmation.authority == Store.POSTGRES
 
     def count_stale(self, ledger: Ledger) -> None:
         """Count in the ledger the ends that were refused while the ledger was gone."""
@@ -158,7 +158,7 @@ class PostgresEnds:
         self.stale += len(written.refused)
         for end in [*written.refused, *written.repeated]:
             # Another process closed the end of a job that had ended itself, and did not know the job's value.
-            if end.ended.outcome == "succeeded" and (left := left_by(end)):
+            if end.ended.outcome == Outcome.SUCCEEDED and (left := left_by(end)):
                 self._later(partial(self._tell_late, end.ended.job, end.ended.token, left))
         for end in written.lost:
             if end.on_lost is not None:
@@ -232,7 +232,7 @@ class PostgresEnds:
             holding = held.get((end.ended.job, end.ended.token))
             if row is not None and holding is not None and row.takes(token):
                 transitions.append(self._transition(end, holding, row, now))
-                if transitions[-1].state == "lost":
+                if transitions[-1].state == State.LOST:
                     written.lost.append(end)
             elif row is None or not row.has(token):
                 written.refused.append(end)
@@ -265,7 +265,7 @@ class PostgresEnds:
         ended = end.ended
         token = Token.parse(ended.token)
         became: Became = claims.became(ended.outcome, row.losses, self._settings.most_losses, row.rerun)
-        back = became.step == Step.BACK and ended.outcome != "retried"
+        back = became.step == Step.BACK and ended.outcome != Outcome.RETRIED
         return Transition(
             job=ended.job,
             epoch=token.epoch,
@@ -292,4 +292,4 @@ def left_by(end: End) -> str:
 
 
 def _starts(applied: Sequence[Applied]) -> bool:
-    return any(change.due or change.state == "accepted" for change in applied)
+    return any(change.due or change.state == State.ACCEPTED for change in applied)

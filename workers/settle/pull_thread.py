@@ -20,6 +20,7 @@ from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.database.postgres import told
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome, Store
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.store import claims, fencing
@@ -186,7 +187,9 @@ class Puller(os_threads.Thread):
                 if (job, str(token)) not in held:
                     fencing.close(connection, job, token)
             # A job whose row is locked is left for the next comparison, so that it stops nothing here.
-            if claims.give_back_free(connection, strays, "taken_back", "its worker does not hold it", most_losses):
+            if claims.give_back_free(
+                connection, strays, Outcome.TAKEN_BACK, "its worker does not hold it", most_losses
+            ):
                 claims.wake(connection)
         if strays:
             logger.warning("%d jobs that this worker does not hold were given back", len(strays))
@@ -196,7 +199,7 @@ class Puller(os_threads.Thread):
 
     def _wait(self) -> None:
         """Wait until somebody wakes this thread, Postgres notifies of something to take, or an interval is over."""
-        if self._confirmation.authority != "postgres":
+        if self._confirmation.authority != Store.POSTGRES:
             self._listen_no_more()
             self._wake.wait(self._settings.due_interval)
             return

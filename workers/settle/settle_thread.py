@@ -21,7 +21,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.states import Outcome, State, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.policy.unknown_starts import is_known_before_start
@@ -124,7 +124,7 @@ class LedgerThread(os_threads.Thread):
         if not self._holdings.end(job, token):
             return False
         # Nobody here tells the end of a lost job that was stopped with its worker.
-        is_told = outcome != "lost" or on_lost is not None
+        is_told = outcome != Outcome.LOST or on_lost is not None
         ended = Ended(job, token, outcome, storable(error or "", ERROR_LENGTH), outbox, results, is_told)
         self._ends.append(End(ended, on_lost, whole))
         self._wake.set()
@@ -280,7 +280,7 @@ class LedgerThread(os_threads.Thread):
         claim = running(self._identity, holding, entry)
         has_claim = self._recorder.claim(claim)
         if has_claim is False:
-            self.end(holding.job, holding.token, "handed_back", "its row is of another attempt")
+            self.end(holding.job, holding.token, Outcome.HANDED_BACK, "its row is of another attempt")
         elif not (has_claim and self._may_start()):
             self._late.append((holding, entry, message))
             self._wake.set()
@@ -295,7 +295,7 @@ class LedgerThread(os_threads.Thread):
         left = self._in_postgres.decides or self._confirmation.epoch != self._ledger.epoch
         for holding, entry, message in late:
             if left or not holding.token.startswith(f"{self._ledger.epoch}."):
-                self.end(holding.job, holding.token, "handed_back", "its admission came too late")
+                self.end(holding.job, holding.token, Outcome.HANDED_BACK, "its admission came too late")
             else:
                 self._record(self._start(holding, entry, message))
 
@@ -305,14 +305,14 @@ class LedgerThread(os_threads.Thread):
         logger.warning("job %s would exceed this worker's capacity by its own count: handed back", job)
         self._refused.add(request.shape)
         self._retry_at = time.monotonic() + RETRY_AFTER
-        self.end(job, token, "handed_back")
+        self.end(job, token, Outcome.HANDED_BACK)
 
     def _return(self, job: str, token: str, reason: str) -> None:
         self._refused |= {
             held.request.shape for held in self._holdings.running() if (held.job, held.token) == (job, token)
         }
         self._retry_at = time.monotonic() + RETRY_AFTER
-        self.end(job, token, "handed_back", reason)
+        self.end(job, token, Outcome.HANDED_BACK, reason)
 
     def _offer_again(self) -> None:
         """Have the jobs that were handed back placed, here or elsewhere, once the moment is over."""
@@ -333,10 +333,10 @@ class LedgerThread(os_threads.Thread):
                 template = "job %s: attempt %s no longer held its lease; its end (%s) is refused"
                 logger.warning(template, release.end.job, release.end.token, release.end.outcome)
                 self.on_missing()
-                if release.end.outcome == "succeeded" and end is not None:
+                if release.end.outcome == Outcome.SUCCEEDED and end is not None:
                     self._recorder.call(partial(self._tell_late, release.end.job, release.end.token, left_by(end)))
                 continue
-            if release.state == "lost" and end is not None and end.on_lost is not None:
+            if release.state == State.LOST and end is not None and end.on_lost is not None:
                 self._recorder.call(end.on_lost)
             if holding is not None:
                 transitions.append(self._transition(holding, release.state, release.end, release.entry, now))
@@ -376,8 +376,8 @@ class LedgerThread(os_threads.Thread):
 
     def _transition(self, holding: Holding, state: str, end: Ended, entry: str, now: int) -> Transition:
         # The job came back, and had been revoked meanwhile.
-        stopped = state == "cancelled" and end.outcome != state
-        back = stopped or state in ("waiting", "scheduled", "accepted")
+        stopped = state == State.CANCELLED and end.outcome != state
+        back = stopped or state in (State.WAITING, State.SCHEDULED, State.ACCEPTED)
         token = Token.parse(holding.token)
         return Transition(
             job=holding.job,
@@ -390,11 +390,11 @@ class LedgerThread(os_threads.Thread):
             admitted_ms=holding.admitted_ms,
             started_ms=holding.started_ms,
             at_ms=now,
-            losses=holding.losses + (end.outcome == "lost"),
+            losses=holding.losses + (end.outcome == Outcome.LOST),
             outcome=end.outcome,
             error=REVOKED if stopped else end.error or "",
             entry=entry,
             # A job that runs again has nothing to deliver, except a retry that it published itself.
-            outbox="" if stopped or end.outcome == "handed_back" or (end.outcome == "lost" and back) else end.outbox,
+            outbox="" if stopped or (back and end.outcome in (Outcome.HANDED_BACK, Outcome.LOST)) else end.outbox,
             told=not stopped and end.told,
         )

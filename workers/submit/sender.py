@@ -35,7 +35,7 @@ from celery_capacity.routing.model.job import Inserted, NewJob, Publisher
 from celery_capacity.routing.model.message import ETA, HEADER
 from celery_capacity.routing.model.nesting import JSON, check_body
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import FINAL, State
+from celery_capacity.routing.model.states import FINAL, State, Store
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import resubmit
 from celery_capacity.routing.store import backlog, claims
@@ -358,7 +358,7 @@ class Sender:
         """Admit or file a job. An error here leaves an accepted row, which the sweep brings in."""
         if inserted.seq is None:
             return
-        if inserted.authority != "ledger":
+        if inserted.authority != Store.LEDGER:
             self._wake_pullers()
             return
         place, now_ms = order(job.priority, inserted.seq), round(time.time() * 1000)
@@ -371,7 +371,7 @@ class Sender:
         The duties bring in a job that the ledger does not hear of or take. Where Postgres decides, wake those who take
         jobs there instead.
         """
-        if inserted.authority != "ledger":
+        if inserted.authority != Store.LEDGER:
             self._wake_pullers()
             return False
 
