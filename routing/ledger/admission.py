@@ -1,4 +1,4 @@
-"""How jobs come into the ledger: admitted to a worker, or filed in the backlog."""
+"""Entry of jobs into the ledger: a job is admitted to a worker, or filed in the backlog."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from celery_capacity.routing.policy.placement import held_by, is_last_chance
 
 
 class Admission(Repairs):
-    """The scripts, one method each."""
+    """Scripts that bring jobs in or place them, one method each."""
 
     def _submit_values(
         self,
@@ -28,8 +28,8 @@ class Admission(Repairs):
         read_ms: float | None = None,
         rerun: bool = True,
     ) -> dict[str, Any]:
-        # Counted from when the row was read or written, by this process's clock: a pause since then (a stopped process,
-        # a suspended machine) must not outlive the tombstone of a job that has ended meanwhile.
+        # The deadline counts from the moment when the row was read or written, by this process's clock. A pause since
+        # then (a stopped process, a suspended machine) must not outlive the tombstone of a job that ended meanwhile.
         deadline = (self.now_ms() if read_ms is None else self.server_ms(read_ms)) + self.submit_within_ms
         return {
             "deadline": deadline,
@@ -45,7 +45,7 @@ class Admission(Repairs):
         }
 
     def shape_held(self, shape: str, losses: int) -> str:
-        """The shape of what the next attempt of a job holds; it may be given already."""
+        """Return the shape that the next attempt of a job holds; `shape` may be that one already."""
         most = self.settings.most_losses
         return held_by(Request.from_shape(shape), losses, most).shape if is_last_chance(losses, most) else shape
 
@@ -62,21 +62,24 @@ class Admission(Repairs):
         read_ms: float | None = None,
         rerun: bool = True,
     ) -> Submitted:
-        """Admit a job whose row is durable, or file it; looks on among all workers before it returns.
+        """Admit a job whose row is durable, or file it in the backlog.
 
-        `read_ms`: when the caller read or wrote the row, by its own clock (milliseconds); now where it is None.
-        `rerun`: False where its first lost attempt ends it.
+        All workers are searched before the call returns. `read_ms`: the time at which the caller read or wrote the
+        row, by its own clock (milliseconds); None means now. `rerun`: False where the first lost attempt ends the job.
         """
         return self.submit_one((job, shape, order, message, attempt, losses, submitted_ms, read_ms, rerun))
 
     def submit_one(self, row: tuple[Any, ...]) -> Submitted:
-        """The same, with a row of `submit_many`."""
+        """Submit one job, given as a row of `submit_many`."""
         values = self._submit_values(*row)
         return self._submitted(values["job"], values["shape"], self._call("submit", **values))
 
     def submit_many(self, rows: Sequence[tuple[Any, ...]]) -> int:
-        """The same for many jobs in one step; rows as the arguments of `submit`, in their order. How many were taken:
-        the others were known, or all came too late."""
+        """Submit many jobs in one step, and return how many the ledger took.
+
+        Each row has the arguments of `submit`, in their order. The other jobs were in the ledger already. 0 may also
+        mean that the whole call came too late.
+        """
         if not rows:
             return 0
         jobs = [self._submit_values(*row) for row in rows]
@@ -87,7 +90,7 @@ class Admission(Repairs):
             self.hear(reply.number("now"))
             return 0
         for start in range(0, len(reply.rest), 3):
-            # Whoever took the first may have room for the next one, and stands before the cursor now.
+            # The worker that took the first job may have room for the next one, and stands before the cursor now.
             shape, *cursor = reply.rest[start : start + 3]
             while self.place(shape, *cursor):
                 cursor = []
@@ -101,12 +104,12 @@ class Admission(Repairs):
             return Submitted("late")
         if reply.head == "waiting":
             cursor = reply["cursor_score"], reply["cursor_worker"]
-            admitted = [place for place in self.place(shape, *cursor) if place.job == job] if cursor[0] else []
+            admitted = [placed for placed in self.place(shape, *cursor) if placed.job == job] if cursor[0] else []
             return Submitted("admitted", admitted[0].worker, admitted[0].attempt) if admitted else Submitted("waiting")
         return Submitted(reply.head, was=reply["state"])
 
     def place(self, shape: str, cursor_score: str = "", cursor_worker: str = "") -> list[Placed]:
-        """Admit what waits under a shape to any workers that have room, until none is found."""
+        """Admit the waiting jobs of a shape to any workers that have room, until no such worker is left."""
         placed: list[Placed] = []
         while True:
             reply = self._call("place", shape=shape, cursor_score=cursor_score, cursor_worker=cursor_worker)
@@ -118,11 +121,11 @@ class Admission(Repairs):
                 cursor_score, cursor_worker = reply["cursor_score"], reply["cursor_worker"]
 
     def place_all(self, shapes: Iterable[str]) -> None:
-        """Admit what waits under several shapes, of which jobs have come back."""
+        """Admit the waiting jobs of several shapes, after jobs of these shapes came back into the backlog."""
         for shape in dict.fromkeys(shapes):
             self.place(shape)
 
 
 def flag(rerun: bool) -> str:
-    """Return how a script is told whether a job may run again."""
+    """Return the argument that tells a script whether a job may run again."""
     return "" if rerun else NEVER_AGAIN

@@ -1,8 +1,8 @@
 """The ledger: the books in Redis, and one typed method for each script that reads or changes them.
 
-A method checks nothing that its script checks: the script is the decision. What it returns is a value; when the
-ledger cannot act it raises `LedgerClosed` (cold, or of another epoch than the caller's) or `StoreUnavailable`.
-Nothing is sent a second time by the client itself: the scripts are idempotent, so the caller decides.
+A method checks nothing that its script checks: the script decides. A method returns a value. Where the ledger cannot
+act, it raises `LedgerClosed` (cold, or of another epoch than the caller's) or `StoreUnavailable`. The client itself
+retries nothing: the scripts are idempotent, so the caller decides.
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ from celery_capacity.routing.model.states import State
 
 #: Messages that one script delivers again, so that admission never waits long for it.
 REDELIVER_CHUNK: Final = 100
-#: Pages of shapes that follow a release: 1,024 that the worker may take. Where more wait, the heartbeat looks at all.
+#: Pages of shapes that are tried after a release: 1,024 shapes that the worker may take. Where more wait, the heartbeat
+#: tries all of them.
 RELEASE_PAGES: Final = 15
 
 
 class Ledger(Held, Elections):
-    """The scripts, one method each: what brings jobs in is in `routing.ledger.admission`, what goes through the jobs of
-    a worker in `routing.ledger.held_jobs`, what reconcile alone uses in `routing.ledger.repair`."""
+    """All scripts of the ledger, one method each.
+
+    The scripts that bring jobs in are in `routing.ledger.admission`. The scripts that go through the jobs of a worker
+    are in `routing.ledger.held_jobs`, and the scripts that only reconcile uses are in `routing.ledger.repair`.
+    """
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 
@@ -52,10 +56,11 @@ class Ledger(Held, Elections):
         nonce: str = "",
         follow: bool = True,
     ) -> Settled:
-        """Release what ended and claim what arrived (job, token, nonce, and the digest of the message, if it is known).
+        """Release the attempts that ended, and claim the attempts whose messages arrived, in one round trip.
 
-        With a `nonce` of its own the worker takes what the release admits to it from the reply, claimed already.
-        Without `follow` the caller calls that itself, when it holds what it was given.
+        `arrived`: job, token, nonce, and the digest of the message if the worker has it. With a `nonce` of its own, the
+        worker takes the jobs that the release admits to it from the reply, claimed already. Without `follow`, the
+        caller calls `follow` itself, once it holds the jobs that were handed over.
         """
         calls: list[tuple[str, list[Any]]] = []
         caller = {"worker": worker, "incarnation": incarnation}
@@ -85,14 +90,17 @@ class Ledger(Held, Elections):
         settled.cursors.append(reply["cursor"])
 
     def follow(self, worker: str, settled: Settled) -> None:
-        """After a release: what it put back may go to others, and what it did not look at to this worker."""
+        """Go on after a release: place the shapes of the jobs it put back, and fill this worker from its cursors."""
         self.place_all(settled.shapes)
         for cursor in settled.cursors:
             self.fill(worker, cursor, RELEASE_PAGES)
 
     def fill(self, worker: str, cursor: str = "-inf", pages: int | None = None) -> int:
-        """Admit what fits on a worker, from a cursor of shapes ('' means there is nothing left to look at), looking at
-        so many pages of shapes at the most."""
+        """Admit the waiting jobs that fit on a worker, and return how many were admitted.
+
+        `cursor`: the place among the shapes to go on from; '' means that no shape is left. `pages`: the most pages of
+        shapes to look at; None means no limit.
+        """
         admitted = 0
         while cursor and pages != 0:
             pages = None if pages is None else pages - 1
@@ -102,14 +110,14 @@ class Ledger(Held, Elections):
         return admitted
 
     def cancel(self, job: str, state: str, error: str = "") -> Cancelled:
-        """End a job that waits, as `cancelled` or `expired`."""
+        """End a waiting job as `cancelled` or `expired`."""
         reply = self._call("cancel", job=job, state=state, error=error)
         if reply.head == "held":
             return Cancelled("held", worker=reply["worker"])
         return Cancelled(reply.head, entry=reply["entry"] if reply.head == "ended" else None)
 
     def revoke(self, job: str) -> bool:
-        """Note that a job was revoked which a worker holds; False where none does."""
+        """Note that a job held by a worker was revoked; return False where no worker holds it."""
         return self._call("revoke", job=job).head == "held"
 
     def succeed(self, job: str, message: bytes) -> bool:
@@ -117,16 +125,16 @@ class Ledger(Held, Elections):
         return self._call("succeed", job=job, digest=digest_of(message)).head == "ok"
 
     def count(self, what: str, by: int = 1) -> None:
-        """Count what no script saw."""
+        """Add to a counter, for events that no script sees."""
         self._guard(lambda: self.client.hincrby(keys.COUNTERS, what, by))
 
     def forget(self, entries: Sequence[tuple[str, str]]) -> int:
-        """Drop stream entries (entry, job) that Postgres has."""
+        """Drop stream entries (entry, job) that Postgres has, and return how many were dropped."""
         rows = [{"entry": entry, "job": job} for entry, job in entries]
         return self._call("forget", rows).number("dropped") if rows else 0
 
     def redeliver(self) -> int:
-        """Deliver again what was admitted and not claimed in time; returns how many messages went out."""
+        """Deliver again the messages of jobs that were not claimed in time, and return how many messages went out."""
         delivered = 0
         while True:
             reply = self._call("redeliver", most=REDELIVER_CHUNK)
@@ -135,7 +143,7 @@ class Ledger(Held, Elections):
                 return delivered
 
     def drop(self, job: str, token: str, *, final: bool) -> bool:
-        """Take out a job unless it changed since it was read; `final`: it may not come back."""
+        """Take out a job, unless it changed since it was read; `final`: the job may not come back."""
         reply = self._call("drop", job=job, token=token, final="1" if final else "0")
         if reply.head == "ok" and reply["worker"]:
             self.fill(reply["worker"])
@@ -154,8 +162,11 @@ class Ledger(Held, Elections):
         *,
         admit: bool = True,
     ) -> Filled | Taken:
-        """Open a worker's book; `capacity` in the form of a shape. `Taken` when the name belongs to another. With the
-        status `closed` nothing is admitted before the next `renew`; without `admit` by this caller."""
+        """Open a worker's book, or return `Taken` where the name belongs to another incarnation.
+
+        `capacity` has the form of a shape. With the status `closed`, nothing is admitted before the next `renew`.
+        Without `admit`, this caller admits nothing.
+        """
         reply = self._counted(
             "register",
             _view_values(view),
@@ -182,9 +193,12 @@ class Ledger(Held, Elections):
         admit: bool = True,
         missing_ms: int | None = None,
     ) -> Renewed:
-        """Renew the lease with a list of what the worker holds. `known` is False where it must register again. Without
-        `admit` nothing is admitted: this caller may not. `missing_ms`: a running job that no list has named for so long
-        by the ledger's clock is taken back; a renew interval where it is None, 0: at once, negative: none is."""
+        """Renew the lease, with a list of the jobs that the worker holds.
+
+        `known` of the reply is False where the worker must register again. Without `admit` nothing is admitted: this
+        caller may not. `missing_ms`: a running job that no list has named for so many milliseconds of the ledger's
+        clock is taken back. None means a renew interval, 0 means at once, a negative value means never.
+        """
         values = {"incarnation": incarnation, "ttl": self.ttl_ms, "admit": "1" if admit else "0"}
         reply = self._call("renew", _view_values(view), worker=worker, **values)
         if reply.head == "unknown":
@@ -200,7 +214,7 @@ class Ledger(Held, Elections):
         return Renewed(known=True, taken_back=len(taken_back))
 
     def unreported(self, workers: Sequence[str]) -> list[str]:
-        """Those of the workers that have not opened their books in this epoch, in one round trip."""
+        """Return the workers that have not opened their books in this epoch, in one round trip."""
 
         def ask() -> list[Any]:
             pipe = self.client.pipeline(transaction=False)
@@ -208,11 +222,11 @@ class Ledger(Held, Elections):
                 pipe.hget(keys.book(worker), "status")
             return pipe.execute()
 
-        found = self._guard(ask)
-        return [worker for worker, status in zip(workers, found, strict=True) if status in (None, b"closed")]
+        statuses = self._guard(ask)
+        return [worker for worker, status in zip(workers, statuses, strict=True) if status in (None, b"closed")]
 
     def leave(self, worker: str, incarnation: str) -> int:
-        """Close the book of a worker; returns what it still holds (0: it has left)."""
+        """Close the book of a worker, and return the number of jobs that it still holds (0: the worker has left)."""
         reply = self._call("leave", worker=worker, incarnation=incarnation)
         return reply.number("number") if reply.head == "held" else 0
 
@@ -221,18 +235,18 @@ class Ledger(Held, Elections):
         self._call("condemn", worker=worker, incarnation=incarnation)
 
     def lapsed_workers(self) -> list[str]:
-        """The workers whose leases ran out, or end so late that the clock must have been set back since."""
+        """Return the workers whose leases ran out, or end so late that the clock must have been set back since."""
         now = self.measure()
-        found = self._guard(lambda: self.client.zrangebyscore(keys.LEASES, "-inf", now))
-        found += self._guard(lambda: self.client.zrangebyscore(keys.LEASES, f"({now + self.ttl_ms}", "+inf"))
-        return [item.decode() for item in found]
+        names = self._guard(lambda: self.client.zrangebyscore(keys.LEASES, "-inf", now))
+        names += self._guard(lambda: self.client.zrangebyscore(keys.LEASES, f"({now + self.ttl_ms}", "+inf"))
+        return [name.decode() for name in names]
 
     # -- books ---------------------------------------------------------------------------------------------------
 
     def allocated_cpus(self) -> str | None:
-        """`resource:allocated_cpus` as it stands."""
-        found = self._guard(lambda: self.client.get(keys.ALLOCATED_CPUS))
-        return found.decode() if found is not None else None
+        """Return the value of the key `resource:allocated_cpus`, None where the key is missing."""
+        value = self._guard(lambda: self.client.get(keys.ALLOCATED_CPUS))
+        return value.decode() if value is not None else None
 
 
 def _end_values(end: Ended) -> Group:

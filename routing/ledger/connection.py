@@ -1,4 +1,4 @@
-"""The server that holds the ledger: connections, which life of the server they lead to, and how scripts are called."""
+"""The server that holds the ledger: connections, the life of the server that they lead to, and calls of scripts."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from celery_capacity.routing.ledger.scripts import Script, load
 from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model import format_versions
 
-#: Seconds that a reader gives the ledger before it asks Postgres.
+#: Seconds that a reader waits for the ledger before it asks Postgres.
 PATIENCE: Final = 1.0
 #: The oldest Redis that has all commands which the scripts use, and the first that reads their line `#!lua flags=…`.
-#: (Valkey calls itself Redis 7.2, for those who ask so.)
+#: Valkey reports itself as Redis 7.2 in `redis_version`.
 OLDEST: Final = (6, 2)
 WITH_FLAGS: Final = (7, 0)
-#: In an error of a script on Redis 6.2, which wraps what the command said.
+#: Mark of a full server in the error of a script on Redis 6.2, which wraps the error of the command.
 WRAPPED_OOM: Final = "-OOM "
-#: Milliseconds for which the trace of a probe stays.
+#: Milliseconds for which the key of a probe stays.
 PROBE_MS: Final = 1000
 
 
 def connect(url: str, timeout: float = timeouts.STORE_TIMEOUT, **options: Any) -> redis.Redis:
-    """A client with short time-outs that never sends anything twice by itself (redis-py retries by default).
+    """Return a client with short time-outs that never retries by itself (redis-py retries by default).
 
-    `url`: any that `routing.config.redis_urls` names; `timeout`: PLATFORM_STORE_TIMEOUT; `options` are redis-py's.
+    `url`: any form that `routing.config.redis_urls` reads. `timeout`: PLATFORM_STORE_TIMEOUT, in seconds. `options`:
+    those of redis-py.
     """
     options = {
         "socket_connect_timeout": timeouts.CONNECT * timeout,
@@ -60,7 +61,7 @@ def connect(url: str, timeout: float = timeouts.STORE_TIMEOUT, **options: Any) -
 
 
 def quick_client(client: redis.Redis, patience: float = PATIENCE) -> redis.Redis:
-    """A client of the same server that gives up after `patience` seconds and sends nothing twice."""
+    """Return a client of the same server that gives up after `patience` seconds and never retries."""
     pool = client.connection_pool
     options = {
         **pool.connection_kwargs,
@@ -68,7 +69,7 @@ def quick_client(client: redis.Redis, patience: float = PATIENCE) -> redis.Redis
         "socket_connect_timeout": patience,
         "retry": Retry(NoBackoff(), 0),
     }
-    # What the ledger asks of every new connection is of no use to a reader.
+    # A reader has no use for the questions that the ledger asks on each new connection.
     options.pop("redis_connect_func", None)
     return redis.Redis(connection_pool=redis.ConnectionPool(pool.connection_class, **options))
 
@@ -83,10 +84,10 @@ class LedgerServer:
         #: The epoch in which this process may act; 0 before it was confirmed.
         self.epoch = 0
         self._run_id = ""
-        #: The id of the database in Postgres whose books these are to be, "" before it was found; and what finds it.
+        #: The id of the Postgres database to which the books must belong, "" before it was found; and its finder.
         self.database = ""
         self.find_database: Callable[[], str] | None = None
-        #: By thread: the life of the server that its arguments name, until they are sent.
+        #: For each thread: the life of the server that its arguments name, until they are sent.
         self._meant = threading.local()
         self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
         self._clock_offset_ms = 0.0
@@ -94,22 +95,22 @@ class LedgerServer:
         pool = self.client.connection_pool
         pool.connection_kwargs["redis_connect_func"] = self._on_connect
         self._tombstone_ms = max(2, round(settings.tombstone * 1000))
-        #: Milliseconds from reading a row to its submit, at the most: half of the time for which an ended job is
+        #: The most milliseconds from reading a row to its submit: half of the time for which an ended job is
         #: remembered. So the ledger still remembers a job that ended after its row was read.
         self.submit_within_ms = self._tombstone_ms // 2
         self._scripts = self._load(flags=True)
 
     def _on_connect(self, connection: Any) -> None:
-        """Ask each new connection which server life it leads to, and how far the server's clock is from ours."""
+        """Ask on each new connection for the life of the server, and for the difference between its clock and ours."""
         self._connections.add(connection)
         connection.on_connect()
         connection.send_command("INFO", "server")
         text = connection.read_response()
         text = text.decode() if isinstance(text, bytes) else str(text)
         about = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-        known, self._run_id = self._run_id, about["run_id"].strip()
-        if known and known != self._run_id:
-            # The call that is on its way was meant for another life of the server, perhaps with other books.
+        previous, self._run_id = self._run_id, about["run_id"].strip()
+        if previous and previous != self._run_id:
+            # The call under way was meant for another life of the server, perhaps with other books.
             raise redis.ConnectionError("the server has restarted")
         version = tuple(map(int, about.get("redis_version", "7.0").strip().split(".")[:2]))
         if version < OLDEST:
@@ -127,18 +128,23 @@ class LedgerServer:
 
     @property
     def ttl_ms(self) -> int:
-        """Milliseconds for which a heartbeat renews a lease."""
+        """Return the milliseconds for which a heartbeat renews a lease."""
         return round(self.settings.worker_ttl * 1000)
 
     def measure(self) -> int:
-        """The server's clock in milliseconds, asked for: either clock may have been set since a connection was made."""
+        """Ask for the server's clock, and return it in milliseconds.
+
+        Either clock may have been set since a connection was made.
+        """
         seconds, micros = self._guard(lambda: self.client.time())
         self.hear(seconds * 1000 + micros / 1000)
         return self.now_ms()
 
     def hear(self, server_ms: float) -> None:
-        """The server's clock as an answer names it. (Where that was slow to come, deadlines are earlier by as much from
-        here on, never later.)"""
+        """Take over the server's clock from a reply, in milliseconds.
+
+        Where the reply was slow, deadlines are earlier by that delay from here on, never later.
+        """
         self._clock_offset_ms = server_ms - time.time() * 1000
 
     def _too_old(self, version: str) -> PlatformError:
@@ -150,27 +156,27 @@ class LedgerServer:
         )
 
     def descriptors(self) -> list[int]:
-        """The sockets of this handle, as numbers: for a child that inherited them."""
+        """Return the descriptors of this handle's sockets, for a child process that inherited them."""
         sockets = [getattr(connection, "_sock", None) for connection in self._connections]
-        return [found.fileno() for found in sockets if found is not None and found.fileno() >= 0]
+        return [socket.fileno() for socket in sockets if socket is not None and socket.fileno() >= 0]
 
     @property
     def run_id(self) -> str:
-        """The server's `run_id`, as of the newest connection; connects when there is none yet."""
+        """Return the server's `run_id`, as of the newest connection; connect where there is none yet."""
         if not self._run_id:
             self._guard(lambda: self.client.ping())
         return self._run_id
 
     def probe(self) -> None:
-        """Whether the ledger can be written: raises `StoreUnavailable` where not."""
+        """Raise `StoreUnavailable` where the ledger cannot be written."""
         self._guard(lambda: self.client.set(keys.PROBE, "", px=PROBE_MS))
 
     def now_ms(self) -> int:
-        """This process's estimate of the server's clock, in milliseconds."""
+        """Return the estimate by this process of the server's clock, in milliseconds."""
         return self.server_ms(time.time() * 1000)
 
     def server_ms(self, own_ms: float) -> int:
-        """A time of this process's clock by the server's, in milliseconds."""
+        """Convert a time of this process's clock to the server's clock, in milliseconds."""
         return round(own_ms + self._clock_offset_ms)
 
     def _guard(self, action: Callable[[], Any]) -> Any:
@@ -183,11 +189,11 @@ class LedgerServer:
             raise kind(f"Redis at {where} does not serve: {error}") from error
 
     def _call(self, script: str, groups: Iterable[Group] = (), **values: Any) -> Reply:
-        """Call a script with arguments by the names in its header, and the arguments of its groups."""
+        """Call a script, with its arguments and those of its groups by their names in the header."""
         return self._reply(script, self._calls([self._prepared(script, groups, **values)])[0])
 
     def _prepared(self, script: str, groups: Iterable[Group] = (), **values: Any) -> tuple[str, list[Any]]:
-        """Return a call for `_calls`; in the epoch of this process, unless another is named."""
+        """Return a call for `_calls`, in the epoch of this process unless `values` names another."""
         signature = self._scripts[script].signature
         if signature.has_gate and "epoch" not in values:
             values["epoch"], values["run_id"] = self._gate()
@@ -197,13 +203,13 @@ class LedgerServer:
         return Reply(self._scripts[script].signature, values)
 
     def _calls(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[list[str]]:
-        """Send the calls in one round trip; each is atomic by itself. Raises the first refusal or error."""
+        """Send the calls in one round trip; each is atomic by itself. Raise the first refusal or error."""
         self.run_id  # noqa: B018 - the first use connects
         meant, self._meant.run_id = getattr(self._meant, "run_id", ""), ""
         replies = self._guard(lambda: self._send(calls))
         if meant and meant != self._run_id:
-            # Another thread's connection met the new life of the server first. If that came back with old books, they
-            # took these arguments for right: whoever opens the next epoch throws away what was done to them.
+            # Another thread's connection met the new life of the server first. If the server came back with old books,
+            # the scripts accepted these arguments. The opener of the next epoch discards the changes they made.
             raise StoreUnavailable("the ledger's server has restarted", advice="ask again")
         results = []
         for reply in replies:
@@ -241,13 +247,15 @@ class LedgerServer:
         return str(self.epoch), self._caller(self.run_id)
 
     def _caller(self, run_id: str) -> str:
-        """Return what scripts compare with the books: the server's life, and the database whose books they must be."""
+        """Return the `run_id` argument: the server's life, and the database to which the books must belong."""
         database = self.own_database()
         return f"{run_id}/{database}" if database else run_id
 
     def own_database(self) -> str:
-        """The id of the caller's database, "" where none was named. Raises `PlatformError` where Postgres does not say
-        it."""
+        """Return the id of the caller's database, "" where none was named.
+
+        Raises `PlatformError` where Postgres does not say it.
+        """
         if not self.database and self.find_database is not None:
             self.database = self.find_database()
         return self.database
@@ -262,7 +270,7 @@ class LedgerServer:
         )
 
     def announce(self, jobs: Sequence[str]) -> None:
-        """Have whoever watches one of these jobs look at its row: what became of it no script has told."""
+        """Tell watchers of these jobs to look at the rows, because no script has published the changes."""
 
         def publish() -> None:
             pipe = self.client.pipeline(transaction=False)
@@ -275,67 +283,78 @@ class LedgerServer:
     # -- epochs --------------------------------------------------------------------------------------------------
 
     def opened(self) -> tuple[int, str] | None:
-        """The epoch and the server life in which the ledger was opened, or None when it is cold. Raises `NotMigrated`
-        where a newer release opened it, in a format that this one does not know, and `Unsupported` where it was opened
-        for another database."""
-        found = self._guard(lambda: self.client.hmget(keys.EPOCH, "epoch", "run_id", "format", "database"))
-        if int(found[2] or format_versions.FIRST) > format_versions.LEDGER:
+        """Return the epoch and the server life in which the ledger was opened, or None where it is cold.
+
+        Raises `NotMigrated` where a newer release opened it, in a format that this release does not know. Raises
+        `Unsupported` where it was opened for another database.
+        """
+        fields = self._guard(lambda: self.client.hmget(keys.EPOCH, "epoch", "run_id", "format", "database"))
+        if int(fields[2] or format_versions.FIRST) > format_versions.LEDGER:
             raise NotMigrated(
-                f"the ledger is of format {int(found[2])}, and this version of the platform knows"
+                f"the ledger is of format {int(fields[2])}, and this version of the platform knows"
                 f" {format_versions.LEDGER}",
-                value=int(found[2]),
+                value=int(fields[2]),
                 advice="Install the version of the platform that opened it.",
             )
-        owner = (found[3] or b"").decode()
+        owner = (fields[3] or b"").decode()
         if owner and self.database and owner != self.database:
             raise self._foreign(owner)
-        if found[0] is None or found[1] is None:
+        if fields[0] is None or fields[1] is None:
             return None
-        return int(found[0]), found[1].decode()
+        return int(fields[0]), fields[1].decode()
 
     def is_cold(self) -> bool:
-        """Whether nobody may admit: never opened, emptied, or another life of the server than the one it was
-        opened in (a restart may have brought back old books)."""
+        """Return True if nobody may admit: the ledger is cold.
+
+        A cold ledger was never opened, or was emptied, or was opened in another life of the server. A restart of the
+        server may have brought back old books.
+        """
         opened = self.opened()
         return opened is None or opened[1] != self.run_id
 
     def has_whole_stream(self) -> bool:
-        """Return whether the books are of this life of the server: no entry of the stream was lost with another."""
-        found = self._guard(lambda: self.client.hget(keys.EPOCH, "run_id"))
-        return found is not None and found.decode() == self.run_id
+        """Return True if the books are of this life of the server, so that no stream entry was lost with another."""
+        run_id = self._guard(lambda: self.client.hget(keys.EPOCH, "run_id"))
+        return run_id is not None and run_id.decode() == self.run_id
 
     def is_unfinished(self) -> bool:
-        """Whether the rebuild of this epoch was not carried to its end (it runs, or whoever did it died)."""
+        """Return True if the rebuild of this epoch has not reached its end: it runs, or its process died."""
         return bool(self._guard(lambda: self.client.hexists(keys.EPOCH, "rebuilding")))
 
     def close_books(self, epoch: int, run_id: str, step: str, names: Sequence[str | bytes] = ()) -> None:
-        """Close the books for the process that opens this epoch (the step `begin`), `remove` keys of the older one, and
-        `carry` jobs over, at most 1,000 at a time. `run_id`: of the server on which it began. Raises `LedgerClosed`
-        where a newer epoch is opened."""
+        """Take one step of closing the books for the process that opens this epoch.
+
+        The step `begin` closes the books, `remove` removes keys of the older epoch, and `carry` carries jobs over. Each
+        call takes at most 1,000 names. `run_id`: that of the server on which the process began. Raises `LedgerClosed`
+        where a newer epoch is opened.
+        """
         self._meant.run_id = run_id
         rows = [{"name": name} for name in names]
         self._call("close_epoch", rows, epoch=epoch, run_id=self._caller(run_id), step=step)
 
     def open(self, epoch: int, run_id: str | None = None) -> None:
-        """Open an epoch on empty books; `run_id` as in `close_books`, else that of now."""
+        """Open an epoch on empty books; `run_id` as in `close_books`, None for the current one."""
         self._meant.run_id = run_id or self.run_id
         reply = self._call("open", epoch=epoch, run_id=self._caller(run_id or self.run_id))
-        # Rows that this process reads from now on are newer than the epoch by its own estimate of the clock too.
+        # From now on the rows that this process reads are newer than the epoch, also by its own estimate of the clock.
         self.hear(reply.number("now"))
         self.epoch = epoch
 
     def finish(self, epoch: int) -> None:
-        """The rebuild of this epoch is done. Raises `LedgerClosed` where a newer one is open."""
+        """Note that the rebuild of this epoch is done. Raise `LedgerClosed` where a newer epoch is open."""
         self._call("finish_epoch", epoch=epoch, run_id=self._caller(self.run_id))
 
     def carried(self) -> set[str]:
-        """The jobs that nobody may bring in, since the stream has what became of them in an older epoch."""
-        found: Any = self._guard(lambda: self.client.smembers(keys.CARRIED))
-        return {job.decode() for job in found}
+        """Return the jobs that nobody may bring in, because the stream has their transitions of an older epoch."""
+        jobs: Any = self._guard(lambda: self.client.smembers(keys.CARRIED))
+        return {job.decode() for job in jobs}
 
     def let_in(self, jobs: Sequence[tuple[str, int, int, str, str]]) -> int:
-        """Let jobs in whose entries Postgres has, at most 200, each as its row is: id, epoch, attempt, state, and `1`
-        where it has ended, `held` where a worker has it, else ``."""
+        """Let in jobs that were kept out, now that Postgres has their entries, and return how many were let in.
+
+        At most 200 jobs, each as its row is: id, epoch, attempt, state, and a mark. The mark is `1` where the job has
+        ended, `held` where a worker has it, and empty otherwise.
+        """
         names = ("job", "epoch", "attempt", "state", "final")
         rows = [dict(zip(names, job, strict=True)) for job in jobs]
         return self._call("let_in", rows).number("let_in") if rows else 0

@@ -1,9 +1,9 @@
 """The election of the one worker that runs the duties: a lease with a fencing number.
 
 The lease is kept where admissions are decided: in the ledger, by one script, or in the one row of the table `runner`
-while Postgres decides, by one guarded statement. Its holder renews it while it works. Another worker has it once it ran
-out, under a larger number; from then on the old holder is refused. Duties are guarded by themselves (`workers.duties`),
-so two runners for a moment cost work and nothing else.
+while Postgres decides, by one guarded statement. The holder renews the lease while it works. Once the lease ran out,
+another worker can take it, under a larger fencing number; from then on the old holder is refused. Duties are guarded by
+themselves (`workers.duties`), so two runners for a moment cost work and nothing else.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from celery_capacity.routing.ledger.connection import LedgerServer
 
 @dataclass(frozen=True, slots=True)
 class Elected:
-    """`fence`: number of the caller's lease, 0 where it has none. `asked`: duties that others asked for. `epoch`: that
-    of the ledger, 0 where it is cold; `has_book`: whether the caller's worker has a book there."""
+    """Reply to a call of `elect`.
+
+    `fence`: number of the caller's lease, 0 where it has none. `asked`: duties that others asked for. `epoch`: that of
+    the ledger, 0 where it is cold. `has_book`: True if the caller's worker has a book there.
+    """
 
     fence: int
     asked: tuple[str, ...] = ()
@@ -29,11 +32,14 @@ class Elected:
 
 
 class Elections(LedgerServer):
-    """The lease in the ledger. It is given whatever the epoch: its holder opens a ledger that is cold."""
+    """The lease in the ledger. It is granted in any epoch, because its holder opens a cold ledger."""
 
     def elect(self, caller: str, fence: int, term: float, asks: Iterable[str] = (), worker: str = "") -> Elected:
-        """Take, renew or watch the lease for `term` seconds (0: give it back); hand over the duties that this caller
-        asks for. The look tells, too, in which epoch the ledger is and whether it has a book of the caller's worker."""
+        """Take, renew or watch the lease for `term` seconds (0: give it back), and ask for duties.
+
+        `asks`: the duties that this caller asks the runner for. The reply also has the epoch of the ledger, and says if
+        the caller's worker has a book there.
+        """
         rows = [{"duty": duty} for duty in asks]
         reply = self._call("elect", rows, caller=caller, worker=worker, fence=fence, term=round(term * 1000))
         epoch, has_book = reply.number("epoch"), reply["book"] == "1"
@@ -42,7 +48,7 @@ class Elections(LedgerServer):
         return Elected(reply.number("fence"), tuple(reply.rest), epoch, has_book)
 
 
-# (A lease that lasts longer than any was given for: the clock was set back since.)
+# A lease that lasts longer than the longest term was taken before the clock was set back: it may be taken over.
 _ELECT: Final = text("""
 INSERT INTO runner (incarnation, fence, until)
 VALUES (:caller, :fence + 1, clock_timestamp() + make_interval(secs => :term))
@@ -58,8 +64,8 @@ _RESIGN: Final = text("UPDATE runner SET until = clock_timestamp() WHERE (incarn
 
 def elect(connection: Connection, caller: str, fence: int, term: float) -> Elected:
     """Take, renew or watch the lease in Postgres for `term` seconds."""
-    found = connection.execute(_ELECT, {"caller": caller, "fence": fence, "term": term}).scalar_one_or_none()
-    return Elected(found or 0)
+    number = connection.execute(_ELECT, {"caller": caller, "fence": fence, "term": term}).scalar_one_or_none()
+    return Elected(number or 0)
 
 
 def resign(connection: Connection, caller: str, fence: int) -> None:

@@ -1,8 +1,8 @@
 """The list of a worker's attempts, and the scripts that go through it.
 
-The list of a worker may be long, or hold entries of which nobody knows. A script that read it whole would hold up all
-others, so it is read here in pages, and each script gets the ids that it is to look at. It looks at each job once more,
-so that a change between the reading and the script has no effect.
+The list of a worker may be long, or hold stray entries. A script that read the whole list would hold up all others. So
+the list is read here in pages, and each script gets the ids of the jobs that it looks at. The script reads each job
+once more, so that a change between the reading and the script does no harm.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from celery_capacity.routing.model.states import HOLDING
 PAGE: Final = 100
 #: How often a long list is counted again, because jobs came or went meanwhile.
 TRIES: Final = 10
-#: Books counted in one round trip: the server serves nobody else meanwhile.
+#: Books counted in one round trip, during which the server serves nobody else.
 BOOKS: Final = 50
 
 
 class Held(Admission):
-    """The scripts, one method each."""
+    """Scripts that go through the jobs of a worker, one method each."""
 
     def held_pages(self, worker: str, page: int = PAGE) -> Iterator[list[str]]:
-        """Read the ids in a worker's list, page by page. An id that is there all the time comes at least once."""
+        """Read the ids in a worker's list, page by page. An id that stays in the list comes at least once."""
         cursor, ids = 0, list[str]()
         while True:
             cursor, entries = self._scan_held(worker, cursor, page)
@@ -52,20 +52,24 @@ class Held(Admission):
     # -- sums ----------------------------------------------------------------------------------------------------
 
     def recount(self, workers: Sequence[str]) -> list[int]:
-        """Make the allocations of each worker the sum of what it holds, and its places right; returns how much
-        differed."""
+        """Make the allocations of each worker the sum of the jobs it holds, and repair its places in the indexes.
+
+        Returns for each worker the number of values that differed.
+        """
         counts: list[int] = []
         for start in range(0, len(workers), BOOKS):
-            some = workers[start : start + BOOKS]
-            replies = self._calls([self._prepared("recount", worker=name, counted="") for name in some])
-            for name, values in zip(some, replies, strict=True):
+            names = workers[start : start + BOOKS]
+            replies = self._calls([self._prepared("recount", worker=name, counted="") for name in names])
+            for name, values in zip(names, replies, strict=True):
                 reply = self._reply("recount", values)
                 counts.append(self._recount_in_pages(name) if reply.head == "many" else reply.number("differed"))
         return counts
 
     def _recount_in_pages(self, worker: str) -> int:
-        """Recount a worker whose list is too long for one script. Raises `StoreUnavailable` where its jobs came and
-        went all the time."""
+        """Recount a worker whose list is too long for one script.
+
+        Raises `StoreUnavailable` where its list or its book changed during every try.
+        """
         taken = self.unhold(worker)
         for _ in range(TRIES):
             differed = self._recount_unchanged(worker)
@@ -74,7 +78,7 @@ class Held(Admission):
         raise StoreUnavailable(f"what worker {worker} holds changes faster than it can be counted")
 
     def _recount_unchanged(self, worker: str) -> int | None:
-        """Recount a worker; None where its list or its book changed meanwhile."""
+        """Recount a worker, and return None where its list or its book changed meanwhile."""
         script = self._scripts["recount"].text
 
         def count() -> int | None:
@@ -87,7 +91,7 @@ class Held(Admission):
                     values = pipe.execute()[0]
                 except WatchError:
                     return None
-            # No reply of this script raises here: the next call meets an epoch that has ended.
+            # A refusal does not raise here. Where the epoch has ended, the next call raises.
             reply = self._reply("recount", [snapshot.text(value) for value in values])
             return reply.number("differed") if reply.head in ("ok", "unknown") else 0
 
@@ -95,12 +99,12 @@ class Held(Admission):
         return differed
 
     def unhold(self, worker: str) -> int:
-        """Take out of a worker's list the entries of which no job's own key speaks; returns how many."""
+        """Take stray entries, which match no job's own key, out of a worker's list, and return how many."""
         pages = self.held_pages(worker)
         return sum(self._call("unhold", _jobs(page), worker=worker).number("taken") for page in pages)
 
     def _held_sum(self, worker: str) -> str:
-        """Return the sum of the amounts of a worker's jobs, as a shape; '' where a script may count them."""
+        """Return the sum of the amounts of a worker's jobs, as a shape; '' where a script can count them itself."""
         sums: Counter[str] = Counter()
         seen: set[str] = set()
         for page in self.held_pages(worker, HELD):
@@ -114,8 +118,10 @@ class Held(Admission):
         return "" if len(seen) <= HELD else ",".join(f"{name}={amount}" for name, amount in sorted(sums.items()))
 
     def _counted(self, script: str, groups: Sequence[Group] = (), *, worker: str, **values: Any) -> Reply:
-        """Call a script that counts the jobs held by a worker without a book, which nothing changes. Too many jobs for
-        the script are counted in pages."""
+        """Call a script that counts the jobs held by a worker without a book.
+
+        Nothing changes the list of a worker without a book. Too many jobs for the script are counted here in pages.
+        """
         reply = self._call(script, groups, worker=worker, counted="", **values)
         if reply.head == "many":
             self.unhold(worker)
@@ -123,15 +129,15 @@ class Held(Admission):
         return reply
 
     def reserve(self, worker: str, incarnation: str, capacity: str) -> bool:
-        """A closed book for a worker that has not spoken in this epoch; False when it has."""
+        """Open a closed book for a worker that has not registered in this epoch; return False where it has a book."""
         return self._counted("reserve", worker=worker, incarnation=incarnation, capacity=capacity).head == "ok"
 
     # -- taking back ---------------------------------------------------------------------------------------------
 
     def drain(self, worker: str, incarnation: str) -> int:
-        """Admit nothing more there; returns how many jobs were handed back."""
+        """Stop admission to a worker, and return how many jobs were handed back."""
         handed_back = 0
-        # First of all nothing more is admitted: what is held is known from then on.
+        # The first call has no jobs: it only stops admission, so that no job joins the list while it is read.
         for page in chain([list[str]()], self.held_pages(worker)):
             shapes = self._call("drain", _jobs(page), worker=worker, incarnation=incarnation).rest
             self.place_all(shapes)
@@ -140,20 +146,22 @@ class Held(Admission):
 
     def recover(self, worker: str, incarnation: str, holds: Iterable[str]) -> list[HandedOver]:
         """Return the jobs that a lost reply handed over to this worker, which does not hold them."""
-        known, found = set(holds), list[HandedOver]()
+        seen, handed_over = set(holds), list[HandedOver]()
         for page in self.held_pages(worker):
-            asked = [job for job in page if job not in known]
+            asked = [job for job in page if job not in seen]
             if asked:
                 reply = self._call("recover", _jobs(asked), worker=worker, incarnation=incarnation)
-                found += hand_overs(reply.rest)
-                known.update(asked)
-        return found
+                handed_over += hand_overs(reply.rest)
+                seen.update(asked)
+        return handed_over
 
     def take_missing(
         self, worker: str, incarnation: str, holds: Iterable[str], most_losses: int, missing_ms: int
     ) -> list[str]:
-        """Take back running jobs that no list has named for `missing_ms`; `holds` is the newest list. Returns their
-        shapes."""
+        """Take back running jobs that no list has named for `missing_ms`, and return their shapes.
+
+        `holds` is the newest list of the jobs that the worker holds.
+        """
         named, absent, shapes = set(holds), set[str](), list[str]()
         for page in self.held_pages(worker, HELD):
             asked = [job for job in page if job not in named]
@@ -165,7 +173,7 @@ class Held(Admission):
         return shapes
 
     def _named_again(self, worker: str, absent: set[str]) -> None:
-        """Forget since when jobs were missing that are named, or gone."""
+        """Forget the missing times of jobs that are named again, or gone."""
 
         def forget() -> None:
             for attempt, _ in self.client.hscan_iter(keys.missing(worker), count=HELD):
@@ -177,8 +185,11 @@ class Held(Admission):
     def lapse(
         self, worker: str, grace_ms: int, most_losses: int, most: int = PAGE, without: Collection[str] = ()
     ) -> Lapsed:
-        """Close a worker whose lease ran out; take its jobs back once `grace_ms` are over too, so many at a time (0:
-        only say that it is `due`). It keeps the jobs `without`, and its book with them: `waits`."""
+        """Close a worker whose lease ran out, and take its jobs back once `grace_ms` are over too.
+
+        `most`: jobs to take back at a time; 0 takes none, and only reports that the worker is `due`. The worker keeps
+        the jobs in `without`, and with them its book: the verdict is then `waits`.
+        """
         taken, page, pages = 0, list[str](), iter(list[list[str]]())
         while True:
             values = {"grace": grace_ms, "most_losses": most_losses, "take": "1" if most else "0", "ttl": self.ttl_ms}
@@ -198,18 +209,18 @@ class Held(Admission):
 
     def _held_but(self, worker: str, page: int, without: Collection[str]) -> Iterator[list[str]]:
         for ids in self.held_pages(worker, page):
-            if some := [job for job in ids if job not in without]:
-                yield some
+            if remaining := [job for job in ids if job not in without]:
+                yield remaining
 
     def adopt(self, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[tuple[str, str]]:
-        """Enter what a worker holds since an older epoch; returns the attempts (job, token) that lost their lease."""
+        """Enter the jobs held since an older epoch, and return the attempts (job, token) that lost their lease."""
         refused: list[tuple[str, str]] = []
         for start in range(0, len(held), PAGE):
-            some = held[start : start + PAGE]
-            jobs = [self._adopted_values(job) for job in some]
+            page = held[start : start + PAGE]
+            jobs = [self._adopted_values(job) for job in page]
             reply = self._call("adopt", jobs, worker=worker, incarnation=incarnation)
-            verdicts = ["stale"] * len(some) if reply.head == "unknown" else reply.rest
-            answered = zip(some, verdicts, strict=True)
+            verdicts = ["stale"] * len(page) if reply.head == "unknown" else reply.rest
+            answered = zip(page, verdicts, strict=True)
             refused += [(job.job, job.token) for job, verdict in answered if verdict != "adopted"]
         return refused
 

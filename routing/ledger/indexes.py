@@ -1,5 +1,7 @@
-"""The indexes of the ledger beside the whole ones: the workers that have a resource, by their free CPUs, and the shapes
-that ask for one. How they stand in Redis, and what of it is not as books and backlog say.
+"""Indexes of the ledger by resource: the workers that have a resource, by free CPUs, and the shapes that ask for it.
+
+They stand beside the whole indexes. The functions read them from Redis, and find the places that differ from the books
+and the backlog.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Indexes:
 
 
 def read_places(client: redis.Redis, workers: Iterable[str]) -> dict[str, list[str]]:
-    """The resources in whose indexes these workers stand by their own books, in one round trip."""
+    """Return the resources in whose indexes these workers stand by their own books, in one round trip."""
     names = list(workers)
     pipe = client.pipeline(transaction=False)
     for worker in names:
@@ -42,55 +44,59 @@ def read_places(client: redis.Redis, workers: Iterable[str]) -> dict[str, list[s
 
 
 def ask(pipe: Any, worker: str, places: Iterable[str]) -> None:
-    """Read with a worker's book, in one transaction, how it stands in these indexes and the whole one; `note` is given
-    the replies."""
+    """Add to a pipeline the reads of a worker's places in these indexes and in the whole one.
+
+    The pipeline reads the worker's book too, in one transaction. `note` takes the replies.
+    """
     pipe.zscore(keys.FREE, worker)
     for resource in places:
         pipe.zscore(keys.free_of(resource), worker)
 
 
 def note(indexes: Indexes, worker: str, places: Iterable[str], replies: Iterator[Any]) -> None:
-    """The replies to what `ask` asked."""
+    """Enter the replies to the reads of `ask` into `indexes`."""
     scores = {resource: next(replies) for resource in (WHOLE, *places)}
     indexes.free[worker] = {resource: int(score) for resource, score in scores.items() if score is not None}
 
 
 def read_rest(client: redis.Redis, indexes: Indexes, resources: Iterable[str], beside: Iterable[str]) -> None:
-    """Who stands in an index of which its own book says nothing, and the indexes of shapes."""
+    """Read the workers in an index that their own books do not name, and the indexes of shapes."""
     for resource in sorted(resources):
         standing: Any = client.zrange(keys.free_of(resource), 0, -1, withscores=True)
         for worker, free in standing:
             indexes.free.setdefault(text(worker), {}).setdefault(resource, int(free))
     for resource in sorted(beside):
-        found: Any = client.zrange(keys.shapes_of(resource), 0, -1, withscores=True)
-        indexes.shapes[resource] = {text(shape): int(order) for shape, order in found}
+        waiting: Any = client.zrange(keys.shapes_of(resource), 0, -1, withscores=True)
+        indexes.shapes[resource] = {text(shape): int(order) for shape, order in waiting}
 
 
 def wrong_places(indexes: Indexes, books: Mapping[str, WorkerBook]) -> Iterator[str]:
-    """What the indexes of workers say and the books do not."""
-    for worker, found in sorted(indexes.free.items()):
-        book = books.get(worker)
-        own = None if book is None else replace(book.to_policy(0), admitting=book.status == "ready")
-        room = 0 if own is None else own.free(CPUS)
-        expected = {} if own is None or not own.open else dict.fromkeys((WHOLE, *own.places), room)
-        if WHOLE in expected and own is not None and own.capacity.get(ONLY_LABELLED) and own.places:
+    """Describe each place in the indexes of workers that differs from the books."""
+    for worker, actual in sorted(indexes.free.items()):
+        row = books.get(worker)
+        book = None if row is None else replace(row.to_policy(0), admitting=row.status == "ready")
+        room = 0 if book is None else book.free(CPUS)
+        expected = {} if book is None or not book.open else dict.fromkeys((WHOLE, *book.places), room)
+        if WHOLE in expected and book is not None and book.capacity.get(ONLY_LABELLED) and book.places:
             expected[WHOLE] = -1
-        for resource in sorted(found.keys() | expected.keys()):
-            if found.get(resource) != expected.get(resource):
+        for resource in sorted(actual.keys() | expected.keys()):
+            if actual.get(resource) != expected.get(resource):
                 place = "the index" if resource == WHOLE else f"the index of {resource}"
-                yield f"worker {worker} has {room} free and stands as {found.get(resource)} in {place}"
+                yield f"worker {worker} has {room} free and stands as {actual.get(resource)} in {place}"
 
 
 def wrong_shapes(indexes: Indexes, first: Mapping[str, int | None]) -> Iterator[str]:
-    """What the indexes of shapes say and the backlog does not. `first`: shape -> order of its first job, None: nothing
-    waits."""
+    """Describe each place in the indexes of shapes that differs from the backlog.
+
+    `first`: shape -> order of its first waiting job, None where no job waits.
+    """
     expected: dict[str, dict[str, int]] = {}
     for shape, order in first.items():
         if order is not None:
             expected.setdefault(waits_beside(shape), {})[shape] = order
     for resource in sorted(expected.keys() | indexes.shapes.keys()):
-        wanted, found = expected.get(resource, {}), indexes.shapes.get(resource, {})
-        for shape in sorted(wanted.keys() | found.keys()):
-            if wanted.get(shape) != found.get(shape):
-                at, there = wanted.get(shape), found.get(shape)
+        wanted, actual = expected.get(resource, {}), indexes.shapes.get(resource, {})
+        for shape in sorted(wanted.keys() | actual.keys()):
+            if wanted.get(shape) != actual.get(shape):
+                at, there = wanted.get(shape), actual.get(shape)
                 yield f"shape {shape} begins at {at}, and at {there} in the index of {resource}"

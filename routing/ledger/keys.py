@@ -1,24 +1,24 @@
-"""Every key of the ledger in Redis, built here and nowhere else, from checked names.
+"""Keys of the ledger in Redis: each is built here and nowhere else, from checked names.
 
 | key | type | holds |
 | --- | --- | --- |
 | `ledger:epoch` | hash | `epoch`, `run_id` of the server, `opened` (ms), `database`. Missing: the ledger is COLD |
 | `ledger:book:<worker>` | hash | `epoch`, `incarnation`, `status`, `queue`, `lease` (ms), the resources |
 | `ledger:free` | sorted set | worker, free millicores; only workers that may be admitted to |
-| `ledger:free:<resource>` | sorted set | the same; only workers that have a resource which not every worker has |
+| `ledger:free:<resource>` | sorted set | as `ledger:free`, of workers with a resource that not all have |
 | `ledger:leases` | sorted set | worker, end of its lease (ms) |
 | `ledger:held:<worker>` | hash | job, token of the attempt that holds an allocation there |
-| `ledger:missing:<worker>` | hash | attempt (`<job> <token>`) held there that its last list lacked, since when (ms) |
-| `ledger:job:<id>` | hash | one job; of one that ended a tombstone |
+| `ledger:missing:<worker>` | hash | held attempt (`<job> <token>`) that the worker's last list lacked, since when (ms) |
+| `ledger:job:<id>` | hash | one job; a tombstone where the job ended |
 | `ledger:wait:<shape>` | sorted set | waiting job, order |
 | `ledger:shapes` | sorted set | shape that waits, order of its first job |
-| `ledger:shapes:<resource>` | sorted set | the same; each shape in one of these |
+| `ledger:shapes:<resource>` | sorted set | as `ledger:shapes`; each shape stands in one of these |
 | `ledger:kept` | hash | shape that must run alone, the worker that is kept for it |
-| `ledger:unclaimed` | sorted set | admitted job, when its message is delivered again (ms) |
+| `ledger:unclaimed` | sorted set | admitted job, time at which its message is delivered again (ms) |
 | `ledger:stream` | stream | transitions that Postgres does not have yet |
 | `ledger:carried` | set | jobs with an entry of an older epoch in the stream: nobody brings them in |
 | `ledger:allocated` | string | millicores allocated in all |
-| `ledger:counters` | hash | what people count: admissions, refusals, stale writes, ... |
+| `ledger:counters` | hash | counters for people: admissions, refusals, stale writes, ... |
 | `ledger:declarations` | hash | task name, request as JSON in people's units |
 | `ledger:runner` | hash | `incarnation` of the worker that runs the duties, `fence` and `until` (ms) of its lease |
 | `ledger:asked` | set | duties that others ask the runner for |
@@ -26,19 +26,21 @@
 | `worker:<name>` | hash with expiry | the view for people; only registration and heartbeat create it |
 | `resource:allocated_cpus` | string | CPUs allocated in all, as a decimal number |
 
-In a book `status` is ready, draining or closed, `c.<resource>` the capacity and `a.<resource>` what is allocated of
-it, `kept` the shape for which the worker takes nothing else (`routing.policy.placement`; the key `ledger:kept` only
-leads there), `places` the resources in whose indexes of free CPUs it stands when it may be admitted to. Such a resource
-is any but `cpus`, `memory`, `slots` and `alone`; queues are among them, by their labels (`routing.model.amounts`).
+In a book `status` is ready, draining or closed. `c.<resource>` is the capacity and `a.<resource>` the allocated amount
+of a resource. `kept` is the shape for which the worker takes nothing else (`routing.policy.placement`); the key
+`ledger:kept` only leads there. `places` are the resources in whose indexes of free CPUs the worker stands while jobs
+may be admitted to it. Such a resource is any but `cpus`, `memory`, `slots` and `alone`; queues are among them, by their
+labels (`routing.model.amounts`).
+
 A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
 `shape`, `order`, `message` and its `digest`, the times `submitted`, `admitted` and `started`, the `nonce` of its
-claim, `losses`, `successor` (Postgres holds one), `revoked`, `entry` (of the stream, not yet applied), `noted` (the
-attempt it is about); one that ended, a tombstone, has the `outcome` of its last attempt (none: it was cancelled in the
-backlog), the state it `became`, and `final` unless it goes on.
+claim, `losses`, `successor` (Postgres holds one), `revoked`, `entry` (of the stream, not yet applied) and `noted` (the
+attempt that the entry is about). A tombstone has the `outcome` of the job's last attempt (none: the job was cancelled
+in the backlog), the state that the job `became`, and `final` unless the job goes on.
 
 Books are keys without expiry: an expired key would read as a free worker. A tombstone expires only once it names no
-`entry` any more: while Postgres does not have the end of a job, the ledger knows it. Amounts are integers (millicores,
-bytes, counts), times are milliseconds of the server's own clock.
+`entry` any more: until Postgres has the end of a job, the ledger remembers it. Amounts are integers (millicores,
+bytes, counts). Times are milliseconds of the server's own clock.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from typing import Final
 
 from celery_capacity.routing.model.identifiers import check_job_id, check_worker_name
 
-#: Fixed keys and prefixes, by the name under which the Lua scripts know them (`KEY.epoch`).
+#: Fixed keys and prefixes, by their names in the Lua scripts (`KEY.epoch`).
 KEYS: Final = {
     "epoch": "ledger:epoch",
     "book": "ledger:book:",
@@ -131,5 +133,5 @@ def shapes_of(resource: str) -> str:
 
 
 def private_queue(worker: str, incarnation: str) -> str:
-    """The broker queue that one incarnation of a worker consumes."""
+    """Return the name of the broker queue that one incarnation of a worker consumes."""
     return f"worker.{check_worker_name(worker)}.{incarnation}"

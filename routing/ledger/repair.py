@@ -1,6 +1,7 @@
-"""What reconcile asks of the ledger: to compare many jobs in one step, and to make one place right.
+"""Calls of reconcile to the ledger: compare many jobs in one step, and repair single places.
 
-Whatever differs is told by a script that writes nothing, and repaired by one that checks once more.
+A script that writes nothing reports the differences. Another script repairs each of them, and checks once more before
+it does.
 """
 
 from __future__ import annotations
@@ -9,32 +10,42 @@ from celery_capacity.routing.ledger.connection import LedgerServer
 
 
 class Repairs(LedgerServer):
-    """The scripts, one method each."""
+    """Scripts of reconcile, one method each."""
 
     def compare(self, rows: str) -> list[str]:
-        """The jobs of which the ledger says something else than Postgres, or that do not stand where their keys say.
-        `rows`: a line a job, with its id, state (`ended` where it is over), token and worker (`-` for none)."""
+        """Return the jobs that differ between the ledger and Postgres, or stand elsewhere than their keys say.
+
+        `rows`: one line for each job, with its id, state (`ended` where it is over), token and worker (`-` for none).
+        """
         return self._call("compare", rows=rows).rest
 
     def misplaced(self, shape: str, seen: int, most: int) -> tuple[int, list[str]]:
-        """How many places of a shape's queue were looked at, before the last `seen` ones and at most `most`, and the
-        jobs that have one of them and do not wait there."""
+        """Return the number of places looked at in a shape's queue, and the jobs that do not belong in theirs.
+
+        The script looks at no more than `most` places, before the last `seen` ones.
+        """
         reply = self._call("misplaced", shape=shape, seen=seen, most=most)
         return reply.number("looked"), reply.rest
 
     def mend(self, shape: str, job: str = "", seen_in: str = "") -> bool:
-        """Make the queue of a shape right about one job, and the indexes about its first job (that of the resource in
-        which it was seen, too); True when something differed."""
+        """Repair the queue of a shape for one job, and the indexes of shapes for its first job.
+
+        `seen_in`: the resource in whose index the shape was seen; that index is repaired too. Returns True where
+        something differed.
+        """
         return self._call("mend", shape=shape, job=job, seen=seen_in)["differed"] == "1"
 
     def unlist(self, resource: str, seen: int, most: int) -> tuple[int, int]:
-        """Take out of the index of a resource whoever does not belong there, among `most` places behind the first
-        `seen` ones; how many were looked at, and how many taken out."""
+        """Take workers that do not belong there out of the index of a resource.
+
+        The script looks at no more than `most` places, behind the first `seen` ones. Returns the number of places
+        looked at, and the number of workers taken out.
+        """
         reply = self._call("unlist", resource=resource, seen=seen, most=most)
         return reply.number("looked"), reply.number("taken")
 
     def seat(self, job: str) -> int | None:
-        """Make the places of one job right; how many differed, or None where its worker has no book."""
+        """Repair the places of one job, and return how many differed, or None where its worker has no book."""
         reply = self._call("seat", job=job)
         return reply.number("differed") if reply.head == "ok" else None
 

@@ -1,4 +1,4 @@
-"""What the ledger answers: plain values, one for each operation."""
+"""Replies of the ledger: plain values, one class for each operation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 from celery_capacity.routing.errors import StoreUnavailable
 
-#: What scripts are told, and say, of a job that its first lost attempt ends.
+#: Value of `rerun`, in arguments and replies of scripts, for a job that its first lost attempt ends.
 NEVER_AGAIN: Final = "0"
 
 
@@ -21,12 +21,12 @@ class LedgerClosed(Exception):
 
 
 class LedgerFull(StoreUnavailable):
-    """Redis has reached its `maxmemory`, and takes no more jobs. What frees memory goes on."""
+    """Redis has reached its `maxmemory`, and takes no more jobs. Operations that free memory go on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """`state`: admitted, waiting, exists (`was`: its state) or late (past the deadline for submits)."""
+    """Reply to a submit. `state`: admitted, waiting, exists (`was`: its state) or late (past the deadline)."""
 
     state: str
     worker: str | None = None
@@ -49,9 +49,12 @@ Kept = tuple[str, int, bytes | str]
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """An attempt that is over, as its worker reports it. `outcome`: a final state, retried, handed_back or lost.
-    `results`: those that are kept in the ledger's own Redis. `outbox`: all else that is to be delivered, see
-    `routing.model.outbox`. `told`: its worker tells the result, events and signals, also if the job ended as lost."""
+    """An attempt that is over, as its worker reports it.
+
+    `outcome`: a final state, retried, handed_back or lost. `results`: those that are kept in the ledger's own Redis.
+    `outbox`: everything else to deliver, see `routing.model.outbox`. `told`: the worker tells the result, events and
+    signals, even where the job ended as lost.
+    """
 
     job: str
     token: str
@@ -64,8 +67,11 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """`verdict`: released, repeat (it was released before), stale (it no longer held the job) or unknown (there is no
-    key of that job). `state`: of the job now. `entry`: the stream entry that says so."""
+    """Reply to the release of an attempt.
+
+    `verdict`: released, repeat (the attempt was released before), stale (it no longer held the job) or unknown (the job
+    has no key). `state`: the job's state now. `entry`: the stream entry that says so.
+    """
 
     end: Ended
     verdict: str
@@ -75,8 +81,11 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The answer to a claim; times in milliseconds of the server. `verdict`: claimed, stale (or doubled), forged (the
-    message is not the one that was pushed) or unknown (no such job)."""
+    """Reply to a claim; times in milliseconds of the server's clock.
+
+    `verdict`: claimed, stale (or doubled), forged (the message differs from the one that was pushed) or unknown (no
+    such job).
+    """
 
     job: str
     token: str
@@ -86,19 +95,21 @@ class Claimed:
     entry: str
     losses: int
     rerun: bool = True
-    #: It was revoked after it had been admitted: whoever claims it ends it.
+    #: The job was revoked after its admission: the worker that claims it ends it.
     revoked: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether the attempt may start."""
+        """Return True if the attempt may start."""
         return self.verdict == "claimed"
 
 
 @dataclass(frozen=True, slots=True)
 class HandedOver:
-    """A job admitted and claimed in the release that made room for it; `message` with the tag of its attempt.
-    `shape`: of what it holds."""
+    """A job admitted and claimed in the release that made room for it.
+
+    `message` has the delivery tag of the attempt. `shape`: that of its allocation.
+    """
 
     job: str
     token: str
@@ -113,8 +124,10 @@ class HandedOver:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """The answers to what ended and what arrived, and what was handed over. `shapes`, `cursors`: where the ledger is to
-    be asked for more (`Ledger.follow`)."""
+    """Replies to the attempts that ended and to those that arrived, and the jobs handed over.
+
+    `shapes`, `cursors`: the places from which `Ledger.follow` goes on.
+    """
 
     released: list[Released]
     claimed: list[Claimed]
@@ -140,7 +153,11 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """`verdict`: ended (as `entry` of the stream says), held (by `worker`), over, missing, or unsure: nobody knows."""
+    """Reply to a cancel.
+
+    `verdict`: ended (as `entry` of the stream says), held (by `worker`), over, missing, or unsure. Unsure: the books
+    are being rebuilt, so a worker may hold the job.
+    """
 
     verdict: str
     worker: str | None = None
@@ -149,7 +166,7 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """How many waiting jobs were admitted."""
+    """Number of waiting jobs that were admitted."""
 
     admitted: int
 
@@ -165,7 +182,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Renewed:
-    """`known`: the lease was renewed; else the worker must register again."""
+    """Reply to a heartbeat. `known`: True if the lease was renewed; else the worker must register again."""
 
     known: bool
     taken_back: int
@@ -173,8 +190,11 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class Lapsed:
-    """`verdict`: alive, closed (just now; its jobs are taken back later), waits (for that), due (for it), gone or
-    unknown."""
+    """Reply to a lapse.
+
+    `verdict`: alive, closed (just now; its jobs are taken back later), waits (for that), due (for that), gone or
+    unknown.
+    """
 
     verdict: str
     incarnation: str | None
@@ -182,7 +202,7 @@ class Lapsed:
 
 
 def claims(arrived: Sequence[tuple[str, ...]], values: list[str]) -> Iterable[Claimed]:
-    """Read the groups in the reply of the script claim."""
+    """Read the groups in the reply of the script `claim`."""
     for index, (job, token, *_) in enumerate(arrived):
         verdict, admitted, started, entry, losses, rerun, revoked = values[7 * index : 7 * index + 7]
         lost, again = int(losses or 0), rerun != NEVER_AGAIN
@@ -190,13 +210,13 @@ def claims(arrived: Sequence[tuple[str, ...]], values: list[str]) -> Iterable[Cl
 
 
 def hand_overs(values: list[str]) -> list[HandedOver]:
-    """Jobs in the reply of a script that hands over."""
-    found = []
+    """Read the jobs in the reply of a script that hands over."""
+    jobs = []
     for start in range(0, len(values), 9):
         job, token, admitted, started, entry, losses, shape, rerun, message = values[start : start + 9]
         again = rerun != NEVER_AGAIN
-        found.append(HandedOver(job, token, int(admitted), int(started), entry, int(losses), shape, message, again))
-    return found
+        jobs.append(HandedOver(job, token, int(admitted), int(started), entry, int(losses), shape, message, again))
+    return jobs
 
 
 def _ms(text: str) -> int | None:

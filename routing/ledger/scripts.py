@@ -1,10 +1,12 @@
 """The Lua scripts of the ledger: read from `lua/`, completed, and ready to be sent.
 
 Each file in `lua/jobs`, `workers`, `backlog`, `repair` and `epoch` is one operation and begins with a header (does,
-KEYS, ARGV, replies, cost, repeat). In front of each go those functions of `lua/lib` that it uses, without comments,
-since server time is spent on each at every call. For KEY (`routing.ledger.keys`), STEP (`routing.model.states`) and
-LIMIT (`routing.policy.placement` and the settings) stand their values, so that every name and number has one place.
-For ARG, EACH and INNER stand the places of the arguments (`routing.ledger.signatures`).
+KEYS, ARGV, replies, cost, repeat). The loader puts the functions of `lua/lib` that the operation uses in front of it.
+Unused functions and comments are left out, because the server spends time on them at every call.
+
+The loader replaces KEY (`routing.ledger.keys`), STEP (`routing.model.states`) and LIMIT (`routing.policy.placement` and
+the settings) by their values, so that every name and number has one place. It replaces ARG, EACH and INNER by the
+places of the arguments (`routing.ledger.signatures`).
 """
 
 from __future__ import annotations
@@ -27,27 +29,27 @@ from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.policy.placement import CANDIDATES, FREED_PASSES, MOST_ADMITTED, SHAPES
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES
 
-#: Candidates that a submit fetches first; the others only when none of these has room.
+#: Candidates that a submit fetches first. It fetches the others only where none of these has room.
 FEW: Final = 4
 
-#: Jobs of one shape, at the most, whose changes a submit keeps until it writes them together. (Lua gives a command
-#: 8,000 arguments at the most.)
+#: The most jobs of one shape whose changes a submit keeps until it writes them together. Lua can give a command no
+#: more than 8,000 arguments.
 RUN: Final = 1000
 
-#: Workers that one script looks at for many jobs together: some 2 ms. For the jobs behind, scripts of their own look.
+#: Workers that one script looks at for many jobs together, in some 2 ms. Later jobs are placed by separate scripts.
 SEARCHED: Final = 8 * CANDIDATES
-#: Passes of one script over all workers that come to be kept no more by it.
+#: Passes of one script over all workers that are no longer kept because of it.
 MOST_FREED_PASSES: Final = 2 * FREED_PASSES
 
-#: Jobs of a worker whose amounts one script adds up, in some 2 ms; more are counted in pages.
+#: Jobs of a worker whose amounts one script adds up, in some 2 ms. More jobs are counted in pages.
 HELD: Final = 500
 
-#: Bytes of a message that a release may give back to the worker that is asking; larger ones go by the broker.
+#: The most bytes of a message that a release may hand over to the worker that asks. Larger ones go by the broker.
 HAND_OVER_BYTES: Final = 65_536
 
 #: The folders of the operations.
 FOLDERS: Final = ("jobs", "workers", "backlog", "repair", "epoch")
-#: The files of `lua/lib`, with what the operations share: a function stands behind those that it uses.
+#: The files of `lua/lib`, with the functions that the operations share. A function stands behind those that it uses.
 LIBRARY: Final = (
     "values", "book", "indexes", "search", "transitions", "queues", "grant", "requeue", "runs", "take_in", "held",
     "exclusive", "candidates", "fill_one", "fill",
@@ -56,14 +58,14 @@ _LUA: Final = files("celery_capacity.routing").joinpath("lua")
 
 HEADER_FIELDS: Final = ("Does", "KEYS", "ARGV", "Replies", "Cost", "Repeat")
 FLAGS: Final = re.compile(r"\A#!lua[^\n]*\n")
-#: What does the same as `flags=allow-oom` on Redis 6.2, which lets a script of a full server go on where its first
-#: write takes up no memory: to remove a key that there never is.
+#: Replacement for `flags=allow-oom` on Redis 6.2: the removal of a key that never exists. A full server of that
+#: version lets a script go on where its first write takes up no memory.
 BEFORE_FLAGS: Final = "redis.call('del', 'ledger:no')\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """One operation: its whole text as the server gets it, and the digest under which the server knows it."""
+    """An operation: its whole text as the server gets it, and the digest by which the server finds it."""
 
     name: str
     text: str
@@ -72,30 +74,30 @@ class Script:
 
 
 def names() -> tuple[str, ...]:
-    """The operations, by the names of their files."""
+    """Return the names of the operations, which are those of their files."""
     return tuple(sorted(_places()))
 
 
 @lru_cache(maxsize=1)
 def _places() -> dict[str, Traversable]:
-    """The files of the operations, by name."""
+    """Return the files of the operations, by name."""
     entries = (entry for folder in FOLDERS for entry in _LUA.joinpath(folder).iterdir())
     return {entry.name[:-4]: entry for entry in entries if entry.name.endswith(".lua")}
 
 
 def source(name: str) -> str:
-    """The text of an operation's file."""
+    """Return the text of an operation's file."""
     return _places()[name].read_text(encoding="utf-8")
 
 
 def library() -> str:
-    """The text of what the operations share."""
+    """Return the text of the functions that the operations share."""
     return "\n".join(_LUA.joinpath("lib", f"{name}.lua").read_text(encoding="utf-8") for name in LIBRARY)
 
 
 def header(name: str) -> dict[str, str]:
-    """The header of a script: field -> text, lines joined."""
-    found: dict[str, str] = {}
+    """Return the header of a script: field -> text, lines joined."""
+    fields: dict[str, str] = {}
     field = None
     for line in FLAGS.sub("", source(name)).splitlines():
         if not line.startswith("--"):
@@ -104,10 +106,10 @@ def header(name: str) -> dict[str, str]:
         named = re.match(r"(\w+): (.*)", text)
         if named and named.group(1) in HEADER_FIELDS:
             field = named.group(1)
-            found[field] = named.group(2)
+            fields[field] = named.group(2)
         elif field:
-            found[field] += " " + text
-    return found
+            fields[field] += " " + text
+    return fields
 
 
 @lru_cache(maxsize=64)
@@ -117,19 +119,19 @@ def signature(name: str) -> Signature:
     return signatures.parse(fields["ARGV"], fields["Replies"])
 
 
-#: A function of the library: its comment, its head, and all up to the `end` at the start of a line.
+#: A function of the library: its comment, its head, and everything up to the `end` at the start of a line.
 _FUNCTION: Final = re.compile(r"(?:^--[^\n]*\n)*^local function (\w+)\(.*?^end\n", re.MULTILINE | re.DOTALL)
 _VALUE: Final = re.compile(r"\b(KEY|STEP|LIMIT|ARG|EACH|INNER)\.(\w+)\b")
 _COMMENT: Final = re.compile(r"^\s*--[^\n]*\n", re.MULTILINE)
 
 
 def _functions() -> dict[str, str]:
-    """The functions of the library, in their order."""
-    return {found.group(1): found.group(0) for found in _FUNCTION.finditer(library())}
+    """Return the functions of the library by name, in their order."""
+    return {match.group(1): match.group(0) for match in _FUNCTION.finditer(library())}
 
 
 def _used(body: str, functions: dict[str, str]) -> list[str]:
-    """The names of the functions that a body uses, and those that they use, in the order of the library."""
+    """Return the names of the functions that a body uses, directly or not, in the order of the library."""
     used: set[str] = set()
     texts = [body]
     while texts:
@@ -142,11 +144,11 @@ def _used(body: str, functions: dict[str, str]) -> list[str]:
 
 @lru_cache(maxsize=8)
 def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
-    """All scripts, by name.
+    """Return all scripts, by name.
 
     `start_ms`: milliseconds after which an unclaimed message is delivered again. `tombstone_ms`: milliseconds for which
-    an ended job is remembered after Postgres has its end. `flags`: whether the server knows
-    the line `#!lua flags=...` (Redis 7 and Valkey do, 6.2 takes it for an error and gets `BEFORE_FLAGS` instead).
+    an ended job is remembered after Postgres has its end. `flags`: True if the server reads the line
+    `#!lua flags=...`. Redis 7 and Valkey do. Redis 6.2 takes it for an error, and gets `BEFORE_FLAGS` instead.
     """
     values: dict[str, dict[str, Any]] = {
         "KEY": {name: repr(key) for name, key in KEYS.items()},
@@ -173,9 +175,9 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
     functions = _functions()
     scripts = {}
     for name in names():
-        own = source(name)
-        first = FLAGS.match(own)
-        body = FLAGS.sub("", own)
+        content = source(name)
+        first = FLAGS.match(content)
+        body = FLAGS.sub("", content)
         text = "".join(functions[used] for used in _used(body, functions)) + body
         places = values | signature(name).places()
         text = _VALUE.sub(partial(_value, places), _COMMENT.sub("", text))

@@ -1,7 +1,7 @@
-"""A Redis that Sentinels watch: they say where it is, on each new connection.
+"""A Redis that Sentinels watch: they name its address for each new connection.
 
-After a failover that is another server. Its `run_id` is another too, so the ledger is cold there and opened anew
-(`routing.recovery.rebuild`): what a replica had not yet received of its books is not missed.
+After a failover they name another server. The other server has another `run_id`, so the ledger is cold there and is
+opened anew (`routing.recovery.rebuild`). So changes of the books that the replica had not yet received do no harm.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from celery_capacity.routing.config.redis_urls import Address
 
 
 def asking(timeout: float = timeouts.STORE_TIMEOUT) -> dict[str, Any]:
-    """Return redis-py's options for the Sentinels themselves; `timeout`: PLATFORM_STORE_TIMEOUT. A Sentinel that does
-    not answer is passed over, and not tried again (redis-py tries ten times by default)."""
+    """Return redis-py's options for connections to the Sentinels; `timeout`: PLATFORM_STORE_TIMEOUT, in seconds.
+
+    A Sentinel that does not answer is passed over, and not tried again. By default redis-py tries ten times.
+    """
     within = timeouts.SENTINEL * timeout
     return {
         "socket_connect_timeout": within,
@@ -34,7 +36,7 @@ ports: Final[set[int]] = set()
 
 
 class Watched(SentinelManagedConnection):
-    """A connection to the server that the Sentinels name. It leads to no replica: Sentinels, too, may be late."""
+    """A connection to the server that the Sentinels name. A replica is refused, because Sentinels may be late."""
 
     def connect_to(self, address: tuple[str, int]) -> None:
         ports.add(int(address[1]))
@@ -47,31 +49,33 @@ class Watched(SentinelManagedConnection):
 
     def _check_role(self, address: tuple[str, int]) -> None:
         self.send_command("INFO", "replication")  # type: ignore[no-untyped-call]
-        said = self.read_response()
-        if b"role:master" not in (said if isinstance(said, bytes) else str(said).encode()):
+        reply = self.read_response()
+        if b"role:master" not in (reply if isinstance(reply, bytes) else str(reply).encode()):
             raise redis.ConnectionError(f"the Sentinels name {address[0]}:{address[1]}, which is not a primary (yet)")
 
 
 class Sentinels(Sentinel):
-    """All of an address. What they say when they name no primary is an error that a person can read."""
+    """All Sentinels of an address. Where they name no primary, the error is one that a person can read."""
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
         try:
-            found: tuple[str, int] = super().discover_master(service_name)  # type: ignore[no-untyped-call]
+            primary: tuple[str, int] = super().discover_master(service_name)  # type: ignore[no-untyped-call]
         except MasterNotFoundError as error:
-            asked = (one.connection_pool.connection_kwargs for one in self.sentinels)
+            asked = (sentinel.connection_pool.connection_kwargs for sentinel in self.sentinels)
             places = ", ".join(sorted(f"{place['host']}:{place['port']}" for place in asked))
             raise MasterNotFoundError(f"of the Sentinels {places} none names a primary {service_name!r}") from error
-        return found
+        return primary
 
 
 def client(address: Address, options: dict[str, Any], timeout: float) -> redis.Redis:
-    """A client of the server that the Sentinels of an address watch; `options` are for its connections, `timeout` is
-    PLATFORM_STORE_TIMEOUT."""
+    """Return a client of the server that the Sentinels of an address watch.
+
+    `options` are for its connections. `timeout`: PLATFORM_STORE_TIMEOUT, in seconds.
+    """
     ask = asking(timeout)
     shorter = {name: min(ask[name], options[name]) for name in ask.keys() & options.keys() if name.startswith("socket")}
     sentinel = Sentinels(list(address.hosts), sentinel_kwargs={**ask, **shorter})  # type: ignore[no-untyped-call]
-    found: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
+    primary: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
         address.master,
         connection_class=Watched,
         username=address.user,
@@ -79,4 +83,4 @@ def client(address: Address, options: dict[str, Any], timeout: float) -> redis.R
         db=address.number,
         **options,
     )
-    return found
+    return primary

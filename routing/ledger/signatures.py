@@ -1,7 +1,7 @@
 """The arguments and replies of a script, by the names in its header.
 
 The header is the contract of both sides. The loader puts the place of each argument into the script, and the binding
-sends and reads values by the same names: a name that is changed in the header alone fails on either side.
+sends and reads values by the same names. So a name that is changed in the header alone fails on both sides.
 
     -- ARGV: epoch, run_id, worker (its name), then for each job: job, token, results (number of them), and for each of
     --   these: key, result
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-#: One group of arguments, by their names.
+#: A group of arguments, by their names.
 Group = Mapping[str, Any]
 
 _REMARK: Final = re.compile(r"\s*\([^()]*\)")
@@ -46,7 +46,7 @@ class Signature:
         return self.once[:2] == ("epoch", "run_id")
 
     def places(self) -> dict[str, dict[str, str]]:
-        """Return what stands in the script for `ARG`, `EACH` and `INNER`."""
+        """Return the values that replace `ARG`, `EACH` and `INNER` in the script."""
         return {
             "ARG": {name: f"ARGV[{place}]" for place, name in enumerate(self.once, 1)},
             "EACH": {"first": str(len(self.once) + 1), **_group(self.each)},
@@ -54,7 +54,7 @@ class Signature:
         }
 
     def arguments(self, values: Group, groups: Iterable[Group] = ()) -> list[Any]:
-        """Return the arguments in their order. Raises `TypeError` for names that are not those of the header."""
+        """Return the arguments in their order. Raise `TypeError` for names that differ from those of the header."""
         arguments = _in_order(self.once, values)
         if not self.inner:
             for group in groups:
@@ -84,14 +84,14 @@ def _in_order(names: tuple[str, ...], values: Group) -> list[Any]:
 def parse(arguments: str, replies: str) -> Signature:
     """Read the fields `ARGV` and `Replies` of a header."""
     parts = _ARGUMENTS.fullmatch(_REMARK.sub("", arguments))
-    assert parts is not None  # each of its parts may be empty
+    assert parts is not None  # each part of the expression may be empty
     once, each, inner = (_names(part or "") for part in parts.groups())
-    known: dict[str, tuple[str, ...]] = {}
+    fields_by_head: dict[str, tuple[str, ...]] = {}
     for reply in _REPLY.findall(_REMARK.sub("", replies)):
         heads, _, fields = reply.partition(",")
         for head in re.findall(r"\w+", heads):
-            known[head] = _names(fields.partition("then ")[0])
-    return Signature(once, each, inner, known)
+            fields_by_head[head] = _names(fields.partition("then ")[0])
+    return Signature(once, each, inner, fields_by_head)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 class Reply:
-    """One reply.
+    """A reply of a script.
 
     `head`: its first word. `reply["cursor"]`: a field by its name. `rest`: the values of the groups after the fields.
     """

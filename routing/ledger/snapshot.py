@@ -1,8 +1,8 @@
-"""Reading the ledger: what stands in Redis, as plain values, in round trips whose number does not grow.
+"""Reads of the ledger: the values in Redis as plain values, in a constant number of round trips.
 
-Nothing here decides or writes. Amounts are integers (millicores, bytes, counts), times are milliseconds of
-the server's own clock. A client's errors pass through as `redis.exceptions.RedisError`: the caller knows what
-else it could ask.
+Nothing here decides or writes. Amounts are integers (millicores, bytes, counts). Times are milliseconds of the server's
+own clock. Errors of a client pass through as `redis.exceptions.RedisError`, because only the caller knows which other
+store to ask.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import redis
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.policy.placement import Book
 
-#: Statuses of a worker that runs; `closed` is one whose lease ran out.
+#: Statuses of a running worker. The status `closed` is that of a worker whose lease ran out.
 LIVE: Final = frozenset({"ready", "draining"})
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerBook:
-    """One worker's book. `lease`: its end (ms). `shrunk`: its capacity was lowered below what it holds. `kept`: the
-    shape for which it takes nothing else, "" for none."""
+    """Book of a worker.
+
+    `lease`: end of its lease (ms). `shrunk`: the capacity was lowered below the allocations. `kept`: the shape for
+    which the worker takes nothing else, "" for none.
+    """
 
     worker: str
     epoch: int
@@ -37,22 +40,22 @@ class WorkerBook:
     kept: str = ""
 
     def is_live(self, now: int) -> bool:
-        """Whether the worker counts as there at `now` (ms): its lease has not run out, it is not closed."""
+        """Return True if the worker counts as live at `now` (ms): its lease runs, and its book is not closed."""
         return self.lease > now and self.status in LIVE
 
     def over(self) -> tuple[str, ...]:
-        """The resources of which more is allocated than there is."""
+        """Return the resources whose allocations exceed the capacity."""
         return tuple(self.to_policy(0).exceeded)
 
     def to_policy(self, now: int) -> Book:
-        """The book as the policy takes it."""
+        """Return the book in the form that the policy takes."""
         admitting = self.lease > now and self.status == "ready"
         return Book(self.worker, self.capacity, self.allocated, admitting, self.kept)
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What the ledger says of itself. `epoch` is None where it is cold."""
+    """State of the ledger as a whole. `epoch` is None where it is cold."""
 
     now: int
     epoch: int | None
@@ -61,17 +64,20 @@ class Head:
     allocated: int | None
     allocated_cpus: str | None
     counters: Mapping[str, int]
-    #: Entries that Postgres does not have, and when the oldest was made (ms); None: there is none.
+    #: Number of stream entries that Postgres does not have, and the time of the oldest (ms), None where there is none.
     unapplied: int
     unapplied_since: int | None = None
 
     def is_live(self, worker: WorkerBook) -> bool:
-        """Whether a worker counts as there, in this epoch."""
+        """Return True if a worker counts as live in this epoch."""
         return worker.epoch == self.epoch and worker.is_live(self.now)
 
 
 def read_head(client: redis.Redis) -> Head:
-    """One round trip. Cold is: never opened, emptied, or opened in another life of the server."""
+    """Read the state of the ledger, in one round trip.
+
+    A cold ledger was never opened, or was emptied, or was opened in another life of the server.
+    """
     pipe = client.pipeline(transaction=False)
     pipe.info("server")
     pipe.time()
@@ -83,11 +89,11 @@ def read_head(client: redis.Redis) -> Head:
     pipe.xlen(keys.STREAM)
     pipe.xrange(keys.STREAM, count=1)
     server, time, opened, leases, shapes, allocated, counters, unapplied, oldest = pipe.execute()
-    own = _texts(opened)
-    warm = "epoch" in own and own.get("run_id") == server.get("run_id")
+    opening = _texts(opened)
+    warm = "epoch" in opening and opening.get("run_id") == server.get("run_id")
     return Head(
         now=int(time[0]) * 1000 + int(time[1]) // 1000,
-        epoch=int(own["epoch"]) if warm else None,
+        epoch=int(opening["epoch"]) if warm else None,
         leases={text(worker): int(lease) for worker, lease in leases},
         shapes=tuple(text(shape) for shape in shapes),
         allocated=None if allocated[0] is None else int(allocated[0]),
@@ -99,38 +105,41 @@ def read_head(client: redis.Redis) -> Head:
 
 
 def read_books(client: redis.Redis, workers: Iterable[str]) -> dict[str, WorkerBook]:
-    """The books of these workers, by name, in one round trip; a worker without a book is left out."""
+    """Read the books of these workers, by name, in one round trip; a worker without a book is left out."""
     names = list(workers)
     pipe = client.pipeline(transaction=False)
     for worker in names:
         pipe.hgetall(keys.book(worker))
-    found = (parse_book(worker, fields) for worker, fields in zip(names, pipe.execute(), strict=True))
-    return {book.worker: book for book in found if book is not None}
+    books = (parse_book(worker, fields) for worker, fields in zip(names, pipe.execute(), strict=True))
+    return {book.worker: book for book in books if book is not None}
 
 
 def parse_book(worker: str, fields: Mapping[Any, Any]) -> WorkerBook | None:
-    """A book from its hash; None where it is missing or torn (COLD for that worker, never 0)."""
-    own = _texts(fields)
-    if "epoch" not in own or "lease" not in own:
+    """Read a book from its hash; return None where it is missing or torn (COLD for that worker, never 0)."""
+    values = _texts(fields)
+    if "epoch" not in values or "lease" not in values:
         return None
     return WorkerBook(
         worker=worker,
-        epoch=int(own["epoch"]),
-        incarnation=own.get("incarnation", ""),
-        status=own.get("status", "closed"),
-        queue=own.get("queue", ""),
-        lease=int(own["lease"]),
-        capacity={name[2:]: int(value) for name, value in own.items() if name.startswith("c.")},
-        allocated={name[2:]: int(value) for name, value in own.items() if name.startswith("a.")},
-        shrunk=own.get("shrunk") == "1",
-        kept=own.get("kept", ""),
+        epoch=int(values["epoch"]),
+        incarnation=values.get("incarnation", ""),
+        status=values.get("status", "closed"),
+        queue=values.get("queue", ""),
+        lease=int(values["lease"]),
+        capacity={name[2:]: int(value) for name, value in values.items() if name.startswith("c.")},
+        allocated={name[2:]: int(value) for name, value in values.items() if name.startswith("a.")},
+        shrunk=values.get("shrunk") == "1",
+        kept=values.get("kept", ""),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class JobCard:
-    """What the ledger knows of one job, without its message. `entry`: of the stream; until it is applied, Postgres is
-    behind on the job. Of one that ended: the `outcome` of its last attempt, and `final`, that it does not come back."""
+    """A job as the ledger has it, without its message.
+
+    `entry`: its stream entry; until it is applied, Postgres is behind on the job. Of an ended job, `outcome` is that of
+    its last attempt. `final`: the job does not come back.
+    """
 
     state: str
     token: str
@@ -140,7 +149,7 @@ class JobCard:
     entry: str | None = None
     outcome: str | None = None
     final: bool = False
-    #: The life of its worker that holds it.
+    #: The incarnation of its worker that holds the job.
     incarnation: str | None = None
 
     @property
@@ -152,7 +161,7 @@ _CARD: Final = ("state", "epoch", "attempt", "worker", "shape", "order", "entry"
 
 
 def read_cards(client: redis.Redis, jobs: Iterable[str]) -> dict[str, JobCard]:
-    """The cards of these jobs, by id, in one round trip; unknown jobs are left out."""
+    """Read the cards of these jobs, by id, in one round trip; unknown jobs are left out."""
     ids = list(jobs)
     pipe = client.pipeline(transaction=False)
     for job in ids:
@@ -169,12 +178,12 @@ def read_cards(client: redis.Redis, jobs: Iterable[str]) -> dict[str, JobCard]:
 
 
 def unapplied_jobs(entries: Sequence[tuple[Any, Mapping[Any, Any]]]) -> frozenset[str]:
-    """The jobs that stream entries are about."""
+    """Return the jobs that stream entries are about."""
     return frozenset(_texts(fields).get("job", "") for _, fields in entries)
 
 
 def text(value: Any) -> str:
-    """Redis' bytes as text; a client that decodes by itself is served too."""
+    """Return bytes from Redis as text; a client that decodes by itself may pass a string."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
