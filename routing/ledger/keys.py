@@ -5,7 +5,7 @@
 | `ledger:epoch` | hash | `epoch`, `run_id` of the server, `opened` (ms), `database`. Missing: the ledger is COLD |
 | `ledger:book:<worker>` | hash | `epoch`, `incarnation`, `status`, `queue`, `lease` (ms), the resources |
 | `ledger:free` | sorted set | worker, free millicores; only workers that may be admitted to |
-| `ledger:free:<resource>` | sorted set | as `ledger:free`, of workers with a resource that not all have |
+| `ledger:free:<resource>` | sorted set | as `ledger:free`, of workers with a resource that some lack |
 | `ledger:leases` | sorted set | worker, end of its lease (ms) |
 | `ledger:held:<worker>` | hash | job, token of the attempt that holds an allocation there |
 | `ledger:missing:<worker>` | hash | held attempt (`<job> <token>`) that the worker's last list lacked, since when (ms) |

@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
--- Does: admits to one worker what fits on it and waits, going on after a cursor of shapes.
--- KEYS: none; by name: epoch, free, free_of, book, shapes, shapes_of, wait, job, held, unclaimed, counters, stream, view,
---   allocated, allocated_cpus, kept
+-- Does: admits to one worker the waiting jobs that fit on it, going on after a cursor of shapes.
+-- KEYS: none; by name: epoch, free, free_of, book, shapes, shapes_of, wait, job, held, unclaimed, counters, stream,
+--   view, allocated, allocated_cpus, kept
 -- ARGV: epoch, run_id, worker, cursor ('' to begin)
 -- Replies: {ok, admitted, cursor ('' when done)} | {cold} | {epoch, current}
--- Cost: at the worst twice LIMIT.shapes shapes are looked at and LIMIT.most jobs admitted
--- Repeat: harmless: what was admitted waits no longer
+-- Cost: at the worst twice LIMIT.shapes shapes are looked at, and LIMIT.most jobs are admitted
+-- Repeat: harmless: an admitted job waits no longer
 local epoch, run_id, worker, after = ARG.epoch, ARG.run_id, ARG.worker, ARG.cursor
 
 local no = refused(epoch, run_id)

@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
 -- Does: looks for a worker for the first waiting job of a shape, among the candidates after a cursor, and admits it.
--- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed, view,
---   allocated, allocated_cpus, kept
+-- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed,
+--   view, allocated, allocated_cpus, kept
 -- ARGV: epoch, run_id, shape, cursor_score, cursor_worker (both '' to begin)
 -- Replies: {admitted, job, worker, attempt} | {more, cursor_score, cursor_worker} | {none} | {cold} | {epoch, current}
--- Cost: at the worst LIMIT.candidates books are read, and LIMIT.most places of jobs that do not wait are passed
--- Repeat: harmless: the job that was admitted waits no longer, the next one is looked at
+-- Cost: at the worst LIMIT.candidates books are read, and LIMIT.most places without their waiting jobs are passed
+-- Repeat: harmless: the admitted job waits no longer, and the next one is looked at
 local epoch, run_id, shape = ARG.epoch, ARG.run_id, ARG.shape
 local cursor_score, cursor_worker = ARG.cursor_score, ARG.cursor_worker
 
@@ -25,14 +25,14 @@ if cursor_worker == '' then
 elseif redis.call('ZSCORE', index, cursor_worker) == cursor_score then
   start = redis.call('ZRANK', index, cursor_worker) + 1
 else
-  -- The worker at the cursor moved meanwhile: begin again with those that have as much as it had.
+  -- The worker at the cursor moved meanwhile. Begin again with the workers that have as many free CPUs as it had.
   start = redis.call('ZCOUNT', index, '-inf', '(' .. cursor_score)
 end
 local found = redis.call('ZRANGE', index, start, start + LIMIT.candidates - 1)
 local book = first_with_room(index, found, epoch, now, amounts)
 if book then
   local admitted
-  -- Of places without their waiting jobs so many are passed in one step.
+  -- No more than LIMIT.most places without their waiting jobs are passed in one step.
   for _ = 1, LIMIT.most do
     redis.call('ZREM', KEY.wait .. shape, head)
     local job = read_job(head)

@@ -2,11 +2,11 @@
 -- Does: closes the books for the process that opens a new epoch, removes keys of the older one, and notes the jobs that
 --   nobody may bring in yet.
 -- KEYS: none; by name: epoch, carried
--- ARGV: epoch, run_id, step (begin: close the books for this epoch; remove and carry: they must be closed for it still), then
---   for each key to remove or job to carry over (at most 1,000): name
--- Replies: {ok} | {cold} where the books are closed for nobody | {epoch, current} where a newer one is opened |
---   {foreign, database} where the books are those of another database
--- Cost: one command, and what it takes to unlink the keys
+-- ARGV: epoch, run_id, step (begin: close the books for this epoch; remove and carry: the books must still be closed
+--   for it), then for each key to remove or job to carry over (at most 1,000): name
+-- Replies: {ok} | {cold} where the books are closed for nobody | {epoch, current} where a newer one is opened
+--   | {foreign, database} where the books are those of another database
+-- Cost: one command, and the time to unlink the keys
 -- Repeat: harmless
 local epoch, run_id, step = ARG.epoch, ARG.run_id, ARG.step
 
@@ -20,14 +20,14 @@ if newest > tonumber(epoch) or current[1] == epoch then
   return {'epoch', int(newest)}
 end
 if step == 'begin' then
-  -- (The life of the server in which the books were opened stays: it tells whether the stream is whole.)
+  -- The life of the server in which the books were opened stays, because it tells if the stream is whole.
   redis.call('HDEL', KEY.epoch, 'epoch', 'rebuilding')
   redis.call('HSET', KEY.epoch, 'opening', epoch, 'format', LIMIT.format)
   if database ~= '' then
     redis.call('HSET', KEY.epoch, 'database', database)
   end
 elseif current[2] ~= epoch then
-  -- Emptied meanwhile: whoever looks next begins anew.
+  -- The ledger was emptied meanwhile: the next process that looks begins anew.
   return {'cold'}
 elseif step == 'remove' then
   redis.call('UNLINK', unpack(ARGV, EACH.first))

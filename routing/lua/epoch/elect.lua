@@ -1,12 +1,13 @@
 #!lua flags=allow-oom
--- Does: gives one worker at a time the lease on the duties, renews it, and brings its holder what others asked for.
+-- Does: gives the lease on the duties to one worker at a time, renews it, and brings its holder the duties that others
+--   asked for.
 -- KEYS: none; by name: runner, asked, epoch, book
--- ARGV: caller (an incarnation), worker (its name), fence (of the caller's lease, 0: it has none), term (ms; 0: give it back),
---   then for each duty that it asks for: duty
--- Replies: {elected, epoch (of the ledger, 0: none), book (1: its worker has one), fence, then for each duty that was asked
---   for: duty} | {other (has the lease, or nobody), epoch, book}
+-- ARGV: caller (an incarnation), worker (its name), fence (of the caller's lease, 0: it has none), term (ms; 0: give it
+--   back), then for each duty that it asks for: duty
+-- Replies: {elected, epoch (of the ledger, 0: none), book (1: its worker has one), fence, then for each duty that was
+--   asked for: duty} | {other (has the lease, or nobody has), epoch, book}
 -- Cost: constant, and one command for each duty asked for
--- Repeat: harmless: the holder keeps its lease and its fence; what was asked for is told once
+-- Repeat: harmless: the holder keeps its lease and its fence; each request for a duty is handed over once
 local caller, worker, fence, term = ARG.caller, ARG.worker, tonumber(ARG.fence), tonumber(ARG.term)
 local now = clock()
 local lease = redis.call('HMGET', KEY.runner, 'incarnation', 'fence', 'until')
@@ -23,14 +24,15 @@ if term == 0 then
   end
   return {'other', epoch, book}
 end
--- (A lease that lasts longer than any was given for: the server's clock was set back since.)
+-- A lease that lasts longer than the longest term was taken before the server's clock was set back: it may be taken
+-- over.
 if not (mine or over <= now or over > now + 2 * term) then
   return {'other', epoch, book}
 end
 if not mine then
-  -- Above every fence that the books or the caller know: the ledger may have been emptied.
+  -- The new fence is above every fence of the books and of the caller, because the ledger may have been emptied.
   number = math.max(number, fence) + 1
 end
 redis.call('HSET', KEY.runner, 'incarnation', caller, 'fence', int(number), 'until', int(now + term))
--- (There are fewer duties; what stands behind so many names comes with the next call.)
+-- There are fewer duties than LIMIT.shapes. Any names beyond that come with the next call.
 return {'elected', epoch, book, int(number), unpack(redis.call('SPOP', KEY.asked, LIMIT.shapes))}

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Does: notes that an epoch has all that Postgres had when it was opened.
+-- Does: notes that an epoch has all jobs that Postgres had when it was opened.
 -- KEYS: none; by name: epoch
 -- ARGV: epoch, run_id
 -- Replies: {ok} | {cold} | {epoch, current}

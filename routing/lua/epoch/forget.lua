@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Does: drops stream entries that Postgres has. From then on the tombstone of a job that ended has its time.
+-- Does: drops stream entries that Postgres has. From then on the tombstone of an ended job has an expiry.
 -- KEYS: none; by name: stream, job
 -- ARGV: then for each entry: entry, job
 -- Replies: {ok, dropped}

@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
--- Does: lets jobs in whose entries of an older epoch Postgres has. Each but what is held leaves a tombstone of the attempt
---   that its row names: a submit that read the row before, and comes only now, is refused.
+-- Does: lets in jobs whose entries of an older epoch Postgres has. Each job that no worker holds leaves a tombstone of
+--   the attempt that its row names. The tombstone refuses a late submit that read the row before.
 -- KEYS: none; by name: epoch, job, carried
--- ARGV: epoch, run_id, then for each job (at most 200): job, epoch, attempt, state (as its row has them), final (1: it has
---   ended, '': it goes on, held: a worker has it)
+-- ARGV: epoch, run_id, then for each job (at most 200): job, epoch, attempt, state (as its row has them), final (1: it
+--   has ended, '': it goes on, held: a worker has it)
 -- Replies: {ok, let_in (jobs that were kept out until now)} | {cold} | {epoch, current}
 -- Cost: four commands a job
 -- Repeat: harmless

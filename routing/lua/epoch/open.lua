@@ -2,10 +2,10 @@
 -- Does: opens an epoch on books that were emptied before, for the caller's database in Postgres.
 -- KEYS: none; by name: epoch, allocated, allocated_cpus
 -- ARGV: epoch, run_id
--- Replies: {ok, now (ms)} | {epoch, current} where a newer one is open, or is being opened | {foreign, database} where the books are
---   those of another database
+-- Replies: {ok, now (ms)} | {epoch, current} where a newer one is open, or is being opened | {foreign, database} where
+--   the books are those of another database
 -- Cost: constant
--- Repeat: harmless: what was admitted in this epoch meanwhile stays
+-- Repeat: harmless: jobs that were admitted in this epoch meanwhile stay
 local epoch, run_id = ARG.epoch, ARG.run_id
 local life, database = parted(run_id)
 local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'opening', 'database')
@@ -28,6 +28,6 @@ redis.call('HSET', KEY.epoch, 'epoch', epoch, 'run_id', life, 'opened', int(now)
 if database ~= '' then
   redis.call('HSET', KEY.epoch, 'database', database)
 end
--- Whoever watches a job looks at it anew: what became of it since the books were lost was told by nobody.
+-- Watchers of jobs look at their rows anew, because nobody told them of changes since the books were lost.
 redis.call('PUBLISH', KEY.epoch, epoch)
 return {'ok', int(now)}

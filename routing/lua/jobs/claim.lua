@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
--- Does: gives an incarnation of a worker the leases of the attempts whose messages arrived there. A message that is not
---   the one that was pushed is refused, and the job's own is delivered (again).
+-- Does: gives an incarnation of a worker the leases of the attempts whose messages arrived there. A message that
+--   differs from the one that was pushed is refused, and the job's own message is delivered again.
 -- KEYS: none; by name: epoch, book, job, unclaimed, counters, stream
 -- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, nonce (unique to this claim), digest (of the
---   message that arrived; '': it is not known, and not compared)
--- Replies: {ok, then for each job: claimed | stale | forged | unknown (no such job in this epoch), admitted, started, entry,
---   losses, rerun, revoked ('1': it was, the worker ends it)} | {cold} | {epoch, current}
+--   message that arrived; '': unknown, so not compared)
+-- Replies: {ok, then for each job: claimed | stale | forged | unknown (no such job in this epoch), admitted, started,
+--   entry, losses, rerun, revoked ('1': it was revoked, and the worker ends it)} | {cold} | {epoch, current}
 -- Cost: a few commands a job
--- Repeat: harmless: the nonce tells a claim that is sent again from a doubled message
+-- Repeat: harmless: the nonce distinguishes a claim that is sent again from a second copy of the message
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 
 local no = refused(epoch, run_id)

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Does: takes a job out of the ledger, as reconcile found it: Postgres has ended it, or it is entered anew.
+-- Does: takes a job out of the ledger for reconcile, because Postgres has ended it, or because it is entered anew.
 -- KEYS: none; by name: epoch, job, held, book, wait, shapes, shapes_of, unclaimed, free, free_of, view, allocated,
 --   allocated_cpus, counters, stream, kept
 -- ARGV: epoch, run_id, job, token (as reconcile read it), final (1: it may not come back, 0: it is entered anew)
@@ -13,7 +13,7 @@ if no then
   return no
 end
 local job = read_job(id)
--- A job with an unapplied entry is ahead of Postgres, not wrong.
+-- The ledger is ahead of Postgres on a job with an unapplied entry. Such a job is not wrong.
 if not job or job.entry or job.state == 'ended' or token_of(job) ~= token then
   return {'changed'}
 end

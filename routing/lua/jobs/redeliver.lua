@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
--- Does: delivers again the messages of jobs that were admitted and not claimed in time (the same attempt).
+-- Does: delivers again the messages of jobs that were admitted and not claimed in time. The attempt stays the same.
 -- KEYS: none; by name: epoch, unclaimed, job, book, counters
 -- ARGV: epoch, run_id, most (jobs to look at in this call)
--- Replies: {ok, looked (at so many jobs), delivered} | {cold} | {epoch, current}
+-- Replies: {ok, looked (number of jobs looked at), delivered} | {cold} | {epoch, current}
 -- Cost: a few commands a job
--- Repeat: harmless: a doubled message is refused by the claim; the time to the next delivery doubles each time
+-- Repeat: harmless: the claim refuses a second copy of a message; the time to the next delivery doubles each time
 local epoch, run_id, most = ARG.epoch, ARG.run_id, tonumber(ARG.most)
 
 local no = refused(epoch, run_id)

@@ -1,18 +1,20 @@
 #!lua flags=allow-oom
--- Does: gives back the allocations of attempts that are over and stores their results, then admits to that worker what
---   now fits.
--- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, shapes_of, free, free_of, view,
---   allocated, allocated_cpus, kept
--- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not '':
---   the worker is asking, hand over to it), then for each job: job, token, outcome (succeeded, failed, cancelled, expired,
---   replaced, retried, handed_back, lost), error, outbox, told (1: the worker tells how the job ended), results
---   (number of those kept in this Redis), and for each of these: key (of Celery's backend), seconds (to live; 0: for ever), result
--- Replies: {ok, admitted, cursor (of shapes), then for each job: released | repeat | stale | unknown (no key of it is there),
---   state, entry, shape, then for each job handed over: job, token, admitted, started, entry, losses, shape, rerun, message}
---   | {cold} | {epoch, current}
--- Cost: a few commands a job, one pass as that of fill, and a command for each resource and queue that the worker has and
---   not every worker does
--- Repeat: harmless: keyed by job and token; the same end of an attempt that ended its job is answered 'repeat', any other 'stale'
+-- Does: gives back the allocations of attempts that are over, stores their results, and admits to that worker the jobs
+--   that now fit.
+-- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, shapes_of, free, free_of,
+--   view, allocated, allocated_cpus, kept
+-- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not
+--   '': the worker is asking, so hand jobs over to it), then for each job: job, token, outcome (succeeded, failed,
+--   cancelled, expired, replaced, retried, handed_back, lost), error, outbox, told (1: the worker tells how the job
+--   ended), results (number of those kept in this Redis), and for each of these: key (of Celery's backend), seconds (to
+--   live; 0: for ever), result
+-- Replies: {ok, admitted, cursor (of shapes), then for each job: released | repeat | stale | unknown (the job has no
+--   key), state, entry, shape, then for each job handed over: job, token, admitted, started, entry, losses, shape,
+--   rerun, message} | {cold} | {epoch, current}
+-- Cost: a few commands a job, one pass like that of fill, and a command for each resource and queue that the worker has
+--   and not every worker does
+-- Repeat: harmless: keyed by job and token; the repeated end of an attempt that ended its job is answered 'repeat', any
+--   other end 'stale'
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 local most_losses, admit, nonce = ARG.most_losses, ARG.admit, ARG.nonce
 
@@ -23,7 +25,8 @@ end
 local now = clock()
 local book = read_book(worker, epoch)
 if not book then
-  -- It went missing, and with it what is held there: the worker registers anew, and says once more what ended.
+  -- The book went missing, and with it the list of held jobs. The worker registers anew, and reports the ended attempts
+  -- again.
   return {'cold'}
 end
 local mine = book.incarnation == incarnation
@@ -63,15 +66,15 @@ while i <= #ARGV do
       bury(id, job, state, outcome, for_good)
     end
     entry = job.entry
-    -- (What is run again has no result, unless it says itself that it is retried.)
+    -- A job that runs again has no result, unless its attempt itself says that it is retried.
     if outcome ~= 'handed_back' and (outcome ~= 'lost' or state == 'lost') then
       for r = results, i - 1, INNER.step do
-        -- As Celery's backend stores it, and tells whoever waits.
+        -- Store the result as Celery's backend does, and publish it to its waiting clients.
         local key, seconds, result = ARGV[r + INNER.key], ARGV[r + INNER.seconds], ARGV[r + INNER.result]
         local kept = redis.pcall('SET', key, result, unpack(seconds == '0' and {} or {'EX', seconds}))
         local sent = redis.pcall('PUBLISH', key, result)
-        -- A time that no key can have, or no right to that channel: the book is not written yet, so nothing here may end
-        -- this script.
+        -- These commands fail for an expiry that no key can have, or without the right to that channel. The book is not
+        -- written yet, so no error here may end this script.
         if (type(kept) == 'table' and kept.err) or (type(sent) == 'table' and sent.err) then
           count('refused.result', 1)
         end

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Does: notes of a job that a worker holds that it was revoked: should it come back, it ends, and a claim is told so.
+-- Does: notes that a job held by a worker was revoked. Should the job come back, it ends, and a claim of it is told so.
 -- KEYS: none; by name: epoch, job
 -- ARGV: epoch, run_id, job
 -- Replies: {held, worker} | {free} (no worker holds it) | {cold} | {epoch, current}

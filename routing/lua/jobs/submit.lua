@@ -1,13 +1,13 @@
 -- Does: admits a job whose row is durable to the best worker and delivers it, or files it in the backlog.
--- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed, view,
---   allocated, allocated_cpus, carried
--- ARGV: epoch, run_id, deadline (ms of the server), job, shape, order, message, attempt (admissions so far), losses, submitted (ms),
---   rerun (0: its first lost attempt ends it), digest (of the message)
--- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when every candidate was looked at)
+-- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed,
+--   view, allocated, allocated_cpus, carried
+-- ARGV: epoch, run_id, deadline (ms of the server), job, shape, order, message, attempt (admissions so far), losses,
+--   submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
+-- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when all candidates were looked at)
 --   | {exists, state (of its key, or carried)} | {late, now (ms)} | {cold} | {epoch, current}
--- Cost: at the worst LIMIT.candidates books are read, and a command for each resource and queue that the chosen worker has
---   and not every worker does; independent of the number of workers and of waiting jobs
--- Repeat: harmless: a job that is known (or has ended, by its tombstone) is left as it is
+-- Cost: at the worst LIMIT.candidates books are read, and a command for each resource and queue that the chosen worker
+--   has and not every worker does; independent of the number of workers and of waiting jobs
+-- Repeat: harmless: a job that is known, or has a tombstone, is left as it is
 local epoch, run_id, deadline = ARG.epoch, ARG.run_id, tonumber(ARG.deadline)
 local id, shape, order, message, attempt = ARG.job, ARG.shape, ARG.order, ARG.message, ARG.attempt
 local losses, submitted, rerun, digest = ARG.losses, ARG.submitted, ARG.rerun, ARG.digest

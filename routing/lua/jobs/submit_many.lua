@@ -1,13 +1,13 @@
--- Does: the same as submit, for many jobs in their order, in one step.
--- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed, view,
---   allocated, allocated_cpus, carried
--- ARGV: epoch, run_id, deadline (ms of the server), then for each job: job, shape, order, message, attempt (admissions so far),
---   losses, submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
+-- Does: admits or files many jobs whose rows are durable, in their order and in one step, each as submit does.
+-- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed,
+--   view, allocated, allocated_cpus, carried
+-- ARGV: epoch, run_id, deadline (ms of the server), then for each job: job, shape, order, message, attempt (admissions
+--   so far), losses, submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
 -- Replies: {ok, taken, then for each shape that found no room among those looked at, while there were others: shape,
 --   cursor_score, cursor_worker} | {late, now (ms)} | {cold} | {epoch, current}
--- Cost: some ten commands a job, and LIMIT.searched books are read at the worst; jobs of one shape in a row look for room once,
---   and again where a worker is full
--- Repeat: harmless: a job that is known (or has ended, by its tombstone) is left as it is
+-- Cost: some ten commands a job, and at the worst LIMIT.searched books are read; consecutive jobs of one shape search
+--   once, and again where a worker is full
+-- Repeat: harmless: a job that is known, or has a tombstone, is left as it is
 local epoch, run_id, deadline = ARG.epoch, ARG.run_id, tonumber(ARG.deadline)
 
 local no = refused(epoch, run_id)

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Does: notes that Postgres holds a successor (retry, replace) of the attempt of a job that is admitted or running.
+-- Does: notes that Postgres holds a successor (retry, replace) of a job's attempt that is admitted or running.
 -- KEYS: none; by name: job
 -- ARGV: job, digest (of the successor's message)
 -- Replies: {ok} | {missing} where there is no such attempt, or it is that of the successor itself: Postgres was quicker

@@ -1,4 +1,4 @@
--- The book of a worker: read, and what it has room for.
+-- The book of a worker, and the checks of its free amounts.
 
 -- A worker's whole book, or nil where it is missing or of another epoch (COLD for that worker, never 0).
 local function read_book(worker, epoch)
@@ -26,12 +26,13 @@ local function room(book, name)
   return (book.capacity[name] or 0) - (book.allocated[name] or 0)
 end
 
--- The queue of a shape as it asks for it, nil for the default one.
+-- The label of the queue that a shape asks for, nil for the default queue.
 local function label_of(shape)
   return string.find(shape, 'queue:', 1, true) and string.match(shape, '(queue:[^=,]+)=')
 end
 
--- Does a worker take jobs of this queue at all? One that does not serve the default queue takes only what has a label.
+-- True if a worker takes jobs of this shape's queue. A worker that does not serve the default queue takes only jobs
+-- with a label.
 local function serves(book, shape)
   local label = label_of(shape)
   if label then
@@ -40,7 +41,7 @@ local function serves(book, shape)
   return not book.capacity['queue:']
 end
 
--- Does the whole vector fit into what is free?
+-- True if the whole vector fits into the free amounts.
 local function fits(book, amounts)
   for name, amount in pairs(amounts) do
     if room(book, name) < amount then
@@ -50,7 +51,7 @@ local function fits(book, amounts)
   return true
 end
 
--- The same, were nothing allocated.
+-- True if the whole vector would fit on the worker with nothing allocated there.
 local function fits_empty(book, amounts)
   for name, amount in pairs(amounts) do
     if (book.capacity[name] or 0) < amount then
@@ -60,7 +61,8 @@ local function fits_empty(book, amounts)
   return true
 end
 
--- More allocated than there is, in any resource: nothing is admitted until it fits again. (Queues are none.)
+-- True if more is allocated than there is, in any resource. Nothing is admitted until it fits again. Queues do not
+-- count.
 local function over(book)
   for name, amount in pairs(book.allocated) do
     if amount > (book.capacity[name] or 0) and string.sub(name, 1, 6) ~= 'queue:' then
@@ -70,7 +72,8 @@ local function over(book)
   return false
 end
 
--- Allocate amounts on a book so many times (-1: give them back). To be written, once, when all that one script changes is.
+-- Allocate amounts on a book so many times (-1: give them back). The caller writes the book once, after all changes of
+-- its script.
 local function allocate(book, amounts, times)
   for name, amount in pairs(amounts) do
     book.allocated[name] = (book.allocated[name] or 0) + times * amount
@@ -78,8 +81,9 @@ local function allocate(book, amounts, times)
   end
 end
 
--- May a worker be admitted to, and does it stand in the indexes of free CPUs? It is ready, not over its capacity, with a
--- slot free, which every job needs, and no job alone there, or waiting to be.
+-- True if jobs may be admitted to a worker, so that it stands in the indexes of free CPUs. Such a worker is ready, not
+-- over its capacity, and has a free slot, which every job needs. No job that must be alone runs there, and the worker
+-- is kept for none.
 local function is_open(book)
   return book.status == 'ready' and not over(book) and room(book, 'slots') >= 1 and (book.allocated.alone or 0) == 0
     and not book.kept

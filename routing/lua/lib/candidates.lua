@@ -1,7 +1,8 @@
 -- The shapes that a pass over a worker tries.
 
--- The shapes behind an order that a worker may take, by the indexes of what it has, LIMIT.shapes of them at the most:
--- shape, order, shape, order, ... (Each index is read a few at a time: there may be a hundred of them.)
+-- The shapes behind an order that a worker may take, by the indexes of its resources: shape, order, shape, order, ...
+-- There are no more than LIMIT.shapes of them. Each index is read a few shapes at a time, because there may be a
+-- hundred indexes.
 local function shapes_behind(book, order)
   local lists = {}
   for _, name in ipairs(resources_of(book)) do
@@ -39,14 +40,14 @@ local function shapes_behind(book, order)
   return found
 end
 
--- The shapes that a pass tries, in order of their first jobs, and the cursor behind them. `found`: the one shape for which
--- the worker was kept, and its order. A shape that does not fit now cannot fit later in this pass.
+-- The shapes that a pass tries, in order of their first jobs, and the cursor behind them. `found`: the only shape to
+-- try, for which the worker was kept, and its order. A shape that does not fit now cannot fit later in this pass.
 local function candidates_for(book, found, after)
   local first_page, second_page, cursor = found or {}, {}, ''
   if not found and after == '' then
     first_page = redis.call('ZRANGE', KEY.shapes, 0, LIMIT.shapes - 1, 'WITHSCORES')
   end
-  -- Behind these stand perhaps a thousand that ask for what this worker does not have.
+  -- Behind the first page there may be a thousand shapes that ask for resources which this worker does not have.
   if not found and (after ~= '' or #first_page == 2 * LIMIT.shapes) then
     second_page = shapes_behind(book, after == '' and first_page[#first_page] or after)
   end

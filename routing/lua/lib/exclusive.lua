@@ -1,6 +1,7 @@
 -- A worker that is kept for a job which must be alone.
 
--- Nobody waits under a shape any more: the worker that was kept for it is so no longer. Returns it, to be filled.
+-- End the keeping of a worker for a shape, because no job of that shape waits any more. Returns the worker, to be
+-- filled.
 local function unkeep(shape, epoch)
   local worker = redis.call('HGET', KEY.kept, shape)
   if not worker then
@@ -18,7 +19,7 @@ local function unkeep(shape, epoch)
   return worker
 end
 
--- Is another worker kept for a shape? One that cannot take it any more is kept no longer.
+-- True if another worker is kept for a shape. A worker that can no longer take the shape is no longer kept for it.
 local function is_kept_elsewhere(shape, amounts, worker, epoch, now)
   local other = redis.call('HGET', KEY.kept, shape)
   local book = other and other ~= worker and read_book(other, epoch)

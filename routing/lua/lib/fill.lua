@@ -1,8 +1,8 @@
--- Passes that fill a worker, and those that are kept no more by them.
+-- Passes that fill a worker, and the workers that are no longer kept because of them.
 
--- Fill a worker that was kept until now, and whoever is kept no more by that. Nobody hears of a cursor here, so it takes
--- LIMIT.passes at once: it is empty, or nearly, and after the first one nothing ends there that would go on. What is left
--- after LIMIT.freed passes over all of them is for their heartbeats.
+-- Fill a worker that is no longer kept, and all workers that are no longer kept because of that. Nobody goes on from a
+-- cursor here, so each worker gets LIMIT.passes at once. The worker is empty, or nearly: after the first pass no job
+-- ends there whose release would go on. After LIMIT.freed passes over all workers, their heartbeats do the rest.
 local function fill_freed(worker, epoch, now)
   local freed, left = {worker}, LIMIT.freed
   while #freed > 0 and left > 0 do
@@ -19,10 +19,11 @@ local function fill_freed(worker, epoch, now)
   end
 end
 
--- Admit to one worker what now fits on it, in order, looking at the first LIMIT.shapes shapes and as many behind these
--- that it may take (after a cursor only at such), and admitting LIMIT.most jobs at the most. Returns the number admitted
--- and the cursor to go on with, '' when done. With a nonce the worker itself is asking: what is not large is handed over in
--- `out`, without the way by the broker. Whoever changed its book gives it with what is not written yet, to be written here.
+-- Admit to one worker the waiting jobs that now fit on it, in their order. A call looks at the first LIMIT.shapes
+-- shapes, and at as many behind them that the worker may take. After a cursor it looks only at the latter. It admits no
+-- more than LIMIT.most jobs. Returns the number admitted and the cursor to go on from, '' when done. With a nonce the
+-- worker itself is asking: jobs whose messages are not large are handed over in `out`, past the broker. A caller that
+-- changed the book passes it with its unwritten changes, which are written here.
 local function fill(worker, epoch, now, after, nonce, out, book)
   local admitted, cursor, freed = fill_one(worker, epoch, now, after, nonce, out, book)
   if book and next(book.unwritten) then
@@ -34,7 +35,8 @@ local function fill(worker, epoch, now, after, nonce, out, book)
   return admitted, cursor
 end
 
--- After a job left the queue of a shape, otherwise than by `fill`. Returns a worker that was kept until now, to be filled.
+-- Update the place of a shape after a job left its queue other than by `fill`. Returns a worker that was kept until
+-- now, to be filled.
 local function leave_queue(shape, epoch)
   if refile(shape) or not string.find(shape, 'alone=', 1, true) then
     return nil

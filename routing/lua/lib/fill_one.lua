@@ -1,6 +1,6 @@
--- One pass that fills one worker.
+-- A pass that fills one worker.
 
--- One pass of `fill` over one worker. Returns also a worker that was kept until now for a job that went to this one.
+-- Make a pass of `fill` over one worker. Also returns a worker that was kept until now for a job that this worker took.
 local function fill_one(worker, epoch, now, after, nonce, out, given)
   local book = given
   if given then
@@ -41,10 +41,11 @@ local function fill_one(worker, epoch, now, after, nonce, out, given)
   while #candidates > 0 do
     local first = table.remove(candidates, 1)
     local alone, occupied = first.amounts.alone, admitted > 0 or (book.allocated.slots or 0) > 0
-    -- Its turn has come, and others run here: the worker is kept for it, unless another one is.
+    -- The turn of a job that must be alone has come, and others run here. The worker is kept for it, unless another
+    -- worker is.
     local keep = alone and occupied and not is_kept_elsewhere(first.shape, first.amounts, worker, epoch, now)
     if keep or (not (alone and occupied) and fits(book, first.amounts)) then
-      -- (A place without its waiting job costs as much as one with it.)
+      -- A place without its waiting job costs as much as a place with it.
       if admitted + dead == LIMIT.most then
         cursor = after == '' and '-inf' or after
         break

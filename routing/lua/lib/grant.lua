@@ -1,7 +1,7 @@
--- A job goes to a worker.
+-- Admission of a job to a worker.
 
--- Write down that a job is admitted to a worker. `job` has epoch, attempt (the new one), shape, order, losses, submitted,
--- entry, and of a new job the fields that are written once (`first`).
+-- Write that a job is admitted to a worker. `job` has epoch, attempt (the new one), shape, order, losses, submitted and
+-- entry. A new job also has the fields that are written only once (`first`).
 local function note_admission(id, job, message, book, now)
   job.state, job.worker, job.incarnation = 'admitted', book.worker, book.incarnation
   job.admitted, job.started = int(now), nil
@@ -12,7 +12,7 @@ local function note_admission(id, job, message, book, now)
     'entry', job.entry, 'noted', job.noted, 'message', message, unpack(job.first or {}))
 end
 
--- Admit a job to a worker and deliver its message, in this atomic step. The caller has checked that it fits, and
+-- Admit a job to a worker and deliver its message, in this atomic step. The caller has checked that the job fits, and
 -- writes the book.
 local function grant(id, job, message, book, now)
   note_admission(id, job, message, book, now)
@@ -21,8 +21,8 @@ local function grant(id, job, message, book, now)
   redis.call('LPUSH', book.queue, tagged(message, id, job))
 end
 
--- Admit a job to the worker that is asking, and give it the lease at once: its message goes into the reply (`out`), so
--- that it comes neither through the broker nor back with a claim. Where the reply is lost, `recover` gives it again.
+-- Admit a job to the worker that is asking, and give it the lease at once. The message goes into the reply (`out`), so
+-- neither a way through the broker nor a claim is needed. Where the reply is lost, `recover` returns the job again.
 local function hand_over(id, job, message, book, now, nonce, out)
   job.state, job.worker, job.incarnation = 'running', book.worker, book.incarnation
   job.admitted, job.started = int(now), int(now)

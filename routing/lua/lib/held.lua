@@ -1,14 +1,14 @@
--- What a worker holds.
+-- The jobs that a worker holds.
 
--- The shape of an entry of a worker's list, nil for an entry of which no job's own key speaks.
+-- The shape of an entry of a worker's list, nil for a stray entry, which matches no job's own key.
 local function shape_of_held(worker, id, token)
   local job = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'shape')
   local held = (job[1] == 'admitted' or job[1] == 'running') and job[4] == worker and job[2] .. '.' .. job[3] == token
   return held and job[5] or nil
 end
 
--- What a worker holds: the sum of the amounts, and the entries of its list of which no job's own key speaks. nil where the
--- list has more than LIMIT.held entries: the caller then counts them in pages, and gives the sum (`counted`, as a shape).
+-- The sum of the amounts of the jobs that a worker holds, and the stray entries of its list. nil where the list has
+-- more than LIMIT.held entries: the caller then counts them in pages, and passes the sum (`counted`, as a shape).
 local function sum_held(worker, counted)
   if counted ~= '' then
     return amounts_of(counted), {}

@@ -1,12 +1,13 @@
--- Where a worker stands in the indexes of free CPUs, and its book as it is written.
+-- The places of a worker in the indexes of free CPUs, and the writing of its book.
 
--- Are there indexes of the workers that have a resource, and of the shapes that ask for it? (Not where all have it.)
+-- True if there is an index of the workers that have a resource, and one of the shapes that ask for it. A resource that
+-- every worker has needs none.
 local function has_index(name)
   return name ~= 'cpus' and name ~= 'slots' and name ~= 'memory' and name ~= 'alone' and name ~= 'queue:'
 end
 
--- The resources in whose indexes of free CPUs a worker stands: all that it has of them, but of one that takes only what
--- has a label the queues alone.
+-- The resources in whose indexes of free CPUs a worker stands. A worker stands in those of all its resources. A worker
+-- that takes only jobs with a label stands in those of its queues alone.
 local function resources_of(book)
   local names, only = {}, book.capacity['queue:']
   for name, amount in pairs(book.capacity) do
@@ -17,8 +18,9 @@ local function resources_of(book)
   return names
 end
 
--- Write into a book in which indexes its worker stands, as its capacity says. Where it stood it stands no more until the
--- book is written. Called for a worker that keeps these indexes itself, and by nobody for another: then it has none.
+-- Write into a book the indexes in which its worker stands, by its capacity. The worker leaves its old indexes here,
+-- and enters the new ones when the book is written. Called only for a worker that has registered, and so keeps these
+-- indexes itself. A reserved book has no places.
 local function choose_places(book)
   local names = resources_of(book)
   table.sort(names)
@@ -37,9 +39,9 @@ local function choose_places(book)
   end
 end
 
--- Put a worker into the indexes of free CPUs in which it stands, or with free = nil take it out of them. One that takes
--- only what has a label (`only`) stands in the whole index before all others, where no search looks: it is found by its
--- queues.
+-- Put a worker into the indexes of free CPUs in which it stands, or with free = nil take it out of them. A worker that
+-- takes only jobs with a label (`only`) stands in the whole index before all others, where no search looks. Searches
+-- find it in the indexes of its queues.
 local function stand(worker, free, only, places)
   if free then
     redis.call('ZADD', KEY.free, only and places and '-1' or free, worker)
@@ -63,8 +65,8 @@ local function withdraw(worker)
   stand(worker, nil, nil, redis.call('HGET', KEY.book .. worker, 'places'))
 end
 
--- Write the difference that allocations made on a book, these (`changed`) among them: the book itself, the sums, the view
--- for people. What was given back and taken again leaves none.
+-- Write the changes of allocations on a book, `changed` among them, to the book itself, the sums and the view for
+-- people. An amount that was given back and taken again is no change.
 local function write_amounts(book, changed)
   allocate(book, changed, 1)
   local fields, shown, n, m = {}, {}, 0, 0
@@ -92,7 +94,7 @@ local function write_amounts(book, changed)
   end
 end
 
--- The same for a whole book, whose places in the indexes of free CPUs are found anew.
+-- Write the changes of allocations on a whole book, as write_amounts does, and its places in the indexes of free CPUs.
 local function write_book(book, changed)
   write_amounts(book, changed)
   if book.shrunk and not over(book) then
@@ -101,7 +103,7 @@ local function write_book(book, changed)
   stand(book.worker, is_open(book) and int(room(book, 'cpus')), book.capacity['queue:'], book.places)
 end
 
--- All that a book has allocated, into a view that was made just now.
+-- Write all allocated amounts of a book into a view that was made just now.
 local function show(book)
   redis.call('HSET', KEY.view .. book.worker, 'allocated_cpus', cpus_text(book.allocated.cpus or 0),
     'allocated_memory', int(book.allocated.memory or 0), 'allocated_slots', int(book.allocated.slots or 0))

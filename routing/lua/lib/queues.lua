@@ -1,7 +1,7 @@
 -- The queues of waiting shapes.
 
--- The index of waiting shapes in which one stands beside the whole one: that of its queue; in the default queue that of
--- the first resource it asks for which not every worker has.
+-- The index of waiting shapes in which a shape stands beside the whole index. For a queue it is the index of that
+-- queue. In the default queue it is the index of the shape's first resource that not every worker has.
 local function shapes_beside(shape)
   local label = label_of(shape)
   if label then
@@ -15,7 +15,8 @@ local function shapes_beside(shape)
   return KEY.shapes_of .. LIMIT.unlabelled
 end
 
--- File jobs under their shape: order, id, order, id, ... of which `first` is the least. Their own hashes are the caller's.
+-- File jobs under their shape. `jobs`: order, id, order, id, ...; `first`: the least of these orders. The caller writes
+-- the hashes of the jobs.
 local function file(shape, jobs, first)
   redis.call('ZADD', KEY.wait .. shape, unpack(jobs))
   local head = redis.call('ZSCORE', KEY.shapes, shape)
@@ -25,8 +26,8 @@ local function file(shape, jobs, first)
   end
 end
 
--- After something left the queue of a shape: its place among the shapes is that of its new first job.
--- Returns that job's order, or nil when nothing waits any more.
+-- Update the place of a shape among the shapes to that of its new first job, after a job left its queue. Returns that
+-- job's order, or nil where no job of the shape waits any more.
 local function refile(shape)
   local head = redis.call('ZRANGE', KEY.wait .. shape, 0, 0, 'WITHSCORES')
   if not head[1] then
@@ -39,8 +40,8 @@ local function refile(shape)
   return tonumber(head[2])
 end
 
--- The shape under which the next attempt of a job is filed: alone, where one more loss ends it (`held_by` of
--- routing/policy/placement.py). Names stand in the order of their bytes.
+-- The shape under which the next attempt of a job is filed. The job runs alone where one more loss ends it (`held_by`
+-- of routing/policy/placement.py). Names stand in the order of their bytes.
 local function shape_held(shape, losses, most_losses)
   local most = tonumber(most_losses)
   if most <= 1 or tonumber(losses) < most - 1 or amounts_of(shape).alone then

@@ -1,7 +1,7 @@
--- A job leaves its worker: a tombstone, or the way back into the backlog.
+-- A job leaves its worker: it ends with a tombstone, or goes back into the backlog.
 
--- Leave a tombstone of a job whose attempt is over, or that ended in the backlog. `job` has the entry that says so: while
--- Postgres does not have that, the tombstone stays, whatever time it takes. `forget` gives it the rest of its life.
+-- Leave a tombstone of a job whose attempt is over, or that ended in the backlog. `job` has the entry that says so. The
+-- tombstone stays until Postgres has that entry, however long it takes. From then on `forget` lets it expire.
 local function bury(id, job, became, outcome, final)
   local fields = {'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt}
   for name, value in pairs({became = became, outcome = outcome, final = final and '1', entry = job.entry,
@@ -17,8 +17,9 @@ local function bury(id, job, became, outcome, final)
   end
 end
 
--- Put a job that held an allocation back into the backlog (the caller gives the allocation back), or end it where it
--- was revoked meanwhile or lost too often (then with its outbox, and whether its worker tells). Returns the state it has now.
+-- Put a job that held an allocation back into the backlog; the caller gives the allocation back. A job that was revoked
+-- meanwhile, or lost too often, ends instead. A lost job ends with its outbox, and with `told`, which says if its
+-- worker tells the end. Returns the new state of the job.
 local function put_back(id, job, now, outcome, error_text, most_losses, outbox, told)
   redis.call('HDEL', KEY.held .. job.worker, id)
   redis.call('ZREM', KEY.unclaimed, id)
@@ -32,7 +33,7 @@ local function put_back(id, job, now, outcome, error_text, most_losses, outbox, 
     return 'cancelled'
   end
   if outcome == 'lost' then
-    -- A successor that the attempt published before it was lost runs all the same.
+    -- A successor that the attempt published before it was lost still runs.
     if (job.rerun == '0' or tonumber(job.losses) >= tonumber(most_losses)) and not job.successor then
       note(id, job, 'lost', STEP.ended, now, {outcome = 'lost', error = error_text, outbox = outbox, told = told})
       bury(id, job, 'lost', 'lost', true)
@@ -42,7 +43,7 @@ local function put_back(id, job, now, outcome, error_text, most_losses, outbox, 
   end
   local kept = redis.call('HEXISTS', KEY.job .. id, 'message') == 1
   if job.successor or not kept then
-    -- Postgres has what runs next: the successor that the attempt published, or the message of an adopted job.
+    -- Postgres has the message that runs next: that of the successor, or that of an adopted job.
     local state = job.successor and 'scheduled' or 'accepted'
     note(id, job, state, STEP.back, now, {outcome = outcome, error = error_text})
     bury(id, job, state, outcome, false)

@@ -1,13 +1,16 @@
--- Jobs that one script brings in, run by run.
+-- Runs of jobs that one script brings in.
 --
--- Of those that one script brings, jobs of one shape that follow one another are a run. Where one of them finds no room,
--- none behind it does; and the worker that took one is the best for the next as long as it has room: it had the least that
--- sufficed, and has less now. So a run looks once, and what it changes beside the jobs' own keys is written at its end
--- (`end_run`), before anything else looks there, or when it is as long as a command may be.
+-- A run is a row of consecutive jobs of one shape. Where one job of a run finds no room, no later one does. The worker
+-- that took a job is the best for the next one as long as it has room: it had the least free CPUs that sufficed, and
+-- has fewer now. So a run searches once. Its changes beside the jobs' own keys are written at its end (`end_run`),
+-- before anything else looks there, or once it is as long as a command may be.
 
--- A run has `shape`, `amounts`, `looked` (workers at which this script has looked), and `full` where all that follows is filed; until it is written, `book` with what was
--- admitted there: `tokens` (id, token, id, token, ...), `due` (time, id, time, id, ...) and `messages`; and `waiting` with
--- the least of its orders, `first`, as `file` takes them.
+-- End a run: write its changes.
+--
+-- A run has `shape`, `amounts`, `looked` (workers at which this script has looked), and `full` where all later jobs are
+-- filed. Until they are written it has `book` and the admissions there: `tokens` (id, token, id, token, ...), `due`
+-- (time, id, time, id, ...) and `messages`. It also has `waiting`, as `file` takes it, with `first`, the least of its
+-- orders.
 local function end_run(run)
   if run.messages then
     enter(run.book, {})
@@ -24,15 +27,15 @@ local function end_run(run)
   end
 end
 
--- Look for the best worker for a run: its book, or nil and the cursor from which there may be others. One script looks at
--- LIMIT.searched workers: from then on nobody is looked at, and the caller looks on from the beginning.
+-- Find the best worker for a run. Returns its book, or nil and the cursor behind which there may be others. One script
+-- looks at LIMIT.searched workers. After that it looks at none, and the caller goes on from the beginning.
 local function search(run, epoch, now)
   if run.looked >= LIMIT.searched then
     return nil, '0', ''
   end
   local index = index_for(run.amounts)
   local least, looked_at, last = int(run.amounts.cpus or 0), 0, nil
-  -- The first few are nearly always enough; the others are fetched only when they are needed.
+  -- The first few are nearly always enough. The others are fetched only when they are needed.
   for _, size in ipairs({LIMIT.few, LIMIT.candidates - LIMIT.few}) do
     local found = redis.call('ZRANGEBYSCORE', index, least, '+inf', 'LIMIT', looked_at, size)
     local book = first_with_room(index, found, epoch, now, run.amounts)

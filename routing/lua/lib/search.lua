@@ -1,7 +1,8 @@
 -- The search for a worker.
 
--- The index of the workers that may have room for these amounts: that of their queue; in the default queue that of the
--- resource which the fewest have, of equal ones the first by name; else the whole one.
+-- The index of the workers that may have room for these amounts. For a queue it is the index of that queue. In the
+-- default queue it is the index of the resource which the fewest workers have, of equal ones the first by name. Without
+-- such a resource it is the whole index.
 local function index_for(amounts)
   local first, fewest = nil, nil
   for name in pairs(amounts) do
@@ -18,8 +19,8 @@ local function index_for(amounts)
   return first and KEY.free_of .. first or KEY.free
 end
 
--- What admission asks of a book: the fields for these amounts, always in the same order. (Not `places`, which may be as
--- long as the names of a hundred queues: it is read of the one that is chosen.)
+-- The fields of a book that admission reads for these amounts, always in the same order. `places` is not among them,
+-- because it may be as long as the names of a hundred queues. It is read only from the book that is chosen.
 local function asked_fields(amounts)
   local fields = {'epoch', 'lease', 'incarnation', 'queue', 'c.queue:', 'c.cpus', 'a.cpus', 'c.slots', 'a.slots'}
   local names, labelled = {'cpus', 'slots'}, false
@@ -34,7 +35,8 @@ local function asked_fields(amounts)
   return fields, names, labelled
 end
 
--- The part of a candidate's book that these amounts concern, if it has room for all of them and its lease lives.
+-- The part of a candidate's book that these amounts concern, or nil where it lacks room for one of them or its lease
+-- ran out.
 local function with_room(worker, epoch, now, amounts, fields, names, labelled)
   local values = redis.call('HMGET', KEY.book .. worker, unpack(fields))
   if values[1] ~= epoch or not values[2] or tonumber(values[2]) <= now or (values[5] and not labelled) then
@@ -55,8 +57,8 @@ local function with_room(worker, epoch, now, amounts, fields, names, labelled)
   return book
 end
 
--- The first of some candidates from an index that has room: its book, or nil. A worker outside the whole index admits
--- nothing, though a damaged index of a resource may still list it.
+-- The book of the first candidate with room, or nil. The candidates come from an index. A worker outside the whole
+-- index admits nothing, though a damaged index of a resource may still list it.
 local function first_with_room(index, candidates, epoch, now, amounts)
   local fields, names, labelled = asked_fields(amounts)
   for _, worker in ipairs(candidates) do
@@ -70,7 +72,7 @@ local function first_with_room(index, candidates, epoch, now, amounts)
   return nil
 end
 
--- Write what was allocated, these amounts among it, into the book that with_room gave.
+-- Write the allocations, these amounts among them, into the book that with_room returned.
 local function enter(book, amounts)
   write_amounts(book, amounts)
   local open = room(book, 'slots') >= 1 and (book.allocated.alone or 0) == 0

@@ -1,8 +1,8 @@
--- A job whose row is durable comes in: admitted, or filed in the backlog.
+-- Entry of a job whose row is durable: it is admitted, or filed in the backlog.
 
--- Whether a submission came too late: past its deadline, or with a row that was read before the epoch was opened. What the
--- row said may not be true any more, and no tombstone says so. (A time that is still to come is that of a clock which was
--- set back since.)
+-- True if a submission came too late: past its deadline, or with a row that was read before the epoch was opened. Such
+-- a row may no longer be true, and no tombstone says so. Where `opened` lies in the future, the clock was set back
+-- since, and only the deadline counts.
 local function is_late(deadline, now)
   local opened = tonumber(redis.call('HGET', KEY.epoch, 'opened') or '0')
   if now > deadline or (opened <= now and deadline - LIMIT.submit_within < opened) then
@@ -12,16 +12,16 @@ local function is_late(deadline, now)
   return false
 end
 
--- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. One that is
--- known (or has ended, by its tombstone) is left as it is, and so is one of which the stream still has what became of it in
--- an older epoch. `job` has epoch, attempt (admissions so far), shape, order, losses, submitted. Returns what became of it,
--- as submit.lua replies, and the run that it is of, which the caller gives on with the next job, or ends.
+-- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. A job
+-- that is known, or has a tombstone, is left as it is. So is a job whose transition of an older epoch is still in the
+-- stream. `job` has epoch, attempt (admissions so far), shape, order, losses, submitted. Returns the reply of
+-- submit.lua, and the run of the job. The caller passes the run on with the next job, or ends it.
 local function take_in(id, job, message, digest, rerun, now, run)
   local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became', 'entry')
   local attempt = tonumber(job.attempt)
-  -- What its last attempt ended may go on all the same, with a successor of which only Postgres was told: then its row
-  -- has that attempt. (One that was revoked or expired does not; and what was submitted before has an older attempt.)
-  -- While Postgres does not have how that attempt ended, no row says what the job is now, whoever read it.
+  -- A job that its last attempt ended may still go on, with a successor of which only Postgres was told. Then its row
+  -- has that attempt. A revoked or expired job does not go on, and an earlier submission has an older attempt. Until
+  -- Postgres has the end of that attempt, no row says what the job is now, whoever read it.
   local went_on = known[4] and known[5] ~= 'cancelled' and known[5] ~= 'expired' and tonumber(known[3]) == attempt
   if known[1] and (known[1] ~= 'ended' or known[6] or (known[2] and not went_on) or tonumber(known[3]) > attempt) then
     return {'exists', known[1]}, run
@@ -31,7 +31,7 @@ local function take_in(id, job, message, digest, rerun, now, run)
   elseif redis.call('SISMEMBER', KEY.carried, id) == 1 then
     return {'exists', 'carried'}, run
   end
-  -- What never changes is written once, with all the rest.
+  -- Fields that never change are written once, with all the others.
   job.first = {'digest', digest}
   if rerun == '0' then
     job.first[3], job.first[4] = 'rerun', rerun
@@ -40,14 +40,14 @@ local function take_in(id, job, message, digest, rerun, now, run)
     if run then
       end_run(run)
     end
-    -- A job whose shape already waits would find no room either: it is filed unseen.
+    -- Where a shape already waits, another job of it would find no room either: it is filed without a search.
     run = {shape = job.shape, amounts = amounts_of(job.shape), full = redis.call('ZSCORE', KEY.shapes, job.shape),
       looked = run and run.looked or 0}
   end
   local cursor_score, cursor_worker = '', ''
   if not run.full then
     local book = run.book
-    -- Is there room for one more where the last one went?
+    -- Use the worker of the last job as long as it has room for one more.
     if not book or run.amounts.alone or room(book, 'slots') < 1 or not fits(book, run.amounts) then
       end_run(run)
       run.book, cursor_score, cursor_worker = search(run, job.epoch, now)

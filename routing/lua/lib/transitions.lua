@@ -1,8 +1,9 @@
--- What becomes of a job: the note for Postgres, and what the ledger knows of it.
+-- Transitions of a job: the note for Postgres, and the job as the ledger has it.
 
--- Note a transition for Postgres. An entry of the same attempt that Postgres does not have yet is replaced: the new
--- one says all that the old one said. What happens to a job in the backlog belongs to its next attempt; what ended an
--- attempt is never replaced by the next one. `job` is what read_job gave; the caller writes it back.
+-- Note a transition for Postgres. The new entry replaces an entry of the same attempt that Postgres does not have yet,
+-- because it says all that the old one said. A change in the backlog belongs to the job's next attempt, so the entry
+-- that ended an attempt is never replaced by one of the next attempt. `job` is that of read_job; the caller writes it
+-- back.
 local function note(id, job, state, step, now, more)
   local span = job.attempt
   if step == STEP.filed or step == STEP.dropped then
@@ -17,13 +18,13 @@ local function note(id, job, state, step, now, more)
     'outcome', more and more.outcome or '', 'error', more and more.error or '', 'outbox', more and more.outbox or '',
     'told', more and more.told or '')
   job.noted = span
-  -- Whoever watches the job hears of it on the channel that has the name of its key (routing/inspect/job_events.py).
+  -- Watchers of the job listen on the channel that has the name of its key (routing/inspect/job_events.py).
   redis.call('PUBLISH', KEY.job .. id, job.epoch .. ' ' .. job.attempt .. ' ' .. step .. ' ' .. state .. ' ' .. int(now) ..
     ' ' .. (job.worker or ''))
   return job.entry
 end
 
--- What the ledger knows of a job (without its message), or nil.
+-- A job as the ledger has it, without its message, or nil.
 local function read_job(id)
   local v = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'incarnation', 'shape', 'order',
     'admitted', 'started', 'nonce', 'losses', 'entry', 'noted', 'final', 'successor', 'submitted', 'rerun', 'revoked')
@@ -36,13 +37,13 @@ local function read_job(id)
     successor = v[15] or nil, submitted = v[16] or nil, rerun = v[17] or nil, revoked = v[18] or nil}
 end
 
--- "<epoch>.<attempt>": larger is newer.
+-- The token "<epoch>.<attempt>": a larger one is newer.
 local function token_of(job)
   return job.epoch .. '.' .. job.attempt
 end
 
 -- A job's message with the token of its attempt as delivery tag. The message ends with the closing braces of its
--- properties and of itself: the tag goes before them.
+-- properties and of itself, so the tag goes before them.
 local function tagged(message, id, job)
   return string.sub(message, 1, -3) .. ',"delivery_tag":' .. cjson.encode(id .. ':' .. token_of(job)) .. '}}'
 end

@@ -1,26 +1,27 @@
--- Numbers, times and texts, and whether a caller is of this epoch.
+-- Numbers, times and texts, and the check that a caller is of this epoch.
 
 -- A whole number as text: tostring() would write 1e+15.
 local function int(number)
   return string.format('%.0f', number)
 end
 
--- The server's clock in milliseconds: clients' clocks are not trusted.
+-- The server's clock in milliseconds. Clocks of clients are not trusted.
 local function clock()
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
--- What a caller names as run_id is the server's, and behind a slash the id of the caller's database in Postgres.
+-- Split the run_id of a caller: the server's life, and behind a slash the id of the caller's database in Postgres.
 local function parted(run_id)
   return string.match(run_id, '^([^/]*)/?(.*)$')
 end
 
--- nil when this caller may act on these books, else the reply that refuses it.
+-- The reply that refuses this caller, or nil where it may act on these books.
 local function refused(epoch, run_id)
   local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format', 'database')
   local life, database = parted(run_id)
-  -- (Books of a newer format are closed to a process of before: what it accepted waits in Postgres for one that knows.)
+  -- A process of an older release may not act on books of a newer format. The jobs that it accepted wait in Postgres
+  -- for a process that knows the format.
   if not current[1] or current[2] ~= life or tonumber(current[3] or 1) > LIMIT.format then
     return {'cold'}
   end

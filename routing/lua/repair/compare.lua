@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
--- Does: finds jobs of which the ledger says something else than Postgres, or that do not stand where their own keys say.
+-- Does: finds jobs that differ between the ledger and Postgres, or that stand elsewhere than their own keys say.
 -- KEYS: none; by name: epoch, job, wait, book, held, unclaimed, stream
--- ARGV: epoch, run_id, rows (a line a job: job, state, token, worker; each of them without blanks; ended: it is over)
+-- ARGV: epoch, run_id, rows (one line for each job: job, state, token, worker; none has blanks; the state ended: the
+--   job is over)
 -- Replies: {ok, then for each job that differs: job} | {cold} | {epoch, current}
 -- Cost: three or four commands a job
 -- Repeat: harmless: nothing is written
@@ -17,7 +18,7 @@ for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') d
   local here, holder, entry, right = v[1], v[4], v[7], false
   local own = v[2] and v[3] and v[2] .. '.' .. v[3]
   if here == 'ended' then
-    -- (How it ended may be on its way to Postgres, as below.)
+    -- The end of the job may be on its way to Postgres, as below.
     right = entry or state == here
   elseif here == 'waiting' and v[5] then
     local place = redis.call('ZSCORE', KEY.wait .. v[5], id)
@@ -27,12 +28,12 @@ for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') d
       local book = redis.call('HMGET', KEY.book .. holder, 'epoch', 'lease', 'incarnation')
       homes[holder] = book[1] == epoch and book[2] and book[3]
     end
-    -- The book may be that of the next life of its worker.
+    -- The book may be that of the next incarnation of the worker.
     right = homes[holder] and homes[holder] == v[8] and redis.call('HGET', KEY.held .. holder, id) == own
       and (redis.call('ZSCORE', KEY.unclaimed, id) ~= false) == (here == 'admitted')
   end
   if right and entry then
-    -- Its newest transition is on its way to Postgres, if it was not lost with the stream.
+    -- The job's newest transition is on its way to Postgres, if it was not lost with the stream.
     right = #redis.call('XRANGE', KEY.stream, entry, entry, 'COUNT', 1) == 1
   elseif right then
     right = here == state and (here == 'waiting' or here == 'ended' or (own == token and holder == worker))

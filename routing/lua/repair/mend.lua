@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Does: makes the queue of a shape right about one job, and the indexes of shapes right about its first job.
+-- Does: repairs the queue of a shape for one job, and the indexes of shapes for the first job of the shape.
 -- KEYS: none; by name: epoch, job, wait, shapes, shapes_of
--- ARGV: epoch, run_id, shape, job ('' when only the shape is looked at), seen (the resource in whose index of shapes it
+-- ARGV: epoch, run_id, shape, job ('' when only the shape is looked at), seen (the resource in whose index the shape
 --   was seen; '': none)
 -- Replies: {ok, differed (1, else 0)} | {cold} | {epoch, current}
 -- Cost: constant

@@ -1,8 +1,9 @@
 #!lua flags=allow-oom
--- Does: finds places in the queue of a shape that no waiting job has.
+-- Does: finds places in the queue of a shape that do not belong to waiting jobs of that shape.
 -- KEYS: none; by name: epoch, job, wait
 -- ARGV: epoch, run_id, shape, seen (places that were looked at, counted from the end), most (places to look at)
--- Replies: {ok, looked (at so many places), then for each job that does not belong there: job} | {cold} | {epoch, current}
+-- Replies: {ok, looked (number of places looked at), then for each job that does not belong there: job} | {cold}
+--   | {epoch, current}
 -- Cost: one command a place
 -- Repeat: harmless: nothing is written
 local epoch, run_id, shape, seen, most = ARG.epoch, ARG.run_id, ARG.shape, tonumber(ARG.seen), tonumber(ARG.most)
@@ -11,8 +12,8 @@ local no = refused(epoch, run_id)
 if no then
   return no
 end
--- From the end: jobs leave a queue at its front, which moves no place that is counted from there. (Whether a job that
--- waits under this shape has the right place there is asked of each job.)
+-- Places are counted from the end, because jobs leave a queue at its front, which moves no place counted from the end.
+-- The script `compare` asks each job that waits under this shape if it has the right place.
 local places = redis.call('ZRANGE', KEY.wait .. shape, int(-seen - most), int(-seen - 1))
 local reply = {'ok', int(#places)}
 for _, id in ipairs(places) do

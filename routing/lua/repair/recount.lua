@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
--- Does: makes a worker's allocations the sum of what it holds, and repairs its places in the indexes and in the sums.
+-- Does: makes a worker's allocations the sum of the jobs it holds, and repairs its places in the indexes and its part
+--   of the sums.
 -- KEYS: none; by name: epoch, book, held, job, free, free_of, leases, view, allocated, allocated_cpus
--- ARGV: epoch, run_id, worker, counted (the sum of what it holds, as a shape; '': count here)
+-- ARGV: epoch, run_id, worker, counted (the sum of its jobs' amounts, as a shape; '': count here)
 -- Replies: {ok, differed (number of fields)} | {unknown, differed} | {many} where it holds too much to be counted here
 --   | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.held jobs are looked at

@@ -1,8 +1,9 @@
 #!lua flags=allow-oom
--- Does: makes the places of one job right: the list of its worker (with the book) and the deliveries to come.
+-- Does: repairs the places of one job: in the list of its worker, with the book, and among the deliveries to come.
 -- KEYS: none; by name: epoch, job, book, held, unclaimed, free, free_of, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, job
--- Replies: {ok, differed (number of places)} | {homeless, worker} where its worker has no book | {cold} | {epoch, current}
+-- Replies: {ok, differed (number of places)} | {homeless, worker} where its worker has no book | {cold}
+--   | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
 local epoch, run_id, id = ARG.epoch, ARG.run_id, ARG.job

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Does: sets the sum of the allocated CPUs to the one given, if no admission or release came between.
+-- Does: sets the sum of the allocated CPUs to a given sum, unless an admission or release came between.
 -- KEYS: none; by name: epoch, allocated, allocated_cpus
 -- ARGV: epoch, run_id, expected (millicores, as read with the books; '' where it is missing), sum (millicores)
 -- Replies: {ok} | {changed} | {cold} | {epoch, current}

@@ -1,8 +1,9 @@
 #!lua flags=allow-oom
--- Does: takes out of the list of a worker the entries of which no job's own key speaks, of those that are named.
+-- Does: takes stray entries, which match no job's own key, out of the list of a worker. It looks only at the named
+--   jobs.
 -- KEYS: none; by name: epoch, held, job
 -- ARGV: epoch, run_id, worker, then for each entry: job
--- Replies: {ok, taken (entries out of the list)} | {cold} | {epoch, current}
+-- Replies: {ok, taken (entries taken out of the list)} | {cold} | {epoch, current}
 -- Cost: two or three commands an entry
 -- Repeat: harmless
 local epoch, run_id, worker = ARG.epoch, ARG.run_id, ARG.worker

@@ -1,8 +1,9 @@
 #!lua flags=allow-oom
--- Does: takes out of the index of a resource the workers whose books do not say that they stand there.
+-- Does: takes workers whose books do not name the resource out of the index of a resource.
 -- KEYS: none; by name: epoch, book, free_of
--- ARGV: epoch, run_id, resource, seen (places that were looked at and stay), most (places to look at)
--- Replies: {ok, looked (at so many places), taken (workers out of the index)} | {cold} | {epoch, current}
+-- ARGV: epoch, run_id, resource, seen (places that were looked at and kept), most (places to look at)
+-- Replies: {ok, looked (number of places looked at), taken (workers taken out of the index)} | {cold}
+--   | {epoch, current}
 -- Cost: two commands a place
 -- Repeat: harmless
 local epoch, run_id, resource, seen, most = ARG.epoch, ARG.run_id, ARG.resource, tonumber(ARG.seen), tonumber(ARG.most)

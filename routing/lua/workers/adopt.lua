@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
--- Does: enters into the books of a new epoch what a worker holds since an older one.
--- KEYS: none; by name: epoch, book, job, held, wait, shapes, shapes_of, counters, stream, free, free_of, view, allocated,
---   allocated_cpus, unclaimed, kept
--- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, shape, order, admitted (ms), started (ms), nonce, losses,
---   rerun (0: its first lost attempt ends it)
+-- Does: enters the jobs that a worker holds since an older epoch into the books of a new epoch.
+-- KEYS: none; by name: epoch, book, job, held, wait, shapes, shapes_of, counters, stream, free, free_of, view,
+--   allocated, allocated_cpus, unclaimed, kept
+-- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, shape, order, admitted (ms), started (ms),
+--   nonce, losses, rerun (0: its first lost attempt ends it)
 -- Replies: {ok, then for each job: adopted | stale} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands a job
--- Repeat: harmless: a job that is held already is answered 'adopted'
+-- Repeat: harmless: a job that the worker holds already is answered 'adopted'
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 
 local no = refused(epoch, run_id)
@@ -43,7 +43,7 @@ for i = EACH.first, #ARGV, EACH.step do
     redis.call('HSET', KEY.job .. id, 'state', 'running', 'epoch', token_epoch, 'attempt', token_attempt,
       'worker', worker, 'incarnation', incarnation, 'shape', shape, 'order', order, 'admitted', admitted,
       'started', started, 'nonce', nonce, 'losses', losses, unpack(rerun == '0' and {'rerun', '0'} or {}))
-    -- 0: it stood there already, only its own key was lost.
+    -- 0: the job stood there already, and only its own key was lost.
     if redis.call('HSET', KEY.held .. worker, id, token) == 1 then
       for name, amount in pairs(amounts_of(shape)) do
         changed[name] = (changed[name] or 0) + amount
@@ -54,7 +54,7 @@ for i = EACH.first, #ARGV, EACH.step do
     verdict = 'stale'
     count('stale.adopt', 1)
   elseif redis.call('HSET', KEY.held .. worker, id, token) == 1 then
-    -- Its place in the list was lost, perhaps with the book, which does not count it then.
+    -- The job's place in the list was lost, perhaps with the book. The book then does not count the job.
     for name, amount in pairs(amounts_of(job.shape)) do
       changed[name] = (changed[name] or 0) + amount
     end
@@ -67,7 +67,8 @@ if over(book) then
 end
 local freed
 for _, shape in ipairs(left) do
-  -- (Of several workers that are kept no more, which is rarer still, one is filled here and the others with their heartbeats.)
+  -- Of several workers that are no longer kept, which is rarer still, only one is filled here. The others are filled
+  -- with their heartbeats.
   freed = leave_queue(shape, epoch) or freed
 end
 if freed then

@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
--- Does: admits nothing more to a worker, and hands back jobs that were admitted to it and not started, of those that are
---   named.
--- KEYS: none; by name: epoch, book, held, job, unclaimed, counters, stream, wait, shapes, shapes_of, free, free_of, view,
---   allocated, allocated_cpus
--- ARGV: epoch, run_id, worker, incarnation, then for each job (none to begin: what is held from then on is known): job
+-- Does: stops admission to a worker, and hands back the named jobs that were admitted to it and not started.
+-- KEYS: none; by name: epoch, book, held, job, unclaimed, counters, stream, wait, shapes, shapes_of, free, free_of,
+--   view, allocated, allocated_cpus
+-- ARGV: epoch, run_id, worker, incarnation, then for each job (none at first, to stop admission before the list is
+--   read): job
 -- Replies: {ok, then for each job handed back: shape} | {unknown} | {cold} | {epoch, current}
 -- Cost: some ten commands a job
 -- Repeat: harmless

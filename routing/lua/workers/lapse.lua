@@ -1,14 +1,15 @@
 #!lua flags=allow-oom
--- Does: closes a worker whose lease ran out and, when the grace is over too, takes jobs back as new attempts, of those that
---   are named. Its book goes when it holds nothing any more.
--- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, shapes_of, free, free_of,
---   leases, view, allocated, allocated_cpus
--- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that: the clock may have
---   been set meanwhile), most_losses, take (1: take back, 0: say whether it is time), ttl (ms: a lease that ends later than
---   that from now was written before the clock was set back, and ends then), then for each job: job
--- Replies: {alive, incarnation} | {closed (just now) | waits (for the grace, as before) | due, incarnation} | {more | gone, incarnation, then for each job taken back: shape} | {unknown} | {cold} | {epoch, current}
+-- Does: closes a worker whose lease ran out. Once the grace is over too, it takes the named jobs back as new attempts,
+--   and removes the book of a worker that holds no job any more.
+-- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, shapes_of, free,
+--   free_of, leases, view, allocated, allocated_cpus
+-- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that end: the
+--   clock may have been set meanwhile), most_losses, take (1: take back, 0: only say if it is time), ttl (ms: a lease
+--   with more time left was written before the clock was set back, and is shortened to this), then for each job: job
+-- Replies: {alive, incarnation} | {closed (just now) | waits (for the grace, as before) | due, incarnation}
+--   | {more | gone, incarnation, then for each job taken back: shape} | {unknown} | {cold} | {epoch, current}
 -- Cost: a few commands for each job taken back
--- Repeat: harmless: goes on where it stopped
+-- Repeat: harmless: goes on from its last step
 local epoch, run_id, worker = ARG.epoch, ARG.run_id, ARG.worker
 local grace, most_losses, take, ttl = tonumber(ARG.grace), ARG.most_losses, ARG.take, tonumber(ARG.ttl)
 
@@ -31,7 +32,7 @@ if book.lease > now then
   return {'alive', book.incarnation or ''}
 end
 local verdict = 'waits'
--- One that drains stays so: should it be alive after all, it is not open again.
+-- A draining worker stays so. Should it be alive after all, it does not open again.
 if book.status == 'ready' then
   verdict, book.status = 'closed', 'closed'
   redis.call('HSET', KEY.book .. worker, 'status', 'closed')
@@ -57,11 +58,13 @@ for i = EACH.first, #ARGV, EACH.step do
     for name, amount in pairs(amounts_of(job.shape)) do
       changed[name] = (changed[name] or 0) - amount
     end
-    -- Only an attempt that started counts as lost: what did not (one that is adopted from a row may not have) is innocent.
+    -- Only an attempt that started counts as lost. An attempt that did not start is innocent, and one that is adopted
+    -- from a row may not have started.
     local outcome = tonumber(job.started or '') and job.started ~= '0' and 'lost' or 'taken_back'
     if outcome == 'taken_back' and job.state == 'running' and (job.losses or '0') == '0' and job.rerun ~= '0'
         and tonumber(most_losses) >= LIMIT.doubt then
-      -- Adopted from its row, in which a claim may be missing: as `losses_in_doubt` of routing/policy/unknown_starts.py.
+      -- The job is adopted from its row, in which a claim may be missing: see `losses_in_doubt` of
+      -- routing/policy/unknown_starts.py.
       job.losses = '1'
     end
     put_back(id, job, now, outcome, 'worker ' .. worker .. ' was lost', most_losses)

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Does: closes the book of a worker that holds nothing any more, and removes its private queue.
+-- Does: closes the book of a worker that holds no job any more, and removes its private queue.
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of
 -- ARGV: epoch, run_id, worker, incarnation
 -- Replies: {ok} | {held, number (of jobs)} | {unknown} | {cold} | {epoch, current}

@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
--- Does: gives a worker again the jobs whose leases it has and does not know of, since the reply of a release was lost.
+-- Does: returns to a worker the jobs whose leases it has without knowing, because the reply of a release was lost.
 -- KEYS: none; by name: epoch, book, held, job
 -- ARGV: epoch, run_id, worker, incarnation, then for each job that the worker does not know of: job
--- Replies: {ok, then for each job: job, token, admitted, started, entry, losses, shape, rerun, message} | {unknown} | {cold}
---   | {epoch, current}
+-- Replies: {ok, then for each job: job, token, admitted, started, entry, losses, shape, rerun, message} | {unknown}
+--   | {cold} | {epoch, current}
 -- Cost: three commands a job
--- Repeat: harmless: the same jobs are given again
+-- Repeat: harmless: the same jobs are returned again
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 
 local no = refused(epoch, run_id)

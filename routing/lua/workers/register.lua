@@ -1,14 +1,15 @@
 #!lua flags=allow-oom
--- Does: opens a worker's book with its capacity (or changes the capacity of this incarnation), and admits what fits.
+-- Does: opens a worker's book with its capacity, or changes the capacity of this incarnation, and admits the jobs that
+--   fit.
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, shapes,
 --   shapes_of, wait, job, unclaimed, counters, stream, kept
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), status (ready, or closed until the
---   worker has said what it holds and renews), admit (1: go on to admit, 0: this caller may not), counted (the sum of what
---   is held there, as a shape; '': count here), then for each field of the view: name, value
+--   worker has named the jobs it holds and renews), admit (1: go on to admit, 0: this caller may not), counted (the sum
+--   of its jobs' amounts, as a shape; '': count here), then for each field of the view: name, value
 -- Replies: {ok, admitted, cursor (of shapes)} | {taken, incarnation, lease_left (ms, negative when it ran out), held}
 --   | {many} where too much is held to be counted here | {cold} | {epoch, current}
--- Cost: one pass as that of fill, LIMIT.held jobs where the book went missing, and a command for each resource and queue
---   that not every worker has
+-- Cost: one pass like that of fill, LIMIT.held jobs where the book went missing, and a command for each resource and
+--   queue that not every worker has
 -- Repeat: harmless: the same incarnation keeps its allocations
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 local queue, ttl, capacity, status, admit = ARG.queue, tonumber(ARG.ttl), ARG.capacity, ARG.status, ARG.admit
@@ -66,7 +67,8 @@ redis.call('HSET', KEY.view .. worker, 'status', status)
 redis.call('PEXPIRE', KEY.view .. worker, int(ttl))
 redis.call('SET', KEY.allocated_cpus, cpus_text(redis.call('INCRBY', KEY.allocated, 0)))
 local book = read_book(worker, epoch)
--- Capacity that shrank below what runs is no breach of the books: said for whoever checks them, until it fits again.
+-- Capacity that shrank below the allocations is no error of the books. `shrunk` tells that to every check, until the
+-- allocations fit again.
 if over(book) then
   redis.call('HSET', key, 'shrunk', '1')
 end

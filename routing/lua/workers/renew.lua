@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
--- Does: renews the lease of a worker and its view, and admits what fits.
+-- Does: renews the lease of a worker and its view, and admits the jobs that fit.
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, job,
 --   unclaimed, counters, stream, wait, shapes, shapes_of, kept
 -- ARGV: epoch, run_id, worker, incarnation, ttl (ms), admit (1: go on to admit, 0: this caller may not), then for each
 --   field of the view: name, value
--- Replies: {ok, admitted, cursor (of shapes), held (number of jobs), lacked (1 when lists lacked some of them before, else 0)}
---   | {unknown} | {cold} | {epoch, current}
--- Cost: one pass as that of fill, and a command for each resource and queue that not every worker has
+-- Replies: {ok, admitted, cursor (of shapes), held (number of jobs), lacked (1 where earlier lists lacked some of these
+--   jobs, else 0)} | {unknown} | {cold} | {epoch, current}
+-- Cost: one pass like that of fill, and a command for each resource and queue that not every worker has
 -- Repeat: harmless
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 local ttl, admit = tonumber(ARG.ttl), ARG.admit
@@ -17,12 +17,12 @@ if no then
 end
 local now = clock()
 local book = read_book(worker, epoch)
--- A book that was only reserved for it has no queue: this worker has to register.
+-- A reserved book has no queue: its worker has to register.
 if not book or book.incarnation ~= incarnation or book.queue == '' then
   return {'unknown'}
 end
 book.lease = now + ttl
--- A worker that the lapse closed, and that is alive after all, is open again.
+-- A worker that the lapse closed, and that is alive after all, opens again.
 if book.status == 'closed' then
   book.status = 'ready'
 end
@@ -44,7 +44,7 @@ local admitted, cursor = 0, ''
 if admit == '1' then
   admitted, cursor = fill(worker, epoch, now, '')
 end
--- (A version before kept a set here, without times.)
+-- An earlier release kept a set here, without times.
 local lacked = redis.call('TYPE', KEY.missing .. worker).ok
 if lacked == 'set' then
   redis.call('UNLINK', KEY.missing .. worker)

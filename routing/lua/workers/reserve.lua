@@ -1,11 +1,12 @@
 #!lua flags=allow-oom
--- Does: gives a worker that has not spoken in this epoch a closed book, so that what it holds is not taken for free.
+-- Does: gives a closed book to a worker that has not registered in this epoch, so that its allocations do not count as
+--   free.
 -- KEYS: none; by name: epoch, book, held, job, leases, free, free_of
--- ARGV: epoch, run_id, worker, incarnation, capacity (as a shape), counted (the sum of what is held there, as a shape;
+-- ARGV: epoch, run_id, worker, incarnation, capacity (as a shape), counted (the sum of its jobs' amounts, as a shape;
 --   '': count here)
--- Replies: {ok} | {open} where there is a book in this epoch | {many} where too much is held to be counted here | {cold}
---   | {epoch, current}
--- Cost: at the worst LIMIT.held jobs are looked at: none, but where a book went missing
+-- Replies: {ok} | {open} where there is a book in this epoch | {many} where too much is held to be counted here
+--   | {cold} | {epoch, current}
+-- Cost: at the worst LIMIT.held jobs are looked at, but none unless a book went missing
 -- Repeat: harmless
 local epoch, run_id, worker, incarnation, capacity = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation, ARG.capacity
 local counted = ARG.counted
@@ -21,11 +22,11 @@ local now, sums, strays = clock(), sum_held(worker, counted)
 if not sums then
   return {'many'}
 end
--- (As in register.lua.)
+-- A job whose own key was lost too leaves the list, as in register.lua.
 for _, id in ipairs(strays) do
   redis.call('HDEL', KEY.held .. worker, id)
 end
--- The lease begins to run out now: a worker that is dead is lost after the usual grace.
+-- The lease ends now, so the jobs of a dead worker are lost after the usual grace.
 local fields = {'epoch', epoch, 'incarnation', incarnation, 'status', 'closed', 'queue', '', 'lease', int(now)}
 for name, amount in pairs(amounts_of(capacity)) do
   fields[#fields + 1] = 'c.' .. name

@@ -1,9 +1,10 @@
 #!lua flags=allow-oom
--- Does: takes back running jobs that the lists of their worker have not named for so long, of those that are named here.
--- KEYS: none; by name: epoch, book, held, missing, free, free_of, allocated, allocated_cpus, view, job, unclaimed, counters,
---   stream, wait, shapes, shapes_of
--- ARGV: epoch, run_id, worker, incarnation, most_losses, missing (ms for which no list has named a job that is taken back;
---   0: at once, the list is known to be whole), then for each job that its list does not name: job
+-- Does: takes back running jobs that the lists of their worker have not named for so long. It looks only at the named
+--   jobs.
+-- KEYS: none; by name: epoch, book, held, missing, free, free_of, allocated, allocated_cpus, view, job, unclaimed,
+--   counters, stream, wait, shapes, shapes_of
+-- ARGV: epoch, run_id, worker, incarnation, most_losses, missing (ms for which no list has named a job before it is
+--   taken back; 0: at once, because the list is known to be whole), then for each job that its list does not name: job
 -- Replies: {ok, then for each job taken back: shape} | {unknown} | {cold} | {epoch, current}
 -- Cost: some ten commands a job
 -- Repeat: harmless: judged by the time since the first list that lacked a job, not by the number of lists
@@ -23,11 +24,11 @@ local reply, changed = {'ok'}, {}
 for i = EACH.first, #ARGV, EACH.step do
   local id = ARGV[i + EACH.job]
   local job = read_job(id)
-  -- What was admitted and not claimed yet is on its way: START looks after it.
+  -- A job that was admitted and not claimed yet is on its way: the deadline START (PLATFORM_START_TIMEOUT) covers it.
   if job and job.state == 'running' and redis.call('HGET', KEY.held .. worker, id) == token_of(job) then
     local attempt = id .. ' ' .. token_of(job)
     local since = redis.call('HGET', KEY.missing .. worker, attempt)
-    -- (The clock may have been set back since.)
+    -- The clock may have been set back since.
     local absent = math.max(0, now - tonumber(since or now))
     if absent < missing_for then
       if not since or tonumber(since) > now then
@@ -37,7 +38,7 @@ for i = EACH.first, #ARGV, EACH.step do
       for name, amount in pairs(amounts_of(job.shape)) do
         changed[name] = (changed[name] or 0) - amount
       end
-      -- One that never started (it is adopted from a row) is not lost.
+      -- A job that never started, because it was adopted from a row, is not lost.
       local started = job.started and job.started ~= '0' and job.started ~= ''
       put_back(id, job, now, started and 'lost' or 'taken_back', 'the worker no longer held it', most_losses)
       count('taken_back', 1)
