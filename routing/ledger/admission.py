@@ -109,7 +109,7 @@ class Admission(Repairs):
         return Submitted(reply.head, was=reply["state"])
 
     def place(self, shape: str, cursor_score: str = "", cursor_worker: str = "") -> list[Placed]:
-        """Admit the waiting jobs of a shape to any workers that have room, until no such worker is left."""
+        """Admit the waiting jobs of a shape to any workers that have room, until no job or no room is left."""
         placed: list[Placed] = []
         while True:
             reply = self._call("place", shape=shape, cursor_score=cursor_score, cursor_worker=cursor_worker)

@@ -172,7 +172,7 @@ class LedgerServer:
         self._guard(lambda: self.client.set(keys.PROBE, "", px=PROBE_MS))
 
     def now_ms(self) -> int:
-        """Return the estimate by this process of the server's clock, in milliseconds."""
+        """Return this process's estimate of the server's clock, in milliseconds."""
         return self.server_ms(time.time() * 1000)
 
     def server_ms(self, own_ms: float) -> int:

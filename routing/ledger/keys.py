@@ -8,7 +8,7 @@
 | `ledger:free:<resource>` | sorted set | as `ledger:free`, of workers with a resource that some lack |
 | `ledger:leases` | sorted set | worker, end of its lease (ms) |
 | `ledger:held:<worker>` | hash | job, token of the attempt that holds an allocation there |
-| `ledger:missing:<worker>` | hash | held attempt (`<job> <token>`) that the worker's last list lacked, since when (ms) |
+| `ledger:missing:<worker>` | hash | held attempt (`<job> <token>`) that its last list lacked, since when (ms) |
 | `ledger:job:<id>` | hash | one job; a tombstone where the job ended |
 | `ledger:wait:<shape>` | sorted set | waiting job, order |
 | `ledger:shapes` | sorted set | shape that waits, order of its first job |
