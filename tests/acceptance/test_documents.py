@@ -1,6 +1,8 @@
-"""What the documents say of the code, held against the code: links, commands and options, the crash table, keys,
-counters, deadlines, and the words of the glossary. What they say to type is typed in test_readme.py and
-test_pages.py."""
+"""Check what the documents say of the code: links, commands and options, the crash table, keys, and counters.
+
+The deadlines and the words of the glossary are checked here too. The lines that the documents tell a reader to type are
+run in test_readme.py and test_pages.py.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +37,30 @@ _FENCE: Final = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def prose(page: Path) -> str:
-    """The page without its code blocks."""
+    """Return the page without its code blocks."""
     return _FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 def anchors(page: Path) -> set[str]:
-    """The names of a page's headings in links, as GitHub makes them: the second of the same words gets a number."""
-    found: set[str] = set()
+    """Return the link names of a page's headings, as GitHub makes them.
+
+    The second of two equal headings gets a number.
+    """
+    names: set[str] = set()
     for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
         words = re.sub(r"\]\([^)]*\)", "", heading.lower())
         name = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
-        found.add(next(one for one in (name, *(f"{name}-{n}" for n in range(1, 99))) if one not in found))
-    return found
+        names.add(
+            next(candidate for candidate in (name, *(f"{name}-{n}" for n in range(1, 99))) if candidate not in names)
+        )
+    return names
 
 
 def is_address(link: str) -> bool:
-    """Whether an external link is one by its form; whether something is there, only a network could tell."""
+    """Return True if an external link has the form of an address.
+
+    Only a network could tell if something answers there.
+    """
     try:
         parts = urlsplit(link)
         port_is_number = parts.port is None or parts.port > 0
@@ -97,9 +107,9 @@ def test_lists_are_drawn_alike_here_and_in_the_site(page: Path) -> None:
 
 def test_the_chinese_readme_has_all_that_the_english_one_has() -> None:
     english, chinese = (prose(ROOT / name) for name in ("README.md", "README.zh.md"))
-    for what in (r"^(#+) ", r"^(\|)", r"^(- )", r"(`[^`\n]+`)"):
-        one, other = (sorted(re.findall(what, text, re.MULTILINE)) for text in (english, chinese))
-        assert one == other, what
+    for pattern in (r"^(#+) ", r"^(\|)", r"^(- )", r"(`[^`\n]+`)"):
+        in_english, in_chinese = (sorted(re.findall(pattern, text, re.MULTILINE)) for text in (english, chinese))
+        assert in_english == in_chinese, pattern
     links = [sorted(link.partition("#")[0] for link in _LINK.findall(text)) for text in (english, chinese)]
     links[1] = [{"README.md": "README.zh.md"}.get(link, link) for link in links[1]]
     assert links[0] == sorted(links[1])
@@ -112,13 +122,13 @@ def test_every_page_is_reached_from_the_readme() -> None:
         page = to_read.pop()
         seen.add(page)
         links = {link.partition("#")[0] for link in _LINK.findall(prose(page)) if "://" not in link}
-        found = {(page.parent / link).resolve() for link in links if link.endswith(".md")}
-        to_read += sorted(found - seen - set(to_read))
+        linked = {(page.parent / link).resolve() for link in links if link.endswith(".md")}
+        to_read += sorted(linked - seen - set(to_read))
     assert set(PAGES) - seen == set()
 
 
 def rows(page: Path, header: str) -> Iterator[list[str]]:
-    """The cells of each table of a page that has this header."""
+    """Yield the cells of each row, in each table of a page that has this header."""
     inside = False
     for line in prose(page).splitlines():
         if not line.startswith("|"):
@@ -133,14 +143,14 @@ def test_the_crash_table_is_that_of_the_protocol() -> None:
     essay = (routing.__doc__ or "").splitlines()
     rules = [number for number, line in enumerate(essay) if line.startswith("====") and "  " in line]
     second = essay[rules[0]].rindex(" ") + 1
-    told: list[list[str]] = []
+    crashes: list[list[str]] = []
     for line in essay[rules[1] + 1 : rules[2]]:
         left, right = line[:second].strip(), line[second:].strip()
         if left:
-            told.append([left, right])
+            crashes.append([left, right])
         else:
-            told[-1][1] += f" {right}"
-    assert list(rows(HOW, "| the process dies | repaired by |")) == told
+            crashes[-1][1] += f" {right}"
+    assert list(rows(HOW, "| the process dies | repaired by |")) == crashes
 
 
 def test_every_key_is_listed() -> None:
@@ -149,31 +159,33 @@ def test_every_key_is_listed() -> None:
 
 
 def test_every_counter_is_explained() -> None:
-    # A cancel counts under the state that it makes; reconcile counts in Python, and so does a refused attempt.
+    # A cancel counts under the state that it makes. Reconcile counts in Python, and so does a refused attempt.
     counted = {"cancelled", "expired", "drift"}
     for path in [*(ROOT / "routing").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]:
         counted |= set(re.findall(r"\bledger\.count\(\"([\w.]+)\"", path.read_text(encoding="utf-8")))
     for path in (ROOT / "routing" / "lua").rglob("*.lua"):
         counted |= set(re.findall(r"\bcount\('([\w.]+)'", path.read_text(encoding="utf-8")))
-    told = " ".join(cells[0] for cells in rows(HOW, "| counter | counts | in a healthy platform |"))
-    assert set(re.findall(r"`([\w.]+)`", told)) == counted
+    explained = " ".join(cells[0] for cells in rows(HOW, "| counter | counts | in a healthy platform |"))
+    assert set(re.findall(r"`([\w.]+)`", explained)) == counted
 
 
 def test_the_deadlines_are_the_defaults_of_the_settings() -> None:
     meanings = [field.metadata["setting"] for field in fields(Settings) if "setting" in field.metadata]
     seconds = {meaning.env: meaning.shown for meaning in meanings if meaning.unit == "seconds"}
-    told = {cells[1].strip("`"): cells[2] for cells in rows(HOW, "| name | setting | default | when it is over |")}
-    assert told == seconds
+    documented = {
+        cells[1].strip("`"): cells[2] for cells in rows(HOW, "| name | setting | default | when it is over |")
+    }
+    assert documented == seconds
 
 
 def test_every_reason_to_wait_is_told() -> None:
     page = DOCS / "how-to" / "why-does-my-task-wait.md"
-    told = {cells[1].strip("`") for cells in rows(page, "| it says | `why` | what to do |")}
-    assert told == {why.value for why in Why} - {Why.RUNS.value, Why.ENDED.value}
+    documented = {cells[1].strip("`") for cells in rows(page, "| it says | `why` | what to do |")}
+    assert documented == {why.value for why in Why} - {Why.RUNS.value, Why.ENDED.value}
 
 
 def command(name: str) -> click.Command:
-    """The command that stands behind a heading of the reference: `up`, `db upgrade`."""
+    """Return the command that stands behind a heading of the reference: `up`, `db upgrade`."""
     first, _, second = name.partition(" ")
     of: Any = import_module(f"celery_capacity.platform.commands.{first}").command
     return of.commands[second] if second else of  # type: ignore[no-any-return]
@@ -184,21 +196,21 @@ _TYPED: Final = re.compile(r"^(?:\$ )?(?:[A-Z_]+=\S+ )*celery -A (?:platform|pro
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_that_is_shown_is_there_with_its_options(page: Path) -> None:
-    # Those of blocks that are not run, too.
+    # The lines of blocks that are not run are checked, too.
     for line in (line for block in blocks_of(page) for line in block.lines):
-        found = _TYPED.match(line)
-        if found is None:
+        match = _TYPED.match(line)
+        if match is None:
             continue
-        words = shlex.split(found[1])
+        words = shlex.split(match[1])
         name = " ".join(words[:2]) if words[0] == "db" else words[0]
         if name in celery.commands and not isinstance(celery.commands[name], Lazy):
             if name == "flower":
-                continue  # it reads its options by itself
+                continue  # Flower reads its options by itself
             meant = celery.commands[name]
         else:
             meant = command(name)
-        known = {text for option in meant.params for text in option.opts}
-        assert {word.partition("=")[0] for word in words if word.startswith("-")} <= known, line
+        options = {text for option in meant.params for text in option.opts}
+        assert {word.partition("=")[0] for word in words if word.startswith("-")} <= options, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -211,11 +223,11 @@ def test_python_that_is_shown_is_python(page: Path) -> None:
 
 def test_the_reference_has_every_command_with_all_its_options() -> None:
     text = _FENCE.sub("", (DOCS / "reference" / "commands.md").read_text(encoding="utf-8"))
-    told = {}
+    documented = {}
     for section in re.split(r"^## ", text, flags=re.MULTILINE)[2:]:
         name, _, body = section.partition("\n")
         options = re.findall(r"^\| (`-.*?) \|", body, re.MULTILINE)
-        told[name] = set(re.findall(r"`(-[\w-]+)", " ".join(options)))
+        documented[name] = set(re.findall(r"`(-[\w-]+)", " ".join(options)))
     names = [path.stem for path in (ROOT / "platform" / "commands").glob("*.py") if path.stem != "__init__"]
     names += [f"db {name}" for name in command("db").commands]  # type: ignore[attr-defined]
     names.remove("db")
@@ -223,43 +235,43 @@ def test_the_reference_has_every_command_with_all_its_options() -> None:
     for name in names:
         options = [option for option in command(name).params if isinstance(option, click.Option)]
         expected[name] = {text for option in options for text in option.opts}
-    assert told == expected
+    assert documented == expected
 
 
 def named(path: str) -> Any:
-    """What a dotted name of the glossary stands for."""
+    """Return the object that a dotted name of the glossary stands for."""
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         try:
-            found: Any = import_module(".".join(parts[:length]))
+            target: Any = import_module(".".join(parts[:length]))
         except ModuleNotFoundError:
             continue
         for part in parts[length:]:
-            annotated = getattr(found, "__dataclass_fields__", {})
-            found = annotated[part] if part in annotated else getattr(found, part)
-        return found
+            annotated = getattr(target, "__dataclass_fields__", {})
+            target = annotated[part] if part in annotated else getattr(target, part)
+        return target
     raise ModuleNotFoundError(path)
 
 
 def test_the_diagram_of_the_folders_is_that_of_the_imports() -> None:
     page = (DOCS / "explanation" / "find-your-way.md").read_text(encoding="utf-8")
-    told = re.search(r"```mermaid\n(.*?)\n```", page, re.DOTALL)
-    assert told
-    assert told[1] == folders.diagram(), "python -m docs.site.folders prints it"
+    drawing = re.search(r"```mermaid\n(.*?)\n```", page, re.DOTALL)
+    assert drawing
+    assert drawing[1] == folders.diagram(), "python -m docs.site.folders prints it"
 
 
 def test_every_file_of_the_way_through_the_code_is_there() -> None:
     page = (DOCS / "explanation" / "find-your-way.md").read_text(encoding="utf-8")
-    found = re.findall(r"`([a-z_]+/[\w/.]*)`", page)
-    assert len(found) > 30
-    assert [name for name in found if not (ROOT / name).exists()] == []
+    paths = re.findall(r"`([a-z_]+/[\w/.]*)`", page)
+    assert len(paths) > 30
+    assert [name for name in paths if not (ROOT / name).exists()] == []
 
 
 def test_every_word_of_the_glossary_is_a_name_in_the_code() -> None:
     words = list(rows(DOCS / "glossary.md", "| word | means | in the code |"))
     assert len(words) > 30
     for cells in words:
-        found = re.findall(r"`([\w.]+)`", cells[-1])
-        assert found or cells[1].startswith("not used"), cells[0]
-        for name in found:
+        names = re.findall(r"`([\w.]+)`", cells[-1])
+        assert names or cells[1].startswith("not used"), cells[0]
+        for name in names:
             assert named(name) is not None, name

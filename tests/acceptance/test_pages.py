@@ -1,4 +1,4 @@
-"""Every page of docs/ as its reader uses it: what it says to type is typed, in order, in a fresh folder."""
+"""Every page of docs/ as its reader uses it: each line to type is typed, in order, in a fresh folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.fixtures.servers import TENTH
 
 DOCS: Final = ROOT / "docs"
 
-#: Languages of blocks that a reader types or saves as they are; others show something, or are to be adapted (`sh`).
+#: Languages of blocks that a reader types or saves as they are. Other blocks show something, or are to be adapted
+#: (`sh`).
 TYPED: Final = ("console", "bash", "python", "sql")
 
 
@@ -31,11 +32,11 @@ def test_what_a_page_says_to_type_works(page: Path, tmp_path: Path, request: pyt
     text = page.read_text(encoding="utf-8")
     servers_of_ones_own = "export REDIS_URL=" in text or "```sql" in text
     # Without processes for each CPU: this machine may have many.
-    own = {"PLATFORM_CPUS": "4", **TENTH}
+    variables = {"PLATFORM_CPUS": "4", **TENTH}
     if servers_of_ones_own:
-        own["REDIS_URL"] = request.getfixturevalue("redis_url")
-        own["DATABASE_URL"] = request.getfixturevalue("database_url")
-    terminal = Terminal(tmp_path / "try", **own)
+        variables["REDIS_URL"] = request.getfixturevalue("redis_url")
+        variables["DATABASE_URL"] = request.getfixturevalue("database_url")
+    terminal = Terminal(tmp_path / "try", **variables)
     try:
         terminal.replay(blocks_of(page))
         terminal.ctrl_c()

@@ -1,5 +1,7 @@
 """README as a newcomer reads it: its Python runs, its commands do what it shows, its redis-cli and curl lines answer.
-How it is replayed: tests/fixtures/replay.py."""
+
+tests/fixtures/replay.py replays it.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,9 @@ def test_a_newcomer_runs_tasks_looks_at_them_and_ends_it(folder: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("section", ["Real servers", "A project that exists"])
 def test_with_servers_of_ones_own(section: str, folder: Path, redis_url: str, database_url: str) -> None:
-    # Without processes for each CPU: this one may have many.
-    own = {"REDIS_URL": redis_url, "DATABASE_URL": database_url, "PLATFORM_CPUS": "4", **TENTH}
-    terminal = Terminal(folder, **own)
+    # Without processes for each CPU: this machine may have many.
+    variables = {"REDIS_URL": redis_url, "DATABASE_URL": database_url, "PLATFORM_CPUS": "4", **TENTH}
+    terminal = Terminal(folder, **variables)
     try:
         terminal.replay(README[section])
         terminal.ctrl_c()

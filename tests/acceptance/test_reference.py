@@ -1,5 +1,8 @@
-"""What the reference and the explanations say, held against the code: keys and fields of a ledger in use, tables as the
-migrations make them, counters, the public API, the policy's words and numbers, and figures that were measured."""
+"""Check what the reference and the explanations say against the code.
+
+The subjects are keys and fields of a ledger in use, tables as the migrations make them, counters, the public API, the
+policy's words and numbers, and figures that were measured.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +45,17 @@ PROPOSALS: Final = DOCS / "RESOURCE_OPTIMIZATION_PROPOSALS.md"
 
 
 def sections(page: Path) -> dict[str, str]:
-    """The text under each heading of a page, by the heading without its marks; code blocks are left out."""
+    """Return the text under each heading of a page, by the heading without its marks.
+
+    Code blocks are left out.
+    """
     prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     parts = re.split(r"^#+ (.+)$", prose, flags=re.MULTILINE)
     return {name.replace("`", ""): body for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def rows(body: str) -> Iterator[list[str]]:
-    """The cells of the tables in a section, without their headers."""
+    """Yield the cells of each row of the tables in a section, without their headers."""
     lines = body.splitlines()
     for number, line in enumerate(lines):
         rule = [other.startswith("| ---") for other in lines[number : number + 2]]
@@ -58,7 +64,7 @@ def rows(body: str) -> Iterator[list[str]]:
 
 
 def names(cell: str) -> list[str]:
-    """What stands in code in a cell."""
+    """Return the words that stand in code in a cell."""
     return re.findall(r"`([^`]+)`", cell)
 
 
@@ -66,19 +72,19 @@ def names(cell: str) -> list[str]:
 
 
 def documented_keys() -> dict[str, tuple[str, str]]:
-    """Pattern -> (type, lifetime)."""
+    """Return the pattern of each key -> (type, lifetime)."""
     return {names(cells[0])[0]: (cells[1], cells[3]) for cells in rows(sections(KEYS)["Keys in Redis"])}
 
 
 def test_the_page_of_keys_has_the_families_and_types_of_the_code() -> None:
-    known = dict(re.findall(r"^\| `([^`]+)` \| ([a-z ]+?)(?: with expiry)? \|", keys.__doc__ or "", re.MULTILINE))
-    assert {name: kind for name, (kind, _) in documented_keys().items()} == known
-    assert {name.partition("<")[0] for name in known} == set(keys.KEYS.values())
+    kinds = dict(re.findall(r"^\| `([^`]+)` \| ([a-z ]+?)(?: with expiry)? \|", keys.__doc__ or "", re.MULTILINE))
+    assert {name: kind for name, (kind, _) in documented_keys().items()} == kinds
+    assert {name.partition("<")[0] for name in kinds} == set(keys.KEYS.values())
 
 
 @pytest.fixture
 def used(redis_url: str) -> Iterator[Cluster]:
-    """A ledger in which every kind of key stands, and jobs in every state."""
+    """Yield a ledger in which every kind of key stands, and jobs in every state."""
     with open_ledger(redis_url) as ledger:
         cluster = Cluster(ledger)
         cluster.register()
@@ -94,7 +100,7 @@ def used(redis_url: str) -> Iterator[Cluster]:
         cluster.submit("wide", Request.of({"cpus": 99_000}).shape)
         cluster.end("back", "1.1", "handed_back", admit=False)
         cluster.renew("succeeded")
-        # One that has lost two attempts runs alone: the worker, on which others run, is kept for it.
+        # A job that has lost two attempts runs alone. The worker, on which others run, is kept for it.
         cluster.submit("last", losses=2)
         ledger.fill("w")
         for worker in ("small", "smaller"):
@@ -111,7 +117,7 @@ def used(redis_url: str) -> Iterator[Cluster]:
 
 
 def pattern_of(field: str) -> str:
-    """How the page writes a field of a hash."""
+    """Return the form in which the page writes a field of a hash."""
     if field.startswith(f"c.{LABEL}"):
         return field if field == f"c.{LABEL}" else f"c.{LABEL}<queue>"
     return re.sub(r"^([ac])\..+", r"\1.<resource>", field)
@@ -126,13 +132,13 @@ def test_every_key_and_field_of_a_ledger_in_use_is_on_the_page(used: Cluster) ->
         if name in documented
     }
     met: dict[str, set[str]] = {}
-    for key in (found.decode() for found in client.scan_iter()):
+    for key in (seen_fields.decode() for seen_fields in client.scan_iter()):
         if key.startswith("queue."):
             continue  # the private queues of this test's workers
         pattern = max((name for name in documented if key.startswith(name.partition("<")[0])), key=len)
         kind, lifetime = documented[pattern]
         assert client.type(key).decode() == {"sorted set": "zset"}.get(kind, kind), key
-        # (Here Postgres has no end of any job yet.)
+        # Postgres has no end of any job yet here.
         ended = pattern == "ledger:job:<id>" and client.hmget(key, "state", "entry") == [b"ended", None]
         expires = ended or pattern in ("ledger:probe", "worker:<name>")
         assert (client.pttl(key) > 0) == expires, f"{key}, whose lifetime is: {lifetime}"
@@ -142,9 +148,9 @@ def test_every_key_and_field_of_a_ledger_in_use_is_on_the_page(used: Cluster) ->
         elif pattern in fields:
             seen |= {pattern_of(field.decode()) for field in client.hkeys(key)}
     assert set(met) == set(documented), "a family of which this ledger has no key"
-    missing = {name: found - fields[name] for name, found in met.items() if name in fields}
-    assert {name: found for name, found in missing.items() if found} == {}
-    # What a worker says of itself in its view is compared where a worker runs.
+    missing = {name: seen_fields - fields[name] for name, seen_fields in met.items() if name in fields}
+    assert {name: seen_fields for name, seen_fields in missing.items() if seen_fields} == {}
+    # The fields that a worker writes of itself in its view are compared where a worker runs.
     for name in set(fields) - {"worker:<name>"}:
         assert fields[name] == {field for field in fields[name] if field in met[name]}, name
 
@@ -159,8 +165,8 @@ def test_the_view_of_the_page_is_what_a_worker_writes() -> None:
         for key in node.keys
         if isinstance(key, ast.Constant)
     }
-    told = {field for cells in rows(sections(KEYS)["worker:<name>"]) for field in names(cells[0])}
-    assert told == written
+    documented = {field for cells in rows(sections(KEYS)["worker:<name>"]) for field in names(cells[0])}
+    assert documented == written
 
 
 # -- tables
@@ -175,38 +181,38 @@ def test_the_page_of_tables_is_what_the_migrations_make(engine: Engine) -> None:
     with engine.connect() as connection:
         for table, column, kind in connection.execute(columns):
             made.setdefault(table, {})[column] = short.get(kind, kind)
-    told = {
+    documented = {
         name: {names(cells[0])[0]: cells[1] for cells in rows(body)}
         for name, body in sections(TABLES).items()
         if name in made
     }
-    assert told == made
+    assert documented == made
 
 
 def test_the_steps_of_the_page_are_those_of_the_code() -> None:
-    told = {names(cells[1])[0]: int(cells[0]) for cells in rows(sections(TABLES)["Steps"])}
-    assert told == {step.name: step.value for step in states.Step}
+    documented = {names(cells[1])[0]: int(cells[0]) for cells in rows(sections(TABLES)["Steps"])}
+    assert documented == {step.name: step.value for step in states.Step}
 
 
 # -- metrics
 
 
 def test_every_counter_is_on_the_page_of_metrics() -> None:
-    # A cancel counts under the state that it makes; reconcile counts in Python, and so does a refused attempt.
+    # A cancel counts under the state that it makes. Reconcile counts in Python, and so does a refused attempt.
     counted = {"cancelled", "expired", "drift"}
     for path in [*(ROOT / "routing").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]:
         counted |= set(re.findall(r"\b_?ledger\.count\(\"([\w.]+)\"", path.read_text(encoding="utf-8")))
     for path in (ROOT / "routing" / "lua").rglob("*.lua"):
         counted |= set(re.findall(r"\bcount\('([\w.]+)'", path.read_text(encoding="utf-8")))
-    told = [names(cells[0])[0] for cells in rows(sections(METRICS)["Counters"])]
-    assert sorted(told) == sorted(counted)
+    documented = [names(cells[0])[0] for cells in rows(sections(METRICS)["Counters"])]
+    assert sorted(documented) == sorted(counted)
 
 
 def test_the_other_numbers_are_in_the_json(used: Cluster) -> None:
-    found = overview.from_ledger(used.client).to_json()
+    json = overview.from_ledger(used.client).to_json()
     for cells in rows(sections(METRICS)["Other numbers of the same JSON"]):
         for path in names(cells[0]):
-            value: Any = found
+            value: Any = json
             for part in path.split("."):
                 value = value[part.removesuffix("[]")]
                 value = value[0] if part.endswith("[]") else value
@@ -221,7 +227,7 @@ def test_the_metrics_of_flower_are_those_that_it_has() -> None:
 
 
 def shown(name: str) -> str:
-    """A public name with its parameters and their defaults, without types."""
+    """Return a public name with its parameters and their defaults, without types."""
     parameters = []
     for parameter in inspect.signature(getattr(celery_capacity, name)).parameters.values():
         default = parameter.default
@@ -241,18 +247,18 @@ class _Bare(str):
 
 def test_the_api_on_the_page_is_the_public_module() -> None:
     page = API.read_text(encoding="utf-8")
-    told = re.findall(r"^### `(\w+)`$", page, re.MULTILINE)
-    assert sorted(told) == sorted(celery_capacity.__all__)
+    documented = re.findall(r"^### `(\w+)`$", page, re.MULTILINE)
+    assert sorted(documented) == sorted(celery_capacity.__all__)
     signatures = re.findall(r"^```python\n(\w+\(.*\))\n```$", page, re.MULTILINE)
-    # An error that takes what all take is not shown.
+    # An error that takes the usual parameters of an error is not shown.
     usual = shown("PlatformError").removeprefix("PlatformError")
-    special = {name for name in told if shown(name) != name + usual}
+    special = {name for name in documented if shown(name) != name + usual}
     assert sorted(signatures) == sorted(map(shown, {"PlatformError", *special}))
 
 
 def test_the_methods_of_requests_on_the_page_exist() -> None:
     body = sections(API)["Request"]
-    methods = {re.sub(r"^Request\.|\(.*", "", found) for cells in rows(body) for found in names(cells[0])} - {"str"}
+    methods = {re.sub(r"^Request\.|\(.*", "", heading) for cells in rows(body) for heading in names(cells[0])} - {"str"}
     assert {"from_options", "shape", "to_people"} <= methods
     for method in methods:
         assert hasattr(celery_capacity.Request, method)
@@ -272,8 +278,8 @@ def test_the_numbers_of_the_policy_are_its_constants() -> None:
 
 
 def test_the_reasons_of_the_policy_are_all_there() -> None:
-    told = [names(cells[0])[0] for cells in rows(sections(POLICY)["An example"])]
-    assert told == [reason.value for reason in Reason]
+    documented = [names(cells[0])[0] for cells in rows(sections(POLICY)["An example"])]
+    assert documented == [reason.value for reason in Reason]
 
 
 def test_the_example_of_the_policy_is_what_it_decides() -> None:
@@ -295,9 +301,9 @@ def test_the_example_of_the_policy_is_what_it_decides() -> None:
         free=refusal.free,
         worker=refusal.worker,
     )
-    said = re.search(r"^> (.+)$", POLICY.read_text(encoding="utf-8"), re.MULTILINE)
-    assert said is not None
-    assert said[1] in render.reasons(why)
+    sentence = re.search(r"^> (.+)$", POLICY.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sentence is not None
+    assert sentence[1] in render.reasons(why)
 
 
 SYSTEMS: Final = ("Slurm", "HyperQueue", "Ray", "Dask", "Kueue", "Airflow pools", "Plain Celery")
@@ -333,5 +339,5 @@ def test_a_drawing_names_only_its_participants_and_closes_its_blocks(path: Path,
 
 def test_the_figures_of_the_proposals_are_those_that_were_measured() -> None:
     page = PROPOSALS.read_text(encoding="utf-8")
-    found = dict(re.findall(r"<!-- proposals-(\w+):begin -->\n(.*?)\n<!-- proposals-\1:end -->", page, re.DOTALL))
-    assert found == Report.from_json(RESULTS.read_text(encoding="utf-8")).tables()
+    figures = dict(re.findall(r"<!-- proposals-(\w+):begin -->\n(.*?)\n<!-- proposals-\1:end -->", page, re.DOTALL))
+    assert figures == Report.from_json(RESULTS.read_text(encoding="utf-8")).tables()

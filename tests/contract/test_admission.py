@@ -1,4 +1,7 @@
-"""The scripts choose as the policy does: which worker a submit takes, and what a release or a registration admits."""
+"""The scripts choose as the policy does: the worker that a submit takes, and the jobs that room lets in.
+
+Room comes from a release or a registration.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ ON_A_SERVER = settings(suppress_health_check=[HealthCheck.function_scoped_fixtur
 #: Few amounts, so that workers tie, requests equal what is free, and a request of nothing comes about.
 AMOUNTS: Final = {"cpus": (0, 500, 1000, 1500, 2000, 4000), "memory": (0, 1, 2, 3), "licence": (0, 1, 2)}
 VECTORS: Final = st.fixed_dictionaries({name: st.sampled_from(amounts) for name, amounts in AMOUNTS.items()})
-#: Most jobs are in the default queue, most workers serve it.
+#: Most jobs are in the default queue, and most workers serve it.
 JOB_QUEUES: Final = st.sampled_from([DEFAULT_QUEUE, DEFAULT_QUEUE, "Vidéo/hd", "mail"])
 REQUESTS: Final = st.builds(lambda amounts, queue: Request.of(amounts).within(queue), VECTORS, JOB_QUEUES)
 SERVED: Final = st.sampled_from([(DEFAULT_QUEUE,), (DEFAULT_QUEUE, "mail"), ("mail",), ("Vidéo/hd", "mail"), ()])
@@ -61,11 +64,11 @@ def capacities(slots: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, int
     return st.builds(lambda amounts, queues: {**amounts, **labels(queues)}, vectors(slots), SERVED)
 
 
-#: Names that sort otherwise by number than by text.
+#: Names whose order by number differs from their order by text.
 NAMES: Final = st.integers(1, 40).map(lambda number: f"w{number}")
-#: Of a queue that it may not serve any more.
+#: Allocations in a queue that the worker may not serve any more.
 HELD: Final = st.sampled_from([{}, {}, {"queue:mail": 1}])
-#: Books with room, full ones, and ones over their capacity (of what they do not even publish).
+#: Books with room, full books, and books over their capacity, even in a resource that they do not publish.
 BOOKS: Final = st.lists(
     st.builds(
         lambda name, capacity, allocated, held, admitting: Book(name, capacity, {**allocated, **held}, admitting),
@@ -75,12 +78,12 @@ BOOKS: Final = st.lists(
     max_size=30,
     unique_by=lambda book: book.worker,
 )
-#: Why a worker does not admit.
+#: Reasons why a worker does not admit.
 CLOSED: Final = st.sampled_from(["draining", "closed", "expired", "older epoch"])
 
 
 def write(ledger: Ledger, books: Sequence[Book], why: str = "draining") -> None:
-    """The books as the scripts would have left them."""
+    """Write the books as the scripts would have left them."""
     ledger.client.flushdb()
     ledger.open(1)
     ledger.finish(1)
@@ -145,33 +148,33 @@ def test_many_submitted_at_once_take_what_the_policy_takes_one_after_another(
     assert [worker.decode() if worker else None for _, worker, _ in cards] == expected
     assert [state for state, *_ in cards] == [b"admitted" if worker else b"waiting" for worker in expected]
     assert {digest for *_, digest in cards} == {digest_of(MESSAGE).encode()}
-    # Again: all of them are known.
+    # Again: the ledger knows all of them.
     assert ledger.submit_many(rows) == 0
 
 
-#: Jobs of one request, in a row: one, some, or more than most workers have slots.
+#: Jobs of one request, in a row: a single job, some, or more than most workers have slots.
 RUNS: Final = st.lists(st.tuples(REQUESTS, st.integers(0, 2), st.integers(1, 6)), min_size=1, max_size=5)
 
 
 def standing(ledger: Ledger) -> dict[bytes, Any]:
-    """All that the ledger holds beside the stream and the times of its entries."""
+    """Return all that the ledger holds except the stream and the times of its entries."""
     client: Any = ledger.client
-    found: dict[bytes, Any] = {}
+    contents: dict[bytes, Any] = {}
     for key in sorted(client.scan_iter()):
         kind = client.type(key)
         if kind == b"hash":
             fields = client.hgetall(key)
             times = (b"lease", b"entry", b"admitted", b"opened") if key != keys.COUNTERS.encode() else ()
-            found[key] = {name: value for name, value in fields.items() if name not in times}
+            contents[key] = {name: value for name, value in fields.items() if name not in times}
         elif kind == b"zset":
             timed = key.decode() in (keys.LEASES, keys.UNCLAIMED)
-            found[key] = client.zrange(key, 0, -1, withscores=not timed)
-            found[key] = sorted(found[key]) if timed else found[key]
+            contents[key] = client.zrange(key, 0, -1, withscores=not timed)
+            contents[key] = sorted(contents[key]) if timed else contents[key]
         elif kind == b"list":
-            found[key] = client.lrange(key, 0, -1)
+            contents[key] = client.lrange(key, 0, -1)
         elif kind == b"string":
-            found[key] = client.get(key)
-    return found
+            contents[key] = client.get(key)
+    return contents
 
 
 @ON_A_SERVER
@@ -188,7 +191,7 @@ def test_many_submitted_at_once_leave_the_ledger_as_one_after_another_do(
         ledger.submit_one(row)
     expected = standing(ledger)
     write(ledger, books)
-    # (One that is named twice is known the second time.)
+    # A job that is named twice is known the second time.
     assert ledger.submit_many([*rows, rows[-1]]) == len(rows)
     assert standing(ledger) == expected
 
@@ -218,20 +221,23 @@ def file(ledger: Ledger, backlog: Sequence[Waiting]) -> None:
 
 
 def delivered(client: Any, queue: str) -> list[str]:
-    """The jobs whose messages were pushed, the first one first."""
+    """Return the jobs whose messages were pushed, in the order of the pushes."""
     tags = [message.rpartition(b'"delivery_tag":"')[2] for message in reversed(client.lrange(queue, 0, -1))]
     return [tag.partition(b":")[0].decode() for tag in tags]
 
 
 def passes(book: Book, backlog: Sequence[Waiting]) -> list[str]:
-    """What the policy admits in passes of one script each, until a pass admits less than the most."""
+    """Return the jobs that the policy admits in passes of a single script each.
+
+    The passes end when a pass admits fewer than the most.
+    """
     admitted: list[Waiting] = []
     while True:
-        found = fill(book, [one for one in backlog if one not in admitted], SHAPES, MOST_ADMITTED)
-        for waiting in found:
+        pass_ = fill(book, [candidate for candidate in backlog if candidate not in admitted], SHAPES, MOST_ADMITTED)
+        for waiting in pass_:
             book = book.holding(waiting.request)
-        admitted += found
-        if len(found) < MOST_ADMITTED:
+        admitted += pass_
+        if len(pass_) < MOST_ADMITTED:
             return [waiting.job for waiting in admitted]
 
 
@@ -255,10 +261,10 @@ def test_a_release_admits_what_the_policy_fills_in_with_in_its_order(
 ) -> None:
     write(ledger, [])
     ledger.register("w", "life", "queue", Request.of({**capacity, **held}).shape, VIEW)
-    # What runs takes the whole worker, so that the backlog waits until it is released.
+    # The running job takes the whole worker, so that the backlog waits until it is released.
     whole = Request.of({**capacity, **held})
     assert ledger.submit("first", whole.shape, order(9, 0), MESSAGE).worker == "w"
-    # From now on it serves these queues. (What it holds is of none that it has left.)
+    # From now on it serves these queues. The job that it holds belongs to none of the queues that it has left.
     ledger.register("w", "life", "queue", Capacity(whole.amounts).serving(queues).shape, VIEW)
     file(ledger, backlog)
     ledger.client.delete("queue")
@@ -282,10 +288,10 @@ def test_a_worker_that_asks_is_handed_over_what_others_are_sent(
     expected = fill(Book("w", capacity, {}), backlog, SHAPES, MOST_ADMITTED)
     ended = [Ended("first", "1.1", "succeeded")]
     settled = ledger.settle("w", "life", ended=ended, most_losses=MOST_LOSSES, nonce="n")
-    assert [one.job for one in settled.handed_over] == [waiting.job for waiting in expected]
-    for one in settled.handed_over:
-        assert one.message.endswith(f',"delivery_tag":"{one.job}:1.1"}}}}')
-        assert (one.token, one.shape) == ("1.1", Request.of(dict(_amounts(one.shape))).shape)
+    assert [handed.job for handed in settled.handed_over] == [waiting.job for waiting in expected]
+    for handed in settled.handed_over:
+        assert handed.message.endswith(f',"delivery_tag":"{handed.job}:1.1"}}}}')
+        assert (handed.token, handed.shape) == ("1.1", Request.of(dict(_amounts(handed.shape))).shape)
     assert delivered(ledger.client, "queue") == passes(Book("w", capacity, {}), backlog)[len(expected) :]
 
 
@@ -299,7 +305,7 @@ def test_more_shapes_and_jobs_than_one_script_looks_at_are_gone_through_by_the_c
     ledger: Ledger, most: int, jobs: int
 ) -> None:
     write(ledger, [])
-    # As many shapes that never fit stand before the ones that do: the cursor has to pass them.
+    # As many shapes that never fit stand before the shapes that do: the cursor has to pass them.
     wide = [Waiting(f"wide-{n}", Request.of({"cpus": 9_000_000 + n}), order(9, n)) for n in range(SHAPES + most)]
     slim = [Waiting(f"slim-{n}", Request.of({"cpus": 1 + n % 3}), order(0, 1000 + n)) for n in range(jobs)]
     file(ledger, [*wide, *slim])
@@ -318,11 +324,11 @@ def test_one_script_admits_as_many_as_the_policy_and_says_where_to_go_on(ledger:
     assert ledger._call("fill", worker="w", cursor=first["cursor"])["admitted"] == "5"
 
 
-# More workers than one script looks at.
+# More workers than a single script looks at.
 
 
 def crowd(free: Mapping[str, int]) -> list[Book]:
-    """Workers with so many free CPUs, of which only the last one publishes memory."""
+    """Return workers with so many free CPUs, of which only the last publishes memory."""
     books = [Book(name, {"cpus": cpus, "slots": 5}, {}) for name, cpus in free.items()]
     return [*books[:-1], replace(books[-1], capacity={**books[-1].capacity, "memory": 1})]
 
@@ -374,10 +380,10 @@ def test_a_search_whose_cursor_moved_meanwhile_still_finds_the_worker(ledger: Le
     request_ = Request.of({"cpus": 1000, "memory": 1})
     reply = ledger._call("submit", **ledger._submit_values("job", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
     assert reply.head == "waiting"
-    # The worker at the cursor is admitted to: it leaves its place.
+    # The worker at the cursor gets an allocation: it leaves its place.
     ledger.client.zadd(keys.FREE, {reply["cursor_worker"]: 3000})
     placed = ledger.place(request_.shape, reply["cursor_score"], reply["cursor_worker"])
-    assert [one.worker for one in placed] == [books[-1].worker]
+    assert [admission.worker for admission in placed] == [books[-1].worker]
 
 
 def test_a_job_that_fits_nowhere_is_filed_after_all_workers_were_looked_at(ledger: Ledger) -> None:
@@ -394,7 +400,7 @@ def test_a_job_behind_others_of_its_shape_leaves_the_search_to_the_first_of_them
     request_ = Request.of({"cpus": 1000, "memory": 1})
     first = ledger._call("submit", **ledger._submit_values("first", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
     assert first.head == "waiting"
-    # The caller of the first one died here; the next one is filed unseen, and the sweep's fill finds both.
+    # The caller of the first job died here. The next job is filed unseen, and the sweep's fill finds both.
     assert ledger.submit("second", request_.shape, order(0, 2), MESSAGE).state == "waiting"
     assert ledger.fill(books[-1].worker) == 1
     assert delivered(ledger.client, f"queue.{books[-1].worker}") == ["first"]

@@ -1,4 +1,4 @@
-"""The last attempt of a job runs alone: where it goes, what waits for it, and when a worker is kept for it no more."""
+"""The last attempt of a job runs alone: where it goes, which jobs wait for it, and when a worker is no longer kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from celery_capacity.routing.policy.placement import Admission, Book, Reason, Re
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 
-#: What a job holds that asks for ONE and runs alone.
+#: Allocation of a job that asks for ONE and runs alone.
 ALONE: Final = "alone=1,cpus=1000,memory=10,slots=1"
 #: Losses after which one more ends a job.
 LAST: Final = MOST_LOSSES - 1
@@ -56,7 +56,7 @@ def test_a_job_is_filed_to_run_alone_by_the_loss_that_leaves_it_one_attempt(clus
     assert cluster.claim("job", "1.1").losses == LAST - 1
     assert cluster.end("job", "1.1", "lost").state == "waiting"
     assert cluster.client.hget(keys.job("job"), "shape").decode() == ALONE
-    # It lost that attempt here: this worker is kept for it.
+    # The job lost that attempt here: this worker is kept for it.
     assert kept(cluster) == ALONE
     assert cluster.submit("small") is None
     cluster.end("beside", "1.1")
@@ -75,7 +75,7 @@ def test_a_hand_back_and_a_new_epoch_leave_it_alone(cluster: Cluster) -> None:
     cluster.ledger.open(2)
     cluster.ledger.finish(2)
     cluster.register()
-    # As a row of Postgres says it: with the request that it asks for.
+    # As a row of Postgres says it: with the request that the job asks for.
     assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.2", ONE, 1, 5, 6, "n", LAST)]) == []
     assert (cluster.book()["a.alone"], cluster.submit("next")) == ("1", None)
 
@@ -92,7 +92,7 @@ def test_of_two_workers_one_is_kept_and_the_first_that_is_empty_takes_it(cluster
     cluster.claim("other", "1.1", "x")
     cluster.end("other", "1.1", worker="x")
     assert cluster.client.hget(keys.job("last"), "worker") == b"x"
-    # And the one that was kept takes others again.
+    # The worker that was kept takes others again.
     assert (kept(cluster), cluster.submit("next")) == ("", "w")
 
 
@@ -114,7 +114,8 @@ def test_a_worker_that_is_kept_no_more_is_filled_with_more_than_one_pass_admits(
     cluster.submit("last", losses=LAST)
     cluster.renew("one")
     assert kept(cluster) == ALONE
-    # More jobs than a pass admits, behind more shapes that it may take, and that do not fit, than a pass looks at.
+    # More jobs than a pass admits.
+    # They stand behind more shapes, allowed but too large, than a pass looks at.
     for n in range(2 * placement.SHAPES):
         cluster.submit(f"wide-{n}", Request.of({"cpus": 10**7 + n}).shape)
     small = [f"small-{n}" for n in range(2 * placement.MOST_ADMITTED + 1)]
@@ -207,7 +208,7 @@ def test_the_reason_says_that_it_waits_to_be_alone_and_where() -> None:
     assert survey(JOB, [book("a", 1), book("b")]) == Admission("b")
     assert survey(JOB, [book("a", 1), book("b", 2)]) == Refusal(Reason.ALONE)
     assert survey(JOB, [book("a", 1, kept=ALONE), book("b", 2)]) == Refusal(Reason.ALONE, worker="a")
-    # Of others it is said whose turn it is.
+    # For other jobs the reason says whose turn it is.
     refusal = survey(Request.from_shape(ONE), [book("a", 1, kept=ALONE)])
     assert isinstance(refusal, Refusal)
     assert (refusal.reason, refusal.resource, refusal.worker) == (Reason.NO_ROOM, "alone", "a")
@@ -217,7 +218,7 @@ def test_a_pass_keeps_the_worker_when_the_turn_has_come() -> None:
     small, last = Request.from_shape(ONE), JOB
     backlog = [Waiting("1", small, 1), Waiting("2", last, 2), Waiting("3", small, 3)]
     admitted, shape = fill_or_keep(book("a", 1), backlog, 64, 32)
-    assert ([one.job for one in admitted], shape) == (["1"], ALONE)
-    # Another one is kept already.
+    assert ([waiting.job for waiting in admitted], shape) == (["1"], ALONE)
+    # Another worker is kept for this shape already.
     admitted, shape = fill_or_keep(book("a", 1), backlog, 64, 32, {ALONE})
-    assert ([one.job for one in admitted], shape) == (["1", "3"], "")
+    assert ([waiting.job for waiting in admitted], shape) == (["1", "3"], "")

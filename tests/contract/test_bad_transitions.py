@@ -1,4 +1,4 @@
-"""A transition that Postgres never takes: it is set aside with its job marked, and everything else goes on."""
+"""A transition that Postgres never takes is set aside with its job marked, and everything else goes on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from celery_capacity.workers.results.outcome_writer import Recorder
 from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
 from tests.fixtures.waiting import until
 
-#: An error in no way that a database in ASCII can hold.
+#: An error that a database in ASCII cannot hold in any way.
 ERROR: Final = "größer ✓"
 
 
@@ -39,7 +39,10 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 
 @pytest.fixture
 def in_ascii(database_url: str) -> Iterator[Engine]:
-    """Connections that can say ASCII only, as those to a database in SQL_ASCII (`initdb` under LANG=C)."""
+    """Yield an engine whose connections can say ASCII only.
+
+    They stand for those to a database in SQL_ASCII (`initdb` under LANG=C).
+    """
     engine = create_engine(database_url, isolation_level="AUTOCOMMIT", client_encoding="sql_ascii")
     yield engine
     engine.dispose()
@@ -47,14 +50,14 @@ def in_ascii(database_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def workers_own(settings: Settings) -> Iterator[Engine]:
-    """As workers have it: with a bound for locks."""
+    """Yield an engine as workers have it: with a bound for locks."""
     engine = make_engine(str(settings.database_url))
     yield engine
     engine.dispose()
 
 
 def refuse(stage: Stage, condition: str, code: str = "22P05") -> None:
-    """Have Postgres refuse each write to `jobs` that makes the new row so."""
+    """Have Postgres refuse each write to `jobs` whose new row meets this condition."""
     stage.sql(
         f"CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'refused by the test' "
         f"USING ERRCODE = '{code}'; END $$"
@@ -121,10 +124,10 @@ def test_end_that_postgres_refuses_in_any_words_is_set_aside(stage: Stage, write
     refuse(stage, f"NEW.id = '{jobs[2]}' AND NEW.step = {Step.ENDED.value}")
     write(stage.engine, stage)
     assert [stage.row(job).state for job in jobs] == ["succeeded"] * 5
-    (found,) = set_aside(stage)
-    assert (found.queue, found.worker) == (keys.STREAM, "a")
-    assert jobs[2] in found.reason
-    assert json.loads(found.raw)["job"] == jobs[2]
+    (entry,) = set_aside(stage)
+    assert (entry.queue, entry.worker) == (keys.STREAM, "a")
+    assert jobs[2] in entry.reason
+    assert json.loads(entry.raw)["job"] == jobs[2]
     assert "set aside" in stage.row(jobs[2]).error
     assert stage.redis.xlen(keys.STREAM) == 0
     assert not stage.redis.hexists(keys.job(jobs[2]), "entry")
@@ -149,10 +152,10 @@ def test_unreadable_entry_of_the_stream_is_set_aside(stage: Stage) -> None:
     stage.redis.xadd(keys.STREAM, {"job": "job-x", "attempt": "many"})
     other = stage.submit(cpus=1000, applied=False)
     assert transition_log.apply_all(stage.engine, stage.ledger)[0] == 3
-    assert [stage.row(one).state for one in (job, other)] == ["admitted", "admitted"]
+    assert [stage.row(job_id).state for job_id in (job, other)] == ["admitted", "admitted"]
     assert stage.redis.xlen(keys.STREAM) == 0
-    (found,) = set_aside(stage)
-    assert json.loads(found.raw)["attempt"] == "many"
+    (entry,) = set_aside(stage)
+    assert json.loads(entry.raw)["attempt"] == "many"
 
 
 @WRITERS
@@ -165,13 +168,13 @@ def test_publish_that_postgres_refuses_keeps_no_end_back(stage: Stage, write: An
     write(stage.engine, stage)
     assert [stage.row(job).state for job in jobs] == ["failed", "succeeded", "running"]
     assert outbox.parse(stage.row(jobs[0]).outbox).results == [{"result": "kept"}]
-    (found,) = set_aside(stage)
-    assert jobs[0] in found.reason
-    assert "child" in found.raw
+    (entry,) = set_aside(stage)
+    assert jobs[0] in entry.reason
+    assert "child" in entry.raw
 
 
 def test_retry_that_postgres_refuses_ends_its_job(stage: Stage) -> None:
-    """Without its successor the attempt would begin anew, for ever."""
+    """An attempt without its successor would begin anew, for ever."""
     (job,) = started(stage, 1)
     refuse(stage, f"NEW.id = '{job}' AND NEW.successor IS NOT NULL")
     retry = NewJob(job, "task", Request.of({"cpus": 1000}).shape, MESSAGE, retries=1)
@@ -184,7 +187,7 @@ def test_retry_that_postgres_refuses_ends_its_job(stage: Stage) -> None:
 
 
 def test_postgres_that_takes_nothing_sets_nothing_aside(stage: Stage) -> None:
-    """Read-only, say: no entry is to blame."""
+    """No entry is to blame where Postgres is read-only, for example."""
     jobs = [stage.submit(cpus=1000, applied=False) for _ in range(3)]
     refuse(stage, "true", "25006")
     with pytest.raises(Exception, match="refused by the test"):
@@ -200,7 +203,7 @@ def test_row_that_cannot_be_written_at_all_keeps_its_entry_and_stops_nobody(stag
     refuse(stage, f"NEW.id = '{jobs[1]}'", "XX001")
     stage.apply()
     assert [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"]
-    assert [one.job for one in transition_log.read(stage.ledger)] == [jobs[1]]
+    assert [transition.job for transition in transition_log.read(stage.ledger)] == [jobs[1]]
     stage.sql("DROP TRIGGER refuse ON jobs")
     stage.apply()
     assert stage.row(jobs[1]).state == "admitted"
@@ -230,13 +233,13 @@ def test_stream_is_applied_behind_a_thousand_locked_rows(engine: Engine, stage: 
 def test_recorder_writes_behind_a_thousand_locked_rows(engine: Engine, stage: Stage, workers_own: Engine) -> None:
     locked = [stage.insert({"cpus": 1000}) for _ in range(1001)]
     free = stage.insert({"cpus": 1000})
-    one = Transition("", 1, 1, "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0)
+    transition = Transition("", 1, 1, "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0)
     recorder = Recorder(workers_own, stage.ledger)
     connection = lock_all(stage, engine, locked)
     try:
         recorder.start()
-        recorder.add([replace(one, job=job) for job in locked])
-        recorder.add([replace(one, job=free)])
+        recorder.add([replace(transition, job=job) for job in locked])
+        recorder.add([replace(transition, job=free)])
         until(lambda: stage.row(free).state == "running", "what is behind them is written")
         assert not recorder.flush(0.01)
     finally:

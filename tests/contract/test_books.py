@@ -151,12 +151,12 @@ def test_a_worker_whose_last_slot_is_taken_leaves_the_index_until_one_is_free(cl
         cluster.submit("job")
         cluster.register(capacity=narrow)
     else:
-        # Filed by a submitter that died before it had looked at all workers.
+        # The job was filed by a submitter that died before it had looked at all workers.
         cluster.submit("job")
         cluster.register(capacity=narrow.replace("cpus=4000", "cpus=500"))
         cluster.client.hset(keys.book("w"), "c.cpus", 4000)
         cluster.client.zadd(keys.FREE, {"w": 4000})
-        assert [one.job for one in cluster.ledger.place(ONE)] == ["job"]
+        assert [placed.job for placed in cluster.ledger.place(ONE)] == ["job"]
     assert cluster.client.zscore(keys.FREE, "w") is None
     cluster.claim("job", "1.1")
     cluster.end("job", "1.1")

@@ -1,4 +1,4 @@
-"""Every script is bounded, whatever stands in the ledger: 100,000 entries of which nobody knows make it no longer."""
+"""Every script is bounded, whatever stands in the ledger: 100,000 unknown entries make it no longer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("bounds")
 STRANGERS: Final = 100_000
 #: Commands of one script: some 5 ms of a server at the most.
 MOST_COMMANDS: Final = 3_000
-#: Calls of each script that are measured in one test; the others go on until no stranger is left.
+#: Calls of each script that are measured in one test. Later calls go on, unmeasured, until no stranger is left.
 CALLS: Final = 12
 #: Calls after which a test has seen enough.
 ENOUGH: Final = 4_000
@@ -41,12 +41,12 @@ KEPT: Final = keys.KEYS["kept"]
 
 
 class Enough(Exception):
-    """So many calls were made."""
+    """The call limit of a test is reached."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call of a script did: the commands that it gave, and the time that it took (microseconds)."""
+    """Cost of one call of a script: the number of commands that it gave, and its time (microseconds)."""
 
     commands: int
     micros: int
@@ -73,21 +73,23 @@ class Measured(Ledger):
         if len(self.costs.setdefault(name, [])) == CALLS:
             return super()._calls([(name, args)])[0]
         client: Any = self.client
-        # (So that the script is known, and only itself is measured.)
+        # Load the script first, so that the server knows it, and only the script itself is measured.
         client.script_load(self._scripts[name].text)
         client.config_resetstat()
         client.slowlog_reset()
         reply = super()._calls([(name, args)])[0]
         commands = client.info("commandstats").items()
-        own = sum(one["calls"] for command, one in commands if not re.search(ASIDE, command))
-        slow = [entry["duration"] for entry in client.slowlog_get(10) if b"EVALSHA" in entry["command"].upper()]
-        self.costs[name].append(Cost(own, max(slow, default=0)))
+        count = sum(counter["calls"] for command, counter in commands if not re.search(ASIDE, command))
+        slow = [
+            slow_call["duration"] for slow_call in client.slowlog_get(10) if b"EVALSHA" in slow_call["command"].upper()
+        ]
+        self.costs[name].append(Cost(count, max(slow, default=0)))
         return reply
 
 
 @pytest.fixture(scope="module")
 def own_ledger(server_pair: Pair) -> Iterator[Measured]:
-    """A ledger on a server whose settings a test may change."""
+    """Yield a ledger on a server whose settings a test may change."""
     with empty_redis(server_pair) as redis_url:
         yield from measured(redis_url)
 
@@ -113,8 +115,8 @@ def measured(redis_url: str) -> Iterator[Measured]:
     client.close()
 
 
-#: Builds 100,000 entries in one place: ARGV is the command, its key, the format of an entry, and what goes with each
-#: (put before the entry in a sorted set).
+#: Lua that builds 100,000 entries in one place. ARGV is the command, its key, the format of an entry, and the value
+#: that goes with each entry. In a sorted set that value comes before the entry.
 BUILD: Final = """
 for i = 1, tonumber(ARGV[5]) do
   local entry = string.format(ARGV[3], i)
@@ -138,7 +140,7 @@ class Flood:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.client: Any = ledger.client
-        #: Whether strangers stand everywhere.
+        #: True while strangers stand everywhere.
         self.full = False
 
     def empty(self) -> Flood:
@@ -150,7 +152,7 @@ class Flood:
         return self
 
     def fill_up(self) -> Flood:
-        """Have strangers everywhere, beside a worker in order that runs a job of which Postgres knows."""
+        """Put strangers everywhere, beside a worker in order that runs a job which Postgres knows."""
         if not self.full:
             self.empty().worker()
             self.running()
@@ -165,23 +167,23 @@ class Flood:
         self.client.eval(BUILD, 0, command, key, entry, beside, STRANGERS)
 
     def queue(self, shape: str = ONE) -> None:
-        """Places of jobs in a queue; the shape stands in the indexes, before all others."""
+        """Put places of jobs into a queue, whose shape stands in the indexes before all others."""
         self._build("ZADD", keys.wait(shape))
         self.client.zadd(keys.SHAPES, {shape: 1})
         self.client.zadd(keys.shapes_of("queue:celery"), {shape: 1})
 
     def shapes(self) -> None:
-        """Shapes without a queue, which every worker may take."""
+        """Put shapes without a queue into the indexes, which every worker may take."""
         for key in (keys.SHAPES, keys.shapes_of("queue:celery"), keys.shapes_of("gpus")):
             self._build("ZADD", key, "cpus=%d,slots=1")
 
     def workers(self) -> None:
-        """Workers in the indexes, with room and without books."""
+        """Put workers into the indexes, with room and without books."""
         for key, score in ((keys.FREE, 64_000), (keys.free_of("gpus"), 64_000), (keys.LEASES, 0)):
             self._build("ZADD", key, beside=score)
 
     def held(self) -> None:
-        """Jobs in the list of worker w."""
+        """Put jobs into the list of worker w."""
         self._build("HSET", keys.held("w"), beside="1.1")
 
     def missing(self) -> None:
@@ -191,25 +193,25 @@ class Flood:
         self._build("ZADD", keys.UNCLAIMED)
 
     def messages(self) -> None:
-        """What lies in the private queue of worker w."""
+        """Put messages into the private queue of worker w."""
         self._build("LPUSH", "queue.w")
 
     def kept(self) -> None:
         self._build("HSET", KEPT, "alone=1,cpus=%d,slots=1", "stranger")
 
     def carried(self) -> None:
-        """Jobs that nobody may bring in."""
+        """Put jobs into the set of carried ones, which nobody may bring in."""
         self._build("SADD", keys.CARRIED)
 
     def asked(self) -> None:
-        """Duties that nobody knows."""
+        """Put duties that nobody knows into the set of requested ones."""
         self._build("SADD", keys.KEYS["asked"])
 
     def stream(self) -> None:
         self._build("XADD", keys.STREAM)
 
     def worker(self, name: str = "w") -> None:
-        """A worker that is in order but for the flood."""
+        """Register a worker that is in order but for the flood."""
         self.ledger.register(name, f"{name}-life", f"queue.{name}", CAPACITY, VIEW)
 
     def running(self, job: str = "job") -> None:
@@ -222,7 +224,7 @@ class Flood:
         self.client.zadd(keys.LEASES, {"w": end})
 
 
-#: What a script is asked to do, in a ledger with these strangers.
+#: Prepares a ledger with strangers, and returns the action that a script is then asked to do.
 Driver = Callable[[Flood], Callable[[], object]]
 
 
@@ -245,7 +247,7 @@ def place(flood: Flood) -> Callable[[], object]:
 
 
 def place_alone(flood: Flood) -> Callable[[], object]:
-    """The last place of a shape goes, and a worker that was kept for it meets a queue of strangers."""
+    """Drive a last place of a shape that goes: a worker that was kept for it meets a queue of strangers."""
     flood.empty().worker()
     flood.client.hset(keys.book("w"), "kept", ALONE)
     flood.client.hset(KEPT, ALONE, "w")
@@ -284,7 +286,7 @@ def register(flood: Flood) -> Callable[[], object]:
 
 
 def register_next(flood: Flood) -> Callable[[], object]:
-    """The life before left a long queue."""
+    """Drive a registration after a life that left a long queue."""
     flood.empty().worker()
     flood.messages()
     flood.missing()
@@ -367,7 +369,7 @@ def forget(flood: Flood) -> Callable[[], object]:
 
 
 def among_strangers(ask: Callable[[Ledger], object]) -> Driver:
-    """Strangers stand everywhere."""
+    """Return a driver of this call in a ledger where strangers stand everywhere."""
 
     def driver(flood: Flood) -> Callable[[], object]:
         flood.fill_up()
@@ -382,7 +384,7 @@ def elect(flood: Flood) -> Callable[[], object]:
 
 
 def close_epoch(flood: Flood) -> Callable[[], object]:
-    """Old books go, those of a long queue and a long list among them."""
+    """Drive the removal of old books, with a long queue and a long list among them."""
     flood.empty().queue()
     flood.held()
     flood.messages()
@@ -413,7 +415,7 @@ def in_new_ledger(flood: Flood) -> Callable[[], object]:
 
 ROWS: Final = "\n".join(f"stranger-{number} waiting 1.0 -" for number in range(500))
 
-#: How each script is driven where it has the most to do. Each script stands here.
+#: Drivers of each script, where it has the most to do. Each script stands here.
 DRIVERS: Final[dict[str, tuple[Driver, ...]]] = {
     "adopt": (adopt,),
     "cancel": (cancel,),
@@ -464,7 +466,7 @@ def test_every_script_is_driven() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "driver"), [pytest.param(name, one, id=name) for name, drivers in DRIVERS.items() for one in drivers]
+    ("name", "driver"), [pytest.param(name, case, id=name) for name, drivers in DRIVERS.items() for case in drivers]
 )
 def test_script_gives_few_commands_whatever_the_ledger_holds(
     own_ledger: Measured, flood: Flood, name: str, driver: Driver
@@ -484,8 +486,8 @@ def test_script_gives_few_commands_whatever_the_ledger_holds(
         assert max(cost.commands for cost in costs) <= MOST_COMMANDS, script
 
 
-#: Commands that read a whole key, and where they may: a book has as many fields as its worker has resources, and a list
-#: is read whole where it was seen to be short.
+#: Commands that read a whole key, and where they may. A book has as many fields as its worker has resources. A list is
+#: read whole where it was seen to be short.
 WHOLE: Final = {"HGETALL": ("KEY.book", "KEY.held", "key"), "HKEYS": (), "HVALS": (), "SMEMBERS": (), "LRANGE": ()}
 
 
@@ -494,7 +496,7 @@ def test_script_reads_no_long_key_whole(name: str) -> None:
     code = assembled(name)
     for command, key in re.findall(r"redis\.call\('(\w+)', ([\w.]+)", code):
         assert command not in WHOLE or key in WHOLE[command], f"{command} {key}"
-        # What frees a key whose length nobody knows does so in a thread of the server.
+        # A command that frees a key of unknown length does so in a thread of the server.
         assert command != "DEL" or key in ("KEY.job", "KEY.view", "KEY.book", "KEY.epoch"), f"{command} {key}"
     for command, rest in re.findall(r"redis\.call\('(ZRANGE\w*|XRANGE)', ([^\n]*)", code):
         assert command == "ZRANGE" or re.search("'(LIMIT|COUNT)'", rest), f"{command} {rest}"

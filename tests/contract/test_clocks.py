@@ -1,4 +1,4 @@
-"""The clock of a server is set: what was measured by it before is no measure any more."""
+"""The clock of a server is set: a time that was measured by it before is no measure any more."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_runner_is_elected_though_the_clock_was_set_back_since_the_last_renewa
 
 
 def test_what_is_submitted_is_taken_again_after_the_clock_was_set_forward(cluster: Cluster) -> None:
-    """The deadline of a submit is a time by what each connection measured when it was made."""
+    """The deadline of a submit is a time by the clock offset that each connection measured when it was made."""
     cluster.ledger._clock_offset_ms -= HOUR_MS
     assert cluster.submit("first") is None
     assert cluster.state("first") is None
@@ -81,21 +81,21 @@ def test_a_worker_that_renewed_has_the_whole_grace_again(cluster: Cluster) -> No
 
 
 def set_forward(cluster: Cluster, by_ms: int) -> None:
-    """What the clock of the server, set forward, makes of the lease of `w`."""
+    """Change the lease of `w` as a server clock that is set forward would."""
     end = int(cluster.book()["lease"]) - by_ms - HOUR_MS
     cluster.client.hset(keys.book("w"), "lease", end)
     cluster.client.zadd(keys.LEASES, {"w": end})
 
 
 def looked_at(cluster: Cluster) -> str:
-    """What the duty finds, before it takes anything back."""
+    """Return the verdict of the duty, before it takes anything back."""
     return cluster.ledger.lapse("w", GRACE_MS, MOST_LOSSES, most=0).verdict
 
 
 def test_a_cold_ledger_is_opened_though_postgres_was_set_back_since_the_authority_changed(
     engine: Engine, settings: Settings
 ) -> None:
-    """Nobody decides for a while after a change; an hour that is still to come is not waited for."""
+    """Nobody decides for a while after a change, but nobody waits for an hour that is still to come."""
     stage = Stage(engine, settings)
     stage.sql("UPDATE authority SET changed_at = now() + interval '1 hour'")
     stage.redis.flushdb()
@@ -126,8 +126,8 @@ def test_entries_of_before_are_read_at_once(cluster: Cluster) -> None:
     far = cluster.ledger.measure() + HOUR_MS
     cluster.client.xadd(keys.STREAM, {"job": "ahead", "epoch": "1", "attempt": "1"}, id=f"{far}-0")
     cluster.submit("job")
-    found = transition_log.read(cluster.ledger, older_than_ms=60_000)
-    assert [one.job for one in found] == ["ahead", "job"]
+    transitions = transition_log.read(cluster.ledger, older_than_ms=60_000)
+    assert [transition.job for transition in transitions] == ["ahead", "job"]
     cluster.client.delete(keys.STREAM)
     cluster.submit("other")
     assert transition_log.read(cluster.ledger, older_than_ms=60_000) == []

@@ -30,7 +30,7 @@ CAPACITIES: Final = {
     "odd": {"cpus": 6_500, "memory": 64, "slots": 40, "licence": 1},
     "slim": {"cpus": 2_000, "memory": 8, "slots": 3},
 }
-#: Seconds after which something hangs; it takes a fifth of that.
+#: Seconds after which something hangs. The test takes a fifth of that.
 PATIENCE: Final = 150.0
 
 
@@ -45,7 +45,7 @@ def random_request(chance: random.Random) -> Request:
 
 
 class Bench:
-    """What the threads share. A job's id is `<seq>`; its request is known before the ledger is."""
+    """State that the threads share. A job's id is `<seq>`, and its request is known before the ledger is."""
 
     def __init__(self, seed: int) -> None:
         chance = random.Random(seed)
@@ -61,7 +61,7 @@ class Bench:
         return self.requests[int(job)]
 
     def submit(self, ledger: Ledger, own: int) -> int:
-        """Every 32nd job."""
+        """Submit every 32nd job, and return how many of them had to wait."""
         waiting = 0
         for seq in range(own, JOBS, SUBMITTERS):
             place = order(self.priorities[seq], seq)
@@ -71,7 +71,7 @@ class Bench:
         return waiting
 
     def work(self, ledger: Ledger, name: str) -> None:
-        """Claim what arrives, and end what runs in random order, keeping a count of its own."""
+        """Claim each job that arrives, and end running jobs in random order, keeping a count of its own."""
         client: Any = ledger.client
         chance = random.Random(name)
         book = Book(name, CAPACITIES[name], {})
@@ -92,13 +92,13 @@ class Bench:
                 ended=[Ended(job, token, "succeeded") for job, token in ending],
                 arrived=[(job, token, nonce) for job, token, nonce in arrived],
                 most_losses=MOST_LOSSES,
-                # Half of the time what fits next comes with the answer, half of the time by the queue.
+                # Half of the time the next jobs that fit come with the answer, half of the time by the queue.
                 nonce=f"{name}{nonces}" if chance.random() < 0.5 else "",
             )
-            assert [one.verdict for one in settled.released] == ["released"] * len(ending)
+            assert [handed.verdict for handed in settled.released] == ["released"] * len(ending)
             assert all(claim.ok for claim in settled.claimed)
             new = [(claim.job, claim.token) for claim in settled.claimed]
-            new += [(one.job, one.token) for one in settled.handed_over]
+            new += [(handed.job, handed.token) for handed in settled.handed_over]
             for job, _ in ending:
                 book = book.without(self.request(job))
             for job, _ in new:
@@ -119,7 +119,10 @@ class Bench:
 
 
 def sample(ledger: Ledger, request_of: Callable[[str], Request]) -> None:
-    """Each book is the sum of what is held, none is above its capacity, and the sums are those of the books."""
+    """Check that each book is the sum of its held jobs, and that no book is above its capacity.
+
+    The sums of the cluster have to be those of the books.
+    """
     pipe = ledger.client.pipeline(transaction=True)
     for name in CAPACITIES:
         pipe.hgetall(keys.book(name))
@@ -133,19 +136,19 @@ def sample(ledger: Ledger, request_of: Callable[[str], Request]) -> None:
         book = Book(name, capacity, {})
         for job in held:
             book = book.holding(request_of(job.decode()))
-        found = {field.decode()[2:]: int(value) for field, value in fields.items() if field.startswith(b"a.")}
+        amounts = {field.decode()[2:]: int(value) for field, value in fields.items() if field.startswith(b"a.")}
         assert book.over is None, f"{name} is above its capacity: {book.allocated}"
-        assert {resource: amount for resource, amount in found.items() if amount} == {
+        assert {resource: amount for resource, amount in amounts.items() if amount} == {
             resource: amount for resource, amount in book.allocated.items() if amount
         }, name
         assert free == (book.free(CPUS) if book.free("slots") >= 1 else None), name
-        total += found.get(CPUS, 0)
+        total += amounts.get(CPUS, 0)
     assert (int(allocated), shown.decode()) == (total, format_cpus(total))
 
 
 @pytest.fixture
 def ledgers(redis_url: str) -> Iterator[Callable[[], Ledger]]:
-    """Each thread has a connection of its own."""
+    """Yield a function that opens a ledger, so that each thread has a connection of its own."""
     with ExitStack() as stack:
         yield lambda: stack.enter_context(open_ledger(redis_url))
 
@@ -162,11 +165,11 @@ def test_32_submitters_and_10000_random_requests_are_never_over_capacity(ledgers
         watching = threads.submit(bench.watch, ledgers())
         workers: list[Future[None]] = [threads.submit(bench.work, ledgers(), name) for name in CAPACITIES]
         for future in (*workers, watching):
-            # One that failed ends the others.
+            # A thread that failed ends the others.
             future.add_done_callback(lambda _: bench.over.set())
-        submitting = [threads.submit(bench.submit, ledgers(), own) for own in range(SUBMITTERS)]
+        submitting = [threads.submit(bench.submit, ledgers(), number) for number in range(SUBMITTERS)]
         try:
-            waited = sum(one.result(PATIENCE) for one in submitting)
+            waited = sum(submitter.result(PATIENCE) for submitter in submitting)
             for future in (*workers, watching):
                 future.result(max(0.0, end - time.monotonic()))
         finally:
@@ -211,8 +214,10 @@ def test_many_claims_of_one_attempt_grant_one(ledgers: Callable[[], Ledger]) -> 
         ledger = ledgers()
         barrier.wait()
         arrived = [(f"job-{n}", "1.1", f"nonce-{number}") for n in range(30)]
-        claimed = [ledger.settle("w", "w-life", arrived=[one], most_losses=MOST_LOSSES).claimed[0] for one in arrived]
-        return sum(one.ok for one in claimed)
+        claimed = [
+            ledger.settle("w", "w-life", arrived=[message], most_losses=MOST_LOSSES).claimed[0] for message in arrived
+        ]
+        return sum(attempt.ok for attempt in claimed)
 
     with ThreadPoolExecutor(8) as threads:
         assert sum(threads.map(claim, range(8))) == 30

@@ -1,4 +1,4 @@
-"""A worker that has nothing to decide asks nobody whether it may; what comes to it is decided after a new answer."""
+"""A worker that has nothing to decide asks nobody if it may. A job that comes to it is decided after a new answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTERVAL = 0.05
 
 
 class Observed(Confirmation):
-    """Counts its questions."""
+    """A confirmation that counts its questions."""
 
     asked = 0
 

@@ -1,5 +1,7 @@
-"""A worker dies with jobs that it had just claimed, and the ledger is lost before Postgres had their claims: attempt
-numbers are not used twice, and the loss counts."""
+"""Unknown claims of a dead worker: attempt numbers are not used twice, and the loss counts.
+
+The worker dies with jobs that it had just claimed, and the ledger is lost before Postgres had their claims.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def claim(stage: Stage, job: str, token: str, worker: str) -> None:
 
 
 def lose(stage: Stage) -> None:
-    """The ledger is lost, and opened anew."""
+    """Lose the ledger, and open it anew."""
     stage.redis.flushdb()
     assert rebuild.open_if_cold(stage.engine, stage.ledger) is not None
     stage.apply()
@@ -65,11 +67,11 @@ def test_poison_starts_as_often_as_allowed_though_one_claim_was_unknown(stage: S
 
 
 def test_number_of_an_unknown_attempt_is_used_once_for_all_that_waited(stage: Stage) -> None:
-    """Nobody knows which of them it was."""
+    """Nobody knows which of them had started."""
     jobs = [stage.submit(cpus=1000, applied=number < 2) for number in range(3)]
     lose(stage)
     stage.worker("b", cpus=4000)
-    # (The first was admitted, as Postgres says, and its worker is silent: it keeps it until it is lost.)
+    # The first job was admitted, as Postgres says, and its worker is silent: the worker keeps it until it is lost.
     assert [token(stage, job) for job in jobs] == ["1.1", "2.2", "2.2"]
     assert [stage.row(job).losses for job in jobs] == [0, 1, 1]
     stage.ledger.condemn("a", "a-life")

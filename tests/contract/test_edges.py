@@ -19,7 +19,7 @@ HELD: Final = (State.ADMITTED, State.RUNNING)
 
 #: (script or function of the library, state, step) of each `note` in the Lua -> the edges it makes.
 NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
-    # submit admits a row as it comes; fill, place and the scripts that fill admit what waits.
+    # submit admits a row as it comes; fill, place and the scripts that fill admit waiting jobs.
     ("note_admission", "'admitted'", "STEP.admitted"): [
         (state, Event.ADMIT) for state in (State.ACCEPTED, State.SCHEDULED, State.WAITING)
     ],
@@ -31,13 +31,13 @@ NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
         (state, event) for state in HELD for event in (Event.HAND_BACK, Event.TAKE_BACK)
     ],
     ("put_back", "'lost'", "STEP.ended"): [(state, Event.LOSE) for state in HELD],
-    # what was revoked while it was held
+    # a job that was revoked while it was held
     ("put_back", "'cancelled'", "STEP.back"): [(state, Event.CANCEL) for state in HELD],
     # `scheduled` where a successor runs next, else `accepted`
     ("put_back", "state", "STEP.back"): [
         (state, event) for state in HELD for event in (Event.RETRY_LATER, Event.RESUBMIT)
     ],
-    # the outcome, or `scheduled` of one that is retried
+    # the outcome, or `scheduled` of a job that is retried
     ("release", "state", "final and STEP.ended or STEP.back"): [
         (state, event)
         for state in HELD
@@ -55,7 +55,7 @@ NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
 
 
 def notes() -> set[tuple[str, str, str]]:
-    """The calls of `note`: where, with which state and which step."""
+    """Return the calls of `note`: where, with which state and which step."""
     texts = {**scripts._functions(), **{name: scripts.source(name) for name in NAMES}}
     texts.pop("note")
     return {
@@ -114,8 +114,7 @@ STATEMENTS: Final = {
         for state in (State.ACCEPTED, State.SCHEDULED, State.REPLACED)
         for event in (Event.CANCEL, Event.EXPIRE)
     ],
-    # an attempt that ended while its row holds a successor
-    # (or, of one that was revoked meanwhile, would go on)
+    # an attempt that ended while its row holds a successor, or that was revoked meanwhile and would go on
     "store._APPLY": [(state, event) for state in HELD for event in (Event.RETRY_LATER, Event.CANCEL)],
     # by an attempt that runs, though its row may be behind
     "fence._COMMIT": [(state, Event.SUCCEED) for state in HELD],
@@ -131,13 +130,13 @@ def test_every_edge_that_a_statement_makes_is_in_the_table_of_transitions(
 
 def test_the_statements_use_only_states_of_the_table() -> None:
     # and statuses of workers, outcomes of attempts, who decides, and the default queue
-    known = {state.value for state in State} | {"ready", "draining", "taken_back", "postgres", DEFAULT_QUEUE, ""}
+    allowed = {state.value for state in State} | {"ready", "draining", "taken_back", "postgres", DEFAULT_QUEUE, ""}
     for module in (job_transitions, rebuild, reconcile, fencing):
         for name, statement in vars(module).items():
             if not hasattr(statement, "bindparams"):
                 continue
             for word in re.findall(r"'(\w*)'", str(statement)):
-                assert word in known, f"{module.__name__}.{name}"
+                assert word in allowed, f"{module.__name__}.{name}"
 
 
 def test_the_statement_that_drops_a_job_guards_the_states_it_leaves() -> None:

@@ -1,4 +1,4 @@
-"""The lease of the runner: one holder at a time in either store, and a larger number for each new one."""
+"""The lease of the runner: a single holder at a time in either store, and a larger number for each new holder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TERM = 60.0
 
 @dataclass(frozen=True)
 class Kept:
-    """Where the lease is kept, and how it is asked for there."""
+    """A store that keeps the lease, and how to ask for the lease there."""
 
     elect: Callable[..., Elected]
     resign: Callable[[str, int], object]
-    #: What time does to it, in seconds.
+    #: Moves the end of the lease by so many seconds, as time would.
     move: Callable[[float], object]
 
 
@@ -113,12 +113,12 @@ def test_what_others_ask_for_comes_to_the_holder_once(stage: Stage) -> None:
 
 @pytest.fixture
 def candidates(stage: Stage, workers_settings: Settings) -> Iterator[list[Candidate]]:
-    found = [
+    made = [
         Candidate(stage.engine, stage.ledger, name, lambda: "ledger", lambda: None, lambda _: None) for name in "abcd"
     ]
-    yield found
-    for one in found:
-        one.stop(10.0)
+    yield made
+    for candidate in made:
+        candidate.stop(10.0)
 
 
 @pytest.fixture
@@ -127,11 +127,11 @@ def workers_settings(settings: Settings) -> Settings:
 
 
 def test_candidates_follow_each_other(candidates: list[Candidate]) -> None:
-    for one in candidates:
-        one.start()
+    for candidate in candidates:
+        candidate.start()
     left = list(candidates)
     while left:
-        (holder,) = until(lambda: [one for one in left if one.holds()], "one is elected")
+        (holder,) = until(lambda: [candidate for candidate in left if candidate.holds()], "one is elected")
         holder.stop(10.0)
         assert not holder.holds()
         left.remove(holder)
@@ -155,15 +155,15 @@ def test_a_holder_that_was_stopped_knows_that_its_lease_ran_out(stage: Stage, ca
 def test_the_authority_changes_and_the_lease_is_won_anew(stage: Stage) -> None:
     authority = ["ledger"]
     changes: list[bool] = []
-    one = Candidate(
-        stage.engine, stage.ledger, "a", lambda: authority[0], lambda: changes.append(one.holds()), lambda _: None
+    candidate = Candidate(
+        stage.engine, stage.ledger, "a", lambda: authority[0], lambda: changes.append(candidate.holds()), lambda _: None
     )
-    one._stand()
-    assert one.holds("ledger")
+    candidate._stand()
+    assert candidate.holds("ledger")
     authority[0] = "postgres"
-    one._stand()
-    assert one.holds("postgres")
-    assert not one.holds("ledger")
+    candidate._stand()
+    assert candidate.holds("postgres")
+    assert not candidate.holds("ledger")
     with stage.engine.connect() as connection:
         assert connection.execute(text("SELECT incarnation, fence FROM runner")).one() == ("a", 1)
     assert changes == [True, False, True]

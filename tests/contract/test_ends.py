@@ -1,4 +1,4 @@
-"""Ends of attempts while Postgres decides: one that it does not take holds back no other."""
+"""Ends of attempts while Postgres decides: an end that Postgres does not take holds back no other."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def holdings() -> Holdings:
 
 @pytest.fixture
 def late() -> list[tuple[str, str, str]]:
-    """What ends left that were not written."""
+    """Return the list of the late ends: outboxes that were not written."""
     return []
 
 
@@ -66,13 +66,16 @@ def ends(
 
 
 def ended(stage: Stage, holdings: Holdings, number: int, left: str = "") -> deque[End]:
-    """Jobs that this worker took and whose bodies have returned. `left`: the outbox of each."""
+    """Return ends of jobs that this worker took and whose bodies have returned.
+
+    `left` is the outbox of each.
+    """
     jobs = [stage.insert({"cpus": 1000}) for _ in range(number)]
     with stage.engine.connect() as connection:
         taken = claims.take(connection, stage.ledger.epoch, "a", "a-life", jobs)
-    for one in taken:
-        holdings.add(Holding(one.job, one.token, Request.from_shape(one.shape), ""))
-    return deque(End(Ended(one.job, one.token, "succeeded", "", left)) for one in taken)
+    for claimed in taken:
+        holdings.add(Holding(claimed.job, claimed.token, Request.from_shape(claimed.shape), ""))
+    return deque(End(Ended(claimed.job, claimed.token, "succeeded", "", left)) for claimed in taken)
 
 
 def test_locked_row_holds_back_its_own_end_alone(
@@ -106,7 +109,7 @@ def test_bad_end_holds_back_no_other(stage: Stage, holdings: Holdings, ends: Pos
 def test_value_of_a_job_that_was_closed_without_its_worker_is_told_late(
     stage: Stage, holdings: Holdings, ends: PostgresEnds, late: list[tuple[str, str, str]]
 ) -> None:
-    """It ended itself, its worker stood still, and another one closed it meanwhile."""
+    """The attempt ended itself, its worker stood still, and another worker closed it meanwhile."""
     (end,) = pending = ended(stage, holdings, 1, left="the value")
     token = Token.parse(end.ended.token)
     with stage.engine.connect() as connection, connection.begin():

@@ -1,4 +1,4 @@
-"""What an attempt may commit by itself, and what becomes of its row when its worker speaks, dies or wakes up late."""
+"""The commit of an attempt by itself, and the fate of its row when its worker speaks, dies or wakes up late."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_attempt_commits_though_postgres_does_not_know_of_it_yet(stage: Stage
     job = stage.submit(cpus=1000, applied=False)
     assert stage.row(job).state == "accepted"
     assert commit(stage, job)
-    # What comes from the stream then is older than its end.
+    # Entries that come from the stream then are older than its end.
     stage.apply()
     assert (stage.row(job).state, stage.row(job).attempt) == ("succeeded", 1)
 
@@ -100,7 +100,7 @@ def test_whatever_its_worker_says_the_end_that_was_committed_stands(stage: Stage
     assert (row.state, row.step, row.losses) == ("succeeded", Step.ENDED, 0)
     assert (row.finished_at, row.error) == (before.finished_at, None)
     assert outcome(stage, job)[0] == "succeeded"
-    # Where nobody said what it returned, whoever waits hears of its end.
+    # Where nobody said what the job returned, a waiting client hears of its end.
     assert (row.outbox is not None) == (end in ("cancelled", "retried"))
 
 
@@ -116,7 +116,7 @@ def test_an_attempt_that_died_after_its_commit_is_closed_once(stage: Stage) -> N
 def test_an_attempt_before_it_whose_end_was_lost_is_closed_with_it(stage: Stage) -> None:
     job = running(stage)
     with stage.engine.begin() as connection:
-        # (Its worker says that it runs; what ended it was lost with the ledger.)
+        # Its worker says that it runs. The end of the attempt was lost with the ledger.
         transition_log.apply_all(stage.engine, stage.ledger)
         assert fencing.commit(connection, mine(stage, job, attempt=2))
     with stage.engine.connect() as connection:
@@ -140,9 +140,9 @@ def test_the_word_of_its_worker_that_was_lost_with_the_ledger_is_made_up_for(sta
     commit(stage, job)
     stage.end(job, applied=False)
     stage.redis.delete(keys.STREAM)
-    found = reconcile(stage.engine, stage.ledger)
+    report = reconcile(stage.engine, stage.ledger)
     kinds = {"a transition that was lost with the stream": 1, "ended by itself, and not held": 1}
-    assert found.to_json()["kinds"] == kinds
+    assert report.to_json()["kinds"] == kinds
     row = stage.row(job)
     assert (row.state, row.step, row.outbox is not None) == ("succeeded", Step.ENDED, True)
     assert reconcile(stage.engine, stage.ledger).drift == 0
@@ -152,11 +152,11 @@ def test_the_word_of_its_worker_that_was_lost_with_the_ledger_is_made_up_for(sta
 
 
 def lose(stage: Stage) -> int:
-    """The lease of `a` ran out long ago; how many jobs were taken back."""
+    """Let the lease of `a` run out long ago, and return how many jobs were taken back."""
     stage.ledger.condemn("a", "a-life")
-    found = reclaim.take_back(stage.engine, stage.ledger, "a", "a-life", 0)
-    assert found.verdict == "gone"
-    return found.taken_back
+    lapsed = reclaim.take_back(stage.engine, stage.ledger, "a", "a-life", 0)
+    assert lapsed.verdict == "gone"
+    return lapsed.taken_back
 
 
 def test_what_a_lost_worker_had_committed_does_not_run_again_and_the_rest_does(stage: Stage) -> None:
@@ -174,7 +174,7 @@ def test_what_a_lost_worker_had_committed_does_not_run_again_and_the_rest_does(s
 def test_an_attempt_of_a_lost_worker_cannot_commit_before_its_next_one_is_known(stage: Stage) -> None:
     job = running(stage)
     lose(stage)
-    # The stream has not been applied: by the row it runs.
+    # The stream has not been applied: by the row the job runs.
     row = stage.row(job)
     assert (row.state, row.step) == ("running", Step.GIVEN_UP)
     assert not commit(stage, job)
@@ -218,11 +218,11 @@ def test_looking_at_a_worker_that_is_known_to_be_dead_takes_nothing_back(stage: 
 
 def test_a_worker_that_renewed_just_now_keeps_its_jobs_and_may_speak(stage: Stage) -> None:
     job = running(stage)
-    found = reclaim.take_back(stage.engine, stage.ledger, "a", "a-life", 0)
-    assert (found.verdict, found.taken_back) == ("alive", 0)
+    lapsed = reclaim.take_back(stage.engine, stage.ledger, "a", "a-life", 0)
+    assert (lapsed.verdict, lapsed.taken_back) == ("alive", 0)
     with stage.engine.connect() as connection:
         assert connection.execute(text("SELECT status, left_at FROM workers")).one() == ("ready", None)
-    # (What it had begun may not commit any more: it would end, and run again.)
+    # An attempt that it had begun may not commit any more: its job would end, and run again.
     assert not commit(stage, job)
     stage.end(job)
     assert stage.row(job).state == "succeeded"

@@ -1,4 +1,4 @@
-"""A Redis that has reached its `maxmemory`: no job comes in, and whatever there is goes on to its end."""
+"""A Redis that has reached its `maxmemory`: no job comes in, and every job that is there goes on to its end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHOLE = Request.of({"cpus": 4000}).shape
 
 @pytest.fixture(params=["embedded", pytest.param("Redis 6.2", marks=pytest.mark.installed)])
 def own_redis_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A server that may be full."""
+    """Yield the URL of a server that may be full."""
     if request.param == "embedded":
         yield request.getfixturevalue("redis_url")
         return
@@ -45,7 +45,7 @@ def cluster(ledger: Ledger) -> Cluster:
 
 
 def fill_up(ledger: Ledger) -> None:
-    """From here on commands that may take up memory are refused."""
+    """Have the server refuse commands that may take up memory, from here on."""
     ledger.client.config_set("maxmemory", 1)
 
 
@@ -70,8 +70,8 @@ def test_what_waits_in_a_full_ledger_runs_and_ends(cluster: Cluster) -> None:
     handed_over = cluster.ledger.settle(
         "w", "w-life", ended=[Ended("next", "1.2", "failed")], most_losses=MOST_LOSSES, nonce="n"
     ).handed_over
-    assert [one.job for one in handed_over] == ["last"]
-    assert [one.job for one in cluster.ledger.recover("w", "w-life", [])] == ["last"]
+    assert [handed.job for handed in handed_over] == ["last"]
+    assert [handed.job for handed in cluster.ledger.recover("w", "w-life", [])] == ["last"]
     assert cluster.end("last", "1.1").verdict == "released"
     assert cluster.ledger.forget(transition_log.settled(transition_log.read(cluster.ledger))) > 0
     assert cluster.client.xlen(keys.STREAM) == 0
@@ -87,7 +87,7 @@ def test_a_full_ledger_takes_back_delivers_again_and_looks_on(cluster: Cluster) 
     cluster.ledger.condemn("w", "w-life")
     assert cluster.lapse() == "gone"
     assert cluster.state("job") == "waiting"
-    # Another worker comes, and one that was lost with its book.
+    # Another worker comes, beside the worker that was lost with its book.
     cluster.register("other")
     assert cluster.claim("job", "1.2", "other").ok
     assert cluster.ledger.drain("other", "other-life") == 0

@@ -1,5 +1,7 @@
-"""Gates of jobs, in Postgres: one job of equal ones, jobs that wait for others, and rates. The same rules hold whoever
-decides who starts."""
+"""Constraints of jobs, in Postgres: one job of equal ones, jobs that wait for others, and rates.
+
+The rules hold alike in either store, whichever of them decides who starts.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,13 @@ from tests.fixtures.waiting import until
 
 TASK: Final = "some.task"
 SHAPE: Final = "cpus=1000,slots=1"
-#: How many statements wait for somebody else's row.
+#: Counts the statements that wait for somebody else's row.
 WAITING: Final = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
 @pytest.fixture(params=["ledger", "postgres"])
 def stage(request: pytest.FixtureRequest, engine: Engine, settings: Settings) -> Iterator[Stage]:
-    """Both stores, with a worker `a` of eight CPUs, and one of them decides."""
+    """Yield both stores, with a worker `a` of eight CPUs, where one of the stores decides."""
     stage = Stage(engine, settings)
     stage.worker("a", cpus=8000)
     stage.sql("UPDATE authority SET authority = :who", who=request.param)
@@ -75,7 +77,7 @@ def app(stage: Stage, settings: Settings) -> Iterator[Celery]:
 
 @pytest.fixture
 def duty(app: Celery, in_ledger: bool) -> Callable[[], dict[str, int]]:
-    """One pass of the duty for what is due, as it is while this store decides."""
+    """Return one pass of the duty for due jobs, as it is while this store decides."""
     return lambda: (due.run_once if in_ledger else fallback.expire)(app, app.platform)
 
 
@@ -89,13 +91,13 @@ def end_unfiled(stage: Stage, job: str) -> bool:
 
 
 def state(stage: Stage, job: str) -> str:
-    """As Postgres says it, after all that the ledger noted."""
+    """Return the job's state in Postgres, after all that the ledger noted."""
     stage.apply()
     return str(stage.row(job).state)
 
 
 def run(stage: Stage, job: str, outcome: str = "succeeded") -> None:
-    """A worker takes the job, if it may, and ends it."""
+    """Have a worker take the job, if it may, and end it."""
     with stage.engine.connect() as connection:
         if connection.execute(text("SELECT authority FROM authority")).scalar_one() == "ledger":
             stage.apply()
@@ -111,9 +113,9 @@ def run(stage: Stage, job: str, outcome: str = "succeeded") -> None:
 
 
 def takes(stage: Stage) -> list[str]:
-    """What a worker would take from Postgres now."""
+    """Return the jobs that a worker would take from Postgres now."""
     with stage.engine.connect() as connection:
-        return [one.job for one in claims.candidates(connection, 100)]
+        return [candidate.job for candidate in claims.candidates(connection, 100)]
 
 
 # -- unique
@@ -135,7 +137,7 @@ def test_of_many_who_submit_the_same_at_once_one_makes_the_job(app: Celery, stag
 
 
 def test_one_that_is_not_committed_yet_is_waited_for(app: Celery, stage: Stage, engine: Engine) -> None:
-    """The second one began before the first one's row could be seen."""
+    """The second submission began before the first one's row could be seen."""
     for commits in (True, False):
         key = key_of(TASK, [], {}, f"commits {commits}")
         with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
@@ -174,7 +176,7 @@ def test_the_key_is_the_callers_whatever_the_task_and_the_id(app: Celery, stage:
     assert isinstance(again, AsyncResult) and again.id == first
     with stage.engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM jobs")).scalar_one() == 1
-    # The same submission again, as after an answer that was lost.
+    # A repeat of the first submission, as after an answer that was lost.
     assert send(app, unique="nightly", task_id=first) == first
 
 
@@ -242,8 +244,11 @@ def test_a_job_waits_until_all_that_it_needs_have_succeeded(app: Celery, stage: 
     assert (state(stage, last), stage.row(last).needs) == ("scheduled", 2)
     assert last not in takes(stage)
     with stage.engine.connect() as connection:
-        found = explain(stage.redis, connection, last)
-        assert found is not None and (found.why, set(found.needs)) == (Why.NEEDS_JOBS, {first, second})
+        explanation = explain(stage.redis, connection, last)
+        assert explanation is not None and (explanation.why, set(explanation.needs)) == (
+            Why.NEEDS_JOBS,
+            {first, second},
+        )
     run(stage, first)
     duty()
     assert state(stage, last) == "scheduled"
@@ -345,7 +350,7 @@ def test_a_worker_that_pulls_opens_gates_by_its_own_word(
     first = send(app)
     second = send(app, after=first)
     third = send(app, after=second)
-    told: list[str] = []
+    calls: list[str] = []
     holdings = Holdings({"cpus": 8000, "slots": 8})
     with stage.engine.connect() as connection:
         (taken,) = claims.take(connection, 1, "a", "a-life", [first])
@@ -360,10 +365,10 @@ def test_a_worker_that_pulls_opens_gates_by_its_own_word(
             confirmation,
             holdings,
             lambda action: action(),
-            lambda: told.append("room"),
-            lambda: told.append("outbox"),
-            lambda _: told.append("parts"),
-            lambda *_: told.append("late"),
+            lambda: calls.append("room"),
+            lambda: calls.append("outbox"),
+            lambda _: calls.append("parts"),
+            lambda *_: calls.append("late"),
         )
         assert ends.settle(deque([End(Ended(first, taken.token, "succeeded"))]), deque())
         heard: Any = connection.connection.driver_connection
@@ -373,13 +378,13 @@ def test_a_worker_that_pulls_opens_gates_by_its_own_word(
         holdings.add(Holding(second, taken.token, Request.from_shape(taken.shape), ""))
         assert ends.settle(deque([End(Ended(second, taken.token, "failed"))]), deque())
     assert stage.row(third).state == "cancelled"
-    assert sorted(told) == ["outbox", "room", "room"]
+    assert sorted(calls) == ["outbox", "room", "room"]
     deliver_rows(app, app.platform)
     assert app.AsyncResult(third).state == "REVOKED"
 
 
 def test_an_end_at_the_same_moment_is_seen(app: Celery, stage: Stage, engine: Engine) -> None:
-    """The job ends in a transaction that began before the other one says that it needs it, and commits after."""
+    """The job ends in a transaction that began before the other job says that it needs it, and commits after."""
     first = send(app)
     ends = engine.connect()
     ends.execute(
@@ -398,7 +403,7 @@ def test_an_end_at_the_same_moment_is_seen(app: Celery, stage: Stage, engine: En
 
 
 def test_an_end_waits_for_one_who_says_that_it_needs_it(app: Celery, stage: Stage, engine: Engine) -> None:
-    """The same the other way round."""
+    """The end comes second here: it waits for the row of the job that needs it."""
     first = stage.insert({"cpus": 1000})
     with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
         single.insert_job(connection, NewJob("second", TASK, SHAPE, MESSAGE, gates=Gates(after=(first,))))
@@ -421,12 +426,12 @@ def test_an_end_waits_for_one_who_says_that_it_needs_it(app: Celery, stage: Stag
 def test_any_jobs_that_need_one_another_end_as_the_rule_says(
     engine: Engine, needs: list[set[int]], outcomes: list[str], order: list[int]
 ) -> None:
-    """The rule: one runs if all that it needs succeeded; else it is cancelled."""
+    """A job runs if all that it needs succeeded; else it is cancelled."""
     engine = engine.execution_options(isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(text("TRUNCATE jobs, dependencies"))
         for number, before in enumerate(needs):
-            after = tuple(f"j{one}" for one in sorted(before) if one < number)
+            after = tuple(f"j{other}" for other in sorted(before) if other < number)
             shut = Gates(after=after) if after else None
             single.insert_job(connection, NewJob(f"j{number}", TASK, SHAPE, MESSAGE, gates=shut))
         may_run = "state = 'accepted' OR (state = 'scheduled' AND due_at <= clock_timestamp())"
@@ -434,17 +439,17 @@ def test_any_jobs_that_need_one_another_end_as_the_rule_says(
             open_now = connection.execute(text(f"SELECT id FROM jobs WHERE {may_run}")).scalars().all()
             if not open_now:
                 break
-            job = min(open_now, key=lambda one: order.index(int(one[1:])))
+            job = min(open_now, key=lambda other: order.index(int(other[1:])))
             ends = "UPDATE jobs SET state = :state, finished_at = now() WHERE id = :id"
             connection.execute(text(ends), {"state": outcomes[int(job[1:])], "id": job})
             dependencies.open_needs(engine)
-        found = {row.id: row.state for row in connection.execute(text("SELECT id, state FROM jobs"))}
+        states = {row.id: row.state for row in connection.execute(text("SELECT id, state FROM jobs"))}
         left = connection.execute(text("SELECT count(*) FROM dependencies")).scalar_one()
     expected: dict[str, str] = {}
     for number, before in enumerate(needs):
-        ok = all(expected[f"j{one}"] == "succeeded" for one in before if one < number)
+        ok = all(expected[f"j{other}"] == "succeeded" for other in before if other < number)
         expected[f"j{number}"] = outcomes[number] if ok else "cancelled"
-    assert (found, left) == (expected, 0)
+    assert (states, left) == (expected, 0)
 
 
 def test_what_an_attempt_left_to_be_published_keeps_its_gates(stage: Stage) -> None:
@@ -468,7 +473,7 @@ def test_what_an_attempt_left_to_be_published_keeps_its_gates(stage: Stage) -> N
 
 
 def limit(app: Celery, stage: Stage, said: Any) -> None:
-    """A rate, set at run time, for which no time passes unless the test says so."""
+    """Set a rate at run time, for which no time passes unless the test says so."""
     app.control.rate_limit(TASK, said)
     stage.sql("UPDATE rates SET counted_at = clock_timestamp() + interval '1 day'")
 
@@ -478,7 +483,7 @@ def pass_time(stage: Stage, seconds: float) -> None:
 
 
 def started(stage: Stage, jobs: list[str]) -> list[str]:
-    """Those of these that were let go."""
+    """Return the jobs of this list that were let go."""
     return [job for job in jobs if stage.row(job).due_at is not None]
 
 
@@ -493,8 +498,8 @@ def test_a_rate_lets_jobs_go_in_their_order_as_many_as_its_time_allows(app: Cele
     duty()
     assert started(stage, low) == low[:5]
     with stage.engine.connect() as connection:
-        found = explain(stage.redis, connection, low[-1])
-        assert found is not None and (found.why, found.rate) == (Why.RATE_LIMIT, "20/s")
+        explanation = explain(stage.redis, connection, low[-1])
+        assert explanation is not None and (explanation.why, explanation.rate) == (Why.RATE_LIMIT, "20/s")
 
 
 def test_a_cluster_that_was_full_does_not_start_all_at_once_afterwards(app: Celery, stage: Stage, duty: Any) -> None:
@@ -544,8 +549,8 @@ def test_a_job_under_a_rate_keeps_its_time_and_passes_its_other_gates_first(
         duty()
     assert started(stage, [first, later, after]) == [first]
     with stage.engine.connect() as connection:
-        found = explain(stage.redis, connection, later)
-        assert found is not None and found.why is Why.SCHEDULED and found.due_at is not None
+        explanation = explain(stage.redis, connection, later)
+        assert explanation is not None and explanation.why is Why.SCHEDULED and explanation.due_at is not None
     run(stage, first)
     duty()
     assert started(stage, [later, after]) == [after]
@@ -612,5 +617,5 @@ def test_a_rate_that_is_none_is_refused(app: Celery) -> None:
 
 
 def test_a_rate_is_as_celery_reads_it() -> None:
-    read = [rate_of(said, "rate") for said in (None, "", 0, "0/s", 5, "5", "6/m", "36/h", "0.5/s")]
+    read = [rate_of(written, "rate") for written in (None, "", 0, "0/s", 5, "5", "6/m", "36/h", "0.5/s")]
     assert [rate and rate.per_second for rate in read] == [None, None, None, None, 5.0, 5.0, 0.1, 0.01, 0.5]

@@ -18,7 +18,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted, Ended
 
 NAMES: Final = scripts.names()
-#: What every script that acts on the books may answer besides its own replies: `LedgerServer` raises for these.
+#: Replies that every script that acts on the books may give besides its own: `LedgerServer` raises for these.
 GATES: Final = {"cold", "epoch", "foreign"}
 #: Scripts that act on keys of one job or entry, whatever epoch is open.
 WITHOUT_GATE: Final = {"forget", "open", "succeed", "elect"}
@@ -28,12 +28,12 @@ CARD: Final = ("1.1", "1", "2", "3-0", "0", "cpus=1000,slots=1", "0", "{}")
 
 @dataclass(frozen=True)
 class Binding:
-    """How the method of one script is called, and what it makes of each reply that the header lists (by its head)."""
+    """Call of one script's method, with the method's answer to each reply that the header lists, by the reply's head."""
 
     call: Callable[[Ledger], Any]
-    #: How often the group of repeated arguments stands in this call.
+    #: Repeats of the group of repeated arguments in this call.
     groups: int
-    #: A reply by its head, or several in turn where the method goes on -> what the method makes of it, as text.
+    #: A reply by its head, or several in turn where the method goes on -> the answer of the method, as text.
     replies: dict[tuple[str, ...] | tuple[tuple[str, ...], ...], str]
 
 
@@ -47,7 +47,7 @@ def submit_many(ledger: Ledger) -> Any:
 
 
 def release(ledger: Ledger) -> Any:
-    # (The header's list has one result for each job.)
+    # The header's list has one result for each job.
     results = (("key", 60, b"text"),)
     ended = [Ended("a", "1.1", "succeeded", "", "", results), Ended("b", "1.2", "lost", "gone", "", results)]
     return ledger.settle("w", "life", ended=ended, most_losses=3, nonce="n")
@@ -62,11 +62,11 @@ STALE: Final = "[('a', '1.1')]"
 
 
 def adopt(ledger: Ledger) -> Any:
-    one = Adopted("a", "1.1", "cpus=1000,slots=1", 7, 1, 2, "n", 0)
-    return ledger.adopt("w", "life", [one, one])
+    adopted = Adopted("a", "1.1", "cpus=1000,slots=1", 7, 1, 2, "n", 0)
+    return ledger.adopt("w", "life", [adopted, adopted])
 
 
-#: What stands in the list of a worker.
+#: Jobs in the list of a worker.
 HELD: Final = ("a", "b", "c")
 VIEW: Final = {"cpus": "4", "pid": "7"}
 
@@ -97,7 +97,7 @@ BINDINGS: Final = {
     "close_epoch": Binding(lambda ledger: ledger.close_books(5, "run", "remove", [b"x", b"y"]), 2, {("ok",): "None"}),
     "compare": Binding(lambda ledger: ledger.compare("a waiting 1.0 -"), 0, {("ok", "a", "b"): "['a', 'b']"}),
     "condemn": Binding(lambda ledger: ledger.condemn("w", "life"), 0, {("ok",): "None", ("unknown",): "None"}),
-    # (First of all nothing is named.)
+    # First of all nothing is named.
     "drain": Binding(lambda ledger: ledger.drain("w", "life"), 0, {("ok", "s", "t"): "2", ("unknown",): "0"}),
     "drop": Binding(
         lambda ledger: ledger.drop("a", "1.1", final=True),
@@ -213,7 +213,7 @@ BINDINGS: Final = {
     "total": Binding(lambda ledger: ledger.set_total(1, 2), 0, {("ok",): "True", ("changed",): "False"}),
 }
 
-#: What a method asks of other scripts after its own: nothing is there to be done.
+#: Replies of other scripts that a method calls after its own: nothing is there to be done.
 QUIET: Final = {
     "drain": ["ok"],
     "fill": ["ok", "0", ""],
@@ -224,7 +224,7 @@ QUIET: Final = {
 
 
 class Recording(Ledger):
-    """A ledger that notes what it would send, and answers with what the test gives."""
+    """A ledger that notes what it would send, and answers with the replies of the test."""
 
     def __init__(self, settings: Settings, script: str, replies: Sequence[Sequence[str]]) -> None:
         super().__init__(settings, redis.Redis())
@@ -261,7 +261,7 @@ def in_turn(replies: tuple[Any, ...]) -> list[tuple[str, ...]]:
 
 
 def assembled(name: str) -> str:
-    """The code of a script with the functions of the library that it uses, without comments."""
+    """Return the code of a script with the functions of the library that it uses, without comments."""
     functions = scripts._functions()
     body = scripts.FLAGS.sub("", scripts.source(name))
     return re.sub(r"--[^\n]*", "", "".join(functions[used] for used in scripts._used(body, functions)) + body)
@@ -269,9 +269,9 @@ def assembled(name: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_header_has_all_its_fields(name: str) -> None:
-    found = scripts.header(name)
-    assert tuple(found) == scripts.HEADER_FIELDS
-    assert all(found.values())
+    header = scripts.header(name)
+    assert tuple(header) == scripts.HEADER_FIELDS
+    assert all(header.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -294,7 +294,7 @@ def test_a_script_never_searches_the_server_and_has_no_time_or_chance_of_its_own
 def test_script_reads_its_arguments_by_the_names_in_its_header(name: str) -> None:
     code = assembled(name)
     signature = scripts.signature(name)
-    assert all(re.fullmatch("[a-z_]+", one) for one in [*signature.once, *signature.each, *signature.inner])
+    assert all(re.fullmatch("[a-z_]+", argument) for argument in [*signature.once, *signature.each, *signature.inner])
     assert not re.findall(r"ARGV\[(?:\w+ \+ )?\d|for \w+ = \d+, #ARGV|unpack\(ARGV, \d", code)
     assert set(re.findall(r"\bARG\.(\w+)", code)) == set(signature.once)
     assert set(re.findall(r"\bINNER\.(\w+)", code)) - {"step"} == set(signature.inner)
@@ -335,10 +335,10 @@ def test_every_script_loads_on_the_server(name: str, redis_client: redis.Redis) 
 
 def test_every_script_is_called_by_exactly_one_method_of_the_ledger() -> None:
     assert sorted(BINDINGS) == list(NAMES)
-    own = Path(str(bindings.__file__))
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(own.parent.glob("*.py")))
+    module = Path(str(bindings.__file__))
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(module.parent.glob("*.py")))
     called = re.findall(r"_(?:call|counted|prepared)\(\s*\"(\w+)\"", text)
-    # A long list is recounted by the same script in a transaction.
+    # A long list is recounted by this script too, in a transaction.
     called.remove("recount")
     assert sorted(called) == list(NAMES)
 
@@ -368,5 +368,6 @@ def test_the_binding_handles_each_reply_that_the_header_lists_and_no_other(
 
 def test_the_scripts_that_free_memory_run_when_the_server_is_full_and_submit_does_not() -> None:
     flagged = {name for name in NAMES if "allow-oom" in (scripts.FLAGS.match(scripts.source(name)) or [""])[0]}
-    # What admits, too: only jobs that run give back what the backlog takes up, and there are no more of them than fit.
+    # Scripts that admit run, too. Only running jobs give back what the backlog takes up, and there are no more of them
+    # than fit.
     assert flagged == set(NAMES) - {"submit", "submit_many"}

@@ -1,4 +1,4 @@
-"""An error of Postgres says what is wrong, and not with which arguments or results: it may stand in a log."""
+"""An error of Postgres says what is wrong, and names no arguments or results: it may stand in a log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECRET = "s3cret-argument"
             "jobs_state_known",
         ),
         ("INSERT INTO unique_keys (key, job) VALUES (:value, 'a'), (:value, 'b')", "unique_keys_pkey"),
-        # The value is what is wrong.
+        # The value itself is wrong.
         ("SELECT CAST(length(:value) AS integer) WHERE jsonb '1' = CAST(:value AS jsonb)", "invalid input syntax"),
     ],
 )
@@ -34,8 +34,8 @@ def test_error_of_postgres_names_no_value(database_url: str, statement: str, say
     with engine.connect() as connection, pytest.raises(DBAPIError) as caught:
         connection.execute(text(statement), {"value": SECRET})
     engine.dispose()
-    told = "".join(traceback.format_exception(caught.value))
-    assert says in told
-    # (The lines of the traceback are those of this file and of libraries: the value is named by none.)
-    assert SECRET not in told
+    shown = "".join(traceback.format_exception(caught.value))
+    assert says in shown
+    # The lines of the traceback are those of this file and of libraries: none of them names the value.
+    assert SECRET not in shown
     assert SECRET not in repr(caught.value.orig)

@@ -1,6 +1,8 @@
-"""A search looks at nothing that does not concern it: what it costs is counted, not timed, and is the same however many
-workers do not have what a job asks for, and however much waits that a worker may not take. Beside a version that knows
-the whole indexes alone it still finds what there is."""
+"""A search looks at nothing that does not concern it: its cost is counted, not timed.
+
+The cost does not grow with the workers that do not have what a job asks for. Nor does it grow with the waiting jobs
+that a worker may not take.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
 
 ROOM: Final = {"cpus": 4000, "memory": 8, "slots": 4}
 ONE: Final = Request.of({"cpus": 1000})
-#: What most workers have, what one of them has, and what that one alone can take.
+#: Amounts of most workers, amounts of one of them, and a request that this one alone can take.
 RARE: Final = {
     "a queue beside the default one": (labels(["celery"]), labels(["celery", "mail"]), ONE.within("mail")),
     "a queue alone": (labels(["celery"]), labels(["mail"]), ONE.within("mail")),
@@ -50,16 +52,16 @@ def ledger(redis_url: str) -> Iterator[Ledger]:
 
 
 def commands(ledger: Ledger, action: Callable[[], object]) -> Counter[str]:
-    """How often each command ran in the server meanwhile: a candidate that is looked at is an HMGET."""
+    """Return how often each command ran in the server meanwhile: a candidate that is looked at is an HMGET."""
     ledger.client.config_resetstat()
     action()
     stats: Any = ledger.client.info("commandstats")
-    # (EVAL: the server did not have the script yet.)
-    return Counter({name: found["calls"] for name, found in stats.items() if name != "cmdstat_eval"})
+    # EVAL does not count: the server did not have the script yet.
+    return Counter({name: stat["calls"] for name, stat in stats.items() if name != "cmdstat_eval"})
 
 
 def crowd(workers: int, most: Mapping[str, int], one: Mapping[str, int], allocated: int = 0) -> list[Book]:
-    """So many workers that come before the one by their names."""
+    """Return so many workers that come before the special one by their names."""
     books = [Book(f"w{n:04}", {**ROOM, **most}, {}) for n in range(workers)]
     return [*books, Book("x", {**ROOM, **one}, {"slots": allocated})]
 
@@ -69,10 +71,10 @@ def crowd(workers: int, most: Mapping[str, int], one: Mapping[str, int], allocat
 
 @pytest.mark.parametrize("what", RARE)
 def test_a_search_costs_the_same_however_many_workers_do_not_have_what_is_asked_for(ledger: Ledger, what: str) -> None:
-    most, one, request = RARE[what]
+    most, rare, request = RARE[what]
     costs = []
     for workers in (1, 3 * CANDIDATES):
-        write(ledger, crowd(workers, most, one))
+        write(ledger, crowd(workers, most, rare))
 
         def submit() -> None:
             taken = ledger.submit("job", request.shape, order(0, 1), MESSAGE)
@@ -84,10 +86,10 @@ def test_a_search_costs_the_same_however_many_workers_do_not_have_what_is_asked_
 
 @pytest.mark.parametrize("what", RARE)
 def test_a_search_in_vain_costs_the_same_too(ledger: Ledger, what: str) -> None:
-    most, one, request = RARE[what]
+    most, rare, request = RARE[what]
     costs = []
     for workers in (1, 3 * CANDIDATES):
-        write(ledger, crowd(workers, most, one, allocated=ROOM["slots"]))
+        write(ledger, crowd(workers, most, rare, allocated=ROOM["slots"]))
 
         def submit() -> None:
             assert ledger.submit("job", request.shape, order(0, 1), MESSAGE).state == "waiting"
@@ -139,7 +141,7 @@ def test_a_worker_that_is_closed_or_leaves_stands_in_no_index(ledger: Ledger) ->
 
 # -- a job for a worker
 
-#: What waits before a job that fits, and may not go to a worker of the default queue without gpus.
+#: Requests that wait before a job that fits, and may not go to a worker of the default queue without gpus.
 FOREIGN: Final[dict[str, Callable[[int], Request]]] = {
     "of other queues": lambda n: ONE.within(f"queue-{n % 7}").merged({"cpus": 1 + n / 1000}),
     "each of its own queue": lambda n: ONE.within(f"queue-{n}"),
@@ -157,11 +159,11 @@ def test_a_release_costs_the_same_however_much_waits_for_others(
         write(ledger, [])
         capacity = Capacity.of({"cpus": 1000, "slots": 1}).serving(queues)
         ledger.register("w", "life", "queue", capacity.shape, VIEW)
-        own = ONE.within(queues[-1])
-        assert ledger.submit("first", own.shape, order(9, 0), MESSAGE).worker == "w"
+        request = ONE.within(queues[-1])
+        assert ledger.submit("first", request.shape, order(9, 0), MESSAGE).worker == "w"
         rows = [(f"other-{n}", FOREIGN[what](n).shape, order(9, 1 + n), MESSAGE, 0, 0, 0) for n in range(shapes)]
         assert ledger.submit_many(rows) == shapes == ledger.client.zcard(keys.SHAPES)
-        assert ledger.submit("own", own.shape, order(0, 9999), MESSAGE).state == "waiting"
+        assert ledger.submit("own", request.shape, order(0, 9999), MESSAGE).state == "waiting"
 
         def release() -> None:
             ended = [Ended("first", "1.1", "succeeded")]

@@ -1,4 +1,4 @@
-"""The short way into Postgres writes what the long one does, and survives what may come in between."""
+"""The short way into Postgres writes the rows that the long way does, and survives what may come in between."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ JOBS = st.fixed_dictionaries(
         "queue": st.sampled_from(["celery", "mail"]),
         "root_id": st.sampled_from(["itself", "itself", None, "another"]),
     },
-    # One in each is what a job says that is not simple.
+    # Each option is a field that makes a job no longer simple.
     optional={
         "retries": st.just(1),
         "nesting": st.just(1),
@@ -54,8 +54,8 @@ SIMPLE = st.fixed_dictionaries({"name": st.just("a.task"), "root_id": st.just("i
 
 @pytest.fixture
 def inserter(engine: Engine) -> Iterator[Inserter]:
-    own = create_engine(engine.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-    made = Inserter(own, engine)
+    unpooled = create_engine(engine.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    made = Inserter(unpooled, engine)
     yield made
     made.close()
 
@@ -69,21 +69,21 @@ def job_of(fields: dict[str, Any]) -> NewJob:
 def test_a_row_is_the_same_by_either_way(
     engine: Engine, inserter: Inserter, monkeypatch: pytest.MonkeyPatch, often: int
 ) -> None:
-    # Where every kind of job is common, where those are that came before, or none that has come too late.
+    # Every kind of job is common, or each kind that came before; or no kind is, because it came too late.
     monkeypatch.setattr("celery_capacity.routing.insert.fast_single._COMMON", often)
     monkeypatch.setattr("celery_capacity.routing.insert.fast_single._COUNTED", 3)
 
     @given(st.one_of(JOBS, SIMPLE))
     def check(fields: dict[str, Any]) -> None:
         short, long = job_of(fields), job_of(fields)
-        one = inserter.insert(short)
+        inserted = inserter.insert(short)
         with engine.connect() as connection:
             other = single.insert_job(connection.execution_options(isolation_level="AUTOCOMMIT"), long)
             rows = [
                 {**connection.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job.id}).one()._mapping}
                 for job in (short, long)
             ]
-        assert one is not None and replace(one, seq=None) == replace(other, seq=None)
+        assert inserted is not None and replace(inserted, seq=None) == replace(other, seq=None)
         for row, job in zip(rows, (short, long), strict=True):
             row["root_id"] = "itself" if row["root_id"] == job.id else row["root_id"]
             row["message"] = bytes(row["message"])
@@ -140,12 +140,12 @@ def test_two_processes_to_which_a_pooler_gives_each_other_s_sessions_write_what_
 
     try:
         send()
-        one, another = (inserter._connection for inserter in made)
-        assert one is not None and another is not None
-        one.dbapi_connection, another.dbapi_connection = another.dbapi_connection, one.dbapi_connection  # type: ignore[misc]
+        first, second = (inserter._connection for inserter in made)
+        assert first is not None and second is not None
+        first.dbapi_connection, second.dbapi_connection = second.dbapi_connection, first.dbapi_connection  # type: ignore[misc]
         send()
-        # And to one that is new a session of before.
-        one.info.clear()
+        # A new connection gets a session of before, too.
+        first.info.clear()
         send()
     finally:
         for inserter in made:
@@ -190,7 +190,7 @@ def test_a_job_in_a_transaction_needs_no_prepared_statement(engine: Engine, key:
 
 
 class Interrupted(Exception):
-    """As a time limit raises it, in whatever the thread is at."""
+    """Exception such as a time limit raises, at any point in the thread."""
 
 
 def interrupt(*_: Any) -> NoReturn:

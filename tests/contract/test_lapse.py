@@ -1,4 +1,4 @@
-"""Workers that are lost: one that cannot be taken back now does not keep the others, and who lives is left alone."""
+"""Lost workers: one that cannot be taken back now does not keep the others, and live workers are left alone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_lost_worker_whose_commit_hangs_does_not_keep_the_jobs_of_others(
 
 
 def test_lost_worker_whose_row_is_refused_does_not_keep_the_jobs_of_others(stage: Stage, stores: Stores) -> None:
-    """A row is damaged, say: Postgres takes no write of it."""
+    """A row may be damaged, for example, so that Postgres takes no write of it."""
     refused, other = running(stage, "a"), running(stage, "b")
     for worker in ("a", "b"):
         stage.ledger.condemn(worker, f"{worker}-life")
@@ -106,7 +106,7 @@ def status(stage: Stage, incarnation: str) -> str:
 
 
 def test_a_life_that_is_over_is_not_revived_by_the_next_one_of_its_name(stage: Stage) -> None:
-    """Two take the same life back; the slower one meets a worker that has the name by then."""
+    """Two processes take the same life back; the slower one meets a worker that has the name by then."""
     running(stage, "a")
     stage.sql("UPDATE workers SET incarnation = 'a-former', name = 'a', status = 'lost'")
     stage.worker("a", cpus=1000)
@@ -115,7 +115,7 @@ def test_a_life_that_is_over_is_not_revived_by_the_next_one_of_its_name(stage: S
 
 
 def test_what_a_worker_claims_that_was_nearly_given_up_is_left_to_it(stage: Stage) -> None:
-    """It woke up with a message in its queue, at the moment in which its jobs were about to be taken back."""
+    """The worker woke up with a message in its queue, at the moment in which its jobs were about to be taken back."""
     stage.worker("a", cpus=1000)
     job = stage.submit(cpus=1000)
     assert reclaim.take_back(stage.engine, stage.ledger, "a", "a-life", 0).verdict == "alive"
@@ -145,7 +145,7 @@ def test_what_a_life_held_whose_book_went_missing_does_not_stay_with_the_next_on
 def test_a_worker_that_postgres_has_not_seen_is_given_up_by_who_watched_it_being_silent(
     stage: Stage, stores: Stores
 ) -> None:
-    """While Postgres decides its clock tells who is silent; set forward, it makes all so at once."""
+    """While Postgres decides its clock tells who is silent; set forward, it makes all workers silent at once."""
     dead, lives = running(stage, "a"), running(stage, "b")
     stage.sql("UPDATE authority SET authority = 'postgres'")
     window = Window(3600.0)
@@ -163,7 +163,10 @@ def test_a_worker_that_postgres_has_not_seen_is_given_up_by_who_watched_it_being
 
 
 def test_nobody_is_given_up_while_postgres_takes_no_heartbeat_of_anybody(stage: Stage, stores: Stores) -> None:
-    """Its disk is full, or it is read-only: it answers who asks, and lacks the observer's own heartbeat too."""
+    """Postgres answers but takes no write: its disk is full, or it is read-only.
+
+    The observer's own heartbeat is missing there, too.
+    """
     held = [running(stage, "a"), running(stage, "b")]
     stage.sql("UPDATE authority SET authority = 'postgres'")
     window = Window(3600.0)
@@ -172,7 +175,7 @@ def test_nobody_is_given_up_while_postgres_takes_no_heartbeat_of_anybody(stage: 
         window._since -= 3600
         window.looks = {life: (seen, at - 3600) for life, (seen, at) in window.looks.items()}
         assert fallback.lapse(None, stores, window) == {"lost": 0, "taken_back": 0}
-    # It takes them again, and one of the two is still silent.
+    # Postgres takes heartbeats again, and one of the two workers is still silent.
     stage.sql("UPDATE workers SET seen_at = now() WHERE name = 'b'")
     assert fallback.lapse(None, stores, window) == {"lost": 0, "taken_back": 0}
     window._since -= 3600

@@ -29,13 +29,13 @@ def stage(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -
 
 
 def read(stage: Stage, job: str) -> Pending:
-    """Return the row as whoever submits it reads it."""
+    """Return the row as its submitter reads it."""
     with stage.engine.connect() as connection:
         return backlog.accepted(connection, [job])[0]
 
 
 def run(stage: Stage, job: str, *, applied: bool) -> None:
-    """The job starts and ends on its worker; `applied`: and Postgres knows."""
+    """Start and end the job on its worker; with `applied`, Postgres knows."""
     token = f"{stage.ledger.epoch}.1"
     claimed = stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES).claimed
     assert claimed[0].ok
@@ -45,7 +45,7 @@ def run(stage: Stage, job: str, *, applied: bool) -> None:
 
 
 def open_anew(stage: Stage, engine: Engine) -> None:
-    """Redis comes back with its data, and the next epoch is opened."""
+    """Bring Redis back with its data, and open the next epoch."""
     stage.redis.hset(keys.EPOCH, "run_id", "another life")
     opened = rebuild.open_if_cold(engine, stage.ledger)
     assert opened is not None

@@ -1,4 +1,4 @@
-"""Who may speak for a job: leases that were lost, doubled calls, successors, and lists that lack a job."""
+"""The right to speak for a job: leases that were lost, doubled calls, successors, and lists that lack a job."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_worker_recovers_what_it_was_handed_over_and_does_not_know(cluster: Cl
     cluster.submit("next", ONE)
     ended = [Ended("whole", "1.1", "succeeded")]
     settled = cluster.ledger.settle("w", "w-life", ended=ended, most_losses=MOST_LOSSES, nonce="asked")
-    assert [one.job for one in settled.handed_over] == ["next"]
+    assert [handed.job for handed in settled.handed_over] == ["next"]
     # The answer was lost.
     assert cluster.ledger.recover("w", "w-life", ["known"]) == settled.handed_over
     assert cluster.ledger.recover("w", "w-life", ["known", "next"]) == []
@@ -162,8 +162,11 @@ def test_a_job_that_is_lost_for_good_still_runs_its_successor(cluster: Cluster) 
 
 
 def test_that_there_is_a_successor_is_not_noted_on_the_attempt_that_runs_it(cluster: Cluster) -> None:
-    """The word of it came late: Postgres, and with it the ledger, had gone on. Else that attempt, once lost, would be
-    taken for one whose job goes on, and run again although it may not."""
+    """The word of the successor came late: Postgres, and with it the ledger, had gone on.
+
+    If it were noted, a loss of that attempt would look like a job that goes on. The job would then run again although
+    it may not.
+    """
     cluster.run("job")
     cluster.end("job", "1.1", "retried")
     cluster.written()
@@ -182,7 +185,7 @@ def test_a_revoked_job_runs_no_successor(cluster: Cluster) -> None:
 
 
 def test_an_end_waits_for_a_book_that_went_missing(cluster: Cluster) -> None:
-    """Refused, it would be lost, and its job taken back from the worker that says nothing of it any more."""
+    """A refused end would be lost, and its job taken back from the worker that says nothing of it any more."""
     cluster.run("job")
     cluster.client.delete(keys.book("w"))
     with pytest.raises(LedgerClosed):
@@ -211,7 +214,7 @@ def test_a_job_that_was_lost_with_the_book_is_counted_when_it_is_adopted(
     assert cluster.book()["a.cpus"] == "0"
 
 
-# Lists of what a worker holds.
+# Lists of the jobs that a worker holds.
 
 
 def test_running_job_is_taken_back_when_no_list_named_it_for_a_renew_interval(cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""What the runner brings in when it begins to listen: jobs of which it knows that they have not started."""
+"""The runner brings jobs in when it begins to listen: only jobs of which it knows that they have not started."""
 
 from __future__ import annotations
 

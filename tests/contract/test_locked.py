@@ -1,4 +1,4 @@
-"""A row that somebody keeps locked: what became of other jobs is written all the same."""
+"""A row that somebody keeps locked: the fate of other jobs is written all the same."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 
 @pytest.fixture
 def workers_own(settings: Settings) -> Iterator[Engine]:
-    """As workers have it: with a bound for locks."""
+    """Yield an engine as workers have it: with a bound for locks."""
     engine = make_engine(str(settings.database_url))
     yield engine
     engine.dispose()
@@ -41,7 +41,7 @@ def workers_own(settings: Settings) -> Iterator[Engine]:
 
 @contextmanager
 def locked(engine: Engine, *jobs: str) -> Iterator[Connection]:
-    """Somebody keeps the rows of these jobs."""
+    """Keep the rows of these jobs locked, as another client would."""
     with engine.connect() as connection, connection.begin():
         connection.execute(text("SELECT 1 FROM jobs WHERE id = ANY(:ids) FOR UPDATE"), {"ids": list(jobs)})
         yield connection
@@ -87,7 +87,7 @@ def test_the_stream_is_applied_but_for_it(engine: Engine, stage: Stage, workers_
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": jobs[1]})
         assert transition_log.apply_all(workers_own, stage.ledger)[0] == 2
         assert [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"]
-        assert [one.job for one in transition_log.read(stage.ledger)] == [jobs[1]]
+        assert [transition.job for transition in transition_log.read(stage.ledger)] == [jobs[1]]
     assert transition_log.apply_all(workers_own, stage.ledger)[0] == 1
 
 
@@ -98,18 +98,18 @@ def test_stream_is_read_on_behind_a_locked_row(
     jobs = [stage.submit(cpus=100, applied=False) for _ in range(7)]
     with locked(engine, jobs[0], jobs[3]):
         assert transition_log.apply_all(workers_own, stage.ledger)[0] == 5
-        assert [one.job for one in transition_log.unapplied(stage.ledger)] == [jobs[0], jobs[3]]
+        assert [transition.job for transition in transition_log.unapplied(stage.ledger)] == [jobs[0], jobs[3]]
     assert transition_log.apply_all(workers_own, stage.ledger)[0] == 2
     assert {stage.row(job).state for job in jobs} == {"admitted"}
 
 
 def lose_books(stage: Stage) -> None:
-    """Redis came back with its data: the stream survived, and the books are of another life of the server."""
+    """Bring Redis back with its data: the stream survived, and the books are of another life of the server."""
     stage.redis.hset(keys.EPOCH, "run_id", "another life")
 
 
 def end_unheard(stage: Stage, job: str) -> None:
-    """A worker runs a job and ends it, and only the stream has heard of either."""
+    """Have a worker run a job and end it, so that only the stream has heard of either."""
     row = stage.row(job)
     token = f"{row.epoch}.{row.attempt}"
     claimed = stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES).claimed
@@ -129,7 +129,7 @@ def test_rebuild_loses_no_end_behind_a_locked_row(
         opened = rebuild.open_if_cold(workers_own, stage.ledger)
         assert opened is not None and opened.held == 0
         assert [stage.row(job).state == "succeeded" for job in jobs] == [False, True, True, False, True, True, True]
-        # Nobody brings them in before what they became is known.
+        # Nobody brings them in before their ends are known.
         for job in (jobs[0], jobs[3]):
             row = stage.row(job)
             state = stage.ledger.submit(job, row.shape, row.seq, bytes(row.message), attempt=row.attempt)
@@ -137,7 +137,7 @@ def test_rebuild_loses_no_end_behind_a_locked_row(
     stage.apply()
     assert rebuild.bring_in_carried(stage.engine, stage.ledger) == 2
     assert [stage.row(job).state for job in jobs] == ["succeeded"] * 7
-    # What read their rows before, and comes only now, is refused.
+    # A submission that read their rows before, and comes only now, is refused.
     for job in (jobs[0], jobs[3]):
         row = stage.row(job)
         state = stage.ledger.submit(job, row.shape, row.seq, bytes(row.message), attempt=row.attempt)
@@ -168,7 +168,7 @@ def test_rebuild_brings_in_a_locked_job_when_its_row_is_free(
     assert rebuild.bring_in_carried(stage.engine, stage.ledger) == 1
     card = read_cards(stage.redis, [job])[job]
     if last == "running":
-        # Its worker is to say whether it still holds it.
+        # Its worker is to say if it still holds the job.
         assert (card.state, card.token) == ("running", token)
     else:
         assert card.state == "waiting"
@@ -205,12 +205,12 @@ def test_other_jobs_of_a_lost_worker_are_taken_back_behind_a_locked_row(
         stage.apply()
     with locked(engine, jobs[1]):
         stage.ledger.condemn("a", "a-life")
-        found = reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0)
-        assert (found.verdict, found.taken_back) == ("waits", 2)
+        lapsed = reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0)
+        assert (lapsed.verdict, lapsed.taken_back) == ("waits", 2)
         cards = read_cards(stage.redis, jobs)
         assert [cards[job].state for job in jobs] == ["waiting", "running", "waiting"]
-    found = reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0)
-    assert (found.verdict, found.taken_back) == ("gone", 1)
+    lapsed = reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0)
+    assert (lapsed.verdict, lapsed.taken_back) == ("gone", 1)
     stage.apply()
     assert [stage.row(job).state for job in jobs] == ["waiting"] * 3
 
@@ -228,7 +228,7 @@ def test_rebuild_ends_while_the_row_of_an_orphan_is_locked(engine: Engine, stage
         stage.apply()
         states = [stage.row(job).state for job in (*orphans, waiting)]
         assert states == ["running", "waiting", "waiting"]
-        # Nor does it stop the repair of others.
+        # The locked row does not stop the repair of others, either.
         other = stage.insert({"cpus": 9000})
         stage.sql("UPDATE jobs SET state = 'waiting' WHERE id = :id", id=other)
         reconcile.reconcile(workers_own, stage.ledger)

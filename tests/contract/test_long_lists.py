@@ -1,4 +1,4 @@
-"""A worker that holds more jobs than one script looks at: what goes through its list comes to all of them."""
+"""A worker that holds more jobs than a single script looks at: each pass through its list comes to all of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ledger(redis_url: str) -> Iterator[Ledger]:
 
 @pytest.fixture
 def cluster(ledger: Ledger) -> Cluster:
-    """A worker that is full, with each other job running."""
+    """Return a cluster with a worker that is full, with each other job running."""
     cluster = Cluster(ledger)
     cluster.register(capacity=CAPACITY)
     jobs = [f"job-{number}" for number in range(JOBS)]
@@ -104,13 +104,13 @@ def test_lapse_takes_all_back_and_goes_on_where_it_stopped(cluster: Cluster, mon
     cluster.expire()
     cluster.client.hset(keys.book("w"), "lapsed", 0)
     with monkeypatch.context() as patched:
-        # Whoever does it dies behind the first page.
+        # The process that takes them back dies behind the first page.
         patched.setattr(cluster.ledger, "held_pages", lambda worker, page: iter([["job-0", "job-1"]]))
         patched.setattr(cluster.ledger, "place_all", dying)
         with pytest.raises(Died):
             cluster.ledger.lapse("w", 0, MOST_LOSSES)
-    found = cluster.ledger.lapse("w", 0, MOST_LOSSES)
-    assert (found.verdict, found.taken_back) == ("gone", JOBS - 2)
+    lapsed = cluster.ledger.lapse("w", 0, MOST_LOSSES)
+    assert (lapsed.verdict, lapsed.taken_back) == ("gone", JOBS - 2)
     assert cluster.client.zcard(keys.wait(ONE)) == JOBS
     assert not cluster.client.exists(keys.book("w"), keys.held("w"), keys.missing("w"))
     assert int(cluster.client.get(keys.ALLOCATED)) == 0
@@ -118,7 +118,7 @@ def test_lapse_takes_all_back_and_goes_on_where_it_stopped(cluster: Cluster, mon
 
 def test_recover_gives_all_that_the_worker_does_not_know(cluster: Cluster) -> None:
     recovered = cluster.ledger.recover("w", "w-life", ["job-0"])
-    assert {one.job for one in recovered} == {f"job-{number}" for number in range(2, JOBS, 2)}
+    assert {handed.job for handed in recovered} == {f"job-{number}" for number in range(2, JOBS, 2)}
 
 
 def test_heartbeat_takes_all_back_that_its_list_lacks(cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""Whatever happens to a ledger in whatever order, its books are those of the plain-Python model after every step."""
+"""Books of a ledger are those of the plain-Python model after every step, whatever happens in whatever order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.fixtures.job_rules import JobRules
 from tests.fixtures.model import ALL, Model
 from tests.fixtures.modelled import Job, Worker
 
-#: How long ago a lease ends that ended (ms): more than a client's estimate of the server's clock may be off.
+#: Age of a lease's end (ms): more than a client's estimate of the server's clock may be off.
 AGO = 3_600_000
 #: A grace that is over as soon as the lease is, and one that never is (ms).
 OVER, NOT_OVER = -AGO, 10**14
@@ -44,7 +44,7 @@ REJOINS: Final = st.sampled_from(["closed", "ready"])
 
 
 class Machine(JobRules):
-    """The rules about jobs, and those about workers and epochs."""
+    """The rules about jobs, and the rules about workers and epochs."""
 
     # -- workers -------------------------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class Machine(JobRules):
         status=st.sampled_from(["ready", "ready", "ready", "closed"]),
     )
     def register(self, name: str, capacity: dict[str, int], new: bool, status: str) -> None:
-        """A new life of a worker, or another capacity of the one there is; closed, it has yet to say what it holds."""
+        """Begin a new life of a worker, or change its capacity; a closed worker has yet to say what it holds."""
         lives = self.lives.get(name, 0)
         life = f"{name}-{lives + 1 if new or not lives else lives}"
         self.check_register(name, life, capacity, status)
@@ -63,18 +63,18 @@ class Machine(JobRules):
     @precondition(lambda self: self.lives)
     @rule(data=st.data())
     def renew(self, data: st.DataObject) -> None:
-        """With a list that may lack what the worker holds, and name what it does not hold."""
+        """Renew with a list that may lack jobs that the worker holds, and name jobs that it does not hold."""
         name, life = data.draw(st.sampled_from(self.speakers()))
         holds = data.draw(st.lists(st.sampled_from(sorted(self.rows) or ["j0"]), unique=True, max_size=6))
         whole = data.draw(st.booleans())
-        # (Else no time goes by.)
+        # With any other list no time goes by.
         missing_ms = 0 if whole else round(FOR_EVER * 1000)
         renewed = self.ledger.renew(name, life, {}, holds, MOST_LOSSES, missing_ms=missing_ms)
         taken = self.model.renew(name, life, holds, whole)
         assert (renewed.known, renewed.taken_back) == (taken is not None, taken or 0)
 
     def heartbeat(self) -> None:
-        """Each worker says what it holds; one that is not known registers, one that has drained begins a new life."""
+        """Have each worker say what it holds. An unknown worker registers, and a drained one begins a new life."""
         for name, lives in sorted(self.lives.items()):
             worker = self.model.workers.get(name)
             life = f"{name}-{lives}"
@@ -106,7 +106,7 @@ class Machine(JobRules):
     @precondition(lambda self: any(worker.live for worker in self.model.workers.values()))
     @rule(data=st.data())
     def expire(self, data: st.DataObject) -> None:
-        """The time of a lease is over, and nobody noticed yet."""
+        """Let the time of a lease be over before anybody has noticed."""
         name = data.draw(st.sampled_from(sorted(n for n, worker in self.model.workers.items() if worker.live)))
         self.end_lease(name)
         self.model.workers[name].live = False
@@ -124,22 +124,22 @@ class Machine(JobRules):
     @precondition(lambda self: self.model.workers)
     @rule(data=st.data())
     def recover(self, data: st.DataObject) -> None:
-        """A worker asks for what it was handed over in a reply that was lost."""
+        """Have a worker ask for jobs that it was handed over in a reply that was lost."""
         name = data.draw(st.sampled_from(sorted(self.model.workers)))
         worker = self.model.workers[name]
         holds = data.draw(st.lists(st.sampled_from(sorted(worker.held) or ["j0"]), unique=True))
-        found = self.ledger.recover(name, worker.incarnation, holds)
+        recovered = self.ledger.recover(name, worker.incarnation, holds)
         jobs = [self.model.jobs[job_id] for job_id in worker.held if job_id not in holds]
-        assert [one.job for one in found] == [job.id for job in jobs if job.state == "running" and job.kept]
+        assert [handed.job for handed in recovered] == [job.id for job in jobs if job.state == "running" and job.kept]
 
     @precondition(lambda self: self.arrived)
     @rule(data=st.data())
     def adopt_wrongly(self, data: st.DataObject) -> None:
-        """A worker says that it runs an attempt which went on without it, or is another's."""
+        """Have a worker say that it runs an attempt which went on without it, or is another's."""
         name, life = data.draw(st.sampled_from(self.speakers()))
         _, _, job_id, token = data.draw(st.sampled_from(self.arrived[-8:]))
-        known = self.model.jobs.get(job_id)
-        if known is not None:
+        registered = self.model.jobs.get(job_id)
+        if registered is not None:
             request, place = self.rows[job_id]
             job = Job(job_id, request, place, *token, started=True, nonce="n", incarnation=life)
             self.adopt(Worker(name, life, "", {}), [job])
@@ -148,7 +148,10 @@ class Machine(JobRules):
 
     @rule(data=st.data())
     def lose_everything(self, data: st.DataObject) -> None:
-        """Redis is emptied. Postgres knows of the attempts but of the last claims; some workers died meanwhile."""
+        """Empty Redis.
+
+        Postgres knows of the attempts but of the last claims. Some workers died meanwhile.
+        """
         before = self.model
         self.ledger.client.flushdb()
         self.model = Model(epoch=before.epoch)
@@ -194,7 +197,7 @@ class Machine(JobRules):
         assert [job for job, _ in refused] == wanted
 
     def bring_back(self, before: Model, unknown: list[Job]) -> None:
-        """The backlog, in its order, with those of whose last attempt Postgres does not know."""
+        """Bring back the backlog, in its order, with the jobs whose last attempt Postgres does not know."""
         for job in sorted(before.jobs.values(), key=lambda job: job.order):
             if job.state == "waiting":
                 self.check_submit(job.id, job.attempt, job.losses)
@@ -216,17 +219,20 @@ class Machine(JobRules):
 
     @rule()
     def reconcile(self) -> None:
-        """What is right is left as it is."""
+        """Leave books that are right as they are."""
         assert self.ledger.recount(list(self.model.workers)) == [0] * len(self.model.workers)
         assert [self.ledger.seat(job_id) for job_id in self.model.jobs] == [0] * len(self.model.jobs)
-        assert not any(self.ledger.mend(one.request.shape, one.job) for one in self.model.backlog())
+        assert not any(self.ledger.mend(waiting.request.shape, waiting.job) for waiting in self.model.backlog())
 
     def compare(self) -> None:
         lines = differences(observe(self.ledger.client), expected(self.model))
         assert lines == [], "\n".join(["", *lines])
 
     def teardown(self) -> None:
-        """Everything ends; at rest every allocation is zero (I3), and nothing is left but what is told apart."""
+        """End everything.
+
+        At rest every allocation is zero (I3), and nothing is left but what is told apart.
+        """
         for job_id in [waiting.job for waiting in self.model.backlog()]:
             self.ledger.cancel(job_id, "cancelled")
             self.model.cancel(job_id, self.rows[job_id][0], "cancelled")

@@ -1,4 +1,4 @@
-"""Who may have a worker's name, asked of real stores: every other incarnation is challenged, and waited for."""
+"""The right to a worker's name, asked of real stores: every other incarnation is challenged, and waited for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ELSEWHERE = Place(process_identity.machine_id(), "another boot:pid:[1]")
 
 @dataclass
 class Namesakes:
-    """The worker `a` that wants the name, and what others of the name do in the stores."""
+    """The worker `a` that wants the name, and the other incarnations of the name in the stores."""
 
     stage: Stage
     claim: NameClaim
@@ -53,7 +53,7 @@ class Namesakes:
         self.stage.redis.hset(keys.book("a"), "lease", self.ledger.now_ms() - 1)
 
     def take(self, challenge: Callable[[], None] = lambda: None) -> int:
-        """How often the others were challenged before the name was free."""
+        """Take the name, and return how often the others were challenged before it was free."""
         challenges = 0
 
         def count() -> None:
@@ -123,7 +123,7 @@ def test_clock_of_postgres_that_is_set_forward_gives_nobody_up_unchallenged(othe
 
 
 def test_clock_of_the_ledger_that_is_set_back_is_not_waited_for(others: Namesakes) -> None:
-    """A lease that ends in an hour by the clock of now, though it was to end within the TTL."""
+    """A lease ends in an hour by the clock of now, though it was to end within the TTL."""
     others.registers()
     others.stage.redis.hset(keys.book("a"), "lease", others.ledger.now_ms() + 3_600_000)
     assert others.take() == 1

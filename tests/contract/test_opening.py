@@ -1,5 +1,7 @@
-"""One process opens an epoch. Another one that takes it for dead begins the next. From then on the first one changes
-nothing, wherever it was stopped."""
+"""A process that opens an epoch changes nothing once another process has begun the next.
+
+The other process takes it for dead. From then on it changes nothing, wherever it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -68,15 +70,15 @@ class Stopping(Ledger):
 
 
 def pass_for_dead(stage: Stage) -> None:
-    """The opener says nothing for longer than its term."""
+    """Let the opener say nothing for longer than its term."""
     stage.sql("UPDATE authority SET opening_at = opening_at - interval '1 hour' WHERE opening_at IS NOT NULL")
 
 
 def contents(stage: Stage) -> dict[bytes, object]:
-    """All that Redis has, but what is counted and what expires by itself."""
+    """Return all that Redis has, except counters and keys that expire by themselves."""
     client: Any = stage.redis
-    found = {key for key in client.scan_iter() if client.pttl(key) < 0 and key != keys.COUNTERS.encode()}
-    return {key: client.dump(key) for key in sorted(found)}
+    lasting = {key for key in client.scan_iter() if client.pttl(key) < 0 and key != keys.COUNTERS.encode()}
+    return {key: client.dump(key) for key in sorted(lasting)}
 
 
 def rows(stage: Stage) -> list[Any]:
@@ -85,7 +87,7 @@ def rows(stage: Stage) -> list[Any]:
 
 
 def check_overtaken(stage: Stage, opener: Stopping) -> None:
-    """Another process opens the next epoch beside a stopped opener, which then goes on and changes nothing."""
+    """Have another process open the next epoch beside a stopped opener, which then goes on and changes nothing."""
     other = Ledger(stage.settings)
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(rebuild.open_if_cold, stage.engine, opener)
@@ -129,15 +131,15 @@ def test_overtaken_opener_changes_no_book_from_any_step(stage: Stage, script: st
 
 
 def test_overtaken_opener_changes_no_row(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It had read what a lost worker holds; meanwhile that worker lives after all."""
+    """The opener had read what a lost worker holds; meanwhile that worker lives after all."""
     opener = Stopping(stage.settings, "")
     real: Callable[..., Any] = hold_epoch
 
     def hold(*args: Any) -> bool:
         if not opener.stopped.is_set():
             opener.stop()
-        found: bool = real(*args)
-        return found
+        held: bool = real(*args)
+        return held
 
     monkeypatch.setattr(rebuild, "hold_epoch", hold)
     stage.redis.hset(keys.EPOCH, "run_id", "another life")
@@ -164,7 +166,7 @@ def test_stopped_opener_does_not_keep_the_next_epoch_out_by_its_transaction(
         first = threads.submit(rebuild.open_if_cold, stage.engine, opener)
         try:
             assert opener.stopped.wait(PATIENCE)
-            # (It waits for the row until the server has ended that transaction.)
+            # The statement waits for the row until the server has ended that transaction.
             stage.sql("UPDATE authority SET opening_at = opening_at - interval '1 hour'")
             opened = rebuild.open_if_cold(stage.engine, other)
             assert opened is not None and opened.epoch == 3
@@ -180,8 +182,12 @@ def test_two_openers_at_once_open_one_epoch(stage: Stage) -> None:
     stage.redis.flushdb()
     ledgers = [Ledger(stage.settings) for _ in range(4)]
     with ThreadPoolExecutor(4) as threads:
-        opened = [one for one in threads.map(lambda one: rebuild.open_if_cold(stage.engine, one), ledgers) if one]
-    assert [one.epoch for one in opened] == [2]
+        opened = [
+            opening
+            for opening in threads.map(lambda ledger: rebuild.open_if_cold(stage.engine, ledger), ledgers)
+            if opening
+        ]
+    assert [opening.epoch for opening in opened] == [2]
     with stage.engine.connect() as connection:
         assert read_authority(connection).epoch == 2
 
@@ -196,7 +202,7 @@ def test_opener_whose_last_word_lies_in_the_future_is_overtaken(stage: Stage) ->
 
 def test_opener_says_that_it_goes_on_while_it_tells_of_revoked_jobs(stage: Stage) -> None:
     stage.sql("UPDATE jobs SET revoked_at = now() WHERE state = 'waiting'")
-    said: list[int] = []
+    beats: list[int] = []
     with stage.engine.connect() as connection:
-        revocation.tell_all(connection, stage.ledger, lambda: said.append(1))
-    assert len(said) >= JOBS
+        revocation.tell_all(connection, stage.ledger, lambda: beats.append(1))
+    assert len(beats) >= JOBS

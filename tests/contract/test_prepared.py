@@ -1,4 +1,4 @@
-"""The statement that writes outcomes is planned once for a while: whatever the session knows, the rows are the same."""
+"""The statement that writes outcomes is planned once for a while, and writes the rows whatever the session knows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from celery_capacity.routing.store.job_transitions import Transition
 from tests.fixtures.transitions import Rows
 
 NAME: Final = job_transitions._APPLY.name
-#: (`custom_plans` is there from Postgres 14 on.)
+#: `custom_plans` is there from Postgres 14 on.
 KNOWN: Final = text(
     "SELECT prepare_time, cardinality(parameter_types) AS parameters,"
     " coalesce((to_jsonb(p) ->> 'custom_plans')::int, 0) AS custom FROM pg_prepared_statements p WHERE name = :name"
@@ -42,11 +42,13 @@ def known(connection: Connection) -> Any:
 
 
 def ends(rows: Rows, *jobs: str) -> None:
-    """Each of them is admitted and ends."""
+    """Admit each of these jobs, and end it."""
     rows.insert(*jobs)
     for state, step, outcome in (("admitted", Step.ADMITTED, ""), ("succeeded", Step.ENDED, "succeeded")):
         batch = [Transition(job, 1, 1, state, step, "a", "a-life", 10, 20, 30, 0, outcome) for job in jobs]
-        assert [(one.job, one.state) for one in rows.apply(batch)] == [(one.job, state) for one in rows.own(batch)]
+        assert [(transition.job, transition.state) for transition in rows.apply(batch)] == [
+            (transition.job, state) for transition in rows.own(batch)
+        ]
     for job in jobs:
         assert rows.row(job)["state"] == "succeeded"
         assert rows.attempts(job) == [(1, 1, "a", 10, 20, 30, "succeeded", None)]
@@ -69,7 +71,7 @@ def test_a_session_that_forgot_it_learns_it_again(rows: Rows, connection: Connec
     connection.exec_driver_sql(f"DEALLOCATE {NAME}")
     ends(rows, "j1")
     assert known(connection) is not None
-    # It is to be planned anew, and the session has none.
+    # The statement is to be planned anew, and the session has none.
     connection.exec_driver_sql(f"DEALLOCATE {NAME}")
     connection.info[NAME] = 0.0
     ends(rows, "j2")
@@ -79,14 +81,14 @@ def test_a_session_that_forgot_it_learns_it_again(rows: Rows, connection: Connec
 def test_a_session_that_knows_it_from_another_process_says_it_anew(rows: Rows, connection: Connection) -> None:
     ends(rows, "j0")
     before = known(connection)
-    # (A pooler gives sessions to others, with what they have prepared.)
+    # A pooler gives sessions to others, with the statements that they have prepared.
     del connection.info[NAME]
     ends(rows, "j1")
     assert known(connection).prepare_time > before.prepare_time
 
 
 class _EachTimeAnother:
-    """A pooler whose sessions never know what was prepared, nor take what is."""
+    """A pooler whose sessions never know a prepared statement, and never take a new one."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -134,7 +136,7 @@ def test_a_plan_that_was_made_for_small_tables_is_not_kept_for_ever(
 
 
 def reads_whole(connection: Connection, parameters: int) -> list[str]:
-    """Where the plan that the session keeps reads a table from end to end, be it by an index."""
+    """Return the lines where the plan that the session keeps reads a table from end to end, be it by an index."""
     explain = f"EXPLAIN EXECUTE {NAME} ({', '.join(['NULL'] * parameters)})"
     lines = connection.exec_driver_sql(f"SET LOCAL plan_cache_mode = force_generic_plan; {explain}").scalars().all()
     scan = re.compile("Seq Scan on|Index (Only )?Scan (using|on)")
@@ -145,14 +147,14 @@ def reads_whole(connection: Connection, parameters: int) -> list[str]:
 
 def test_in_a_transaction_it_is_not_prepared(rows: Rows, engine: Engine, connection: Connection) -> None:
     rows.insert("j0")
-    with engine.connect() as own, own.begin():
-        one = Transition("j0", 1, 1, "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0)
-        assert [applied.state for applied in job_transitions.apply(own, rows.own([one]))] == ["running"]
-        assert known(own) is None
-        assert own.execute(text("SHOW plan_cache_mode")).scalar() == "auto"
+    with engine.connect() as session, session.begin():
+        transition = Transition("j0", 1, 1, "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0)
+        assert [applied.state for applied in job_transitions.apply(session, rows.own([transition]))] == ["running"]
+        assert known(session) is None
+        assert session.execute(text("SHOW plan_cache_mode")).scalar() == "auto"
         assert rows.row("j0")["state"] == "accepted", "it is not committed"
     assert rows.row("j0")["state"] == "running"
-    # Nor in one that was begun by a statement.
+    # Nor in a transaction that was begun by a statement.
     connection.exec_driver_sql("BEGIN")
     rows.apply([Transition("j0", 1, 1, "succeeded", Step.ENDED, "a", "a-life", 10, 20, 30, 0, "succeeded")])
     connection.exec_driver_sql("ROLLBACK")
@@ -171,13 +173,13 @@ def test_an_execution_that_fails_leaves_all_as_it_was(rows: Rows, database_url: 
     rows.insert("j0", "j1")
     batch = [Transition(job, 1, 1, "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0) for job in ("j0", "j1")]
     bounded = create_engine(database_url, isolation_level="AUTOCOMMIT", connect_args={"options": "-c lock_timeout=50"})
-    with bounded.connect() as own:
+    with bounded.connect() as session:
         for _ in range(2):
             with rows.connection.engine.connect() as other, other.begin():
                 other.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": rows.prefix + "j1"})
                 with pytest.raises(OperationalError) as caught:
-                    job_transitions.apply(own, rows.own(batch))
+                    job_transitions.apply(session, rows.own(batch))
                 assert is_locked(caught.value)
             assert [rows.row(job)["state"] for job in ("j0", "j1")] == ["accepted", "accepted"]
-        assert [one.state for one in job_transitions.apply(own, rows.own(batch))] == ["running", "running"]
+        assert [applied.state for applied in job_transitions.apply(session, rows.own(batch))] == ["running", "running"]
     bounded.dispose()

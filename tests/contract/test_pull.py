@@ -1,4 +1,4 @@
-"""Postgres decides: what a worker takes from it, how ends are written, and who may be told what when it changes."""
+"""Postgres decides: the jobs that a worker takes from it, how ends are written, and when the authority changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EPOCH = 2
 
 
 def book(**allocated: int) -> Book:
-    """A worker of four CPUs and eight slots."""
+    """Return a book of a worker of four CPUs and eight slots."""
     return Book("", {"cpus": 4000, "slots": 8}, allocated)
 
 
@@ -54,7 +54,7 @@ def row(engine: Engine, job: str) -> Any:
 
 
 def seen(engine: Engine, name: str, lost_for: float | None, age: float = 0.0, status: str = "ready") -> None:
-    """A worker that was seen so many seconds ago, and has been without the ledger for so many."""
+    """Note a worker that was seen so many seconds ago, and has been without the ledger for so many."""
     with engine.begin() as connection:
         connection.execute(
             text(
@@ -68,17 +68,17 @@ def seen(engine: Engine, name: str, lost_for: float | None, age: float = 0.0, st
 
 @pytest.fixture
 def decides(engine: Engine) -> Engine:
-    """Postgres decides, in epoch 2."""
+    """Return an engine where Postgres decides, in epoch 2."""
     with engine.begin() as connection:
         connection.execute(text("UPDATE authority SET authority = 'postgres', epoch = :epoch"), {"epoch": EPOCH})
     return engine
 
 
 def take(engine: Engine, free: Book, worker: str = "w", epoch: int = EPOCH) -> list[str]:
-    """What one look of a worker comes to."""
+    """Return the jobs that one look of a worker takes."""
     with transactions(engine).begin() as connection:
-        chosen = [one.job for one in claims.look(connection, free, MOST_LOSSES)]
-        return [one.job for one in claims.take(connection, epoch, worker, f"{worker}-life", chosen)]
+        chosen = [entry.job for entry in claims.look(connection, free, MOST_LOSSES)]
+        return [entry.job for entry in claims.take(connection, epoch, worker, f"{worker}-life", chosen)]
 
 
 # -- taking
@@ -95,11 +95,11 @@ def test_jobs_are_taken_in_the_order_of_the_backlog_as_far_as_they_fit(decides: 
 
 
 def test_a_worker_takes_what_is_in_the_queues_that_it_serves(decides: Engine) -> None:
-    one = Request.from_shape(ONE)
-    # In front, more of another queue than one page has.
+    request = Request.from_shape(ONE)
+    # In front stand more jobs of another queue than one page has.
     for number in range(claims.PAGE + 1):
-        submit(decides, f"mail-{number}", one.within("mail").shape, queue="mail", priority=9)
-    submit(decides, "video", one.within("video").shape, queue="video")
+        submit(decides, f"mail-{number}", request.within("mail").shape, queue="mail", priority=9)
+    submit(decides, "video", request.within("video").shape, queue="video")
     submit(decides, "plain")
 
     def serving(*queues: str) -> Book:
@@ -112,16 +112,23 @@ def test_a_worker_takes_what_is_in_the_queues_that_it_serves(decides: Engine) ->
 
 
 def test_the_queue_of_a_successor_is_that_of_its_shape(decides: Engine) -> None:
-    one = Request.from_shape(ONE)
+    request = Request.from_shape(ONE)
     for job, before, after in (("in", "celery", "Vidéo:queue:x"), ("out", "mail", "celery"), ("stays", "mail", "mail")):
         columns = {"successor": MESSAGE, "successor_retries": 1, "successor_nesting": 0, "successor_priority": 0}
-        columns |= {"successor_shape": one.within(after).shape, "successor_request": "{}", "attempt": 1, "epoch": EPOCH}
-        submit(decides, job, one.within(before).shape, queue=before, state="running", step=int(Step.RUNNING), **columns)
+        columns |= {
+            "successor_shape": request.within(after).shape,
+            "successor_request": "{}",
+            "attempt": 1,
+            "epoch": EPOCH,
+        }
+        submit(
+            decides, job, request.within(before).shape, queue=before, state="running", step=int(Step.RUNNING), **columns
+        )
         with decides.begin() as connection:
             back = Transition(job, EPOCH, 1, "scheduled", Step.BACK, "w", "w-life", 1, 1, 2, 0)
             job_transitions.apply(connection, [back])
-        found = row(decides, job)
-        assert (found.queue, found.shape, found.state) == (after, one.within(after).shape, "scheduled")
+        stored = row(decides, job)
+        assert (stored.queue, stored.shape, stored.state) == (after, request.within(after).shape, "scheduled")
 
 
 def test_an_attempt_is_made_with_its_token_in_the_row_and_in_the_message(decides: Engine) -> None:
@@ -133,9 +140,9 @@ def test_an_attempt_is_made_with_its_token_in_the_row_and_in_the_message(decides
     tag = parse_tag(properties.pop("delivery_tag"))
     assert tag is not None and (tag.job, tag.token) == ("job", "2.5")
     assert properties == json.loads(MESSAGE)["properties"]
-    found = row(decides, "job")
-    assert (found.state, found.epoch, found.attempt, found.step) == ("running", 2, 5, Step.RUNNING)
-    assert (found.worker, found.incarnation, found.started_at) == ("w", "w-life", found.admitted_at)
+    stored = row(decides, "job")
+    assert (stored.state, stored.epoch, stored.attempt, stored.step) == ("running", 2, 5, Step.RUNNING)
+    assert (stored.worker, stored.incarnation, stored.started_at) == ("w", "w-life", stored.admitted_at)
     with decides.connect() as connection:
         attempt = connection.execute(text("SELECT * FROM attempts")).one()
     assert (attempt.job_id, attempt.epoch, attempt.attempt, attempt.ended_at) == ("job", 2, 5, None)
@@ -164,8 +171,8 @@ def test_two_workers_that_chose_the_same_jobs_share_nothing(decides: Engine) -> 
         submit(decides, f"job {number}")
     jobs = [f"job {number}" for number in range(4)]
     with transactions(decides).begin() as first, transactions(decides).begin() as second:
-        assert [one.job for one in claims.take(first, EPOCH, "a", "a-life", jobs[:2])] == jobs[:2]
-        assert [one.job for one in claims.take(second, EPOCH, "b", "b-life", jobs)] == jobs[2:]
+        assert [claimed.job for claimed in claims.take(first, EPOCH, "a", "a-life", jobs[:2])] == jobs[:2]
+        assert [claimed.job for claimed in claims.take(second, EPOCH, "b", "b-life", jobs)] == jobs[2:]
     assert take(decides, book()) == []
 
 
@@ -194,7 +201,7 @@ def page(*losses: int) -> list[Candidate]:
 def test_the_last_chance_of_a_job_is_alone_on_its_worker(
     losses: tuple[int, ...], allocated: dict[str, int], chosen: list[str]
 ) -> None:
-    assert [one.job for one in claims.choose(book(**allocated), page(*losses), MOST_LOSSES)] == chosen
+    assert [candidate.job for candidate in claims.choose(book(**allocated), page(*losses), MOST_LOSSES)] == chosen
 
 
 # -- ends
@@ -300,7 +307,7 @@ def test_nobody_decides_for_a_while_after_the_authority_changed(engine: Engine, 
         return confirmation.may_admit if authority == "ledger" else confirmation.may_pull
 
     assert not may(asked("900 seconds"))
-    # Postgres's clock was set back since: it is counted from now.
+    # Postgres's clock was set back since: the time is counted from now.
     assert not may(asked("-1 hour"))
     assert may(asked("1100 seconds"))
 
@@ -320,7 +327,7 @@ def test_a_job_that_must_not_run_again_is_known_as_such_by_who_takes_it(decides:
     submit(decides, "again")
     with decides.begin() as connection:
         taken = claims.take(connection, EPOCH, "w", "w-life", ["once", "again"])
-    assert {one.job: one.rerun for one in taken} == {"once": False, "again": True}
+    assert {claimed.job: claimed.rerun for claimed in taken} == {"once": False, "again": True}
 
 
 @pytest.mark.parametrize(
@@ -336,7 +343,7 @@ def test_a_job_that_must_not_run_again_is_known_as_such_by_who_takes_it(decides:
 def test_job_may_have_started_on_a_worker_that_is_silent_since_the_ledger_was_lost(
     decides: Engine, worker: str, doubtful: bool
 ) -> None:
-    """Its number is left out, and its loss counted, once; one that came later is not concerned."""
+    """Its number is left out, and its loss counted, once; a job that came later is not concerned."""
     submit(decides, "before")
     submit(decides, "once", rerun=False)
     with decides.begin() as connection:
@@ -362,9 +369,9 @@ def test_job_may_have_started_on_a_worker_that_is_silent_since_the_ledger_was_lo
     submit(decides, "after")
     with decides.begin() as connection:
         taken = claims.take(connection, EPOCH, "w", "w-life", ["before", "once", "after"])
-    found = {one.job: (one.token, one.losses) for one in taken}
+    tokens = {claimed.job: (claimed.token, claimed.losses) for claimed in taken}
     more = int(doubtful)
-    assert found == {
+    assert tokens == {
         "before": (f"{EPOCH}.{1 + more}", more),
         "once": (f"{EPOCH}.{1 + more}", 0),
         "after": (f"{EPOCH}.1", 0),

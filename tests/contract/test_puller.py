@@ -1,4 +1,4 @@
-"""What a worker takes from Postgres: a job that cannot be taken now holds back no other."""
+"""The jobs that a worker takes from Postgres: a job that cannot be taken now holds back no other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 
 @pytest.fixture
 def puller(stage: Stage, settings: Settings) -> Iterator[Puller]:
-    """With room for two jobs of one CPU."""
+    """Yield a puller with room for two jobs of one CPU."""
     stores = Stores(lambda _: settings)
     confirmation = Confirmation(stores.engine, 1.0, lambda: None)
     confirmation.ask()
@@ -52,7 +52,7 @@ def puller(stage: Stage, settings: Settings) -> Iterator[Puller]:
 
 
 def test_worker_that_cannot_listen_takes_jobs_all_the_same(stage: Stage, settings: Settings, puller: Puller) -> None:
-    """As where all connections past the pooler are taken."""
+    """All connections past the pooler are taken, for example."""
     puller._stores._made["settings"] = replace(
         settings, direct_database_url="postgresql+psycopg2://nobody@127.0.0.1:1/none"
     )
