@@ -14,8 +14,8 @@ from tests.fixtures.servers import TENTH
 
 DOCS: Final = ROOT / "docs"
 
-#: Languages of blocks that a reader types or saves as they are. Other blocks show something, or are to be adapted
-#: (`sh`).
+#: Languages of blocks that a reader types or saves as they are. Other blocks show something, or are to be
+#: adapted, such as those in `sh`.
 TYPED: Final = ("console", "bash", "python", "sql")
 
 

@@ -132,7 +132,7 @@ def test_every_key_and_field_of_a_ledger_in_use_is_on_the_page(used: Cluster) ->
         if name in documented
     }
     met: dict[str, set[str]] = {}
-    for key in (seen_fields.decode() for seen_fields in client.scan_iter()):
+    for key in (raw.decode() for raw in client.scan_iter()):
         if key.startswith("queue."):
             continue  # the private queues of this test's workers
         pattern = max((name for name in documented if key.startswith(name.partition("<")[0])), key=len)
@@ -209,10 +209,10 @@ def test_every_counter_is_on_the_page_of_metrics() -> None:
 
 
 def test_the_other_numbers_are_in_the_json(used: Cluster) -> None:
-    json = overview.from_ledger(used.client).to_json()
+    numbers = overview.from_ledger(used.client).to_json()
     for cells in rows(sections(METRICS)["Other numbers of the same JSON"]):
         for path in names(cells[0]):
-            value: Any = json
+            value: Any = numbers
             for part in path.split("."):
                 value = value[part.removesuffix("[]")]
                 value = value[0] if part.endswith("[]") else value

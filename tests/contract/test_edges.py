@@ -17,7 +17,7 @@ from celery_capacity.routing.store import fencing, job_transitions
 NAMES: Final = scripts.names()
 HELD: Final = (State.ADMITTED, State.RUNNING)
 
-#: (script or function of the library, state, step) of each `note` in the Lua -> the edges it makes.
+#: Each `note` in the Lua, as (script or function of the library, state, step) -> the edges it makes.
 NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
     # submit admits a row as it comes; fill, place and the scripts that fill admit waiting jobs.
     ("note_admission", "'admitted'", "STEP.admitted"): [

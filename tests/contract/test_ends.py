@@ -39,7 +39,7 @@ def holdings() -> Holdings:
 
 @pytest.fixture
 def late() -> list[tuple[str, str, str]]:
-    """Return the list of the late ends: outboxes that were not written."""
+    """Return the list of (job, token, outbox) of ends that were not written."""
     return []
 
 

@@ -87,7 +87,7 @@ def test_a_full_ledger_takes_back_delivers_again_and_looks_on(cluster: Cluster) 
     cluster.ledger.condemn("w", "w-life")
     assert cluster.lapse() == "gone"
     assert cluster.state("job") == "waiting"
-    # Another worker comes, beside the worker that was lost with its book.
+    # The first worker was lost with its book, and another one comes.
     cluster.register("other")
     assert cluster.claim("job", "1.2", "other").ok
     assert cluster.ledger.drain("other", "other-life") == 0

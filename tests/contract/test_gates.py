@@ -403,7 +403,7 @@ def test_an_end_at_the_same_moment_is_seen(app: Celery, stage: Stage, engine: En
 
 
 def test_an_end_waits_for_one_who_says_that_it_needs_it(app: Celery, stage: Stage, engine: Engine) -> None:
-    """The end comes second here: it waits for the row of the job that needs it."""
+    """The end begins second here, and waits until the transaction of the job that needs it commits."""
     first = stage.insert({"cpus": 1000})
     with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
         single.insert_job(connection, NewJob("second", TASK, SHAPE, MESSAGE, gates=Gates(after=(first,))))

@@ -28,7 +28,7 @@ CARD: Final = ("1.1", "1", "2", "3-0", "0", "cpus=1000,slots=1", "0", "{}")
 
 @dataclass(frozen=True)
 class Binding:
-    """Call of one script's method, with the method's answer to each reply that the header lists, by the reply's head."""
+    """Call of one script's method, with the method's answer to each reply of the header, by the reply's head."""
 
     call: Callable[[Ledger], Any]
     #: Repeats of the group of repeated arguments in this call.

@@ -1,6 +1,6 @@
 """A process that opens an epoch changes nothing once another process has begun the next.
 
-The other process takes it for dead. From then on it changes nothing, wherever it was stopped.
+The other process takes the first one for dead. It does not matter at which step the first one was stopped.
 """
 
 from __future__ import annotations

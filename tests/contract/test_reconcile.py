@@ -28,7 +28,7 @@ from tests.fixtures.damage import DAMAGES, Scene
 from tests.fixtures.staged import MESSAGE, Stage
 from tests.fixtures.work import Work
 
-#: Seconds for which a violation must stay; nothing else moves when it is looked for.
+#: Seconds for which a violation must stay. Nothing else moves when the test looks for it.
 BRIEFLY: Final = 0.2
 
 
@@ -60,9 +60,12 @@ def check(scene: Scene) -> list[str]:
 
 
 def finish(scene: Scene) -> None:
-    """Everything that can run runs and ends; what cannot is cancelled, and what is not due is not waited for."""
+    """Run every job that can run to its end, and cancel the others.
+
+    Jobs that are not due are not waited for.
+    """
     stage = scene.stage
-    # Whatever the heartbeats would have done: a worker with a closed book registers again.
+    # Do the work of the heartbeats: a worker with a closed book registers again.
     for worker, cpus in (("a", 4000), ("b", 3000)):
         stage.worker(worker, cpus=cpus)
     stage.sql("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE state = 'scheduled'")
@@ -106,18 +109,18 @@ def test_damage_is_found_and_repaired(scene: Scene, name: str) -> None:
 
 def test_nothing_is_found_where_nothing_is_wrong(scene: Scene) -> None:
     assert check(scene) == []
-    found = reconcile(scene.stage.engine, scene.stage.ledger)
-    assert (found.drift, found.checked) == (0, 6)
+    report = reconcile(scene.stage.engine, scene.stage.ledger)
+    assert (report.drift, report.checked) == (0, 6)
     finish(scene)
-    found = reconcile(scene.stage.engine, scene.stage.ledger)
-    assert (found.drift, found.checked) == (0, 0)
+    report = reconcile(scene.stage.engine, scene.stage.ledger)
+    assert (report.drift, report.checked) == (0, 0)
 
 
 def test_what_the_stream_still_says_is_applied_and_is_no_drift(scene: Scene) -> None:
     scene.stage.submit(cpus=1000, applied=False)
     scene.stage.end(scene.other, applied=False)
-    found = reconcile(scene.stage.engine, scene.stage.ledger)
-    assert (found.applied, found.drift) == (2, 0)
+    report = reconcile(scene.stage.engine, scene.stage.ledger)
+    assert (report.applied, report.drift) == (2, 0)
 
 
 def test_the_outcome_that_was_lost_with_the_stream_is_still_written(scene: Scene) -> None:
@@ -200,13 +203,13 @@ def test_damage_is_found_wherever_it_is_in_a_backlog_of_many_chunks(scene: Scene
     for number in spread:
         scene.redis.zadd(queue, {f"between-{number}": rows[number][2]})
         scene.redis.zrem(queue, jobs[number + 1])
-    found = reconcile(stage.engine, stage.ledger)
-    assert found.to_json()["kinds"] == {
+    report = reconcile(stage.engine, stage.ledger)
+    assert report.to_json()["kinds"] == {
         "a place without its waiting job": 2 * (CHUNK + 7) + len(spread),
         "waiting in Postgres, missing in the ledger": len(spread),
         "waiting without its place": len(spread),
     }
-    assert (found.all_repaired, found.checked) == (True, many + 6)
+    assert (report.all_repaired, report.checked) == (True, many + 6)
     stage.apply()
     assert check(scene) == []
     assert reconcile(stage.engine, stage.ledger).drift == 0
@@ -240,21 +243,21 @@ def test_work_that_goes_on_meanwhile_is_never_taken_for_drift(engine: Engine, se
         stage.worker(worker, cpus=4000, slots=3)
     enough = threading.Event()
     work = [Work(stage.engine, settings, number) for number in range(3)]
-    found: list[Reconciled] = []
+    reports: list[Reconciled] = []
     with ThreadPoolExecutor(3) as threads:
-        running = [threads.submit(one, enough) for one in work]
+        running = [threads.submit(driver, enough) for driver in work]
         try:
             ledger = Ledger(settings)
-            while sum(one.done for one in work) < 1500 and not any(run.done() for run in running):
-                found.append(reconcile(stage.engine, ledger))
+            while sum(driver.done for driver in work) < 1500 and not any(run.done() for run in running):
+                reports.append(reconcile(stage.engine, ledger))
         finally:
             enough.set()
         for run in running:
             run.result()
-    kinds = [one.to_json()["kinds"] for one in found]
+    kinds = [report.to_json()["kinds"] for report in reports]
     assert [kind for kind in kinds if kind] == []
-    assert sum(one.checked for one in found) > 0
-    assert len(found) > 3
+    assert sum(report.checked for report in reports) > 0
+    assert len(reports) > 3
     stage.apply()
     assert verify.check(stage.engine, stage.redis, patience=BRIEFLY).lines() == []
     assert reconcile(stage.engine, stage.ledger).drift == 0

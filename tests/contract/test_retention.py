@@ -1,4 +1,4 @@
-"""What has ended goes into the archive, once and whole; what has not, or what somebody needs, never."""
+"""Ended jobs go into the archive, once and whole; jobs that have not ended, or that somebody needs, never do."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 
 
 def move(stage: Stage, most: int = archive.CHUNK) -> int:
-    """Move what has ended, however short ago."""
+    """Move the jobs that have ended, however short ago."""
     with stage.engine.connect() as connection:
         return archive.archive_finished(connection, 0, most)
 
@@ -66,8 +66,10 @@ def done(stage: Stage, outcome: str = "succeeded") -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of any kind. `age`: seconds since its end, or since its acceptance where it has none. `attempts`: whether
-    each has ended."""
+    """A row of any kind.
+
+    `age`: seconds since its end, or since its acceptance where it has none. `attempts`: True for each that has ended.
+    """
 
     state: State
     step: Step
@@ -77,7 +79,7 @@ class Kind:
 
     @property
     def is_over(self) -> bool:
-        """Whether it may move: said once more, in other words than those of the statement."""
+        """Return True if the row may move: the rule in other words than those of the statement."""
         goes_on = (State.ACCEPTED, State.SCHEDULED, State.WAITING, State.ADMITTED, State.RUNNING, State.REPLACED)
         needed = self.outbox or self.step is Step.COMMITTED or not all(self.attempts)
         return self.state not in goes_on and self.age >= KEEP and not needed
@@ -198,9 +200,9 @@ def test_work_goes_on_beside_it_and_nothing_is_lost_or_taken_for_drift(engine: E
     work = [Work(stage.engine, settings, number) for number in range(2)]
     moved, kinds = 0, []
     with ThreadPoolExecutor(2) as threads:
-        running = [threads.submit(one, enough) for one in work]
+        running = [threads.submit(driver, enough) for driver in work]
         try:
-            while sum(one.done for one in work) < 600 and not any(run.done() for run in running):
+            while sum(driver.done for driver in work) < 600 and not any(run.done() for run in running):
                 moved += move(stage, most=40)
                 kinds.append(reconcile(stage.engine, stage.ledger).to_json()["kinds"])
         finally:
@@ -211,7 +213,7 @@ def test_work_goes_on_beside_it_and_nothing_is_lost_or_taken_for_drift(engine: E
     assert [kind for kind in kinds if kind] == []
     assert moved > 50
     live, gone = ids(stage, "jobs"), ids(stage, "jobs_archive")
-    assert sorted(live + gone) == sorted(f"{one.prefix}{n}" for one in work for n in range(1, one.done + 1))
+    assert sorted(live + gone) == sorted(f"{driver.prefix}{n}" for driver in work for n in range(1, driver.done + 1))
     with stage.engine.connect() as connection:
         orphans = "SELECT count(*) FROM attempts WHERE job_id NOT IN (SELECT id FROM jobs)"
         assert connection.execute(text(orphans)).scalar_one() == 0
@@ -236,16 +238,16 @@ def test_a_publish_under_the_id_of_an_archived_job_is_a_new_job(stage: Stage) ->
     assert publish(stage, job) is not None
     assert (stage.row(job).state, stage.row(job).attempt) == ("accepted", 0)
     with stage.engine.connect() as connection:
-        found = queries.find(connection, job)
-        assert found is not None
-        assert (found.job["state"], found.attempts) == ("accepted", [])
+        record = queries.find(connection, job)
+        assert record is not None
+        assert (record.job["state"], record.attempts) == ("accepted", [])
     stage.sql("UPDATE jobs SET state = 'expired', step = 12, finished_at = now() WHERE id = :job", job=job)
     assert move(stage) == 1
     assert ids(stage, "jobs_archive") == [job, job]
     with stage.engine.connect() as connection:
-        found = queries.find(connection, job)
-        assert found is not None
-        assert (found.job["state"], found.attempts) == ("expired", [])
+        record = queries.find(connection, job)
+        assert record is not None
+        assert (record.job["state"], record.attempts) == ("expired", [])
 
 
 def test_an_attempt_of_an_archived_job_publishes_nothing(stage: Stage) -> None:
@@ -267,10 +269,10 @@ def test_what_an_attempt_of_an_archived_job_says_late_leaves_no_trace(stage: Sta
     job = done(stage)
     assert move(stage) == 1
     left = Outbox(publishes=[NewJob("late-child", "task", "slots=1", MESSAGE)]).to_text()
-    said: dict[str, Any] = {"worker": "a", "incarnation": "a-life", "admitted_ms": 1, "started_ms": 1, "at_ms": 2}
+    common: dict[str, Any] = {"worker": "a", "incarnation": "a-life", "admitted_ms": 1, "started_ms": 1, "at_ms": 2}
     late = [
-        Transition(job, 1, 1, "running", Step.RUNNING, losses=0, **said),
-        Transition(job, 2, 2, "failed", Step.ENDED, losses=0, outcome="failed", outbox=left, **said),
+        Transition(job, 1, 1, "running", Step.RUNNING, losses=0, **common),
+        Transition(job, 2, 2, "failed", Step.ENDED, losses=0, outcome="failed", outbox=left, **common),
     ]
     assert outbox.publishes(left)
     with stage.engine.connect() as connection:
@@ -280,15 +282,15 @@ def test_what_an_attempt_of_an_archived_job_says_late_leaves_no_trace(stage: Sta
 
 
 def test_a_job_that_the_ledger_still_has_is_taken_out_of_it_once_its_row_is_archived(stage: Stage) -> None:
-    """As after a Redis that came back with old books."""
+    """Redis came back with old books, for example."""
     job = stage.submit(cpus=1000)
     stage.start(job)
     stage.sql("UPDATE attempts SET ended_at = now(), outcome = 'succeeded' WHERE job_id = :job", job=job)
     stage.sql("UPDATE jobs SET state = 'succeeded', step = 9, finished_at = now() WHERE id = :job", job=job)
     assert move(stage) == 1
-    found = reconcile(stage.engine, stage.ledger)
-    assert found.to_json()["kinds"] == {"missing in Postgres, running in the ledger": 1}
-    assert found.all_repaired
+    report = reconcile(stage.engine, stage.ledger)
+    assert report.to_json()["kinds"] == {"missing in Postgres, running in the ledger": 1}
+    assert report.all_repaired
     assert verify.check(stage.engine, stage.redis, at_rest=True, patience=0.2).lines() == []
 
 
@@ -311,7 +313,7 @@ def test_the_archive_is_emptied_by_what_the_page_says(stage: Stage) -> None:
 
 @pytest.fixture
 def stores(settings: Settings, platform_environment: dict[str, str]) -> Iterator[Any]:
-    """`stores(keep)`: those of a process with this setting."""
+    """Yield `stores(keep)`, which returns the stores of a process with this setting."""
     made: list[Stores] = []
 
     def make(keep: str) -> Stores:
@@ -320,15 +322,15 @@ def stores(settings: Settings, platform_environment: dict[str, str]) -> Iterator
         return made[-1]
 
     yield make
-    for one in made:
-        one.engine.dispose()
+    for opened in made:
+        opened.engine.dispose()
 
 
 @pytest.mark.parametrize(("keep", "moved"), [("2592000", 0), ("0", 0), ("0.001", 1)])
 def test_the_duty_keeps_jobs_for_as_long_as_the_setting_says(stage: Stage, stores: Any, keep: str, moved: int) -> None:
     job = done(stage)
     stage.sql("UPDATE jobs SET finished_at = now() - interval '29 days' WHERE id = :job", job=job)
-    app: Any = None  # it has no use for one
+    app: Any = None  # The duty has no use for an app
     assert duty.run_once(app, stores(keep))["archived"] == moved
     assert duty.run_once(app, stores(keep))["archived"] == 0
 

@@ -117,12 +117,12 @@ def test_a_replaced_job_does_not_go_on(stage: Stage, app: Celery) -> None:
 def test_a_claim_is_told(stage: Stage, app: Celery) -> None:
     job, other = stage.submit(cpus=1000), stage.submit(cpus=1000)
     revoke(app, job)
-    arrived = [(one, f"{stage.row(one).epoch}.1", "n") for one in (job, other)]
+    arrived = [(job_id, f"{stage.row(job_id).epoch}.1", "n") for job_id in (job, other)]
     claimed = stage.ledger.settle("a", "a-life", arrived=arrived, most_losses=MOST_LOSSES).claimed
-    assert [(one.ok, one.revoked) for one in claimed] == [(True, True), (True, False)]
-    for one in (job, other):
+    assert [(claim.ok, claim.revoked) for claim in claimed] == [(True, True), (True, False)]
+    for job_id in (job, other):
         stage.apply()
-        stage.end(one, "cancelled")
+        stage.end(job_id, "cancelled")
 
 
 def test_new_books_know_it(stage: Stage, app: Celery) -> None:
@@ -142,13 +142,13 @@ def test_new_books_know_it(stage: Stage, app: Celery) -> None:
 
 
 def test_the_sweep_goes_on_with_what_was_only_marked(stage: Stage, app: Celery) -> None:
-    """Whoever revoked died between the row and the ledger."""
+    """The client that revoked died between the row and the ledger."""
     running = stage.submit(cpus=4000)
     stage.start(running)
     waiting = stage.submit(cpus=1000)
     with stage.engine.connect() as connection:
         assert revocation.mark(connection, [running, waiting, "nobody"]) == [running, waiting]
-    # (As the runner of the duties does.)
+    # The runner of the duties does so, too.
     app.platform.ledger.epoch = stage.ledger.epoch
     assert sweep.run_once(app, app.platform)["revoked"] == 1
     assert stage.row(waiting).state == "cancelled"
@@ -171,7 +171,7 @@ def test_sweep_goes_on_behind_a_revoked_job_whose_row_is_locked(
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": kept})
         counts = sweep.run_once(app, app.platform)
         assert (counts["revoked"], counts["submitted"]) == (1, 1)
-    # (Its tombstone, which the ledger got before the row was found locked, has its time.)
+    # Its tombstone, which the ledger got before the row was found locked, has its time.
     assert stage.redis.pttl(keys.job(kept)) > 0
     stage.redis.delete(keys.job(kept))
     assert sweep.run_once(app, app.platform)["revoked"] == 1
@@ -191,21 +191,21 @@ def test_what_has_ended_is_not_marked(stage: Stage, app: Celery) -> None:
 
 
 def test_without_the_ledger_the_row_is_enough(stage: Stage, app: Celery) -> None:
-    """Postgres decides: what a worker pulled and gives back is pulled by no other."""
+    """Postgres decides: a job that a worker pulled and gives back is pulled by no other."""
     stage.sql("UPDATE authority SET authority = 'postgres', changed_at = 'epoch'")
     job, marked = stage.insert({"cpus": 1000}), stage.insert({"cpus": 1000})
     with stage.engine.connect() as connection:
         epoch = read_authority(connection).epoch
-        assert [one.job for one in claims.take(connection, epoch, "a", "a-life", [job])] == [job]
+        assert [entry.job for entry in claims.take(connection, epoch, "a", "a-life", [job])] == [job]
         assert revocation.mark(connection, [marked]) == [marked]
         assert claims.take(connection, epoch, "a", "a-life", [marked]) == []
-        assert [one.job for one in claims.candidates(connection, 10)] == []
+        assert [entry.job for entry in claims.candidates(connection, 10)] == []
     counts = fallback.expire(app, app.platform)
     assert (counts["expired"], counts["revoked"]) == (0, 1)
     revoke(app, job)
     with stage.engine.connect() as connection:
         claims.give_back(connection, claims.open_attempts(connection, "a-life"), "taken_back", "gone", MOST_LOSSES)
-    assert {stage.row(one).state for one in (job, marked)} == {"cancelled"}
+    assert {stage.row(job_id).state for job_id in (job, marked)} == {"cancelled"}
 
 
 # The caller of the revoke does not reach the ledger.
@@ -213,7 +213,7 @@ def test_without_the_ledger_the_row_is_enough(stage: Stage, app: Celery) -> None
 
 @pytest.fixture
 def blind(app: Celery) -> Celery:
-    """An app whose process reaches Postgres alone."""
+    """Return an app whose process reaches Postgres alone."""
     stores: Stores = app.platform
     away = replace(stores.settings, redis_url="redis://127.0.0.1:1/0")
     stores._made["ledger"] = Ledger(away)

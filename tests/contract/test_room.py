@@ -1,4 +1,4 @@
-"""The sweep asks only workers to be filled that have room for something that waits."""
+"""The sweep asks only workers to be filled that have room for a waiting job."""
 
 from __future__ import annotations
 

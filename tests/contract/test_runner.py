@@ -1,4 +1,4 @@
-"""The duties of a worker: one that fails does not keep the others from being done."""
+"""The duties of a worker: a duty that fails does not keep the others from being done."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def runner(stage: Stage, settings: Settings) -> Iterator[Runner]:
     runner = Runner(no_app, stores, "a-life", lambda: "ledger", stage.ledger)
     runner._begin()
     runner.election._stand()
-    # (Nobody renews it.)
+    # Nobody renews the lease.
     runner.election._until += 3600
     runner.election.window._since -= 3600
     yield runner
@@ -43,7 +43,7 @@ def runner(stage: Stage, settings: Settings) -> Iterator[Runner]:
 
 
 def test_a_row_that_somebody_keeps_locked_stops_no_other_duty(engine: Engine, stage: Stage, runner: Runner) -> None:
-    """A session that was left open, say: the duty `due` comes first, and cannot end the job that has expired."""
+    """A session was left open, for example: the duty `due` comes first, and cannot end the job that has expired."""
     expired, lost = stage.insert({"cpus": 1000}), stage.submit(cpus=1000)
     stage.start(lost)
     due = stage.insert({"cpus": 2000}, due_at=datetime.now(UTC))
@@ -63,7 +63,7 @@ def test_a_row_that_somebody_keeps_locked_stops_no_other_duty(engine: Engine, st
 def test_duty_that_fails_stops_no_other_duty(
     stage: Stage, runner: Runner, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    """Whatever it is; and a worker that died is lost all the same."""
+    """Any duty may fail, and a worker that died is lost all the same."""
     lost, due = stage.submit(cpus=1000), stage.insert({"cpus": 2000}, due_at=datetime.now(UTC))
     stage.start(lost)
     stage.ledger.condemn("a", "a-life")

@@ -1,5 +1,7 @@
-"""A job that may start only once (`rerun=False`) has no second attempt after one that may have started. Another job has
-one, and its loss counts."""
+"""A job that may start only once (`rerun=False`) has no second attempt after one that may have started.
+
+Any other job has one, and its loss counts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transitions reach Postgres late, in any order and batches, doubled, not all of them: the rows are the same."""
+"""Transitions reach Postgres late, in any order and batches, doubled, not all of them: the rows do not differ."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def connection(engine: Engine) -> Iterator[Connection]:
 def test_any_order_doubled_thinned_and_in_any_batches_gives_the_same_rows(
     connection: Connection, histories: Sequence[list[Transition]], data: st.DataObject
 ) -> None:
-    together = [one for history in histories for one in history]
+    together = [transition for history in histories for transition in history]
     kept = thinned(together, data.draw(st.lists(st.booleans(), min_size=len(together), max_size=len(together))))
     doubled = data.draw(st.lists(st.sampled_from(kept), max_size=5)) if kept else []
     order = data.draw(st.permutations([*kept, *doubled]))
@@ -63,12 +63,12 @@ def test_each_transition_in_its_order_gives_the_rows_that_the_newest_ones_say(
     rows = Rows(connection)
     rows.insert("j0", "j1", "j2")
     for history in histories:
-        for number, one in enumerate(history, 1):
-            assert [applied.state for applied in rows.apply([one])] == [one.state]
+        for number, transition in enumerate(history, 1):
+            assert [applied.state for applied in rows.apply([transition])] == [transition.state]
             wanted = {name: value for name, value in expected_row(history[:number]).items() if value is not None}
-            assert rows.row(one.job) == wanted
+            assert rows.row(transition.job) == wanted
             # Again, it changes nothing.
-            assert rows.apply([one]) == []
+            assert rows.apply([transition]) == []
     rows.check(histories)
 
 
@@ -83,7 +83,7 @@ def test_a_final_state_has_no_exit_whatever_comes_later(
     if not history or history[-1].state not in FINAL:
         return
     before = rows.row("j0")
-    newer = [replace(one, epoch=one.epoch + 5) for one in other]
+    newer = [replace(transition, epoch=transition.epoch + 5) for transition in other]
     assert rows.apply(newer) == []
     assert rows.row("j0") == before
 
@@ -99,7 +99,7 @@ def test_an_older_token_is_refused_whatever_it_says(
     before = rows.row("j0")
     if not history:
         return
-    newest = max(history, key=lambda one: one.rank)
+    newest = max(history, key=lambda transition: transition.rank)
     older = data.draw(st.sampled_from([(newest.epoch - 1, 99), (newest.epoch, newest.attempt - 1)]))
     for state in State:
         zombie = replace(newest, epoch=older[0], attempt=older[1], state=state.value, step=Step.DROPPED, worker="")
@@ -114,13 +114,13 @@ def test_two_writers_at_once_give_the_same_rows_and_do_not_wait_for_each_other_f
 ) -> None:
     rows = Rows(connection)
     rows.insert("j0", "j1", "j2")
-    together = [one for history in histories for one in history]
+    together = [transition for history in histories for transition in history]
 
     def write(chance: random.Random) -> None:
         order = chance.sample(together, len(together))
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as own:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as session:
             for batch in batches(order, [chance.randrange(20) for _ in range(4)]):
-                job_transitions.apply(own, rows.own(batch))
+                job_transitions.apply(session, rows.own(batch))
 
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(write, [random.Random(seed), random.Random(seed + 1)]))
@@ -135,13 +135,13 @@ def put_successor(rows: Rows, job: str = "j0", **more: Any) -> str | None:
 
 
 def with_a_worker(outcome: str, state: str) -> list[Transition]:
-    """One attempt that ended."""
+    """Return the transitions of one attempt that ended."""
     step = Step.ENDED if state in FINAL or state == "replaced" else Step.BACK
-    one = Transition("j0", 1, 1, "admitted", Step.ADMITTED, "a", "a-life", 10, 0, 10, 0)
+    admission = Transition("j0", 1, 1, "admitted", Step.ADMITTED, "a", "a-life", 10, 0, 10, 0)
     return [
-        one,
-        replace(one, state="running", step=Step.RUNNING, started_ms=20, at_ms=20),
-        replace(one, state=state, step=step, started_ms=20, at_ms=30, outcome=outcome),
+        admission,
+        replace(admission, state="running", step=Step.RUNNING, started_ms=20, at_ms=20),
+        replace(admission, state=state, step=step, started_ms=20, at_ms=30, outcome=outcome),
     ]
 
 
@@ -176,16 +176,16 @@ def test_an_attempt_that_ends_is_followed_by_its_successor(
     history = with_a_worker(*end)
     order = data.draw(st.permutations([*history, *data.draw(st.lists(st.sampled_from(history), max_size=3))]))
     before = data.draw(st.integers(0, order.index(history[-1])))
-    for one in order[:before]:
-        rows.apply([one])
+    for transition in order[:before]:
+        rows.apply([transition])
     assert put_successor(rows) is not None
     cuts = data.draw(st.lists(st.integers(0, 9), max_size=3))
-    applied = [one for batch in batches(order[before:], cuts) for one in rows.apply(batch)]
-    found = successor_of(rows)
-    assert (found.state, bytes(found.message), found.shape) == ("scheduled", SUCCESSOR.message, SUCCESSOR.shape)
-    assert (found.retries, found.nesting, found.priority, found.successor) == (1, 0, 3, None)
-    assert found.due
-    assert [one.due for one in applied if one.state == "scheduled"] == [True]
+    applied = [transition for batch in batches(order[before:], cuts) for transition in rows.apply(batch)]
+    row = successor_of(rows)
+    assert (row.state, bytes(row.message), row.shape) == ("scheduled", SUCCESSOR.message, SUCCESSOR.shape)
+    assert (row.retries, row.nesting, row.priority, row.successor) == (1, 0, 3, None)
+    assert row.due
+    assert [transition.due for transition in applied if transition.state == "scheduled"] == [True]
     assert rows.attempts("j0") == expected_attempts(history)
 
 
@@ -193,11 +193,11 @@ def test_a_successor_of_a_successor_runs_too(connection: Connection) -> None:
     rows = Rows(connection)
     rows.insert("j0")
     for attempt in (1, 2, 3):
-        history = [replace(one, attempt=attempt) for one in with_a_worker("retried", "scheduled")]
+        history = [replace(transition, attempt=attempt) for transition in with_a_worker("retried", "scheduled")]
         assert put_successor(rows, retries=attempt, message=b"%d" % attempt) is not None
         rows.apply(history)
-        found = successor_of(rows)
-        assert (found.state, bytes(found.message), found.retries) == ("scheduled", b"%d" % attempt, attempt)
+        row = successor_of(rows)
+        assert (row.state, bytes(row.message), row.retries) == ("scheduled", b"%d" % attempt, attempt)
 
 
 def test_a_publish_that_is_there_already_is_ignored(connection: Connection) -> None:
@@ -248,9 +248,9 @@ def test_any_error_text_of_a_task_reaches_the_row(stage: Stage, said: str) -> No
     ended = [Ended(job, "1.1", "failed", said)]
     stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES)
     # The worker writes its own copy, and the stream has one.
-    own = replace(transition_log.read(stage.ledger)[0], error=said)
+    own_copy = replace(transition_log.read(stage.ledger)[0], error=said)
     with stage.engine.connect() as connection:
-        job_transitions.apply(connection, [own])
+        job_transitions.apply(connection, [own_copy])
     stage.apply()
     row = stage.row(job)
     assert row.state == "failed"
@@ -259,7 +259,7 @@ def test_any_error_text_of_a_task_reaches_the_row(stage: Stage, said: str) -> No
 
 @pytest.mark.parametrize("told", [True, False])
 def test_lost_job_is_told_by_its_worker_or_by_whoever_finds_it(stage: Stage, told: bool) -> None:
-    """Also where another worker is the first to write its end."""
+    """The rule also holds where another worker is the first to write its end."""
     job = stage.submit(cpus=1000)
     stage.start(job)
     ended = [Ended(job, "1.1", "lost", "its process died", told=told)]
@@ -270,7 +270,7 @@ def test_lost_job_is_told_by_its_worker_or_by_whoever_finds_it(stage: Stage, tol
 
 def test_entries_are_forgotten_when_they_are_written_and_not_before(stage: Stage) -> None:
     job = stage.submit(cpus=1000, applied=False)
-    assert [one.state for one in transition_log.read(stage.ledger)] == ["admitted"]
+    assert [transition.state for transition in transition_log.read(stage.ledger)] == ["admitted"]
     assert stage.redis.hexists(keys.job(job), "entry")
     assert transition_log.apply_all(stage.engine, stage.ledger)[0] == 1
     assert transition_log.read(stage.ledger) == []
@@ -288,11 +288,11 @@ def test_a_job_that_ended_has_no_attempt_that_goes_on(connection: Connection) ->
     rows = Rows(connection)
     rows.insert("j0")
     first, second = with_a_worker("handed_back", "waiting"), with_a_worker("succeeded", "succeeded")
-    # (What ended attempt 1 is lost with the ledger.)
+    # The end of attempt 1 is lost with the ledger.
     rows.apply(first[:1])
     rows.apply([replace(second[-1], attempt=2)])
     assert ended_attempts(connection) == [(1, "taken_back", job_transitions.END_LOST), (2, "succeeded", None)]
-    # It comes after all, and stands.
+    # The end comes after all, and stands.
     rows.apply([first[-1]])
     assert ended_attempts(connection) == [(1, "handed_back", None), (2, "succeeded", None)]
 
@@ -326,5 +326,5 @@ def test_attempt_that_is_heard_of_after_the_end_of_its_job_is_over(connection: C
 
 def ended_attempts(connection: Connection) -> list[tuple[int, str, str | None]]:
     query = text("SELECT attempt, outcome, error FROM attempts WHERE ended_at IS NOT NULL ORDER BY 1")
-    found = connection.execute(query)
-    return [(row[0], row[1], row[2]) for row in found]
+    rows = connection.execute(query)
+    return [(row[0], row[1], row[2]) for row in rows]

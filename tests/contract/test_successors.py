@@ -1,4 +1,4 @@
-"""A job goes on with what its attempt published under its id, whoever of the stores knew of that, and when."""
+"""A job goes on with the successor that its attempt published under its id, whichever store knew of it, and when."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from celery_capacity.routing.store import backlog, claims
 from tests.fixtures.staged import MESSAGE, Stage
 
 ONE = Request.of({"cpus": 1000}).shape
-#: The message of what is published later.
+#: The message of a successor that is published later.
 LATER = b'{"body":"later","properties":{"a":1}}'
 
 
@@ -34,7 +34,10 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 
 
 def publish(stage: Stage, job: str, retries: int = 0, nesting: int = 0) -> None:
-    """As an attempt does while the ledger is left alone (by a breaker, say): Postgres alone hears of it."""
+    """Publish as an attempt does while the ledger is left alone, by a breaker for example.
+
+    Postgres alone hears of it.
+    """
     successor = NewJob(job, "task", ONE, MESSAGE, publisher=1, retries=retries, nesting=nesting)
     with stage.engine.connect() as connection:
         assert successors.put_successor(connection, successor) == "running"
@@ -81,7 +84,7 @@ def test_a_job_that_was_revoked_while_it_ran_is_not_submitted_again(stage: Stage
 
 
 def step(stage: Stage, job: str, replaces: str) -> str:
-    """A step of a replacement that runs."""
+    """Publish and start a step of a replacement, and return its id."""
     with stage.engine.connect() as connection:
         single.insert_job(connection, NewJob(job, "step", ONE, MESSAGE, replaces=replaces))
     stage.ledger.submit(job, ONE, 1, MESSAGE)
@@ -99,7 +102,7 @@ def replaced(stage: Stage) -> str:
 
 
 def last_step(stage: Stage, job: str, due_at: datetime | None = None) -> str | None:
-    """The step that carries the id on is published; the state of the row then."""
+    """Publish the step that carries the id on, and return the state of the row then."""
     new = NewJob(job, "task", ONE, LATER, nesting=1, priority=3, due_at=due_at)
     with stage.engine.connect() as connection:
         return successors.put_successor(connection, new)
@@ -151,7 +154,7 @@ def test_a_row_that_is_behind_does_not_go_on_by_itself(stage: Stage) -> None:
 
 
 def test_what_is_left_to_be_published_goes_on_with_a_replaced_job(stage: Stage) -> None:
-    """As with a step that ran while Postgres was away: what it published comes with its end."""
+    """A step that ran while Postgres was away publishes with its end, for example."""
     job = replaced(stage)
     box = Outbox(publishes=[NewJob(job, "task", ONE, LATER, nesting=1)]).to_text()
     with stage.engine.connect() as connection:
@@ -181,7 +184,7 @@ def test_a_replaced_job_ends_with_the_last_of_its_steps(stage: Stage, outcome: s
         else replacements.NO_STEP
     )
     assert (row.finished_at is not None, row.outbox) == (True, outbox.UNLESS_TOLD)
-    # It has ended: what carries the id on comes too late.
+    # It has ended: a step that carries the id on comes too late.
     assert last_step(stage, job) is None
 
 

@@ -187,7 +187,7 @@ def test_reconcile_gives_a_tombstone_its_time_where_the_stream_was_lost(stage: S
 
 def test_reconcile_leaves_a_job_whose_end_is_not_written(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     job = end_unwritten(stage)
-    # As where its row is locked, and it is left for later.
+    # Its row is locked, for example, and the job is left for later.
     monkeypatch.setattr(transition_log, "apply_all", lambda *_, **__: (0, []))
     assert reconcile.reconcile(stage.engine, stage.ledger).drift == 0
     assert (stage.row(job).state, stage.redis.pttl(keys.job(job))) == ("accepted", -1)

@@ -1,4 +1,4 @@
-"""Delivering what ended jobs left: each once, whatever the others are like."""
+"""Delivery of the results and calls that ended jobs left: each once, whatever the others are like."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_job_whose_message_cannot_be_read_keeps_back_no_other(app: Celery, sta
         assert end_before_start(app.platform, job, State.CANCELLED, "revoked")
     deliver_rows(app, app.platform)
     assert [app.backend.get_state(job) for job in [*jobs, "b"]] == ["REVOKED"] * (len(jobs) + 1)
-    # (What a worker has still to announce keeps back nobody either.)
+    # Results that a worker has still to announce keep back nobody either.
     assert [stage.row(job).outbox for job in [*jobs, "b"]] == [UNANNOUNCED] * (len(jobs) + 1)
     assert deliver_rows(app, app.platform) == 0
 
@@ -102,7 +102,7 @@ def test_a_callback_that_cannot_be_called_keeps_back_no_other(app: Celery, stage
 
 
 def result_of(app: Celery, job: str, value: object) -> str:
-    """The outbox of a job that has succeeded with a value."""
+    """Return the outbox of a job that has succeeded with a value."""
     attempt = Attempt(Tag(job, 1, 1), "life")
     with held(attempt):
         app.backend.store_result(job, value, "SUCCESS", request=Context(id=job))
@@ -110,7 +110,7 @@ def result_of(app: Celery, job: str, value: object) -> str:
 
 
 def ended(app: Celery, stage: Stage, count: int) -> list[str]:
-    """Jobs whose values are in their rows."""
+    """Return jobs whose values are in their rows."""
     jobs = [stage.insert({"cpus": 1000}) for _ in range(count)]
     for number, job in enumerate(jobs):
         stage.sql(
@@ -153,7 +153,7 @@ def test_results_stay_in_their_rows_where_the_backend_takes_none(
 def test_result_that_the_backend_refuses_keeps_back_no_other(
     app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its class can be imported by the worker alone that ran it, say."""
+    """Its class can be imported by the worker alone that ran it, for example."""
     jobs = sorted(ended(app, stage, 20))
     real = type(app.backend).deliver_results
 
@@ -192,7 +192,7 @@ def test_large_results_are_delivered_in_small_batches(
 def test_two_who_deliver_at_once_call_what_follows_once(
     app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pass may last longer than the turn of its duty; and whoever revokes delivers by himself."""
+    """A pass may last longer than the turn of its duty; and a client that revokes delivers by itself."""
     accept(app, "job", json.dumps([[], {}, {"errbacks": [app.signature("some.errback")]}]).encode())
     stage.sql("UPDATE jobs SET state = 'lost', finished_at = now(), outbox = :untold", untold=UNTOLD)
     began, go_on = threading.Event(), threading.Event()
@@ -215,7 +215,7 @@ def test_two_who_deliver_at_once_call_what_follows_once(
 
 
 def test_a_chain_goes_on_after_a_step_that_committed_and_died_before_it_returned(app: Celery, stage: Stage) -> None:
-    """Its effect is there, once; who waits for the end of the chain must not wait for ever."""
+    """Its effect is there, once; a client that waits for the end of the chain must not wait for ever."""
     steps = [app.signature(f"step.{number}", task_id=f"step-{number}") for number in (3, 2)]
     link = app.signature("some.link", task_id="link")
     accept(app, "job", json.dumps([[], {}, {"chain": steps, "callbacks": [link]}]).encode())
@@ -236,7 +236,7 @@ def test_a_chain_goes_on_after_a_step_that_committed_and_died_before_it_returned
 
 @pytest.fixture
 def become(app: Celery) -> Iterator[Callable[[Parts | None], None]]:
-    """Makes this process a worker with such threads, or (None) none."""
+    """Yield a function that makes this process a worker with such threads, or (None) no worker."""
     running: list[Any] = []
 
     def change(parts: Parts | None) -> None:
@@ -253,7 +253,7 @@ def become(app: Celery) -> Iterator[Callable[[Parts | None], None]]:
 def test_a_part_that_takes_long_is_left_to_whoever_delivers_it_while_that_worker_lives(
     app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch, become: Callable[[Parts | None], None]
 ) -> None:
-    """It keeps back nobody, and no row stays locked; what became of it is noted when it is known."""
+    """The part keeps back nobody, and no row stays locked; its fate is noted when it is known."""
     mine, other = stage.worker("a"), Parts(stage.worker("b"))
     first = Parts(mine)
     become(first)
@@ -283,20 +283,20 @@ def test_a_part_that_takes_long_is_left_to_whoever_delivers_it_while_that_worker
     assert deliver_rows(app, app.platform) == 0
     become(None)
     assert deliver_rows(app, app.platform) == 0
-    # Nor where the row was made of what the stream said, in which nobody is named.
+    # Nor where the row was made from the stream, in which nobody is named.
     left = Outbox([], [{"chord": "a", "group": "g"}]).to_text()
     stage.sql("UPDATE jobs SET outbox = :left WHERE id = 'a'", left=left)
     become(first)
     assert deliver_rows(app, app.platform) == 0
     assert parse(stage.row("a").outbox).by == mine
     assert counted == ["a", "b"]
-    # It failed: it is anybody's.
+    # The delivery failed: the part is anybody's.
     go_on.set()
     until(lambda: not parse(stage.row("a").outbox).by, "it is left")
     go_on.clear()
     assert deliver_rows(app, app.platform) == 0
     assert (parse(stage.row("a").outbox).by, counted) == (mine, ["a", "b", "a"])
-    # Its worker died: it is delivered once more. (Nobody knows whether it was.)
+    # Its worker died: the part is delivered once more. Nobody knows if it was delivered before.
     stage.sql("UPDATE workers SET status = 'lost' WHERE incarnation = :mine", mine=mine)
     become(other)
     assert deliver_rows(app, app.platform) == 1
@@ -310,17 +310,17 @@ def test_what_a_late_part_left_is_noted_when_it_has_come_through(
     become(Parts(stage.worker("a")))
     accept(app, "job")
     stage.sql("UPDATE jobs SET state = 'cancelled', finished_at = now(), outbox = :untold", untold=UNTOLD)
-    told, go_on = list[str](), threading.Event()
+    told_jobs, go_on = list[str](), threading.Event()
 
     def tell(_: Celery, job: str, *__: object) -> None:
-        told.append(job)
+        told_jobs.append(job)
         assert go_on.wait(20.0)
 
     monkeypatch.setattr(deliver_later, "_tell", tell)
     assert [deliver_rows(app, app.platform) for _ in range(2)] == [0, 0]
     go_on.set()
     until(lambda: stage.row("job").outbox == UNANNOUNCED, "its result is told")
-    assert told == ["job"]
+    assert told_jobs == ["job"]
 
 
 def test_a_value_alone_that_comes_late_waits_for_no_thread(

@@ -1,4 +1,4 @@
-"""Which texts name a Redis, and that one text serves all who read it."""
+"""Texts that name a Redis, and one text that serves all its readers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from celery_capacity.routing.errors import InvalidRequest
             "sentinel://u:p@a:1/2;sentinel://b;sentinel://[::1]:3?master_name=m",
             Address("sentinel", (("a", 1), ("b", 26379), ("::1", 3)), "", "u", "p", 2, "m"),
         ),
-        # Said at every one of them is said once.
+        # A user, password or database that stands at every address counts once.
         ("sentinel://:p@a/2;sentinel://:p@b/2", Address("sentinel", (("a", 26379), ("b", 26379)), "", None, "p", 2)),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Amounts: what people write becomes integers, exactly, or is refused with what would be right."""
+"""Amounts that people write become integers, exactly, or are refused with a right example."""
 
 from __future__ import annotations
 

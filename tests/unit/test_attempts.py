@@ -1,4 +1,4 @@
-"""What an attempt leaves to be delivered with its end."""
+"""Jobs and results that an attempt leaves to be delivered with its end."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ def test_attempt_keeps_what_it_publishes_up_to_a_bound(monkeypatch: pytest.Monke
     with pytest.raises(NotAccepted, match="job parent publishes more than can be kept"):
         attempt.keep([job(3, 41)])
     attempt.keep([job(4, 20)])
-    assert [one.id for one in attempt.outbox.publishes] == ["job-1", "job-2", "job-4"]
+    assert [published.id for published in attempt.outbox.publishes] == ["job-1", "job-2", "job-4"]

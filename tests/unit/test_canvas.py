@@ -1,4 +1,4 @@
-"""What the platform reads out of Celery's canvas, and writes into it."""
+"""Marks and options that the platform reads out of Celery's canvas, and writes into it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ app = Celery("canvas", set_as_current=False)
 
 @app.task
 def task(*_: Any) -> None:
-    """Never called."""
+    """Stand in a canvas; nobody calls it."""
 
 
 def marks(canvas: Signature) -> list[str | None]:
-    """The marks of all tasks in a canvas."""
-    found = [step["options"] for step in steps_of(canvas) if step["task"] == task.name]
-    return [(options.get("headers") or {}).get(REPLACES) for options in found]
+    """Return the marks of all tasks in a canvas."""
+    step_options = [step["options"] for step in steps_of(canvas) if step["task"] == task.name]
+    return [(options.get("headers") or {}).get(REPLACES) for options in step_options]
 
 
 CANVAS = [

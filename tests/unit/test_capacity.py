@@ -1,4 +1,4 @@
-"""What a worker publishes: settings first, then the tightest limit of the machine, with sources."""
+"""Capacity that a worker publishes: settings first, then the tightest limit of the machine, with sources."""
 
 from __future__ import annotations
 

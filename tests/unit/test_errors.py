@@ -1,4 +1,4 @@
-"""Errors: their text, their fields, what they never show, and that they survive a process boundary."""
+"""Errors: their text, their fields, the secrets that they never show, and that they survive a process boundary."""
 
 from __future__ import annotations
 

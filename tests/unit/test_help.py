@@ -23,12 +23,12 @@ _CODE = re.compile(r"^ +(\d+) +([A-Z_]+) ", re.MULTILINE)
 
 
 def help_of(command: click.Command) -> str:
-    """What --help prints in a terminal of 80 columns."""
+    """Return the text that --help prints in a terminal of 80 columns."""
     return command.get_help(click.Context(command, info_name=command.name, terminal_width=80))
 
 
 def rows(header: str) -> list[list[str]]:
-    """The cells of the table of the page with this header."""
+    """Return the cells of the table of the page with this header."""
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     begin = lines.index(header) + 2
     end = next(number for number in range(begin, len(lines)) if not lines[number].startswith("|"))
@@ -40,7 +40,7 @@ def test_every_option_has_a_line_of_help(name: str) -> None:
     section = help_of(commands()[name]).partition("Options:\n")[2].partition("\n\n")[0]
     options = [option for option in commands()[name].params if isinstance(option, click.Option)]
     lines = section.splitlines()
-    assert len(lines) == len(options) + 1  # --help
+    assert len(lines) == len(options) + 1  # the line of --help
     for line in lines:
         assert re.match(r"  -[-\w, =]+ {2,}\w", line), line
 
@@ -65,9 +65,9 @@ def test_every_example_is_a_command_line_that_is_accepted(
 def test_the_group_of_commands_shows_examples_too() -> None:
     from celery_capacity.platform.commands.db import command
 
-    found = _EXAMPLE.findall(help_of(command))
-    assert found
-    assert {" ".join(example.split()[:2]) for example in found} <= set(commands())
+    examples = _EXAMPLE.findall(help_of(command))
+    assert examples
+    assert {" ".join(example.split()[:2]) for example in examples} <= set(commands())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,22 +76,22 @@ def test_the_help_names_the_exit_codes_that_the_command_gives(name: str) -> None
     named = [(int(code), word) for code, word in _CODE.findall(help_of(command))]
     assert named == sorted(named)
     assert all(Exit[word] == code for code, word in named)
-    given = set(command.codes) if isinstance(command, Command) else {Exit.OK, Exit.USAGE}
-    assert {Exit[word] for _, word in named} == given
+    codes = set(command.codes) if isinstance(command, Command) else {Exit.OK, Exit.USAGE}
+    assert {Exit[word] for _, word in named} == codes
 
 
 def test_the_page_has_every_code_with_its_meaning() -> None:
-    told = rows("| code | name | means | comes when |")
-    assert told == [[str(code.value), f"`{code.name}`", code.meaning, code.when] for code in Exit]
+    documented = rows("| code | name | means | comes when |")
+    assert documented == [[str(code.value), f"`{code.name}`", code.meaning, code.when] for code in Exit]
 
 
 def test_the_page_says_which_command_gives_which_code() -> None:
-    told = {cells[0].strip("`"): cells[1] for cells in rows("| command | gives |")}
+    documented = {cells[0].strip("`"): cells[1] for cells in rows("| command | gives |")}
     expected = {}
     for name, command in commands().items():
         codes = command.codes if isinstance(command, Command) else (Exit.OK, Exit.USAGE)
         expected[name] = ", ".join(str(code.value) for code in codes)
-    assert told == expected
+    assert documented == expected
 
 
 def test_a_code_is_one_number_and_one_name() -> None:

@@ -1,4 +1,4 @@
-"""Who is known to be dead: only a process of this very boot whose pid and start nobody has any more."""
+"""Proof that a worker is dead: only a process of this very boot whose pid and start nobody has any more."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from celery_capacity.workers.process.identity import is_known_dead, new_identity
 
 
 def own_row() -> WorkerRow:
-    """The row of a worker that is this process."""
-    own = new_identity("a")
+    """Return the row of a worker that is this process."""
+    identity = new_identity("a")
     return WorkerRow(
-        name=own.name,
-        incarnation=own.incarnation,
+        name=identity.name,
+        incarnation=identity.incarnation,
         cpus=1000,
         memory=2**30,
         capacity={},
-        hostname=own.hostname,
-        pid=own.pid,
-        place=own.place,
-        start_ticks=own.start_ticks,
-        version=own.version,
-        started_at=own.started_at,
+        hostname=identity.hostname,
+        pid=identity.pid,
+        place=identity.place,
+        start_ticks=identity.start_ticks,
+        version=identity.version,
+        started_at=identity.started_at,
     )
 
 
@@ -98,7 +98,7 @@ def test_zombie_is_dead_and_stopped_process_is_not() -> None:
 
 
 def test_live_process_is_not_dead_where_its_start_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where /proc hides the processes of other users, or there is none."""
+    """The start cannot be read where /proc hides the processes of other users, or does not exist."""
     row = own_row()
     monkeypatch.setattr(process_identity, "_stat", lambda _: None)
     assert not is_known_dead(row, HERE)

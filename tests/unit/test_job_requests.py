@@ -20,7 +20,7 @@ from celery_capacity.workers.process import attempts
 
 
 class Backend:
-    """Takes a failure as `workers.results.backends` does: it goes into the outbox of the attempt."""
+    """Backend that takes a failure as `workers.results.backends` does: into the outbox of the attempt."""
 
     def mark_as_failure(self, job: str, error: BaseException, store_result: bool = True, **_: Any) -> None:
         attempt = attempts.current()
@@ -30,7 +30,7 @@ class Backend:
 
 
 class CeleryTask:
-    """As little of Celery's task."""
+    """The least of Celery's task that these tests need."""
 
     def __init__(self) -> None:
         self.backend = Backend()
@@ -38,7 +38,7 @@ class CeleryTask:
 
 
 class CeleryRequest:
-    """As little of Celery's request as is needed to give one to a pool."""
+    """The least of Celery's request that a pool needs."""
 
     id = "job"
     _context = Context(id="job", args=(1,), kwargs={})
@@ -59,8 +59,11 @@ class CeleryRequest:
 
 
 class Given:
-    """A job that was given to a threads pool: the ends that were reported of it, each with the number of results that
-    go with it, and what is left to be said in the main loop."""
+    """A job that was given to a threads pool.
+
+    The object keeps the ends that were reported of the job, each with the number of results that go with it. `to_say`
+    holds the calls that are left for the main loop.
+    """
 
     def __init__(self) -> None:
         self.ends: list[tuple[str, str, str, str | None, int]] = []
@@ -79,35 +82,35 @@ class Given:
 
 @pytest.mark.parametrize("errors_are_kept", [True, False])
 def test_a_trace_that_raises_in_a_thread_ends_the_job(errors_are_kept: bool) -> None:
-    given, heard = Given(), []
-    given.request.store_errors = errors_are_kept
+    job, heard = Given(), []
+    job.request.store_errors = errors_are_kept
 
     def hear(sender: Any = None, **told: Any) -> None:
         heard.append((told["task_id"], repr(told["exception"]), told["args"], sender.request_stack.top.id))
 
-    given.future.set_exception(ConnectionError("the result cannot be stored"))
-    said = "ConnectionError('the result cannot be stored')"
-    assert given.ends == [("job", "1.2", "failed", said, 1 if errors_are_kept else 0)]
+    job.future.set_exception(ConnectionError("the result cannot be stored"))
+    shown = "ConnectionError('the result cannot be stored')"
+    assert job.ends == [("job", "1.2", "failed", shown, 1 if errors_are_kept else 0)]
     signals.task_failure.connect(hear)
     try:
-        (say,) = given.to_say
+        (say,) = job.to_say
         say()
     finally:
         signals.task_failure.disconnect(hear)
-    assert heard == [("job", said, (1,), "job")]
-    assert given.request.task.request_stack.top is None
-    ((kind, fields),) = given.request.events
-    assert (kind, fields["exception"]) == ("task-failed", said)
+    assert heard == [("job", shown, (1,), "job")]
+    assert job.request.task.request_stack.top is None
+    ((kind, fields),) = job.request.events
+    assert (kind, fields["exception"]) == ("task-failed", shown)
     assert "cannot be stored" in fields["traceback"]
 
 
 def test_a_trace_that_returned_is_left_to_celery_s_hooks() -> None:
-    given = Given()
-    given.future.set_result(None)
-    assert (given.ends, given.to_say) == ([], [])
+    job = Given()
+    job.future.set_result(None)
+    assert (job.ends, job.to_say) == ([], [])
 
 
 def test_a_job_that_a_stopping_threads_pool_never_began_goes_back() -> None:
-    given = Given()
-    given.future.cancel()
-    assert given.ends == [("job", "1.2", "handed_back", "not started", 0)]
+    job = Given()
+    job.future.cancel()
+    assert job.ends == [("job", "1.2", "handed_back", "not started", 0)]

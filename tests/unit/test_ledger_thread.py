@@ -1,4 +1,4 @@
-"""What a worker's thread asks the ledger, answer by answer."""
+"""Calls of a worker's thread to the ledger, answer by answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONE = Request.of({"cpus": 1000, "slots": 1})
 
 
 class Ledger:
-    """Admits `next` with the first release, and loses that answer."""
+    """A ledger that admits `next` with the first release, and loses that answer."""
 
     def __init__(self) -> None:
         self.epoch, self.settings = 1, type("Settings", (), {"most_losses": 3})
@@ -35,7 +35,7 @@ class Ledger:
         answer = self.answers.pop(0)
         if answer is not None:
             raise answer
-        return Settled([Released(one, "repeat", "succeeded", "") for one in ended], [], [])
+        return Settled([Released(end, "repeat", "succeeded", "") for end in ended], [], [])
 
     def follow(self, worker: str, settled: Settled) -> None:
         assert not settled.shapes
@@ -49,7 +49,7 @@ class Confirmation:
     epoch, authority, may_admit = 1, "ledger", True
 
     def needed(self) -> None:
-        """It is always confirmed here."""
+        """Do nothing: the authority is always confirmed here."""
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_it_is_asked_for_though_nothing_else_is_to_be_said(
 def test_what_was_handed_over_is_held_before_the_ledger_is_asked_for_more(
     thread: LedgerThread, started: SimpleQueue[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those questions take long where Redis is slow; two heartbeats that do not name a job take it back meanwhile."""
+    """Questions to the ledger take long where Redis is slow; two heartbeats that do not name a job take it back meanwhile."""
     ledger: Any = thread._ledger
     ledger.answers = []
     handed_over = ["next", "1.1", "1", "1", "", "0", ONE.shape, "", "message"]

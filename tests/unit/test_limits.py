@@ -1,4 +1,4 @@
-"""Depth is told from the text without recursion, and a backlog is counted seldom and refuses when it is full."""
+"""Depth is read from the text without recursion, and a backlog is counted seldom and refuses when it is full."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
 def nested(levels: int, inside: Any = 0) -> Any:
-    """A value with so many levels of lists and dicts, by turns."""
+    """Return a value with so many levels of lists and dicts, by turns."""
     for level in range(levels):
         inside = [inside] if level % 2 else {"a": inside}
     return inside
@@ -35,7 +35,7 @@ def body(args: Any = (), kwargs: Any = None, embed: Any = None) -> bytes:
 
 
 def depth(value: Any) -> int:
-    """The same by recursion."""
+    """Return the depth of a value by recursion."""
     members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
     return 0 if members is None else 1 + max(map(depth, members), default=0)
 
@@ -72,7 +72,7 @@ def test_brackets_in_text_are_no_levels() -> None:
 
 @pytest.mark.parametrize("text", [b"[" * 1_000_000, b"[{" * 500_000, b'["' + b"[" * 100, b"]" * 200 + b"[" * 200])
 def test_what_is_no_json_is_not_climbed_into(text: bytes) -> None:
-    # It is refused as too deep, or where it is read.
+    # Such a text is refused as too deep, or where it is read.
     try:
         check_body(text, "task")
     except MessageTooDeep as error:
@@ -121,7 +121,7 @@ def test_canvas_that_is_too_deep_is_refused_with_its_own_limit() -> None:
 
 
 class Counted(backlog_limit.BacklogLimit):
-    """A limit whose stores say what the test says."""
+    """A limit whose stores give the counts of the test."""
 
     def __init__(self) -> None:
         self.now = 0.0

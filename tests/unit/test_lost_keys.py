@@ -1,4 +1,7 @@
-"""Ends of jobs whose keys the ledger lost: each is said until it is settled, whatever fails, also by who leaves."""
+"""Ends of jobs whose keys the ledger lost: each is said until it is settled, whatever fails.
+
+A worker that leaves says its ends, too.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ ONE = Request.of({"cpus": 1000, "slots": 1})
 
 
 class Ledger:
-    """Knows the job once it was adopted, so often as `forgets` says not even then."""
+    """A ledger that knows the job once it was adopted, and misses as many adoptions as `forgets` says."""
 
     def __init__(self) -> None:
         self.epoch, self.settings = 1, type("Settings", (), {"most_losses": 3})
@@ -34,7 +37,7 @@ class Ledger:
     def settle(self, *_: Any, ended: Any = (), **__: Any) -> Settled:
         verdict = "released" if self.known else "unknown"
         self.verdicts += [verdict for _ in ended]
-        return Settled([Released(one, verdict, "succeeded" if self.known else "", "1-1") for one in ended], [], [])
+        return Settled([Released(end, verdict, "succeeded" if self.known else "", "1-1") for end in ended], [], [])
 
     def follow(self, worker: str, settled: Settled) -> None:
         assert not settled.shapes
@@ -50,7 +53,10 @@ class Ledger:
 
 
 class Bench:
-    """A settle thread that holds one job. `claims`: what Postgres answers, one after the other, then True."""
+    """A settle thread that holds one job.
+
+    `claims`: the answers of Postgres, one after the other, then True.
+    """
 
     def __init__(self) -> None:
         self.ledger, self.claims, self.recorded = Ledger(), list[bool | None](), list[Any]()

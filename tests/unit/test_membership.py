@@ -20,7 +20,7 @@ ONE = Request.of({"cpus": 1000, "slots": 1})
 
 
 def rejoin(holdings: Holdings, refused: list[tuple[str, str]]) -> tuple[list[Any], Mock, Mock]:
-    """Register anew; returns the names of the calls in their order, the ledger, and the recorder."""
+    """Register anew, and return the names of the calls in their order, the ledger, and the recorder."""
     ledger, recorder, order = Mock(), Mock(), list[Any]()
     ledger.settings.due_interval, ledger.settings.most_losses = 1.0, 3
 
@@ -56,7 +56,7 @@ def held(*attempts: tuple[str, str]) -> Holdings:
 def test_rejoin_writes_what_ended_before_it_says_what_is_held() -> None:
     order, ledger, _ = rejoin(held(("job", "1.1")), [])
     assert order == [("flush", 1.0), "register", "adopt", "renew"]
-    # Whatever is not written by then is named, so that nobody takes it for lost.
+    # Each end that is not written by then is named, so that nobody takes it for lost.
     names, options = ledger.renew.call_args.args[3], ledger.renew.call_args.kwargs
     assert (sorted(names), options["missing_ms"]) == (["ended", "job"], 0)
 
@@ -72,8 +72,8 @@ def test_rejoin_disowns_the_attempt_that_lost_its_lease_alone() -> None:
     holdings = held(("job", "1.1"), ("job", "2.2"))
     _, _, recorder = rejoin(holdings, [("job", "1.1")])
     assert holdings._strays == {("job", "1.1")}
-    told = [(one.job, one.epoch, one.attempt) for one in recorder.add.call_args.args[0]]
-    assert told == [("job", 2, 2)]
+    recorded = [(transition.job, transition.epoch, transition.attempt) for transition in recorder.add.call_args.args[0]]
+    assert recorded == [("job", 2, 2)]
 
 
 def test_leave_keeps_the_book_until_postgres_has_it() -> None:

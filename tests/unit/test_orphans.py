@@ -1,4 +1,4 @@
-"""What a worker ends of its predecessors, and what it leaves alone."""
+"""Predecessors that a worker ends, and processes that it leaves alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The overview as a value: what it sums up, and the JSON that programs read."""
+"""The overview as a value: the sums in it, and the JSON that programs read."""
 
 from __future__ import annotations
 

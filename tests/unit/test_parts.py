@@ -37,7 +37,10 @@ def gate() -> Iterator[threading.Event]:
 
 
 class Chords:
-    """Parts that are delivered to nobody. `after`: those that came through late, and with what."""
+    """Parts that are delivered to nobody.
+
+    `after`: the parts that came through late, each with its error.
+    """
 
     def __init__(self) -> None:
         self.parts = Parts("life")
@@ -55,7 +58,7 @@ class Chords:
         return Part(f"job {name}", f"chord {name}", name, deliver, afterwards, remembered)
 
     def bring(self, *parts: Part) -> list[str]:
-        """What became of each, as it was known when it was yielded."""
+        """Return the fate of each part, as it was known when the part was yielded."""
         return [_fate(part) for part in self.parts.bring(parts)]
 
 
@@ -91,7 +94,7 @@ def test_a_part_that_is_under_way_is_not_delivered_by_another_one(chords: Chords
     assert chords.after.empty()
     with chords.parts._changed:
         assert chords.parts._changed.wait_for(lambda: not chords.parts.is_under_way("a"), PATIENCE)
-    # What it left may stand in a row all the same.
+    # The rest that it left may stand in a row all the same.
     assert chords.bring(chords.part("a")) == ["done"]
     assert chords.delivered == ["a", "b"]
 
@@ -141,7 +144,7 @@ def test_a_part_that_never_comes_through_is_given_up_aloud(
 
 
 class Backend:
-    """Counts parts of chords; that of `slow` waits at the gate."""
+    """A backend that counts parts of chords; the part of `slow` waits at the gate."""
 
     def __init__(self, gate: threading.Event) -> None:
         self.gate = gate
@@ -175,18 +178,18 @@ def test_the_end_of_a_job_whose_part_is_late_is_written_with_what_is_left(
     settled: SimpleQueue[tuple[str, str, str]] = SimpleQueue()
 
     def record(some: Sequence[Transition]) -> None:
-        for one in some:
-            recorded.put(one)
+        for transition in some:
+            recorded.put(transition)
 
     delivery = Delivery(lambda: backend, "life", record, Parts("life"), lambda *said: settled.put(said))
     delivery.start()
     delivery.add([ended("slow"), ended("a")])
     delivery.add([ended("b")])
-    found = {one.job: one for one in (recorded.get(timeout=PATIENCE) for _ in range(3))}
+    written = {transition.job: transition for transition in (recorded.get(timeout=PATIENCE) for _ in range(3))}
     part = [{"chord": "slow", "group": "g"}]
-    assert parse(found["slow"].outbox) == Outbox([], part, by="life")
-    assert not found["slow"].told
-    assert [(found[job].outbox, found[job].told) for job in "ab"] == [("", True)] * 2
+    assert parse(written["slow"].outbox) == Outbox([], part, by="life")
+    assert not written["slow"].told
+    assert [(written[job].outbox, written[job].told) for job in "ab"] == [("", True)] * 2
     # Nobody waits for it at the end of the worker.
     assert delivery.flush(PATIENCE)
     delivery.stop(PATIENCE)
@@ -194,7 +197,7 @@ def test_the_end_of_a_job_whose_part_is_late_is_written_with_what_is_left(
     assert settled.empty()
     gate.set()
     rest = "" if fails is None else Outbox([], part).to_text()
-    assert settled.get(timeout=PATIENCE) == ("slow", found["slow"].outbox, rest)
+    assert settled.get(timeout=PATIENCE) == ("slow", written["slow"].outbox, rest)
     assert backend.results == ["slow", "a", "b"]
     assert sorted(backend.counted.get(timeout=PATIENCE) for _ in range(3)) == ["a", "b", "slow"]
     assert backend.counted.empty()

@@ -17,7 +17,7 @@ COMMANDS = ["cluster", "dashboard", "db", "demo", "down", "job", "jobs", "reconc
 
 
 def _python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Python as started in the folder: with -m and -c it comes first in the search for modules."""
+    """Run Python as started in the folder: with -m and -c the folder comes first in the search for modules."""
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=60
     )
@@ -31,9 +31,9 @@ def test_the_standard_module_is_what_it_was_and_has_our_folder() -> None:
 
 
 def test_every_command_is_an_entry_point_that_celery_can_load() -> None:
-    found = {point.name: point for point in entry_points(group="celery.commands")}
+    points = {point.name: point for point in entry_points(group="celery.commands")}
     for name in COMMANDS:
-        command = found[name].load()
+        command = points[name].load()
         assert isinstance(command, click.Command)
         assert command.name == name
         assert command.get_short_help_str()

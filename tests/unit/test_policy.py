@@ -1,4 +1,4 @@
-"""The policy: what is admitted where, in which order, and why not."""
+"""The policy: the jobs that are admitted, where, in which order, and the reasons why not."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def within(amounts: Mapping[str, int], capacity: Mapping[str, int]) -> bool:
     return all(amount <= capacity.get(name, 0) for name, amount in amounts.items())
 
 
-# One worker.
+# A single worker.
 
 
 def test_a_request_fits_when_there_is_room_for_the_whole_vector() -> None:
@@ -238,7 +238,7 @@ def test_only_a_worker_that_serves_its_queue_takes_a_job() -> None:
     assert [b.worker for b in books if fits(need(1).within("video"), b) is None] == ["b", "c"]
     assert not any(fits(need(1).within("mail"), b) is None for b in books)
     waiting = [Waiting("1", need(1), 1), Waiting("2", need(1).within("video"), 2), Waiting("3", need(1), 3)]
-    assert [[one.job for one in fill(b, waiting, 9, 9)] for b in books] == [["1", "3"], ["1", "2", "3"], ["2"], []]
+    assert [[job.job for job in fill(b, waiting, 9, 9)] for b in books] == [["1", "3"], ["1", "2", "3"], ["2"], []]
 
 
 def test_why_nobody_takes_it_names_the_queue_first_and_then_only_those_that_serve_it() -> None:
@@ -319,7 +319,7 @@ def test_an_order_out_of_range_is_refused(priority: int, seq: int) -> None:
 
 
 def waiting(*jobs: tuple[int, int]) -> list[Waiting]:
-    """(cpus, priority) in the order of submission."""
+    """Return waiting jobs of these (cpus, priority), in the order of submission."""
     return [Waiting(f"job-{seq}", need(cpus), order(rank, seq)) for seq, (cpus, rank) in enumerate(jobs)]
 
 

@@ -1,4 +1,4 @@
-"""Asking for a broker that is away, and what survives the reset of the main loop."""
+"""Probes of a broker that is away, and callbacks that survive the reset of the main loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from celery_capacity.workers.execute.pool_loop import BrokerProbe, PoolLoop
 
 
 class Broker:
-    """In place of kombu's connection: it answers at the try with this number, at one of its addresses."""
+    """Stand-in for kombu's connection, which answers at the try with this number, at one of its addresses."""
 
     recoverable_connection_errors = (ConnectionError,)
 

@@ -1,4 +1,4 @@
-"""A command's children: what they say, how they end, and that signals reach them in order."""
+"""A command's children: their output, their ends, and signals that reach them in order."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tests.fixtures.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Seconds for what takes far less, on a busy machine.
+#: Seconds for a step that takes far less, on a busy machine.
 PATIENCE = 30.0
 
-#: Says that it is ready, and ends well at TERM.
+#: Program that says that it is ready, and ends well at TERM.
 GOOD = (
     "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit());"
     " print('x ready.', flush=True); signal.pause()"
 )
-#: Ignores TERM, ends at QUIT.
+#: Program that ignores TERM, and ends at QUIT.
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x ready.', flush=True); signal.pause()"
-#: Ends only when it is killed, and has a child of its own that holds its output open.
+#: Program that ends only when it is killed, and has a child of its own that holds its output open.
 DEAF = (
     "import os, signal\n"
     "for s in (signal.SIGTERM, signal.SIGQUIT): signal.signal(s, signal.SIG_IGN)\n"
@@ -201,8 +201,8 @@ def test_children_of_a_killed_command_do_not_stay(orphans: signal.Signals) -> No
     )
     command = subprocess.Popen([sys.executable, "-c", code, GOOD], stdout=subprocess.PIPE, cwd=ROOT)
     assert command.stdout is not None
-    with command.stdout as said:
-        child = int(said.readline())
+    with command.stdout as output:
+        child = int(output.readline())
     assert not gone(child)
     command.kill()
     command.wait()

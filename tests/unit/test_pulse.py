@@ -12,7 +12,7 @@ from celery_capacity.workers.membership.heartbeat import Pulse
 
 
 class Gone:
-    """A ledger that refuses at once, as a server that is not there does."""
+    """A ledger that refuses at once, as an absent server does."""
 
     settings = SimpleNamespace(renew_interval=0.01, due_interval=0.2)
     epoch = 1

@@ -1,4 +1,4 @@
-"""What a worker has noted and Postgres does not take is not taken for written."""
+"""Outcomes that a worker has noted and Postgres does not take are not taken for written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Away:
 
 
 class Handed(threading.Condition):
-    """Whoever waits for the lock has it before the one that let it go comes back for it."""
+    """A condition that hands its lock over: a waiting thread has it before the one that let it go comes back for it."""
 
     def __exit__(self, *args: Any) -> None:
         super().__exit__(*args)
@@ -44,11 +44,11 @@ def writing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
 
 
 def test_a_flush_never_says_that_all_is_written_while_it_is_not(writing: Recorder) -> None:
-    """A worker that believed it would give back what had ended, and the job would run again."""
+    """A worker that believed it would give back jobs that had ended, and they would run again."""
     assert not any(writing.flush(0.01) for _ in range(20))
 
 
-# How far Postgres may be behind.
+# Lag of Postgres behind the recorder.
 
 
 class Takes:
@@ -64,7 +64,7 @@ class Takes:
         self.tried.release()
         if not self.takes:
             raise OperationalError("", None, Exception("read-only"))
-        return [], [one for one in batch if one.job == "locked"]
+        return [], [transition for transition in batch if transition.job == "locked"]
 
 
 def transitions(*jobs: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What people read: ages, bars, the words of a verdict."""
+"""Texts that people read: ages, bars, the words of a verdict."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def test_a_bar_is_as_long_as_the_screen_lets_it(screen: int, length: int) -> Non
 
 
 def test_off_a_terminal_there_are_neither_colours_nor_bars() -> None:
-    said = _cluster("utf-8", terminal=False)
-    assert "\x1b" not in said
-    assert not {"█", "░"} & set(said)
-    assert said.splitlines()[-1].split()[:3] == ["a", "ready", "2/4"]
+    output = _cluster("utf-8", terminal=False)
+    assert "\x1b" not in output
+    assert not {"█", "░"} & set(output)
+    assert output.splitlines()[-1].split()[:3] == ["a", "ready", "2/4"]
 
 
 def _report(at_rest: bool = True, **holds: bool | None) -> Report:

@@ -1,5 +1,7 @@
-"""What an installation without extras has is enough: all that our modules load is asked for, by us or by what we ask
-for. The environment of the tests has more."""
+"""An installation without extras is enough: all modules that ours load are asked for.
+
+We ask for them, or a distribution that we ask for does. The environment of the tests has more.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Loads what a submitter, a worker on Redis and the commands load, where certain modules are not there.
+#: Loads the modules of a submitter, of a worker on Redis and of the commands, where certain modules are missing.
 LOADED = """
 import importlib.abc, sys
 missing = set(sys.argv[1:])
@@ -30,13 +32,13 @@ from celery_capacity.platform.commands import cluster, dashboard, db, job, jobs,
 
 
 def name_of(requirement: str) -> str:
-    found = re.match(r"[\w.-]+", requirement)
-    assert found is not None
-    return re.sub(r"[-_.]+", "-", found[0]).lower()
+    match = re.match(r"[\w.-]+", requirement)
+    assert match is not None
+    return re.sub(r"[-_.]+", "-", match[0]).lower()
 
 
 def asked_for(name: str, seen: set[str]) -> set[str]:
-    """A distribution and all that comes with it when no extra is asked for."""
+    """Return a distribution and all that comes with it when no extra is asked for."""
     if name in seen:
         return seen
     seen.add(name)
@@ -51,7 +53,7 @@ def asked_for(name: str, seen: set[str]) -> set[str]:
 
 
 def our_requirements() -> list[str]:
-    """Those of setup.cfg itself: what is installed here may be of an older one."""
+    """Return the requirements of setup.cfg itself: the metadata of the installed package may be older."""
     text = (ROOT / "setup.cfg").read_text(encoding="utf-8")
     block = re.search(r"^install_requires =\n((?: .*\n)+)", text, re.MULTILINE)
     assert block is not None

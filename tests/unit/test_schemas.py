@@ -1,4 +1,4 @@
-"""The schemas of what the commands print: complete, closed, and of one voice."""
+"""The schemas of the commands' output: complete, closed, and of one voice."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ NAMES = sorted(path.stem for path in SCHEMAS.glob("*.json"))
 
 
 def parts(of: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
-    """All schemas within a schema, with where they stand."""
+    """Yield all schemas within a schema, each with its place."""
     yield path, of
     for group in ("properties", "$defs"):
-        for name, one in of.get(group, {}).items():
-            yield from parts(one, f"{path}.{name}")
+        for name, inner in of.get(group, {}).items():
+            yield from parts(inner, f"{path}.{name}")
     for word in ("items", "additionalProperties", "propertyNames"):
         if isinstance(of.get(word), dict):
             yield from parts(of[word], f"{path}.{word}")
     for word in ("prefixItems", "anyOf"):
-        for number, one in enumerate(of.get(word, [])):
-            yield from parts(one, f"{path}.{word}[{number}]")
+        for number, inner in enumerate(of.get(word, [])):
+            yield from parts(inner, f"{path}.{word}[{number}]")
 
 
 def test_every_command_with_json_has_a_schema_and_no_other_is_there() -> None:
@@ -41,11 +41,11 @@ def test_every_command_with_json_has_a_schema_and_no_other_is_there() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_schema_is_one_and_names_what_prints_it(name: str) -> None:
-    found = schema(name)
-    Draft202012Validator.check_schema(found)
-    assert found["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
-    assert found["$id"].endswith(f":{name}")
-    assert name == "error" or f"celery -A platform {name.replace('-', ' ')} " in found["title"]
+    document = schema(name)
+    Draft202012Validator.check_schema(document)
+    assert document["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
+    assert document["$id"].endswith(f":{name}")
+    assert name == "error" or f"celery -A platform {name.replace('-', ' ')} " in document["title"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,8 +55,8 @@ def test_every_object_is_closed_and_every_property_described(name: str) -> None:
         if "object" in ([kinds] if isinstance(kinds, str) else kinds):
             # Either no other names than these, or a map from any name to one kind of value.
             assert part.get("additionalProperties", True) is not True, where
-        for property_name, one in part.get("properties", {}).items():
-            assert one.get("description") or "$ref" in one, f"{where}.{property_name}"
+        for property_name, definition in part.get("properties", {}).items():
+            assert definition.get("description") or "$ref" in definition, f"{where}.{property_name}"
 
 
 def test_what_two_schemas_call_by_one_name_is_one_thing() -> None:
@@ -64,10 +64,10 @@ def test_what_two_schemas_call_by_one_name_is_one_thing() -> None:
     for name in NAMES:
         for word, definition in schema(name).get("$defs", {}).items():
             assert shared.setdefault(word, definition) == definition, f"{word} of {name}"
-    own = {"attempts", "why"}
+    extra = {"attempts", "why"}
     line, file = schema("jobs")["items"]["properties"], schema("job")["properties"]
     assert {word: file[word] for word in line} == line
-    assert own <= set(file) - set(line)
+    assert extra <= set(file) - set(line)
 
 
 def every(kind: type[PlatformError]) -> Iterator[type[PlatformError]]:
@@ -77,7 +77,7 @@ def every(kind: type[PlatformError]) -> Iterator[type[PlatformError]]:
 
 
 def test_the_words_of_the_schemas_are_those_of_the_code() -> None:
-    commands()  # loads what defines errors of its own
+    commands()  # loads the commands, which define errors of their own
     ours = {kind.reference for kind in every(PlatformError) if not kind.__module__.startswith("tests.")}
     assert set(schema("error")["properties"]["reference"]["enum"]) == ours
     assert schema("jobs")["$defs"]["state"]["enum"] == [state.value for state in State]
@@ -85,7 +85,7 @@ def test_the_words_of_the_schemas_are_those_of_the_code() -> None:
 
 
 def documented() -> Iterator[tuple[str, str]]:
-    """(command, example) of every JSON block of the reference."""
+    """Yield (command, example) of every JSON block of the reference."""
     text = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
     for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         heading, _, body = section.partition("\n")
@@ -103,11 +103,13 @@ def test_the_reference_shows_an_example_of_each_shape_that_fits_it() -> None:
 
 def test_revisions_in_the_documents_are_the_newest() -> None:
     shown = [json.loads(block) for name, block in documented() if name.startswith("db ")]
-    assert {one["head"] for one in shown} == {HEAD}
-    assert [one["current"] for one in shown if one.get("up_to_date", one.get("before", "") is None)] == [HEAD] * 2
+    assert {example["head"] for example in shown} == {HEAD}
+    assert [
+        example["current"] for example in shown if example.get("up_to_date", example.get("before", "") is None)
+    ] == [HEAD] * 2
     pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md"))]
-    said = re.compile(r"(?:knows |newest revision: `)(\d{4})(?: as the newest|`)")
-    assert {found for page in pages for found in said.findall(page)} == {HEAD}
+    mention = re.compile(r"(?:knows |newest revision: `)(\d{4})(?: as the newest|`)")
+    assert {number for page in pages for number in mention.findall(page)} == {HEAD}
 
 
 def test_a_value_that_is_not_its_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

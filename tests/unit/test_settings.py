@@ -1,4 +1,4 @@
-"""Settings: read purely, all that is wrong in one error, slips noticed, and the table in the docs true."""
+"""Settings: read purely, all wrong ones in one error, slips noticed, and the table in the docs true."""
 
 from __future__ import annotations
 
@@ -212,9 +212,9 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_is_right(env: str, tex
 
 def test_all_wrong_settings_stand_in_one_error() -> None:
     first_of_each = {env: text for env, text, _ in reversed(WRONG)}
-    found = problems({**URLS, **first_of_each})
-    assert len(found) == len(first_of_each)
-    assert all(any(env in problem for problem in found) for env in first_of_each)
+    listed = problems({**URLS, **first_of_each})
+    assert len(listed) == len(first_of_each)
+    assert all(any(env in problem for problem in listed) for env in first_of_each)
 
 
 @pytest.mark.parametrize("there", ["REDIS_URL", "DATABASE_URL"])

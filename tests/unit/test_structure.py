@@ -1,5 +1,4 @@
-"""The structure that the documents promise: layers, sizes, the public names, and what importing them does not
-do."""
+"""The structure that the documents promise: layers, sizes, the public names, and an import without side effects."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ FOLDERS = {
         "execute", "remote", "app",
     ),
 }  # fmt: skip
-#: Imported by nobody but Celery: it hands over to what a command names.
+#: Imported by nobody but Celery: it hands over to the app that a command names.
 ENTRY_POINT = f"{PACKAGE}.workers.plugin"
 
 #: Entries of a folder, its `__init__` left out.
@@ -51,7 +50,7 @@ def _modules(package: str) -> Iterator[tuple[str, Path]]:
 
 
 def _fresh(code: str) -> Any:
-    """What the code prints as JSON in an interpreter that has imported nothing of ours, started elsewhere."""
+    """Return the JSON that the code prints in an interpreter that has imported nothing of ours, started elsewhere."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False, timeout=60
     )
@@ -64,8 +63,7 @@ def _loaded_after_importing(*packages: str) -> set[str]:
         name
         for package in packages
         for name, path in _modules(package)
-        # Alembic's own files run only inside Alembic; plugin.py is an entry point, and imported by nothing of
-        # ours.
+        # Alembic's own files run only inside Alembic; plugin.py is an entry point, and imported by nothing of ours.
         if path.name not in ("env.py", "plugin.py") and not path.name[0].isdigit()
     ]
     code = (
@@ -103,12 +101,12 @@ def test_the_arrows_go_from_platform_to_workers_to_routing() -> None:
         above = [f"{PACKAGE}.{name}" for name in LAYERS[layer + 1 :]]
         for name, path in _modules(package):
             wrong += [
-                f"{name} imports {found}"
-                for found in _imports(name, path)
-                if found.split(".")[0] in ("tests", "benchmarks")
-                or any(_of(one, {found}) for one in above)
-                # (The public names stand above all but the app of `celery -A platform`.)
-                or (found == PACKAGE and package != "platform")
+                f"{name} imports {imported}"
+                for imported in _imports(name, path)
+                if imported.split(".")[0] in ("tests", "benchmarks")
+                or any(_of(higher, {imported}) for higher in above)
+                # The public names stand above all but the app of `celery -A platform`.
+                or (imported == PACKAGE and package != "platform")
             ]
     assert wrong == []
 
@@ -118,21 +116,21 @@ def test_the_arrows_between_folders_go_one_way(layer: str) -> None:
     place = {f"{PACKAGE}.{layer}.{name}": number for number, name in enumerate(FOLDERS[layer], 1)}
     wrong = []
     for name, path in _modules(layer):
-        own = place.get(".".join(name.split(".")[:3]), 0)
+        rank = place.get(".".join(name.split(".")[:3]), 0)
         if path.name == "__init__.py" or name == ENTRY_POINT:
             continue
         wrong += [
-            f"{name} imports {found}"
-            for found in _imports(name, path)
-            if place.get(".".join(found.split(".")[:3]), 0) > own
+            f"{name} imports {imported}"
+            for imported in _imports(name, path)
+            if place.get(".".join(imported.split(".")[:3]), 0) > rank
         ]
     assert wrong == []
 
 
 @pytest.mark.parametrize("layer", FOLDERS)
 def test_each_folder_is_one_concept_with_a_role(layer: str) -> None:
-    found = {path.name for path in (ROOT / layer).iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert found - {"lua"} == set(FOLDERS[layer])
+    folders = {path.name for path in (ROOT / layer).iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders - {"lua"} == set(FOLDERS[layer])
     for name in FOLDERS[layer]:
         folder = ROOT / layer / name
         role = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
@@ -143,7 +141,10 @@ def test_each_folder_is_one_concept_with_a_role(layer: str) -> None:
 
 def test_no_modules_import_each_other_in_a_circle_not_even_for_types() -> None:
     paths = {name: path for package in LAYERS for name, path in _modules(package)}
-    graph = {name: {found for found in _imports(name, path) if found in paths} - {name} for name, path in paths.items()}
+    graph = {
+        name: {imported for imported in _imports(name, path) if imported in paths} - {name}
+        for name, path in paths.items()
+    }
     # A package's own module is loaded before its members whatever they import.
     for name, needs in graph.items():
         graph[name] = {need for need in needs if not name.startswith(f"{need}.")}
@@ -154,12 +155,15 @@ def test_no_modules_import_each_other_in_a_circle_not_even_for_types() -> None:
 
 
 def _imports(name: str, path: Path) -> set[str]:
-    """All that a module imports, at its top, in functions and for types; `from a import b` as a and a.b."""
-    found = set()
+    """Return all that a module imports, at its top, in functions and for types.
+
+    `from a import b` counts as a and a.b.
+    """
+    modules = set()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
@@ -167,8 +171,8 @@ def _imports(name: str, path: Path) -> set[str]:
                 base = ".".join([*ancestors, *filter(None, [base])])
             members = {f"{base}.{alias.name}" for alias in node.names}
             submodules = {member for member in members if _is_module(member)}
-            found |= submodules or {base}
-    return found
+            modules |= submodules or {base}
+    return modules
 
 
 def _is_module(name: str) -> bool:
@@ -187,7 +191,7 @@ def test_nothing_is_imported_past_the_package() -> None:
     wrong = []
     for folder in (*LAYERS, PACKAGE, "tests", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
-            # (`platform` alone is the standard library's.)
+            # `platform` alone is the standard library's.
             names = {name for name in _imports("", path) if name != "platform"}
             wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in names if name.split(".")[0] in top]
     assert wrong == []
@@ -226,12 +230,12 @@ def test_all_and_the_public_names_are_the_same() -> None:
 
 
 def test_all_errors_are_public() -> None:
-    known = {
+    names = {
         name
         for name, value in vars(errors).items()
         if isinstance(value, type) and issubclass(value, errors.PlatformError)
     }
-    assert known <= set(celery_capacity.__all__)
+    assert names <= set(celery_capacity.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -19,7 +19,10 @@ ALWAYS = 1000.0
 
 
 class Ledger:
-    """Notes what was brought, and by which threads; `open` lets what is on its way go on."""
+    """A ledger that notes the jobs that were brought, and by which threads.
+
+    `open` lets the jobs on their way go on.
+    """
 
     def __init__(self) -> None:
         self.brought: list[list[int]] = []
@@ -55,7 +58,7 @@ def ledger() -> Ledger:
 
 @pytest.fixture
 def sent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Submissions:
-    """Where whatever follows a first job is in a row with it."""
+    """Return submissions where every job that follows a first one is in a row with it."""
     monkeypatch.setattr(submission_queue, "IN_A_ROW", ALWAYS)
     made = Submissions(ledger)
     made._last = Moment(-10 * ALWAYS)
@@ -63,7 +66,10 @@ def sent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Submissions:
 
 
 def hold_up(ledger: Ledger, sent: Submissions) -> None:
-    """Have the thread bring job 1 until the ledger is open again. (Job 0 goes by itself.)"""
+    """Have the thread bring job 1 until the ledger is open again.
+
+    Job 0 goes by itself.
+    """
     add(sent, job(0))
     ledger.open.clear()
     add(sent, job(1))
@@ -79,10 +85,11 @@ def test_who_waited_for_nothing_is_in_a_row_though_it_waited_for_a_processor() -
     assert not last.goes_on(later, lambda: waited)
     assert not last.goes_on(later, lambda: other)
     assert not last.goes_on(long, lambda: same)
-    # Where nobody counts, only time tells: a kernel that says 0 to whoever has just waited for Postgres does not count.
+    # Where nobody counts, only time tells. A kernel that says 0 to a thread that has just waited for Postgres does not
+    # count.
     uncounted = Moment(last.at, thread=1, waits=0)
     assert not uncounted.goes_on(later, lambda: uncounted)
-    # Whoever waits has waited once more.
+    # A waiting thread has waited once more.
     before = Moment.now()
     subprocess.run([sys.executable, "-c", ""], check=True)
     assert Moment.now()[1:] != before[1:] or not before.waits
@@ -113,7 +120,7 @@ def test_a_row_that_has_gone_on_for_long_is_brought_in_larger_steps_than_one_tha
     sent._last = Moment(now - 2 * ALWAYS)
     add(sent, job(0))
     for number in (1, 2):
-        # It has just begun: nobody asks for this, and it comes.
+        # The row has just begun: nobody asks for this job, and it comes.
         add(sent, job(number))
         until(lambda number=number: ledger.jobs == [*range(number + 1)], "it is there")  # type: ignore[misc]
     sent._row = now - 100 * ALWAYS

@@ -1,4 +1,4 @@
-"""Which calls go by a template, and which through Celery: all that are not ordinary."""
+"""Calls that go by a template, and calls that go through Celery: all that are not ordinary."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def app() -> Iterator[Celery]:
 
 
 def by_celery(app: Celery, call: Callable[[], Any]) -> bool:
-    """Whether Celery makes the message of a call, though others like it came before."""
+    """Return True if Celery makes the message of a call, though others like it came before."""
     for _ in range(3):
         app.tasks["free"].delay(1)
     with counted() as sent:
@@ -265,16 +265,16 @@ def test_what_is_shown_of_arguments_leaves_out_what_looks_secret(app: Celery) ->
 
 
 class OwnAMQP(AMQP):
-    """An app's own: it may do anything."""
+    """An app's own AMQP: it may do anything."""
 
     def as_task_v2(self, *args: Any, **options: Any) -> Any:
-        found = super().as_task_v2(*args, **options)
-        found.headers["own"] = True
-        return found
+        message = super().as_task_v2(*args, **options)
+        message.headers["own"] = True
+        return message
 
 
 class OwnApp(Celery):
-    """The same."""
+    """An app with its own `send_task`: it may do anything."""
 
     def send_task(self, *args: Any, **options: Any) -> Any:
         return super().send_task(*args, **{**options, "shadow": "own"})
@@ -298,7 +298,7 @@ def test_an_app_without_the_platform_s_router_is_called_as_ever(app: Celery, rou
 
 
 def test_an_app_that_sends_in_its_own_way_does_so() -> None:
-    app = install(OwnApp("own"), resolve=lambda found: found.with_urls(*NOWHERE))
+    app = install(OwnApp("own"), resolve=lambda defaults: defaults.with_urls(*NOWHERE))
     task = app.task(two, name="two", typing=False)
     with caught() as jobs:
         for _ in range(5):
@@ -314,20 +314,23 @@ class OwnTask(Task):
 
 
 def test_a_task_with_a_base_of_its_own_goes_through_that(app: Celery) -> None:
-    own = app.task(run, name="own", base=OwnTask)
+    task = app.task(run, name="own", base=OwnTask)
     with caught() as jobs:
         for _ in range(5):
-            own.delay()
+            task.delay()
     assert all(b'"own":true' in job.message for job in jobs)
 
 
 class Counting(Task):
-    """A task that is a class, as people wrote them once. Celery does not look at its arguments."""
+    """A task that is a class, as people wrote them once.
+
+    Celery does not look at its arguments.
+    """
 
     name = "counting"
 
     def run(self, a: Any) -> None:
-        """(It is never run here.)"""
+        """Do nothing: the task is never run here."""
 
 
 def test_a_task_that_is_a_class_goes_by_a_template_too(app: Celery) -> None:

@@ -1,4 +1,4 @@
-"""What others put around Celery, or make of it, has its effect on calls that are alike too."""
+"""Wrappers and classes that others put around Celery have their effect on calls that are alike too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def app() -> Iterator[Celery]:
 
 
 class Bound:
-    """What `wrapt` gives for a wrapped method: all attributes are those of the method."""
+    """The object that `wrapt` gives for a wrapped method: all attributes are those of the method."""
 
     def __init__(self, method: Any, around: Callable[..., Any]) -> None:
         self._method = method
@@ -48,7 +48,7 @@ class Bound:
 
 
 class Wrapped:
-    """As `wrapt.FunctionWrapper`, by which New Relic, ddtrace, Instana and others go around methods."""
+    """Stand-in for `wrapt.FunctionWrapper`, by which New Relic, ddtrace, Instana and others go around methods."""
 
     def __init__(self, function: Any, around: Callable[..., Any]) -> None:
         self._function = function
@@ -62,7 +62,7 @@ class Wrapped:
 
 
 def traced(numbers: list[int]) -> Callable[..., Any]:
-    """What gives each call a trace of its own."""
+    """Return a wrapper that gives each call a trace of its own."""
 
     def around(method: Any, *args: Any, **options: Any) -> Any:
         numbers.append(len(numbers))
@@ -86,7 +86,7 @@ def test_a_transparent_wrapper_around_apply_async_is_called_each_time(app: Celer
 
 
 def test_a_transparent_wrapper_around_send_task_is_called_each_time() -> None:
-    # (As New Relic's agent 10 has it, which is there before anything of Celery's is made.)
+    # New Relic's agent 10 has it so: the wrapper is there before anything of Celery's is made.
     with mock.patch.object(Celery, "send_task", Wrapped(Celery.send_task, traced([]))), caught() as jobs:
         task = make_app().tasks["free"]
         for _ in range(4):
@@ -118,7 +118,10 @@ def test_what_stands_in_the_place_of_send_task_sees_each_call_as_it_was_made(app
 
 
 class Tenants(Celery):
-    """Celery itself gives all but these by name, and so did nobody notice that there are no others."""
+    """An app with its own `send_task`.
+
+    Celery itself gives all arguments but these by name, so nobody noticed that this method has no others.
+    """
 
     def send_task(self, name: Any, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         return super().send_task(name, args, kwargs, **{**options, "headers": {"tenant": "x"}})
@@ -127,7 +130,7 @@ class Tenants(Celery):
 def test_a_send_task_of_an_app_s_own_is_called_as_celery_calls_it() -> None:
     app = Tenants("tenants", set_as_current=False)
     app.task(two, name="two", shared=False)
-    install(app, resolve=lambda found: found.with_urls(*NOWHERE))
+    install(app, resolve=lambda defaults: defaults.with_urls(*NOWHERE))
     with caught() as jobs:
         for _ in range(3):
             app.tasks["two"].apply_async((1,), countdown=5, eta=None)
@@ -142,7 +145,7 @@ def write_mine(value: Any) -> str:
 
 @pytest.fixture
 def own_serialisers() -> Iterator[None]:
-    # (Kombu's `unregister` takes from a content type what another serialiser reads it with.)
+    # Kombu's `unregister` takes from a content type the decoder that another serialiser reads it with.
     tables = ("_encoders", "_decoders", "name_to_type", "type_to_name")
     with ExitStack() as stack:
         for table in tables:
@@ -156,8 +159,8 @@ def own_serialisers() -> Iterator[None]:
 @pytest.mark.parametrize("serializer", ["mine", "mine-too"])
 @pytest.mark.parametrize("said", ["by the app", "by the task", "by the call"])
 def test_an_app_s_own_serialiser_writes_each_message(serializer: str, said: str) -> None:
-    # (Many people have one for their datetimes, and it writes all else as kombu's does.)
-    app = create_app("own", resolve=lambda found: found.with_urls(*NOWHERE))
+    # Many people have one for their datetimes, and it writes all else as kombu's does.
+    app = create_app("own", resolve=lambda defaults: defaults.with_urls(*NOWHERE))
     app.conf.accept_content = ["json", "mine"]
     if said == "by the app":
         app.conf.task_serializer = serializer
@@ -194,7 +197,7 @@ def test_a_job_that_was_accepted_is_no_error_of_its_call(app: Celery) -> None:
     jobs: list[NewJob] = []
 
     def store(_: Sender, job: NewJob) -> None:
-        # (So might another thread, while this one waits for Postgres.)
+        # Another thread might do so, too, while this one waits for Postgres.
         argument[("no", "JSON")] = 1
         jobs.append(job)
 
@@ -211,7 +214,7 @@ def test_no_arguments_are_kept(app: Celery) -> None:
 
 
 def test_options_that_are_other_ones_in_each_call_make_no_templates(app: Celery) -> None:
-    # (Each costs as much as one and a half calls: memory=2 * os.path.getsize(path), say.)
+    # Each template costs as much as one and a half calls, for example with memory=2 * os.path.getsize(path).
     task = app.tasks["free"]
     with mock.patch.object(Template, "of", side_effect=Template.of) as made:
         for number in range(50):
@@ -220,7 +223,7 @@ def test_options_that_are_other_ones_in_each_call_make_no_templates(app: Celery)
 
 
 class Equal(Task):
-    """Its own notion of being equal, and so no hash."""
+    """A task with its own notion of being equal, and so no hash."""
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -229,7 +232,7 @@ class Equal(Task):
 
 
 class Unready(Task):
-    """It cannot say what it needs, which Celery's path takes for nothing said."""
+    """A task that cannot say what it needs, which Celery's path takes for nothing said."""
 
     @property
     def memory(self) -> int:
@@ -260,7 +263,7 @@ def test_a_backend_that_fails_is_heard_before_arguments_that_cannot_be_written(a
 
 
 class Broken(Task):
-    """It fails where it is asked what it needs."""
+    """A task that fails where it is asked what it needs."""
 
     @property
     def gpus(self) -> int:

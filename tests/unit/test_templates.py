@@ -1,4 +1,4 @@
-"""Calls that are alike: what a template makes is what Celery makes, whatever was changed in between."""
+"""Calls that are alike: a template makes the messages that Celery makes, whatever was changed in between."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.fixtures.alike import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:[\\s\\S]*task attribute is deprecated")
 
-#: What JSON can say, and what shows and hides in the texts of arguments.
+#: Values that JSON can say, and names that show and hide in the texts of arguments.
 VALUES: Final = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -82,7 +82,7 @@ def app() -> Iterator[Celery]:
 def compare_around(
     app: Celery, jobs: list[NewJob], name: str, change: Change, args: Any = SHOWING, **options: Any
 ) -> None:
-    """Calls that become alike, then the change, and the same call twice."""
+    """Compare calls until they are alike, make the change, and compare that call twice more."""
     for _ in range(3):
         compare(app, jobs, name, args, None, **options)
     back = change(app, name)

@@ -1,4 +1,4 @@
-"""What commands print: bars, tables and progress, on a terminal and elsewhere."""
+"""Output of commands: bars, tables and progress, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def test_a_table_that_is_wider_than_the_terminal_is_no_puzzle() -> None:
     """Its lines go on in the next one of the screen, as the terminal has it; no cell is broken into bits."""
     console, stream = on_terminal(width=40)
     ids = [f"26d33879-a5f1-4281-bcd4-f02dd5caab7{number}" for number in range(3)]
-    terminal.table(console, ("id", "task"), [(one, "tasks.render") for one in ids])
+    terminal.table(console, ("id", "task"), [(job_id, "tasks.render") for job_id in ids])
     lines = stream.getvalue().splitlines()
     assert len(lines) == 1 + len(ids)
-    assert all(f"{one}  tasks.render" in line for one, line in zip(ids, lines[1:], strict=True))
+    assert all(f"{job_id}  tasks.render" in line for job_id, line in zip(ids, lines[1:], strict=True))
 
 
 def test_a_table_on_a_terminal_shows_brackets_as_they_are() -> None:

@@ -1,4 +1,4 @@
-"""Traces: what is read and refused, the plan of a replay, and the numbers made of what its tasks saw."""
+"""Traces: rows that are read and refused, the plan of a replay, and the numbers made of its tasks' records."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_columns_are_found_by_name_and_others_are_ignored() -> None:
 def test_comments_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_rows() -> None:
     text = "\ufeff# a log\r\n\r\nsubmit,run,cpus\r\n# between\r\n0,1,1\r\n   \r\n  # and here\r\n5,1,2\r\n"
     jobs = read(text)
-    assert [(one.row, one.line, one.cpus) for one in jobs] == [(0, 5, 1000), (1, 8, 2000)]
+    assert [(entry.row, entry.line, entry.cpus) for entry in jobs] == [(0, 5, 1000), (1, 8, 2000)]
 
 
 def test_a_byte_order_mark_before_the_header_belongs_to_no_name() -> None:
@@ -93,7 +93,7 @@ def test_the_packaged_trace_keeps_its_acknowledgement_and_has_300_jobs() -> None
     assert "graciously provided by Lars Malinowsky" in text
     assert len(jobs) == 300
     assert (jobs[0].submit, jobs[-1].submit) == (0.0, 434131.0)
-    assert max(one.cpus for one in jobs) == 70_000
+    assert max(entry.cpus for entry in jobs) == 70_000
 
 
 @given(st.text(alphabet="submitruncp,#\"' \n\r\t0123456789.-+eE\0\ufeff", max_size=80))
@@ -102,7 +102,7 @@ def test_any_text_is_read_or_refused_with_one_error(text: str) -> None:
         jobs = trace.read(text.splitlines(keepends=True))
     except InvalidRequest:
         return
-    assert [one.row for one in jobs] == list(range(len(jobs)))
+    assert [entry.row for entry in jobs] == list(range(len(jobs)))
 
 
 # -- the scale and the plan ---------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_the_default_scale_knows_that_a_narrow_cluster_takes_longer() -> None:
 def test_a_plan_is_in_order_of_submission_and_begins_with_the_first() -> None:
     jobs = [job(submit=300, row=0), job(submit=100, run=50, row=1), job(submit=300, run=0, row=2)]
     plan = trace.plan(jobs, 100)
-    assert [(one.job.row, one.at, one.seconds) for one in plan] == [
+    assert [(planned.job.row, planned.at, planned.seconds) for planned in plan] == [
         (1, 0.0, 0.5),
         (0, 2.0, 0.05),
         (2, 2.0, 0.05),
@@ -203,12 +203,14 @@ def test_the_peak_equals_the_most_of_all_instants(runs: list[tuple[int, int, int
     cpus = {row: amount for row, (_, _, amount, _) in enumerate(runs)}
     instants = [
         {
-            name: sum(cpus[one.job] for one in records if one.worker == name and one.start <= at < one.end)
-            for name in {one.worker for one in records}
+            name: sum(
+                cpus[record.job] for record in records if record.worker == name and record.start <= at < record.end
+            )
+            for name in {record.worker for record in records}
         }
         for at in range(41)
     ]
-    expected = {name: max(seen[name] for seen in instants) for name in {one.worker for one in records}}
+    expected = {name: max(seen[name] for seen in instants) for name in {record.worker for record in records}}
     assert trace.peaks(records, cpus) == expected
 
 

@@ -23,7 +23,7 @@ NOBODY = 65534
 
 
 def written(folder: Path, **contents: str | bytes) -> dict[str, str]:
-    """An environment that names a file with this content for each variable."""
+    """Return an environment that names a file with this content for each variable."""
     environ = {}
     for env, content in contents.items():
         file = folder / env.lower()
@@ -36,8 +36,8 @@ def problem(environ: dict[str, str]) -> str:
     with pytest.raises(SettingsError) as caught:
         Settings.from_environ(environ)
     assert "s3cret" not in "".join(traceback.format_exception(caught.value))
-    (found,) = caught.value.problems
-    return found
+    (message,) = caught.value.problems
+    return message
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", " \n\n"])
@@ -73,8 +73,8 @@ def test_a_variable_and_its_file_are_not_both_set(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    found = problem({"REDIS_URL": REDIS, "DATABASE_URL_FILE": str(tmp_path / "gone")})
-    assert found.startswith(f"DATABASE_URL_FILE={tmp_path}/gone cannot be read: No such file or directory.")
+    message = problem({"REDIS_URL": REDIS, "DATABASE_URL_FILE": str(tmp_path / "gone")})
+    assert message.startswith(f"DATABASE_URL_FILE={tmp_path}/gone cannot be read: No such file or directory.")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_is_no_file_with_a_url_is_refused(path: str, says: str) -> None:
 
 @contextmanager
 def an_ordinary_user() -> Iterator[None]:
-    """Root reads every file: there, somebody else reads meanwhile."""
+    """Read as an ordinary user meanwhile, since root reads every file."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(NOBODY)
@@ -107,8 +107,8 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     environ = {**written(tmp_path, REDIS_URL=REDIS), "DATABASE_URL": DATABASE}
     Path(environ["REDIS_URL_FILE"]).chmod(0)
     with an_ordinary_user():
-        found = problem(environ)
-    assert found.startswith(f"REDIS_URL_FILE={tmp_path}/redis_url cannot be read: Permission denied. The user of")
+        message = problem(environ)
+    assert message.startswith(f"REDIS_URL_FILE={tmp_path}/redis_url cannot be read: Permission denied. The user of")
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_content_is_refused_and_not_shown(tmp_path: Path, content: str | bytes, says: str) -> None:
-    found = problem({**written(tmp_path, REDIS_URL=content), "DATABASE_URL": DATABASE})
-    assert found.startswith(f"REDIS_URL_FILE={tmp_path}/redis_url")
-    assert says in found
+    message = problem({**written(tmp_path, REDIS_URL=content), "DATABASE_URL": DATABASE})
+    assert message.startswith(f"REDIS_URL_FILE={tmp_path}/redis_url")
+    assert says in message
 
 
 @pytest.mark.parametrize("env", ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"])

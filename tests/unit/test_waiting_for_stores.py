@@ -1,4 +1,4 @@
-"""What a worker waits for at its start, and what ends it."""
+"""Failures of stores for which a worker waits at its start, and failures that end it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from celery_capacity.workers.process.waiting_for_stores import may_pass
 
 
 def from_redis(error: redis_errors.RedisError) -> StoreUnavailable:
-    """As the ledger raises it."""
+    """Return the error as the ledger raises it."""
     raised = StoreUnavailable("Redis does not serve")
     raised.__cause__ = error
     return raised

@@ -13,7 +13,7 @@ from celery_capacity.routing.database.deadlines import Call, Stalled
 
 #: Seconds of a call's limit.
 LIMIT = 0.05
-#: Seconds for what the watchdog does at once, however busy the machine is.
+#: Seconds for a step that the watchdog does at once, however busy the machine is.
 WITHIN = 30.0
 
 
@@ -36,7 +36,7 @@ class Connection:
 
 
 def closed_descriptor() -> int:
-    """The number of a file that was closed just now."""
+    """Return the number of a file that was closed just now."""
     read, write = os.pipe()
     os.close(write)
     os.close(read)
@@ -63,24 +63,24 @@ def assert_watchdog_cuts_the_next_call() -> None:
 
 
 def test_watchdog_goes_on_where_a_call_ends_while_it_is_cut() -> None:
-    one = Call(Connection(lambda: -1), LIMIT)
+    call = Call(Connection(lambda: -1), LIMIT)
     leaving = threading.Event()
 
     def leave() -> None:
         leaving.wait(WITHIN)
-        one.__exit__(None, None, None)
+        call.__exit__(None, None, None)
 
     left = threading.Thread(target=leave)
 
     def look() -> int:
-        # As a call that is answered in this very moment: it is out of the list, or about to be.
+        # The call is answered in this very moment, for example: it is out of the list, or about to be.
         leaving.set()
         left.join(LIMIT)
         return -1
 
-    one.connection = Connection(look)
+    call.connection = Connection(look)
     left.start()
-    one.__enter__()
+    call.__enter__()
     left.join(WITHIN)
     assert not left.is_alive()
     assert_watchdog_cuts_the_next_call()
