@@ -114,8 +114,7 @@ def test_a_worker_that_is_kept_no_more_is_filled_with_more_than_one_pass_admits(
     cluster.submit("last", losses=LAST)
     cluster.renew("one")
     assert kept(cluster) == ALONE
-    # More jobs than a pass admits.
-    # They stand behind more shapes, allowed but too large, than a pass looks at.
+    # More jobs than a pass admits. They stand behind more shapes, allowed but too large, than a pass looks at.
     for n in range(2 * placement.SHAPES):
         cluster.submit(f"wide-{n}", Request.of({"cpus": 10**7 + n}).shape)
     small = [f"small-{n}" for n in range(2 * placement.MOST_ADMITTED + 1)]

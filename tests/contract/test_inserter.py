@@ -69,7 +69,8 @@ def job_of(fields: dict[str, Any]) -> NewJob:
 def test_a_row_is_the_same_by_either_way(
     engine: Engine, inserter: Inserter, monkeypatch: pytest.MonkeyPatch, often: int
 ) -> None:
-    # Every kind of job is common, or only a kind that came before. A kind that comes too late is not: three are counted.
+    # Every kind of job is common, or only a kind that came before. A kind that comes too late is not common, since
+    # three kinds are counted.
     monkeypatch.setattr("celery_capacity.routing.insert.fast_single._COMMON", often)
     monkeypatch.setattr("celery_capacity.routing.insert.fast_single._COUNTED", 3)
 

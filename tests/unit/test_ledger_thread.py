@@ -135,7 +135,10 @@ def test_it_is_asked_for_though_nothing_else_is_to_be_said(
 def test_what_was_handed_over_is_held_before_the_ledger_is_asked_for_more(
     thread: LedgerThread, started: SimpleQueue[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Questions to the ledger take long where Redis is slow; two heartbeats that do not name a job take it back meanwhile."""
+    """Such questions take long where Redis is slow.
+
+    Two heartbeats that do not name a job take it back meanwhile.
+    """
     ledger: Any = thread._ledger
     ledger.answers = []
     handed_over = ["next", "1.1", "1", "1", "", "0", ONE.shape, "", "message"]

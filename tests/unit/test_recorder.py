@@ -44,7 +44,7 @@ def writing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
 
 
 def test_a_flush_never_says_that_all_is_written_while_it_is_not(writing: Recorder) -> None:
-    """A worker that believed it would give back jobs that had ended, and they would run again."""
+    """A worker that believed such an answer would give back jobs that had ended, and they would run again."""
     assert not any(writing.flush(0.01) for _ in range(20))
 
 
