@@ -1,4 +1,4 @@
-"""Who is admitted where, and when: real workers and real jobs, held and let go by the test."""
+"""Which job is admitted to which worker, and when: real workers and real jobs, held and released by the test."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ NO_TIMERS: dict[str, Any] = {
 
 
 def hold(platform: Platform, submitter: Submitter, gate: str, cpus: float, **options: Any) -> tuple[str, str]:
-    """A job that runs now, and the worker that it was admitted to."""
+    """Return a job that runs now, and the worker that it was admitted to."""
     job = submitter.send(HOLD, gate, cpus=cpus, **options)
     assert tasks.started(platform.redis, gate)[0] == job
-    found: Any = platform.redis.hget(keys.job(job), "worker")
-    return job, found.decode()
+    worker: Any = platform.redis.hget(keys.job(job), "worker")
+    return job, worker.decode()
 
 
 def waits(platform: Platform, job: str) -> bool:
@@ -53,7 +53,8 @@ def test_the_worker_with_the_least_left_over_is_taken(platform: Platform, submit
     for name, cpus in (("large", 8), ("small", 4), ("middle", 6)):
         platform.worker(name, cpus, "threads")
     taken = [hold(platform, submitter, "gate", cpus)[1] for cpus in (4, 5, 0.5, 1, 7, 0.5)]
-    #                 4 of 4, 5 of 6, 0.5 of the 1 left there; 1 fits only into 8; 7 of the 7 left there; the last half
+    # small has room for 4, middle for 5 of 6, then for 0.5 of the 1 left; 1 fits only into large; 7 of its 7; then the
+    # last 0.5
     assert taken == ["small", "middle", "middle", "large", "large", "middle"]
     assert submitter.allocated_cpus() == "18"
     tasks.let_go(platform.redis, "gate", 6)
@@ -108,9 +109,14 @@ def test_a_smaller_later_job_passes_one_that_does_not_fit(platform: Platform, su
     assert submitter.value(small) == 3
     assert waits(platform, large)
     with platform.engine.connect() as connection:
-        found = explain.explain(platform.redis, connection, large)
-    assert found is not None
-    assert (found.why, found.resource, found.asked, found.worker) == (Why.NO_ROOM, "cpus", 4000, "a")
+        explanation = explain.explain(platform.redis, connection, large)
+    assert explanation is not None
+    assert (explanation.why, explanation.resource, explanation.asked, explanation.worker) == (
+        Why.NO_ROOM,
+        "cpus",
+        4000,
+        "a",
+    )
     tasks.let_go(platform.redis, "three")
     assert submitter.value(large) == 2
 
@@ -143,7 +149,7 @@ def test_a_worker_that_registers_takes_what_waits(platform: Platform, submitter:
 
 
 def test_a_worker_that_grows_takes_what_waits(platform: Platform, submitter: Submitter) -> None:
-    # Its own timer looks at its size; the sweep, which would help as well, does not run.
+    # The worker's own timer looks at its size. The sweep would help as well, so it does not run.
     platform.worker("a", 4, "prefork", slots=1, **{**NO_TIMERS, "PLATFORM_RENEW_INTERVAL": "0.3"})
     hold(platform, submitter, "gate", 1)
     jobs = [submitter.send(HOLD, "gate", cpus=1) for _ in range(2)]
@@ -151,7 +157,7 @@ def test_a_worker_that_grows_takes_what_waits(platform: Platform, submitter: Sub
     submitter.app.control.pool_grow(2)
     until(lambda: submitter.allocated_cpus() == "3", "both are admitted")
     assert submitter.view("a")["slots"] == "3"
-    # (Celery looks for the new processes only every five seconds.)
+    # Celery looks for the new processes only every five seconds.
     assert {tasks.started(platform.redis, "gate")[0] for _ in range(2)} == set(jobs)
     tasks.let_go(platform.redis, "gate", 3)
     assert {submitter.ended(job).state for job in jobs} == {"succeeded"}
@@ -166,7 +172,7 @@ def test_the_allocated_cpus_are_exact_after_each_step(platform: Platform, submit
     jobs = []
     for cpus, sum_ in ((0.5, "0.5"), (1.25, "1.75"), (2, "3.75"), (0.001, "3.751"), (0, "3.751")):
         jobs.append(submitter.send(HOLD, f"gate {cpus}", cpus=cpus))
-        # At once: the admission and the sum are one step.
+        # No waiting is needed: the admission and the sum are one step.
         assert submitter.allocated_cpus() == sum_
         assert submitter.view("a")["allocated_cpus"] == sum_
     for cpus, sum_ in ((2, "1.751"), (0.5, "1.251"), (0, "1.251"), (1.25, "0.001"), (0.001, "0")):
@@ -178,7 +184,7 @@ def test_the_allocated_cpus_are_exact_after_each_step(platform: Platform, submit
 
 
 class Sampler(threading.Thread):
-    """Looks at the books as fast as it can: what it sees of one moment must add up."""
+    """Look at the books as fast as possible: the figures of one moment must add up."""
 
     def __init__(self, platform: Platform, capacity: dict[str, int]) -> None:
         super().__init__(daemon=True)
@@ -251,7 +257,7 @@ def test_jobs_that_ended_before_any_worker_came_never_run(platform: Platform, su
         submitter.send(ADD, 1, 3),
     )
     submitter.app.control.revoke(revoked)
-    # The ledger was never opened, so nobody can say yet whether a worker holds the job: its row is marked.
+    # The ledger was never opened, so nobody can say yet whether a worker holds the job. The job's row is marked.
     assert submitter.row(revoked).revoked_at is not None
     until(lambda: submitter.row(expired).expires_at < datetime.now(UTC), "it is too late for one")
     platform.worker("a", 1, "solo")

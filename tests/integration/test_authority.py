@@ -1,6 +1,7 @@
-"""Who decides while the ledger is gone: the votes, the pull from Postgres, and the return. The broker stands apart.
+"""Admission while the ledger is gone: the votes, the pull from Postgres, and the return to the ledger.
 
-At a tenth of all intervals: nobody decides for 1 s after the authority changed, and a worker is lost after 7.5 s.
+The broker is another Redis here. All intervals are a tenth of the usual ones: nobody decides for 1 s after the
+authority changed, and a worker is lost after 7.5 s.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def own_pair() -> Iterator[Servers]:
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Another Redis, for messages and results."""
+    """Yield the URL of another Redis, for messages and results."""
     server = valkey.start(tmp_path_factory.mktemp("broker"), 0, durable=False)
     yield server.url
     server.kill()
@@ -60,13 +61,13 @@ def servers(own_pair: Servers) -> Iterator[Servers]:
     own_pair.whole()
 
 
-#: For tests whose results are in the ledger's Redis, and gone with it.
+#: Mark of tests whose results are in the ledger's Redis, and gone with it.
 results_beside_the_ledger = pytest.mark.parametrize("results", ["ledger"], indirect=True)
 
 
 @pytest.fixture
 def results(request: pytest.FixtureRequest, servers: Servers, broker: str) -> str:
-    """Where results are."""
+    """Return the URL of the result store."""
     return servers.pair.redis_url if hasattr(request, "param") else broker
 
 
@@ -95,19 +96,19 @@ def authority(platform: Platform) -> Authority:
 
 
 def decides(platform: Platform, who: str, seconds: float = 30.0) -> Authority:
-    """The authority row, as soon as it says so."""
+    """Return the authority row as soon as it names this authority. Wait for `seconds` at most."""
 
     def found() -> Authority | None:
-        known = authority(platform)
-        return known if known.authority == who else None
+        row = authority(platform)
+        return row if row.authority == who else None
 
-    known = until(found, lambda: f"{who} decides: {authority(platform)}", seconds)
-    assert known is not None
-    return known
+    row = until(found, lambda: f"{who} decides: {authority(platform)}", seconds)
+    assert row is not None
+    return row
 
 
 def first_starts(platform: Platform) -> dict[int, datetime]:
-    """When the first attempt of each epoch began."""
+    """Return when the first attempt of each epoch began."""
     with platform.engine.connect() as connection:
         rows = connection.execute(text("SELECT epoch, min(started_at) FROM attempts GROUP BY epoch"))
         return {row[0]: row[1] for row in rows}
@@ -136,7 +137,7 @@ def test_without_the_ledger_jobs_start_from_postgres_and_each_runs_once(
     assert starts(read(trace)) == {str(label): 1 for label in range(80)}
     assert max(peaks(read(trace)).values()) <= 2000
     until(lambda: submitter.allocated_cpus() == "0", "nothing is allocated")
-    # Nobody decides before all that others were told has run out.
+    # Nobody decides before every permission of the old authority has run out.
     pause = timedelta(seconds=change_pause(platform.settings.confirm_interval))
     began = {epoch: first for epoch, first in first_starts(platform).items() if epoch >= gone.epoch}
     assert began[gone.epoch] >= gone.changed + pause
@@ -150,7 +151,7 @@ def test_results_that_were_kept_in_the_ledgers_redis_wait_for_it(
 ) -> None:
     trace = tmp_path / "trace"
     platform.worker("a", cpus=4)
-    # They end before and after the votes: some by an end that the ledger was to be told of first.
+    # The jobs end before and after the votes. Some of these ends were meant to reach the ledger first.
     jobs = [send_work(submitter, trace, [label], 1.0 + 0.5 * label)[0] for label in range(4)]
     until(lambda: starts(read(trace)).total() == 4, "all four run")
     servers.kill_redis()
@@ -189,13 +190,13 @@ def test_a_ledger_that_hung_comes_back_with_old_books_and_they_admit_nothing(
 
 @pytest.fixture
 def alone(platform: Platform, servers: Servers) -> Iterator[Platform]:
-    """Two workers of two CPUs, and Postgres decides."""
+    """Yield a platform of two workers with two CPUs each, where Postgres decides."""
     for name in ("a", "b"):
         platform.worker(name, cpus=2)
     servers.kill_redis()
     decides(platform, "postgres")
     yield platform
-    # The books are looked at when the ledger decides again, and all that was is over.
+    # The books are checked once the ledger decides again and all jobs are over.
     if valkey.running(servers.redis_folder) is None:
         servers.start_redis()
     decides(platform, "ledger")
@@ -278,10 +279,10 @@ def test_gates_open_and_shut_without_the_ledger_and_stay_so_when_it_is_back(
     alone: Platform, servers: Servers, submitter: Submitter, tmp_path: Path
 ) -> None:
     trace = str(tmp_path / "trace")
-    # One of equal ones, until it has ended.
+    # Of jobs with equal unique keys one is accepted, until it has ended.
     only = submitter.send(WORK, trace, "only", 1.0, unique="one of these")
     assert submitter.send(WORK, trace, "only", 1.0, unique="one of these") == only
-    # What needs others starts when they have succeeded, and ends where one has not.
+    # A dependent job starts when all its dependencies have succeeded. It ends without a start when one has not.
     after = submitter.send(ADD, 1, 2, after=[only])
     failed = submitter.send("tests.fixtures.tasks.fail", "no")
     never = submitter.send(ADD, 1, 2, after=[only, failed])
@@ -292,7 +293,7 @@ def test_gates_open_and_shut_without_the_ledger_and_stay_so_when_it_is_back(
     assert submitter.ended(never).state == "cancelled"
     again = submitter.send(WORK, trace, "again", 0.05, unique="one of these")
     assert again != only
-    # Two workers together start no more than a rate allows, which is another one when somebody says so.
+    # Two workers together start no more jobs than a rate limit allows, also after the limit is changed.
     often = [submitter.send(gated.often.name) for _ in range(8)]
     due = sorted(submitter.ended(job).due_at for job in often)
     assert all(number <= 20 * (at - due[0]).total_seconds() + 1 for number, at in enumerate(due))
@@ -301,7 +302,7 @@ def test_gates_open_and_shut_without_the_ledger_and_stay_so_when_it_is_back(
     assert [submitter.row(job).state for job in seldom[1:]] == ["scheduled"] * 2
     submitter.app.control.rate_limit(gated.seldom.name, "20/s")
     assert {submitter.ended(job).state for job in seldom} == {"succeeded"}
-    # What waits goes over to the ledger with its gates, and they open there.
+    # Waiting jobs go over to the ledger with their constraints, which open there.
     submitter.app.control.rate_limit(gated.unlimited.name, "1/h")
     limited = [submitter.send(gated.unlimited.name) for _ in range(2)]
     assert submitter.ended(limited[0]).state == "succeeded"
@@ -357,7 +358,7 @@ def test_a_postgres_that_is_older_than_the_ledger_opens_an_epoch_above_both(
 ) -> None:
     platform.worker("a", cpus=2)
     with platform.engine.begin() as connection:
-        # What a backup does that was made before the ledger was opened.
+        # A restored backup may be older than the opening of the ledger.
         newest = connection.execute(text("SELECT epoch FROM authority")).scalar_one()
         connection.execute(text("UPDATE authority SET epoch = 1"))
     until(lambda: authority(platform).epoch > newest, "an epoch is open that is newer than both")
@@ -369,11 +370,11 @@ def test_a_postgres_that_is_older_than_the_ledger_opens_an_epoch_above_both(
 def test_a_worker_that_starts_while_both_stores_are_down_waits_for_them(
     platform: Platform, servers: Servers, submitter: Submitter, order: tuple[str, str]
 ) -> None:
-    # (What is committed last is forgotten by the servers of tests when they are killed: nothing is, yet.)
+    # Test servers forget their last commits when they are killed. Nothing is committed here yet.
     servers.kill_redis()
     servers.kill_postgres()
     platform.engine.dispose()
-    # One Redis for all.
+    # A single Redis serves as ledger, broker and result backend.
     redis_url = str(platform.settings.redis_url)
     worker = platform.worker("a", cpus=2, ready=False, CELERY_BROKER_URL=redis_url, CELERY_RESULT_BACKEND=redis_url)
     worker.wait_for("waiting for a store: Postgres")

@@ -1,4 +1,4 @@
-"""What is wrong is refused in the caller, with its value and what would be right, before anything is written."""
+"""Invalid input is refused in the caller, with its value and a valid alternative, before anything is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADD = "tests.fixtures.tasks.add"
 
 
 def _everything(client: redis.Redis, engine: Engine) -> tuple[set[Any], int]:
-    """All keys of Redis, and the number of jobs."""
+    """Return all keys of Redis, and the number of jobs."""
     with engine.connect() as connection:
         rows = connection.execute(text("SELECT count(*) FROM jobs")).scalar_one()
     return set(client.keys()), rows
@@ -40,7 +40,7 @@ def app(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]
 
 @pytest.fixture
 def refused(app: Celery, redis_client: redis.Redis, engine: Engine) -> Any:
-    """`refused(send, part of the message...)`: it raises that, and left nothing."""
+    """Return `refused(send, part of the message...)`: it asserts that `send` raises that error and writes nothing."""
 
     def check(send: Any, *said: str, error: type[Exception] = InvalidRequest) -> Exception:
         before = _everything(redis_client, engine)

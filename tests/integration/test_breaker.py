@@ -1,5 +1,7 @@
-"""What a sender pays for stores that are slow, silent or full: a moment once for Redis, three seconds at most for
-Postgres; and the worker's main loop pays nothing."""
+"""The price of slow, silent or full stores for a sender.
+
+Redis costs a moment, once. Postgres costs three seconds at most. The worker's main loop pays nothing.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ from tests.fixtures.waiting import until
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
 
-#: Seconds of the longest wait that is promised, and what a busy machine may add to it.
+#: Seconds of the longest wait that is promised, and the seconds that a busy machine may add to it.
 PROMISED = 3.0
 SLACK = 2.0
 
@@ -57,7 +59,7 @@ def ledger_path(platform: Platform, proxied: Callable[[str], Proxy]) -> Proxy:
 
 @pytest.fixture
 def app(platform: Platform, ledger_path: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
-    """A submitter that sees the ledger through the proxy."""
+    """Yield a submitter that sees the ledger through the proxy."""
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         monkeypatch.delenv(name)
     settings = platform.settings.with_urls(ledger_path.url, str(platform.settings.database_url))
@@ -84,14 +86,15 @@ def test_a_ledger_that_does_not_answer_costs_a_submitter_a_moment_once(
     began = time.monotonic()
     jobs.append(app.send_task(ADD, [1, 1]).id)
     assert time.monotonic() - began < PROMISED + SLACK
-    # (Of a second job in a row a thread tells the ledger.)
+    # A thread tells the ledger about the second job in a row.
     until(lambda: not sending(app).closed, "the ledger is left alone")
     began = time.monotonic()
-    # (If each of them asked, it would be half a minute or, where Redis is down, nothing to speak of.)
+    # If each of these calls asked the ledger, they would take half a minute. With a Redis that refuses at once, they
+    # would not.
     jobs += [app.send_task(ADD, [1, 1]).id for _ in range(30)]
     assert time.monotonic() - began < PROMISED + SLACK
     assert not sending(app).closed
-    # The sweep brings them to the ledger, by the worker's own connection.
+    # The sweep brings the jobs to the ledger, by the worker's own connection.
     assert {submitter.ended(job).state for job in jobs} == {"succeeded"}
     ledger_path.restore()
     until(lambda: sending(app).closed, "the ledger is asked again")
@@ -143,16 +146,16 @@ def test_a_child_of_a_submitter_has_a_breaker_of_its_own(platform: Platform, app
     app.send_task(ADD, [1, 1])
     ledger_path.refuse()
     app.send_task(ADD, [1, 1])
-    # (In a row with the one before, a thread asks.)
+    # This job follows another one at once, so a thread asks the ledger.
     assert sending(app).flush()
     assert not sending(app).closed
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            known = app.platform.sending.closed
+            closed = app.platform.sending.closed
             app.send_task(ADD, [1, 1], task_id="of-the-child")
-            code = 0 if known and not app.platform.sending.closed else 2
+            code = 0 if closed and not app.platform.sending.closed else 2
         finally:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
@@ -172,7 +175,7 @@ def test_an_attempt_is_bounded_however_many_answers_it_waits_for(
             client.ping()
             answers += 1
     assert answers <= 3
-    # Without an attempt each wait is bounded by itself; and what was on its way is no answer to the next question.
+    # Without an attempt each wait has its own bound. A late answer is not taken for the answer to the next question.
     assert client.echo("mine") == b"mine"
     client.close()
 
@@ -189,7 +192,7 @@ def test_a_locked_table_is_an_error_in_three_seconds(platform: Platform, submitt
         with pytest.raises(NotAccepted, match="lock timeout"):
             submitter.send(ADD, 1, 2)
         assert time.monotonic() - began < PROMISED + SLACK
-        # The worker's main loop is free: remote control is answered there.
+        # The worker's main loop is free: it answers remote control.
         assert submitter.app.control.ping(destination=None, timeout=2.0)
         assert worker.alive
     assert submitter.value(submitter.send(ADD, 1, 3)) == 4
@@ -198,7 +201,7 @@ def test_a_locked_table_is_an_error_in_three_seconds(platform: Platform, submitt
 def test_a_server_that_lets_nobody_in_is_an_error_in_three_seconds(
     platform: Platform, submitter: Submitter, proxied: Callable[[str], Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # (What the first job reads once in a while, it reads before.)
+    # The first job reads the rate limits beforehand, since a sender reads them once in a while.
     monkeypatch.setattr(constraints, "RATES_FOR", 1000.0)
     platform.worker("a", 4, "threads")
     postgres_path = proxied(str(platform.settings.database_url))
@@ -229,25 +232,25 @@ def test_an_exhausted_pool_is_an_error_in_three_seconds(platform: Platform, subm
     while len(taken) < pool.size() + pool._max_overflow:
         taken.append(stores.engine.connect())
     began = time.monotonic()
-    # (Another thread sends a job by the connection that is kept for that.)
+    # Another thread sends a job by the connection that is kept for that.
     with stores.inserter._free, pytest.raises(NotAccepted, match="no connection to Postgres was free"):
         submitter.send(ADD, 1, 2)
     assert time.monotonic() - began < PROMISED + SLACK
     for connection in taken:
         connection.close()
     submitter.send(ADD, 1, 3)
-    # One that was closed behind the pool's back is given up, not handed out again and again.
+    # The pool gives up a connection that was closed behind its back, and does not hand it out again and again.
     _close_behind_their_backs(stores)
     assert submitter.value(submitter.send(ADD, 1, 4, task_id="four")) == 5
     with stores.inserter._free:
         assert submitter.value(submitter.send(ADD, 1, 5)) == 6
-    # Both, where one job needs both: its id is known.
+    # Both connections are closed, and this job needs both because its id exists already.
     _close_behind_their_backs(stores)
     assert submitter.value(submitter.send(ADD, 1, 4, task_id="four")) == 5
 
 
 def _close_behind_their_backs(stores: Stores) -> None:
-    """As a restart of Postgres does, or whoever ends all of its sessions."""
+    """Close the connections as a restart of Postgres does, or an administrator who ends all sessions."""
     with closing(stores.engine.raw_connection()) as pooled:
         pooled.driver_connection.close()  # type: ignore[union-attr]
     kept: Any = stores.inserter._connection

@@ -1,4 +1,4 @@
-"""Celery's broker on another server than the ledger: what goes by which, and what happens when either is away."""
+"""Celery's broker on another server than the ledger: the traffic of each, and the behaviour when either is away."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
 WORK = "tests.tasks.work.work"
 
-#: Systems give ports from here on to whoever connects somewhere, also that of a server that is down.
+#: First port that systems give to outgoing connections, which may include the port of a server that is down.
 OUTGOING = 32768
 
 _numbers = itertools.count()
@@ -46,7 +46,7 @@ _numbers = itertools.count()
 
 @dataclass
 class Server:
-    """A Redis of the test's own, to be killed and brought back, empty, where it was."""
+    """Manage a Redis of the test's own that can be killed and brought back, empty, at its old port."""
 
     folder: Path
     port: int
@@ -64,7 +64,7 @@ class Server:
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[Server]:
-    # (Each at a port of its own: kombu keeps connections by the address.)
+    # Each server has its own port, because kombu keeps connections by their address.
     server = Server(tmp_path / "broker", OUTGOING - 10_001 - (50 * os.getpid() + next(_numbers)) % 5_000)
     server.start()
     yield server
@@ -87,7 +87,7 @@ def all_succeeded(platform: Platform, number: int) -> None:
 
 
 def once_each(trace: Path, labels: set[str]) -> None:
-    """Each of the jobs ran once, and to its end."""
+    """Assert that each of the jobs ran once, and to its end."""
     seen = Counter((event.label, event.what) for event in events_of(trace))
     assert seen == {(label, what): 1 for label in labels for what in ("start", "end")}
 
@@ -104,14 +104,14 @@ def test_jobs_go_by_the_ledger_and_celerys_own_messages_by_the_broker(
     assert [submitter.value(job) for job in jobs] == list(range(1, 13))
     # Remote control goes by the broker.
     assert submitter.app.control.ping(timeout=5.0)
-    # So do old producers, and their results come back.
+    # Old producers use the broker too, and receive their results.
     with Celery("old", broker=broker.url, backend=platform.settings.redis_url, set_as_current=False) as old:
         assert old.send_task(ADD, [40, 2]).get(timeout=RESULT_WITHIN) == 42
     all_succeeded(platform, 13)
     with redis.Redis.from_url(broker.url) as client:
         names: Any = client.keys("*")
     assert not [name for name in names if name.startswith((b"worker.", b"ledger:", b"celery-task-meta"))]
-    # Beat's ticks too.
+    # Beat's ticks go by the broker too.
     before = submitter.view("a")["heartbeat_at"]
     platform.beat(PLATFORM_HEARTBEAT_INTERVAL="0.3")
     until(lambda: submitter.view("a")["heartbeat_at"] > before, "beat's tick is heard")
@@ -197,7 +197,7 @@ def test_a_worker_waits_for_a_broker_that_is_not_there_yet(
 
 @pytest.fixture
 def own_ledger(broker: Server, tmp_path: Path) -> Iterator[Platform]:
-    """A platform whose ledger may be killed: its servers are nobody else's."""
+    """Yield a platform whose ledger may be killed, since nobody else uses its servers."""
     with servers.private_pair(durable=False) as pair:
         running = valkey.running(Path(str(pair.data)) / "redis")
         assert running is not None and running.kill()
@@ -262,14 +262,14 @@ def test_a_sender_that_dies_between_commit_and_admission_leaves_its_job_to_the_w
     with monkeypatch.context() as dying:
         dying.setattr(Sender, "_to_ledger", lambda *_: None)
         job = submitter.send(ADD, 1, 2)
-    # (By the sweep, or by who begins to listen just now.)
+    # The sweep brings the job in, or a listener that has just begun.
     assert submitter.value(job) == 3
 
 
 def test_a_drain_hands_back_what_is_in_the_mailbox(platform: Platform, submitter: Submitter) -> None:
     first = platform.worker("a", 2, "prefork")
     os.killpg(first.pid, signal.SIGSTOP)
-    # Its mailbox holds them, and nobody reads it.
+    # The worker's mailbox holds the jobs, and nobody reads it.
     jobs = [submitter.send(ADD, number, 1) for number in range(2)]
     queue = submitter.view("a")["queue"]
     until(lambda: {submitter.row(job).state for job in jobs} <= {"accepted", "admitted"}, "they are admitted")
@@ -305,11 +305,11 @@ def test_a_broker_is_the_ledgers_server_where_its_url_leads_there(
 ) -> None:
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         monkeypatch.delenv(name)
-    found = settings.with_urls("redis://10.0.0.1:6379/0", str(settings.database_url))
-    app = install(Celery("apart", broker=broker_url, set_as_current=False), resolve=lambda _: found)
-    assert shares_ledger(app, found) is same
+    apart = settings.with_urls("redis://10.0.0.1:6379/0", str(settings.database_url))
+    app = install(Celery("apart", broker=broker_url, set_as_current=False), resolve=lambda _: apart)
+    assert shares_ledger(app, apart) is same
     app.conf.broker_transport_options = {"global_keyprefix": "mine:"}
-    assert shares_ledger(app, found) is False
+    assert shares_ledger(app, apart) is False
     app.close()
 
 
@@ -319,10 +319,10 @@ def test_a_broker_that_workers_cannot_listen_to_is_refused(
 ) -> None:
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         monkeypatch.delenv(name)
-    found = Settings.from_environ(
+    apart = Settings.from_environ(
         {"REDIS_URL": str(settings.redis_url), "DATABASE_URL": str(settings.database_url), "CELERY_BROKER_URL": url}
     )
-    app = install(Celery("apart", set_as_current=False), resolve=lambda _: found)
+    app = install(Celery("apart", set_as_current=False), resolve=lambda _: apart)
     with pytest.raises(Unsupported, match="redis://"):
         _ = app.conf.broker_url
     app.close()

@@ -1,5 +1,8 @@
-"""Celery as the user has it: which of its settings the platform sets, which it leaves, and what is not carried out yet
-(that is refused, never ignored)."""
+"""Celery as the user configured it.
+
+These tests show which settings the platform sets, which it leaves alone, and which it does not carry out yet. The last
+kind is refused, never ignored.
+"""
 
 from __future__ import annotations
 
@@ -83,14 +86,14 @@ def test_the_users_own_settings_win_and_his_schedule_keeps_the_ticks(settings: S
 
 def test_an_existing_app_keeps_its_own_classes(settings: Settings) -> None:
     class TheirAMQP(AMQP):
-        """Their own."""
+        """AMQP class of the user's app."""
 
     app = Celery("existing", amqp=TheirAMQP, set_as_current=False)
     _ = app.amqp, app.control
 
     @app.task(cpus=2)
     def mine() -> None:
-        """Made before."""
+        """Do nothing, as a task that was defined before `install`."""
 
     assert install(app, resolve=lambda _: settings) is app
     assert install(app) is app
@@ -120,8 +123,8 @@ def test_a_project_of_its_own_has_schedule_routes_and_ticks(platform: Platform, 
     worker = start("worker", "--pool", "threads", "-n", "own@%h", says=READY)
     first = submitter.view("own")["heartbeat_at"]
     beat = start("beat", "--schedule", str(platform.folder / "schedule"), says="beat: Starting...")
-    until(lambda: [one.state for one in jobs(platform)].count("succeeded") >= 3, "what is scheduled runs")
-    assert {one.name for one in jobs(platform)} == {"tests.tasks.own.heavy"}
+    until(lambda: [row.state for row in jobs(platform)].count("succeeded") >= 3, "what is scheduled runs")
+    assert {row.name for row in jobs(platform)} == {"tests.tasks.own.heavy"}
     until(lambda: submitter.view("own")["heartbeat_at"] > first, "beat ticks")
     assert beat.stop() == 0
     sent = subprocess.run(
@@ -154,19 +157,19 @@ def test_a_time_without_a_zone_is_in_that_of_the_app(platform: Platform, submitt
 def test_chains_groups_and_chords_are_made_of_jobs(platform: Platform, submitter: Submitter) -> None:
     platform.environment["PLATFORM_IMPORTS"] += f",{canvas.__name__}"
     platform.worker("a", 4, "threads")
-    known = submitter.app.tasks
-    add, total = known[ADD], known[canvas.total.name]
+    tasks = submitter.app.tasks
+    add, total = tasks[ADD], tasks[canvas.total.name]
     assert (add.s(1, 2) | add.s(3) | add.s(4)).apply_async().get(timeout=20) == 10
     assert group(add.s(number, number) for number in range(3)).apply_async().get(timeout=20) == [0, 2, 4]
     assert (group(add.s(number, 1) for number in range(3)) | total.s()).apply_async().get(timeout=20) == 6
-    assert known[canvas.late.name].delay(5).get(timeout=20) == 5
-    replaced = known[canvas.replaced.name].delay(1)
+    assert tasks[canvas.late.name].delay(5).get(timeout=20) == 5
+    replaced = tasks[canvas.replaced.name].delay(1)
     assert replaced.get(timeout=20) == 101
     assert submitter.ended(replaced.id).state == "succeeded"
-    again = known[canvas.again_by_itself.name].delay()
+    again = tasks[canvas.again_by_itself.name].delay()
     assert submitter.ended(again.id).state == "failed"
     assert submitter.outcomes(again.id) == ["retried", "failed"]
-    until(lambda: {one.state for one in jobs(platform)} == {"succeeded", "failed"}, lambda: jobs(platform))
+    until(lambda: {row.state for row in jobs(platform)} == {"succeeded", "failed"}, lambda: jobs(platform))
     assert len(jobs(platform)) == 3 + 3 + 4 + 1 + 1 + 1
 
 
@@ -199,7 +202,7 @@ app.send_task({ADD!r}, [0, 0])
     assert [submitter.value(f"{child}-{number}") for child in range(3) for number in range(5)] == [
         child + number for child in range(3) for number in range(5)
     ]
-    until(lambda: {one.state for one in jobs(platform)} == {"succeeded"}, lambda: jobs(platform))
+    until(lambda: {row.state for row in jobs(platform)} == {"succeeded"}, lambda: jobs(platform))
 
 
 def test_events_are_sent_of_every_step(platform: Platform, submitter: Submitter) -> None:
@@ -215,7 +218,7 @@ def test_events_are_sent_of_every_step(platform: Platform, submitter: Submitter)
         until(lambda: {"task-succeeded", "task-failed"} <= set(seen), lambda: f"the events came: {seen}")
         receiver.should_stop = True
         listener.join()
-    assert [one for one in seen if one.startswith("task-")] == [
+    assert [kind for kind in seen if kind.startswith("task-")] == [
         *("task-admitted", "task-received", "task-started", "task-succeeded"),
         *("task-admitted", "task-received", "task-started", "task-failed"),
     ]
@@ -236,7 +239,7 @@ def test_an_id_that_has_ended_is_not_published_again_as_a_successor(platform: Pl
     job = submitter.app.send_task(ADD, [1, 2], task_id="mine").id
     assert submitter.value(job) == 3
     submitter.ended(job)
-    # The same publish again is known, and changes nothing.
+    # A repeated publish with this id is recognised, and changes nothing.
     assert submitter.app.send_task(ADD, [5, 6], task_id="mine").id == "mine"
     assert submitter.value(job) == 3
     with pytest.raises((Unsupported, NotAccepted), match="new task_id"):

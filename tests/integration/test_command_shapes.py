@@ -1,4 +1,4 @@
-"""What the commands print with --json has the shape of its schema, in every state that a platform can be in."""
+"""The commands' output with --json matches its schema, in every state that a platform can be in."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ GATE = "shapes"
 #: A Postgres and a Redis that nobody can reach.
 NO_POSTGRES = "postgresql://me:secret@127.0.0.1:1/platform"
 NO_REDIS = "redis://127.0.0.1:1/0"
-#: The environment of who has no servers.
+#: The environment of a user without servers.
 NO_URLS = {"REDIS_URL": "", "DATABASE_URL": ""}
 
 
 def answer(run: Run, *words: str, code: Exit | None = Exit.OK, **environment: str) -> Any:
-    """What a command printed, which has its shape; None as code: the answer may be no."""
+    """Return the JSON that a command printed, after checking its shape. With None as code the answer may be no."""
     result = run(*words, "--json", **environment)
     assert result.exit_code in ((Exit.OK, Exit.FAILED) if code is None else (code,)), result.output
     value = json.loads(result.stdout)
@@ -50,7 +50,7 @@ def answer(run: Run, *words: str, code: Exit | None = Exit.OK, **environment: st
 
 
 def problem(run: Run, *words: str, code: Exit, **environment: str) -> Any:
-    """The error that a command printed instead: the one object on stdout, and nothing beside it."""
+    """Return the error that a command printed as the only object on stdout, with nothing on stderr."""
     result = run(*words, "--json", **environment)
     assert result.exit_code == code, result.output
     assert result.stderr == ""
@@ -70,7 +70,7 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def jobs(platform: Platform) -> Iterator[Mapping[str, str]]:
-    """Two workers, and a job in each state that a platform at work shows, by what became of it."""
+    """Yield the ids of jobs in each state of a platform at work, by the name of the state, on two workers."""
     platform.worker("a", 4, "threads", PLATFORM_GPUS="1", PLATFORM_RESOURCES="licence=3")
     platform.worker("b", 2, "threads")
     submitter = Submitter(platform)
@@ -132,7 +132,7 @@ def test_the_list_of_jobs_in_every_state(at_work: Run, jobs: Mapping[str, str]) 
 
 def test_each_job_whatever_became_of_it(at_work: Run, jobs: Mapping[str, str]) -> None:
     seen = {name: answer(at_work, "job", job) for name, job in jobs.items()}
-    whys = {name: one["why"]["why"] for name, one in seen.items()}
+    whys = {name: shown["why"]["why"] for name, shown in seen.items()}
     assert whys["running"] == "runs"
     assert {whys[name] for name in ("succeeded", "failed", "retried", "cancelled", "expired")} == {"ended"}
     for name in ("unknown-resource", "too-large", "scheduled", "no-room"):
@@ -155,7 +155,7 @@ def test_verify_of_one_worker_that_is_there_or_not(at_work: Run) -> None:
 
 
 def test_a_demo_in_which_jobs_failed() -> None:
-    """Its report alone: what it takes to fail is somebody else's worker, or a defect."""
+    """The report is built by hand, because only a foreign worker or a defect makes a demo's jobs fail."""
     replayed = Replayed("t", (trace.Job(0, 0.0, 1.0, 1000, 2),), 1.0, ())
     record = trace.Record(0, 1.0, 2.0, "gone")
     report = Report(
@@ -179,9 +179,9 @@ def test_up_and_down_on_embedded_servers(platform: Platform, tmp_path: Path) -> 
     environment: dict[str, Any] = {**NO_URLS, "PLATFORM_HOME": str(tmp_path / "home")}
     environment["PLATFORM_DASHBOARD"] = "127.0.0.1:0"
     running = platform.start("up", "up", "--json", "--worker", "a=1", "-P", "threads", says='"beat"', **environment)
-    said = json.loads(running.wait_for('"beat"'))
-    assert_shape("up", said)
-    with urllib.request.urlopen(said["dashboard"]["url"], timeout=30) as served:
+    started = json.loads(running.wait_for('"beat"'))
+    assert_shape("up", started)
+    with urllib.request.urlopen(started["dashboard"]["url"], timeout=30) as served:
         assert_shape("cluster", json.load(served))
     running.signal(signal.SIGTERM)
     assert running.wait() == Exit.OK
@@ -286,13 +286,13 @@ def test_the_tables_go_down_and_up(run: Run) -> None:
 
 def test_a_postgres_that_does_not_answer(stage: Stage, run: Run) -> None:
     stage.worker("a", cpus=4000)
-    # What the ledger knows it tells without Postgres; what was set aside is not known then.
+    # The command shows the ledger's books without Postgres. The number of messages in quarantine is unknown then.
     assert answer(run, "cluster", DATABASE_URL=NO_POSTGRES)["quarantine"] is None
     for words in (("jobs",), ("job", "x"), ("reconcile",), ("db", "current"), ("db", "upgrade"), ("db", "downgrade")):
-        told = problem(run, *words, code=Exit.UNAVAILABLE, DATABASE_URL=NO_POSTGRES)
-        assert told["reference"] == "store-unavailable"
-        assert "127.0.0.1" in told["detail"]
-        assert "secret" not in json.dumps(told)
+        error = problem(run, *words, code=Exit.UNAVAILABLE, DATABASE_URL=NO_POSTGRES)
+        assert error["reference"] == "store-unavailable"
+        assert "127.0.0.1" in error["detail"]
+        assert "secret" not in json.dumps(error)
 
 
 @pytest.mark.parametrize("name", ["cluster", "jobs", "verify", "reconcile"])
@@ -304,23 +304,23 @@ def test_without_tables_it_is_the_error_that_says_so(run: Run, database_url: str
 def test_wrong_settings_are_listed(run: Run) -> None:
     for name in sorted({"db current", *commands()} - {"dashboard", "db"}):
         words = [*name.split(), *(["x"] if name == "job" else [])]
-        told = problem(run, *words, code=Exit.CONFIGURATION, PLATFORM_CPUS="many", PLATFORM_WORKER_TTL="soon")
-        assert len(told["problems"]) == 2
+        error = problem(run, *words, code=Exit.CONFIGURATION, PLATFORM_CPUS="many", PLATFORM_WORKER_TTL="soon")
+        assert len(error["problems"]) == 2
 
 
 def test_a_wrong_command_line_is_an_error_of_the_same_shape(run: Run) -> None:
     for name, command in commands().items():
         if prints_json(command):
-            told = problem(run, *name.split(), "--no-such-option", "--", "x", code=Exit.USAGE)
-            assert told["reference"] == "usage"
-            assert f"celery -A platform {name} --help" in told["advice"]
+            error = problem(run, *name.split(), "--no-such-option", "--", "x", code=Exit.USAGE)
+            assert error["reference"] == "usage"
+            assert f"celery -A platform {name} --help" in error["advice"]
     assert "'many'" in problem(run, "jobs", "--limit", "many", code=Exit.USAGE)["detail"]
 
 
 def test_what_is_not_there_is_told_with_its_value(stage: Stage, run: Run) -> None:
     job = stage.submit(cpus=1000)
-    told = problem(run, "job", "job-7", code=Exit.FAILED)
-    assert (told["reference"], told["value"]) == ("unknown-job", "'job-7'")
-    assert job in told["advice"]
+    error = problem(run, "job", "job-7", code=Exit.FAILED)
+    assert (error["reference"], error["value"]) == ("unknown-job", "'job-7'")
+    assert job in error["advice"]
     assert problem(run, "job", "a b", code=Exit.FAILED)["value"] == "'a b'"
     assert problem(run, "db", "upgrade", "nope", code=Exit.FAILED)["value"] == "'nope'"

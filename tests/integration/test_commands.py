@@ -1,4 +1,4 @@
-"""The commands that look: what they print for people and for programs, and how they end."""
+"""The commands that only read: their output for people and for programs, and their exit codes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 
 @pytest.fixture
 def run(platform_environment: dict[str, str]) -> Run:
-    """`run("jobs", "--json")`: the command as Celery calls it, in this process."""
+    """Return `run("jobs", "--json")`: it calls the command as Celery does, in this process."""
     return in_process(platform_environment)
 
 
@@ -68,9 +68,9 @@ def test_cluster_without_a_ledger_answers_from_postgres_and_says_so(stage: Stage
     stage.worker("a", cpus=4000)
     stage.redis.flushdb()
     assert _json(run("cluster", "--json"))["source"] == "postgres"
-    told = run("cluster")
-    assert "from Postgres" in told.stdout
-    assert "The ledger cannot be asked: " in told.stderr
+    result = run("cluster")
+    assert "from Postgres" in result.stdout
+    assert "The ledger cannot be asked: " in result.stderr
 
 
 # -- jobs, job
@@ -112,7 +112,10 @@ def test_job_shows_times_attempts_and_worker(stage: Stage, run: Run) -> None:
     stage.end(job)
     seen = _json(run("job", job, "--json"))
     assert (seen["state"], seen["worker"], seen["attempt"]) == ("succeeded", "a", 2)
-    assert [(one["attempt"], one["outcome"]) for one in seen["attempts"]] == [(1, "handed_back"), (2, "succeeded")]
+    assert [(attempt["attempt"], attempt["outcome"]) for attempt in seen["attempts"]] == [
+        (1, "handed_back"),
+        (2, "succeeded"),
+    ]
     assert seen["why"]["why"] == "ended"
     text = run("job", job).stdout
     assert "succeeded" in text

@@ -1,4 +1,4 @@
-"""docker-compose.yml and the Dockerfile without an engine: what they say is right, and the platform's services run."""
+"""docker-compose.yml and the Dockerfile, without an engine: the settings are right, and the platform's services run."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def test_no_secret_stands_in_the_file_and_each_is_a_file_that_git_and_the_build_
         assert secret == {"file": f"deploy/secrets/{name}"}
         assert not any(fnmatch.fnmatch(secret["file"], kept) for kept in _in_the_build())
     assert "/deploy/secrets/" in (ROOT / ".gitignore").read_text().splitlines()
-    # What is mounted is what is read.
+    # Each service mounts the secrets that it reads.
     for name, service in SERVICES.items():
         texts = json.dumps([service.get("environment", {}), service.get("command"), service.get("healthcheck")])
         read = set(re.findall(r"/run/secrets/(\w+)", texts))
-        # (Migrations and the like are given both URLs with the rest of what they share.)
+        # Migrations and similar services get both URLs with the rest of the shared environment.
         assert read <= set(service.get("secrets", [])), name
 
 
@@ -128,13 +128,13 @@ def test_a_service_of_ours_may_do_as_little_as_possible(name: str) -> None:
 
 
 def test_the_image_is_made_in_stages_and_runs_as_a_user_with_a_number() -> None:
-    found = instructions()
-    stages = [rest for name, rest in found if name == "FROM"]
+    steps = instructions()
+    stages = [rest for name, rest in steps if name == "FROM"]
     assert len(stages) == 2
     assert stages[0].endswith(" AS build")
     for stage in stages:
         assert re.fullmatch(r"python:3\.\d+-slim( AS build)?", stage)
-    last = found[max(index for index, (name, _) in enumerate(found) if name == "FROM") :]
+    last = steps[max(index for index, (name, _) in enumerate(steps) if name == "FROM") :]
     assert [rest for name, rest in last if name == "USER"] == [USER]
     assert all(rest.startswith("--from=build ") for name, rest in last if name == "COPY")
     names = [name for name, _ in last]
@@ -149,7 +149,7 @@ def test_the_command_of_the_image_exists() -> None:
 
 
 def _in_the_build() -> list[str]:
-    """What .dockerignore lets into the build, where it begins by leaving out all."""
+    """Return the paths that .dockerignore lets into the build. The file begins by leaving out everything."""
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert lines[0] == "*"
     return [line[1:] for line in lines if line.startswith("!")]
@@ -185,7 +185,7 @@ def test_what_goes_into_the_build_is_enough_to_install_all(tmp_path: Path) -> No
 
 @pytest.fixture
 def secrets(tmp_path: Path) -> Path:
-    """What deploy/make-secrets makes."""
+    """Return the folder of secrets that deploy/make-secrets makes."""
     folder = tmp_path / "made"
     subprocess.run([str(ROOT / "deploy" / "make-secrets"), str(folder)], check=True, capture_output=True)
     return folder
@@ -207,7 +207,7 @@ def test_the_secrets_that_are_made_are_those_of_the_file_and_fit_each_other(secr
 
 def test_the_secrets_are_closed_to_others_by_their_folder(secrets: Path) -> None:
     assert secrets.stat().st_mode & 0o777 == 0o700
-    # The users in the containers are others than the one who made the files.
+    # The users in the containers differ from the user who made the files.
     assert {path.stat().st_mode & 0o777 for path in secrets.iterdir()} == {0o644}
 
 
@@ -225,14 +225,14 @@ def test_secrets_are_made_once_and_a_password_that_is_gone_takes_its_url_with_it
 
 
 def test_an_url_of_a_server_of_ones_own_stays_as_it_was_written(tmp_path: Path) -> None:
-    own = {
+    urls = {
         "redis_url": "rediss://:p@redis.example.org:6379/0\n",
         "database_url": "postgresql://me:p@db.example.org/tasks\n",
     }
-    for name, url in own.items():
+    for name, url in urls.items():
         (tmp_path / name).write_text(url)
     subprocess.run([str(ROOT / "deploy" / "make-secrets"), str(tmp_path)], check=True, capture_output=True)
-    assert {name: (tmp_path / name).read_text() for name in own} == own
+    assert {name: (tmp_path / name).read_text() for name in urls} == urls
 
 
 # -- the two servers
@@ -241,11 +241,11 @@ def test_an_url_of_a_server_of_ones_own_stays_as_it_was_written(tmp_path: Path) 
 def test_redis_starts_with_its_command_and_its_health_check_sees_a_server_with_a_password(
     secrets: Path, tmp_path: Path
 ) -> None:
-    """`redis-cli`, which the embedded server brings none of, is a line of Python here."""
+    """A line of Python stands in for `redis-cli`, which the embedded server does not include."""
     port = Composed({}, _empty(tmp_path, "unused")).here("8000")
     words = [word.replace("/run/secrets", str(secrets)) for word in SERVICES["redis"]["command"]]
-    own = ["--port", port, "--dir", str(tmp_path), "--bind", "127.0.0.1"]
-    server = subprocess.Popen([valkey.binary(), *words[1:], *own], stdout=subprocess.DEVNULL)
+    options = ["--port", port, "--dir", str(tmp_path), "--bind", "127.0.0.1"]
+    server = subprocess.Popen([valkey.binary(), *words[1:], *options], stdout=subprocess.DEVNULL)
     password = (secrets / "redis_conf").read_text().split()[1]
     client = redis.Redis(port=int(port), password=password)
     try:
@@ -288,7 +288,7 @@ def test_the_health_check_of_postgres_asks_a_server_whether_it_takes_connections
     programs = Path(package) / "pginstall" / "bin"
     check = health_check(SERVICES["postgres"])
     check[-1] += f" --port {Composed({}, _empty(tmp_path, 'unused')).here('8000')}"
-    # 2: no answer. A wrong option would be 3.
+    # 2 means no answer. A wrong option would give 3.
     assert subprocess.run(check, env={"PATH": str(programs)}, check=False).returncode == 2
 
 
@@ -297,11 +297,11 @@ def test_the_health_check_of_postgres_asks_a_server_whether_it_takes_connections
 
 @pytest.fixture
 def composed(platform: Platform, tmp_path: Path) -> Iterator[Composed]:
-    """The services as processes on the test's servers. The books are checked afterwards, as for any platform."""
+    """Yield the services as processes on the test's servers. The books are checked afterwards, as for any platform."""
     urls = {"redis_url": platform.environment["REDIS_URL"], "database_url": platform.environment["DATABASE_URL"]}
     running = Composed(urls, _empty(tmp_path, "composed"))
     yield running
-    # The platform ends them, after the books were checked; what they said is told when the test fails.
+    # The platform ends these processes after the check of the books. A failed test shows their output.
     platform.processes.extend(running.processes.values())
 
 
@@ -321,11 +321,11 @@ def test_all_services_of_ours_come_up_healthy_work_and_end(composed: Composed, p
     app = create_app("submitter", resolve=lambda _: platform.settings)
     assert app.send_task("demo.sleep", args=[0.05]).get(timeout=60)["worker"] in ("worker-01", "worker-02")
 
-    # The order of `down`: what depends on others first.
+    # `down` stops services before the services that they depend on.
     for name in stay:
         assert composed.processes[name].stop() == 0, composed.processes[name].tail()
     for name in stay:
-        if name != "beat":  # (What it wrote down is still fresh.)
+        if name != "beat":  # Beat's health file is still fresh.
             assert composed.health(name).returncode != 0, name
 
 
@@ -333,8 +333,8 @@ def test_all_services_of_ours_come_up_healthy_work_and_end(composed: Composed, p
 def test_a_worker_that_was_added_by_scale_has_the_name_of_its_host(composed: Composed) -> None:
     assert SERVICES["worker"]["scale"] == 0
     composed.run_up("worker")
-    said = composed.processes["worker"].wait_for(READY)
-    assert os.uname().nodename in said
+    output = composed.processes["worker"].wait_for(READY)
+    assert os.uname().nodename in output
     assert composed.health("worker").returncode == 0
 
 

@@ -19,7 +19,7 @@ from tests.fixtures.waiting import until
 
 pytestmark = [pytest.mark.docker, pytest.mark.long]
 
-#: A project of its own, so that nobody's volumes are removed.
+#: A project name of its own, so that nobody's volumes are removed.
 PROJECT: Final = f"celery-capacity-test-{os.getpid()}"
 
 #: Seconds for the pull of the images, the build and the start, on a slow line.
@@ -27,7 +27,7 @@ BUILDING: Final = 1200
 #: Seconds for a command in a container.
 ANSWERING: Final = 120
 
-#: Five jobs of one CPU that meet each other: they need more than one worker of the file.
+#: Five jobs of one CPU that wait for each other, so they need more than one worker of the file.
 SUBMIT: Final = """
 from celery_capacity import create_app
 app = create_app()
@@ -62,9 +62,9 @@ def cluster() -> Iterator[None]:
 
 
 def containers() -> dict[str, dict[str, Any]]:
-    """service -> what the engine says of its container."""
+    """Return the engine's description of each container, by the name of its service."""
     lines = compose("ps", "--all", "--format", "json").splitlines()
-    return {found["Service"]: found for found in map(json.loads, lines)}
+    return {container["Service"]: container for container in map(json.loads, lines)}
 
 
 def workers() -> list[str]:
@@ -73,10 +73,10 @@ def workers() -> list[str]:
 
 
 def test_all_services_are_healthy_and_the_migrations_are_done(cluster: None) -> None:
-    found = containers()
-    assert (found["migrations"]["State"], found["migrations"]["ExitCode"]) == ("exited", 0)
+    by_service = containers()
+    assert (by_service["migrations"]["State"], by_service["migrations"]["ExitCode"]) == ("exited", 0)
     stay = {"redis", "postgres", "worker-01", "worker-02", "beat", "flower", "dashboard"}
-    assert {name: found[name]["Health"] for name in stay} == dict.fromkeys(stay, "healthy")
+    assert {name: by_service[name]["Health"] for name in stay} == dict.fromkeys(stay, "healthy")
     assert workers() == ["worker-01", "worker-02"]
 
 

@@ -1,4 +1,4 @@
-"""Connections that break while work flows: each answer that was on its way is lost, and nothing else."""
+"""Connections that break while work flows: each answer on its way is lost, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ JOBS = 120
 
 
 def break_redis(platform: Platform) -> int:
-    """Kill all connections to this test's database but the test's own; returns how many."""
+    """Kill all connections to this test's Redis database but the test's own, and return their number."""
     client = platform.redis
     mine, database = client.client_id(), str(client.connection_pool.connection_kwargs["db"])
-    others: Any = [one for one in client.client_list() if one["db"] == database and int(one["id"]) != mine]
-    for one in others:
-        client.client_kill_filter(_id=one["id"])
+    others: Any = [
+        client_entry
+        for client_entry in client.client_list()
+        if client_entry["db"] == database and int(client_entry["id"]) != mine
+    ]
+    for entry in others:
+        client.client_kill_filter(_id=entry["id"])
     return len(others)
 
 
 def break_postgres(platform: Platform) -> int:
-    """The same for Postgres."""
+    """End all sessions of this test's Postgres database but the test's own, and return their number."""
     with platform.engine.connect() as connection:
         ended = connection.execute(
             text(
@@ -74,7 +78,7 @@ def test_work_goes_on_and_every_job_runs_once(
     thread.start()
     for part in range(1, 5):
         until(lambda: len(read(trace)) >= part * JOBS * 2 // 6, lambda: f"work flows: {len(read(trace))}")  # noqa: B023
-        # (Those that broke just now may not have been made anew.)
+        # Connections that broke a moment ago may not have been made anew.
         until(lambda: break_all(platform) > 0, "connections to break")
     thread.join()
     for label in unknown:
@@ -83,7 +87,7 @@ def test_work_goes_on_and_every_job_runs_once(
     assert all(submitter.row(f"job-{label}") is None for label in refused)
     rows = [submitter.ended(job) for job in sent.values()]
     assert [row.error for row in rows if row.state != "succeeded"] == []
-    # What ran all the time was not touched.
+    # The job that ran all the time was not touched.
     assert submitter.ended(long).attempt == 1
     assert submitter.outcomes(long) == ["succeeded"]
     events = read(trace)
@@ -94,7 +98,7 @@ def test_work_goes_on_and_every_job_runs_once(
 
 
 def test_looks_at_a_result_backend_leave_no_connection(submitter: Submitter) -> None:
-    """A look that succeeds is the last one of an outage; who has many of them is not to run out of files."""
+    """A single successful look ends an outage. A program with many outages must not run out of file descriptors."""
 
     def descriptors() -> int:
         return len(os.listdir("/dev/fd"))
@@ -102,7 +106,7 @@ def test_looks_at_a_result_backend_leave_no_connection(submitter: Submitter) -> 
     look: Any = submitter.app.backend._ping
     look()
     before = descriptors()
-    # (The collector of cycles would close some of them, some time.)
+    # The cyclic garbage collector would close some of the connections at some time.
     gc.disable()
     try:
         for _ in range(5):

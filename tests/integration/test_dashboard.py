@@ -35,7 +35,7 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 
 
 def _serve(read: dashboard.Read, ask: Callable[[Fetch], Awaitable[Any]]) -> Any:
-    """What `ask` returns when it may fetch from a dashboard that reads by `read`."""
+    """Return the result of `ask`, which may fetch pages from a dashboard that reads by `read`."""
 
     async def run() -> Any:
         server = HTTPServer(dashboard.application(read))
@@ -164,7 +164,7 @@ def test_nothing_can_be_changed(method: str, path: str) -> None:
 )
 @pytest.mark.parametrize("path", ["/api/v1/dashboard", "/health"])
 def test_only_a_host_of_its_own_is_answered(path: str, host: str, status: int) -> None:
-    """A page whose name was made to lead to this machine (DNS rebinding) reads nothing."""
+    """A page whose name was made to lead to this machine by DNS rebinding reads nothing."""
 
     async def ask(fetch: Fetch) -> Any:
         return await fetch(path, headers={"Host": host})

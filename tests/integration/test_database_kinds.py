@@ -1,4 +1,4 @@
-"""Databases that are set up in another way: what cannot serve is refused with what to do, and all else serves."""
+"""Databases with unusual settings: an unusable one is refused with advice, and all others serve."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _numbers = count()
 
 @contextmanager
 def database(pair: Pair, options: str) -> Iterator[str]:
-    """A new database without any table, made with these options."""
+    """Yield the URL of a new database without any table, made with these options."""
     url = make_url(pair.database_url)
     name = f"{url.database}_kind_{next(_numbers)}"
     with given.server_engine(pair.database_url).connect() as connection:
@@ -70,7 +70,7 @@ def test_database_of_another_isolation_serves_since_each_connection_pins_its_own
         with engine.connect() as connection:
             assert connection.execute(text("SHOW transaction_isolation")).scalar_one() == "read committed"
         engine.dispose()
-    # Where something in between drops the options of a connection, it is refused.
+    # A proxy may drop the options of a connection. Such a connection is refused.
     unpinned = create_engine(url)
     with pytest.raises(Unsupported, match=f"have the isolation {level}"):
         migrations.check(unpinned)

@@ -37,7 +37,7 @@ from tests.fixtures.submitting import Submitter, platform_on
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
 
-#: Seconds of the limit under test: a call that waits for nothing takes a thousandth of it.
+#: Seconds of the limit under test. A call that waits for nothing takes a thousandth of it.
 LIMIT = 1.0
 
 
@@ -71,7 +71,7 @@ def test_delay_says_unknown_where_postgres_stalls_around_the_commit(
     with stalled(postgres_pids(own_pair)), pytest.raises(OutcomeUnknown) as caught:
         ending(lambda: submitter.send(ADD, 1, 2, task_id="one"))
     assert caught.value.job_id == "one"
-    # The statement was on its way: the server may carry it out now. The same id makes no second job.
+    # The statement was on its way, and the server may carry it out now. The same id makes no second job.
     submitter.send(ADD, 1, 2, task_id="one")
     assert submitter.jobs() == 2
     platform.worker("a", 4, "threads")
@@ -121,14 +121,14 @@ def test_transactional_enqueue_says_not_accepted_where_postgres_stalls(
 def test_revoke_and_a_look_at_a_job_say_so_where_postgres_stalls(
     own_pair: Servers, platform: Platform, submitter: Submitter
 ) -> None:
-    one = submitter.send(ADD, 1, 2)
+    job_id = submitter.send(ADD, 1, 2)
     with stalled(postgres_pids(own_pair)):
         with pytest.raises(StoreUnavailable):
-            ending(lambda: submitter.app.control.revoke(one))
+            ending(lambda: submitter.app.control.revoke(job_id))
         with pytest.raises(StoreUnavailable):
-            ending(lambda: asyncio.run(job(one, submitter.app).now()))
+            ending(lambda: asyncio.run(job(job_id, submitter.app).now()))
     platform.worker("a", 4, "threads")
-    submitter.ended(one)
+    submitter.ended(job_id)
 
 
 def test_commands_end_with_a_clear_error_where_postgres_stalls(own_pair: Servers, platform: Platform) -> None:
@@ -144,14 +144,14 @@ def test_worker_goes_on_and_ends_where_postgres_stalls(
     own_pair: Servers, platform: Platform, submitter: Submitter
 ) -> None:
     worker = platform.worker("a", 4, "threads")
-    # (A worker that has nothing to do asks Postgres nothing.)
+    # A worker that has nothing to do asks Postgres nothing, so this one gets a job.
     held = submitter.send(HOLD, "gate")
     tasks.started(platform.redis, "gate")
     with stalled(postgres_pids(own_pair)):
         worker.wait_for("Postgres does not confirm")
     tasks.let_go(platform.redis, "gate")
     submitter.ended(held)
-    # Each of its threads has given its connection up, and has another one now.
+    # Each of the worker's threads has given up its connection, and has another one now.
     assert submitter.value(submitter.send(ADD, 2, 2)) == 4
     with stalled(postgres_pids(own_pair)):
         worker.signal(signal.SIGTERM)
@@ -180,11 +180,11 @@ def test_commands_end_where_redis_stalls(own_pair: Servers, platform: Platform) 
 
 def test_revoke_ends_where_redis_stalls(own_pair: Servers, platform: Platform, submitter: Submitter) -> None:
     """The mark in Postgres is enough: the sweep goes on with it."""
-    one = submitter.send(ADD, 1, 2)
+    revoked = submitter.send(ADD, 1, 2)
     with stalled(redis_pids(own_pair)), suppress(PlatformError, OperationalError):
-        ending(lambda: submitter.app.control.revoke(one))
+        ending(lambda: submitter.app.control.revoke(revoked))
     platform.worker("a", 4, "threads")
-    assert submitter.ended(one).state == "cancelled"
+    assert submitter.ended(revoked).state == "cancelled"
 
 
 def test_worker_goes_on_and_ends_where_redis_stalls(
@@ -231,7 +231,7 @@ def test_call_that_is_answered_in_time_leaves_its_connection(own_pair: Servers, 
     engine.dispose()
 
 
-#: A program of greenlets, which the driver stops while it waits.
+#: Program of greenlets, which the driver stops while it waits.
 GREEN = """
 from gevent import monkey
 monkey.patch_all()
@@ -257,7 +257,7 @@ def test_call_between_greenlets_has_a_deadline(platform: Platform) -> None:
 def test_caller_who_waits_for_postgres_has_time_for_each_try(
     own_pair: Servers, platform: Platform, submitter: Submitter
 ) -> None:
-    """Late parts of chords publish the body so, when Postgres has been away for longer than one limit."""
+    """Late chord parts publish the body in this way, after Postgres was away for longer than one limit."""
     tries: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def may_wait() -> bool:

@@ -1,4 +1,4 @@
-"""The demo as a person runs it: a small trace through real workers, and what it leaves behind (nothing)."""
+"""The demo as a person runs it: a small trace through real workers, after which nothing is left behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RUNS = {0: 3, 1: 2, 2: 2, 3: 1, 4: 1, 5: 4, 6: 1, 7: 2, 8: 0, 9: 1}
 CPUS = {0: 2, 1: 1, 2: 4, 3: 2, 4: 0.5, 5: 3, 6: 1, 7: 2, 8: 1, 9: 4}
 CAPACITY = {"wide": 4.0, "slim": 2.0}
 
-#: Makes the demo start servers of its own: an empty variable counts as not set.
+#: Environment that makes the demo start its own servers: an empty variable counts as not set.
 PRIVATE: dict[str, Any] = {"REDIS_URL": "", "DATABASE_URL": ""}
 
 
@@ -51,21 +51,21 @@ def demo(trace: Path, *more: str) -> tuple[str, ...]:
 
 
 def left_over(mark: str) -> list[str]:
-    """Command lines of live processes that inherited the mark from a demo."""
-    found = []
+    """Return the command lines of live processes that inherited the mark from a demo."""
+    command_lines = []
     for process in psutil.process_iter():
         try:
             if process.environ().get("DEMO_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
+                command_lines.append(" ".join(process.cmdline()))
         except psutil.Error:
-            continue  # it ended meanwhile, or is somebody else's
-    return found
+            continue  # the process ended meanwhile, or belongs to somebody else
+    return command_lines
 
 
 def most_at_once(rows: list[dict[str, Any]], worker: str) -> float:
-    """By brute force: what ran at the start of each job."""
-    own = [(float(row["start"]), float(row["end"]), CPUS[int(row["job"])]) for row in rows if row["worker"] == worker]
-    return max((sum(c for start, end, c in own if start <= at < end) for at, _, _ in own), default=0.0)
+    """Return the most CPUs that ran at once on a worker, by adding up the jobs at the start of each job."""
+    spans = [(float(row["start"]), float(row["end"]), CPUS[int(row["job"])]) for row in rows if row["worker"] == worker]
+    return max((sum(c for start, end, c in spans if start <= at < end) for at, _, _ in spans), default=0.0)
 
 
 @pytest.mark.long
@@ -111,12 +111,12 @@ def test_on_given_servers_it_makes_the_tables_and_takes_away_what_it_made(platfo
     downgrade(str(platform.settings.database_url), "base")
     done = platform.celery(*demo(trace))
     assert done.returncode == 0, done.stderr
-    said = done.stdout
-    assert "jobs      10: 10 succeeded" in said
-    assert "makespan" in said
-    assert "4 of 4 CPUs" in said
-    assert "invariants: I1, I2, I3, I4, I6 hold, at rest" in said
-    assert "celery -A platform up" in said
+    output = done.stdout
+    assert "jobs      10: 10 succeeded" in output
+    assert "makespan" in output
+    assert "4 of 4 CPUs" in output
+    assert "invariants: I1, I2, I3, I4, I6 hold, at rest" in output
+    assert "celery -A platform up" in output
     assert "10/10 finished" in done.stderr
     assert list(platform.redis.scan_iter("demo:*")) == []
     assert list(platform.redis.scan_iter("worker:*")) == []
@@ -131,9 +131,9 @@ def test_a_job_wider_than_every_worker_is_refused_before_anything_starts(
     trace.write_text(TRACE + "6,dan,1,5\n")
     done = platform.celery(*demo(trace, *more))
     assert done.returncode == 1
-    said = json.loads(done.stdout)["detail"] if more else done.stderr
-    assert "job 10 (line 13 of the trace) needs 5 CPUs" in said
-    assert "--worker NAME=5" in said
+    message = json.loads(done.stdout)["detail"] if more else done.stderr
+    assert "job 10 (line 13 of the trace) needs 5 CPUs" in message
+    assert "--worker NAME=5" in message
     assert "Starting" not in done.stderr
 
 

@@ -64,7 +64,7 @@ def test_an_exception_after_the_block_changes_neither_the_effect_nor_the_end(
 ) -> None:
     platform.worker("a", cpus=2)
     job = submitter.send(LEAVE, "raises after")
-    # It has succeeded, so nobody hears of a failure; what it would have returned is not known.
+    # The job has succeeded, so nobody hears of a failure. Its return value is unknown.
     assert submitter.value(job) is None
     row = submitter.ended(job)
     until(lambda: submitter.row(job).step == Step.ENDED, "its worker has said so too")
@@ -88,7 +88,7 @@ def test_a_process_that_dies_after_its_commit_is_not_started_again(platform: Pla
     job = submitter.send(LEAVE, "dies after")
     row = submitter.ended(job)
     assert (row.state, row.attempt) == ("succeeded", 1)
-    # What it would have returned died with it.
+    # The return value died with the worker.
     assert submitter.value(job) is None
     until(lambda: submitter.allocated_cpus() == "0", "its allocation is free")
     assert (effects(platform, job), submitter.row(job).losses) == ([1], 0)
@@ -102,7 +102,7 @@ def test_a_worker_that_dies_after_a_commit_is_lost_and_the_job_is_not_started_ag
     job = submitter.send(LEAVE, "held after", "gate")
     at_gate(platform, "gate", job)
     assert submitter.row(job).state == "succeeded"
-    # A repair in between leaves it alone: the body goes on.
+    # A repair in between leaves the job alone: the body goes on.
     assert platform.celery("reconcile").returncode == 0
     assert submitter.allocated_cpus() == "1"
     killed.kill()
@@ -114,7 +114,7 @@ def test_a_worker_that_dies_after_a_commit_is_lost_and_the_job_is_not_started_ag
 
 
 def test_a_value_that_was_stored_before_its_worker_died_stays(platform: Platform, submitter: Submitter) -> None:
-    """The release stored it, and its transition was lost: Postgres knows that the job ended, and not with what."""
+    """The release stored the value, and its transition was lost: Postgres knows the job's end, but not its value."""
     killed = platform.worker("a", cpus=2)
     job = submitter.send(LEAVE, "held after", "gate")
     at_gate(platform, "gate", job)
@@ -136,7 +136,7 @@ def test_a_worker_that_is_stopped_after_a_commit_hands_nothing_back(
     platform.worker("b", cpus=2)
     ended.signal(signal.SIGQUIT)
     if pool == "threads":
-        # Nothing breaks a thread off: the process ends with it, and has its value.
+        # Nothing interrupts a thread. The process ends after its thread, and has the thread's value.
         ended.wait_for("terminate all running tasks")
         tasks.let_go(platform.redis, "gate")
     ended.wait()
@@ -153,7 +153,8 @@ def test_a_worker_that_wakes_up_too_late_leaves_no_effect_and_its_job_has_one(
     at_gate(platform, "gate", job)
     os.killpg(stopped.pid, signal.SIGSTOP)
     platform.worker("b", cpus=2)
-    # The next attempt, on the other worker; it is still in the block when the first one wakes up and leaves its own.
+    # The next attempt is on the other worker. It is still in the block when the first attempt wakes up and leaves its
+    # own.
     at_gate(platform, "gate", job)
     row = until(lambda: (found := submitter.row(job)).attempt == 2 and found, "attempt 2 is in the row")
     assert (row.worker, row.losses) == ("b", 1)
@@ -164,7 +165,7 @@ def test_a_worker_that_wakes_up_too_late_leaves_no_effect_and_its_job_has_one(
     until(lambda: counters(platform)["stale.release"] >= 1, "the late end is counted")
     outcomes(submitter, job, "lost", "succeeded")
     assert submitter.row(job).worker == "b"
-    # And it is a worker again.
+    # The stopped process is a worker again.
     until(lambda: platform.redis.exists(keys.view("a")), "a is back")
     assert submitter.value(submitter.send(ADD, 1, 2)) == 3
 
@@ -174,7 +175,7 @@ def test_a_worker_that_wakes_up_too_late_leaves_no_effect_and_its_job_has_one(
 
 @pytest.fixture
 def here(platform: Platform, submitter: Submitter) -> Iterator[Attempt]:
-    """This thread speaks for an attempt that a worker holds."""
+    """Yield an attempt that a worker holds, for which this thread speaks."""
     platform.worker("a", cpus=2)
     job = submitter.send(HOLD, "gate")
     tasks.started(platform.redis, "gate")
@@ -229,7 +230,7 @@ def test_an_attempt_that_postgres_gave_up_is_rolled_back_and_told_so(platform: P
 
 
 def test_of_two_attempts_at_once_one_commits(platform: Platform, submitter: Submitter, here: Attempt) -> None:
-    """Both are in their blocks; the row takes one end."""
+    """Both attempts are in their blocks, and the row takes one end."""
     with Session(platform.engine) as session, fenced(session):
         session.execute(text("INSERT INTO effects VALUES ('job', 1)"))
     later = Attempt(Tag(here.tag.job, here.tag.epoch, here.tag.attempt + 1), here.incarnation)

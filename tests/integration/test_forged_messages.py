@@ -1,4 +1,4 @@
-"""A message in a worker's own queue that is not the one that the ledger pushed: it is refused, and the right one runs.
+"""A worker's own queue holds another message than the ledger pushed: it is refused, and the right one runs.
 
 Anybody who can write to Redis can push there.
 """
@@ -35,7 +35,7 @@ def platform(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Platfor
 
 @pytest.fixture
 def stopped(platform: Platform) -> Iterator[Any]:
-    """The worker `a`, stopped while nobody waits at its queue; it goes on at the end, whatever came between."""
+    """Yield the worker `a`, stopped while it does not wait at its queue. It goes on at the end, whatever happens."""
     worker = platform.worker("a", 4)
     stop_deaf(platform, worker)
     yield worker
@@ -82,7 +82,7 @@ def test_what_is_put_behind_the_tag_does_not_count(platform: Platform, stopped: 
     job = submitter.send(ADD, 40, 2, cpus=4)
     queue = queue_of(submitter)
     message: Any = platform.redis.lpop(queue)
-    # In JSON the last one of two equal names is heard.
+    # Where JSON has two equal names, the last one counts.
     evil = base64.b64encode(b'[["forged", "forged"], {}, {}]').decode()
     tail = f'}},"body":"{evil}","x":{{"y":"z"}}}}'
     platform.redis.lpush(queue, message.decode().removesuffix("}}") + tail)
@@ -133,12 +133,12 @@ def test_copy_of_a_message_whose_job_was_forgotten_is_no_news(
     (message,) = pushed
     os.killpg(stopped.pid, signal.SIGCONT)
     assert submitter.ended(job).state == "succeeded"
-    # As when its tombstone has had its time.
+    # The job's tombstone has run out.
     until(lambda: platform.redis.pttl(keys.job(job)) > 0, "Postgres has the end")
     platform.redis.delete(keys.job(job))
     foreign = message.replace(job.encode(), b"nobody")
     platform.redis.rpush(queue, message, foreign)
-    # The one of no job is kept, in the order in which they came.
+    # The message of an unknown job is kept. Messages are read in the order in which they came.
     (kept,) = until_set_aside(platform, 1)
     assert (kept.raw, kept.reason) == (foreign, "there is no job nobody")
     stopped.wait_for(f"job {job}: a doubled message of an attempt that ended long ago is dropped")

@@ -1,4 +1,4 @@
-"""What is forked for the tests is what a person starts: all that a process can tell of itself is the same."""
+"""A process that is forked for the tests equals a process that a person starts, in all that it can tell of itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.fixtures import forking
 from tests.fixtures.processes import Process
 
-#: The module of `-A`: it says what it is, and ends as the environment has it.
+#: Module of `-A`: it prints facts about its process, and ends as the environment demands.
 APP = """
 import json, os, signal, sys, threading
 main = sys.modules["__main__"]
@@ -43,7 +43,7 @@ def said(folder: Path, end: str, *, forks: bool) -> tuple[int, list[str]]:
     assert forking.can_fork(COMMAND, variables)
     process = Process("said", COMMAND, variables, folder, forks=forks)
     assert isinstance(process.process, forking.Forked) == forks
-    # (Of a traceback, what stands in the middle: it began elsewhere.)
+    # The middle of a traceback is left out, since the two processes began in different places.
     return process.finish(60), [line for line in process.lines if not line.startswith(" ")]
 
 

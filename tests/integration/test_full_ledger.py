@@ -20,9 +20,9 @@ WORK = "tests.tasks.work.work"
 
 @pytest.fixture
 def own_pair() -> Iterator[Pair]:
-    """Servers of its own: their Redis is to be full."""
-    with servers.private_pair(durable=False) as own:
-        yield own
+    """Yield servers of the test's own, whose Redis is going to be full."""
+    with servers.private_pair(durable=False) as pair:
+        yield pair
 
 
 @pytest.fixture
@@ -45,14 +45,14 @@ def test_a_full_redis_ends_what_it_has_takes_no_more_and_goes_on_when_it_has_roo
     jobs = [submitter.send(WORK, str(trace), str(n), 0.7, 1000) for n in range(6)]
     until(lambda: starts(read(trace)).total() >= 2, "two have begun")
     platform.redis.config_set("maxmemory", 1)
-    # They are durable, and whoever submits them notices nothing.
+    # The jobs are durable, and their submitter notices nothing.
     later = [submitter.send(WORK, str(trace), str(n), 0.0, 1000) for n in range(6, 9)]
     assert [submitter.ended(job).state for job in jobs] == ["succeeded"] * 6
     assert [submitter.value(job) for job in jobs] == [str(n) for n in range(6)]
     until(lambda: submitter.allocated_cpus() == "0", "all that they held is free")
     # The sweep tries, and the worker goes on.
     worker.wait_for("wait until Redis has room")
-    # (Celery's own connection to a full broker comes about when that has room.)
+    # Celery's own connection to a full broker succeeds when the broker has room.
     other = platform.worker("b", cpus=2, ready=False)
     other.wait_for("Trying to reconnect")
     assert states(platform) == {"succeeded": 6, "accepted": 3}

@@ -1,4 +1,4 @@
-"""Every way in, and what nobody should send by it: a typed error, nothing written, nobody dead.
+"""Hostile input at every entry point: a typed error, nothing written, no process dead.
 
 The entry points are the Python API, the command line, HTTP, and messages of producers that know nothing of the
 platform.
@@ -43,12 +43,12 @@ from tests.fixtures.staged import Stage
 
 TASK = "tests.fixtures.tasks.add"
 
-#: With real servers behind each example: the fixtures stay for all of a test's examples.
+#: Settings of hypothesis for real servers behind each example: the fixtures stay for all of a test's examples.
 hostile = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 class Written:
-    """What stands in both stores, to be compared before and after."""
+    """Contents of both stores, to be compared before and after."""
 
     def __init__(self, client: redis.Redis, engine: Engine) -> None:
         self._client = client
@@ -87,7 +87,7 @@ def written(stage: Stage, redis_client: redis.Redis, engine: Engine) -> Written:
 
 # -- the Python API
 
-#: What `apply_async` takes, and what it does not.
+#: Options that `apply_async` takes, and options that it refuses.
 OPTIONS = (
     "task_id", "priority", "cpus", "memory", "gpus", "resources", "queue", "routing_key", "exchange", "headers",
     "eta", "expires", "countdown", "retries", "time_limit", "soft_time_limit", "serializer", "compression",
@@ -99,8 +99,8 @@ OPTIONS = (
 
 
 def _send(app: Celery, written: Written, name: Any, args: Any, options: dict[str, Any]) -> None:
-    """It is accepted, with one row; or refused by an error of the platform that says so, with none."""
-    # (Of several jobs in a row the ledger hears a moment later.)
+    """Send a job: it is accepted with one row, or refused with none by an error of the platform that says so."""
+    # The ledger hears of several jobs in a row a moment later.
     assert app.platform.sending.flush()
     before = written.all()
     try:
@@ -179,7 +179,7 @@ def test_revoking_any_id(app: Celery, written: Written, job: str) -> None:
 
 @pytest.fixture
 def run(stage: Stage, platform_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """`run("jobs", "--json")`: the command as Celery calls it. It ends by an exit code, never by a traceback."""
+    """Yield `run("jobs", "--json")`: the command as Celery calls it. It ends by an exit code, never by a traceback."""
     for name, value in platform_environment.items():
         monkeypatch.setenv(name, value)
     app: Any = Celery("looking", set_as_current=False)
@@ -196,7 +196,7 @@ def run(stage: Stage, platform_environment: dict[str, str], monkeypatch: pytest.
     app.platform.redis.close()
 
 
-#: Commands that end by themselves whatever they are given, and what is put before a hostile argument.
+#: Commands that end by themselves on any input, with the words that stand before a hostile argument.
 LOOKING = (
     ("job",),
     ("job", "--json"),
@@ -222,7 +222,10 @@ REFUSED = {Exit.FAILED, Exit.USAGE, Exit.CONFIGURATION}
 
 
 def _is_possible(argument: str) -> bool:
-    """Whether a system can give this to a program: no NUL, and what is no UTF-8 only as Python marks such bytes."""
+    """Return True if a system can give this argument to a program.
+
+    It has no NUL, and is UTF-8 but for bytes that Python marks with surrogates.
+    """
     try:
         return b"\0" not in os.fsencode(argument)
     except UnicodeEncodeError:
@@ -233,7 +236,7 @@ def _is_possible(argument: str) -> bool:
 def test_an_argument_of_a_command(run: Any, written: Written, words: tuple[str, ...]) -> None:
     before = written.all()
     for argument in TEXTS:
-        # What is right is not refused: an option, or a text with a meaning of its own.
+        # Valid arguments are not refused: an option, or a text with a meaning of its own.
         if (
             not _is_possible(argument)
             or argument in ("--help", "-1", "")
@@ -265,26 +268,26 @@ def test_what_a_task_said_cannot_steer_the_terminal(stage: Stage, run: Any) -> N
     stage.worker("a", cpus=4000)
     job = stage.submit(cpus=1000)
     stage.end(job, "failed")
-    said = "\x1b[2J\x1b]0;owned\x07\u202e\x9b31m"
-    stage.sql("UPDATE jobs SET error = :said, name = :said", said=said)
-    stage.sql("UPDATE attempts SET error = :said", said=said)
+    hostile_text = "\x1b[2J\x1b]0;owned\x07\u202e\x9b31m"
+    stage.sql("UPDATE jobs SET error = :said, name = :said", said=hostile_text)
+    stage.sql("UPDATE attempts SET error = :said", said=hostile_text)
     for words in (("jobs",), ("job", job)):
         shown = run(*words).stdout
         assert not set(shown) & set("\x1b\x07\u202e\x9b")
         assert "owned" in shown
-    # A program reads it as it is.
-    assert json.loads(run("job", job, "--json").stdout)["error"] == said
+    # A program reads the text unchanged.
+    assert json.loads(run("job", job, "--json").stdout)["error"] == hostile_text
 
 
 # -- HTTP
 
 
-#: Seconds after which a server that waits for more is left.
+#: Seconds after which the client leaves a server that waits for more.
 SILENT = 2.0
 
 
 def _ask(requests: list[bytes]) -> list[bytes]:
-    """What a dashboard answers to each of these bytes, each on a connection of its own."""
+    """Return the dashboard's answer to each of these requests, each on a connection of its own."""
 
     async def run() -> list[bytes]:
         server = HTTPServer(dashboard.application(lambda: {"secret": 1}), **dashboard.LIMITS)
@@ -321,24 +324,24 @@ def _request(
 
 
 def _statuses(requests: list[bytes]) -> list[int]:
-    """The status of each answer; 0 where the connection was closed without one."""
-    found = []
+    """Return the status of each answer, or 0 where the connection was closed without one."""
+    statuses = []
     for answer in _ask(requests):
         assert b"Traceback" not in answer
-        found.append(int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1 ") else 0)
-    return found
+        statuses.append(int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1 ") else 0)
+    return statuses
 
 
 def test_http_with_a_hostile_path_method_query_header_or_host() -> None:
-    hostile = [_bytes_of(one) for one in TEXTS if one]
+    hostile = [_bytes_of(value) for value in TEXTS if value]
     requests = [
-        *(_request(path=b"/" + one) for one in hostile),
-        *(_request(path=one) for one in hostile),
-        *(_request(method=one) for one in hostile),
-        *(_request(path=b"/api/v1/nothing?" + one) for one in hostile),
-        *(_request(host=one) for one in hostile),
-        *(_request(path=b"/nothing", more=b"X: " + one + b"\r\n") for one in hostile),
-        *(_request(path=b"/nothing", more=one + b": x\r\n") for one in hostile),
+        *(_request(path=b"/" + path) for path in hostile),
+        *(_request(path=path) for path in hostile),
+        *(_request(method=method) for method in hostile),
+        *(_request(path=b"/api/v1/nothing?" + query) for query in hostile),
+        *(_request(host=host) for host in hostile),
+        *(_request(path=b"/nothing", more=b"X: " + value + b"\r\n") for value in hostile),
+        *(_request(path=b"/nothing", more=header + b": x\r\n") for header in hostile),
     ]
     for request, status in zip(requests, _statuses(requests), strict=True):
         assert status == 0 or 400 <= status < 500, (status, request[:200])
@@ -361,7 +364,7 @@ def test_http_with_a_hostile_path_method_query_header_or_host() -> None:
     ids=["header", "path", "length", "negative", "two lengths", "chunks", "tls", "zeros", "version", "nothing"],
 )
 def test_http_that_is_too_large_or_none(request_: bytes) -> None:
-    # And the others are served.
+    # Requests of others are served.
     first, *others = _statuses([request_, *[_request(path=b"/health")] * 3])
     assert first == 0 or 400 <= first < 500
     assert others == [200] * 3
@@ -378,7 +381,7 @@ def test_any_bytes_over_http(pairs: list[tuple[bytes, bytes]]) -> None:
 
 
 class Message:
-    """A message as kombu gives it to a consumer, and what was made of it."""
+    """Message as kombu gives it to a consumer, and the consumer's answers to it."""
 
     def __init__(self, body: Any, headers: Any, properties: Any, content_type: Any, content_encoding: Any) -> None:
         self.body, self.headers, self.properties = body, headers, properties
@@ -428,7 +431,7 @@ def _plain(number: int) -> dict[str, Any]:
 
 
 def _judge(enroll: Callable[[Message], None], written: Written, message: Message) -> None:
-    """It is taken from the queue exactly once: as one job, or set aside with no job."""
+    """Consume a message and assert that it leaves the queue exactly once: as one job, or set aside with no job."""
     before = written.rows()
     enroll(message)
     assert message.answers == ["ack"], message.answers
@@ -461,7 +464,7 @@ def test_a_property_of_an_old_producer_s_message(enroll: Any, written: Written, 
 @given(
     body=st.binary(max_size=60) | jsons().map(lambda value: json.dumps(value).encode()) | values(),
     headers=jsons()
-    | st.dictionaries(st.sampled_from(FIELDS), values(), max_size=6).map(lambda own: {**_plain(1), **own}),
+    | st.dictionaries(st.sampled_from(FIELDS), values(), max_size=6).map(lambda fields: {**_plain(1), **fields}),
     properties=st.dictionaries(st.sampled_from(PROPERTIES), values(), max_size=4) | values(),
     content_type=st.just("application/json")
     | st.sampled_from(["application/x-python-serialize", "text/plain"])
@@ -477,12 +480,12 @@ def test_any_message_in_the_default_queue(
 def test_a_body_that_is_a_number_takes_no_memory(
     enroll: Any, written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(receiving, "set_aside", lambda raw, queue, reason: said.append(reason))
+    reasons: list[str] = []
+    monkeypatch.setattr(receiving, "set_aside", lambda raw, queue, reason: reasons.append(reason))
     before = written.rows()
     enroll(Message(10_000, _plain(0), {"priority": 0}, "application/json", "utf-8"))
-    assert (written.rows(), len(said)) == (before, 1)
-    assert "text or bytes, not int" in said[0]
+    assert (written.rows(), len(reasons)) == (before, 1)
+    assert "text or bytes, not int" in reasons[0]
 
 
 def test_nothing_hostile_is_left_in_the_keys_of_the_ledger(
@@ -491,5 +494,5 @@ def test_nothing_hostile_is_left_in_the_keys_of_the_ledger(
     for value in TEXTS:
         with suppress(PlatformError):
             app.send_task(TASK, [value], task_id=value, resources={value: 1})
-    found: Any = redis_client.keys()
-    assert all(key.decode().isprintable() for key in found)
+    redis_keys: Any = redis_client.keys()
+    assert all(key.decode().isprintable() for key in redis_keys)

@@ -1,4 +1,7 @@
-"""A worker that has nothing to do costs next to nothing; measured on the whole of it, at the usual intervals."""
+"""A worker that has nothing to do costs next to nothing.
+
+The cost is measured on the whole worker, at the usual intervals.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from tests.fixtures.waiting import until
 SECONDS: Final = 20.0
 #: Workers besides the one that runs the duties.
 IDLE: Final = 2
-#: What an idle worker may cost: questions to Redis and commits in Postgres a second, connections to each.
+#: Most that an idle worker may cost: calls to Redis and commits in Postgres a second, and connections to each.
 CALLS: Final = 0.5
 COMMITS: Final = 0.1
 REDIS_CONNECTIONS: Final = 4
@@ -35,7 +38,7 @@ POSTGRES_CONNECTIONS: Final = 1
 
 @pytest.fixture
 def platform(own_embedded: Pair, tmp_path: Path) -> Iterator[Platform]:
-    """With the usual intervals."""
+    """Yield a platform with the usual intervals."""
     with empty_database(own_embedded) as database_url, empty_redis(own_embedded) as redis_url:
         environment = environment_of(redis_url, database_url, tmp_path)
         with platform_on({name: environment[name] for name in environment if name not in TENTH}, tmp_path) as running:
@@ -44,7 +47,7 @@ def platform(own_embedded: Pair, tmp_path: Path) -> Iterator[Platform]:
 
 @contextmanager
 def heard(platform: Platform) -> Iterator[list[dict[str, Any]]]:
-    """The commands that clients send meanwhile to this platform's database, without those within scripts."""
+    """Yield the commands that clients send meanwhile to this platform's database, without commands within scripts."""
     commands: list[dict[str, Any]] = []
     over = threading.Event()
     number = str(platform.redis.connection_pool.connection_kwargs["db"])
@@ -65,7 +68,7 @@ def heard(platform: Platform) -> Iterator[list[dict[str, Any]]]:
 
 
 def sessions(platform: Platform) -> list[tuple[str, int, str]]:
-    """(name, pid, last statement) of the connections to this platform's database but the test's own."""
+    """Return (name, pid, last statement) of each connection to this platform's database but the test's own."""
     with platform.engine.connect() as connection:
         query = text(
             "SELECT application_name, pid, query FROM pg_stat_activity "
@@ -76,7 +79,7 @@ def sessions(platform: Platform) -> list[tuple[str, int, str]]:
 
 @contextmanager
 def watched(platform: Platform) -> Iterator[dict[int, set[Any]]]:
-    """When each session of Postgres began a statement, by its pid, seen ten times a second."""
+    """Yield the start times of the statements of each Postgres session, by its pid, sampled ten times a second."""
     begun: dict[int, set[Any]] = {}
     over = threading.Event()
 
@@ -99,9 +102,9 @@ def watched(platform: Platform) -> Iterator[dict[int, set[Any]]]:
 
 
 def ports(process: Process) -> set[str]:
-    """The ports from which a worker's processes have connected."""
+    """Return the ports from which a worker's processes have connected."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    return {str(one.laddr.port) for member in family for one in member.net_connections("tcp")}
+    return {str(link.laddr.port) for member in family for link in member.net_connections("tcp")}
 
 
 @pytest.mark.long
@@ -109,26 +112,29 @@ def test_an_idle_worker_asks_little_and_wakes_up_at_once(platform: Platform) -> 
     first = platform.worker("first", cpus=1, slots=1)
     until(lambda: platform.redis.hget(keys.RUNNER, "fence"), "it runs the duties")
     idle = [platform.worker(f"idle-{number}", cpus=2, slots=2) for number in range(IDLE)]
-    # Until the answers of the start have run out, and what was asked at the start is over.
+    # By then the answers of the start have run out, and all questions of the start are over.
     threading.Event().wait(2 * platform.settings.confirm_interval)
     since = time.monotonic()
     with heard(platform) as commands, watched(platform) as begun:
         threading.Event().wait(SECONDS)
         took = time.monotonic() - since
     those = {port for process in idle for port in ports(process)}
-    asked = Counter(" ".join(one["command"].split()[:2]) for one in commands if one["client_port"] in those)
+    asked = Counter(" ".join(command["command"].split()[:2]) for command in commands if command["client_port"] in those)
     assert asked.total() / took / IDLE <= CALLS, asked
     connections: Any = platform.redis.client_list()
-    waiting = [one for one in connections if one["addr"].rpartition(":")[2] in those]
-    assert len(waiting) / IDLE <= REDIS_CONNECTIONS, [(one["cmd"], one["idle"]) for one in waiting]
-    # (All but those of the runner, which asks and listens.)
+    waiting = [connection for connection in connections if connection["addr"].rpartition(":")[2] in those]
+    assert len(waiting) / IDLE <= REDIS_CONNECTIONS, [(connection["cmd"], connection["idle"]) for connection in waiting]
+    # The runner asks and listens, so its sessions do not count.
     statements = sorted(len(times) - 1 for times in begun.values())[: IDLE + 1]
     assert max(statements) / took <= COMMITS, statements
     connected = [name for name, _, _ in sessions(platform)]
-    # (One more of the runner's listens, and the test's own.)
+    # The runner has another session that listens, and the test has a session of its own.
     assert len(connected) - 1 <= (IDLE + 1) * POSTGRES_CONNECTIONS, connected
     assert first.stop() == 0
-    until(lambda: any("runs the duties" in line for one in idle for line in one.lines), "another one runs the duties")
+    until(
+        lambda: any("runs the duties" in line for process in idle for line in process.lines),
+        "another one runs the duties",
+    )
     submitter = Submitter(platform)
     try:
         job = submitter.send("tests.fixtures.tasks.add", 1, 2, cpus=2)

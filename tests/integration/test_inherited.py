@@ -1,5 +1,7 @@
-"""A fork copies the descriptors of its parent: of the platform's connections none is left open in the child, and
-nothing is said on them."""
+"""A fork copies its parent's descriptors: the child leaves none of the platform's connections open, and sends nothing.
+
+The connections are those to Redis and Postgres.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ ADD = "tests.fixtures.tasks.add"
 
 @pytest.fixture
 def stores(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stores]:
-    """Stores with a connection to each server, as a submitter has them."""
+    """Yield stores with a connection to each server, as a submitter has them."""
     made = Stores()
     made._made["settings"] = settings
     with made.engine.connect() as connection:
@@ -42,7 +44,7 @@ def stores(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stor
 
 
 def in_a_child(do: Callable[[], object]) -> str:
-    """What `do` returns in a forked child, as text; its end closes nothing."""
+    """Return the result of `do` in a forked child, as text. The child's end closes nothing."""
     receive, send = os.pipe()
     if (child := os.fork()) == 0:
         try:
@@ -52,8 +54,8 @@ def in_a_child(do: Callable[[], object]) -> str:
         finally:
             os._exit(0)
     os.close(send)
-    with os.fdopen(receive) as said:
-        answer = said.read()
+    with os.fdopen(receive) as pipe:
+        answer = pipe.read()
     os.waitpid(child, 0)
     return answer
 
@@ -86,16 +88,16 @@ def test_the_parent_s_connections_go_on_after_a_child_has_ended(stores: Stores) 
 
 
 def test_a_child_that_outlives_its_parent_keeps_no_session_alive(settings: Settings, stage: Stage) -> None:
-    """The parent here is a child of the test, which leaves a child of its own."""
+    """The parent here is a child of the test, and leaves a child of its own."""
 
     def leave_a_child() -> tuple[Any, ...]:
-        own = Stores()
-        own._made["settings"] = settings
-        with own.engine.connect() as connection:
+        stores = Stores()
+        stores._made["settings"] = settings
+        with stores.engine.connect() as connection:
             session = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
-        client = own.redis.client_id()
+        client = stores.redis.client_id()
         if (child := os.fork()) == 0:
-            # (Its copy of the pipe would keep the test waiting.)
+            # The child's copy of the pipe would keep the test waiting.
             os.closerange(0, 3)
             for name in os.listdir("/dev/fd"):
                 with suppress(OSError):
@@ -107,7 +109,10 @@ def test_a_child_that_outlives_its_parent_keeps_no_session_alive(settings: Setti
     session, client, orphan = map(int, in_a_child(leave_a_child).strip("()").split(","))
     try:
         listed: Callable[[], Any] = stage.redis.client_list
-        until(lambda: all(int(one["id"]) != client for one in listed()), "Redis sees that the parent has gone")
+        until(
+            lambda: all(int(client_entry["id"]) != client for client_entry in listed()),
+            "Redis sees that the parent has gone",
+        )
 
         def gone() -> bool:
             with stage.engine.connect() as connection:
@@ -127,7 +132,7 @@ def stage(engine: Any, settings: Settings) -> Iterator[Stage]:
 
 
 def peers(process: psutil.Process) -> set[int]:
-    """The ports that a process is connected to; none where it has ended meanwhile."""
+    """Return the ports that a process is connected to, or none where it has ended meanwhile."""
     with suppress(psutil.NoSuchProcess):
         return {link.raddr.port for link in process.net_connections("tcp") if len(link.raddr)}
     return set()
@@ -140,7 +145,7 @@ def test_the_children_of_a_pool_have_no_connection_of_their_worker(platform: Pla
         assert submitter.value(job) == number + 1
     port = urlsplit(str(platform.settings.redis_url)).port
     main = psutil.Process(worker.pid)
-    # (Made anew after each job, while the worker has all its connections.)
+    # The connection is made anew after each job, while the worker has all its connections.
     assert port in peers(main)
 
     def free_of_them() -> bool:

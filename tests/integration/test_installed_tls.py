@@ -1,4 +1,4 @@
-"""TLS that the servers speak themselves: Debian's programs, since the embedded ones are built without."""
+"""TLS by the servers themselves: Debian's programs, since the embedded ones are built without it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.fixtures.waiting import until
 pytestmark = pytest.mark.installed
 
 ADD = "tests.fixtures.tasks.add"
-#: Postgres runs as nobody's root; Debian's package makes this user.
+#: User that runs Postgres, which refuses to run as root. Debian's package makes this user.
 USER = "postgres"
 
 
@@ -40,7 +40,7 @@ def _nothing_of_the_persons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """One that Postgres's user can read; pytest's own are closed to it."""
+    """Yield a folder that Postgres's user can read. The folders of pytest are closed to that user."""
     with tempfile.TemporaryDirectory(prefix="tls-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -77,7 +77,7 @@ def test_a_job_runs_on_a_redis_that_speaks_tls(
 
 @contextmanager
 def postgres_with_tls(folder: Path, certificates: Certificates) -> Iterator[int]:
-    """Its port on 127.0.0.1, where only TLS is let in."""
+    """Yield the port of a Postgres on 127.0.0.1 that lets in only TLS."""
     programs, data, port = debian_postgres(), folder / "data", free_port()
     data.mkdir(mode=0o700)
     as_user: dict[str, Any] = {"user": USER, "group": USER, "extra_groups": []} if os.geteuid() == 0 else {}

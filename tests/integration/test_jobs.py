@@ -1,5 +1,8 @@
-"""What becomes of one job, on every pool: each way to begin, to end and to come again. After each test the books are
-at rest (the fixture `books`), so every one of these ways releases what it held."""
+"""The life of one job on every pool: each way to begin, to end and to come again.
+
+After each test the fixture `books` checks that the books are at rest, so every one of these ways releases its
+allocation.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,19 @@ from tests.fixtures.waiting import until
 ENDS = "tests.tasks.ends"
 HOLD = "tests.fixtures.tasks.hold"
 
-#: For what only processes of their own can do: be killed.
+#: Mark of tests that kill a pool process, which only a pool with its own processes allows.
 prefork_only = pytest.mark.parametrize("pool", ["prefork"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=["prefork", "threads", "solo"])
 def pool(request: pytest.FixtureRequest) -> Pool:
-    found: Pool = request.param
-    return found
+    pool_name: Pool = request.param
+    return pool_name
 
 
 @pytest.fixture(scope="module")
 def platform(pool: Pool, server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """One worker `a` with 4 CPUs, and as many slots as its pool can have."""
+    """Yield a platform with one worker `a` of 4 CPUs, and as many slots as its pool can have."""
     with standing_platform(server_pair, tmp_path_factory.mktemp(pool), ENDS) as running:
         running.worker("a", cpus=4, pool=pool)
         yield running
@@ -40,7 +43,7 @@ def platform(pool: Pool, server_pair: Pair, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def full(platform: Platform, submitter: Submitter) -> Iterator[str]:
-    """The worker is full with one job until the end of the test; its id."""
+    """Yield the id of a job that fills the worker until the end of the test."""
     gate = "full"
     job = submitter.send(HOLD, gate, cpus=4)
     tasks.started(platform.redis, gate)

@@ -1,5 +1,7 @@
-"""The manifests of deploy/kubernetes: Kubernetes understands them, what they name exists, and their probes and hooks do
-to a real worker what the documents say."""
+"""The manifests of deploy/kubernetes: Kubernetes understands them, and all names in them exist.
+
+Their probes and hooks have the documented effect on a real worker.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,10 @@ FOLDER: Final = ROOT / "deploy" / "kubernetes"
 PAGE: Final = (ROOT / "docs" / "how-to" / "kubernetes.md").read_text(encoding="utf-8")
 MANIFESTS: Final = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
-#: Versions of Kubernetes whose schemas the manifests are held to.
+#: Versions of Kubernetes whose schemas the manifests must match.
 VERSIONS: Final = ("1.28", "1.37")
 
-#: What stands behind the letters of a quantity.
+#: Factor of each unit suffix of a quantity.
 FACTORS: Final = {"m": 1e-3, "": 1.0, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30}
 
 #: User and group of the image, as in the Dockerfile.
@@ -39,8 +41,8 @@ USER: Final = 10001
 
 
 def manifest(name: str) -> dict[str, Any]:
-    (found,) = yaml.safe_load_all(MANIFESTS[name].read_text(encoding="utf-8"))
-    return dict(found)
+    (document,) = yaml.safe_load_all(MANIFESTS[name].read_text(encoding="utf-8"))
+    return dict(document)
 
 
 def pod(name: str) -> dict[str, Any]:
@@ -48,19 +50,19 @@ def pod(name: str) -> dict[str, Any]:
 
 
 def container(name: str) -> dict[str, Any]:
-    (found,) = pod(name)["containers"]
-    return dict(found)
+    (only,) = pod(name)["containers"]
+    return dict(only)
 
 
 def environment(name: str) -> dict[str, Any]:
-    """variable -> its text, or where it comes from."""
+    """Return the text of each variable, or its source, by the variable's name."""
     return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container(name)["env"]}
 
 
 def quantity(text: str) -> float:
-    found = re.fullmatch(r"([\d.]+)(\w*)", text)
-    assert found is not None
-    return float(found[1]) * FACTORS[found[2]]
+    match = re.fullmatch(r"([\d.]+)(\w*)", text)
+    assert match is not None
+    return float(match[1]) * FACTORS[match[2]]
 
 
 each = pytest.mark.parametrize("name", sorted(MANIFESTS))
@@ -107,7 +109,7 @@ def test_the_urls_are_a_mounted_secret_and_nothing_stands_in_plain_text(name: st
     secret = volumes["urls"]["secret"]
     made = f"kubectl create secret generic {secret['secretName']} --from-file=redis_url --from-file=database_url"
     assert made in PAGE
-    # Readable by the group that the pod is in, and by nobody else.
+    # The pod's group may read the files, and nobody else.
     assert (secret["defaultMode"], pod(name)["securityContext"]["fsGroup"]) == (0o440, USER)
     place = mounts["urls"]["mountPath"]
     files = {key: value for key, value in environment(name).items() if key.endswith("_FILE")}
@@ -119,8 +121,8 @@ def test_a_pod_is_no_root_and_may_do_little(name: str) -> None:
     security = pod(name)["securityContext"]
     assert (security["runAsNonRoot"], security["runAsUser"], security["runAsGroup"]) == (True, USER, USER)
     assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-    own = container(name)["securityContext"]
-    assert own == {
+    security_context = container(name)["securityContext"]
+    assert security_context == {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
@@ -132,9 +134,9 @@ def test_a_pod_is_no_root_and_may_do_little(name: str) -> None:
 
 @each
 def test_a_deployment_finds_its_pods(name: str) -> None:
-    found = manifest(name)
-    if found["kind"] == "Deployment":
-        assert found["spec"]["selector"]["matchLabels"] == found["spec"]["template"]["metadata"]["labels"]
+    document = manifest(name)
+    if document["kind"] == "Deployment":
+        assert document["spec"]["selector"]["matchLabels"] == document["spec"]["template"]["metadata"]["labels"]
 
 
 def test_beat_is_one_and_never_two_at_once_and_writes_where_it_may() -> None:
@@ -157,7 +159,7 @@ def test_the_dashboard_listens_inside_its_pod_only() -> None:
 
 
 def test_a_worker_publishes_exactly_what_its_container_may_use() -> None:
-    """As the kubelet makes the texts: the limit divided by the divisor, rounded up to a whole number."""
+    """The texts are made as the kubelet makes them: the limit divided by the divisor, rounded up to a whole number."""
     limits = container("worker")["resources"]["limits"]
     published = {}
     for variable in ("PLATFORM_CPUS", "PLATFORM_MEMORY"):
@@ -188,14 +190,14 @@ def test_the_how_to_applies_every_file() -> None:
 
 
 def hook() -> str:
-    """What preStop runs."""
+    """Return the shell text that preStop runs."""
     shell, option, text = container("worker")["lifecycle"]["preStop"]["exec"]["command"]
     assert (shell, option) == ("sh", "-c")
     return str(text)
 
 
 def probe(kind: str, environ: dict[str, str], **replaced: str) -> int:
-    """The exit code of a probe of the worker."""
+    """Return the exit code of a probe of the worker."""
     words = container("worker")[kind]["exec"]["command"]
     for old, new in replaced.items():
         words = [word.replace(old, new) for word in words]
@@ -217,8 +219,8 @@ def test_a_worker_is_ready_when_it_is_in_the_ledger_and_no_longer_when_it_is_gon
 
 def test_a_process_is_alive_while_it_runs_and_not_when_it_is_stopped_or_dead(tmp_path: Path) -> None:
     def alive() -> bool:
-        own = {"/proc/1/": f"/proc/{process.pid}/"}
-        return probe("livenessProbe", {"PATH": "/usr/bin:/bin"}, **own) == 0
+        replaced_paths = {"/proc/1/": f"/proc/{process.pid}/"}
+        return probe("livenessProbe", {"PATH": "/usr/bin:/bin"}, **replaced_paths) == 0
 
     process = Process("sleeper", [shutil.which("sleep") or "sleep", "60"], {}, tmp_path)
     try:
@@ -246,7 +248,7 @@ def test_what_outlasts_the_warm_end_is_handed_back(
     assert "timeout 600 " in text
     text = text.replace("main=1;", f"main={worker.pid};").replace("timeout 600 ", "timeout 1 ")
     assert subprocess.run(["sh", "-c", text], check=False, timeout=60).returncode == 0
-    # What the kubelet sends after the hook, whatever that did.
+    # The kubelet sends this signal after the hook, whatever the hook did.
     worker.signal(signal.SIGTERM)
     worker.wait()
     platform.worker("b", cpus=2, pool="threads")

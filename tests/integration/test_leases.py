@@ -1,6 +1,6 @@
-"""Attempts that are lost, and attempts that no longer hold their job: what runs again, what runs alone, what commits.
+"""Lost attempts, and attempts that no longer hold their job: which runs again, which runs alone, which commits.
 
-Each test kills or stops what its name says, by signal; then the platform goes on by itself.
+Each test kills or stops by signal the process that its name says. Then the platform goes on by itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_a_job_that_must_not_run_again_is_lost_with_its_process(platform: Platfo
 
 def test_a_job_that_must_not_run_again_is_lost_with_its_worker(platform: Platform, submitter: Submitter) -> None:
     killed = platform.worker("a", cpus=2)
-    # By the call: the task itself would run again.
+    # The call forbids a rerun; the task itself would run again.
     job = submitter.send(HOLD, "gate", rerun=False)
     other = submitter.send(HOLD, "gate")
     for _ in range(2):
@@ -84,7 +84,7 @@ def test_a_job_that_was_broken_off_and_must_not_run_again_ends_as_lost(
     first.wait()
     row = submitter.ended(job)
     assert (row.state, row.attempt) == ("lost", 1)
-    # It is not at the gate again.
+    # The job is not at the gate again.
     other = submitter.send(HOLD, "gate")
     at_gate(platform, "gate", other)
     tasks.let_go(platform.redis, "gate")
@@ -138,7 +138,7 @@ def test_a_task_that_kills_its_worker_is_found_out_and_its_neighbours_all_succee
     assert len(deaths.read_text().splitlines()) == 3
     assert submitter.row(poison).state == "lost"
     assert {submitter.row(job).state for job in jobs} == {"succeeded"}
-    # Nothing else ran where the last attempt did: the third death cost nobody anything.
+    # Nothing else ran beside the last attempt: the third death cost nobody anything.
     last = submitter.attempts(poison)[-1]
     with platform.engine.connect() as connection:
         beside = connection.execute(
@@ -160,7 +160,7 @@ def test_a_job_that_must_run_alone_gets_a_worker_though_others_keep_coming(
     job = submitter.send(HOLD, "gate")
     for _ in range(2):
         os.kill(at_gate(platform, "gate", job), signal.SIGKILL)
-    # One more loss would end it. A slot is free, and nobody gets it before the worker is empty.
+    # Another loss would end the job. A slot is free, and nobody gets it before the worker is empty.
     submitter.until(job, "waiting")
     waits = submitter.send(ADD, 1, 2)
     submitter.until(waits, "waiting")

@@ -1,7 +1,6 @@
-"""The users of deploy/redis.acl and the roles of deploy/postgres-roles.sql: with them the whole work is done, and what
-each must not do is refused.
+"""The users of deploy/redis.acl and the roles of deploy/postgres-roles.sql do all their work, and nothing forbidden.
 
-The Redis is one of its own, since users belong to a whole server; the roles have no passwords, since the socket of the
+The Redis is one of its own, since users belong to a whole server. The roles have no passwords, since the socket of the
 tests' Postgres lets everybody of this system in.
 """
 
@@ -41,7 +40,7 @@ USERS = ("worker", "submitter", "dashboard")
 
 @pytest.fixture
 def guarded_redis() -> Iterator[int]:
-    """The port of a Redis with the users of deploy/redis.acl, as it stands there."""
+    """Yield the port of a Redis with the users of deploy/redis.acl, unchanged."""
     with guarded_server(ACL, "change-me-admin") as port:
         yield port
 
@@ -52,12 +51,12 @@ def url_of(user: str, port: int) -> str:
 
 @pytest.fixture
 def role_url(database_url: str) -> Any:
-    """`role_url("worker")`: this test's database, as a role of deploy/postgres-roles.sql."""
+    """Yield `role_url("worker")`: the URL of this test's database for a role of deploy/postgres-roles.sql."""
     engine = create_engine(database_url, isolation_level="AUTOCOMMIT")
     statements = ROLES.read_text(encoding="utf-8")
     with engine.connect() as connection:
-        for _ in range(2):  # a second time, as after an upgrade, it is as good
-            # With the driver's own cursor: there are no parameters, and "%" stands for itself.
+        for _ in range(2):  # a second run, as after an upgrade, changes nothing
+            # The driver's own cursor takes no parameters, so "%" stands for itself.
             cursor = connection.connection.cursor()
             cursor.execute(statements)
             cursor.close()
@@ -69,7 +68,7 @@ def role_url(database_url: str) -> Any:
 
 @pytest.fixture
 def platform(guarded_redis: int, role_url: Any, database_url: str, tmp_path: Path) -> Iterator[Platform]:
-    """Its processes are the worker's user; the test itself looks as the administrator."""
+    """Yield a platform whose processes are the worker's user, while the test itself looks as the administrator."""
     environment = environment_of(url_of("worker", guarded_redis), role_url("worker"), tmp_path)
     engine = create_engine(database_url)
     with redis.Redis.from_url(url_of("admin", guarded_redis)) as client:
@@ -90,7 +89,7 @@ def submitter(platform: Platform, guarded_redis: int, role_url: Any, tmp_path: P
 
 
 def denied(client: Any) -> list[str]:
-    """What was refused to whom, as the server noted it."""
+    """Return the refused commands and their users, as the server noted them."""
     return [f"{entry['username']}: {entry['object']} ({entry['reason']})" for entry in client.acl_log()]
 
 
@@ -108,7 +107,7 @@ def test_the_whole_main_job_runs(platform: Platform, submitter: Celery, guarded_
     with Session(submitter.platform.engine.execution_options(isolation_level="READ COMMITTED")) as session:
         bought = submitter.send_task(ADD, [1, 2], session=session)
         session.commit()
-    assert [one.get(timeout=30) for one in (*many, bought)] == [1, 2, 3, 3]
+    assert [result.get(timeout=30) for result in (*many, bought)] == [1, 2, 3, 3]
     first = submitter.send_task(ADD, [1, 1], unique="one", unique_for=3600)
     last = submitter.send_task(ADD, [2, 2], after=[first, later])
     assert (submitter.send_task(ADD, [1, 1], unique="one").id, last.get(timeout=30)) == (first.id, 4)
@@ -123,11 +122,11 @@ def test_the_whole_main_job_runs(platform: Platform, submitter: Celery, guarded_
     assert (cluster["source"], cluster["resources"]["waiting_jobs"]) == ("ledger", 1)
     listed = platform.celery("jobs", "--json", **looking)
     assert len(json.loads(listed.stdout)) == 14, listed.stderr
-    one = json.loads(platform.celery("job", wide.id, "--json", **looking).stdout)
-    assert (one["why"]["why"], one["message_bytes"]) == ("too-large", None)
-    # An administrator's work, with the worker's rights: revoke what waits, and look at the invariants.
+    explained = json.loads(platform.celery("job", wide.id, "--json", **looking).stdout)
+    assert (explained["why"]["why"], explained["message_bytes"]) == ("too-large", None)
+    # An administrator's work needs only the worker's rights: revoke waiting jobs, and check the invariants.
     assert platform.celery("verify", "--json").returncode == 0
-    # Nothing that any of them needs was refused to it. (Whether CONFIG tells the eviction policy is tried.)
+    # No command that any user needs was refused to it. CONFIG is excepted: it is tried, to learn the eviction policy.
     assert [entry for entry in denied(platform.redis) if "config" not in entry] == []
 
 
@@ -159,7 +158,7 @@ def test_without_a_ledger_the_dashboard_reads_the_tables_that_it_may(
     assert json.loads(seen.stdout)["source"] == "postgres"
 
 
-#: What nobody but an administrator may, and what only some may.
+#: Commands for administrators only. ALSO_NEVER has further commands that each user must not send.
 NEVER = (
     ("FLUSHALL",),
     ("FLUSHDB",),
@@ -185,7 +184,7 @@ ALSO_NEVER = {
         ("RPOP", "worker.a.life"),
         ("LRANGE", "worker.a.life", "0", "-1"),
         ("LPUSH", "celery", "x"),
-        # Remote control: who may publish there ends workers and their bodies.
+        # Any publisher of remote control can end workers and their bodies.
         ("PUBLISH", "/0.celery.pidbox", "x"),
         ("PUBLISH", "/7.celery.pidbox", "x"),
         ("SUBSCRIBE", "/0.celery.pidbox"),
@@ -288,7 +287,7 @@ def test_postgres_refuses_what_a_role_has_no_need_of(role_url: Any, role: str) -
 
 
 def test_a_worker_moves_what_has_ended_and_nothing_that_it_shadows(role_url: Any, engine: Engine) -> None:
-    """The function means the platform's tables, whatever its caller calls by the same names."""
+    """The function means the platform's tables, whatever the caller names its own objects."""
     ended = create_engine(role_url("worker"), isolation_level="AUTOCOMMIT")
     insert = (
         "INSERT INTO jobs (id, name, state, step, request, shape, queue, message, finished_at) "

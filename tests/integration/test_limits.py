@@ -1,4 +1,4 @@
-"""What is too much is refused with an error of its own, and leaves nothing; a full backlog refuses until it is not."""
+"""Excessive input is refused with an error of its own, and leaves nothing. A full backlog refuses until it has room."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 
 @pytest.fixture
 def app(stage: Stage, settings: Settings) -> Iterator[Celery]:
-    """An app whose backlog may have three jobs."""
+    """Yield an app whose backlog may have three jobs."""
     app = create_app("limited", resolve=lambda _: replace(settings, max_backlog=LIMIT))
     yield app
     app.close()
@@ -146,7 +146,7 @@ def test_without_a_ledger_postgres_is_counted(
         redis_client.flushdb()
     else:
         monkeypatch.setattr(app.platform.sending, "ask", lambda question: None)
-    # As after the second for which the last count served.
+    # The second for which the last count served is over.
     monkeypatch.setattr(app.amqp.job_sender._backlog, "_until", 0.0)
     with pytest.raises(BacklogFull):
         app.send_task(ADD, [1, 2])

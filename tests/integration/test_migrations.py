@@ -1,4 +1,4 @@
-"""The tables: made and taken back by the revisions, the same as in `routing.database.schema`, once at a time."""
+"""The tables: the revisions create and remove them as `routing.database.schema` defines them, one upgrade at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TABLES = {
 
 @pytest.fixture
 def unmigrated(database_url: str) -> str:
-    """A database without any table of ours."""
+    """Return the URL of a database without any of the platform's tables."""
     migrations.downgrade(database_url, "base")
     return database_url
 
@@ -99,14 +99,14 @@ def _definitions(connection: Connection, schema: str) -> dict[str, str]:
 
 def test_functions_with_their_owners_rights_mean_the_platforms_tables(engine: Engine) -> None:
     with engine.connect() as connection:
-        found = connection.execute(
+        functions = connection.execute(
             text(
                 "SELECT proname, proconfig FROM pg_proc"
                 " WHERE prosecdef AND pronamespace = CAST('public' AS regnamespace)"
             )
         ).all()
-    assert {name for name, _ in found} >= {"archive_finished", "claim_key", "note_chord"}
-    assert {tuple(config or ()) for _, config in found} == {("search_path=public, pg_temp",)}
+    assert {name for name, _ in functions} >= {"archive_finished", "claim_key", "note_chord"}
+    assert {tuple(config or ()) for _, config in functions} == {("search_path=public, pg_temp",)}
 
 
 def test_the_authority_is_one_row_and_stays_one(engine: Engine) -> None:
@@ -135,7 +135,7 @@ def test_an_upgrade_waits_for_one_in_another_process(unmigrated: str) -> None:
         with other.begin():
             other.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": migrations._LOCK})
             upgrading = threads.submit(migrations.upgrade, unmigrated)
-            # The upgrade is at the lock as soon as Postgres says that somebody waits for it.
+            # The upgrade has reached the lock as soon as Postgres reports a waiting session.
             while not other.execute(waiting).scalar_one():
                 assert not upgrading.done()
         upgrading.result()
@@ -146,7 +146,7 @@ def test_an_upgrade_waits_for_one_in_another_process(unmigrated: str) -> None:
 def test_a_broken_upgrade_leaves_nothing(unmigrated: str) -> None:
     engine = create_engine(unmigrated)
     with engine.begin() as connection:
-        # The last table that the first revision makes is there already.
+        # The last table of the first revision exists already.
         connection.execute(text("CREATE TABLE declarations (name text)"))
     engine.dispose()
     with pytest.raises(Exception, match="declarations"):

@@ -1,5 +1,7 @@
-"""What a person gets wrong ends a command with one message and the exit code of its kind, and never with a traceback.
-Where streams and signals matter, the process is started as by hand."""
+"""A person's mistake ends a command with one message and the exit code of its kind, never with a traceback.
+
+Where streams and signals matter, the process is started as by hand.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,11 @@ NOWHERE = "127.0.0.1:1"
 
 @dataclass(frozen=True)
 class Mistake:
-    """`line`: what is typed after `celery`; `says`: the value that is wrong, and what to do. In braces stand the
-    platform's own `redis`, `database`, `nobody`, `empty` (URLs), `port` (taken), `trace` and `folder`."""
+    """Mistake on a command line, and the expected answer.
+
+    `line` is typed after `celery`. `says` has the wrong value and the advice. Braces stand for the platform's own
+    `redis`, `database`, `nobody` and `empty`, which are URLs, for the taken `port`, and for `trace` and `folder`.
+    """
 
     line: str
     code: Exit
@@ -52,7 +57,7 @@ MISTAKES = [
     Mistake("-A platform jobs --stat failed", Exit.USAGE, ("--stat", "--state")),
     Mistake("-A platform up --worker big", Exit.USAGE, ("'big'", "worker-01=72")),
     Mistake("-A platform demo --trace {folder}/none.csv", Exit.USAGE, ("none.csv", "does not exist")),
-    # what is not there, or not possible
+    # things that do not exist, or are not possible
     Mistake(f"-A platform job {UNKNOWN}", Exit.FAILED, (f"no job {UNKNOWN}", "`celery -A platform jobs`")),
     Mistake("-A platform job 'a b'", Exit.FAILED, ("'a b'", "such as a UUID")),
     Mistake("-A platform db upgrade nope", Exit.FAILED, ("'nope'", '"head"')),
@@ -121,7 +126,7 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def there(platform: Platform) -> Iterator[dict[str, str]]:
-    """What the table's braces stand for."""
+    """Yield the values of the braces in the table."""
     database = make_url(str(platform.settings.database_url))
     redis = str(platform.settings.redis_url)
     trace = platform.folder / "no-columns.csv"
@@ -141,7 +146,7 @@ def there(platform: Platform) -> Iterator[dict[str, str]]:
 
 
 def start(platform: Platform, *words: str, **options: Any) -> subprocess.Popen[str]:
-    """`celery` with these words, as a process whose streams are the test's."""
+    """Start `celery` with these words, as a process whose streams are the test's."""
     environment = {**platform.environment, **options.pop("environment", {})}
     return subprocess.Popen(
         [sys.executable, "-m", "celery", *words], env=environment, cwd=platform.folder, text=True, **options
@@ -183,9 +188,9 @@ def test_who_stops_reading_ends_the_command_quietly(platform: Platform, words: s
         stderr=writing if words == "job nothing" else subprocess.PIPE,
     ) as process:  # fmt: skip
         os.close(writing)
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == Exit.BROKEN_PIPE
-    assert not said
+    assert not stderr
 
 
 def test_a_full_disk_behind_the_output_is_told(platform: Platform) -> None:
@@ -193,10 +198,10 @@ def test_a_full_disk_behind_the_output_is_told(platform: Platform) -> None:
         Path("/dev/full").open("w") as full,
         start(platform, "-A", "platform", "jobs", "--json", stdout=full, stderr=subprocess.PIPE) as process,
     ):
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == Exit.OUTPUT
-    assert said.startswith("Error: the output cannot be written: No space left on device. ")
-    assert len(said.splitlines()) == 1
+    assert stderr.startswith("Error: the output cannot be written: No space left on device. ")
+    assert len(stderr.splitlines()) == 1
 
 
 def test_a_question_is_not_asked_where_there_is_no_standard_input(platform: Platform) -> None:
@@ -215,7 +220,7 @@ def test_a_question_is_not_asked_where_there_is_no_standard_input(platform: Plat
 
 
 def test_ctrl_c_ends_a_command_that_waits_for_postgres(platform: Platform) -> None:
-    """In the driver, where no handler of Python's is called."""
+    """The command waits in the driver, where no handler of Python's is called."""
     engine = create_engine(str(platform.settings.database_url), isolation_level="AUTOCOMMIT")
     waiting = text(
         "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted "
@@ -228,9 +233,9 @@ def test_ctrl_c_ends_a_command_that_waits_for_postgres(platform: Platform) -> No
             until(lambda: other.execute(waiting).scalar_one(), "the command waits for the lock")
             waits.send_signal(signal.SIGINT)
             try:
-                out, said = waits.communicate(timeout=10)
+                out, err = waits.communicate(timeout=10)
             finally:
                 waits.kill()
     engine.dispose()
     assert waits.returncode == -signal.SIGINT == 128 - Exit.INTERRUPTED
-    assert (out, said) == ("", "")
+    assert (out, err) == ("", "")

@@ -1,4 +1,4 @@
-"""Threads of the operating system beside greenlets, and what both want."""
+"""Threads of the operating system beside greenlets, and the things that both want."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers that are older than what the platform needs are refused at once, by name and with what to do."""
+"""Servers that are too old for the platform are refused at once, by name and with advice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ABOUT = b"# Server\r\nredis_version:6.0.16\r\nrun_id:0123\r\n"
 
 
 class _Old(socketserver.StreamRequestHandler):
-    """Says of itself that it is Redis 6.0, and OK to all else."""
+    """Report Redis 6.0 to INFO, and answer OK to all else."""
 
     def handle(self) -> None:
         while line := self.rfile.readline():

@@ -1,5 +1,7 @@
-"""Options of Celery that keep a worker alive: each fault here ends a worker that has the option as Celery has it, and
-does no harm to one of the platform."""
+"""Options of Celery that keep a worker alive.
+
+Each fault here ends a worker that has the option as Celery has it, and does no harm to a worker of the platform.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ ADD = "tests.fixtures.tasks.add"
 
 @pytest.fixture
 def own_pair() -> Iterator[Servers]:
-    with own_servers() as own:
-        yield own
+    with own_servers() as private_servers:
+        yield private_servers
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def platform(own_pair: Servers, tmp_path: Path) -> Iterator[Platform]:
 
 
 def both(platform: Platform, option: str) -> tuple[Process, Process]:
-    """A worker of the platform, and one with the option as in plain Celery."""
+    """Start a worker of the platform, and a worker with the option as in plain Celery."""
     ours = platform.worker("ours", cpus=1)
     plain = platform.worker("plain", cpus=1, CELERYS_OWN=option)
     return ours, plain
@@ -61,7 +63,7 @@ def test_an_answer_such_as_readonly_ends_no_worker(platform: Platform, submitter
 def test_a_broker_that_is_away_for_long_ends_no_worker(
     platform: Platform, own_pair: Servers, submitter: Submitter
 ) -> None:
-    # (Celery's own 100 tries last some 46 minutes; one try shows the same.)
+    # Celery's own 100 tries last some 46 minutes; one try shows the same effect.
     ours, plain = both(platform, "broker_connection_max_retries=1")
     own_pair.kill_redis()
     until(lambda: ended(plain), "the worker with Celery's own option ended", 60)

@@ -1,4 +1,4 @@
-"""The overview as the stores give it: from the ledger, else from Postgres, and the same from both."""
+"""The overview comes from the ledger, else from Postgres, and both give the same."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def test_both_stores_tell_the_same(stage: Stage) -> None:
     assert (ledger.pop("source"), postgres.pop("source")) == ("ledger", "postgres")
     assert ledger.pop("counters")["admitted"] == 2
     assert postgres.pop("counters") == {}
-    for one in (ledger, postgres):
-        assert one["resources"]["allocated_cpus"] == 2.5
-        assert [(line["request"], line["waiting"]) for line in one.pop("backlog")] == [({"cpus": 8, "slots": 1}, 3)]
-        for worker in one["workers"]:
+    for shown in (ledger, postgres):
+        assert shown["resources"]["allocated_cpus"] == 2.5
+        assert [(line["request"], line["waiting"]) for line in shown.pop("backlog")] == [({"cpus": 8, "slots": 1}, 3)]
+        for worker in shown["workers"]:
             assert 0 <= worker.pop("heartbeat_age_seconds") < 10
             worker.pop("started_at")
-        one.pop("at")
-        one.pop("unapplied")
-        one.pop("unapplied_seconds")
+        shown.pop("at")
+        shown.pop("unapplied")
+        shown.pop("unapplied_seconds")
     assert ledger == postgres
 
 

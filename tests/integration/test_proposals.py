@@ -1,5 +1,7 @@
-"""The stand-ins of the ways that were weighed: they know what is taken, admit only what fits, and those of them forget
-that the page says do."""
+"""The stand-ins of the proposed designs: they know the taken room, and admit only jobs that fit.
+
+An emptied stand-in forgets the taken room only where the page says so.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,7 @@ def test_callers_at_once_are_not_given_the_same_room(way: Way) -> None:
         thread.join()
     for handle in handles:
         handle.close()
-    # One may give up early that found all candidates locked by others; nobody overcommits.
+    # A way may give up early when others have locked all its candidates; no way overcommits.
     assert len(admitted) <= ROOM
     while way.admit():
         admitted.append("the last ones")

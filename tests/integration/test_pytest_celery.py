@@ -1,5 +1,4 @@
-"""pytest-celery's own fixtures with processes of this machine for nodes: a worker of the platform passes as one of
-Celery's."""
+"""pytest-celery's own fixtures with processes of this machine as nodes: a platform worker passes as one of Celery's."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def celery_broker(celery_redis_broker: CeleryTestBroker) -> CeleryTestBroker:
-    """One broker, and not each that the plugin knows in turn."""
+    """Return a single broker, instead of each that the plugin knows in turn."""
     return celery_redis_broker
 
 
@@ -50,19 +49,22 @@ def default_worker_container_cls() -> type[PlatformContainer]:
 def default_worker_container(
     platform: Platform, default_worker_command: list[str], default_worker_env: dict[str, str]
 ) -> WorkerProcess:
-    # Of the plugin's environment what concerns Celery; its paths are those of its image.
+    # Only the plugin's variables for Celery are taken, since its paths are those of its image.
     urls = {name: value for name, value in default_worker_env.items() if name.startswith("CELERY_")}
     return WorkerProcess(platform, default_worker_command, urls)
 
 
 @pytest.fixture
 def celery_setup_app(submitter: Submitter) -> Celery:
-    """The app that sends is the platform's. (The books are checked after each test, since `platform` is asked for.)"""
+    """Return the platform's app as the app that sends.
+
+    The books are checked after each test, since `platform` is asked for.
+    """
     return submitter.app
 
 
 class TestOnProcesses(Smoke):
-    """The suite."""
+    """The suite on processes of this machine."""
 
     def test_the_nodes_are_those_of_this_test(self, celery_setup: object, platform: Platform) -> None:
         assert [process.name for process in platform.processes] == ["smoke"]

@@ -1,5 +1,7 @@
-"""The same suite on pytest-celery's Docker containers (`make test-docker`): its Redis, a Postgres, and a worker in the
-image of this project."""
+"""The suite of test_pytest_celery.py on pytest-celery's Docker containers (`make test-docker`).
+
+The containers are its Redis, a Postgres, and a worker in the image of this project.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from tests.fixtures.servers import TENTH
 
 pytestmark = [pytest.mark.docker, pytest.mark.long]
 
-#: Of a server that lives as long as a test.
+#: Password of a server that lives as long as a test.
 PASSWORD: Final = "smoke"
 #: Seconds until a container is ready.
 STARTING: Final = 120
@@ -51,7 +53,7 @@ default_worker_container = container(
 
 @pytest.fixture
 def celery_broker(celery_redis_broker: CeleryTestBroker) -> CeleryTestBroker:
-    """One broker, and not each that the plugin knows in turn."""
+    """Return a single broker, instead of each that the plugin knows in turn."""
     return celery_redis_broker
 
 
@@ -62,29 +64,32 @@ def celery_backend(celery_redis_backend: RedisTestBackend) -> RedisTestBackend:
 
 @pytest.fixture
 def default_redis_broker_image() -> str:
-    """That of docker-compose.yml."""
+    """Return the Redis image of docker-compose.yml."""
     return "redis:8-alpine"
 
 
 @pytest.fixture
 def default_redis_backend(default_redis_broker: RedisContainer) -> RedisContainer:
-    """One server for all, as the platform has it where nothing else is said."""
+    """Return the broker's server as result backend too, as the platform has it by default."""
     return default_redis_broker
 
 
 @pytest.fixture
 def settings(default_redis_broker: RedisContainer, postgres_server: Any) -> Settings:
-    """Of the app in this process: the servers by the ports that they publish. The tables are made."""
+    """Return the settings of the app in this process, after making the tables.
+
+    The servers are named by the ports that they publish.
+    """
     (port,) = postgres_server.ports["5432/tcp"]
-    found = Settings.from_environ(
+    of_this_process = Settings.from_environ(
         {
             "REDIS_URL": default_redis_broker.celeryconfig["host_url"],
             "DATABASE_URL": f"postgresql://postgres:{PASSWORD}@127.0.0.1:{port}/postgres",
             **TENTH,
         }
     )
-    migrations.upgrade(str(found.database_url))
-    return found
+    migrations.upgrade(str(of_this_process.database_url))
+    return of_this_process
 
 
 @pytest.fixture
@@ -107,7 +112,7 @@ def default_worker_container_cls() -> type[PlatformContainer]:
 def default_worker_env(
     settings: Settings, celery_worker_cluster_config: dict[str, Any], postgres_server: Any
 ) -> dict[str, str]:
-    """Of the worker: the servers by their names in the network of the containers."""
+    """Return the environment of the worker, which names the servers as the containers' network does."""
     (redis_url,) = celery_worker_cluster_config["celery_broker_cluster_config"]["urls"]
     host = postgres_server.attrs["Config"]["Hostname"]
     return {
@@ -121,9 +126,9 @@ def default_worker_env(
 
 @pytest.fixture
 def default_worker_initial_content() -> dict[str, bytes]:
-    """What lies in /app: the plugin's tasks, under the name that senders know them by. The app is in the image."""
+    """Return the contents of /app: the plugin's tasks, under the name that senders use. The app is in the image."""
     return {f"{tasks.__name__.replace('.', '/')}.py": inspect.getsource(tasks).encode()}
 
 
 class TestOnContainers(Smoke):
-    """The suite."""
+    """The suite on Docker containers."""

@@ -1,5 +1,7 @@
-"""Whatever lies in a queue, no worker ends by it: what cannot be read is set aside where people see it, and what only
-says that it is a job's message is refused."""
+"""No worker ends because of a message in a queue, whatever it holds.
+
+An unreadable message is set aside where people see it. A message that only pretends to be a job's is refused.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +49,12 @@ def test_a_worker_takes_no_harm_from_malformed_messages_in_its_queues(
     platform: Platform, submitter: Submitter, pool: Pool
 ) -> None:
     worker = platform.worker("a", 4, pool)
-    own = queue_of(submitter)
+    own_queue = queue_of(submitter)
     in_default = garbage.malformed("old")
     in_private = garbage.malformed("own", epoch_of(platform))
     good, before = [], 0
     for number, pair in enumerate(zip(in_default, in_private, strict=True)):
-        for queue, raw in zip(("celery", own), pair, strict=True):
+        for queue, raw in zip(("celery", own_queue), pair, strict=True):
             platform.redis.lpush(queue, raw)
         if number % 20 == 0:
             good.append(submitter.send(ADD, number, 1))
@@ -60,7 +62,7 @@ def test_a_worker_takes_no_harm_from_malformed_messages_in_its_queues(
     assert {submitter.ended(job).state for job in good} == {"succeeded"}
 
     def taken() -> int:
-        # What is in the default queue and can be read as a job is one.
+        # A readable message in the default queue becomes a job.
         return number_set_aside(platform) + job_states(platform).total() - len(good)
 
     pushed = len(in_default) + len(in_private)
@@ -68,16 +70,16 @@ def test_a_worker_takes_no_harm_from_malformed_messages_in_its_queues(
     assert taken() == pushed
     until(lambda: job_states(platform).keys() <= set(FINAL), lambda: job_states(platform), 60)
     assert worker.alive
-    # (The logs would say so, were it born again.)
-    assert submitter.view("a")["queue"] == own
+    # A new incarnation of the worker would have another queue.
+    assert submitter.view("a")["queue"] == own_queue
     assert submitter.value(submitter.send(ADD, 40, 2, cpus=4)) == 42
     rows = set_aside(platform)
     assert {row.worker for row in rows} == {"a"}
     assert max(len(row.raw) for row in rows) <= quarantine.MOST_BYTES
-    # Nothing of a private queue became a job, and nothing of it was held up.
+    # No message of a private queue became a job, and none was held up.
     with platform.engine.connect() as connection:
         assert not connection.execute(text("SELECT count(*) FROM jobs WHERE id LIKE 'own-%'")).scalar_one()
-    for queue in ("celery", own, "unacked", "unacked_index"):
+    for queue in ("celery", own_queue, "unacked", "unacked_index"):
         assert not platform.redis.exists(queue), queue
 
 
@@ -89,14 +91,14 @@ def test_what_was_set_aside_is_seen_in_the_cluster(platform: Platform, submitter
     until_set_aside(platform, 3)
     seen = json.loads(platform.celery("cluster", "--json").stdout)["quarantine"]
     assert seen["messages"] == 3
-    assert {(one["reason"], one["messages"]) for one in seen["reasons"]} == {
+    assert {(reason["reason"], reason["messages"]) for reason in seen["reasons"]} == {
         ("JSON, but no message: an array", 2),
         ("not JSON: Expecting value: line 1 column 1 (char 0)", 1),
     }
-    assert {one["queue"] for one in seen["reasons"]} == {"celery"}
-    said = platform.celery("cluster").stdout
-    assert "3 messages were set aside" in said
-    assert "JSON, but no message: an array" in said
+    assert {reason["queue"] for reason in seen["reasons"]} == {"celery"}
+    output = platform.celery("cluster").stdout
+    assert "3 messages were set aside" in output
+    assert "JSON, but no message: an array" in output
     assert [row.raw for row in set_aside(platform)] == [b"garbage", b"[]", b"[]"]
 
 
@@ -106,9 +108,9 @@ def test_only_the_newest_are_kept_and_all_are_counted(platform: Platform, monkey
         for number in range(4):
             messages = [quarantine.SetAside.of(b"%d" % number, "q\0", "bad \ud800", "w") for _ in range(3)]
             quarantine.write(connection, messages)
-        found = quarantine.read(connection)
-    assert found.messages == 12
-    assert sum(reason.messages for reason in found.reasons) == 5
+        summary = quarantine.read(connection)
+    assert summary.messages == 12
+    assert sum(reason.messages for reason in summary.reasons) == 5
     assert [row.raw for row in set_aside(platform)] == [b"2", b"2", b"3", b"3", b"3"]
 
 
@@ -117,7 +119,7 @@ def test_a_remote_command_that_cannot_be_read_ends_nobody(platform: Platform, su
     database = platform.redis.connection_pool.connection_kwargs["db"]
     topic = f"/{database}.celery.pidbox"
     ticks = f"/{database}.platform.ticks"
-    # (kombu subscribes to remote control by pattern, the platform to the ticks by name.)
+    # kombu subscribes to remote control by pattern, the platform to the ticks by name.
     until(lambda: platform.redis.pubsub_numpat() >= 1, "the worker hears remote control")
     until(lambda: dict(platform.redis.pubsub_numsub(ticks))[ticks.encode()] >= 1, "the worker hears ticks")
     wrong = garbage.envelope("x", "x:1.1", b"\xff")
@@ -138,7 +140,7 @@ def test_what_is_set_aside_while_postgres_is_away_is_kept(platform: Platform, su
     with platform.engine.begin() as connection:
         connection.execute(text("LOCK TABLE quarantine IN ACCESS EXCLUSIVE MODE"))
         platform.redis.lpush("celery", *[b"garbage"] * 7)
-        # The main loop and the intake wait for nothing.
+        # The main loop and the intake do not wait for Postgres.
         until(lambda: not platform.redis.exists("celery"), "they are taken")
         assert submitter.value(submitter.send(ADD, 1, 2)) == 3
     until_set_aside(platform, 7)
@@ -155,7 +157,7 @@ def test_a_job_whose_body_is_a_bomb_fails_by_way_of_the_queue_and_of_a_reply(
     running = submitter.send(HOLD, "gate")
     tasks.started(platform.redis, "gate")
     bomb = "0" * garbage.BOMB
-    # It waits, and is handed over with the release.
+    # The job waits, and is handed over with the release.
     in_reply = submitter.send(ADD, bomb, "", compression="gzip")
     tasks.let_go(platform.redis, "gate")
     assert submitter.ended(in_reply).state == "failed"
@@ -164,7 +166,7 @@ def test_a_job_whose_body_is_a_bomb_fails_by_way_of_the_queue_and_of_a_reply(
     for job in (in_reply, by_queue):
         assert "holds more than the" in submitter.row(job).error
     assert submitter.ended(running).state == "succeeded"
-    # What is compressed and is no bomb arrives as it was.
+    # A compressed message that is no bomb arrives unchanged.
     assert submitter.value(submitter.send(ADD, "x" * 10_000, "y", compression="gzip")) == "x" * 10_000 + "y"
     assert worker.alive
 
@@ -187,12 +189,12 @@ def test_a_job_whose_message_makes_no_task_fails_and_whoever_waits_hears_of_it(
         "unheard": (arguments, "application/json", "utf-8", {"compression": "unheard-of"}),
     }
     for name, (body, content_type, encoding, headers) in wrong.items():
-        one = garbage.envelope(name, "tag")
-        headers = one["headers"] | headers
-        # As a program that speaks to the sender itself, and accepts what workers do not.
+        envelope = garbage.envelope(name, "tag")
+        headers = envelope["headers"] | headers
+        # A program speaks to the sender itself here, and accepts content that workers do not.
         submitter.app.conf.accept_content = ["json", "pickle", "text/html"]
         sender = submitter.app.amqp.job_sender
-        sender.accept_raw(body, content_type, encoding, headers, "celery", one["properties"])
+        sender.accept_raw(body, content_type, encoding, headers, "celery", envelope["properties"])
     for name in wrong:
         row = submitter.ended(name)
         assert (name, row.state, row.attempt, row.losses) == (name, "failed", 1, 0), row.error
@@ -201,7 +203,7 @@ def test_a_job_whose_message_makes_no_task_fails_and_whoever_waits_hears_of_it(
             submitter.value(name)
     assert submitter.value(submitter.send(ADD, 1, 2, cpus=4)) == 3
     assert worker.alive
-    # Their rows have their messages.
+    # The messages are kept in the rows of their jobs.
     assert set_aside(platform) == []
 
 
@@ -213,7 +215,7 @@ def test_a_compressed_message_of_an_old_producer_becomes_a_job(platform: Platfor
     platform.worker("a", 2, "threads")
     with Celery("old", broker=url, backend=url, set_as_current=False) as old:
         sent = [old.send_task(ADD, ["x" * 5000, "y"], compression=method) for method in ("gzip", "bzip2")]
-        assert [one.get(timeout=20) for one in sent] == ["x" * 5000 + "y"] * 2
+        assert [result.get(timeout=20) for result in sent] == ["x" * 5000 + "y"] * 2
     until(lambda: job_states(platform) == {"succeeded": 2}, lambda: job_states(platform))
 
 

@@ -40,10 +40,10 @@ def platform(request: pytest.FixtureRequest, rabbitmq: RabbitMQ, tmp_path: Path)
 
 @pytest.fixture
 def old(rabbitmq: RabbitMQ, platform: Platform) -> Iterator[Celery]:
-    """Plain Celery as it comes, of a producer that knows nothing of the platform."""
+    """Yield an app of plain Celery, as a producer that knows nothing of the platform has it."""
     backend = platform.settings.redis_url
     with Celery("old", broker=rabbitmq.url, backend=backend, set_as_current=False) as app:
-        # What is sent is on RabbitMQ's disk, and outlives its death.
+        # Confirmed messages are on RabbitMQ's disk, and survive its death.
         app.conf.broker_transport_options = {"confirm_publish": True}
         yield app
 
@@ -78,7 +78,7 @@ def test_the_main_job_with_rabbitmq_as_the_broker(
 
 
 def test_queues_priorities_revokes_and_replies(platform: Platform, submitter: Submitter, old: Celery) -> None:
-    """As on Redis: 9 first over all queues, though RabbitMQ has no priorities in queues that do not ask for them."""
+    """Priorities are as on Redis: 9 first over all queues, though most queues of RabbitMQ have none."""
     platform.environment["CELERY_RESULT_BACKEND"] = submitter.app.conf.result_backend = "rpc://"
     old.conf.result_backend = "rpc://"
     platform.worker("a", 1, "threads", arguments=("-Q", "celery,video"))
@@ -147,13 +147,13 @@ def test_jobs_wait_through_a_restart_of_the_broker(
     for _ in running:
         tasks.started(platform.redis, "gate")
     waiting = [submitter.send(ADD, number, 0) for number in range(6)]
-    # What no worker serves lies in RabbitMQ, and on its disk.
+    # A message that no worker serves waits in RabbitMQ, on its disk.
     unserved = old.send_task(ADD, [40, 2], queue="unserved")
     assert rabbitmq.ready("unserved") == 1
     rabbitmq.kill()
     for worker in workers:
         worker.wait_for("Cannot connect to amqp://")
-    # Nobody needs it to submit, and what runs goes on.
+    # Submissions need no broker, and running jobs go on.
     waiting += [submitter.send(ADD, number, 0) for number in range(6, 9)]
     tasks.let_go(platform.redis, "gate", len(running))
     rabbitmq.start()
@@ -163,7 +163,7 @@ def test_jobs_wait_through_a_restart_of_the_broker(
     assert unserved.state == states.PENDING
     # Remote control and old producers are heard again.
     control = submitter.app.control
-    # (By a new connection: of one in its pool that has died Celery tells whoever uses it next.)
+    # The connection is new. For a dead connection in its pool Celery raises an error in the next user of it.
     with submitter.app.connection_for_write() as fresh:
         until(lambda: len(control.ping(timeout=2.0, connection=fresh)) == len(workers), "all workers answer")
         control.add_consumer("unserved", connection=fresh)

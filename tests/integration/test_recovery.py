@@ -1,6 +1,6 @@
-"""What never reached the ledger is brought in by the duties, and old producers' messages become jobs.
+"""The duties bring in jobs that never reached the ledger, and old producers' messages become jobs.
 
-(What dies and what comes of it is in `tests/faults`.)
+The deaths of processes and their results are in `tests/faults`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def test_duties_need_no_beat(platform: Platform, submitter: Submitter, monkeypat
         stranded = submitter.send(ADD, 1, 2)
     later = submitter.send(ADD, 3, 4, countdown=0.5)
     assert submitter.row(later).state == "scheduled"
-    # (The first by the sweep, or by the listener where it begins just now.)
+    # The sweep brings in the first job, or the listener if it begins just now.
     assert (submitter.value(stranded), submitter.value(later)) == (3, 7)
     worker.wait_for("duty due: due 1")
     row = submitter.ended(later)
@@ -68,10 +68,10 @@ def test_the_messages_of_a_producer_that_knows_nothing_of_the_platform_become_jo
     assert platform.redis.llen("celery") == 1
     platform.worker("a", cpus=4)
     after = [old.send_task(ADD, [n, n], task_id=f"after-{n}") for n in range(5)]
-    # A producer that was unsure whether it had published.
+    # A producer publishes again because it was unsure of the first time.
     after.append(old.send_task(ADD, [4, 4], task_id="after-4"))
     later = old.send_task(ADD, [3, 4], countdown=0.5)
-    assert [one.get(timeout=RESULT_WITHIN) for one in (before, *after, later)] == [3, 0, 2, 4, 6, 8, 8, 7]
+    assert [result.get(timeout=RESULT_WITHIN) for result in (before, *after, later)] == [3, 0, 2, 4, 6, 8, 8, 7]
     row = submitter.ended(before.id)
     assert (row.state, row.worker, row.attempt, row.declared) == ("succeeded", "a", 1, True)
     assert row.request == {"cpus": 1, "slots": 1}

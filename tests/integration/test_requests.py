@@ -1,4 +1,4 @@
-"""What a job asks for: declared with the task, said with the call, known by name, and kept as long as the job lives."""
+"""A job's request: declared with the task, passed with the call, known by name, and kept as long as the job lives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOLD = "tests.fixtures.tasks.hold"
 
 @pytest.fixture(scope="module")
 def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """One worker `a` with two licences and two GPUs."""
+    """Yield a platform with one worker `a` that has two licences and two GPUs."""
     with standing_platform(server_pair, tmp_path_factory.mktemp("requests"), DECLARED) as running:
         running.worker("a", cpus=8, pool="threads", PLATFORM_RESOURCES="licence=2", PLATFORM_GPUS="2")
         yield running
@@ -38,13 +38,13 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def why(platform: Platform, job: str) -> Explanation:
     with platform.engine.connect() as connection:
-        found = explain.explain(platform.redis, connection, job)
-    assert found is not None
-    return found
+        explanation = explain.explain(platform.redis, connection, job)
+    assert explanation is not None
+    return explanation
 
 
 def python(platform: Platform, code: str) -> str:
-    """What a program says that has the platform's servers and knows no task."""
+    """Return the output of a program that has the platform's servers and knows no task."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=platform.environment,
@@ -73,9 +73,9 @@ def python(platform: Platform, code: str) -> str:
     ],
 )
 def test_a_task_declares_its_request(submitter: Submitter, task: str, request_: dict[str, Any]) -> None:
-    known = submitter.send(f"{DECLARED}.{task}")
+    declared = submitter.send(f"{DECLARED}.{task}")
     by_name = submitter.app.send_task(f"{DECLARED}.{task}").id
-    for job in (known, by_name):
+    for job in (declared, by_name):
         row = submitter.ended(job)
         assert (row.state, row.request, row.declared) == ("succeeded", request_, True)
 
@@ -112,7 +112,7 @@ def test_an_app_of_its_own_declares_as_well(platform: Platform, submitter: Submi
     row = submitter.ended(job)
     assert (row.worker, row.name) == ("own", "tests.tasks.own.heavy")
     assert row.request == {"cpus": 4, "memory": 2 * 2**30, "own": 1, "slots": 1}
-    # Somebody who knows the name alone: the worker published what its tasks declare.
+    # A sender that knows only the name gets the request too: the worker published its tasks' declarations.
     by_name = submitter.app.send_task("tests.tasks.own.who").id
     assert submitter.value(by_name) == "own"
     assert submitter.row(by_name).request == {"cpus": 1, "own": 1, "slots": 1}
@@ -126,8 +126,14 @@ def test_a_named_resource_bounds_how_many_run(platform: Platform, submitter: Sub
     jobs = [submitter.send(HOLD, "licences", cpus=0, resources={"licence": 1}) for _ in range(3)]
     held = {tasks.started(platform.redis, "licences")[0] for _ in range(2)}
     assert held == set(jobs[:2])
-    found = why(platform, jobs[2])
-    assert (found.why, found.resource, found.asked, found.free, found.worker) == (Why.NO_ROOM, "licence", 1, 0, "a")
+    explanation = why(platform, jobs[2])
+    assert (explanation.why, explanation.resource, explanation.asked, explanation.free, explanation.worker) == (
+        Why.NO_ROOM,
+        "licence",
+        1,
+        0,
+        "a",
+    )
     tasks.let_go(platform.redis, "licences")
     assert tasks.started(platform.redis, "licences")[0] == jobs[2]
     tasks.let_go(platform.redis, "licences", 2)
@@ -136,16 +142,16 @@ def test_a_named_resource_bounds_how_many_run(platform: Platform, submitter: Sub
 
 def test_more_of_a_resource_than_any_worker_has_waits_and_says_so(platform: Platform, submitter: Submitter) -> None:
     job = submitter.send(f"{DECLARED}.nothing", resources={"licence": 3})
-    found = why(platform, job)
-    assert (found.why, found.resource, found.asked) == (Why.TOO_LARGE, "licence", 3)
+    explanation = why(platform, job)
+    assert (explanation.why, explanation.resource, explanation.asked) == (Why.TOO_LARGE, "licence", 3)
     submitter.result(job).revoke()
     assert submitter.ended(job).state == "cancelled"
 
 
 def test_a_resource_that_nobody_publishes_waits_until_somebody_does(platform: Platform, submitter: Submitter) -> None:
     job = submitter.send(f"{DECLARED}.nothing", resources={"tape": 1})
-    found = why(platform, job)
-    assert (found.why, found.resource, found.asked) == (Why.UNKNOWN_RESOURCE, "tape", 1)
+    explanation = why(platform, job)
+    assert (explanation.why, explanation.resource, explanation.asked) == (Why.UNKNOWN_RESOURCE, "tape", 1)
     library = platform.worker("library", cpus=1, pool="threads", PLATFORM_RESOURCES="tape=1")
     row = submitter.ended(job)
     assert (row.state, row.worker) == ("succeeded", "library")

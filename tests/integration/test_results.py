@@ -1,5 +1,7 @@
-"""What an attempt says on behalf of its job: its result, its part of a chord, and what it publishes. It counts once,
-from the attempt that holds the lease, whichever store is away at that moment."""
+"""The messages of an attempt on behalf of its job: its result, its part of a chord, and its publishes.
+
+They count once, from the attempt that holds the lease, whichever store is away at that moment.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +39,15 @@ def own_pair() -> Iterator[Pair]:
 
 @pytest.fixture
 def platform(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Platform]:
-    own = "own_pair" in request.fixturenames
-    pair = request.getfixturevalue("own_pair" if own else "server_pair")
+    has_own_pair = "own_pair" in request.fixturenames
+    pair = request.getfixturevalue("own_pair" if has_own_pair else "server_pair")
     with standing_platform(pair, tmp_path, *IMPORTS) as running:
         yield running
 
 
 @pytest.fixture(params=["redis", "redis elsewhere", "sql"])
 def results(request: pytest.FixtureRequest, platform: Platform, tmp_path: Path) -> str:
-    """Where results are kept: with the ledger, in another database of Redis, or in SQL."""
+    """Return the URL of the result store: with the ledger, in another database of Redis, or in SQL."""
     url = {
         "redis": platform.settings.redis_url,
         "redis elsewhere": request.getfixturevalue("redis_url"),
@@ -57,18 +59,18 @@ def results(request: pytest.FixtureRequest, platform: Platform, tmp_path: Path) 
 
 @pytest.fixture
 def speaker(results: str, submitter: Submitter) -> Submitter:
-    """A submitter that reads results where the workers keep them."""
+    """Return a submitter that reads results where the workers keep them."""
     submitter.app.conf.result_backend = results
     return submitter
 
 
 def counter(platform: Platform, name: str) -> int:
-    found: Any = platform.redis.hget(keys.COUNTERS, name)
-    return int(found or 0)
+    count: Any = platform.redis.hget(keys.COUNTERS, name)
+    return int(count or 0)
 
 
 def made_a_zombie(platform: Platform, gate: str, job: str, worker: Process | None = None) -> Process:
-    """The worker `a` runs the job at the gate and is stopped until the job runs as attempt 2 on `b`."""
+    """Stop the worker `a`, which runs the job at the gate, until the job runs as attempt 2 on `b`. Return `a`."""
     worker = worker or platform.worker("a", cpus=2, pool="threads")
     assert tasks.started(platform.redis, f"{gate}.1")[0] == job
     os.killpg(worker.pid, signal.SIGSTOP)
@@ -109,7 +111,7 @@ def test_what_an_attempt_without_a_lease_publishes_is_refused_and_counted(
 def test_each_part_of_a_chord_counts_once(platform: Platform, submitter: Submitter) -> None:
     parts = [speaking.numbered.s("gate", 10), speaking.numbered.s("other", 100)]
     body: AsyncResult = chord(parts, app=submitter.app)(total.s())
-    first, second = (one.id for one in body.parent.results)
+    first, second = (part.id for part in body.parent.results)
     tasks.let_go(platform.redis, "other.1")
     worker = platform.worker("a", cpus=2, pool="threads")
     assert submitter.ended(second).state == "succeeded"
@@ -127,8 +129,8 @@ def test_states_on_the_way_are_seen_and_never_stand_over_an_end(platform: Platfo
     platform.worker("a", cpus=2)
     job = speaker.send("tests.tasks.speaking.announcing", "gate")
     tasks.started(platform.redis, "gate.1")
-    found = speaker.result(job)
-    assert (found.state, found.info) == ("HALF", {"attempt": 1})
+    result = speaker.result(job)
+    assert (result.state, result.info) == ("HALF", {"attempt": 1})
     tasks.let_go(platform.redis, "gate.1")
     assert speaker.value(job) == "done"
     speaker.app.backend.store_result(job, {}, "SUCCESS")
@@ -149,7 +151,7 @@ def test_a_result_waits_with_its_outcome_while_the_backend_is_away(
     row = submitter.ended(job)
     assert (row.state, row.attempt) == ("succeeded", 1)
     until(lambda: submitter.row(job).outbox, "the result waits in the row")
-    # The next one is not held up.
+    # The next job is not held up.
     after = submitter.send("tests.fixtures.tasks.add", 1, 1, cpus=2)
     assert submitter.ended(after).state == "succeeded"
     again = valkey.start(tmp_path / "results", int(backend.url.rpartition(":")[2].split("/")[0]), durable=False)
@@ -164,7 +166,7 @@ def test_a_result_waits_with_its_outcome_while_the_backend_is_away(
 
 
 def make_durable(platform: Platform) -> None:
-    """The servers of tests may forget what they committed last, when they are killed: this one shall not."""
+    """Make the database keep its last commits when it is killed, which test servers may otherwise forget."""
     with platform.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         database = connection.execute(text("SELECT current_database()")).scalar_one()
         connection.execute(text(f"ALTER DATABASE {database} SET synchronous_commit = on"))
@@ -215,7 +217,7 @@ def test_the_chord_of_a_job_that_ended_before_it_started_hears_of_it(platform: P
         speaker.value(revoked.id)
     tasks.let_go(platform.redis, "gate")
     assert speaker.ended(other.id).state == "succeeded"
-    # (As Celery has it: what its part raised, by way of the chord.)
+    # Celery raises the error of the body's part by way of the chord.
     with pytest.raises((ChordError, TaskRevokedError)):
         body.get(timeout=20)
     assert speaker.ended(holder).state == "succeeded"
@@ -235,5 +237,5 @@ def test_error_in_a_result_has_its_type_whichever_version_stored_it(submitter: S
     backend = submitter.app.backend
     stored = backend.prepare_exception(LeaseLost("of 3.1"))
     assert stored["exc_module"] == "celery_capacity"
-    found = backend.exception_to_python({**stored, "exc_module": module})
-    assert (type(found), str(found)) == (LeaseLost, str(LeaseLost("of 3.1")))
+    error = backend.exception_to_python({**stored, "exc_module": module})
+    assert (type(error), str(error)) == (LeaseLost, str(LeaseLost("of 3.1")))

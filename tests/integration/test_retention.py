@@ -24,17 +24,17 @@ def test_a_finished_job_leaves_the_table_and_is_still_found(platform: Platform, 
     until(lambda: archived() == 1, "the job is archived")
     assert submitter.row(job) is None
     assert submitter.row(waiting) is not None
-    found = platform.celery("job", job, "--json")
-    assert found.returncode == 0, found.stderr
-    one = json.loads(found.stdout)
-    assert (one["state"], one["worker"], one["why"]["why"]) == ("succeeded", "a", "ended")
-    assert [attempt["outcome"] for attempt in one["attempts"]] == ["succeeded"]
+    command = platform.celery("job", job, "--json")
+    assert command.returncode == 0, command.stderr
+    shown_job = json.loads(command.stdout)
+    assert (shown_job["state"], shown_job["worker"], shown_job["why"]["why"]) == ("succeeded", "a", "ended")
+    assert [attempt["outcome"] for attempt in shown_job["attempts"]] == ["succeeded"]
     shown = platform.celery("job", job)
     assert shown.returncode == 0, shown.stderr
     assert "succeeded" in shown.stdout
     listed = json.loads(platform.celery("jobs", "--json").stdout)
     assert [line["id"] for line in listed] == [waiting]
-    # The books, and a revoke of what is long over, go on as before.
+    # The books go on as before, and so does a revoke of an ended job.
     submitter.app.control.revoke(job)
     assert platform.celery("verify", "--json").returncode == 0
     assert submitter.app.AsyncResult(job).get(timeout=5) == 3

@@ -28,7 +28,7 @@ from tests.fixtures.waiting import until
 from tests.integration.test_dashboard import _serve
 
 LOGIN, STAY = "tests.tasks.login.login", "tests.tasks.login.stay"
-#: Each begins alike, so that one look finds all of them.
+#: Beginning of each secret, so that one look finds all of them.
 CANARY = "c4nary"
 REDIS_WORD, POSTGRES_WORD = f"{CANARY}-redis", f"{CANARY}-postgres"
 ARGUMENTS: dict[str, Any] = {
@@ -47,7 +47,7 @@ def leaks(said: str) -> list[str]:
 
 @pytest.fixture
 def environment(database_url: str, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A platform whose every URL has a password in it."""
+    """Yield the environment of a platform whose every URL has a password in it."""
     acl = tmp_path / "users.acl"
     acl.write_text(f"user default off\nuser admin on >{REDIS_WORD} ~* &* +@all\n")
     with guarded_server(acl, REDIS_WORD) as port:
@@ -82,7 +82,7 @@ def app(platform: Platform) -> Iterator[Celery]:
 
 
 class Events(threading.Thread):
-    """All events of the cluster, as Flower hears them."""
+    """Listen to all events of the cluster, as Flower does."""
 
     def __init__(self, app: Celery) -> None:
         super().__init__(daemon=True)
@@ -105,7 +105,7 @@ class Events(threading.Thread):
 
 
 def test_the_canary_is_nowhere(platform: Platform, app: Celery, engine: Engine) -> None:
-    # The command lines of these two are looked at too, which a forked process has none of.
+    # The command lines of these two processes are looked at too, and a forked process has none of its own.
     platform.forks = False
     events = Events(app)
     events.start()
@@ -127,7 +127,7 @@ def test_the_canary_is_nowhere(platform: Platform, app: Celery, engine: Engine) 
     until(lambda: sum(event["type"] == "task-received" for event in events.heard) >= 3, "the events are heard")
 
     events.stop()
-    said = {f"worker: {line}" for line in worker.lines} | {f"beat: {line}" for line in beat.lines}
+    lines = {f"worker: {line}" for line in worker.lines} | {f"beat: {line}" for line in beat.lines}
     for words in (
         ("inspect", "conf"),
         ("inspect", "active"),
@@ -141,35 +141,35 @@ def test_the_canary_is_nowhere(platform: Platform, app: Celery, engine: Engine) 
         ("verify", "--json"),
     ):
         done = platform.celery(*words)
-        said |= {f"{' '.join(words)}: {line}" for line in (done.stdout + done.stderr).splitlines()}
-    assert "'password': '***'" in "".join(line for line in said if line.startswith("inspect active"))
+        lines |= {f"{' '.join(words)}: {line}" for line in (done.stdout + done.stderr).splitlines()}
+    assert "'password': '***'" in "".join(line for line in lines if line.startswith("inspect active"))
     tasks.let_go(platform.redis, "gate")
-    said |= {f"event: {event}" for event in map(json.dumps, events.heard)}
-    said |= {f"processes: {line}" for line in _titles(worker.pid, beat.pid)}
-    said.add(f"page: {_page(app)}")
+    lines |= {f"event: {event}" for event in map(json.dumps, events.heard)}
+    lines |= {f"processes: {line}" for line in _titles(worker.pid, beat.pid)}
+    lines.add(f"page: {_page(app)}")
     with platform.engine.connect() as connection:
         columns = "id, name, state, worker, queue, request, error"
-        said |= {f"jobs: {row}" for row in connection.execute(text(f"SELECT {columns} FROM jobs"))}
-        said |= {f"attempts: {row}" for row in connection.execute(text("SELECT * FROM attempts"))}
-    assert leaks("\n".join(said)) == []
-    # It was there: the task itself was given it.
+        lines |= {f"jobs: {row}" for row in connection.execute(text(f"SELECT {columns} FROM jobs"))}
+        lines |= {f"attempts: {row}" for row in connection.execute(text("SELECT * FROM attempts"))}
+    assert leaks("\n".join(lines)) == []
+    # The secrets were there: the task itself received them.
     assert (sent[0].result, sent[1].state) == (7, "FAILURE")
 
 
 def _plain_producer(app: Celery) -> None:
-    """A producer that knows nothing of the platform, and hides nothing."""
+    """Send the arguments as a producer that knows nothing of the platform, and hides nothing."""
     plain = Celery("plain", broker=app.conf.broker_url, backend=app.conf.result_backend, set_as_current=False)
     assert plain.send_task(LOGIN, kwargs=ARGUMENTS).get(timeout=30) == len(ARGUMENTS)
     plain.close()
 
 
 def _titles(*roots: int) -> list[str]:
-    """The command lines of processes and of all that they forked."""
-    found = []
+    """Return the command lines of these processes and of all their children."""
+    titles = []
     for root in roots:
         process = psutil.Process(root)
-        found += [" ".join(one.cmdline()) for one in (process, *process.children(recursive=True))]
-    return found
+        titles += [" ".join(member.cmdline()) for member in (process, *process.children(recursive=True))]
+    return titles
 
 
 def _page(app: Celery) -> str:

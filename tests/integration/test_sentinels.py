@@ -42,7 +42,7 @@ def _nothing_of_the_persons(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-#: Whose program is primary, replica and Sentinel.
+#: Program that runs as primary, replica and Sentinel, by its name.
 PROGRAMS: Final = {"embedded": valkey.binary, "Debian": debian_redis, "Redis 6.2": old_redis}
 
 
@@ -81,11 +81,11 @@ def test_a_dead_sentinel_is_passed_over_and_a_replica_is_not_written_to(own_redi
         assert first.client.info("keyspace").keys() == {"db7"}
         pool = client.connection_pool
         connection = pool.make_connection()
-        # What a Sentinel says that has not heard of a failover yet.
+        # A Sentinel that has not heard of a failover yet would give this address.
         with pytest.raises(redis.ConnectionError, match="not a primary"):
             connection.connect_to(("127.0.0.1", second.port))
         assert connection._sock is None
-    # A child of a pool lets go of connections to whatever the Sentinels have named.
+    # A child of a pool closes connections to every address that the Sentinels have named.
     assert {first.port, second.port} <= sentinels.ports
 
 
@@ -123,9 +123,9 @@ def test_a_failover_opens_a_new_epoch_and_loses_and_doubles_nothing(
     later = [submitter.send(WORK, str(trace), str(number), 0.1) for number in range(12, 16)]
     assert [submitter.ended(job, 60).state for job in [*jobs, *later]] == ["succeeded"] * 16
     assert [submitter.value(job) for job in later] == ["12", "13", "14", "15"]
-    # Of those that ran meanwhile none began a second time.
+    # No job that ran meanwhile began a second time.
     assert set(starts(read(trace)).values()) == {1}
-    # What the replica had received of the results is there.
+    # Results that the replica had received are there.
     assert submitter.value(before) == 42
     with platform.engine.connect() as connection:
         authority = read_authority(connection)
@@ -139,7 +139,7 @@ def test_a_failover_opens_a_new_epoch_and_loses_and_doubles_nothing(
 def test_celerys_options_may_name_the_redis_instead(
     platform: Platform, own_redis: Watched, named_by: str, tmp_path: Path
 ) -> None:
-    """A Celery project that is on Sentinels has its broker and results named so already."""
+    """A Celery project with Sentinels already names its broker and results in this way."""
     url = own_redis.url(2)
     app = Celery("theirs", set_as_current=False)
     if named_by == "Celery's options":
@@ -183,7 +183,7 @@ def test_a_short_failover_changes_not_who_decides_and_a_long_one_does(
         jobs += [submitter.send(WORK, str(trace), str(n), 0.05, 1000) for n in range(10, 20)]
         assert {submitter.ended(job).state for job in jobs} == {"succeeded"}
         assert authority(platform).changed == before.changed
-        # Nobody is left whom the Sentinels could name.
+        # The Sentinels have nobody left to name.
         os.kill(replica.process.pid, signal.SIGSTOP)
         until(lambda: authority(platform).authority == "postgres", "Postgres decides", 60)
         jobs += [submitter.send(WORK, str(trace), str(n), 0.05, 1000) for n in range(20, 40)]
@@ -198,7 +198,7 @@ def test_a_short_failover_changes_not_who_decides_and_a_long_one_does(
 
 
 def test_sentinels_are_asked_within_a_part_of_the_store_timeout(platform: Platform, submitter: Submitter) -> None:
-    """By the ledger, the broker and the result backend alike: else one that says nothing holds a thread for ever."""
+    """The ledger, broker and result backend all have this limit: a silent Sentinel would hold a thread for ever."""
     app, part = submitter.app, timeouts.SENTINEL * platform.settings.store_timeout
     with app.connection_for_write() as connection:
         channel = connection.channel()
@@ -207,4 +207,4 @@ def test_sentinels_are_asked_within_a_part_of_the_store_timeout(platform: Platfo
             app.backend._transport_options["sentinel_kwargs"],
             app.platform.ledger.client.connection_pool.sentinel_manager.sentinel_kwargs,
         ]
-    assert [(one["socket_connect_timeout"], one["socket_timeout"]) for one in asked] == [(part, part)] * 3
+    assert [(options["socket_connect_timeout"], options["socket_timeout"]) for options in asked] == [(part, part)] * 3

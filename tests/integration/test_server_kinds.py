@@ -24,7 +24,7 @@ from tests.fixtures.submitting import Submitter, platform_on
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
-#: All that an address must quote.
+#: Password of all the characters that an address must quote.
 PASSWORD = "p/w@:;?#%&+ é"
 QUOTED = quote(PASSWORD, safe="")
 
@@ -37,7 +37,7 @@ def _nothing_of_the_persons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def own_redis_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of the kind that the test asks for, and its URL."""
+    """Yield the URL of a server of the kind that the test asks for."""
     folder = tmp_path_factory.mktemp("r")
     with ExitStack() as stack:
         if request.param == "password":
@@ -59,7 +59,7 @@ each_kind = pytest.mark.parametrize("own_redis_url", ["password", "user", "socke
 
 @each_kind
 def test_a_job_runs(own_redis_url: str, database_url: str, tmp_path: Path) -> None:
-    """In a pool of processes, by way of the ledger, the broker and the results."""
+    """The job runs in a pool of processes, and uses the ledger, the broker and the results."""
     with platform_on(environment_of(own_redis_url, database_url, tmp_path), tmp_path) as running:
         submitter = Submitter(running)
         running.worker("a", cpus=2)
@@ -92,7 +92,7 @@ def books_are_right(running: Platform) -> bool:
 def test_two_platforms_in_two_databases_of_one_redis_know_nothing_of_each_other(
     tmp_path: Path, own_embedded_url: str, server_pair: Pair
 ) -> None:
-    """The same name of worker, the same id of job."""
+    """Both platforms use one worker name and one job id."""
     with ExitStack() as stack:
         both = []
         for number in (3, 4):

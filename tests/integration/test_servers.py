@@ -1,5 +1,4 @@
-"""The embedded servers: shared by all who ask, started once, ended by `down` alone, and back after a
-crash."""
+"""The embedded servers: shared by all who ask, started once, ended by `down` alone, and back after a crash."""
 
 from __future__ import annotations
 
@@ -30,8 +29,10 @@ SECONDS = 60
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """A home of its own, the servers of which are ended; not in pytest's folder, where only its owner may
-    pass."""
+    """Yield a home of the test's own, and end its servers.
+
+    The home is not in pytest's folder, which only its owner may pass.
+    """
     with tempfile.TemporaryDirectory(prefix="home-") as folder:
         Path(folder).chmod(0o711)
         home = Path(folder) / "state"
@@ -45,7 +46,7 @@ def shared(home: Path) -> Settings:
 
 
 def _say(_line: str) -> None:
-    """For tests that do not look at what is said."""
+    """Ignore the messages, for tests that do not look at them."""
 
 
 def _redis(settings: Settings) -> redis.Redis:
@@ -78,16 +79,16 @@ def test_given_urls_are_left_alone(home: Path) -> None:
 
 
 def test_the_first_command_starts_a_migrated_pair_and_the_second_finds_it(shared: Settings) -> None:
-    said: list[str] = []
-    first = servers.ensure(shared, said.append)
-    assert len(said) == 1
+    messages: list[str] = []
+    first = servers.ensure(shared, messages.append)
+    assert len(messages) == 1
     assert first.redis_url is not None
-    assert first.redis_url in said[0]
+    assert first.redis_url in messages[0]
     assert _redis(first).ping()
     assert _count(first) == 0
-    second = servers.ensure(shared, said.append)
+    second = servers.ensure(shared, messages.append)
     assert second == first
-    assert len(said) == 1
+    assert len(messages) == 1
     assert str(shared.home) in servers.describe(first)
 
 
@@ -144,8 +145,7 @@ def test_down_without_servers_ends_nothing_and_makes_nothing(shared: Settings) -
 
 @pytest.fixture
 def port_of_its_own(home: Path) -> None:
-    """The pair starts where `servers.json` says that it was last, so no other test takes its port
-    meanwhile."""
+    """Write the pair's last port into `servers.json`, so that the pair starts there and no other test takes it."""
     with socket.socket() as probe:
         probe.bind((valkey.ADDRESS, 0))
         port = probe.getsockname()[1]

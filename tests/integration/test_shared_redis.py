@@ -1,4 +1,4 @@
-"""Two platforms, which have a Postgres database each, on one number of one Redis: the second is refused."""
+"""Two platforms, with a Postgres database each, on one numbered database of one Redis: the second is refused."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ REFUSED = "has the ledger of another Postgres database"
 
 @pytest.fixture
 def second(platform: Platform, server_pair: Pair, tmp_path: Path) -> Iterator[Platform]:
-    """Another platform on the same Redis."""
+    """Yield another platform on the same Redis."""
     folder = tmp_path / "second"
     folder.mkdir()
     with empty_database(server_pair) as url:
         environment = environment_of(str(platform.settings.redis_url), url, folder)
         with platform_on(environment, folder) as running:
             with running.engine.begin() as connection:
-                # (Those of the tests are copies of one database, and share its id.)
+                # The databases of tests are copies of one database, and share its id.
                 connection.execute(text("UPDATE authority SET database_id = 'second'"))
             yield running
 
@@ -64,7 +64,7 @@ def test_worker_of_a_second_database_is_refused_and_the_first_goes_on(
 def test_job_of_a_second_database_is_not_given_to_workers_of_the_first(
     platform: Platform, submitter: Submitter, second: Platform
 ) -> None:
-    """Both are in their first epoch, on one life of the server: nothing else tells the books apart."""
+    """Both are in their first epoch, on one run of the server: nothing else tells the books apart."""
     worker = platform.worker("a", cpus=2)
     epoch = int(platform.redis.hget(keys.EPOCH, "epoch") or 0)
     with second.engine.begin() as connection:
@@ -82,16 +82,16 @@ def test_job_of_a_second_database_is_not_given_to_workers_of_the_first(
 
 
 def test_second_database_does_not_open_books_of_the_first(platform: Platform, second: Platform) -> None:
-    own, other = stores_of(platform), stores_of(second)
-    rebuild.open_if_cold(own.engine, own.ledger)
+    first, other = stores_of(platform), stores_of(second)
+    rebuild.open_if_cold(first.engine, first.ledger)
     platform.redis.hset(keys.book("a"), "incarnation", "life")
     before = platform.redis.hgetall(keys.EPOCH)
     with pytest.raises(Unsupported, match=REFUSED):
         rebuild.open_if_cold(other.engine, other.ledger)
-    # Nor where it looked before the first came.
+    # The ledger also refuses calls of a database that looked at it before the first one came.
     for step in ("begin", "remove", "carry"):
         with pytest.raises(Unsupported, match=REFUSED):
-            other.ledger.close_books(9, own.ledger.run_id, step, [keys.book("a")])
+            other.ledger.close_books(9, first.ledger.run_id, step, [keys.book("a")])
     with pytest.raises(Unsupported, match=REFUSED):
         other.ledger.open(9)
     assert platform.redis.hgetall(keys.EPOCH) == before
@@ -100,11 +100,11 @@ def test_second_database_does_not_open_books_of_the_first(platform: Platform, se
 
 
 def test_emptied_redis_is_free_for_a_second_database(platform: Platform, second: Platform, settings: Settings) -> None:
-    own, other = stores_of(platform), stores_of(second)
-    rebuild.open_if_cold(own.engine, own.ledger)
+    first, other = stores_of(platform), stores_of(second)
+    rebuild.open_if_cold(first.engine, first.ledger)
     platform.redis.flushdb()
     assert rebuild.open_if_cold(other.engine, other.ledger) is not None
     assert platform.redis.hget(keys.EPOCH, "database") == b"second"
     with pytest.raises(Unsupported, match=REFUSED):
-        rebuild.open_if_cold(own.engine, own.ledger)
+        rebuild.open_if_cold(first.engine, first.ledger)
     platform.redis.flushdb()

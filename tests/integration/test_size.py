@@ -1,4 +1,4 @@
-"""What `make bench-size` measures with: workers that speak the real protocol, and a table that says what was found."""
+"""The tools of `make bench-size`: workers that speak the real protocol, and a table of the results."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_the_worst_round_is_judged() -> None:
     values = {"reconcile_s": [2.0, 3.5], "workers_registered": [1000.0, 999.0], "archive_rows_s": [5.0]}
     report = Report("about", values)
     assert report.missed() == ["reconcile_s", "workers_registered"]
-    told = {line[0]: line[2:6] for line in report.lines()}
-    assert told == {
+    figures = {line[0]: line[2:6] for line in report.lines()}
+    assert figures == {
         "`reconcile_s`": ("3.5", "2, 3.5", "≤ 3", "no"),
         "`workers_registered`": ("999", "1,000, 999", "≥ 1,000", "no"),
         "`archive_rows_s`": ("5", "5", "–", "–"),

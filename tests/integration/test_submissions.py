@@ -1,4 +1,4 @@
-"""Many jobs that one program submits in a row: the ledger has them soon, in their order, also where it ends."""
+"""Many jobs that one program submits in a row: the ledger has them soon, in their order, also when the program ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.fixtures.waiting import PATIENCE
 
 ADD = "tests.fixtures.tasks.add"
 MANY = 60
-#: Python 3.12 counts a thread until the system has cleared it away, a moment after its end. (The program looks itself.)
+#: Python 3.12 counts a thread until the system has cleared it away, a moment after its end. The program counts its
+#: threads itself.
 QUIET = ("-W", "ignore:This process:DeprecationWarning")
 
 SEND = f"""
@@ -46,7 +47,7 @@ assert threading.active_count() == 1, threading.enumerate()
 send("parent-again")
 sys.exit(os.waitpid(child, 0)[1])
 """,
-    # Its children end by `os._exit`, with what `multiprocessing` does before.
+    # The program's children end by `os._exit`, after the usual steps of `multiprocessing`.
     "multiprocessing": f"""{SEND}
 import multiprocessing
 
@@ -56,7 +57,7 @@ child.start()
 child.join()
 assert child.exitcode == 0
 """,
-    # What was registered first comes last.
+    # The first registered function runs last.
     "at its exit": f"""
 import atexit
 atexit.register(lambda: send("last"))
@@ -69,8 +70,8 @@ SENDERS = ("plain", "parent", "child", "parent-again", "ahead", "process", "firs
 
 def _known(platform: Platform) -> set[str]:
     prefix = keys.KEYS["job"]
-    found: Any = platform.redis.scan_iter(prefix + "*")
-    return {key.decode().removeprefix(prefix) for key in found}
+    job_keys: Any = platform.redis.scan_iter(prefix + "*")
+    return {key.decode().removeprefix(prefix) for key in job_keys}
 
 
 def test_a_program_that_ends_right_after_it_sent_jobs_has_told_the_ledger(
@@ -101,7 +102,7 @@ def test_what_a_program_asks_the_ledger_comes_behind_what_it_has_sent(platform: 
     assert submitter.value(submitter.send(ADD, 0, 0)) == 0
     worker.signal(signal.SIGSTOP)
     jobs = [submitter.app.send_task(ADD, [number, 1]).id for number in range(MANY)]
-    # One is admitted.
+    # The first job is admitted.
     waiting = submitter.app.platform.sending.ask(lambda ledger: backlog_limit.waiting_in_ledger(ledger.client))
     assert waiting == MANY - 1
     worker.signal(signal.SIGCONT)

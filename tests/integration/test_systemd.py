@@ -1,4 +1,4 @@
-"""The units of deploy/systemd: systemd understands them, what they name exists, and their steps end a real worker."""
+"""The units of deploy/systemd: systemd understands them, all names in them exist, and their steps end a real worker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNITS: Final = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
 WORKER: Final = ROOT / "deploy" / "systemd" / "celery-capacity-worker.service"
 PROGRAM: Final = "/opt/celery-capacity/bin/celery"
 
-#: Where systemd has a directive of this name (systemd.unit(5), systemd.service(5), systemd.exec(5), systemd.kill(5)).
+#: Section in which systemd has each directive (systemd.unit(5), systemd.service(5), systemd.exec(5), systemd.kill(5)).
 DIRECTIVES: Final = {
     "Unit": {"Description", "Documentation", "Wants", "Requires", "After", "StartLimitIntervalSec", "StartLimitBurst"},
     "Service": {
@@ -39,26 +39,26 @@ DIRECTIVES: Final = {
     "Install": {"WantedBy"},
 }
 
-#: The most that `systemd-analyze security` may find open, of 100: "OK" begins below 50.
+#: Most exposure that `systemd-analyze security` may report, of 100: "OK" begins below 50.
 MOST_EXPOSED: Final = 30
 
 Directives = list[tuple[str, str, str]]
 
 
 def directives(unit: Path) -> Directives:
-    """(section, name, value) of each line that says something."""
-    found, section = [], ""
+    """Return (section, name, value) of each directive of a unit."""
+    rows, section = [], ""
     for line in unit.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             section = line.strip("[]")
         elif line.strip() and not line.startswith(("#", ";")):
             name, _, value = line.partition("=")
-            found.append((section, name, value))
-    return found
+            rows.append((section, name, value))
+    return rows
 
 
 def values(unit: Path, name: str) -> list[str]:
-    return [value for _, found, value in directives(unit) if found == name]
+    return [value for _, directive, value in directives(unit) if directive == name]
 
 
 def environment(unit: Path) -> dict[str, str]:
@@ -67,8 +67,8 @@ def environment(unit: Path) -> dict[str, str]:
 
 
 def complaints(unit: Path) -> list[str]:
-    """What is wrong with a unit, by systemd itself where it is installed, and by the names of directives."""
-    found = [
+    """Return a unit's faults, by systemd itself where it is installed, and by the names of directives."""
+    faults = [
         f"{name} is no directive of [{section}]"
         for section, name, _ in directives(unit)
         if name not in DIRECTIVES.get(section, ())
@@ -76,13 +76,13 @@ def complaints(unit: Path) -> list[str]:
     analyze = shutil.which("systemd-analyze")
     if analyze is not None:
         done = subprocess.run([analyze, "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False)
-        found += done.stderr.splitlines()
-    return found
+        faults += done.stderr.splitlines()
+    return faults
 
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Any:
-    """Copies a unit to where systemd finds its program."""
+    """Return a function that copies a unit, and makes it name a program that exists here."""
     program = tmp_path / "celery"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
@@ -133,9 +133,13 @@ def test_urls_come_as_credentials_and_no_secret_stands_in_a_unit(unit: Path) -> 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_a_unit_is_no_root_and_may_do_little(unit: Path, copied: Any) -> None:
-    said = {name: value for _, name, value in directives(unit)}
-    assert said["User"] not in ("", "root", "0")
-    assert (said["NoNewPrivileges"], said["ProtectSystem"], said["CapabilityBoundingSet"]) == ("yes", "strict", "")
+    by_name = {name: value for _, name, value in directives(unit)}
+    assert by_name["User"] not in ("", "root", "0")
+    assert (by_name["NoNewPrivileges"], by_name["ProtectSystem"], by_name["CapabilityBoundingSet"]) == (
+        "yes",
+        "strict",
+        "",
+    )
     analyze = shutil.which("systemd-analyze")
     if analyze is not None:
         command = [analyze, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", "--no-pager", str(copied(unit))]
@@ -144,16 +148,16 @@ def test_a_unit_is_no_root_and_may_do_little(unit: Path, copied: Any) -> None:
 
 
 def test_beat_writes_where_its_unit_lets_it() -> None:
-    said = {name: value for _, name, value in directives(WORKER.with_name("celery-capacity-beat.service"))}
-    schedule = said["ExecStart"].partition("--schedule ")[2]
-    assert schedule.startswith(f"/var/lib/{said['StateDirectory']}/")
+    by_name = {name: value for _, name, value in directives(WORKER.with_name("celery-capacity-beat.service"))}
+    schedule = by_name["ExecStart"].partition("--schedule ")[2]
+    assert schedule.startswith(f"/var/lib/{by_name['StateDirectory']}/")
 
 
 def test_the_how_to_names_files_units_and_settings_that_exist() -> None:
     page = (ROOT / "docs" / "how-to" / "systemd.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
-    (given,) = [block for block in blocks if block.startswith("NODE_NAME")]
-    assert deployed.wrong_settings(line.partition("=")[0] for line in given.splitlines()) == []
+    (block_of_settings,) = [block for block in blocks if block.startswith("NODE_NAME")]
+    assert deployed.wrong_settings(line.partition("=")[0] for line in block_of_settings.splitlines()) == []
     assert set(re.findall(r"celery-capacity-\w+", page)) == {unit.stem for unit in UNITS}
     for path in [line.split(":", 1)[1] for line in values(WORKER, "LoadCredential")]:
         assert path in page
@@ -168,19 +172,22 @@ def test_the_how_to_names_files_units_and_settings_that_exist() -> None:
 
 
 def step(name: str) -> str:
-    """The value of a directive, without the sign that its failure does not matter."""
+    """Return the value of a directive, without the sign that its failure does not matter."""
     (value,) = values(WORKER, name)
     return value.removeprefix("-")
 
 
 def stopping(worker: Process, command: str) -> subprocess.Popen[bytes]:
-    """ExecStop as systemd runs it."""
+    """Run ExecStop as systemd does, and return its process."""
     return subprocess.Popen(shlex.split(command), env={"MAINPID": str(worker.pid), "PATH": "/usr/bin:/bin"})
 
 
 @pytest.fixture
 def worker(platform: Platform, tmp_path: Path) -> Process:
-    """What ExecStart starts, with Postgres by the unit's credential. (The tests' task finds its gate by REDIS_URL.)"""
+    """Return the worker that ExecStart starts, with Postgres by the unit's credential.
+
+    The tests' task finds its gate by REDIS_URL.
+    """
     credential = tmp_path / environment(WORKER)["DATABASE_URL_FILE"].removeprefix("%d/")
     credential.write_text(platform.environment["DATABASE_URL"] + "\n")
     environ: dict[str, Any] = {"DATABASE_URL_FILE": str(credential), "DATABASE_URL": ""}

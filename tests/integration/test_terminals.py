@@ -19,15 +19,15 @@ from tests.fixtures.staged import Stage
 from tests.fixtures.terminals import Shown, on_terminal
 
 ESCAPE = "\x1b"
-#: A colour, as a terminal is told it: 30 to 37 and 90 to 97, alone or with bold.
+#: A terminal's codes for colour: 30 to 37 and 90 to 97, alone or with bold.
 COLOUR = re.compile(r"\x1b\[(\d+;)*(3|9)[0-7]m")
 BARS = set("█░━#")
 
 
 def show(platform: Platform, *words: str, **options: Any) -> Shown:
     arguments = [sys.executable, "-m", "celery", *words]
-    own = {name: value for name, value in platform.environment.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-    environment = {**own, **options.pop("environment", {})}
+    inherited = {name: value for name, value in platform.environment.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    environment = {**inherited, **options.pop("environment", {})}
     return on_terminal(arguments, environment, platform.folder, **options)
 
 

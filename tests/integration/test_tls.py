@@ -70,7 +70,7 @@ def app_of(settings_of: Any) -> Iterator[Any]:
 
 
 def untrusted(encrypted: Encrypted) -> list[str]:
-    """URLs under which the server must not be talked to: an authority nobody knows, another one, another name."""
+    """Return URLs that must fail: an unknown authority, a different authority, a different name."""
     other_name = encrypted.trusting(encrypted.certificates).replace("127.0.0.1", "localhost")
     return [encrypted.url, encrypted.trusting(encrypted.stranger), other_name]
 

@@ -1,4 +1,4 @@
-"""`up` and `down`: what they start and say, and how it ends."""
+"""`up` and `down`: the processes that they start, their output, and their ends."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.fixtures.processes import Platform, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 
-#: Seconds for what takes far less, on a busy machine.
+#: Seconds for steps that take far less, on a busy machine.
 PATIENCE = 30.0
 
 SLEEP = "demo.sleep"
 
-#: A program of somebody else: it submits, waits for the result, and prints which worker it came from.
+#: Program of another user: it submits, waits for the result, and prints the name of the worker that ran the job.
 SUBMIT = """
 import sys
 from celery_capacity import create_app
@@ -37,7 +37,7 @@ print(result.get(timeout=30)["worker"])
 
 
 def up(platform: Platform, *arguments: str, **environment: Any) -> tuple[Process, dict[str, Any]]:
-    """`up --json`, and the line that it prints when all of it is ready."""
+    """Start `up --json`, and return its process and the line that it prints when all of it is ready."""
     running = platform.start(
         "up", "up", "--json", *arguments, says='"workers"', **{"PLATFORM_DASHBOARD": "127.0.0.1:0", **environment}
     )
@@ -45,7 +45,7 @@ def up(platform: Platform, *arguments: str, **environment: Any) -> tuple[Process
 
 
 def submit(platform: Platform, cpus: float, **environment: str) -> str:
-    """The worker that a job of somebody else's program ran on."""
+    """Return the worker that ran a job of another user's program."""
     done = run(
         [sys.executable, "-c", SUBMIT, str(cpus)],
         env={**platform.environment, **environment},
@@ -73,17 +73,17 @@ def pids(said: dict[str, Any]) -> list[int]:
 
 @pytest.mark.long
 def test_it_runs_workers_beat_and_the_dashboard_until_ctrl_c(platform: Platform) -> None:
-    running, said = up(platform, "--worker", "big=6", "--worker", "small=2", "--pool", "threads")
-    assert [(w["name"], w["cpus"], w["slots"]) for w in said["workers"]] == [("big", 6, 6), ("small", 2, 2)]
-    assert said["embedded"] is False
-    assert all(psutil.pid_exists(pid) for pid in pids(said))
-    with urllib.request.urlopen(said["dashboard"]["url"], timeout=PATIENCE) as answer:
+    running, started = up(platform, "--worker", "big=6", "--worker", "small=2", "--pool", "threads")
+    assert [(w["name"], w["cpus"], w["slots"]) for w in started["workers"]] == [("big", 6, 6), ("small", 2, 2)]
+    assert started["embedded"] is False
+    assert all(psutil.pid_exists(pid) for pid in pids(started))
+    with urllib.request.urlopen(started["dashboard"]["url"], timeout=PATIENCE) as answer:
         assert json.load(answer)["resources"]["total_cpus"] == 8
     assert submit(platform, 4) == "big"
 
     running.signal(signal.SIGINT)
     assert running.wait() == 0
-    assert not any(psutil.pid_exists(pid) for pid in pids(said))
+    assert not any(psutil.pid_exists(pid) for pid in pids(started))
     assert list(platform.redis.scan_iter("worker:*")) == []
     ends = [line for line in running.lines if "shutdown" in line or "Ended" in line]
     assert ends[-1].startswith("Ended")
@@ -91,8 +91,8 @@ def test_it_runs_workers_beat_and_the_dashboard_until_ctrl_c(platform: Platform)
 
 @pytest.mark.long
 def test_several_workers_share_the_memory_that_one_would_have(platform: Platform) -> None:
-    _, said = up(platform, "--worker", "a=3", "--worker", "b=1", "--pool", "threads", PLATFORM_MEMORY="")
-    a, b = (worker["memory"] for worker in said["workers"])
+    _, started = up(platform, "--worker", "a=3", "--worker", "b=1", "--pool", "threads", PLATFORM_MEMORY="")
+    a, b = (worker["memory"] for worker in started["workers"])
     assert a == pytest.approx(3 * b, rel=1e-6)
     assert a + b <= psutil.virtual_memory().total
 
@@ -109,25 +109,25 @@ def test_sigterm_lets_a_running_job_come_to_its_end(platform: Platform, submitte
 
 @pytest.mark.long
 def test_a_second_ctrl_c_breaks_running_jobs_off(platform: Platform, submitter: Submitter) -> None:
-    running, said = up(platform, "--worker", "a=2", "--pool", "prefork")
+    running, started = up(platform, "--worker", "a=2", "--pool", "prefork")
     job = submitter.send(SLEEP, 600)
     until_state(platform, job, "running")
     running.signal(signal.SIGINT)
     running.wait_for("Ending the workers")
-    time.sleep(0.5)  # a signal within 0.3 s counts as the same one
+    time.sleep(0.5)  # two signals within 0.3 s count as one
     running.signal(signal.SIGINT)
     assert running.wait() == 0
-    assert not any(psutil.pid_exists(pid) for pid in pids(said))
+    assert not any(psutil.pid_exists(pid) for pid in pids(started))
     assert platform.celery("reconcile").returncode == 0
     assert state(platform, job) in ("accepted", "waiting")
 
 
 @pytest.mark.long
 def test_a_child_that_dies_is_told_and_the_others_go_on(platform: Platform, submitter: Submitter) -> None:
-    running, said = up(platform, "--worker", "a=1", "--worker", "b=1", "--pool", "threads")
-    os.kill(said["workers"][0]["pid"], signal.SIGKILL)
+    running, started = up(platform, "--worker", "a=1", "--worker", "b=1", "--pool", "threads")
+    os.kill(started["workers"][0]["pid"], signal.SIGKILL)
     running.wait_for("a was ended by SIGKILL")
-    os.kill(said["dashboard"]["pid"], signal.SIGKILL)
+    os.kill(started["dashboard"]["pid"], signal.SIGKILL)
     running.wait_for("dashboard was ended by SIGKILL")
     assert running.alive
     assert submitter.value(submitter.send(SLEEP, 0.01))["worker"] == "b"
@@ -146,19 +146,19 @@ def test_without_any_worker_it_ends_with_a_failure(platform: Platform) -> None:
 @pytest.mark.long
 def test_a_second_up_on_the_same_servers_leaves_beat_to_the_first(platform: Platform) -> None:
     first, _ = up(platform, "--worker", "a=1", "--pool", "threads")
-    second, said = up(platform, "--worker", "b=1", "--pool", "threads")
-    assert said["beat"] is None
-    assert [worker["name"] for worker in said["workers"]] == ["b"]
+    second, started = up(platform, "--worker", "b=1", "--pool", "threads")
+    assert started["beat"] is None
+    assert [worker["name"] for worker in started["workers"]] == ["b"]
     second.wait_for("beat: another `up` of these servers runs it")
     first.signal(signal.SIGINT)
     assert first.wait() == 0
-    _, said = up(platform, "--worker", "c=1", "--pool", "threads")
-    assert said["beat"] is not None
+    _, started = up(platform, "--worker", "c=1", "--pool", "threads")
+    assert started["beat"] is not None
 
 
 @pytest.fixture
 def embedded(platform: Platform, tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """The environment of somebody without servers; whatever was started is ended."""
+    """Yield the environment of a user without servers, and end all servers that were started."""
     environment: dict[str, Any] = {"REDIS_URL": "", "DATABASE_URL": "", "PLATFORM_HOME": str(tmp_path / "own")}
     yield environment
     platform.stop()
@@ -170,10 +170,10 @@ def test_embedded_servers_outlive_up_and_end_with_down(
     platform: Platform, embedded: dict[str, Any], tmp_path: Path
 ) -> None:
     home = tmp_path / "own"
-    running, said = up(platform, "--worker", "a=2", "--pool", "threads", **embedded)
-    assert said["embedded"] is True
+    running, started = up(platform, "--worker", "a=2", "--pool", "threads", **embedded)
+    assert started["embedded"] is True
     running.wait_for("Started embedded servers")
-    # Somebody else, from another folder, without any URL.
+    # Another user submits from another folder, without any URL.
     assert submit(platform, 1, **embedded) == "a"
     cluster = json.loads(platform.celery("cluster", "--json", **embedded).stdout)
     assert cluster["resources"]["total_cpus"] == 2
@@ -182,7 +182,7 @@ def test_embedded_servers_outlive_up_and_end_with_down(
     assert running.wait() == 0
     pair = running_pair(home)
     assert pair is not None
-    assert pair.redis_url == said["redis_url"]
+    assert pair.redis_url == started["redis_url"]
 
     done = platform.celery("down", "--json", **embedded)
     assert done.returncode == 0
@@ -198,6 +198,6 @@ def test_it_prints_what_runs_where_for_people(platform: Platform) -> None:
     running = platform.start(
         "up", "up", "--worker", "a=2", "--pool", "threads", says="Ctrl-C ends", PLATFORM_DASHBOARD="127.0.0.1:0"
     )
-    said = "\n".join(running.lines)
+    output = "\n".join(running.lines)
     for what in ("Redis", "Postgres", "2 CPUs", "beat", "http://127.0.0.1:", "celery -A platform cluster"):
-        assert what in said
+        assert what in output

@@ -14,7 +14,7 @@ from tests.fixtures.processes import Platform
 
 
 def in_files(platform: Platform, folder: Path) -> dict[str, Any]:
-    """What makes the platform's own two URLs come from files: the variables emptied, and their files named."""
+    """Return variables that take the platform's own two URLs from files: emptied URLs, and the names of the files."""
     environ: dict[str, Any] = {}
     for env in ("REDIS_URL", "DATABASE_URL"):
         file = folder / env.lower()
@@ -47,8 +47,8 @@ def test_up_puts_no_url_from_a_file_into_the_environment_of_what_it_starts(platf
     arguments = ("up", "--json", "--worker", "a=2", "--pool", "threads")
     environ = {**in_files(platform, tmp_path), "PLATFORM_DASHBOARD": "127.0.0.1:0"}
     running = platform.start("up", *arguments, says='"workers"', **environ)
-    said = json.loads(running.wait_for('"workers"'))
-    pids = [said["workers"][0]["pid"], said["beat"]["pid"], said["dashboard"]["pid"]]
+    started = json.loads(running.wait_for('"workers"'))
+    pids = [started["workers"][0]["pid"], started["beat"]["pid"], started["dashboard"]["pid"]]
     for pid in pids:
         seen = psutil.Process(pid).environ()
         assert seen["REDIS_URL_FILE"] == environ["REDIS_URL_FILE"]

@@ -34,10 +34,10 @@ def _check(stage: Stage, at_rest: bool | None = None) -> verify.Report:
 
 
 def _violations(stage: Stage, name: str, at_rest: bool | None = None) -> str:
-    """What violates one invariant, as text."""
-    found = {verdict.name: verdict for verdict in _check(stage, at_rest).verdicts}[name]
-    assert found.holds is False, "not found"
-    return "\n".join(found.detail)
+    """Return the violations of one invariant, as text."""
+    verdict_of_name = {verdict.name: verdict for verdict in _check(stage, at_rest).verdicts}[name]
+    assert verdict_of_name.holds is False, "not found"
+    return "\n".join(verdict_of_name.detail)
 
 
 def test_an_empty_platform_is_at_rest_and_all_hold(stage: Stage) -> None:
@@ -183,17 +183,17 @@ def test_a_job_held_twice_violates_i4(stage: Stage) -> None:
 def test_a_job_that_only_one_store_holds_violates_i6(stage: Stage) -> None:
     job = stage.submit(cpus=1000)
     stage.sql("UPDATE jobs SET state = 'waiting'")
-    said = _violations(stage, "I6")
-    assert f"job {job} is held by a 1.1 in Redis, nothing in Postgres" in said
-    assert f"job {job} waits as nothing in Redis, cpus=1000,slots=1 in Postgres" in said
+    violations = _violations(stage, "I6")
+    assert f"job {job} is held by a 1.1 in Redis, nothing in Postgres" in violations
+    assert f"job {job} waits as nothing in Redis, cpus=1000,slots=1 in Postgres" in violations
 
 
 def test_a_waiting_job_that_the_ledger_forgot_violates_i6(stage: Stage) -> None:
     job = stage.submit(cpus=9000)
     stage.redis.delete(keys.wait("cpus=9000,slots=1"), keys.job(job))
-    said = _violations(stage, "I6")
-    assert f"job {job} waits as nothing in Redis" in said
-    assert "shape cpus=9000,slots=1 begins at None" in said
+    violations = _violations(stage, "I6")
+    assert f"job {job} waits as nothing in Redis" in violations
+    assert "shape cpus=9000,slots=1 begins at None" in violations
 
 
 @pytest.mark.parametrize(

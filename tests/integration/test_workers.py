@@ -1,4 +1,4 @@
-"""A worker's life: what it publishes under which name, how it keeps its place, and how it gives it up."""
+"""A worker's incarnations: what one publishes and under which name, how it keeps its place, and how it gives it up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.fixtures.waiting import until
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
 
-#: Seconds within which a second worker of a name that is taken must have ended.
+#: Seconds within which a second worker of a taken name must have ended.
 REFUSED_WITHIN = 10.0
 
 #: A short lease, so that several of them pass in a test.
@@ -33,7 +33,7 @@ SHORT_LEASE: dict[str, Any] = {
     "PLATFORM_WORKER_TTL": "1.5",
     "PLATFORM_LOST_AFTER": "1.8",
 }
-#: Renewing by the own timer so seldom that only a tick of beat can do it.
+#: Intervals at which the worker's own timer renews so seldom that only a tick of beat can do it.
 TICK_ONLY: dict[str, Any] = {
     "PLATFORM_HEARTBEAT_INTERVAL": "0.5",
     "PLATFORM_RENEW_INTERVAL": "500",
@@ -43,19 +43,19 @@ TICK_ONLY: dict[str, Any] = {
 
 
 def views(platform: Platform) -> set[str]:
-    """What `redis-cli KEYS "worker:*"` says."""
-    found: Any = platform.redis.keys("worker:*")
-    return {key.decode() for key in found}
+    """Return the keys that `redis-cli KEYS "worker:*"` prints."""
+    view_keys: Any = platform.redis.keys("worker:*")
+    return {key.decode() for key in view_keys}
 
 
 def lease(platform: Platform, worker: str) -> int:
-    """When the lease of a worker ends, in ms; 0 where there is none."""
-    found: Any = platform.redis.hget(keys.book(worker), "lease")
-    return int(found or 0)
+    """Return the end of a worker's lease, in ms, or 0 where there is none."""
+    end: Any = platform.redis.hget(keys.book(worker), "lease")
+    return int(end or 0)
 
 
 def lives(platform: Platform, worker: str) -> list[str]:
-    """The status of each life of a worker in Postgres, oldest first."""
+    """Return the status of each incarnation of a worker in Postgres, oldest first."""
     with platform.engine.connect() as connection:
         query = text("SELECT status FROM workers WHERE name = :name ORDER BY started_at, seen_at")
         return list(connection.execute(query, {"name": worker}).scalars())
@@ -66,7 +66,7 @@ def total_cpus(platform: Platform) -> float:
 
 
 def hold(platform: Platform, submitter: Submitter, gate: str, **options: Any) -> str:
-    """A job that runs now."""
+    """Return a job that runs now."""
     job = submitter.send(HOLD, gate, **options)
     assert tasks.started(platform.redis, gate)[0] == job
     return job
@@ -111,18 +111,18 @@ def test_the_view_and_the_table_say_who_it_is_and_what_it_has(platform: Platform
 
 
 def test_the_log_says_what_was_published_and_where_each_number_came_from(platform: Platform) -> None:
-    told = platform.worker("told", 3, "solo", PLATFORM_RESOURCES="licence=3", PLATFORM_GPUS="1")
-    line = told.wait_for("published")
-    for said in ("told", "3 CPUs (PLATFORM_CPUS)", "8 GiB memory (PLATFORM_MEMORY)", "1 slot (pool)"):
-        assert said in line
+    configured = platform.worker("told", 3, "solo", PLATFORM_RESOURCES="licence=3", PLATFORM_GPUS="1")
+    line = configured.wait_for("published")
+    for words in ("told", "3 CPUs (PLATFORM_CPUS)", "8 GiB memory (PLATFORM_MEMORY)", "1 slot (pool)"):
+        assert words in line
     assert "3 licence (PLATFORM_RESOURCES)" in line
-    found = platform.worker("found", 3, "solo", PLATFORM_CPUS="", PLATFORM_MEMORY="")
-    line = found.wait_for("published")
+    detected = platform.worker("found", 3, "solo", PLATFORM_CPUS="", PLATFORM_MEMORY="")
+    line = detected.wait_for("published")
     assert re.search(
         r"[0-9.]+ CPUs? \((affinity|cgroup v[12]|psutil)\), [0-9.]+ \w+ memory \((cgroup v[12]|psutil)\)", line
     )
-    # Both publish the machine, as far as this one was not told: it is warned.
-    assert "told" in found.wait_for("PLATFORM_CPUS is not set")
+    # Both workers publish the machine's capacity. This one is not limited by a setting, and is warned.
+    assert "told" in detected.wait_for("PLATFORM_CPUS is not set")
 
 
 def test_the_pool_is_as_large_as_the_cpus_that_are_published(platform: Platform, submitter: Submitter) -> None:
@@ -158,7 +158,7 @@ def test_a_worker_is_named_by_node_name_or_its_option_or_its_host(
     assert views(platform) == {f"worker:{name}"}
     job = submitter.send(HOLD, "gate")
     tasks.let_go(platform.redis, "gate")
-    # Celery's own node name begins with it: this is what a task sees as its host name.
+    # The name begins Celery's own node name, which a task sees as its host name.
     assert submitter.value(job) == name
     assert submitter.ended(job).worker == name
     node = f"{name}@{socket.gethostname()}"
@@ -192,7 +192,7 @@ def test_the_name_of_a_worker_that_is_stopped_and_not_dead_is_free_when_its_leas
     job = hold(platform, submitter, "gate") if busy else None
     os.killpg(stopped.pid, signal.SIGSTOP)
     ends = lease(platform, "a")
-    # On another machine: on its own it would be ended first.
+    # The worker seems to be on another machine. On its own machine it would be ended first.
     imports = f"{platform.environment['PLATFORM_IMPORTS']},tests.tasks.cloned"
     again = platform.worker("a", 1, "threads", ready=False, PLATFORM_IMPORTS=imports)
     again.wait_for("is registered and silent")
@@ -202,7 +202,7 @@ def test_the_name_of_a_worker_that_is_stopped_and_not_dead_is_free_when_its_leas
     until(lambda: lives(platform, "a") == ["lost", "ready"], lambda: f"one life is over: {lives(platform, 'a')}")
     if job is not None:
         assert tasks.started(platform.redis, "gate")[0] == job
-    # It comes to itself, finds its name taken, and goes; whatever it still does is refused.
+    # The stopped worker wakes up, finds its name taken, and goes. All its later calls are refused.
     os.killpg(stopped.pid, signal.SIGCONT)
     tasks.let_go(platform.redis, "gate", 2)
     assert stopped.wait(30) == Exit.UNAVAILABLE
@@ -226,7 +226,7 @@ def test_a_heartbeat_is_not_delayed_by_a_pool_that_is_full(
     worker = platform.worker("a", 2, pool, **SHORT_LEASE)
     jobs = [hold(platform, submitter, "gate", cpus=0.5) for _ in range(1 if pool == "solo" else 2)]
     first = lease(platform, "a")
-    # Three leases long: each time it is looked at, it is not over.
+    # Three leases pass. At each look the lease has not ended.
     while (now := lease(platform, "a")) < first + 3 * 1500:
         assert views(platform) == {"worker:a"}
         assert until(lambda: lease(platform, "a") > now, "the lease is renewed", 1.5)
@@ -290,7 +290,7 @@ def test_a_worker_that_ends_warmly_admits_no_more_and_lets_run_what_runs(
 def test_what_was_admitted_and_not_started_is_handed_back(platform: Platform, submitter: Submitter) -> None:
     worker = platform.worker("a", 8, "threads")
     other = platform.worker("b", 1, "threads")
-    # It takes in nothing while it is stopped: what is admitted to it now has not started when it is told to end.
+    # The worker takes in nothing while it is stopped. So no admitted job has started when the worker is told to end.
     os.killpg(worker.pid, signal.SIGSTOP)
     jobs = [submitter.send(ADD, number, 1, cpus=2) for number in range(4)]
     assert {platform.redis.hget(keys.job(job), "worker") for job in jobs} == {b"a"}
@@ -303,7 +303,7 @@ def test_what_was_admitted_and_not_started_is_handed_back(platform: Platform, su
     for job in jobs:
         row = submitter.ended(job)
         assert (row.state, row.losses) == ("succeeded", 0)
-        # Each ran once: there, if it had begun when the worker heard that it is to end, else where there was room.
+        # Each job ran once: there, if it had begun when the worker was told to end, else where there was room.
         assert submitter.outcomes(job) in (["succeeded"], ["handed_back", "succeeded"])
 
 
