@@ -8,7 +8,7 @@ import signal
 import pytest
 from hypothesis import settings
 
-# What is asserted there is shown as it is in tests. Before anything of it is imported.
+# Assertions in these fixtures show their values as in tests. The call must precede the first import of the fixtures.
 pytest.register_assert_rewrite("tests.fixtures")
 
 pytest_plugins = [
@@ -28,13 +28,13 @@ settings.register_profile("default", deadline=None, print_blob=True)
 settings.register_profile("long", settings.get_profile("default"), max_examples=2_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# In the background of a shell without job control these are ignored, and every process started from here would inherit
-# that; what they do is tested.
+# Shells without job control start background processes with these signals ignored. Every process started from here
+# would inherit that, and tests rely on their effect.
 for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
     if signal.getsignal(_signal) == signal.SIG_IGN:
         signal.signal(_signal, _handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first: with several processes the short ones then fill what is left."""
+    """Put long tests first: with several processes the short ones then fill the gaps."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -1,4 +1,4 @@
-"""Adoption: `install` on an app that exists, whenever that is called and whatever classes the app has of its own."""
+"""Adoption: `install` on an existing app, at any time, and with any classes of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.fixtures.processes import Platform
 from tests.fixtures.waiting import until
 from tests.tasks import adopted
 
-#: Task -> CPUs that it declares, itself or by the project's base.
+#: CPUs that each task declares, itself or by the project's base.
 DECLARED = {
     "adopted.inherits": 0.5,
     "adopted.declares": 1,
@@ -35,7 +35,7 @@ DECLARED = {
 
 @pytest.fixture
 def environ(platform_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of a program that submits to this test's platform."""
+    """Set the environment of a program that submits to this test's platform."""
     for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "NODE_NAME", "PLATFORM_IMPORTS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in platform_environment.items():
@@ -72,22 +72,22 @@ def test_every_task_runs_with_what_it_declares_through_the_projects_own_classes(
     platform.app = "tests.tasks.adopted"
     platform.worker("w", cpus=4, pool="threads", slots=4, INSTALLED=when)
     sent = {name: project.tasks[name].delay() for name in DECLARED}
-    said = {name: result.get(timeout=30) for name, result in sent.items()}
+    values = {name: result.get(timeout=30) for name, result in sent.items()}
     for name in ("inherits", "declares"):
-        assert said[f"adopted.{name}"] == ["own_task", "own_request", "own_strategy", "own_consumer", name]
-    assert (said["adopted.by_class"], said["adopted.later"]) == ("by class", "later")
-    assert said["adopted.apart"] == "own_amqp True"
+        assert values[f"adopted.{name}"] == ["own_task", "own_request", "own_strategy", "own_consumer", name]
+    assert (values["adopted.by_class"], values["adopted.later"]) == ("by class", "later")
+    assert values["adopted.apart"] == "own_amqp True"
     rows = {name: row(platform.engine, sent[name].id) for name in DECLARED}
-    assert {name: found.request["cpus"] for name, found in rows.items()} == DECLARED
+    assert {name: job_row.request["cpus"] for name, job_row in rows.items()} == DECLARED
     assert rows["adopted.apart"].request["memory"] == 1024**2
-    # Those who know the tasks by their names alone hear the same of the worker.
+    # A sender that knows only the tasks' names gets the declared requests from the worker.
     stranger = create_app("stranger", resolve=lambda _: platform.settings)
     with closing(stranger):
         by_name = {name: stranger.send_task(name) for name in DECLARED}
         assert [result.get(timeout=30) for result in by_name.values()]
         assert {name: row(platform.engine, result.id).request["cpus"] for name, result in by_name.items()} == DECLARED
     close(stranger)
-    # The worker's own log has the project's control too: it answers as every worker.
+    # The project's own control class is kept too, and the worker answers it.
     assert project.control.own() == "own_control"
     until(lambda: project.control.ping(timeout=1), "the worker answers")
 

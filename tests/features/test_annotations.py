@@ -22,7 +22,7 @@ from tests.tasks import declared
 
 Write = Callable[[str], Path]
 
-#: Of tests.tasks.declared: four() declares 4 CPUs, four_and_two() 2 GiB besides.
+#: Rules for tests.tasks.declared: four() declares 4 CPUs, four_and_two() declares 2 GiB as well.
 FILE = """
 ["tests.tasks.declared.four_and_two"]
 memory = "1GiB"
@@ -131,7 +131,7 @@ def no_urls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sent(engine: Engine, app: Celery, of: str, **options: Any) -> dict[str, Any]:
-    """The request of a job of tests.tasks.declared, and whether it runs again."""
+    """Return the request of a new job of tests.tasks.declared, and its permission to run again."""
     job = app.tasks[f"{declared.__name__}.{of}"].apply_async(**options).id
     with engine.connect() as connection:
         row = connection.exec_driver_sql("SELECT request, rerun FROM jobs WHERE id = %s", (job,)).one()
@@ -166,7 +166,7 @@ def test_a_worker_publishes_what_its_file_says_and_does_not_start_with_a_wrong_o
     wrong = platform.start("wrong", "worker", PLATFORM_REQUESTS=str(write("[a]\ncpu = 1\n")))
     assert wrong.wait() == 78
     assert "['a']: 'cpu' is not known" in wrong.tail()
-    # A module that this process does not import.
+    # This process does not import the module.
     (platform.folder / "library.py").write_text(LIBRARY, encoding="utf-8")
     rules = '["library.*t"]\ncpus = 0.5\n["library.eight"]\ncpus = 0.25\nmemory = "1MiB"\n'
     platform.worker("w", pool="threads", PLATFORM_REQUESTS=str(write(rules)), PLATFORM_IMPORTS="library")

@@ -26,7 +26,7 @@ from tests.fixtures.waiting import until
 from tests.tasks.bulky import double, spread
 from tests.tasks.canvas import total
 
-#: What differs between two messages of one task.
+#: Headers that differ between two messages of one task.
 OWN = ("id", "root_id", "argsrepr", "kwargsrepr")
 
 
@@ -62,14 +62,14 @@ def test_many_jobs_run_in_their_order_and_are_found_by_one_small_handle(app: Any
     handle = app.submit_many(double, ((n,) for n in range(25)), kwargs={"by": 3}, chunk=10, progress=stored.append)
     assert stored == [10, 20, 25]
     assert len(handle) == 25
-    assert [one.id for one in handle] == list(handle.ids())
-    assert [one.get(timeout=20) for one in handle] == [3 * n for n in range(25)]
-    assert [one.id for one in handle[3:5]] == [handle.id(3), handle[4].id]
+    assert [result.id for result in handle] == list(handle.ids())
+    assert [result.get(timeout=20) for result in handle] == [3 * n for n in range(25)]
+    assert [result.id for result in handle[3:5]] == [handle.id(3), handle[4].id]
     assert handle[-1].id == handle.id(24)
     with pytest.raises(IndexError):
         handle[25]
-    found = [submitter.row(job) for job in handle.ids()]
-    assert [row.seq for row in found] == sorted(row.seq for row in found)
+    job_rows = [submitter.row(job) for job in handle.ids()]
+    assert [row.seq for row in job_rows] == sorted(row.seq for row in job_rows)
 
 
 def test_each_message_is_the_one_that_apply_async_sends(app: Any, submitter: Submitter) -> None:
@@ -81,9 +81,9 @@ def test_each_message_is_the_one_that_apply_async_sends(app: Any, submitter: Sub
     assert alike["tenant"] == "x"
     assert [headers(submitter, job) for job in many.ids()] == [alike] * 3
     for job in many.ids():
-        row, own = submitter.row(job), message.decode(bytes(submitter.row(job).message))["headers"]
+        row, own_headers = submitter.row(job), message.decode(bytes(submitter.row(job).message))["headers"]
         assert (row.priority, row.shape, row.root_id) == (7, submitter.row(single.id).shape, job)
-        assert (own["id"], own["root_id"]) == (job, job)
+        assert (own_headers["id"], own_headers["root_id"]) == (job, job)
     assert [
         json.loads(message.body_of(message.decode(bytes(submitter.row(job).message))))[:2] for job in many.ids()
     ] == [[[n], {"by": 2}] for n in (1, 2, 3)]
@@ -106,7 +106,7 @@ def test_what_is_the_same_for_all_is_made_once(app: Any, submitter: Submitter, m
     monkeypatch.setattr(Router, "__call__", ask)
     handle = app.submit_many(double, ((n,) for n in range(25)), chunk=10)
     assert asked == [double.name]
-    assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(25)]
+    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(25)]
 
 
 def test_where_the_interpreter_ends_and_starts_no_thread_many_are_stored_all_the_same(
@@ -116,7 +116,7 @@ def test_where_the_interpreter_ends_and_starts_no_thread_many_are_stored_all_the
     stored: list[int] = []
     handle = app.submit_many(double, [(n,) for n in range(25)], chunk=10, progress=stored.append)
     assert stored == [10, 20, 25]
-    assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(25)]
+    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(25)]
 
 
 def test_what_stands_around_a_call_sees_each_job(
@@ -139,12 +139,12 @@ def test_what_stands_around_a_call_sees_each_job(
 
 def test_a_put_off_bulk_waits_for_its_time(app: Any, submitter: Submitter) -> None:
     handle = app.submit_many(double, [(1,), (2,)], countdown=3600, expires=7200)
-    found = [submitter.row(job) for job in handle.ids()]
-    assert [row.state for row in found] == ["scheduled"] * 2
-    assert all(3500 < (row.due_at - row.submitted_at).total_seconds() <= 3601 for row in found)
-    assert all(7000 < (row.expires_at - row.submitted_at).total_seconds() <= 7201 for row in found)
-    for one in handle:
-        one.revoke()
+    job_rows = [submitter.row(job) for job in handle.ids()]
+    assert [row.state for row in job_rows] == ["scheduled"] * 2
+    assert all(3500 < (row.due_at - row.submitted_at).total_seconds() <= 3601 for row in job_rows)
+    assert all(7000 < (row.expires_at - row.submitted_at).total_seconds() <= 7201 for row in job_rows)
+    for result in handle:
+        result.revoke()
     assert [submitter.ended(job).state for job in handle.ids()] == ["cancelled"] * 2
 
 
@@ -167,12 +167,12 @@ def test_signals_are_sent_once_for_each_message_and_after_it_is_stored(app: Any,
     finally:
         before_task_publish.disconnect(change)
         after_task_publish.disconnect(look)
-    ids = [*handle.ids(), *(one.id for one in together.results)]
+    ids = [*handle.ids(), *(result.id for result in together.results)]
     assert before == ids
     assert after == [(job, True) for job in ids]
     assert [headers(submitter, job)["note"] for job in ids] == [f"seen {n}" for n in range(1, 7)]
     assert together.get(timeout=20) == [0, 2, 4]
-    assert [one.get(timeout=20) for one in handle] == [2, 4, 6]
+    assert [result.get(timeout=20) for result in handle] == [2, 4, 6]
 
 
 def test_while_one_chunk_is_stored_only_the_next_one_is_built(app: Any, submitter: Submitter) -> None:
@@ -188,20 +188,20 @@ def test_while_one_chunk_is_stored_only_the_next_one_is_built(app: Any, submitte
     handle = app.submit_many(double, numbers(), chunk=chunk, progress=stored.append)
     assert stored[1:] == list(range(chunk, 101, chunk))
     assert most <= 2 * chunk
-    assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(100)]
+    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(100)]
 
 
 def test_what_is_wrong_with_all_is_refused_before_anything_is_written(app: Any, platform: Platform) -> None:
     before = rows(platform)
     endless = iter(lambda: (1,), None)
-    for wrong, said in (
+    for wrong, expected_text in (
         ({"cpus": -1}, "cpus"),
         ({"priority": 11}, "priority"),
         ({"chunk": 0}, "chunk"),
         ({"task_id": "x"}, "task_id"),
         ({"kwargs": {"by": object()}}, "cannot be written"),
     ):
-        with pytest.raises(InvalidRequest, match=said):
+        with pytest.raises(InvalidRequest, match=expected_text):
             app.submit_many(double, endless, **wrong)
     with pytest.raises(InvalidRequest, match="item 0, 7, is not valid"):
         app.submit_many(double, [7])
@@ -251,7 +251,7 @@ def test_a_commit_whose_answer_is_lost_stores_nothing_twice(
     monkeypatch.setattr(bulk, "committed", losing)
     handle = app.submit_many(double, [(n,) for n in range(6)], chunk=3)
     assert rows(platform) == before + 6
-    assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(6)]
+    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(6)]
 
 
 def test_a_store_that_takes_no_more_says_how_many_it_took(
@@ -269,7 +269,7 @@ def test_a_store_that_takes_no_more_says_how_many_it_took(
     with pytest.raises(PartlyAccepted) as wrong:
         app.submit_many(double, ((n,) for n in range(100)), chunk=10)
     assert isinstance(wrong.value.__cause__, NotAccepted)
-    # What was built meanwhile is not stored after it.
+    # A chunk that was built meanwhile is not stored after the failed chunk.
     assert (wrong.value.accepted, wrong.value.unknown, chunks) == (10, (), [10, 10])
     assert rows(platform) == before + 10
     until(lambda: submitter.allocated_cpus() == "0", "all of them ran")
@@ -306,9 +306,9 @@ def test_a_large_group_goes_in_chunks_and_keeps_its_order(
     result = group(double.s(n) for n in range(1050)).apply_async(priority=2)
     assert chunks == [1000, 50]
     assert result.get(timeout=60) == [2 * n for n in range(1050)]
-    found = [submitter.row(one.id) for one in result.results]
-    assert [row.seq for row in found] == sorted(row.seq for row in found)
-    assert {row.priority for row in found} == {2}
+    job_rows = [submitter.row(part.id) for part in result.results]
+    assert [row.seq for row in job_rows] == sorted(row.seq for row in job_rows)
+    assert {row.priority for row in job_rows} == {2}
 
 
 def test_a_chord_whose_header_goes_in_chunks_counts_each_part(app: Any, submitter: Submitter) -> None:

@@ -1,5 +1,7 @@
-"""Canvas: designing workflows. Each with Celery's own results, on one worker with one CPU: whatever waits, holds
-nothing."""
+"""Canvas: designing workflows. A waiting job holds nothing.
+
+Each canvas runs with Celery's own results, on one worker with one CPU.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def native(kind: str) -> bool:
-    """Whether the result backend joins chords itself (Redis), or by a task that looks again and again (SQLAlchemy)."""
+    """Return True if the result backend joins chords itself (Redis), False if a polling task does (SQLAlchemy)."""
     return "native" in kind
 
 
@@ -70,22 +72,22 @@ def submitter(submitter: Submitter, platform: Platform) -> Submitter:
 
 
 def awaited(sent: dict[str, Any]) -> dict[str, Any]:
-    """What each returned; of one that raised, what that was (so that the others are shown beside it)."""
+    """Return the value of each result, or its exception, so that a failure hides no other result."""
     return {name: result.get(timeout=WITHIN, propagate=False) for name, result in sent.items()}
 
 
 def at_rest(platform: Platform) -> None:
-    """Every job of the test has ended."""
+    """Wait until every job of the test has ended."""
 
     def unfinished() -> list[Any]:
         with platform.engine.connect() as connection:
-            found = connection.execute(text("SELECT id, name, state, error FROM jobs"))
-            return [row for row in found if row.state not in FINAL]
+            job_rows = connection.execute(text("SELECT id, name, state, error FROM jobs"))
+            return [row for row in job_rows if row.state not in FINAL]
 
     until(lambda: not unfinished(), lambda: f"all jobs have ended; these have not: {unfinished()}", WITHIN)
 
 
-#: Name -> (how it is made, what it returns).
+#: Name -> (function that makes the canvas, value that it returns).
 CANVAS: dict[str, tuple[Callable[[], Signature], Any]] = {
     "chain": (lambda: add.s(1, 1) | add.s(10) | add.s(100), 112),
     "group": (lambda: group(add.s(i, i) for i in range(5)), [0, 2, 4, 6, 8]),
@@ -123,7 +125,7 @@ def test_every_canvas_returns_what_it_does_in_celery(platform: Platform, submitt
     at_rest(platform)
 
 
-#: Name -> (what a task is replaced by, what it gets, what its id returns then).
+#: Name -> (canvas that replaces a task, arguments of the task, value that its id returns then).
 REPLACED: dict[str, tuple[Callable[[], Signature], tuple[int, ...], Any]] = {
     "task": (lambda: add.s(100), (1,), 101),
     "chain": (lambda: add.s(100) | add.s(10) | add.s(1), (1,), 112),
@@ -159,7 +161,7 @@ REPLACED: dict[str, tuple[Callable[[], Signature], tuple[int, ...], Any]] = {
 def test_a_task_is_replaced_by_whatever_canvas_under_its_id(platform: Platform, submitter: Submitter) -> None:
     sent = {name: becomes.apply_async(args, {"canvas": make()}) for name, (make, args, _) in REPLACED.items()}
     sent["chunks"] = becomes_chunks.delay()
-    # The same as a step of a chain, in a chord, and as its body.
+    # Each replacement also happens in a step of a chain, in a part of a chord, and in a chord's body.
     for name in ("task", "chain", "group", "chord"):
         make, args, _ = REPLACED[name]
         sent[f"{name} in a chain"] = (becomes.s(*args, canvas=make()) | listed.s()).apply_async()
@@ -179,7 +181,7 @@ def test_a_task_is_replaced_by_whatever_canvas_under_its_id(platform: Platform, 
         assert (set(before), last) == ({"replaced"}, "succeeded")
 
 
-#: What is given to each signature.
+#: Options of each signature.
 GIVEN: dict[str, Any] = {"cpus": 0.5, "memory": "1MiB", "priority": 7, "headers": {"tenant": "blue"}}
 
 
@@ -191,7 +193,7 @@ def one(case: str, immutable: bool = False) -> Signature:
     return bare(case, immutable).set(**GIVEN)
 
 
-#: Name -> (a canvas of it, how often it runs in there).
+#: Name -> (canvas of the carried signature, number of its runs in the canvas).
 SURVIVED: dict[str, tuple[Callable[[str], Signature], int]] = {
     "chain": (lambda case: one(case) | one(case) | one(case), 3),
     "group": (lambda case: group(one(case), one(case)), 2),
@@ -219,18 +221,18 @@ def test_what_a_signature_is_given_survives_every_canvas(platform: Platform, sub
         make(case).apply_async()
     for case, (_, count) in SURVIVED.items():
         until(lambda case=case, count=count: platform.redis.llen(case) == count, f"{case} ran", WITHIN)  # type: ignore[misc]
-        found: Any = platform.redis.lrange(case, 0, -1)
-        assert (case, {said.decode() for said in found}) == (case, {"blue 7"})
+        entries: Any = platform.redis.lrange(case, 0, -1)
+        assert (case, {entry.decode() for entry in entries}) == (case, {"blue 7"})
     at_rest(platform)
     with platform.engine.connect() as connection:
         query = text("SELECT request, priority FROM jobs WHERE name = :name")
-        found = list(connection.execute(query, {"name": carried.name}))
-    assert len(found) == sum(count for _, count in SURVIVED.values())
-    assert all(row.request == {"cpus": 0.5, "memory": 2**20, "slots": 1} and row.priority == 7 for row in found)
+        entries = list(connection.execute(query, {"name": carried.name}))
+    assert len(entries) == sum(count for _, count in SURVIVED.values())
+    assert all(row.request == {"cpus": 0.5, "memory": 2**20, "slots": 1} and row.priority == 7 for row in entries)
 
 
 def test_tasks_of_celerys_own_ask_for_what_they_need(platform: Platform, submitter: Submitter) -> None:
-    """A map and a starmap run their task within their own job; what only puts others together takes a slot alone."""
+    """A map and a starmap run their task within their own job; a task that only combines others takes a slot alone."""
     sent = {
         "declared": xmap(total.s(), [[1, 2]]).apply_async(),
         "given": xstarmap(add.s().set(cpus=0.25), [(1, 2)]).apply_async(),
@@ -266,7 +268,7 @@ def test_a_chord_larger_than_the_cluster_waits_without_holding_anything(
     held = chord([gated.s(1, gate="held"), *(add.s(1, 1) for _ in range(5))], listed.s()).apply_async()
     tasks.started(platform.redis, "held")
     results = [level(1).apply_async() for _ in range(3)] + [becomes.s(canvas=level(1)).apply_async()]
-    # What runs has what it asked for, and all that waits has nothing.
+    # The running job has its request, and the waiting jobs hold nothing.
     assert submitter.allocated_cpus() == "1"
     tasks.let_go(platform.redis, "held")
     assert held.get(timeout=WITHIN) == [[[1], 2, 2, 2, 2, 2]]
@@ -297,7 +299,7 @@ def test_the_body_of_a_chord_and_its_callbacks_hear_of_a_part_that_failed(
 
 def test_the_body_of_a_chord_is_a_child_of_the_part_that_completed_it(submitter: Submitter, native: bool) -> None:
     if not native:
-        # (There the task that joins is its parent.)
+        # The task that joins is the parent there.
         return
     parts, first = [add.s(n, n) for n in range(3)], add.s(0, 0)
     alone = chord(parts, total.s())()
@@ -316,11 +318,11 @@ def test_an_error_callback_that_takes_long_keeps_back_its_own_chord_alone(
     platform: Platform, submitter: Submitter, native: bool
 ) -> None:
     if not native:
-        # A job joins the results there: what takes long has its slot.
+        # A job joins the results there, so a long errback has a slot of its own.
         return
     late = [chord([failing.s()], total.s().on_error(waiting.s(gate="errback"))).apply_async() for _ in range(3)]
     for _ in late:
-        # All of them wait at once, and each for longer than this.
+        # All errbacks wait at once, and each for longer than the calls below take.
         tasks.started(platform.redis, "errback", 20)
     assert add.apply_async((1, 1), countdown=0.5).get(timeout=WITHIN) == 2
     assert chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async().get(timeout=WITHIN) == 6
@@ -335,7 +337,7 @@ def test_an_error_callback_that_takes_long_keeps_back_its_own_chord_alone(
             return list(connection.execute(text("SELECT id, outbox FROM jobs WHERE outbox IS NOT NULL")))
 
     until(lambda: not undelivered(), lambda: f"nothing is left: {undelivered()}", WITHIN)
-    # Each was called once, though rows said for a while that it was still to be.
+    # Each errback was called once, though the rows named it as undelivered for a while.
     assert platform.redis.llen("errback:started") == 0
 
 
@@ -351,7 +353,7 @@ def test_links_are_called_with_what_their_task_returned(platform: Platform, subm
 
 def test_a_part_adds_another_one_to_its_chord(platform: Platform, submitter: Submitter, native: bool) -> None:
     if not native:
-        # Celery knows it with Redis alone.
+        # Celery supports this with Redis alone.
         with pytest.raises(NotImplementedError):
             submitter.app.backend.add_to_chord("group", submitter.result("job"))
         return
@@ -363,7 +365,7 @@ def test_a_part_adds_another_one_to_its_chord(platform: Platform, submitter: Sub
 
 
 class Stamps(StampingVisitor):
-    """Stamps each signature with a label."""
+    """Stamp each signature with a label."""
 
     def on_signature(self, sig: Signature, **headers: Any) -> dict[str, Any]:
         return {"label": "green"}

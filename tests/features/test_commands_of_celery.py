@@ -1,4 +1,4 @@
-"""Celery's own commands, run as a person runs them: they work on the platform and tell the truth of it."""
+"""Celery's own commands, run as a person runs them: they work on the platform and show its true state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODULES = {
 
 @pytest.fixture
 def pidfiles(platform: Platform) -> Iterator[Path]:
-    """The folder for the pid files of what detaches itself; whatever is left is ended by the pid in them."""
+    """Yield the folder for the pid files of detached processes. At the end, kill every process that is left."""
     folder = platform.folder / "run"
     folder.mkdir()
     yield folder
@@ -39,11 +39,11 @@ def pidfiles(platform: Platform) -> Iterator[Path]:
 
 
 def says(log: Path, text: str = READY) -> str:
-    """A log, as soon as it has this text."""
+    """Return the contents of a log as soon as it has this text."""
 
     def found() -> str:
-        said = log.read_text(encoding="utf-8") if log.exists() else ""
-        return said if text in said else ""
+        content = log.read_text(encoding="utf-8") if log.exists() else ""
+        return content if text in content else ""
 
     return until(found, f"{log.name} has {text!r}")
 
@@ -82,7 +82,7 @@ def test_a_worker_detaches_itself_with_modules_by_option_and_setting_and_the_com
         "list": ("list", "bindings"),
     }
     with ThreadPoolExecutor(3) as pool:
-        # (The name of the worker that runs: looking at how one is made starts none.)
+        # The commands use the name of the running worker. A look at a worker's options starts no worker.
         running = {name: pool.submit(platform.celery, *command, NODE_NAME="w") for name, command in commands.items()}
         line = f"print('it is', app.send_task({ADD!r}, (5, 6), cpus=2).get(timeout=30))"
         shell = pool.submit(in_shell, platform, line)
@@ -100,7 +100,7 @@ def test_a_worker_detaches_itself_with_modules_by_option_and_setting_and_the_com
     assert '"Pool"' in out["graph bootsteps"]
     assert "celery" in out["list"]
     assert "it is 11" in shell.result()
-    # The pid file tells of the worker that runs, keeps a second one away, and goes with it.
+    # The pid file names the running worker, keeps a second one away, and goes with it.
     second = platform.celery(*worker, NODE_NAME="w")
     assert "already exists" in second.stdout + second.stderr
     assert int(pidfile.read_text()) == pid
@@ -110,7 +110,7 @@ def test_a_worker_detaches_itself_with_modules_by_option_and_setting_and_the_com
 
 
 def in_shell(platform: Platform, line: str) -> str:
-    """What `celery shell` says when a line is typed into it."""
+    """Return the output of `celery shell` after this line is typed into it."""
     shell = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "platform", "shell", "--python"],
         env=platform.environment,

@@ -1,5 +1,7 @@
-"""Testing with Celery: the fixtures of `celery.contrib.pytest`, `task_always_eager` and `apply`, as a project's own
-tests use them. They run in a pytest of their own, started here."""
+"""Testing with Celery: the fixtures of `celery.contrib.pytest`, `task_always_eager` and `apply`.
+
+A project's own tests use them. They run in a pytest of their own, started here.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from celery_capacity.workers.app.install import platform_of
 from tests.fixtures.examples import move_into, python
 from tests.fixtures.processes import Platform
 
-#: A project's tests where Celery makes the app, and `install` is called on it.
+#: A project's tests where Celery makes the app, and the project calls `install` on it.
 CONFTEST = """
 import pytest
 from celery_capacity import install
@@ -155,7 +157,7 @@ def run_pytest(platform: Platform, *arguments: str) -> subprocess.CompletedProce
 
 
 def left(platform: Platform) -> tuple[list[str], list[str]]:
-    """The workers that still count as live, and the states of all jobs."""
+    """Return the workers that still count as live, and the states of all jobs."""
     with platform.engine.connect() as connection:
         live = connection.exec_driver_sql("SELECT name FROM workers WHERE status NOT IN ('left', 'lost')").scalars()
         states = connection.exec_driver_sql("SELECT DISTINCT state FROM jobs").scalars()
@@ -168,7 +170,7 @@ def test_the_fixtures_of_celery_work_with_an_app_that_is_installed(platform: Pla
     (platform.folder / "test_theirs.py").write_text(TESTS, encoding="utf-8")
     done = run_pytest(platform, "test_theirs.py")
     assert "5 passed" in done.stdout, done.stdout + done.stderr
-    # Each worker left as one that is stopped, and took nothing with it.
+    # Each worker left as a stopped worker does, and took nothing with it.
     assert left(platform) == ([], ["succeeded"])
 
 
@@ -195,8 +197,8 @@ def test_the_example_submits_to_a_worker(platform: Platform) -> None:
     done = python(platform, "submit.py")
     assert done.stdout.strip() == "4 runs, 1450 in all", done.stderr
     with platform.engine.connect() as connection:
-        found = connection.exec_driver_sql("SELECT name, request FROM jobs").all()
-    assert sorted((row.name, row.request["cpus"]) for row in found) == [
+        rows = connection.exec_driver_sql("SELECT name, request FROM jobs").all()
+    assert sorted((row.name, row.request["cpus"]) for row in rows) == [
         ("tasks.report", 0.5),
         *(("tasks.simulate", cpus) for cpus in (1, 2, 2, 2)),
     ]
@@ -207,7 +209,7 @@ def test_the_example_submits_to_a_worker(platform: Platform) -> None:
 
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Celery]:
-    """An installed app where no servers are named or running."""
+    """Yield an installed app where no servers are named or running."""
     for name in ("REDIS_URL", "DATABASE_URL", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PLATFORM_HOME", str(tmp_path))

@@ -1,5 +1,7 @@
-"""`after=` with a worker: jobs that wait for others hold nothing, start at once when those have succeeded, and end when
-they cannot."""
+"""`after=` with a worker: waiting jobs hold nothing, start when others succeed, and end when they cannot start.
+
+A start follows at once when all awaited jobs have succeeded.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def hasty(platform: Platform) -> None:
-    """A worker whose duties do not come round: what starts there does so because another one ended."""
+    """Start a worker whose duties do not come round: a job starts there only because another one ended."""
     platform.worker("a", cpus=2, PLATFORM_DUE_INTERVAL="600", PLATFORM_SWEEP_INTERVAL="600")
 
 
@@ -55,8 +57,8 @@ def test_a_job_starts_at_once_when_the_last_that_it_needs_has_succeeded(
     with platform.engine.connect() as connection:
         why = explain(platform.redis, connection, wide)
     assert why is not None and (why.why, set(why.needs)) == (Why.NEEDS_JOBS, {first, second})
-    (said,) = reasons(why)
-    assert first in said and second in said
+    (reason,) = reasons(why)
+    assert first in reason and second in reason
     tasks.let_go(platform.redis, "one")
     assert submitter.ended(first).state == "succeeded"
     until(lambda: submitter.row(wide).needs == 1, "the first is counted off")

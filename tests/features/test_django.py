@@ -12,7 +12,8 @@ from tests.fixtures.examples import move_into, python
 from tests.fixtures.processes import READY, Platform
 from tests.fixtures.waiting import until
 
-#: Orders by HTTP: one that is taken, one whose transaction is rolled back; what is there once the first has its total.
+#: Program that orders by HTTP: one order is taken, and the transaction of another is rolled back. It prints the orders
+#: once the first has its total.
 ORDERS = """
 import json, os, sys, time
 import django
@@ -31,7 +32,7 @@ order = client.get(f"/orders/{number}/").json()
 print(json.dumps([taken.status_code, refused.status_code, Order.objects.count(), order]))
 """
 
-#: The task classes that the project has, looked at as Django's shell does.
+#: Program that prints the project's task classes, in Django's shell.
 CLASSES = """
 import json
 from shop import celery_app
@@ -76,7 +77,7 @@ def test_an_order_is_sent_on_commit_and_computed_by_a_worker_with_the_projects_s
     assert [(job.state, job.request) for job in sent] == [
         ("succeeded", {"cpus": 2, "memory": 64 * 1024**2, "slots": 1})
     ]
-    # Beat, in the worker: the project's own entry with its request, beside the platform's ticks.
+    # Beat runs in the worker: it sends the project's own entry with its request, beside the platform's ticks.
     ran = until(
         lambda: [job for job in jobs(platform) if job.name.endswith("ship_paid") and job.state == "succeeded"],
         "beat sent what the project's settings schedule",
@@ -87,9 +88,9 @@ def test_an_order_is_sent_on_commit_and_computed_by_a_worker_with_the_projects_s
 
 def test_the_projects_classes_and_settings_are_djangos_and_the_platforms(platform: Platform) -> None:
     move_into(platform, "django", "shop")
-    found = python(platform, "manage.py", "shell", "-v", "0", "-c", CLASSES)
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout.splitlines()[-1]) == {
+    shell = python(platform, "manage.py", "shell", "-v", "0", "-c", CLASSES)
+    assert shell.returncode == 0, shell.stderr
+    assert json.loads(shell.stdout.splitlines()[-1]) == {
         "tasks": ["shop.orders.tasks.compute_total", "shop.orders.tasks.ship_paid"],
         "django": True,
         "track": True,

@@ -21,8 +21,8 @@ ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
 #: Jobs that are not due.
 MANY: Final = 100_000
-#: Bytes by which a worker's memory may differ, for what it does besides. (Each job kept as an object of Celery would be
-#: a kilobyte and more: 100 MB.)
+#: Bytes by which a worker's memory may differ because of its other work. A Celery object for each job would take a
+#: kilobyte and more: 100 MB.
 FLAT: Final = 16 * 2**20
 
 
@@ -54,7 +54,7 @@ def test_a_hundred_thousand_jobs_that_are_not_due_leave_a_worker_as_it_is(
             ),
             {"many": MANY, "sample": sample},
         )
-    # Passes of the duty go by, and find what is due among them.
+    # Passes of the duty go by, and find the due jobs among the others.
     for _ in range(3):
         due = datetime.now(UTC) + timedelta(seconds=0.3)
         job = submitter.send(ADD, 1, 2, eta=due)
@@ -66,7 +66,7 @@ def test_a_hundred_thousand_jobs_that_are_not_due_leave_a_worker_as_it_is(
 
 
 def test_the_duty_looks_every_second_unless_it_is_told_otherwise() -> None:
-    """So a job starts within a second of its time, where there is room."""
+    """A job thus starts within a second of its time, where there is room."""
     assert Settings.from_environ({}).due_interval == 1.0
 
 

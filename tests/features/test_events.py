@@ -1,5 +1,7 @@
-"""Events (Celery: Monitoring and Management Guide, "Events"): the same life of a task as with plain Celery, and two
-events more."""
+"""Events: a task's life has the same events as with plain Celery, and two more.
+
+Source: Celery, Monitoring and Management Guide, "Events".
+"""
 
 from __future__ import annotations
 
@@ -47,22 +49,22 @@ def test_a_job_that_waits_is_told_of(platform: Platform, submitter: Submitter, e
     job = submitter.send(f"{TASKS}.done", 1, memory="1GiB")
     waiting = ear.until(job, "task-waiting")[-1]
     request = {"cpus": 1, "memory": 2**30, "slots": 1}
-    known = {"name": f"{TASKS}.done", "request": request, "queue": "celery"}
-    assert {**known, "attempt": 0, "allocation": None}.items() <= waiting.items()
+    facts = {"name": f"{TASKS}.done", "request": request, "queue": "celery"}
+    assert {**facts, "attempt": 0, "allocation": None}.items() <= waiting.items()
     tasks.let_go(platform.redis, "full")
     events = ear.until(job, "task-succeeded")
-    assert [one["type"] for one in events] == [
+    assert [event["type"] for event in events] == [
         *("task-sent", "task-waiting", "task-admitted", "task-received", "task-started", "task-succeeded")
     ]
     row = submitter.ended(job)
     allocation = {"worker": "a", "attempt": 1, "token": f"{row.epoch}.1"}
-    assert {**known, "attempt": 1, "allocation": allocation}.items() <= events[2].items()
+    assert {**facts, "attempt": 1, "allocation": allocation}.items() <= events[2].items()
     assert submitter.ended(full).state == "succeeded"
 
-    # Celery's own view of the cluster, and Flower's, which is made of it.
+    # Celery's own view of the cluster is the base of Flower's.
     state = State()
-    for one in events:
-        state.event(dict(one))
+    for event in events:
+        state.event(dict(event))
         seen = state.tasks[job]
         assert (
             seen.state
@@ -73,16 +75,16 @@ def test_a_job_that_waits_is_told_of(platform: Platform, submitter: Submitter, e
                 "task-received": states.RECEIVED,
                 "task-started": states.STARTED,
                 "task-succeeded": states.SUCCESS,
-            }[one["type"]]
+            }[event["type"]]
         )
     assert (seen.name, seen.worker.hostname.partition("@")[0], seen.result) == (f"{TASKS}.done", "a", "1")
     assert [node.partition("@")[0] for node in state.workers] == ["a"]
     assert seen.as_dict()["uuid"] == job
     assert [key for key, _ in state.tasks_by_time()][:1] == [job]
-    # Whatever order they come in, a job that was seen to run is not seen to wait again.
+    # In any order of the events, a job that was seen to run is not seen to wait again.
     late = State()
-    for one in reversed(ear.of(job)):
-        late.event(dict(one))
+    for event in reversed(ear.of(job)):
+        late.event(dict(event))
     assert late.tasks[job].state == states.SUCCESS
 
 
@@ -98,34 +100,34 @@ def test_what_ends_in_the_backlog_is_told_as_celery_tells_it(
         *_, event = ear.until(job, "task-revoked")
         assert (event["terminated"], event["signum"], event["expired"]) == (False, None, how)
         state = State()
-        for one in ear.of(job):
-            state.event(dict(one))
+        for entry in ear.of(job):
+            state.event(dict(entry))
         assert state.tasks[job].state == states.REVOKED
     tasks.let_go(platform.redis, "full")
     submitter.ended(full)
     for job in (revoked, expired):
-        assert [one["type"] for one in ear.of(job)].count("task-revoked") == 1
+        assert [event["type"] for event in ear.of(job)].count("task-revoked") == 1
 
 
 def test_what_cannot_be_begun_is_told_to_have_failed(platform: Platform, submitter: Submitter, ear: Ear) -> None:
-    """Celery says nothing of a message that it cannot read, and its task would seem to be under way for ever."""
+    """Celery sends no event for an unreadable message, so its task would seem to be under way for ever."""
     submitter.app.conf.accept_content = ["json", "yaml"]
     job = submitter.send(f"{TASKS}.done", 1, serializer="yaml")
     assert submitter.ended(job).state == "failed"
     *_, event = events = ear.until(job, "task-failed")
-    assert [one["type"] for one in events] == ["task-sent", "task-admitted", "task-failed"]
+    assert [entry["type"] for entry in events] == ["task-sent", "task-admitted", "task-failed"]
     assert event["exception"].startswith("InvalidTaskError(")
-    # Of a task that it does not know it does, once.
+    # For an unknown task Celery itself sends the event, once.
     unknown = submitter.send("nobody.knows.this")
     assert submitter.ended(unknown).state == "failed"
     ear.until(unknown, "task-failed")
     assert submitter.value(submitter.send(f"{TASKS}.done", 1)) == 1
-    assert [one["type"] for one in ear.of(unknown)].count("task-failed") == 1
+    assert [entry["type"] for entry in ear.of(unknown)].count("task-failed") == 1
 
 
 @pytest.fixture(scope="module")
 def plain(platform: Platform) -> Iterator[Celery]:
-    """An app of plain Celery, with a worker on the same server, in another database."""
+    """Yield an app of plain Celery, with a worker on the same server, in another database."""
     app = plain_app(platform.environment["REDIS_URL"], task_send_sent_event=True)
     start_plain(platform, "-E")
     yield app
@@ -133,13 +135,13 @@ def plain(platform: Platform) -> Iterator[Celery]:
 
 
 def scenarios(app: Celery, redis: Any) -> dict[str, str]:
-    """How -> the id of the job to which that has happened, one after the other."""
+    """Return the id of a job for each scenario, by its name. The scenarios happen one after the other."""
 
     def send(name: str, *args: Any, **options: Any) -> str:
         return str(app.send_task(name, args, **options).id)
 
     past = datetime.now(UTC) - timedelta(minutes=1)
-    found = {
+    job_ids = {
         "success": send(f"{TASKS}.done", 1),
         "failure": send(f"{TASKS}.fails"),
         "retry": send(f"{TASKS}.retries"),
@@ -149,24 +151,24 @@ def scenarios(app: Celery, redis: Any) -> dict[str, str]:
         "terminated": send(HOLD, f"{app.main}.terminated"),
     }
     tasks.started(redis, f"{app.main}.terminated")
-    app.control.revoke(found["terminated"], terminate=True)
-    return found
+    app.control.revoke(job_ids["terminated"], terminate=True)
+    return job_ids
 
 
-#: The last event of each.
+#: Last event of each scenario.
 LAST: Final = {
     "success": "task-succeeded",
     "failure": "task-failed",
     "retry": "task-succeeded",
-    # (Not `task-rejected`: its message was acknowledged when it started.)
+    # The event is not `task-rejected`, because the message was acknowledged when the task started.
     "reject": "task-failed",
     "replaced": "task-succeeded",
     "expired": "task-revoked",
     "terminated": "task-revoked",
 }
-#: Those in which a plain worker may have the message of the next attempt before it hears how the last one ended.
+#: Scenarios in which a plain worker may have the next attempt's message before it hears of the last attempt's end.
 RACES: Final = ("retry", "replaced")
-#: What tells one life from another, and need not be equal.
+#: Fields that differ between two lives of a task.
 _CHANGES: Final = {"uuid", "hostname", "timestamp", "local_received", "clock", "pid", "runtime", "traceback", "root_id"}
 
 
@@ -178,10 +180,10 @@ def test_the_events_of_a_life_are_those_of_plain_celery(
         for how, last in LAST.items():
             lives = []
             for ear_of, jobs in ((ear, ours), (other, theirs)):
-                events = [one for one in ear_of.until(jobs[how], last) if one["type"] not in OWN]
-                # (Celery says of a body that is terminated that it was revoked when it is told so, and again when its
-                # process has ended: the second may be there by now, or not.)
-                events = events[: [one["type"] for one in events].index(last) + 1]
-                told = [(one["type"], *sorted(one.keys() - _CHANGES)) for one in events]
-                lives.append(sorted(told) if how in RACES else told)
+                events = [event for event in ear_of.until(jobs[how], last) if event["type"] not in OWN]
+                # Celery sends `task-revoked` when a body is to be terminated, and again when its process has ended. The
+                # second event may be there by now, or not.
+                events = events[: [event["type"] for event in events].index(last) + 1]
+                shapes = [(event["type"], *sorted(event.keys() - _CHANGES)) for event in events]
+                lives.append(sorted(shapes) if how in RACES else shapes)
             assert lives[0] == lives[1], how

@@ -9,7 +9,7 @@ from sqlalchemy import text
 from tests.fixtures.examples import move_into, python
 from tests.fixtures.processes import Platform
 
-#: Asks for work and looks until it is done; asks for what no platform accepts; asks where there is no Postgres.
+#: Program that asks for work and looks until it is done. Then it asks for work that no platform accepts.
 REQUESTS = """
 import json, os, time
 from fastapi.testclient import TestClient

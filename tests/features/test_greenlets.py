@@ -1,4 +1,4 @@
-"""Concurrency with gevent: thousands of jobs that wait in one process, whose own threads none of them can stop."""
+"""Concurrency with gevent: thousands of jobs wait in one process, and none can stop the process's own threads."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from tests.tasks import greenlets
 
 #: Jobs that wait at once.
 MANY = 200
-#: A short lease, in seconds; `scaled` would take the jobs of `green` back a second after its end.
+#: A short lease, in seconds. `scaled` would take the jobs of `green` back a second after its end.
 LEASE = 4.0
 SHORT_LEASE = {"PLATFORM_WORKER_TTL": str(LEASE), "PLATFORM_LOST_AFTER": str(LEASE + 1)}
 
 
 @pytest.fixture(scope="module")
 def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """Two workers, told apart by what their jobs ask for: `green` has one CPU and places for many jobs, `scaled` one to
-    three."""
+    """Yield two workers: `green` has one CPU and places for many jobs, `scaled` has one to three places.
+
+    The named resources of their jobs tell them apart.
+    """
     with standing_platform(server_pair, tmp_path_factory.mktemp("greenlets"), "tests.tasks.greenlets") as started:
         started.environment.update(SHORT_LEASE)
         started.worker("green", 1, "gevent", slots=MANY, ready=False, PLATFORM_RESOURCES=f"green={MANY}")
@@ -39,7 +41,7 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def send(task: Any, *args: Any, **options: Any) -> Any:
-    """A job that `green` runs, beside all others."""
+    """Send a job that `green` runs beside all others, and return its result."""
     return task.apply_async(args, **{"cpus": 0.005, "resources": {"green": 1}, **options})
 
 
@@ -48,7 +50,7 @@ def test_many_jobs_that_wait_run_at_once_on_one_cpu(platform: Platform, submitte
     assert len({tasks.started(platform.redis, "naps") for _ in sent}) == MANY
     assert running(submitter, [result.id for result in sent]) == MANY
     assert (submitter.allocated_cpus(), submitter.view("green")["slots"]) == ("1", str(MANY))
-    # There is no room for one more.
+    # There is no room for another job.
     more = send(greenlets.napping, "naps")
     submitter.until(more.id, "waiting")
     platform.redis.set("naps:over", "")
@@ -74,7 +76,7 @@ def test_a_job_that_computes_for_longer_than_a_lease_costs_its_worker_nothing(
     while (now := lease()) < first + 1.5 * LEASE * 1000:
         assert platform.redis.exists(keys.view("green"))
         until(lambda: lease() > now, "the lease is renewed", LEASE)
-    # Meanwhile it takes over what is admitted to it, which begins when the greenlet gives way.
+    # The worker takes over admitted jobs meanwhile. They begin when the greenlet gives way.
     after = send(tasks.add, 1, 2)
     submitter.until(after.id, "running")
     over.touch()
@@ -105,9 +107,9 @@ def test_the_time_limit_ends_a_job_that_waits_and_the_soft_one_does_not(
 
 
 def left(platform: Platform, gate: str) -> str:
-    """The job that left a gate next."""
-    said: Any = platform.redis.blpop([f"{gate}:left"], 20)
-    return str(said[1].decode())
+    """Return the next job that left a gate."""
+    popped: Any = platform.redis.blpop([f"{gate}:left"], 20)
+    return str(popped[1].decode())
 
 
 def test_a_revoke_with_terminate_ends_the_greenlet_of_a_job(platform: Platform, submitter: Submitter) -> None:
@@ -116,14 +118,14 @@ def test_a_revoke_with_terminate_ends_the_greenlet_of_a_job(platform: Platform, 
         tasks.started(platform.redis, gate)
     inspected = submitter.app.control.inspect(timeout=20, limit=2).active()
     (active,) = (jobs for name, jobs in inspected.items() if name.startswith("green@"))
-    assert {one["id"] for one in active} == {stays.id, ended.id}
+    assert {task["id"] for task in active} == {stays.id, ended.id}
     ended.revoke(terminate=True)
     with pytest.raises(TaskRevokedError, match="terminated"):
         ended.get(timeout=20)
     row = submitter.ended(ended.id)
     assert (row.state, row.attempt, row.losses) == ("cancelled", 1, 0)
     assert left(platform, "ended") == ended.id
-    # Nobody else was in that greenlet.
+    # No other job was in the terminated greenlet.
     assert submitter.row(stays.id).state == "running"
     tasks.let_go(platform.redis, "stays")
     assert stays.get(timeout=20) is None
@@ -135,7 +137,7 @@ def test_a_job_whose_greenlet_is_killed_by_somebody_else_has_failed(platform: Pl
     with pytest.raises(TaskError, match="was killed"):
         killed.get(timeout=20)
     assert submitter.ended(killed.id).state == "failed"
-    # Its place is free again: jobs wait for nothing.
+    # The killed job's place is free again: jobs wait for nothing.
     assert send(tasks.add, 1, 2).get(timeout=20) == 3
 
 
@@ -182,7 +184,7 @@ def test_a_pool_of_greenlets_that_scales_itself_publishes_its_largest_size(
 def test_a_worker_of_greenlets_that_is_killed_loses_its_jobs_and_one_that_is_stopped_lets_them_end(
     platform: Platform, submitter: Submitter
 ) -> None:
-    """(What else ends it, and what it had then, is in the tests of faults.)"""
+    """Other ends of a worker, and their effects on its jobs, are in tests/faults."""
     killed = platform.worker("mortal", 1, "gevent", slots=2, PLATFORM_RESOURCES="mortal=2")
     (job,) = hold(submitter, "mortal", 1)
     assert tasks.started(platform.redis, "mortal") == (job, killed.pid)

@@ -20,7 +20,7 @@ from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
-#: Seconds for the answers of all workers that are asked.
+#: Seconds for the answers of all asked workers.
 ANSWER_WITHIN = 20.0
 
 
@@ -33,18 +33,18 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def asked(submitter: Submitter, what: str, *names: str, ids: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The answers by worker; `names`: of those that are asked; `ids`: about which jobs."""
+    """Return the answers by worker: `names` are the asked workers, `ids` the jobs in question."""
     nodes = [node for node in nodes_of(submitter) if node.partition("@")[0] in names]
     inspect = submitter.app.control.inspect(nodes, timeout=ANSWER_WITHIN, limit=len(nodes))
-    found = getattr(inspect, what)(*ids) or {}
-    return {node.partition("@")[0]: answer for node, answer in found.items()}
+    answers = getattr(inspect, what)(*ids) or {}
+    return {node.partition("@")[0]: answer for node, answer in answers.items()}
 
 
 def nodes_of(submitter: Submitter) -> list[str]:
-    """Celery's names of the workers that live."""
+    """Return Celery's names of the live workers."""
     with submitter.platform.engine.connect() as connection:
-        found = connection.exec_driver_sql("SELECT name || '@' || hostname FROM workers WHERE status = 'ready'")
-        return list(found.scalars())
+        node_names = connection.exec_driver_sql("SELECT name || '@' || hostname FROM workers WHERE status = 'ready'")
+        return list(node_names.scalars())
 
 
 def control(submitter: Submitter, worker: str, command: str, **arguments: Any) -> Any:
@@ -74,11 +74,11 @@ def test_what_runs_is_shown_with_its_request_and_allocation(platform: Platform, 
     assert queried["t"] == {}
     state, shown = queried["a"][job]
     assert (state, shown["allocation"], shown["request"]) == ("active", expected["allocation"], expected["request"])
-    # A worker holds nothing that is not to start now: that stands in Postgres.
+    # A worker holds no job that is to start later, since Postgres keeps it.
     for what in ("reserved", "scheduled"):
         assert asked(submitter, what, "a", "t") == {"a": [], "t": []}
     scheduled = platform.celery("jobs", "--state", "scheduled", "--json")
-    assert [one["id"] for one in json.loads(scheduled.stdout)] == [later]
+    assert [row["id"] for row in json.loads(scheduled.stdout)] == [later]
 
     stats = asked(submitter, "stats", "a", "t")
     assert stats["a"]["capacity"] == {"cpus": 4, "memory": 8 * 2**30, "slots": 4}
@@ -101,7 +101,7 @@ def test_what_runs_is_shown_with_its_request_and_allocation(platform: Platform, 
 
 @contextmanager
 def stopped(pids: list[int]) -> Iterator[None]:
-    """Within, these processes do nothing."""
+    """Stop these processes within the block."""
     try:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -112,7 +112,7 @@ def stopped(pids: list[int]) -> Iterator[None]:
 
 
 def test_what_was_admitted_and_has_not_begun_is_reserved(platform: Platform, submitter: Submitter) -> None:
-    """A worker holds no job that it could not begin at once: it takes processes that do not answer to see one."""
+    """A worker holds no job that it cannot begin at once: only a pool that does not answer shows a reserved job."""
     for _ in range(5):
         submitter.send(HOLD, "all")
     holders = dict(tasks.started(platform.redis, "all") for _ in range(5))
@@ -123,16 +123,16 @@ def test_what_was_admitted_and_has_not_begun_is_reserved(platform: Platform, sub
         job = submitter.send(ADD, 1, 2, cpus=2, memory="1GiB")
         (entry,) = until(lambda: asked(submitter, "reserved", "a")["a"], "it is reserved")
         row = submitter.until(job, "running")
-        known = {
+        facts = {
             "id": job,
             "request": {"cpus": 2, "memory": 2**30, "slots": 1},
             "allocation": {"worker": "a", "attempt": 1, "token": f"{row.epoch}.1"},
         }
-        assert known.items() <= entry.items()
+        assert facts.items() <= entry.items()
         assert asked(submitter, "active", "a") == {"a": []}
         state, shown = asked(submitter, "query_task", "a", ids=(job,))["a"][job]
         assert state == "reserved"
-        assert known.items() <= shown.items()
+        assert facts.items() <= shown.items()
         assert asked(submitter, "stats", "a")["a"]["allocated"]["cpus"] == 2
     assert submitter.value(job) == 3
     assert asked(submitter, "reserved", "a") == {"a": []}
@@ -149,7 +149,7 @@ def test_a_time_limit_given_to_the_workers_holds(platform: Platform, submitter: 
 
 
 def test_the_pool_is_restarted_where_it_can_be(platform: Platform, submitter: Submitter) -> None:
-    """What runs goes on to its end, in the process that it has; later jobs run in new ones."""
+    """A running job goes on to its end, in its old process; later jobs run in new ones."""
     running = submitter.send(HOLD, "restart", cpus=2)
     _, before = tasks.started(platform.redis, "restart")
     assert control(submitter, "a", "pool_restart") == {"ok": "reload started"}
@@ -168,7 +168,7 @@ def test_the_pool_is_restarted_where_it_can_be(platform: Platform, submitter: Su
 
 
 def test_a_remote_shutdown_drains(platform: Platform, submitter: Submitter) -> None:
-    """What runs ends; what waits goes elsewhere, and nothing more comes here."""
+    """Running jobs end, waiting jobs go to other workers, and no new job comes to this one."""
     leaving = platform.worker("leaving", cpus=8)
     job = submitter.send(HOLD, "leaving", cpus=8)
     tasks.started(platform.redis, "leaving")

@@ -1,5 +1,7 @@
-"""Producers that know nothing of the platform: plain Celery, and messages written by hand, by both protocols. Their
-tasks are enrolled, admitted, run and answered."""
+"""Producers that know nothing of the platform: plain Celery, and messages written by hand, by both protocols.
+
+Their tasks are enrolled, admitted, run and answered.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,13 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(params=[1, 2], ids=["protocol 1", "protocol 2"])
 def protocol(request: pytest.FixtureRequest) -> int:
-    found: int = request.param
-    return found
+    number: int = request.param
+    return number
 
 
 @pytest.fixture
 def plain(protocol: int, platform: Platform) -> Iterator[Celery]:
-    """Celery as it comes."""
+    """Yield an app of plain Celery."""
     url = platform.settings.redis_url
     with Celery("plain", broker=url, backend=url, set_as_current=False) as app:
         app.conf.task_protocol = protocol
@@ -52,7 +54,7 @@ def plain(protocol: int, platform: Platform) -> Iterator[Celery]:
 def test_what_plain_celery_sends_is_enrolled_admitted_run_and_answered(plain: Celery, submitter: Submitter) -> None:
     sent = plain.send_task(ADD, [40, 2], priority=6)
     routed = plain.send_task(WHERE, queue="video")
-    # What its workers declare, the sender need not know.
+    # The sender need not know the workers' declarations.
     wide = plain.send_task(THREE)
     failed = plain.send_task(FAIL, ["it is so"])
     assert sent.get(timeout=RESULT_WITHIN) == 42
@@ -97,7 +99,7 @@ def test_a_sender_on_the_platform_may_speak_the_first_protocol(protocol: int, su
 
 
 def push(platform: Platform, queue: str, body: Any, headers: Any = None, **properties: Any) -> None:
-    """A message as somebody writes it with a client of Redis: the least that a worker of Celery takes."""
+    """Push a message as a client of Redis may write it, with the least that a worker of Celery takes."""
     envelope = {
         "body": base64.b64encode(json.dumps(body).encode()).decode(),
         "content-type": "application/json",
@@ -119,7 +121,7 @@ def test_a_message_written_by_hand_is_a_job(platform: Platform, submitter: Submi
     push(
         platform, "celery", {"task": ADD, "id": "by-hand-3", "kwargs": {"x": 40, "y": 2}, "taskset": None, "retries": 0}
     )
-    # Its times name no zone, and mean UTC unless it says otherwise.
+    # The message's times name no zone. They mean UTC unless the message says otherwise.
     eta = (datetime.now(UTC) + timedelta(hours=2)).replace(tzinfo=None).isoformat()
     push(platform, "celery", {"task": ADD, "id": "by-hand-4", "args": [1, 2], "eta": eta, "utc": True})
     assert submitter.until("by-hand-1", "succeeded").queue == "celery"
@@ -142,8 +144,8 @@ def test_what_other_languages_write_for_no_arguments_is_that(
 
 
 def test_what_is_given_its_arguments_keeps_its_encoding() -> None:
-    said = [None, {"x": "ü"}, {}]
-    assert json.loads(with_arguments(json.dumps(said).encode())) == [[], {"x": "ü"}, {}]
+    body = [None, {"x": "ü"}, {}]
+    assert json.loads(with_arguments(json.dumps(body).encode())) == [[], {"x": "ü"}, {}]
     for kept in (b"[1, 2]", b"no JSON", b"[[1], {}, {}]", b"\xff[", json.dumps([[1], {"x": 1}, None]).encode()):
         assert with_arguments(kept) == kept
 
@@ -176,7 +178,7 @@ def test_what_can_be_no_job_is_set_aside(platform: Platform, submitter: Submitte
     push(platform, "celery", {**task, "args": [deep, 2]})
     rows = until_set_aside(platform, 8)
     assert [row.queue for row in rows].count("video") == 1
-    said = "\n".join(row.reason for row in rows)
+    reasons = "\n".join(row.reason for row in rows)
     for what in ("not a task message", "the arguments of", "a chain", "'tomorrow'", "priority 11", "nested"):
-        assert what in said, said
+        assert what in reasons, reasons
     assert submitter.row("wrong") is None

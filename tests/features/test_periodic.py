@@ -1,5 +1,7 @@
-"""Periodic tasks: a project's own schedules (intervals, crontab, the sun, added ones) beside the platform's ticks, with
-the requests of their entries."""
+"""Periodic tasks: a project's own schedules beside the platform's ticks, with the requests of their entries.
+
+The schedules are intervals, crontab, the sun, and added ones.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ ASKED = {
 
 
 def was_away(days: int, file: Path) -> None:
-    """Have beat's file say that it ran last so many days ago: what goes by the clock is due at once."""
+    """Make beat's file say that beat last ran this many days ago, so that entries by the clock are due at once."""
     app = Celery("away", set_as_current=False)
     app.conf.beat_schedule = dict(SCHEDULE)
     scheduler = PersistentScheduler(app, schedule_filename=str(file))
@@ -41,13 +43,13 @@ def rows(platform: Platform) -> list[Any]:
 
 
 def runs(platform: Platform) -> dict[str, list[Any]]:
-    """Request and priority of the jobs that succeeded, by the kind of their schedule."""
-    found: dict[str, list[Any]] = {kind: [] for kind in ASKED}
+    """Return request and priority of the jobs that succeeded, by the kind of their schedule."""
+    by_kind: dict[str, list[Any]] = {kind: [] for kind in ASKED}
     for row in rows(platform):
         if row.state == "succeeded":
             stored: Any = platform.redis.get(f"celery-task-meta-{row.id}")
-            found[json.loads(stored)["result"]].append((row.request, row.priority))
-    return found
+            by_kind[json.loads(stored)["result"]].append((row.request, row.priority))
+    return by_kind
 
 
 def test_entries_of_every_kind_run_with_their_requests_beside_the_platforms_ticks(platform: Platform) -> None:
@@ -58,10 +60,10 @@ def test_entries_of_every_kind_run_with_their_requests_beside_the_platforms_tick
     for name in ("interval", "crontab", "solar", "added", "platform: heartbeat", "platform: sweep"):
         beat.wait_for(f"Sending due task {name} ")
     beat.stop()
-    # All of it was accepted before there was any worker, and runs when there is one.
+    # All jobs were accepted before there was any worker. They run when there is one.
     sent = len(rows(platform))
     platform.worker("w", cpus=4, pool="threads")
     until(lambda: sum(map(len, runs(platform).values())) == sent, lambda: f"all have run: {rows(platform)}")
-    for kind, found in runs(platform).items():
-        assert found, kind
-        assert all(one == ASKED[kind] for one in found), kind
+    for kind, ran in runs(platform).items():
+        assert ran, kind
+        assert all(run == ASKED[kind] for run in ran), kind

@@ -1,4 +1,4 @@
-"""Concurrency: what a worker publishes follows the size of its pool, and what runs is not disturbed."""
+"""Concurrency: a worker's published capacity follows the size of its pool, and running jobs are not disturbed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ HOLD = "tests.fixtures.tasks.hold"
 
 @pytest.fixture(scope="module")
 def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """Two workers, told apart by what their jobs ask for: `fixed` with two processes, `scaled` with one to three."""
+    """Yield two workers: `fixed` with two processes, and `scaled` with one to three.
+
+    Each job asks for the resource that has its worker's name.
+    """
     with standing_platform(server_pair, tmp_path_factory.mktemp("pools")) as running:
         running.worker("fixed", cpus=8, slots=2, ready=False, PLATFORM_RESOURCES="fixed=100")
         running.worker("scaled", cpus=8, arguments=("--autoscale", "3,1"), PLATFORM_RESOURCES="scaled=100")
@@ -31,7 +34,7 @@ def slots(submitter: Submitter, worker: str) -> int:
 
 
 def control(submitter: Submitter, worker: str, command: str, **arguments: Any) -> Any:
-    """The answer of one worker to a command of remote control."""
+    """Return the answer of one worker to a command of remote control."""
     app = submitter.app
     (name,) = [name for name in app.control.inspect(timeout=20, limit=2).ping() if name.startswith(f"{worker}@")]
     answers = app.control.broadcast(command, arguments, destination=[name], reply=True, timeout=20, limit=1)
@@ -52,12 +55,12 @@ def test_a_pool_that_grows_and_shrinks_publishes_its_size(platform: Platform, su
     for _ in range(2):
         tasks.started(platform.redis, "fixed")
     assert "ok" in control(submitter, "fixed", "pool_grow", n=2)
-    # The room is used as soon as it is there.
+    # New room is used at once.
     for _ in range(2):
         tasks.started(platform.redis, "fixed")
     until(lambda: slots(submitter, "fixed") == 4, "it publishes four")
     assert running(submitter, jobs) == 4
-    # One that is busy whole does not shrink; then the published slots stay what they are.
+    # A pool that is busy in whole does not shrink. The published slots then stay unchanged.
     assert "error" in control(submitter, "fixed", "pool_shrink", n=1)
     assert slots(submitter, "fixed") == 4
     tasks.let_go(platform.redis, "fixed", 3)
@@ -67,7 +70,7 @@ def test_a_pool_that_grows_and_shrinks_publishes_its_size(platform: Platform, su
     until(lambda: slots(submitter, "fixed") == 2, "it publishes two again")
     more = hold(submitter, "fixed", 1)
     submitter.until(more[0], "waiting")
-    # What ran was not disturbed.
+    # Running jobs were not disturbed.
     tasks.let_go(platform.redis, "fixed", 3)
     rows = [submitter.ended(job) for job in [*jobs, *more]]
     assert [(row.state, row.attempt, row.losses) for row in rows] == [("succeeded", 1, 0)] * 6

@@ -1,4 +1,4 @@
-"""Concurrency: what each pool of Celery's does with jobs, and processes that are replaced by new ones."""
+"""Concurrency: how each pool of Celery's runs jobs, and replaces its processes by new ones."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from tests.tasks import bodies
 
 @pytest.fixture(scope="module")
 def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """Three workers, told apart by what their jobs ask for: `counted` has processes that run two jobs each, those of
-    `weighed` have always too much memory, and `single` has no process but its own."""
+    """Yield three workers: `counted`, `weighed` and `single`.
+
+    Each job asks for the resource that has its worker's name. Each process of `counted` runs two jobs. The
+    processes of `weighed` always have too much memory. `single` has no process but its own.
+    """
     with standing_platform(server_pair, tmp_path_factory.mktemp("pools"), "tests.tasks.bodies") as running:
         for name, pool, arguments in (
             ("counted", "prefork", ("--max-tasks-per-child", "2")),
-            # (KiB)
+            # The limit is in KiB.
             ("weighed", "prefork", ("worker.max_memory_per_child=1000",)),
             ("single", "solo", ()),
         ):
@@ -41,8 +44,8 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def worker(platform: Platform, name: str) -> Process:
-    (found,) = [process for process in platform.processes if process.name == name]
-    return found
+    (only,) = [process for process in platform.processes if process.name == name]
+    return only
 
 
 @pytest.mark.parametrize(("name", "most"), [("counted", 2), ("weighed", 1)])
@@ -55,7 +58,7 @@ def test_processes_that_are_replaced_lose_nothing(
     assert worker(platform, name).pid not in ran
     rows = [submitter.ended(result.id) for result in sent]
     assert [(row.state, row.attempt, row.losses) for row in rows] == [("succeeded", 1, 0)] * 10
-    # The size of the pool is what it was.
+    # The size of the pool is unchanged.
     assert submitter.view(name)["slots"] == "2"
 
 
@@ -72,7 +75,7 @@ def test_a_solo_pool_runs_one_job_at_a_time_in_the_worker_itself(platform: Platf
     until(lambda: submitter.allocated_cpus() == "0", "all is released")
 
 
-#: Celery's way to a pool that it has no name for.
+#: Variable in which Celery takes a pool that it has no name for.
 CUSTOM = "CELERY_CUSTOM_WORKER_POOL"
 
 

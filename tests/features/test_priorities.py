@@ -1,4 +1,4 @@
-"""Message Priorities: 9 first and 0 last, whatever the broker."""
+"""Message priorities: 9 first and 0 last, on every broker."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ MOVES = "tests.tasks.routed.moves"
 
 @pytest.fixture(scope="module")
 def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """One worker with room for one job, that serves two queues."""
+    """Yield a platform of one worker with room for one job, that serves two queues."""
     with standing_platform(server_pair, tmp_path_factory.mktemp("one"), "tests.tasks.routed") as running:
         running.worker("a", cpus=1, pool="threads", arguments=("-Q", "celery,video"))
         yield running
 
 
 def started_order(submitter: Submitter, jobs: list[str]) -> list[int]:
-    """The priorities of these jobs, in the order in which they started (their last attempts).
+    """Return the priorities of these jobs, in the order in which their last attempts started.
 
-    The ledger's clock counts milliseconds: of two that started within one, nobody knows which was first."""
+    The ledger's clock counts milliseconds. The order of two starts within one millisecond is unknown.
+    """
     rows = sorted((submitter.ended(job) for job in jobs), key=lambda row: (row.started_at, -row.priority))
     return [row.priority for row in rows]
 
@@ -42,7 +43,7 @@ def test_nine_comes_first_from_whoever_and_in_whichever_queue(platform: Platform
     queues = ("celery", "video") * 5
     jobs = [submitter.send(WHERE, priority=priority, queue=queue) for priority, queue in enumerate(queues)]
     jobs += [submitter.send(WHERE)]
-    # A group keeps them, and so does what plain Celery sends.
+    # A group keeps its members' priorities, and so do messages of plain Celery.
     where = submitter.app.signature(WHERE, immutable=True)
     jobs += [result.id for result in group(where.set(priority=7), where.clone().set(priority=2)).apply_async()]
     again = submitter.send(MOVES, priority=5)
@@ -55,7 +56,7 @@ def test_nine_comes_first_from_whoever_and_in_whichever_queue(platform: Platform
     order = started_order(submitter, jobs)
     assert order == sorted(order, reverse=True)
     assert order == [9, 8, 8, 7, 7, 6, 5, 4, 3, 2, 2, 1, 1, 0, 0]
-    # A retry keeps its own.
+    # A retry keeps the job's priority.
     row = submitter.ended(again)
     assert (row.priority, row.retries, row.attempt) == (5, 1, 2)
 

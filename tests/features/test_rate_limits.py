@@ -1,4 +1,4 @@
-"""`rate_limit` with workers: it holds for the whole cluster, and what it holds back takes no room."""
+"""`rate_limit` with workers: it holds for the whole cluster, and its waiting jobs take no room."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def test_two_workers_together_start_no_more_than_the_rate(submitter: Submitter) -> None:
-    # By its name: this sender knows the rate from what workers published.
+    # The sender uses only the task's name. The workers have published the rate.
     jobs = [submitter.send(gated.often.name) for _ in range(12)]
     starts = sorted(submitter.ended(job).due_at for job in jobs)
     assert len(starts) == 12
     for number, at in enumerate(starts):
-        # A bucket that was empty after the first one: after so many seconds no more than rate x seconds have gone.
+        # The bucket was empty after the first start, so in any number of seconds at most rate x seconds jobs start.
         assert number <= 20 * (at - starts[0]).total_seconds() + 1
     assert {submitter.row(job).worker for job in jobs} <= {"a", "b"}
 
@@ -43,7 +43,7 @@ def test_what_a_rate_holds_back_takes_no_room_and_says_so(platform: Platform, su
         why = explain(platform.redis, connection, second)
     assert why is not None and "rate limit of its task is 1/h" in reasons(why)[0]
     assert submitter.allocated_cpus() == "0"
-    # At run time, as any operator of Celery does it; every worker says yes.
+    # An operator of Celery changes the rate at run time, and every worker agrees.
     changed = platform.celery("control", "rate_limit", gated.seldom.name, "0")
     assert (changed.returncode, changed.stdout.count("OK")) == (0, 2), changed.stdout + changed.stderr
     assert submitter.ended(second).state == "succeeded"

@@ -1,5 +1,7 @@
-"""Results: where they are kept, what is kept of them, and how they are waited for, by the sections of Celery's
-documentation."""
+"""Results: the places where they are kept, their contents, and the ways to wait for them.
+
+The tests follow the sections of Celery's documentation.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ REPLIES = "rpc://"
 def platform(
     request: pytest.FixtureRequest, server_pair: Pair, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Platform]:
-    """One worker `a` with 2 CPUs and as many slots, that keeps much of each result."""
+    """Yield one worker `a` with 2 CPUs and as many slots, that keeps extended results."""
     with standing_platform(server_pair, tmp_path_factory.mktemp(request.param), *IMPORTS) as running:
         database = running.engine.url.render_as_string(hide_password=False)
         running.environment["CELERY_RESULT_BACKEND"] = {
@@ -43,7 +45,7 @@ def platform(
 
 @pytest.fixture
 def waiter(platform: Platform, submitter: Submitter) -> Submitter:
-    """A submitter that reads results where the worker keeps them."""
+    """Return a submitter that reads results where the worker keeps them."""
     submitter.app.conf.update(result_backend=platform.environment["CELERY_RESULT_BACKEND"], result_extended=True)
     return submitter
 
@@ -60,22 +62,22 @@ def test_a_waiting_job_is_waited_for(platform: Platform, waiter: Submitter) -> N
     assert (waiting.state, waiting.ready()) == (states.PENDING, False)
     with pytest.raises(NotInTime):
         waiting.get(timeout=0.2)
-    found: list[Any] = []
-    reader = Thread(target=lambda: found.append(waiting.get(timeout=20)))
+    values: list[Any] = []
+    reader = Thread(target=lambda: values.append(waiting.get(timeout=20)))
     if is_rpc(waiter):
         # A reply goes to the thread that asked.
         tasks.let_go(platform.redis, "block")
-        found.append(waiting.get(timeout=20))
+        values.append(waiting.get(timeout=20))
     else:
         reader.start()
         tasks.let_go(platform.redis, "block")
         reader.join(30)
-    assert found == [3]
+    assert values == [3]
     assert (blocker.get(timeout=20), waiting.successful()) == ("a", True)
 
 
 def test_each_end_has_its_result(platform: Platform, waiter: Submitter) -> None:
-    # (No worker reads that.)
+    # No worker reads yaml.
     waiter.app.conf.accept_content = ["json", "yaml"]
     unread = add.apply_async((1, 1), serializer="yaml")
     with pytest.raises(InvalidTaskError, match="yaml"):
@@ -93,7 +95,7 @@ def test_each_end_has_its_result(platform: Platform, waiter: Submitter) -> None:
     with pytest.raises(TypeError, match="argument"):
         waiter.app.send_task(add.name, (1, 2, 3)).get(timeout=20)
     assert retrying.with_others.delay(1).get(timeout=20) == 2
-    # It ends without any worker; one tells of it.
+    # The revoked job ends without any worker, and a worker announces its end.
     later = add.apply_async((1, 1), countdown=600)
     waiter.until(later.id, "scheduled")
     later.revoke()
@@ -130,8 +132,8 @@ def test_many_results_are_read_as_they_come_and_together(platform: Platform, wai
     seen: list[tuple[str, int]] = []
     several = group(add.s(1, 1), add.s(2, 2)).apply_async()
     several.get(timeout=20, callback=lambda job, value: seen.append((job, value)))
-    # (As they come.)
-    assert sorted(seen, key=lambda one: one[1]) == [(several.results[0].id, 2), (several.results[1].id, 4)]
+    # Results come in any order.
+    assert sorted(seen, key=lambda pair: pair[1]) == [(several.results[0].id, 2), (several.results[1].id, 4)]
     mixed = group(add.s(1, 1), tasks.fail.s("one of them")).apply_async()
     with pytest.raises(ValueError, match="one of them"):
         mixed.get(timeout=20)
@@ -146,7 +148,7 @@ def test_what_is_kept_can_be_found_again_and_forgotten(platform: Platform, waite
     results = group(add.s(1, 1), add.s(2, 2)).apply_async()
     joined = chord([add.s(1, 1), add.s(2, 2)], canvas.total.s())
     if is_rpc(waiter):
-        # Nobody keeps them: Celery says so.
+        # No backend keeps the group's results, and Celery says so.
         with pytest.raises(NotImplementedError):
             results.save()
         with pytest.raises(NotImplementedError, match="chord"):
@@ -154,9 +156,9 @@ def test_what_is_kept_can_be_found_again_and_forgotten(platform: Platform, waite
         assert results.get(timeout=20) == [2, 4]
         return
     results.save()
-    found = GroupResult.restore(results.id, app=waiter.app)
-    assert found is not None
-    assert found.get(timeout=20) == [2, 4]
+    restored = GroupResult.restore(results.id, app=waiter.app)
+    assert restored is not None
+    assert restored.get(timeout=20) == [2, 4]
     assert joined.apply_async().get(timeout=20) == 6
     (first, _) = results.results
     first.forget()

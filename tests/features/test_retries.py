@@ -1,4 +1,4 @@
-"""Retrying: under the same id, from a task that still runs; what waits for its time holds nothing."""
+"""Retrying: a retry has its job's id, and comes from a running task. A job that waits for its time holds nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fixtures.waiting import until
 from tests.tasks.canvas import total
 from tests.tasks.retrying import after, by_itself, more_and_more_seldom, with_others, without_reason
 
-#: Far away, for a test.
+#: Seconds that are far away for a test.
 LATER = 600
 
 
@@ -26,7 +26,7 @@ LATER = 600
 def platform(
     request: pytest.FixtureRequest, server_pair: Pair, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Platform]:
-    """One worker `a` with 2 CPUs and as many slots."""
+    """Yield one worker `a` with 2 CPUs and as many slots."""
     pool: Pool = request.param
     imports = ("tests.tasks.canvas", "tests.tasks.retrying")
     with standing_platform(server_pair, tmp_path_factory.mktemp(pool), *imports) as running:
@@ -42,7 +42,7 @@ def test_what_waits_for_its_retry_holds_neither_capacity_nor_memory(platform: Pl
         assert timedelta(seconds=LATER - 60) < row.due_at - row.submitted_at < timedelta(seconds=LATER + 60)
         assert submitter.result(job).state == "RETRY"
     assert submitter.allocated_cpus() == "0"
-    # All of it is free for others, and the worker has no message, timer or request of theirs.
+    # All CPUs are free for others, and the worker has no message, timer or request of the waiting jobs.
     assert add.apply_async((1, 1), cpus=2).get(timeout=20) == 2
     inspect = submitter.app.control.inspect(timeout=20, limit=1)
     for answer in (inspect.active(), inspect.reserved(), inspect.scheduled()):

@@ -1,4 +1,7 @@
-"""Revoking (Celery: Workers Guide, "Commands"): whatever a job is doing, by its id or by its stamps, and for good."""
+"""Revoking: a job in any state, by its id or by its stamps, and for good.
+
+Source: Celery, Workers Guide, "Commands".
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ TASKS = "tests.tasks.heard"
 
 @pytest.fixture(scope="module")
 def heard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of the signals that workers heard."""
+    """Return the file of the signals that workers heard."""
     return tmp_path_factory.mktemp("heard") / "signals"
 
 
@@ -41,20 +44,20 @@ def platform(server_pair: Pair, heard: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def revocations(heard: Path) -> Counter[tuple[str, bool, bool]]:
-    """(job, terminated, expired) of the signals `task_revoked`."""
+    """Return the number of signals `task_revoked`, by (job, terminated, expired)."""
     lines = heard.read_text().splitlines() if heard.exists() else []
-    found = [one for one in map(json.loads, lines) if one["signal"] == "task_revoked"]
-    return Counter((one["job"], bool(one["terminated"]), bool(one["expired"])) for one in found)
+    signals = [entry for entry in map(json.loads, lines) if entry["signal"] == "task_revoked"]
+    return Counter((entry["job"], bool(entry["terminated"]), bool(entry["expired"])) for entry in signals)
 
 
 def announced(heard: Path, job: str, terminated: bool = False, expired: bool = False) -> None:
-    """The signal of a job comes, once."""
+    """Wait for the signal of a job, and assert that it came once."""
     until(lambda: revocations(heard)[job, terminated, expired], f"task_revoked of {job}")
-    assert sum(count for (one, *_), count in revocations(heard).items() if one == job) == 1
+    assert sum(count for (job_id, *_), count in revocations(heard).items() if job_id == job) == 1
 
 
 def is_revoked(submitter: Submitter, job: str, match: str = "revoked") -> Any:
-    """The job has ended so, and whoever asks for its result is told; its row."""
+    """Assert that the job ended as revoked, and that its result says so. Return its row."""
     row = submitter.ended(job)
     assert row.state == "cancelled"
     until(lambda: submitter.result(job).state == "REVOKED", "its result is REVOKED")
@@ -65,7 +68,7 @@ def is_revoked(submitter: Submitter, job: str, match: str = "revoked") -> Any:
 
 @pytest.fixture
 def full(platform: Platform, submitter: Submitter) -> Iterator[str]:
-    """Worker `a` is full with one job until the end of the test; its id."""
+    """Yield the id of a job that fills worker `a` until the end of the test."""
     job = submitter.send(HOLD, "full", cpus=2)
     tasks.started(platform.redis, "full")
     yield job
@@ -102,7 +105,7 @@ def test_by_stamp_whatever_they_do(full: str, platform: Platform, submitter: Sub
         is_revoked(submitter, job)
         announced(heard, job)
     assert {submitter.row(job).state for job in (other, not_stamped)} <= {"accepted", "waiting"}
-    # What is submitted with it later ends where it would start, as with Celery.
+    # A job that is submitted later with a revoked stamp ends where it would start, as with Celery.
     submitter.app.control.revoke([other, not_stamped])
 
 
@@ -117,14 +120,14 @@ def test_a_running_job_is_terminated_by_its_stamp(platform: Platform, submitter:
 
 
 def test_a_running_job_goes_on_and_does_not_come_again(platform: Platform, submitter: Submitter, heard: Path) -> None:
-    """As with Celery: the body ends by itself, and what it publishes under its id is discarded."""
+    """The body ends by itself, as with Celery, and the messages that it publishes under its id are discarded."""
     ends = submitter.send(HOLD, "ends")
     again = submitter.send(f"{TASKS}.retries_when_let_go", "again")
     for job, gate in ((ends, "ends"), (again, "again")):
         tasks.started(platform.redis, gate)
         submitter.result(job).revoke()
         assert submitter.row(job).revoked_at is not None
-        # No worker says of a running job that it is revoked.
+        # No worker reports a running job as revoked.
         assert submitter.result(job).state == "PENDING"
         tasks.let_go(platform.redis, gate)
     assert submitter.value(ends) == "a"
@@ -148,7 +151,7 @@ def test_a_job_whose_process_dies_after_it_was_revoked_runs_no_more(
 
 
 def test_it_is_kept_for_a_worker_that_is_away(platform: Platform, submitter: Submitter, heard: Path) -> None:
-    """Admitted to a worker that is stopped: should it come back, it does not start; and nobody else gets the job."""
+    """The job was admitted to a stopped worker: it does not start if that comes back, and nobody else gets it."""
     away: Process = platform.worker("away", cpus=8, pool="threads")
     away.signal(signal.SIGSTOP)
     job = submitter.send(HOLD, "never", cpus=8)
@@ -182,9 +185,9 @@ def test_purge_ends_the_backlog_and_nothing_else(full: str, platform: Platform, 
     for job in waiting:
         assert is_revoked(submitter, job, "purged").error == "purged"
     assert (submitter.row(full).state, submitter.row(scheduled).state) == ("running", "scheduled")
-    one = submitter.send(ADD, 1, 1)
+    dropped = submitter.send(ADD, 1, 1)
     assert submitter.app.control.purge() == 1
-    is_revoked(submitter, one, "purged")
+    is_revoked(submitter, dropped, "purged")
     submitter.app.control.revoke(scheduled)
 
 

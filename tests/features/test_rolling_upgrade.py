@@ -1,5 +1,7 @@
-"""Rolling upgrade: from plain Celery by the steps of docs/how-to/rolling-upgrade.md while a producer goes on, and from
-one version of the platform to the next."""
+"""Rolling upgrade: from plain Celery while a producer goes on, and from one version of the platform to the next.
+
+The steps from plain Celery are those of docs/how-to/rolling-upgrade.md.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ PATIENCE = 10.0
 
 
 class Producer:
-    """Sends numbers, one after the other, until it is told to stop."""
+    """Send numbers, one after the other, until the test stops it."""
 
     def __init__(self, app: Any, first: int) -> None:
         self.app = app
@@ -46,11 +48,11 @@ class Producer:
     def _run(self) -> None:
         while not self._stop.wait(EVERY):
             number = self._first + len(self.sent)
-            # Some are for later: a worker of plain Celery holds them until then.
+            # Some tasks are for later: a worker of plain Celery holds them until then.
             self.sent.append(self.app.tasks["rolling.count"].apply_async([number], countdown=number % 7 or None))
 
     def reaches(self, more: int) -> None:
-        """Waits until it has sent so many more."""
+        """Wait until this producer has sent `more` further tasks."""
         goal = len(self.sent) + more
         until(lambda: len(self.sent) >= goal, f"{goal} are sent")
 
@@ -68,14 +70,14 @@ def plain_worker(platform: Platform, name: str) -> Process:
 
 
 def run_dry(app: Any, name: str) -> None:
-    """Has a plain worker take nothing more, and waits until it has nothing."""
+    """Make a plain worker take no more tasks, and wait until it holds none."""
     only = [f"{name}@{socket.gethostname()}"]
     assert app.control.cancel_consumer("celery", destination=only, reply=True, timeout=PATIENCE, limit=1)
 
     def holds() -> bool:
         inspect = app.control.inspect(destination=only, timeout=PATIENCE, limit=1)
-        said = [inspect.active(), inspect.reserved(), inspect.scheduled()]
-        return any(not one or any(one.values()) for one in said)
+        answers = [inspect.active(), inspect.reserved(), inspect.scheduled()]
+        return any(not answer or any(answer.values()) for answer in answers)
 
     until(lambda: not holds(), f"{name} holds nothing")
 
@@ -93,16 +95,16 @@ def test_old_and_new_workers_share_a_broker_and_every_task_runs_once(
     before = [plain_worker(platform, name) for name in ("old-1", "old-2")]
     with old.going_on():
         old.reaches(50)
-        # New workers beside the old ones.
+        # New workers start beside the old ones.
         platform.worker("new-1", cpus=4, ROLLING="platform")
         old.reaches(50)
-        # The old ones go, one after the other, when they have run what they took. (A plain worker that is to stop while
-        # it begins a task may put back its message, too.)
+        # Each old worker goes when it has run its tasks. A plain worker that stops while it begins a task may put back
+        # its message, too.
         for worker in before:
             run_dry(old.app, worker.name)
             assert worker.stop(60) == 0
             old.reaches(50)
-        # New producers beside the old one, which goes last.
+        # New producers start beside the old one, which goes last.
         with new.going_on():
             new.reaches(50)
     results = [*old.sent, *new.sent]
@@ -112,15 +114,15 @@ def test_old_and_new_workers_share_a_broker_and_every_task_runs_once(
     assert {number: times for number, times in ran.items() if times != b"1"} == {}
     where = {value.partition(" on ")[2] for value in values}
     assert where == {"old-1", "old-2", "new-1"}
-    # What the old workers did not run is a job, and each ended once.
+    # Each task that the old workers did not run is a job, and each job ended once.
     jobs = sum(value.endswith("new-1") for value in values)
 
     def states() -> list[tuple[str, int]]:
         with platform.engine.connect() as connection:
-            found = connection.exec_driver_sql("SELECT state, count(*) FROM jobs GROUP BY state").all()
-        return [(row[0], row[1]) for row in found]
+            rows = connection.exec_driver_sql("SELECT state, count(*) FROM jobs GROUP BY state").all()
+        return [(row[0], row[1]) for row in rows]
 
-    # (A result is there before its row knows.)
+    # A result is there before its job's row shows the end.
     until(lambda: states() == [("succeeded", jobs)], lambda: f"{jobs} jobs have succeeded: {states()}")
     stores = platform_of(new.app)
     stores.sending.close()
@@ -142,7 +144,7 @@ def set_revision(engine: Engine, revision: str) -> None:
 def test_a_worker_of_before_starts_on_newer_tables_and_works_beside_newer_workers(
     platform: Platform, submitter: Submitter
 ) -> None:
-    """What is additive: a revision, a column of jobs, fields of messages and of the ledger's books."""
+    """The additions are a revision, a column of jobs, and fields of messages and of the ledger's books."""
     with platform.engine.begin() as connection:
         connection.execute(text("ALTER TABLE jobs ADD COLUMN of_the_next_release text DEFAULT 'new'"))
     set_revision(platform.engine, NEXT_MINOR)
@@ -151,7 +153,7 @@ def test_a_worker_of_before_starts_on_newer_tables_and_works_beside_newer_worker
     platform.redis.hset(keys.EPOCH, "of_the_next_release", "new")
     platform.redis.hset(keys.book("w"), "of_the_next_release", "new")
     assert submitter.value(submitter.send(ADD, 40, 2)) == 42
-    # One that the release before sent says no format; one of the next may say more than this release knows.
+    # A message of the release before has no format. A message of the next release may have unknown fields.
     newer = {"capacity_request": {"shape": "cpus=1000,slots=1", "declared": True, "of_the_next_release": [1]}}
     job = submitter.send(ADD, 1, 1, headers=newer)
     assert submitter.value(job) == 2
@@ -161,7 +163,7 @@ def test_a_worker_of_before_starts_on_newer_tables_and_works_beside_newer_worker
 
 
 def message_of(submitter: Submitter, job: str) -> dict[str, Any]:
-    """The message as the job's row keeps it."""
+    """Return the message that the job's row keeps."""
     return messages.decode(bytes(submitter.row(job).message))
 
 
@@ -176,7 +178,7 @@ def test_a_worker_refuses_tables_and_a_ledger_of_a_newer_format(platform: Platfo
     books = platform.start("books", "worker", NODE_NAME="books")
     assert books.wait() == 78
     assert f"the ledger is of format {format_versions.LEDGER + 1}" in books.tail()
-    # A submitter of before keeps what it accepts for those who know: nothing is lost, nothing is written there.
+    # An older submitter leaves accepted jobs to newer workers: nothing is lost, and nothing is written to the ledger.
     job = submitter.send(ADD, 40, 2)
     assert submitter.row(job).state == "accepted"
     assert not platform.redis.exists(keys.job(job))
@@ -210,7 +212,7 @@ def test_job_of_a_newer_format_goes_back_until_a_worker_knows_it(
     line = before.wait_for(f"a message of format {format_versions.MESSAGE + 1}")
     assert job in line
     until(lambda: counter(platform, "refused.format") >= 2, "it came again, and goes back again")
-    # It is no loss, nothing of it is set aside, and the worker does what else there is.
+    # The refused job is not lost, none of it is set aside, and the worker does its other work.
     row = submitter.row(job)
     assert (row.losses, row.finished_at) == (0, None)
     assert set_aside(platform) == []

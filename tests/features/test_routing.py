@@ -1,4 +1,4 @@
-"""Routing Tasks: which queue a job is in, and which workers take it."""
+"""Routing Tasks: the queue of a job, and the workers that take it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOLD = "tests.fixtures.tasks.hold"
 ROUTED = "tests.tasks.routed"
 
 MEDIA = Exchange("media", type="topic")
-#: The queues of a user: a name alone, by a topic, by a key of a direct exchange.
+#: The queues of a user: by a name alone, by a topic, by a key of a direct exchange.
 QUEUES = [
     Queue("celery"),
     Queue("films", MEDIA, routing_key="video.#"),
@@ -43,14 +43,14 @@ QUEUES = [
 
 
 class Sender:
-    """An app on stores that no worker looks at, and the rows that it makes."""
+    """Submit jobs by an app on stores that no worker looks at, and read their rows."""
 
     def __init__(self, app: Celery, engine: Engine) -> None:
         self.app = app
         self._engine = engine
 
     def send(self, **options: Any) -> Any:
-        """The row of a new job."""
+        """Send a job and return its row."""
         return self.row(self.app.send_task(ADD, [1, 2], **options).id)
 
     def row(self, job: str) -> Any:
@@ -107,16 +107,16 @@ def test_the_call_says_where(alone: Sender, options: dict[str, Any], queue: str)
 def test_the_routes_of_the_user_say_where(alone: Sender, routes: Any) -> None:
     alone.app.conf.task_routes = routes
     assert alone.send().queue in ("video", "films")
-    # The call wins, and keeps what else it says.
+    # The queue of the call wins, and the call's other options stay.
     if "exchange" in str(routes):
-        return  # (An exchange of the route wins over a queue of the call, as with Celery.)
+        return  # An exchange of the route wins over a queue of the call, as with Celery.
     row = alone.send(queue="other", cpus=3, priority=4)
     assert (row.queue, row.request["cpus"], row.priority) == ("other", 3, 4)
 
 
 def test_the_task_and_the_default_say_where(alone: Sender) -> None:
     assert alone.row(alone.app.tasks[routed.at_home.name].delay().id).queue == "video"
-    # (Celery reads these once.)
+    # Celery reads these settings once.
     alone.app.__dict__.pop("amqp")
     alone.app.conf.update(task_default_queue="main", task_queues=None)
     row = alone.send()
@@ -161,7 +161,7 @@ def test_a_queue_that_is_missing_and_not_to_be_made(alone: Sender) -> None:
 
 @pytest.fixture(scope="module")
 def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """`both` serves the default queue and video, `mail` only mail."""
+    """Yield a platform where `both` serves the default queue and video, and `mail` serves only mail."""
     with standing_platform(server_pair, tmp_path_factory.mktemp("queues"), ROUTED) as running:
         running.worker("both", cpus=2, pool="threads", arguments=("-Q", "celery,video"), ready=False)
         running.worker("mail", cpus=2, pool="threads", arguments=("-Q", "mail"))
@@ -177,10 +177,10 @@ def ran_on(submitter: Submitter, job: str) -> tuple[str, str]:
 
 def test_a_job_runs_where_its_queue_is_served(submitter: Submitter) -> None:
     jobs = {queue: [submitter.send(ADD, 1, n, queue=queue) for n in range(3)] for queue in ("celery", "video", "mail")}
-    for queue, own in jobs.items():
+    for queue, jobs_of_queue in jobs.items():
         worker = "mail" if queue == "mail" else "both"
-        assert [ran_on(submitter, job) for job in own] == [(worker, queue)] * 3
-    # Labels are no capacity: of nothing is anything left allocated.
+        assert [ran_on(submitter, job) for job in jobs_of_queue] == [(worker, queue)] * 3
+    # A label is no capacity, so none is left allocated.
     assert submitter.allocated_cpus() == "0"
     with submitter.platform.engine.connect() as connection:
         rows: dict[str, Any] = dict(connection.execute(text("SELECT name, capacity FROM workers")).all())
@@ -211,9 +211,9 @@ def why(submitter: Submitter, job: str) -> Any:
 
 
 def active(submitter: Submitter) -> dict[str, list[str]]:
-    """The queues that workers say they serve."""
-    found = submitter.app.control.inspect(timeout=20, limit=2).active_queues() or {}
-    return {name.partition("@")[0]: [queue["name"] for queue in said] for name, said in found.items()}
+    """Return the queues that workers say they serve."""
+    answers = submitter.app.control.inspect(timeout=20, limit=2).active_queues() or {}
+    return {name.partition("@")[0]: [queue["name"] for queue in queues] for name, queues in answers.items()}
 
 
 def test_workers_come_to_serve_a_queue_and_leave_it_while_they_run(submitter: Submitter) -> None:
@@ -221,12 +221,12 @@ def test_workers_come_to_serve_a_queue_and_leave_it_while_they_run(submitter: Su
     assert active(submitter) == {"both": ["celery", "video"], "mail": ["mail"]}
     waits = submitter.send(ADD, 1, 2, queue="late")
     submitter.until(waits, "waiting")
-    found = why(submitter, waits)
-    assert (found.why, found.large_enough, found.live_workers) == (Why.NO_QUEUE, 0, 2)
-    said = submitter.platform.celery("job", waits).stdout
-    assert "No worker serves queue late." in said
-    assert "queue     late" in said
-    assert "cpus" not in said
+    explanation = why(submitter, waits)
+    assert (explanation.why, explanation.large_enough, explanation.live_workers) == (Why.NO_QUEUE, 0, 2)
+    output = submitter.platform.celery("job", waits).stdout
+    assert "No worker serves queue late." in output
+    assert "queue     late" in output
+    assert "cpus" not in output
 
     (mail,) = [name for name in control.inspect(timeout=20, limit=2).ping() if name.startswith("mail@")]
     refused = control.add_consumer("bad", exchange_type="fanout", destination=[mail], reply=True, timeout=20, limit=1)
@@ -235,7 +235,7 @@ def test_workers_come_to_serve_a_queue_and_leave_it_while_they_run(submitter: Su
     assert ran_on(submitter, waits) == ("mail", "late")
     assert active(submitter)["mail"] == ["late", "mail"]
 
-    # A worker that leaves a queue keeps what it runs of it, and takes what it still serves beside it.
+    # A worker that leaves a queue keeps its running jobs of it. It takes jobs of its other queues beside them.
     runs = submitter.send(HOLD, "gate", queue="late")
     tasks.started(client, "gate")
     control.cancel_consumer("late", destination=[mail], reply=True, timeout=20, limit=1)

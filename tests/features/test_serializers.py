@@ -1,4 +1,4 @@
-"""Serializers, compression and security: what the configuration accepts is carried, and nothing else."""
+"""Serializers, compression and security: the configured content is carried, and no other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ACCEPTED = ["json", "msgpack", "yaml"]
 
 @pytest.fixture(scope="module")
 def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """A worker that accepts three kinds of content."""
+    """Yield a platform with a worker that accepts three kinds of content."""
     with standing_platform(server_pair, tmp_path_factory.mktemp("content"), CONFIGURED) as running:
         running.worker("a", cpus=4, pool="threads", CONFIGURED=json.dumps({"accept_content": ACCEPTED}))
         yield running
@@ -79,15 +79,15 @@ def test_nothing_else_is(plain: Celery, platform: Platform, submitter: Submitter
 
 
 def packed(value: Any) -> bytes:
-    found: bytes = serialize.dumps(value, "msgpack")[2]
-    return found
+    data: bytes = serialize.dumps(value, "msgpack")[2]
+    return data
 
 
 def nested(levels: int) -> Any:
-    found: Any = "x"
+    levels_of_lists: Any = "x"
     for _ in range(levels):
-        found = [found]
-    return found
+        levels_of_lists = [levels_of_lists]
+    return levels_of_lists
 
 
 @pytest.mark.parametrize("protocol", [1, 2])
@@ -116,7 +116,7 @@ def test_no_body_is_deeper_or_larger_than_one_of_json_may_be(
     push = platform.redis.lpush
     push("celery", message(packed(body(nested(60))), "msgpack"))
     push("celery", message(serialize.dumps(body(nested(60)), "yaml")[2].encode(), "yaml"))
-    # What a text says once, and means a thousand million times.
+    # A short text may stand for thousands of millions of items.
     laughs = "a: &a [x, x]\n" + "".join(
         f"{chr(98 + n)}: &{chr(98 + n)} [*{chr(97 + n)}, *{chr(97 + n)}]\n" for n in range(24)
     )
@@ -131,7 +131,7 @@ def test_no_body_is_deeper_or_larger_than_one_of_json_may_be(
 
 
 def make_key(folder: Path, name: str) -> Path:
-    """A folder with a key and its certificate."""
+    """Make a folder with a key and its certificate, and return it."""
     folder.mkdir()
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -153,7 +153,7 @@ def make_key(folder: Path, name: str) -> Path:
 
 
 def send(platform: Platform, folder: Path, *ways: str) -> list[str]:
-    """The ids of tasks that another process sent, signed with the key of a folder."""
+    """Return the ids of tasks that another process sent, signed with the key of a folder."""
     command = [sys.executable, "-m", "tests.tasks.signing", str(folder), *ways]
     done = subprocess.run(command, env=platform.environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -163,16 +163,16 @@ def send(platform: Platform, folder: Path, *ways: str) -> list[str]:
 def test_signed_messages_are_verified_before_they_are_jobs_and_before_they_run(
     server_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known, stranger = make_key(tmp_path / "known", "known"), make_key(tmp_path / "stranger", "stranger")
+    trusted, stranger = make_key(tmp_path / "known", "known"), make_key(tmp_path / "stranger", "stranger")
     with standing_platform(server_pair, tmp_path, CONFIGURED) as running:
         for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"):
             monkeypatch.delenv(name, raising=False)
-        running.worker("a", cpus=2, pool="threads", SIGNED=str(known))
+        running.worker("a", cpus=2, pool="threads", SIGNED=str(trusted))
         submitter = Submitter(running)
-        for job in send(running, known, "ours:1", "ours:2", "plain:1", "plain:2"):
+        for job in send(running, trusted, "ours:1", "ours:2", "plain:1", "plain:2"):
             assert submitter.until(job, "succeeded").name == ADD
             assert submitter.value(job) == 42
-        # Signed by a key that nobody knows, with a body that was changed, and not signed at all.
+        # The messages have an unknown signer, a changed body, and no signature.
         *others, job = send(running, stranger, "plain:2", "plain:1", "ours:2")
         Celery("plain", broker=running.settings.redis_url, set_as_current=False).send_task(ADD, [1, 2])
         rows = until_set_aside(running, 3)
@@ -181,7 +181,7 @@ def test_signed_messages_are_verified_before_they_are_jobs_and_before_they_run(
         running.redis.lpush("celery", json.dumps(changed))
         until_set_aside(running, 4)
         assert [submitter.row(other) for other in others] == [None, None]
-        # Whoever submits is not asked to verify what it signs itself: its worker does.
+        # A submitter need not verify its own signatures: the worker does.
         row = submitter.ended(job)
         assert (row.state, row.worker) == ("failed", "a")
         assert len(set_aside(running)) == 4

@@ -1,4 +1,4 @@
-"""Signals (Celery: "Signals"): each fires once for what it stands for, with the arguments that plain Celery gives."""
+"""Signals (Celery: "Signals"): each fires once for its event, with the arguments that plain Celery gives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HOLD: Final = "tests.fixtures.tasks.hold"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the workers heard: the platform's, and plain Celery's."""
+    """Return the files of the signals that workers heard: the platform's, and plain Celery's."""
     folder = tmp_path_factory.mktemp("heard")
     return {"ours": folder / "ours", "plain": folder / "plain"}
 
@@ -55,20 +55,25 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def heard_of(file: Path, job: str, last: str, count: int = 1, more: Path | None = None) -> Counter[tuple[Any, ...]]:
-    """The signals of a job, as soon as so many of a kind are among them: name, sender, names of arguments, ..."""
+    """Return the signals of a job, counted, once `count` of the kind `last` are among them.
+
+    Each signal is (name, sender, names of arguments, ...).
+    """
 
     def own() -> list[dict[str, Any]]:
-        return [one for one in [*lines(file), *(lines(more) if more else ())] if one["job"] == job]
+        return [line for line in [*lines(file), *(lines(more) if more else ())] if line["job"] == job]
 
     def found() -> list[dict[str, Any]]:
-        told = own()
-        return told if sum(one["signal"] == last for one in told) >= count else []
+        heard = own()
+        return heard if sum(line["signal"] == last for line in heard) >= count else []
 
-    told = until(found, lambda: f"{last} of {job}: {[one['signal'] for one in own()]}")
-    return Counter((one["signal"], one["sender"], *one["given"], one["expired"], one["terminated"]) for one in told)
+    heard = until(found, lambda: f"{last} of {job}: {[line['signal'] for line in own()]}")
+    return Counter(
+        (line["signal"], line["sender"], *line["given"], line["expired"], line["terminated"]) for line in heard
+    )
 
 
-#: Task, options -> the last signal of it, and how many of these there are.
+#: Task and options -> the last signal of the task, and how many of these there are.
 LIVES: Final[dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str, int]]] = {
     "success": (f"{TASKS}.done", (1,), {}, "task_postrun", 1),
     "failure": (f"{TASKS}.fails", (), {}, "task_postrun", 1),
@@ -98,7 +103,7 @@ def test_the_signals_of_a_job_are_those_of_plain_celery(
         ours, theirs = jobs[how]
         heard = heard_of(files["ours"], ours, last, count)
         assert heard == heard_of(files["plain"], theirs, last, count), how
-        assert ("task_internal_error" in {one[0] for one in heard}) == (how == "a hook that fails")
+        assert ("task_internal_error" in {entry[0] for entry in heard}) == (how == "a hook that fails")
     plain.close()
 
 
@@ -112,7 +117,7 @@ def ear(submitter: Submitter) -> Iterator[Ear]:
 def test_a_job_that_is_lost_has_failed(
     platform: Platform, submitter: Submitter, files: dict[str, Path], ear: Ear, tmp_path: Path
 ) -> None:
-    """With the process of its pool, and with the whole worker: of that another worker tells."""
+    """The job is lost with its pool process, or with the whole worker. Another worker reports the second loss."""
     plain = plain_app(platform.environment["REDIS_URL"])
     theirs = str(plain.send_task(HOLD, ("theirs",)).id)
     ours = submitter.send(HOLD, "ours")
@@ -127,10 +132,10 @@ def test_a_job_that_is_lost_has_failed(
         os.kill(tasks.started(platform.redis, gate)[1], signal.SIGKILL)
     tasks.started(platform.redis, "worker")
     dying.kill()
-    # (It takes over at once.)
+    # The next life takes over at once.
     its_next_life = start()
     expected = heard_of(files["plain"], theirs, "task_failure")
-    # (One after the other: a pool of plain Celery that loses two processes at once may never end.)
+    # The deaths follow one another, since a pool of plain Celery that loses two processes at once may never end.
     theirs_too = str(plain.send_task(HOLD, ("theirs too",), ignore_result=True).id)
     quiet = submitter.send(HOLD, "quiet", ignore_result=True)
     for gate in ("theirs too", "quiet"):
@@ -143,8 +148,8 @@ def test_a_job_that_is_lost_has_failed(
         assert event["exception"].startswith("WorkerLostError(")
         assert "WorkerLostError" in event["traceback"]
         seen = State()
-        for one in ear.of(job):
-            seen.event(dict(one))
+        for entry in ear.of(job):
+            seen.event(dict(entry))
         assert seen.tasks[job].state == states.FAILURE
         if job == quiet:
             continue
@@ -160,7 +165,7 @@ def test_a_message_that_is_no_tasks_is_told_once(
     plain = plain_app(platform.environment["REDIS_URL"])
 
     def rejected(file: Path) -> list[dict[str, Any]]:
-        return [one for one in lines(file) if one["signal"] == "task_rejected"]
+        return [line for line in lines(file) if line["signal"] == "task_rejected"]
 
     for app in (submitter.app, plain):
         with app.connection_for_write() as connection:
@@ -172,16 +177,18 @@ def test_a_message_that_is_no_tasks_is_told_once(
 
 
 def test_the_signals_of_a_worker_are_those_of_plain_celery(platform: Platform, files: dict[str, Path]) -> None:
-    """From its start to its end, with as many processes. (Heartbeats are by the time that it lived.)"""
+    """The signals span a worker's life, with equally many processes. Heartbeats depend on that life's length."""
     ours, theirs = platform.processes[0], platform.processes[1]
     assert (ours.stop(), theirs.stop()) == (0, 0)
-    told = []
+    counts = []
     for file in files.values():
-        found = [one for one in lines(file) if one["signal"] in OF_WORKERS]
-        told.append(Counter((one["signal"], *one["given"]) for one in found if one["signal"] != "heartbeat_sent"))
-        assert any(one["signal"] == "heartbeat_sent" for one in found)
-    assert told[0] == told[1]
-    assert {name for name, *_ in told[0]} == {*OF_WORKERS} - {"heartbeat_sent"}
+        heard_lines = [line for line in lines(file) if line["signal"] in OF_WORKERS]
+        counts.append(
+            Counter((line["signal"], *line["given"]) for line in heard_lines if line["signal"] != "heartbeat_sent")
+        )
+        assert any(line["signal"] == "heartbeat_sent" for line in heard_lines)
+    assert counts[0] == counts[1]
+    assert {name for name, *_ in counts[0]} == {*OF_WORKERS} - {"heartbeat_sent"}
 
 
 @contextmanager
@@ -194,7 +201,7 @@ def connected(signal: Any, receiver: Callable[..., None]) -> Iterator[None]:
 
 
 def published(app: Celery, **options: Any) -> tuple[str, list[tuple[str, Any, list[str]]]]:
-    """A job, and what its sender heard: (signal, sender, names of arguments)."""
+    """Return a new job, and the signals that its sender heard: (signal, sender, names of arguments)."""
     heard: list[tuple[str, Any, list[str]]] = []
 
     def listen(name: str) -> Callable[..., None]:

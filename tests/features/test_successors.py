@@ -1,6 +1,6 @@
-"""Replacing a task: what becomes of its id when the replacement does not come to its last step, and when processes die.
+"""Replacing a task: the fate of its id when the replacement does not reach its last step, and when processes die.
 
-How replacements that succeed end is told by tests/features/test_canvas.py.
+tests/features/test_canvas.py covers replacements that succeed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from tests.tasks.canvas import (
     total,
 )
 
-#: For what only processes of their own can do: be killed.
+#: Mark of tests that kill a pool process, which only a pool with its own processes allows.
 prefork_only = pytest.mark.parametrize("pool", ["prefork"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=["prefork", "threads"])
 def pool(request: pytest.FixtureRequest) -> Pool:
-    found: Pool = request.param
-    return found
+    pool_name: Pool = request.param
+    return pool_name
 
 
 @pytest.fixture(scope="module")
 def platform(pool: Pool, server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """One worker `a` with 2 CPUs and as many slots."""
+    """Yield one worker `a` with 2 CPUs and as many slots."""
     with standing_platform(server_pair, tmp_path_factory.mktemp(pool), "tests.tasks.canvas") as running:
         running.worker("a", cpus=2, pool=pool)
         yield running
@@ -54,7 +54,7 @@ def replaced_by(canvas: Signature, **options: Any) -> Any:
 
 
 def step_of(platform: Platform, job: str, name: str, *states: str) -> str:
-    """The id of a step in the replacement of a job, as soon as it is in such a state."""
+    """Return the id of a step in the replacement of a job, as soon as the step is in one of these states."""
 
     def found() -> str | None:
         with platform.engine.connect() as connection:
@@ -91,7 +91,7 @@ def test_a_replaced_job_fails_with_a_step_of_its_replacement(platform: Platform,
         assert (name, row.state) == (name, "failed")
         assert row.error.startswith("its replacement ended without it: job "), row.error
         assert submitter.outcomes(row.id) == ["replaced"]
-    # What would have followed it was never published.
+    # The step that would have followed was never published.
     assert (submitter.row(sent["in a chain"].id), submitter.row(sent["in a chord"].id)) == (None, None)
 
 
@@ -111,7 +111,7 @@ def test_a_replaced_job_ends_with_a_step_of_which_celery_tells_nobody(
     with pytest.raises(error, match="its replacement ended"):
         submitter.value(job)
     assert submitter.ended(job).state == state
-    # The chord that the replaced job is a part of hears of it too.
+    # The chord that has the replaced job as a part hears of it too.
     assert "its replacement ended" in str(body.get(timeout=20, propagate=False))
 
 
@@ -150,7 +150,7 @@ def test_a_replaced_job_holds_nothing_and_may_be_revoked(platform: Platform, sub
         submitter.value(revoked)
     tasks.let_go(platform.redis, "revoked")
     tasks.let_go(platform.redis, "kept")
-    # The step that runs already is not to blame: it ends as ever, and what carries the id on is dropped.
+    # The step that runs already is not to blame: it ends as usual, and the rest of its canvas is dropped.
     assert submitter.ended(step).state == "succeeded"
     assert submitter.value(kept) == [[1]]
     assert submitter.ended(revoked).attempt == 1
@@ -161,7 +161,7 @@ def test_a_replaced_job_holds_nothing_and_may_be_revoked(platform: Platform, sub
 
 @prefork_only
 def test_an_attempt_that_dies_after_it_was_replaced_is_replaced_again(platform: Platform, submitter: Submitter) -> None:
-    """Both replacements run, with inner steps of their own; the job goes on with whichever is there first, once."""
+    """Both replacements run, with inner steps of their own. The job goes on with the first one to finish, once."""
     inner = gated.s(1, gate="twice").set(cpus=0.5)
     job = becomes.apply_async((), {"canvas": inner | listed.s(), "dies": True}, cpus=0.5).id
     first, _ = tasks.started(platform.redis, "twice")
@@ -189,7 +189,7 @@ def test_an_attempt_that_dies_after_its_only_replacement_goes_on_with_it(
 def test_what_carries_the_id_on_says_whether_it_may_run_again(
     platform: Platform, submitter: Submitter, steps: int
 ) -> None:
-    """It must not start twice, though what it stands for might."""
+    """The last step must not start twice, though the task that it stands for might."""
     job = replaced_by(add.s(1, 1) | dying.s() if steps == 2 else dying.s()).id
     with pytest.raises(WorkerLostError):
         submitter.value(job)

@@ -1,4 +1,7 @@
-"""Tasks: what a body says, how it may end, and what is kept of that, by the sections of Celery's documentation."""
+"""Tasks: the messages of a body, its possible ends, and the records of them.
+
+The tests follow the sections of Celery's documentation.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from tests.tasks import bodies
 
 @pytest.fixture(scope="module", params=["prefork", "threads"])
 def pool(request: pytest.FixtureRequest) -> Pool:
-    found: Pool = request.param
-    return found
+    pool_name: Pool = request.param
+    return pool_name
 
 
 @pytest.fixture(scope="module")
 def platform(pool: Pool, server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """One worker `a` with 2 CPUs and as many slots."""
+    """Yield one worker `a` with 2 CPUs and as many slots."""
     with standing_platform(server_pair, tmp_path_factory.mktemp(pool), "tests.tasks.bodies") as running:
         running.worker("a", cpus=2, pool=pool)
         yield running
@@ -47,7 +50,7 @@ def test_a_message_carries_headers_and_a_shadow_to_the_body(platform: Platform, 
         "eager": False,
         "called": False,
     }
-    # People read it in the log; the job is of the task that it is.
+    # People read the shadow name in the log. The job keeps the name of its task.
     platform.processes[0].wait_for(f"Task a name for people[{result.id}] succeeded")
     assert submitter.ended(result.id).name == bodies.seen.name
     assert bodies.shadowed.delay(7).get(timeout=20) == "adding 7"
@@ -98,7 +101,7 @@ def test_states_of_ones_own_are_seen_while_the_body_runs(platform: Platform, sub
     assert (result.state, result.info) == ("PROGRESS", {"done": 1, "of": 2})
     tasks.let_go(platform.redis, "progress")
     assert (result.get(timeout=20), result.state) == ("over", states.SUCCESS)
-    # What is said before Ignore stays, and nothing comes after it.
+    # A state that was stored before Ignore stays, and no result follows it.
     left = bodies.stopping_half_way.delay()
     assert submitter.ended(left.id).state == "succeeded"
     assert (left.state, left.info) == ("HALF", {"done": 1})
@@ -115,9 +118,9 @@ def test_a_task_that_rejects_its_message_has_failed(platform: Platform, submitte
 
 def test_errors_that_a_task_may_raise_are_no_alarm(platform: Platform, submitter: Submitter) -> None:
     worker = platform.processes[0]
-    results = {known: bodies.throwing.delay(known) for known in (True, False)}
-    for known, result in results.items():
-        with pytest.raises(bodies.Expected if known else ValueError, match="as said"):
+    results = {is_expected: bodies.throwing.delay(is_expected) for is_expected in (True, False)}
+    for is_expected, result in results.items():
+        with pytest.raises(bodies.Expected if is_expected else ValueError, match="as said"):
             result.get(timeout=20)
         assert submitter.ended(result.id).state == "failed"
     expected, other = (worker.wait_for(f"{result.id}] raised") for result in results.values())
@@ -126,7 +129,7 @@ def test_errors_that_a_task_may_raise_are_no_alarm(platform: Platform, submitter
 
 
 def test_results_that_nobody_wants_are_not_kept(platform: Platform, submitter: Submitter) -> None:
-    # (No worker reads yaml.)
+    # No worker reads yaml.
     submitter.app.conf.accept_content = ["json", "yaml"]
     wanted = bodies.silent.apply_async((1,), ignore_result=False)
     unread = bodies.silent.apply_async((1,), ignore_result=False, serializer="yaml")
@@ -140,9 +143,9 @@ def test_results_that_nobody_wants_are_not_kept(platform: Platform, submitter: S
     assert wanted.get(timeout=20) == 1
     with pytest.raises(InvalidTaskError, match="yaml"):
         unread.get(timeout=20)
-    ended = [submitter.ended(one.id).state for one in ignored]
+    ended = [submitter.ended(result.id).state for result in ignored]
     assert ended == ["succeeded", "succeeded", "failed", "failed", "failed"]
-    assert [(one.get(timeout=1), one.state) for one in ignored] == [(None, states.PENDING)] * 5
+    assert [(result.get(timeout=1), result.state) for result in ignored] == [(None, states.PENDING)] * 5
     heard = bodies.heard_failure.delay()
     assert submitter.ended(heard.id).state == "failed"
     until(lambda: submitter.result(heard.id).state == states.FAILURE, "the error is kept")
@@ -156,11 +159,11 @@ def test_what_ends_without_a_worker_is_kept_where_it_is_wanted(platform: Platfor
     wanted = add.apply_async((1, 1), cpus=2, expires=0.3)
     silent = bodies.silent.apply_async((1,), cpus=2, expires=0.3)
     heard = bodies.heard_failure.apply_async((), cpus=2, expires=0.3)
-    assert [submitter.ended(one.id).state for one in (wanted, silent, heard)] == ["expired"] * 3
+    assert [submitter.ended(result.id).state for result in (wanted, silent, heard)] == ["expired"] * 3
     tasks.let_go(platform.redis, "full")
     assert full.get(timeout=20) == "a"
-    for one in (wanted, heard):
-        until(lambda one=one: submitter.result(one.id).state == states.REVOKED, "it is kept")  # type: ignore[misc]
+    for kept in (wanted, heard):
+        until(lambda kept=kept: submitter.result(kept.id).state == states.REVOKED, "it is kept")  # type: ignore[misc]
     until(lambda: submitter.row(silent.id).outbox is None, "nothing is left to be told of it")
     assert submitter.result(silent.id).state == states.PENDING
 
@@ -177,7 +180,7 @@ def test_a_result_knows_what_its_task_sent(platform: Platform, submitter: Submit
 
 
 def test_called_in_this_process_a_task_makes_no_job(platform: Platform, submitter: Submitter) -> None:
-    # (A task reads this when its app is made.)
+    # A task reads this setting when its app is made.
     submitter.app.conf.task_store_eager_result = True
     before = submitter.jobs()
     applied = bodies.seen.apply(headers={"tenant": "blue"}, cpus=100, task_id="mine")

@@ -1,6 +1,6 @@
 """Transactional enqueue: `apply_async(session=...)` and `submit_many(session=...)`.
 
-The sweep of this platform comes once in ten minutes: what runs here was brought in by its commit.
+The sweep of this platform comes once in ten minutes: a job that runs here was brought in by its commit.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def app(submitter: Submitter) -> Iterator[Any]:
     submitter.app.set_current()
     yield submitter.app
-    # (What is left of results that never came says so to Redis, which must still be there.)
+    # Results that never came tell Redis when they are collected, so Redis must still be there.
     gc.collect()
 
 
 @pytest.fixture
 def engine_of_the_program(platform: Platform) -> Iterator[Engine]:
-    """As a program has it: its own, in transactions."""
+    """Yield an engine of the program's own, which opens transactions."""
     engine = create_engine(str(platform.settings.database_url))
     yield engine
     engine.dispose()
@@ -62,8 +62,8 @@ def engine_of_the_program(platform: Platform) -> Iterator[Engine]:
 
 @pytest.fixture
 def session(engine_of_the_program: Engine) -> Iterator[Session]:
-    with Session(engine_of_the_program) as found:
-        yield found
+    with Session(engine_of_the_program) as opened:
+        yield opened
 
 
 def listeners(platform: Platform) -> int:
@@ -90,7 +90,7 @@ def test_a_job_is_there_with_the_commit_of_its_session_and_not_before(
     assert submitter.row(result.id) is None
     assert not known_to_the_ledger(platform, result.id)
     session.commit()
-    # This process has brought it in by now, whoever listens.
+    # This process has brought the job in by now, whichever worker listens.
     assert known_to_the_ledger(platform, result.id)
     assert result.get(timeout=20) == 8
     row = submitter.ended(result.id)
@@ -117,7 +117,7 @@ def test_a_rollback_leaves_nothing_of_a_savepoint_too(
         savepoint.rollback()
     with session.begin_nested():
         nested = double.apply_async((4,), session=session)
-    # (A savepoint that is released is no commit.)
+    # A released savepoint is no commit.
     assert not known_to_the_ledger(platform, nested.id)
     session.commit()
     assert (kept.get(timeout=20), nested.get(timeout=20)) == (4, 8)
@@ -158,7 +158,7 @@ def test_a_session_inside_of_another_transaction_waits_for_that(
         assert submitter.row(result.id) is None
         assert not known_to_the_ledger(platform, result.id)
         outer.commit()
-    # Nobody in this process knows; a worker does.
+    # This process does not know of the job, but a worker does.
     assert result.get(timeout=20) == 14
 
 
@@ -169,10 +169,10 @@ def test_many_jobs_are_part_of_one_transaction(app: Any, submitter: Submitter, s
     assert stored == [20, 40, 50]
     assert submitter.row(handle.id(0)) is None
     session.commit()
-    assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(50)]
+    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(50)]
     assert together.get(timeout=20) == [0, 2, 4]
-    found = [submitter.row(job).seq for job in handle.ids()]
-    assert found == sorted(found)
+    order = [submitter.row(job).seq for job in handle.ids()]
+    assert order == sorted(order)
     with pytest.raises(InvalidRequest, match="cannot be written"):
         app.submit_many(double, [(1,), (object(),)], session=session, chunk=1)
     before = submitter.jobs()
@@ -181,7 +181,7 @@ def test_many_jobs_are_part_of_one_transaction(app: Any, submitter: Submitter, s
 
 
 def canvases(app: Any) -> dict[str, tuple[Any, Any]]:
-    """What a canvas gives, by what it is."""
+    """Return each canvas and the value that it gives, by its name."""
     of_three = chord([double.s(1), double.s(2), double.s(3)], total.s())
     return {
         "a chain": (chain(double.s(1), double.s(), double.s()), 8),
@@ -201,20 +201,20 @@ def test_a_canvas_is_part_of_the_transaction_as_a_whole(
     app: Any, submitter: Submitter, session: Session, engine_of_the_program: Engine
 ) -> None:
     before = submitter.jobs()
-    given = canvases(app)
-    for canvas, _ in given.values():
+    by_name = canvases(app)
+    for canvas, _ in by_name.values():
         canvas.apply_async(session=session)
     session.rollback()
     assert submitter.jobs() == before
-    sent = [canvas.apply_async(session=session, priority=2) for canvas, _ in given.values()]
+    sent = [canvas.apply_async(session=session, priority=2) for canvas, _ in by_name.values()]
     assert submitter.jobs() == before
     session.commit()
-    assert [one.get(timeout=30) for one in sent] == [value for _, value in given.values()]
+    assert [result.get(timeout=30) for result in sent] == [value for _, value in by_name.values()]
     with engine_of_the_program.begin() as connection:
         result = chord([double.s(4)], total.s()).apply_async(session=connection)
     assert result.get(timeout=20) == 8
     assert submitter.row(result.parent.results[0].id).priority == 0
-    assert {submitter.row(one.id).priority for one in sent[1].results} == {2}
+    assert {submitter.row(result.id).priority for result in sent[1].results} == {2}
 
 
 @pytest.mark.parametrize("kind", ["group", "chord"])
@@ -232,7 +232,7 @@ def test_what_a_generator_of_tasks_publishes_itself_is_no_part_of_the_transactio
     canvas = group(made()) if kind == "group" else chord(made(), total.s())
     canvas.apply_async(session=session)
     session.rollback()
-    assert [one.get(timeout=20) for one in apart] == [0, 2, 4, 6, 8]
+    assert [result.get(timeout=20) for result in apart] == [0, 2, 4, 6, 8]
     assert submitter.jobs() == before + 5
 
 
@@ -247,13 +247,13 @@ def test_of_a_canvas_that_cannot_be_sent_nothing_is_in_the_transaction(
     app: Any, submitter: Submitter, session: Session
 ) -> None:
     before = submitter.jobs()
-    for wrong, error, said in (
+    for wrong, error, expected_words in (
         (double.s(object()), InvalidRequest, "cannot be written"),
         (double.s(1).set(cpus=-1), InvalidRequest, "cpus"),
         (double.s(1).set(after=["another"]), Unsupported, "after the commit"),
     ):
         for canvas in (group([double.s(1), wrong]), chord([double.s(1), wrong], total.s())):
-            with pytest.raises(error, match=said):
+            with pytest.raises(error, match=expected_words):
                 canvas.apply_async(session=session)
     with pytest.raises(InvalidRequest, match="Session or a Connection"):
         chord([double.s(1)], total.s()).apply_async(session="postgresql://")
@@ -268,7 +268,7 @@ def test_more_jobs_than_this_process_keeps_are_brought_in_by_a_worker(
     monkeypatch.setattr("celery_capacity.workers.submit.caller_session.MOST_KEPT", 5)
     handle = app.submit_many(double, ((n,) for n in range(40)), session=session)
     session.commit()
-    assert [one.get(timeout=20) for one in handle] == [2 * n for n in range(40)]
+    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(40)]
 
 
 def test_the_platform_s_own_table_is_meant_whatever_the_search_path_says(
@@ -348,6 +348,6 @@ def test_one_worker_listens_and_another_one_takes_over(
     until(lambda: listeners(platform) == 1, "the other one listens")
     with engine_of_the_program.begin() as connection:
         result = double.apply_async((8,), session=connection)
-    # (The first one's capacity is there until it counts as lost.)
+    # The first worker's capacity is there until it counts as lost.
     assert submitter.ended(result.id, seconds=60).state == "succeeded"
     assert submitter.row(result.id).worker == "b"

@@ -1,4 +1,4 @@
-"""`unique=` and `unique_for=` with a worker: one job of equal ones, and what whoever submits the second one gets."""
+"""`unique=` and `unique_for=` with a worker: one job of equal ones, and the answer to the submitter of the second."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_whoever_submits_the_second_one_gets_the_result_of_the_first(platform: P
     before = submitter.jobs()
     first = only.delay("gate")
     tasks.started(platform.redis, "gate")
-    # It runs, and is not over.
+    # The first job runs, and is not over.
     again = only.s("gate").apply_async()
     mine = only.apply_async(("gate",), task_id="mine")
     assert isinstance(again, AsyncResult)
@@ -60,7 +60,7 @@ def test_whoever_has_the_result_of_the_first_submits_another(platform: Platform,
     first = only.delay("gate")
     tasks.started(platform.redis, "gate")
     with ThreadPoolExecutor(1) as pool, platform.engine.connect() as connection, connection.begin() as locking:
-        # Its end cannot be written.
+        # The job's end cannot be written.
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": first.id})
         tasks.let_go(platform.redis, "gate")
         assert first.get(timeout=20) == "gate"
@@ -110,7 +110,7 @@ def test_a_signature_carries_it_and_a_canvas_refuses_it(submitter: Submitter) ->
 
 
 def test_a_tick_is_skipped_while_the_last_run_goes_on(platform: Platform, submitter: Submitter) -> None:
-    """What beat does with an entry whose options say so, and then without."""
+    """Ticks of an entry with the option `unique` make no second job until the last run has ended."""
     scheduler: Any = Scheduler(app=submitter.app, lazy=True)
     entry = scheduler.Entry(
         name="often",
@@ -131,13 +131,13 @@ def test_a_tick_is_skipped_while_the_last_run_goes_on(platform: Platform, submit
 
 
 def test_signals_tell_what_was_published(submitter: Submitter) -> None:
-    said: list[str] = []
+    heard: list[str] = []
 
     def asked(**_: Any) -> None:
-        said.append("before")
+        heard.append("before")
 
     def published(**_: Any) -> None:
-        said.append("after")
+        heard.append("after")
 
     signals.before_task_publish.connect(asked)
     signals.after_task_publish.connect(published)
@@ -146,8 +146,8 @@ def test_signals_tell_what_was_published(submitter: Submitter) -> None:
     finally:
         signals.before_task_publish.disconnect(asked)
         signals.after_task_publish.disconnect(published)
-    assert said == ["before", "after", "before"]
+    assert heard == ["before", "after", "before"]
     submitter.ended(ids.pop())
-    # Nobody listens for the result of an id that is no job's.
+    # Nobody listens for the result of an id without a job.
     consumer: Any = submitter.app.backend.result_consumer
     assert {key.decode().rpartition("-meta-")[2] for key in consumer.subscribed_to} & ids == set()

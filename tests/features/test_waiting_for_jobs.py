@@ -38,29 +38,29 @@ def watched(submitter: Submitter, job: str) -> Job:
 
 @pytest.fixture
 def looks(submitter: Submitter) -> Iterator[list[str]]:
-    """The statements that this process sends to Postgres to look at a job."""
-    said: list[str] = []
+    """Yield the statements by which this process looks at a job in Postgres."""
+    statements: list[str] = []
 
     def note(_: Any, __: Any, statement: str, *___: Any) -> None:
         if "FROM jobs" in statement:
-            said.append(statement)
+            statements.append(statement)
 
     engine = submitter.app.platform.engine
     event.listen(engine, "before_cursor_execute", note)
-    yield said
+    yield statements
     event.remove(engine, "before_cursor_execute", note)
 
 
 def listening(platform: Platform) -> list[dict[str, Any]]:
     database = str(platform.redis.connection_pool.connection_kwargs["db"])
-    found: Any = platform.redis.client_list(_type="pubsub")
-    return [one for one in found if one["name"] == NAME and one["db"] == database]
+    clients: Any = platform.redis.client_list(_type="pubsub")
+    return [client for client in clients if client["name"] == NAME and client["db"] == database]
 
 
 async def all_of(job: Job, begun: asyncio.Event | None = None) -> list[JobEvent]:
     events = []
-    async for one in job.events():
-        events.append(one)
+    async for seen in job.events():
+        events.append(seen)
         if begun is not None:
             begun.set()
     return events
@@ -77,7 +77,7 @@ def test_a_job_s_states_are_told_as_they_come(submitter: Submitter, platform: Pl
         with pytest.raises(TimeoutError):
             await second.wait("running", timeout=0.05)
         running = asyncio.create_task(second.wait("running", timeout=LONG))
-        # It is heard of, not looked for.
+        # The start of the job is heard of, so nobody asks Postgres.
         before = len(looks)
         await watched(submitter, first).wait("running", timeout=LONG)
         tasks.let_go(platform.redis, "first")
@@ -90,23 +90,23 @@ def test_a_job_s_states_are_told_as_they_come(submitter: Submitter, platform: Pl
         return events
 
     events = asyncio.run(follow())
-    assert [one.state for one in events] in (
+    assert [seen.state for seen in events] in (
         ["waiting", "running", "succeeded"],
         ["waiting", "admitted", "running", "succeeded"],
     )
-    times = [one.at for one in events if one.at is not None]
+    times = [seen.at for seen in events if seen.at is not None]
     assert times == sorted(times)
     assert len(times) >= 2
-    assert {one.job for one in events} == {second.id}
+    assert {seen.job for seen in events} == {second.id}
 
 
 def test_what_has_ended_is_told_at_once_and_waits_for_nothing(submitter: Submitter) -> None:
     job = submitter.send(FAIL, "no")
     submitter.ended(job)
     result = submitter.result(job)
-    found = asyncio.run(celery_capacity.job(result).wait("running", timeout=LONG))
-    assert (found.state, found.job) == ("failed", job)
-    assert [one.state for one in asyncio.run(all_of(watched(submitter, job)))] == ["failed"]
+    ending = asyncio.run(celery_capacity.job(result).wait("running", timeout=LONG))
+    assert (ending.state, ending.job) == ("failed", job)
+    assert [seen.state for seen in asyncio.run(all_of(watched(submitter, job)))] == ["failed"]
     assert asyncio.run(watched(submitter, job).now()).final
 
 
@@ -124,24 +124,24 @@ def test_a_retry_is_another_attempt_and_a_revoke_an_end(submitter: Submitter) ->
         return first, second
 
     retried, revoked = asyncio.run(follow())
-    assert [one.state for one in revoked] == ["scheduled", "cancelled"]
+    assert [seen.state for seen in revoked] == ["scheduled", "cancelled"]
     assert (retried[0].state, retried[-1].state, retried[-1].attempt) == ("scheduled", "failed", 2)
-    assert [one.attempt for one in retried if one.state == "running"] == [1, 2]
+    assert [seen.attempt for seen in retried if seen.state == "running"] == [1, 2]
 
 
 def test_a_job_that_is_cancelled_since_one_that_it_needs_failed_has_ended(submitter: Submitter) -> None:
     needed = submitter.send(FAIL, "no", countdown=0.5)
     withdrawn = submitter.send(ADD, 1, 2, countdown=3600)
-    left = [watched(submitter, submitter.send(ADD, 1, 2, after=one)) for one in (needed, withdrawn)]
+    left = [watched(submitter, submitter.send(ADD, 1, 2, after=dependency)) for dependency in (needed, withdrawn)]
     left.append(watched(submitter, submitter.send(ADD, 1, 2, after=left[0].id)))
 
     async def follow() -> list[JobEvent]:
-        waiting = [asyncio.create_task(one.wait(timeout=LONG)) for one in left]
+        waiting = [asyncio.create_task(dependent.wait(timeout=LONG)) for dependent in left]
         await watched(submitter, needed).wait(timeout=LONG)
         await asyncio.to_thread(submitter.app.control.revoke, withdrawn)
         return await asyncio.gather(*waiting)
 
-    assert [one.state for one in asyncio.run(follow())] == ["cancelled"] * 3
+    assert [seen.state for seen in asyncio.run(follow())] == ["cancelled"] * 3
 
 
 def test_all_that_a_process_watches_shares_one_connection(submitter: Submitter, platform: Platform) -> None:
@@ -154,8 +154,8 @@ def test_all_that_a_process_watches_shares_one_connection(submitter: Submitter, 
         tasks.let_go(platform.redis, "many", 8)
         return await asyncio.gather(*waits)
 
-    assert {one.state for one in asyncio.run(follow())} == {"succeeded"}
-    # In another loop, as another thread of the program may have one.
+    assert {seen.state for seen in asyncio.run(follow())} == {"succeeded"}
+    # Another thread of the program may wait in another loop.
     assert asyncio.run(jobs[0].wait(timeout=LONG)).final
 
 
@@ -168,9 +168,9 @@ def test_after_a_gap_the_job_is_looked_at_again(
         ended = asyncio.create_task(job.wait(timeout=LONG))
         await job.wait("running", timeout=LONG)
         before = len(looks)
-        for one in listening(platform):
-            platform.redis.client_kill_filter(_id=one["id"])
-        # (Between the two it looks, and listens again.)
+        for client in listening(platform):
+            platform.redis.client_kill_filter(_id=client["id"])
+        # Between the two connections the program looks, and then listens again.
         await asyncio.to_thread(until, lambda: len(looks) > before and listening(platform), "it listens again")
         tasks.let_go(platform.redis, "gap")
         return await ended
@@ -184,7 +184,7 @@ def test_what_nobody_told_is_seen_when_a_new_epoch_is(submitter: Submitter, plat
     async def follow() -> JobEvent:
         ended = asyncio.create_task(job.wait(timeout=LONG))
         await job.wait("scheduled", timeout=LONG)
-        # As Postgres does it, while it decides.
+        # Postgres ends the job like this while it decides.
         with platform.engine.begin() as connection:
             query = "UPDATE jobs SET state = 'expired', finished_at = now(), step = 12 WHERE id = :id"
             connection.execute(text(query), {"id": job.id})
