@@ -1,4 +1,4 @@
-"""How each kind of fault is done and undone, on a platform that is reached by way of proxies."""
+"""Ways to begin and to undo each kind of fault, on a platform that is reached through proxies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ IMPORTS: Final = (
     "tests.tasks.seams",
     "tests.tasks.traced",
 )
-#: What is no message of Celery's.
+#: Messages that are not Celery's.
 GARBAGE: Final = (
     b"garbage",
     b"[]",
@@ -52,12 +52,12 @@ GARBAGE: Final = (
     b' "headers": {"id": "x", "task": "y"}, "properties": {"delivery_tag": "x:1.1", "body_encoding": "base64",'
     b' "delivery_info": {"exchange": "", "routing_key": "celery"}}}',
 )
-#: Seconds for a worker that was told to end; what it runs takes far less.
+#: Seconds for a worker that was asked to end. The jobs that it runs take far less.
 ENDS_WITHIN: Final = 20.0
 #: Bytes of the trace that are some twenty bodies, and seconds that they may take.
 SOME_WORK: Final = 8_000
 WORKS_WITHIN: Final = 2.0
-#: Looks at the queues for messages that are on their way.
+#: Number of looks at the queues for messages that are on their way.
 LOOKS: Final = 200
 
 
@@ -70,7 +70,7 @@ class World:
         self.oracle = oracle
         self.redis_path, self.postgres_path = paths
         self.workers: dict[str, Process] = {}
-        #: Ends, and is to be started again when it has: by name, with the moment at which it is killed for it.
+        #: Workers that end and are started again afterwards: by name, with the moment at which a slow one is killed.
         self.leaving: dict[str, float] = {}
         self.beat: Process | None = None
         #: The clocks and heartbeats of the workers, by name.
@@ -79,14 +79,14 @@ class World:
         self.clients: dict[str, Process] = {}
 
     def start(self, name: str, ready: bool = False) -> Process:
-        cpus, pool = next((cpus, pool) for known, cpus, pool in WORKERS if known == name)
+        cpus, pool = next((cpus, pool) for worker_name, cpus, pool in WORKERS if worker_name == name)
         seam = self.seams.setdefault(name, Seam(self.platform.folder / f"seam-{name}"))
         worker = self.platform.worker(name, cpus, pool, ready=ready, STEP_BY_FILE=str(seam.path))  # type: ignore[arg-type]
         self.workers[name] = worker
         return worker
 
     def tend(self) -> list[str]:
-        """Starts again what has ended; says what ended unasked."""
+        """Start ended workers again, and return a line for each that ended unasked."""
         unasked = []
         for name, worker in self.workers.items():
             if worker.alive or self.leaving.get(name) == math.inf:
@@ -101,7 +101,10 @@ class World:
 
     @contextmanager
     def broken(self, kind: str, seconds: float = 0.0, worker: str = "") -> Iterator[None]:
-        """One fault that lasts for so long, and at the least for the block; then it is undone, and healing begins."""
+        """Yield while a fault lasts: for so many seconds, and at the least for the block.
+
+        Afterwards the fault is undone, and healing begins.
+        """
         until_then = threading.Event()
         began = time.monotonic()
         way = begin(self, Fault(kind, 0.0, seconds, worker, zlib.crc32(kind.encode())))
@@ -119,8 +122,10 @@ class World:
 
 @contextmanager
 def world(servers: Servers, folder: Path, **settings: str) -> Iterator[World]:
-    """A platform whose workers and submitters reach both servers by proxies; the test itself goes straight there.
-    `settings`: of the platform, beside the usual ones."""
+    """Yield a platform whose workers and submitters reach both servers through proxies.
+
+    The test itself connects directly. `settings`: settings of the platform, beside the usual ones.
+    """
     with ExitStack() as stack:
         database_url = stack.enter_context(empty_database(servers.pair))
         redis_url = stack.enter_context(empty_redis(servers.pair))
@@ -137,12 +142,12 @@ def world(servers: Servers, folder: Path, **settings: str) -> Iterator[World]:
         yield World(servers, platform, Oracle(platform, folder / "trace"), paths)
 
 
-#: A fault up to where it is undone: what follows the yield undoes it.
+#: A fault as a generator: the code before the yield breaks something, the code after the yield undoes the fault.
 Way = Callable[[World, Fault], Generator[None, None, None]]
 
 
 def begin(world: World, fault: Fault) -> Generator[None, None, None]:
-    """Breaks; the generator's next step makes whole again."""
+    """Begin a fault and return its generator, whose next step undoes the fault."""
     way = WAYS[fault.kind](world, fault)
     next(way)
     return way
@@ -175,7 +180,7 @@ def _ends(world: World, fault: Fault, how: Callable[[Process], None]) -> Generat
     worker = world.workers[fault.worker]
     world.oracle.asked(worker)
     how(worker)
-    # Not to be started again before the fault is over.
+    # Do not start the worker again before the fault is over.
     world.leaving[fault.worker] = math.inf
     yield
     world.leaving[fault.worker] = time.monotonic() + ENDS_WITHIN
@@ -209,7 +214,7 @@ def _stop_group(world: World, fault: Fault) -> Generator[None, None, None]:
 
 
 def _twin(world: World, fault: Fault) -> Generator[None, None, None]:
-    # (Where it is being started again just now, two lives begin at once, and either may be the one that is refused.)
+    # If the worker itself is being started just now, two lives begin at once, and either may be refused.
     lines = world.workers[fault.worker].lines
     if len(lines) == lines.maxlen or any(READY in line for line in list(lines)):
         twin = world.platform.worker(fault.worker, 1, "threads", ready=False)
@@ -238,7 +243,7 @@ def _old_dump(world: World, fault: Fault) -> Generator[None, None, None]:
     with world.servers.admin() as client:
         client.save()
     before = world.oracle.bytes_written()
-    # It shall be old: work goes on before Redis dies.
+    # The dump must be old: work goes on before Redis dies.
     with suppress(AssertionError):
         until(lambda: world.oracle.bytes_written() > before + SOME_WORK, "work goes on", WORKS_WITHIN)
     world.servers.kill_redis()
@@ -309,7 +314,7 @@ def _lock_table(world: World, fault: Fault) -> Generator[None, None, None]:
 
 
 def _use_up_connections(world: World, fault: Fault) -> Generator[None, None, None]:
-    """Those of the platform end, and others take all that there are."""
+    """End the platform's connections, and take all connections that Postgres has."""
     engine = world.servers.sessions(str(world.platform.engine.url.database))
     url = make_url(world.servers.pair.database_url)
     taken: list[Any] = []
@@ -337,9 +342,9 @@ def _drop_postgres(world: World, fault: Fault) -> Generator[None, None, None]:
 
 
 def queues(client: redis.Redis) -> list[str]:
-    """The private queues of the workers that are registered."""
-    found = [client.hget(key, "queue") for key in client.scan_iter(match=keys.BOOKS)]
-    return sorted(queue.decode() for queue in found if isinstance(queue, bytes) and queue)
+    """Return the private queues of the registered workers."""
+    names = [client.hget(key, "queue") for key in client.scan_iter(match=keys.BOOKS)]
+    return sorted(queue.decode() for queue in names if isinstance(queue, bytes) and queue)
 
 
 def _garbage(world: World, fault: Fault) -> Generator[None, None, None]:
@@ -351,19 +356,19 @@ def _garbage(world: World, fault: Fault) -> Generator[None, None, None]:
 
 
 def _twice(world: World, fault: Fault) -> Generator[None, None, None]:
-    """Whatever message is met on its way is there three times."""
+    """Triple each message that is met on its way."""
     client = world.platform.redis
     with suppress(redis.RedisError):
-        known = queues(client)
+        queue_names = queues(client)
         for _ in range(LOOKS):
-            for queue in known:
-                found: Any = client.lrange(queue, 0, 3)
-                if found:
-                    client.rpush(queue, *found, *found)
+            for queue in queue_names:
+                messages: Any = client.lrange(queue, 0, 3)
+                if messages:
+                    client.rpush(queue, *messages, *messages)
     yield
 
 
-#: What is longer than a lease or touches processes is added by `tests.faults.lasting` and `tests.faults.processes`.
+#: Faults that outlast a lease or touch processes are added by `tests.faults.lasting` and `tests.faults.processes`.
 WAYS: Final[dict[str, Way]] = {
     "kill a child": _kill_child,
     "kill a worker's main process": _signalled(signal.SIGKILL),

@@ -1,12 +1,12 @@
-"""Random faults under load, and the oracle's counts at the end. All of them must be 0.
+"""Random faults under load, and the oracle's counts at the end, which must all be 0.
 
     python -m tests.faults.chaos --seconds 480 --seed 1
     python -m tests.faults.chaos --seconds 60 --only stalled-postgres
     python -m tests.faults.judge build/chaos/1.jsonl
 
-Three to four workers, prefork and threads, work while something breaks every 4 to 8 s, two things at once in a third of
-the moments; beat is dead in the second half. All intervals of the platform are a tenth of the usual ones. The seed,
-which is printed, chooses every fault (`--plan` shows them); what the machine makes of them is its own affair.
+Three to four workers with prefork and threads work while something breaks every 4 to 8 s. In a third of the moments two
+things break at once. Beat is dead in the second half. All intervals of the platform are a tenth of the usual ones. The
+seed is printed and chooses every fault; `--plan` shows them. The effects of a fault on the machine are not repeatable.
 """
 
 from __future__ import annotations
@@ -41,26 +41,29 @@ from tests.faults.servers import own_servers, small_disk
 from tests.fixtures.processes import READY
 from tests.fixtures.submitting import Submitter
 
-#: Seconds of a body, and the CPUs that it asks for.
+#: Seconds that a body takes, and CPUs that it asks for.
 BODIES: Final = (0.01, 0.02, 0.05, 0.1, 0.2)
 CPUS: Final = (0.5, 1.0, 1.0, 2.0)
 #: Seconds between two lines of progress: on a terminal, and elsewhere.
 SHOW_EVERY: Final = (1.0, 10.0)
 #: Seconds between two looks at the processes, and after a submission that was refused.
 LOOK_EVERY: Final = 0.1
-#: Part of the run in which all jobs are submitted; what was refused meanwhile is made up for.
+#: Part of the run in which all jobs are submitted. Refused submissions are repeated later.
 SUBMIT_PART: Final = 0.95
 #: Submissions a second, of which some two thirds keep the workers busy.
 JOBS_A_SECOND: Final = 42.5
-#: Seconds within which Postgres answers or is given up, so that a stalled one outlasts them.
+#: Seconds within which Postgres must answer before it is given up. A stalled Postgres outlasts them.
 STORE_TIMEOUT: Final = "3"
-#: Seconds for all to come to its end after the last fault.
+#: Seconds for all jobs to end after the last fault.
 REST_WITHIN: Final = 180.0
 
 
 @dataclass
 class Outcome:
-    """What a run came to. `found`: for each count, what it concerns."""
+    """The outcome of a run.
+
+    `verdict` has the jobs concerned for each count.
+    """
 
     seed: int
     seconds: float
@@ -83,16 +86,16 @@ class Outcome:
             "unsure": self.unsure,
             "faults": len(self.faults),
             "counts": self.verdict.counts,
-            "found": {name: found for name, found in self.verdict.found.items() if found},
+            "found": {name: lines for name, lines in self.verdict.found.items() if lines},
             "healing": {kind: summary(times) for kind, times in sorted(self.times.items())},
             "counters": self.counters,
         }
 
 
 def summary(times: list[Times]) -> dict[str, Any]:
-    """Seconds: the median and the most over all faults of a kind."""
-    firsts = [one.first for one in times if one.first is not None]
-    alls = [one.all for one in times if one.all is not None]
+    """Return the median and the maximum of the healing times, in seconds, over all faults of a kind."""
+    firsts = [healing.first for healing in times if healing.first is not None]
+    alls = [healing.all for healing in times if healing.all is not None]
     return {
         "faults": len(times),
         "first": {"median": round(median(firsts), 2), "most": round(max(firsts), 2)} if firsts else None,
@@ -101,7 +104,10 @@ def summary(times: list[Times]) -> dict[str, Any]:
 
 
 class Load:
-    """Submits the jobs of a run in a thread, evenly over its time; what is refused is sent later under another id."""
+    """A thread that submits the jobs of a run, evenly over its time.
+
+    A refused job is sent later under another id.
+    """
 
     def __init__(self, world: World, submitter: Submitter, jobs: int, seconds: float, seed: int) -> None:
         self._world = world
@@ -151,7 +157,10 @@ class Load:
 
 
 def run(seed: int, seconds: float, jobs: int, faults: list[Fault], folder: Path, say: Callable[[str], None]) -> Outcome:
-    """One run; `say` gets a line for each fault and what ended unasked."""
+    """Run once and return the outcome.
+
+    `say` gets a line for each fault and for each process that ended unasked.
+    """
     outcome = Outcome(seed, seconds, faults)
     with (
         small_disk() as disk,
@@ -190,7 +199,7 @@ def run(seed: int, seconds: float, jobs: int, faults: list[Fault], folder: Path,
 def _break_all(
     world: World, load: Load, faults: list[Fault], began: float, seconds: float, say: Callable[[str], None]
 ) -> None:
-    """Each fault begins and ends at its time; meanwhile ended workers are started again."""
+    """Begin and end each fault at its time, and start ended workers again meanwhile."""
     to_begin, open_ways = list(faults), list[tuple[float, Fault, Generator[None, None, None]]]()
     beat_lives, pause = True, threading.Event()
     while (now := time.monotonic() - began) < seconds:
@@ -200,7 +209,7 @@ def _break_all(
             beat_lives = False
             world.kill_beat()
             say(f"{now:6.1f} s: beat is dead from here on")
-        for ends_at, fault, way in [one for one in open_ways if one[0] <= now]:
+        for ends_at, fault, way in [entry for entry in open_ways if entry[0] <= now]:
             breaking.end(way)
             open_ways.remove((ends_at, fault, way))
         while to_begin and to_begin[0].at <= now:
@@ -220,7 +229,7 @@ def _break_all(
 
 @contextmanager
 def _tended(world: World, say: Callable[[str], None]) -> Generator[None, None, None]:
-    """Ended workers are started again while the block waits."""
+    """Start ended workers again while the block waits."""
     over = threading.Event()
 
     def tend() -> None:
@@ -238,7 +247,7 @@ def _tended(world: World, say: Callable[[str], None]) -> Generator[None, None, N
 
 
 def _run_of(outcome: Outcome, began: float) -> Generator[history.Record, None, None]:
-    """What a history has of the run itself: the seed, its faults and the counters at the end."""
+    """Yield the records of the run itself: the seed, its faults and the counters at the end."""
     yield {"what": "run", "seed": outcome.seed, "seconds": outcome.seconds, "at": began}
     for fault in outcome.faults:
         when = {"at": began + fault.at, "until": began + fault.until}
@@ -248,12 +257,12 @@ def _run_of(outcome: Outcome, began: float) -> Generator[history.Record, None, N
 
 
 def _counters(world: World) -> dict[str, int]:
-    found: Any = world.platform.redis.hgetall(keys.COUNTERS)
-    return {name.decode(): int(value) for name, value in sorted(found.items())}
+    counters: Any = world.platform.redis.hgetall(keys.COUNTERS)
+    return {name.decode(): int(value) for name, value in sorted(counters.items())}
 
 
 def _keep(world: World, folder: Path) -> None:
-    """What the processes said, beside the trace."""
+    """Write the output of the processes beside the trace."""
     for number, process in enumerate(world.platform.processes):
         (folder / f"{number:03d}-{process.name}.log").write_text(process.tail(5_000))
 
@@ -299,7 +308,7 @@ def main(
         left_out = {name for wanted in without for name in matching(wanted)}
     except ValueError as error:
         raise click.BadParameter(f"{error}; --kinds prints them") from error
-    # What the submitter says of the stores that are broken is no news here.
+    # Silence the submitter: its warnings about broken stores are expected here.
     logging.disable(logging.WARNING)
     talk = Console(stderr=True, highlight=False)
     faults = [fault for fault in plan(seed, seconds, chosen) if fault.kind not in left_out]
@@ -327,7 +336,10 @@ def main(
 
 @contextmanager
 def _progress(talk: Console) -> Generator[Callable[[str], None], None, None]:
-    """On a terminal the last fault stands in one line that changes; elsewhere each has its line."""
+    """Yield a function that shows a line of progress.
+
+    On a terminal the last fault stands in one line that changes. Elsewhere each fault has its line.
+    """
     if not talk.is_terminal:
         yield lambda line: talk.print(line, markup=False)
         return
@@ -340,7 +352,7 @@ def _progress(talk: Console) -> Generator[Callable[[str], None], None, None]:
 
 
 def show(outcome: Outcome) -> None:
-    """For people."""
+    """Print the outcome for people."""
     click.echo(
         f"seed {outcome.seed}: {outcome.accepted} jobs accepted, {outcome.refused} submissions refused, "
         f"{outcome.unsure} with unknown outcome, {len(outcome.faults)} faults in {outcome.seconds:.0f} s"
@@ -348,10 +360,10 @@ def show(outcome: Outcome) -> None:
     click.echo(f"\n{'healing (s)':<40}{'faults':>7}{'first start':>18}{'all over':>18}")
     click.echo(f"{'':<40}{'':>7}{'median':>9}{'most':>9}{'median':>9}{'most':>9}")
     for kind, times in sorted(outcome.times.items()):
-        found = summary(times)
-        cells = [found[name] and found[name][part] for name in ("first", "all") for part in ("median", "most")]
+        figures = summary(times)
+        cells = [figures[name] and figures[name][part] for name in ("first", "all") for part in ("median", "most")]
         shown = "".join(f"{'-' if cell is None else format(cell, '.1f'):>9}" for cell in cells)
-        click.echo(f"{kind:<40}{found['faults']:>7}{shown}")
+        click.echo(f"{kind:<40}{figures['faults']:>7}{shown}")
     click.echo()
     for name, count in outcome.verdict.counts.items():
         click.echo(f"{name:<16}{count:>6}  {COUNTS[name]}")

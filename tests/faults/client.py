@@ -1,7 +1,7 @@
 """A program that submits jobs and may die meanwhile: `python -m tests.faults.client TRACE COUNT PREFIX [STEP_BY_STEP]`.
 
-It says the number of a job before it submits it and after, so that whoever reads it knows what was accepted: `try 3`,
-`took 3`. Step by step, it waits after each until the ledger was told.
+The program prints the number of a job before and after the submission: `try 3`, `took 3`. A reader of its output thus
+knows which jobs were accepted. Step by step, it waits after each job until the ledger knows the job.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from tests.tasks import dying  # noqa: F401  may end this process at a step
 
 
 def say(line: str) -> None:
-    """All of it or nothing: `print` writes each word by itself, and this process may be killed between two."""
+    """Write the whole line or nothing.
+
+    `print` writes each word by itself, and this process may be killed between two words.
+    """
     os.write(1, f"{line}\n".encode())
 
 

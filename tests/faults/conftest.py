@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: servers of their own that may be ended, a platform on them, and the oracle."""
+"""Fixtures of the fault tests: servers that may be ended, a platform on them, and the oracle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def own_pair() -> Iterator[Servers]:
 
 @pytest.fixture
 def servers(own_pair: Servers) -> Iterator[Servers]:
-    """Both servers run, and so they do for the next test."""
+    """Yield servers of which both run, and bring both back for the next test."""
     own_pair.whole()
     yield own_pair
     own_pair.whole()
@@ -32,7 +32,7 @@ def servers(own_pair: Servers) -> Iterator[Servers]:
 
 @pytest.fixture
 def platform(request: pytest.FixtureRequest, servers: Servers, tmp_path: Path) -> Iterator[Platform]:
-    """That of the world, where a test asks for one; else one that is reached without proxies."""
+    """Yield the platform of the world if the test uses one, else a platform that is reached without proxies."""
     if "world" in request.fixturenames:
         yield request.getfixturevalue("world").platform
         return
@@ -49,7 +49,7 @@ def world(servers: Servers, tmp_path: Path) -> Iterator[World]:
 
 @pytest.fixture
 def oracle(request: pytest.FixtureRequest, platform: Platform, tmp_path: Path) -> Iterator[Oracle]:
-    """Its healing times are shown at the end of the run."""
+    """Yield an oracle whose healing times are shown at the end of the run."""
     if "world" in request.fixturenames:
         watching: Oracle = request.getfixturevalue("world").oracle
     else:

@@ -1,4 +1,4 @@
-"""How long it took until work went on after a fault, found out afterwards from the trace and the rows."""
+"""Healing times after faults, computed afterwards from the trace and the rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from tests.faults.watching import Oracle
 
 
 class Times(NamedTuple):
-    """Seconds from the end of a fault: to the first start of a body, and until all that was accepted before is over."""
+    """Seconds from the end of a fault: to the first start of a body, and to the end of all jobs accepted before."""
 
     first: float | None
     all: float | None
 
 
 def times_of(oracle: Oracle, faults: Iterable[tuple[str, float]]) -> dict[str, list[Times]]:
-    """By kind. `faults`: kind and end, by the monotonic clock. (What broke later is in the second number too.)"""
+    """Return the healing times by kind of fault.
+
+    `faults`: kind and end, by the monotonic clock. The second time of a fault includes the effects of later faults.
+    """
     starts = sorted(line.at for line in read(oracle.trace) if line.what == "start")
     query = text(
         "SELECT (extract(epoch FROM submitted_at))::float8, (extract(epoch FROM finished_at))::float8 "
@@ -28,10 +31,10 @@ def times_of(oracle: Oracle, faults: Iterable[tuple[str, float]]) -> dict[str, l
     )
     with oracle.platform.engine.connect() as connection:
         spans = [(monotonic_of(row[0]), monotonic_of(row[1])) for row in connection.execute(query)]
-    found: dict[str, list[Times]] = {}
+    times: dict[str, list[Times]] = {}
     for kind, ended in faults:
         index = bisect_right(starts, ended)
         first = starts[index] - ended if index < len(starts) else None
         open_then = [finished for submitted, finished in spans if submitted <= ended < finished]
-        found.setdefault(kind, []).append(Times(first, max(open_then) - ended if open_then else 0.0))
-    return found
+        times.setdefault(kind, []).append(Times(first, max(open_then) - ended if open_then else 0.0))
+    return times

@@ -28,16 +28,16 @@ from typing import Any, Final
 from celery_capacity.routing.model.states import State
 from tests.faults.oracle import Ended, Evidence, Line, Token
 
-#: One line of a history.
+#: A record: the JSON object in a line of a history.
 Record = Mapping[str, Any]
-#: What the backend says of a job that succeeded and whose value nobody knows.
+#: Result of a succeeded job whose value nobody knows.
 NO_VALUE: Final = ["SUCCESS", None]
-#: States in which a job waits; at the end of a run it should not.
+#: States in which a job waits. No job should be in them at the end of a run.
 WAITING: Final = frozenset({State.ACCEPTED, State.WAITING, State.ADMITTED, State.SCHEDULED})
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
-    """Write a history, whole or not at all."""
+    """Write a whole history or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.new")
     with fresh.open("w", encoding="utf-8") as file:
@@ -46,7 +46,10 @@ def write(path: Path, records: Iterable[Record]) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """Read a history. Raises `ValueError` with the number of a line that is none."""
+    """Read a history.
+
+    Raises `ValueError` with the number of the first line that is not a record.
+    """
     records: list[Record] = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -61,34 +64,39 @@ def read(path: Path) -> list[Record]:
 
 
 def evidence(records: Iterable[Record]) -> Evidence:
-    """Return what the oracle judges. A submission of unknown outcome is accepted where there is a row of it."""
-    found: dict[str, list[Record]] = {}
+    """Return the evidence that the oracle judges.
+
+    A submission with an unknown outcome counts as accepted if the job has a row.
+    """
+    records_of: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(record["what"], []).append(record)
-    states = {row["job"]: row["state"] for row in found.get("row", [])}
+        records_of.setdefault(record["what"], []).append(record)
+    states = {row["job"]: row["state"] for row in records_of.get("row", [])}
     expected, refused = {}, []
-    for submission in found.get("submit", []):
+    for submission in records_of.get("submit", []):
         job, outcome = submission["job"], submission["outcome"]
         if outcome == "accepted" or (outcome == "unsure" and job in states):
             expected[job] = frozenset(submission["expected"])
         elif outcome == "refused" and job in states:
             refused.append(job)
     attempts: dict[str, dict[Token, Ended]] = {}
-    for one in found.get("attempt", []):
-        ended = Ended(one["outcome"], one["at"], one["error"] or "")
-        attempts.setdefault(one["job"], {})[one["epoch"], one["attempt"]] = ended
-    lines = sorted((_line(one) for what in ("start", "end") for one in found.get(what, [])), key=lambda line: line.at)
+    for attempt in records_of.get("attempt", []):
+        ended = Ended(attempt["outcome"], attempt["at"], attempt["error"] or "")
+        attempts.setdefault(attempt["job"], {})[attempt["epoch"], attempt["attempt"]] = ended
+    lines = sorted(
+        (_line(record) for what in ("start", "end") for record in records_of.get(what, [])), key=lambda line: line.at
+    )
     return Evidence(
         expected=expected,
         states=states,
         attempts=attempts,
         lines=lines,
-        effects=Counter(one["job"] for one in found.get("effect", [])),
-        capacities={one["name"]: one["millicores"] for one in found.get("worker", [])},
-        wrong_results=_wrong_results(found.get("result", []), lines),
-        leaks=[one["text"] for one in found.get("leak", [])],
+        effects=Counter(effect["job"] for effect in records_of.get("effect", [])),
+        capacities={worker["name"]: worker["millicores"] for worker in records_of.get("worker", [])},
+        wrong_results=_wrong_results(records_of.get("result", []), lines),
+        leaks=[leak["text"] for leak in records_of.get("leak", [])],
         stuck=[f"{job} is {state}" for job, state in states.items() if state in WAITING],
-        deaths=[one["text"] for one in found.get("death", [])],
+        deaths=[death["text"] for death in records_of.get("death", [])],
         refused=sorted(refused),
     )
 
@@ -100,7 +108,7 @@ def _line(record: Record) -> Line:
 def _wrong_results(results: Iterable[Record], lines: Iterable[Line]) -> list[str]:
     ends = {line.job: line for line in lines if line.what == "end"}
     return [
-        f"{one['job']}: {one['found']}, its end: {ends.get(one['job'])}"
-        for one in results
-        if one["found"] != ["SUCCESS", one["wanted"]] and not (one["unknown"] and one["found"] == NO_VALUE)
+        f"{result['job']}: {result['found']}, its end: {ends.get(result['job'])}"
+        for result in results
+        if result["found"] != ["SUCCESS", result["wanted"]] and not (result["unknown"] and result["found"] == NO_VALUE)
     ]

@@ -1,6 +1,6 @@
 """Judge the recorded history of a run once more: `python -m tests.faults.judge FILE`.
 
-The exit code is 0 where all counts are 0, and 1 where they are not; then the jobs concerned follow.
+The exit code is 0 if all counts are 0. Otherwise it is 1, and the jobs concerned follow.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def main(file: Path, most: int, as_json: bool) -> None:
         raise click.ClickException(f"{file} is no history of a run: {error!r}") from error
     jobs = sum(record["what"] == "submit" for record in records)
     if as_json:
-        found = {name: lines for name, lines in verdict.found.items() if lines}
-        click.echo(json.dumps({"submissions": jobs, "counts": verdict.counts, "found": found}, indent=2))
+        lines_of = {name: lines for name, lines in verdict.found.items() if lines}
+        click.echo(json.dumps({"submissions": jobs, "counts": verdict.counts, "found": lines_of}, indent=2))
     else:
         click.echo(f"{file}: {jobs} submissions")
         for name, count in verdict.counts.items():

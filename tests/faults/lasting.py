@@ -1,4 +1,4 @@
-"""Faults of the stores that last: stalled, frozen, evicting, failing over, on a full disk."""
+"""Lasting faults of the stores: stalled, frozen, evicting, failing over, on a full disk."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.faults.plan import Fault
 from tests.fixtures.servers import ANSWER_WITHIN
 from tests.fixtures.waiting import until
 
-#: The kind for which the servers have a disk of their own.
+#: Kind of fault for which the servers have their own disk.
 DISK_IS_FULL: Final = "the disk is full"
-#: Bytes written at once to fill it.
+#: Bytes written at once to fill the disk.
 BLOCK: Final = 1 << 20
-#: Part of the memory in use that an evicting Redis may have.
+#: Part of the used memory that an evicting Redis may keep.
 EVICTS_TO: Final = 0.7
 
 
@@ -43,12 +43,15 @@ def _continue_all(processes: list[psutil.Process]) -> None:
 
 
 def _stall_postgres(world: World, fault: Fault) -> Generator[None, None, None]:
-    """All its processes are stopped: the kernel still acknowledges what is sent to them, and nobody answers."""
+    """Stop all processes of Postgres.
+
+    The kernel still acknowledges data that is sent to them, and nobody answers.
+    """
     server = postgres.running(world.servers.postgres_folder)
     stopped: list[psutil.Process] = []
     if server is not None:
         main = psutil.Process(server.process.pid)
-        # The one that forks others first, so that none is missed.
+        # Stop the process that forks the others first, so that none is missed.
         _stop_all([main])
         stopped = [main, *main.children(recursive=True)]
         _stop_all(stopped)
@@ -68,7 +71,7 @@ def _freeze_redis(world: World, fault: Fault) -> Generator[None, None, None]:
 
 
 def _lock_writes(world: World, fault: Fault) -> Generator[None, None, None]:
-    """As CREATE INDEX does: who reads goes on."""
+    """Lock the table of jobs as CREATE INDEX does: reads go on."""
     engine = world.servers.sessions(str(world.platform.engine.url.database))
     with engine.connect().execution_options(isolation_level="READ COMMITTED") as connection, connection.begin():
         connection.execute(text("LOCK TABLE jobs IN SHARE MODE"))
@@ -76,7 +79,7 @@ def _lock_writes(world: World, fault: Fault) -> Generator[None, None, None]:
 
 
 def _read_only_postgres(world: World, fault: Fault) -> Generator[None, None, None]:
-    """Every new transaction reads only, as after a failover to a standby."""
+    """Make every new transaction read-only, as after a failover to a standby."""
     for word in ("on", "off"):
         engine = world.servers.sessions("postgres")
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -91,7 +94,7 @@ def _read_only_postgres(world: World, fault: Fault) -> Generator[None, None, Non
 
 
 def _evict(world: World, fault: Fault) -> Generator[None, None, None]:
-    """Redis is configured as a cache, and throws away what it likes."""
+    """Configure Redis as a cache that evicts random keys."""
     with world.servers.admin() as client:
         used = int(client.info("memory")["used_memory"])
         client.config_set("maxmemory-policy", "allkeys-random")
@@ -104,7 +107,10 @@ def _evict(world: World, fault: Fault) -> Generator[None, None, None]:
 
 
 def _fail_over(world: World, fault: Fault) -> Generator[None, None, None]:
-    """A replica takes over for a while, and what it had not received yet is lost. Then the same the other way round."""
+    """Let a replica take over for a while, then fail back the same way.
+
+    Writes that the new primary has not yet received are lost each time.
+    """
     first = valkey.running(world.servers.redis_folder)
     assert first is not None
     with tempfile.TemporaryDirectory(prefix="celery-capacity-replica-") as folder:
@@ -117,14 +123,14 @@ def _fail_over(world: World, fault: Fault) -> Generator[None, None, None]:
             _follow(first.port, second.port)
             _promote(first.port)
             world.redis_path.lead_to(("127.0.0.1", first.port))
-            # What results were stored meanwhile came along; the last ones of either side may be lost.
+            # Results stored meanwhile were copied too. The last results of either side may be lost.
             world.oracle.results_were_lost()
         finally:
             second.kill()
 
 
 def _follow(replica: int, primary: int) -> None:
-    """Have one server copy the other, and wait until it has all."""
+    """Make one server copy the other, and wait until the copy is complete."""
     with redis.Redis(port=replica, socket_timeout=ANSWER_WITHIN) as client:
         client.replicaof("127.0.0.1", primary)
 
@@ -144,7 +150,10 @@ def _promote(port: int) -> None:
 
 
 def _fill_disk(world: World, fault: Fault) -> Generator[None, None, None]:
-    """Nothing can be written for either server; Redis, which saves, refuses writes then as it does by default."""
+    """Fill the disk so that neither server can write.
+
+    Redis, which saves, then refuses writes as it does by default.
+    """
     assert world.servers.disk is not None, "a full disk needs a disk of its own"
     ballast = world.servers.disk / "ballast"
     over = threading.Event()
@@ -152,7 +161,7 @@ def _fill_disk(world: World, fault: Fault) -> Generator[None, None, None]:
     def fill() -> None:
         with ballast.open("wb", buffering=0) as file:
             while not over.wait(0.02):
-                # Whatever the servers give back is taken at once.
+                # Take all space that the servers free at once.
                 with suppress(OSError):
                     while not over.is_set():
                         file.write(b"\0" * BLOCK)
@@ -167,7 +176,7 @@ def _fill_disk(world: World, fault: Fault) -> Generator[None, None, None]:
     over.set()
     filling.join()
     ballast.unlink(missing_ok=True)
-    # A Postgres that cannot write its log ends, and starts again by itself or not at all.
+    # A Postgres that cannot write its log ends. It starts again by itself or not at all.
     if postgres.running(world.servers.postgres_folder) is None:
         world.servers.start_postgres()
     world.platform.engine.dispose()

@@ -1,12 +1,12 @@
-"""The oracle of the fault tests: what really ran, held against what the platform says.
+"""The oracle of the fault tests: it compares the bodies that really ran with the platform's account.
 
     oracle = Oracle(platform, tmp_path / "trace")
     jobs = oracle.send(submitter, range(20), seconds=0.1)
     ... something breaks, and is whole again ...
     oracle.assert_zeros(within=60.0)
 
-It is a black box's view: the trace that bodies left in a file, their effects, the rows, the results and the processes.
-`judge` is pure; it counts each of COUNTS with the jobs concerned, and every one of them must be 0.
+The oracle sees a black box: the trace that bodies left in a file, their effects, the rows, the results and the
+processes. `judge` is pure. It counts each of COUNTS with the jobs concerned, and every count must be 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from celery_capacity.routing.model.states import FINAL
 
-#: What is counted, and what it means.
+#: Names of the counts and their meanings.
 COUNTS: Final = {
     "lost": "accepted, and not ended or ended without that a body ran to its end",
     "misjudged": "ended in a state that what ran does not explain, or not with exactly one recorded end",
@@ -34,19 +34,22 @@ COUNTS: Final = {
     "wrong results": "a succeeded job whose result is missing or another",
     "deaths": "processes that ended unasked",
 }
-#: The error of an attempt that a heartbeat took back (lua/workers/renew.lua).
+#: Error of an attempt that a heartbeat took back (lua/workers/renew.lua).
 NOT_HELD: Final = "the worker no longer held it"
-#: Seconds by which a time read from Postgres (milliseconds, by the clock of the ledger) may be late.
+#: Seconds by which a time read from Postgres may be late. Postgres has milliseconds by the ledger's clock.
 CLOCKS: Final = 0.05
 
 
-#: (epoch, attempt): which attempt of a job it is.
+#: Token of an attempt: (epoch, attempt).
 Token = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the trace. `at`: seconds of the machine's monotonic clock."""
+    """A line of the trace.
+
+    `at`: seconds of the machine's monotonic clock.
+    """
 
     what: str
     job: str
@@ -68,7 +71,7 @@ def shown(token: Token) -> str:
 
 
 def read(trace: Path) -> list[Line]:
-    """What happened so far, in the order in which it was written."""
+    """Return the lines of the trace so far, in the order in which they were written."""
     if not trace.exists():
         return []
     return [Line(**json.loads(line)) for line in trace.read_text().splitlines()]
@@ -76,14 +79,20 @@ def read(trace: Path) -> list[Line]:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A body that began; `ended` is None where it did not come to its end."""
+    """A body that began.
+
+    `ended` is None if the body did not come to its end.
+    """
 
     start: Line
     ended: float | None
 
 
 def runs_of(lines: Iterable[Line]) -> list[Run]:
-    """Starts with their ends: of the same process (and thread: a job and attempt there are one body)."""
+    """Pair the starts with the ends of the same process.
+
+    Threads need no distinction: a job and an attempt in a process are one body.
+    """
     open_runs: dict[tuple[str, Token, int], Line] = {}
     runs = []
     for line in lines:
@@ -99,7 +108,10 @@ def runs_of(lines: Iterable[Line]) -> list[Run]:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How an attempt ended by its row. `at`: seconds of the machine's monotonic clock, None while it is open."""
+    """The end of an attempt according to its row.
+
+    `at`: seconds of the machine's monotonic clock, None while the attempt is open.
+    """
 
     outcome: str | None
     at: float | None
@@ -108,7 +120,10 @@ class Ended:
 
 @dataclass
 class Evidence:
-    """All that the oracle looks at. `expected`: each accepted job and the final states that are right for it."""
+    """The evidence that the oracle judges.
+
+    `expected`: each accepted job with the final states that are right for it.
+    """
 
     expected: Mapping[str, frozenset[str]]
     states: Mapping[str, str]
@@ -120,13 +135,13 @@ class Evidence:
     leaks: Sequence[str] = ()
     stuck: Sequence[str] = ()
     deaths: Sequence[str] = ()
-    #: Jobs that their submitter was told are not accepted, and that have a row.
+    #: Refused jobs, by the submitter's account, that have a row all the same.
     refused: Sequence[str] = ()
 
 
 @dataclass
 class Verdict:
-    """The counts, and for each what it concerns."""
+    """The counts, and the jobs concerned for each."""
 
     found: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in COUNTS})
 
@@ -136,24 +151,27 @@ class Verdict:
 
     @property
     def counts(self) -> dict[str, int]:
-        return {name: len(found) for name, found in self.found.items()}
+        return {name: len(lines) for name, lines in self.found.items()}
 
     def lines(self, most: int = 8) -> Iterator[str]:
-        for name, found in self.found.items():
-            if found:
-                yield f"{name}: {len(found)} ({COUNTS[name]})"
-                yield from (f"    {one}" for one in found[:most])
+        for name, lines in self.found.items():
+            if lines:
+                yield f"{name}: {len(lines)} ({COUNTS[name]})"
+                yield from (f"    {line}" for line in lines[:most])
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """Count what must not be. What is stuck is not counted as lost once more."""
+    """Count the violations.
+
+    A stuck job is not counted as lost once more.
+    """
     verdict = Verdict()
     runs = runs_of(evidence.lines)
     done: dict[str, list[Token]] = defaultdict(list)
     for run in runs:
         if run.ended is not None:
             done[run.start.job].append(run.start.token)
-    stuck = {one.partition(" ")[0] for one in evidence.stuck}
+    stuck = {line.partition(" ")[0] for line in evidence.stuck}
     for job, expected in evidence.expected.items():
         _judge_job(verdict, evidence, job, expected, done.get(job, []), job in stuck)
     strangers = {run.start.job for run in runs} - evidence.expected.keys()
@@ -207,14 +225,17 @@ def _is_later_life(line: Line, start: Line) -> bool:
 
 
 def _overcommit(evidence: Evidence, runs: Sequence[Run]) -> list[str]:
-    """A run counts while its attempt held the lease. What neither ended nor lost its lease, ran to the last line."""
+    """Return the workers on which attempts that held their lease ran above the capacity.
+
+    A run counts while its attempt held the lease. A run that neither ended nor lost its lease lasts to the last line.
+    """
     last = max((line.at for line in evidence.lines), default=0.0)
     changes: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
     for run in runs:
         start = run.start
         begin, end = start.at, run.ended
         if end is None:
-            # Its process died; at the latest before the next life of its worker began to work.
+            # The process died, at the latest before the next life of its worker began to work.
             lives = [line.at for line in evidence.lines if _is_later_life(line, start)]
             end = min(lives, default=last)
         ended = evidence.attempts.get(start.job, {}).get(start.token)
@@ -223,24 +244,24 @@ def _overcommit(evidence: Evidence, runs: Sequence[Run]) -> list[str]:
         if end > begin:
             name = f"{start.job} {shown(start.token)}"
             changes[start.worker] += [(begin, start.millicores, name), (end, -start.millicores, name)]
-    found = []
+    violations = []
     for worker, moments in changes.items():
         now, most, running, peak = 0, 0, set[str](), set[str]()
-        # At one moment what ends comes first.
-        for _, change, name in sorted(moments, key=lambda one: (one[0], one[1])):
+        # Of changes at the same moment, ends come first.
+        for _, change, name in sorted(moments, key=lambda change: (change[0], change[1])):
             now += change
             (running.add if change > 0 else running.discard)(name)
             if now > most:
                 most, peak = now, set(running)
         capacity = evidence.capacities.get(worker)
         if capacity is not None and most > capacity:
-            found.append(f"{worker}: {most} of {capacity} millicores ({', '.join(sorted(peak))})")
-    return found
+            violations.append(f"{worker}: {most} of {capacity} millicores ({', '.join(sorted(peak))})")
+    return violations
 
 
 @dataclass
 class Healing:
-    """Seconds from the end of a fault to the first start of a body, and until all that was accepted is over."""
+    """Seconds from the end of a fault: to the first start of a body, and until all accepted jobs are over."""
 
     fault: str
     first: float | None
@@ -253,16 +274,16 @@ class Healing:
 
 
 def first_start(lines: Iterable[Line], after: float) -> float | None:
-    """Seconds from a moment of the monotonic clock to the first start of a body after it."""
-    found = min((line.at for line in lines if line.what == "start" and line.at > after), default=None)
-    return None if found is None else found - after
+    """Return the seconds from a moment of the monotonic clock to the first start of a body after it."""
+    first = min((line.at for line in lines if line.what == "start" and line.at > after), default=None)
+    return None if first is None else first - after
 
 
 def monotonic_of(seconds_since_1970: float) -> float:
-    """A time of the machine's usual clock by its monotonic one."""
+    """Convert a time of the wall clock to the machine's monotonic clock."""
     return seconds_since_1970 - time.time() + time.monotonic()
 
 
 def decoded(value: Any) -> Any:
-    """What the result backend has under a task's key, as it was written."""
+    """Decode the value that the result backend stores under a task's key."""
     return None if value is None else json.loads(value)

@@ -1,4 +1,4 @@
-"""Which faults a run of chaos has, and when: all of it chosen from the seed before anything runs."""
+"""The choice of faults for a chaos run: the seed determines all faults and times before anything runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests.fixtures.servers import TENTH
 EVERY: Final = (4.0, 8.0)
 #: Part of the moments at which two things break at once.
 DOUBLE: Final = 1 / 3
-#: Seconds from the start in which nothing breaks, and part of the whole at its end: what broke last is to heal.
+#: Seconds at the start in which nothing breaks, and part of the run at its end, so that the last faults heal.
 QUIET: Final = 2.0
 REST_PART: Final = 0.05
 #: The workers of a run: name, CPUs, pool.
 WORKERS: Final = (("a", 4, "prefork"), ("b", 4, "threads"), ("c", 2, "prefork"), ("d", 2, "threads"))
-#: The part of the platform that stands for any of the workers.
+#: Placeholder in `touches` for any of the workers.
 A_WORKER: Final = "worker"
-#: Seconds of a fault that must outlast what the platform remembers an ended job for, and of one that must outlast every
-#: lease besides: one and a half times each. (All intervals are settings, and these follow them.)
+#: Seconds of a fault that must outlast the tombstone of an ended job, and of a fault that must outlast every lease too:
+#: one and a half times each. All intervals are settings, and these constants follow them.
 TOMBSTONES: Final = 1.5 * float(TENTH["PLATFORM_TOMBSTONE"])
 LEASES: Final = 1.5 * max(
     float(TENTH[f"PLATFORM_{name}"]) for name in ("WORKER_TTL", "LOST_AFTER", "START_TIMEOUT", "TOMBSTONE")
@@ -30,18 +30,21 @@ LEASES: Final = 1.5 * max(
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A fault: what it touches (no two faults touch one thing at once), and for how many seconds."""
+    """A kind of fault: its target and its duration in seconds.
+
+    No two faults touch the same target at once.
+    """
 
     name: str
     touches: str
     seconds: tuple[float, float] = (0.0, 0.0)
-    #: The pool that a worker must have for it; '' for any.
+    #: Pool that the worker must have; '' for any.
     pool: str = ""
-    #: What else nothing may have happened to.
+    #: Other targets that no other fault may touch meanwhile.
     also: tuple[str, ...] = ()
 
 
-#: Durations are a tenth of those in the table of faults. Those that are to outlast a lease last for exactly so long.
+#: Durations are a tenth of those in the table of faults. Kinds that must outlast a lease last exactly so long.
 KINDS: Final = (
     Kind("kill a child", A_WORKER, pool="prefork"),
     Kind("kill a worker's main process", A_WORKER, (0.1, 3.0)),
@@ -74,7 +77,12 @@ KINDS: Final = (
     Kind("Redis is frozen for longer than each lease", "redis", (LEASES, LEASES)),
     Kind("Redis evicts", "redis", (0.5, 1.5)),
     Kind("Redis fails over", "redis", (1.0, 3.0)),
-    Kind("empty Redis, and stop who opens the epoch", "redis", (LEASES, LEASES), also=tuple(one[0] for one in WORKERS)),
+    Kind(
+        "empty Redis, and stop who opens the epoch",
+        "redis",
+        (LEASES, LEASES),
+        also=tuple(worker[0] for worker in WORKERS),
+    ),
     Kind("kill Postgres", "postgres", (0.5, 2.0)),
     Kind("lock the table of jobs", "postgres", (0.5, 1.5)),
     Kind("use up the connections of Postgres", "postgres", (0.5, 1.5)),
@@ -92,7 +100,10 @@ KINDS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault of a run. `at` and `until`: seconds from its start. `chance`: seeds what it chooses itself."""
+    """A fault of a run.
+
+    `at` and `until`: seconds from the start of the run. `chance`: seed of the fault's own choices.
+    """
 
     kind: str
     at: float
@@ -107,20 +118,24 @@ class Fault:
 
 
 def matching(wanted: str) -> list[str]:
-    """The kind of this name, or else those whose names have all of its words: `stalled-postgres`. Raises `ValueError`
-    where there is none."""
+    """Return the kind of this name, or else all kinds whose names have all of its words, such as `stalled-postgres`.
+
+    Raises `ValueError` if there is none.
+    """
     if any(kind.name == wanted for kind in KINDS):
         return [wanted]
     words = wanted.lower().replace("-", " ").split()
-    found = [kind.name for kind in KINDS if all(word in kind.name.lower().replace("-", " ") for word in words)]
-    if not found:
+    names = [kind.name for kind in KINDS if all(word in kind.name.lower().replace("-", " ") for word in words)]
+    if not names:
         raise ValueError(f"there is no kind of fault with these words: {wanted}")
-    return found
+    return names
 
 
 def plan(seed: int, seconds: float, only: Sequence[str] = ()) -> list[Fault]:
-    """The faults of a run, in their order; the same for the same seed, duration and kinds. `only`: names of kinds, all
-    of them where it is empty."""
+    """Return the faults of a run, in their order.
+
+    The faults are equal for equal seeds, durations and kinds. `only`: names of kinds; all kinds if it is empty.
+    """
     chosen = [kind for kind in KINDS if kind.name in only] if only else KINDS
     return list(_plan(random.Random(seed), seconds, chosen))
 
@@ -134,7 +149,7 @@ def _plan(chance: random.Random, seconds: float, chosen: Sequence[Kind]) -> Iter
             beat = at < seconds / 2
             kinds = [kind for kind in kinds if beat or kind.touches != "beat"]
             if not kinds:
-                # Each kind comes once before any comes again.
+                # Each kind comes once before any kind comes again.
                 kinds = chance.sample(chosen, len(chosen))
             possible = _possible(kinds, busy, at, beat)
             if possible is None:
@@ -149,7 +164,7 @@ def _plan(chance: random.Random, seconds: float, chosen: Sequence[Kind]) -> Iter
 
 
 def _possible(kinds: Sequence[Kind], busy: dict[str, float], at: float, beat: bool) -> tuple[Kind, list[str]] | None:
-    """The next kind that something free can have, and what of the platform that is."""
+    """Return the next kind that has a free target, and its free targets."""
     for kind in kinds:
         if (kind.touches == "beat" and not beat) or any(busy.get(name, 0.0) > at for name in kind.also):
             continue

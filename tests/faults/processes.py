@@ -1,4 +1,4 @@
-"""Faults of single processes that outlast every lease, wrong clocks, heartbeats in pairs, and twins elsewhere."""
+"""Faults of single processes: stops that outlast every lease, wrong clocks, heartbeats in pairs, twins elsewhere."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.fixtures.processes import READY, Process
 HOUR: Final = 3600.0
 #: Seconds between two pairs of heartbeats.
 PAIRS_EVERY: Final = 0.01
-#: Jobs of a client, and seconds for it to submit the rest of them when all is over.
+#: Jobs of a client, and seconds for the client to submit the rest of them after all faults.
 CLIENT_JOBS: Final = 60
 CLIENT_ENDS_WITHIN: Final = 60.0
-#: Seconds from emptying Redis to the stop of who opens the next epoch.
+#: Seconds between emptying Redis and stopping the workers, of which one opens the next epoch.
 OPENS_WITHIN: Final = (0.0, 0.6)
 
 _prefixes = count()
@@ -53,7 +53,7 @@ def _stop_child(world: World, fault: Fault) -> Generator[None, None, None]:
 
 
 def _kill_largest(world: World, fault: Fault) -> Generator[None, None, None]:
-    """As the kernel does where memory is used up: KILL to the process that has most of it."""
+    """Send KILL to the process with the most memory, as the kernel does when memory is used up."""
     worker = world.workers[fault.worker]
     sizes = []
     with suppress(psutil.Error):
@@ -87,7 +87,7 @@ def _pairs(world: World, fault: Fault) -> Generator[None, None, None]:
 
 
 def _clone(world: World, fault: Fault) -> Generator[None, None, None]:
-    """A worker of the same name on a machine of the same host name, by another boot: it has to be refused."""
+    """Start a worker of the same name and host name but of another boot. The platform has to refuse it."""
     lines = world.workers[fault.worker].lines
     if len(lines) == lines.maxlen or any(READY in line for line in list(lines)):
         imports = f"{world.platform.environment['PLATFORM_IMPORTS']},tests.tasks.cloned"
@@ -106,12 +106,12 @@ def _stop_beat(world: World, fault: Fault) -> Generator[None, None, None]:
 
 
 def _stop_client(world: World, fault: Fault) -> Generator[None, None, None]:
-    """A program that submits jobs is stopped amid them."""
+    """Stop a program amid its submissions."""
     prefix = f"client-{next(_prefixes)}"
     arguments = [sys.executable, "-m", "tests.faults.client", str(world.oracle.trace), str(CLIENT_JOBS), prefix]
     process = Process(prefix, arguments, world.platform.environment, world.platform.folder)
     world.clients[prefix] = process
-    # (Where a store is away just now it says less, and is stopped all the same.)
+    # If a store is away just now, the program prints less and is stopped all the same.
     begun = threading.Thread(target=_stop_when_begun, args=[process], daemon=True)
     begun.start()
     yield
@@ -126,7 +126,7 @@ def _stop_when_begun(process: Process) -> None:
 
 
 def account(world: World) -> None:
-    """Tell the oracle what the clients of the run had accepted, when they have ended."""
+    """Report the accepted jobs of the run's clients to the oracle, after the clients ended."""
     for prefix, process in world.clients.items():
         process.finish(CLIENT_ENDS_WITHIN)
         tried = {int(line.split()[1]) for line in process.lines if line.startswith("try ")}
@@ -139,7 +139,7 @@ def account(world: World) -> None:
 
 
 def _stop_opener(world: World, fault: Fault) -> Generator[None, None, None]:
-    """Redis is emptied, and all workers but one are stopped while one of them opens the next epoch."""
+    """Empty Redis, and stop all workers but one while a worker opens the next epoch."""
     chance = random.Random(fault.chance)
     world.platform.redis.flushall()
     world.oracle.results_were_lost()

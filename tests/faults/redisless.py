@@ -48,7 +48,7 @@ SAY_EVERY: Final = 30.0
 
 
 class Load:
-    """Submits so many jobs a second in a thread, and notes how long that takes."""
+    """A thread that submits so many jobs a second and records the time that each submission takes."""
 
     def __init__(self, submitter: Submitter, oracle: Oracle, rate: float) -> None:
         self._submitter = submitter
@@ -88,7 +88,7 @@ class Load:
 
 
 def percentile(values: Sequence[float], part: float) -> float | None:
-    """Seconds, rounded to milliseconds; None of nothing."""
+    """Return a percentile in seconds, rounded to milliseconds, or None if there are no values."""
     ordered = sorted(values)
     return round(ordered[min(len(ordered) - 1, int(len(ordered) * part))], 3) if ordered else None
 
@@ -99,7 +99,10 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
 
 @contextmanager
 def usual_platform(servers: Servers, folder: Path, scale: float) -> Iterator[Platform]:
-    """One Redis for all. `scale`: 1 leaves all intervals at their defaults, 0.1 is a tenth."""
+    """Yield a platform with one Redis for all purposes.
+
+    `scale`: 1 leaves all intervals at their defaults, 0.1 is a tenth.
+    """
     usual = {name: str(float(value) * 10 * scale) for name, value in TENTH.items()}
     usual["PLATFORM_DUE_INTERVAL"] = str(max(0.25, 1.0 * scale))
     with empty_database(servers.pair) as database_url:
@@ -116,7 +119,7 @@ def usual_platform(servers: Servers, folder: Path, scale: float) -> Iterator[Pla
 
 @contextmanager
 def without_redis(servers: Servers, oracle: Oracle, stop: bool) -> Iterator[None]:
-    """Redis is away for the block: ended, or stopped so that it answers nobody and closes no connection."""
+    """Keep Redis away for the block: ended, or stopped so that it answers nobody and closes no connection."""
     server = valkey.running(servers.redis_folder)
     assert server is not None
     if stop:
@@ -136,7 +139,7 @@ def without_redis(servers: Servers, oracle: Oracle, stop: bool) -> Iterator[None
 def run(
     servers: Servers, folder: Path, minutes: float, rate: float, keep: bool, stop: bool, scale: float
 ) -> dict[str, Any]:
-    """The summary of one run."""
+    """Run once and return the summary."""
     with usual_platform(servers, folder, scale) as platform:
         submitter, oracle = Submitter(platform), Oracle(platform, folder / "trace")
         load = Load(submitter, oracle, rate)
@@ -185,7 +188,7 @@ def _times(oracle: Oracle, load: Load, away: float, back: float) -> dict[str, An
     first = min(from_postgres, default=None)
     calls = [returned - called for called, returned in load.sent.values() if away < called < back]
     sent = {job: called for job, (called, _) in load.sent.items() if away < called < back - 1 and job in starts}
-    # What was submitted while nobody decided is worked off first.
+    # Jobs submitted while nobody decided are worked off first.
     settled = min((called for job, called in sent.items() if starts[job] - called < SETTLED), default=back)
     steady = [starts[job] - called for job, called in sent.items() if called >= settled]
     return {

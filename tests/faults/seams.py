@@ -1,4 +1,4 @@
-"""The other side of `tests.tasks.seams`: a worker's clock and heartbeats, set by whoever breaks things."""
+"""The other side of `tests.tasks.seams`: control of a worker's clock and heartbeats by a fault."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from tests.tasks.seams import LAYOUT
 
 
 class Seam:
-    """A worker's file. Changes are seen at once by all its processes."""
+    """The seam file of a worker.
+
+    All processes of the worker see a change at once.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -21,7 +24,7 @@ class Seam:
         self._write()
 
     def tick(self, every: float) -> None:
-        """Have heartbeats in pairs every so many seconds; 0 ends it."""
+        """Send heartbeats in pairs every so many seconds; 0 ends the pairs."""
         self._every = every
         self._write()
 

@@ -1,4 +1,4 @@
-"""A pair of servers that a test may end, fill, empty and bring back where it was."""
+"""A pair of servers that a test may end, fill, empty and start again at their old addresses."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 from celery_capacity.platform.embedded import postgres, servers, valkey
 from celery_capacity.routing.config.embedded import Pair
 
-#: Systems give ports from here on to whoever connects somewhere: also that of a server that is down, to a client that
-#: asks for it.
+#: First port of the range from which systems give ports to connecting clients. Even the port of a server that is down
+#: may be given to a client that connects to it.
 OUTGOING: Final = 32768
-#: Connections that the pair's Postgres takes, those for its superuser included.
+#: Connections that the pair's Postgres takes, including those for its superuser.
 CONNECTIONS: Final = 200
 
-#: Bytes of a small disk: a database with its log, and a run of ten minutes.
+#: Bytes of a small disk. A database with its log, and a run of ten minutes, fit into it.
 DISK: Final = 1 << 30
 
 _pairs = itertools.count()
@@ -35,7 +35,10 @@ _pairs = itertools.count()
 
 @dataclass(frozen=True)
 class Servers:
-    """The pair that tests may end. `pair`: its addresses, which stay. `disk`: a small one that has its data."""
+    """The pair that tests may end.
+
+    `pair`: its addresses, which stay. `disk`: a small disk with its data.
+    """
 
     pair: Pair
     disk: Path | None = None
@@ -47,7 +50,10 @@ class Servers:
         return Path(str(self.pair.data)) / "redis"
 
     def kill_redis(self) -> None:
-        """As by `kill -9`: what it held is gone, but for a dump that was written before."""
+        """Kill Redis as by `kill -9`.
+
+        Its data are gone, except for a dump that was written before.
+        """
         server = valkey.running(self.redis_folder)
         assert server is not None and server.kill()
 
@@ -55,15 +61,15 @@ class Servers:
         return valkey.running(self.redis_folder) is None
 
     def start_redis(self) -> None:
-        """Where it was: empty, or with what the last dump holds."""
-        found = valkey.start(self.redis_folder, urlsplit(self.pair.redis_url).port, durable=False)
-        assert found.url == self.pair.redis_url, f"{found.url} is not where it was, {self.pair.redis_url}"
+        """Start Redis at its old address: empty, or with the data of the last dump."""
+        server = valkey.start(self.redis_folder, urlsplit(self.pair.redis_url).port, durable=False)
+        assert server.url == self.pair.redis_url, f"{server.url} is not where it was, {self.pair.redis_url}"
 
     def forget_dump(self) -> None:
         (self.redis_folder / "dump.rdb").unlink(missing_ok=True)
 
     def admin(self) -> redis.Redis:
-        """A client for what concerns the whole server."""
+        """Return a client for commands that concern the whole server."""
         return redis.Redis.from_url(self.pair.redis_url, socket_timeout=30)
 
     # -- Postgres
@@ -73,29 +79,31 @@ class Servers:
         return Path(str(self.pair.data)) / "postgres"
 
     def kill_postgres(self) -> None:
-        """KILL to the process that holds all others; they notice and end."""
+        """Send KILL to the parent of all processes of Postgres; the children notice and end."""
         server = postgres.running(self.postgres_folder)
         assert server is not None
         process = psutil.Process(server.process.pid)
         children = process.children(recursive=True)
         process.kill()
-        # (It is nobody's child here, and waits for init to reap it.)
+        # The process is nobody's child here, and waits for init to reap it.
         _, alive = psutil.wait_procs([process, *children], timeout=30)
-        assert not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        assert not [
+            survivor for survivor in alive if survivor.is_running() and survivor.status() != psutil.STATUS_ZOMBIE
+        ]
 
     def start_postgres(self) -> None:
-        found = postgres.start(self.postgres_folder, durable=False)
-        assert found.url == self.pair.database_url
+        server = postgres.start(self.postgres_folder, durable=False)
+        assert server.url == self.pair.database_url
 
     def sessions(self, database: str) -> Engine:
-        """An engine for what a test does beside the platform: each connection is its own."""
+        """Return an engine for a test's own statements; each connection is a new session."""
         url = make_url(self.pair.database_url).set(database=database)
         return create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
 
     # -- both
 
     def whole(self) -> None:
-        """Whatever a test left: both run, and refuse nothing."""
+        """Bring both servers back after a test: both run, and refuse nothing."""
         if valkey.running(self.redis_folder) is None:
             self.start_redis()
         if postgres.running(self.postgres_folder) is None:
@@ -108,7 +116,7 @@ class Servers:
 
 @contextmanager
 def small_disk() -> Iterator[Path | None]:
-    """A disk of DISK bytes, in memory, for the time of the block; None where this process may not mount one."""
+    """Yield a disk of DISK bytes in memory for the block, or None if this process may not mount a disk."""
     with tempfile.TemporaryDirectory(prefix="celery-capacity-disk-") as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -124,8 +132,10 @@ def small_disk() -> Iterator[Path | None]:
 
 @contextmanager
 def own_servers(disk: Path | None = None) -> Iterator[Servers]:
-    """A pair that nobody else uses, for the time of the block, with Redis on a port that nobody is given meanwhile.
-    `disk`: where it has its data."""
+    """Yield a pair for the block that nobody else uses.
+
+    Redis gets a port that no client is given meanwhile. `disk`: the disk for its data.
+    """
     home = None
     if disk is not None:
         home = disk / "pair"
@@ -140,7 +150,7 @@ def own_servers(disk: Path | None = None) -> Iterator[Servers]:
 
 
 def make_read_only(client: redis.Redis) -> None:
-    """A replica of a server that is not there: it answers reads, and refuses writes with READONLY."""
+    """Make the server a replica of a missing server: it answers reads, and refuses writes with READONLY."""
     client.replicaof("127.0.0.1", 1)
 
 
@@ -149,24 +159,26 @@ def make_writable(client: redis.Redis) -> None:
 
 
 def delete_half(client: redis.Redis, chance: random.Random) -> int:
-    """Deletes each key of this database with a chance of one half; returns how many."""
-    found: list[Any] = sorted(client.scan_iter(count=1000))
-    doomed = [key for key in found if chance.random() < 0.5]
+    """Delete each key of this database with a chance of one half; return the number of deleted keys."""
+    names: list[Any] = sorted(client.scan_iter(count=1000))
+    doomed = [key for key in names if chance.random() < 0.5]
     if doomed:
         client.delete(*doomed)
     return len(doomed)
 
 
 def drop_redis(client: redis.Redis) -> int:
-    """Ends all connections to this database but the client's own; returns how many."""
-    return sum(client.client_kill_filter(_id=one) for one in redis_connections(client))
+    """End all connections to this database but the client's own; return their number."""
+    return sum(client.client_kill_filter(_id=connection_id) for connection_id in redis_connections(client))
 
 
 def redis_connections(client: redis.Redis) -> list[str]:
-    """The ids of all connections to this database but the client's own."""
+    """Return the ids of all connections to this database but the client's own."""
     mine, database = client.client_id(), str(client.connection_pool.connection_kwargs.get("db", 0))
-    found: Any = client.client_list()
-    return [one["id"] for one in found if one["db"] == database and int(one["id"]) != mine]
+    connections: Any = client.client_list()
+    return [
+        connection["id"] for connection in connections if connection["db"] == database and int(connection["id"]) != mine
+    ]
 
 
 _OTHERS: Final = "datname = current_database() AND pid <> pg_backend_pid()"
@@ -178,7 +190,7 @@ def postgres_connections(engine: Engine) -> list[int]:
 
 
 def drop_postgres(engine: Engine) -> int:
-    """The same for Postgres."""
+    """End all connections to this database of Postgres but this one; return their number."""
     with engine.connect() as connection:
         query = f"SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE {_OTHERS}"
         return int(connection.execute(text(query)).scalar_one())

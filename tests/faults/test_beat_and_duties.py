@@ -1,4 +1,4 @@
-"""Beat may die and may be there twice, and duties may be done by several at once: nobody notices."""
+"""Beat may die or run twice, and several workers may run the duties at once: nobody notices."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_beat_dies_for_good_and_every_job_runs(
         beat.kill()
         oracle.whole_again("kill beat for good")
         with monkeypatch.context() as dying:
-            # What only a duty brings in.
+            # Strand these jobs: only a duty brings them in.
             dying.setattr(Sender, "_to_ledger", lambda *_: None)
             stranded = oracle.sends(submitter, 3)
         later = [oracle.send(submitter, countdown=0.5) for _ in range(3)]
         for job in stranded + later:
             submitter.ended(job)
     oracle.assert_zeros()
-    # Heartbeats go on without it.
+    # Heartbeats go on without beat.
     until(lambda: submitter.view("a").get("status") == "ready", "a is ready")
 
 
@@ -95,7 +95,7 @@ def test_four_reconciles_and_all_duties_at_once_under_load_do_no_harm(
 def test_duties_go_on_beside_a_ledger_that_is_emptied_again_and_again(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
-    """Whoever repairs, may find that there is nothing to be repaired any more, at each of its steps."""
+    """At each of its steps, a repairer may find that nothing needs a repair any more."""
     over, refused = threading.Event(), Counter[str]()
     platform.worker("a", cpus=4, pool="threads")
 

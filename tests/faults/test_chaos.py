@@ -16,11 +16,11 @@ JOBS = 1_000
 
 @pytest.mark.long
 def test_half_a_minute_of_random_faults_costs_no_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said: list[str] = []
-    outcome = chaos.run(SEED, SECONDS, JOBS, plan(SEED, SECONDS), tmp_path, said.append)
+    lines: list[str] = []
+    outcome = chaos.run(SEED, SECONDS, JOBS, plan(SEED, SECONDS), tmp_path, lines.append)
     chaos.show(outcome)
     shown = capsys.readouterr().out
-    assert outcome.verdict.zeros, "\n".join([*said, shown])
+    assert outcome.verdict.zeros, "\n".join([*lines, shown])
     assert outcome.accepted + outcome.refused >= JOBS
     assert outcome.to_json()["counts"] == dict.fromkeys(outcome.verdict.counts, 0)
     assert f"seed {SEED}" in shown

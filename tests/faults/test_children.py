@@ -1,5 +1,7 @@
-"""What ends a process of the pool, or a body in it, costs at the most that attempt: the worker lives, and its capacity
-is right."""
+"""The end of a pool process, or of a body in it, costs at most that attempt.
+
+The worker lives, and its capacity is right.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,13 @@ from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform
 from tests.fixtures.waiting import until
 
-#: Bytes of the group of a process that asks for more.
+#: Bytes of the control group of a process that asks for more.
 GROUP_BYTES = 64 * 2**20
 
 
 @pytest.fixture(scope="module")
 def platform(own_pair: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """One worker for all tests here: none of them may end it."""
+    """Yield a platform with one worker for all tests of this module, none of which may end the worker."""
     own_pair.whole()
     with standing_platform(own_pair.pair, tmp_path_factory.mktemp("children"), *breaking.IMPORTS) as running:
         running.worker("a", cpus=4)
@@ -58,7 +60,7 @@ def test_a_body_that_ends_itself_or_its_process_costs_that_attempt(
 
 @contextmanager
 def small_group() -> Iterator[Path | None]:
-    """A control group (of either version) whose processes may have GROUP_BYTES; None where none can be made."""
+    """Yield a control group of either version whose processes may have GROUP_BYTES, or None if none can be made."""
     root = Path("/sys/fs/cgroup")
     versions = ((root / "memory", "memory.limit_in_bytes"), (root, "memory.max"))
     for parent, limit in versions:
@@ -80,7 +82,7 @@ def small_group() -> Iterator[Path | None]:
 
 
 def test_a_process_that_the_kernel_ends_for_its_memory_costs_that_attempt(submitter: Submitter, oracle: Oracle) -> None:
-    """Where no control group can be made, the process is killed as the kernel would."""
+    """If no control group can be made, the test kills the process as the kernel would."""
     with small_group() as group:
         job = oracle.send(submitter, seconds=2.0, how="take memory" if group else "die")
         lines = until(lambda: [line for line in read(oracle.trace) if line.job == job], "it runs")
@@ -112,7 +114,7 @@ def test_a_job_that_is_terminated_at_any_moment_is_cancelled_or_has_succeeded(
         oracle.expect(job, "cancelled")
         submitter.app.control.revoke(job, terminate=True, signal="SIGKILL")
         pause.wait(chance.uniform(0.0, 0.1))
-    # What was terminated under it by mistake, would run again.
+    # A job that was terminated by mistake under the same process would run again.
     after = oracle.sends(submitter, 8)
     oracle.assert_zeros()
     assert all(submitter.row(job).state == "succeeded" for job in after)
@@ -126,7 +128,7 @@ def test_a_process_that_is_killed_while_its_worker_becomes_ready_is_replaced(
     worker = platform.worker("killed", cpus=2, PLATFORM_RESOURCES="killed=2", PLATFORM_IMPORTS=imports)
 
     def both_ran() -> bool:
-        # (One process may be done with several jobs while the other is started.)
+        # A process may be done with several jobs while the other process is started.
         oracle.send(submitter, resources={"killed": 1})
         return len({line.pid for line in read(oracle.trace)}) == 2
 

@@ -1,4 +1,4 @@
-"""Who submits may die at any step, submit more than there is room for, and have a wrong clock."""
+"""Clients may die at any step of a submission, submit more jobs than there is room for, and have a wrong clock."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tests.tasks.stepping import SIGNAL
 
 _clients = count()
 
-#: Steps of a submission at which the program dies: its third one, so that the others are complete.
+#: Steps of a submission at which the program dies. It dies in its third submission, so that the others are complete.
 STEPS = (
     "before celery_capacity.workers.submit.sender:Sender._insert_once@3",
     "after celery_capacity.workers.submit.sender:Sender._insert_once@3",
     "before celery_capacity.workers.dispatch.circuit_breaker:Breaker._bring@3",
     "after celery_capacity.workers.dispatch.circuit_breaker:Breaker._bring@3",
 )
-#: Submissions at once: a tenth of 10,000.
+#: Submissions at once: a tenth of the 10,000 of the full test.
 BURST = 1_000
 SUBMITTERS = 4
 
 
 def client(platform: Platform, oracle: Oracle, jobs: int, *how: str, **environment: str) -> Process:
-    """Submits so many jobs in a process of its own; the oracle is told what it accepted, when it has ended."""
+    """Submit so many jobs in a separate process, and report the accepted jobs to the oracle after its end."""
     prefix = f"client-{next(_clients)}"
     arguments = [sys.executable, "-m", "tests.faults.client", str(oracle.trace), str(jobs), prefix, *how]
     process = Process(prefix, arguments, {**platform.environment, **environment}, platform.folder)
@@ -42,7 +42,7 @@ def client(platform: Platform, oracle: Oracle, jobs: int, *how: str, **environme
     for number in took:
         oracle.accepted(f"{prefix}-{number}", number)
     for number in set(tried) - set(took):
-        # It died meanwhile: accepted if there is a row.
+        # The program died meanwhile: the job is accepted if it has a row.
         oracle.unsure(f"{prefix}-{number}", number)
     return process
 
@@ -59,7 +59,7 @@ def test_a_program_that_dies_at_any_step_of_a_submission_loses_and_doubles_nothi
     oracle.whole_again("a client dies between insert and admission")
     oracle.assert_zeros()
     with_rows = {job for job in oracle.values if submitter.row(job)}
-    # Two of five were accepted before each death, and the third one where the row was written.
+    # Two of five jobs were accepted before each death, and the third job if its row was written.
     assert len(with_rows) == 2 * len(STEPS) + 3
 
 
@@ -69,7 +69,7 @@ def test_a_program_that_dies_with_jobs_that_its_thread_was_to_bring_loses_and_do
     platform.worker("a", cpus=4, pool="threads")
     for when in ("before", "after"):
         once = platform.folder / f"died-{when}"
-        # (The first one goes by itself.)
+        # The first call brings the first job alone, so the program dies at the second call.
         step = f"{when} celery_capacity.workers.dispatch.circuit_breaker:Breaker._bring@2"
         process = client(platform, oracle, 200, DIE_AT=step, DIE_ONCE=str(once))
         assert once.exists(), f"nobody came to {step}:\n{process.tail()}"
@@ -106,7 +106,7 @@ def test_a_worker_whose_clock_steps_by_an_hour_goes_on(
         worker.signal(SIGNAL)
         worker.wait_for("the clock was stepped")
         oracle.whole_again(f"the clock of a worker steps by {step} s")
-        # Long enough that a heartbeat, a lapse and a sweep are due by the new clock.
+        # Wait long enough that a heartbeat, a lapse and a sweep are due by the new clock.
         threading.Event().wait(platform.settings.lost_after)
         oracle.until_more(10)
     oracle.assert_zeros()

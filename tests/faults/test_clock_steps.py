@@ -1,4 +1,4 @@
-"""The wall clock of one worker is stepped by an hour: nothing dies, nothing is taken over, nothing runs again."""
+"""The wall clock of a worker is stepped by an hour: nothing dies, nothing is taken over, nothing runs again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_step_of_a_worker_s_wall_clock_changes_nothing(
         lease = lease_ms(platform)
         longer = platform.settings.lost_after * 1500
         until(lambda: lease_ms(platform) > lease + longer, "the clock was off for longer than each lease", 120.0)
-        # The worker lives, whatever the clock of its machine says: a twin on it is refused, and ends nothing of it.
+        # The worker lives, whatever its machine's clock says. A twin on the machine is refused, and ends nothing of it.
         twin = platform.worker("a", cpus=4, pool=pool, ready=False, **environment)
         oracle.asked(twin)
         assert twin.wait() == Exit.UNAVAILABLE
@@ -51,5 +51,5 @@ def test_step_of_a_worker_s_wall_clock_changes_nothing(
 
 
 def lease_ms(platform: Platform) -> int:
-    """When the lease of `a` ends, by the ledger's clock."""
+    """Return the end of the lease of `a` in milliseconds, by the ledger's clock."""
     return int(platform.redis.hget(keys.book("a"), "lease") or 0)

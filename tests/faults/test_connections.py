@@ -26,14 +26,14 @@ def test_every_connection_is_dropped_one_by_one_in_20_rounds(
     with oracle.flow(submitter):
         for _ in range(ROUNDS):
             oracle.until_more(3)
-            connections = [("redis", one) for one in redis_connections(client)]
-            connections += [("postgres", str(one)) for one in postgres_connections(engine)]
-            for server, one in chance.sample(connections, len(connections)):
+            connections = [("redis", connection_id) for connection_id in redis_connections(client)]
+            connections += [("postgres", str(pid)) for pid in postgres_connections(engine)]
+            for server, connection_id in chance.sample(connections, len(connections)):
                 if server == "redis":
-                    client.client_kill_filter(_id=one)
+                    client.client_kill_filter(_id=connection_id)
                 else:
                     with engine.connect() as connection:
-                        connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": int(one)})
+                        connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": int(connection_id)})
             oracle.until_more(1)
         oracle.whole_again("drop every connection, 20 rounds")
         oracle.until_more(10)

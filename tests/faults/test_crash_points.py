@@ -1,5 +1,7 @@
-"""The process of a worker dies at each step of what it does for a job, and of its own life: whoever is left, or comes
-next, goes on from what stands in the stores."""
+"""The process of a worker dies at each step of a job's handling and of its own life.
+
+The surviving workers, or the next worker, go on from the contents of the stores.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from tests.fixtures.processes import READY, Platform, Pool, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 
-#: The call of a function at which its process dies: not the first one, so that what comes before is in flow.
+#: Number of the call at which the process dies. A later call is chosen so that earlier steps are in flow.
 LATER = "@4"
 
 DELIVER_AND_CLAIM = (
@@ -48,7 +50,7 @@ DRAIN = (
     "before celery_capacity.routing.ledger.client:Ledger.leave",
     "after celery_capacity.routing.ledger.client:Ledger.leave",
 )
-#: The second time: the first one opens a ledger that was never open.
+#: The second opening: the first one opens a ledger that was never open.
 REBUILD = (
     "after celery_capacity.routing.recovery.rebuild:Opener._wipe@2",
     "after celery_capacity.routing.ledger.client:Ledger.open@2",
@@ -56,14 +58,14 @@ REBUILD = (
     "before celery_capacity.routing.recovery.rebuild:Opener._file_backlog@2",
     "before celery_capacity.routing.ledger.client:Ledger.finish@2",
 )
-#: In a process of the pool: the effect is there, and nobody has heard of the end.
+#: In a process of the pool: the effect is committed, and nobody has heard of the end.
 CHILD = ("before tests.tasks.traced:leave_effect@2", "after tests.tasks.traced:leave_effect@2")
 
 _points = count()
 
 
 class Mortal:
-    """Starts workers that die at a step, and is sure that they did."""
+    """Starts workers that die at a step, and asserts that they did."""
 
     def __init__(self, platform: Platform, oracle: Oracle) -> None:
         self.platform = platform
@@ -79,14 +81,14 @@ class Mortal:
 
     def died(self, worker: Process, point: str) -> None:
         assert worker.wait() == -signal.SIGKILL, f"{worker.name} did not die {point}:\n{worker.tail()}"
-        # What it had forked ends too, by itself or with the group.
+        # Processes that it forked end too, by themselves or with the group.
         worker.kill()
 
 
 @pytest.fixture
 def mortal(platform: Platform, oracle: Oracle) -> Mortal:
     platform.environment["PLATFORM_IMPORTS"] += ",tests.tasks.dying"
-    # (One job may be on the worker each time that this dies.)
+    # A job may be on the worker at each of these deaths.
     platform.environment["PLATFORM_MOST_LOSSES"] = str(max(map(len, (DELIVER_AND_CLAIM, FINISH, RELEASE))) + 1)
     return Mortal(platform, oracle)
 
@@ -110,7 +112,7 @@ def test_a_worker_dies_at_each_step_of_a_job(
     pool: Pool,
 ) -> None:
     platform.worker("b", cpus=2, pool="threads")
-    # (More than one of the two can run, so that both have enough to do.)
+    # More jobs are sent than one of the two workers can run, so that both have enough to do.
     with oracle.flow(submitter, every=0.05, seconds=0.15):
         for point in points:
             mortal.died(mortal.start("a", point, pool), point)
@@ -158,12 +160,12 @@ def test_the_only_worker_dies_at_each_step_of_a_rebuild(
     platform: Platform, submitter: Submitter, oracle: Oracle, mortal: Mortal
 ) -> None:
     def waiting() -> int:
-        found: Any = platform.redis.zcard(keys.SHAPES)
-        return int(found)
+        count: Any = platform.redis.zcard(keys.SHAPES)
+        return int(count)
 
     for number, point in enumerate(REBUILD):
         if number:
-            # Its first opening is that of what the dead one left.
+            # A later worker's first opening is that of the ledger that the dead worker left.
             point = point.removesuffix("@2")
         worker = mortal.start("a", point, "threads", ready=number == 0)
         if number == 0:
@@ -173,7 +175,7 @@ def test_the_only_worker_dies_at_each_step_of_a_rebuild(
             platform.redis.flushdb()
             oracle.results_were_lost()
         mortal.died(worker, point)
-        # The next one finds a ledger that is half open; and here it is emptied once more.
+        # The next worker finds a ledger that is half open. Here the ledger is emptied once more.
         platform.redis.flushdb()
         oracle.results_were_lost()
     platform.worker("a", cpus=2, pool="threads")
@@ -188,7 +190,7 @@ def test_what_a_dead_worker_left_of_a_rebuild_is_finished_by_another(
 ) -> None:
     for number, point in enumerate(REBUILD):
         if number:
-            # The ledger is open when it comes.
+            # The ledger is open when this worker comes.
             point = point.removesuffix("@2")
         worker = mortal.start("a", point, "threads")
         jobs = oracle.sends(submitter, 6, seconds=0.3)
@@ -196,11 +198,11 @@ def test_what_a_dead_worker_left_of_a_rebuild_is_finished_by_another(
         platform.redis.flushdb()
         oracle.results_were_lost()
         mortal.died(worker, point)
-        # Nothing is emptied meanwhile: the next one goes on where that one ended.
+        # Nothing is emptied meanwhile: the next worker goes on where the dead worker ended.
         after = platform.worker("a", cpus=2, pool="threads")
         for job in jobs:
             submitter.ended(job)
-        # (The next one is to die in the rebuild that it is made to begin, and not to finish this one before.)
+        # The next worker must die in the rebuild that it is made to begin, and must not finish this rebuild first.
         until(lambda: not platform.redis.hexists(keys.EPOCH, "rebuilding"), "the rebuild is finished")
         oracle.asked(after)
         after.kill()

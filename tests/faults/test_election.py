@@ -1,4 +1,7 @@
-"""One worker of all runs the duties; when it dies or stops, another one does, and it does nothing when it wakes up."""
+"""A single worker runs the duties. When it dies or stops, another worker takes over.
+
+The stopped worker does nothing more when it wakes up.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from tests.fixtures.waiting import until
 
 NAMES = ("a", "b", "c", "d")
 JOBS = 400
-#: Seconds that each row takes which a pass writes: 400 of them take four terms of the runner.
+#: Seconds that each row takes which a pass writes. 400 rows take four terms of the runner.
 SLOW = 0.005
 
 
@@ -27,17 +30,17 @@ def workers(platform: Platform) -> dict[str, Process]:
 
 
 def runner_of(platform: Platform) -> str:
-    """The name of the worker that has the lease; '' where none has it."""
-    found: Any = platform.redis.hgetall(keys.RUNNER)
+    """Return the name of the worker that has the lease of the runner, or '' if no worker has it."""
+    lease: Any = platform.redis.hgetall(keys.RUNNER)
     with platform.engine.connect() as connection:
         query = text("SELECT name FROM workers WHERE incarnation = :incarnation")
-        name = connection.execute(query, {"incarnation": found.get(b"incarnation", b"").decode()}).scalar()
+        name = connection.execute(query, {"incarnation": lease.get(b"incarnation", b"").decode()}).scalar()
     now = platform.redis.time()[0] * 1000
-    return str(name or "") if int(found.get(b"until", 0)) > now else ""
+    return str(name or "") if int(lease.get(b"until", 0)) > now else ""
 
 
 def brought_in_by(process: Process) -> int:
-    """How many scheduled jobs a worker's duty has brought in, by its own account."""
+    """Return the number of scheduled jobs that a worker's duty has brought in, by its own log."""
     return sum(int(number) for line in process.lines for number in re.findall(r"duty due: due (\d+)", line))
 
 
@@ -46,7 +49,7 @@ def duties_of(process: Process) -> int:
 
 
 def slow_down(platform: Platform) -> None:
-    """Have each row that waits take long to be written, as on a slow disk."""
+    """Make the write of each waiting row slow, as on a slow disk."""
     with platform.engine.begin() as connection:
         connection.execute(
             text(
@@ -63,7 +66,7 @@ def slow_down(platform: Platform) -> None:
 
 
 def send_what_waits(submitter: Submitter) -> None:
-    """Jobs that no worker has room for once they are due: that they wait only the duties write."""
+    """Submit jobs that fit on no worker once they are due: only the duties write that they wait."""
     submitter.app.submit_many("tests.fixtures.tasks.add", [(1, 2)] * JOBS, cpus=99, countdown=0.5)
 
 

@@ -1,4 +1,4 @@
-"""What a worker holds is judged by time on the ledger's clock, not by the number of lists."""
+"""Allocations of a worker are judged by time on the ledger's clock, not by the number of heartbeat lists."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 
 HOLD = "tests.fixtures.tasks.hold"
-#: Seconds between two pairs of heartbeats, and jobs that a worker runs meanwhile.
+#: Seconds between two pairs of heartbeats, and number of jobs that a worker runs meanwhile.
 TICK_EVERY = 0.004
 JOBS = 1500
 
 
 def counters(platform: Platform) -> dict[str, int]:
-    found: Any = platform.redis.hgetall(keys.COUNTERS)
-    return {name.decode(): int(value) for name, value in found.items()}
+    fields: Any = platform.redis.hgetall(keys.COUNTERS)
+    return {name.decode(): int(value) for name, value in fields.items()}
 
 
 @pytest.mark.long
@@ -32,16 +32,16 @@ def test_pairs_of_heartbeats_take_nothing_from_a_worker_that_holds_it(
     platform.worker("a", cpus=8, pool="threads", TICK_EVERY=str(TICK_EVERY))
     oracle.sends(submitter, JOBS, seconds=0.0)
     oracle.assert_zeros()
-    found = counters(platform)
+    counts = counters(platform)
     names = ("lost", "taken_back", "stale.release")
-    assert [found.get(name, 0) for name in names] == [0, 0, 0]
+    assert [counts.get(name, 0) for name in names] == [0, 0, 0]
 
 
 def test_a_running_job_that_its_worker_does_not_hold_is_taken_back(platform: Platform, submitter: Submitter) -> None:
     platform.worker("a", cpus=2)
     job = submitter.send(HOLD, "gate")
     tasks.started(platform.redis, "gate")
-    # The worker has a lease of which it does not know.
+    # Give the worker a lease that it does not know.
     book = keys.book("a")
     fields: Any = platform.redis.hgetall(book)
     incarnation, epoch = fields[b"incarnation"].decode(), fields[b"epoch"].decode()

@@ -24,7 +24,7 @@ def body(what: str, job: str, at: float, **changes: Any) -> dict[str, Any]:
 
 
 def right() -> Records:
-    """Two jobs, one after the other on one CPU, and a third that was refused."""
+    """Return the records of two jobs, one after the other on one CPU, and of a third, refused job."""
     records: Records = [{"what": "fault", "kind": "kill a child", "at": 0.1, "until": 0.1, "worker": "a"}]
     for job, value, began in (("j1", 1, 0.0), ("j2", 2, 1.2)):
         records += [
@@ -50,7 +50,7 @@ def right() -> Records:
 
 
 def of(records: Records, what: str, job: str = "j2") -> dict[str, Any]:
-    return next(one for one in records if one["what"] == what and one.get("job") == job)
+    return next(record for record in records if record["what"] == what and record.get("job") == job)
 
 
 def change(what: str, **changes: Any) -> Callable[[Records], None]:
@@ -127,7 +127,7 @@ def test_a_submission_of_unknown_outcome_counts_where_it_has_a_row() -> None:
     assert judge(history.evidence(records)).zeros
     of(records, "row").update(state="failed")
     assert judge(history.evidence(records)).counts["misjudged"] == 1
-    gone = [one for one in records if one.get("job") != "j2" or one["what"] == "submit"]
+    gone = [record for record in records if record.get("job") != "j2" or record["what"] == "submit"]
     assert judge(history.evidence(gone)).zeros
 
 

@@ -1,4 +1,4 @@
-"""Messages that are lost, doubled, or none: the lease and not the message says what runs."""
+"""Messages that are lost, doubled or invalid: the lease and not the message decides what runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADD = "tests.fixtures.tasks.add"
 
 @pytest.fixture
 def stopped(platform: Platform) -> Iterator[Process]:
-    """The worker `a`, stopped; it goes on at the end, whatever came between."""
+    """Yield the worker `a`, stopped; it goes on at the end of the test in any case."""
     worker = platform.worker("a", cpus=4)
     stop_deaf(platform, worker)
     yield worker
@@ -70,14 +70,14 @@ def test_raw_messages_that_are_pushed_five_times_run_once(
     messages: Any = platform.redis.lrange(queue, 0, -1)
     for _ in range(5):
         platform.redis.rpush(queue, *messages)
-        # Another's queue is no way around the lease, and old producers' is none either.
+        # The queue of another worker is no way around the lease, and neither is the queue of old producers.
         platform.redis.rpush("celery", *messages)
     os.killpg(stopped.pid, signal.SIGCONT)
     oracle.whole_again("push messages five times")
     oracle.assert_zeros()
     for job in jobs:
         assert submitter.outcomes(job) == ["succeeded"]
-    # They come once more, after their end.
+    # The messages come once more, after the end of the jobs.
     platform.redis.rpush(queue, *messages)
     until(lambda: platform.redis.llen(queue) == 0, "they were taken")
     oracle.sends(submitter, 4)

@@ -1,4 +1,4 @@
-"""The oracle finds what it is for: each count is 1 where exactly that is wrong."""
+"""The oracle finds each violation: each count is 1 where exactly that is wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(job: str, begin: float, end: float, attempt: int = 1, worker: str = "a",
 
 
 def evidence(**changes: Any) -> Evidence:
-    """Two jobs that ran one after the other on one CPU, with the changes."""
+    """Return the evidence of two jobs that ran one after the other on one CPU, with the changes."""
     right: dict[str, Any] = {
         "expected": {"j1": SUCCEEDS, "j2": SUCCEEDS},
         "states": {"j1": "succeeded", "j2": "succeeded"},
@@ -84,11 +84,11 @@ def test_what_is_wrong_counts_once_and_under_its_name(name: str, changes: dict[s
 
 
 def test_an_attempt_that_lost_its_lease_takes_no_capacity() -> None:
-    """The body of the stopped worker goes on beside the one that has its place."""
+    """The body of the stopped worker goes on beside the attempt that replaced it."""
     attempts = {"j1": {(1, 1): LOST, (1, 2): Ended("succeeded", 2.1)}, "j2": {(1, 1): Ended("succeeded", 3.1)}}
     lines = [*run("j1", 0.0, 3.0, 1), *run("j1", 0.6, 2.0, 2, pid=8), *run("j2", 2.2, 3.0, pid=9)]
     assert judge(evidence(attempts=attempts, lines=lines)).zeros
-    # Had it kept it, the two would have been too many.
+    # If the first attempt had kept its lease, the two would have been too many.
     open_lease = attempts | {"j1": {(1, 1): Ended("lost", 2.5), (1, 2): Ended("succeeded", 2.6)}}
     assert judge(evidence(attempts=open_lease, lines=lines)).counts["overcommit"] == 1
 
@@ -108,7 +108,9 @@ def test_the_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     assert read(trace) == []
     lines = run("j1", 1.0, 2.0, pid=os.getpid())
-    trace.write_text("".join(json.dumps({name: getattr(one, name) for name in one.__slots__}) + "\n" for one in lines))
+    trace.write_text(
+        "".join(json.dumps({name: getattr(entry, name) for name in entry.__slots__}) + "\n" for entry in lines)
+    )
     assert read(trace) == lines
     assert first_start(lines, 0.5) == 0.5
     assert first_start(lines, 1.5) is None
@@ -134,7 +136,7 @@ def test_kinds_are_chosen_by_words() -> None:
         matching("earthquake")
     only = plan(3, 60.0, matching("stalled-postgres"))
     assert {fault.kind for fault in only} == {"Postgres is stalled"}
-    # One ends before the next begins.
+    # Each fault ends before the next begins.
     assert all(earlier.until < later.at for earlier, later in pairwise(only))
 
 
@@ -144,7 +146,7 @@ def test_a_run_of_eight_minutes_has_every_kind_of_fault_and_two_at_once(seed: in
     assert {fault.kind for fault in faults} == {kind.name for kind in KINDS}
     moments = sorted({fault.at for fault in faults})
     gaps = [later - earlier for earlier, later in pairwise(moments)]
-    # (A moment may find everything broken.)
+    # At a moment everything may be broken already.
     assert min(gaps) >= EVERY[0]
     assert sum(gaps) / len(gaps) < EVERY[1]
     assert len(faults) - len(moments) > len(moments) / 6

@@ -1,4 +1,4 @@
-"""A task that ends the worker it runs on, each time: it is found out, and its neighbours succeed."""
+"""A task that kills its worker each time is identified as poison, and its neighbours succeed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_task_that_kills_its_worker_is_lost_after_three_deaths_and_200_others_
 ) -> None:
     for name in ("a", "c"):
         world.start(name, ready=True)
-        # It is started again whenever it died, as a supervisor does.
+        # Start the worker again after each death, as a supervisor does.
         world.leaving[name] = math.inf
     before = [oracle.send(submitter, seconds=0.02) for _ in range(NORMAL // 2)]
     poison = oracle.send(submitter, how="kill worker!", expected=["lost"])

@@ -1,5 +1,7 @@
-"""What becomes of the platform when Postgres dies, is locked or takes no connection: submits raise, work goes on, and
-what ended meanwhile is written once."""
+"""Postgres dies, is locked or takes no connection.
+
+Submits raise, work goes on, and jobs that ended meanwhile are written once.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from tests.fixtures.waiting import until
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
 
-#: A tenth of what the table of faults says, in seconds. The lock outlasts the time that a statement waits for one.
+#: Durations in seconds, a tenth of those in the table of faults. The lock outlasts a statement's lock timeout.
 POSTGRES = {
     "kill Postgres": 2.0,
     "lock the table of jobs": 4.0,
@@ -51,9 +53,9 @@ def test_every_job_ends_once_whatever_becomes_of_postgres(
 
 
 def lease_ms(platform: Platform, worker: str) -> int:
-    """When the worker's lease ends, by the ledger's clock."""
-    found: Any = platform.redis.hget(keys.book(worker), "lease")
-    return int(found)
+    """Return the end of the worker's lease in milliseconds, by the ledger's clock."""
+    lease: Any = platform.redis.hget(keys.book(worker), "lease")
+    return int(lease)
 
 
 @pytest.mark.long
@@ -78,7 +80,7 @@ def test_without_postgres_running_jobs_end_and_are_written_once_when_it_is_back(
     assert [submitter.value(job) for job in jobs] == ["a", "a"]
     until(lambda: submitter.allocated_cpus() == "0", "what they held is free")
     worker.wait_for("Postgres does not take")
-    # The worker stays alive for the others, however long it takes.
+    # The worker stays alive for the others, however long the outage lasts.
     before = lease_ms(platform, "a")
     until(lambda: lease_ms(platform, "a") >= before + 2000, "its heartbeats go on")
     assert submitter.view("a")["status"] == "ready"
@@ -95,7 +97,7 @@ def test_without_postgres_running_jobs_end_and_are_written_once_when_it_is_back(
 
 
 def test_postgres_of_a_test_keeps_what_it_said_is_committed(servers: Servers, platform: Platform) -> None:
-    """Else a job that has ended is admitted again by its row, and the ledger knows nothing of it any more."""
+    """Otherwise the row admits an ended job again, and the ledger knows nothing of the job any more."""
     with platform.engine.begin() as connection:
         connection.execute(text("CREATE TABLE kept (number int)"))
     for number in range(3):
@@ -119,12 +121,12 @@ def test_who_submits_after_postgres_was_started_again_does_not_notice(
         "many": lambda: submitter.app.submit_many(ADD, [(1, 1)] * 3).id(0),
     }
     for name, send in ways.items():
-        # (Its connections are there, and nobody uses them meanwhile.)
+        # The client has connections, and nobody uses them meanwhile.
         submitter.ended(send())
         if how == "killed":
             servers.kill_postgres()
         else:
-            # (Each of its processes says so to its client before it ends.)
+            # Each process of a crashed Postgres tells its client before it ends.
             server = postgres.running(servers.postgres_folder)
             assert server is not None
             assert server.kill()

@@ -1,4 +1,4 @@
-"""What becomes of the platform when Redis dies, is emptied, or serves badly: every job that was accepted ends once."""
+"""Redis dies, is emptied, or serves badly: every accepted job ends once."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
-#: Sleeps, then writes its number into a list of Redis.
+#: A body that sleeps, then writes its number into a list of Redis.
 SLEEP, LOG = "demo.sleep", "log"
 
-#: A tenth of what the table of faults says, in seconds; what takes no time is over at once.
+#: Durations in seconds, a tenth of those in the table of faults. A fault of 0 seconds is over at once.
 REDIS = {
     "kill Redis, back empty": 2.0,
     "kill Redis, back from an old dump": 2.0,
@@ -39,7 +39,7 @@ REDIS = {
 }
 
 
-#: Keys that are deleted while a job runs, beside its own.
+#: Keys that are deleted while a job runs, beside the job's own key.
 OF_A_JOB: dict[str, tuple[Any, ...]] = {
     "its own": (),
     "and its worker's list": (keys.held("a"),),
@@ -69,7 +69,7 @@ def test_every_job_ends_once_whatever_becomes_of_redis(
 ) -> None:
     for name in ("a", "b"):
         world.start(name, ready=True)
-    # One that runs all the time; nobody touches it.
+    # This job runs all the time, and nobody touches it.
     long = oracle.send(submitter, seconds=seconds + 2.0)
     with oracle.flow(submitter):
         oracle.until_runs(20)
@@ -83,11 +83,11 @@ def test_every_job_ends_once_whatever_becomes_of_redis(
 def test_a_worker_that_misses_its_own_book_asks_for_a_reconcile_at_once(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
-    """Keys of the ledger were deleted, and not that of its epoch."""
+    """Keys of the ledger were deleted, but not the key of its epoch."""
     worker = platform.worker("a", cpus=4, PLATFORM_RECONCILE_INTERVAL="300")
     jobs = oracle.sends(submitter, 8, seconds=1.0)
     oracle.until_runs(4)
-    # With them goes what waits: nobody but Postgres knows of it.
+    # The waiting jobs are deleted with them, so only Postgres knows of them.
     doomed: list[Any] = [keys.book("a"), keys.held("a"), keys.SHAPES, *platform.redis.scan_iter(match=keys.WAITS)]
     platform.redis.delete(*doomed)
     oracle.whole_again("delete a worker's book and what waits")
@@ -104,8 +104,8 @@ def test_redis_is_emptied_twice_under_load_and_every_job_runs_once(
     platform.worker("b", cpus=4, pool="threads")
 
     def epoch() -> int:
-        found: Any = platform.redis.hget(keys.EPOCH, "epoch")
-        return int(found or 0)
+        field: Any = platform.redis.hget(keys.EPOCH, "epoch")
+        return int(field or 0)
 
     oracle.sends(submitter, 40, seconds=0.3)
     for enough in (15, 55):
@@ -113,7 +113,7 @@ def test_redis_is_emptied_twice_under_load_and_every_job_runs_once(
         before = epoch()
         platform.redis.flushdb()
         oracle.results_were_lost()
-        # Nobody who submits notices.
+        # No client notices.
         oracle.sends(submitter, 30, seconds=0.3)
         until(lambda: epoch() > before, "a new epoch is open")  # noqa: B023
     oracle.assert_zeros()
@@ -134,22 +134,22 @@ def test_without_redis_the_cluster_is_shown_from_postgres(
     assert shown.returncode == 0, shown.stderr
     cluster = json.loads(shown.stdout)
     assert cluster["source"] == "postgres"
-    found = {name: cluster["resources"][name] for name in ("total_cpus", "allocated_cpus", "active_workers")}
-    assert found == {"total_cpus": 4, "allocated_cpus": 3, "active_workers": 1}
-    # A durable job none the less.
+    resources = {name: cluster["resources"][name] for name in ("total_cpus", "allocated_cpus", "active_workers")}
+    assert resources == {"total_cpus": 4, "allocated_cpus": 3, "active_workers": 1}
+    # The job is durable all the same.
     waits = submitter.send(ADD, 40, 2)
     assert submitter.row(waits) is not None
     servers.start_redis()
     assert submitter.ended(waits, 60).state == "succeeded"
     assert submitter.value(waits) == 42
-    # (Its body lost its own connection to Redis.)
+    # Its body lost its own connection to Redis.
     assert submitter.ended(job).state == "failed"
 
 
 def test_an_answer_from_the_books_of_an_old_dump_is_not_believed(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The call was on its way when the server died, and another thread of the process met the new one first."""
+    """The call was under way when the server died, and another thread of the process met the new server first."""
     with open_ledger(servers.pair.redis_url) as ledger:
         cluster = Cluster(ledger)
         cluster.register()
@@ -162,7 +162,7 @@ def test_an_answer_from_the_books_of_an_old_dump_is_not_believed(
             servers.start_redis()
             with pytest.raises(StoreUnavailable):
                 ledger.opened()
-            # The old books are there, and nobody has thrown them away yet.
+            # The old books are there, and nobody has discarded them yet.
             assert ledger.opened() is not None
             return send(calls)
 

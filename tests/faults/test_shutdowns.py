@@ -1,4 +1,4 @@
-"""Workers are told to end in every way and at any moment: what they had goes to others, and counts as lost nowhere."""
+"""Workers are asked to end in every way and at any moment: their jobs go to others, and no job counts as lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fixtures.processes import READY, Platform, Pool, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 
-#: Ends of a worker in all; ROUNDS=100 for a night.
+#: Number of worker ends in all; ROUNDS=100 for a night.
 ROUNDS = int(os.environ.get("ROUNDS", "8"))
 
 
@@ -49,14 +49,14 @@ def test_workers_that_are_told_to_end_at_any_moment_lose_nothing(
 ) -> None:
     chance, pause = random.Random(11), threading.Event()
     platform.worker("b", cpus=2, pool="threads")
-    # (No more than the worker that stays can do.)
+    # Send no more jobs than the remaining worker can run.
     with oracle.flow(submitter, every=0.15, seconds=0.2):
         for number in range(ROUNDS // 2):
             soft = "0.1" if number % 3 == 2 else ""
             worker = platform.worker("a", cpus=4, pool=pool, ready=False, SOFT_SHUTDOWN_SECONDS=soft)
             oracle.asked(worker)
             way = WAYS[number % len(WAYS)]
-            # One that is not there yet hears signals, and nothing else.
+            # A worker that is not ready yet reacts to signals only.
             if way is by_control or chance.random() < 0.8:
                 worker.wait_for(READY)
             pause.wait(chance.uniform(0.0, 0.6))
@@ -74,7 +74,7 @@ def test_workers_that_are_told_to_end_at_any_moment_lose_nothing(
 def test_cold_shutdown_starts_no_job_twice_that_may_start_once(
     platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool
 ) -> None:
-    # (A pool of threads cannot break a body off: there the worker waits for it.)
+    # A pool of threads cannot break a body off: there the worker waits for the body.
     worker = platform.worker("a", cpus=2, pool=pool)
     once = oracle.send(submitter, seconds=30.0, rerun=False, expected=["lost"])
     again = oracle.send(submitter, seconds=0.2)

@@ -1,4 +1,4 @@
-"""A worker that is stopped (SIGSTOP, a frozen machine) for longer than its lease, and what still runs of it."""
+"""A worker is stopped for longer than its lease, by SIGSTOP or a frozen machine, while its processes still run."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from tests.fixtures.waiting import until
 
 
 def family(worker: Process) -> list[psutil.Process]:
-    """The worker's main process, its pool, and what bodies started."""
+    """Return the worker's main process, its pool, and the processes that bodies started."""
     main = psutil.Process(worker.pid)
     return [main, *main.children(recursive=True)]
 
 
 def running(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those of them that have not ended."""
-    found = []
+    """Return the processes that have not ended."""
+    alive = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             if process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                alive.append(process)
+    return alive
 
 
 @contextmanager
 def stopped(processes: list[psutil.Process]) -> Iterator[None]:
-    """They are stopped for the time of the block, and go on afterwards if they live."""
+    """Stop the processes for the block; afterwards those that live go on."""
     for process in processes:
         process.suspend()
     try:
@@ -47,13 +47,13 @@ def stopped(processes: list[psutil.Process]) -> Iterator[None]:
 
 
 def lease_ms(platform: Platform) -> int:
-    """When the lease of `a` ends, by the ledger's clock."""
+    """Return the end of the lease of `a` in milliseconds, by the ledger's clock."""
     lease: Any = platform.redis.hget(keys.book("a"), "lease")
     return int(lease)
 
 
 def long_jobs(platform: Platform, oracle: Oracle, submitter: Submitter, how: str = "") -> list[str]:
-    """Four jobs that would go on for longer than anything here, were they let."""
+    """Submit four jobs that would last longer than any test here, and wait until they run."""
     jobs = oracle.sends(submitter, 3, seconds=platform.settings.lost_after * 2)
     jobs.append(oracle.send(submitter, how=how, seconds=0.1 if how else platform.settings.lost_after * 2))
     oracle.until_runs(4)
@@ -69,12 +69,14 @@ def test_successor_ends_what_its_stopped_predecessor_runs_before_it_starts_jobs(
     first = platform.worker("a", cpus=4, pool=pool)
     jobs = long_jobs(platform, oracle, submitter, how="grandchild")
     main = psutil.Process(first.pid)
-    until(lambda: any(one.name() == "sleep" for one in main.children(recursive=True)), "a body started a process")
+    until(
+        lambda: any(process.name() == "sleep" for process in main.children(recursive=True)), "a body started a process"
+    )
     before = family(first)
     oracle.asked(first)
     with stopped(before if whole else before[:1]):
         successor = platform.worker("a", cpus=4, pool=pool)
-        # It can be admitted to: nothing may run here any more that it does not know.
+        # The successor can be admitted to, so no process that it does not know may run here.
         assert running(before) == []
     oracle.assert_zeros()
     assert [submitter.outcomes(job) for job in jobs] == [["lost", "succeeded"]] * len(jobs)
@@ -85,7 +87,7 @@ def test_successor_ends_what_its_stopped_predecessor_runs_before_it_starts_jobs(
 def test_successor_ends_a_stopped_predecessor_that_was_given_up_before_it_came(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
-    """The ledger has no book of it any more: another worker took its jobs back. Its pool goes on."""
+    """The ledger has no book of the worker any more, since another worker took its jobs back. Its pool goes on."""
     first = platform.worker("a", cpus=4)
     jobs = long_jobs(platform, oracle, submitter)
     before = family(first)
@@ -104,7 +106,7 @@ def test_successor_ends_a_stopped_predecessor_that_was_given_up_before_it_came(
 def test_worker_that_was_given_up_and_goes_on_keeps_its_name(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
-    """It is challenged first, though nothing in the ledger names it: one that is alive answers by registering."""
+    """The worker is challenged first, though the ledger does not name it: a live worker answers by registering."""
     first = platform.worker("a", cpus=4, PLATFORM_WORKER_TTL="60", PLATFORM_LOST_AFTER="75")
     platform.redis.delete(keys.book("a"))
     with platform.engine.begin() as connection:
@@ -120,7 +122,7 @@ def test_worker_that_was_given_up_and_goes_on_keeps_its_name(
 
 @pytest.mark.long
 def test_stopped_child_of_a_live_worker_loses_nothing(platform: Platform, submitter: Submitter, oracle: Oracle) -> None:
-    """Its job is held by a worker that renews its lease: it goes on where it was."""
+    """The job is held by a worker that renews its lease, so it goes on where it was."""
     worker = platform.worker("a", cpus=2)
     job = oracle.send(submitter, seconds=1.0)
     oracle.until_runs(1)

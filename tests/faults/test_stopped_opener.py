@@ -14,7 +14,7 @@ from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 
-#: Where it is stopped.
+#: Points at which the opener is stopped.
 POINTS = (
     "before celery_capacity.routing.recovery.rebuild:Opener._wipe@0",
     "before celery_capacity.routing.ledger.client:Ledger.open@0",
@@ -29,15 +29,15 @@ def test_stopped_opener_keeps_nobody_out_and_does_no_harm_later(
     platform: Platform, submitter: Submitter, oracle: Oracle, point: str
 ) -> None:
     platform.environment["PLATFORM_IMPORTS"] += ",tests.tasks.dying"
-    # No process stops as long as this file is there.
+    # As long as this file exists, no process stops.
     once = platform.folder / "stopped"
     once.touch()
     platform.environment |= {"DIE_AT": point, "DIE_BY": "SIGSTOP", "DIE_ONCE": str(once)}
     workers = [platform.worker(name, cpus=2, pool="threads") for name in ("a", "b")]
 
     def epoch() -> int:
-        found: Any = platform.redis.hget(keys.EPOCH, "epoch")
-        return int(found or 0)
+        field: Any = platform.redis.hget(keys.EPOCH, "epoch")
+        return int(field or 0)
 
     jobs = oracle.sends(submitter, 16, seconds=0.3)
     oracle.until_more(2)
@@ -47,10 +47,11 @@ def test_stopped_opener_keeps_nobody_out_and_does_no_harm_later(
     oracle.results_were_lost()
     until(once.exists, "a worker opens the ledger, and is stopped")
     (stopped,) = until(
-        lambda: [one for one in workers if psutil.Process(one.pid).status() == psutil.STATUS_STOPPED], "it is stopped"
+        lambda: [worker for worker in workers if psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED],
+        "it is stopped",
     )
     try:
-        # Also those that the stopped worker ran, which is LOST.
+        # Jobs of the stopped worker end too: the worker is LOST.
         for job in jobs:
             submitter.ended(job)
         opened = epoch()

@@ -1,4 +1,4 @@
-"""Two machines with one host name: clones, a `hostname:` used twice, pods of two clusters. One of them is refused."""
+"""Two machines have one host name: clones, a `hostname:` used twice, pods of two clusters. One of them is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.fixtures.processes import READY, Platform, Pool, Process
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 
-#: Has the worker that imports it believe that it runs after another boot, on a machine of the same id and host name.
+#: Module that makes the importing worker believe that it runs after another boot, on a machine of the same id and host
+#: name.
 CLONED: Final = "tests.tasks.cloned"
 TAKEN: Final = "a live worker is named a already"
 
@@ -27,7 +28,7 @@ def clone(platform: Platform, pool: Pool = "threads", *, ready: bool = False) ->
 
 
 def long_jobs(platform: Platform, oracle: Oracle, submitter: Submitter) -> list[str]:
-    """Four jobs that run for longer than a worker may be silent before it is lost."""
+    """Submit four jobs that run for longer than a silent worker takes to be lost, and wait until they run."""
     jobs = oracle.sends(submitter, 4, seconds=platform.settings.lost_after + 1)
     oracle.until_runs(4)
     return jobs
@@ -64,7 +65,7 @@ def test_of_two_clones_that_start_at_once_one_is_refused(
 ) -> None:
     with oracle.flow(submitter):
         both = [platform.worker("a", cpus=4, ready=False), clone(platform)]
-        until(lambda: any(not one.alive for one in both), "one ends")
+        until(lambda: any(not worker.alive for worker in both), "one ends")
         refused, stays = both if not both[0].alive else both[::-1]
         oracle.asked(refused)
         assert refused.wait() == Exit.UNAVAILABLE
@@ -100,7 +101,7 @@ def test_clone_of_a_silent_worker_waits_for_its_lease_and_then_refuses_it(
         twin = clone(platform, ready=True)
         twin.wait_for("is registered and silent")
         until(lambda: {submitter.row(job).attempt for job in jobs} == {2}, "all run again")
-    # It hears at its next heartbeat that its name is another's.
+    # At its next heartbeat, the worker learns that another worker has its name.
     assert first.wait() == Exit.UNAVAILABLE
     first.wait_for(TAKEN)
     oracle.assert_zeros()

@@ -21,9 +21,9 @@ def test_unknown_claim_is_counted_or_has_not_started(
     worker = platform.worker("a", cpus=1, pool="threads")
     before = oracle.send(submitter, seconds=1.0)
     until(lambda: oracle.starts_of(before) == 1, "the worker is busy")
-    # (The dead worker's statement may still come about when the row is free: then the claim is known, and lost.)
+    # The dead worker's statement may still be executed when the row is free: then the claim is known, and lost.
     job = oracle.send(submitter, seconds=3.0, rerun=rerun, expected=["succeeded"] if rerun else ["succeeded", "lost"])
-    # Nothing that becomes of it is written while somebody has its row.
+    # Lock the row, so that nobody can write a transition of the job meanwhile.
     with platform.engine.connect() as connection, connection.begin():
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": job})
         until(lambda: platform.redis.hget(keys.job(job), "state") == b"running", "it is claimed")

@@ -1,5 +1,7 @@
-"""Postgres takes no end for longer than the ledger remembers a job otherwise: no body starts twice. Workers that are
-too far ahead start nothing more."""
+"""Postgres takes no end for longer than the ledger keeps a tombstone: no body starts twice.
+
+Workers that are too far ahead of Postgres start nothing more.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,23 @@ from tests.faults.breaking import World
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 
-#: A body that needs no Postgres, and says in a list of Redis that it ran.
+#: A body that needs no Postgres, and writes into a list of Redis that it ran.
 SLEEP, LOG = "demo.sleep", "runs"
-#: Seconds for which an ended job is remembered, and how many of these the fault lasts.
+#: Seconds for which the ledger keeps the tombstone of a job, and the number of these that the fault lasts.
 TOMBSTONE = 4.0
 TOMBSTONES = 2.5
-#: Jobs that run, wait or are put off when the fault begins: Postgres has most of them as `accepted` and `scheduled`.
+#: Jobs that run, wait or are put off when the fault begins. Postgres has most of them as `accepted` and `scheduled`.
 WAITING, PUT_OFF = 120, 40
 
 
 def runs(world: World) -> Counter[int]:
-    """How often each job's body ran to its end."""
-    found: Any = world.platform.redis.lrange(LOG, 0, -1)
-    return Counter(json.loads(line)["job"] for line in found)
+    """Return for each job the number of its bodies that ran to their end."""
+    entries: Any = world.platform.redis.lrange(LOG, 0, -1)
+    return Counter(json.loads(line)["job"] for line in entries)
 
 
 def send(submitter: Submitter, seconds: float, count: int, put_off: int = 0) -> list[str]:
-    """Submit so many jobs of `seconds`, the last ones with a countdown."""
+    """Submit so many jobs of `seconds`, the last of them with a countdown."""
 
     def one(number: int) -> str:
         options = {"countdown": 0.5} if number >= count - put_off else {}
@@ -48,7 +50,7 @@ def send(submitter: Submitter, seconds: float, count: int, put_off: int = 0) -> 
     ["kill Postgres", "Postgres is read-only", "lock the table of jobs for who writes", "lock the table of jobs"],
 )
 def test_no_body_starts_twice_while_postgres_takes_no_end(world: World, submitter: Submitter, kind: str) -> None:
-    # Here the bound on what is unwritten is not what keeps a body from starting again.
+    # Raise the bound on unwritten ends, so that this bound does not keep a body from starting again.
     world.platform.environment |= {"PLATFORM_TOMBSTONE": str(TOMBSTONE), "PLATFORM_WRITE_WITHIN": "3600"}
     for name in ("a", "b"):
         world.start(name, ready=True)
@@ -61,14 +63,14 @@ def test_no_body_starts_twice_while_postgres_takes_no_end(world: World, submitte
 
 
 def running(world: World) -> list[bytes]:
-    """The jobs that workers have claimed and not released."""
+    """Return the jobs that workers have claimed and not released."""
     client: Any = world.platform.redis
     held = [job for worker in world.workers for job in client.hkeys(keys.held(worker))]
     return [job for job in held if client.hget(keys.job(job.decode()), "state") == b"running"]
 
 
 def late(world: World) -> list[str]:
-    """What `verify` says of entries that Postgres does not take."""
+    """Return the lines of `verify` about entries that Postgres does not take."""
     within = world.platform.settings.write_within
     report = verify.check(world.platform.engine, world.platform.redis, write_within=within)
     return [line for line in report.lines() if "Postgres lacks" in line]
@@ -81,7 +83,7 @@ def test_workers_start_nothing_more_while_postgres_is_too_far_behind(world: Worl
     until(lambda: len(runs(world)) >= 4, "work goes on")
     with world.broken("lock the table of jobs for who writes"):
         worker.wait_for("nothing more starts here")
-        # What runs ends, and nothing takes its place.
+        # Running jobs end, and no job takes their place.
         until(lambda: not running(world), "nothing runs")
         ran = len(runs(world))
         assert ran < len(jobs)

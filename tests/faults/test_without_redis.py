@@ -1,5 +1,7 @@
-"""One Redis is ledger, broker and result backend at once, and is away for longer than every lease: work goes on from
-Postgres, and nothing is lost or done twice when Redis is back."""
+"""The only Redis is ledger, broker and result backend, and is away for longer than every lease.
+
+Work goes on from Postgres, and nothing is lost or done twice when Redis is back.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def authority(platform: Platform) -> Authority:
 
 
 def until_decides(platform: Platform, who: str) -> Authority:
-    """The authority row, as soon as it names this store."""
+    """Wait until the authority row names this store, and return the row."""
     until(lambda: authority(platform).authority == who, lambda: f"{who} decides: {authority(platform)}", 60)
     return authority(platform)
 
@@ -65,7 +67,10 @@ def test_jobs_start_from_postgres_while_the_only_redis_is_away(
 
 @pytest.fixture
 def without_redis(servers: Servers, platform: Platform, oracle: Oracle) -> Iterator[Platform]:
-    """One worker `a` of two CPUs, and Postgres decides. At the end the ledger does, and all counts are 0."""
+    """Yield a platform with one worker `a` of two CPUs while Postgres decides.
+
+    At the end the ledger decides, and all counts are 0.
+    """
     platform.worker("a", cpus=2)
     servers.kill_redis()
     until_decides(platform, "postgres")
@@ -201,7 +206,7 @@ def test_chains_groups_and_chords_go_on_while_redis_is_away(
     assert nested.get(timeout=RESULT_WITHIN) == 20
     assert replaced.get(timeout=RESULT_WITHIN) == 22
     assert authority(without_redis).authority == "postgres"
-    # One that is under way when Redis comes back, and one that fails: whose body has no row.
+    # Two chords: the first is under way when Redis comes back, the second fails, so that its body has no row.
     late = chord((add.clone((n, n), countdown=3.0 * n) for n in range(3)), total.clone()).apply_async()
     failed = chord([add.clone((1, 1)), submitter.app.signature(FAIL, ("no",))], total.clone()).apply_async()
     until(lambda: submitter.row(late.parent[0].id).state == "succeeded", "its first part has come")

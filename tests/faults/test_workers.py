@@ -1,4 +1,4 @@
-"""What becomes of the jobs of a worker that dies, and of its name."""
+"""The jobs and the name of a worker that dies."""
 
 from __future__ import annotations
 
@@ -28,26 +28,29 @@ FULL = {"PLATFORM_WORKER_TTL": "60", "PLATFORM_LOST_AFTER": "75"}
 
 
 def held(platform: Platform, gate: str, job: str) -> int:
-    """Waits for the job to run at the gate; the pid of its process."""
-    found, pid = tasks.started(platform.redis, gate, 40)
-    assert found == job
+    """Wait for the job to run at the gate; return the pid of its process."""
+    running_job, pid = tasks.started(platform.redis, gate, 40)
+    assert running_job == job
     return pid
 
 
 def lease_ms(platform: Platform, worker: str) -> int:
-    """When the worker's lease ends, by the ledger's clock."""
-    found: Any = platform.redis.hget(keys.book(worker), "lease")
-    return int(found)
+    """Return the end of the worker's lease in milliseconds, by the ledger's clock."""
+    lease: Any = platform.redis.hget(keys.book(worker), "lease")
+    return int(lease)
 
 
 def views(platform: Platform) -> set[str]:
-    """What a person sees by KEYS "worker:*"."""
-    found: Any = platform.redis.keys("worker:*")
-    return {key.decode() for key in found}
+    """Return the keys that a person sees with KEYS "worker:*"."""
+    names: Any = platform.redis.keys("worker:*")
+    return {key.decode() for key in names}
 
 
 def all_outcomes(submitter: Submitter, job: str, *outcomes: str) -> None:
-    """Waits for the outcomes of all attempts. (What the ledger noted without the job's worker is written by a duty.)"""
+    """Wait for the outcomes of all attempts.
+
+    A duty writes the outcomes that the ledger noted without the job's worker.
+    """
     until(
         lambda: submitter.outcomes(job) == list(outcomes),
         lambda: f"the outcomes {outcomes}, they are {submitter.outcomes(job)}",
@@ -88,7 +91,7 @@ def test_a_job_that_loses_its_process_three_times_is_lost_and_its_neighbours_are
     poison = submitter.send(HOLD, "poison", cpus=2)
     for losses in range(3):
         if losses == 2:
-            # They saw two deaths beside them. (The last try may be made alone.)
+            # The neighbours saw two deaths beside them. The last try may be made alone.
             tasks.let_go(platform.redis, "neighbours", len(neighbours))
             assert [submitter.ended(job).state for job in neighbours] == ["succeeded"] * 2
         os.kill(held(platform, "poison", poison), signal.SIGKILL)
@@ -120,7 +123,7 @@ def test_a_worker_whose_main_process_is_killed_is_followed_at_once(
         platform.worker("a", cpus=4, pool=pool)
         oracle.whole_again(f"kill a worker's main process ({pool}), started again at once")
         oracle.until_more(10)
-    # Nobody is left who would run what is another's now.
+    # No process is left that would run a job which another worker has now.
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
     oracle.assert_zeros()
@@ -131,7 +134,7 @@ def test_what_a_body_started_is_ended_with_its_worker(platform: Platform, submit
     job = oracle.send(submitter, how="grandchild")
     oracle.until_runs(1)
     main = psutil.Process(former.pid)
-    until(lambda: any(one.name() == "sleep" for one in main.children(recursive=True)), "it started a process")
+    until(lambda: any(process.name() == "sleep" for process in main.children(recursive=True)), "it started a process")
     descendants = main.children(recursive=True)
     try:
         oracle.asked(former)
@@ -143,9 +146,9 @@ def test_what_a_body_started_is_ended_with_its_worker(platform: Platform, submit
         assert alive == []
         oracle.assert_zeros()
     finally:
-        for one in descendants:
-            if one.is_running():
-                one.kill()
+        for process in descendants:
+            if process.is_running():
+                process.kill()
 
 
 @pytest.mark.long
@@ -153,7 +156,7 @@ def test_neighbour_ends_what_a_lost_worker_left_though_another_machine_took_its_
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
     imports = f"{platform.environment['PLATFORM_IMPORTS']},tests.tasks.cloned"
-    # The first one runs the duties. It knows nothing of the processes here.
+    # The first worker runs the duties, and knows nothing of the processes here.
     platform.worker("elsewhere", cpus=1, pool="threads", PLATFORM_IMPORTS=imports)
     busy = oracle.send(submitter, seconds=platform.settings.lost_after * 3)
     oracle.until_runs(1)
@@ -162,7 +165,7 @@ def test_neighbour_ends_what_a_lost_worker_left_though_another_machine_took_its_
     oracle.until_runs(2)
     platform.worker("b", cpus=1)
     main = psutil.Process(lost.pid)
-    until(lambda: any(one.name() == "sleep" for one in main.children(recursive=True)), "it started a process")
+    until(lambda: any(process.name() == "sleep" for process in main.children(recursive=True)), "it started a process")
     descendants = main.children(recursive=True)
     try:
         oracle.asked(lost)
@@ -174,9 +177,9 @@ def test_neighbour_ends_what_a_lost_worker_left_though_another_machine_took_its_
         assert submitter.outcomes(busy) in ([None], ["succeeded"])
         oracle.assert_zeros()
     finally:
-        for one in descendants:
-            if one.is_running():
-                one.kill()
+        for process in descendants:
+            if process.is_running():
+                process.kill()
 
 
 @pytest.mark.long

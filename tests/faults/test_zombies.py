@@ -1,4 +1,4 @@
-"""A worker that is stopped for longer than its jobs wait for it, and then goes on: nothing it still says is heard."""
+"""A worker is stopped for longer than its jobs wait for it, and then goes on: all its stale writes are refused."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ STOPPED = 9.0
 
 
 def refused_writes(platform: Platform) -> int:
-    """What stale attempts wanted to write, by the counters."""
-    found: Any = platform.redis.hgetall(keys.COUNTERS)
-    return sum(int(count) for name, count in found.items() if name.startswith(b"stale."))
+    """Return the number of refused writes of stale attempts, by the counters."""
+    fields: Any = platform.redis.hgetall(keys.COUNTERS)
+    return sum(int(count) for name, count in fields.items() if name.startswith(b"stale."))
 
 
 @pytest.mark.long
@@ -37,7 +37,7 @@ def test_a_worker_that_was_stopped_with_all_its_processes_leaves_one_effect_of_e
     try:
         platform.worker("b", cpus=4, pool="threads")
         with oracle.flow(submitter, every=0.1):
-            # They run again: a is given up, and b has them.
+            # The jobs run again: a is given up, and b has them.
             until(lambda: {submitter.row(job).attempt for job in jobs} == {2}, "all run again", STOPPED * 3)
             until(lambda: all(submitter.row(job).state == "succeeded" for job in jobs), "they succeed")
             os.killpg(zombie.pid, signal.SIGCONT)
@@ -49,7 +49,7 @@ def test_a_worker_that_was_stopped_with_all_its_processes_leaves_one_effect_of_e
     oracle.assert_zeros()
     until(lambda: refused_writes(platform) >= len(jobs), lambda: f"refused writes: {refused_writes(platform)}")
     assert [submitter.outcomes(job) for job in jobs] == [["lost", "succeeded"]] * len(jobs)
-    # It is a worker like any other again.
+    # The worker is an ordinary worker again.
     until(lambda: submitter.view("a").get("status") == "ready", "a is registered again")
     again = [oracle.send(submitter, seconds=0.5) for _ in range(8)]
     oracle.assert_zeros()
@@ -60,7 +60,7 @@ def test_a_worker_that_was_stopped_with_all_its_processes_leaves_one_effect_of_e
 def test_a_worker_whose_main_process_alone_was_stopped_leaves_one_effect_of_each_job(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
-    """Its pool goes on: what ends there is noted only when the main process comes to itself."""
+    """The worker's pool goes on: ends there are noted only when the main process continues."""
     zombie = platform.worker("a", cpus=4)
     short = oracle.sends(submitter, 2, seconds=0.5)
     long = oracle.sends(submitter, 2, seconds=STOPPED + 6.0)

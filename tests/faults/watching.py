@@ -1,4 +1,4 @@
-"""What the oracle needs to know, gathered from a platform: what was accepted, what broke when, and who should live."""
+"""The oracle's evidence from a platform: accepted jobs, faults with their times, and the processes that should live."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from tests.tasks.traced import TABLE
 
 TASK: Final = "tests.tasks.traced.traced"
 SUCCEEDS: Final = frozenset({"succeeded"})
-#: Seconds for the result of a job that is over. It may have waited for its store with the outcome.
+#: Seconds for the result of a job that is over. The result may have waited for its store together with the outcome.
 RESULT_WITHIN: Final = 20.0
-#: Results that are read at once.
+#: Number of results that are read at once.
 CHUNK: Final = 500
 #: Seconds between two submissions of a flow.
 FLOW_EVERY: Final = 0.03
@@ -37,7 +37,7 @@ _oracles = itertools.count()
 
 
 def _is_dead(line: Line) -> bool:
-    """Whether the process that wrote this line has ended."""
+    """Return True if the process that wrote this line has ended."""
     try:
         return bool(psutil.Process(line.pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -45,17 +45,22 @@ def _is_dead(line: Line) -> bool:
 
 
 def keep_commits(platform: Platform) -> None:
-    """Let commits survive the end of Postgres's processes. (Test servers write their log later, and
-    sync nothing to disk.)"""
+    """Make commits survive the end of Postgres's processes.
+
+    Test servers write their log later, and sync nothing to disk.
+    """
     with platform.engine.connect() as connection, connection.begin():
         database = connection.execute(text("SELECT current_database()")).scalar_one()
         connection.execute(text(f"ALTER DATABASE {database} SET synchronous_commit = on"))
-    # (A connection that was made before has the old setting.)
+    # Connections that were made before have the old setting.
     platform.engine.dispose()
 
 
 class Oracle:
-    """One for each platform. `values`: what each accepted job must return."""
+    """The oracle of a platform.
+
+    `values`: the value that each accepted job must return.
+    """
 
     def __init__(self, platform: Platform, trace: Path) -> None:
         self.platform = platform
@@ -66,17 +71,17 @@ class Oracle:
         self._unsure: dict[str, tuple[int, frozenset[str]]] = {}
         self._refused: set[str] = set()
         self._numbers = itertools.count()
-        #: Of this oracle alone: several may watch one platform, one after the other.
+        #: Prefix of this oracle's jobs. Several oracles may watch a platform, one after the other.
         self._prefix = f"job-{next(_oracles)}"
         self._lock = threading.Lock()
-        # (What had ended before is none of this oracle's.)
+        # Processes that ended before do not concern this oracle.
         self._asked = {process.pid for process in platform.processes if not process.alive}
         self._results_from = 0.0
         self._fault_ended: tuple[str, float] | None = None
         self.errors: list[BaseException] = []
-        #: What the last verdict was judged by.
+        #: Records that the last verdict was judged by.
         self.records: list[history.Record] = []
-        #: When each job was submitted (monotonic).
+        #: Submission time of each job, by the monotonic clock.
         self._submitted: dict[str, float] = {}
         with platform.engine.connect() as connection, connection.begin():
             connection.execute(text("SET LOCAL synchronous_commit = on"))
@@ -94,7 +99,10 @@ class Oracle:
         expected: Iterable[str] = SUCCEEDS,
         **options: Any,
     ) -> str:
-        """Submits one job; its id. It is accepted when this returns; raises what `apply_async` does."""
+        """Submit a job and return its id.
+
+        The job is accepted when this returns. Raises the errors of `apply_async`.
+        """
         with self._lock:
             number = next(self._numbers)
         job = f"{self._prefix}-{number}"
@@ -120,19 +128,21 @@ class Oracle:
             self._expected[job] = frozenset(expected)
 
     def unsure(self, job: str, value: int, expected: Iterable[str] = SUCCEEDS) -> None:
-        """Accepted if there is a row of it, now or later."""
+        """Count the job as accepted if it has a row, now or later."""
         with self._lock:
             self._unsure[job] = (value, frozenset(expected))
 
     def expect(self, job: str, *states: str) -> None:
-        """Something was done to this job after which it may end in these states too."""
+        """Allow more final states for this job, after an action of the test."""
         with self._lock:
             self._expected[job] |= set(states)
 
     @contextmanager
     def flow(self, submitter: Submitter, every: float = FLOW_EVERY, **options: Any) -> Iterator[None]:
-        """Jobs are submitted for the time of the block, in a thread, whatever refuses them. What is raised beside
-        `NotAccepted` and `OutcomeUnknown` fails the test."""
+        """Submit jobs in a thread during the block, and go on after refusals.
+
+        Any error other than `NotAccepted` and `OutcomeUnknown` fails the test.
+        """
         over = threading.Event()
 
         def submit() -> None:
@@ -159,45 +169,48 @@ class Oracle:
     # -- what is broken
 
     def asked(self, *processes: Process) -> None:
-        """These processes may end: somebody killed them or told them to go."""
+        """Allow these processes to end: the test killed them or asked them to go."""
         self._asked.update(process.pid for process in processes)
 
     def results_were_lost(self) -> None:
-        """Redis was emptied: the results of jobs that ended before are gone with it, as in plain Celery."""
+        """Forget earlier results.
+
+        Redis was emptied, so the results of jobs that ended before are gone, as in plain Celery.
+        """
         self._results_from = time.time()
 
     def whole_again(self, fault: str) -> None:
-        """From now on nothing is broken: the healing is counted from here."""
+        """Note the end of a fault; the healing is measured from here."""
         self._fault_ended = (fault, time.monotonic())
 
     # -- what came of it
 
     def runs(self) -> int:
-        """Bodies that began so far."""
+        """Return the number of bodies that began so far."""
         return sum(line.what == "start" for line in read(self.trace))
 
     def bytes_written(self) -> int:
-        """The size of the trace: it grows while work goes on."""
+        """Return the size of the trace, which grows while work goes on."""
         return self.trace.stat().st_size if self.trace.exists() else 0
 
     def ends_of(self, jobs: Sequence[str]) -> int:
-        """Bodies of these jobs that came to their end so far."""
+        """Return the number of bodies of these jobs that came to their end so far."""
         return sum(line.what == "end" and line.job in jobs for line in read(self.trace))
 
     def starts_of(self, job: str) -> int:
-        """Bodies of this job that began so far."""
+        """Return the number of bodies of this job that began so far."""
         return sum(line.what == "start" and line.job == job for line in read(self.trace))
 
     def until_runs(self, count: int, within: float = 60.0) -> None:
-        """Waits until so many bodies have begun since the test did."""
+        """Wait until so many bodies have begun since the test did."""
         until(lambda: self.runs() >= count, lambda: f"{count} bodies began, {self.runs()} did", within)
 
     def until_more(self, count: int, within: float = 60.0) -> None:
-        """Waits until so many more bodies have begun than now."""
+        """Wait until so many more bodies have begun."""
         self.until_runs(self.runs() + count, within)
 
     def open_jobs(self) -> list[tuple[str, str]]:
-        """(job, state) of all that is accepted and not over; jobs without a row are not among them."""
+        """Return (job, state) of all accepted jobs that are not over, except for jobs without a row."""
         with self.platform.engine.connect() as connection:
             rows = connection.execute(text("SELECT id, state FROM jobs ORDER BY seq")).all()
         self._settle_unsure({row.id for row in rows})
@@ -208,7 +221,7 @@ class Oracle:
             self.accepted(job, *self._unsure.pop(job))
 
     def verdict(self, within: float = 60.0, say: Callable[[str], None] | None = None) -> Verdict:
-        """Waits until every row is final, for so many seconds at most, and counts."""
+        """Wait for so many seconds at most until every row is final, and return the counts."""
         late: list[tuple[str, str]] = []
         try:
             until(lambda: not self.open_jobs(), "all are over", within)
@@ -223,13 +236,18 @@ class Oracle:
         return judge(history.evidence(self.records))
 
     def _collect(self, rows: Mapping[str, Any]) -> Iterator[history.Record]:
-        """All that there is to be judged but for leaks, as the lines of a history."""
+        """Yield all evidence but leaks, as the lines of a history."""
         submissions = [(job, "accepted", value, self._expected[job]) for job, value in self.values.items()]
         submissions += [(job, "unsure", value, expected) for job, (value, expected) in self._unsure.items()]
         submissions += [(job, "refused", 0, frozenset()) for job in sorted(self._refused)]
         for job, outcome, value, expected in submissions:
-            said = {"outcome": outcome, "value": value, "expected": sorted(expected), "at": self._submitted.get(job)}
-            yield {"what": "submit", "job": job, **said}
+            submission = {
+                "outcome": outcome,
+                "value": value,
+                "expected": sorted(expected),
+                "at": self._submitted.get(job),
+            }
+            yield {"what": "submit", "job": job, **submission}
         for line in read(self.trace):
             yield {name: getattr(line, name) for name in line.__slots__}
         yield from self._effects()
@@ -243,7 +261,7 @@ class Oracle:
             yield {"what": "death", "text": text_}
 
     def assert_zeros(self, within: float = 60.0) -> None:
-        """All counts are 0."""
+        """Assert that all counts are 0."""
         verdict = self.verdict(within)
         assert verdict.zeros, "the oracle does not find all zeros:\n" + "\n".join(verdict.lines())
 
@@ -276,7 +294,7 @@ class Oracle:
                 yield {"what": "effect", "job": row.job, "attempt": row.attempt, "pid": row.pid}
 
     def _capacities(self) -> dict[str, int]:
-        """Millicores, by the name of the worker."""
+        """Return the millicores by the name of the worker."""
         with self.platform.engine.connect() as connection:
             rows = connection.execute(text("SELECT name, max(cpus) FROM workers GROUP BY name"))
             return {row[0]: row[1] for row in rows}
@@ -289,8 +307,10 @@ class Oracle:
         ]
 
     def _results(self, rows: Mapping[str, Any]) -> Iterator[history.Record]:
-        """Of the jobs that ended since results were lost last. One whose process died after it had committed its effect
-        has a result without the value, which nobody knows."""
+        """Yield the results of the jobs that ended since results were last lost.
+
+        If a process died after it had committed its effect, its job has a result without the value, which nobody knows.
+        """
         ended = {line.job: line for line in read(self.trace) if line.what == "end"}
         with self.platform.engine.connect() as connection:
             query = text("SELECT incarnation FROM workers WHERE status NOT IN ('ready', 'draining')")
@@ -301,32 +321,33 @@ class Oracle:
             for job, row in rows.items()
             if row.state == State.SUCCEEDED and job in self.values and row.finished > self._results_from
         }
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         end = time.monotonic() + RESULT_WITHIN
         missing = list(wanted)
         while missing:
-            found |= self._found(missing)
+            results |= self._found(missing)
             missing = [
                 job
                 for job in missing
-                if found[job] != ["SUCCESS", wanted[job]] and not (job in unknown and found[job] == history.NO_VALUE)
+                if results[job] != ["SUCCESS", wanted[job]]
+                and not (job in unknown and results[job] == history.NO_VALUE)
             ]
             if time.monotonic() > end:
                 break
             threading.Event().wait(0.1 if missing else 0.0)
         for job, value in wanted.items():
-            yield {"what": "result", "job": job, "wanted": value, "found": found[job], "unknown": job in unknown}
+            yield {"what": "result", "job": job, "wanted": value, "found": results[job], "unknown": job in unknown}
 
     def _found(self, jobs: Sequence[str]) -> dict[str, Any]:
-        """Status and value of each job's result, None where there is none."""
-        found = {}
+        """Return the status and value of each job's result, None where there is no result."""
+        results = {}
         for start in range(0, len(jobs), CHUNK):
             chunk = jobs[start : start + CHUNK]
             for job, meta in zip(chunk, self.results_of(chunk), strict=True):
-                found[job] = None if meta is None else [meta["status"], meta["result"]]
-        return found
+                results[job] = None if meta is None else [meta["status"], meta["result"]]
+        return results
 
     def results_of(self, jobs: Sequence[str]) -> list[Any]:
-        """What the result backend says of each, None where it says nothing. (Redis, under Celery's own keys.)"""
-        found: Any = self.platform.redis.mget([f"celery-task-meta-{job}" for job in jobs])
-        return [None if value is None else json.loads(value) for value in found]
+        """Return the stored result of each job from Redis, under Celery's own keys, or None where there is none."""
+        values: Any = self.platform.redis.mget([f"celery-task-meta-{job}" for job in jobs])
+        return [None if value is None else json.loads(value) for value in values]
