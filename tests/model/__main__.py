@@ -1,10 +1,10 @@
-"""Search the model of the protocol for a state that must not be.
+"""Search the model of the protocol for a state that breaks an invariant.
 
     python -m tests.model
     python -m tests.model --without tombstone_until_written --only "a worker crashes"
 
-Each search visits every state that two workers reach within its bounds, and prints the shortest way to the first that
-breaks an invariant. `docs/explanation/model.md` says what a step is and what is left out.
+Each search visits every state that two workers reach within its bounds. It prints the shortest way to the first state
+that breaks an invariant. `docs/explanation/model.md` defines a step and lists the omissions.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def _to_json(found: Found) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(only: tuple[str, ...], dropped: tuple[str, ...], large: bool, as_json: bool) -> None:
     """Visit every state of the protocol's model, and print the first that must not be."""
-    known = {bounds.name: bounds for bounds in LARGE}
+    by_name = {bounds.name: bounds for bounds in LARGE}
     if unknown := [name for name in dropped if name not in Rules._fields]:
         raise click.BadParameter(f"there is no rule {unknown[0]}; rules: {', '.join(Rules._fields)}")
-    if unknown := [name for name in only if name not in known]:
-        raise click.BadParameter(f"there is no search {unknown[0]!r}; searches: {'; '.join(known)}")
-    chosen = [known[name] for name in only] or list(LARGE if large else USUAL)
+    if unknown := [name for name in only if name not in by_name]:
+        raise click.BadParameter(f"there is no search {unknown[0]!r}; searches: {'; '.join(by_name)}")
+    chosen = [by_name[name] for name in only] or list(LARGE if large else USUAL)
     talk, results = Console(stderr=True, highlight=False), list[Found]()
     for number, bounds in enumerate(chosen, 1):
         with talk.status(bounds.name) as status:
@@ -59,11 +59,13 @@ def main(only: tuple[str, ...], dropped: tuple[str, ...], large: bool, as_json: 
             results.append(search(bounds, without(*dropped), progress))
         if not as_json:
             _show(results[-1])
-    violations = sum(bool(found.violation) for found in results)
+    violations = sum(bool(result.violation) for result in results)
     if as_json:
-        click.echo(json.dumps({"violations": violations, "searches": [_to_json(found) for found in results]}, indent=2))
+        click.echo(
+            json.dumps({"violations": violations, "searches": [_to_json(result) for result in results]}, indent=2)
+        )
     else:
-        states, seconds = sum(found.states for found in results), sum(found.seconds for found in results)
+        states, seconds = sum(result.states for result in results), sum(result.seconds for result in results)
         verdict = f"{violations} violations" if violations else "nothing is wrong"
         click.echo(f"{states:,} states in {seconds:.0f} s of CPU: {verdict}")
     sys.exit(1 if violations else 0)

@@ -1,7 +1,7 @@
 """The scripts of the ledger and the statements of Postgres, on the values of the model.
 
-Each function is one atomic step on one job; it has the name of the script in routing/lua or of the
-function in routing/.
+Each function is one atomic step on one job. It has the name of the script in routing/lua or of the function in
+routing/.
 """
 
 from __future__ import annotations
@@ -41,28 +41,35 @@ from tests.model.state import (
 
 
 def note(job: Job, record: Record) -> tuple[Record, ...]:
-    """The stream with an entry; it replaces that of the same attempt. (lua/lib/transitions.lua)"""
+    """Return the stream with an entry, which replaces the entry of the same attempt (lua/lib/transitions.lua)."""
     span = record.attempt + (record.step == STEP_FILED)
-    kept = (one for one in job.entries if (one.epoch, one.attempt + (one.step == STEP_FILED)) != (record.epoch, span))
+    kept = (
+        entry
+        for entry in job.entries
+        if (entry.epoch, entry.attempt + (entry.step == STEP_FILED)) != (record.epoch, span)
+    )
     return tuple(sorted((*kept, record)))
 
 
 def has_room(state: State, worker: int) -> bool:
-    """Whether the books say that a job fits there. What its worker would hand back at once, since bodies run there of
-    which the books know nothing, does not fit either."""
+    """Return True if by the books a job fits on the worker.
+
+    A job does not fit either if its worker would hand it back at once, because bodies run there that the books do not
+    know.
+    """
     if state.workers[worker].book != OPEN:
         return False
     for job in state.jobs:
         card = job.card
         if card and card.worker == worker and card.state in HOLDING:
             return False
-        if any(one.phase in (STARTED, DISOWNED) for one in job.held[worker]):
+        if any(attempt.phase in (STARTED, DISOWNED) for attempt in job.held[worker]):
             return False
     return True
 
 
 def admit(job: Job, epoch: int, attempt: int, losses: int, worker: int) -> Job:
-    """Allocate, note and deliver. (`grant`)"""
+    """Allocate, note and deliver a job (`grant`)."""
     card = Card(ADMITTED, epoch, attempt, worker, losses, False, True, NAMED, NOBODY, False)
     record = Record(epoch, attempt, STEP_ADMITTED, ADMITTED, losses, worker)
     return job._replace(
@@ -71,7 +78,7 @@ def admit(job: Job, epoch: int, attempt: int, losses: int, worker: int) -> Job:
 
 
 def hand_over(job: Job, worker: int, epoch: int) -> Job:
-    """Admit a waiting job to the worker that asks, with the lease. (`hand_over`)"""
+    """Admit a waiting job to the worker that asks, with the lease (`hand_over`)."""
     card = job.card
     assert card
     attempt = card.attempt + 1
@@ -82,13 +89,16 @@ def hand_over(job: Job, worker: int, epoch: int) -> Job:
 
 
 def file(job: Job, epoch: int, attempt: int, losses: int) -> Job:
-    """Into the backlog. (`file`)"""
+    """File a job into the backlog (`file`)."""
     card = Card(WAITING, epoch, attempt, NOBODY, losses, False, True, NAMED, NOBODY, False)
     return job._replace(card=card, entries=note(job, Record(epoch, attempt, STEP_FILED, WAITING, losses, NOBODY)))
 
 
 def is_known(job: Job, attempt: int, rules: Rules) -> bool:
-    """Whether a submission finds a job that is to be left as it is. `attempt`: of the row that it read. (`take_in`)"""
+    """Return True if a submission finds a job that it must leave as it is (`take_in`).
+
+    `attempt`: the attempt of the row that the submission read.
+    """
     card = job.card
     if not card:
         return job.carried
@@ -98,18 +108,18 @@ def is_known(job: Job, attempt: int, rules: Rules) -> bool:
 
 
 def tombstone(card: Card, became: int) -> Card:
-    """What remains of a job that the ledger has no more; its time does not run yet."""
+    """Return the tombstone of a job that the ledger has no more; its time does not run yet."""
     return Card(OVER, card.epoch, card.attempt, NOBODY, 0, False, False, NAMED, became, False)
 
 
 def bury(job: Job, became: int, rules: Rules) -> Card:
-    """The tombstone of an attempt that ends now. (`bury`)"""
+    """Return the tombstone of an attempt that ends now (`bury`)."""
     assert job.card
     return tombstone(job.card, became)._replace(expiring=not rules.tombstone_until_written)
 
 
 def end(job: Job, rules: Rules) -> Job:
-    """Give back what an attempt holds that succeeded. (lua/jobs/release.lua)"""
+    """Give back the allocation of an attempt that succeeded (lua/jobs/release.lua)."""
     card = job.card
     assert card
     entries = note(job, Record(card.epoch, card.attempt, STEP_ENDED, SUCCEEDED, card.losses, card.worker))
@@ -117,7 +127,7 @@ def end(job: Job, rules: Rules) -> Job:
 
 
 def put_back(job: Job, rules: Rules, bounds: Bounds) -> Job:
-    """Take an attempt back: into the backlog, or to Postgres where its message is, or it ends as lost. (`put_back`)"""
+    """Take an attempt back into the backlog, or to Postgres if its message is there, or end it as lost (`put_back`)."""
     card = job.card
     assert card
     losses = card.losses + card.started
@@ -128,7 +138,7 @@ def put_back(job: Job, rules: Rules, bounds: Bounds) -> Job:
 
 
 def back(job: Job, card: Card, losses: int) -> Job:
-    """Into the backlog, where its message is here; to Postgres else."""
+    """Put a job into the backlog if its message is here, else back to Postgres."""
     state = WAITING if card.message else ACCEPTED
     waiting = Card(WAITING, card.epoch, card.attempt, NOBODY, losses, False, True, NAMED, NOBODY, False)
     entries = note(job, Record(card.epoch, card.attempt, STEP_BACK, state, losses, NOBODY))
@@ -136,13 +146,15 @@ def back(job: Job, card: Card, losses: int) -> Job:
 
 
 def adopt(job: Job, worker: int, token: tuple[int, int], losses: int, started: bool) -> tuple[Job, bool]:
-    """Enter what a worker holds since an older epoch; False where another attempt has the job.
-    (lua/workers/adopt.lua)"""
+    """Enter an attempt that a worker holds since an older epoch (lua/workers/adopt.lua).
+
+    Return False if another attempt has the job.
+    """
     card, (epoch, attempt) = job.card, token
     entries = job.entries
     if card and card.attempt < attempt and (card.state == WAITING or (card.state == OVER and card.became not in FINAL)):
         if card.state == WAITING:
-            entries = tuple(one for one in entries if one.epoch != card.epoch or one.attempt != card.attempt)
+            entries = tuple(entry for entry in entries if entry.epoch != card.epoch or entry.attempt != card.attempt)
         card = ()
     if not card:
         held = Card(RUNNING, epoch, attempt, worker, losses, started, False, NAMED, NOBODY, False)
@@ -152,7 +164,10 @@ def adopt(job: Job, worker: int, token: tuple[int, int], losses: int, started: b
 
 
 def apply(row: Record | tuple[()], records: Iterable[Record]) -> Record | tuple[()]:
-    """The row after the newest transition: a final state has no exit, and a rank only grows. (`store.apply`)"""
+    """Return the row after the newest transition (`store.apply`).
+
+    A final state has no exit, and a rank only grows.
+    """
     newest = max(records, default=None)
     if not row or newest is None or row.state in FINAL or newest[:3] <= row[:3]:
         return row
@@ -160,11 +175,11 @@ def apply(row: Record | tuple[()], records: Iterable[Record]) -> Record | tuple[
 
 
 def write(job: Job, records: Iterable[Record], rules: Rules) -> Job:
-    """Write transitions to Postgres, then forget their entries; the tombstone's time begins. (`stream.write`)"""
+    """Write transitions to Postgres, then forget their entries; the tombstone's time begins (`stream.write`)."""
     row = apply(job.row, records)
     assert row
     over = row.state in FINAL
-    entries = tuple(one for one in job.entries if not over and one[:3] > row[:3])
+    entries = tuple(entry for entry in job.entries if not over and entry[:3] > row[:3])
     card = job.card
     if card and card.state == OVER and not card.expiring and not entries:
         card = card._replace(expiring=True)
@@ -179,8 +194,10 @@ def _rank(card: Card) -> tuple[int, int, int]:
 
 
 def reconcile(job: Job, homes: tuple[bool, bool], rules: Rules, bounds: Bounds) -> Job:
-    """Make the ledger equal Postgres for a job without an entry. `homes`: workers with a book. (`reconcile._repair`)
-    What waits and is not in the ledger is submitted, which is a step of its own."""
+    """Make the ledger equal Postgres for a job without an entry (`reconcile._repair`).
+
+    `homes`: workers with a book. A waiting job that is not in the ledger is submitted, which is a step of its own.
+    """
     row, card = job.row, job.card
     if not row:
         return job
@@ -205,7 +222,7 @@ def reconcile(job: Job, homes: tuple[bool, bool], rules: Rules, bounds: Bounds) 
 
 
 def give_back(job: Job, row: Record, bounds: Bounds) -> Record:
-    """End an open attempt that nobody holds any more. (`pull.give_back`)"""
+    """End an open attempt that nobody holds any more (`pull.give_back`)."""
     losses = row.losses + (row.state == RUNNING)
     if row.state == RUNNING and (not job.rerun or losses >= bounds.most_losses):
         return Record(row.epoch, row.attempt, STEP_ENDED, LOST, losses, row.worker)
@@ -213,8 +230,11 @@ def give_back(job: Job, row: Record, bounds: Bounds) -> Record:
 
 
 def holds(job: Job, worker: int) -> bool:
-    """Whether a heartbeat's list names the job: a worker names what it runs and what it has not released yet."""
-    return any(one.phase in (STARTED, RETURNED, REFUSED) for one in job.held[worker])
+    """Return True if a heartbeat's list names the job.
+
+    A worker names the jobs that it runs, and the jobs that it has not released yet.
+    """
+    return any(attempt.phase in (STARTED, RETURNED, REFUSED) for attempt in job.held[worker])
 
 
 def with_held(job: Job, worker: int, held: Iterable[Held]) -> Job:

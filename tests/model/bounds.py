@@ -1,4 +1,4 @@
-"""How far the model is exhausted: by each test run, and by hand."""
+"""Bounds within which the model is exhausted: by each test run, and by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Final
 
 from tests.model.state import Bounds, Faults, Rules
 
-#: Exhausted by `make test`. Each has two workers; a fault may come at any step, once.
+#: Bounds that `make test` exhausts. Each has two workers. A fault may come at any step, once.
 USUAL: Final = (
     Bounds("a worker crashes", 2, True, Faults(crash=1)),
     Bounds("a worker crashes, no second run", 2, False, Faults(crash=1)),
@@ -41,7 +41,7 @@ USUAL: Final = (
         Faults(pause=1, crash=1, lost_answer=1, redelivery=1),
     ),
 )
-#: Exhausted by `python -m tests.model --large`: two jobs, and two faults beside each other.
+#: Bounds that `python -m tests.model --large` exhausts: two jobs, and two faults beside each other.
 LARGE: Final = (
     *USUAL,
     Bounds("two jobs: Redis comes back empty, a worker crashes", 2, True, Faults(emptied=1, crash=1)),
@@ -56,5 +56,5 @@ LARGE: Final = (
 
 
 def without(*names: str) -> Rules:
-    """The rules but for these."""
+    """Return the rules without these."""
     return Rules()._replace(**dict.fromkeys(names, False))

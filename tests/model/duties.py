@@ -1,4 +1,4 @@
-"""What the duties do beside submitting: the stream is applied, tombstones expire, both stores are compared."""
+"""Steps of the duties beside submitting: the stream is applied, tombstones expire, both stores are compared."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from tests.model.state import NO_BOOK, NOBODY, OVER, Bounds, Rules, State
 
 
 def apply_stream(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The duty writes what the stream has, and drops it there."""
+    """Apply the stream: the duty writes its entries, and drops them from the stream."""
     for index, job in enumerate(state.jobs):
         if job.entries:
             yield "the stream is applied", index, NOBODY, with_job(state, index, books.write(job, job.entries, rules))
 
 
 def expire(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """A tombstone's time is over. Where it began when Postgres had the end, each submission that read the row before
-    has passed its deadline."""
+    """End the time of a tombstone.
+
+    If the time began when Postgres had the end, each submission that read the row before has passed its deadline.
+    """
     for index, job in enumerate(state.jobs):
         card = job.card
         if card and card.state == OVER and card.expiring:
@@ -28,7 +30,7 @@ def expire(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def reconcile(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """Ledger and row of a job without an entry are compared, and made equal; a carried job is let in then."""
+    """Compare ledger and row of a job without an entry, and make them equal; a carried job is let in then."""
     if state.common.rebuilding or not is_open(state):
         return
     homes = (state.workers[0].book != NO_BOOK, state.workers[1].book != NO_BOOK)

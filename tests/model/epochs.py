@@ -1,4 +1,4 @@
-"""Redis is lost, and the next epoch is opened."""
+"""Steps in which Redis is lost, and the next epoch is opened."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.model.state import (
 
 
 def empty(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """Redis loses all that it had."""
+    """Empty Redis: it loses all of its data."""
     faults = use(state, "emptied")
     if faults is None or state.common.cold:
         return
@@ -33,7 +33,7 @@ def empty(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def restart(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """Redis is started again with all that it had: the books are those of another life, and nobody uses them."""
+    """Restart Redis with all its data: the books are those of another life, and nobody uses them."""
     faults = use(state, "restarted")
     if faults is not None and not state.common.cold:
         after = state._replace(common=state.common._replace(faults=faults, cold=True))
@@ -45,15 +45,17 @@ def _without_stream(state: State) -> State:
 
 
 def _wiped(state: State) -> State:
-    """Without cards, messages and books."""
+    """Return the state without cards, messages and books."""
     jobs = tuple(job._replace(card=(), messages=()) for job in state.jobs)
-    workers = tuple(one._replace(book=NO_BOOK) for one in state.workers)
+    workers = tuple(worker._replace(book=NO_BOOK) for worker in state.workers)
     return State(state.common, (workers[0], workers[1]), jobs)
 
 
 def begin_opening(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """An opener begins the next epoch in Postgres, and applies what the stream has, but for rows that somebody keeps
-    locked."""
+    """Begin the next epoch in Postgres, as an opener does, and apply the stream.
+
+    Rows that somebody keeps locked are left out.
+    """
     if state.common.cold and state.common.opening == NOT_OPENING:
         common = state.common._replace(epoch=state.common.epoch + 1, opening=BEGUN)
         jobs = tuple(books.write(job, job.entries, rules) if job.entries else job for job in state.jobs)
@@ -63,7 +65,7 @@ def begin_opening(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def wipe(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The opener removes the old books."""
+    """Remove the old books, as the opener does."""
     if state.common.opening == BEGUN:
         after = _wiped(state._replace(common=state.common._replace(opening=WIPED)))
         if rules.stream_kept:
@@ -74,8 +76,10 @@ def wipe(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def fall_silent(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The opener is stopped, and says nothing for so long that another one begins the epoch after. What it does when it
-    goes on is refused, or comes first."""
+    """Stop the opener for so long that another opener begins the epoch after.
+
+    Later actions of the stopped opener are refused, or come first.
+    """
     faults = use(state, "silent_opener")
     if faults is None or state.common.opening == NOT_OPENING:
         return
@@ -85,7 +89,7 @@ def fall_silent(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def stray_wipe(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The overtaken opener goes on and removes books; its scan has passed the key of the epoch."""
+    """Let the overtaken opener go on and remove books; its scan has passed the key of the epoch."""
     if state.common.stray_wipe:
         after = state._replace(common=state.common._replace(stray_wipe=False))
         newer = not state.common.cold or state.common.opening != NOT_OPENING
@@ -94,7 +98,7 @@ def stray_wipe(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def open_epoch(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The next epoch is opened in Redis."""
+    """Open the next epoch in Redis."""
     if state.common.opening == WIPED:
         epoch = state.common.epoch
         common = state.common._replace(books=epoch, cold=False, opening=NOT_OPENING, rebuilding=True)
@@ -103,7 +107,10 @@ def open_epoch(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def reserve(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """Closed books with what Postgres says is held; what no worker holds any more goes back. (`rebuild._reserve`)"""
+    """Reserve closed books with the attempts that are held according to Postgres (`rebuild._reserve`).
+
+    Attempts that no worker holds any more go back.
+    """
     if not state.common.rebuilding or not is_open(state):
         return
     after = state._replace(common=state.common._replace(rebuilding=False))

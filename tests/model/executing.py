@@ -1,4 +1,4 @@
-"""A worker's ledger thread and its bodies: claim, release, and what becomes of their answers."""
+"""A worker's ledger thread and its bodies: claim, release, and the fate of their answers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.model.state import (
 
 
 def _may_call(state: State, worker: int, rules: Rules) -> bool:
-    """Whether the ledger's thread of a worker may call a script now."""
+    """Return True if the ledger's thread of a worker may call a script now."""
     me = state.workers[worker]
     if me.process != UP or me.asking or not is_open(state) or me.epoch != state.common.books:
         return False
@@ -48,21 +48,21 @@ def _may_call(state: State, worker: int, rules: Rules) -> bool:
 
 
 def claim(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/jobs/claim.lua, for a message that came or one whose answer was lost."""
+    """Claim a message that came, or a message whose answer was lost (lua/jobs/claim.lua)."""
     for worker in WORKERS:
         if state.workers[worker].unsure or not _may_call(state, worker, rules):
             continue
         me = state.workers[worker]
         for index, job in enumerate(state.jobs):
-            for message in [one for one in job.messages if one[0] == worker]:
+            for message in [message for message in job.messages if message[0] == worker]:
                 rest = list(job.messages)
                 rest.remove(message)
                 arrived = job._replace(messages=tuple(rest))
                 yield _claimed(state, worker, me, index, arrived, message[1:], False, rules)
-            for one in job.held[worker]:
-                if one.phase == CLAIM_AGAIN:
-                    asked = books.with_held(job, worker, [other for other in job.held[worker] if other != one])
-                    yield _claimed(state, worker, me, index, asked, one[:2], True, rules)
+            for attempt in job.held[worker]:
+                if attempt.phase == CLAIM_AGAIN:
+                    asked = books.with_held(job, worker, [other for other in job.held[worker] if other != attempt])
+                    yield _claimed(state, worker, me, index, asked, attempt[:2], True, rules)
 
 
 def _claimed(
@@ -82,7 +82,7 @@ def _claimed(
 
 
 def release(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/jobs/release.lua: give back, note the end, and hand over what fits now."""
+    """Release an attempt: give back, note the end, and hand over a job that fits now (lua/jobs/release.lua)."""
     for worker in WORKERS:
         me = state.workers[worker]
         if me.unsure or not _may_call(state, worker, rules):
@@ -96,7 +96,7 @@ def release(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def _released(state: State, worker: int, me: Worker, index: int, job: Job, held: Held, rules: Rules) -> Iterator[Step]:
-    card, token, rest = job.card, held[:2], [one for one in job.held[worker] if one != held]
+    card, token, rest = job.card, held[:2], [attempt for attempt in job.held[worker] if attempt != held]
     same = bool(card) and (card.epoch, card.attempt) == token  # type: ignore[union-attr]
     if card and same and card.state == OVER and card.became == SUCCEEDED:
         job = books.with_held(job, worker, [*rest, Held(*token, RELEASED)])
@@ -128,35 +128,35 @@ def _released(state: State, worker: int, me: Worker, index: int, job: Job, held:
 
 
 def _handed_back(job: Job, worker: int, held: Held) -> Job:
-    """Into the backlog again, which counts as no loss."""
-    job, card = books.with_held(job, worker, [one for one in job.held[worker] if one != held]), job.card
+    """Put a job into the backlog again, which counts as no loss."""
+    job, card = books.with_held(job, worker, [attempt for attempt in job.held[worker] if attempt != held]), job.card
     if card and card.state in HOLDING and (card.epoch, card.attempt, card.worker) == (*held[:2], worker):
         return books.back(job, card, card.losses)
     return job
 
 
 def recover(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/workers/recover.lua: an answer was lost, and the worker asks for what it was given with it."""
+    """Ask for the jobs that came with a lost answer, as a worker does (lua/workers/recover.lua)."""
     for worker in WORKERS:
         me = state.workers[worker]
         if not me.unsure or not _may_call(state, worker, rules):
             continue
         after = with_worker(state, worker, me._replace(unsure=False, asking=True))
-        given = False
+        was_given = False
         for index, job in enumerate(state.jobs):
             card = job.card
-            known = any(one.phase in (CLAIM_AGAIN, STARTED, RETURNED, REFUSED) for one in job.held[worker])
-            if card and card.state == RUNNING and card.worker == worker and card.message and not known:
-                given = True
+            in_memory = any(attempt.phase in (CLAIM_AGAIN, STARTED, RETURNED, REFUSED) for attempt in job.held[worker])
+            if card and card.state == RUNNING and card.worker == worker and card.message and not in_memory:
+                was_given = True
                 held = (*job.held[worker], Held(card.epoch, card.attempt, HANDED))
                 after = with_job(after, index, books.with_held(job, worker, held))
-        if not given:
+        if not was_given:
             after = with_worker(state, worker, me._replace(unsure=False))
         yield "what an answer had is asked for", NOBODY, worker, after
 
 
 def take_answer(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The answer of a claim, a release or a recover is taken: bodies start, ends are left to be written."""
+    """Take the answer of a claim, a release or a recover: bodies start, ends are left to be written."""
     for worker in WORKERS:
         me = state.workers[worker]
         if me.process != UP or not me.asking:
@@ -164,23 +164,23 @@ def take_answer(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
         after = with_worker(state, worker, me._replace(asking=False))
         for index, job in enumerate(state.jobs):
             held: list[Held] = []
-            for one in job.held[worker]:
-                token = one[:2]
-                if one.phase in (CLAIMED, HANDED):
+            for attempt in job.held[worker]:
+                token = attempt[:2]
+                if attempt.phase in (CLAIMED, HANDED):
                     job, phase = _start(after, worker, job, token, bounds)
-                    held.append(one._replace(phase=phase))
-                elif one.phase == RELEASED:
+                    held.append(attempt._replace(phase=phase))
+                elif attempt.phase == RELEASED:
                     record = Record(*token, STEP_ENDED, SUCCEEDED, 0, worker)
                     job = books.with_pending(job, worker, (*job.pending[worker], record))
                 else:
-                    held.append(one)
+                    held.append(attempt)
             after = with_job(after, index, books.with_held(job, worker, held))
         yield "an answer is taken", NOBODY, worker, after
 
 
 def _start(state: State, worker: int, job: Job, token: Token, bounds: Bounds) -> tuple[Job, int]:
-    """Start a body, or hand its job back: by its worker's own count it does not fit."""
-    if any(one.phase in (STARTED, DISOWNED) for each in state.jobs for one in each.held[worker]):
+    """Start a body, or hand its job back if it does not fit by its worker's own count."""
+    if any(attempt.phase in (STARTED, DISOWNED) for each in state.jobs for attempt in each.held[worker]):
         return job, REFUSED
     record = Record(*token, STEP_RUNNING, RUNNING, 0, worker)
     job = books.with_pending(job, worker, (*job.pending[worker], record))
@@ -188,27 +188,27 @@ def _start(state: State, worker: int, job: Job, token: Token, bounds: Bounds) ->
         raise Violation(f"two starts of one attempt: {token[0]}.{token[1]} started before")
     if not job.rerun and job.starts:
         raise Violation("a job that must not run again started twice")
-    if state.workers[worker].epoch == state.common.epoch and any(one[:2] < token for one in _ends(state, job, bounds)):
+    if state.workers[worker].epoch == state.common.epoch and any(end[:2] < token for end in _ends(state, job, bounds)):
         raise Violation("a body starts though the end of its job is known")
     return job._replace(starts=tuple(sorted((*job.starts, token)))), STARTED
 
 
 def _ends(state: State, job: Job, bounds: Bounds) -> list[Record]:
-    """Ends that Postgres has or will take, and that the stream or a live worker's memory has."""
+    """Return the ends that Postgres will take or has, and that the stream or a live worker's memory has."""
     if job.row and job.row.state == SUCCEEDED and not bounds.faults.pause:
         return [job.row]
     ends = list(job.entries)
     for other in WORKERS:
         them = state.workers[other]
-        # (The opener does not wait for one that is stopped.)
+        # The opener does not wait for a stopped worker.
         was_stopped = state.common.faults.pause < bounds.faults.pause and them.epoch != state.common.epoch
         if them.process == UP and not them.lost and not was_stopped:
             ends += job.pending[other]
-    return [one for one in ends if one.state == SUCCEEDED and job.row and one[:3] > job.row[:3]]
+    return [end for end in ends if end.state == SUCCEEDED and job.row and end[:3] > job.row[:3]]
 
 
 def lose_answer(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The script was carried out; its caller gives up waiting, and does not know."""
+    """Lose an answer: the script was carried out, but its caller gives up waiting, and does not know."""
     faults = use(state, "lost_answer")
     if faults is None:
         return
@@ -221,33 +221,33 @@ def lose_answer(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
             if not job.held[worker]:
                 continue
             held = []
-            for one in job.held[worker]:
-                if one.phase == CLAIMED:
-                    held.append(one._replace(phase=CLAIM_AGAIN))
-                elif one.phase == RELEASED:
-                    held.append(one._replace(phase=RETURNED))
-                elif one.phase != HANDED:
-                    held.append(one)
+            for attempt in job.held[worker]:
+                if attempt.phase == CLAIMED:
+                    held.append(attempt._replace(phase=CLAIM_AGAIN))
+                elif attempt.phase == RELEASED:
+                    held.append(attempt._replace(phase=RETURNED))
+                elif attempt.phase != HANDED:
+                    held.append(attempt)
             after = with_job(after, index, books.with_held(job, worker, held))
         yield "an answer is lost", NOBODY, worker, after._replace(common=state.common._replace(faults=faults))
 
 
 def body_returns(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The body's last line; of a disowned one nothing is left."""
+    """Return a body: its last line runs; of a disowned body nothing is left."""
     for worker in WORKERS:
         if state.workers[worker].process != UP:
             continue
         for index, job in enumerate(state.jobs):
-            for one in job.held[worker]:
-                if one.phase in (STARTED, DISOWNED):
-                    rest = [other for other in job.held[worker] if other != one]
-                    if one.phase == STARTED:
-                        rest.append(one._replace(phase=RETURNED))
+            for attempt in job.held[worker]:
+                if attempt.phase in (STARTED, DISOWNED):
+                    rest = [other for other in job.held[worker] if other != attempt]
+                    if attempt.phase == STARTED:
+                        rest.append(attempt._replace(phase=RETURNED))
                     yield "a body returns", index, worker, with_job(state, index, books.with_held(job, worker, rest))
 
 
 def write_outcomes(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """A worker's recorder writes what is pending of a job."""
+    """Write the pending outcomes of a job, as a worker's recorder does."""
     for worker in WORKERS:
         if state.workers[worker].process != UP:
             continue

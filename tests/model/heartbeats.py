@@ -1,4 +1,4 @@
-"""A worker's heartbeat: the list of what it holds, and what the ledger makes of it."""
+"""A worker's heartbeat: the list of the jobs that it holds, and the ledger's reaction to the list."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.model.state import (
 
 
 def make_list(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """A heartbeat begins. (Only where it may change anything.)"""
+    """Begin a heartbeat, but only if it may change anything."""
     for worker in WORKERS:
         me = state.workers[worker]
         if me.process != UP or me.list != NO_LIST or me.book != OPEN or me.epoch != state.common.books:
@@ -52,13 +52,16 @@ def _may_matter(state: State, job: Job, worker: int, rules: Rules) -> bool:
         return False
     if card.worker == worker and card.state == RUNNING:
         return card.missing != NAMED or not books.holds(job, worker)
-    # One that is overtaken by a claim matters where the claim need not wait for it.
+    # A list that is overtaken by a claim matters if the claim need not wait for the list.
     overtaken = not rules.renewal_exclusive or state.common.faults.lost_answer > 0
     return overtaken and (card.worker == worker or card.state == WAITING)
 
 
 def renew(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/workers/renew.lua: what runs there and is not named is missing; what was missing before is taken back."""
+    """Carry out a heartbeat (lua/workers/renew.lua).
+
+    A job that runs there and is not named is missing. A job that was missing before is taken back.
+    """
     for worker in WORKERS:
         me = state.workers[worker]
         if me.list == NO_LIST:
@@ -83,17 +86,20 @@ def _renewed(job: Job, worker: int, state: State, rules: Rules, bounds: Bounds) 
 
 
 def taken_back(job: Job, worker: int, state: State, rules: Rules, bounds: Bounds) -> Job:
-    """Take back what a worker does not name; a worker that has it, or is being told of it, must not lose it so."""
+    """Take back a job that a worker does not name.
+
+    A worker that has the job, or is being told of it, must not lose it this way.
+    """
     card = job.card
     assert card
-    for one in job.held[worker]:
-        if one.phase in (CLAIMED, HANDED, STARTED, RETURNED) and one[:2] == (card.epoch, card.attempt):
+    for attempt in job.held[worker]:
+        if attempt.phase in (CLAIMED, HANDED, STARTED, RETURNED) and attempt[:2] == (card.epoch, card.attempt):
             raise Violation(f"a healthy worker's job is taken back: attempt {card.epoch}.{card.attempt}")
     return books.put_back(job, rules, bounds)
 
 
 def time_passes(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """A renew interval, for a job that a list did not name: longer than an answer is waited for."""
+    """Let a renew interval pass for a job that a list did not name, longer than a caller waits for an answer."""
     for index, job in enumerate(state.jobs):
         card = job.card
         if card and card.missing == MISSING and rules.held_by_time:
@@ -105,7 +111,7 @@ def time_passes(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def list_times_out(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The worker waits for a heartbeat's answer no more, though the script may still be carried out."""
+    """Time out: the worker waits for a heartbeat's answer no more, though the script may still be carried out."""
     faults = use(state, "lost_answer")
     if faults is None:
         return

@@ -1,4 +1,4 @@
-"""Workers join, are lost and come back."""
+"""Steps in which workers join, are lost and come back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.model.state import (
 
 
 def register(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """The second worker joins."""
+    """Let the second worker join."""
     if not is_open(state):
         return
     for worker in WORKERS:
@@ -45,7 +45,7 @@ def register(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def rejoin(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """A worker sees a new epoch, or that it has no book: it registers, and says what it holds. (`Membership.rejoin`)"""
+    """Register a worker again that sees a new epoch or has no book; it reports its jobs (`Membership.rejoin`)."""
     if not is_open(state):
         return
     for worker in WORKERS:
@@ -63,20 +63,22 @@ def rejoin(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def _said(job: Job, worker: int, state: State, rules: Rules, bounds: Bounds) -> Job:
-    """What a worker says of one job when it joins again; what it does not name is taken back."""
+    """Enter a worker's report of a job when it joins again; a job that it does not name is taken back."""
     held = list(job.held[worker])
-    for number, one in enumerate(held):
-        if one.phase not in (STARTED, RETURNED):
+    for number, attempt in enumerate(held):
+        if attempt.phase not in (STARTED, RETURNED):
             continue
-        job, adopted = books.adopt(job, worker, one[:2], _losses(job, one), True)
+        job, adopted = books.adopt(job, worker, attempt[:2], _losses(job, attempt), True)
         if adopted:
-            record = Record(one.epoch, one.attempt, STEP_RUNNING, RUNNING, 0, worker)
+            record = Record(attempt.epoch, attempt.attempt, STEP_RUNNING, RUNNING, 0, worker)
             job = books.with_pending(job, worker, (*job.pending[worker], record))
         else:
-            held[number] = one._replace(phase=DISOWNED)
-    # The end of a disowned attempt is refused, so nothing of one is left that has returned.
-    returned = {one[:2] for one in job.held[worker] if one.phase == RETURNED}
-    job = books.with_held(job, worker, [one for one in held if one.phase != DISOWNED or one[:2] not in returned])
+            held[number] = attempt._replace(phase=DISOWNED)
+    # The end of a disowned attempt is refused, so nothing of a disowned attempt that has returned is left.
+    returned = {attempt[:2] for attempt in job.held[worker] if attempt.phase == RETURNED}
+    job = books.with_held(
+        job, worker, [attempt for attempt in held if attempt.phase != DISOWNED or attempt[:2] not in returned]
+    )
     card = job.card
     if card and card.state == RUNNING and card.worker == worker and not books.holds(job, worker):
         return taken_back(job, worker, state, rules, bounds)
@@ -88,7 +90,7 @@ def _losses(job: Job, held: Held) -> int:
 
 
 def crash(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """A worker's machine is gone, with all that its memory had."""
+    """Crash a worker: its machine is gone, with all of its memory."""
     faults = use(state, "crash")
     if faults is None:
         return
@@ -108,7 +110,7 @@ def crash(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def stop(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """A worker is stopped with all its processes (SIGSTOP, a frozen machine)."""
+    """Stop a worker with all its processes (SIGSTOP, a frozen machine)."""
     faults = use(state, "pause")
     if faults is None:
         return
@@ -120,7 +122,7 @@ def stop(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def go_on(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """A stopped worker goes on, as if no time had passed."""
+    """Let a stopped worker go on, as if no time had passed."""
     for worker in WORKERS:
         me = state.workers[worker]
         if me.process == PAUSED:
@@ -128,7 +130,10 @@ def go_on(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def lapse(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """LOST: given up in Postgres, which has all of the stream then; its jobs are taken back. (`takeback.take_back`)"""
+    """Give up a worker as LOST in Postgres, and take back its jobs (`takeback.take_back`).
+
+    Postgres has all of the stream then.
+    """
     if not is_open(state):
         return
     for worker in WORKERS:
@@ -141,6 +146,6 @@ def lapse(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
                 job = books.write(job, job.entries, rules)
             if job.card and job.card.worker == worker and job.card.state in HOLDING:
                 job = books.put_back(job, rules, bounds)
-            messages = tuple(one for one in job.messages if one[0] != worker)
+            messages = tuple(message for message in job.messages if message[0] != worker)
             after = with_job(after, index, job._replace(messages=messages))
         yield "a silent worker is lost", NOBODY, worker, after

@@ -1,4 +1,4 @@
-"""What all steps share: their type, and copies of a state in which one thing is another."""
+"""Parts that all steps share: their type, and copies of a state with one change."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from tests.model.state import Faults, Job, State, Worker
 
 
 class Violation(Exception):
-    """A step that must not be possible; its text says why."""
+    """A step that must not be possible; its text gives the reason."""
 
 
-#: What is done, to which job and worker (NOBODY where none), and the state after it.
+#: Name of the step, its job and worker (NOBODY if there is none), and the state after it.
 Step = tuple[str, int, int, State]
-#: Steps that need a fault; a state that is only left by these is a dead end.
+#: Steps that need a fault. A state that only these steps leave is a dead end.
 FAULTS: Final = frozenset(
     {
         "a worker crashes",
@@ -46,7 +46,7 @@ def use(state: State, name: str) -> Faults | None:
 
 
 def is_open(state: State) -> bool:
-    """Whether scripts of the epoch that Postgres names are carried out."""
+    """Return True if scripts of the epoch that Postgres names are carried out."""
     return not state.common.cold and state.common.books == state.common.epoch
 
 
@@ -55,5 +55,5 @@ def set_named(both: tuple[bool, bool], index: int, value: bool) -> tuple[bool, b
 
 
 def without_submissions(state: State) -> State:
-    """Submissions on their way are refused when they come."""
+    """Return the state without submissions on their way, which are refused when they come."""
     return state._replace(jobs=tuple(job._replace(submission=()) for job in state.jobs))

@@ -1,4 +1,4 @@
-"""A breadth-first search over all states that the steps of the model reach, and what it found."""
+"""A breadth-first search over all states that the steps of the model reach, and its result."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ SHOW_EVERY = 5_000
 
 @dataclass
 class Found:
-    """What a search came to. `violation`: what must not be, with the steps that lead there; '' where nothing is.
-    `seconds`: of CPU."""
+    """The result of a search.
+
+    `violation`: the broken invariant, or '' if there is none; `trace` has the steps that lead there. `seconds`: seconds
+    of CPU.
+    """
 
     bounds: Bounds
     rules: Rules
@@ -37,7 +40,7 @@ def search(
     progress: Callable[[int, int], None] = lambda states, waiting: None,
     most: int | None = None,
 ) -> Found:
-    """Visit every state; stop at the first that must not be, or after `most` of them (then the text says so)."""
+    """Visit every state; stop at the first violation, or after `most` states, which the text then reports."""
     gc.disable()
     try:
         return _search(bounds, rules, progress, most)
@@ -46,49 +49,49 @@ def search(
 
 
 def _search(bounds: Bounds, rules: Rules, progress: Callable[[int, int], None], most: int | None) -> Found:
-    began, found = time.process_time(), Found(bounds, rules)
+    began, result = time.process_time(), Found(bounds, rules)
     states: list[State] = [initial(bounds)]
     numbers: dict[State, int] = {states[0]: 0}
     parents = array("l", [-1])
     sources, targets = array("l"), array("l")
     level_ends, number = 1, 0
-    while number < len(states) and not found.violation:
+    while number < len(states) and not result.violation:
         if number == level_ends:
-            found.depth, level_ends = found.depth + 1, len(states)
+            result.depth, level_ends = result.depth + 1, len(states)
         state = states[number]
         try:
             for way in WAYS:
                 for name, _, _, after in way(state, rules, bounds):
-                    found.steps += 1
+                    result.steps += 1
                     after = canonical(after)
-                    known = numbers.get(after)
-                    if known is None:
-                        known = numbers[after] = len(states)
+                    target = numbers.get(after)
+                    if target is None:
+                        target = numbers[after] = len(states)
                         states.append(after)
                         parents.append(number)
                     if name not in FAULTS:
                         sources.append(number)
-                        targets.append(known)
+                        targets.append(target)
         except Violation as violation:
-            found.violation = str(violation)
-            found.trace = _trace(states, parents, number, rules, bounds)
+            result.violation = str(violation)
+            result.trace = _trace(states, parents, number, rules, bounds)
         number += 1
         if number % SHOW_EVERY == 0:
             progress(number, len(states) - number)
-        if most is not None and len(states) > most and not found.violation:
-            found.violation = f"more than {most} states"
-    found.states = len(states)
-    if not found.violation:
+        if most is not None and len(states) > most and not result.violation:
+            result.violation = f"more than {most} states"
+    result.states = len(states)
+    if not result.violation:
         stuck = _first_stuck(states, sources, targets)
         if stuck is not None:
-            found.violation = "I2: no end can be reached from here without another fault"
-            found.trace = _trace(states, parents, stuck, rules, bounds)
-    found.seconds = time.process_time() - began
-    return found
+            result.violation = "I2: no end can be reached from here without another fault"
+            result.trace = _trace(states, parents, stuck, rules, bounds)
+    result.seconds = time.process_time() - began
+    return result
 
 
 def _first_stuck(states: list[State], sources: array[int], targets: array[int]) -> int | None:
-    """The first state from which no state can be reached in which all is over; edges of faults do not count."""
+    """Return the first state from which no state can be reached in which all is over; edges of faults do not count."""
     before: list[list[int]] = [[] for _ in states]
     for source, target in zip(sources, targets, strict=True):
         before[target].append(source)
@@ -105,12 +108,12 @@ def _first_stuck(states: list[State], sources: array[int], targets: array[int]) 
 
 
 def _trace(states: list[State], parents: array[int], number: int, rules: Rules, bounds: Bounds) -> list[str]:
-    """The steps to a state and the one that is refused there, with one name for each job and worker throughout."""
+    """Return the steps to a state and the refused step there, with the same name for each job and worker throughout."""
     path = [number]
     while parents[path[-1]] >= 0:
         path.append(parents[path[-1]])
     now, lines = states[0], []
-    for following in [states[one] for one in reversed(path)][1:]:
+    for following in [states[index] for index in reversed(path)][1:]:
         name, job, worker, now = next(
             step for way in WAYS for step in way(now, rules, bounds) if canonical(step[3]) == following
         )
@@ -129,8 +132,8 @@ def _line(name: str, job: int, worker: int, state: State) -> str:
         (f" [job {job + 1}]" if job != NOBODY else "", f" [worker {'ab'[worker]}]" if worker != NOBODY else "")
     )
     cards = []
-    for number, one in enumerate(state.jobs, 1):
-        row = f"{STATE_NAMES[one.row.state]} {one.row.epoch}.{one.row.attempt}" if one.row else "-"
-        card = f"{STATE_NAMES[one.card.state]} {one.card.epoch}.{one.card.attempt}" if one.card else "-"
+    for number, entry in enumerate(state.jobs, 1):
+        row = f"{STATE_NAMES[entry.row.state]} {entry.row.epoch}.{entry.row.attempt}" if entry.row else "-"
+        card = f"{STATE_NAMES[entry.card.state]} {entry.card.epoch}.{entry.card.attempt}" if entry.card else "-"
         cards.append(f"job {number}: row {row}, ledger {card}")
     return f"{name}{who}  ({'; '.join(cards)})"

@@ -1,8 +1,8 @@
-"""The state of the model: what both stores, two workers and the network hold, as immutable values.
+"""The state of the model: both stores, two workers and the network, as immutable values.
 
-Nothing here is a number that grows without bound. A token is (epoch, attempt) as in the platform; a timer is either
-running or over; a message is there or not. `Job` has whatever concerns one job, so that jobs may change places, and
-names a worker by its index, so that workers may too (`canonical`).
+No number in it grows without bound. A token is (epoch, attempt) as in the platform. A timer is either running or over.
+A message is there or not. `Job` has all facts about one job, so that jobs may change places. It names a worker by its
+index, so that workers may change places too (`canonical`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 #: Workers of the model, each with room for one job.
 WORKERS: Final = (0, 1)
-#: No worker.
+#: Index for no worker.
 NOBODY: Final = -1
 
 # -- states of a job, as in routing/model/states.py. A card in the ledger that is OVER is a tombstone.
@@ -37,7 +37,7 @@ DISOWNED: Final = 6
 
 # -- processes of workers
 OFF, UP, PAUSED, DEAD = range(4)
-# -- books of workers: none, closed until its worker has said what it holds, open
+# -- books of workers: none; closed until its worker has reported its jobs; open
 NO_BOOK, RESERVED, OPEN = range(3)
 # -- the list of a heartbeat: none on its way; on its way; on its way, and its worker waits for it no more
 NO_LIST, LISTED, LISTED_LATE = range(3)
@@ -50,7 +50,10 @@ Token = tuple[int, int]
 
 
 class Record(NamedTuple):
-    """A row in Postgres, or a transition on its way there. The first three are its rank."""
+    """A row in Postgres, or a transition on its way there.
+
+    Its first three fields are its rank.
+    """
 
     epoch: int
     attempt: int
@@ -61,19 +64,19 @@ class Record(NamedTuple):
 
 
 class Card(NamedTuple):
-    """What the ledger has of a job."""
+    """The ledger's entry of a job."""
 
     state: int
     epoch: int
     attempt: int
     worker: int
     losses: int
-    #: Whether its attempt is known to have started.
+    #: True if its attempt is known to have started.
     started: bool
-    #: Whether its message is here. (Of an adopted job Postgres alone has it.)
+    #: True if its message is here. Of an adopted job, only Postgres has the message.
     message: bool
     missing: int
-    #: Of a tombstone: what the job became, and whether the time runs after which it is gone.
+    #: Of a tombstone: the final state of the job, and whether the time runs after which the tombstone is gone.
     became: int
     expiring: bool
 
@@ -87,7 +90,7 @@ class Held(NamedTuple):
 
 
 class Job(NamedTuple):
-    """All that is known of one job anywhere; () where there is nothing."""
+    """All facts about one job anywhere; () where there is nothing."""
 
     rerun: bool
     row: Record | tuple[()]
@@ -102,30 +105,30 @@ class Job(NamedTuple):
     held: tuple[tuple[Held, ...], tuple[Held, ...]]
     pending: tuple[tuple[Record, ...], tuple[Record, ...]]
     named: tuple[bool, bool]
-    #: An older epoch's entry was in the stream when the old books were removed: nobody brings it in.
+    #: True if an older epoch's entry was in the stream when the old books were removed: nobody brings the job in.
     carried: bool
-    #: Seen by nobody but the invariants: attempts whose bodies started.
+    #: Attempts whose bodies started. Only the invariants see them.
     starts: tuple[Token, ...]
 
 
 class Worker(NamedTuple):
-    """A worker's process, and what the stores have of it."""
+    """A worker's process, and its entries in the stores."""
 
     process: int
     #: The epoch in which it registered; 0 before.
     epoch: int
     book: int
-    #: Postgres has given it up.
+    #: True if Postgres has given it up.
     lost: bool
-    #: An answer to a claim or a release is on its way.
+    #: True if an answer to a claim or a release is on its way.
     asking: bool
-    #: An answer was lost: it asks for what it was given.
+    #: True if an answer was lost: the worker asks for the jobs that it was given.
     unsure: bool
     list: int
 
 
 class Faults(NamedTuple):
-    """How often each may still happen."""
+    """Number of times that each fault may still happen."""
 
     crash: int = 0
     pause: int = 0
@@ -137,16 +140,16 @@ class Faults(NamedTuple):
 
 
 class Common(NamedTuple):
-    """What concerns no single job or worker."""
+    """Facts that concern no single job or worker."""
 
-    #: The epoch that Postgres names, and that of the books.
+    #: The epoch that Postgres names, and the epoch of the books.
     epoch: int
     books: int
     cold: bool
-    #: A new epoch is open, and the books that Postgres knows are not in it yet.
+    #: True if a new epoch is open, and the books that Postgres knows are not in it yet.
     rebuilding: bool
     opening: int
-    #: An opener that another one has overtaken is about to remove old books.
+    #: True if an overtaken opener is about to remove old books.
     stray_wipe: bool
     faults: Faults
 
@@ -158,33 +161,36 @@ class State(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """Rules of the protocol. Without any one of them the search finds what it is for."""
+    """Rules of the protocol.
 
-    #: A tombstone's time begins when Postgres has the end, and until then no submission passes it. Else it begins when
-    #: the attempt ends.
+    Without any one of them, the search finds the violation that it prevents.
+    """
+
+    #: A tombstone's time begins when Postgres has the end, and until then no submission passes it. Without the rule it
+    #: begins when the attempt ends.
     tombstone_until_written: bool = True
     #: A submission that read its row before a tombstone's time began is refused when that time is over.
     submit_deadline: bool = True
-    #: A job is taken back if two lists, a renew interval apart, did not name it. (Else: two lists.)
+    #: A job is taken back if two lists, a renew interval apart, did not name it. Without the rule, two lists suffice.
     held_by_time: bool = True
     #: A worker makes no list while an answer is on its way that may give it a job.
     renewal_exclusive: bool = True
     #: An opener removes nothing once a newer epoch is open.
     fenced_wipe: bool = True
-    #: An opener removes no entry of the stream; nobody brings in a job of which an older epoch's entry is there.
+    #: An opener removes no entry of the stream. Nobody brings in a job of which an older epoch's entry is there.
     stream_kept: bool = True
-    #: A worker says what it holds in a new epoch when it has written what ended before.
+    #: A worker reports its jobs in a new epoch only when it has written its earlier ends.
     rejoin_after_written: bool = True
     #: A submission is refused whose row was read before the epoch was opened, or before a carried job was let in.
     rows_read_after: bool = True
-    #: In a new epoch no row is submitted before each live worker has said what it holds; the opener waits 2 s for that.
+    #: In a new epoch no row is submitted before each live worker has reported its jobs. The opener waits 2 s for that.
     reports_first: bool = True
     #: A message is claimed once: its nonce tells a claim that is asked again from a doubled message.
     claim_once: bool = True
 
 
 class Bounds(NamedTuple):
-    """How large an exhausted model is."""
+    """The size of an exhausted model."""
 
     name: str
     jobs: int
@@ -195,7 +201,7 @@ class Bounds(NamedTuple):
 
 
 def initial(bounds: Bounds) -> State:
-    """The state in which nothing has been submitted and one worker has joined."""
+    """Return the state in which nothing has been submitted and one worker has joined."""
     job = Job(bounds.rerun, (), (), (), (), (), ((), ()), ((), ()), (False, False), False, ())
     first = Worker(UP, 1, OPEN, False, False, False, NO_LIST)
     other = Worker(OFF, 0, NO_BOOK, False, False, False, NO_LIST)
@@ -214,15 +220,15 @@ def _elsewhere(worker: int) -> int:
 
 
 def _swap_all(records: tuple[Record, ...]) -> tuple[Record, ...]:
-    return tuple(sorted(one._replace(worker=_elsewhere(one.worker)) for one in records))
+    return tuple(sorted(record._replace(worker=_elsewhere(record.worker)) for record in records))
 
 
 def _swap(job: Job) -> Job:
-    """The job as it is when both workers have changed places."""
-    known = _swapped.get(job)
-    if known is None:
+    """Return the job as it is when both workers have changed places."""
+    swapped = _swapped.get(job)
+    if swapped is None:
         row, card = job.row, job.card
-        known = job._replace(
+        swapped = job._replace(
             row=row._replace(worker=_elsewhere(row.worker)) if row else row,
             card=card._replace(worker=_elsewhere(card.worker)) if card else card,
             entries=_swap_all(job.entries),
@@ -231,12 +237,12 @@ def _swap(job: Job) -> Job:
             pending=(_swap_all(job.pending[1]), _swap_all(job.pending[0])),
             named=job.named[::-1],
         )
-        _swapped[job] = known
-    return known
+        _swapped[job] = swapped
+    return swapped
 
 
 def canonical(state: State) -> State:
-    """One state for all that differ only in the names of jobs and workers."""
+    """Return one state for all states that differ only in the names of jobs and workers."""
     common, workers, jobs = state
     if workers[0] < workers[1]:
         return state if _in_order(jobs) else State(common, workers, tuple(sorted(jobs)))

@@ -1,7 +1,7 @@
-"""All steps of the protocol. Each is a function from a state to the states after it, with what was done.
+"""All steps of the protocol: functions from a state to the states after it, with the name of the step.
 
-Where a script's answer travels, the step is two: the script is carried out, and its answer is taken. Between them a
-crash, a delay or any other step has its place.
+A script whose answer travels takes two steps: the script is carried out, and its answer is taken. Between them a crash,
+a delay or any other step has its place.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ WAYS: Final[tuple[Way, ...]] = (
 
 
 def is_over(state: State) -> bool:
-    """Whether all that was accepted has ended, and nothing is held or on its way (I2, I3)."""
+    """Return True if all accepted jobs have ended, and nothing is held or on its way (I2, I3)."""
     return all(
         job.row
         and job.row.state in FINAL

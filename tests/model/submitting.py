@@ -1,4 +1,4 @@
-"""Jobs come in: the caller's insert, the submission of a row, and what is admitted."""
+"""Steps in which jobs come in: the caller's insert, the submission of a row, and admissions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.model.state import ACCEPTED, ADMITTED, NOBODY, STEP_NONE, UP, WAITING
 
 
 def accept(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """A caller's insert is committed."""
+    """Commit a caller's insert."""
     for index, job in enumerate(state.jobs):
         if not job.row:
             row = Record(0, 0, STEP_NONE, ACCEPTED, 0, NOBODY)
@@ -18,7 +18,10 @@ def accept(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def read_row(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """Whoever submits reads the row: the caller, the sweep, the listener; for what waits, the opener and reconcile."""
+    """Read the row, as each submitter does: the caller, the sweep, the listener.
+
+    The opener and reconcile read the row of a waiting job.
+    """
     if rules.reports_first and any(_is_unreported(state, worker) for worker in WORKERS):
         return
     for index, job in enumerate(state.jobs):
@@ -32,13 +35,13 @@ def read_row(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def _is_unreported(state: State, worker: int) -> bool:
-    """Whether a live worker has not said yet what it holds in the epoch that is open."""
+    """Return True if a live worker has not reported its jobs yet in the epoch that is open."""
     me = state.workers[worker]
     return me.process == UP and me.epoch != state.common.epoch
 
 
 def submit(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/jobs/submit.lua: to any worker with room, or into the backlog; or it never comes."""
+    """Submit a row to any worker with room, or into the backlog, or lose the submission (lua/jobs/submit.lua)."""
     for index, job in enumerate(state.jobs):
         if not job.submission:
             continue
@@ -48,7 +51,7 @@ def submit(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
         yield "a submission is lost", index, NOBODY, with_job(state, index, arrived)
         if not is_open(state) or books.is_known(job, attempt, rules):
             continue
-        waits = any(one.card and one.card.state == WAITING for one in state.jobs)
+        waits = any(other.card and other.card.state == WAITING for other in state.jobs)
         rooms = [] if waits else [worker for worker in WORKERS if books.has_room(state, worker)]
         for worker in rooms:
             taken = books.admit(arrived, epoch, attempt + 1, losses, worker)
@@ -63,7 +66,7 @@ def submit(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def fill(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/backlog/fill.lua: a waiting job is admitted where there is room."""
+    """Admit a waiting job where there is room (lua/backlog/fill.lua)."""
     if not is_open(state):
         return
     for worker in WORKERS:
@@ -77,7 +80,7 @@ def fill(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def redeliver(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """lua/jobs/redeliver.lua: START is over, though the message may only be late."""
+    """Deliver a message again: START is over, though the message may only be late (lua/jobs/redeliver.lua)."""
     faults = use(state, "redelivery")
     if faults is None or not is_open(state):
         return

@@ -21,10 +21,10 @@ SECOND = "a job that must not run again started twice"
 @pytest.mark.long
 @pytest.mark.parametrize("bounds", USUAL, ids=lambda bounds: bounds.name)
 def test_every_state_within_bounds_keeps_the_invariants(bounds: Bounds) -> None:
-    found = search(bounds)
-    assert found.violation == "", "\n".join([found.violation, *found.trace])
+    result = search(bounds)
+    assert result.violation == "", "\n".join([result.violation, *result.trace])
     # The search did visit something: no step was lost by a mistake in its guard.
-    assert found.states > 10_000
+    assert result.states > 10_000
 
 
 NEEDED = [
@@ -48,11 +48,11 @@ def test_search_finds_a_counterexample_without_a_rule(
     rules: tuple[str, ...], jobs: int, rerun: bool, faults: Faults, violation: str
 ) -> None:
     bounds = Bounds("without a rule", jobs, rerun, faults)
-    found = search(bounds, without(*rules))
-    assert found.violation.startswith(violation)
-    assert found.trace[-1].endswith(found.violation)
-    assert found.trace[0].startswith("a job is accepted")
-    # With it there is none within the same bounds.
+    result = search(bounds, without(*rules))
+    assert result.violation.startswith(violation)
+    assert result.trace[-1].endswith(result.violation)
+    assert result.trace[0].startswith("a job is accepted")
+    # With the rule, there is no violation within the same bounds.
     assert search(bounds).violation == ""
 
 
@@ -61,9 +61,9 @@ def test_every_rule_is_shown_to_be_needed() -> None:
 
 
 def test_two_workers_and_two_jobs_without_faults_always_come_to_an_end() -> None:
-    found = search(Bounds("no fault", 2, True, Faults()))
-    assert (found.violation, found.trace) == ("", [])
-    assert found.states == 5_117
+    result = search(Bounds("no fault", 2, True, Faults()))
+    assert (result.violation, result.trace) == ("", [])
+    assert result.states == 5_117
 
 
 def test_a_search_that_is_cut_off_says_so() -> None:

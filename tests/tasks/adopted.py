@@ -1,7 +1,7 @@
-"""A project as it was before the platform, with classes of its own for all that Celery lets one replace.
+"""A project as it was before the platform, with its own classes for all parts that Celery lets one replace.
 
-`make(when)` installs the platform before its tasks are defined, or after, when they were used. `app` is what
-`-A tests.tasks.adopted` finds; `INSTALLED` in the environment says when.
+`make(when)` installs the platform before the project's tasks are defined, or after they were used. `app` is the app of
+`-A tests.tasks.adopted`. `INSTALLED` in the environment is the `when`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from celery_capacity import install
 
 
 class OwnRequest(celery_request.Request):
-    """Tells the body that it was there."""
+    """A request that tells the body that it was there."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -28,7 +28,7 @@ class OwnRequest(celery_request.Request):
 
 
 def own_strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Any:
-    """Celery's, which it wraps."""
+    """Wrap Celery's strategy, and mark the messages that it handles."""
     handle = celery_strategy.default(task, app, consumer, **options)
 
     def handle_and_tell(message: Any, body: Any, *more: Any, **given: Any) -> Any:
@@ -39,7 +39,7 @@ def own_strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Any:
 
 
 class OwnTask(Task):
-    """The project's base; what it declares is for all tasks."""
+    """The project's base class, whose declarations are for all tasks."""
 
     abstract = True
     cpus = 0.5
@@ -47,13 +47,13 @@ class OwnTask(Task):
     Strategy = "tests.tasks.adopted:own_strategy"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        said = super().__call__(*args, **kwargs)
+        value = super().__call__(*args, **kwargs)
         seen = ["own_task", *(name for name in ("own_request", "own_strategy") if getattr(self.request, name, None))]
-        return [*seen, *(["own_consumer"] if OwnConsumer.made else []), said]
+        return [*seen, *(["own_consumer"] if OwnConsumer.made else []), value]
 
 
 class OwnAMQP(AMQP):
-    """Writes a header of its own."""
+    """An AMQP that writes a header of its own."""
 
     def as_task_v2(self, *args: Any, **options: Any) -> Any:
         message = super().as_task_v2(*args, **options)
@@ -62,14 +62,14 @@ class OwnAMQP(AMQP):
 
 
 class OwnControl(Control):
-    """Has a command more."""
+    """A control with one more command."""
 
     def own(self) -> str:
         return "own_control"
 
 
 class OwnConsumer(celery_consumer.Consumer):
-    """Says that it was made."""
+    """A consumer that notes that it was made."""
 
     made = False
 
@@ -85,7 +85,7 @@ def shared() -> str:
 
 @shared_task(name="adopted.apart", base=Task, cpus=0.75, memory="1MiB", rerun=False, bind=True)
 def apart(self: Any) -> str:
-    """Of Celery's own class, whatever the app's is."""
+    """Run as a task of Celery's own class, whatever the app's class is."""
     return f"own_amqp {self.request.get('own_amqp', False)}"
 
 
@@ -100,7 +100,10 @@ class ByClass(Task):
 
 
 def make(when: str) -> Celery:
-    """The project. `when`: "first", or "last": after its tasks and the app's parts were used."""
+    """Return the project's app.
+
+    `when`: "first", or "last", after its tasks and the app's parts were used.
+    """
     app = Celery("adopted", task_cls=OwnTask, amqp=OwnAMQP, control=OwnControl, set_as_current=False)
     app.conf.worker_consumer = OwnConsumer
     if when == "first":

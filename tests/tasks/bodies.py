@@ -12,12 +12,12 @@ from tests.fixtures.tasks import add, held_at
 
 
 class Expected(Exception):
-    """What a task says that it may raise."""
+    """An exception that a task declares."""
 
 
 @shared_task(bind=True)
 def seen(self: Any) -> dict[str, Any]:
-    """What a body sees of its own message."""
+    """Return the fields of its own message that a body sees."""
     request = self.request
     return {
         "id": request.id,
@@ -78,7 +78,7 @@ def heard_failure() -> None:
 
 @shared_task
 def leading() -> list[str]:
-    """Has two children."""
+    """Send two children, and return their ids."""
     return [add.delay(1, 1).id, add.delay(2, 2).id]
 
 
@@ -89,7 +89,7 @@ def leading_nobody() -> list[str]:
 
 @shared_task(bind=True, soft_time_limit=0.5, time_limit=50)
 def cleaning_up(self: Any, gate: str) -> str:
-    """Has a limit of its own, and makes something of it."""
+    """Wait at the gate, and clean up at the soft time limit of the task."""
     try:
         held_at(gate, self.request.id)
     except SoftTimeLimitExceeded:
@@ -114,21 +114,21 @@ def shadowed(self: Any, x: int) -> str | None:
 
 @shared_task
 def waiting_for_another(x: int, may: bool) -> int:
-    """Waits for a task within a task, as Celery lets only those do that say so."""
+    """Wait for a task within a task, which Celery allows only with an option."""
     value: int = add.delay(x, 1).get(timeout=20, disable_sync_subtasks=not may)
     return value
 
 
 @shared_task
 def process() -> int:
-    """The process that runs it."""
+    """Return the pid of the process that runs the task."""
     return os.getpid()
 
 
 @shared_task(bind=True)
 def due(self: Any, again: bool = False) -> str | None:
-    """When it was to start, as its request says."""
+    """Return the time at which the task was to start, by its request."""
     if again and not self.request.retries:
         raise self.retry(countdown=0)
-    found: str | None = self.request.eta
-    return found
+    eta: str | None = self.request.eta
+    return eta

@@ -19,7 +19,7 @@ def total(numbers: list[int]) -> int:
 
 @shared_task(bind=True)
 def spread(self: Any, many: int) -> list[str]:
-    """Submits many jobs at once, and as many in a group; the ids of all."""
+    """Submit many jobs at once, and as many in a group; return the ids of all."""
     handle = self.app.submit_many(double, ((n,) for n in range(many)))
     together = group(double.s(n) for n in range(many)).apply_async()
-    return [*handle.ids(), *(one.id for one in together.results)]
+    return [*handle.ids(), *(result.id for result in together.results)]

@@ -1,4 +1,4 @@
-"""Tasks that are made into chains, groups and chords, and such as replace themselves."""
+"""Tasks that are made into chains, groups and chords, and tasks that replace themselves."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def dying(*_: Any) -> None:
 
 @shared_task(bind=True)
 def gated(self: Any, *values: Any, gate: str) -> list[Any]:
-    """Says that it is there, waits to be let go, and returns what it was given."""
+    """Report that it is there, wait to be let go, and return its arguments."""
     held_at(gate, self.request.id)
     return list(values)
 
@@ -52,7 +52,7 @@ def _note(key: str, what: str) -> None:
 
 @shared_task(bind=True)
 def carried(self: Any, *_: Any, case: str) -> int:
-    """Notes what it was sent with: its tenant and its priority."""
+    """Note the tenant and the priority that it was sent with."""
     request = self.request
     _note(case, f"{request.get('tenant')} {request.delivery_info['priority']}")
     return 1
@@ -60,19 +60,19 @@ def carried(self: Any, *_: Any, case: str) -> int:
 
 @shared_task
 def told(*values: Any, case: str) -> None:
-    """A callback: notes that it was called, and with what."""
+    """Note, as a callback, that it was called, and with how many values."""
     _note(case, f"told {len(values)}")
 
 
 @shared_task
 def waiting(request: Any, error: Exception, traceback: Any, gate: str) -> None:
-    """An error callback that is called where the failure is found, and takes its time."""
+    """Wait at the gate, as an error callback that is called where the failure is found, and takes its time."""
     held_at(gate, request.id)
 
 
 @shared_task(bind=True)
 def becomes(self: Any, *given: Any, canvas: Any, gate: str | None = None, dies: bool = False) -> None:
-    """Is replaced by a canvas, which gets what this was given first."""
+    """Be replaced by a canvas, whose first arguments are those of this task."""
     replacement = signature(canvas, app=self.app)
     first = replacement.tasks[0] if replacement.get("subtask_type") == "chain" else replacement
     first.args = (*given, *first.args)
@@ -88,8 +88,10 @@ def becomes(self: Any, *given: Any, canvas: Any, gate: str | None = None, dies: 
 
 @shared_task(bind=True)
 def publishes_and_dies(self: Any, x: int) -> int:
-    """Its first attempt publishes the next step of its chain, as a task does at its end, and dies before it has ended
-    itself."""
+    """Publish the next step of the chain in the first attempt, then die before its own end.
+
+    A task publishes its next step at its end.
+    """
     if self.request.attempt == 1:
         *later, following = self.request.chain
         signature(following, app=self.app).apply_async((x,), chain=later, parent_id=self.request.id)

@@ -1,7 +1,7 @@
-"""Gives one option of the worker the value that it has in plain Celery, by `CELERYS_OWN=<option>=<JSON>` in its
-environment.
+"""A module that sets one option of the worker to its value in plain Celery.
 
-(A worker imports this before it connects to its broker.)
+`CELERYS_OWN=<option>=<JSON>` in the worker's environment names it. A worker imports this module before it connects to
+its broker.
 """
 
 from __future__ import annotations

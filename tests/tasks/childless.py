@@ -1,4 +1,4 @@
-"""Imported by a worker of a fault test: one process of its pool is killed just when the worker becomes ready."""
+"""A module for a worker of a fault test: it kills a process of the pool just when the worker becomes ready."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from celery import signals
 def kill_one(**_: Any) -> None:
     child = psutil.Process().children()[0]
     child.kill()
-    # It has ended, and nobody has noticed yet.
+    # The process has ended, and nobody has noticed yet.
     while child.status() != psutil.STATUS_ZOMBIE:
         pass

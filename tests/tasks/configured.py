@@ -1,7 +1,7 @@
-"""Gives a worker settings of Celery's: `CONFIGURED` in its environment is a JSON object of them.
+"""A module that gives a worker settings of Celery: `CONFIGURED` in its environment is a JSON object of them.
 
-(A worker imports this before it looks at any of them.) `SIGNED`, a folder with key.pem and cert.crt, has it sign and
-verify messages by Celery's serializer `auth`.
+A worker imports this module before it looks at any of them. With `SIGNED`, a folder with key.pem and cert.crt, the
+worker signs and verifies messages by Celery's serializer `auth`.
 """
 
 from __future__ import annotations

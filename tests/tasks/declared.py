@@ -1,4 +1,4 @@
-"""Tasks that declare what they need, in each way in which that can be said."""
+"""Tasks that declare their needs, in each possible way."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from celery import shared_task
 
 @shared_task
 def nothing() -> None:
-    """Declares nothing: the default."""
+    """Declare nothing, which means the default."""
 
 
 @shared_task(cpus=4)
 def four() -> None:
-    """Four CPUs."""
+    """Declare four CPUs."""
 
 
 @shared_task(cpus=4, memory="2GiB")
 def four_and_two() -> None:
-    """Four CPUs, and memory as people write it."""
+    """Declare four CPUs, and memory as people write it."""
 
 
 @shared_task(cpus=0.125, memory=1_000_000)
 def an_eighth() -> None:
-    """A part of a CPU, and memory in bytes."""
+    """Declare a part of a CPU, and memory in bytes."""
 
 
 @shared_task(cpus=0)
 def none_at_all() -> None:
-    """No CPU: a slot alone."""
+    """Declare no CPU: a slot alone."""
 
 
 @shared_task(gpus=1, resources={"licence": 2})
 def counted() -> None:
-    """Counted resources."""
+    """Declare counted resources."""
 
 
 @shared_task(cpus=3, bind=True)
 def three_again(self: Any) -> None:
-    """Retries once."""
+    """Retry once."""
     if self.request.retries < 1:
         raise self.retry(countdown=0)

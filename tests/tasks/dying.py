@@ -1,11 +1,11 @@
-"""Imported by a process of a fault test that is to die at one step, which the environment names:
+"""A module that kills a process of a fault test at one step, which the environment names.
 
     DIE_AT     before|after module:function, where `function` may be Class.method; with @N at the Nth call of it, with
-               @0 at any
-    DIE_ONCE   a file that is made when a process has died so: no other does
-    DIE_BY     the signal that it gives itself: SIGKILL where nothing is said, SIGSTOP for one that goes on later
+               @0 at any call
+    DIE_ONCE   a file that is made when a process has died this way, so that no other process does
+    DIE_BY     the signal that the process sends itself: SIGKILL by default, SIGSTOP for a process that goes on later
 
-Nothing of the product knows of it: the named function is replaced by one that calls it, and kills its process.
+The product knows nothing of it. The named function is replaced by a function that calls it and kills its process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def die(once: str) -> None:
-    """The signal to this process, if it is the first."""
+    """Send the signal to this process, if it is the first."""
     try:
         os.close(os.open(once, os.O_CREAT | os.O_EXCL))
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""Tasks that leave their effect in Postgres, and tasks that must not start twice or that end what they run on."""
+"""Tasks that leave their effect in Postgres, must not start twice, or end their worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from celery_capacity import fenced
 from tests.fixtures.tasks import _client
 
-#: One row for each time that an effect came about: nothing in the table forbids two of one job.
+#: A table with a row for each time that an effect came about. It does not forbid two rows of one job.
 TABLE = "CREATE TABLE IF NOT EXISTS effects (job text NOT NULL, attempt int NOT NULL)"
 
 
@@ -32,8 +32,11 @@ def _wait(task: Any, gate: str) -> None:
 
 @shared_task(bind=True)
 def leave(self: Any, how: str = "", gate: str = "", url: str = "") -> str:
-    """Leaves its effect. `how`: `raises` in the block, `raises after` it, `held in` the block (at the gate), `held
-    after` it, `dies after` it, or `twice`."""
+    """Leave an effect.
+
+    `how`: `raises` in the block, `raises after` it, `held in` the block (at the gate), `held after` it, `dies after`
+    it, or `twice`.
+    """
     engine = create_engine(url or os.environ["DATABASE_URL"])
     try:
         with Session(engine) as session, fenced(session):
@@ -58,13 +61,13 @@ def leave(self: Any, how: str = "", gate: str = "", url: str = "") -> str:
 
 @shared_task(bind=True, rerun=False)
 def once(self: Any, gate: str) -> None:
-    """Must not start twice."""
+    """Wait at the gate; the task must not start twice."""
     _wait(self, gate)
 
 
 @shared_task(bind=True)
 def deadly(self: Any, trace: str) -> None:
-    """Ends its whole worker, with all that runs there."""
+    """End the whole worker, with all jobs that run there."""
     with open(trace, "a", encoding="utf-8") as file:
         file.write(f"{self.request.attempt} {os.getpid()}\n")
     worker = psutil.Process(os.getpid()).parent()

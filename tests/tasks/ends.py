@@ -1,4 +1,4 @@
-"""One task for each way in which a body can end."""
+"""A task for each way in which a body can end."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from celery.exceptions import Ignore, Reject
 
 @shared_task(bind=True)
 def seen(self: Any) -> dict[str, Any]:
-    """Returns what a task can see of its own job."""
+    """Return the facts that a task can see of its own job."""
     request = self.request
     return {"id": request.id, "attempt": request.attempt, "retries": request.retries}
 
 
 @shared_task(bind=True)
 def again(self: Any, times: int, countdown: float = 0) -> dict[str, Any]:
-    """Retries so many times before it succeeds."""
+    """Retry so many times before it succeeds."""
     if self.request.retries < times:
         raise self.retry(exc=ValueError(f"retry {self.request.retries}"), countdown=countdown, max_retries=times)
     return {"id": self.request.id, "attempt": self.request.attempt, "retries": self.request.retries}
@@ -28,13 +28,13 @@ def again(self: Any, times: int, countdown: float = 0) -> dict[str, Any]:
 
 @shared_task(bind=True)
 def never_well(self: Any, times: int) -> None:
-    """Retries so many times and fails then."""
+    """Retry so many times, then fail."""
     raise self.retry(exc=ValueError("never well"), countdown=0, max_retries=times)
 
 
 @shared_task(bind=True)
 def again_and_more(self: Any, how: str) -> int:
-    """Publishes its retry, and then ends in another way than by it."""
+    """Publish a retry, and then end in another way than by it."""
     if self.request.retries == 0:
         self.retry(countdown=0, throw=False)
         if how == "dies":
@@ -45,7 +45,7 @@ def again_and_more(self: Any, how: str) -> int:
 
 
 class Odd(Exception):
-    """Cannot be pickled, and cannot be made again of its arguments."""
+    """An error that cannot be pickled, and cannot be made again from its arguments."""
 
     def __init__(self, one: int, other: int) -> None:
         super().__init__(f"odd {one + other}")
@@ -84,7 +84,7 @@ def rejected() -> None:
 
 @shared_task(bind=True)
 def rejected_once(self: Any) -> int:
-    """The first attempt wants another one."""
+    """Ask for another attempt in the first attempt."""
     if self.request.attempt == 1:
         raise Reject("not now", requeue=True)
     return int(self.request.attempt)
@@ -92,5 +92,5 @@ def rejected_once(self: Any) -> int:
 
 @shared_task
 def unreturnable() -> Any:
-    """Returns what JSON cannot hold."""
+    """Return a value that JSON cannot hold."""
     return object()

@@ -1,4 +1,4 @@
-"""Tasks that are unique, go by a rate, or publish such as wait for others."""
+"""Tasks that are unique, go by a rate, or publish jobs that wait for others."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.fixtures.tasks import add, held_at
 
 @shared_task(unique=True)
 def only(gate: str) -> str:
-    """No two of one gate at once."""
+    """Hold the gate as a unique task: no two tasks of one gate run at once."""
     held_at(gate, only.request.id)
     return gate
 
 
 @shared_task(bind=True, unique=True)
 def only_again(self: Any) -> int:
-    """The same, and it retries once."""
+    """Retry once, as a unique task."""
     if self.request.retries == 0:
         raise self.retry(countdown=0)
     return int(self.request.retries)
@@ -26,7 +26,7 @@ def only_again(self: Any) -> int:
 
 @shared_task
 def twice() -> list[str]:
-    """Publishes the same twice, and what waits for it; the ids of all."""
+    """Publish an equal job twice, and a job that waits for it; return the ids of all."""
     first = add.apply_async((1, 1), unique="published within", countdown=1)
     again = add.apply_async((1, 1), unique="published within")
     last = add.apply_async((2, 2), after=first)
@@ -35,14 +35,14 @@ def twice() -> list[str]:
 
 @shared_task(rate_limit="20/s")
 def often() -> None:
-    """Twenty a second, in the whole cluster."""
+    """Run twenty times a second at the most, in the whole cluster."""
 
 
 @shared_task(rate_limit="1/h")
 def seldom() -> None:
-    """One an hour, in the whole cluster."""
+    """Run once an hour at the most, in the whole cluster."""
 
 
 @shared_task
 def unlimited() -> None:
-    """Until somebody sets a rate for it."""
+    """Run without a rate, until somebody sets a rate for it."""

@@ -15,7 +15,7 @@ from tests.fixtures.tasks import MOST_SECONDS, _client, add, held_at
 
 @shared_task(bind=True)
 def napping(self: Any, gate: str) -> float:
-    """Says that it is there, and sleeps until the key `<gate>:over` is there. Returns how long, in seconds."""
+    """Report that it is there, sleep until the key `<gate>:over` exists, and return the time in seconds."""
     began = time.monotonic()
     with _client() as client:
         client.rpush(f"{gate}:started", f"{self.request.id} {os.getpid()}")
@@ -26,7 +26,7 @@ def napping(self: Any, gate: str) -> float:
 
 @shared_task(bind=True)
 def computing(self: Any, gate: str, file: str) -> int:
-    """Says that it is there, and then gives way to nobody until the file is there."""
+    """Report that it is there, and then give way to nobody until the file exists."""
     with _client() as client:
         client.rpush(f"{gate}:started", f"{self.request.id} {os.getpid()}")
     total = 0
@@ -37,7 +37,7 @@ def computing(self: Any, gate: str, file: str) -> int:
 
 @shared_task(bind=True)
 def tidy(self: Any, gate: str) -> None:
-    """Is held, and says in the list `<gate>:left` that it left, however that comes."""
+    """Wait at the gate, and report in the list `<gate>:left` that it left, for whatever reason."""
     try:
         held_at(gate, self.request.id)
     finally:
@@ -52,7 +52,7 @@ def asking_a_program(word: str) -> str:
 
 @shared_task
 def sending(count: int) -> list[str]:
-    """Sends so many jobs in a row; their ids."""
+    """Send so many jobs in a row, and return their ids."""
     return [add.apply_async((1, number), cpus=0.005, resources={"green": 1}).id for number in range(count)]
 
 

@@ -1,6 +1,7 @@
 """Tasks for tests of remote control, events and signals, and a file of all signals that this process hears.
 
-Imported by a worker of the platform, and by one of plain Celery (`tests.tasks.plain`): both hear the same.
+The module is imported by a worker of the platform, and by a worker of plain Celery (`tests.tasks.plain`). Both hear the
+same signals.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from celery.exceptions import Reject
 
 from tests.fixtures.tasks import held_at
 
-#: The variable that names the file.
+#: Environment variable that names the file.
 HEARD = "TEST_HEARD"
-#: Signals that tell of jobs, and of the worker's life.
+#: Signals about jobs, and about the worker's life.
 OF_JOBS = (
     *("before_task_publish", "after_task_publish", "task_received", "task_prerun", "task_postrun", "task_success"),
     *("task_retry", "task_failure", "task_internal_error", "task_revoked", "task_unknown", "task_rejected"),
@@ -28,11 +29,11 @@ OF_WORKERS = (
 
 
 def _job_of(sender: Any, given: dict[str, Any]) -> str | None:
-    """The id of the job that a signal is about; of some only the task that runs tells it."""
+    """Return the id of the job that a signal is about; for some signals only the running task has it."""
     running = getattr(getattr(sender, "request", None), "id", None)
-    for found in (given.get("task_id"), given.get("id"), getattr(given.get("request"), "id", None), running):
-        if found:
-            return str(found)
+    for job in (given.get("task_id"), given.get("id"), getattr(given.get("request"), "id", None), running):
+        if job:
+            return str(job)
     headers = given.get("headers")
     return str(headers["id"]) if isinstance(headers, dict) and "id" in headers else None
 
@@ -40,7 +41,7 @@ def _job_of(sender: Any, given: dict[str, Any]) -> str | None:
 def _listen(name: str, file: str) -> None:
     def heard(sender: Any = None, **given: Any) -> None:
         given.pop("signal")
-        said = {
+        record = {
             "signal": name,
             "job": _job_of(sender, given),
             "sender": getattr(sender, "name", None) or (sender if isinstance(sender, str) else type(sender).__name__),
@@ -49,7 +50,7 @@ def _listen(name: str, file: str) -> None:
             "terminated": given.get("terminated"),
         }
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        os.write(descriptor, (json.dumps(said) + "\n").encode())
+        os.write(descriptor, (json.dumps(record) + "\n").encode())
         os.close(descriptor)
 
     getattr(signals, name).connect(heard, weak=False)
@@ -71,7 +72,7 @@ def fails() -> None:
 
 
 class Clumsy(Task):
-    """Fails once more when it hears of a failure."""
+    """A task that fails once more when it hears of a failure."""
 
     def on_failure(self, exc: Exception, *_: Any) -> None:
         if not isinstance(exc, LookupError):
@@ -102,7 +103,7 @@ def replaced(self: Any) -> None:
 
 @shared_task(bind=True)
 def retries_when_let_go(self: Any, gate: str) -> str:
-    """Held in its first attempt, which retries."""
+    """Wait at the gate in the first attempt, which then retries."""
     if self.request.retries == 0:
         held_at(gate, self.request.id)
         raise self.retry(countdown=0)

@@ -1,4 +1,4 @@
-"""Tasks that are given what nobody else should read."""
+"""Tasks whose arguments nobody else should read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def login(*args: Any, fail: bool = False, **kwargs: Any) -> int:
 
 @shared_task
 def stay(gate: str, **kwargs: Any) -> None:
-    """Says in the list `<gate>:started` that it runs, and waits to be let go."""
+    """Report in the list `<gate>:started` that it runs, and wait to be let go."""
     with _client() as client:
         client.rpush(f"{gate}:started", "stay 0")
         client.blpop([f"{gate}:open"], MOST_SECONDS)

@@ -1,4 +1,4 @@
-"""Let the worker that imports this be of the next release, whose messages have a newer format."""
+"""A module that makes its worker one of the next release, whose messages have a newer format."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 from celery_capacity import create_app
 
 app = create_app("own", task_default_priority=None, worker_max_tasks_per_child=50)
-#: Of its own, beside the platform's.
+#: Schedule of the project's own, beside the platform's.
 app.conf.beat_schedule = {"every moment": {"task": "tests.tasks.own.heavy", "schedule": 0.2, "args": (1,)}}
 app.conf.task_routes = [{"tests.tasks.own.who": {"priority": 7}}]
 

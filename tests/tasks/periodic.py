@@ -33,5 +33,5 @@ def tick(kind: str) -> str:
 
 @app.on_after_configure.connect
 def add_more(sender: Any, **_: Any) -> None:
-    """As Celery's documentation adds them."""
+    """Add a periodic task as Celery's documentation shows it."""
     sender.add_periodic_task(0.5, tick.s("added").set(cpus=0.25), name="added")

@@ -1,5 +1,7 @@
-"""Plain Celery with the tasks of `tests.tasks.heard`: what the platform is compared with. On the same server, under a
-prefix of its own."""
+"""Plain Celery with the tasks of `tests.tasks.heard`, for comparisons with the platform.
+
+It uses the same server, under a prefix of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ _APART: Final = {"global_keyprefix": "plain."}
 
 
 def plain_app(url: str, **options: Any) -> Celery:
-    """An app of plain Celery; `options` are its settings."""
+    """Return an app of plain Celery; `options` are its settings."""
     app = Celery("plain", broker=url, backend=url, set_as_current=False)
     app.conf.update(
         broker_transport_options=_APART,
@@ -25,5 +27,5 @@ def plain_app(url: str, **options: Any) -> Celery:
 
 if os.environ.get("TEST_PLAIN"):
     app = plain_app(os.environ["REDIS_URL"], imports=["tests.tasks.heard"])
-    # Its tasks are shared ones, which belong to the app that is the default.
+    # The tasks are shared tasks, which belong to the default app.
     app.set_default()

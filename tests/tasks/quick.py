@@ -1,6 +1,6 @@
-"""Imported by workers of fault tests: Celery's own waits at a tenth, since no setting of the environment bounds them.
+"""A module for workers of fault tests: it sets Celery's own waits, which no setting bounds, to a tenth.
 
-Its broker is tried again after 2, 4, … 30 s by default; here after 1 s each time.
+By default Celery tries its broker again after 2, 4, … 30 s. Here it tries again after 1 s each time.
 """
 
 from __future__ import annotations

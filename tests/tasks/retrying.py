@@ -20,7 +20,7 @@ def _said(task: Any) -> dict[str, Any]:
 
 @shared_task(bind=True)
 def after(self: Any, countdown: float, times: int = 1) -> dict[str, Any]:
-    """Retries so many times, each after so many seconds."""
+    """Retry so many times, each after so many seconds."""
     if self.request.retries < times:
         raise self.retry(countdown=countdown, max_retries=times)
     return _said(self)
@@ -28,7 +28,7 @@ def after(self: Any, countdown: float, times: int = 1) -> dict[str, Any]:
 
 @shared_task(bind=True, autoretry_for=(OSError,), dont_autoretry_for=(FileNotFoundError,), default_retry_delay=0)
 def by_itself(self: Any, error: str, times: int) -> dict[str, Any]:
-    """Raises so many times; Celery retries it three times at the most."""
+    """Raise so many times; Celery retries it three times at the most."""
     if self.request.retries < times:
         raise {"passing": ConnectionError, "lasting": FileNotFoundError}[error](error)
     return _said(self)
@@ -41,7 +41,7 @@ def more_and_more_seldom(self: Any) -> None:
 
 @shared_task(bind=True)
 def with_others(self: Any, x: int) -> int:
-    """Its second run has other arguments, and asks for more."""
+    """Retry once with other arguments and a larger request."""
     if self.request.retries == 0:
         raise self.retry(args=(x + 1,), countdown=0, cpus=2, memory="1MiB")
     return x

@@ -1,4 +1,4 @@
-"""A project while it moves over: `PLAIN` in the environment makes it what it was before."""
+"""A project while it moves over: `PLAIN` in the environment makes it the former project."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RAN = "rolling:ran"
 
 
 def make(plain: bool) -> Celery:
-    """The project's app: as it was, or on the platform."""
+    """Return the project's app: as it was, or on the platform."""
     url = os.environ["REDIS_URL"]
     app = Celery("rolling", broker=url, backend=url, set_as_current=False)
     if not plain:
@@ -22,7 +22,7 @@ def make(plain: bool) -> Celery:
 
     @app.task(name="rolling.count", shared=False, bind=True, max_retries=3)
     def count(self, number: int) -> str:  # type: ignore[no-untyped-def]
-        """Counts itself; every tenth fails once before it does."""
+        """Count this run in Redis; every tenth number fails once before it counts."""
         if number % 10 == 0 and self.request.retries == 0:
             raise self.retry(countdown=0.1)
         with redis.Redis.from_url(os.environ["REDIS_URL"]) as client:

@@ -1,4 +1,4 @@
-"""Tasks that are routed: by themselves, by their retries, and by what they publish."""
+"""Tasks that are routed: by themselves, by their retries, and by the tasks that they publish."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from celery import shared_task
 
 @shared_task(bind=True, queue="video")
 def at_home(self: Any) -> str:
-    """In a queue of its own."""
+    """Run in the task's own queue, and return its name."""
     return str(self.request.delivery_info["routing_key"])
 
 
 @shared_task(bind=True)
 def where(self: Any) -> str:
-    """The queue that it came by."""
+    """Return the queue that it came by."""
     return str(self.request.delivery_info["routing_key"])
 
 
 @shared_task(bind=True)
 def moves(self: Any, queue: str | None = None) -> str:
-    """Retries once, in the queue that it is in or in another one."""
+    """Retry once, in the queue that it is in or in another queue, and return the queue."""
     if self.request.retries == 0:
         raise self.retry(countdown=0, **({"queue": queue} if queue else {}))
     return str(self.request.delivery_info["routing_key"])
@@ -29,5 +29,5 @@ def moves(self: Any, queue: str | None = None) -> str:
 
 @shared_task(bind=True)
 def replaced(self: Any, queue: str) -> None:
-    """Replaced by a task in another queue."""
+    """Be replaced by a task in another queue."""
     raise self.replace(where.si().set(queue=queue))

@@ -1,7 +1,8 @@
-"""Imported by the workers of a run of faults: their clock and their heartbeats are set from outside, through a file.
+"""A module for the workers of a run of faults: a file from outside sets their clock and their heartbeats.
 
-The file that STEP_BY_FILE names has two doubles (`tests.faults.seams`): seconds by which `time.time` is off, in this
-process and in those that it forks, and seconds between two pairs of heartbeats, 0 for none.
+The file that STEP_BY_FILE names has two doubles (`tests.faults.seams`). The first is the seconds by which `time.time`
+is off, in this process and in the processes that it forks. The second is the seconds between two pairs of heartbeats, 0
+for none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 
 #: Two doubles: the clock's offset, and the time between two pairs of heartbeats.
 LAYOUT: Final = struct.Struct("dd")
-#: Seconds between two looks at the file where no heartbeats are asked for.
+#: Seconds between two looks at the file while no heartbeats are asked for.
 LOOK_EVERY: Final = 0.05
 
 _clock = time.time
@@ -23,7 +24,7 @@ _clock = time.time
 
 def _install(path: str) -> None:
     with open(path, "r+b") as file:
-        # Shared with what sets it, and inherited by the processes of a pool.
+        # The mapping is shared with the process that sets it, and inherited by the processes of a pool.
         shared = mmap.mmap(file.fileno(), LAYOUT.size)
 
     def stepped() -> float:
@@ -36,7 +37,7 @@ def _install(path: str) -> None:
         while not pause.wait(LAYOUT.unpack_from(shared)[1] or LOOK_EVERY):
             if every := LAYOUT.unpack_from(shared)[1]:
                 for runtime in running_workers.running():
-                    # As beat's ticks for the heartbeat and for the sweep come, one behind the other.
+                    # The ticks come as beat's ticks for the heartbeat and for the sweep do, one behind the other.
                     runtime.pulse.tick()
                     pause.wait(every / 10)
                     runtime.pulse.tick()

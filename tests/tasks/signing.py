@@ -1,7 +1,7 @@
-"""Sends signed tasks from a process of its own, since Celery sets signing up for the whole process.
+"""A program that sends signed tasks from its own process, since Celery sets signing up for the whole process.
 
-`python -m tests.tasks.signing FOLDER ours:2 plain:1 ...`: with the key of that folder, by an app on the platform or a
-plain one, in that protocol; prints the ids of the tasks, a line each.
+`python -m tests.tasks.signing FOLDER ours:2 plain:1 ...` uses the key of that folder. Each further word names an app
+and a protocol: an app on the platform or a plain app. The program prints the ids of the tasks, a line each.
 """
 
 from __future__ import annotations

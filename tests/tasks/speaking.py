@@ -1,4 +1,4 @@
-"""Tasks that say something on behalf of their job: results, states on the way, and what they publish."""
+"""Tasks that report on behalf of their job: results, states on the way, and jobs that they publish."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tests.fixtures import tasks
 
 
 def _hold(task: Any, gate: str) -> None:
-    """As `tests.fixtures.tasks.hold`, with a gate for each attempt: `<gate>.<attempt>`."""
+    """Wait as `tests.fixtures.tasks.hold` does, with a gate for each attempt: `<gate>.<attempt>`."""
     tasks.held_at(f"{gate}.{task.request.attempt}", task.request.id)
 
 
 @shared_task(bind=True)
 def numbered(self: Any, gate: str, value: int = 0) -> int:
-    """Held at the gate; returns the number of its attempt, after a value of its own."""
+    """Wait at the gate, and return the sum of a value and the number of its attempt."""
     _hold(self, gate)
     return value + int(self.request.attempt)
 
 
 @shared_task(bind=True)
 def announcing(self: Any, gate: str) -> str:
-    """Says a state of its own before and after the gate."""
+    """Report a state of its own before and after the gate."""
     self.update_state(state="HALF", meta={"attempt": self.request.attempt})
     _hold(self, gate)
     self.update_state(state="LATE", meta={"attempt": self.request.attempt})
@@ -33,7 +33,7 @@ def announcing(self: Any, gate: str) -> str:
 
 @shared_task(bind=True)
 def sending(self: Any, gate: str, job: str) -> str:
-    """Publishes a job of its own after the gate."""
+    """Publish a job of its own after the gate."""
     _hold(self, gate)
     tasks.add.apply_async((self.request.attempt, 0), task_id=job)
     return "sent"
@@ -41,7 +41,7 @@ def sending(self: Any, gate: str, job: str) -> str:
 
 @shared_task(bind=True)
 def again_after(self: Any, gate: str) -> int:
-    """Held at the gate at first; then it retries once."""
+    """Wait at the gate at first, then retry once."""
     if self.request.retries == 0:
         _hold(self, gate)
         raise self.retry(countdown=0)

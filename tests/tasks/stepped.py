@@ -1,4 +1,4 @@
-"""Let the wall clock of the worker that imports this be stepped: by as many seconds as the file WALL_CLOCK_STEP says.
+"""A module that steps the wall clock of its worker by as many seconds as the file WALL_CLOCK_STEP holds.
 
 The monotonic clock goes on as it was, as in a machine whose administrator or time service sets the clock.
 """
@@ -16,7 +16,7 @@ _time, _boot_time = time.time, psutil._pslinux.boot_time
 
 
 def step() -> float:
-    """Seconds by which the clock is off."""
+    """Return the seconds by which the clock is off."""
     try:
         return float(_FILE.read_text() or 0)
     except FileNotFoundError:
@@ -24,5 +24,5 @@ def step() -> float:
 
 
 time.time = lambda: _time() + step()
-# The kernel says when it booted by the wall clock of now.
+# The kernel gives its boot time by the present wall clock.
 psutil._pslinux.boot_time = lambda: _boot_time() + step()

@@ -1,4 +1,4 @@
-"""Imported by a worker of a fault test whose clock is to step: at SIGUSR2 by STEP_BY seconds, for its main process."""
+"""A module for a worker of a fault test: SIGUSR2 steps the clock of its main process by STEP_BY seconds."""
 
 from __future__ import annotations
 

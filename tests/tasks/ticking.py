@@ -1,4 +1,4 @@
-"""Imported by a worker of a fault test whose heartbeat is asked for in pairs: every TICK_EVERY seconds, twice."""
+"""A module for a worker of a fault test: it asks for heartbeats in pairs, every TICK_EVERY seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _tick(every: float) -> None:
     pause = threading.Event()
     while not pause.wait(every):
         for runtime in running_workers.running():
-            # As beat's ticks for the heartbeat and for the sweep, and somebody's challenge.
+            # The ticks come as beat's ticks for the heartbeat and for the sweep do, and somebody's challenge.
             runtime.pulse.tick()
             pause.wait(every / 10)
             runtime.pulse.tick()

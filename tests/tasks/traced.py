@@ -1,7 +1,7 @@
-"""The one task of the fault tests: it says when it ran, and leaves one effect in Postgres.
+"""The task of the fault tests: it records when it ran, and leaves one effect in Postgres.
 
-The trace is a file that no fault reaches: one line at the start of a body and one at its end, each by one write in
-append mode. The effect is a row of a table of its own, made in the transaction that ends the job.
+The trace is a file that no fault reaches. It has a line at the start of a body and a line at its end, each by one write
+in append mode. The effect is a row of a table of its own, made in the transaction that ends the job.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from celery_capacity.workers.process import attempts
 #: Seconds for which a body waits for a Postgres that does not take its effect, and between two tries.
 EFFECT_WITHIN: Final = 120.0
 EFFECT_EVERY: Final = 0.2
-#: The code of Postgres's error where it takes no writes.
+#: Code of Postgres's error when it takes no writes.
 READ_ONLY: Final = "25006"
-#: One row for each time that an effect came about: nothing in the table forbids two of one job.
+#: A table with a row for each time that an effect came about. It does not forbid two rows of one job.
 TABLE: Final = "CREATE TABLE IF NOT EXISTS effects (job text NOT NULL, attempt int NOT NULL, pid int NOT NULL)"
 
 _made: dict[int, Engine] = {}
@@ -36,7 +36,7 @@ _lock = threading.Lock()
 
 
 def _engine() -> Engine:
-    """This process's own, as a user's task has one. (What its parent opened is not touched.)"""
+    """Return this process's own engine, as a user's task has it; the engine that its parent opened is not touched."""
     with _lock:
         if os.getpid() not in _made:
             options = f"-c statement_timeout={int(EFFECT_WITHIN) * 1000}"
@@ -46,7 +46,10 @@ def _engine() -> Engine:
 
 
 def leave_effect(job: str, attempt: int) -> None:
-    """One effect, as soon as Postgres takes it. Raises `LeaseLost` where the attempt no longer holds the job."""
+    """Leave an effect, as soon as Postgres takes it.
+
+    Raises `LeaseLost` if the attempt no longer holds the job.
+    """
     end = time.monotonic() + EFFECT_WITHIN
     pause, unsure = threading.Event(), False
     while True:
@@ -96,7 +99,10 @@ def _say(self: Any, trace: str, what: str, millicores: int) -> None:
 
 @shared_task(bind=True)
 def traced(self: Any, trace: str, value: int, seconds: float, millicores: int, how: str = "") -> int:
-    """Runs for so long and returns `value`. `how`: what it does to itself between its two lines."""
+    """Run for so long and return `value`.
+
+    `how`: what the body does to itself between its two lines.
+    """
     _say(self, trace, "start", millicores)
     time.sleep(seconds)
     if how and (how.endswith("!") or self.request.attempt == 1):
@@ -106,10 +112,10 @@ def traced(self: Any, trace: str, value: int, seconds: float, millicores: int, h
     return value
 
 
-#: Bytes that bodies ask for, where they ask for too much.
+#: Bytes that bodies ask for when they ask for too much.
 MORE: Final = 128 * 2**20
 
-# -- what a body can do to its process, at its first attempt or (with a ! behind it) at each
+# -- things that a body can do to its process, at its first attempt or (with a ! behind it) at each
 
 
 def _die() -> None:
@@ -117,7 +123,7 @@ def _die() -> None:
 
 
 def _kill_worker() -> None:
-    """The process that holds the pool, as a body that uses up the memory of a machine would."""
+    """Kill the process that holds the pool, as a body that uses up the memory of a machine would."""
     os.kill(os.getppid(), 9)
     os.kill(os.getpid(), 9)
 
@@ -131,7 +137,7 @@ def _no_memory() -> None:
 
 
 def _too_much_memory() -> None:
-    """More than the process may have (MORE bytes than it has): the kernel refuses it."""
+    """Ask for more memory than the process may have, by MORE bytes: the kernel refuses it."""
     now = psutil.Process().memory_info().vms
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + MORE, before[1]))
@@ -142,14 +148,14 @@ def _too_much_memory() -> None:
 
 
 def _take_memory() -> None:
-    """More than the control group of the process has, and not so much that the machine would notice."""
+    """Take more memory than the control group of the process has, but not so much that the machine would notice."""
     taken = bytearray(MORE * 2)
     for page in range(0, len(taken), 4096):
         taken[page] = 1
 
 
 def _grandchild() -> None:
-    """A process of its own, which would outlive it, and goes on."""
+    """Start a process that would outlive the body, and go on."""
     subprocess.Popen(["sleep", "600"])
     time.sleep(60.0)
 

@@ -1,4 +1,4 @@
-"""Work that leaves a trace outside of Redis and Postgres, so that a test can say what really ran, when and where."""
+"""Work that leaves a trace outside of Redis and Postgres, so that a test knows what really ran, when and where."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from celery import shared_task
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`what`: start or end of a body. `millicores`: what its job asked for."""
+    """A line of the trace.
+
+    `what`: start or end of a body. `millicores`: the CPUs of its job's request.
+    """
 
     what: str
     label: str
@@ -28,12 +31,12 @@ class Event:
 
 @shared_task(bind=True)
 def work(self: Any, trace: str, label: str, seconds: float, millicores: int = 0) -> str:
-    """Notes its start and its end in the file `trace`, in the order in which they came about."""
+    """Note its start and its end in the file `trace`, in the order in which they came about."""
     worker = str(self.request.hostname).partition("@")[0]
     for what in ("start", "end"):
         event = {"what": what, "label": label, "attempt": self.request.attempt, "worker": worker}
         line = json.dumps({**event, "millicores": millicores}) + "\n"
-        # One write in append mode: lines of several processes never mix.
+        # Each line is one write in append mode, so that lines of several processes never mix.
         descriptor = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         os.write(descriptor, line.encode())
         os.close(descriptor)
@@ -44,19 +47,19 @@ def work(self: Any, trace: str, label: str, seconds: float, millicores: int = 0)
 
 @shared_task
 def die() -> None:
-    """Kills the process that it runs in."""
+    """Kill the process that it runs in."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def read(trace: Path) -> list[Event]:
-    """What happened so far, in order."""
+    """Return the events so far, in order."""
     if not trace.exists():
         return []
     return [Event(**json.loads(line)) for line in trace.read_text().splitlines()]
 
 
 def peaks(events: Iterable[Event]) -> dict[str, int]:
-    """The most millicores that ran on each worker at any moment."""
+    """Return the most millicores that ran on each worker at any moment."""
     now: Counter[str] = Counter()
     most: Counter[str] = Counter()
     for event in events:
@@ -66,5 +69,5 @@ def peaks(events: Iterable[Event]) -> dict[str, int]:
 
 
 def starts(events: Iterable[Event]) -> Counter[str]:
-    """How often each label began."""
+    """Return the number of times that each label began."""
     return Counter(event.label for event in events if event.what == "start")

@@ -1,4 +1,7 @@
-"""Tasks whose declarations are wrong. A worker that imports them does not start."""
+"""Tasks whose declarations are wrong.
+
+A worker that imports them does not start.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ from celery import shared_task
 
 @shared_task(cpus=-1)
 def negative() -> None:
-    """Fewer than no CPUs."""
+    """Declare fewer than no CPUs."""
 
 
 @shared_task(memory="2 potatoes")
 def potatoes() -> None:
-    """Memory in a unit that is none."""
+    """Declare memory in a unit that does not exist."""
 
 
 @shared_task(cpus=[4])
 def listed() -> None:
-    """A list is no number."""
+    """Declare a list instead of a number."""
