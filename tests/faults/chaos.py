@@ -6,7 +6,8 @@
 
 Three to four workers with prefork and threads work while something breaks every 4 to 8 s. In a third of the moments two
 things break at once. Beat is dead in the second half. All intervals of the platform are a tenth of the usual ones. The
-seed is printed and chooses every fault; `--plan` shows them. The effects of a fault on the machine are not repeatable.
+seed is printed and chooses every fault; `--plan` shows them. The seed does not determine how the machine reacts to a
+fault.
 """
 
 from __future__ import annotations

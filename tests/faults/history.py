@@ -1,4 +1,4 @@
-"""The history of a run: all that the oracle looks at, as one JSON object a line, so that it can be judged again later.
+"""The history of a run: the oracle's evidence as one JSON object a line, so that it can be judged again later.
 
     {"what": "submit", "job": "job-0-7", "outcome": "accepted", "value": 7, "expected": ["succeeded"], "at": 81.2}
     {"what": "fault", "kind": "kill Redis, back empty", "at": 83.0, "until": 84.5, "worker": ""}
@@ -13,8 +13,8 @@
     {"what": "death", "text": "b (pid 4711) ended with -11: ..."}
     {"what": "counter", "name": "taken_back", "value": 0}
 
-Times are seconds of the machine's monotonic clock. `unknown`: the process that had the value died after its job had
-ended, so that a result without a value is right.
+Times are seconds of the machine's monotonic clock. `unknown`: the process with the value died after its job had
+ended, so a result without a value is right.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_a_program_that_dies_with_jobs_that_its_thread_was_to_bring_loses_and_do
     platform.worker("a", cpus=4, pool="threads")
     for when in ("before", "after"):
         once = platform.folder / f"died-{when}"
-        # The first call brings the first job alone, so the program dies at the second call.
+        # The first job goes by itself, so the program dies at the second call.
         step = f"{when} celery_capacity.workers.dispatch.circuit_breaker:Breaker._bring@2"
         process = client(platform, oracle, 200, DIE_AT=step, DIE_ONCE=str(once))
         assert once.exists(), f"nobody came to {step}:\n{process.tail()}"

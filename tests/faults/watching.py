@@ -88,7 +88,7 @@ class Oracle:
             connection.execute(text(TABLE))
         keep_commits(platform)
 
-    # -- what is accepted
+    # -- accepted jobs
 
     def send(
         self,
@@ -166,7 +166,7 @@ class Oracle:
         if self.errors:
             raise self.errors[0]
 
-    # -- what is broken
+    # -- faults
 
     def asked(self, *processes: Process) -> None:
         """Allow these processes to end: the test killed them or asked them to go."""
@@ -183,7 +183,7 @@ class Oracle:
         """Note the end of a fault; the healing is measured from here."""
         self._fault_ended = (fault, time.monotonic())
 
-    # -- what came of it
+    # -- outcomes
 
     def runs(self) -> int:
         """Return the number of bodies that began so far."""

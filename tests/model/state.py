@@ -23,7 +23,7 @@ STATE_NAMES: Final = ("accepted", "waiting", "admitted", "running", "succeeded",
 # -- the rank of a transition inside one attempt, as `routing.model.states.Step`
 STEP_NONE, STEP_ADMITTED, STEP_RUNNING, STEP_ENDED, STEP_BACK, STEP_FILED = 0, 1, 2, 9, 10, 11
 
-# -- what a worker's memory has of an attempt
+# -- phases of an attempt in a worker's memory
 #: its claim was carried out and the answer was lost: it claims again, with the same nonce
 CLAIM_AGAIN: Final = 0
 #: it was claimed, or handed over with a release; the answer is on its way
