@@ -173,7 +173,7 @@ class Rules(NamedTuple):
     submit_deadline: bool = True
     #: A job is taken back if two lists, a renew interval apart, did not name it. Without the rule, two lists suffice.
     held_by_time: bool = True
-    #: A worker makes no list while an answer is on its way that may give it a job.
+    #: A worker makes no list while an answer that may give it a job is on its way.
     renewal_exclusive: bool = True
     #: An opener removes nothing once a newer epoch is open.
     fenced_wipe: bool = True
@@ -181,7 +181,7 @@ class Rules(NamedTuple):
     stream_kept: bool = True
     #: A worker reports its jobs in a new epoch only when it has written its earlier ends.
     rejoin_after_written: bool = True
-    #: A submission is refused whose row was read before the epoch was opened, or before a carried job was let in.
+    #: A submission is refused if its row was read before the epoch was opened, or before a carried job was let in.
     rows_read_after: bool = True
     #: In a new epoch no row is submitted before each live worker has reported its jobs. The opener waits 2 s for that.
     reports_first: bool = True
