@@ -194,7 +194,7 @@ def _start(state: State, worker: int, job: Job, token: Token, bounds: Bounds) ->
 
 
 def _ends(state: State, job: Job, bounds: Bounds) -> list[Record]:
-    """Return the ends that Postgres will take or has, and that the stream or a live worker's memory has."""
+    """Return the ends that Postgres has or will take, and that the stream or a live worker's memory has."""
     if job.row and job.row.state == SUCCEEDED and not bounds.faults.pause:
         return [job.row]
     ends = list(job.entries)
@@ -233,7 +233,7 @@ def lose_answer(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def body_returns(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """Return a body: its last line runs; of a disowned body nothing is left."""
+    """Let a body return: its last line runs; of a disowned body nothing is left."""
     for worker in WORKERS:
         if state.workers[worker].process != UP:
             continue
