@@ -11,7 +11,7 @@ api = FastAPI()
 
 
 class Primes(BaseModel):
-    """What is asked. `cpus`: for those who know better than the task."""
+    """Body of a request. `cpus` replaces the request of the task."""
 
     below: int
     cpus: float | None = None
@@ -22,7 +22,7 @@ class Primes(BaseModel):
 
 @api.post("/primes", status_code=202)
 def submit(primes: Primes, response: Response) -> dict[str, str]:
-    """When this has answered, the job is a row in Postgres and outlives everything."""
+    """Submit a job. After the answer it is a row in Postgres, and outlives every process."""
     try:
         job = count_primes.apply_async([primes.below], cpus=primes.cpus)
     except InvalidRequest as error:
@@ -35,6 +35,6 @@ def submit(primes: Primes, response: Response) -> dict[str, str]:
 
 @api.get("/jobs/{job_id}")
 def look(job_id: str) -> dict[str, object]:
-    """Celery's state; `celery -A jobs job <id>` says why one waits."""
+    """Return Celery's state. `celery -A jobs job <id>` tells why a job waits."""
     result = AsyncResult(job_id, app=app)
     return {"state": result.state, "value": result.result if result.successful() else None}

@@ -9,11 +9,11 @@ pytest_plugins = ["celery.contrib.pytest"]
 
 @pytest.fixture(scope="session")
 def celery_session_app():
-    """Of `celery_session_worker`."""
+    """Return the parameters of `celery_session_worker`."""
     return app
 
 
 @pytest.fixture
 def celery_app():
-    """Of `celery_worker`."""
+    """Return the parameters of `celery_worker`."""
     return app

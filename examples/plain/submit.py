@@ -1,4 +1,4 @@
-"""Sends a chord: four simulations, and a report of them. `python submit.py`."""
+"""Send a chord: four simulations, and a report of them. `python submit.py`."""
 
 from celery import chord
 from tasks import report, simulate

@@ -9,13 +9,13 @@ app = install(Celery("tasks"))
 
 @app.task(cpus=2, memory="64MiB")
 def simulate(steps: int) -> int:
-    """A heavy one: it starts where two CPUs are free."""
+    """Simulate. This heavy task starts where two CPUs are free."""
     return sum(range(steps))
 
 
 @app.task(cpus=0.5)
 def report(values: list[int]) -> str:
-    """A light one."""
+    """Report the runs. This task is light."""
     return f"{len(values)} runs, {sum(values)} in all"
 
 

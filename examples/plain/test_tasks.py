@@ -1,4 +1,4 @@
-"""`pytest` in this folder. What runs on a worker needs servers: `celery -A platform cluster` starts them."""
+"""Tests of a project: `pytest` in this folder. Tests with a worker need servers: `celery -A platform cluster`."""
 
 import pytest
 from celery import chord, group

@@ -1,1 +1,1 @@
-"""What commands share: their class, how they end, and how they print."""
+"""Parts that commands share: their class, their end, their output."""

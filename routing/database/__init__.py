@@ -1,1 +1,1 @@
-"""Postgres as it is reached: the schema, connections, deadlines, and which store decides."""
+"""Access to Postgres: the schema, connections, deadlines, and the store that decides."""

@@ -1,1 +1,1 @@
-"""How rows enter the table of jobs: one, many, in the transaction of a caller, as a successor."""
+"""Inserts into the table of jobs: one row, many rows, in the transaction of a caller, a successor."""

@@ -1,1 +1,1 @@
-"""The platform as people see it: the cluster, one job, the invariants."""
+"""Views for people: the cluster, one job, the invariants."""

@@ -61,7 +61,7 @@ HOLDING = frozenset({State.ADMITTED, State.RUNNING})
 
 
 class Outcome(StrEnum):
-    """How an attempt ended; the value is the word in the ledger, in `attempts` and on pages."""
+    """End of an attempt; the value is the word in the ledger, in `attempts` and on pages."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"

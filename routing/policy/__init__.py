@@ -1,1 +1,1 @@
-"""Who runs where: pure decisions over plain values."""
+"""Placement of jobs on workers: pure decisions over plain values."""

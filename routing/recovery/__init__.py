@@ -1,1 +1,1 @@
-"""Making both stores agree: the log of transitions, rebuild, reconcile, lost workers."""
+"""Agreement of both stores: the log of transitions, rebuild, reconcile, lost workers."""

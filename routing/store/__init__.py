@@ -1,1 +1,1 @@
-"""The durable truth in Postgres: one file for each group of statements."""
+"""Statements on the durable rows in Postgres: one file for each group."""

@@ -108,8 +108,8 @@ def test_an_attempt_that_died_after_its_commit_is_closed_once(stage: Stage) -> N
     job, other = running(stage), running(stage)
     commit(stage, job)
     with stage.engine.connect() as connection:
-        assert [fencing.close(connection, one, Token(1, 1)) for one in (job, job, other)] == [True, False, False]
-        assert [fencing.final_state(connection, one) for one in (job, other)] == ["succeeded", None]
+        assert [fencing.close(connection, job_id, Token(1, 1)) for job_id in (job, job, other)] == [True, False, False]
+        assert [fencing.final_state(connection, job_id) for job_id in (job, other)] == ["succeeded", None]
     assert (stage.row(job).step, stage.row(job).outbox is not None) == (Step.ENDED, True)
 
 

@@ -1,1 +1,1 @@
-"""What breaks, and the one oracle that says what came of it. `python -m tests.faults.chaos` breaks at random."""
+"""Faults of every kind, and the one oracle that judges them. `python -m tests.faults.chaos` breaks at random."""

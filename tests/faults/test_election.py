@@ -98,7 +98,9 @@ def test_another_worker_takes_over_and_the_old_one_does_nothing_more(
     first = until(lambda: runner_of(platform), "one is elected")
     old = workers[first]
     os.killpg(old.pid, signal.SIGKILL if kill else signal.SIGSTOP)
-    second = until(lambda: found if (found := runner_of(platform)) not in ("", first) else "", "another one is elected")
+    second = until(
+        lambda: runner if (runner := runner_of(platform)) not in ("", first) else "", "another one is elected"
+    )
     late = submitter.send("tests.fixtures.tasks.add", 1, 2, countdown=0.5, queue="nobody")
     until(lambda: submitter.row(late).state == "waiting", "the new runner brings it in")
     if kill:

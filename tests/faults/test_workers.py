@@ -67,7 +67,7 @@ def test_a_job_whose_process_is_killed_runs_again_as_attempt_2(platform: Platfor
     os.kill(killed, signal.SIGKILL)
     died = time.time()
     assert held(platform, "gate", job) != killed
-    row = until(lambda: (found := submitter.row(job)).attempt == 2 and found, "attempt 2 is in the row")
+    row = until(lambda: (latest := submitter.row(job)).attempt == 2 and latest, "attempt 2 is in the row")
     assert (row.state, row.losses, row.worker) == ("running", 1, "a")
     assert submitter.allocated_cpus() == "2"
     tasks.let_go(platform.redis, "gate")
@@ -217,7 +217,7 @@ def test_a_killed_worker_vanishes_and_its_job_runs_on_another_when_it_is_lost(
     tasks.let_go(platform.redis, "beside")
     assert submitter.ended(waits).state == "succeeded"
     held(platform, "gate", job)
-    row = until(lambda: (found := submitter.row(job)).attempt == 2 and found, "attempt 2 is in the row")
+    row = until(lambda: (latest := submitter.row(job)).attempt == 2 and latest, "attempt 2 is in the row")
     assert (row.worker, row.losses) == ("b", 1)
     grace = settings.lost_after - settings.worker_ttl
     assert row.admitted_at.timestamp() >= lease / 1000 + grace - 0.01
@@ -242,7 +242,7 @@ def test_a_worker_that_is_started_again_takes_over_from_its_dead_life_at_once(
     until_ms = lease_ms(platform, "a")
     again = platform.worker("a", cpus=2)
     held(platform, "gate", job)
-    row = until(lambda: (found := submitter.row(job)).attempt == 2 and found, "attempt 2 is in the row")
+    row = until(lambda: (latest := submitter.row(job)).attempt == 2 and latest, "attempt 2 is in the row")
     assert row.admitted_at.timestamp() < until_ms / 1000
     assert not any("silent" in line for line in again.lines)
     tasks.let_go(platform.redis, "gate")

@@ -156,7 +156,7 @@ def test_a_worker_that_wakes_up_too_late_leaves_no_effect_and_its_job_has_one(
     # The next attempt is on the other worker. It is still in the block when the first attempt wakes up and leaves its
     # own.
     at_gate(platform, "gate", job)
-    row = until(lambda: (found := submitter.row(job)).attempt == 2 and found, "attempt 2 is in the row")
+    row = until(lambda: (latest := submitter.row(job)).attempt == 2 and latest, "attempt 2 is in the row")
     assert (row.worker, row.losses) == ("b", 1)
     os.killpg(stopped.pid, signal.SIGCONT)
     tasks.let_go(platform.redis, "gate", 2)

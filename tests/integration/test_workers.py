@@ -312,7 +312,7 @@ def test_a_worker_that_ends_coldly_hands_back_what_it_breaks_off(platform: Platf
     job = hold(platform, submitter, "gate", cpus=2)
     worker.signal(signal.SIGQUIT)
     worker.wait(20)
-    row = until(lambda: (found := submitter.row(job)).state == "waiting" and found, "the job waits again")
+    row = until(lambda: (latest := submitter.row(job)).state == "waiting" and latest, "the job waits again")
     assert (row.attempt, row.losses) == (1, 0)
     assert submitter.outcomes(job) == ["handed_back"]
     assert lives(platform, "a") == ["left"]

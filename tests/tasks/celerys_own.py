@@ -11,6 +11,6 @@ import os
 
 from celery import current_app
 
-if given := os.environ.get("CELERYS_OWN"):
-    name, _, value = given.partition("=")
+if setting := os.environ.get("CELERYS_OWN"):
+    name, _, value = setting.partition("=")
     current_app.conf[name] = json.loads(value)

@@ -11,8 +11,8 @@ import os
 
 from celery import current_app
 
-if given := os.environ.get("CONFIGURED"):
-    current_app.conf.update(json.loads(given))
+if settings := os.environ.get("CONFIGURED"):
+    current_app.conf.update(json.loads(settings))
 
 if folder := os.environ.get("SIGNED"):
     current_app.conf.update(

@@ -1,4 +1,4 @@
-"""A project while it moves over: `PLAIN` in the environment makes it the former project."""
+"""A project while it moves over: `ROLLING=plain` in the environment makes it the former project."""
 
 from __future__ import annotations
 

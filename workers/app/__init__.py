@@ -1,1 +1,1 @@
-"""How an app becomes one of the platform."""
+"""Steps by which a Celery app becomes an app of the platform."""

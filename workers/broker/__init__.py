@@ -1,1 +1,1 @@
-"""What goes by kombu: transports that survive garbage, queues, the messages of beat."""
+"""Kombu's side: transports that survive garbage, queues, the messages of beat."""

@@ -1,1 +1,1 @@
-"""What a program sees of its jobs: their events, and the block that commits with their end."""
+"""Access of a program to its jobs: their events, and the block that commits with their end."""

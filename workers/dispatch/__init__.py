@@ -1,1 +1,1 @@
-"""What a sender asks of the ledger, and what it does while the ledger does not answer."""
+"""Calls of senders to the ledger, and the circuit that leaves it alone while it does not answer."""

@@ -1,8 +1,8 @@
-"""How long one attempt to reach a server may take in all, however many answers it waits for.
+"""Time limit of one attempt to reach a server, for all its answers together.
 
-A client's time-outs bound one wait: a server that answers each question just in time would still hold a caller for as
-many seconds as it is asked questions (password, database, server, clock, script). Within `attempt`, connections that
-`bounded` made begin no wait that could last longer than the attempt.
+A client's time-outs bound one wait. A new connection waits for several answers: password, database, server, clock,
+script. A server that gives each of them just in time would hold the caller several times as long. Within `attempt`,
+connections made by `bounded` begin no wait that could outlast the attempt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _here = threading.local()
 
 
 class attempt:  # noqa: N801 - reads as a statement
-    """What this thread asks within must be answered in so many seconds, counted from here. Not one inside another."""
+    """Block within which this thread gets all its answers, or `redis.TimeoutError`. Blocks cannot be nested.
+
+    `seconds` are counted from the entry.
+    """
 
     __slots__ = ("_seconds",)
 
@@ -33,14 +36,14 @@ class attempt:  # noqa: N801 - reads as a statement
 
 
 class _Bounded:
-    """In front of a connection class of redis-py."""
+    """Mixin for a connection class of redis-py."""
 
     socket_timeout: float
 
     def read_response(self, *args: Any, **options: Any) -> Any:
         until: float | None = getattr(_here, "until", None)
         if until is not None and time.monotonic() + self.socket_timeout > until:
-            # The answer that is on its way would be taken for that to the next question.
+            # Disconnect, or the late answer would be taken for the answer to the next question.
             self.disconnect()  # type: ignore[attr-defined]
             raise redis.TimeoutError("the server answers too slowly")
         return super().read_response(*args, **options)  # type: ignore[misc]
@@ -52,10 +55,13 @@ def _bounded_class(base: type) -> type:
 
 
 def bounded(client: redis.Redis) -> redis.Redis:
-    """The client, with connections that obey `attempt`; it must have a socket time-out, and no connections yet."""
+    """Make the connections of a client obey `attempt`, and return the client.
+
+    The client must have a socket time-out, and no connections yet.
+    """
     pool = client.connection_pool
     pool.connection_class = _bounded_class(pool.connection_class)
-    # Where Sentinels are asked first, that is part of the attempt.
+    # Questions to Sentinels are part of the attempt.
     for sentinel in getattr(getattr(pool, "sentinel_manager", None), "sentinels", ()):
         bounded(sentinel)
     return client

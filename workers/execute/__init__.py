@@ -1,1 +1,1 @@
-"""From a claimed message to the body, inside Celery's consumer and pool."""
+"""Execution: from a claimed message to the body, inside Celery's consumer and pool."""

@@ -182,7 +182,8 @@ class Runtime:
         )
         candidate = (identity.incarnation, lambda: self.confirmation.authority, ledger, identity.name)
         self.duties = Runner(app, stores, *candidate, self.pulse.looked, lambda: self.confirmation.resting)
-        self.epoch_watch = EpochWatch(settings, self.pulse.look, self.on_tick, beat_messages.channel(app) if shared else "")
+        ticks = beat_messages.channel(app) if shared else ""
+        self.epoch_watch = EpochWatch(settings, self.pulse.look, self.on_tick, ticks)
         self.confirmation.on_epoch = self.pulse.look
         self.pulse.on_renewed = self.duties.close_spare_connections
         self.pulse.on_missing = self.ledger_thread.on_missing = self.duties.suspect
@@ -213,15 +214,14 @@ class Runtime:
         self.serving.slots = slots
         sys.setswitchinterval(SWITCH_INTERVAL)
         detected = self.serving.detect()
-        capacity = detected.capacity
-        self.holdings.capacity = dict(capacity.amounts)
+        self.holdings.capacity = dict(detected.capacity.amounts)
         self.recorder.start()
         self.delivery.start()
         self.quarantine.start()
         if self.mailbox is not None:
             self.mailbox.start()
         self.ledger_thread.start()
-        admitted = self.joining.enter(capacity, declared, self.wait_to_start)
+        admitted = self.joining.enter(detected.capacity, declared, self.wait_to_start)
         self.confirmation.start()
         self.pulse.start()
         self.epoch_watch.start()

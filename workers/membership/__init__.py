@@ -1,1 +1,1 @@
-"""Being a worker: its name, its lease, its heartbeat, and which store it believes."""
+"""Membership of a worker: its name, lease and heartbeat, and the store that it believes."""

@@ -1,1 +1,1 @@
-"""What one process holds: its stores, its name, its allocations; forks, exit codes, waits."""
+"""State of one process: its stores, name and allocations; forks, exit codes, waits."""

@@ -1,1 +1,1 @@
-"""What the end of an attempt says, and who brings it: results, chord parts, events, rows."""
+"""Outcomes of attempts on their way: results, chord parts, events, rows."""

@@ -1,1 +1,1 @@
-"""From `apply_async` to the durable row."""
+"""Submission: from `apply_async` to the durable row."""

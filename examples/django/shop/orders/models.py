@@ -1,4 +1,4 @@
-"""What was ordered."""
+"""Orders and their items."""
 
 from django.db import models
 

@@ -1,4 +1,4 @@
-"""Found by `autodiscover_tasks`. Tasks that are heavy say what they need; the others ask for one CPU."""
+"""Tasks of the shop, found by `autodiscover_tasks`. A heavy task says what it needs; any other asks for one CPU."""
 
 from celery import shared_task
 from django.db import transaction
@@ -10,7 +10,7 @@ PRICE = 7
 
 @shared_task(cpus=2, memory="64MiB")
 def compute_total(number: int) -> int:
-    """The order is there: the job was sent when its transaction had committed."""
+    """Compute the total. The order is there: its transaction committed before the job was sent."""
     order = Order.objects.get(pk=number)
     order.total = order.items * PRICE
     order.save(update_fields=["total"])
@@ -19,6 +19,6 @@ def compute_total(number: int) -> int:
 
 @shared_task
 def ship_paid() -> int:
-    """Every minute, by beat."""
+    """Run every minute, by beat."""
     with transaction.atomic():
         return Order.objects.filter(total__isnull=False, shipped=False).update(shipped=True)

@@ -8,7 +8,7 @@ from shop.orders.tasks import compute_total
 
 
 def take(request: HttpRequest) -> HttpResponse:
-    """Store an order and have its total computed. Nothing is sent where the transaction is rolled back."""
+    """Store an order and have its total computed. A transaction that is rolled back sends nothing."""
     with transaction.atomic():
         order = Order.objects.create(items=int(request.POST["items"]))
         compute_total.delay_on_commit(order.pk)
@@ -19,6 +19,6 @@ def take(request: HttpRequest) -> HttpResponse:
 
 
 def show(request: HttpRequest, number: int) -> HttpResponse:
-    """An order as it is now."""
+    """Show an order as it is now."""
     order = Order.objects.get(pk=number)
     return JsonResponse({"items": order.items, "total": order.total, "shipped": order.shipped})

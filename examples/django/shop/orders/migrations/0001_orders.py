@@ -4,7 +4,7 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-    """The first."""
+    """First migration."""
 
     initial = True
     operations = [  # noqa: RUF012 - as Django writes it
