@@ -32,7 +32,7 @@ class Exit(IntEnum):
         member.when = when
         return member
 
-    OK = (0, "done, and the answer is yes", "also where there was nothing to do")
+    OK = (0, "done, and the answer is yes", "also if there was nothing to do")
     FAILED = (
         1,
         "done, and the answer is no; or refused",
@@ -42,7 +42,7 @@ class Exit(IntEnum):
     USAGE = (2, "the command line is wrong", "an unknown option, command or app (`-A`), a value outside its range")
     UNAVAILABLE = (
         69,
-        "what is needed cannot be had now",
+        "something needed is not available now",
         "a store does not answer, embedded servers cannot start; of `worker`: its name belongs to a live worker",
     )
     DEFECT = (70, "a fault of the platform", "only of `worker`: it could not join, and its log has the traceback")
@@ -55,7 +55,11 @@ class Exit(IntEnum):
     )
     HANGUP = (129, "ended by a closed terminal", "128 + SIGHUP")
     INTERRUPTED = (130, "ended by Ctrl-C", "128 + SIGINT; `up` and `dashboard` end with 0 then")
-    BROKEN_PIPE = (141, "nobody reads the output any more", "128 + SIGPIPE, where `head -1` has read its line")
+    BROKEN_PIPE = (
+        141,
+        "nobody reads the output any more",
+        "128 + SIGPIPE, for example when `head -1` has read its line",
+    )
     TERMINATED = (143, "ended by `kill`", "128 + SIGTERM; `up` and `dashboard` end with 0 then")
 
 
