@@ -34,7 +34,7 @@ from celery_capacity.routing.model.message import HEADER, Tag, parse_tag
 from celery_capacity.routing.model.request import Request
 from celery_capacity.workers.broker.ledger_queue import Mailbox
 from celery_capacity.workers.membership.authority_check import Confirmation
-from celery_capacity.workers.membership.failover import Sight
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.heartbeat import Pulse
 from celery_capacity.workers.membership.registration import Membership
 from celery_capacity.workers.process.holdings import Holding, Holdings
@@ -128,48 +128,40 @@ class Worker:
         self.holdings = Holdings(dict(shared.capacity.amounts))
         for holding in held:
             self.holdings.add(holding)
-        later, exclusive = shared.recorder.call, threading.Lock()
-        confirmation, holdings, identity = shared.confirmation, self.holdings, self.identity
-        self.membership = Membership(shared.engine, self.ledger, identity, confirmation, later)
-        self.pulse = Pulse(
+        context = WorkerContext(
+            shared.settings,
+            shared.engine,
             self.ledger,
-            confirmation,
-            self.membership,
-            holdings,
+            self.identity,
+            shared.confirmation,
+            self.holdings,
             shared.recorder,
+        )
+        self.membership = Membership(context)
+        self.pulse = Pulse(
+            context,
+            self.membership,
             lambda: None,
             lambda: shared.capacity,
             lambda: None,
             lambda error: shared.troubles.append(str(error)),
-            exclusive,
-            Sight(),
         )
         ends = PostgresEnds(
-            shared.engine,
-            shared.settings,
-            identity,
-            confirmation,
-            holdings,
-            later,
-            *(lambda: None, lambda: None, lambda _: None, lambda *_: None),
+            context,
+            *(lambda: None, lambda: None, lambda _: None),
+            lambda job, token, left: shared.troubles.append(f"{job} {token} came too late"),
         )
         self.ledger_thread = LedgerThread(
-            self.ledger,
-            identity,
-            confirmation,
-            holdings,
-            shared.recorder,
+            context,
+            ends,
             shared.recorder.add,
             self._start,
             self.pulse.closed,
-            exclusive,
-            ends,
             lambda raw, queue, reason, unless: shared.troubles.append(f"{queue}: {reason}"),
-            lambda job, token, left: shared.troubles.append(f"{job} {token} came too late"),
         )
         self.pulse.on_missing = lambda: shared.troubles.append(f"{name} is not known")
         self.ledger_thread.on_missing = lambda: shared.troubles.append(f"{name} does not hold what it ended")
-        self.mailbox = Mailbox(shared.settings, identity.queue, self._received)
+        self.mailbox = Mailbox(shared.settings, self.identity.queue, self._received)
 
     def join(self) -> None:
         """Register the worker. While the ledger is cold, the heartbeat registers it as soon as the ledger is open."""

@@ -125,22 +125,7 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
 
     The archive is searched too. All jobs there have ended.
     """
-    jobs, authority = schema.jobs.c, schema.authority.c
-    row = connection.execute(
-        select(
-            jobs.state,
-            jobs.shape,
-            jobs.declared,
-            jobs.worker,
-            jobs.due_at,
-            jobs.priority,
-            jobs.seq,
-            jobs.name,
-            jobs.needs,
-            jobs.not_before,
-            func.now().label("now"),
-        ).where(jobs.id == job)
-    ).one_or_none()
+    row = _row(connection, job)
     if row is None:
         return _archived(connection, job)
     state, request = State(row.state), Request.from_shape(row.shape)
@@ -151,7 +136,7 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         worker = row.worker if state in HOLDING else None
         due_at = row.due_at if state is State.SCHEDULED else None
         return Explanation(job, state, simple, request, row.declared, worker=worker, due_at=due_at)
-    if connection.execute(select(authority.authority)).scalar_one_or_none() == Store.POSTGRES:
+    if connection.execute(select(schema.authority.c.authority)).scalar_one_or_none() == Store.POSTGRES:
         return Explanation(job, state, Why.LEDGER_STANDS_BACK, request, row.declared)
     try:
         head = snapshot.read_head(client)
@@ -183,6 +168,25 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         large_enough=sum(1 for book in live if _when_empty(request, book)),
         live_workers=len(live),
     )
+
+
+def _row(connection: Connection, job: str) -> Any:
+    jobs = schema.jobs.c
+    return connection.execute(
+        select(
+            jobs.state,
+            jobs.shape,
+            jobs.declared,
+            jobs.worker,
+            jobs.due_at,
+            jobs.priority,
+            jobs.seq,
+            jobs.name,
+            jobs.needs,
+            jobs.not_before,
+            func.now().label("now"),
+        ).where(jobs.id == job)
+    ).one_or_none()
 
 
 def _gated(connection: Connection, job: str, row: Any, request: Request) -> Explanation:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import Engine, text
@@ -15,6 +17,7 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import claims, fencing
 from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.process.identity import new_identity
 from celery_capacity.workers.process.stores import make_engine
@@ -50,18 +53,9 @@ def ends(
     bounded = make_engine(str(settings.database_url))
     confirmation = Confirmation(bounded, 1.0, lambda: None)
     confirmation.ask()
-    yield PostgresEnds(
-        bounded,
-        settings,
-        new_identity("a"),
-        confirmation,
-        holdings,
-        lambda action: action(),
-        lambda: None,
-        lambda: None,
-        lambda _: None,
-        lambda *told: late.append(told),
-    )
+    recorder: Any = Mock(call=lambda action: action())
+    context = WorkerContext(settings, bounded, stage.ledger, new_identity("a"), confirmation, holdings, recorder)
+    yield PostgresEnds(context, lambda: None, lambda: None, lambda _: None, lambda *left: late.append(left))
     bounded.dispose()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
+from unittest.mock import Mock
 
 import pytest
 from celery import Celery
@@ -33,6 +34,7 @@ from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.duties import due, fallback, unique_keys
 from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.process.identity import new_identity
 from celery_capacity.workers.process.stores import Stores
@@ -358,13 +360,10 @@ def test_a_worker_that_pulls_opens_gates_by_its_own_word(
         connection.execute(text(f"LISTEN {CHANNEL}"))
         confirmation = Confirmation(stage.engine, 1.0, lambda: None)
         confirmation.ask()
+        recorder: Any = Mock(call=lambda action: action())
+        parts = (new_identity("a"), confirmation, holdings, recorder)
         ends = PostgresEnds(
-            stage.engine,
-            settings,
-            new_identity("a"),
-            confirmation,
-            holdings,
-            lambda action: action(),
+            WorkerContext(settings, stage.engine, stage.ledger, *parts),
             lambda: calls.append("room"),
             lambda: calls.append("outbox"),
             lambda _: calls.append("parts"),

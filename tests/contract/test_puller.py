@@ -12,6 +12,7 @@ from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holdings
 from celery_capacity.workers.process.identity import new_identity
 from celery_capacity.workers.process.stores import Stores
@@ -36,18 +37,12 @@ def puller(stage: Stage, settings: Settings) -> Iterator[Puller]:
     stores = Stores(lambda _: settings)
     confirmation = Confirmation(stores.engine, 1.0, lambda: None)
     confirmation.ask()
-    switch: Any = Mock()
-    yield Puller(
-        stores,
-        new_identity("a"),
-        confirmation,
-        Holdings({"cpus": 2000, "slots": 2}),
-        switch,
-        lambda _: True,
-        lambda _: None,
-        lambda _: None,
-        lambda: True,
-    )
+    nothing: Any = Mock()
+    parts = (new_identity("a"), confirmation, Holdings({"cpus": 2000, "slots": 2}), nothing)
+    context = WorkerContext(settings, stores.engine, stage.ledger, *parts)
+    puller = Puller(context, stores, lambda _: True, lambda _: None, lambda _: None, lambda: True)
+    puller._switch = nothing
+    yield puller
     stores.engine.dispose()
 
 

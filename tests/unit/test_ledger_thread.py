@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from queue import SimpleQueue
 from typing import Any
 from unittest.mock import Mock
@@ -15,6 +14,7 @@ from celery_capacity.routing.ledger.client import Ledger as Real
 from celery_capacity.routing.ledger.replies import Claimed, HandedOver, Released, Settled
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.request import Request
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.settle.settle_thread import LedgerThread
 
@@ -70,9 +70,9 @@ def thread(started: SimpleQueue[Any], confirmation: Confirmation) -> LedgerThrea
     nothing = Mock(is_behind=lambda: False)
     decides: Any = type("Ends", (), {"decides": False})()
     identity: Any = type("Identity", (), {"name": "w", "incarnation": "life", "pid": 7})()
-    parts: Any = (Ledger(), identity, confirmation, holdings, nothing, nothing, started.put, nothing)
-    rest: Any = (threading.Lock(), decides, nothing, nothing)
-    return LedgerThread(*parts, *rest)
+    parts: Any = (Ledger(), identity, confirmation, holdings, nothing)
+    context = WorkerContext(nothing, nothing, *parts)
+    return LedgerThread(context, decides, nothing, started.put, nothing, nothing)
 
 
 def test_what_was_handed_over_in_a_lost_answer_is_asked_for_however_late_the_worker_may_decide(

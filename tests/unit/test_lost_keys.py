@@ -5,7 +5,6 @@ A worker that leaves says its ends, too.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import Mock
@@ -15,6 +14,7 @@ import pytest
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger.replies import Released, Settled
 from celery_capacity.routing.model.request import Request
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.results.store_calls import StoreCalls
 from celery_capacity.workers.settle.settle_thread import LedgerThread
@@ -66,9 +66,9 @@ class Bench:
         recorder = Mock(is_behind=lambda: False, call=self.calls.call, claim=self._claim)
         confirmation: Any = Mock(epoch=1, authority="ledger", may_admit=True)
         identity: Any = type("Identity", (), {"name": "w", "incarnation": "life", "pid": 7})()
-        parts: Any = (self.ledger, identity, confirmation, self.holdings, recorder, self.recorded.extend)
-        rest: Any = (Mock(), Mock(), threading.Lock(), Mock(decides=False), Mock(), Mock())
-        self.thread = LedgerThread(*parts, *rest)
+        parts: Any = (self.ledger, identity, confirmation, self.holdings, recorder)
+        context = WorkerContext(Mock(), Mock(), *parts)
+        self.thread = LedgerThread(context, Mock(decides=False), self.recorded.extend, Mock(), Mock(), Mock())
         self.thread.start()
         self.calls.start()
 

@@ -13,6 +13,7 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.replies import Filled, Renewed
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.registration import Membership
 from celery_capacity.workers.process.holdings import Holding, Holdings
 
@@ -38,12 +39,14 @@ def rejoin(holdings: Holdings, refused: list[tuple[str, str]]) -> tuple[list[Any
     def flush(within: float) -> None:
         order.append(("flush", within))
 
-    membership = Membership(
-        Mock(), ledger, Mock(), Mock(epoch=2), lambda _: None, unwritten=lambda: {"ended"}, flush=flush
-    )
+    membership = Membership(context_of(Mock(), ledger, Mock(epoch=2)), unwritten=lambda: {"ended"}, flush=flush)
     membership._capacity = membership._measured = Capacity.of({"cpus": 4000, "slots": 4})
     membership.rejoin(holdings, recorder, Mock())
     return order, ledger, recorder
+
+
+def context_of(engine: Any, ledger: Any, confirmation: Any) -> WorkerContext:
+    return WorkerContext(Mock(), engine, ledger, Mock(), confirmation, Mock(), Mock(is_behind=lambda: False))
 
 
 def held(*attempts: tuple[str, str]) -> Holdings:
@@ -80,7 +83,7 @@ def test_leave_keeps_the_book_until_postgres_has_it() -> None:
     """A worker whose book alone is gone would be ready in Postgres for ever: nothing of it lapses any more."""
     engine, ledger = MagicMock(), Mock()
     ledger.leave.return_value = 0
-    membership = Membership(engine, ledger, Mock(), Mock(epoch=2, authority="ledger"), lambda _: None)
+    membership = Membership(context_of(engine, ledger, Mock(epoch=2, authority="ledger")))
     engine.connect.side_effect = DBAPIError("", {}, OperationalError("stalled"))
     with pytest.raises(StoreUnavailable):
         membership.leave(held())

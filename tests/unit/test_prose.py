@@ -26,7 +26,7 @@ EMPTY: Final = frozenset({"found", "one", "known", "said", "own", "given", "told
 #: The newest commits, and characters of their subjects.
 COMMITS: Final = 50
 SUBJECT_LENGTH: Final = 60
-SUBJECT: Final = re.compile(r"[a-z][\w/.-]*(, [a-z][\w/.-]*)*: [a-z]")
+SUBJECT: Final = re.compile(r"[a-z][\w/. -]*(, [a-z][\w/. -]*)*: [a-z]")
 DOCUMENTED: Final = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FUNCTIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.failover import Sight
 from celery_capacity.workers.membership.heartbeat import Pulse
 
@@ -30,19 +31,8 @@ class Gone:
 
 def pulse_of(ledger: Any, sight: Any) -> Pulse:
     anything: Any = SimpleNamespace(draining=False, epoch=1, resting=False)
-    return Pulse(
-        ledger,
-        confirmation=anything,
-        membership=anything,
-        holdings=anything,
-        recorder=anything,
-        challenge=anything,
-        measure=anything,
-        on_open=anything,
-        on_taken=anything,
-        exclusive=threading.Lock(),
-        sight=sight,
-    )
+    context = WorkerContext(anything, anything, ledger, anything, anything, anything, anything, sight)
+    return Pulse(context, *[anything] * 5)
 
 
 def test_a_ledger_that_is_gone_is_not_asked_without_a_pause() -> None:

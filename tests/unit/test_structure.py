@@ -40,6 +40,8 @@ ENTRY_POINT = f"{PACKAGE}.workers.plugin"
 MOST_ENTRIES = 13
 
 MOST_LINES = 400
+MOST_LINES_OF_FUNCTION = 60
+MOST_PARAMETERS_OF_CONSTRUCTOR = 6
 MOST_LINES_OF_LUA = 120
 
 
@@ -201,6 +203,29 @@ def test_nothing_is_imported_past_the_package() -> None:
 def test_no_module_is_longer_than_400_lines(package: str) -> None:
     lines = {name: len(path.read_text().splitlines()) for name, path in _modules(package)}
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def _functions(package: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for name, path in _modules(package):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield f"{name}:{node.name}", node
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_function_is_longer_than_60_lines(package: str) -> None:
+    lines = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in _functions(package)}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES_OF_FUNCTION} == {}
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_constructor_takes_more_than_six_parameters(package: str) -> None:
+    counts = {}
+    for name, node in _functions(package):
+        if node.name == "__init__":
+            arguments = node.args
+            counts[name] = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs) - 1
+    assert {name: count for name, count in counts.items() if count > MOST_PARAMETERS_OF_CONSTRUCTOR} == {}
 
 
 def test_no_shared_lua_is_longer_than_120_lines() -> None:

@@ -14,7 +14,6 @@ import atexit
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -45,8 +44,8 @@ from celery_capacity.workers.execute.outcome_check import JUDGED, STOPPED, gone_
 from celery_capacity.workers.execute.rejected import refusing
 from celery_capacity.workers.execute.start_queue import Starting
 from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.epoch_watch import EpochWatch
-from celery_capacity.workers.membership.failover import Sight, Switch
 from celery_capacity.workers.membership.heartbeat import Pulse
 from celery_capacity.workers.membership.join import Joining
 from celery_capacity.workers.membership.preflight import shares_ledger
@@ -84,15 +83,18 @@ class Runtime:
         self.stores = stores
         self.identity = identity
         self.pid = os.getpid()
+        self._green = green
         settings, engine = stores.settings, stores.engine
         #: Seconds for each step of leaving. The whole is bounded, and the duties repair steps that are not done.
         self._leave_within = timeouts.LEAVE * settings.store_timeout
         # The worker's own client: its epoch is that of the worker's registration. `stores.ledger` follows Postgres.
         self.ledger = ledger = stores.new_ledger()
-        exclusive = threading.Lock()
         self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
         self._loop, self.holdings = Wake(), Holdings({})
         self.announcer = Announcer(app, engine, identity.name, self._loop.set)
+        self.recorder = Recorder(engine, ledger, self.announcer.waiting, self._on_regained, settings.write_within)
+        context = WorkerContext(settings, engine, ledger, identity, self.confirmation, self.holdings, self.recorder)
+        self.sight = context.sight
         self._accept = prepare_accept_content(app.conf.accept_content)
         newer = NewerFormats(
             self.holdings.put_off,
@@ -100,96 +102,78 @@ class Runtime:
             lambda: self.recorder.call(lambda: ledger.count("refused.format")),
             settings.start_timeout,
         )
-        self.starting = Starting(
-            self._loop, green, self.announcer, self._accept, self.refusing, self._hand_back, self.holdings.start, newer
-        )
-        self.recorder = Recorder(engine, ledger, self.announcer.waiting, self._on_regained, settings.write_within)
+        jobs = (self._hand_back, self.holdings.start, self.refusing)
+        self.starting = Starting(self._loop, self.announcer, newer, *jobs)
+        self.starting.accept = self._accept
+        if green:
+            self.starting.start_greenlets()
+        self._make_intake(context)
+        self._make_threads(context)
+        self._cold = False
+        self._left = False
+
+    def _make_intake(self, context: WorkerContext) -> None:
+        """Make the parts by which results leave the worker, and by which messages come to it."""
+        app, identity, settings = self.app, self.identity, context.settings
         #: Deliver chord parts for any thread that asks: a join may wait without limit.
         self.parts = Parts(identity.incarnation)
         self.delivery = Delivery(lambda: app.backend, identity.incarnation, self.recorder.add, self.parts, self._settle)
-        self.membership = Membership(
-            engine,
-            ledger,
-            identity,
-            self.confirmation,
-            self.recorder.call,
-            self.recorder.is_behind,
-            lambda: self.delivery.jobs() | self.recorder.jobs(),
-            self._flush,
-        )
-        self.quarantine = Quarantine(engine, identity.name)
+        self.membership = Membership(context, self._unwritten, self._flush)
+        self.quarantine = Quarantine(context.engine, identity.name)
         self.serving = Serving(app, settings, self.remeasure)
-        self.sight = Sight()
         self.sight.on_found = transport.doubt
-        shared = shares_ledger(app, settings) and not green
+        shared = shares_ledger(app, settings) and not self._green
         if shared:
             self.sight.on_silence = lambda: self.announcer.consumer and self.announcer.consumer.cut()
         private = (identity.queue, self.arrived) if shared else None
         self.intake = Intake(app, self.serving, self.on_tick, self.announcer.refused, private)
         #: Takes the messages of the private queue where the intake does not.
         self.mailbox = None if shared else Mailbox(settings, identity.queue, self._received)
+        ticks = beat_messages.channel(app) if shared else ""
+        self.epoch_watch = EpochWatch(settings, lambda: self.pulse.look(), self.on_tick, ticks)
+
+    def _make_threads(self, context: WorkerContext) -> None:
+        """Make the threads that settle jobs, say that the worker lives, and run the duties."""
+        app, stores, identity = self.app, self.stores, self.identity
         self.joining = Joining(stores, self.membership, self.confirmation, self.sight, self.intake.challenge)
         self.puller = Puller(
+            context,
             stores,
-            identity,
-            self.confirmation,
-            self.holdings,
-            Switch(engine, settings, self.confirmation, self.sight),
             self._flush,
             lambda flush: self.membership.tell_postgres(self.sight.lost, lambda: self.recorder.is_level(flush)),
             self.starting.take,
             lambda: self.starting.attached,
         )
-        late = partial(tell_late, app, engine, identity.incarnation)
         self.in_postgres = PostgresEnds(
-            engine,
-            settings,
-            identity,
-            self.confirmation,
-            self.holdings,
-            self.recorder.call,
+            context,
             self.puller.wake,
             lambda: self.duties.tick(OUTBOX),
             partial(deliver_parts, app, stores),
-            late,
+            partial(tell_late, app, context.engine, identity.incarnation),
         )
         self.pulse = Pulse(
-            ledger,
-            self.confirmation,
+            context,
             self.membership,
-            self.holdings,
-            self.recorder,
             self.intake.challenge,
             lambda: self.serving.detect().capacity,
             self._on_open,
             self._on_taken,
-            exclusive,
-            self.sight,
         )
         self.ledger_thread = LedgerThread(
-            ledger,
-            identity,
-            self.confirmation,
-            self.holdings,
-            self.recorder,
+            context,
+            self.in_postgres,
             self.delivery.add,
             self.starting.take,
             self.pulse.closed,
-            exclusive,
-            self.in_postgres,
             self.quarantine.set_aside,
-            late,
         )
-        candidate = (identity.incarnation, lambda: self.confirmation.authority, ledger, identity.name)
-        self.duties = Runner(app, stores, *candidate, self.pulse.looked, lambda: self.confirmation.resting)
-        ticks = beat_messages.channel(app) if shared else ""
-        self.epoch_watch = EpochWatch(settings, self.pulse.look, self.on_tick, ticks)
+        decides = (lambda: self.confirmation.authority, context.ledger, lambda: self.confirmation.resting)
+        self.duties = Runner(app, stores, identity.incarnation, *decides)
+        self.duties.election.worker, self.duties.election.on_look = identity.name, self.pulse.looked
         self.confirmation.on_epoch = self.pulse.look
         self.pulse.on_renewed = self.duties.close_spare_connections
         self.pulse.on_missing = self.ledger_thread.on_missing = self.duties.suspect
         self.confirmation.idle = lambda: self.ledger_thread.idle and not self.sight.lost
-        self._cold = False
-        self._left = False
 
     # -- the life of the worker ----------------------------------------------------------------------------------
 
@@ -360,6 +344,10 @@ class Runtime:
 
     def _hand_back(self, job: str, token: str) -> None:
         self.ledger_thread.end(job, token, Outcome.HANDED_BACK, "not started")
+
+    def _unwritten(self) -> set[str]:
+        """Return the jobs with notes of this worker that Postgres does not have yet."""
+        return self.delivery.jobs() | self.recorder.jobs()
 
     def _flush(self, within: float) -> bool:
         """Wait until Postgres has all that this worker noted."""

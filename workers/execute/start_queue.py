@@ -36,18 +36,17 @@ class Starting:
     def __init__(
         self,
         loop: Wake,
-        green: bool,
         announcer: Announcer,
-        accept: Any,
-        refusing: Callable[[Any, str], AbstractContextManager[None]],
+        newer: NewerFormats,
         hand_back: Callable[[str, str], None],
         begin: Callable[[str, str], bool],
-        newer: NewerFormats,
+        refusing: Callable[[Any, str], AbstractContextManager[None]],
     ) -> None:
         self._loop = loop
-        self._starter = Starter(loop.fileno(), self._start_all) if green else None
+        self._starter: Starter | None = None
         self._announcer = announcer
-        self._accept = accept
+        #: Content types that bodies may have.
+        self.accept: Any = None
         self._refusing = refusing
         self._hand_back = hand_back
         self._begin = begin
@@ -58,6 +57,10 @@ class Starting:
         #: True while the main loop runs: a message that is handed to it starts at once.
         self.attached = False
         self._stopped = False
+
+    def start_greenlets(self) -> None:
+        """Start messages in a greenlet: the main loop of a pool of greenlets has no hub."""
+        self._starter = Starter(self._loop.fileno(), self._start_all)
 
     def take(self, message: Any) -> None:
         """Hand a claimed message to the main loop, or the text of one that came in a reply. In the ledger thread."""
@@ -96,7 +99,7 @@ class Starting:
             message = self._claimed.popleft()
             assert self.handle is not None, "the consumer sets it before its loop runs"
             if isinstance(message, str):
-                message = transport.replied_message(message, self._accept)
+                message = transport.replied_message(message, self.accept)
             try:
                 if message.spoiled is not None:
                     raise message.spoiled

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -13,18 +12,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import NameTaken, PlatformError, StoreUnavailable
-from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker.cut_connection import is_silence
-from celery_capacity.workers.membership.authority_check import Confirmation
-from celery_capacity.workers.membership.failover import Sight
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.registration import Membership
-from celery_capacity.workers.process.holdings import Holdings
-from celery_capacity.workers.results.outcome_writer import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -40,30 +35,25 @@ class Pulse(os_threads.Thread):
 
     def __init__(
         self,
-        ledger: Ledger,
-        confirmation: Confirmation,
+        context: WorkerContext,
         membership: Membership,
-        holdings: Holdings,
-        recorder: Recorder,
         challenge: Callable[[], None],
         measure: Callable[[], Capacity],
         on_open: Callable[[], None],
         on_taken: Callable[[NameTaken], None],
-        exclusive: threading.Lock,
-        sight: Sight,
     ) -> None:
         super().__init__(name="pulse", daemon=True)
-        self._sight = sight
-        self._ledger = ledger
-        self._confirmation = confirmation
+        self._sight = context.sight
+        self._ledger = context.ledger
+        self._confirmation = context.confirmation
         self._membership = membership
-        self._holdings = holdings
-        self._recorder = recorder
+        self._holdings = context.holdings
+        self._recorder = context.recorder
         self._challenge = challenge
         self._measure = measure
         self._on_open = on_open
         self._on_taken = on_taken
-        self._exclusive = exclusive
+        self._exclusive = context.exclusive
         self._wake = Wake()
         self._stopping = False
         self._ticked = False

@@ -11,13 +11,11 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from redis.exceptions import OutOfMemoryError
-from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed, Taken
 from celery_capacity.routing.model.amounts import format_cpus
 from celery_capacity.routing.model.capacity import Capacity
@@ -27,11 +25,11 @@ from celery_capacity.routing.recovery.reclaim import take_back
 from celery_capacity.routing.store import fencing, worker_rows
 from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers.membership import orphans
-from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.name_claim import NameClaim
 from celery_capacity.workers.process.claims import running
 from celery_capacity.workers.process.holdings import Holdings
-from celery_capacity.workers.process.identity import Identity, is_known_dead
+from celery_capacity.workers.process.identity import is_known_dead
 from celery_capacity.workers.results.outcome_writer import Recorder
 from celery_capacity.workers.submit.router import Declarations
 
@@ -46,30 +44,24 @@ class Membership:
 
     def __init__(
         self,
-        engine: Engine,
-        ledger: Ledger,
-        identity: Identity,
-        confirmation: Confirmation,
-        later: Callable[[Callable[[], None]], None],
-        is_behind: Callable[[], bool] = lambda: False,
+        context: WorkerContext,
         unwritten: Callable[[], set[str]] = set,
         flush: Callable[[float], object] = lambda _: True,
     ) -> None:
         """Make a membership that is not registered yet.
 
-        `later` runs an action that may wait for a store, in another thread. `is_behind` says that Postgres is too far
-        behind. `unwritten` returns the jobs with notes of this worker that Postgres does not have yet. `flush` waits,
+        `unwritten` returns the jobs with notes of this worker that Postgres does not have yet. `flush` waits,
         for so many seconds, until Postgres has them.
         """
-        self._engine = engine
-        self._later = later
-        self._is_behind = is_behind
+        self._engine = context.engine
+        self._later = context.recorder.call
+        self._is_behind = context.recorder.is_behind
         self._unwritten = unwritten
         self._flush = flush
-        self._ledger = ledger
-        self._confirmation = confirmation
-        self.identity = identity
-        self.name_claim = NameClaim(engine, ledger, identity)
+        self._ledger = context.ledger
+        self._confirmation = context.confirmation
+        self.identity = context.identity
+        self.name_claim = NameClaim(context.engine, context.ledger, context.identity)
         self.draining = False
         #: Published capacity.
         self._capacity: Capacity | None = None

@@ -23,7 +23,6 @@ from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres import is_locked, told
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.wake import Wake
@@ -103,7 +102,7 @@ class Runner(os_threads.Thread):
     """Thread that runs each duty at its interval, while this worker is elected.
 
     Each duty stands alone: a failed duty is retried after a pause of its own, and the others are done. `authority` says
-    which store decides, as far as this worker knows. `ledger`, `worker` and `on_look`: see `Candidate`. `is_idle` says
+    which store decides, as far as this worker knows. `ledger`: see `Candidate`. `is_idle` says
     whether the worker has nothing to do.
     """
 
@@ -114,8 +113,6 @@ class Runner(os_threads.Thread):
         incarnation: str,
         authority: Callable[[], str],
         ledger: Ledger,
-        worker: str = "",
-        on_look: Callable[[Elected | None], None] = lambda _: None,
         is_idle: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(name="duties", daemon=True)
@@ -124,9 +121,7 @@ class Runner(os_threads.Thread):
         self._is_idle = is_idle
         # The duties have a handle of the ledger of their own: its epoch is the epoch in which they may act.
         self._stores = stores.apart()
-        self.election = Candidate(
-            stores.engine, ledger, incarnation, authority, self._on_change, self._on_asked, worker, on_look
-        )
+        self.election = Candidate(stores.engine, ledger, incarnation, authority, self._on_change, self._on_asked)
         self._listener = Listener(stores.apart(), self.election.holds)
         self._wake = Wake()
         self._stopping = False

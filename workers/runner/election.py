@@ -35,8 +35,7 @@ class Candidate(os_threads.Thread):
     """Thread that stands for election.
 
     `authority` says which store decides, and so which store keeps the lease. `on_change` is called when this worker won
-    or lost the election, `on_asked` with the duties that other workers asked for. `on_look` is called with each answer
-    of the ledger, None where it gave none. Any handle of the ledger will do.
+    or lost the election, `on_asked` with the duties that other workers asked for. Any handle of the ledger will do.
     """
 
     def __init__(
@@ -47,8 +46,6 @@ class Candidate(os_threads.Thread):
         authority: Callable[[], str],
         on_change: Callable[[], None],
         on_asked: Callable[[Sequence[str]], None],
-        worker: str = "",
-        on_look: Callable[[Elected | None], None] = lambda _: None,
     ) -> None:
         super().__init__(name="election", daemon=True)
         self._engine = engine
@@ -57,8 +54,10 @@ class Candidate(os_threads.Thread):
         self._authority = authority
         self._on_change = on_change
         self._on_asked = on_asked
-        self._worker = worker
-        self._on_look = on_look
+        #: Name of the caller's worker, "" for none: the ledger is asked whether it has a book of it.
+        self.worker = ""
+        #: Called with each answer of the ledger, None where it gave none.
+        self.on_look: Callable[[Elected | None], None] = lambda _: None
         self._term = ledger.settings.runner_term
         #: Time for which the store of the heartbeats could be read without a gap.
         self.window = Window(max(ledger.settings.renew_interval, 2 * self._term))
@@ -98,7 +97,7 @@ class Candidate(os_threads.Thread):
             except (PlatformError, RedisError, SQLAlchemyError) as error:
                 self.window.restart()
                 if self._store != "postgres":
-                    self._on_look(None)
+                    self.on_look(None)
                 self._say(f"the election of the runner waits for a store: {type(error).__name__}: {error}")
             except Exception:
                 logger.exception("the election of the runner failed; it is held again")
@@ -128,8 +127,8 @@ class Candidate(os_threads.Thread):
 
     def _elect(self, asks: Sequence[str]) -> Elected:
         if self._store != "postgres":
-            elected = self.ledger.elect(self._incarnation, self._fence, self._term, asks, self._worker)
-            self._on_look(elected)
+            elected = self.ledger.elect(self._incarnation, self._fence, self._term, asks, self.worker)
+            self.on_look(elected)
             return elected
         with self._engine.connect() as connection:
             return election.elect(connection, self._incarnation, self._fence, self._term)

@@ -15,12 +15,10 @@ from typing import Final
 
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.claims import running
-from celery_capacity.workers.process.holdings import Holding, Holdings
-from celery_capacity.workers.process.identity import Identity
-from celery_capacity.workers.results.outcome_writer import Recorder
+from celery_capacity.workers.process.holdings import Holding
 from celery_capacity.workers.settle.postgres_ends import End
 
 logger = logging.getLogger(__name__)
@@ -38,17 +36,14 @@ class Keyless:
 
     def __init__(
         self,
-        ledger: Ledger,
-        identity: Identity,
-        holdings: Holdings,
-        recorder: Recorder,
+        context: WorkerContext,
         say_again: Callable[[End], None],
         said: Callable[[], None],
     ) -> None:
-        self._ledger = ledger
-        self._identity = identity
-        self._holdings = holdings
-        self._recorder = recorder
+        self._ledger = context.ledger
+        self._identity = context.identity
+        self._holdings = context.holdings
+        self._recorder = context.recorder
         self._say_again = say_again
         self._said = said
         self._pause = os_threads.Event()

@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.postgres import is_locked
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended
@@ -21,9 +19,8 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import claims, dependencies, job_transitions, refused_transitions
 from celery_capacity.routing.store.claims import Became, Holder
 from celery_capacity.routing.store.job_transitions import Applied, Transition
-from celery_capacity.workers.membership.authority_check import Confirmation
-from celery_capacity.workers.process.holdings import Holding, Holdings
-from celery_capacity.workers.process.identity import Identity
+from celery_capacity.workers.membership.context import WorkerContext
+from celery_capacity.workers.process.holdings import Holding
 from celery_capacity.workers.process.stores import transactions
 
 logger = logging.getLogger(__name__)
@@ -71,35 +68,30 @@ class Written:
 class PostgresEnds:
     """Writer of ends to Postgres, used by the ledger's thread alone.
 
-    `later` runs an action that may wait for a store, in another thread. `on_room` is called after holdings were
-    removed, `on_outbox` when rows have something to be delivered. In the thread of `later`, `on_parts` gets the jobs
-    whose rows have chord parts, and `tell_late` gets (job, token, outbox) of an end that was not written.
+    `on_room` is called after holdings were removed, `on_outbox` when rows have something to be delivered. In a thread
+    of the recorder's that may wait for a store, `on_parts` gets the jobs whose rows have chord parts, and `tell_late`
+    gets (job, token, outbox) of an end that was not written.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        settings: Settings,
-        identity: Identity,
-        confirmation: Confirmation,
-        holdings: Holdings,
-        later: Callable[[Callable[[], None]], None],
+        context: WorkerContext,
         on_room: Callable[[], None],
         on_outbox: Callable[[], None],
         on_parts: Callable[[Sequence[str]], None],
         tell_late: Callable[[str, str, str], None],
     ) -> None:
-        self._engine = engine
-        self._transactions = transactions(engine)
-        self._settings = settings
-        self._identity = identity
-        self._confirmation = confirmation
-        self._holdings = holdings
-        self._later = later
+        self._engine = context.engine
+        self._transactions = transactions(context.engine)
+        self._settings = context.settings
+        self._identity = context.identity
+        self._confirmation = context.confirmation
+        self._holdings = context.holdings
+        self._later = context.recorder.call
         self._on_room = on_room
         self._on_outbox = on_outbox
         self._on_parts = on_parts
-        self._tell_late = tell_late
+        self.tell_late = tell_late
         self._said = ""
         #: Number of refused ends that are not counted in the ledger yet.
         self.stale = 0
@@ -159,7 +151,7 @@ class PostgresEnds:
         for end in [*written.refused, *written.repeated]:
             # Another process closed the end of a job that had ended itself, and did not know the job's value.
             if end.ended.outcome == Outcome.SUCCEEDED and (left := left_by(end)):
-                self._later(partial(self._tell_late, end.ended.job, end.ended.token, left))
+                self._later(partial(self.tell_late, end.ended.job, end.ended.token, left))
         for end in written.lost:
             if end.on_lost is not None:
                 self._later(end.on_lost)

@@ -26,10 +26,9 @@ from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.store import claims, fencing
 from celery_capacity.routing.store.refused_transitions import concerns_data
 from celery_capacity.routing.wake import Wake
-from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.failover import Switch
-from celery_capacity.workers.process.holdings import Holding, Holdings
-from celery_capacity.workers.process.identity import Identity
+from celery_capacity.workers.process.holdings import Holding
 from celery_capacity.workers.process.stores import Stores, transactions
 
 logger = logging.getLogger(__name__)
@@ -49,26 +48,23 @@ class Puller(os_threads.Thread):
 
     def __init__(
         self,
+        context: WorkerContext,
         stores: Stores,
-        identity: Identity,
-        confirmation: Confirmation,
-        holdings: Holdings,
-        switch: Switch,
         flush: Callable[[float], bool],
         tell: Callable[[Callable[[], bool]], None],
         start_job: Callable[[str], None],
         can_start: Callable[[], bool],
     ) -> None:
         super().__init__(name="pull", daemon=True)
-        self._stores, self._engine, settings = stores, stores.engine, stores.settings
+        self._stores, self._engine = stores, context.engine
         self._transactions = transactions(self._engine)
-        self._settings = settings
-        self._identity = identity
-        self._confirmation = confirmation
-        self._holdings = holdings
-        self._switch = switch
+        self._settings = context.settings
+        self._identity = context.identity
+        self._confirmation = context.confirmation
+        self._holdings = context.holdings
+        self._switch = Switch(context.engine, context.settings, context.confirmation, context.sight)
         self._flush = flush
-        self._flush_within = timeouts.FLUSH * settings.store_timeout
+        self._flush_within = timeouts.FLUSH * context.settings.store_timeout
         self._tell = tell
         self._start_job = start_job
         self._can_start = can_start

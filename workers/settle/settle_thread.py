@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from typing import Any, Final
 
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import StoreUnavailable, storable
-from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.request import Request
@@ -28,11 +26,9 @@ from celery_capacity.routing.policy.unknown_starts import is_known_before_start
 from celery_capacity.routing.store.job_transitions import REVOKED, Transition
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker.transport import digest_of, raw_of
-from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.claims import Arrival, running
-from celery_capacity.workers.process.holdings import Holding, Holdings
-from celery_capacity.workers.process.identity import Identity
-from celery_capacity.workers.results.outcome_writer import Recorder
+from celery_capacity.workers.process.holdings import Holding
 from celery_capacity.workers.settle.lost_keys import Keyless
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds, left_by
 
@@ -56,37 +52,30 @@ class LedgerThread(os_threads.Thread):
 
     def __init__(
         self,
-        ledger: Ledger,
-        identity: Identity,
-        confirmation: Confirmation,
-        holdings: Holdings,
-        recorder: Recorder,
+        context: WorkerContext,
+        in_postgres: PostgresEnds,
         record: Callable[[Sequence[Transition]], None],
         start_job: Callable[[Any], None],
         on_closed: Callable[[], None],
-        exclusive: threading.Lock,
-        in_postgres: PostgresEnds,
         set_aside: Callable[[bytes, str, str, str], None],
-        tell_late: Callable[[str, str, str], None],
     ) -> None:
         super().__init__(name="ledger", daemon=True)
-        self._ledger = ledger
-        self._identity = identity
-        self._confirmation = confirmation
-        self._holdings = holdings
-        self._recorder = recorder
+        self._ledger = context.ledger
+        self._identity = context.identity
+        self._confirmation = context.confirmation
+        self._holdings = context.holdings
+        self._recorder = context.recorder
         self._record = record
         self._start_job = start_job
         self._on_closed = on_closed
-        self._exclusive = exclusive
+        self._exclusive = context.exclusive
         self._in_postgres = in_postgres
         self._set_aside = set_aside
-        self._tell_late = tell_late
         #: Called when the ledger does not know a job that this worker holds: its lease was lost, or the ledger's key.
         self.on_missing: Callable[[], None] = lambda: None
         self._arrivals: deque[Arrival] = deque()
         self._ends: deque[End] = deque()
-        self._keyless = Keyless(ledger, identity, holdings, recorder, self._ends.append, self._said_again)
+        self._keyless = Keyless(context, self._ends.append, self._said_again)
         self._returns: deque[tuple[str, str, str]] = deque()
         self._nonces = itertools.count()
         self._wake = Wake()
@@ -334,7 +323,9 @@ class LedgerThread(os_threads.Thread):
                 logger.warning(template, release.end.job, release.end.token, release.end.outcome)
                 self.on_missing()
                 if release.end.outcome == Outcome.SUCCEEDED and end is not None:
-                    self._recorder.call(partial(self._tell_late, release.end.job, release.end.token, left_by(end)))
+                    self._recorder.call(
+                        partial(self._in_postgres.tell_late, release.end.job, release.end.token, left_by(end))
+                    )
                 continue
             if release.state == State.LOST and end is not None and end.on_lost is not None:
                 self._recorder.call(end.on_lost)

@@ -207,13 +207,6 @@ class Sender:
         priority = check_priority(properties.get("priority"))
         # The attempt that publishes a retry or a replacement.
         publisher = wire.pop(ATTEMPT_HEADER, None)
-        wire_properties = {
-            "correlation_id": properties.get("correlation_id"),
-            "reply_to": properties.get("reply_to"),
-            "delivery_mode": 2,
-            "delivery_info": {"exchange": "", "routing_key": queue},
-            "priority": priority,
-        }
         return NewJob(
             id=check_job_id(wire.get("id")),
             name=check_name(wire.get("task")),
@@ -223,7 +216,7 @@ class Sender:
                 content_type=content_type,
                 content_encoding=content_encoding,
                 headers=wire,
-                properties=wire_properties,
+                properties=_wire_properties(properties, queue, priority),
                 limit=settings.max_message,
             ),
             priority=priority,
@@ -392,3 +385,14 @@ class Sender:
         except SQLAlchemyError as error:
             # The workers look by themselves, a little later.
             logger.info("the workers were not told of a job: %s", error)
+
+
+def _wire_properties(properties: Mapping[str, Any], queue: str, priority: int) -> dict[str, Any]:
+    """Return the properties of a message as Celery's consumer expects them."""
+    return {
+        "correlation_id": properties.get("correlation_id"),
+        "reply_to": properties.get("reply_to"),
+        "delivery_mode": 2,
+        "delivery_info": {"exchange": "", "routing_key": queue},
+        "priority": priority,
+    }
