@@ -1,6 +1,6 @@
 """Many workers in one process: each with the threads of a real worker, and without Celery's consumer and pool.
 
-The platform's own code talks to the stores for each worker: registration and heartbeat (`Membership`, `Pulse`),
+The platform's own code talks to the stores for each worker: registration (`Membership`), heartbeat (`HeartbeatThread`),
 messages (`Mailbox`), claims and releases (`LedgerThread`). The jobs have no bodies: they end after `hold` seconds. The
 workers of a process share their writer to Postgres (`Recorder`, `Confirmation`), because Postgres has no connections
 for a thousand.
@@ -35,7 +35,7 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.workers.broker.ledger_queue import Mailbox
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
-from celery_capacity.workers.membership.heartbeat import Pulse
+from celery_capacity.workers.membership.heartbeat import HeartbeatThread
 from celery_capacity.workers.membership.registration import Membership
 from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.process.identity import Identity, platform_version
@@ -138,7 +138,7 @@ class Worker:
             shared.recorder,
         )
         self.membership = Membership(context)
-        self.pulse = Pulse(
+        self.heartbeat = HeartbeatThread(
             context,
             self.membership,
             lambda: None,
@@ -156,10 +156,10 @@ class Worker:
             ends,
             shared.recorder.add,
             self._start,
-            self.pulse.closed,
+            self.heartbeat.closed,
             lambda raw, queue, reason, unless: shared.troubles.append(f"{queue}: {reason}"),
         )
-        self.pulse.on_missing = lambda: shared.troubles.append(f"{name} is not known")
+        self.heartbeat.on_missing = lambda: shared.troubles.append(f"{name} is not known")
         self.ledger_thread.on_missing = lambda: shared.troubles.append(f"{name} does not hold what it ended")
         self.mailbox = Mailbox(shared.settings, self.identity.queue, self._received)
 
@@ -169,7 +169,7 @@ class Worker:
             self.membership.register(self._shared.capacity, {}, lambda: None)
 
     def run(self) -> None:
-        for thread in (self.pulse, self.ledger_thread, self.mailbox):
+        for thread in (self.heartbeat, self.ledger_thread, self.mailbox):
             thread.start()
 
     def _received(self, raw: bytes) -> None:

@@ -28,7 +28,7 @@ from celery_capacity.routing.model.outbox import UNLESS_TOLD
 from celery_capacity.routing.model.states import FINAL, State, Step
 
 #: Rows ended in one statement.
-MOST: Final = 1000
+MAX_ROWS: Final = 1000
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 #: Error of a job whose replacement did nothing wrong and yet did not come to its last step.
 NO_STEP: Final = "its replacement ended before its last step (a step ignored or rejected itself, say)"
@@ -62,5 +62,5 @@ def end_abandoned(connection: Connection, ids: Sequence[str] | None = None) -> l
     """
     if ids is not None and not ids:
         return []
-    values = {"ids": None if ids is None else sorted(set(ids)), "most": MOST}
+    values = {"ids": None if ids is None else sorted(set(ids)), "most": MAX_ROWS}
     return list(connection.execute(_END, values).scalars())

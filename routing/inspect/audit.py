@@ -28,7 +28,7 @@ from celery_capacity.routing.policy.placement import asked_shape
 #: Items in one pipeline. It takes some milliseconds of the server, so admission never waits long for a reader.
 CHUNK: Final = 500
 #: Most rows that a query for violations returns. The first rows are shown, the rest are counted.
-MOST: Final = 1000
+MAX_VIOLATIONS: Final = 1000
 
 _T = TypeVar("_T")
 
@@ -132,7 +132,7 @@ def read_postgres(connection: Connection) -> Rows:
     suspicions = tuple(
         Suspicion(invariant, f"job {row[0]} " + wording.format(*row[1:]))
         for invariant, wording, query in _FORBIDDEN
-        for row in connection.execute(text(f"{query} LIMIT {MOST}"))
+        for row in connection.execute(text(f"{query} LIMIT {MAX_VIOLATIONS}"))
     )
     return Rows(active, suspicions)
 

@@ -120,9 +120,9 @@ class Ledger(Held, Elections):
         """Note that a job held by a worker was revoked; return False where no worker holds it."""
         return self._call("revoke", job=job).head == "held"
 
-    def succeed(self, job: str, message: bytes) -> bool:
+    def note_successor(self, job: str, message: bytes) -> bool:
         """Note that a successor of the running attempt, with this message, is in Postgres."""
-        return self._call("succeed", job=job, digest=digest_of(message)).head == "ok"
+        return self._call("note_successor", job=job, digest=digest_of(message)).head == "ok"
 
     def count(self, what: str, by: int = 1) -> None:
         """Add to a counter, for events that no script sees."""

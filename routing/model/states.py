@@ -6,9 +6,9 @@ the guards of the SQL statements and the diagram in docs/reference/states.md hav
 Three rules hold for every edge:
 
 - A final state has no exit. A later writer came too late, and is told so.
-- An edge out of `admitted` or `running` belongs to an attempt and needs the current token (`Token.CURRENT`). An older
-  attempt is refused, whatever it reports. An edge into an attempt makes or brings a newer token (`Token.NEW`). All
-  other edges compare the state alone (`Token.NONE`).
+- An edge out of `admitted` or `running` belongs to an attempt and needs the current token (`TokenRule.CURRENT`). An
+  older attempt is refused, whatever it reports. An edge into an attempt makes or brings a newer token
+  (`TokenRule.NEW`). All other edges compare the state alone (`TokenRule.NONE`).
 - Inside one attempt, `Step` only grows. Postgres is written later than the ledger, from more than one place and
   sometimes twice. A row takes an entry only if (epoch, attempt, step) is larger than its own, so a late or a doubled
   entry does no harm.
@@ -190,8 +190,8 @@ class Step(IntEnum):
     DROPPED = 12
 
 
-class Token(Enum):
-    """Token that an edge asks of its writer."""
+class TokenRule(Enum):
+    """TokenRule that an edge asks of its writer."""
 
     #: no token: the state alone is compared
     NONE = "none"
@@ -236,12 +236,12 @@ def sources(event: Event) -> tuple[State, ...]:
     return tuple(state for state in State if (state, event) in TRANSITIONS)
 
 
-def token_needed(state: State, event: Event) -> Token:
+def token_needed(state: State, event: Event) -> TokenRule:
     """Return the token that an edge of the table needs. Raises `IllegalTransition` where there is no such edge."""
     target = follow(state, event)
     if event in (Event.ADMIT, Event.ADOPT):
-        return Token.NEW
-    return Token.CURRENT if state in HOLDING or target in HOLDING else Token.NONE
+        return TokenRule.NEW
+    return TokenRule.CURRENT if state in HOLDING or target in HOLDING else TokenRule.NONE
 
 
 def diagram() -> str:

@@ -91,7 +91,7 @@ def used(redis_url: str) -> Iterator[Cluster]:
         for job in ("ended", "unnamed", "back", "succeeded"):
             cluster.run(job)
         cluster.end("ended", "1.1")
-        ledger.succeed("succeeded", b"its successor")
+        ledger.note_successor("succeeded", b"its successor")
         assert ledger.revoke("succeeded")
         cluster.submit("admitted")
         ledger.client.zadd(keys.UNCLAIMED, {"admitted": 0})

@@ -429,7 +429,7 @@ DRIVERS: Final[dict[str, tuple[Driver, ...]]] = {
     "misplaced": (among_strangers(lambda ledger: ledger.misplaced(ONE, 0, 500)),),
     "revoke": (among_strangers(lambda ledger: ledger.revoke("stranger-1")),),
     "seat": (among_strangers(lambda ledger: ledger.seat("stranger-1")),),
-    "succeed": (among_strangers(lambda ledger: ledger.succeed("stranger-1", MESSAGE)),),
+    "note_successor": (among_strangers(lambda ledger: ledger.note_successor("stranger-1", MESSAGE)),),
     "total": (among_strangers(lambda ledger: ledger.set_total(0, 0)),),
     "unlist": (among_strangers(lambda ledger: ledger.unlist("gpus", 0, 500)),),
     "unhold": (among_strangers(lambda ledger: ledger.unhold("w")),),

@@ -21,7 +21,7 @@ NAMES: Final = scripts.names()
 #: Replies that every script that acts on the books may give besides its own: `LedgerServer` raises for these.
 GATES: Final = {"cold", "epoch", "foreign"}
 #: Scripts that act on keys of one job or entry, whatever epoch is open.
-WITHOUT_GATE: Final = {"forget", "open", "succeed", "elect"}
+WITHOUT_GATE: Final = {"forget", "open", "note_successor", "elect"}
 
 CARD: Final = ("1.1", "1", "2", "3-0", "0", "cpus=1000,slots=1", "0", "{}")
 
@@ -202,7 +202,9 @@ BINDINGS: Final = {
         },
     ),
     "submit_many": Binding(submit_many, 2, {("ok", "2", "s", "9", "x"): "2", ("late", "5"): "0"}),
-    "succeed": Binding(lambda ledger: ledger.succeed("a", b"next"), 0, {("ok",): "True", ("missing",): "False"}),
+    "note_successor": Binding(
+        lambda ledger: ledger.note_successor("a", b"next"), 0, {("ok",): "True", ("missing",): "False"}
+    ),
     "take_missing": Binding(
         lambda ledger: ledger.take_missing("w", "life", ["x"], 3, 10_000),
         len(HELD),

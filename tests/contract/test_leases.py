@@ -37,7 +37,7 @@ def test_a_worker_that_was_given_up_cannot_end_a_job_that_ended_as_lost(cluster:
 
 def test_a_worker_that_was_given_up_cannot_end_a_job_whose_successor_runs_next(cluster: Cluster) -> None:
     cluster.run("job")
-    cluster.ledger.succeed("job", b"its successor")
+    cluster.ledger.note_successor("job", b"its successor")
     cluster.expire()
     assert cluster.lapse() == "gone"
     assert cluster.noted("job")[-1] == ("scheduled", "lost")
@@ -145,7 +145,7 @@ def test_a_claim_that_is_sent_again_is_granted_and_a_doubled_message_is_not(clus
 @pytest.mark.parametrize("outcome", ["succeeded", "failed", "expired"])
 def test_an_attempt_that_ends_with_a_successor_leaves_the_id_to_it(cluster: Cluster, outcome: str) -> None:
     cluster.run("job")
-    cluster.ledger.succeed("job", b"its successor")
+    cluster.ledger.note_successor("job", b"its successor")
     assert cluster.end("job", "1.1", outcome).state == outcome
     # Postgres takes the successor, and the job is submitted again at once.
     cluster.written()
@@ -155,7 +155,7 @@ def test_an_attempt_that_ends_with_a_successor_leaves_the_id_to_it(cluster: Clus
 def test_a_job_that_is_lost_for_good_still_runs_its_successor(cluster: Cluster) -> None:
     cluster.submit("job", losses=MOST_LOSSES - 1)
     cluster.claim("job", "1.1")
-    cluster.ledger.succeed("job", b"its successor")
+    cluster.ledger.note_successor("job", b"its successor")
     assert cluster.end("job", "1.1", "lost").state == "scheduled"
     cluster.written()
     assert cluster.submit("job", attempt=1, losses=MOST_LOSSES) == "w"
@@ -172,13 +172,13 @@ def test_that_there_is_a_successor_is_not_noted_on_the_attempt_that_runs_it(clus
     cluster.written()
     assert cluster.submit("job", attempt=1) == "w"
     cluster.claim("job", "1.2")
-    assert not cluster.ledger.succeed("job", MESSAGE)
+    assert not cluster.ledger.note_successor("job", MESSAGE)
     assert cluster.end("job", "1.2", "lost").state == "waiting"
 
 
 def test_a_revoked_job_runs_no_successor(cluster: Cluster) -> None:
     cluster.run("job")
-    cluster.ledger.succeed("job", b"its successor")
+    cluster.ledger.note_successor("job", b"its successor")
     cluster.end("job", "1.1", "cancelled")
     assert cluster.submit("job", attempt=1) is None
     assert cluster.state("job") == "ended"

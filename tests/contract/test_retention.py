@@ -339,7 +339,7 @@ def test_one_pass_of_the_duty_is_bounded(stage: Stage, stores: Any, monkeypatch:
     for _ in range(7):
         done(stage)
     stage.sql("UPDATE jobs SET finished_at = now() - interval '1 day'")
-    monkeypatch.setattr(duty, "MOST", 3)
+    monkeypatch.setattr(duty, "MAX_STATEMENTS", 3)
     monkeypatch.setattr(archive, "CHUNK", 2)
     app: Any = None
     assert [duty.run_once(app, stores("1"))["archived"] for _ in range(3)] == [6, 1, 0]

@@ -51,7 +51,7 @@ def lapse_for_good(cluster: Cluster) -> None:
 
 def hand_back_with_a_successor(cluster: Cluster) -> None:
     cluster.run("job")
-    cluster.ledger.succeed("job", b"its successor")
+    cluster.ledger.note_successor("job", b"its successor")
     assert cluster.end("job", "1.1", "handed_back").state == "scheduled"
 
 

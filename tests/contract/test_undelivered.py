@@ -327,7 +327,7 @@ def test_a_value_alone_that_comes_late_waits_for_no_thread(
     app: Celery, monkeypatch: pytest.MonkeyPatch, become: Callable[[Parts | None], None]
 ) -> None:
     become(Parts("life"))
-    monkeypatch.setattr(parts, "MOST", 0)
+    monkeypatch.setattr(parts, "MAX_THREADS", 0)
     monkeypatch.setattr(fencing, "has_succeeded", lambda *_: True)
     stored: list[dict[str, str]] = []
     monkeypatch.setattr(app.backend, "deliver_results", stored.extend)

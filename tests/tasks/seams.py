@@ -38,9 +38,9 @@ def _install(path: str) -> None:
             if every := LAYOUT.unpack_from(shared)[1]:
                 for runtime in running_workers.running():
                     # The ticks come as beat's ticks for the heartbeat and for the sweep do, one behind the other.
-                    runtime.pulse.tick()
+                    runtime.heartbeat.tick()
                     pause.wait(every / 10)
-                    runtime.pulse.tick()
+                    runtime.heartbeat.tick()
 
     time.time = stepped
     threading.Thread(target=tick, name="pairs of heartbeats", daemon=True).start()

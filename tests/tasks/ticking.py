@@ -13,9 +13,9 @@ def _tick(every: float) -> None:
     while not pause.wait(every):
         for runtime in running_workers.running():
             # The ticks come as beat's ticks for the heartbeat and for the sweep do, and somebody's challenge.
-            runtime.pulse.tick()
+            runtime.heartbeat.tick()
             pause.wait(every / 10)
-            runtime.pulse.tick()
+            runtime.heartbeat.tick()
 
 
 if os.environ.get("TICK_EVERY"):

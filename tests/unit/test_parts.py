@@ -119,7 +119,7 @@ def test_what_fails_late_is_said(chords: Chords, gate: threading.Event) -> None:
 def test_there_is_a_limit_to_what_may_be_late(
     chords: Chords, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MOST", 2)
+    monkeypatch.setattr(module, "MAX_THREADS", 2)
     assert chords.bring(*(chords.part(name, gate.wait) for name in "abcd")) == ["late", "late", "left", "left"]
     gate.set()
     assert {chords.after.get(timeout=PATIENCE)[0] for _ in range(2)} == {"a", "b"}

@@ -17,7 +17,7 @@ from celery_capacity.routing.model.states import (
     Event,
     State,
     Step,
-    Token,
+    TokenRule,
     after,
     diagram,
     events,
@@ -116,9 +116,9 @@ def test_what_leaves_an_attempt_needs_its_token_and_what_begins_one_a_newer() ->
     for state, event in TRANSITIONS:
         needed = token_needed(state, event)
         if event in (Event.ADMIT, Event.ADOPT):
-            assert needed is Token.NEW
+            assert needed is TokenRule.NEW
         else:
-            assert needed is (Token.CURRENT if state in HOLDING else Token.NONE)
+            assert needed is (TokenRule.CURRENT if state in HOLDING else TokenRule.NONE)
     with pytest.raises(IllegalTransition):
         token_needed(State.LOST, Event.ADMIT)
 

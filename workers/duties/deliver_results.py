@@ -8,7 +8,7 @@ from celery import Celery
 
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.results.backends import is_asked
-from celery_capacity.workers.results.deliver_later import MOST, deliver_rows
+from celery_capacity.workers.results.deliver_later import MAX_ROWS, deliver_rows
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
@@ -22,6 +22,6 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     while is_asked(app.backend):
         page = deliver_rows(app, stores)
         delivered += page
-        if page < MOST or time.monotonic() >= end:
+        if page < MAX_ROWS or time.monotonic() >= end:
             break
     return {"delivered": delivered}

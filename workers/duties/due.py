@@ -20,7 +20,7 @@ from celery_capacity.workers.submit.constraints import burst_of
 logger = logging.getLogger(__name__)
 
 #: Rows read in one statement.
-MOST = 1000
+MAX_ROWS = 1000
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
@@ -30,7 +30,7 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     rate, `due` jobs submitted.
     """
     with stores.engine.connect() as connection:
-        overdue = backlog.overdue(connection, MOST)
+        overdue = backlog.overdue(connection, MAX_ROWS)
     expired = 0
     for job in overdue:
         try:
@@ -72,8 +72,8 @@ def _due(app: Celery, stores: Stores, gone: set[str]) -> int:
     apply_transitions.run_once(app, stores, older_than_ms=0)
     while True:
         with stores.engine.connect() as connection:
-            rows = backlog.due(connection, MOST, after)
+            rows = backlog.due(connection, MAX_ROWS, after)
         submitted += resubmit.submit_rows(stores.ledger, [row for row in rows if row.id not in gone])
-        if len(rows) < MOST:
+        if len(rows) < MAX_ROWS:
             return submitted
         after = rows[-1].seq

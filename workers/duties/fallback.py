@@ -21,7 +21,7 @@ from celery_capacity.workers.results.deliver_later import deliver_rows
 logger = logging.getLogger(__name__)
 
 #: Rows read in one statement.
-MOST: Final = 1000
+MAX_ROWS: Final = 1000
 
 
 def expire(app: Celery, stores: Stores) -> dict[str, int]:
@@ -31,7 +31,7 @@ def expire(app: Celery, stores: Stores) -> dict[str, int]:
     `due.open_all`.
     """
     with stores.engine.connect() as connection:
-        overdue = backlog.overdue(connection, MOST)
+        overdue = backlog.overdue(connection, MAX_ROWS)
         expired = [job for job in overdue if _end(connection, job, State.EXPIRED, "expired")]
         marked = [job for jobs in revocation.still_open(connection) for job in jobs]
         revoked = [job for job in marked if _end(connection, job, State.CANCELLED, job_transitions.REVOKED)]

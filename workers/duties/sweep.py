@@ -15,7 +15,7 @@ from celery_capacity.workers.duties import apply_transitions
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.results.cancellation import carry_out
 
-MOST = 1000
+MAX_ROWS = 1000
 
 
 def pause(settings: Settings) -> float:
@@ -53,7 +53,7 @@ def _stranded(app: Celery, stores: Stores) -> int:
     apply_transitions.run_once(app, stores, older_than_ms=0)
     while True:
         with stores.engine.connect() as connection:
-            rows = backlog.stranded(connection, pause(stores.settings), MOST, after)
+            rows = backlog.stranded(connection, pause(stores.settings), MAX_ROWS, after)
         if not rows:
             return submitted
         submitted += resubmit.submit_rows(stores.ledger, rows)

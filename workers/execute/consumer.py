@@ -88,7 +88,7 @@ class Consumer(celery_consumer.Consumer):
             cut(silent)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        if is_silence(exc) or self.runtime.sight.lost:
+        if is_silence(exc) or self.runtime.reachability.lost:
             # Celery's clean-up would wait for an answer at each of its steps.
             self.cut()
         super().on_connection_error_after_connected(exc)

@@ -5,7 +5,7 @@
     intake ----arrived---> ledger thread --claimed--> main loop --> pool --> JobRequest hooks --end--> ledger thread
                               |                                                                         |
                               +------------------------ transitions --------> recorder (Postgres) <-----+
-    pulse: heartbeat, epoch, drain        intake: beat's ticks, old producers        duties: repair
+    heartbeat: lease, epoch, drain        intake: beat's ticks, old producers        duties: repair
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from celery_capacity.workers.execute.start_queue import Starting
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.epoch_watch import EpochWatch
-from celery_capacity.workers.membership.heartbeat import Pulse
+from celery_capacity.workers.membership.heartbeat import HeartbeatThread
 from celery_capacity.workers.membership.join import Joining
 from celery_capacity.workers.membership.preflight import shares_ledger
 from celery_capacity.workers.membership.registration import Membership
@@ -94,7 +94,7 @@ class Runtime:
         self.announcer = Announcer(app, engine, identity.name, self._loop.set)
         self.recorder = Recorder(engine, ledger, self.announcer.waiting, self._on_regained, settings.write_within)
         context = WorkerContext(settings, engine, ledger, identity, self.confirmation, self.holdings, self.recorder)
-        self.sight = context.sight
+        self.reachability = context.reachability
         self._accept = prepare_accept_content(app.conf.accept_content)
         newer = NewerFormats(
             self.holdings.put_off,
@@ -121,26 +121,26 @@ class Runtime:
         self.membership = Membership(context, self._unwritten, self._flush)
         self.quarantine = Quarantine(context.engine, identity.name)
         self.serving = Serving(app, settings, self.remeasure)
-        self.sight.on_found = transport.doubt
+        self.reachability.on_found = transport.doubt
         shared = shares_ledger(app, settings) and not self._green
         if shared:
-            self.sight.on_silence = lambda: self.announcer.consumer and self.announcer.consumer.cut()
+            self.reachability.on_silence = lambda: self.announcer.consumer and self.announcer.consumer.cut()
         private = (identity.queue, self.arrived) if shared else None
         self.intake = Intake(app, self.serving, self.on_tick, self.announcer.refused, private)
         #: Takes the messages of the private queue where the intake does not.
         self.mailbox = None if shared else Mailbox(settings, identity.queue, self._received)
         ticks = beat_messages.channel(app) if shared else ""
-        self.epoch_watch = EpochWatch(settings, lambda: self.pulse.look(), self.on_tick, ticks)
+        self.epoch_watch = EpochWatch(settings, lambda: self.heartbeat.look(), self.on_tick, ticks)
 
     def _make_threads(self, context: WorkerContext) -> None:
         """Make the threads that settle jobs, say that the worker lives, and run the duties."""
         app, stores, identity = self.app, self.stores, self.identity
-        self.joining = Joining(stores, self.membership, self.confirmation, self.sight, self.intake.challenge)
+        self.joining = Joining(stores, self.membership, self.confirmation, self.reachability, self.intake.challenge)
         self.puller = Puller(
             context,
             stores,
             self._flush,
-            lambda flush: self.membership.tell_postgres(self.sight.lost, lambda: self.recorder.is_level(flush)),
+            lambda flush: self.membership.tell_postgres(self.reachability.lost, lambda: self.recorder.is_level(flush)),
             self.starting.take,
             lambda: self.starting.attached,
         )
@@ -151,7 +151,7 @@ class Runtime:
             partial(deliver_parts, app, stores),
             partial(tell_late, app, context.engine, identity.incarnation),
         )
-        self.pulse = Pulse(
+        self.heartbeat = HeartbeatThread(
             context,
             self.membership,
             self.intake.challenge,
@@ -164,16 +164,16 @@ class Runtime:
             self.in_postgres,
             self.delivery.add,
             self.starting.take,
-            self.pulse.closed,
+            self.heartbeat.closed,
             self.quarantine.set_aside,
         )
         decides = (lambda: self.confirmation.authority, context.ledger, lambda: self.confirmation.resting)
         self.duties = Runner(app, stores, identity.incarnation, *decides)
-        self.duties.election.worker, self.duties.election.on_look = identity.name, self.pulse.looked
-        self.confirmation.on_epoch = self.pulse.look
-        self.pulse.on_renewed = self.duties.close_spare_connections
-        self.pulse.on_missing = self.ledger_thread.on_missing = self.duties.suspect
-        self.confirmation.idle = lambda: self.ledger_thread.idle and not self.sight.lost
+        self.duties.election.worker, self.duties.election.on_look = identity.name, self.heartbeat.looked
+        self.confirmation.on_epoch = self.heartbeat.look
+        self.heartbeat.on_renewed = self.duties.close_spare_connections
+        self.heartbeat.on_missing = self.ledger_thread.on_missing = self.duties.suspect
+        self.confirmation.idle = lambda: self.ledger_thread.idle and not self.reachability.lost
 
     # -- the life of the worker ----------------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ class Runtime:
         self.ledger_thread.start()
         admitted = self.joining.enter(detected.capacity, declared, self.wait_to_start)
         self.confirmation.start()
-        self.pulse.start()
+        self.heartbeat.start()
         self.epoch_watch.start()
         self.puller.start()
         self.intake.start()
@@ -229,14 +229,14 @@ class Runtime:
         # A job that is admitted meanwhile and fits no more is handed back. Running jobs go on.
         self.holdings.capacity = dict(self.serving.detect().capacity.amounts)
         self.confirmation.needed()
-        self.pulse.tick()
+        self.heartbeat.tick()
         self.puller.wake()
 
     def drain(self) -> None:
         """Have nothing more admitted to this worker. Safe in a signal handler."""
         self.ledger_thread.draining = True
         self.puller.draining = True
-        self.pulse.drain()
+        self.heartbeat.drain()
         # Celery's loop looks only now and then whether it is to stop: it is woken to do so.
         self._loop.set()
 
@@ -251,7 +251,7 @@ class Runtime:
         if self.mailbox is not None:
             self.mailbox.stop(self._leave_within)
         self.epoch_watch.stop(self._leave_within)
-        self.pulse.stop(self._leave_within)
+        self.heartbeat.stop(self._leave_within)
         self.puller.stop(self._leave_within)
         self.confirmation.stop()
         why = "the worker was stopped"
@@ -362,12 +362,12 @@ class Runtime:
 
     def on_tick(self, name: str) -> None:
         """Pass on beat's tick, in the thread that hears it."""
-        self.pulse.tick()
+        self.heartbeat.tick()
         self.duties.tick(name)
 
     def _on_regained(self) -> None:
         """Note that this worker may admit again: the heartbeat fills the room that was released meanwhile."""
-        self.pulse.tick()
+        self.heartbeat.tick()
         self.ledger_thread.wake()
 
     def _on_open(self) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.workers.membership.authority_check import Confirmation
-from celery_capacity.workers.membership.failover import Sight
+from celery_capacity.workers.membership.failover import Reachability
 from celery_capacity.workers.process.holdings import Holdings
 from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.results.outcome_writer import Recorder
@@ -28,6 +28,6 @@ class WorkerContext:
     confirmation: Confirmation
     holdings: Holdings
     recorder: Recorder
-    sight: Sight = field(default_factory=Sight)
+    reachability: Reachability = field(default_factory=Reachability)
     #: Held while the ledger thread settles jobs, and while a heartbeat lists them.
     exclusive: threading.Lock = field(default_factory=threading.Lock)

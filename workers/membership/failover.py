@@ -27,7 +27,7 @@ STEADY_INTERVALS: Final = 2.0
 SILENT_INTERVALS: Final = 3.0
 
 
-class Sight:
+class Reachability:
     """Reachability of the ledger. A single thread notes it, any thread reads it: each assignment is of one value."""
 
     def __init__(self) -> None:
@@ -53,25 +53,27 @@ class Sight:
 class Switch:
     """Switch of the authority between the ledger and Postgres."""
 
-    def __init__(self, engine: Engine, settings: Settings, confirmation: Confirmation, sight: Sight) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, confirmation: Confirmation, reachability: Reachability
+    ) -> None:
         self._engine = engine
         self._settings = settings
         self._confirmation = confirmation
-        self._sight = sight
+        self._reachability = reachability
 
     def look(self) -> None:
         """Change the authority if it is time. Asks Postgres only if this worker's own view speaks for a change."""
-        settings, authority, sight = self._settings, self._confirmation.authority, self._sight
+        settings, authority, reachability = self._settings, self._confirmation.authority, self._reachability
         lost_for = change_pause(settings.confirm_interval)
-        if authority == Store.LEDGER and sight.lost and sight.seconds() >= lost_for:
+        if authority == Store.LEDGER and reachability.lost and reachability.seconds() >= lost_for:
             self._change(
                 lambda connection: decide_in_postgres(connection, settings.worker_ttl, lost_for),
                 "no worker reaches the ledger: Postgres decides, in epoch %d",
             )
         elif (
             authority == Store.POSTGRES
-            and not sight.lost
-            and sight.seconds() >= settings.due_interval * STEADY_INTERVALS
+            and not reachability.lost
+            and reachability.seconds() >= settings.due_interval * STEADY_INTERVALS
         ):
             within = settings.renew_interval * SILENT_INTERVALS
             self._change(

@@ -30,7 +30,7 @@ TICKS_WITHIN: Final = 0.1
 WAITS_PART: Final = 0.5
 
 
-class Pulse(os_threads.Thread):
+class HeartbeatThread(os_threads.Thread):
     """Heartbeat thread: has the authority confirmed, renews the lease, sees a new epoch, and drains on request."""
 
     def __init__(
@@ -42,8 +42,8 @@ class Pulse(os_threads.Thread):
         on_open: Callable[[], None],
         on_taken: Callable[[NameTaken], None],
     ) -> None:
-        super().__init__(name="pulse", daemon=True)
-        self._sight = context.sight
+        super().__init__(name="heartbeat", daemon=True)
+        self._reachability = context.reachability
         self._ledger = context.ledger
         self._confirmation = context.confirmation
         self._membership = membership
@@ -87,7 +87,7 @@ class Pulse(os_threads.Thread):
     def looked(self, elected: Elected | None) -> None:
         """Take the result of the election's look at the ledger, None where the ledger gave no answer."""
         if elected is None:
-            self._sight.note(lost=True)
+            self._reachability.note(lost=True)
         if elected is None or elected.epoch != self._ledger.epoch:
             self.look()
         elif not elected.has_book:
@@ -172,9 +172,9 @@ class Pulse(os_threads.Thread):
         theirs may end this thread.
         """
         try:
-            self._sight.note(lost=lost)
+            self._reachability.note(lost=lost)
             if silent:
-                self._sight.on_silence()
+                self._reachability.on_silence()
         except Exception:
             logger.exception("connections to the broker were not ended; they end by their own time-outs")
 

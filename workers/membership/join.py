@@ -16,7 +16,7 @@ from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.cold_ledger import open_ledger
-from celery_capacity.workers.membership.failover import Sight
+from celery_capacity.workers.membership.failover import Reachability
 from celery_capacity.workers.membership.preflight import check_stores
 from celery_capacity.workers.membership.registration import Membership
 from celery_capacity.workers.process.stores import Stores
@@ -37,13 +37,13 @@ class Joining:
         stores: Stores,
         membership: Membership,
         confirmation: Confirmation,
-        sight: Sight,
+        reachability: Reachability,
         challenge: Callable[[], None],
     ) -> None:
         self._stores = stores
         self._membership = membership
         self._confirmation = confirmation
-        self._sight = sight
+        self._reachability = reachability
         self._challenge = challenge
         #: `met`: this life has met the other workers. `begun`: it has begun to register.
         self.met = self.begun = False
@@ -92,7 +92,7 @@ class Joining:
         while True:
             self._confirmation.ask()
             if self._confirmation.authority == Store.POSTGRES:
-                self._membership.register_in_postgres(capacity, declared, ledger_lost=self._sight.lost)
+                self._membership.register_in_postgres(capacity, declared, ledger_lost=self._reachability.lost)
                 return 0
             try:
                 open_ledger(apart)
@@ -104,6 +104,6 @@ class Joining:
                 if not may_pass(error):
                     raise
                 logger.warning("the ledger does not answer, this worker starts without it: %s", error)
-                self._sight.note(lost=True)
+                self._reachability.note(lost=True)
                 self._membership.register_in_postgres(capacity, declared, ledger_lost=True)
                 return 0

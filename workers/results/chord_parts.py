@@ -30,7 +30,7 @@ SHORTLY: Final = 0.1
 #: Seconds after which a late part is given up: nobody expects it any more, but its thread stays with it.
 GIVEN_UP_AFTER: Final = 60.0
 #: Most threads, so also most late parts at a time. While all are taken, parts wait in the rows of their jobs.
-MOST: Final = 64
+MAX_THREADS: Final = 64
 #: Seconds for which an idle thread waits for a part before it ends.
 IDLE: Final = 30.0
 #: Number of delivered parts that a process remembers, so that it does not deliver them again.
@@ -136,7 +136,7 @@ class Parts:
     def _give(self, work: deque[Part]) -> _Hand | None:
         if self._idle:
             hand = self._idle.pop()
-        elif self._hands < MOST:
+        elif self._hands < MAX_THREADS:
             hand = _Hand(self)
             try:
                 hand.start()
@@ -146,7 +146,7 @@ class Parts:
             self._hands += 1
         else:
             if not self._full:
-                logger.error("%d parts of chords are late: others wait until one has come through", MOST)
+                logger.error("%d parts of chords are late: others wait until one has come through", MAX_THREADS)
             self._full = True
             return None
         hand.work = work

@@ -30,7 +30,7 @@ PAUSE: Final = 1.0
 #: Seconds after which ends with delivered parts are recorded, although other ends of the batch are not delivered yet.
 RECORD_EVERY: Final = 0.25
 #: Most ends delivered together.
-MOST: Final = 200
+MAX_ENDS: Final = 200
 
 
 def deliver(backend: Any, box: Outbox, attempt: Attempt) -> None:
@@ -144,7 +144,7 @@ class Delivery(os_threads.Thread):
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._stopping, GIVEN_UP_AFTER)
                 stopped = self._stopping and not self._pending
-                batch, self._pending = self._pending[:MOST], self._pending[MOST:]
+                batch, self._pending = self._pending[:MAX_ENDS], self._pending[MAX_ENDS:]
                 self._delivering = batch
             if stopped:
                 return

@@ -41,7 +41,7 @@ from celery_capacity.workers.results.events import Announcer
 logger = logging.getLogger(__name__)
 
 #: Most rows delivered in one pass.
-MOST: Final = 1000
+MAX_ROWS: Final = 1000
 #: Most rows with nothing but results that are delivered in one transaction.
 TOGETHER: Final = 100
 #: Most bytes of the outboxes in such a transaction. Results are not compressed on their way.
@@ -85,7 +85,7 @@ def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> 
         with connection.begin():
             announces = {"announces": announcer_of(app) is not None, "unannounced": outbox.UNANNOUNCED}
             by = {"me": parts.incarnation if parts is not None else "", "tail": _TAIL}
-            rows = connection.execute(_LEFT, {"ids": only, "most": MOST, **announces, **by}).all()
+            rows = connection.execute(_LEFT, {"ids": only, "most": MAX_ROWS, **announces, **by}).all()
         plain = [row for row in rows if _has_results_alone(row)]
         together, refused, answers = _deliver_together(app, connection, plain)
         delivered = len(together)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 #: Seconds for which a batch is collected.
 BATCH_WITHIN: Final = 0.02
 #: Most transitions written in one statement.
-MOST: Final = 1000
+MAX_TRANSITIONS: Final = 1000
 #: Unwritten transitions of a worker above which it is behind: some 10 MB of its memory, and of the stream.
 MAX_UNWRITTEN: Final = 10_000
 #: Default of the seconds for which Postgres may take nothing before a worker is behind.
@@ -223,14 +223,14 @@ class Recorder(os_threads.Thread):
         while True:
             again_in = self._try_again_at - time.monotonic() if self._put_off and not self._stopping else None
             if again_in is not None and again_in <= 0:
-                batch, self._put_off = self._put_off[:MOST], self._put_off[MOST:]
+                batch, self._put_off = self._put_off[:MAX_TRANSITIONS], self._put_off[MAX_TRANSITIONS:]
                 return batch, True
             if self._pending or self._stopping:
                 break
             self._changed.wait(again_in)
         if self._pending and not self._stopping:
-            self._changed.wait_for(lambda: len(self._pending) >= MOST or self._stopping, BATCH_WITHIN)
-        batch, self._pending = self._pending[:MOST], self._pending[MOST:]
+            self._changed.wait_for(lambda: len(self._pending) >= MAX_TRANSITIONS or self._stopping, BATCH_WITHIN)
+        batch, self._pending = self._pending[:MAX_TRANSITIONS], self._pending[MAX_TRANSITIONS:]
         return batch, False
 
     def _write(self, batch: list[Transition], *, wait: bool) -> tuple[list[Transition], list[Transition]]:

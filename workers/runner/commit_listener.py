@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 #: Name of the connection in `pg_stat_activity`.
 NAME: Final = "celery-capacity-listen"
 #: Most rows brought in by one statement.
-MOST: Final = 1000
+MAX_ROWS: Final = 1000
 #: Most seconds for which a worker that is not elected waits for a wake-up.
 IDLE: Final = 60.0
 #: Settings by which the connection of a runner whose machine lost its power is soon gone.
@@ -118,9 +118,9 @@ class Listener(os_threads.Thread):
         """Bring in jobs by their ids; '' stands for all accepted jobs."""
         named = list(dict.fromkeys(said))
         if "" not in named:
-            for start in range(0, len(named), MOST):
+            for start in range(0, len(named), MAX_ROWS):
                 with self.stores.engine.connect() as connection:
-                    rows = backlog.accepted(connection, named[start : start + MOST])
+                    rows = backlog.accepted(connection, named[start : start + MAX_ROWS])
                 if rows and not self._submit(rows):
                     return
             return
@@ -129,7 +129,7 @@ class Listener(os_threads.Thread):
         after = 0
         while True:
             with self.stores.engine.connect() as connection:
-                rows = backlog.stranded(connection, 0.0, MOST, after)
+                rows = backlog.stranded(connection, 0.0, MAX_ROWS, after)
             if not rows or not self._submit(rows):
                 return
             after = rows[-1].seq

@@ -26,7 +26,7 @@ from celery_capacity.workers.process.stores import transactions
 logger = logging.getLogger(__name__)
 
 #: Most ends written in one transaction.
-MOST: Final = 200
+MAX_ENDS: Final = 200
 #: Text in the outbox of a job that left a chord part. Results may be kept apart from the outbox, chord parts are not.
 PART: Final = '"chord": "'
 
@@ -115,7 +115,7 @@ class PostgresEnds:
         # Arrivals are messages of the old books: nobody can claim them, and their rows go back.
         dropped = len(arrivals)
         arrivals.clear()
-        batch = [ends[i] for i in range(min(MOST, len(ends)))]
+        batch = [ends[i] for i in range(min(MAX_ENDS, len(ends)))]
         if not batch:
             return dropped > 0
         try:

@@ -62,7 +62,7 @@ class Puller(os_threads.Thread):
         self._identity = context.identity
         self._confirmation = context.confirmation
         self._holdings = context.holdings
-        self._switch = Switch(context.engine, context.settings, context.confirmation, context.sight)
+        self._switch = Switch(context.engine, context.settings, context.confirmation, context.reachability)
         self._flush = flush
         self._flush_within = timeouts.FLUSH * context.settings.store_timeout
         self._tell = tell

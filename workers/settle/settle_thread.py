@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 #: Seconds between tries while the ledger does not answer, or while this process may not claim.
 RETRY_AFTER: Final = 0.25
 #: Most jobs settled in one round trip.
-MOST: Final = 200
+MAX_JOBS: Final = 200
 #: Reasons for which an arrived message is set aside, by the verdict on its claim.
 NOT_OURS: Final = {
     "forged": "job {0.job}: the message is not that of attempt {0.token}; its own is delivered again",
@@ -191,8 +191,8 @@ class LedgerThread(os_threads.Thread):
             self._on_closed()
             return False
         may_claim = self._confirmation.may_admit and not self._recorder.is_behind()
-        ends = [self._ends[i] for i in range(min(MOST, len(self._ends)))]
-        arrivals = [self._arrivals[i] for i in range(min(MOST, len(self._arrivals)))] if may_claim else []
+        ends = [self._ends[i] for i in range(min(MAX_JOBS, len(self._ends)))]
+        arrivals = [self._arrivals[i] for i in range(min(MAX_JOBS, len(self._arrivals)))] if may_claim else []
         if self._unsure and may_claim:
             self._recover()
         if not ends and not arrivals:

@@ -296,7 +296,7 @@ class Sender:
                     self._bring(connection, job.id, inserted)
             elif prior_state is not None:
                 # The row knows the successor already. The ledger is told to save a detour.
-                self.ask(inserted, lambda ledger: ledger.succeed(job.id, job.message))
+                self.ask(inserted, lambda ledger: ledger.note_successor(job.id, job.message))
             else:
                 self._known(connection, job, inserted)
         return None

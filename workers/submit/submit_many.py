@@ -34,7 +34,7 @@ from celery_capacity.workers.submit.validation import is_unique
 
 #: Characters of an id that all jobs of a call have in common, and how many numbers the rest can show.
 _COMMON: Final = 28
-MOST: Final = 16 ** (36 - _COMMON)
+MAX_NUMBERS: Final = 16 ** (36 - _COMMON)
 #: Jobs of one chunk at the most. Two chunks are in memory.
 MOST_IN_CHUNK: Final = 100_000
 #: Options of a call that mean the same for each of its jobs.
@@ -143,8 +143,8 @@ def submit_many(
     with stored_together(app, jobs) as gathering:
         call = _Call(app, gathering, resolved, dict(kwargs or {}), options)
         for number, item in enumerate(arguments, 1):
-            if number > MOST:
-                raise InvalidRequest(f"{MOST} jobs are the most of one call")
+            if number > MAX_NUMBERS:
+                raise InvalidRequest(f"{MAX_NUMBERS} jobs are the most of one call")
             if not isinstance(item, (list, tuple)):
                 advice = "Give the positional arguments of each job: a list or a tuple, (1,) for one."
                 raise InvalidRequest(f"item {number - 1}, {show(item)}, is not valid", value=item, advice=advice)

@@ -8,8 +8,8 @@ from typing import Any
 
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.workers.membership.context import WorkerContext
-from celery_capacity.workers.membership.failover import Sight
-from celery_capacity.workers.membership.heartbeat import Pulse
+from celery_capacity.workers.membership.failover import Reachability
+from celery_capacity.workers.membership.heartbeat import HeartbeatThread
 
 
 class Gone:
@@ -29,18 +29,18 @@ class Gone:
         raise StoreUnavailable("gone")
 
 
-def pulse_of(ledger: Any, sight: Any) -> Pulse:
+def heartbeat_of(ledger: Any, reachability: Any) -> HeartbeatThread:
     anything: Any = SimpleNamespace(draining=False, epoch=1, resting=False)
-    context = WorkerContext(anything, anything, ledger, anything, anything, anything, anything, sight)
-    return Pulse(context, *[anything] * 5)
+    context = WorkerContext(anything, anything, ledger, anything, anything, anything, anything, reachability)
+    return HeartbeatThread(context, *[anything] * 5)
 
 
 def test_a_ledger_that_is_gone_is_not_asked_without_a_pause() -> None:
     ledger = Gone()
-    pulse = pulse_of(ledger, SimpleNamespace(note=lambda **_: None))
-    pulse.start()
+    heartbeat = heartbeat_of(ledger, SimpleNamespace(note=lambda **_: None))
+    heartbeat.start()
     assert ledger.twice.wait(10)
-    pulse.stop(10)
+    heartbeat.stop(10)
     # Without pauses some ten thousand in that time.
     assert ledger.asked < 20
 
@@ -56,9 +56,9 @@ def test_heartbeat_goes_on_where_connections_cannot_be_cut() -> None:
     def fail() -> None:
         raise AttributeError("the main loop closed it meanwhile")
 
-    ledger, sight = Silent(), Sight()
-    sight.on_silence = fail
-    pulse = pulse_of(ledger, sight)
-    pulse.start()
+    ledger, reachability = Silent(), Reachability()
+    reachability.on_silence = fail
+    heartbeat = heartbeat_of(ledger, reachability)
+    heartbeat.start()
     assert ledger.twice.wait(10)
-    pulse.stop(10)
+    heartbeat.stop(10)
