@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.connection import connect
 
 logger = logging.getLogger(__name__)
@@ -57,16 +58,14 @@ class Mailbox(os_threads.Thread):
             self.join(within)
 
     def run(self) -> None:
-        last_error = ""
+        warning = LastingWarning(logger)
         while not self._ending.is_set():
             try:
                 self._take()
-                last_error = ""
+                warning.over()
             except RedisError as error:
                 # A message that was on its way is delivered again (START), like any message that a worker loses.
-                if str(error) != last_error:
-                    last_error = str(error)
-                    logger.warning("mailbox: the ledger's Redis does not answer: %s", error)
+                warning.warn(f"mailbox: the ledger's Redis does not answer: {error}")
                 self._ending.wait(RETRY_AFTER)
             except Exception:
                 # Go on after any error: a worker without its messages would hold the jobs that are admitted to it.

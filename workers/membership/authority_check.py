@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.database.authority import Authority, change_pause, read_authority
 from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.wake import Wake
 
@@ -48,7 +49,7 @@ class Confirmation(os_threads.Thread):
         self._wake = Wake()
         self._stopping = False
         self._resting = False
-        self._said = ""
+        self._warning = LastingWarning(logger)
         #: Says that this worker has nothing to decide.
         self.idle: Callable[[], bool] = lambda: False
         #: Called when Postgres names another epoch than before.
@@ -123,11 +124,8 @@ class Confirmation(os_threads.Thread):
                 return
             try:
                 self.ask()
-                self._said = ""
+                self._warning.over()
             except (SQLAlchemyError, PlatformError) as error:
-                problem = f"Postgres does not confirm that this worker may admit: {type(error).__name__}"
-                if problem != self._said:
-                    self._said = problem
-                    logger.warning(problem)
+                self._warning.warn(f"Postgres does not confirm that this worker may admit: {type(error).__name__}")
             except Exception:
                 logger.exception("a confirmation failed; the next one is asked for")

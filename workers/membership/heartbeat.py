@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import NameTaken, PlatformError, StoreUnavailable
+from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
@@ -61,7 +62,7 @@ class HeartbeatThread(os_threads.Thread):
         self._looks = False
         self._drain = False
         self._drained = False
-        self._said = ""
+        self._warning = LastingWarning(logger)
         #: Called after each heartbeat.
         self.on_renewed: Callable[[], None] = lambda: None
         #: Called when the ledger does not know this worker, though it is open in its epoch.
@@ -144,7 +145,7 @@ class HeartbeatThread(os_threads.Thread):
                         self._rejoin(self._ledger.opened())
                         self.on_missing()
                     self.on_renewed()
-                self._said = ""
+                self._warning.over()
                 self._note(lost=False)
                 pause = 0.0
             except LedgerClosed:
@@ -155,12 +156,12 @@ class HeartbeatThread(os_threads.Thread):
                 self._on_taken(error)
                 return
             except (StoreUnavailable, RedisError) as error:
-                self._say(f"heartbeat: the ledger does not answer: {type(error).__name__}: {error}")
+                self._warning.warn(f"heartbeat: the ledger does not answer: {type(error).__name__}: {error}")
                 self._note(lost=True, silent=is_silence(error))
                 # The worker has the ledger again once it could renew its lease: a read-only ledger is of no use.
                 renew_at = now
             except (SQLAlchemyError, PlatformError) as error:
-                self._say(f"heartbeat: a store does not answer: {type(error).__name__}: {error}")
+                self._warning.warn(f"heartbeat: a store does not answer: {type(error).__name__}: {error}")
             except Exception:
                 # No error may end this thread: a worker without a heartbeat loses its jobs.
                 logger.exception("a heartbeat failed; the next one is tried")
@@ -204,9 +205,3 @@ class HeartbeatThread(os_threads.Thread):
             self._membership.rejoin(self._holdings, self._recorder, self._challenge)
         self._closed = False
         self._on_open()
-
-    def _say(self, what: str) -> None:
-        """Log a warning once, not at every interval."""
-        if what != self._said:
-            self._said = what
-            logger.warning(what)

@@ -20,6 +20,7 @@ from celery_capacity.routing import os_threads
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.recovery import resubmit, transition_log
@@ -55,7 +56,7 @@ class Listener(os_threads.Thread):
         self._wake = Wake()
         self._stopping = False
         self._listening: Any = None
-        self._said = ""
+        self._warning = LastingWarning(logger)
 
     def wake(self) -> None:
         """Wake this thread, since this worker was elected or is not any more; in any thread."""
@@ -78,10 +79,10 @@ class Listener(os_threads.Thread):
                 if self._listening is None:
                     self._begin()
                 self._hear(interval)
-                self._said = ""
+                self._warning.over()
             except (SQLAlchemyError, psycopg2.Error, PlatformError, LedgerClosed, RedisError) as error:
                 self._end()
-                self._say(f"nobody listens here for what is committed: {type(error).__name__}: {error}")
+                self._warning.warn(f"nobody listens here for what is committed: {type(error).__name__}: {error}")
                 self._wake.wait(interval)
             except Exception:
                 self._end()
@@ -170,9 +171,3 @@ class Listener(os_threads.Thread):
         if self._listening is not None:
             self._listening.close()
             self._listening = None
-
-    def _say(self, what: str) -> None:
-        """Log a warning once, not at every interval."""
-        if what != self._said:
-            self._said = what
-            logger.warning(what)

@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger import election
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.election import Elected
@@ -68,7 +69,7 @@ class Candidate(os_threads.Thread):
         self._asks: set[str] = set()
         self._wake = Wake()
         self._stopping = False
-        self._said = ""
+        self._warning = LastingWarning(logger)
 
     def holds(self, store: str | None = None) -> bool:
         """Return True if this worker is the runner now, by the lease of that store.
@@ -93,12 +94,12 @@ class Candidate(os_threads.Thread):
         while not self._stopping:
             try:
                 self._stand()
-                self._said = ""
+                self._warning.over()
             except (PlatformError, RedisError, SQLAlchemyError) as error:
                 self.window.restart()
                 if self._store != "postgres":
                     self.on_look(None)
-                self._say(f"the election of the runner waits for a store: {type(error).__name__}: {error}")
+                self._warning.warn(f"the election of the runner waits for a store: {type(error).__name__}: {error}")
             except Exception:
                 logger.exception("the election of the runner failed; it is held again")
             self._wake.wait(self._term / RENEWALS if self._fence else self._term)
@@ -151,9 +152,3 @@ class Candidate(os_threads.Thread):
         except (PlatformError, RedisError, SQLAlchemyError) as error:
             logger.info("the lease of the runner was not given back, it runs out: %s", error)
         self._fence = 0
-
-    def _say(self, what: str) -> None:
-        """Log a warning once, not at every look."""
-        if what != self._said:
-            self._said = what
-            logger.warning(what)

@@ -12,6 +12,7 @@ from typing import Any, Final
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.states import Outcome, State, Step, Store
@@ -92,7 +93,7 @@ class PostgresEnds:
         self._on_outbox = on_outbox
         self._on_parts = on_parts
         self.tell_late = tell_late
-        self._said = ""
+        self._warning = LastingWarning(logger)
         #: Number of refused ends that are not counted in the ledger yet.
         self.stale = 0
 
@@ -121,12 +122,9 @@ class PostgresEnds:
         try:
             written = self._write_all(batch)
         except SQLAlchemyError as error:
-            problem = f"Postgres does not take what ended, it is kept: {type(error).__name__}"
-            if problem != self._said:
-                self._said = problem
-                logger.warning(problem)
+            self._warning.warn(f"Postgres does not take what ended, it is kept: {type(error).__name__}")
             return False
-        self._said = ""
+        self._warning.over()
         for _ in batch:
             ends.popleft()
         # An end whose row is locked, or that Postgres refuses, goes behind all others, so that it delays none of them.

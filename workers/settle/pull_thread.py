@@ -19,6 +19,7 @@ from celery_capacity.routing import os_threads
 from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.database.postgres import told
 from celery_capacity.routing.database.schema import CHANNEL
+from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome, Store
 from celery_capacity.routing.model.token import Token
@@ -79,7 +80,7 @@ class Puller(os_threads.Thread):
         self._compared_until = 0.0
         #: Jobs for which an error is logged already, since their rows take no write.
         self._unwritable: set[str] = set()
-        self._said = ""
+        self._warning = LastingWarning(logger)
 
     def wake(self) -> None:
         """Wake this thread, since there may be room, or a job to take; in any thread or signal handler."""
@@ -99,10 +100,10 @@ class Puller(os_threads.Thread):
                 self._switch.look()
                 if self._confirmation.may_pull:
                     self._pass()
-                self._said = ""
+                self._warning.over()
             except (SQLAlchemyError, psycopg2.Error) as error:
                 self._compared_until = 0.0
-                self._say(f"pull: Postgres does not answer: {type(error).__name__}")
+                self._warning.warn(f"pull: Postgres does not answer: {type(error).__name__}")
                 self._begin_again()
             except Exception:
                 # No error may end this thread: without it nothing starts here while the ledger is gone.
@@ -241,12 +242,6 @@ class Puller(os_threads.Thread):
         if self._listening is not None:
             self._listening.close()
             self._listening = None
-
-    def _say(self, what: str) -> None:
-        """Log a warning once, not at every interval."""
-        if what != self._said:
-            self._said = what
-            logger.warning(what)
 
     def _begin_again(self) -> None:
         """Have the next pass begin on new connections, after an interval."""

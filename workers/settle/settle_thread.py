@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import StoreUnavailable, storable
+from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.request import Request
@@ -88,7 +89,7 @@ class LedgerThread(os_threads.Thread):
         #: Claimed jobs that cannot start yet: this process may not decide any more, or Postgres lacks their claim.
         self._late: deque[tuple[Holding, str, Any]] = deque()
         self._retry_at = self._late_at = 0.0
-        self._said = ""
+        self._warning = LastingWarning(logger)
 
     # -- called by others ----------------------------------------------------------------------------------------
 
@@ -165,14 +166,13 @@ class LedgerThread(os_threads.Thread):
                     if offering:
                         self._offer_again()
                     done = self._settle() or offering
-                self._said = ""
+                self._warning.over()
             except LedgerClosed:
                 self._on_closed()
                 done = False
             except StoreUnavailable as error:
-                done, previous, self._said = False, self._said, str(error)
-                if previous != self._said:
-                    logger.warning("the ledger does not answer, ends are kept: %s", error)
+                done = False
+                self._warning.warn(f"the ledger does not answer, ends are kept: {error}")
             except Exception:
                 # After any error all that is pending stays so: without this thread no job of this worker would end.
                 logger.exception("the ledger's answer could not be taken; it is asked again")
