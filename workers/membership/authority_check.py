@@ -16,12 +16,11 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import os_threads
 from celery_capacity.routing.database.authority import Authority, change_pause, read_authority
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.model.states import Store
-from celery_capacity.routing.wake import Wake
+from celery_capacity.workers.process.service import LookingService
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 REST: Final = 300.0
 
 
-class Confirmation(os_threads.Thread):
+class Confirmation(LookingService):
     """Thread that asks Postgres which store decides, and in which epoch.
 
     Any thread may read the answer without a lock, since each assignment is of a single value. `on_regained` is called
@@ -37,7 +36,7 @@ class Confirmation(os_threads.Thread):
     """
 
     def __init__(self, engine: Engine, interval: float, on_regained: Callable[[], None]) -> None:
-        super().__init__(name="confirmation", daemon=True)
+        super().__init__("confirmation")
         self._engine = engine
         self._interval = interval
         self._on_regained = on_regained
@@ -46,8 +45,6 @@ class Confirmation(os_threads.Thread):
         self._changed: datetime | None = None
         #: Time from which the new authority may decide (monotonic).
         self._decides_from = 0.0
-        self._wake = Wake()
-        self._stopping = False
         self._resting = False
         self._warning = LastingWarning(logger)
         #: Says that this worker has nothing to decide.
@@ -108,7 +105,7 @@ class Confirmation(os_threads.Thread):
         """Have this thread ask now, without waiting for it."""
         self._wake.set()
 
-    def stop(self) -> None:
+    def stop(self, within: float = 0.0) -> None:
         """End this thread without waiting for it: it is a daemon, and may be waiting for Postgres."""
         self._stopping = True
         self._wake.set()

@@ -17,8 +17,8 @@ from celery_capacity.routing import os_threads
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect.job_events import EPOCH_CHANNEL
 from celery_capacity.routing.ledger.connection import connect
-from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker import beat_messages
+from celery_capacity.workers.process.service import LookingService
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ NAME: Final = "celery-capacity-epoch"
 IDLE: Final = 60.0
 
 
-class EpochWatch(os_threads.Thread):
+class EpochWatch(LookingService):
     """Thread that subscribes to new epochs and ticks.
 
     `on_epoch` is called when a new epoch is open, or may be: also after each gap. `on_tick` is called with the name of
@@ -42,21 +42,13 @@ class EpochWatch(os_threads.Thread):
         on_tick: Callable[[str], None] = lambda _: None,
         tick_channel: str = "",
     ) -> None:
-        super().__init__(name="epoch", daemon=True)
+        super().__init__("epoch")
         self._settings = settings
         self._on_epoch = on_epoch
         self._on_tick = on_tick
         self._channels = [EPOCH_CHANNEL, *([tick_channel] if tick_channel else [])]
-        self._wake = Wake()
-        self._stopping = False
         self._client: Any = None
         self._pubsub: Any = None
-
-    def stop(self, within: float) -> None:
-        self._stopping = True
-        self._wake.set()
-        if self.is_alive():
-            self.join(within)
 
     def run(self) -> None:
         while not self._stopping:

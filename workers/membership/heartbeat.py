@@ -10,17 +10,16 @@ from typing import Final
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import NameTaken, PlatformError, StoreUnavailable
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.states import Store
-from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker.cut_connection import is_silence
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.registration import Membership
+from celery_capacity.workers.process.service import LookingService
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ TICKS_WITHIN: Final = 0.1
 WAITS_PART: Final = 0.5
 
 
-class HeartbeatThread(os_threads.Thread):
+class HeartbeatThread(LookingService):
     """Heartbeat thread: has the authority confirmed, renews the lease, sees a new epoch, and drains on request."""
 
     def __init__(
@@ -43,7 +42,7 @@ class HeartbeatThread(os_threads.Thread):
         on_open: Callable[[], None],
         on_taken: Callable[[NameTaken], None],
     ) -> None:
-        super().__init__(name="heartbeat", daemon=True)
+        super().__init__("heartbeat")
         self._reachability = context.reachability
         self._ledger = context.ledger
         self._confirmation = context.confirmation
@@ -55,8 +54,6 @@ class HeartbeatThread(os_threads.Thread):
         self._on_open = on_open
         self._on_taken = on_taken
         self._exclusive = context.exclusive
-        self._wake = Wake()
-        self._stopping = False
         self._ticked = False
         self._closed = False
         self._looks = False
@@ -97,12 +94,6 @@ class HeartbeatThread(os_threads.Thread):
     def drain(self) -> None:
         self._drain = True
         self._wake.set()
-
-    def stop(self, within: float) -> None:
-        self._stopping = True
-        self._wake.set()
-        if self.is_alive():
-            self.join(within)
 
     # -- the thread ----------------------------------------------------------------------------------------------
 

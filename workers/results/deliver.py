@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from celery_capacity.routing import os_threads
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.outbox import Outbox, parse
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.process.attempts import Attempt, held
+from celery_capacity.workers.process.service import QueueService
 from celery_capacity.workers.results.backends import HOPELESS
 from celery_capacity.workers.results.chord_parts import GIVEN_UP_AFTER, Part, Parts
 
@@ -84,7 +83,7 @@ def _try(action: Callable[[Any], None], notes: Any) -> None:
         logger.exception("what a job left for the result backend cannot be delivered and is dropped: %.200r", notes)
 
 
-class Delivery(os_threads.Thread):
+class Delivery(QueueService):
     """Thread that delivers the outboxes of transitions, then passes the transitions on.
 
     `add` never blocks. A transition goes on to `record` when its outbox is delivered, or has to wait. `settle` (job,
@@ -99,7 +98,7 @@ class Delivery(os_threads.Thread):
         parts: Parts,
         settle: Callable[[str, str, str], None],
     ) -> None:
-        super().__init__(name="delivery", daemon=True)
+        super().__init__("delivery")
         self._backend = backend
         self._incarnation = incarnation
         self._record = record
@@ -107,8 +106,6 @@ class Delivery(os_threads.Thread):
         self._settle = settle
         self._pending: list[Transition] = []
         self._delivering: Sequence[Transition] = ()
-        self._changed = threading.Condition()
-        self._stopping = False
         self._down_until = 0.0
 
     def add(self, transitions: Sequence[Transition]) -> None:
@@ -130,14 +127,6 @@ class Delivery(os_threads.Thread):
         """Wait until all added transitions went on, `within` seconds at the most; return False if they did not."""
         with self._changed:
             return self._changed.wait_for(lambda: not (self._pending or self._delivering), within)
-
-    def stop(self, within: float) -> None:
-        """Deliver what is pending, or leave it to the duty, then end. Waits `within` seconds at the most."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        if self.is_alive():
-            self.join(within)
 
     def run(self) -> None:
         while True:

@@ -10,7 +10,6 @@ the recorder is *behind*. Then its worker starts nothing more, since a new body 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ from typing import Final
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed
@@ -27,6 +25,7 @@ from celery_capacity.routing.recovery import resubmit, transition_log
 from celery_capacity.routing.store import refused_transitions
 from celery_capacity.routing.store.job_transitions import Applied, Transition
 from celery_capacity.workers.process import claims
+from celery_capacity.workers.process.service import QueueService
 from celery_capacity.workers.results.store_calls import StoreCalls
 
 logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ SELECT EXISTS (SELECT 1 FROM jobs
 """)
 
 
-class Recorder(os_threads.Thread):
+class Recorder(QueueService):
     """Thread that writes transitions to Postgres.
 
     `add` never blocks. `flush` waits until all added transitions are written, or the time is over. `on_applied` is
@@ -65,7 +64,7 @@ class Recorder(os_threads.Thread):
         on_level: Callable[[], None] = lambda: None,
         write_within: float = WRITE_WITHIN,
     ) -> None:
-        super().__init__(name="recorder", daemon=True)
+        super().__init__("recorder")
         self._engine = engine
         self._ledger = ledger
         self._on_applied = on_applied
@@ -80,8 +79,6 @@ class Recorder(os_threads.Thread):
         self._put_off: list[Transition] = []
         self._try_again_at = 0.0
         self._writing: list[Transition] = []
-        self._changed = threading.Condition()
-        self._stopping = False
 
     def add(self, transitions: Sequence[Transition]) -> None:
         if not transitions:
@@ -149,11 +146,7 @@ class Recorder(os_threads.Thread):
     def stop(self, within: float) -> None:
         """Write what is pending, if Postgres takes it, and end. Waits `within` seconds at the most for each thread."""
         self._calls.stop(within)
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        if self.is_alive():
-            self.join(within)
+        super().stop(within)
 
     def run(self) -> None:
         failures = 0

@@ -7,7 +7,6 @@ in memory, up to a bound. Messages beyond the bound are dropped and counted.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import Final
@@ -15,9 +14,9 @@ from typing import Final
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import os_threads
 from celery_capacity.routing.store import quarantine
 from celery_capacity.routing.store.quarantine import SetAside
+from celery_capacity.workers.process.service import QueueService
 
 logger = logging.getLogger(__name__)
 
@@ -33,22 +32,20 @@ RETRY_AFTER: Final = 1.0
 SHOWN: Final = 200
 
 
-class Quarantine(os_threads.Thread):
+class Quarantine(QueueService):
     """Thread that writes unreadable messages to Postgres.
 
     `set_aside` never waits for a store and may be called in any thread.
     """
 
     def __init__(self, engine: Engine, worker: str) -> None:
-        super().__init__(name="quarantine", daemon=True)
+        super().__init__("quarantine")
         self._engine = engine
         self._worker = worker
         #: Messages, each with the job of whose message it may be a second copy; '' for none.
         self._waiting: deque[tuple[SetAside, str]] = deque()
         self._bytes = 0
         self._dropped = 0
-        self._changed = threading.Condition()
-        self._stopping = False
 
     def set_aside(self, raw: bytes, queue: str, reason: str, unless: str = "") -> None:
         """Keep a message that was taken from a queue and cannot be read.
@@ -66,14 +63,6 @@ class Quarantine(os_threads.Thread):
             self._waiting.append((message, unless))
             self._bytes += len(message.raw)
             self._changed.notify_all()
-
-    def stop(self, within: float) -> None:
-        """Write the waiting messages, if Postgres takes them, and end. Waits `within` seconds at the most."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        if self.is_alive():
-            self.join(within)
 
     def run(self) -> None:
         logged = ""

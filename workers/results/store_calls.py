@@ -6,28 +6,25 @@ They may wait, so they run in a thread of their own: a slow store delays no outc
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-from celery_capacity.routing import os_threads
+from celery_capacity.workers.process.service import QueueService
 
 logger = logging.getLogger(__name__)
 
 
-class StoreCalls(os_threads.Thread):
+class StoreCalls(QueueService):
     """Thread that runs calls one after the other, in their order.
 
     `call` never blocks. An error of a call is logged.
     """
 
     def __init__(self) -> None:
-        super().__init__(name="store calls", daemon=True)
+        super().__init__("store calls")
         self._calls: deque[Callable[[], object]] = deque()
         self._calling = False
-        self._changed = threading.Condition()
-        self._stopping = False
 
     def call(self, action: Callable[[], object]) -> None:
         """Run an action in this thread, after the actions that came before."""
@@ -39,14 +36,6 @@ class StoreCalls(os_threads.Thread):
         """Wait until all calls are done; return False if they are not done in `within` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not (self._calls or self._calling), within)
-
-    def stop(self, within: float) -> None:
-        """Run the calls that are left, then end. Waits `within` seconds at the most."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        if self.is_alive():
-            self.join(within)
 
     def run(self) -> None:
         """Run calls as they come, until this thread is stopped."""

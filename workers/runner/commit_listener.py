@@ -25,7 +25,7 @@ from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.recovery import resubmit, transition_log
 from celery_capacity.routing.store import backlog
-from celery_capacity.routing.wake import Wake
+from celery_capacity.workers.process.service import LookingService
 from celery_capacity.workers.process.stores import Stores
 
 logger = logging.getLogger(__name__)
@@ -43,30 +43,18 @@ _SHORT_LIVED: Final = (
 )
 
 
-class Listener(os_threads.Thread):
+class Listener(LookingService):
     """Thread that listens while this worker is elected, and brings in the jobs that it hears of.
 
     `stores` has a handle of the ledger for this thread alone. `elected` says whether this worker is to listen.
     """
 
     def __init__(self, stores: Stores, elected: Callable[[], bool]) -> None:
-        super().__init__(name="listen", daemon=True)
+        super().__init__("listen")
         self.stores = stores
         self._elected = elected
-        self._wake = Wake()
-        self._stopping = False
         self._listening: Any = None
         self._warning = LastingWarning(logger)
-
-    def wake(self) -> None:
-        """Wake this thread, since this worker was elected or is not any more; in any thread."""
-        self._wake.set()
-
-    def stop(self, within: float) -> None:
-        self._stopping = True
-        self._wake.set()
-        if self.is_alive():
-            self.join(within)
 
     def run(self) -> None:
         interval = self.stores.settings.due_interval

@@ -16,7 +16,6 @@ from celery import Celery
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from celery_capacity.routing import os_threads
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.database.authority import read_authority
@@ -25,7 +24,6 @@ from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.states import Store
-from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker import beat_messages, transport
 from celery_capacity.workers.duties import (
     apply_transitions,
@@ -41,6 +39,7 @@ from celery_capacity.workers.duties import (
     unique_keys,
 )
 from celery_capacity.workers.membership.cold_ledger import open_ledger
+from celery_capacity.workers.process.service import LookingService
 from celery_capacity.workers.process.spare_connections import close_spare
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.runner.commit_listener import Listener
@@ -98,7 +97,7 @@ DUTIES: Final = (
 SUSPICION: Final = Duty("suspicion", sweep.pause, reconcile.run_once)
 
 
-class Runner(os_threads.Thread):
+class Runner(LookingService):
     """Thread that runs each duty at its interval, while this worker is elected.
 
     Each duty stands alone: a failed duty is retried after a pause of its own, and the others are done. `authority` says
@@ -115,7 +114,7 @@ class Runner(os_threads.Thread):
         ledger: Ledger,
         is_idle: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__(name="duties", daemon=True)
+        super().__init__("duties")
         self._app = app
         self._workers_stores = stores
         self._is_idle = is_idle
@@ -123,8 +122,6 @@ class Runner(os_threads.Thread):
         self._stores = stores.apart()
         self.election = Candidate(stores.engine, ledger, incarnation, authority, self._on_change, self._on_asked)
         self._listener = Listener(stores.apart(), self.election.holds)
-        self._wake = Wake()
-        self._stopping = False
         self._asked: set[str] = set()
         #: True if the ledger is to be compared with Postgres out of turn.
         self._suspected = False
@@ -166,10 +163,8 @@ class Runner(os_threads.Thread):
 
     def stop(self, within: float) -> None:
         self._stopping = True
-        self._wake.set()
         self._listener.stop(within)
-        if self.is_alive():
-            self.join(within)
+        super().stop(within)
         # Last, when no duty runs any more: from here on another worker may have the lease.
         self.election.stop(within)
 

@@ -16,15 +16,14 @@ from redis.exceptions import RedisError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger import election
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.model.states import Store
-from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.duties.window import Window
+from celery_capacity.workers.process.service import LookingService
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 RENEWALS: Final = 3
 
 
-class Candidate(os_threads.Thread):
+class Candidate(LookingService):
     """Thread that stands for election.
 
     `authority` says which store decides, and so which store keeps the lease. `on_change` is called when this worker won
@@ -48,7 +47,7 @@ class Candidate(os_threads.Thread):
         on_change: Callable[[], None],
         on_asked: Callable[[Sequence[str]], None],
     ) -> None:
-        super().__init__(name="election", daemon=True)
+        super().__init__("election")
         self._engine = engine
         self.ledger = ledger
         self._incarnation = incarnation
@@ -67,8 +66,6 @@ class Candidate(os_threads.Thread):
         self._fence = 0
         self._until = 0.0
         self._asks: set[str] = set()
-        self._wake = Wake()
-        self._stopping = False
         self._warning = LastingWarning(logger)
 
     def holds(self, store: str | None = None) -> bool:
@@ -82,13 +79,6 @@ class Candidate(os_threads.Thread):
         """Have the runner do a duty soon; in any thread."""
         self._asks.add(duty)
         self._wake.set()
-
-    def stop(self, within: float) -> None:
-        """Give the lease back, and end."""
-        self._stopping = True
-        self._wake.set()
-        if self.is_alive():
-            self.join(within)
 
     def run(self) -> None:
         while not self._stopping:

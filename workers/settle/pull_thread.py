@@ -26,10 +26,10 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.store import claims, fencing
 from celery_capacity.routing.store.refused_transitions import concerns_data
-from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.failover import Switch
 from celery_capacity.workers.process.holdings import Holding
+from celery_capacity.workers.process.service import LookingService
 from celery_capacity.workers.process.stores import Stores, transactions
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 MOST_MISSES: Final = 5
 
 
-class Puller(os_threads.Thread):
+class Puller(LookingService):
     """Thread that takes jobs from Postgres.
 
     `start_job` gets the text of each message, in this thread. `can_start` says whether it would start at once. `flush`
@@ -56,7 +56,7 @@ class Puller(os_threads.Thread):
         start_job: Callable[[str], None],
         can_start: Callable[[], bool],
     ) -> None:
-        super().__init__(name="pull", daemon=True)
+        super().__init__("pull")
         self._stores, self._engine = stores, context.engine
         self._transactions = transactions(self._engine)
         self._settings = context.settings
@@ -69,10 +69,8 @@ class Puller(os_threads.Thread):
         self._tell = tell
         self._start_job = start_job
         self._can_start = can_start
-        self._wake = Wake()
         #: Set in a signal handler: this worker takes nothing any more.
         self.draining = False
-        self._stopping = False
         self._listening: Any = None
         #: Time of the next try to listen (monotonic).
         self._listen_at = 0.0
@@ -81,16 +79,6 @@ class Puller(os_threads.Thread):
         #: Jobs for which an error is logged already, since their rows take no write.
         self._unwritable: set[str] = set()
         self._warning = LastingWarning(logger)
-
-    def wake(self) -> None:
-        """Wake this thread, since there may be room, or a job to take; in any thread or signal handler."""
-        self._wake.set()
-
-    def stop(self, within: float) -> None:
-        self._stopping = True
-        self._wake.set()
-        if self.is_alive():
-            self.join(within)
 
     def run(self) -> None:
         while not self._stopping:
