@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import psycopg2
 from sqlalchemy import Connection, text
@@ -19,9 +19,9 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.database.postgres import NOT_THERE, is_lost
 from celery_capacity.routing.errors import NotMigrated
-from celery_capacity.routing.insert.single import may_publish, request_json
+from celery_capacity.routing.insert.columns import COLUMNS
+from celery_capacity.routing.insert.single import may_publish
 from celery_capacity.routing.model.job import NewJob, Publisher
-from celery_capacity.routing.model.states import State
 
 #: Rows of one statement: enough that its round trip and its commit do not count, at some 1 MB of memory.
 CHUNK: Final = 1000
@@ -29,11 +29,10 @@ CHUNK: Final = 1000
 _BUFFER: Final = 1 << 20
 #: SQLSTATE of an insert with an existing id.
 _EXISTS: Final = "23505"
-#: Columns in the order of `_line`.
-_COPY: Final = (
-    "COPY jobs (id, root_id, message, name, state, shape, request, priority, declared, queue, retries, nesting, "
-    "parent_id, due_at, expires_at, rerun, replaces, stamps) FROM STDIN"
-)
+#: Columns in which each job differs, and the others: the jobs of one call have most of these in common.
+_OWN: Final = ("id", "root_id", "message")
+_COMMON: Final = tuple(column for column in COLUMNS if column.name not in _OWN)
+_COPY: Final = f"COPY jobs ({', '.join([*_OWN, *(column.name for column in _COMMON)])}) FROM STDIN"
 #: Characters that COPY's text form escapes.
 _ESCAPES: Final = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 _NULL: Final = "\\N"
@@ -103,69 +102,22 @@ def _keeps_lease(connection: Connection, by: Publisher) -> bool:
 
 def _line(job: NewJob) -> str:
     """Return a row as COPY reads it."""
-    rest = _rest(
-        job.name,
-        job.shape,
-        job.priority,
-        job.declared,
-        job.queue,
-        job.retries,
-        job.nesting,
-        job.parent_id,
-        job.due_at,
-        job.expires_at,
-        job.rerun,
-        job.replaces,
-        job.stamps,
-    )
-    return f"{_text(job.id)}\t{_text(job.root_id)}\t\\\\x{job.message.hex()}\t{rest}\n"
+    common = _common(tuple(column.value(job) for column in _COMMON))
+    return f"{_text(job.id)}\t{_text(job.root_id)}\t\\\\x{job.message.hex()}\t{common}\n"
 
 
-# Cached, since the jobs of one call have most of their columns in common.
 @lru_cache(maxsize=1024)
-def _rest(
-    name: str,
-    shape: str,
-    priority: int,
-    declared: bool,
-    queue: str,
-    retries: int,
-    nesting: int,
-    parent_id: str | None,
-    due_at: datetime | None,
-    expires_at: datetime | None,
-    rerun: bool,
-    replaces: str | None,
-    stamps: str | None,
-) -> str:
-    state = State.ACCEPTED if due_at is None else State.SCHEDULED
-    columns = (
-        name,
-        state.value,
-        shape,
-        request_json(shape),
-        str(priority),
-        _bool(declared),
-        queue,
-        str(retries),
-        str(nesting),
-        parent_id,
-        _time(due_at),
-        _time(expires_at),
-        _bool(rerun),
-        replaces,
-        stamps,
-    )
-    return "\t".join(map(_text, columns))
+def _common(values: tuple[Any, ...]) -> str:
+    return "\t".join(_text(_plain(value)) for value in values)
+
+
+def _plain(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "t" if value else "f"
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def _text(value: str | None) -> str:
     return _NULL if value is None else value.translate(_ESCAPES) if "\\" in value or not value.isprintable() else value
-
-
-def _bool(value: bool) -> str:
-    return "t" if value else "f"
-
-
-def _time(value: datetime | None) -> str | None:
-    return None if value is None else value.isoformat()

@@ -16,9 +16,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.dialects.postgresql import insert
 
 from celery_capacity.routing.database.schema import CHANNEL, jobs
-from celery_capacity.routing.insert.single import request_json
+from celery_capacity.routing.insert import columns
 from celery_capacity.routing.model.job import NewJob
-from celery_capacity.routing.model.states import State
 
 #: Jobs of one call that are named in notifications; of more jobs, a notification says only that there are some.
 MOST_NAMED: Final = 20
@@ -77,24 +76,6 @@ def insert_jobs(connection: Connection, home: Home, jobs: Sequence[NewJob]) -> M
 
 
 def _row(job: NewJob) -> dict[str, Any]:
-    state = State.ACCEPTED if job.due_at is None else State.SCHEDULED
-    return {
-        "id": job.id,
-        "name": job.name,
-        "state": state.value,
-        "shape": job.shape,
-        "request": json.loads(request_json(job.shape)),
-        "message": job.message,
-        "priority": job.priority,
-        "declared": job.declared,
-        "queue": job.queue,
-        "retries": job.retries,
-        "nesting": job.nesting,
-        "root_id": job.root_id,
-        "parent_id": job.parent_id,
-        "due_at": job.due_at,
-        "expires_at": job.expires_at,
-        "rerun": job.rerun,
-        "replaces": job.replaces,
-        "stamps": json.loads(job.stamps) if job.stamps else None,
-    }
+    row = columns.row(job)
+    # SQLAlchemy makes the text of these columns itself.
+    return row | {name: row[name] and json.loads(row[name]) for name in ("request", "stamps")}

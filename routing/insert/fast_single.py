@@ -16,6 +16,7 @@ from sqlalchemy import Engine, PoolProxiedConnection
 from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.insert import single
+from celery_capacity.routing.insert.columns import request_json
 from celery_capacity.routing.model.job import Inserted, NewJob
 from celery_capacity.routing.model.states import State
 
@@ -107,7 +108,7 @@ class Inserter:
     def _simple(self, job: NewJob) -> tuple[single.Statement, tuple[Any, ...]]:
         """Return the insert of a simple job, and its parameters."""
         shape = job.shape
-        kind = (job.name, shape, single.request_json(shape), job.priority, job.declared, job.queue)
+        kind = (job.name, shape, request_json(shape), job.priority, job.declared, job.queue)
         statement = self._own.get(kind) or self._count(kind)
         if statement is not None:
             return statement, (job.id, job.message)

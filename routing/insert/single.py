@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Final
 
 import psycopg2
@@ -24,28 +23,15 @@ from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres import is_lost
 from celery_capacity.routing.errors import InvalidRequest, NotMigrated, show
+from celery_capacity.routing.insert import columns
+from celery_capacity.routing.insert.columns import COLUMNS
 from celery_capacity.routing.model.job import Gates, Inserted, NewJob, Publisher
-from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import FINAL, State, Step
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 
 
-@lru_cache(maxsize=4096)
-def request_json(shape: str) -> str:
-    """Return the column `request`: the shape in people's units, as JSON."""
-    return json.dumps(Request.from_shape(shape).to_people())
-
-
-_COLUMNS: Final = (
-    "id, name, state, shape, request, message, priority, declared, queue, retries, nesting, root_id, parent_id, "
-    "due_at, expires_at, rerun, replaces, stamps"
-)
-_TYPES: Final = (
-    "text, text, text, text, jsonb, bytea, smallint, bool, text, int, int, text, text, timestamptz, timestamptz, bool, "
-    "text, jsonb"
-)
-_VALUES: Final = ", ".join(f"${number}" for number in range(1, 19))
+_VALUES: Final = ", ".join(f"${number}" for number in range(1, len(COLUMNS) + 1))
 _RETURNING: Final = "ON CONFLICT (id) DO NOTHING RETURNING seq, (SELECT epoch || ' ' || authority FROM authority)"
 
 
@@ -76,7 +62,9 @@ class Statement:
         return cls(name, f"PREPARE {name} ({types}) AS {insert}", execute, re.sub(r"\$\d+", "%s", insert), common)
 
 
-BY_ANYBODY: Final = Statement.of("celery_capacity_insert_job", _COLUMNS, _TYPES, f"VALUES ({_VALUES})", 18)
+BY_ANYBODY: Final = Statement.of(
+    "celery_capacity_insert_job", columns.NAMES, columns.TYPES, f"VALUES ({_VALUES})", len(COLUMNS)
+)
 #: SQL condition that an attempt (job, epoch, attempt, incarnation) may still speak. Its row is there (and not in the
 #: archive), has no newer attempt, and did not take this attempt back or give it up. Its worker was not given up either,
 #: which is noted before the worker's jobs are taken back.
@@ -86,12 +74,13 @@ _HOLDS: Final = (
     f"< ({{}}, {{}}, {Step.BACK.value})) AND "
     "NOT EXISTS (SELECT 1 FROM workers w WHERE w.incarnation = {} AND w.status = 'lost')"
 )
+_ATTEMPT: Final = [f"${len(COLUMNS) + number}" for number in range(1, 5)]
 _BY_ATTEMPT: Final = Statement.of(
     "celery_capacity_insert_job_by",
-    _COLUMNS,
-    f"{_TYPES}, text, bigint, int, text",
-    f"SELECT {_VALUES} WHERE {_HOLDS.format('$19', '$20', '$21', '$22')}",
-    22,
+    columns.NAMES,
+    f"{columns.TYPES}, text, bigint, int, text",
+    f"SELECT {_VALUES} WHERE {_HOLDS.format(*_ATTEMPT)}",
+    len(COLUMNS) + len(_ATTEMPT),
 )
 #: SQLSTATEs: a table is missing; a prepared statement is unknown, or is known already (a pooler gave us another
 #: session).
@@ -112,29 +101,11 @@ def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None)
 
 
 def values_of(job: NewJob, state: State | None = None, gated: bool = False) -> tuple[Any, ...]:
-    """Return the parameters of `BY_ANYBODY`."""
-    if state is None:
-        state = State.SCHEDULED if job.due_at is not None else State.ACCEPTED
-    return (
-        job.id,
-        job.name,
-        state.value,
-        job.shape,
-        request_json(job.shape),
-        job.message,
-        job.priority,
-        job.declared,
-        job.queue,
-        job.retries,
-        job.nesting,
-        job.root_id,
-        job.parent_id,
-        None if gated else job.due_at,
-        job.expires_at,
-        job.rerun,
-        job.replaces,
-        job.stamps,
-    )
+    """Return the parameters of `BY_ANYBODY`. `state` replaces that of the job; a constraint keeps the time itself."""
+    others: dict[str, Any] = {} if state is None else {"state": state.value}
+    if gated:
+        others["due_at"] = None
+    return columns.values(job, **others)
 
 
 def _insert(

@@ -11,7 +11,8 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
-from celery_capacity.routing.insert.single import insert_job, request_json
+from celery_capacity.routing.insert import columns
+from celery_capacity.routing.insert.single import insert_job
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.states import FINAL, State, Step
@@ -67,6 +68,13 @@ RETURNING CASE WHEN successor IS NULL THEN '{State.REPLACED.value}' ELSE state E
 """)
 
 
+#: Columns of a job that its successor replaces, and those that tell one publish from another.
+_COLUMNS: Final = (
+    *("id", "message", "name", "rerun", "shape", "queue", "request", "retries", "nesting", "priority"),
+    *("due_at", "expires_at"),
+)
+
+
 def put_successor(connection: Connection, job: NewJob) -> str | None:
     """Keep a publish under an existing id as the successor of its running attempt.
 
@@ -74,23 +82,10 @@ def put_successor(connection: Connection, job: NewJob) -> str | None:
     and nesting; an equal or lower one is there already. Returns the state that the row had, None where the publish is
     refused.
     """
+    row = columns.row(job)
     state = connection.execute(
         _SUCCESSOR,
-        {
-            "id": job.id,
-            "message": job.message,
-            "name": job.name,
-            "rerun": job.rerun,
-            "shape": job.shape,
-            "queue": job.queue,
-            "request": request_json(job.shape),
-            "retries": job.retries,
-            "publisher": job.publisher,
-            "nesting": job.nesting,
-            "priority": job.priority,
-            "due_at": job.due_at,
-            "expires_at": job.expires_at,
-        },
+        {**{name: row[name] for name in _COLUMNS}, "publisher": job.publisher},
     ).scalar_one_or_none()
     return str(state) if state is not None else None
 

@@ -1,0 +1,75 @@
+"""Columns of a submitted job, in one list. Every way into the table of jobs derives its columns from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any, Final
+
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import State
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column: its name and type in Postgres, and its value for a new job, as the driver takes it."""
+
+    name: str
+    type: str
+    value: Callable[[NewJob], Any]
+
+
+@lru_cache(maxsize=4096)
+def request_json(shape: str) -> str:
+    """Return the column `request`: the shape in people's units, as JSON."""
+    return json.dumps(Request.from_shape(shape).to_people())
+
+
+def _same(name: str, type_: str) -> Column:
+    return Column(name, type_, attrgetter(name))
+
+
+def _state(job: NewJob) -> str:
+    return (State.ACCEPTED if job.due_at is None else State.SCHEDULED).value
+
+
+COLUMNS: Final = (
+    _same("id", "text"),
+    _same("name", "text"),
+    Column("state", "text", _state),
+    _same("shape", "text"),
+    Column("request", "jsonb", lambda job: request_json(job.shape)),
+    _same("message", "bytea"),
+    _same("priority", "smallint"),
+    _same("declared", "bool"),
+    _same("queue", "text"),
+    _same("retries", "int"),
+    _same("nesting", "int"),
+    _same("root_id", "text"),
+    _same("parent_id", "text"),
+    _same("due_at", "timestamptz"),
+    _same("expires_at", "timestamptz"),
+    _same("rerun", "bool"),
+    _same("replaces", "text"),
+    _same("stamps", "jsonb"),
+)
+NAMES: Final = ", ".join(column.name for column in COLUMNS)
+TYPES: Final = ", ".join(column.type for column in COLUMNS)
+_PLACES: Final = {column.name: place for place, column in enumerate(COLUMNS)}
+
+
+def values(job: NewJob, **others: Any) -> tuple[Any, ...]:
+    """Return the values of a job in the order of `COLUMNS`. `others`: columns with another value than the job's."""
+    row = [column.value(job) for column in COLUMNS]
+    for name, value in others.items():
+        row[_PLACES[name]] = value
+    return tuple(row)
+
+
+def row(job: NewJob) -> dict[str, Any]:
+    """Return the values of a job by the names of the columns."""
+    return {column.name: column.value(job) for column in COLUMNS}
