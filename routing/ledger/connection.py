@@ -183,10 +183,13 @@ class LedgerServer:
         try:
             return action()
         except RedisError as error:
-            where = mask_url(self.settings.redis_url or "")
-            full = isinstance(error, OutOfMemoryError) or WRAPPED_OOM in str(error)
-            kind = LedgerFull if full else StoreUnavailable
-            raise kind(f"Redis at {where} does not serve: {error}") from error
+            raise self._translated(error) from error
+
+    def _translated(self, error: RedisError) -> StoreUnavailable:
+        where = mask_url(self.settings.redis_url or "")
+        full = isinstance(error, OutOfMemoryError) or WRAPPED_OOM in str(error)
+        kind = LedgerFull if full else StoreUnavailable
+        return kind(f"Redis at {where} does not serve: {error}")
 
     def _call(self, script: str, groups: Iterable[Group] = (), **values: Any) -> Reply:
         """Call a script, with its arguments and those of its groups by their names in the header."""
@@ -206,7 +209,10 @@ class LedgerServer:
         """Send the calls in one round trip; each is atomic by itself. Raise the first refusal or error."""
         self.run_id  # noqa: B018 - the first use connects
         meant, self._meant.run_id = getattr(self._meant, "run_id", ""), ""
-        replies = self._guard(lambda: self._send(calls))
+        try:
+            replies = self._send(calls)
+        except RedisError as error:
+            raise self._translated(error) from error
         if meant and meant != self._run_id:
             # Another thread's connection met the new life of the server first. If the server came back with old books,
             # the scripts accepted these arguments. The opener of the next epoch discards the changes they made.
