@@ -18,7 +18,7 @@ from celery_capacity.routing.ledger.snapshot import read_cards
 from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.recovery import rebuild
 from celery_capacity.routing.store.job_transitions import Transition
-from celery_capacity.workers.process import claims
+from celery_capacity.workers.process import claim_writer
 from celery_capacity.workers.process.stores import make_engine
 from tests.fixtures.staged import MOST_LOSSES, Stage
 
@@ -136,8 +136,8 @@ def test_lost_worker_s_unknown_claim_of_a_row_that_says_admitted_counts(stage: S
 def test_claim_is_known_when_its_row_says_so(stage: Stage, change: str, has_claim: bool) -> None:
     job = stage.submit(cpus=1000, applied=False)
     stage.sql(change)
-    assert claims.write(stage.engine, claim_of(job)) is has_claim
-    assert claims.write(stage.engine, claim_of(job)) is has_claim, "again"
+    assert claim_writer.write(stage.engine, claim_of(job)) is has_claim
+    assert claim_writer.write(stage.engine, claim_of(job)) is has_claim, "again"
 
 
 def test_claim_of_a_locked_row_is_not_known_now(stage: Stage, engine: Engine, settings: Settings) -> None:
@@ -145,8 +145,8 @@ def test_claim_of_a_locked_row_is_not_known_now(stage: Stage, engine: Engine, se
     workers_own = make_engine(str(settings.database_url))
     with engine.connect() as connection, connection.begin():
         connection.execute(text("SELECT 1 FROM jobs FOR UPDATE"))
-        assert claims.write(workers_own, claim_of(job)) is None
-    assert claims.write(workers_own, claim_of(job)) is True
+        assert claim_writer.write(workers_own, claim_of(job)) is None
+    assert claim_writer.write(workers_own, claim_of(job)) is True
     workers_own.dispose()
 
 

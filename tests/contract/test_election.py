@@ -12,7 +12,7 @@ from sqlalchemy import Engine, text
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import election, keys
 from celery_capacity.routing.ledger.election import Elected
-from celery_capacity.workers.runner.election import Candidate
+from celery_capacity.workers.runner.candidate import Candidate
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
 

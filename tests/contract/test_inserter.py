@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, NullPool, create_engine, text
 
 from celery_capacity.routing.insert import single
-from celery_capacity.routing.insert.fast_single import Inserter
+from celery_capacity.routing.insert.inserter import Inserter
 from celery_capacity.routing.model.job import Gates, NewJob
 from celery_capacity.routing.model.request import Request
 from tests.fixtures.waiting import until
@@ -71,8 +71,8 @@ def test_a_row_is_the_same_by_either_way(
 ) -> None:
     # Every kind of job is common, or only a kind that came before. A kind that comes too late is not common, since
     # three kinds are counted.
-    monkeypatch.setattr("celery_capacity.routing.insert.fast_single._COMMON", often)
-    monkeypatch.setattr("celery_capacity.routing.insert.fast_single._COUNTED", 3)
+    monkeypatch.setattr("celery_capacity.routing.insert.inserter._COMMON", often)
+    monkeypatch.setattr("celery_capacity.routing.insert.inserter._COUNTED", 3)
 
     @given(st.one_of(JOBS, SIMPLE))
     def check(fields: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ def test_a_row_is_the_same_by_either_way(
 def test_a_common_kind_of_jobs_has_a_statement_of_its_own_on_each_connection(
     engine: Engine, inserter: Inserter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("celery_capacity.routing.insert.fast_single._MOST_KINDS", 2)
+    monkeypatch.setattr("celery_capacity.routing.insert.inserter._MOST_KINDS", 2)
     kinds = [
         {"name": name, "shape": Request.of({"cpus": 500}).shape, "message": b"\\'", "root_id": "itself"}
         for name in ("it's", "100% \\ done", "a third")

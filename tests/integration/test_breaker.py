@@ -22,7 +22,7 @@ from celery_capacity.routing.errors import NotAccepted
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.dispatch import call_budget
-from celery_capacity.workers.dispatch.circuit_breaker import Breaker
+from celery_capacity.workers.dispatch.breaker import Breaker
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit import constraints
 from tests.fixtures import tasks

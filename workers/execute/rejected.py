@@ -16,7 +16,7 @@ from celery_capacity.workers.broker import transport
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.results.backends import kept_of
-from celery_capacity.workers.results.quarantine import Quarantine
+from celery_capacity.workers.results.quarantine_thread import Quarantine
 
 
 @contextmanager

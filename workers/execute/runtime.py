@@ -61,7 +61,7 @@ from celery_capacity.workers.results.deliver import Delivery
 from celery_capacity.workers.results.deliver_later import deliver_parts, settle, tell_late
 from celery_capacity.workers.results.events import Announcer
 from celery_capacity.workers.results.outcome_writer import Recorder
-from celery_capacity.workers.results.quarantine import Quarantine
+from celery_capacity.workers.results.quarantine_thread import Quarantine
 from celery_capacity.workers.runner.duty_runner import OUTBOX, Runner
 from celery_capacity.workers.settle.postgres_ends import PostgresEnds
 from celery_capacity.workers.settle.pull_thread import Puller

@@ -27,7 +27,7 @@ from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers.membership import orphans
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.name_claim import NameClaim
-from celery_capacity.workers.process.claims import running
+from celery_capacity.workers.process.claim_writer import running
 from celery_capacity.workers.process.holdings import Holdings
 from celery_capacity.workers.process.identity import is_known_dead
 from celery_capacity.workers.results.outcome_writer import Recorder

@@ -25,9 +25,9 @@ from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.database.authority import database_id
 from celery_capacity.routing.database.postgres import ENCODING, PINNED, hide_values, translate
 from celery_capacity.routing.errors import NoServers, StoreUnavailable
-from celery_capacity.routing.insert.fast_single import Inserter
+from celery_capacity.routing.insert.inserter import Inserter
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.workers.dispatch.circuit_breaker import Breaker
+from celery_capacity.workers.dispatch.breaker import Breaker
 from celery_capacity.workers.process.fork_safety import let_go
 from celery_capacity.workers.process.job_watcher import Watcher
 from celery_capacity.workers.process.spare_connections import close_spare

@@ -24,7 +24,7 @@ from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.recovery import resubmit, transition_log
 from celery_capacity.routing.store import refused_transitions
 from celery_capacity.routing.store.job_transitions import Applied, Transition
-from celery_capacity.workers.process import claims
+from celery_capacity.workers.process import claim_writer
 from celery_capacity.workers.process.service import QueueService
 from celery_capacity.workers.results.store_calls import StoreCalls
 
@@ -112,8 +112,8 @@ class Recorder(QueueService):
         super().start()
 
     def claim(self, one: Transition) -> bool | None:
-        """Write a claim now, in the caller's thread; see `workers.process.claims`."""
-        return claims.write(self._engine, one)
+        """Write a claim now, in the caller's thread; see `workers.process.claim_writer`."""
+        return claim_writer.write(self._engine, one)
 
     def flush(self, within: float) -> bool:
         """Wait until all added transitions are written and all calls are done; return False if time ran out."""

@@ -1,4 +1,4 @@
-"""The thread of a worker that runs the duties while this worker is elected (`workers.runner.election`).
+"""The thread of a worker that runs the duties while this worker is elected (`workers.runner.candidate`).
 
 Between two duties it looks whether its lease still holds, and stops if not. Other workers wait, and pass their requests
 on to the runner.
@@ -42,8 +42,8 @@ from celery_capacity.workers.membership.cold_ledger import open_ledger
 from celery_capacity.workers.process.service import LookingService
 from celery_capacity.workers.process.spare_connections import close_spare
 from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.runner.candidate import Candidate
 from celery_capacity.workers.runner.commit_listener import Listener
-from celery_capacity.workers.runner.election import Candidate
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.workers.membership.context import WorkerContext
-from celery_capacity.workers.process.claims import running
+from celery_capacity.workers.process.claim_writer import running
 from celery_capacity.workers.process.holdings import Holding
 from celery_capacity.workers.settle.postgres_ends import End
 

@@ -28,7 +28,7 @@ from celery_capacity.routing.store.job_transitions import REVOKED, Transition
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker.transport import digest_of, raw_of
 from celery_capacity.workers.membership.context import WorkerContext
-from celery_capacity.workers.process.claims import Arrival, running
+from celery_capacity.workers.process.claim_writer import Arrival, running
 from celery_capacity.workers.process.holdings import Holding
 from celery_capacity.workers.settle.lost_keys import Keyless
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds, left_by

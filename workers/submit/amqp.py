@@ -30,7 +30,7 @@ from celery_capacity.workers.submit.router import Router
 from celery_capacity.workers.submit.sender import Sender
 
 if TYPE_CHECKING:
-    from celery_capacity.workers.submit.caller_session import Transaction
+    from celery_capacity.workers.submit.session_jobs import Transaction
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class PlatformAMQP:
                 raise InvalidRequest(f"no task may be named {name}", value=name, advice=advice)
             if session is not None:
                 # Imported late: few programs use it, and it loads SQLAlchemy's ORM.
-                from celery_capacity.workers.submit.caller_session import Transaction
+                from celery_capacity.workers.submit.session_jobs import Transaction
 
                 within = Transaction(sender, self.stores, session)
                 return plain(_JobProducer(producer, within, queues), name, message, **options)

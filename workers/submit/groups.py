@@ -217,7 +217,7 @@ def within_session(app: Celery, session: Any) -> Iterator[None]:
     whole transaction. Raises `InvalidRequest` for a session that cannot be used, before anything is published.
     """
     # Imported late: it loads SQLAlchemy's ORM.
-    from celery_capacity.workers.submit.caller_session import Transaction
+    from celery_capacity.workers.submit.session_jobs import Transaction
 
     transaction = Transaction(app.amqp.job_sender, app.platform, session)
     transaction.check()

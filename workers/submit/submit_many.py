@@ -136,7 +136,7 @@ def submit_many(
     within = None
     if session is not None:
         # Imported late: it loads SQLAlchemy's ORM.
-        from celery_capacity.workers.submit.caller_session import Transaction
+        from celery_capacity.workers.submit.session_jobs import Transaction
 
         within = Transaction(sender, app.platform, session).add
     jobs = Chunks(sender, app.platform, attempts.current(), chunk, progress, within)
