@@ -224,7 +224,7 @@ def _look_at(connection: Connection, ledger: Ledger, ids: Sequence[str], result:
         cards = snapshot.read_cards(ledger.client, ids)
     rows = _rows(connection, ids)
     suspects = [job for job in ids if _differ(rows.get(job), cards.get(job))]
-    _settle(connection, ledger, suspects, result)
+    _repair_all(connection, ledger, suspects, result)
     standing = {job: card for job, card in cards.items() if card.state != ENDED and job not in suspects}
     for job in reconcile_indexes.check_jobs(connection, ledger, standing, result):
         row = _rows(connection, [job]).get(job)
@@ -252,7 +252,7 @@ def _close_committed(connection: Connection, ledger: Ledger, result: Reconciled)
                 result.note("ended by itself, and not held")
 
 
-def _settle(connection: Connection, ledger: Ledger, suspects: Sequence[str], result: Reconciled) -> None:
+def _repair_all(connection: Connection, ledger: Ledger, suspects: Sequence[str], result: Reconciled) -> None:
     """Repair the suspects that do differ, by the ledger as it is between two equal readings of Postgres.
 
     A job with an entry in the stream is on its way and not judged; the stream is read after the job, so that an entry

@@ -92,7 +92,7 @@ def _parsed(
     return transitions, unreadable
 
 
-def settled(transitions: Sequence[Transition]) -> list[tuple[str, str]]:
+def written(transitions: Sequence[Transition]) -> list[tuple[str, str]]:
     """Return the entries (entry, job) to delete once these transitions are written.
 
     Of an attempt only the newest entry exists, since each entry replaces the one before.
@@ -127,7 +127,7 @@ def write(
         return [], 0
     applied, left = refused_transitions.write(engine, transitions, wait=wait)
     kept = {transition.entry for transition in left}
-    ledger.forget(settled([transition for transition in transitions if transition.entry not in kept]))
+    ledger.forget(written([transition for transition in transitions if transition.entry not in kept]))
     return applied, len(left)
 
 

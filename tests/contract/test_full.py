@@ -73,7 +73,7 @@ def test_what_waits_in_a_full_ledger_runs_and_ends(cluster: Cluster) -> None:
     assert [handed.job for handed in handed_over] == ["last"]
     assert [handed.job for handed in cluster.ledger.recover("w", "w-life", [])] == ["last"]
     assert cluster.end("last", "1.1").verdict == "released"
-    assert cluster.ledger.forget(transition_log.settled(transition_log.read(cluster.ledger))) > 0
+    assert cluster.ledger.forget(transition_log.written(transition_log.read(cluster.ledger))) > 0
     assert cluster.client.xlen(keys.STREAM) == 0
     assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
 

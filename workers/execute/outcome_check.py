@@ -6,7 +6,7 @@ says nothing of the job. Postgres is asked before the ledger is told, in a threa
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -42,9 +42,17 @@ def gone_back(rerun: bool) -> str:
     return Outcome.HANDED_BACK if rerun else Outcome.LOST
 
 
-def judge(
-    engine: Engine, job: str, token: str, outcome: str, error: str | None, outbox: Outbox, rerun: bool
-) -> tuple[str, str, str, str | None, Outbox]:
+class BodyEnd(NamedTuple):
+    """End of an attempt as the worker's request reports it."""
+
+    job: str
+    token: str
+    outcome: str
+    error: str | None
+    outbox: Outbox
+
+
+def judge(engine: Engine, end: BodyEnd, rerun: bool) -> BodyEnd:
     """Return the end of an attempt as the ledger is told it. `rerun`: False where the job may start only once.
 
     While Postgres does not answer, a lost attempt is lost, and an attempt that lost its lease goes back. Should the job
@@ -52,14 +60,15 @@ def judge(
     """
     try:
         with engine.connect() as connection:
-            if outcome != LEASE_LOST and fencing.close(connection, job, Token.parse(token)):
-                return job, token, Outcome.SUCCEEDED, None, Outbox()
-            ended_as = fencing.final_state(connection, job)
+            if end.outcome != LEASE_LOST and fencing.close(connection, end.job, Token.parse(end.token)):
+                return end._replace(outcome=Outcome.SUCCEEDED, error=None, outbox=Outbox())
+            ended_as = fencing.final_state(connection, end.job)
     except SQLAlchemyError:
         ended_as = None
-    if outcome in UNLESS_COMMITTED:
-        return job, token, UNLESS_COMMITTED[outcome], error, outbox
-    if outcome == STOPPED or ended_as is None:
-        return job, token, gone_back(rerun), error, Outbox()
+    if end.outcome in UNLESS_COMMITTED:
+        return end._replace(outcome=UNLESS_COMMITTED[end.outcome])
+    if end.outcome == STOPPED or ended_as is None:
+        return end._replace(outcome=gone_back(rerun), outbox=Outbox())
     # The books are told that this attempt is over; the row stays as it is.
-    return job, token, Outcome.CANCELLED, f"the job had ended as {ended_as}: {error}", Outbox()
+    error = f"the job had ended as {ended_as}: {end.error}"
+    return end._replace(outcome=Outcome.CANCELLED, error=error, outbox=Outbox())

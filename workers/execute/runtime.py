@@ -40,7 +40,7 @@ from celery_capacity.workers.broker.decompression import TIMES
 from celery_capacity.workers.broker.ledger_queue import Mailbox
 from celery_capacity.workers.execute.enroll import Intake
 from celery_capacity.workers.execute.newer_format import NewerFormats
-from celery_capacity.workers.execute.outcome_check import JUDGED, STOPPED, gone_back, judge
+from celery_capacity.workers.execute.outcome_check import JUDGED, STOPPED, BodyEnd, gone_back, judge
 from celery_capacity.workers.execute.rejected import refusing
 from celery_capacity.workers.execute.start_queue import Starting
 from celery_capacity.workers.membership.authority_check import Confirmation
@@ -58,7 +58,7 @@ from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.results.chord_parts import Parts
 from celery_capacity.workers.results.deliver import Delivery
-from celery_capacity.workers.results.deliver_later import deliver_parts, settle, tell_late
+from celery_capacity.workers.results.deliver_later import deliver_parts, note_rest, tell_late
 from celery_capacity.workers.results.events import Announcer
 from celery_capacity.workers.results.outcome_writer import Recorder
 from celery_capacity.workers.results.quarantine_thread import Quarantine
@@ -117,7 +117,9 @@ class Runtime:
         app, identity, settings = self.app, self.identity, context.settings
         #: Deliver chord parts for any thread that asks: a join may wait without limit.
         self.parts = Parts(identity.incarnation)
-        self.delivery = Delivery(lambda: app.backend, identity.incarnation, self.recorder.add, self.parts, self._settle)
+        self.delivery = Delivery(
+            lambda: app.backend, identity.incarnation, self.recorder.add, self.parts, self._note_rest
+        )
         self.membership = Membership(context, self._unwritten, self._flush)
         self.quarantine = Quarantine(context.engine, identity.name)
         self.serving = Serving(app, settings, self.remeasure)
@@ -332,15 +334,19 @@ class Runtime:
         error: str | None,
         outbox: Outbox,
         on_lost: Callable[[], None] | None,
-        judged: bool = False,
     ) -> bool:
-        if outcome in JUDGED and not judged:
-            end = (self.stores.engine, job, token, outcome, error, outbox, self.holdings.may_rerun(job, token))
-            self.recorder.call(lambda: self.end_job(*judge(*end), on_lost, judged=True))
+        """End an attempt; False for all but the first end of it. Postgres is asked first about an ambiguous end."""
+        end = BodyEnd(job, token, outcome, error, outbox)
+        if outcome in JUDGED:
+            rerun = self.holdings.may_rerun(job, token)
+            self.recorder.call(lambda: self._release(judge(self.stores.engine, end, rerun), on_lost))
             return True
-        results, rest = self.app.backend.kept_in(self.stores.settings.redis_url, outbox)
-        whole = outbox.to_text if results else None
-        return self.ledger_thread.end(job, token, outcome, error, on_lost, rest.to_text(), results, whole)
+        return self._release(end, on_lost)
+
+    def _release(self, end: BodyEnd, on_lost: Callable[[], None] | None) -> bool:
+        results, rest = self.app.backend.kept_in(self.stores.settings.redis_url, end.outbox)
+        whole = end.outbox.to_text if results else None
+        return self.ledger_thread.end(*end[:4], on_lost, rest.to_text(), results, whole)
 
     def _hand_back(self, job: str, token: str) -> None:
         self.ledger_thread.end(job, token, Outcome.HANDED_BACK, "not started")
@@ -353,10 +359,10 @@ class Runtime:
         """Wait until Postgres has all that this worker noted."""
         return self.delivery.flush(within) and self.recorder.flush(within)
 
-    def _settle(self, job: str, left: str, rest: str) -> None:
+    def _note_rest(self, job: str, left: str, rest: str) -> None:
         """Settle a late chord part, in its thread. If its row is unwritten by then, a duty of this worker does it."""
         self._flush(self._leave_within)
-        settle(self.stores.engine, job, left, rest)
+        note_rest(self.stores.engine, job, left, rest)
 
     # -- between the threads -------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ def _try(action: Callable[[Any], None], notes: Any) -> None:
 class Delivery(QueueService):
     """Thread that delivers the outboxes of transitions, then passes the transitions on.
 
-    `add` never blocks. A transition goes on to `record` when its outbox is delivered, or has to wait. `settle` (job,
+    `add` never blocks. A transition goes on to `record` when its outbox is delivered, or has to wait. `note_rest` (job,
     old outbox, new outbox) updates the row where a chord part was late.
     """
 
@@ -96,14 +96,14 @@ class Delivery(QueueService):
         incarnation: str,
         record: Callable[[Sequence[Transition]], None],
         parts: Parts,
-        settle: Callable[[str, str, str], None],
+        note_rest: Callable[[str, str, str], None],
     ) -> None:
         super().__init__("delivery")
         self._backend = backend
         self._incarnation = incarnation
         self._record = record
         self._parts = parts
-        self._settle = settle
+        self._note_rest = note_rest
         self._pending: list[Transition] = []
         self._delivering: Sequence[Transition] = ()
         self._down_until = 0.0
@@ -194,7 +194,7 @@ class Delivery(QueueService):
         def afterwards(error: Exception | None) -> None:
             if error is not None:
                 logger.warning("the part of a chord that job %s left is kept: %s", one.job, error)
-            self._settle(one.job, self._under_way(box).to_text(), _left(box).to_text() if error is not None else "")
+            self._note_rest(one.job, self._under_way(box).to_text(), _left(box).to_text() if error is not None else "")
 
         return Part(
             job=one.job,

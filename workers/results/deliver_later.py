@@ -185,7 +185,7 @@ def _deliver_parts(app: Celery, connection: Connection, row: Any, box: Outbox, p
     def afterwards(error: Exception | None) -> None:
         if error is not None:
             logger.info("the part of a chord that job %s left is not counted yet: %s", job, error)
-        settle(engine, job, by, rest if error is None else replace(box, by="").to_text())
+        note_rest(engine, job, by, rest if error is None else replace(box, by="").to_text())
 
     chords = Outbox([], chords_in(box))
     part = Part(job, name_of(box), key_of(speaker, box), lambda: deliver(app.backend, chords, speaker), afterwards)
@@ -224,7 +224,7 @@ def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: st
         logger.error("what job %s left late is dropped: too many parts of chords are late", job)
 
 
-def settle(engine: Engine, job: str, left: str, rest: str | None) -> None:
+def note_rest(engine: Engine, job: str, left: str, rest: str | None) -> None:
     """Replace the outbox `left` in a row by `rest`, once the row says `left`. Waits for a writer of the row."""
     with transactions(engine).begin() as connection:
         connection.execute(_LOCK, {"id": job})
@@ -244,7 +244,7 @@ def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None)
     def afterwards(error: Exception | None) -> None:
         if error is not None:
             logger.warning("what job %s left is not delivered yet: %s", job, error)
-        settle(engine, job, by, announce() if error is None else replace(box, by="").to_text())
+        note_rest(engine, job, by, announce() if error is None else replace(box, by="").to_text())
 
     part = Part(job, name_of(box), key_of(speaker, box), lambda: _tell_all(app, row, box, speaker), afterwards)
     part.late = parts is not None and parts.is_under_way(part.key)

@@ -81,7 +81,7 @@ class Chunks:
         if self._within is not None:
             self.flush()
         else:
-            self._settle()
+            self._wait()
             jobs = self._taken()
             try:
                 self._thread = self._thread or ThreadPoolExecutor(1, "bulk")
@@ -96,7 +96,7 @@ class Chunks:
 
     def flush(self) -> None:
         """Store all jobs that were added."""
-        self._settle()
+        self._wait()
         while self._jobs:
             self._store(self._taken())
             self._tell()
@@ -116,7 +116,7 @@ class Chunks:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _settle(self) -> None:
+    def _wait(self) -> None:
         """Wait for the chunk that is being stored."""
         storing, self._storing = self._storing, None
         if storing is not None:
