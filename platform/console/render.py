@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from celery_capacity.platform.console.terminal import bar, table
-from celery_capacity.routing.inspect.explain import Explanation, Why
+from celery_capacity.routing.inspect.explain import Explanation
 from celery_capacity.routing.model.amounts import (
     ALONE,
     CPUS,
@@ -23,6 +23,7 @@ from celery_capacity.routing.model.amounts import (
     format_memory,
     queues_of,
 )
+from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ def reasons(why: Explanation) -> list[str]:
         sentences.append(
             f"It is number {why.place} of the jobs with this request; {why.before or 0} waiting jobs come before it."
         )
-    if why.large_enough is not None and why.why in (Why.NO_ROOM, Why.BEHIND_SHAPE):
+    if why.large_enough is not None and why.why in (Reason.NO_ROOM, Reason.BEHIND_SHAPE):
         sentences.append(f"{why.large_enough} of {why.live_workers} live workers are large enough for it.")
     if not why.declared:
         sentences.append(
@@ -247,34 +248,35 @@ def _reason(why: Explanation) -> str:
     asked = _amount(why.resource, why.asked)
     free = _amount(why.resource, max(0, why.free or 0))
     sentences = {
-        Why.NO_WORKER: "No live worker admits jobs. Start one: celery -A platform worker"
+        Reason.NO_WORKER: "No live worker admits jobs. Start one: celery -A platform worker"
         if why.request.queue == DEFAULT_QUEUE
         else f"No live worker that serves queue {why.request.queue} admits jobs.",
-        Why.NO_QUEUE: f"No worker serves queue {why.request.queue}."
+        Reason.NO_QUEUE: f"No worker serves queue {why.request.queue}."
         f" Start one: celery -A platform worker -Q {why.request.queue}",
-        Why.UNKNOWN_RESOURCE: f"No worker publishes {why.resource}, and it needs {asked}."
+        Reason.UNKNOWN_RESOURCE: f"No worker publishes {why.resource}, and it needs {asked}."
         f" A worker publishes {'them' if why.resource == GPUS else 'it'} through"
         f" {'PLATFORM_GPUS' if why.resource == GPUS else 'PLATFORM_RESOURCES'}.",
-        Why.TOO_LARGE: f"It is too large for every worker: it needs {asked},"
+        Reason.TOO_LARGE: f"It is too large for every worker: it needs {asked},"
         f" and {why.worker}, which comes closest, has {free} when empty.",
-        Why.NO_ROOM: f"No worker has room now: {why.worker} is left to a job that must run alone."
+        Reason.NO_ROOM: f"No worker has room now: {why.worker} is left to a job that must run alone."
         if why.resource == ALONE
         else f"No worker has room now: it needs {asked}, and {why.worker}, which comes closest, has {free} free.",
-        Why.ALONE: "One more lost attempt would end it, so it runs alone on a worker, and none that it fits is empty."
-        + (f" {why.worker} takes nothing else until it is." if why.worker else ""),
-        Why.BEHIND_SHAPE: "There is room, and jobs with the same request come before it.",
-        Why.ABOUT_TO_START: f"There is room on {why.worker or 'a worker'}: it is about to start.",
-        Why.SCHEDULED: f"It must not start before {moment(why.due_at)}.",
-        Why.NEEDS_JOBS: f"It waits until {'this job has' if len(why.needs) == 1 else 'these jobs have'} succeeded:"
+        Reason.ALONE: "One more lost attempt would end it, so it runs alone on a worker, and none that it fits is"
+        " empty." + (f" {why.worker} takes nothing else until it is." if why.worker else ""),
+        Reason.BEHIND_SHAPE: "There is room, and jobs with the same request come before it.",
+        Reason.ABOUT_TO_START: f"There is room on {why.worker or 'a worker'}: it is about to start.",
+        Reason.SCHEDULED: f"It must not start before {moment(why.due_at)}.",
+        Reason.NEEDS_JOBS: f"It waits until {'this job has' if len(why.needs) == 1 else 'these jobs have'} succeeded:"
         f" {', '.join(why.needs)}.",
-        Why.RATE_LIMIT: f"The rate limit of its task is {why.rate}, in the whole cluster, and others come before it.",
-        Why.ON_ITS_WAY: "It is stored and on its way to the ledger; a sweep brings what a sender left.",
-        Why.LEDGER_CLOSED: "The ledger is cold: nothing is admitted until its books are rebuilt.",
-        Why.LEDGER_UNREACHABLE: "Redis does not answer, so nothing is admitted.",
-        Why.LEDGER_STANDS_BACK: "Postgres admits instead of the ledger: workers pull what fits them.",
-        Why.REPLACED: "It was replaced by another task, whose end will be its end.",
-        Why.RUNS: f"It does not wait: it is {why.state.value} on {why.worker}.",
-        Why.ENDED: f"It does not wait: it is {why.state.value}.",
+        Reason.RATE_LIMIT: f"The rate limit of its task is {why.rate}, in the whole cluster, and others come before"
+        " it.",
+        Reason.ON_ITS_WAY: "It is stored and on its way to the ledger; a sweep brings what a sender left.",
+        Reason.LEDGER_CLOSED: "The ledger is cold: nothing is admitted until its books are rebuilt.",
+        Reason.LEDGER_UNREACHABLE: "Redis does not answer, so nothing is admitted.",
+        Reason.LEDGER_STANDS_BACK: "Postgres admits instead of the ledger: workers pull what fits them.",
+        Reason.REPLACED: "It was replaced by another task, whose end will be its end.",
+        Reason.RUNS: f"It does not wait: it is {why.state.value} on {why.worker}.",
+        Reason.ENDED: f"It does not wait: it is {why.state.value}.",
     }
     return sentences[why.why]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum
 from typing import Any, Final
 
 import redis as redispy
@@ -19,47 +18,14 @@ from celery_capacity.routing.database import schema
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import CPUS
+from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
-from celery_capacity.routing.policy.placement import Admission, Book, Reason, Refusal, order, survey
+from celery_capacity.routing.policy.placement import Admission, Book, Refusal, order, survey
 from celery_capacity.routing.store import dependencies
 
 #: Most needed jobs that an explanation names.
 SHOWN_NEEDS: Final = 10
-
-
-class Why(Enum):
-    """Reasons that keep a job from running. The value is the stable name in JSON. The first are the policy's."""
-
-    NO_WORKER = Reason.NO_WORKER.value
-    NO_QUEUE = Reason.NO_QUEUE.value
-    UNKNOWN_RESOURCE = Reason.UNKNOWN_RESOURCE.value
-    TOO_LARGE = Reason.TOO_LARGE.value
-    NO_ROOM = Reason.NO_ROOM.value
-    BEHIND_SHAPE = Reason.BEHIND_SHAPE.value
-    ALONE = Reason.ALONE.value
-    #: there is room: the job is admitted at this moment, or by the next sweep
-    ABOUT_TO_START = "about-to-start"
-    #: the job must not start before its time
-    SCHEDULED = "scheduled"
-    #: other jobs must succeed first
-    NEEDS_JOBS = "needs-jobs"
-    #: the jobs that started have used up the rate of the task
-    RATE_LIMIT = "rate-limit"
-    #: the job is durable and not in the open ledger yet: its sender brings it, or died and the sweep brings it
-    ON_ITS_WAY = "on-its-way"
-    #: the ledger is cold, so nothing is admitted until its books are rebuilt
-    LEDGER_CLOSED = "ledger-closed"
-    #: Redis does not answer
-    LEDGER_UNREACHABLE = "ledger-unreachable"
-    #: Postgres admits instead of the ledger
-    LEDGER_STANDS_BACK = "ledger-stands-back"
-    #: the task replaced itself, and its replacement ends this job
-    REPLACED = "replaced"
-    #: the job does not wait: it is with a worker
-    RUNS = "runs"
-    #: the job does not wait: it ended
-    ENDED = "ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +39,7 @@ class Explanation:
 
     job: str
     state: State
-    why: Why
+    why: Reason
     request: Request
     declared: bool
     resource: str | None = None
@@ -94,7 +60,7 @@ class Explanation:
     @property
     def waits(self) -> bool:
         """Return whether the job waits: it neither runs nor has ended."""
-        return self.why not in (Why.RUNS, Why.ENDED)
+        return self.why not in (Reason.RUNS, Reason.ENDED)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -137,22 +103,22 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         due_at = row.due_at if state is State.SCHEDULED else None
         return Explanation(job, state, simple, request, row.declared, worker=worker, due_at=due_at)
     if connection.execute(select(schema.authority.c.authority)).scalar_one_or_none() == Store.POSTGRES:
-        return Explanation(job, state, Why.LEDGER_STANDS_BACK, request, row.declared)
+        return Explanation(job, state, Reason.LEDGER_STANDS_BACK, request, row.declared)
     try:
         head = snapshot.read_head(client)
         if head.epoch is None:
-            return Explanation(job, state, Why.LEDGER_CLOSED, request, row.declared)
+            return Explanation(job, state, Reason.LEDGER_CLOSED, request, row.declared)
         books = snapshot.read_books(client, head.leases)
         card = snapshot.read_cards(client, [job]).get(job)
         held = Request.from_shape(card.shape) if card is not None and card.shape else request
         ahead, before = _ahead(client, head.shapes, held.shape, order(row.priority, row.seq))
     except RedisError:
-        return Explanation(job, state, Why.LEDGER_UNREACHABLE, request, row.declared)
+        return Explanation(job, state, Reason.LEDGER_UNREACHABLE, request, row.declared)
     live = [book.to_policy(head.now) for book in books.values() if head.is_live(book)]
     refusal = refuse(held, live, ahead)
-    why = Why.ABOUT_TO_START if refusal is None else Why(refusal.reason.value)
-    if state is State.ACCEPTED and why in (Why.ABOUT_TO_START, Why.BEHIND_SHAPE):
-        why = Why.ON_ITS_WAY
+    why = Reason.ABOUT_TO_START if refusal is None else refusal.reason
+    if state is State.ACCEPTED and why in (Reason.ABOUT_TO_START, Reason.BEHIND_SHAPE):
+        why = Reason.ON_ITS_WAY
     return Explanation(
         job,
         state,
@@ -193,7 +159,7 @@ def _gated(connection: Connection, job: str, row: Any, request: Request) -> Expl
     """Explain a job behind a gate: other jobs, the time that it has then, or the rate of its task."""
     needs = dependencies.needs_of(connection, row.seq, SHOWN_NEEDS) if row.needs else []
     later = row.not_before if row.not_before is not None and row.not_before > row.now else None
-    why = Why.NEEDS_JOBS if row.needs else Why.SCHEDULED if later else Why.RATE_LIMIT
+    why = Reason.NEEDS_JOBS if row.needs else Reason.SCHEDULED if later else Reason.RATE_LIMIT
     rates = schema.rates.c
     rate = connection.execute(select(rates.said).where(rates.name == row.name)).scalar_one_or_none()
     return Explanation(
@@ -204,7 +170,7 @@ def _gated(connection: Connection, job: str, row: Any, request: Request) -> Expl
         row.declared,
         due_at=later,
         needs=tuple(needs),
-        rate=rate if why is Why.RATE_LIMIT else None,
+        rate=rate if why is Reason.RATE_LIMIT else None,
     )
 
 
@@ -214,7 +180,7 @@ def _archived(connection: Connection, job: str) -> Explanation | None:
     row = connection.execute(query).one_or_none()
     if row is None:
         return None
-    return Explanation(job, State(row.state), Why.ENDED, Request.from_people(row.request), row.declared)
+    return Explanation(job, State(row.state), Reason.ENDED, Request.from_people(row.request), row.declared)
 
 
 def refuse(request: Request, live: Sequence[Book], ahead: int) -> Refusal | None:
@@ -223,13 +189,13 @@ def refuse(request: Request, live: Sequence[Book], ahead: int) -> Refusal | None
     return None if isinstance(decision, Admission) else decision
 
 
-def _without_books(state: State) -> Why | None:
+def _without_books(state: State) -> Reason | None:
     """Return the reason where the state alone tells it, else None."""
     if state in FINAL:
-        return Why.ENDED
+        return Reason.ENDED
     if state in HOLDING:
-        return Why.RUNS
-    plain: Mapping[State, Why] = {State.SCHEDULED: Why.SCHEDULED, State.REPLACED: Why.REPLACED}
+        return Reason.RUNS
+    plain: Mapping[State, Reason] = {State.SCHEDULED: Reason.SCHEDULED, State.REPLACED: Reason.REPLACED}
     return plain.get(state)
 
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import NamedTuple
 
 from celery_capacity.routing.model.amounts import (
@@ -38,6 +37,7 @@ from celery_capacity.routing.model.amounts import (
     has_index,
     is_label,
 )
+from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 
 #: highest priority; the lowest is 0, and a higher one comes first
@@ -55,27 +55,6 @@ MOST_ADMITTED = 32
 #: Passes in one call over a worker that is no longer kept for a shape: it is empty, or nearly, and nobody else goes on
 #: with it. They fill 128 slots; the sweep fills the rest. The case is as rare as a job's last attempt.
 FREED_PASSES = 4
-
-
-class Reason(Enum):
-    """Reason why a job is not admitted; the value is the stable name in counters and JSON."""
-
-    #: no worker admits anything: none lives, or all are cordoned, draining or closed
-    NO_WORKER = "no-worker"
-    #: no worker serves its queue
-    NO_QUEUE = "no-queue"
-    #: no worker publishes this resource
-    UNKNOWN_RESOURCE = "unknown-resource"
-    #: fits no worker that admits, even if it were empty
-    TOO_LARGE = "too-large"
-    #: would fit an empty worker; none has room now
-    NO_ROOM = "no-room"
-    #: none of the examined candidates has room; more candidates come behind the worker named
-    LOOK_FURTHER = "look-further"
-    #: jobs with the same request wait before it
-    BEHIND_SHAPE = "behind-shape"
-    #: its last attempt runs alone on a worker, and no worker that it would fit is empty
-    ALONE = "alone"
 
 
 class Shortage(NamedTuple):

@@ -21,8 +21,8 @@ from celery.bin.celery import celery
 
 from celery_capacity import routing
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.routing.inspect.explain import Why
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.reasons import EXPLAINED, Reason
 from celery_capacity.workers.plugin import Lazy
 from docs.site import folders
 from tests.fixtures.processes import ROOT
@@ -181,7 +181,7 @@ def test_the_deadlines_are_the_defaults_of_the_settings() -> None:
 def test_every_reason_to_wait_is_told() -> None:
     page = DOCS / "how-to" / "why-does-my-task-wait.md"
     documented = {cells[1].strip("`") for cells in rows(page, "| it says | `why` | what to do |")}
-    assert documented == {why.value for why in Why} - {Why.RUNS.value, Why.ENDED.value}
+    assert documented == {why.value for why in EXPLAINED} - {Reason.RUNS.value, Reason.ENDED.value}
 
 
 def command(name: str) -> click.Command:

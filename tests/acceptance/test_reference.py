@@ -21,15 +21,16 @@ import celery_capacity
 from benchmarks.proposals.report import RESULTS, Report
 from celery_capacity.platform.console import render
 from celery_capacity.routing.inspect import overview
-from celery_capacity.routing.inspect.explain import Explanation, Why, refuse
+from celery_capacity.routing.inspect.explain import Explanation, refuse
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.model import states
 from celery_capacity.routing.model.amounts import LABEL, labels
 from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.reasons import OF_POLICY
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy import placement
-from celery_capacity.routing.policy.placement import Admission, Book, Reason, order
+from celery_capacity.routing.policy.placement import Admission, Book, order
 from tests.fixtures.books import MESSAGE, open_ledger
 from tests.fixtures.cluster import ONE, Cluster
 from tests.fixtures.processes import ROOT
@@ -279,7 +280,7 @@ def test_the_numbers_of_the_policy_are_its_constants() -> None:
 
 def test_the_reasons_of_the_policy_are_all_there() -> None:
     documented = [names(cells[0])[0] for cells in rows(sections(POLICY)["An example"])]
-    assert documented == [reason.value for reason in Reason]
+    assert documented == [reason.value for reason in OF_POLICY]
 
 
 def test_the_example_of_the_policy_is_what_it_decides() -> None:
@@ -293,7 +294,7 @@ def test_the_example_of_the_policy_is_what_it_decides() -> None:
     why = Explanation(
         "job",
         states.State.WAITING,
-        Why(refusal.reason.value),
+        refusal.reason,
         wide,
         True,
         resource=refusal.resource,

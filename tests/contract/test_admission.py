@@ -21,6 +21,7 @@ from celery_capacity.routing.ledger.scripts import RUN
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, labels
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.envelope import digest_of
+from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.fill import fill
 from celery_capacity.routing.policy.placement import (
@@ -29,7 +30,6 @@ from celery_capacity.routing.policy.placement import (
     SHAPES,
     Admission,
     Book,
-    Reason,
     Refusal,
     Waiting,
     choose,

@@ -10,10 +10,11 @@ import pytest
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted
+from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy import placement
 from celery_capacity.routing.policy.fill import fill_or_keep
-from celery_capacity.routing.policy.placement import Admission, Book, Reason, Refusal, Waiting, order, survey
+from celery_capacity.routing.policy.placement import Admission, Book, Refusal, Waiting, order, survey
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 

@@ -23,10 +23,11 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.insert import single, successors
-from celery_capacity.routing.inspect.explain import Why, explain
+from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.job import Gates, NewJob, Publisher, Rate
 from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State, Step
 from celery_capacity.routing.store import claims, dependencies, fencing, job_transitions
@@ -248,7 +249,7 @@ def test_a_job_waits_until_all_that_it_needs_have_succeeded(app: Celery, stage: 
     with stage.engine.connect() as connection:
         explanation = explain(stage.redis, connection, last)
         assert explanation is not None and (explanation.why, set(explanation.needs)) == (
-            Why.NEEDS_JOBS,
+            Reason.NEEDS_JOBS,
             {first, second},
         )
     run(stage, first)
@@ -498,7 +499,7 @@ def test_a_rate_lets_jobs_go_in_their_order_as_many_as_its_time_allows(app: Cele
     assert started(stage, low) == low[:5]
     with stage.engine.connect() as connection:
         explanation = explain(stage.redis, connection, low[-1])
-        assert explanation is not None and (explanation.why, explanation.rate) == (Why.RATE_LIMIT, "20/s")
+        assert explanation is not None and (explanation.why, explanation.rate) == (Reason.RATE_LIMIT, "20/s")
 
 
 def test_a_cluster_that_was_full_does_not_start_all_at_once_afterwards(app: Celery, stage: Stage, duty: Any) -> None:
@@ -549,7 +550,7 @@ def test_a_job_under_a_rate_keeps_its_time_and_passes_its_other_gates_first(
     assert started(stage, [first, later, after]) == [first]
     with stage.engine.connect() as connection:
         explanation = explain(stage.redis, connection, later)
-        assert explanation is not None and explanation.why is Why.SCHEDULED and explanation.due_at is not None
+        assert explanation is not None and explanation.why is Reason.SCHEDULED and explanation.due_at is not None
     run(stage, first)
     duty()
     assert started(stage, [later, after]) == [after]

@@ -14,7 +14,8 @@ from celery.exceptions import TaskRevokedError
 from celery_capacity.platform.console.render import reasons
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.inspect.explain import Why, explain
+from celery_capacity.routing.inspect.explain import explain
+from celery_capacity.routing.model.reasons import Reason
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform
@@ -56,7 +57,7 @@ def test_a_job_starts_at_once_when_the_last_that_it_needs_has_succeeded(
     assert submitter.allocated_cpus() == "2"
     with platform.engine.connect() as connection:
         why = explain(platform.redis, connection, wide)
-    assert why is not None and (why.why, set(why.needs)) == (Why.NEEDS_JOBS, {first, second})
+    assert why is not None and (why.why, set(why.needs)) == (Reason.NEEDS_JOBS, {first, second})
     (reason,) = reasons(why)
     assert first in reason and second in reason
     tasks.let_go(platform.redis, "one")

@@ -15,9 +15,10 @@ from sqlalchemy import Engine, text
 from celery_capacity import InvalidRequest, Unsupported, create_app
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.routing.inspect.explain import Why, explain
+from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.reasons import Reason
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform
@@ -222,7 +223,7 @@ def test_workers_come_to_serve_a_queue_and_leave_it_while_they_run(submitter: Su
     waits = submitter.send(ADD, 1, 2, queue="late")
     submitter.until(waits, "waiting")
     explanation = why(submitter, waits)
-    assert (explanation.why, explanation.large_enough, explanation.live_workers) == (Why.NO_QUEUE, 0, 2)
+    assert (explanation.why, explanation.large_enough, explanation.live_workers) == (Reason.NO_QUEUE, 0, 2)
     output = submitter.platform.celery("job", waits).stdout
     assert "No worker serves queue late." in output
     assert "queue     late" in output
@@ -241,7 +242,7 @@ def test_workers_come_to_serve_a_queue_and_leave_it_while_they_run(submitter: Su
     control.cancel_consumer("late", destination=[mail], reply=True, timeout=20, limit=1)
     left = submitter.send(ADD, 1, 2, queue="late")
     until(lambda: active(submitter)["mail"] == ["mail"], "the queue is left")
-    until(lambda: why(submitter, left).why is Why.NO_QUEUE, "nobody serves it")
+    until(lambda: why(submitter, left).why is Reason.NO_QUEUE, "nobody serves it")
     assert ran_on(submitter, submitter.send(ADD, 1, 2, queue="mail")) == ("mail", "mail")
     submitter.until(left, "waiting")
     tasks.let_go(client, "gate")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from celery_capacity.routing.inspect import explain
-from celery_capacity.routing.inspect.explain import Why
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.states import State
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
@@ -112,7 +112,7 @@ def test_a_smaller_later_job_passes_one_that_does_not_fit(platform: Platform, su
         explanation = explain.explain(platform.redis, connection, large)
     assert explanation is not None
     assert (explanation.why, explanation.resource, explanation.asked, explanation.worker) == (
-        Why.NO_ROOM,
+        Reason.NO_ROOM,
         "cpus",
         4000,
         "a",

@@ -18,8 +18,8 @@ from celery_capacity.platform.demo.replay import Replayed, Report, WorkerLine
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import verify
-from celery_capacity.routing.inspect.explain import Why
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.states import State
 from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures import tasks
@@ -253,7 +253,7 @@ def test_postgres_admits_instead_of_the_ledger(stage: Stage, run: Run) -> None:
     waiting = stage.submit(cpus=9000)
     stage.sql("UPDATE authority SET authority = 'postgres'")
     assert answer(run, "cluster")["source"] == "postgres"
-    assert answer(run, "job", waiting)["why"]["why"] == Why.LEDGER_STANDS_BACK.value
+    assert answer(run, "job", waiting)["why"]["why"] == Reason.LEDGER_STANDS_BACK.value
 
 
 def test_drift_and_its_repair(stage: Stage, run: Run) -> None:

@@ -14,9 +14,10 @@ from celery_capacity import create_app
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import explain
-from celery_capacity.routing.inspect.explain import Explanation, Why
+from celery_capacity.routing.inspect.explain import Explanation
 from celery_capacity.routing.model import message
 from celery_capacity.routing.model.message import HEADER
+from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.workers.app.install import platform_of
 from tests.fixtures import tasks
 from tests.fixtures.processes import READY, Platform, Process
@@ -128,7 +129,7 @@ def test_a_named_resource_bounds_how_many_run(platform: Platform, submitter: Sub
     assert held == set(jobs[:2])
     explanation = why(platform, jobs[2])
     assert (explanation.why, explanation.resource, explanation.asked, explanation.free, explanation.worker) == (
-        Why.NO_ROOM,
+        Reason.NO_ROOM,
         "licence",
         1,
         0,
@@ -143,7 +144,7 @@ def test_a_named_resource_bounds_how_many_run(platform: Platform, submitter: Sub
 def test_more_of_a_resource_than_any_worker_has_waits_and_says_so(platform: Platform, submitter: Submitter) -> None:
     job = submitter.send(f"{DECLARED}.nothing", resources={"licence": 3})
     explanation = why(platform, job)
-    assert (explanation.why, explanation.resource, explanation.asked) == (Why.TOO_LARGE, "licence", 3)
+    assert (explanation.why, explanation.resource, explanation.asked) == (Reason.TOO_LARGE, "licence", 3)
     submitter.result(job).revoke()
     assert submitter.ended(job).state == "cancelled"
 
@@ -151,7 +152,7 @@ def test_more_of_a_resource_than_any_worker_has_waits_and_says_so(platform: Plat
 def test_a_resource_that_nobody_publishes_waits_until_somebody_does(platform: Platform, submitter: Submitter) -> None:
     job = submitter.send(f"{DECLARED}.nothing", resources={"tape": 1})
     explanation = why(platform, job)
-    assert (explanation.why, explanation.resource, explanation.asked) == (Why.UNKNOWN_RESOURCE, "tape", 1)
+    assert (explanation.why, explanation.resource, explanation.asked) == (Reason.UNKNOWN_RESOURCE, "tape", 1)
     library = platform.worker("library", cpus=1, pool="threads", PLATFORM_RESOURCES="tape=1")
     row = submitter.ended(job)
     assert (row.state, row.worker) == ("succeeded", "library")

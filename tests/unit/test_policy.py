@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy import placement
 from celery_capacity.routing.policy.fill import fill
@@ -21,7 +22,6 @@ from celery_capacity.routing.policy.placement import (
     TOP_PRIORITY,
     Admission,
     Book,
-    Reason,
     Refusal,
     Shortage,
     Waiting,
@@ -417,7 +417,7 @@ def test_the_policy_imports_values_and_the_standard_library_only() -> None:
         itertools.chain(*([a.name for a in node.names] for node in ast.walk(tree) if isinstance(node, ast.Import)))
     )
     ours = {name for name in imported if name and name.split(".")[0] == "celery_capacity"}
-    assert ours <= {f"celery_capacity.routing.model.{name}" for name in ("amounts", "request", "capacity")}
+    assert ours <= {f"celery_capacity.routing.model.{name}" for name in ("amounts", "request", "capacity", "reasons")}
     assert not imported & {"time", "random", "logging", "datetime", "os", "redis", "sqlalchemy"}
 
 

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from celery_capacity.migrations import HEAD
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.inspect.explain import Why
+from celery_capacity.routing.model.reasons import EXPLAINED
 from celery_capacity.routing.model.states import State
 from tests.fixtures.processes import ROOT
 from tests.fixtures.shapes import SCHEMAS, assert_shape, commands, prints_json, schema
@@ -81,7 +81,7 @@ def test_the_words_of_the_schemas_are_those_of_the_code() -> None:
     ours = {kind.reference for kind in every(PlatformError) if not kind.__module__.startswith("tests.")}
     assert set(schema("error")["properties"]["reference"]["enum"]) == ours
     assert schema("jobs")["$defs"]["state"]["enum"] == [state.value for state in State]
-    assert schema("job")["properties"]["why"]["properties"]["why"]["enum"] == [why.value for why in Why]
+    assert schema("job")["properties"]["why"]["properties"]["why"]["enum"] == [why.value for why in EXPLAINED]
 
 
 def documented() -> Iterator[tuple[str, str]]:

@@ -1,0 +1,62 @@
+"""Reasons why a job does not run, in one family: those of the policy, and those of the way to it."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Reason(Enum):
+    """Reason why a job does not run; the value is the stable name in counters and JSON."""
+
+    # -- of the policy: no worker takes the job now
+
+    #: no worker admits anything: none lives, or all are cordoned, draining or closed
+    NO_WORKER = "no-worker"
+    #: no worker serves its queue
+    NO_QUEUE = "no-queue"
+    #: no worker publishes this resource
+    UNKNOWN_RESOURCE = "unknown-resource"
+    #: fits no worker that admits, even if it were empty
+    TOO_LARGE = "too-large"
+    #: would fit an empty worker; none has room now
+    NO_ROOM = "no-room"
+    #: none of the examined candidates has room; more candidates come behind the worker named. No job waits for it
+    LOOK_FURTHER = "look-further"
+    #: jobs with the same request wait before it
+    BEHIND_SHAPE = "behind-shape"
+    #: its last attempt runs alone on a worker, and no worker that it would fit is empty
+    ALONE = "alone"
+
+    # -- of the way to the policy
+
+    #: there is room: the job is admitted at this moment, or by the next sweep
+    ABOUT_TO_START = "about-to-start"
+    #: the job must not start before its time
+    SCHEDULED = "scheduled"
+    #: other jobs must succeed first
+    NEEDS_JOBS = "needs-jobs"
+    #: the jobs that started have used up the rate of the task
+    RATE_LIMIT = "rate-limit"
+    #: the job is durable and not in the open ledger yet: its sender brings it, or died and the sweep brings it
+    ON_ITS_WAY = "on-its-way"
+    #: the ledger is cold, so nothing is admitted until its books are rebuilt
+    LEDGER_CLOSED = "ledger-closed"
+    #: Redis does not answer
+    LEDGER_UNREACHABLE = "ledger-unreachable"
+    #: Postgres admits instead of the ledger
+    LEDGER_STANDS_BACK = "ledger-stands-back"
+    #: the task replaced itself, and its replacement ends this job
+    REPLACED = "replaced"
+
+    # -- no reason to wait
+
+    #: the job does not wait: it is with a worker
+    RUNS = "runs"
+    #: the job does not wait: it ended
+    ENDED = "ended"
+
+
+#: Reasons of the policy.
+OF_POLICY = tuple(Reason)[: tuple(Reason).index(Reason.ABOUT_TO_START)]
+#: Reasons that an explanation of a job gives: all but the one that a search alone gives.
+EXPLAINED = tuple(reason for reason in Reason if reason is not Reason.LOOK_FURTHER)
