@@ -253,9 +253,20 @@ def _old_dump(world: World, fault: Fault) -> Generator[None, None, None]:
     world.oracle.results_were_lost()
 
 
-def _empty(world: World, fault: Fault) -> Generator[None, None, None]:
-    world.platform.redis.flushall()
+def empty_redis_now(world: World) -> None:
+    """Empty Redis as soon as it answers: a fault before may have ended its server only just."""
+
+    def emptied() -> bool:
+        with suppress(redis.ConnectionError):
+            return bool(world.platform.redis.flushall())
+        return False
+
+    until(emptied, "Redis is emptied")
     world.oracle.results_were_lost()
+
+
+def _empty(world: World, fault: Fault) -> Generator[None, None, None]:
+    empty_redis_now(world)
     yield
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 import psutil
 
-from tests.faults.breaking import WAYS, Way, World
+from tests.faults.breaking import WAYS, Way, World, empty_redis_now
 from tests.faults.plan import WORKERS, Fault
 from tests.fixtures.processes import READY, Process
 
@@ -141,8 +141,7 @@ def account(world: World) -> None:
 def _stop_opener(world: World, fault: Fault) -> Generator[None, None, None]:
     """Empty Redis, and stop all workers but one while a worker opens the next epoch."""
     chance = random.Random(fault.chance)
-    world.platform.redis.flushall()
-    world.oracle.results_were_lost()
+    empty_redis_now(world)
     time.sleep(chance.uniform(*OPENS_WITHIN))
     stopped = [world.workers[name] for name in chance.sample([name for name, _, _ in WORKERS], len(WORKERS) - 1)]
     for worker in stopped:
