@@ -74,7 +74,9 @@ def read(trace: Path) -> list[Line]:
     """Return the lines of the trace so far, in the order in which they were written."""
     if not trace.exists():
         return []
-    return [Line(**json.loads(line)) for line in trace.read_text().splitlines()]
+    # A line that is being written may be seen in part.
+    text, _, _ = trace.read_text().rpartition("\n")
+    return [Line(**json.loads(line)) for line in text.splitlines()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ import pytest
 from celery_capacity.workers.app.private_names import PRIVATE_NAMES
 
 ROOT: Final = Path(__file__).parents[2]
-#: Private by their spelling alone: documented in the standard library or in SQLAlchemy.
-PUBLIC: Final = frozenset({"_exit", "_mapping", "_value_"})
+#: Private by their spelling alone: documented in the standard library or by SQLAlchemy.
+PUBLIC: Final = frozenset({"_exit", "_mapping", "_replace", "_value_"})
 #: Private names of the standard library, replaced in a process that gevent has patched.
 STANDARD: Final = frozenset({"_PyRLock", "_active_limbo_lock", "_block", "_handlerList", "_lock", "_owner"})
 
