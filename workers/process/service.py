@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.wake import Wake
 
 
-class Service(os_threads.Thread):
+class Service(os_threads.Thread, ABC):
     """Thread with a name, `start` and `stop`. Its `run` ends soon after `_stopping` is set and `_notify` was called."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
         self._stopping = False
 
+    @abstractmethod
     def _notify(self) -> None:
         """Have `run` look around, whatever it waits for."""
-        raise NotImplementedError
 
     def stop(self, within: float) -> None:
         """Have the thread end once its present step is done, and wait `within` seconds at the most."""
