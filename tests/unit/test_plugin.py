@@ -12,14 +12,25 @@ import click
 import pytest
 
 from celery_capacity.workers import plugin
+from tests.fixtures.forking import usual_environment
 
 COMMANDS = ["cluster", "dashboard", "db", "demo", "down", "job", "jobs", "reconcile", "up", "verify"]
+
+
+#: Servers that are not there. Without them a command would start servers of the user's own, which stay.
+NOWHERE = {"REDIS_URL": "redis://127.0.0.1:1/0", "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
 
 
 def _python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run Python as started in the folder: with -m and -c the folder comes first in the search for modules."""
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**usual_environment(), **NOWHERE},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
 
 
