@@ -210,10 +210,10 @@ def _break_all(
             beat_lives = False
             world.kill_beat()
             say(f"{now:6.1f} s: beat is dead from here on")
-        for ends_at, fault, way in [entry for entry in open_ways if entry[0] <= now]:
-            breaking.end(way)
-            open_ways.remove((ends_at, fault, way))
+        _end_due(open_ways, began)
         while to_begin and to_begin[0].at <= now:
+            # A fault may take long to begin: the ends that are due by then come first.
+            _end_due(open_ways, began)
             fault = to_begin.pop(0)
             say(str(fault))
             way = breaking.begin(world, fault)
@@ -226,6 +226,14 @@ def _break_all(
         pause.wait(LOOK_EVERY)
     for _, _, way in open_ways:
         breaking.end(way)
+
+
+def _end_due(open_ways: list[tuple[float, Fault, Generator[None, None, None]]], began: float) -> None:
+    """End the faults whose time is over."""
+    now = time.monotonic() - began
+    for entry in [entry for entry in open_ways if entry[0] <= now]:
+        open_ways.remove(entry)
+        breaking.end(entry[2])
 
 
 @contextmanager
