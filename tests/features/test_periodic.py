@@ -14,7 +14,7 @@ from celery import Celery
 from celery.beat import PersistentScheduler
 from sqlalchemy import text
 
-from tests.fixtures.processes import Platform
+from tests.fixtures.processes import ENDING, Platform
 from tests.fixtures.waiting import until
 from tests.tasks.periodic import SCHEDULE
 
@@ -67,3 +67,8 @@ def test_entries_of_every_kind_run_with_their_requests_beside_the_platforms_tick
     for kind, ran in runs(platform).items():
         assert ran, kind
         assert all(run == ASKED[kind] for run in ran), kind
+
+
+def test_beat_ends_well_when_term_interrupts_a_del(platform: Platform) -> None:
+    beat = platform.beat("--scheduler", "tests.tasks.interrupted:InterruptedScheduler")
+    assert beat.finish(ENDING) == 0, beat.tail()

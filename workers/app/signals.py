@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 import socket
 import threading
 from functools import partial
+from types import FrameType
 from typing import Any, Final
 
 from celery import signals
@@ -42,14 +44,15 @@ logger = logging.getLogger(__name__)
 
 def connect() -> None:
     """Connect the signals, once for the process."""
-    for signal, handler in (
+    for event, handler in (
         (signals.celeryd_init, on_celeryd_init),
         (signals.worker_init, on_worker_init),
         (signals.worker_ready, on_worker_ready),
         (signals.worker_shutting_down, on_worker_shutting_down),
         (signals.worker_shutdown, on_worker_shutdown),
+        (signals.beat_init, on_beat_init),
     ):
-        signal.connect(handler, weak=False, dispatch_uid=f"celery-capacity.{handler.__name__}")
+        event.connect(handler, weak=False, dispatch_uid=f"celery-capacity.{handler.__name__}")
     logging.getLogger("celery.pool").addFilter(_without_arguments)
 
 
@@ -133,3 +136,23 @@ def on_worker_shutdown(sender: Any = None, **_: Any) -> None:
     runtime = runtime_of(sender)
     if runtime is not None:
         runtime.leave()
+
+
+def on_beat_init(sender: Any = None, **_: Any) -> None:
+    """Have TERM and INT end beat wherever they interrupt it.
+
+    Celery's handler closes the schedule and raises `SystemExit`. Python drops an exception that is raised inside a
+    `__del__`, such as that of the result of a submitted task. Beat would go on with a closed schedule, and end with
+    code 1. The platform's handler first tells beat to stop, so that its loop ends.
+    """
+    if stores_of(sender.app) is None or threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        celery_handler = signal.getsignal(number)
+        if callable(celery_handler) and celery_handler is not signal.default_int_handler:
+            signal.signal(number, partial(_stop_beat, sender, celery_handler))
+
+
+def _stop_beat(service: Any, celery_handler: Any, number: int, frame: FrameType | None) -> None:
+    service.stop()
+    celery_handler(number, frame)
