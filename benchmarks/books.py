@@ -96,7 +96,7 @@ class Books:
         incarnation = self._incarnations[worker]
         end = Ended(job, f"{self.ledger.epoch}.{answer.attempt}", "succeeded")
         released = self.ledger.settle(worker, incarnation, ended=[end], most_losses=MOST_LOSSES).released
-        self.ledger.forget([(release.entry, job) for release in released])
+        self.ledger.ack_transitions([(release.entry, job) for release in released])
         self.ledger.client.delete(private_queue(worker, incarnation))
 
     def run_jobs(self, jobs: int) -> tuple[str, list[str]]:
@@ -179,7 +179,7 @@ def books(pair: Pair, workers: int) -> Iterator[Books]:
         "PLATFORM_LOST_AFTER": "3700",
     }
     ledger = Ledger(Settings.from_environ(environment))
-    ledger.open(1)
+    ledger.open_epoch(1)
     opened = Books(ledger)
     for number in range(workers):
         opened.register(f"w{number}")

@@ -29,7 +29,7 @@ after the script, before the message is read      redelivery (START): the same a
 worker took the message, did not claim            redelivery; when the worker is dead, the lapse
 worker claimed, body runs                         lapse (TTL, LOST): the job is taken back as a new attempt
 body ended, release not sent                      lapse: the attempt counts as lost and runs again (at least once)
-released, the answer with the next jobs is lost   `recover`: the worker asks for what it holds and does not know
+released, the answer with the next jobs is lost   `hand_over_again`: the worker asks for what it holds and does not know
 released, Postgres not written                    the stream has the outcome; whoever runs the duty applies it
 Redis loses everything                            the epoch is missing: COLD, nobody admits; one process begins the
                                                   next epoch in Postgres and opens it, workers say what they hold

@@ -98,8 +98,8 @@ class Registration:
             text(_ENDED),
             {"shape": SHAPE, "message": self._message, "rows": max(0, cluster.rows - cluster.running)},
         )
-        self._ledger.open(1)
-        self._ledger.finish(1)
+        self._ledger.open_epoch(1)
+        self._ledger.finish_epoch(1)
         self._lives.clear()
         for name in cluster.names:
             life = self._lives[name] = Life(name)

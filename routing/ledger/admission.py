@@ -92,7 +92,7 @@ class Admission(Repairs):
         for start in range(0, len(reply.rest), 3):
             # The worker that took the first job may have room for the next one, and stands before the cursor now.
             shape, *cursor = reply.rest[start : start + 3]
-            while self.place(shape, *cursor):
+            while self.place_shape(shape, *cursor):
                 cursor = []
         return reply.number("taken")
 
@@ -104,15 +104,15 @@ class Admission(Repairs):
             return Submitted("late")
         if reply.head == "waiting":
             cursor = reply["cursor_score"], reply["cursor_worker"]
-            admitted = [placed for placed in self.place(shape, *cursor) if placed.job == job] if cursor[0] else []
+            admitted = [placed for placed in self.place_shape(shape, *cursor) if placed.job == job] if cursor[0] else []
             return Submitted("admitted", admitted[0].worker, admitted[0].attempt) if admitted else Submitted("waiting")
         return Submitted(reply.head, was=reply["state"])
 
-    def place(self, shape: str, cursor_score: str = "", cursor_worker: str = "") -> list[Placed]:
+    def place_shape(self, shape: str, cursor_score: str = "", cursor_worker: str = "") -> list[Placed]:
         """Admit the waiting jobs of a shape to any workers that have room, until no job or no room is left."""
         placed: list[Placed] = []
         while True:
-            reply = self._call("place", shape=shape, cursor_score=cursor_score, cursor_worker=cursor_worker)
+            reply = self._call("place_shape", shape=shape, cursor_score=cursor_score, cursor_worker=cursor_worker)
             if reply.head == "none":
                 return placed
             if reply.head == "admitted":
@@ -120,10 +120,10 @@ class Admission(Repairs):
             else:
                 cursor_score, cursor_worker = reply["cursor_score"], reply["cursor_worker"]
 
-    def place_all(self, shapes: Iterable[str]) -> None:
+    def place_shapes(self, shapes: Iterable[str]) -> None:
         """Admit the waiting jobs of several shapes, after jobs of these shapes came back into the backlog."""
         for shape in dict.fromkeys(shapes):
-            self.place(shape)
+            self.place_shape(shape)
 
 
 def flag(rerun: bool) -> str:

@@ -91,7 +91,7 @@ class Ledger(Held, Elections):
 
     def follow(self, worker: str, settled: Settled) -> None:
         """Go on after a release: place the shapes of the jobs it put back, and fill this worker from its cursors."""
-        self.place_all(settled.shapes)
+        self.place_shapes(settled.shapes)
         for cursor in settled.cursors:
             self.fill(worker, cursor, RELEASE_PAGES)
 
@@ -128,10 +128,10 @@ class Ledger(Held, Elections):
         """Add to a counter, for events that no script sees."""
         self._guard(lambda: self.client.hincrby(keys.COUNTERS, what, by))
 
-    def forget(self, entries: Sequence[tuple[str, str]]) -> int:
+    def ack_transitions(self, entries: Sequence[tuple[str, str]]) -> int:
         """Drop stream entries (entry, job) that Postgres has, and return how many were dropped."""
         rows = [{"entry": entry, "job": job} for entry, job in entries]
-        return self._call("forget", rows).number("dropped") if rows else 0
+        return self._call("ack_transitions", rows).number("dropped") if rows else 0
 
     def redeliver(self) -> int:
         """Deliver again the messages of jobs that were not claimed in time, and return how many messages went out."""
@@ -142,9 +142,9 @@ class Ledger(Held, Elections):
             if reply.number("looked") < REDELIVER_CHUNK:
                 return delivered
 
-    def drop(self, job: str, token: str, *, final: bool) -> bool:
+    def remove_job(self, job: str, token: str, *, final: bool) -> bool:
         """Take out a job, unless it changed since it was read; `final`: the job may not come back."""
-        reply = self._call("drop", job=job, token=token, final="1" if final else "0")
+        reply = self._call("remove_job", job=job, token=token, final="1" if final else "0")
         if reply.head == "ok" and reply["worker"]:
             self.fill(reply["worker"])
         return reply.head == "ok"
@@ -207,10 +207,10 @@ class Ledger(Held, Elections):
         missing = round(self.settings.renew_interval * 1000) if missing_ms is None else missing_ms
         if missing < 0 or (reply["held"], reply["lacked"]) == ("0", "0"):
             return Renewed(known=True, taken_back=0)
-        taken_back = self.take_missing(worker, incarnation, holds, most_losses, missing)
+        taken_back = self.take_back_missing(worker, incarnation, holds, most_losses, missing)
         if taken_back and admit:
             self.fill(worker)
-            self.place_all(taken_back)
+            self.place_shapes(taken_back)
         return Renewed(known=True, taken_back=len(taken_back))
 
     def unreported(self, workers: Sequence[str]) -> list[str]:
@@ -230,9 +230,9 @@ class Ledger(Held, Elections):
         reply = self._call("leave", worker=worker, incarnation=incarnation)
         return reply.number("number") if reply.head == "held" else 0
 
-    def condemn(self, worker: str, incarnation: str) -> None:
+    def expire_lease(self, worker: str, incarnation: str) -> None:
         """End the lease of an incarnation that is known to be dead."""
-        self._call("condemn", worker=worker, incarnation=incarnation)
+        self._call("expire_lease", worker=worker, incarnation=incarnation)
 
     def lapsed_workers(self) -> list[str]:
         """Return the workers whose leases ran out, or end so late that the clock must have been set back since."""

@@ -327,7 +327,7 @@ class LedgerServer:
         """Return True if the rebuild of this epoch has not reached its end: it runs, or its process died."""
         return bool(self._guard(lambda: self.client.hexists(keys.EPOCH, "rebuilding")))
 
-    def close_books(self, epoch: int, run_id: str, step: str, names: Sequence[str | bytes] = ()) -> None:
+    def close_epoch(self, epoch: int, run_id: str, step: str, names: Sequence[str | bytes] = ()) -> None:
         """Take one step of closing the books for the process that opens this epoch.
 
         The step `begin` closes the books, `remove` removes keys of the older epoch, and `carry` carries jobs over. Each
@@ -338,15 +338,15 @@ class LedgerServer:
         rows = [{"name": name} for name in names]
         self._call("close_epoch", rows, epoch=epoch, run_id=self._caller(run_id), step=step)
 
-    def open(self, epoch: int, run_id: str | None = None) -> None:
-        """Open an epoch on empty books; `run_id` as in `close_books`, None for the current one."""
+    def open_epoch(self, epoch: int, run_id: str | None = None) -> None:
+        """Open an epoch on empty books; `run_id` as in `close_epoch`, None for the current one."""
         self._meant.run_id = run_id or self.run_id
-        reply = self._call("open", epoch=epoch, run_id=self._caller(run_id or self.run_id))
+        reply = self._call("open_epoch", epoch=epoch, run_id=self._caller(run_id or self.run_id))
         # From now on the rows that this process reads are newer than the epoch, also by its own estimate of the clock.
         self.hear(reply.number("now"))
         self.epoch = epoch
 
-    def finish(self, epoch: int) -> None:
+    def finish_epoch(self, epoch: int) -> None:
         """Note that the rebuild of this epoch is done. Raise `LedgerClosed` where a newer epoch is open."""
         self._call("finish_epoch", epoch=epoch, run_id=self._caller(self.run_id))
 
@@ -355,12 +355,12 @@ class LedgerServer:
         jobs: Any = self._guard(lambda: self.client.smembers(keys.CARRIED))
         return {job.decode() for job in jobs}
 
-    def let_in(self, jobs: Sequence[tuple[str, int, int, str, str]]) -> int:
-        """Let in jobs that were kept out, now that Postgres has their entries, and return how many were let in.
+    def unblock_carried(self, jobs: Sequence[tuple[str, int, int, str, str]]) -> int:
+        """Let carried jobs in again, whose entries Postgres has now, and return how many were carried until now.
 
         At most 200 jobs, each as its row is: id, epoch, attempt, state, and a mark. The mark is `1` where the job has
         ended, `held` where a worker has it, and empty otherwise.
         """
         names = ("job", "epoch", "attempt", "state", "final")
         rows = [dict(zip(names, job, strict=True)) for job in jobs]
-        return self._call("let_in", rows).number("let_in") if rows else 0
+        return self._call("unblock_carried", rows).number("unblocked") if rows else 0

@@ -70,7 +70,7 @@ class Held(Admission):
 
         Raises `StoreUnavailable` where its list or its book changed during every try.
         """
-        taken = self.unhold(worker)
+        taken = self.prune_held(worker)
         for _ in range(TRIES):
             differed = self._recount_unchanged(worker)
             if differed is not None:
@@ -98,10 +98,10 @@ class Held(Admission):
         differed: int | None = self._guard(count)
         return differed
 
-    def unhold(self, worker: str) -> int:
+    def prune_held(self, worker: str) -> int:
         """Take stray entries, which match no job's own key, out of a worker's list, and return how many."""
         pages = self.held_pages(worker)
-        return sum(self._call("unhold", _jobs(page), worker=worker).number("taken") for page in pages)
+        return sum(self._call("prune_held", _jobs(page), worker=worker).number("taken") for page in pages)
 
     def _held_sum(self, worker: str) -> str:
         """Return the sum of the amounts of a worker's jobs, as a shape; '' where a script can count them itself."""
@@ -124,13 +124,13 @@ class Held(Admission):
         """
         reply = self._call(script, groups, worker=worker, counted="", **values)
         if reply.head == "many":
-            self.unhold(worker)
+            self.prune_held(worker)
             reply = self._call(script, groups, worker=worker, counted=self._held_sum(worker), **values)
         return reply
 
-    def reserve(self, worker: str, incarnation: str, capacity: str) -> bool:
+    def reserve_book(self, worker: str, incarnation: str, capacity: str) -> bool:
         """Open a closed book for a worker that has not registered in this epoch; return False where it has a book."""
-        return self._counted("reserve", worker=worker, incarnation=incarnation, capacity=capacity).head == "ok"
+        return self._counted("reserve_book", worker=worker, incarnation=incarnation, capacity=capacity).head == "ok"
 
     # -- taking back ---------------------------------------------------------------------------------------------
 
@@ -140,22 +140,22 @@ class Held(Admission):
         # The first call has no jobs: it only stops admission, so that no job joins the list while it is read.
         for page in chain([list[str]()], self.held_pages(worker)):
             shapes = self._call("drain", _jobs(page), worker=worker, incarnation=incarnation).rest
-            self.place_all(shapes)
+            self.place_shapes(shapes)
             handed_back += len(shapes)
         return handed_back
 
-    def recover(self, worker: str, incarnation: str, holds: Iterable[str]) -> list[HandedOver]:
+    def hand_over_again(self, worker: str, incarnation: str, holds: Iterable[str]) -> list[HandedOver]:
         """Return the jobs that a lost reply handed over to this worker, which does not hold them."""
         seen, handed_over = set(holds), list[HandedOver]()
         for page in self.held_pages(worker):
             asked = [job for job in page if job not in seen]
             if asked:
-                reply = self._call("recover", _jobs(asked), worker=worker, incarnation=incarnation)
+                reply = self._call("hand_over_again", _jobs(asked), worker=worker, incarnation=incarnation)
                 handed_over += hand_overs(reply.rest)
                 seen.update(asked)
         return handed_over
 
-    def take_missing(
+    def take_back_missing(
         self, worker: str, incarnation: str, holds: Iterable[str], most_losses: int, missing_ms: int
     ) -> list[str]:
         """Take back running jobs that no list has named for `missing_ms`, and return their shapes.
@@ -167,7 +167,9 @@ class Held(Admission):
             asked = [job for job in page if job not in named]
             for start in range(0, len(asked), PAGE):
                 values = {"incarnation": incarnation, "most_losses": most_losses, "missing": missing_ms}
-                shapes += self._call("take_missing", _jobs(asked[start : start + PAGE]), worker=worker, **values).rest
+                shapes += self._call(
+                    "take_back_missing", _jobs(asked[start : start + PAGE]), worker=worker, **values
+                ).rest
             absent.update(asked)
         self._named_again(worker, absent)
         return shapes
@@ -197,7 +199,7 @@ class Held(Admission):
             if reply.head == "unknown":
                 return Lapsed("unknown", incarnation=None, taken_back=taken)
             taken += len(reply.rest)
-            self.place_all(reply.rest)
+            self.place_shapes(reply.rest)
             if reply.head != "more":
                 return Lapsed(reply.head, incarnation=reply["incarnation"], taken_back=taken)
             page = next(pages, [])

@@ -160,15 +160,15 @@ class Opener:
 
     def _close(self) -> None:
         """Close the old books, apply what they noted to Postgres, if the stream survived, and remove them."""
-        self._ledger.close_books(self._epoch, self._run_id, "begin")
+        self._ledger.close_epoch(self._epoch, self._run_id, "begin")
         transition_log.apply_all(self._engine, self._ledger, between=self._go_on)
         self._wipe()
         # Entries that are left: the rows of their jobs are locked, and do not have the state of the jobs yet.
         jobs = sorted({transition.job for transition in transition_log.unapplied(self._ledger)})
         for start in range(0, len(jobs), BACKLOG_CHUNK):
             self._go_on()
-            self._ledger.close_books(self._epoch, self._run_id, "carry", jobs[start : start + BACKLOG_CHUNK])
-        self._ledger.open(self._epoch, self._run_id)
+            self._ledger.close_epoch(self._epoch, self._run_id, "carry", jobs[start : start + BACKLOG_CHUNK])
+        self._ledger.open_epoch(self._epoch, self._run_id)
 
     def _wipe(self) -> None:
         # An entry leaves the stream when Postgres has it, and not before.
@@ -190,7 +190,7 @@ class Opener:
     def _remove(self, batch: Sequence[bytes]) -> None:
         self._go_on()
         if batch:
-            self._ledger.close_books(self._epoch, self._run_id, "remove", batch)
+            self._ledger.close_epoch(self._epoch, self._run_id, "remove", batch)
 
     def _rebuild(self, connection: Connection) -> Rebuilt:
         workers, held = self._reserve(connection)
@@ -198,7 +198,7 @@ class Opener:
         self._go_on()
         revocation.tell_all(connection, self._ledger, between=self._go_on)
         filed = self._file_backlog(connection, doubtful=not self._whole_stream and self._is_one_silent(workers))
-        self._ledger.finish(self._epoch)
+        self._ledger.finish_epoch(self._epoch)
         return Rebuilt(self._epoch, len(workers), held, filed)
 
     def _is_one_silent(self, workers: Sequence[_Worker]) -> bool:
@@ -225,7 +225,7 @@ class Opener:
             self._go_on()
             if not worker.newest:
                 continue
-            ledger.reserve(worker.name, worker.incarnation, Capacity.from_people(worker.capacity).shape)
+            ledger.reserve_book(worker.name, worker.incarnation, Capacity.from_people(worker.capacity).shape)
             jobs = holdings.get(worker.incarnation, [])
             for start in range(0, len(jobs), BACKLOG_CHUNK):
                 ledger.adopt(worker.name, worker.incarnation, jobs[start : start + BACKLOG_CHUNK])
@@ -294,7 +294,7 @@ def bring_in_carried(engine: Engine, ledger: Ledger) -> int:
             rows = connection.execute(_ROWS, {"ids": some}).all()
         by_id = {row.id: (row.id, row.epoch, row.attempt, row.state, _standing(row.state)) for row in rows}
         # If this process dies after this line, the next reconcile brings them in.
-        ledger.let_in([by_id.get(job, (job, 0, 0, "", "held")) for job in some])
+        ledger.unblock_carried([by_id.get(job, (job, 0, 0, "", "held")) for job in some])
         reconcile.look_at(engine, ledger, some)
     return len(free)
 

@@ -36,7 +36,7 @@ def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, gra
         left |= fencing.give_up(connection, incarnation)
         for job, token in fencing.committed(connection, incarnation):
             # A committed job too is closed only once the stream has no entry of it.
-            if not ledger.drop(job, str(token), final=True) and _is_held(ledger, job, worker):
+            if not ledger.remove_job(job, str(token), final=True) and _is_held(ledger, job, worker):
                 left.add(job)
             else:
                 fencing.close(connection, job, token)

@@ -177,7 +177,7 @@ def _rows_against_ledger(connection: Connection, ledger: Ledger, result: Reconci
             ids = [row.partition(" ")[0] for row in rows.split("\n")]
             result.checked += len(ids)
             compared.update(ids)
-            _look_at(connection, ledger, ledger.compare(rows), result)
+            _look_at(connection, ledger, ledger.compare_jobs(rows), result)
     return compared
 
 
@@ -212,7 +212,7 @@ def _not_over(connection: Connection, ledger: Ledger, ids: Sequence[str]) -> lis
     """Return the jobs that are not over in both stores. Nearly all others ended within the last minute."""
     going_on = list(connection.execute(_GOING_ON, {"ids": list(ids)}).scalars()) if ids else []
     over = set(ids).difference(going_on)
-    return [*going_on, *ledger.compare("\n".join(f"{job} {ENDED} - -" for job in over))]
+    return [*going_on, *ledger.compare_jobs("\n".join(f"{job} {ENDED} - -" for job in over))]
 
 
 def _look_at(connection: Connection, ledger: Ledger, ids: Sequence[str], result: Reconciled) -> None:
@@ -228,7 +228,7 @@ def _look_at(connection: Connection, ledger: Ledger, ids: Sequence[str], result:
     standing = {job: card for job, card in cards.items() if card.state != ENDED and job not in suspects}
     for job in reconcile_indexes.check_jobs(connection, ledger, standing, result):
         row = _rows(connection, [job]).get(job)
-        if row is not None and ledger.drop(job, standing[job].token, final=False):
+        if row is not None and ledger.remove_job(job, standing[job].token, final=False):
             result.note("held by a worker that has no book", _give_back(connection, ledger, row))
 
 
@@ -293,12 +293,12 @@ def _repair(
     """Repair a job that differs; return whether that worked. None where work went on meanwhile."""
     is_open = card is not None and card.state != ENDED
     if row is None or row.state in FINAL:
-        return (is_open and card is not None and ledger.drop(job, card.token, final=True)) or None
+        return (is_open and card is not None and ledger.remove_job(job, card.token, final=True)) or None
     # A scheduled row that waits in the ledger has a newer message than the one that waits there.
     older = row.state == State.SCHEDULED and is_open and card is not None and card.state == State.WAITING
     if card is not None and is_newer(card, row) and not older:
         return _bring_forward(connection, ledger, row, card)
-    if card is not None and is_open and not ledger.drop(job, card.token, final=False):
+    if card is not None and is_open and not ledger.remove_job(job, card.token, final=False):
         return None
     if row.state == State.RUNNING:
         return _hold_again(connection, ledger, row, result)

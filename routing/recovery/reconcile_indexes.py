@@ -40,7 +40,7 @@ def clear_marks(ledger: Ledger, cards: Mapping[str, JobCard], result: Reconciled
     # The scripts write mark and entry or neither: a card that still names an entry that was missing is wrong.
     again = snapshot.read_cards(ledger.client, [job for job, _ in gone])
     orphans = [(entry, job) for job, entry in gone if job in again and again[job].entry == entry]
-    ledger.forget(orphans)
+    ledger.ack_transitions(orphans)
     for _ in orphans:
         result.note("a transition that was lost with the stream")
     return bool(orphans)
@@ -66,9 +66,9 @@ def check_jobs(connection: Connection, ledger: Ledger, cards: Mapping[str, JobCa
     for job, card in cards.items():
         place, due = next(replies), next(replies)
         if card.state == State.WAITING:
-            if (place is None or int(place) != card.order) and ledger.mend(card.shape or "", job):
+            if (place is None or int(place) != card.order) and ledger.repair_queue(card.shape or "", job):
                 result.note("waiting without its place")
-                ledger.place(card.shape or "")
+                ledger.place_shape(card.shape or "")
             continue
         seated = place is not None and snapshot.text(place) == card.token and (card.worker, card.incarnation) in lives
         delivered = (due is not None) == (card.state == State.ADMITTED)
@@ -78,9 +78,9 @@ def check_jobs(connection: Connection, ledger: Ledger, cards: Mapping[str, JobCa
 
 
 def _seat(connection: Connection, ledger: Ledger, job: str, card: JobCard, result: Reconciled) -> bool:
-    seated = ledger.seat(job)
+    seated = ledger.repair_job(job)
     if seated is None and give_home(connection, ledger, card.worker or "", result):
-        seated = ledger.seat(job)
+        seated = ledger.repair_job(job)
     if seated:
         result.note("held without its place")
     return seated is not None
@@ -99,7 +99,7 @@ def give_home(connection: Connection, ledger: Ledger, worker: str, result: Recon
     worker.
     """
     row = connection.execute(_CAPACITY, {"name": worker}).one_or_none()
-    if row is None or not ledger.reserve(worker, row[0], Capacity.from_people(row[1]).shape):
+    if row is None or not ledger.reserve_book(worker, row[0], Capacity.from_people(row[1]).shape):
         return False
     result.note("a worker without a book")
     return True
@@ -113,25 +113,25 @@ def check_queues(ledger: Ledger, shapes: set[str], resources: set[str], result: 
     """
     for resource in sorted(resources):
         for shape in map(snapshot.text, ledger.client.zrange(keys.shapes_of(resource), 0, -1)):
-            if waits_beside(shape) != resource and ledger.mend(shape, seen_in=resource):
+            if waits_beside(shape) != resource and ledger.repair_queue(shape, seen_in=resource):
                 result.note("a shape out of its place")
             shapes.add(shape)
     for shape in sorted(shapes | {snapshot.text(shape) for shape in ledger.client.zrange(keys.SHAPES, 0, -1)}):
         seen, looked = 0, CHUNK
         while looked == CHUNK:
-            looked, strays = ledger.misplaced(shape, seen, CHUNK)
+            looked, strays = ledger.find_misplaced(shape, seen, CHUNK)
             seen += looked
             for job in strays:
-                if ledger.mend(shape, job):
+                if ledger.repair_queue(shape, job):
                     result.note("a place without its waiting job")
                     seen -= 1  # all places before it are nearer to the end now
-        if ledger.mend(shape):
+        if ledger.repair_queue(shape):
             result.note("a shape out of its place")
     for jobs in _chunks(ledger.client.zscan_iter(keys.UNCLAIMED, count=CHUNK)):
         cards = snapshot.read_cards(ledger.client, jobs)
         for job in jobs:
             card = cards.get(job)
-            if (card is None or card.state != State.ADMITTED) and ledger.seat(job):
+            if (card is None or card.state != State.ADMITTED) and ledger.repair_job(job):
                 result.note("a delivery of a job that was not admitted")
 
 
@@ -155,7 +155,7 @@ def check_books(ledger: Ledger, workers: set[str], resources: set[str], result: 
     for resource in sorted(resources):
         seen, looked = 0, CHUNK
         while looked == CHUNK:
-            looked, taken = ledger.unlist(resource, seen, CHUNK)
+            looked, taken = ledger.prune_index(resource, seen, CHUNK)
             seen += looked - taken
             for _ in range(taken):
                 result.note("a worker in the index of what it does not have")

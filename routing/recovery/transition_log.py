@@ -127,7 +127,7 @@ def write(
         return [], 0
     applied, left = refused_transitions.write(engine, transitions, wait=wait)
     kept = {transition.entry for transition in left}
-    ledger.forget(written([transition for transition in transitions if transition.entry not in kept]))
+    ledger.ack_transitions(written([transition for transition in transitions if transition.entry not in kept]))
     return applied, len(left)
 
 
@@ -136,7 +136,7 @@ def _set_aside(engine: Engine, ledger: Ledger, unreadable: Sequence[tuple[bytes,
     for entry, fields in unreadable:
         texts = {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in fields.items()}
         refused_transitions.set_aside(engine, texts, f"entry {entry.decode()} is no transition")
-        ledger.forget([(entry.decode(), texts.get("job", ""))])
+        ledger.ack_transitions([(entry.decode(), texts.get("job", ""))])
 
 
 def apply_all(

@@ -85,8 +85,8 @@ CLOSED: Final = st.sampled_from(["draining", "closed", "expired", "older epoch"]
 def write(ledger: Ledger, books: Sequence[Book], why: str = "draining") -> None:
     """Write the books as the scripts would have left them."""
     ledger.client.flushdb()
-    ledger.open(1)
-    ledger.finish(1)
+    ledger.open_epoch(1)
+    ledger.finish_epoch(1)
     for book in books:
         write_book(ledger, book, "ready" if book.admitting else why)
 
@@ -382,7 +382,7 @@ def test_a_search_whose_cursor_moved_meanwhile_still_finds_the_worker(ledger: Le
     assert reply.head == "waiting"
     # The worker at the cursor gets an allocation: it leaves its place.
     ledger.client.zadd(keys.FREE, {reply["cursor_worker"]: 3000})
-    placed = ledger.place(request_.shape, reply["cursor_score"], reply["cursor_worker"])
+    placed = ledger.place_shape(request_.shape, reply["cursor_score"], reply["cursor_worker"])
     assert [admission.worker for admission in placed] == [books[-1].worker]
 
 

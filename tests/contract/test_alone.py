@@ -73,8 +73,8 @@ def test_a_hand_back_and_a_new_epoch_leave_it_alone(cluster: Cluster) -> None:
     assert cluster.end("job", "1.1", "handed_back").state == "waiting"
     assert cluster.book()["a.alone"] == "1"
     cluster.client.flushdb()
-    cluster.ledger.open(2)
-    cluster.ledger.finish(2)
+    cluster.ledger.open_epoch(2)
+    cluster.ledger.finish_epoch(2)
     cluster.register()
     # As a row of Postgres says it: with the request that the job asks for.
     assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.2", ONE, 1, 5, 6, "n", LAST)]) == []

@@ -45,8 +45,8 @@ def test_a_ready_worker_whose_lease_ran_out_for_a_moment_is_open_again_with_its_
 
 def test_a_worker_with_a_reserved_book_has_to_register_before_it_is_open(cluster: Cluster) -> None:
     cluster.client.flushdb()
-    cluster.ledger.open(2)
-    assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+    cluster.ledger.open_epoch(2)
+    assert cluster.ledger.reserve_book("w", "w-life", CAPACITY)
     assert not cluster.renew(), "the heartbeat knows no queue"
     assert cluster.submit("job") is None
     assert cluster.register() == Filled(1)
@@ -78,8 +78,8 @@ def test_a_worker_whose_confirmation_ran_out_stays_and_admits_nothing(cluster: C
 
 def test_a_job_that_never_started_is_not_lost_with_its_worker(cluster: Cluster) -> None:
     cluster.client.flushdb()
-    cluster.ledger.open(2)
-    cluster.ledger.reserve("w", "w-life", CAPACITY)
+    cluster.ledger.open_epoch(2)
+    cluster.ledger.reserve_book("w", "w-life", CAPACITY)
     held = [Adopted("idle", "1.1", ONE, 1, 5, 0, "", 0), Adopted("busy", "1.1", ONE, 2, 5, 6, "", 0)]
     assert cluster.ledger.adopt("w", "w-life", held) == []
     cluster.expire()
@@ -102,7 +102,7 @@ def test_a_book_that_went_missing_comes_back_with_what_its_worker_holds(cluster:
 def test_a_book_that_went_missing_is_reserved_with_what_its_worker_holds(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.client.delete(keys.book("w"))
-    assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+    assert cluster.ledger.reserve_book("w", "w-life", CAPACITY)
     assert (cluster.book()["status"], cluster.book()["a.cpus"]) == ("closed", "1000")
 
 
@@ -110,7 +110,7 @@ def test_a_torn_book_is_as_good_as_none(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.client.hdel(keys.book("w"), "lease")
     assert cluster.submit("next") is None
-    assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+    assert cluster.ledger.reserve_book("w", "w-life", CAPACITY)
     assert cluster.book()["a.cpus"] == "1000"
 
 
@@ -134,8 +134,8 @@ def test_capacity_that_shrank_below_what_runs_is_said_until_it_fits_again(cluste
 
 def test_what_a_worker_holds_since_an_older_epoch_may_exceed_what_it_has_now(cluster: Cluster) -> None:
     cluster.client.flushdb()
-    cluster.ledger.open(2)
-    cluster.ledger.reserve("w", "w-life", Request.of({"cpus": 500, "memory": 100}).shape)
+    cluster.ledger.open_epoch(2)
+    cluster.ledger.reserve_book("w", "w-life", Request.of({"cpus": 500, "memory": 100}).shape)
     cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "", 0)])
     assert cluster.book()["shrunk"] == "1"
 
@@ -156,7 +156,7 @@ def test_a_worker_whose_last_slot_is_taken_leaves_the_index_until_one_is_free(cl
         cluster.register(capacity=narrow.replace("cpus=4000", "cpus=500"))
         cluster.client.hset(keys.book("w"), "c.cpus", 4000)
         cluster.client.zadd(keys.FREE, {"w": 4000})
-        assert [placed.job for placed in cluster.ledger.place(ONE)] == ["job"]
+        assert [placed.job for placed in cluster.ledger.place_shape(ONE)] == ["job"]
     assert cluster.client.zscore(keys.FREE, "w") is None
     cluster.claim("job", "1.1")
     cluster.end("job", "1.1")
@@ -168,14 +168,14 @@ def test_a_worker_whose_last_slot_is_taken_leaves_the_index_until_one_is_free(cl
 
 def test_opening_an_epoch_twice_keeps_what_was_admitted_between(cluster: Cluster) -> None:
     cluster.run("job")
-    cluster.ledger.open(1)
+    cluster.ledger.open_epoch(1)
     assert (cluster.client.get(keys.ALLOCATED), cluster.client.get(keys.ALLOCATED_CPUS)) == (b"1000", b"1")
 
 
 def test_an_older_epoch_cannot_be_opened(cluster: Cluster) -> None:
-    cluster.ledger.open(3)
+    cluster.ledger.open_epoch(3)
     with pytest.raises(LedgerClosed) as caught:
-        cluster.ledger.open(2)
+        cluster.ledger.open_epoch(2)
     assert caught.value.epoch == 3
 
 
@@ -196,7 +196,7 @@ def test_a_job_that_is_cancelled_on_its_way_to_the_ledger_is_not_admitted_there(
 def test_a_cancel_during_a_rebuild_does_not_cost_a_running_job_its_lease(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.client.flushdb()
-    cluster.ledger.open(2)
+    cluster.ledger.open_epoch(2)
     assert cluster.ledger.cancel("job", "cancelled").verdict == "unsure"
     cluster.register("w")
     assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "", 0)]) == []
@@ -212,22 +212,22 @@ def test_a_process_that_may_not_admit_places_nothing(cluster: Cluster) -> None:
 
 
 def test_a_shape_that_nobody_waits_under_has_nothing_to_be_mended(cluster: Cluster) -> None:
-    assert not cluster.ledger.mend("cpus=7,slots=1")
+    assert not cluster.ledger.repair_queue("cpus=7,slots=1")
 
 
 def test_a_job_is_put_into_its_places_once(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.submit("next")
-    assert [cluster.ledger.seat(job) for job in ("job", "next", "ghost")] == [0, 0, 0]
+    assert [cluster.ledger.repair_job(job) for job in ("job", "next", "ghost")] == [0, 0, 0]
     cluster.client.hset(keys.held("w"), "job", "1.0")
     cluster.client.hdel(keys.held("w"), "next")
     cluster.client.hincrby(keys.book("w"), "a.cpus", -1000)
     cluster.client.zrem(keys.UNCLAIMED, "next")
-    assert [cluster.ledger.seat(job) for job in ("job", "next")] == [1, 2]
+    assert [cluster.ledger.repair_job(job) for job in ("job", "next")] == [1, 2]
     assert cluster.client.hgetall(keys.held("w")) == {b"job": b"1.1", b"next": b"1.1"}
     assert cluster.book()["a.cpus"] == "2000"
     cluster.client.delete(keys.book("w"))
-    assert cluster.ledger.seat("job") is None
+    assert cluster.ledger.repair_job("job") is None
 
 
 def test_a_sum_that_changed_since_it_was_read_is_left_alone(cluster: Cluster) -> None:
@@ -255,7 +255,7 @@ def test_each_attempt_begins_anew_with_its_deliveries(cluster: Cluster) -> None:
 def test_nothing_is_delivered_to_a_worker_that_has_no_queue(cluster: Cluster) -> None:
     cluster.submit("job")
     cluster.client.delete(keys.book("w"))
-    cluster.ledger.reserve("w", "w-life", CAPACITY)
+    cluster.ledger.reserve_book("w", "w-life", CAPACITY)
     cluster.client.zadd(keys.UNCLAIMED, {"job": 1})
     assert cluster.ledger.redeliver() == 0
     assert cluster.client.exists("") == 0

@@ -146,8 +146,8 @@ class Flood:
     def empty(self) -> Flood:
         """Begin with a ledger in which nothing stands."""
         self.client.flushdb(asynchronous=True)
-        self.ledger.open(1)
-        self.ledger.finish(1)
+        self.ledger.open_epoch(1)
+        self.ledger.finish_epoch(1)
         self.full = False
         return self
 
@@ -156,7 +156,7 @@ class Flood:
         if not self.full:
             self.empty().worker()
             self.running()
-            self.ledger.forget([(self.client.xrange(keys.STREAM)[-1][0].decode(), "job")])
+            self.ledger.ack_transitions([(self.client.xrange(keys.STREAM)[-1][0].decode(), "job")])
             for flood in (self.queue, self.shapes, self.workers, self.held, self.unclaimed, self.messages, self.kept):
                 flood()
             self.stream()
@@ -240,13 +240,13 @@ def submit_many(flood: Flood) -> Callable[[], object]:
     return lambda: flood.ledger.submit_many(rows)
 
 
-def place(flood: Flood) -> Callable[[], object]:
+def place_shape(flood: Flood) -> Callable[[], object]:
     flood.empty().worker()
     flood.queue()
-    return lambda: flood.ledger.place(ONE)
+    return lambda: flood.ledger.place_shape(ONE)
 
 
-def place_alone(flood: Flood) -> Callable[[], object]:
+def place_shape_alone(flood: Flood) -> Callable[[], object]:
     """Drive a last place of a shape that goes: a worker that was kept for it meets a queue of strangers."""
     flood.empty().worker()
     flood.client.hset(keys.book("w"), "kept", ALONE)
@@ -255,7 +255,7 @@ def place_alone(flood: Flood) -> Callable[[], object]:
     flood.client.zadd(keys.wait(ALONE), {"stranger": 0})
     flood.client.zadd(keys.SHAPES, {ALONE: 0})
     flood.queue()
-    return lambda: flood.ledger.place(ALONE)
+    return lambda: flood.ledger.place_shape(ALONE)
 
 
 def fill(flood: Flood) -> Callable[[], object]:
@@ -294,9 +294,9 @@ def register_next(flood: Flood) -> Callable[[], object]:
     return lambda: flood.ledger.register("w", "next-life", "queue.next", CAPACITY, VIEW)
 
 
-def reserve(flood: Flood) -> Callable[[], object]:
+def reserve_book(flood: Flood) -> Callable[[], object]:
     flood.empty().held()
-    return lambda: flood.ledger.reserve("w", "w-life", CAPACITY)
+    return lambda: flood.ledger.reserve_book("w", "w-life", CAPACITY)
 
 
 def renew(flood: Flood) -> Callable[[], object]:
@@ -308,11 +308,11 @@ def renew(flood: Flood) -> Callable[[], object]:
     return lambda: flood.ledger.renew("w", "w-life", VIEW, ["job"], MOST_LOSSES)
 
 
-def take_missing(flood: Flood) -> Callable[[], object]:
+def take_back_missing(flood: Flood) -> Callable[[], object]:
     flood.empty().worker()
     flood.running()
     flood.held()
-    return lambda: flood.ledger.take_missing("w", "w-life", [], MOST_LOSSES, 0)
+    return lambda: flood.ledger.take_back_missing("w", "w-life", [], MOST_LOSSES, 0)
 
 
 def leave(flood: Flood) -> Callable[[], object]:
@@ -362,10 +362,12 @@ def cancel(flood: Flood) -> Callable[[], object]:
     return lambda: flood.ledger.cancel("stranger-1", "cancelled")
 
 
-def forget(flood: Flood) -> Callable[[], object]:
+def ack_transitions(flood: Flood) -> Callable[[], object]:
     flood.fill_up()
     entries = flood.client.xrange(keys.STREAM, count=500)
-    return lambda: flood.ledger.forget([(entry.decode(), fields[b"job"].decode()) for entry, fields in entries])
+    return lambda: flood.ledger.ack_transitions(
+        [(entry.decode(), fields[b"job"].decode()) for entry, fields in entries]
+    )
 
 
 def among_strangers(ask: Callable[[Ledger], object]) -> Driver:
@@ -391,26 +393,28 @@ def close_epoch(flood: Flood) -> Callable[[], object]:
     ledger = flood.ledger
 
     def close() -> None:
-        ledger.close_books(2, ledger.run_id, "begin")
-        ledger.close_books(2, ledger.run_id, "remove", [keys.wait(ONE), keys.held("w"), "queue.w"])
-        ledger.close_books(2, ledger.run_id, "carry", [f"stranger-{number}" for number in range(1000)])
+        ledger.close_epoch(2, ledger.run_id, "begin")
+        ledger.close_epoch(2, ledger.run_id, "remove", [keys.wait(ONE), keys.held("w"), "queue.w"])
+        ledger.close_epoch(2, ledger.run_id, "carry", [f"stranger-{number}" for number in range(1000)])
 
     return close
 
 
 def finish_epoch(flood: Flood) -> Callable[[], object]:
     flood.empty().carried()
-    return lambda: flood.ledger.finish(1)
+    return lambda: flood.ledger.finish_epoch(1)
 
 
-def let_in(flood: Flood) -> Callable[[], object]:
+def unblock_carried(flood: Flood) -> Callable[[], object]:
     flood.empty().carried()
-    return lambda: flood.ledger.let_in([(f"stranger-{number}", 1, 1, "succeeded", "1") for number in range(200)])
+    return lambda: flood.ledger.unblock_carried(
+        [(f"stranger-{number}", 1, 1, "succeeded", "1") for number in range(200)]
+    )
 
 
 def in_new_ledger(flood: Flood) -> Callable[[], object]:
     flood.empty()
-    return lambda: flood.ledger.open(2)
+    return lambda: flood.ledger.open_epoch(2)
 
 
 ROWS: Final = "\n".join(f"stranger-{number} waiting 1.0 -" for number in range(500))
@@ -420,39 +424,39 @@ DRIVERS: Final[dict[str, tuple[Driver, ...]]] = {
     "adopt": (adopt,),
     "cancel": (cancel,),
     "claim": (claim,),
-    "compare": (among_strangers(lambda ledger: ledger.compare(ROWS)),),
+    "compare_jobs": (among_strangers(lambda ledger: ledger.compare_jobs(ROWS)),),
     "drain": (among_strangers(lambda ledger: ledger.drain("w", "w-life")),),
-    "recover": (among_strangers(lambda ledger: ledger.recover("w", "w-life", [])),),
-    "drop": (among_strangers(lambda ledger: ledger.drop("job", "1.1", final=True)),),
-    "forget": (forget,),
-    "mend": (among_strangers(lambda ledger: ledger.mend(ONE, "stranger-1")),),
-    "misplaced": (among_strangers(lambda ledger: ledger.misplaced(ONE, 0, 500)),),
+    "hand_over_again": (among_strangers(lambda ledger: ledger.hand_over_again("w", "w-life", [])),),
+    "remove_job": (among_strangers(lambda ledger: ledger.remove_job("job", "1.1", final=True)),),
+    "ack_transitions": (ack_transitions,),
+    "repair_queue": (among_strangers(lambda ledger: ledger.repair_queue(ONE, "stranger-1")),),
+    "find_misplaced": (among_strangers(lambda ledger: ledger.find_misplaced(ONE, 0, 500)),),
     "revoke": (among_strangers(lambda ledger: ledger.revoke("stranger-1")),),
-    "seat": (among_strangers(lambda ledger: ledger.seat("stranger-1")),),
+    "repair_job": (among_strangers(lambda ledger: ledger.repair_job("stranger-1")),),
     "note_successor": (among_strangers(lambda ledger: ledger.note_successor("stranger-1", MESSAGE)),),
-    "total": (among_strangers(lambda ledger: ledger.set_total(0, 0)),),
-    "unlist": (among_strangers(lambda ledger: ledger.unlist("gpus", 0, 500)),),
-    "unhold": (among_strangers(lambda ledger: ledger.unhold("w")),),
-    "condemn": (among_strangers(lambda ledger: ledger.condemn("w", "w-life")),),
+    "set_total": (among_strangers(lambda ledger: ledger.set_total(0, 0)),),
+    "prune_index": (among_strangers(lambda ledger: ledger.prune_index("gpus", 0, 500)),),
+    "prune_held": (among_strangers(lambda ledger: ledger.prune_held("w")),),
+    "expire_lease": (among_strangers(lambda ledger: ledger.expire_lease("w", "w-life")),),
     # From here on each driver makes its own strangers.
     "elect": (elect,),
     "fill": (fill, fill_shapes),
     "close_epoch": (close_epoch,),
     "finish_epoch": (finish_epoch,),
-    "let_in": (let_in,),
+    "unblock_carried": (unblock_carried,),
     "lapse": (lapse,),
     "leave": (leave,),
-    "open": (in_new_ledger,),
-    "place": (place, place_alone),
+    "open_epoch": (in_new_ledger,),
+    "place_shape": (place_shape, place_shape_alone),
     "recount": (recount,),
     "redeliver": (redeliver,),
     "register": (register, register_next),
     "release": (release,),
     "renew": (renew,),
-    "reserve": (reserve,),
+    "reserve_book": (reserve_book,),
     "submit": (submit,),
     "submit_many": (submit_many,),
-    "take_missing": (take_missing,),
+    "take_back_missing": (take_back_missing,),
 }
 
 

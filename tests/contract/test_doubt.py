@@ -74,7 +74,7 @@ def test_number_of_an_unknown_attempt_is_used_once_for_all_that_waited(stage: St
     # The first job was admitted, as Postgres says, and its worker is silent: the worker keeps it until it is lost.
     assert [token(stage, job) for job in jobs] == ["1.1", "2.2", "2.2"]
     assert [stage.row(job).losses for job in jobs] == [0, 1, 1]
-    stage.ledger.condemn("a", "a-life")
+    stage.ledger.expire_lease("a", "a-life")
     assert stage.ledger.lapse("a", 0, MOST_LOSSES).verdict == "gone"
     stage.apply()
     assert (stage.row(jobs[0]).state, stage.row(jobs[0]).losses) == ("accepted", 1)

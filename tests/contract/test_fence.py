@@ -153,7 +153,7 @@ def test_the_word_of_its_worker_that_was_lost_with_the_ledger_is_made_up_for(sta
 
 def lose(stage: Stage) -> int:
     """Let the lease of `a` run out long ago, and return how many jobs were taken back."""
-    stage.ledger.condemn("a", "a-life")
+    stage.ledger.expire_lease("a", "a-life")
     lapsed = reclaim.take_back(stage.engine, stage.ledger, "a", "a-life", 0)
     assert lapsed.verdict == "gone"
     return lapsed.taken_back
@@ -196,7 +196,7 @@ def test_a_claim_that_only_the_stream_knew_is_given_up_too(stage: Stage) -> None
 
 def test_nothing_is_taken_back_while_postgres_does_not_answer(stage: Stage) -> None:
     job = running(stage)
-    stage.ledger.condemn("a", "a-life")
+    stage.ledger.expire_lease("a", "a-life")
     nowhere = create_engine("postgresql+psycopg2://nobody@127.0.0.1:1/none")
     with pytest.raises(OperationalError):
         reclaim.take_back(nowhere, stage.ledger, "a", "a-life", 0)
@@ -209,7 +209,7 @@ def test_looking_at_a_worker_that_is_known_to_be_dead_takes_nothing_back(stage: 
     committed = running(stage)
     assert commit(stage, committed)
     stage.worker("b", cpus=4000)
-    stage.ledger.condemn("a", "a-life")
+    stage.ledger.expire_lease("a", "a-life")
     assert stage.ledger.lapse("a", 0, MOST_LOSSES, most=0).verdict == "due"
     assert stage.redis.hget(keys.held("a"), committed) == b"1.1"
     assert lose(stage) == 0
@@ -250,8 +250,8 @@ def test_a_job_that_a_worker_says_it_runs_is_entered_though_it_has_committed(sta
     job = running(stage)
     commit(stage, job)
     stage.redis.flushdb()
-    stage.ledger.open(2)
-    stage.ledger.finish(2)
+    stage.ledger.open_epoch(2)
+    stage.ledger.finish_epoch(2)
     stage.sql("UPDATE authority SET epoch = 2")
     stage.worker("a", cpus=4000)
     held = Adopted(job, "1.1", stage.row(job).shape, 1, 5, 6, "n", 0)

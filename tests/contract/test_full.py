@@ -71,9 +71,9 @@ def test_what_waits_in_a_full_ledger_runs_and_ends(cluster: Cluster) -> None:
         "w", "w-life", ended=[Ended("next", "1.2", "failed")], most_losses=MOST_LOSSES, nonce="n"
     ).handed_over
     assert [handed.job for handed in handed_over] == ["last"]
-    assert [handed.job for handed in cluster.ledger.recover("w", "w-life", [])] == ["last"]
+    assert [handed.job for handed in cluster.ledger.hand_over_again("w", "w-life", [])] == ["last"]
     assert cluster.end("last", "1.1").verdict == "released"
-    assert cluster.ledger.forget(transition_log.written(transition_log.read(cluster.ledger))) > 0
+    assert cluster.ledger.ack_transitions(transition_log.written(transition_log.read(cluster.ledger))) > 0
     assert cluster.client.xlen(keys.STREAM) == 0
     assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
 
@@ -84,7 +84,7 @@ def test_a_full_ledger_takes_back_delivers_again_and_looks_on(cluster: Cluster) 
     fill_up(cluster.ledger)
     assert cluster.ledger.redeliver() == 1
     assert cluster.claim("job", "1.1").ok
-    cluster.ledger.condemn("w", "w-life")
+    cluster.ledger.expire_lease("w", "w-life")
     assert cluster.lapse() == "gone"
     assert cluster.state("job") == "waiting"
     # The first worker was lost with its book, and another one comes.
@@ -98,10 +98,10 @@ def test_a_full_ledger_takes_back_delivers_again_and_looks_on(cluster: Cluster) 
 def test_a_full_ledger_is_opened_anew(cluster: Cluster) -> None:
     fill_up(cluster.ledger)
     cluster.client.flushdb()
-    cluster.ledger.open(2)
-    assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+    cluster.ledger.open_epoch(2)
+    assert cluster.ledger.reserve_book("w", "w-life", CAPACITY)
     assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "n", 0)]) == []
-    cluster.ledger.finish(2)
+    cluster.ledger.finish_epoch(2)
     assert cluster.register().admitted == 0
     assert cluster.end("job", "1.1").state == "succeeded"
 

@@ -571,7 +571,7 @@ def test_a_retry_starts_by_the_rate_too(app: Celery, stage: Stage, duty: Any) ->
         back = Transition(job, row.epoch, row.attempt, State.SCHEDULED, Step.BACK, "a", "a-life", 1, 1, 2, 0, "retried")
         (applied,) = job_transitions.apply(connection, [back])
     assert not applied.due
-    stage.ledger.drop(job, f"{row.epoch}.{row.attempt}", final=False)
+    stage.ledger.remove_job(job, f"{row.epoch}.{row.attempt}", final=False)
     duty()
     assert started(stage, [job]) == []
     pass_time(stage, 3600)

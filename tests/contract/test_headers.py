@@ -21,7 +21,7 @@ NAMES: Final = scripts.names()
 #: Replies that every script that acts on the books may give besides its own: `LedgerServer` raises for these.
 GATES: Final = {"cold", "epoch", "foreign"}
 #: Scripts that act on keys of one job or entry, whatever epoch is open.
-WITHOUT_GATE: Final = {"forget", "open", "note_successor", "elect"}
+WITHOUT_GATE: Final = {"ack_transitions", "open_epoch", "note_successor", "elect"}
 
 CARD: Final = ("1.1", "1", "2", "3-0", "0", "cpus=1000,slots=1", "0", "{}")
 
@@ -94,13 +94,15 @@ BINDINGS: Final = {
             )
         },
     ),
-    "close_epoch": Binding(lambda ledger: ledger.close_books(5, "run", "remove", [b"x", b"y"]), 2, {("ok",): "None"}),
-    "compare": Binding(lambda ledger: ledger.compare("a waiting 1.0 -"), 0, {("ok", "a", "b"): "['a', 'b']"}),
-    "condemn": Binding(lambda ledger: ledger.condemn("w", "life"), 0, {("ok",): "None", ("unknown",): "None"}),
+    "close_epoch": Binding(lambda ledger: ledger.close_epoch(5, "run", "remove", [b"x", b"y"]), 2, {("ok",): "None"}),
+    "compare_jobs": Binding(lambda ledger: ledger.compare_jobs("a waiting 1.0 -"), 0, {("ok", "a", "b"): "['a', 'b']"}),
+    "expire_lease": Binding(
+        lambda ledger: ledger.expire_lease("w", "life"), 0, {("ok",): "None", ("unknown",): "None"}
+    ),
     # First of all nothing is named.
     "drain": Binding(lambda ledger: ledger.drain("w", "life"), 0, {("ok", "s", "t"): "2", ("unknown",): "0"}),
-    "drop": Binding(
-        lambda ledger: ledger.drop("a", "1.1", final=True),
+    "remove_job": Binding(
+        lambda ledger: ledger.remove_job("a", "1.1", final=True),
         0,
         {("ok", "w"): "True", ("ok", ""): "True", ("changed",): "False"},
     ),
@@ -113,8 +115,10 @@ BINDINGS: Final = {
         },
     ),
     "fill": Binding(lambda ledger: ledger.fill("w"), 0, {(("ok", "2", "9"), ("ok", "1", "")): "3"}),
-    "finish_epoch": Binding(lambda ledger: ledger.finish(5), 0, {("ok",): "None"}),
-    "forget": Binding(lambda ledger: ledger.forget([("3-0", "a"), ("4-0", "b")]), 2, {("ok", "2"): "2"}),
+    "finish_epoch": Binding(lambda ledger: ledger.finish_epoch(5), 0, {("ok",): "None"}),
+    "ack_transitions": Binding(
+        lambda ledger: ledger.ack_transitions([("3-0", "a"), ("4-0", "b")]), 2, {("ok", "2"): "2"}
+    ),
     "lapse": Binding(
         lambda ledger: ledger.lapse("w", 15_000, 3),
         0,
@@ -132,24 +136,26 @@ BINDINGS: Final = {
     "leave": Binding(
         lambda ledger: ledger.leave("w", "life"), 0, {("ok",): "0", ("held", "3"): "3", ("unknown",): "0"}
     ),
-    "let_in": Binding(
-        lambda ledger: ledger.let_in([("a", 1, 2, "succeeded", "1"), ("b", 1, 2, "running", "held")]),
+    "unblock_carried": Binding(
+        lambda ledger: ledger.unblock_carried([("a", 1, 2, "succeeded", "1"), ("b", 1, 2, "running", "held")]),
         2,
         {("ok", "2"): "2"},
     ),
-    "mend": Binding(lambda ledger: ledger.mend("s", "a"), 0, {("ok", "1"): "True", ("ok", "0"): "False"}),
-    "open": Binding(lambda ledger: ledger.open(5), 0, {("ok", "7"): "None"}),
-    "misplaced": Binding(lambda ledger: ledger.misplaced("s", 500, 500), 0, {("ok", "7", "a"): "(7, ['a'])"}),
-    "place": Binding(
-        lambda ledger: ledger.place("s"),
+    "repair_queue": Binding(
+        lambda ledger: ledger.repair_queue("s", "a"), 0, {("ok", "1"): "True", ("ok", "0"): "False"}
+    ),
+    "open_epoch": Binding(lambda ledger: ledger.open_epoch(5), 0, {("ok", "7"): "None"}),
+    "find_misplaced": Binding(lambda ledger: ledger.find_misplaced("s", 500, 500), 0, {("ok", "7", "a"): "(7, ['a'])"}),
+    "place_shape": Binding(
+        lambda ledger: ledger.place_shape("s"),
         0,
         {(("admitted", "a", "w", "2"), ("more", "9", "x"), ("none",)): "[Placed(job='a', worker='w', attempt=2)]"},
     ),
     "recount": Binding(
         lambda ledger: ledger.recount(["w"]), 0, {("ok", "2"): "[2]", ("unknown", "1"): "[1]", ("many",): "[7]"}
     ),
-    "recover": Binding(
-        lambda ledger: ledger.recover("w", "life", ["x", "y"]),
+    "hand_over_again": Binding(
+        lambda ledger: ledger.hand_over_again("w", "life", ["x", "y"]),
         len(HELD),
         {("ok", "a", *CARD): "HandedOver(job='a', token='1.1'", ("unknown",): "[]"},
     ),
@@ -184,13 +190,13 @@ BINDINGS: Final = {
             ("unknown",): "Renewed(known=False",
         },
     ),
-    "reserve": Binding(
-        lambda ledger: ledger.reserve("w", "life", "cpus=4000,slots=4"),
+    "reserve_book": Binding(
+        lambda ledger: ledger.reserve_book("w", "life", "cpus=4000,slots=4"),
         0,
         {("ok",): "True", ("open",): "False", (("many",), ("ok",)): "True"},
     ),
     "revoke": Binding(lambda ledger: ledger.revoke("a"), 0, {("held", "w"): "True", ("free",): "False"}),
-    "seat": Binding(lambda ledger: ledger.seat("a"), 0, {("ok", "2"): "2", ("homeless", "w"): "None"}),
+    "repair_job": Binding(lambda ledger: ledger.repair_job("a"), 0, {("ok", "2"): "2", ("no_book", "w"): "None"}),
     "submit": Binding(
         submit,
         0,
@@ -205,23 +211,23 @@ BINDINGS: Final = {
     "note_successor": Binding(
         lambda ledger: ledger.note_successor("a", b"next"), 0, {("ok",): "True", ("missing",): "False"}
     ),
-    "take_missing": Binding(
-        lambda ledger: ledger.take_missing("w", "life", ["x"], 3, 10_000),
+    "take_back_missing": Binding(
+        lambda ledger: ledger.take_back_missing("w", "life", ["x"], 3, 10_000),
         len(HELD),
         {("ok", "s", "t"): "['s', 't']", ("unknown",): "[]"},
     ),
-    "unhold": Binding(lambda ledger: ledger.unhold("w"), len(HELD), {("ok", "2"): "2"}),
-    "unlist": Binding(lambda ledger: ledger.unlist("gpus", 5, 500), 0, {("ok", "7", "2"): "(7, 2)"}),
-    "total": Binding(lambda ledger: ledger.set_total(1, 2), 0, {("ok",): "True", ("changed",): "False"}),
+    "prune_held": Binding(lambda ledger: ledger.prune_held("w"), len(HELD), {("ok", "2"): "2"}),
+    "prune_index": Binding(lambda ledger: ledger.prune_index("gpus", 5, 500), 0, {("ok", "7", "2"): "(7, 2)"}),
+    "set_total": Binding(lambda ledger: ledger.set_total(1, 2), 0, {("ok",): "True", ("changed",): "False"}),
 }
 
 #: Replies of other scripts that a method calls after its own: nothing is there to be done.
 QUIET: Final = {
     "drain": ["ok"],
     "fill": ["ok", "0", ""],
-    "place": ["none"],
-    "take_missing": ["ok"],
-    "unhold": ["ok", "0"],
+    "place_shape": ["none"],
+    "take_back_missing": ["ok"],
+    "prune_held": ["ok", "0"],
 }
 
 

@@ -95,7 +95,7 @@ def test_a_search_in_vain_costs_the_same_too(ledger: Ledger, what: str) -> None:
             assert ledger.submit("job", request.shape, order(0, 1), MESSAGE).state == "waiting"
 
         costs.append(commands(ledger, submit))
-        costs.append(commands(ledger, lambda: ledger.place(request.shape)))
+        costs.append(commands(ledger, lambda: ledger.place_shape(request.shape)))
     assert costs[:2] == costs[2:]
 
 
@@ -127,12 +127,12 @@ def test_a_worker_that_is_closed_or_leaves_stands_in_no_index(ledger: Ledger) ->
     register("mail", "Vidéo")
     assert standing() == ["ledger:free", "ledger:free:queue:Vidéo", "ledger:free:queue:mail"]
     assert ledger.client.zscore(keys.FREE, "w") == -1, "found by its queues alone"
-    ledger.condemn("w", "life")
+    ledger.expire_lease("w", "life")
     assert standing() == []
     register("celery", "mail", life="next")
     assert standing() == ["ledger:free", "ledger:free:queue:mail"]
     ledger.client.hdel(keys.book("w"), "epoch")  # torn: COLD for this worker
-    assert ledger.reserve("w", "next", Capacity.of(ROOM).shape)
+    assert ledger.reserve_book("w", "next", Capacity.of(ROOM).shape)
     assert standing() == []
     register("celery", "mail", life="next")
     assert ledger.leave("w", "next") == 0

@@ -51,7 +51,7 @@ def test_a_lost_worker_whose_commit_hangs_does_not_keep_the_jobs_of_others(
     """Its machine went away, or it was stopped, between the guarded statement and the commit: the row is locked."""
     hangs, other = running(stage, "a"), running(stage, "b")
     for worker in ("a", "b"):
-        stage.ledger.condemn(worker, f"{worker}-life")
+        stage.ledger.expire_lease(worker, f"{worker}-life")
     with engine.connect() as connection, connection.begin():
         assert fencing.commit(connection, Publisher(hangs, stage.ledger.epoch, 1, "a-life"))
         assert lapse.run_once(None, stores)["taken_back"] == 1
@@ -65,7 +65,7 @@ def test_lost_worker_whose_row_is_refused_does_not_keep_the_jobs_of_others(stage
     """A row may be damaged, for example, so that Postgres takes no write of it."""
     refused, other = running(stage, "a"), running(stage, "b")
     for worker in ("a", "b"):
-        stage.ledger.condemn(worker, f"{worker}-life")
+        stage.ledger.expire_lease(worker, f"{worker}-life")
     stage.sql(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'damaged' "
         "USING ERRCODE = 'XX001'; END $$"

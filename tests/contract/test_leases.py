@@ -125,9 +125,9 @@ def test_a_worker_recovers_what_it_was_handed_over_and_does_not_know(cluster: Cl
     settled = cluster.ledger.settle("w", "w-life", ended=ended, most_losses=MOST_LOSSES, nonce="asked")
     assert [handed.job for handed in settled.handed_over] == ["next"]
     # The answer was lost.
-    assert cluster.ledger.recover("w", "w-life", ["known"]) == settled.handed_over
-    assert cluster.ledger.recover("w", "w-life", ["known", "next"]) == []
-    assert cluster.ledger.recover("w", "former-life", []) == []
+    assert cluster.ledger.hand_over_again("w", "w-life", ["known"]) == settled.handed_over
+    assert cluster.ledger.hand_over_again("w", "w-life", ["known", "next"]) == []
+    assert cluster.ledger.hand_over_again("w", "former-life", []) == []
 
 
 def test_a_claim_that_is_sent_again_is_granted_and_a_doubled_message_is_not(cluster: Cluster) -> None:
@@ -205,7 +205,7 @@ def test_a_job_that_was_lost_with_the_book_is_counted_when_it_is_adopted(
     cluster.run("other")
     cluster.client.delete(keys.book("w"), lost)
     if reserved:
-        assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+        assert cluster.ledger.reserve_book("w", "w-life", CAPACITY)
     cluster.register()
     held = [Adopted(job, "1.1", ONE, 1, 5, 6, "n", 0) for job in ("job", "other")]
     assert cluster.ledger.adopt("w", "w-life", held) == []

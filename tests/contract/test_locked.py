@@ -184,7 +184,7 @@ def test_worker_is_not_taken_back_before_its_claims_are_known(
     stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES)
     with engine.connect() as connection, connection.begin():
         assert fencing.commit(connection, Publisher(job, stage.ledger.epoch, 1, "a-life"))
-        stage.ledger.condemn("a", "a-life")
+        stage.ledger.expire_lease("a", "a-life")
         assert reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0).verdict == "waits"
         assert stage.redis.hget(keys.job(job), "state") == b"running"
     assert reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0).verdict == "gone"
@@ -204,7 +204,7 @@ def test_other_jobs_of_a_lost_worker_are_taken_back_behind_a_locked_row(
     if known:
         stage.apply()
     with locked(engine, jobs[1]):
-        stage.ledger.condemn("a", "a-life")
+        stage.ledger.expire_lease("a", "a-life")
         lapsed = reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0)
         assert (lapsed.verdict, lapsed.taken_back) == ("waits", 2)
         cards = read_cards(stage.redis, jobs)

@@ -90,7 +90,7 @@ def test_book_that_went_missing_is_made_of_all(cluster: Cluster) -> None:
 
 def test_reserved_book_is_made_of_all(cluster: Cluster) -> None:
     cluster.client.delete(keys.book("w"))
-    assert cluster.ledger.reserve("w", "w-life", CAPACITY)
+    assert cluster.ledger.reserve_book("w", "w-life", CAPACITY)
     assert cpus(cluster) == 1000 * JOBS
 
 
@@ -106,7 +106,7 @@ def test_lapse_takes_all_back_and_goes_on_where_it_stopped(cluster: Cluster, mon
     with monkeypatch.context() as patched:
         # The process that takes them back dies behind the first page.
         patched.setattr(cluster.ledger, "held_pages", lambda worker, page: iter([["job-0", "job-1"]]))
-        patched.setattr(cluster.ledger, "place_all", dying)
+        patched.setattr(cluster.ledger, "place_shapes", dying)
         with pytest.raises(Died):
             cluster.ledger.lapse("w", 0, MOST_LOSSES)
     lapsed = cluster.ledger.lapse("w", 0, MOST_LOSSES)
@@ -117,7 +117,7 @@ def test_lapse_takes_all_back_and_goes_on_where_it_stopped(cluster: Cluster, mon
 
 
 def test_recover_gives_all_that_the_worker_does_not_know(cluster: Cluster) -> None:
-    recovered = cluster.ledger.recover("w", "w-life", ["job-0"])
+    recovered = cluster.ledger.hand_over_again("w", "w-life", ["job-0"])
     assert {handed.job for handed in recovered} == {f"job-{number}" for number in range(2, JOBS, 2)}
 
 

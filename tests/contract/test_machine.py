@@ -92,7 +92,7 @@ class Machine(JobRules):
     heartbeat_too = rule()(heartbeat)
 
     @precondition(lambda self: self.lives)
-    @rule(data=st.data(), how=st.sampled_from(["drain", "leave", "condemn"]))
+    @rule(data=st.data(), how=st.sampled_from(["drain", "leave", "expire_lease"]))
     def go(self, data: st.DataObject, how: str) -> None:
         name, life = data.draw(st.sampled_from(self.speakers()))
         if how == "drain":
@@ -100,8 +100,8 @@ class Machine(JobRules):
         elif how == "leave":
             assert self.ledger.leave(name, life) == self.model.leave(name, life)
         else:
-            self.ledger.condemn(name, life)
-            self.model.condemn(name, life)
+            self.ledger.expire_lease(name, life)
+            self.model.expire_lease(name, life)
 
     @precondition(lambda self: any(worker.live for worker in self.model.workers.values()))
     @rule(data=st.data())
@@ -123,14 +123,14 @@ class Machine(JobRules):
 
     @precondition(lambda self: self.model.workers)
     @rule(data=st.data())
-    def recover(self, data: st.DataObject) -> None:
+    def hand_over_again(self, data: st.DataObject) -> None:
         """Have a worker ask for jobs that it was handed over in a reply that was lost."""
         name = data.draw(st.sampled_from(sorted(self.model.workers)))
         worker = self.model.workers[name]
         holds = data.draw(st.lists(st.sampled_from(sorted(worker.held) or ["j0"]), unique=True))
-        recovered = self.ledger.recover(name, worker.incarnation, holds)
+        handed_over = self.ledger.hand_over_again(name, worker.incarnation, holds)
         jobs = [self.model.jobs[job_id] for job_id in worker.held if job_id not in holds]
-        assert [handed.job for handed in recovered] == [job.id for job in jobs if job.state == "running" and job.kept]
+        assert [handed.job for handed in handed_over] == [job.id for job in jobs if job.state == "running" and job.kept]
 
     @precondition(lambda self: self.arrived)
     @rule(data=st.data())
@@ -155,15 +155,15 @@ class Machine(JobRules):
         before = self.model
         self.ledger.client.flushdb()
         self.model = Model(epoch=before.epoch)
-        self.ledger.open(before.epoch + 1)
-        self.ledger.finish(before.epoch + 1)
+        self.ledger.open_epoch(before.epoch + 1)
+        self.ledger.finish_epoch(before.epoch + 1)
         self.model.open(before.epoch + 1)
         held = [job for job in before.jobs.values() if job.holds]
         unknown = data.draw(st.lists(st.sampled_from(held), unique_by=lambda job: job.id)) if held else []
         for name, worker in sorted(before.workers.items()):
             shape = Capacity.of(worker.capacity).shape
-            assert self.ledger.reserve(name, worker.incarnation, shape)
-            assert self.model.reserve(name, worker.incarnation, dict(worker.capacity))
+            assert self.ledger.reserve_book(name, worker.incarnation, shape)
+            assert self.model.reserve_book(name, worker.incarnation, dict(worker.capacity))
             self.end_lease(name)
             self.adopt(worker, [job for job in held if job.worker == name and job not in unknown])
         self.compare()
@@ -221,8 +221,8 @@ class Machine(JobRules):
     def reconcile(self) -> None:
         """Leave books that are right as they are."""
         assert self.ledger.recount(list(self.model.workers)) == [0] * len(self.model.workers)
-        assert [self.ledger.seat(job_id) for job_id in self.model.jobs] == [0] * len(self.model.jobs)
-        assert not any(self.ledger.mend(waiting.request.shape, waiting.job) for waiting in self.model.backlog())
+        assert [self.ledger.repair_job(job_id) for job_id in self.model.jobs] == [0] * len(self.model.jobs)
+        assert not any(self.ledger.repair_queue(waiting.request.shape, waiting.job) for waiting in self.model.backlog())
 
     def compare(self) -> None:
         lines = differences(observe(self.ledger.client), expected(self.model))

@@ -48,7 +48,7 @@ def test_a_row_that_somebody_keeps_locked_stops_no_other_duty(engine: Engine, st
     stage.start(lost)
     due = stage.insert({"cpus": 2000}, due_at=datetime.now(UTC))
     stage.sql("UPDATE jobs SET expires_at = now() WHERE id = :id", id=expired)
-    stage.ledger.condemn("a", "a-life")
+    stage.ledger.expire_lease("a", "a-life")
     with engine.connect() as connection, connection.begin():
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": expired})
         runner._run(list(DUTIES))
@@ -66,7 +66,7 @@ def test_duty_that_fails_stops_no_other_duty(
     """Any duty may fail, and a worker that died is lost all the same."""
     lost, due = stage.submit(cpus=1000), stage.insert({"cpus": 2000}, due_at=datetime.now(UTC))
     stage.start(lost)
-    stage.ledger.condemn("a", "a-life")
+    stage.ledger.expire_lease("a", "a-life")
     done = []
 
     def fail(*_: Any, **__: Any) -> dict[str, int]:

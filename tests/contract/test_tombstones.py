@@ -109,7 +109,7 @@ def test_tombstone_of_a_job_that_postgres_alone_ended_expires(cluster: Cluster) 
     cluster.run("job")
     cluster.written()
     assert cluster.ledger.cancel("other", "cancelled").verdict == "missing"
-    assert cluster.ledger.drop("job", "1.1", final=True)
+    assert cluster.ledger.remove_job("job", "1.1", final=True)
     assert all(cluster.client.pttl(keys.job(job)) > 0 for job in ("job", "other"))
 
 

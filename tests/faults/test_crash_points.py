@@ -36,7 +36,7 @@ RELEASE = (
     f"before celery_capacity.workers.results.outcome_writer:Recorder.add{LATER}",
     f"before celery_capacity.routing.store.job_transitions:apply{LATER}",
     f"after celery_capacity.routing.store.job_transitions:apply{LATER}",
-    f"before celery_capacity.routing.ledger.client:Ledger.forget{LATER}",
+    f"before celery_capacity.routing.ledger.client:Ledger.ack_transitions{LATER}",
 )
 REGISTER = (
     "after celery_capacity.workers.membership.name_claim:NameClaim.take",
@@ -53,10 +53,10 @@ DRAIN = (
 #: The second opening: the first one opens a ledger that was never open.
 REBUILD = (
     "after celery_capacity.routing.recovery.rebuild:Opener._wipe@2",
-    "after celery_capacity.routing.ledger.client:Ledger.open@2",
-    "after celery_capacity.routing.ledger.client:Ledger.reserve",
+    "after celery_capacity.routing.ledger.client:Ledger.open_epoch@2",
+    "after celery_capacity.routing.ledger.client:Ledger.reserve_book",
     "before celery_capacity.routing.recovery.rebuild:Opener._file_backlog@2",
-    "before celery_capacity.routing.ledger.client:Ledger.finish@2",
+    "before celery_capacity.routing.ledger.client:Ledger.finish_epoch@2",
 )
 #: In a process of the pool: the effect is committed, and nobody has heard of the end.
 CHILD = ("before tests.tasks.traced:leave_effect@2", "after tests.tasks.traced:leave_effect@2")

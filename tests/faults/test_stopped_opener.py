@@ -17,9 +17,9 @@ from tests.fixtures.waiting import until
 #: Points at which the opener is stopped.
 POINTS = (
     "before celery_capacity.routing.recovery.rebuild:Opener._wipe@0",
-    "before celery_capacity.routing.ledger.client:Ledger.open@0",
+    "before celery_capacity.routing.ledger.client:Ledger.open_epoch@0",
     "before celery_capacity.routing.recovery.rebuild:Opener._file_backlog@0",
-    "before celery_capacity.routing.ledger.client:Ledger.finish@0",
+    "before celery_capacity.routing.ledger.client:Ledger.finish_epoch@0",
 )
 
 

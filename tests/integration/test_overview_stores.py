@@ -90,7 +90,7 @@ def test_the_oldest_job_of_a_request_is_found_whatever_its_priority(stage: Stage
 def test_a_worker_whose_lease_ran_out_is_not_counted(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
     stage.worker("b", cpus=2000)
-    stage.ledger.condemn("a", "a-life")
+    stage.ledger.expire_lease("a", "a-life")
     assert [line.name for line in overview.from_ledger(stage.redis).workers] == ["b"]
     stage.sql("UPDATE workers SET seen_at = now() - interval '61 s' WHERE name = 'a'")
     with stage.engine.connect() as connection:

@@ -91,9 +91,9 @@ def test_second_database_does_not_open_books_of_the_first(platform: Platform, se
     # The ledger also refuses calls of a database that looked at it before the first one came.
     for step in ("begin", "remove", "carry"):
         with pytest.raises(Unsupported, match=REFUSED):
-            other.ledger.close_books(9, first.ledger.run_id, step, [keys.book("a")])
+            other.ledger.close_epoch(9, first.ledger.run_id, step, [keys.book("a")])
     with pytest.raises(Unsupported, match=REFUSED):
-        other.ledger.open(9)
+        other.ledger.open_epoch(9)
     assert platform.redis.hgetall(keys.EPOCH) == before
     assert platform.redis.exists(keys.book("a"))
     platform.redis.delete(keys.book("a"))

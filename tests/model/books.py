@@ -175,7 +175,7 @@ def apply(row: Record | tuple[()], records: Iterable[Record]) -> Record | tuple[
 
 
 def write(job: Job, records: Iterable[Record], rules: Rules) -> Job:
-    """Write transitions to Postgres, then forget their entries; the tombstone's time begins (`stream.write`)."""
+    """Write transitions to Postgres, then acknowledge their entries; the tombstone expires (`transition_log`)."""
     row = apply(job.row, records)
     assert row
     over = row.state in FINAL

@@ -106,7 +106,7 @@ def open_epoch(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
         yield "the next epoch is opened", NOBODY, NOBODY, without_submissions(after) if rules.rows_read_after else after
 
 
-def reserve(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+def reserve_book(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
     """Reserve closed books with the attempts that are held according to Postgres (`rebuild._reserve`).
 
     Attempts that no worker holds any more go back.

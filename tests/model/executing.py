@@ -135,8 +135,8 @@ def _handed_back(job: Job, worker: int, held: Held) -> Job:
     return job
 
 
-def recover(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """Ask for the jobs that came with a lost answer, as a worker does (lua/workers/recover.lua)."""
+def hand_over_again(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
+    """Ask for the jobs that came with a lost answer, as a worker does (lua/workers/hand_over_again.lua)."""
     for worker in WORKERS:
         me = state.workers[worker]
         if not me.unsure or not _may_call(state, worker, rules):
@@ -156,7 +156,7 @@ def recover(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
 
 
 def take_answer(state: State, rules: Rules, bounds: Bounds) -> Iterator[Step]:
-    """Take the answer of a claim, a release or a recover: bodies start, ends are left to be written."""
+    """Take the answer of a claim, a release or a handing over again: bodies start, ends are left to be written."""
     for worker in WORKERS:
         me = state.workers[worker]
         if me.process != UP or not me.asking:

@@ -22,7 +22,7 @@ WAYS: Final[tuple[Way, ...]] = (
     submitting.redeliver,
     executing.claim,
     executing.release,
-    executing.recover,
+    executing.hand_over_again,
     executing.take_answer,
     executing.lose_answer,
     executing.body_returns,
@@ -47,7 +47,7 @@ WAYS: Final[tuple[Way, ...]] = (
     epochs.fall_silent,
     epochs.stray_wipe,
     epochs.open_epoch,
-    epochs.reserve,
+    epochs.reserve_book,
 )
 
 

@@ -40,7 +40,7 @@ class Ledger:
     def follow(self, worker: str, settled: Settled) -> None:
         assert not settled.shapes
 
-    def recover(self, worker: str, incarnation: str, known: list[str]) -> list[HandedOver]:
+    def hand_over_again(self, worker: str, incarnation: str, known: list[str]) -> list[HandedOver]:
         assert "next" not in known
         return [HandedOver("next", "1.1", 1, 1, "", 0, ONE.shape, "message")]
 
@@ -148,7 +148,7 @@ def test_what_was_handed_over_is_held_before_the_ledger_is_asked_for_more(
     monkeypatch.setattr(real, "_run_id", "life")
     monkeypatch.setattr(real, "_calls", lambda calls: [reply])
     held: list[list[str]] = []
-    for question in ("place", "fill"):
+    for question in ("place_shape", "fill"):
         monkeypatch.setattr(real, question, lambda *_: held.append(thread._holdings.jobs()))
     thread._ledger = real
     thread.end("first", "1.1", "handed_back")

@@ -138,7 +138,7 @@ class Membership:
         with self._engine.connect() as connection:
             row = worker_rows.find_worker(connection, incarnation)
         if row is not None and is_known_dead(row, self.identity.place):
-            self._ledger.condemn(name, incarnation)
+            self._ledger.expire_lease(name, incarnation)
         elif self._ledger.lapse(name, 0, settings.most_losses, most=0).verdict != "due":
             return
         logger.warning("the former life of worker %s is over: its jobs are taken back", name)

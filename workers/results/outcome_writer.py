@@ -254,7 +254,7 @@ class Recorder(QueueService):
         found when they are due.
         """
         try:
-            self._ledger.forget(transition_log.written(batch))
+            self._ledger.ack_transitions(transition_log.written(batch))
             resubmit.go_on(self._engine, self._ledger, applied)
             self._on_applied(applied)
         except (PlatformError, LedgerClosed, SQLAlchemyError) as error:

@@ -229,7 +229,7 @@ class LedgerThread(os_threads.Thread):
     def _recover(self) -> None:
         """Ask for the jobs that a lost answer handed over. Pending claims are asked again by themselves."""
         jobs = [*self._holdings.jobs(), *(arrival.tag.job for arrival in self._arrivals)]
-        handed_over = self._ledger.recover(self._identity.name, self._identity.incarnation, jobs)
+        handed_over = self._ledger.hand_over_again(self._identity.name, self._identity.incarnation, jobs)
         self._unsure = False
         self._record(self._take_over(handed_over))
 
@@ -307,7 +307,7 @@ class LedgerThread(os_threads.Thread):
         """Have the jobs that were handed back placed, here or elsewhere, once the moment is over."""
         shapes, self._refused = self._refused, set()
         for shape in sorted(shapes):
-            self._ledger.place(shape)
+            self._ledger.place_shape(shape)
         self._ledger.fill(self._identity.name)
 
     def _after_release(self, released: list[Released], ends: dict[tuple[str, str], End]) -> list[Transition]:

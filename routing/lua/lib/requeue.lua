@@ -1,7 +1,7 @@
 -- A job leaves its worker: it ends with a tombstone, or goes back into the backlog.
 
 -- Leave a tombstone of a job whose attempt is over, or that ended in the backlog. `job` has the entry that says so. The
--- tombstone stays until Postgres has that entry, however long it takes. From then on `forget` lets it expire.
+-- tombstone stays until Postgres has that entry, however long it takes. From then on `ack_transitions` lets it expire.
 local function bury(id, job, became, outcome, final)
   local fields = {'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt}
   for name, value in pairs({became = became, outcome = outcome, final = final and '1', entry = job.entry,

@@ -1,10 +1,11 @@
 #!lua flags=allow-oom
--- Does: lets in jobs whose entries of an older epoch Postgres has. Each job that no worker holds leaves a tombstone of
---   the attempt that its row names. The tombstone refuses a late submit that read the row before.
+-- Does: lets jobs in again that were carried over with their entries of an older epoch, because Postgres has these
+--   entries now. Each job that no worker holds leaves a tombstone of the attempt that its row names. The
+--   tombstone refuses a late submit that read the row before.
 -- KEYS: none; by name: epoch, job, carried
 -- ARGV: epoch, run_id, then for each job (at most 200): job, epoch, attempt, state (as its row has them), final (1: it
 --   has ended, '': it goes on, held: a worker has it)
--- Replies: {ok, let_in (jobs that were kept out until now)} | {cold} | {epoch, current}
+-- Replies: {ok, unblocked (jobs that were carried until now)} | {cold} | {epoch, current}
 -- Cost: four commands a job
 -- Repeat: harmless
 local epoch, run_id = ARG.epoch, ARG.run_id
@@ -13,11 +14,11 @@ local no = refused(epoch, run_id)
 if no then
   return no
 end
-local let_in = 0
+local unblocked = 0
 for i = EACH.first, #ARGV, EACH.step do
   local id, final = ARGV[i + EACH.job], ARGV[i + EACH.final]
   if redis.call('SREM', KEY.carried, id) == 1 then
-    let_in = let_in + 1
+    unblocked = unblocked + 1
     if final ~= 'held' and redis.call('EXISTS', KEY.job .. id) == 0 then
       local became = ARGV[i + EACH.state]
       redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', ARGV[i + EACH.epoch],
@@ -26,4 +27,4 @@ for i = EACH.first, #ARGV, EACH.step do
     end
   end
 end
-return {'ok', int(let_in)}
+return {'ok', int(unblocked)}

@@ -2,7 +2,7 @@
 -- Does: repairs the places of one job: in the list of its worker, with the book, and among the deliveries to come.
 -- KEYS: none; by name: epoch, job, book, held, unclaimed, free, free_of, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, job
--- Replies: {ok, differed (number of places)} | {homeless, worker} where its worker has no book | {cold}
+-- Replies: {ok, differed (number of places)} | {no_book, worker} where its worker has no book | {cold}
 --   | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
@@ -16,7 +16,7 @@ local job, different = read_job(id), 0
 if job and (job.state == 'admitted' or job.state == 'running') then
   local book = read_book(job.worker, epoch)
   if not book or book.incarnation ~= job.incarnation then
-    return {'homeless', job.worker}
+    return {'no_book', job.worker}
   end
   local token = redis.call('HGET', KEY.held .. job.worker, id)
   if token ~= token_of(job) then

@@ -13,7 +13,7 @@ if no then
   return no
 end
 -- Places are counted from the end, because jobs leave a queue at its front, which moves no place counted from the end.
--- The script `compare` asks each job that waits under this shape if it has the right place.
+-- The script `compare_jobs` asks each job that waits under this shape if it has the right place.
 local places = redis.call('ZRANGE', KEY.wait .. shape, int(-seen - most), int(-seen - 1))
 local reply = {'ok', int(#places)}
 for _, id in ipairs(places) do
