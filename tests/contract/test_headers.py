@@ -298,6 +298,23 @@ def test_a_script_never_searches_the_server_and_has_no_time_or_chance_of_its_own
     assert not re.search(r"(?<!redis\.)\b(os|math\.random\w*|pcall|loadstring|dofile)\b", code)
 
 
+#: A function of the library in a loaded script, which has no comments: its name and its text.
+FUNCTION: Final = re.compile(r"^local function (\w+)\(.*?^end\n", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loaded_script_calls_each_function_that_it_holds(name: str) -> None:
+    text = scripts.load(15_000, 60_000, True)[name].text
+    # A function stands behind those that it uses, so a used one is called in the text behind its own end.
+    unused = [function[1] for function in FUNCTION.finditer(text) if f"{function[1]}(" not in text[function.end() :]]
+    assert unused == []
+
+
+def test_each_function_of_the_library_is_in_a_script() -> None:
+    texts = [script.text for script in scripts.load(15_000, 60_000, True).values()]
+    assert [name for name in scripts._functions() if not any(f"local function {name}(" in text for text in texts)] == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_script_reads_its_arguments_by_the_names_in_its_header(name: str) -> None:
     code = assembled(name)

@@ -23,6 +23,8 @@ FILES: Final = sorted(
 OPENING: Final = re.compile(r"(What|Whether|Whoever|The same|As above|One|All of these)\b|\(")
 #: Names that say nothing of a value.
 EMPTY: Final = frozenset({"found", "one", "known", "said", "own", "given", "told"})
+#: Names that a line of Lua declares.
+LUA_LOCAL: Final = re.compile(r"\blocal (?!function)([\w, ]+)")
 #: The newest commits, and characters of their subjects.
 COMMITS: Final = 50
 SUBJECT_LENGTH: Final = 60
@@ -74,6 +76,18 @@ def test_comment_opens_with_its_subject() -> None:
 
 def test_local_name_says_what_is_in_it() -> None:
     assert lines_of(fault for fault in local_names() if fault[2] in EMPTY) == []
+
+
+def test_local_name_of_a_script_says_what_is_in_it() -> None:
+    names = (
+        (path, number, name)
+        for path in sorted((ROOT / "routing" / "lua").rglob("*.lua"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for local in LUA_LOCAL.findall(line)
+        for name in local.split(", ")
+    )
+    # The argument `told` is a field of the stream, which keeps its name.
+    assert lines_of(fault for fault in names if fault[2] in EMPTY - {"told"}) == []
 
 
 def test_subject_of_a_commit_names_its_area_and_is_short() -> None:

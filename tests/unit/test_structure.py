@@ -43,6 +43,7 @@ MOST_LINES = 400
 MOST_LINES_OF_FUNCTION = 60
 MOST_PARAMETERS_OF_CONSTRUCTOR = 6
 MOST_LINES_OF_LUA = 120
+MOST_CHARACTERS_OF_LUA = 120
 
 
 def _modules(package: str) -> Iterator[tuple[str, Path]]:
@@ -231,6 +232,16 @@ def test_no_constructor_takes_more_than_six_parameters(package: str) -> None:
 def test_no_shared_lua_is_longer_than_120_lines() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "routing" / "lua" / "lib").iterdir()}
     assert {name: count for name, count in lines.items() if count > MOST_LINES_OF_LUA} == {}
+
+
+def test_no_line_of_lua_is_longer_than_120_characters() -> None:
+    lines = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in (ROOT / "routing" / "lua").rglob("*.lua")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > MOST_CHARACTERS_OF_LUA
+    ]
+    assert lines == []
 
 
 @pytest.mark.parametrize("package", LAYERS)

@@ -4,7 +4,8 @@
 --   view, allocated, allocated_cpus, kept
 -- ARGV: epoch, run_id, worker, cursor ('' to begin)
 -- Replies: {ok, admitted, cursor ('' when done)} | {cold} | {epoch, current}
--- Cost: at the worst twice LIMIT.shapes shapes are looked at, and LIMIT.most jobs are admitted
+-- Cost: at the worst twice LIMIT.shapes shapes are looked at, and LIMIT.most jobs are admitted, with at most fifteen
+--   commands each; LIMIT.freed such passes more where another worker was kept for an admitted job
 -- Repeat: harmless: an admitted job waits no longer
 local epoch, run_id, worker, after = ARG.epoch, ARG.run_id, ARG.worker, ARG.cursor
 

@@ -4,7 +4,8 @@
 --   view, allocated, allocated_cpus, kept
 -- ARGV: epoch, run_id, shape, cursor_score, cursor_worker (both '' to begin)
 -- Replies: {admitted, job, worker, attempt} | {more, cursor_score, cursor_worker} | {none} | {cold} | {epoch, current}
--- Cost: at the worst LIMIT.candidates books are read, and LIMIT.most places without their waiting jobs are passed
+-- Cost: at the worst LIMIT.candidates books are read, and LIMIT.most places without their waiting jobs are passed;
+--   LIMIT.freed passes like that of fill where a worker was kept for this shape
 -- Repeat: harmless: the admitted job waits no longer, and the next one is looked at
 local epoch, run_id, shape = ARG.epoch, ARG.run_id, ARG.shape
 local cursor_score, cursor_worker = ARG.cursor_score, ARG.cursor_worker
@@ -28,8 +29,8 @@ else
   -- The worker at the cursor moved meanwhile. Begin again with the workers that have as many free CPUs as it had.
   start = redis.call('ZCOUNT', index, '-inf', '(' .. cursor_score)
 end
-local found = redis.call('ZRANGE', index, start, start + LIMIT.candidates - 1)
-local book = first_with_room(index, found, epoch, now, amounts)
+local candidates = redis.call('ZRANGE', index, start, start + LIMIT.candidates - 1)
+local book = first_with_room(index, candidates, epoch, now, amounts)
 if book then
   local admitted
   -- No more than LIMIT.most places without their waiting jobs are passed in one step.
@@ -57,7 +58,7 @@ if book then
   end
   return admitted or {'more', cursor_score, cursor_worker}
 end
-if #found == LIMIT.candidates then
-  return {'more', redis.call('ZSCORE', index, found[#found]), found[#found]}
+if #candidates == LIMIT.candidates then
+  return {'more', redis.call('ZSCORE', index, candidates[#candidates]), candidates[#candidates]}
 end
 return {'none'}

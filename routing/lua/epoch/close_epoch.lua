@@ -6,7 +6,7 @@
 --   for it), then for each key to remove or job to carry over (at most 1,000): name
 -- Replies: {ok} | {cold} where the books are closed for nobody | {epoch, current} where a newer one is opened
 --   | {foreign, database} where the books are those of another database
--- Cost: one command, and the time to unlink the keys
+-- Cost: at most four commands, and the time to unlink the keys
 -- Repeat: harmless
 local epoch, run_id, step = ARG.epoch, ARG.run_id, ARG.step
 
@@ -20,7 +20,7 @@ if newest > tonumber(epoch) or current[1] == epoch then
   return {'epoch', int(newest)}
 end
 if step == 'begin' then
-  -- The life of the server in which the books were opened stays, because it tells if the stream is whole.
+  -- The run of the server in which the books were opened stays, because it tells if the stream is whole.
   redis.call('HDEL', KEY.epoch, 'epoch', 'rebuilding')
   redis.call('HSET', KEY.epoch, 'opening', epoch, 'format', LIMIT.format)
   if database ~= '' then

@@ -7,7 +7,7 @@
 -- Cost: constant
 -- Repeat: harmless: jobs that were admitted in this epoch meanwhile stay
 local epoch, run_id = ARG.epoch, ARG.run_id
-local life, database = parted(run_id)
+local server_run, database = parted(run_id)
 local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'opening', 'database')
 if current[4] and database ~= '' and current[4] ~= database then
   return {'foreign', current[4]}
@@ -17,13 +17,13 @@ if newest > tonumber(epoch) then
   return {'epoch', int(newest)}
 end
 local now = clock()
-if current[1] == epoch and current[2] == life then
+if current[1] == epoch and current[2] == server_run then
   return {'ok', int(now)}
 end
 redis.call('SET', KEY.allocated, '0')
 redis.call('SET', KEY.allocated_cpus, '0')
 redis.call('HDEL', KEY.epoch, 'opening')
-redis.call('HSET', KEY.epoch, 'epoch', epoch, 'run_id', life, 'opened', int(now), 'rebuilding', '1',
+redis.call('HSET', KEY.epoch, 'epoch', epoch, 'run_id', server_run, 'opened', int(now), 'rebuilding', '1',
   'format', LIMIT.format)
 if database ~= '' then
   redis.call('HSET', KEY.epoch, 'database', database)

@@ -6,7 +6,7 @@
 -- ARGV: epoch, run_id, then for each job (at most 200): job, epoch, attempt, state (as its row has them), final (1: it
 --   has ended, '': it goes on, held: a worker has it)
 -- Replies: {ok, unblocked (jobs that were carried until now)} | {cold} | {epoch, current}
--- Cost: four commands a job
+-- Cost: at most four commands a job
 -- Repeat: harmless
 local epoch, run_id = ARG.epoch, ARG.run_id
 

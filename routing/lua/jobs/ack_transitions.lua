@@ -3,7 +3,7 @@
 -- KEYS: none; by name: stream, job
 -- ARGV: then for each entry: entry, job
 -- Replies: {ok, dropped}
--- Cost: two to four commands an entry
+-- Cost: at most four commands an entry
 -- Repeat: harmless
 local dropped = 0
 for i = EACH.first, #ARGV, EACH.step do

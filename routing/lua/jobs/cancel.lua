@@ -5,7 +5,7 @@
 -- ARGV: epoch, run_id, job, state (cancelled or expired), error
 -- Replies: {ended, entry} | {held, state, worker} | {over} | {missing} | {unsure} (the books are being rebuilt, so a
 --   worker may hold the job) | {cold} | {epoch, current}
--- Cost: constant
+-- Cost: constant, but LIMIT.freed passes like that of fill where a worker was kept for this job
 -- Repeat: harmless: answered 'over' while the tombstone stands
 local epoch, run_id, id, state, error_text = ARG.epoch, ARG.run_id, ARG.job, ARG.state, ARG.error
 
@@ -27,8 +27,8 @@ if not job or job.state == 'ended' then
     return {'unsure'}
   end
   -- The job may be on its way here: the submit then finds that it has ended. Postgres decides.
-  redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', epoch, 'attempt', job and job.attempt or '0', 'final', '1',
-    'became', state)
+  redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', epoch, 'attempt', job and job.attempt or '0',
+    'final', '1', 'became', state)
   if not (job and job.entry) then
     redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
   end

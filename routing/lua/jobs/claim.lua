@@ -6,7 +6,7 @@
 --   message that arrived; '': unknown, so not compared)
 -- Replies: {ok, then for each job: claimed | stale | forged | unknown (no such job in this epoch), admitted, started,
 --   entry, losses, rerun, revoked ('1': it was revoked, and the worker ends it)} | {cold} | {epoch, current}
--- Cost: a few commands a job
+-- Cost: at most seven commands a job
 -- Repeat: harmless: the nonce distinguishes a claim that is sent again from a second copy of the message
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 
@@ -22,8 +22,8 @@ for i = EACH.first, #ARGV, EACH.step do
   local job = read_job(id)
   local mine = current and job and job.worker == worker and job.incarnation == incarnation and token_of(job) == token
   local verdict = 'stale'
-  local own = digest ~= '' and mine and job.state == 'admitted' and redis.call('HGET', KEY.job .. id, 'digest')
-  if own and own ~= digest then
+  local pushed = digest ~= '' and mine and job.state == 'admitted' and redis.call('HGET', KEY.job .. id, 'digest')
+  if pushed and pushed ~= digest then
     verdict = 'forged'
     count('refused.forged', 1)
     local message = redis.call('HGET', KEY.job .. id, 'message')

@@ -6,8 +6,8 @@
 -- Cost: constant
 -- Repeat: harmless
 local id, digest = ARG.job, ARG.digest
-local known = redis.call('HMGET', KEY.job .. id, 'state', 'digest')
-if (known[1] ~= 'admitted' and known[1] ~= 'running') or known[2] == digest then
+local fields = redis.call('HMGET', KEY.job .. id, 'state', 'digest')
+if (fields[1] ~= 'admitted' and fields[1] ~= 'running') or fields[2] == digest then
   return {'missing'}
 end
 redis.call('HSET', KEY.job .. id, 'successor', '1')

@@ -3,7 +3,7 @@
 -- KEYS: none; by name: epoch, unclaimed, job, book, counters
 -- ARGV: epoch, run_id, most (jobs to look at in this call)
 -- Replies: {ok, looked (number of jobs looked at), delivered} | {cold} | {epoch, current}
--- Cost: a few commands a job
+-- Cost: at most six commands a job
 -- Repeat: harmless: the claim refuses a second copy of a message; the time to the next delivery doubles each time
 local epoch, run_id, most = ARG.epoch, ARG.run_id, tonumber(ARG.most)
 

@@ -11,8 +11,8 @@
 -- Replies: {ok, admitted, cursor (of shapes), then for each job: released | repeat | stale | unknown (the job has no
 --   key), state, entry, shape, then for each job handed over: job, token, admitted, started, entry, losses, shape,
 --   rerun, message} | {cold} | {epoch, current}
--- Cost: a few commands a job, one pass like that of fill, and a command for each resource and queue that the worker has
---   and not every worker does
+-- Cost: at most fifteen commands a job and two a result, a pass like that of fill, and a command for each index of free
+--   CPUs in which the worker stands
 -- Repeat: harmless: keyed by job and token; the repeated end of an attempt that ended its job is answered 'repeat', any
 --   other end 'stale'
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
@@ -40,7 +40,8 @@ while i <= #ARGV do
   i = results + INNER.step * tonumber(ARGV[i + EACH.results])
   local job = read_job(id)
   local verdict, state, entry = 'stale', '', ''
-  local before = job and job.state == 'ended' and token_of(job) == token and redis.call('HMGET', KEY.job .. id, 'outcome', 'became', 'entry')
+  local before = job and job.state == 'ended' and token_of(job) == token
+    and redis.call('HMGET', KEY.job .. id, 'outcome', 'became', 'entry')
   if before and before[1] == outcome then
     verdict, state, entry = 'repeat', before[2], before[3] or ''
   elseif mine and job and token_of(job) == token and job.incarnation == incarnation

@@ -4,7 +4,8 @@
 --   allocated_cpus, counters, stream, kept
 -- ARGV: epoch, run_id, job, token (as reconcile read it), final (1: it may not come back, 0: it is entered anew)
 -- Replies: {ok, worker} ('' when it was waiting) | {changed} | {cold} | {epoch, current}
--- Cost: constant
+-- Cost: constant, and a command for each index of free CPUs in which the worker stands; LIMIT.freed passes like that of
+--   fill where a worker was kept for this job
 -- Repeat: harmless
 local epoch, run_id, id, token, final = ARG.epoch, ARG.run_id, ARG.job, ARG.token, ARG.final
 

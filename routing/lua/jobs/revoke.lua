@@ -11,9 +11,9 @@ local no = refused(epoch, run_id)
 if no then
   return no
 end
-local found = redis.call('HMGET', KEY.job .. id, 'state', 'worker')
-if found[1] ~= 'admitted' and found[1] ~= 'running' then
+local fields = redis.call('HMGET', KEY.job .. id, 'state', 'worker')
+if fields[1] ~= 'admitted' and fields[1] ~= 'running' then
   return {'free'}
 end
 redis.call('HSET', KEY.job .. id, 'revoked', '1')
-return {'held', found[2] or ''}
+return {'held', fields[2] or ''}

@@ -5,8 +5,8 @@
 --   submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
 -- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when all candidates were looked at)
 --   | {exists, state (of its key, or carried)} | {late, now (ms)} | {cold} | {epoch, current}
--- Cost: at the worst LIMIT.candidates books are read, and a command for each resource and queue that the chosen worker
---   has and not every worker does; independent of the number of workers and of waiting jobs
+-- Cost: at the worst LIMIT.candidates books are read, and a command for each index of free CPUs in which the chosen
+--   worker stands; independent of the number of workers and of waiting jobs
 -- Repeat: harmless: a job that is known, or has a tombstone, is left as it is
 local epoch, run_id, deadline = ARG.epoch, ARG.run_id, tonumber(ARG.deadline)
 local id, shape, order, message, attempt = ARG.job, ARG.shape, ARG.order, ARG.message, ARG.attempt

@@ -5,8 +5,8 @@
 --   so far), losses, submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
 -- Replies: {ok, taken, then for each shape that found no room among those looked at, while there were others: shape,
 --   cursor_score, cursor_worker} | {late, now (ms)} | {cold} | {epoch, current}
--- Cost: some ten commands a job, and at the worst LIMIT.searched books are read; consecutive jobs of one shape search
---   once, and again where a worker is full
+-- Cost: at most six commands a job, some twenty for each row of jobs of one shape, and at the worst LIMIT.searched
+--   books are read; such a row searches once, and again where a worker is full
 -- Repeat: harmless: a job that is known, or has a tombstone, is left as it is
 local epoch, run_id, deadline = ARG.epoch, ARG.run_id, tonumber(ARG.deadline)
 

@@ -15,7 +15,8 @@ local function shapes_behind(book, order)
   local function step(list)
     list.at = (list.at or 2 * size - 1) + 2
     if list.at > 2 * size then
-      list.rows = redis.call('ZRANGEBYSCORE', list.key, '(' .. order, '+inf', 'WITHSCORES', 'LIMIT', list.seen or 0, size)
+      list.rows = redis.call('ZRANGEBYSCORE', list.key, '(' .. order, '+inf', 'WITHSCORES', 'LIMIT', list.seen or 0,
+        size)
       list.seen, list.at = (list.seen or 0) + size, 1
     end
     list.order = tonumber(list.rows[list.at + 1])
@@ -23,8 +24,8 @@ local function shapes_behind(book, order)
   for _, list in ipairs(lists) do
     step(list)
   end
-  local found = {}
-  while #found < 2 * LIMIT.shapes do
+  local rows = {}
+  while #rows < 2 * LIMIT.shapes do
     local first
     for _, list in ipairs(lists) do
       if list.order and (not first or list.order < first.order) then
@@ -34,21 +35,21 @@ local function shapes_behind(book, order)
     if not first then
       break
     end
-    found[#found + 1], found[#found + 2] = first.rows[first.at], first.rows[first.at + 1]
+    rows[#rows + 1], rows[#rows + 2] = first.rows[first.at], first.rows[first.at + 1]
     step(first)
   end
-  return found
+  return rows
 end
 
--- The shapes that a pass tries, in order of their first jobs, and the cursor behind them. `found`: the only shape to
+-- The shapes that a pass tries, in order of their first jobs, and the cursor behind them. `kept_row`: the only shape to
 -- try, for which the worker was kept, and its order. A shape that does not fit now cannot fit later in this pass.
-local function candidates_for(book, found, after)
-  local first_page, second_page, cursor = found or {}, {}, ''
-  if not found and after == '' then
+local function candidates_for(book, kept_row, after)
+  local first_page, second_page, cursor = kept_row or {}, {}, ''
+  if not kept_row and after == '' then
     first_page = redis.call('ZRANGE', KEY.shapes, 0, LIMIT.shapes - 1, 'WITHSCORES')
   end
   -- Behind the first page there may be a thousand shapes that ask for resources which this worker does not have.
-  if not found and (after ~= '' or #first_page == 2 * LIMIT.shapes) then
+  if not kept_row and (after ~= '' or #first_page == 2 * LIMIT.shapes) then
     second_page = shapes_behind(book, after == '' and first_page[#first_page] or after)
   end
   if #second_page == 2 * LIMIT.shapes then

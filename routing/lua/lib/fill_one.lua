@@ -1,10 +1,10 @@
 -- A pass that fills one worker.
 
 -- Make a pass of `fill` over one worker. Also returns a worker that was kept until now for a job that this worker took.
-local function fill_one(worker, epoch, now, after, nonce, out, given)
-  local book = given
-  if given then
-    if not is_open(given) and not given.kept then
+local function fill_one(worker, epoch, now, after, nonce, out, passed)
+  local book = passed
+  if passed then
+    if not is_open(passed) and not passed.kept then
       return 0, ''
     end
   else
@@ -16,7 +16,7 @@ local function fill_one(worker, epoch, now, after, nonce, out, given)
   if not book or book.lease <= now or book.status ~= 'ready' or over(book) then
     return 0, ''
   end
-  local found
+  local kept_row
   if book.kept then
     local kept, head = book.kept, redis.call('ZSCORE', KEY.shapes, book.kept)
     local mine = redis.call('HGET', KEY.kept, kept) == worker
@@ -24,7 +24,7 @@ local function fill_one(worker, epoch, now, after, nonce, out, given)
       if (book.allocated.slots or 0) > 0 then
         return 0, ''
       end
-      found = {kept, head}
+      kept_row = {kept, head}
     end
     if mine then
       redis.call('HDEL', KEY.kept, kept)
@@ -36,7 +36,7 @@ local function fill_one(worker, epoch, now, after, nonce, out, given)
   if room(book, 'slots') < 1 or (book.allocated.alone or 0) > 0 then
     return 0, ''
   end
-  local candidates, cursor = candidates_for(book, found, after)
+  local candidates, cursor = candidates_for(book, kept_row, after)
   local admitted, dead, freed = 0, 0, nil
   while #candidates > 0 do
     local first = table.remove(candidates, 1)

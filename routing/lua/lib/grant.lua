@@ -22,7 +22,8 @@ local function grant(id, job, message, book, now)
 end
 
 -- Admit a job to the worker that is asking, and give it the lease at once. The message goes into the reply (`out`), so
--- neither a way through the broker nor a claim is needed. Where the reply is lost, `hand_over_again` returns the job again.
+-- neither a way through the broker nor a claim is needed. Where the reply is lost, `hand_over_again` returns
+-- the job.
 local function hand_over(id, job, message, book, now, nonce, out)
   job.state, job.worker, job.incarnation = 'running', book.worker, book.incarnation
   job.admitted, job.started = int(now), int(now)

@@ -47,20 +47,20 @@ local function shape_held(shape, losses, most_losses)
   if most <= 1 or tonumber(losses) < most - 1 or amounts_of(shape).alone then
     return shape
   end
-  local parts, own = {}, 'alone'
+  local parts, unplaced = {}, 'alone'
   for name, amount in string.gmatch(shape, '([^=,]+)=(%d+)') do
-    if own then
+    if unplaced then
       local at = 1
-      while at <= #name and string.byte(name, at) == string.byte(own, at) do
+      while at <= #name and string.byte(name, at) == string.byte(unplaced, at) do
         at = at + 1
       end
-      if (string.byte(name, at) or 0) > (string.byte(own, at) or 0) then
-        parts[#parts + 1], own = 'alone=1', nil
+      if (string.byte(name, at) or 0) > (string.byte(unplaced, at) or 0) then
+        parts[#parts + 1], unplaced = 'alone=1', nil
       end
     end
     parts[#parts + 1] = name .. '=' .. amount
   end
-  if own then
+  if unplaced then
     parts[#parts + 1] = 'alone=1'
   end
   return table.concat(parts, ',')

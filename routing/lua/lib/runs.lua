@@ -37,17 +37,17 @@ local function search(run, epoch, now)
   local least, looked_at, last = int(run.amounts.cpus or 0), 0, nil
   -- The first few are nearly always enough. The others are fetched only when they are needed.
   for _, size in ipairs({LIMIT.few, LIMIT.candidates - LIMIT.few}) do
-    local found = redis.call('ZRANGEBYSCORE', index, least, '+inf', 'LIMIT', looked_at, size)
-    local book = first_with_room(index, found, epoch, now, run.amounts)
+    local candidates = redis.call('ZRANGEBYSCORE', index, least, '+inf', 'LIMIT', looked_at, size)
+    local book = first_with_room(index, candidates, epoch, now, run.amounts)
     if book then
-      run.looked = run.looked + #found
+      run.looked = run.looked + #candidates
       return book
     end
-    looked_at, run.looked = looked_at + #found, run.looked + #found
-    if #found < size then
+    looked_at, run.looked = looked_at + #candidates, run.looked + #candidates
+    if #candidates < size then
       break
     end
-    last = found[#found]
+    last = candidates[#candidates]
   end
   if looked_at == LIMIT.candidates then
     return nil, redis.call('ZSCORE', index, last), last

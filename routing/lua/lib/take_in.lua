@@ -17,16 +17,17 @@ end
 -- stream. `job` has epoch, attempt (admissions so far), shape, order, losses, submitted. Returns the reply of
 -- submit.lua, and the run of the job. The caller passes the run on with the next job, or ends it.
 local function take_in(id, job, message, digest, rerun, now, run)
-  local known = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became', 'entry')
+  local stored = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became', 'entry')
   local attempt = tonumber(job.attempt)
   -- A job that its last attempt ended may still go on, with a successor of which only Postgres was told. Then its row
   -- has that attempt. A revoked or expired job does not go on, and an earlier submission has an older attempt. Until
   -- Postgres has the end of that attempt, no row says what the job is now, whoever read it.
-  local went_on = known[4] and known[5] ~= 'cancelled' and known[5] ~= 'expired' and tonumber(known[3]) == attempt
-  if known[1] and (known[1] ~= 'ended' or known[6] or (known[2] and not went_on) or tonumber(known[3]) > attempt) then
-    return {'exists', known[1]}, run
+  local went_on = stored[4] and stored[5] ~= 'cancelled' and stored[5] ~= 'expired' and tonumber(stored[3]) == attempt
+  if stored[1]
+      and (stored[1] ~= 'ended' or stored[6] or (stored[2] and not went_on) or tonumber(stored[3]) > attempt) then
+    return {'exists', stored[1]}, run
   end
-  if known[1] then
+  if stored[1] then
     redis.call('DEL', KEY.job .. id)
   elseif redis.call('SISMEMBER', KEY.carried, id) == 1 then
     return {'exists', 'carried'}, run

@@ -19,8 +19,8 @@ local function note(id, job, state, step, now, more)
     'told', more and more.told or '')
   job.noted = span
   -- Watchers of the job listen on the channel that has the name of its key (routing/inspect/job_events.py).
-  redis.call('PUBLISH', KEY.job .. id, job.epoch .. ' ' .. job.attempt .. ' ' .. step .. ' ' .. state .. ' ' .. int(now) ..
-    ' ' .. (job.worker or ''))
+  redis.call('PUBLISH', KEY.job .. id, job.epoch .. ' ' .. job.attempt .. ' ' .. step .. ' ' .. state .. ' ' ..
+    int(now) .. ' ' .. (job.worker or ''))
   return job.entry
 end
 

@@ -11,7 +11,7 @@ local function clock()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
--- Split the run_id of a caller: the server's life, and behind a slash the id of the caller's database in Postgres.
+-- Split the run_id of a caller: the server's run, and behind a slash the id of the caller's database in Postgres.
 local function parted(run_id)
   return string.match(run_id, '^([^/]*)/?(.*)$')
 end
@@ -19,10 +19,10 @@ end
 -- The reply that refuses this caller, or nil where it may act on these books.
 local function refused(epoch, run_id)
   local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format', 'database')
-  local life, database = parted(run_id)
+  local server_run, database = parted(run_id)
   -- A process of an older release may not act on books of a newer format. The jobs that it accepted wait in Postgres
   -- for a process that knows the format.
-  if not current[1] or current[2] ~= life or tonumber(current[3] or 1) > LIMIT.format then
+  if not current[1] or current[2] ~= server_run or tonumber(current[3] or 1) > LIMIT.format then
     return {'cold'}
   end
   if current[4] and database ~= '' and current[4] ~= database then

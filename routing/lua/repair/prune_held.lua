@@ -4,7 +4,7 @@
 -- KEYS: none; by name: epoch, held, job
 -- ARGV: epoch, run_id, worker, then for each entry: job
 -- Replies: {ok, taken (entries taken out of the list)} | {cold} | {epoch, current}
--- Cost: two or three commands an entry
+-- Cost: at most three commands an entry
 -- Repeat: harmless
 local epoch, run_id, worker = ARG.epoch, ARG.run_id, ARG.worker
 

@@ -4,7 +4,7 @@
 -- ARGV: epoch, run_id, resource, seen (places that were looked at and kept), most (places to look at)
 -- Replies: {ok, looked (number of places looked at), taken (workers taken out of the index)} | {cold}
 --   | {epoch, current}
--- Cost: two commands a place
+-- Cost: at most two commands a place
 -- Repeat: harmless
 local epoch, run_id, resource, seen, most = ARG.epoch, ARG.run_id, ARG.resource, tonumber(ARG.seen), tonumber(ARG.most)
 
@@ -13,11 +13,11 @@ if no then
   return no
 end
 local index, taken = KEY.free_of .. resource, 0
-local found = redis.call('ZRANGE', index, int(seen), int(seen + most - 1))
-for _, worker in ipairs(found) do
+local workers = redis.call('ZRANGE', index, int(seen), int(seen + most - 1))
+for _, worker in ipairs(workers) do
   local book = redis.call('HMGET', KEY.book .. worker, 'epoch', 'places')
   if book[1] ~= epoch or not string.find(',' .. (book[2] or '') .. ',', ',' .. resource .. ',', 1, true) then
     taken = taken + redis.call('ZREM', index, worker)
   end
 end
-return {'ok', int(#found), int(taken)}
+return {'ok', int(#workers), int(taken)}

@@ -5,7 +5,8 @@
 -- ARGV: epoch, run_id, worker, counted (the sum of its jobs' amounts, as a shape; '': count here)
 -- Replies: {ok, differed (number of fields)} | {unknown, differed} | {many} where it holds too much to be counted here
 --   | {cold} | {epoch, current}
--- Cost: at the worst LIMIT.held jobs are looked at
+-- Cost: at the worst LIMIT.held jobs are looked at, and four commands for each index of free CPUs in which the worker
+--   stands
 -- Repeat: harmless
 local epoch, run_id, worker, counted = ARG.epoch, ARG.run_id, ARG.worker, ARG.counted
 
@@ -24,8 +25,8 @@ local different = #strays
 local book = read_book(worker, epoch)
 if not book then
   -- Nothing may be admitted to a worker without a book.
-  local found = redis.call('ZREM', KEY.free, worker) + redis.call('ZREM', KEY.leases, worker)
-  return {'unknown', int(different + found)}
+  local removed = redis.call('ZREM', KEY.free, worker) + redis.call('ZREM', KEY.leases, worker)
+  return {'unknown', int(different + removed)}
 end
 local changed = {}
 for name, allocated in pairs(book.allocated) do

@@ -4,7 +4,7 @@
 -- ARGV: epoch, run_id, job
 -- Replies: {ok, differed (number of places)} | {no_book, worker} where its worker has no book | {cold}
 --   | {epoch, current}
--- Cost: constant
+-- Cost: constant, and a command for each index of free CPUs in which the worker stands
 -- Repeat: harmless
 local epoch, run_id, id = ARG.epoch, ARG.run_id, ARG.job
 

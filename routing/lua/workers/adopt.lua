@@ -5,7 +5,7 @@
 -- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, shape, order, admitted (ms), started (ms),
 --   nonce, losses, rerun (0: its first lost attempt ends it)
 -- Replies: {ok, then for each job: adopted | stale} | {unknown} | {cold} | {epoch, current}
--- Cost: a few commands a job
+-- Cost: at most ten commands a job; LIMIT.freed passes like that of fill where a worker was kept for one of them
 -- Repeat: harmless: a job that the worker holds already is answered 'adopted'
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 

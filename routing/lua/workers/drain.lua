@@ -5,7 +5,7 @@
 -- ARGV: epoch, run_id, worker, incarnation, then for each job (none at first, to stop admission before the list is
 --   read): job
 -- Replies: {ok, then for each job handed back: shape} | {unknown} | {cold} | {epoch, current}
--- Cost: some ten commands a job
+-- Cost: at most fifteen commands a job, and a command for each index of free CPUs in which the worker stands
 -- Repeat: harmless
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 

@@ -6,7 +6,7 @@
 --   back), then for each duty that it asks for: duty
 -- Replies: {elected, epoch (of the ledger, 0: none), book (1: its worker has one), fence, then for each duty that was
 --   asked for: duty} | {other (has the lease, or nobody has), epoch, book}
--- Cost: constant, and one command for each duty asked for
+-- Cost: constant, a command for each duty asked for, and at most LIMIT.shapes duties in the reply
 -- Repeat: harmless: the holder keeps its lease and its fence; each request for a duty is handed over once
 local caller, worker, fence, term = ARG.caller, ARG.worker, tonumber(ARG.fence), tonumber(ARG.term)
 local now = clock()

@@ -3,7 +3,7 @@
 -- KEYS: none; by name: epoch, book, leases, view, free, free_of
 -- ARGV: epoch, run_id, worker, incarnation
 -- Replies: {ok} | {unknown} | {cold} | {epoch, current}
--- Cost: constant
+-- Cost: constant, and a command for each index of free CPUs in which the worker stands
 -- Repeat: harmless
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 

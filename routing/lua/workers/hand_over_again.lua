@@ -4,7 +4,7 @@
 -- ARGV: epoch, run_id, worker, incarnation, then for each job that the worker does not know of: job
 -- Replies: {ok, then for each job: job, token, admitted, started, entry, losses, shape, rerun, message} | {unknown}
 --   | {cold} | {epoch, current}
--- Cost: three commands a job
+-- Cost: at most three commands a job
 -- Repeat: harmless: the same jobs are returned again
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 
@@ -24,8 +24,8 @@ for i = EACH.first, #ARGV, EACH.step do
   if message then
     local n = #reply
     reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = id, token_of(job), job.admitted, job.started
-    reply[n + 5], reply[n + 6], reply[n + 7], reply[n + 8] = job.entry or '', job.losses or '0', job.shape, job.rerun or ''
-    reply[n + 9] = tagged(message, id, job)
+    reply[n + 5], reply[n + 6], reply[n + 7] = job.entry or '', job.losses or '0', job.shape
+    reply[n + 8], reply[n + 9] = job.rerun or '', tagged(message, id, job)
   end
 end
 return reply

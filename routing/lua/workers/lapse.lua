@@ -8,7 +8,7 @@
 --   with more time left was written before the clock was set back, and is shortened to this), then for each job: job
 -- Replies: {alive, incarnation} | {closed (just now) | waits (for the grace, as before) | due, incarnation}
 --   | {more | gone, incarnation, then for each job taken back: shape} | {unknown} | {cold} | {epoch, current}
--- Cost: a few commands for each job taken back
+-- Cost: at most fifteen commands a job, and two for each index of free CPUs in which the worker stands
 -- Repeat: harmless: goes on from its last step
 local epoch, run_id, worker = ARG.epoch, ARG.run_id, ARG.worker
 local grace, most_losses, take, ttl = tonumber(ARG.grace), ARG.most_losses, ARG.take, tonumber(ARG.ttl)

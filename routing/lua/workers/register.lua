@@ -8,8 +8,8 @@
 --   of its jobs' amounts, as a shape; '': count here), then for each field of the view: name, value
 -- Replies: {ok, admitted, cursor (of shapes)} | {taken, incarnation, lease_left (ms, negative when it ran out), held}
 --   | {many} where too much is held to be counted here | {cold} | {epoch, current}
--- Cost: one pass like that of fill, LIMIT.held jobs where the book went missing, and a command for each resource and
---   queue that not every worker has
+-- Cost: a pass like that of fill, LIMIT.held jobs where the book went missing, and two commands for each index of free
+--   CPUs in which the worker stands
 -- Repeat: harmless: the same incarnation keeps its allocations
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 local queue, ttl, capacity, status, admit = ARG.queue, tonumber(ARG.ttl), ARG.capacity, ARG.status, ARG.admit

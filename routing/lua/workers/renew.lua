@@ -6,7 +6,7 @@
 --   field of the view: name, value
 -- Replies: {ok, admitted, cursor (of shapes), held (number of jobs), lacked (1 where earlier lists lacked some of these
 --   jobs, else 0)} | {unknown} | {cold} | {epoch, current}
--- Cost: one pass like that of fill, and a command for each resource and queue that not every worker has
+-- Cost: a pass like that of fill, and two commands for each index of free CPUs in which the worker stands
 -- Repeat: harmless
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 local ttl, admit = tonumber(ARG.ttl), ARG.admit

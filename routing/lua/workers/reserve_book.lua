@@ -6,7 +6,8 @@
 --   '': count here)
 -- Replies: {ok} | {open} where there is a book in this epoch | {many} where too much is held to be counted here
 --   | {cold} | {epoch, current}
--- Cost: at the worst LIMIT.held jobs are looked at, but none unless a book went missing
+-- Cost: at the worst LIMIT.held jobs are looked at, and a command for each index of free CPUs in which the worker
+--   stood; nothing of that where the book is open
 -- Repeat: harmless
 local epoch, run_id, worker, incarnation, capacity = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation, ARG.capacity
 local counted = ARG.counted

@@ -6,7 +6,7 @@
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, missing (ms for which no list has named a job before it is
 --   taken back; 0: at once, because the list is known to be whole), then for each job that its list does not name: job
 -- Replies: {ok, then for each job taken back: shape} | {unknown} | {cold} | {epoch, current}
--- Cost: some ten commands a job
+-- Cost: at most eighteen commands a job, and a command for each index of free CPUs in which the worker stands
 -- Repeat: harmless: judged by the time since the first list that lacked a job, not by the number of lists
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 local most_losses, missing_for = ARG.most_losses, tonumber(ARG.missing)
