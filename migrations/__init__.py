@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing.database import deadlines, postgres
+from celery_capacity.routing.database import deadlines, postgres_errors, server_checks
 from celery_capacity.routing.errors import InvalidRequest, NotMigrated, StoreUnavailable, show
 from celery_capacity.routing.model import format_versions
 
@@ -142,7 +142,7 @@ def _own_engine(database_url: str) -> Engine:
     limits = {
         "connect_timeout": CONNECT_WITHIN,
         "connection_factory": deadlines.connection_factory(MIGRATED_WITHIN),
-        "options": postgres.PINNED,
+        "options": server_checks.PINNED,
     }
     return create_engine(database_url, poolclass=NullPool, connect_args=limits, hide_parameters=True)
 
@@ -154,9 +154,9 @@ def _connected(database: str | Engine) -> Iterator[Connection]:
         connection = engine.connect()
     except OperationalError as error:
         address = engine.url.render_as_string(hide_password=True)
-        raise StoreUnavailable(f"Postgres at {address} does not answer: {postgres.told(error)}") from error
+        raise StoreUnavailable(f"Postgres at {address} does not answer: {postgres_errors.one_line(error)}") from error
     with connection:
-        postgres.check_version(connection)
-        postgres.check_database(connection)
+        server_checks.check_version(connection)
+        server_checks.check_database(connection)
         connection.rollback()
         yield connection

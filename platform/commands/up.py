@@ -11,8 +11,8 @@ import click
 from celery_capacity.platform.console.command import Command, settings_of_environment
 from celery_capacity.platform.console.terminal import facts, print_json, table, talk
 from celery_capacity.platform.processes.launch import Interrupted, WorkerSpec, parse_workers
-from celery_capacity.platform.processes.local_cluster import Station
-from celery_capacity.platform.processes.supervisor import Family, prefixed
+from celery_capacity.platform.processes.local_cluster import LocalCluster
+from celery_capacity.platform.processes.supervisor import Supervisor, prefixed
 from celery_capacity.workers.process.exit_codes import Exit
 
 __all__ = ["command"]
@@ -57,23 +57,23 @@ def command(workers: tuple[WorkerSpec, ...], pool: str | None, as_json: bool) ->
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
-    family = Family(prefixed(sys.stderr))
-    with closing(family), family.interruptible():
-        station = Station(settings_of_environment(), os.environ, family, say)
+    supervisor = Supervisor(prefixed(sys.stderr))
+    with closing(supervisor), supervisor.interruptible():
+        cluster = LocalCluster(settings_of_environment(), os.environ, supervisor, say)
         try:
-            station.start(workers, pool)
-            _show(station, as_json)
-            station.watch()
+            cluster.start(workers, pool)
+            _show(cluster, as_json)
+            cluster.watch()
         except Interrupted:
             say("Ending.")
         finally:
-            station.end()
-        embedded = "; `celery -A platform down` ends them" if station.embedded else ""
+            cluster.end()
+        embedded = "; `celery -A platform down` ends them" if cluster.embedded else ""
         say(f"Ended. The servers stay{embedded}.")
 
 
-def _show(station: Station, as_json: bool) -> None:
-    running = station.describe()
+def _show(cluster: LocalCluster, as_json: bool) -> None:
+    running = cluster.describe()
     if as_json:
         print_json(running.to_json())
         return

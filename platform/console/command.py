@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.platform.console.terminal import OutputLost, fail, print_json, talk
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import PlatformError, StoreUnavailable
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.workers.process.exit_codes import Exit, code_of

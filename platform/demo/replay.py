@@ -25,7 +25,7 @@ from celery_capacity.platform.console.terminal import Meter, Meters
 from celery_capacity.platform.demo import trace
 from celery_capacity.platform.embedded import servers
 from celery_capacity.platform.processes.launch import WorkerSpec, await_ready, pause, start_worker
-from celery_capacity.platform.processes.supervisor import COLD, WARM, Family, Step
+from celery_capacity.platform.processes.supervisor import COLD, WARM, Step, Supervisor
 from celery_capacity.platform.tasks import SLEEP
 from celery_capacity.routing.config.secret_files import SUFFIX
 from celery_capacity.routing.config.settings import Settings
@@ -138,34 +138,34 @@ def replay(replayed: Replayed, settings: Settings, environ: Mapping[str, str], m
     Raises Interrupted, ChildDied, NotReady, and the errors of the servers and the submission. Nothing of the replay is
     left running then. With given URLs, jobs that have not run are revoked.
     """
-    family = Family(orphans=signal.SIGKILL)  # kill: their servers may be gone too, so no warm end is possible
-    with closing(family), family.interruptible(), ExitStack() as stack:
+    supervisor = Supervisor(orphans=signal.SIGKILL)  # kill: their servers may be gone too, so no warm end is possible
+    with closing(supervisor), supervisor.interruptible(), ExitStack() as stack:
         private = settings.redis_url is None
         settings = _with_servers(settings, stack)
         say(servers.describe(settings))
         run_environment = _environ(environ, settings, private)
         stack.enter_context(_environment(run_environment))
-        run = _Run(replayed, settings, family, meters)
+        run = _Run(replayed, settings, supervisor, meters)
         stack.callback(run.close)
         try:
             say("Starting " + ", ".join(f"{w.name} with {format_cpus(w.cpus)} CPUs" for w in replayed.workers))
             await_ready(
-                family,
-                [start_worker(family, w, run_environment, pool="threads", slots=w.slots) for w in replayed.workers],
+                supervisor,
+                [start_worker(supervisor, w, run_environment, pool="threads", slots=w.slots) for w in replayed.workers],
             )
             run.submit()
             run.wait()
             report = run.judge()
         except BaseException:
             if private:
-                family.end(family.children, (Step(COLD.signum, 3.0),))
+                supervisor.end(supervisor.children, (Step(COLD.signum, 3.0),))
             else:
                 say("Taking back what has not run; what runs comes to its end (Ctrl-C again breaks it off).")
                 run.revoke()
-                family.end(family.children, (WARM, COLD))
+                supervisor.end(supervisor.children, (WARM, COLD))
                 run.settle()
             raise
-        family.end(family.children, (replace(WARM, patience=20.0), COLD))
+        supervisor.end(supervisor.children, (replace(WARM, patience=20.0), COLD))
         return report
 
 
@@ -210,11 +210,11 @@ class _Run:
         self,
         replayed: Replayed,
         settings: Settings,
-        family: Family,
+        supervisor: Supervisor,
         meters: Meters,
     ) -> None:
         self._replayed = replayed
-        self._family = family
+        self._supervisor = supervisor
         self._meters = meters
         self._id = f"demo-{uuid.uuid4().hex[:12]}"
         self._log = f"demo:log:{self._id}"
@@ -259,7 +259,7 @@ class _Run:
         while (left := due - time.monotonic()) > 0:
             if left > LOOK:
                 self._draw(self._finished())
-            pause(self._family, min(due - time.monotonic(), LOOK))
+            pause(self._supervisor, min(due - time.monotonic(), LOOK))
 
     def wait(self) -> None:
         """Return when every job has ended, in Postgres too."""
@@ -273,7 +273,7 @@ class _Run:
                 ended = sum(number for state, number in self._states().items() if state in FINAL)
                 if ended >= total:
                     return
-            pause(self._family, LOOK)
+            pause(self._supervisor, LOOK)
 
     def _finished(self) -> int:
         return int(self._redis.llen(self._log))

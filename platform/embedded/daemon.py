@@ -18,7 +18,7 @@ import psutil
 from celery_capacity.routing.config import process_identity
 from celery_capacity.routing.errors import NoServers
 
-__all__ = ["Detached", "Owner", "start", "tail", "until", "wait"]
+__all__ = ["Daemon", "Owner", "start", "tail", "until", "wait"]
 
 #: Seconds between two looks at a process that starts or ends. It is not our child, so the system sends no notice.
 LOOK = 0.01
@@ -41,7 +41,7 @@ class Owner:
 
 
 @dataclass(frozen=True)
-class Detached:
+class Daemon:
     """A process of this machine, identified by its pid and by the clock ticks from the boot to its start.
 
     Pids are reused, but a pid together with its ticks is unique. `ticks` is None where there is no `/proc`.
@@ -51,7 +51,7 @@ class Detached:
     ticks: int | None
 
     @classmethod
-    def of(cls, pid: int) -> Detached | None:
+    def of(cls, pid: int) -> Daemon | None:
         """Return the live process with this pid, or None.
 
         A zombie is not alive: it has ended and only waits to be reaped.
@@ -86,7 +86,7 @@ class Detached:
         return not self.alive()
 
 
-def start(arguments: Sequence[str | Path], log: Path, owner: Owner | None = None) -> Detached:
+def start(arguments: Sequence[str | Path], log: Path, owner: Owner | None = None) -> Daemon:
     """Start a program apart from this process, and append its output to `log`.
 
     Raises NoServers with the end of the log if the program ends at once.
@@ -106,13 +106,13 @@ def start(arguments: Sequence[str | Path], log: Path, owner: Owner | None = None
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise NoServers(f"{arguments[0]} cannot be started: {error}") from error
-    process = Detached.of(int(done.stdout))
+    process = Daemon.of(int(done.stdout))
     if process is None:
         raise NoServers(f"{Path(arguments[0]).name} ended at once. The end of {log}:\n{tail(log)}")
     return process
 
 
-def wait(process: Detached, ready: Callable[[], bool], seconds: float, log: Path) -> None:
+def wait(process: Daemon, ready: Callable[[], bool], seconds: float, log: Path) -> None:
     """Return when `ready()` is true.
 
     Raises NoServers, with the end of the log, when the process ends or the time runs out.

@@ -53,7 +53,7 @@ NOT_DURABLE = {
 
 @dataclass(frozen=True)
 class Postgres:
-    process: daemon.Detached
+    process: daemon.Daemon
     folder: Path
     #: Folder of the socket.
     host: Path
@@ -157,7 +157,7 @@ def _check_version(programs: Path, data: Path) -> None:
 
 def _start(
     programs: Path, data: Path, host: Path, log: Path, owner: os_user.Owner | None, durable: bool
-) -> daemon.Detached:
+) -> daemon.Daemon:
     settings = {
         "listen_addresses": "",
         # Quoted, because the setting is a list and a path may contain a comma.
@@ -174,9 +174,9 @@ def _start(
     return daemon.start([programs / "postgres", "-D", data, *arguments], log, owner)
 
 
-def _process(data: Path) -> daemon.Detached | None:
+def _process(data: Path) -> daemon.Daemon | None:
     try:
-        process = daemon.Detached.of(int((data / "postmaster.pid").read_text().split("\n", 1)[0]))
+        process = daemon.Daemon.of(int((data / "postmaster.pid").read_text().split("\n", 1)[0]))
     except (OSError, ValueError):
         return None
     return process if process is not None and process.mentions(data) else None

@@ -35,7 +35,7 @@ ADDRESS = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Valkey:
-    process: daemon.Detached
+    process: daemon.Daemon
     port: int
 
     @property
@@ -55,7 +55,7 @@ def running(folder: Path) -> Valkey | None:
     """Return the running server whose data are in `folder`, by the pid file that it writes itself, or None."""
     pidfile = _pidfile(folder)
     try:
-        process = daemon.Detached.of(int(pidfile.read_text()))
+        process = daemon.Daemon.of(int(pidfile.read_text()))
     except (OSError, ValueError):
         return None
     if process is None or not process.mentions(pidfile):

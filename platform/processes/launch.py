@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from celery_capacity.platform.processes.supervisor import Child, Family, Happening, celery_command, died
+from celery_capacity.platform.processes.supervisor import Child, ProcessEvent, Supervisor, celery_command, died
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import InvalidRequest, PlatformError
 from celery_capacity.routing.model.amounts import MILLICORES, format_cpus, parse_cpus_text
@@ -111,14 +111,14 @@ class Interrupted(Exception):
 
 
 def start_worker(
-    family: Family, spec: WorkerSpec, environ: Mapping[str, str], *, pool: str, slots: int | None = None
+    supervisor: Supervisor, spec: WorkerSpec, environ: Mapping[str, str], *, pool: str, slots: int | None = None
 ) -> Child:
     """Start a worker that publishes these CPUs under this name. Without `slots` Celery's default holds."""
     command = celery_command("--quiet", "worker", "--pool", pool, "--loglevel", "INFO")
     if slots is not None:
         command += ["--concurrency", str(slots)]
     worker_environ = {**environ, "NODE_NAME": spec.name, "PLATFORM_CPUS": format_cpus(spec.cpus)}
-    return family.start(spec.name, command, worker_environ)
+    return supervisor.start(spec.name, command, worker_environ)
 
 
 def dashboard_url(settings: Settings) -> str:
@@ -127,26 +127,26 @@ def dashboard_url(settings: Settings) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{DASHBOARD_PATH}"
 
 
-def judge(happening: Happening) -> None:
+def judge(event: ProcessEvent) -> None:
     """Raise the exception that ends a command: Interrupted for a signal, ChildDied for a child that ended by itself."""
-    if happening.what == "signal":
-        raise Interrupted(happening.signum)
-    if happening.what == "ended" and happening.child is not None:
-        raise ChildDied(happening.child)
+    if event.what == "signal":
+        raise Interrupted(event.signum)
+    if event.what == "ended" and event.child is not None:
+        raise ChildDied(event.child)
 
 
-def pause(family: Family, seconds: float) -> None:
+def pause(supervisor: Supervisor, seconds: float) -> None:
     """Wait, unless a signal or the end of a child ends the command, as `judge` decides."""
     deadline = time.monotonic() + seconds
-    while (happening := family.next(deadline - time.monotonic())) is not None:
-        judge(happening)
+    while (event := supervisor.next(deadline - time.monotonic())) is not None:
+        judge(event)
 
 
 def await_ready(
-    family: Family,
+    supervisor: Supervisor,
     children: Sequence[Child],
     patience: float = READY_PATIENCE,
-    on_end: Callable[[Happening], Any] = judge,
+    on_end: Callable[[ProcessEvent], Any] = judge,
 ) -> list[Child]:
     """Wait until each of these children is ready or has ended, and return the ready ones.
 
@@ -159,12 +159,12 @@ def await_ready(
     while late := [
         child for child in children if not child.ready and not any(child is ended_child for ended_child in ended)
     ]:
-        happening = family.next(deadline - time.monotonic())
-        if happening is None:
+        event = supervisor.next(deadline - time.monotonic())
+        if event is None:
             names = ", ".join(child.name for child in late)
             raise NotReady(f"not ready after {patience:.0f} s: {names}", advice="Its log says what it waits for.")
-        if happening.what != "ready":
-            if happening.child is not None:
-                ended.append(happening.child)
-            on_end(happening)
+        if event.what != "ready":
+            if event.child is not None:
+                ended.append(event.child)
+            on_end(event)
     return [child for child in children if child.ready and child.code is None]

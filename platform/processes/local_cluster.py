@@ -29,9 +29,9 @@ from celery_capacity.platform.processes.supervisor import (
     COLD,
     WARM,
     Child,
-    Family,
-    Happening,
+    ProcessEvent,
     Step,
+    Supervisor,
     celery_command,
     died,
 )
@@ -45,7 +45,7 @@ from celery_capacity.routing.model.amounts import CPUS, MEMORY, SLOTS, cpus_numb
 from celery_capacity.routing.model.identifiers import check_worker_name
 from celery_capacity.workers.process.stores import make_engine
 
-__all__ = ["NothingRuns", "Running", "Station"]
+__all__ = ["LocalCluster", "NothingRuns", "Running"]
 
 #: Step that ends beat and the dashboard, which have nothing to finish; patience in seconds.
 SOON = Step(WARM.signum, 10.0)
@@ -106,16 +106,16 @@ def _or_not(what: str, pid: int | None) -> tuple[str, str]:
     return (what, str(pid)) if pid is not None else ("does not run here", "")
 
 
-class Station:
+class LocalCluster:
     """The processes of one `up`. `say` prints a line for the user."""
 
     def __init__(
-        self, settings: Settings, environ: Mapping[str, str], family: Family, say: Callable[[str], None]
+        self, settings: Settings, environ: Mapping[str, str], supervisor: Supervisor, say: Callable[[str], None]
     ) -> None:
         self._given = settings
         self._settings = settings
         self._environ = dict(environ)
-        self._family = family
+        self._supervisor = supervisor
         self._say = say
         self._workers: list[Child] = []
         self._beat: Child | None = None
@@ -137,12 +137,12 @@ class Station:
         worker_specs = specs or (self._whole(),)
         for spec in worker_specs:
             environ = self._environ if len(worker_specs) == 1 else {**self._environ, **self._share(spec, worker_specs)}
-            self._workers.append(start_worker(self._family, spec, environ, pool=pool or self._pool(spec)))
+            self._workers.append(start_worker(self._supervisor, spec, environ, pool=pool or self._pool(spec)))
         self._beat = self._start_beat()
-        self._dashboard = self._family.start(
+        self._dashboard = self._supervisor.start(
             "dashboard", celery_command("dashboard"), self._environ, ready=DASHBOARD_PATH
         )
-        await_ready(self._family, [*self._workers, self._dashboard], on_end=self._told)
+        await_ready(self._supervisor, [*self._workers, self._dashboard], on_end=self._report)
         if all(child.code is not None for child in self._workers):
             raise NothingRuns("no worker became ready")
 
@@ -184,7 +184,7 @@ class Station:
                 self._say("beat: another `up` of these servers runs it")
                 return None
             command = celery_command("--quiet", "beat", "--schedule", str(schedule))
-            return self._family.start("beat", command, self._environ, ready="", keep_open=(lock,))
+            return self._supervisor.start("beat", command, self._environ, ready="", keep_open=(lock,))
 
     def describe(self) -> Running:
         """Return the running processes. The workers' capacity is the capacity that they have published."""
@@ -212,28 +212,28 @@ class Station:
         words = self._dashboard.ready_line.split() if self._dashboard is not None else []
         return words[-1] if words else dashboard_url(self._settings)
 
-    def _told(self, happening: Happening) -> None:
-        if happening.what == "signal":
-            raise Interrupted(happening.signum)
-        if happening.what == "ended" and happening.child is not None:
-            self._say(died(happening.child))
+    def _report(self, event: ProcessEvent) -> None:
+        if event.what == "signal":
+            raise Interrupted(event.signum)
+        if event.what == "ended" and event.child is not None:
+            self._say(died(event.child))
 
     def watch(self) -> None:
         """Report each dying child, until a signal (Interrupted) or until no child is left (NothingRuns)."""
-        while self._family.running():
-            happening = self._family.next()
-            if happening is not None:
-                self._told(happening)
+        while self._supervisor.running():
+            event = self._supervisor.next()
+            if event is not None:
+                self._report(event)
         raise NothingRuns("all that was started has ended", advice="Its last lines are above.")
 
     def end(self) -> None:
         """End the workers warm, then beat, then the dashboard. A signal in the meantime breaks running jobs off."""
         if any(child.code is None for child in self._workers):
             self._say("Ending the workers; running jobs come to their end first (Ctrl-C again breaks them off).")
-        self._family.end(self._workers, (WARM, COLD))
+        self._supervisor.end(self._workers, (WARM, COLD))
         for child in (self._beat, self._dashboard):
             if child is not None:
-                self._family.end([child], (SOON,))
+                self._supervisor.end([child], (SOON,))
 
 
 def _live_pid(child: Child | None) -> int | None:

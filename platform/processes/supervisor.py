@@ -1,9 +1,9 @@
 """Child processes of a command: start them, read their output, notice their end, end them in order.
 
-A `Family` puts all its events into one queue, each as a `Happening`: a child is ready, a child ended, this process got
-a signal. The command waits in `next`, so that nothing is polled and nothing is missed. Each child leads a process group
-of its own. So Ctrl-C reaches this process alone, which then ends the children in its own order, and the final kill also
-reaches the processes that a child forked.
+A `Supervisor` puts all events into one queue, each as a `ProcessEvent`: a child is ready, a child ended, this process
+got a signal. The command waits in `next`, so that nothing is polled and nothing is missed. Each child leads a process
+group of its own. So Ctrl-C reaches this process alone, which then ends the children in its own order, and the final
+kill also reaches the processes that a child forked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TextIO
 
-__all__ = ["COLD", "WARM", "Child", "Family", "Happening", "Step", "celery_command", "died", "prefixed"]
+__all__ = ["COLD", "WARM", "Child", "ProcessEvent", "Step", "Supervisor", "celery_command", "died", "prefixed"]
 
 #: End of the line that Celery's worker logs, at INFO, when it can be admitted to.
 READY = " ready."
@@ -93,7 +93,7 @@ class Child:
 
 
 @dataclass(frozen=True)
-class Happening:
+class ProcessEvent:
     """An event. `what` is "ready" or "ended", both of a child, or "signal", to this process."""
 
     what: str
@@ -134,7 +134,7 @@ def prefixed(stream: TextIO) -> Callable[[Child, str], None]:
     return write
 
 
-class Family:
+class Supervisor:
     """The children of one command. One thread calls `start`, `next`, `end` and `close`.
 
     `orphans` is the signal to the children when this process is killed. TERM lets running jobs come to their end.
@@ -147,7 +147,7 @@ class Family:
         self._orphans = orphans
         self._guard: subprocess.Popen[bytes] | None = None
         #: A SimpleQueue, because its put is reentrant: a signal handler may call it wherever it interrupts.
-        self._happenings: queue.SimpleQueue[Happening] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[ProcessEvent] = queue.SimpleQueue()
         self._readers: dict[int, threading.Thread] = {}
         self._unheard: float | None = None
         self._last_signal = -SAME_SIGNAL
@@ -219,7 +219,7 @@ class Family:
                 if not child.ready and line.endswith(ready):
                     child.ready_line = line
                     child.ready = True
-                    self._happenings.put(Happening("ready", child))
+                    self._events.put(ProcessEvent("ready", child))
 
     def _reap(self, child: Child) -> None:
         code = child.process.wait()
@@ -227,11 +227,11 @@ class Family:
         # not wait for them.
         self._readers[child.pid].join(1.0)
         child.code = code
-        self._happenings.put(Happening("ended", child))
+        self._events.put(ProcessEvent("ended", child))
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Turn signals that mean "end" into happenings, so that none breaks an orderly end. Main thread only.
+        """Turn signals that mean "end" into events, so that none breaks an orderly end. Main thread only.
 
         If nobody looks, because a store that does not answer holds the command, the next signal is a KeyboardInterrupt.
         """
@@ -251,17 +251,17 @@ class Family:
         if self._unheard is not None and now - self._unheard > UNHEARD:
             raise KeyboardInterrupt
         self._unheard = self._unheard or now
-        self._happenings.put(Happening("signal", signum=signum))
+        self._events.put(ProcessEvent("signal", signum=signum))
 
-    def next(self, timeout: float | None = None) -> Happening | None:
-        """Return the next happening, or None after `timeout` seconds. Without a timeout, wait for ever."""
+    def next(self, timeout: float | None = None) -> ProcessEvent | None:
+        """Return the next event, or None after `timeout` seconds. Without a timeout, wait for ever."""
         try:
-            happening = self._happenings.get(timeout=None if timeout is None else max(timeout, 0.0))
+            event = self._events.get(timeout=None if timeout is None else max(timeout, 0.0))
         except queue.Empty:
             return None
-        if happening.what == "signal":
+        if event.what == "signal":
             self._unheard = None
-        return happening
+        return event
 
     def running(self) -> list[Child]:
         """Return the children whose end was not seen."""
@@ -286,7 +286,7 @@ class Family:
     def _all_ended(self, children: Sequence[Child], patience: float | None, may_hurry: bool) -> bool:
         deadline = None if patience is None else time.monotonic() + patience
         while any(child.code is None for child in children):
-            happening = self.next(None if deadline is None else deadline - time.monotonic())
-            if happening is None or (happening.what == "signal" and may_hurry):
+            event = self.next(None if deadline is None else deadline - time.monotonic())
+            if event is None or (event.what == "signal" and may_hurry):
                 return all(child.code is not None for child in children)
         return True

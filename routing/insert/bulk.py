@@ -17,7 +17,7 @@ import psycopg2
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.database.postgres import NOT_THERE, is_lost
+from celery_capacity.routing.database.postgres_errors import NOT_THERE, is_lost
 from celery_capacity.routing.errors import NotMigrated
 from celery_capacity.routing.insert.columns import COLUMNS
 from celery_capacity.routing.insert.single import may_publish

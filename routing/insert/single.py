@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.database.authority import read_authority
-from celery_capacity.routing.database.postgres import is_lost
+from celery_capacity.routing.database.postgres_errors import is_lost
 from celery_capacity.routing.errors import InvalidRequest, NotMigrated, show
 from celery_capacity.routing.insert import columns
 from celery_capacity.routing.insert.columns import COLUMNS

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import BacklogFull
 from celery_capacity.routing.ledger import keys
 

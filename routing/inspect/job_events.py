@@ -16,7 +16,7 @@ import redis
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.database.postgres import NOT_ALLOWED
+from celery_capacity.routing.database.postgres_errors import NOT_ALLOWED
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.states import FINAL, State, Step
 

@@ -21,7 +21,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.database import schema
 from celery_capacity.routing.database.authority import read_authority
-from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import NotMigrated, mask_url
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts

@@ -24,7 +24,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import audit
 from celery_capacity.routing.inspect.audit import Suspicion

@@ -23,7 +23,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
 from celery_capacity.routing.database.authority import read_authority
-from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger

@@ -16,7 +16,7 @@ from typing import Final
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import Request

@@ -25,7 +25,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, TextClause, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.insert.single import MOST_LET_GO, OPEN_RATE
 from celery_capacity.routing.model.job import Rate
 from celery_capacity.routing.model.outbox import UNTOLD

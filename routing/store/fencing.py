@@ -14,7 +14,7 @@ from typing import Final
 from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.outbox import UNTOLD
 from celery_capacity.routing.model.states import FINAL, State, Step

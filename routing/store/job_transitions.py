@@ -14,8 +14,8 @@ from typing import Final
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing.database.postgres import is_locked
-from celery_capacity.routing.database.prepared import Prepared
+from celery_capacity.routing.database.postgres_errors import is_locked
+from celery_capacity.routing.database.prepared_statement import Prepared
 from celery_capacity.routing.errors import storable
 from celery_capacity.routing.insert import replacements, successors
 from celery_capacity.routing.model import outbox

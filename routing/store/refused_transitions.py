@@ -24,7 +24,7 @@ from typing import Any, Final
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError, StatementError
 
-from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.outbox import Outbox

@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing.database import prepared
-from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.database import prepared_statement
+from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.store import job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
@@ -33,7 +33,7 @@ def connection(engine: Engine) -> Iterator[Connection]:
 
 @pytest.fixture
 def rows(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> Rows:
-    monkeypatch.setattr(prepared, "KEPT_FOR", 3600.0)
+    monkeypatch.setattr(prepared_statement, "KEPT_FOR", 3600.0)
     return Rows(connection)
 
 
@@ -81,7 +81,7 @@ def test_a_session_that_forgot_it_learns_it_again(rows: Rows, connection: Connec
 def test_a_session_that_knows_it_from_another_process_says_it_anew(rows: Rows, connection: Connection) -> None:
     ends(rows, "j0")
     before = known(connection)
-    # A pooler gives sessions to others, with the statements that they have prepared.
+    # A pooler gives sessions to others, with the statements that they have prepared_statement.
     del connection.info[NAME]
     ends(rows, "j1")
     assert known(connection).prepare_time > before.prepare_time
@@ -115,7 +115,7 @@ def test_a_pooler_that_gives_another_session_each_time_does_no_harm(rows: Rows, 
 def test_a_plan_that_was_made_for_small_tables_is_not_kept_for_ever(
     rows: Rows, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepared, "KEPT_FOR", 0.0)
+    monkeypatch.setattr(prepared_statement, "KEPT_FOR", 0.0)
     ends(rows, "j0", "j1")
     connection.exec_driver_sql("ANALYZE jobs, attempts")
     ends(rows, "j2")

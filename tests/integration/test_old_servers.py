@@ -13,7 +13,7 @@ from sqlalchemy import create_engine
 
 from celery_capacity import PlatformError, migrations
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.routing.database.postgres import OLDEST
+from celery_capacity.routing.database.server_checks import OLDEST
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures.processes import FOREIGN

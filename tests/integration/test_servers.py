@@ -69,7 +69,7 @@ def _pair(settings: Settings) -> Pair:
 def _kill(pid: int) -> None:
     process = psutil.Process(pid)
     process.kill()
-    assert daemon.until(lambda: daemon.Detached.of(pid) is None, SECONDS)
+    assert daemon.until(lambda: daemon.Daemon.of(pid) is None, SECONDS)
 
 
 def test_given_urls_are_left_alone(home: Path) -> None:
@@ -131,7 +131,7 @@ def test_data_outlive_down_and_down_says_what_it_ended(shared: Settings) -> None
     ended = servers.stop(shared)
     assert [phrase.split()[0] for phrase in ended] == ["Postgres", "Redis"]
     assert running_pair(shared.home) is None
-    assert not psutil.pid_exists(pair.redis_pid) or daemon.Detached.of(pair.redis_pid) is None
+    assert not psutil.pid_exists(pair.redis_pid) or daemon.Daemon.of(pair.redis_pid) is None
     assert servers.stop(shared) == []
     after = servers.ensure(shared, _say)
     assert _redis(after).get("kept") == b"yes"
@@ -238,8 +238,8 @@ def test_a_private_pair_ends_with_its_owner_even_when_that_is_killed() -> None:
         owner.send_signal(signal.SIGKILL)
     gone = daemon.until(
         lambda: (
-            daemon.Detached.of(int(redis_pid)) is None
-            and daemon.Detached.of(int(postgres_pid)) is None
+            daemon.Daemon.of(int(redis_pid)) is None
+            and daemon.Daemon.of(int(postgres_pid)) is None
             and not Path(folder).exists()
         ),
         SECONDS,

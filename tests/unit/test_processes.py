@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from celery_capacity.platform.processes.launch import ChildDied, Interrupted, NotReady, await_ready, pause
-from celery_capacity.platform.processes.supervisor import Child, Family, Step, died, prefixed
+from celery_capacity.platform.processes.supervisor import Child, Step, Supervisor, died, prefixed
 from tests.fixtures.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,15 +41,15 @@ DEAF = (
 
 
 @pytest.fixture
-def family() -> Iterator[Family]:
-    family = Family()
-    yield family
-    family.end(family.children, (Step(signal.SIGKILL, PATIENCE),))
-    family.close()
+def supervisor() -> Iterator[Supervisor]:
+    supervisor = Supervisor()
+    yield supervisor
+    supervisor.end(supervisor.children, (Step(signal.SIGKILL, PATIENCE),))
+    supervisor.close()
 
 
-def start(family: Family, code: str, name: str = "child") -> Child:
-    return family.start(name, [sys.executable, "-c", code], os.environ)
+def start(supervisor: Supervisor, code: str, name: str = "child") -> Child:
+    return supervisor.start(name, [sys.executable, "-c", code], os.environ)
 
 
 def gone(pid: int) -> bool:
@@ -59,105 +59,105 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_a_child_is_ready_when_it_says_so(family: Family) -> None:
-    child = start(family, GOOD)
-    assert await_ready(family, [child], PATIENCE) == [child]
+def test_a_child_is_ready_when_it_says_so(supervisor: Supervisor) -> None:
+    child = start(supervisor, GOOD)
+    assert await_ready(supervisor, [child], PATIENCE) == [child]
     assert list(child.said) == ["x ready."]
 
 
-def test_a_child_that_ends_before_it_is_ready_is_shown_with_its_last_words(family: Family) -> None:
-    child = start(family, "import sys; print('no such broker'); sys.exit(3)", "worker-01")
+def test_a_child_that_ends_before_it_is_ready_is_shown_with_its_last_words(supervisor: Supervisor) -> None:
+    child = start(supervisor, "import sys; print('no such broker'); sys.exit(3)", "worker-01")
     with pytest.raises(ChildDied) as caught:
-        await_ready(family, [child], PATIENCE)
+        await_ready(supervisor, [child], PATIENCE)
     assert "worker-01 ended with exit code 3" in str(caught.value)
     assert "no such broker" in str(caught.value)
 
 
-def test_a_child_that_ended_before_anybody_looked_is_shown_too(family: Family) -> None:
-    child = start(family, "import sys; print('no such broker'); sys.exit(3)", "worker-01")
+def test_a_child_that_ended_before_anybody_looked_is_shown_too(supervisor: Supervisor) -> None:
+    child = start(supervisor, "import sys; print('no such broker'); sys.exit(3)", "worker-01")
     until(lambda: child.code is not None, "the end of the child")
     with pytest.raises(ChildDied, match="worker-01 ended with exit code 3"):
-        await_ready(family, [child], PATIENCE)
+        await_ready(supervisor, [child], PATIENCE)
 
 
-def test_a_child_that_says_nothing_is_not_ready(family: Family) -> None:
-    child = start(family, "import signal; signal.pause()")
+def test_a_child_that_says_nothing_is_not_ready(supervisor: Supervisor) -> None:
+    child = start(supervisor, "import signal; signal.pause()")
     with pytest.raises(NotReady, match="child"):
-        await_ready(family, [child], 0.2)
+        await_ready(supervisor, [child], 0.2)
 
 
-def test_a_killed_child_is_noticed_at_once_and_named_by_its_signal(family: Family) -> None:
-    child = start(family, GOOD)
-    await_ready(family, [child], PATIENCE)
+def test_a_killed_child_is_noticed_at_once_and_named_by_its_signal(supervisor: Supervisor) -> None:
+    child = start(supervisor, GOOD)
+    await_ready(supervisor, [child], PATIENCE)
     os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(ChildDied, match="child was ended by SIGKILL"):
-        pause(family, PATIENCE)
+        pause(supervisor, PATIENCE)
     assert died(child) == "child was ended by SIGKILL"
 
 
-def test_a_pause_takes_its_time_when_nothing_happens(family: Family) -> None:
+def test_a_pause_takes_its_time_when_nothing_happens(supervisor: Supervisor) -> None:
     before = time.monotonic()
-    pause(family, 0.05)
+    pause(supervisor, 0.05)
     assert time.monotonic() - before >= 0.05
 
 
-def test_children_that_obey_end_at_the_first_step(family: Family) -> None:
-    children = [start(family, GOOD, name) for name in ("a", "b")]
-    await_ready(family, children, PATIENCE)
-    family.end(children, (Step(signal.SIGTERM, None),))
+def test_children_that_obey_end_at_the_first_step(supervisor: Supervisor) -> None:
+    children = [start(supervisor, GOOD, name) for name in ("a", "b")]
+    await_ready(supervisor, children, PATIENCE)
+    supervisor.end(children, (Step(signal.SIGTERM, None),))
     assert [child.code for child in children] == [0, 0]
-    assert family.running() == []
+    assert supervisor.running() == []
 
 
-def test_a_child_that_ignores_a_step_gets_the_next(family: Family) -> None:
-    child = start(family, STUBBORN)
-    await_ready(family, [child], PATIENCE)
-    family.end([child], (Step(signal.SIGTERM, 0.1), Step(signal.SIGQUIT, PATIENCE)))
+def test_a_child_that_ignores_a_step_gets_the_next(supervisor: Supervisor) -> None:
+    child = start(supervisor, STUBBORN)
+    await_ready(supervisor, [child], PATIENCE)
+    supervisor.end([child], (Step(signal.SIGTERM, 0.1), Step(signal.SIGQUIT, PATIENCE)))
     assert child.code == -signal.SIGQUIT
 
 
-def test_a_deaf_child_is_killed_with_what_it_forked(family: Family) -> None:
-    child = start(family, DEAF)
-    await_ready(family, [child], PATIENCE)
+def test_a_deaf_child_is_killed_with_what_it_forked(supervisor: Supervisor) -> None:
+    child = start(supervisor, DEAF)
+    await_ready(supervisor, [child], PATIENCE)
     forked = int(child.said[0].split()[1])
-    family.end([child], (Step(signal.SIGTERM, 0.1), Step(signal.SIGQUIT, 0.1)))
+    supervisor.end([child], (Step(signal.SIGTERM, 0.1), Step(signal.SIGQUIT, 0.1)))
     assert child.code == -signal.SIGKILL
     until(lambda: gone(forked), "the end of the process")
 
 
-def test_a_signal_becomes_a_happening_and_interrupts_a_pause(family: Family) -> None:
-    with family.interruptible():
+def test_a_signal_becomes_an_event_and_interrupts_a_pause(supervisor: Supervisor) -> None:
+    with supervisor.interruptible():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted) as caught:
-            pause(family, PATIENCE)
+            pause(supervisor, PATIENCE)
     assert caught.value.code == 130
 
 
-def test_the_same_signal_twice_at_once_counts_once(family: Family) -> None:
-    with family.interruptible():
+def test_the_same_signal_twice_at_once_counts_once(supervisor: Supervisor) -> None:
+    with supervisor.interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        first, second = family.next(PATIENCE), family.next(0.05)
+        first, second = supervisor.next(PATIENCE), supervisor.next(0.05)
     assert first is not None
     assert first.signum == signal.SIGTERM
     assert second is None
 
 
-def test_another_signal_goes_on_to_the_next_step_at_once(family: Family) -> None:
-    child = start(family, STUBBORN)
-    await_ready(family, [child], PATIENCE)
-    with family.interruptible():
+def test_another_signal_goes_on_to_the_next_step_at_once(supervisor: Supervisor) -> None:
+    child = start(supervisor, STUBBORN)
+    await_ready(supervisor, [child], PATIENCE)
+    with supervisor.interruptible():
         os.kill(os.getpid(), signal.SIGINT)
-        family.end([child], (Step(signal.SIGTERM, None), Step(signal.SIGQUIT, PATIENCE)))
+        supervisor.end([child], (Step(signal.SIGTERM, None), Step(signal.SIGQUIT, PATIENCE)))
     assert child.code == -signal.SIGQUIT
 
 
 def test_a_command_that_hears_nothing_is_broken_by_the_next_signal(
-    family: Family, monkeypatch: pytest.MonkeyPatch
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("celery_capacity.platform.processes.supervisor.UNHEARD", 0.0)
     monkeypatch.setattr("celery_capacity.platform.processes.supervisor.SAME_SIGNAL", 0.0)
-    with family.interruptible():
+    with supervisor.interruptible():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -165,26 +165,26 @@ def test_a_command_that_hears_nothing_is_broken_by_the_next_signal(
 
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with Family().interruptible():  # nothing was started: nothing to close
+    with Supervisor().interruptible():  # nothing was started: nothing to close
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_lines_get_the_name_in_front_and_a_closed_stream_hurts_nobody(family: Family) -> None:
+def test_lines_get_the_name_in_front_and_a_closed_stream_hurts_nobody(supervisor: Supervisor) -> None:
     stream = io.StringIO()
     write = prefixed(stream)
-    child = start(family, GOOD, "worker-01")
+    child = start(supervisor, GOOD, "worker-01")
     write(child, "hello")
     assert stream.getvalue() == "[worker-01] hello\n"
     stream.close()
     write(child, "nobody hears this")
 
 
-def test_a_child_that_leaves_a_grandchild_at_its_output_still_ends(family: Family) -> None:
+def test_a_child_that_leaves_a_grandchild_at_its_output_still_ends(supervisor: Supervisor) -> None:
     code = "import os, time\nif os.fork() == 0:\n    time.sleep(30)\n    os._exit(0)\nos._exit(4)\n"
-    child = start(family, code)
+    child = start(supervisor, code)
     with pytest.raises(ChildDied, match="exit code 4"):
-        pause(family, PATIENCE)
+        pause(supervisor, PATIENCE)
     os.killpg(child.pid, signal.SIGKILL)
 
 
@@ -192,10 +192,10 @@ def test_a_child_that_leaves_a_grandchild_at_its_output_still_ends(family: Famil
 def test_children_of_a_killed_command_do_not_stay(orphans: signal.Signals) -> None:
     code = (
         "import os, sys, signal\n"
-        "from celery_capacity.platform.processes.supervisor import Family\n"
-        f"family = Family(orphans=signal.Signals({orphans.value}))\n"
-        "child = family.start('child', [sys.executable, '-c', sys.argv[1]], os.environ)\n"
-        "family.next()\n"
+        "from celery_capacity.platform.processes.supervisor import Supervisor\n"
+        f"supervisor = Supervisor(orphans=signal.Signals({orphans.value}))\n"
+        "child = supervisor.start('child', [sys.executable, '-c', sys.argv[1]], os.environ)\n"
+        "supervisor.next()\n"
         "print(child.pid, flush=True)\n"
         "signal.pause()\n"
     )
@@ -209,8 +209,8 @@ def test_children_of_a_killed_command_do_not_stay(orphans: signal.Signals) -> No
     until(lambda: gone(child), "the end of the process")
 
 
-def test_a_closed_family_leaves_its_guard_nothing_to_do(family: Family) -> None:
-    child = start(family, GOOD)
-    await_ready(family, [child], PATIENCE)
-    family.close()
+def test_a_closed_supervisor_leaves_its_guard_nothing_to_do(supervisor: Supervisor) -> None:
+    child = start(supervisor, GOOD)
+    await_ready(supervisor, [child], PATIENCE)
+    supervisor.close()
     assert not gone(child.pid)

@@ -11,7 +11,7 @@ from kombu.exceptions import OperationalError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable, show
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.job import Rate

@@ -12,7 +12,7 @@ from celery.result import AsyncResult
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import InvalidRequest, PlatformError, StoreUnavailable, show
 from celery_capacity.routing.inspect import job_events
 from celery_capacity.routing.inspect.job_events import JobEvent

@@ -6,7 +6,7 @@ import logging
 
 from celery import Celery
 
-from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.recovery import resubmit

@@ -9,7 +9,7 @@ from celery import Celery
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.recovery import revocation
 from celery_capacity.routing.store import backlog, claims, job_transitions, worker_rows

@@ -8,7 +8,7 @@ from celery import Celery
 from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.config import process_identity
-from celery_capacity.routing.database.postgres import is_locked, told
+from celery_capacity.routing.database.postgres_errors import is_locked, one_line
 from celery_capacity.routing.recovery import reclaim
 from celery_capacity.routing.store import worker_rows
 from celery_capacity.routing.store.refused_transitions import concerns_data
@@ -45,7 +45,7 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
                 # is damaged. The other workers do not wait.
                 logger.warning(
                     "worker %s is lost, but Postgres takes no write of its jobs: they are taken back later: %s",
-                    *(worker, told(error)),
+                    *(worker, one_line(error)),
                 )
                 continue
             taken += given_up.taken_back

@@ -9,7 +9,7 @@ from typing import Final
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity

@@ -13,7 +13,7 @@ from typing import Any, Final
 from redis.exceptions import OutOfMemoryError
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import LedgerClosed, Taken

@@ -9,7 +9,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.database import deadlines
-from celery_capacity.routing.database.postgres import told
+from celery_capacity.routing.database.postgres_errors import one_line
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, mask_url
 from celery_capacity.workers.process.stores import Stores
 
@@ -25,7 +25,7 @@ def insert_safely(stores: Stores, job: str, insert: Callable[[], T]) -> T:
         return insert()
     except DBAPIError as error:
         if not error.connection_invalidated or deadlines.unsent(error):
-            raise NotAccepted(f"Postgres refused job {job}: {mask_url(told(error))}") from error
+            raise NotAccepted(f"Postgres refused job {job}: {mask_url(one_line(error))}") from error
         stores.doubt_connections()
         if deadlines.left() <= 0:
             why = f"Postgres did not answer in time while job {job} was stored; it may have been accepted"

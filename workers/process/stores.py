@@ -23,7 +23,8 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.config.task_rules import RequestRules
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.database.authority import database_id
-from celery_capacity.routing.database.postgres import ENCODING, PINNED, hide_values, translate
+from celery_capacity.routing.database.postgres_errors import hide_values, translate
+from celery_capacity.routing.database.server_checks import ENCODING, PINNED
 from celery_capacity.routing.errors import NoServers, StoreUnavailable
 from celery_capacity.routing.insert.inserter import Inserter
 from celery_capacity.routing.ledger.client import Ledger

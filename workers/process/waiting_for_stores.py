@@ -12,7 +12,7 @@ from redis import exceptions as redis_errors
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing.database.postgres import NOT_ALLOWED, READ_ONLY
+from celery_capacity.routing.database.postgres_errors import NOT_ALLOWED, READ_ONLY
 from celery_capacity.routing.errors import PlatformError, mask_url
 
 logger = logging.getLogger(__name__)

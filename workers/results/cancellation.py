@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.database.authority import read_authority
-from celery_capacity.routing.database.postgres import is_locked, translate
+from celery_capacity.routing.database.postgres_errors import is_locked, translate
 from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable
 from celery_capacity.routing.ledger.replies import Cancelled, LedgerClosed
 from celery_capacity.routing.model.states import State, Store

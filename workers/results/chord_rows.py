@@ -20,7 +20,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.database.postgres import translate
+from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import InvalidRequest, Unsupported
 from celery_capacity.routing.store import chord_counts
 from celery_capacity.routing.store.chord_counts import Chord

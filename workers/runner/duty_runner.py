@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.database.authority import read_authority
-from celery_capacity.routing.database.postgres import is_locked, told
+from celery_capacity.routing.database.postgres_errors import is_locked, one_line
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed
@@ -298,7 +298,7 @@ class Runner(LookingService):
 
     def _say(self, what: str, error: Exception) -> None:
         """Log a failure once, not at every try."""
-        why = told(error) if isinstance(error, DBAPIError) else str(error)
+        why = one_line(error) if isinstance(error, DBAPIError) else str(error)
         message = f"{what} is tried again: {type(error).__name__}: {why}"
         if message == self._said.get(what):
             return

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing.database.postgres import is_locked
+from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.config import timeouts
-from celery_capacity.routing.database.postgres import told
+from celery_capacity.routing.database.postgres_errors import one_line
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.model.request import Request
@@ -149,7 +149,9 @@ class Puller(LookingService):
             if len(ids) == 1:
                 if ids[0] not in self._unwritable:
                     self._unwritable.add(ids[0])
-                    logger.error("job %s waits, since Postgres refuses each write to its row: %s", ids[0], told(error))
+                    logger.error(
+                        "job %s waits, since Postgres refuses each write to its row: %s", ids[0], one_line(error)
+                    )
                 return []
         half = len(ids) // 2
         return self._take_these(connection, ids[:half]) + self._take_these(connection, ids[half:])

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from celery_capacity.routing.config.task_rules import RERUN
 from celery_capacity.routing.database import deadlines
-from celery_capacity.routing.database.postgres import NOT_ALLOWED
+from celery_capacity.routing.database.postgres_errors import NOT_ALLOWED
 from celery_capacity.routing.errors import (
     InvalidRequest,
     LeaseLost,

@@ -1,28 +1,18 @@
-"""Errors and settings of Postgres, and their meaning for the platform."""
+"""Errors of Postgres and of its driver, and their meaning for the platform."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
 import psycopg2
-from sqlalchemy import Connection, Engine, event, text
+from sqlalchemy import Engine, event
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported
+from celery_capacity.routing.errors import NotMigrated, PlatformError, StoreUnavailable
 
-#: The oldest Postgres that is tested, and that has all features of the statements.
-OLDEST: Final = 13
-#: The encoding of a database that can store every error and name.
-ENCODING: Final = "UTF8"
-#: The isolation that the statements are written for. Each statement sees all that was committed before it began, and
-#: waits for a locked row instead of failing.
-ISOLATION: Final = "read committed"
-#: Options of each connection, so that no default of the server, the database or the role counts. In libpq's `options` a
-#: space is escaped.
-PINNED: Final = "-c default_transaction_isolation=read\\ committed"
 #: SQLSTATE of a missing table, and of a missing column.
 NOT_THERE: Final = ("42P01", "42703")
 #: SQLSTATE of a statement that the role may not execute.
@@ -44,7 +34,7 @@ def is_lost(error: psycopg2.Error, connection: Any) -> bool:
     return bool(getattr(connection, "closed", 0)) or bool(_DIALECT.is_disconnect(error, None, None))
 
 
-def told(error: DBAPIError) -> str:
+def one_line(error: DBAPIError) -> str:
     """Return the message of the driver in one line. The driver may write several, with an empty one at the end."""
     return " ".join(str(error.orig).split())
 
@@ -74,45 +64,10 @@ def translate(error: DBAPIError | PoolTimeout, also: str = "") -> PlatformError:
         return NotMigrated()
     if getattr(error.orig, "pgcode", None) == NOT_ALLOWED:
         return PlatformError(
-            f"{also}Postgres does not allow it: {told(error)}",
+            f"{also}Postgres does not allow it: {one_line(error)}",
             advice="Use a role that may (deploy/postgres-roles.sql).",
         )
-    return StoreUnavailable(f"{also}Postgres does not answer: {told(error)}")
-
-
-def check_version(connection: Connection) -> None:
-    """Raise `PlatformError` where the server is older than the platform's statements need."""
-    version = connection.dialect.server_version_info or (OLDEST,)
-    if int(version[0]) < OLDEST:
-        release = ".".join(map(str, version))
-        where = connection.engine.url.render_as_string(hide_password=True)
-        raise PlatformError(
-            f"Postgres at {where} is version {release}, and the platform needs {OLDEST}",
-            value=release,
-            advice=f"Use Postgres {OLDEST} or newer.",
-        )
-
-
-def check_database(connection: Connection) -> None:
-    """Raise `Unsupported` where the database cannot store all text, or the connection has another isolation."""
-    encoding, isolation = connection.execute(
-        text("SELECT current_setting('server_encoding'), current_setting('default_transaction_isolation')")
-    ).one()
-    where = connection.engine.url.render_as_string(hide_password=True)
-    if encoding != ENCODING:
-        raise Unsupported(
-            f"the database {where} has the encoding {encoding}, which cannot store every error and name",
-            value=encoding,
-            advice=f"Make one with CREATE DATABASE ... ENCODING '{ENCODING}' TEMPLATE template0, and name it in "
-            "DATABASE_URL.",
-        )
-    if isolation != ISOLATION:
-        raise Unsupported(
-            f"connections to {where} have the isolation {isolation}, and a pooler or DATABASE_URL keeps it so",
-            value=isolation,
-            advice=f"Let `options` of the connection pass, or ALTER DATABASE ... SET default_transaction_isolation = "
-            f"'{ISOLATION}'.",
-        )
+    return StoreUnavailable(f"{also}Postgres does not answer: {one_line(error)}")
 
 
 def is_locked(error: BaseException | None) -> bool:
