@@ -36,8 +36,8 @@ VERSION_TABLE: Final = "alembic_version"
 
 #: Seconds for a connection, and for one statement of a revision. A statement may rewrite a large table, and waits for
 #: another upgrade of the same database.
-CONNECT_WITHIN: Final = 10
-MIGRATED_WITHIN: Final = 3600.0
+CONNECT_TIMEOUT: Final = 10
+MIGRATE_TIMEOUT: Final = 3600.0
 
 #: Key of the advisory lock under which revisions are applied: "migrate" in ASCII.
 _LOCK: Final = int.from_bytes(b"migrate")
@@ -140,8 +140,8 @@ def _locked(database_url: str) -> Iterator[Connection]:
 
 def _own_engine(database_url: str) -> Engine:
     limits = {
-        "connect_timeout": CONNECT_WITHIN,
-        "connection_factory": deadlines.connection_factory(MIGRATED_WITHIN),
+        "connect_timeout": CONNECT_TIMEOUT,
+        "connection_factory": deadlines.connection_factory(MIGRATE_TIMEOUT),
         "options": server_checks.PINNED,
     }
     return create_engine(database_url, poolclass=NullPool, connect_args=limits, hide_parameters=True)

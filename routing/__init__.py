@@ -51,6 +51,6 @@ so nobody can believe the one while another acts on the other. While Postgres de
 what it holds in one statement whose WHERE compares the row (`pull`), and ends are written by their token.
 
 Where to look: `policy` is the decision in plain Python, `lua/` the same in Redis (held to it by tests), `ledger` the
-typed calls, `keys` every key, `states` the table of transitions, `store` and `roster` the SQL, `rebuild` and
+typed calls, `keys` every key, `states` the table of transitions, `insert` and `store` the SQL, `rebuild` and
 `reconcile` how the books are made anew and compared.
 """

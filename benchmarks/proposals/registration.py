@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from benchmarks.books import message
 from benchmarks.proposals.way import ASKED, CPUS, Cluster, Held
-from celery_capacity.routing.config.process_identity import Place
+from celery_capacity.routing.config.process_identity import PidSpace
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.insert import single
 from celery_capacity.routing.inspect import overview
@@ -200,7 +200,7 @@ class Registration:
             capacity=PEOPLE,
             hostname="example.org",
             pid=1,
-            place=Place("machine", "boot"),
+            pid_space=PidSpace("machine", "boot"),
             start_ticks=7,
             version="0",
             started_at="2026-01-01T00:00:00+00:00",

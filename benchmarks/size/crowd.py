@@ -186,7 +186,7 @@ class Worker:
 
 def _identity(name: str) -> Identity:
     life, host, since = incarnation_of(name), f"{name}.example.org", "2026-01-01T00:00:00.000+00:00"
-    return Identity(name, life, host, os.getpid(), process_identity.here(), None, platform_version(), since)
+    return Identity(name, life, host, os.getpid(), process_identity.pid_space(), None, platform_version(), since)
 
 
 _HELD: Final = text("""

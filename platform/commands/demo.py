@@ -161,10 +161,10 @@ def _show(report: Report) -> None:
     rows = []
     for worker in report.workers:
         has = "?" if worker.cpus is None else format_cpus(worker.cpus)
-        peak = f"{format_cpus(worker.peak)} of {has} CPUs" + ("" if worker.within else "  EXCEEDED")
+        peak = f"{format_cpus(worker.peak)} of {has} CPUs" + ("" if worker.fits else "  EXCEEDED")
         rows.append((worker.name, peak, str(worker.jobs)))
     meters = [(worker.peak, worker.cpus or 0) for worker in report.workers]
-    render.table_with_bars(console, ("worker", "peak allocation", "jobs"), rows, meters, place=1, right=(2,))
+    render.table_with_bars(console, ("worker", "peak allocation", "jobs"), rows, meters, column=1, right=(2,))
     console.print()
     for row, state, text in report.errors:
         console.print(f"job {row} {state}: {text}", soft_wrap=True)

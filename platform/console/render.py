@@ -91,7 +91,7 @@ def _workers(console: Console, workers: Sequence[WorkerLine]) -> None:
     shown = len(header) - all(row[-1] == DEFAULT_QUEUE for row in rows)
     header, rows = header[:shown], [row[:shown] for row in rows]
     meters = [(worker.allocated.get(CPUS, 0), worker.capacity.get(CPUS, 0)) for worker in workers]
-    table_with_bars(console, header, rows, meters, place=2, right=(2, 3, 4, 5))
+    table_with_bars(console, header, rows, meters, column=2, right=(2, 3, 4, 5))
 
 
 def table_with_bars(
@@ -99,24 +99,24 @@ def table_with_bars(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
     meters: Sequence[tuple[float, float]],
-    place: int,
+    column: int,
     right: Sequence[int],
 ) -> None:
-    """Print a table; on a terminal, draw a bar in each row before the column `place`.
+    """Print a table; on a terminal, draw a bar in each row before the column with this number.
 
     `meters` has (used, total) for each row.
     """
     if not console.is_terminal:
         table(console, header, rows, right)
         return
-    others = sum(max(map(len, column)) + 2 for column in zip(header, *rows, strict=True))
+    others = sum(max(map(len, cells)) + 2 for cells in zip(header, *rows, strict=True))
     width = min(max(console.width - others, SHORTEST_BAR), LONGEST_BAR)
     drawn = [
-        (*row[:place], bar(used, total, width, unicode=_draws(console)), *row[place:])
+        (*row[:column], bar(used, total, width, unicode=_draws(console)), *row[column:])
         for row, (used, total) in zip(rows, meters, strict=True)
     ]
-    moved = [column + (column >= place) for column in right]
-    table(console, (*header[:place], "", *header[place:]), drawn, moved)
+    moved = [number + (number >= column) for number in right]
+    table(console, (*header[:column], "", *header[column:]), drawn, moved)
 
 
 def _worker(worker: WorkerLine) -> tuple[str, ...]:

@@ -129,8 +129,8 @@ def table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]]
     rights = set(right)
     if console.is_terminal:
         drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for place, name in enumerate(header):
-            drawn.add_column(Text(name), justify="right" if place in rights else "left", overflow="fold")
+        for column, name in enumerate(header):
+            drawn.add_column(Text(name), justify="right" if column in rights else "left", overflow="fold")
         for row in cells:
             drawn.add_row(*(Text(cell) for cell in row))
         # A row wider than the screen continues on the next line, as the terminal does it. A cell that was broken into a
@@ -141,13 +141,13 @@ def table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]]
         console.width = screen
         return
     lines = [list(header), *cells]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(header))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
-        parts = [
-            cell.rjust(width) if place in rights else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        padded = [
+            cell.rjust(width) if column in rights else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
-        console.print("  ".join(parts).rstrip(), soft_wrap=True)
+        console.print("  ".join(padded).rstrip(), soft_wrap=True)
 
 
 @dataclass(frozen=True)

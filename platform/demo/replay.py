@@ -73,7 +73,7 @@ class WorkerLine:
     jobs: int
 
     @property
-    def within(self) -> bool:
+    def fits(self) -> bool:
         return self.cpus is not None and self.peak <= self.cpus
 
 
@@ -98,7 +98,7 @@ class Report:
         return (
             self.states.get(State.SUCCEEDED, 0) == len(self.replayed.jobs) == len(self.records)
             and not self.doubled
-            and all(worker.within for worker in self.workers)
+            and all(worker.fits for worker in self.workers)
             and self.invariants.holds
         )
 

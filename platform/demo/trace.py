@@ -146,9 +146,9 @@ def read(lines: Iterable[str]) -> list[Job]:
             raise InvalidRequest(
                 "the trace is empty", value="", advice="Its first line must name the columns submit,run,cpus."
             )
-        places = _places([name.strip() for name in header], numbered.line)
+        columns = _column_numbers([name.strip() for name in header], numbered.line)
         for cells in rows:
-            jobs.append(_job(len(jobs), cells, places, numbered.line))
+            jobs.append(_job(len(jobs), cells, columns, numbered.line))
     except csv.Error as error:
         raise InvalidRequest(
             f"line {numbered.line} of the trace is not CSV: {error}",
@@ -162,7 +162,7 @@ def read(lines: Iterable[str]) -> list[Job]:
     return jobs
 
 
-def _places(header: Sequence[str], line: int) -> dict[str, int]:
+def _column_numbers(header: Sequence[str], line: int) -> dict[str, int]:
     wrong = [name for name in COLUMNS if header.count(name) != 1]
     if wrong:
         raise InvalidRequest(
@@ -173,15 +173,15 @@ def _places(header: Sequence[str], line: int) -> dict[str, int]:
     return {name: header.index(name) for name in COLUMNS}
 
 
-def _job(row: int, cells: Sequence[str], places: Mapping[str, int], line: int) -> Job:
+def _job(row: int, cells: Sequence[str], columns: Mapping[str, int], line: int) -> Job:
     def cell(name: str) -> str:
-        if places[name] >= len(cells):
+        if columns[name] >= len(cells):
             raise InvalidRequest(
                 f"line {line} of the trace has no value for {name}: {','.join(cells)!r}",
                 value=",".join(cells),
                 advice="Each row needs submit, run and cpus.",
             )
-        return cells[places[name]]
+        return cells[columns[name]]
 
     def seconds(name: str) -> float:
         number = decimal(cell(name))

@@ -23,8 +23,8 @@ __all__ = ["Owner", "folder", "give", "owner", "reachable_copy"]
 #: System user that owns only Postgres's processes and data. It is made when it is first needed.
 USER = "celery-capacity"
 
-#: Place of the user's folders when root's folders are closed to it, as /root mostly is.
-PLACE = Path("/var/lib/celery-capacity")
+#: Parent of the user's folders when root's folders are closed to it, as /root mostly is.
+SYSTEM_FOLDER = Path("/var/lib/celery-capacity")
 
 #: Seconds for another process to finish making the same user.
 USER_SECONDS = 10.0
@@ -80,11 +80,11 @@ def folder(wanted: Path, user: Owner | None, *, lasting: bool) -> Path:
         if user is None or _open_to_all(wanted.parent.resolve()):
             wanted.mkdir(mode=0o700)
         else:
-            place = PLACE if lasting else Path(tempfile.gettempdir()).resolve()
-            place.mkdir(parents=True, exist_ok=True, mode=0o755)
+            parent = SYSTEM_FOLDER if lasting else Path(tempfile.gettempdir()).resolve()
+            parent.mkdir(parents=True, exist_ok=True, mode=0o755)
             # An older link whose target is gone is useless.
             wanted.unlink(missing_ok=True)
-            wanted.symlink_to(tempfile.mkdtemp(prefix="postgres-", dir=place))
+            wanted.symlink_to(tempfile.mkdtemp(prefix="postgres-", dir=parent))
     wanted = wanted.resolve()
     give(wanted, user)
     return wanted
@@ -102,10 +102,10 @@ def reachable_copy(package: Path, user: Owner | None) -> Path:
         return package
     # The name distinguishes installed versions. A change in place within one version would not be noticed.
     version = int((package / "pginstall" / "bin" / "postgres").stat().st_mtime)
-    copy = PLACE / f"programs-{version}"
+    copy = SYSTEM_FOLDER / f"programs-{version}"
     if not copy.exists():
-        PLACE.mkdir(parents=True, exist_ok=True, mode=0o755)
-        fresh = Path(tempfile.mkdtemp(prefix="programs.new-", dir=PLACE))
+        SYSTEM_FOLDER.mkdir(parents=True, exist_ok=True, mode=0o755)
+        fresh = Path(tempfile.mkdtemp(prefix="programs.new-", dir=SYSTEM_FOLDER))
         for source in (package, libraries):
             if source.exists():
                 shutil.copytree(source, fresh / source.name, ignore=shutil.ignore_patterns("__pycache__", "include"))

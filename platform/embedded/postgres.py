@@ -260,7 +260,7 @@ def _make_socket_folder(host: Path, owner: os_user.Owner | None) -> None:
 
 
 #: Seconds for connecting to a server that has just started, and for making its database.
-CREATED_WITHIN = 60
+CREATE_TIMEOUT = 60
 
 
 def _make_database(server: Postgres) -> None:
@@ -272,8 +272,8 @@ def _make_database(server: Postgres) -> None:
         host=str(server.host),
         user=ROLE,
         dbname="postgres",
-        connect_timeout=CREATED_WITHIN,
-        connection_factory=deadlines.connection_factory(CREATED_WITHIN),
+        connect_timeout=CREATE_TIMEOUT,
+        connection_factory=deadlines.connection_factory(CREATE_TIMEOUT),
     )
     try:
         connection.autocommit = True

@@ -1,8 +1,8 @@
 """Identity of the process that a pid means, so that it can be told whether that process is over.
 
-A pid alone means little: it is used again, and counts within one namespace of one boot of one kernel. A process is
-known by its *place* (that boot and namespace) and by the tick of the kernel's monotonic clock at which it started. The
-host name and the wall clock prove nothing: cloned machines share a host name, and anybody may set the clock.
+A pid alone means little: it is used again, and counts in one namespace of one boot of one kernel. A process is known by
+its *pid space* (that boot and namespace) and by the tick of the kernel's monotonic clock at which it started. The host
+name and the wall clock prove nothing: cloned machines share a host name, and anybody may set the clock.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MACHINE_ID_FILES: Final = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-
 BOOT_ID_FILE: Final = Path("/proc/sys/kernel/random/boot_id")
 NAMESPACES: Final = (Path("/proc/self/ns/pid"), Path("/proc/self/ns/time"))
 #: Seconds for macOS's `sysctl`, which names the boot there.
-SYSCTL_WITHIN: Final = 5.0
+SYSCTL_TIMEOUT: Final = 5.0
 #: Fields of `/proc/<pid>/stat` behind the command's name: the state, and the start in clock ticks since the boot.
 STATE_FIELD: Final = 0
 START_FIELD: Final = 19
@@ -32,20 +32,20 @@ ENDED_STATES: Final = ("Z", "X", "x")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Place where a pid counts. `machine` is a digest, which clones share; `boot` is random, "" where unknown."""
+class PidSpace:
+    """Space in which a pid counts. `machine` is a digest, which clones share; `boot` is random, "" where unknown."""
 
     machine: str
     boot: str
 
-    def has(self, other: Place) -> bool:
-        """Return True only if the pids of that place are certainly those of this one."""
+    def has(self, other: PidSpace) -> bool:
+        """Return True only if the pids of that space are certainly those of this one."""
         return bool(self.boot) and self == other
 
 
-def here() -> Place:
-    """Return the place of this process."""
-    return Place(machine_id(), boot_id())
+def pid_space() -> PidSpace:
+    """Return the pid space of this process."""
+    return PidSpace(machine_id(), boot_id())
 
 
 def machine_id() -> str:
@@ -82,7 +82,7 @@ def _boot_session() -> str:
     """Return the id of the boot on macOS, "" on other systems without `/proc`."""
     command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SYSCTL_WITHIN, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SYSCTL_TIMEOUT, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return f"{done.stdout.strip()}:"
@@ -95,7 +95,7 @@ def start_ticks(pid: int) -> int | None:
 
 
 def is_over(pid: int, ticks: int | None) -> bool:
-    """Return True only if no process of this place has that pid and start. A stopped process is not over.
+    """Return True only if no process of this pid space has that pid and start. A stopped process is not over.
 
     Without `ticks`, only a pid without a process, or of a zombie, proves it.
     """
@@ -116,7 +116,7 @@ def is_over(pid: int, ticks: int | None) -> bool:
 
 
 def is_alive(pid: int, ticks: int | None) -> bool:
-    """Return True only if a process of this place has that pid and start, and has not ended."""
+    """Return True only if a process of this pid space has that pid and start, and has not ended."""
     fields = _stat(pid)
     return fields is not None and fields[STATE_FIELD] not in ENDED_STATES and int(fields[START_FIELD]) == ticks
 

@@ -70,10 +70,10 @@ class Address:
         if self.path:
             query += [("virtual_host", str(self.number))]
             return f"redis+socket://{login}{quote(self.path)}?{urlencode(query)}"
-        places = [f"{self.scheme}://{login}{_bracketed(host)}:{port}/{self.number}" for host, port in self.hosts]
+        urls = [f"{self.scheme}://{login}{_bracketed(host)}:{port}/{self.number}" for host, port in self.hosts]
         if self.master:
             query += [(MASTER, self.master)]
-        return BETWEEN.join(places) + (f"?{urlencode(query)}" if query else "")
+        return BETWEEN.join(urls) + (f"?{urlencode(query)}" if query else "")
 
 
 def read(url: str) -> Address:
@@ -145,11 +145,11 @@ def check(value: str, env: str) -> str:
     """Return the value of REDIS_URL as it is kept. Raises `InvalidRequest`."""
     address = _checked(value, env)
     if address.scheme == SENTINEL and not address.master:
-        places = BETWEEN.join(f"{SENTINEL}://{_bracketed(host)}:{port}" for host, port in address.hosts)
+        urls = BETWEEN.join(f"{SENTINEL}://{_bracketed(host)}:{port}" for host, port in address.hosts)
         raise InvalidRequest(
             f"{env}={show(value)} does not say how the Sentinels call the Redis that they watch",
             value=value,
-            advice=f"Add that name at the end: {places}?{MASTER}=name.",
+            advice=f"Add that name at the end: {urls}?{MASTER}=name.",
         )
     return address.url if address.scheme in KEPT_OTHERWISE else verified(value, env)
 

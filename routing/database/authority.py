@@ -112,12 +112,12 @@ def still_opens(connection: Connection, epoch: int) -> bool:
     return connection.execute(_STILL_OPENING, {"epoch": epoch}).first() is not None
 
 
-def hold_epoch(connection: Connection, epoch: int, within: float) -> bool:
+def hold_epoch(connection: Connection, epoch: int, silence: float) -> bool:
     """Let no newer epoch begin before the end of the caller's transaction; return False where one has begun.
 
-    The server ends the transaction of a caller that is silent for `within` seconds.
+    The server ends the transaction of a caller that is silent for `silence` seconds.
     """
-    values = {"epoch": epoch, "hangs_ms": max(1, round(within * 1000))}
+    values = {"epoch": epoch, "hangs_ms": max(1, round(silence * 1000))}
     return connection.execute(_HOLD_EPOCH, values).first() is not None
 
 
@@ -130,20 +130,20 @@ _TO_POSTGRES: Final = text("""
 UPDATE authority SET authority = 'postgres', epoch = epoch + 1, changed_at = clock_timestamp(), opening_at = NULL
 WHERE authority = 'ledger'
   AND EXISTS (SELECT 1 FROM workers WHERE status IN ('ready', 'draining')
-    AND seen_at > now() - make_interval(secs => :within))
+    AND seen_at > now() - make_interval(secs => :seen_for))
   AND NOT EXISTS (SELECT 1 FROM workers WHERE status IN ('ready', 'draining')
-    AND seen_at > now() - make_interval(secs => :within)
+    AND seen_at > now() - make_interval(secs => :seen_for)
     AND (ledger_lost_at IS NULL OR ledger_lost_at > now() - make_interval(secs => :lost_for)))
 RETURNING epoch
 """)
 
 
-def decide_in_postgres(connection: Connection, within: float, lost_for: float) -> int | None:
+def decide_in_postgres(connection: Connection, seen_for: float, lost_for: float) -> int | None:
     """Let Postgres decide when no worker has had the ledger for `lost_for` seconds; return the new epoch, else None.
 
-    Every worker seen in the last `within` seconds counts. A single worker that lost the ledger changes nothing.
+    Every worker seen in the last `seen_for` seconds counts. A single worker that lost the ledger changes nothing.
     """
-    epoch = connection.execute(_TO_POSTGRES, {"within": within, "lost_for": lost_for}).scalar_one_or_none()
+    epoch = connection.execute(_TO_POSTGRES, {"seen_for": seen_for, "lost_for": lost_for}).scalar_one_or_none()
     return None if epoch is None else int(epoch)
 
 
@@ -151,15 +151,15 @@ _TO_LEDGER: Final = text("""
 UPDATE authority SET authority = 'ledger', epoch = epoch + 1, changed_at = clock_timestamp(), opening_at = NULL
 WHERE authority = 'postgres'
   AND NOT EXISTS (SELECT 1 FROM workers WHERE status IN ('ready', 'draining')
-    AND seen_at > now() - make_interval(secs => :within) AND ledger_lost_at IS NOT NULL)
+    AND seen_at > now() - make_interval(secs => :seen_for) AND ledger_lost_at IS NOT NULL)
 RETURNING epoch
 """)
 
 
-def decide_in_ledger(connection: Connection, within: float) -> int | None:
+def decide_in_ledger(connection: Connection, seen_for: float) -> int | None:
     """Let the ledger decide again when every worker reaches it; return the new epoch, else None.
 
-    Every worker seen in the last `within` seconds counts.
+    Every worker seen in the last `seen_for` seconds counts.
     """
-    epoch = connection.execute(_TO_LEDGER, {"within": within}).scalar_one_or_none()
+    epoch = connection.execute(_TO_LEDGER, {"seen_for": seen_for}).scalar_one_or_none()
     return None if epoch is None else int(epoch)

@@ -58,14 +58,14 @@ def nothing_written(error: BaseException) -> None:
         driver.sent = False
 
 
-class _Here(threading.local):
+class _ThreadDeadlines(threading.local):
     """Deadlines of a thread. `limit`: seconds of each call; `until`: end of all calls of a block (monotonic)."""
 
     limit: float | None = None
     until: float = math.inf
 
 
-_here: Final = _Here()
+_of_thread: Final = _ThreadDeadlines()
 
 
 class within:  # noqa: N801 - reads as a statement
@@ -82,12 +82,12 @@ class within:  # noqa: N801 - reads as a statement
         self._anew = anew
 
     def __enter__(self) -> None:
-        self._outer = _here.until
+        self._outer = _of_thread.until
         until = time.monotonic() + self._seconds
-        _here.until = until if self._anew else min(self._outer, until)
+        _of_thread.until = until if self._anew else min(self._outer, until)
 
     def __exit__(self, *_: object) -> None:
-        _here.until = self._outer
+        _of_thread.until = self._outer
 
 
 class patiently:  # noqa: N801 - reads as a statement
@@ -99,16 +99,16 @@ class patiently:  # noqa: N801 - reads as a statement
         self._seconds = seconds
 
     def __enter__(self) -> None:
-        self._outer = _here.limit
-        _here.limit = self._seconds
+        self._outer = _of_thread.limit
+        _of_thread.limit = self._seconds
 
     def __exit__(self, *_: object) -> None:
-        _here.limit = self._outer
+        _of_thread.limit = self._outer
 
 
 def left() -> float:
     """Return the seconds that are left of the block `within`; infinite outside of one."""
-    return _here.until - time.monotonic()
+    return _of_thread.until - time.monotonic()
 
 
 class _Watchdog:
@@ -211,7 +211,7 @@ class Call:
     def __init__(self, connection: Any, limit: float) -> None:
         self.connection = connection
         now = time.monotonic()
-        self.deadline = min(now + (_here.limit or limit), _here.until)
+        self.deadline = min(now + (_of_thread.limit or limit), _of_thread.until)
         self._seconds = self.deadline - now
         self.cut = False
 

@@ -47,12 +47,12 @@ class Prepared:
 
     @classmethod
     def of(cls, name: str, statement: str) -> Prepared:
-        """Make one from a statement with parameters (:one).
+        """Make one from a statement with parameters (:value).
 
-        The statement gives the type of each parameter at least once: CAST(:one AS json).
+        The statement gives the type of each parameter at least once: CAST(:value AS json).
         """
         types = dict(re.findall(r"CAST\(:(\w+) AS ([\w\[\]]+)\)", statement))
-        number = {parameter: str(place) for place, parameter in enumerate(types, 1)}
+        number = {parameter: str(index) for index, parameter in enumerate(types, 1)}
         body = re.sub(r"(?<!:):([a-z]\w*)", lambda match: f"${number[match[1]]}", statement).replace("%", "%%")
         # The digest: behind a pooler a session may know the statement of another version.
         name = f"{name}_{hashlib.sha256(body.encode()).hexdigest()[:8]}"

@@ -63,14 +63,14 @@ class Shelf:
     head: snapshot.Head
     books: dict[str, WorkerBook] = field(default_factory=dict)
     held: dict[str, dict[str, str]] = field(default_factory=dict)
-    places: indexes.Indexes = field(default_factory=indexes.Indexes)
+    index_entries: indexes.Indexes = field(default_factory=indexes.Indexes)
     waits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     shapes: dict[str, int] = field(default_factory=dict)
     unclaimed: list[str] = field(default_factory=list)
     cards: dict[str, JobCard] = field(default_factory=dict)
     in_stream: frozenset[str] = frozenset()
     allocated: tuple[int | None, str | None, int] = (None, None, 0)
-    strangers: list[str] = field(default_factory=list)
+    unknown_keys: list[str] = field(default_factory=list)
     wrong_expiry: list[str] = field(default_factory=list)
 
     def behind(self, job: str) -> bool:
@@ -147,20 +147,20 @@ def read_ledger(client: redispy.Redis) -> Shelf:
     families = _scan(client, shelf)
     workers = sorted(shelf.head.leases.keys() | families["book"] | families["held"])
     for chunk in _chunks(workers):
-        places = indexes.read_places(client, chunk)
+        names = indexes.read_index_names(client, chunk)
         pipe = client.pipeline(transaction=True)
         for worker in chunk:
             pipe.hgetall(keys.book(worker))
             pipe.hgetall(keys.held(worker))
-            indexes.ask(pipe, worker, places[worker])
+            indexes.ask(pipe, worker, names[worker])
         replies = iter(pipe.execute())
         for worker in chunk:
             book = snapshot.parse_book(worker, next(replies))
             if book is not None:
                 shelf.books[worker] = book
             shelf.held[worker] = {snapshot.text(job): snapshot.text(token) for job, token in next(replies).items()}
-            indexes.note(shelf.places, worker, places[worker], replies)
-    indexes.read_rest(client, shelf.places, families["free_of"], families["shapes_of"])
+            indexes.note(shelf.index_entries, worker, names[worker], replies)
+    indexes.read_rest(client, shelf.index_entries, families["free_of"], families["shapes_of"])
     shelf.allocated = _totals(client, workers)
     _read_queues(client, shelf, families["wait"])
     job_ids = families["job"].union(shelf.unclaimed, *shelf.held.values())
@@ -172,7 +172,7 @@ def read_ledger(client: redispy.Redis) -> Shelf:
 
 
 def _scan(client: redispy.Redis, shelf: Shelf) -> dict[str, set[str]]:
-    """Return the names behind each prefix. Keys of no known family go to `shelf.strangers`."""
+    """Return the names behind each prefix. Keys of no known family go to `shelf.unknown_keys`."""
     prefixes = {name: key for name, key in keys.KEYS.items() if key.endswith(":")}
     fixed = set(keys.KEYS.values()) - set(prefixes.values())
     names: dict[str, set[str]] = {name: set() for name in prefixes}
@@ -182,7 +182,7 @@ def _scan(client: redispy.Redis, shelf: Shelf) -> dict[str, set[str]]:
         if family is not None:
             names[family].add(key.removeprefix(prefixes[family]))
         elif key not in fixed:
-            shelf.strangers.append(key)
+            shelf.unknown_keys.append(key)
     return names
 
 
@@ -192,11 +192,11 @@ def _totals(client: redispy.Redis, workers: Sequence[str]) -> tuple[int | None, 
     pipe.mget(keys.ALLOCATED, keys.ALLOCATED_CPUS)
     for worker in workers:
         pipe.hget(keys.book(worker), "a.cpus")
-    (total, shown), *parts = pipe.execute()
+    (total, shown), *sums = pipe.execute()
     return (
         None if total is None else int(total),
         None if shown is None else snapshot.text(shown),
-        sum(int(part) for part in parts if part is not None),
+        sum(int(cpus) for cpus in sums if cpus is not None),
     )
 
 
@@ -297,7 +297,10 @@ def _books(shelf: Shelf) -> Iterator[Suspicion]:
 def _queues(shelf: Shelf) -> Iterator[Suspicion]:
     """Check I6: the ledger agrees with itself."""
     first = {shape: queue[0][1] if queue else None for shape, queue in shelf.waits.items()}
-    for wrong in (*indexes.wrong_places(shelf.places, shelf.books), *indexes.wrong_shapes(shelf.places, first)):
+    for wrong in (
+        *indexes.wrong_workers(shelf.index_entries, shelf.books),
+        *indexes.wrong_shapes(shelf.index_entries, first),
+    ):
         yield Suspicion("I6", wrong)
     total, shown, summed = shelf.allocated
     if total != summed:
@@ -317,7 +320,7 @@ def _queues(shelf: Shelf) -> Iterator[Suspicion]:
         card = shelf.cards.get(job)
         if card is None or card.state != State.ADMITTED:
             yield Suspicion("I6", f"job {job} is to be delivered again, and its own key says {card}")
-    for key in shelf.strangers:
+    for key in shelf.unknown_keys:
         yield Suspicion("I6", f"key {key} is of no known family")
     for key in shelf.wrong_expiry:
         yield Suspicion("I6", f"key {key}")
@@ -337,8 +340,8 @@ def _agreement(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
     for verb, ours, theirs in pairs:
         for job in ours.keys() | theirs.keys():
             if ours.get(job) != theirs.get(job) and not shelf.behind(job):
-                there, here = theirs.get(job, "nothing"), ours.get(job, "nothing")
-                yield Suspicion("I6", f"job {job} {verb} {here} in Redis, {there} in Postgres")
+                in_redis, in_postgres = ours.get(job, "nothing"), theirs.get(job, "nothing")
+                yield Suspicion("I6", f"job {job} {verb} {in_redis} in Redis, {in_postgres} in Postgres")
 
 
 def _late(shelf: Shelf, write_within: float) -> Iterator[Suspicion]:

@@ -204,10 +204,10 @@ def _when_empty(request: Request, book: Book) -> bool:
     return book.admitting and book.serves(request) and large_enough
 
 
-def _ahead(client: redispy.Redis, shapes: Sequence[str], shape: str, place: int) -> tuple[int, int]:
-    """Count the waiting jobs before `place` (an order): with this shape, and in all. One round trip."""
+def _ahead(client: redispy.Redis, shapes: Sequence[str], shape: str, order: int) -> tuple[int, int]:
+    """Count the waiting jobs before `order`: with this shape, and in all. One round trip."""
     pipe = client.pipeline(transaction=False)
     for queued in shapes:
-        pipe.zcount(keys.wait(queued), "-inf", f"({place}")
+        pipe.zcount(keys.wait(queued), "-inf", f"({order}")
     counts = dict(zip(shapes, (int(count) for count in pipe.execute()), strict=True))
     return counts.get(shape, 0), sum(counts.values())

@@ -291,12 +291,12 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
     workers, jobs = schema.workers.c, schema.jobs.c
     now: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
     allocated = _allocated(connection)
-    lives = connection.execute(
+    incarnations = connection.execute(
         select(schema.workers).where(workers.status.in_(sorted(snapshot.LIVE))).order_by(workers.started_at.desc())
     ).all()
     lines = []
-    # A name may have an older life that has not ended yet. The newest life counts.
-    newest = {row.name: row for row in reversed(lives)}
+    # A name may have an older incarnation that has not ended yet. The newest one counts.
+    newest = {row.name: row for row in reversed(incarnations)}
     for row in sorted(newest.values(), key=lambda row: str(row.name)):
         age = max(0.0, (now - row.seen_at).total_seconds())
         if age < ttl:

@@ -30,7 +30,7 @@ class Admission(Repairs):
     ) -> dict[str, Any]:
         # The deadline counts from the moment when the row was read or written, by this process's clock. A pause since
         # then (a stopped process, a suspended machine) must not outlive the tombstone of a job that ended meanwhile.
-        deadline = (self.now_ms() if read_ms is None else self.server_ms(read_ms)) + self.submit_within_ms
+        deadline = (self.now_ms() if read_ms is None else self.server_ms(read_ms)) + self.submit_limit_ms
         return {
             "deadline": deadline,
             "job": job,

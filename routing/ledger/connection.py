@@ -1,4 +1,4 @@
-"""The server that holds the ledger: connections, the life of the server that they lead to, and calls of scripts."""
+"""The server that holds the ledger: connections, the run of the server that they lead to, and calls of scripts."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class LedgerServer:
         #: The id of the Postgres database to which the books must belong, "" before it was found; and its finder.
         self.database = ""
         self.find_database: Callable[[], str] | None = None
-        #: For each thread: the life of the server that its arguments name, until they are sent.
+        #: For each thread: the run of the server that its arguments name, until they are sent.
         self._meant = threading.local()
         self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
         self._clock_offset_ms = 0.0
@@ -97,11 +97,11 @@ class LedgerServer:
         self._tombstone_ms = max(2, round(settings.tombstone * 1000))
         #: The most milliseconds from reading a row to its submit: half of the time for which an ended job is
         #: remembered. So the ledger still remembers a job that ended after its row was read.
-        self.submit_within_ms = self._tombstone_ms // 2
+        self.submit_limit_ms = self._tombstone_ms // 2
         self._scripts = self._load(flags=True)
 
     def _on_connect(self, connection: Any) -> None:
-        """Ask on each new connection for the life of the server, and for the difference between its clock and ours."""
+        """Ask on each new connection for the run of the server, and for the difference between its clock and ours."""
         self._connections.add(connection)
         connection.on_connect()
         connection.send_command("INFO", "server")
@@ -110,7 +110,7 @@ class LedgerServer:
         about = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
         previous, self._run_id = self._run_id, about["run_id"].strip()
         if previous and previous != self._run_id:
-            # The call under way was meant for another life of the server, perhaps with other books.
+            # The call under way was meant for another run of the server, perhaps with other books.
             raise redis.ConnectionError("the server has restarted")
         version = tuple(map(int, about.get("redis_version", "7.0").strip().split(".")[:2]))
         if version < OLDEST:
@@ -214,7 +214,7 @@ class LedgerServer:
         except RedisError as error:
             raise self._translated(error) from error
         if meant and meant != self._run_id:
-            # Another thread's connection met the new life of the server first. If the server came back with old books,
+            # Another thread's connection met the new run of the server first. If the server came back with old books,
             # the scripts accepted these arguments. The opener of the next epoch discards the changes they made.
             raise StoreUnavailable("the ledger's server has restarted", advice="ask again")
         results = []
@@ -253,7 +253,7 @@ class LedgerServer:
         return str(self.epoch), self._caller(self.run_id)
 
     def _caller(self, run_id: str) -> str:
-        """Return the `run_id` argument: the server's life, and the database to which the books must belong."""
+        """Return the `run_id` argument: the server's run, and the database to which the books must belong."""
         database = self.own_database()
         return f"{run_id}/{database}" if database else run_id
 
@@ -289,7 +289,7 @@ class LedgerServer:
     # -- epochs --------------------------------------------------------------------------------------------------
 
     def opened(self) -> tuple[int, str] | None:
-        """Return the epoch and the server life in which the ledger was opened, or None where it is cold.
+        """Return the epoch and the server run in which the ledger was opened, or None where it is cold.
 
         Raises `NotMigrated` where a newer release opened it, in a format that this release does not know. Raises
         `Unsupported` where it was opened for another database.
@@ -312,14 +312,14 @@ class LedgerServer:
     def is_cold(self) -> bool:
         """Return True if nobody may admit: the ledger is cold.
 
-        A cold ledger was never opened, or was emptied, or was opened in another life of the server. A restart of the
+        A cold ledger was never opened, or was emptied, or was opened in another run of the server. A restart of the
         server may have brought back old books.
         """
         opened = self.opened()
         return opened is None or opened[1] != self.run_id
 
     def has_whole_stream(self) -> bool:
-        """Return True if the books are of this life of the server, so that no stream entry was lost with another."""
+        """Return True if the books are of this run of the server, so that no stream entry was lost with another."""
         run_id = self._guard(lambda: self.client.hget(keys.EPOCH, "run_id"))
         return run_id is not None and run_id.decode() == self.run_id
 

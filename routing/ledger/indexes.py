@@ -32,30 +32,30 @@ class Indexes:
     shapes: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def read_places(client: redis.Redis, workers: Iterable[str]) -> dict[str, list[str]]:
+def read_index_names(client: redis.Redis, workers: Iterable[str]) -> dict[str, list[str]]:
     """Return the resources in whose indexes these workers stand by their own books, in one round trip."""
     names = list(workers)
     pipe = client.pipeline(transaction=False)
     for worker in names:
         pipe.hget(keys.book(worker), "places")
     return {
-        worker: text(places).split(",") if places else [] for worker, places in zip(names, pipe.execute(), strict=True)
+        worker: text(value).split(",") if value else [] for worker, value in zip(names, pipe.execute(), strict=True)
     }
 
 
-def ask(pipe: Any, worker: str, places: Iterable[str]) -> None:
+def ask(pipe: Any, worker: str, index_names: Iterable[str]) -> None:
     """Add to a pipeline the reads of a worker's places in these indexes and in the whole one.
 
     The pipeline reads the worker's book too, in one transaction. `note` takes the replies.
     """
     pipe.zscore(keys.FREE, worker)
-    for resource in places:
+    for resource in index_names:
         pipe.zscore(keys.free_of(resource), worker)
 
 
-def note(indexes: Indexes, worker: str, places: Iterable[str], replies: Iterator[Any]) -> None:
+def note(indexes: Indexes, worker: str, index_names: Iterable[str], replies: Iterator[Any]) -> None:
     """Enter the replies to the reads of `ask` into `indexes`."""
-    scores = {resource: next(replies) for resource in (WHOLE, *places)}
+    scores = {resource: next(replies) for resource in (WHOLE, *index_names)}
     indexes.free[worker] = {resource: int(score) for resource, score in scores.items() if score is not None}
 
 
@@ -70,19 +70,19 @@ def read_rest(client: redis.Redis, indexes: Indexes, resources: Iterable[str], b
         indexes.shapes[resource] = {text(shape): int(order) for shape, order in waiting}
 
 
-def wrong_places(indexes: Indexes, books: Mapping[str, WorkerBook]) -> Iterator[str]:
+def wrong_workers(indexes: Indexes, books: Mapping[str, WorkerBook]) -> Iterator[str]:
     """Describe each place in the indexes of workers that differs from the books."""
     for worker, actual in sorted(indexes.free.items()):
         row = books.get(worker)
         book = None if row is None else replace(row.to_policy(0), admitting=row.status == "ready")
         room = 0 if book is None else book.free(CPUS)
-        expected = {} if book is None or not book.open else dict.fromkeys((WHOLE, *book.places), room)
-        if WHOLE in expected and book is not None and book.capacity.get(ONLY_LABELLED) and book.places:
+        expected = {} if book is None or not book.open else dict.fromkeys((WHOLE, *book.index_names), room)
+        if WHOLE in expected and book is not None and book.capacity.get(ONLY_LABELLED) and book.index_names:
             expected[WHOLE] = -1
         for resource in sorted(actual.keys() | expected.keys()):
             if actual.get(resource) != expected.get(resource):
-                place = "the index" if resource == WHOLE else f"the index of {resource}"
-                yield f"worker {worker} has {room} free and stands as {actual.get(resource)} in {place}"
+                index = "the index" if resource == WHOLE else f"the index of {resource}"
+                yield f"worker {worker} has {room} free and stands as {actual.get(resource)} in {index}"
 
 
 def wrong_shapes(indexes: Indexes, first: Mapping[str, int | None]) -> Iterator[str]:

@@ -75,11 +75,11 @@ class Script:
 
 def names() -> tuple[str, ...]:
     """Return the names of the operations, which are those of their files."""
-    return tuple(sorted(_places()))
+    return tuple(sorted(_files()))
 
 
 @lru_cache(maxsize=1)
-def _places() -> dict[str, Traversable]:
+def _files() -> dict[str, Traversable]:
     """Return the files of the operations, by name."""
     entries = (entry for folder in FOLDERS for entry in _LUA.joinpath(folder).iterdir())
     return {entry.name[:-4]: entry for entry in entries if entry.name.endswith(".lua")}
@@ -87,7 +87,7 @@ def _places() -> dict[str, Traversable]:
 
 def source(name: str) -> str:
     """Return the text of an operation's file."""
-    return _places()[name].read_text(encoding="utf-8")
+    return _files()[name].read_text(encoding="utf-8")
 
 
 def library() -> str:
@@ -164,7 +164,7 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
             "searched": SEARCHED,
             "held": HELD,
             "tombstone": tombstone_ms,
-            "submit_within": tombstone_ms // 2,
+            "submit_limit": tombstone_ms // 2,
             "start": start_ms,
             "hand_over": HAND_OVER_BYTES,
             "format": format_versions.LEDGER,
@@ -179,8 +179,8 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
         first = FLAGS.match(content)
         body = FLAGS.sub("", content)
         text = "".join(functions[used] for used in _used(body, functions)) + body
-        places = values | signature(name).places()
-        text = _VALUE.sub(partial(_value, places), _COMMENT.sub("", text))
+        values_by_kind = values | signature(name).positions()
+        text = _VALUE.sub(partial(_value, values_by_kind), _COMMENT.sub("", text))
         if first:
             text = (first.group(0) if flags else BEFORE_FLAGS) + text
         sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
@@ -188,5 +188,5 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
     return scripts
 
 
-def _value(values: Mapping[str, Mapping[str, Any]], place: re.Match[str]) -> str:
-    return str(values[place.group(1)][place.group(2)])
+def _value(values: Mapping[str, Mapping[str, Any]], match: re.Match[str]) -> str:
+    return str(values[match.group(1)][match.group(2)])

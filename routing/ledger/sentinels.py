@@ -22,10 +22,10 @@ def asking(timeout: float = timeouts.STORE_TIMEOUT) -> dict[str, Any]:
 
     A Sentinel that does not answer is passed over, and not tried again. By default redis-py tries ten times.
     """
-    within = timeouts.SENTINEL * timeout
+    seconds = timeouts.SENTINEL * timeout
     return {
-        "socket_connect_timeout": within,
-        "socket_timeout": within,
+        "socket_connect_timeout": seconds,
+        "socket_timeout": seconds,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
     }
@@ -62,8 +62,8 @@ class Sentinels(Sentinel):
             primary: tuple[str, int] = super().discover_master(service_name)  # type: ignore[no-untyped-call]
         except MasterNotFoundError as error:
             asked = (sentinel.connection_pool.connection_kwargs for sentinel in self.sentinels)
-            places = ", ".join(sorted(f"{place['host']}:{place['port']}" for place in asked))
-            raise MasterNotFoundError(f"of the Sentinels {places} none names a primary {service_name!r}") from error
+            addresses = ", ".join(sorted(f"{options['host']}:{options['port']}" for options in asked))
+            raise MasterNotFoundError(f"of the Sentinels {addresses} none names a primary {service_name!r}") from error
         return primary
 
 

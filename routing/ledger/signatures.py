@@ -45,10 +45,10 @@ class Signature:
         """Return True if the script acts in an epoch only."""
         return self.once[:2] == ("epoch", "run_id")
 
-    def places(self) -> dict[str, dict[str, str]]:
+    def positions(self) -> dict[str, dict[str, str]]:
         """Return the values that replace `ARG`, `EACH` and `INNER` in the script."""
         return {
-            "ARG": {name: f"ARGV[{place}]" for place, name in enumerate(self.once, 1)},
+            "ARG": {name: f"ARGV[{index}]" for index, name in enumerate(self.once, 1)},
             "EACH": {"first": str(len(self.once) + 1), **_group(self.each)},
             "INNER": _group(self.inner),
         }
@@ -69,7 +69,7 @@ class Signature:
 
 
 def _group(names: tuple[str, ...]) -> dict[str, str]:
-    return {"step": str(len(names)), **{name: str(place) for place, name in enumerate(names)}} if names else {}
+    return {"step": str(len(names)), **{name: str(index) for index, name in enumerate(names)}} if names else {}
 
 
 def _in_order(names: tuple[str, ...], values: Group) -> list[Any]:

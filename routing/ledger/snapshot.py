@@ -76,7 +76,7 @@ class Head:
 def read_head(client: redis.Redis) -> Head:
     """Read the state of the ledger, in one round trip.
 
-    A cold ledger was never opened, or was emptied, or was opened in another life of the server.
+    A cold ledger was never opened, or was emptied, or was opened in another run of the server.
     """
     pipe = client.pipeline(transaction=False)
     pipe.info("server")
@@ -169,11 +169,11 @@ def read_cards(client: redis.Redis, jobs: Iterable[str]) -> dict[str, JobCard]:
     cards = {}
     for job, values in zip(ids, pipe.execute(), strict=True):
         state, epoch, attempt, *rest = (None if v is None else text(v) for v in values)
-        worker, shape, order, entry, outcome, final, life = rest
+        worker, shape, order, entry, outcome, final, incarnation = rest
         if state is not None:
-            place = None if order is None else int(order)
+            position = None if order is None else int(order)
             token = f"{epoch}.{attempt}"
-            cards[job] = JobCard(state, token, worker, shape, place, entry, outcome, final == "1", life)
+            cards[job] = JobCard(state, token, worker, shape, position, entry, outcome, final == "1", incarnation)
     return cards
 
 

@@ -97,17 +97,17 @@ def _kind(value: object) -> str:
 
 def _is_shallow(value: object) -> bool:
     """Return True if no part of a value is nested too deep for code that walks through it."""
-    here = [value]
+    level = [value]
     for _ in range(MOST_LEVELS):
         inside: list[object] = []
-        for member in here:
+        for member in level:
             if isinstance(member, Mapping):
                 inside += member.values()
             elif isinstance(member, list):
                 inside += member
         if not inside:
             return True
-        here = inside
+        level = inside
     return False
 
 

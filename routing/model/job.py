@@ -62,7 +62,7 @@ class NewJob:
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
-    """The attempt that publishes a job. `incarnation`: the life of the attempt's worker."""
+    """The attempt that publishes a job. `incarnation`: that of the attempt's worker."""
 
     job: str
     epoch: int

@@ -55,10 +55,10 @@ def check_value(value: Any, task: object) -> None:
     """
     canvas = isinstance(task, str) and task.startswith(CANVAS_PREFIX)
     limit = MOST_CANVAS_LEVELS if canvas else MOST_LEVELS
-    level, here = 0, [value]
-    while here:
+    level, members_of_level = 0, [value]
+    while members_of_level:
         inside: dict[int, Any] = {}
-        for item in here:
+        for item in members_of_level:
             members = item.values() if isinstance(item, dict) else item if isinstance(item, _LISTS) else None
             if members is None:
                 continue
@@ -67,7 +67,7 @@ def check_value(value: Any, task: object) -> None:
                 _refuse("an argument", level + 1 - AROUND, limit)
             # Take each member once. Where each list holds the next one twice, each level has twice as many members.
             inside.update((id(member), member) for member in members)
-        level, here = level + 1, list(inside.values())
+        level, members_of_level = level + 1, list(inside.values())
 
 
 def _levels(document: bytes) -> list[int]:

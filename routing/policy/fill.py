@@ -76,8 +76,8 @@ def fill_or_keep(
 
 def _stands_by(book: Book, request: Request) -> bool:
     """Return True if a worker looks for waiting jobs in the index that has the request's shape."""
-    place = waits_beside(request.shape)
-    return place in book.places or (place == LABEL + DEFAULT_QUEUE and book.serves(request))
+    index_name = waits_beside(request.shape)
+    return index_name in book.index_names or (index_name == LABEL + DEFAULT_QUEUE and book.serves(request))
 
 
 def _keeps(shape: str, request: Request, book: Book, elsewhere: Collection[str]) -> bool:

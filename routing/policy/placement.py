@@ -136,7 +136,7 @@ class Book:
         return [name for name in sorted(self.allocated) if self.free(name) < 0 and not is_label(name)]
 
     @property
-    def places(self) -> frozenset[str]:
+    def index_names(self) -> frozenset[str]:
         """Return the resources in whose indexes the worker stands while it is open.
 
         These are the resources that it has and not every worker has. A worker that takes only jobs with a label is
@@ -240,8 +240,8 @@ def found_by(request: Request, books: Iterable[Book]) -> str:
     if request.queue != DEFAULT_QUEUE:
         return LABEL + request.queue
     named = [name for name, _ in request.amounts if has_index(name)]
-    places = [book.places for book in books if book.open] if named else []
-    return min(named, key=lambda name: sum(name in worker_places for worker_places in places), default="")
+    standing = [book.index_names for book in books if book.open] if named else []
+    return min(named, key=lambda name: sum(name in index_names for index_names in standing), default="")
 
 
 def waits_beside(shape: str) -> str:
@@ -268,12 +268,12 @@ def choose(
     admitting = [book for book in books if book.admitting]
     if not admitting:
         return Refusal(Reason.NO_WORKER)
-    place = found_by(request, books)
+    index_name = found_by(request, books)
     index = sorted(
         (
             (book.free(CPUS), book.worker, book)
             for book in admitting
-            if book.open and (place in book.places if place else book.serves(request))
+            if book.open and (index_name in book.index_names if index_name else book.serves(request))
         ),
         key=lambda row: row[:2],
     )

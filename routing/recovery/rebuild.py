@@ -92,7 +92,7 @@ def _is_wanting(known: Authority, ledger: Ledger) -> bool:
 
 
 def _is_old(known: Authority, ledger: Ledger) -> bool:
-    """Return whether there are no books, or they are of another life of the server or of another epoch than Postgres's.
+    """Return whether there are no books, or they are of another run of the server or of another epoch than Postgres's.
 
     An older epoch: Postgres decided meanwhile. A newer epoch: Postgres was restored from a backup.
     """
@@ -102,7 +102,7 @@ def _is_old(known: Authority, ledger: Ledger) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Worker:
-    """A life of a worker that has not left. `seen`: it may be alive. `newest`: it has the name."""
+    """An incarnation of a worker that has not left. `seen`: it may be alive. `newest`: it has the name."""
 
     name: str
     incarnation: str
@@ -129,7 +129,7 @@ class Opener:
         self._began_ms = began_ms
         #: True where the stream has all transitions that the old books noted.
         self._whole_stream = whole_stream
-        #: The life of the server on which the ledger is opened.
+        #: The run of the server on which the ledger is opened.
         self._run_id = ledger.run_id
         self._said_at = time.monotonic()
 
@@ -197,14 +197,14 @@ class Opener:
         self._await_reports([worker.name for worker in workers if worker.seen])
         self._go_on()
         revocation.tell_all(connection, self._ledger, between=self._go_on)
-        filed = self._file_backlog(connection, doubtful=not self._whole_stream and self._is_one_silent(workers))
+        filed = self._file_backlog(connection, doubtful=not self._whole_stream and self._is_any_silent(workers))
         self._ledger.finish_epoch(self._epoch)
         return Rebuilt(self._epoch, len(workers), held, filed)
 
-    def _is_one_silent(self, workers: Sequence[_Worker]) -> bool:
-        """Return whether a life of a worker that had not left has not reported what it holds.
+    def _is_any_silent(self, workers: Sequence[_Worker]) -> bool:
+        """Return whether an incarnation of a worker that had not left has not reported what it holds.
 
-        A former life of a worker can report nothing.
+        A former incarnation of a worker can report nothing.
         """
         books = snapshot.read_books(self._ledger.client, {worker.name for worker in workers})
         reported = {book.incarnation for book in books.values() if book.status != "closed"}
@@ -320,5 +320,5 @@ FROM jobs WHERE state IN ('admitted', 'running') AND incarnation IS NOT NULL ORD
 
 def _adopted(row: Any) -> Adopted:
     job, epoch, attempt, shape, priority, seq, losses, admitted, started, rerun = row
-    place = order(priority, seq)
-    return Adopted(job, str(Token(epoch, attempt)), shape, place, admitted or 0, started or 0, "", losses, rerun)
+    position = order(priority, seq)
+    return Adopted(job, str(Token(epoch, attempt)), shape, position, admitted or 0, started or 0, "", losses, rerun)

@@ -18,7 +18,9 @@ from celery_capacity.routing.store import fencing, worker_rows
 
 
 def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, grace_ms: int) -> Lapsed:
-    """Give up a life of a worker whose lease ran out `grace_ms` ago. Idempotent; several callers may do it at once.
+    """Give up an incarnation of a worker whose lease ran out `grace_ms` ago.
+
+    The call is idempotent, and several callers may make it at once.
 
     Return `waits` where Postgres cannot take an attempt of the worker yet: the worker keeps that attempt, and loses all
     others.

@@ -104,7 +104,7 @@ FROM (SELECT seq, id, state, epoch, attempt, worker FROM jobs WHERE state = :sta
       ORDER BY seq LIMIT :most) AS j
 """)
 #: Families of keys besides those of the jobs.
-_PLACES: Final = ("wait", "book", "held", "free_of", "shapes_of")
+_FAMILIES: Final = ("wait", "book", "held", "free_of", "shapes_of")
 _GOING_ON: Final = text("SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) AND finished_at IS NULL")
 _THESE: Final = text(_COLUMNS + "WHERE id = ANY(CAST(:ids AS text[]))")
 
@@ -188,7 +188,7 @@ def _ledger_against_rows(
 
     Return the names of all other keys, by family. `told`: jobs that were compared already.
     """
-    names: dict[str, set[str]] = {family: set() for family in _PLACES}
+    names: dict[str, set[str]] = {family: set() for family in _FAMILIES}
     job, prefixes = keys.KEYS["job"], {family: keys.KEYS[family] for family in names}
     batch: list[str] = []
     for raw in ledger.client.scan_iter(match=keys.LEDGER, count=CHUNK):
@@ -279,8 +279,8 @@ def _repair_all(connection: Connection, ledger: Ledger, suspects: Sequence[str],
             logger.warning("job %s differs, and its row is locked: it is repaired later", job)
             continue
         if repaired is not None:
-            there, here = row.state if row else "missing", card.state if card else "missing"
-            result.note(f"{there} in Postgres, {here} in the ledger", repaired)
+            stored, standing = row.state if row else "missing", card.state if card else "missing"
+            result.note(f"{stored} in Postgres, {standing} in the ledger", repaired)
 
 
 def _rows(connection: Connection, ids: Sequence[str]) -> dict[str, Row]:
@@ -344,8 +344,8 @@ def _submit(connection: Connection, ledger: Ledger, job: str) -> bool:
 def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconciled) -> bool | None:
     """Enter a job that runs on a worker, by Postgres, into the book of that worker.
 
-    Where the worker has left, or is another life by now, the job is submitted again. Return None where the job has a
-    key by now: its worker brought it back, or ended it.
+    Where the worker has left, or is another incarnation by now, the job is submitted again. Return None where the job
+    has a key by now: its worker brought it back, or ended it.
     """
     if row.worker and row.incarnation:
         held = Adopted(
@@ -361,7 +361,7 @@ def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconc
         )
         adopt = partial(ledger.adopt, row.worker, row.incarnation, [held])
         # A book that went missing together with the job comes back first: its worker may not have missed it yet.
-        if not adopt() or (reconcile_indexes.give_home(connection, ledger, row.worker, result) and not adopt()):
+        if not adopt() or (reconcile_indexes.restore_book(connection, ledger, row.worker, result) and not adopt()):
             return True
         if snapshot.read_cards(ledger.client, [row.id]):
             return None

@@ -49,7 +49,7 @@ def clear_marks(ledger: Ledger, cards: Mapping[str, JobCard], result: Reconciled
 def check_jobs(connection: Connection, ledger: Ledger, cards: Mapping[str, JobCard], result: Reconciled) -> list[str]:
     """Put jobs where their keys say; return those that nobody alive holds.
 
-    Their worker, or the former life of a worker that holds them, has no book and is not alive.
+    Their worker, or the former incarnation of a worker that holds them, has no book and is not alive.
     """
     pipe = ledger.client.pipeline(transaction=False)
     for job, card in cards.items():
@@ -61,29 +61,30 @@ def check_jobs(connection: Connection, ledger: Ledger, cards: Mapping[str, JobCa
     replies = iter(pipe.execute())
     holders = {card.worker for card in cards.values() if card.state != State.WAITING and card.worker is not None}
     books = snapshot.read_books(ledger.client, holders)
-    lives = {(name, book.incarnation) for name, book in books.items() if book.epoch == ledger.epoch}
+    live_incarnations = {(name, book.incarnation) for name, book in books.items() if book.epoch == ledger.epoch}
     strays = []
     for job, card in cards.items():
-        place, due = next(replies), next(replies)
+        entry, due = next(replies), next(replies)
         if card.state == State.WAITING:
-            if (place is None or int(place) != card.order) and ledger.repair_queue(card.shape or "", job):
+            if (entry is None or int(entry) != card.order) and ledger.repair_queue(card.shape or "", job):
                 result.note("waiting without its place")
                 ledger.place_shape(card.shape or "")
             continue
-        seated = place is not None and snapshot.text(place) == card.token and (card.worker, card.incarnation) in lives
+        listed = entry is not None and snapshot.text(entry) == card.token
+        listed = listed and (card.worker, card.incarnation) in live_incarnations
         delivered = (due is not None) == (card.state == State.ADMITTED)
-        if not (seated and delivered) and not _seat(connection, ledger, job, card, result):
+        if not (listed and delivered) and not _repair_job(connection, ledger, job, card, result):
             strays.append(job)
     return strays
 
 
-def _seat(connection: Connection, ledger: Ledger, job: str, card: JobCard, result: Reconciled) -> bool:
-    seated = ledger.repair_job(job)
-    if seated is None and give_home(connection, ledger, card.worker or "", result):
-        seated = ledger.repair_job(job)
-    if seated:
+def _repair_job(connection: Connection, ledger: Ledger, job: str, card: JobCard, result: Reconciled) -> bool:
+    repaired = ledger.repair_job(job)
+    if repaired is None and restore_book(connection, ledger, card.worker or "", result):
+        repaired = ledger.repair_job(job)
+    if repaired:
         result.note("held without its place")
-    return seated is not None
+    return repaired is not None
 
 
 _CAPACITY: Final = text("""
@@ -92,7 +93,7 @@ ORDER BY started_at DESC LIMIT 1
 """)
 
 
-def give_home(connection: Connection, ledger: Ledger, worker: str, result: Reconciled) -> bool:
+def restore_book(connection: Connection, ledger: Ledger, worker: str, result: Reconciled) -> bool:
     """Write a closed book for a worker whose book went missing, with what it holds.
 
     A live worker registers again; a dead one is lost after the usual grace. Return False where Postgres knows no such
@@ -183,10 +184,10 @@ def _check_total(ledger: Ledger, workers: set[str], result: Reconciled) -> bool:
     pipe.zrange(keys.LEASES, 0, -1)
     for worker in names:
         pipe.hget(keys.book(worker), "a.cpus")
-    (stored, shown), leases, *parts = pipe.execute()
+    (stored, shown), leases, *sums = pipe.execute()
     if not {snapshot.text(name) for name in leases} <= set(names):
         return False  # a worker came after the names were read
-    total = sum(int(part) for part in parts if part is not None)
+    total = sum(int(cpus) for cpus in sums if cpus is not None)
     noted = None if stored is None else int(stored)
     if noted == total and shown is not None and snapshot.text(shown) == amounts.format_cpus(total):
         return True

@@ -54,15 +54,15 @@ def smallest(shapes: Iterable[str]) -> list[Request] | None:
         return None
     minimal: list[Request] = []
     for request in requests:
-        if any(_is_within(other, request) for other in minimal):
+        if any(_is_no_larger(other, request) for other in minimal):
             continue
-        minimal = [other for other in minimal if not _is_within(request, other)] + [request]
+        minimal = [other for other in minimal if not _is_no_larger(request, other)] + [request]
         if len(minimal) > MOST_SMALLEST:
             return None
     return minimal
 
 
-def _is_within(small: Request, large: Request) -> bool:
+def _is_no_larger(small: Request, large: Request) -> bool:
     """Return whether a worker that has room for the large request has room for the small one."""
     if (small.queue, small.get(ALONE)) != (large.queue, large.get(ALONE)):
         return False

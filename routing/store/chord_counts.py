@@ -29,7 +29,7 @@ _ADD: Final = text(
 )
 _LOCK: Final = text("SELECT size, structure FROM chords WHERE group_id = :group FOR UPDATE")
 _EXISTS: Final = text("SELECT 1 FROM chords WHERE group_id = :group")
-_PARTS: Final = text("SELECT outcome FROM chord_parts WHERE group_id = :group ORDER BY position, member")
+_CHORD_PARTS: Final = text("SELECT outcome FROM chord_parts WHERE group_id = :group ORDER BY position, member")
 _COUNT: Final = text("SELECT count(*) FROM chord_parts WHERE group_id = :group")
 _FORGET: Final = (
     text("DELETE FROM chord_parts WHERE group_id = :group"),
@@ -76,7 +76,7 @@ def is_complete(connection: Connection, group: str, chord: Chord) -> bool:
 
 def parts(connection: Connection, group: str) -> Sequence[bytes]:
     """Return the encoded outcomes of the parts of a chord, in the order of its header."""
-    return [bytes(row[0]) for row in connection.execute(_PARTS, {"group": group})]
+    return [bytes(row[0]) for row in connection.execute(_CHORD_PARTS, {"group": group})]
 
 
 def forget(connection: Connection, group: str) -> None:

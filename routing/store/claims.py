@@ -47,8 +47,8 @@ class Candidate:
     losses: int
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Return the place in the backlog: the cursor of the page after this row."""
+    def position(self) -> tuple[int, int]:
+        """Return the position in the backlog: the cursor of the page after this row."""
         return -self.priority, self.seq
 
 
@@ -69,9 +69,9 @@ class Taken:
     rerun: bool = True
 
 
-# Two ordered parts, each by its own index: waiting jobs, and due jobs. Shapes that do not fit are left out here, so
-# that ten thousand such jobs in front cost an index scan and no round trip.
-_PART: Final = """
+# Two selections in order, each by its own index: waiting jobs, and due jobs. Shapes that do not fit are left out here,
+# so that ten thousand such jobs in front cost an index scan and no round trip.
+_SELECT: Final = """
 (SELECT id, shape, priority, seq, losses FROM jobs
  WHERE {} AND (expires_at IS NULL OR expires_at > now()) AND revoked_at IS NULL AND (-priority, seq) > (:priority, :seq)
    AND shape <> ALL(CAST(:without AS text[]))
@@ -80,7 +80,8 @@ _PART: Final = """
 _WAITS: Final = "state IN ('accepted', 'waiting')"
 _IS_DUE: Final = "state = 'scheduled' AND due_at <= now()"
 _CANDIDATES: Final = text(
-    f"SELECT * FROM ({_PART.format(_WAITS)} UNION ALL {_PART.format(_IS_DUE)}) AS c ORDER BY -priority, seq LIMIT :most"
+    f"SELECT * FROM ({_SELECT.format(_WAITS)} UNION ALL {_SELECT.format(_IS_DUE)}) AS c"
+    " ORDER BY -priority, seq LIMIT :most"
 )
 
 
@@ -121,7 +122,7 @@ def look(connection: Connection, book: Book, most_losses: int, passed: Collectio
         chosen = choose(book, [row for row in page if row.job not in passed], most_losses)
         if chosen or len(page) < PAGE:
             return chosen
-        after = page[-1].place
+        after = page[-1].position
         without |= {row.shape for row in page if fits(Request.from_shape(row.shape), book) is not None}
 
 
@@ -281,21 +282,21 @@ _OF_NOBODY: Final = """NOT EXISTS (
   SELECT 1 FROM workers w WHERE w.incarnation = jobs.incarnation AND w.status IN ('ready', 'draining')
     AND NOT EXISTS (SELECT 1 FROM workers n WHERE n.name = w.name AND n.started_at > w.started_at
                     AND n.status IN ('ready', 'draining')))"""
-_OPEN_HERE: Final = text(_OPEN.format("incarnation = :incarnation"))
-_OPEN_NOWHERE: Final = text(_OPEN.format(_OF_NOBODY))
-_COMMITTED_NOWHERE: Final = text(
+_OPEN_ON_INCARNATION: Final = text(_OPEN.format("incarnation = :incarnation"))
+_OPEN_ON_NOBODY: Final = text(_OPEN.format(_OF_NOBODY))
+_COMMITTED_ON_NOBODY: Final = text(
     f"SELECT id, epoch, attempt FROM jobs WHERE step = {Step.COMMITTED.value} AND {_OF_NOBODY} ORDER BY id"
 )
 
 
 def open_attempts(connection: Connection, incarnation: str) -> list[Open]:
-    """Return the attempts that a life of a worker holds, by Postgres."""
-    return [Open(*row) for row in connection.execute(_OPEN_HERE, {"incarnation": incarnation})]
+    """Return the attempts that an incarnation of a worker holds, by Postgres."""
+    return [Open(*row) for row in connection.execute(_OPEN_ON_INCARNATION, {"incarnation": incarnation})]
 
 
 def orphans(connection: Connection) -> list[Open]:
-    """Return the attempts that Postgres has on lives of workers that have ended."""
-    return [Open(*row) for row in connection.execute(_OPEN_NOWHERE)]
+    """Return the attempts that Postgres has on incarnations of workers that have ended."""
+    return [Open(*row) for row in connection.execute(_OPEN_ON_NOBODY)]
 
 
 def close_orphans(connection: Connection) -> int:
@@ -303,7 +304,7 @@ def close_orphans(connection: Connection) -> int:
 
     Nobody else will report these ends.
     """
-    rows = connection.execute(_COMMITTED_NOWHERE).all()
+    rows = connection.execute(_COMMITTED_ON_NOBODY).all()
     return sum(fencing.close(connection, job, Token(epoch, attempt)) for job, epoch, attempt in rows)
 
 

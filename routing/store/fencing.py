@@ -25,17 +25,17 @@ _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 _HOLDING: Final = f"'{State.ADMITTED.value}', '{State.RUNNING.value}'"
 
 _KNOWS: Final = text("SELECT to_regclass(:jobs) IS NOT NULL AND to_regclass(:workers) IS NOT NULL")
-_LIVES_HERE: Final = text("SELECT EXISTS (SELECT 1 FROM workers WHERE incarnation = :incarnation)")
+_IS_REGISTERED: Final = text("SELECT EXISTS (SELECT 1 FROM workers WHERE incarnation = :incarnation)")
 
 
 def is_home(connection: Connection, incarnation: str) -> bool:
-    """Return whether this life of a worker is registered in this database.
+    """Return whether this incarnation of a worker is registered in this database.
 
     The name or URL of a database would not tell, but an incarnation stands in no other database.
     """
     if not connection.execute(_KNOWS, {"jobs": "jobs", "workers": "workers"}).scalar_one():
         return False
-    return bool(connection.execute(_LIVES_HERE, {"incarnation": incarnation}).scalar_one())
+    return bool(connection.execute(_IS_REGISTERED, {"incarnation": incarnation}).scalar_one())
 
 
 _COMMIT: Final = text(f"""
@@ -133,12 +133,12 @@ _CLOSE_FORMER: Final = _closing("worker = :worker AND incarnation <> :incarnatio
 
 
 def close_former(connection: Connection, worker: str, incarnation: str) -> None:
-    """Close all committed ends that former lives of a worker did not report: this life has the name now."""
+    """Close all committed ends that former incarnations of a worker did not report: this one has the name now."""
     connection.execute(_CLOSE_FORMER, {"worker": worker, "incarnation": incarnation})
 
 
 def give_up(connection: Connection, incarnation: str) -> set[str]:
-    """Forbid each attempt of this life of a worker to commit or publish; return the jobs whose rows stay locked.
+    """Forbid each attempt of this incarnation of a worker to commit or publish; return the jobs whose rows stay locked.
 
     A commit on its way is waited for. The attempts of the returned jobs are not given up. The rows are up to date,
     because the caller has applied the stream.
@@ -162,7 +162,7 @@ WHERE step = {Step.COMMITTED.value} AND (CAST(:incarnation AS text) IS NULL OR i
 def committed(connection: Connection, incarnation: str | None = None) -> list[tuple[str, Token]]:
     """Return attempts (job, token) that ended their jobs themselves and have not reported that yet.
 
-    `incarnation`: only those of this life of a worker; None: of all workers.
+    `incarnation`: only those of this incarnation of a worker; None: of all workers.
     """
     rows = connection.execute(_COMMITTED, {"incarnation": incarnation})
     return [(job, Token(epoch, attempt)) for job, epoch, attempt in rows]

@@ -203,43 +203,43 @@ def _attempts(transitions: Iterable[Transition]) -> list[Transition]:
     return [merged[key] for key in sorted(merged)]
 
 
-def _said(one: Transition) -> dict[str, str | int]:
+def _job_columns(transition: Transition) -> dict[str, str | int]:
     """Return the columns of a transition for its job, for `_APPLY`."""
     return {
-        "job": one.job,
-        "epoch": one.epoch,
-        "attempt": one.attempt,
-        "state": one.state,
-        "step": one.step,
-        "worker": one.worker,
-        "incarnation": one.incarnation,
-        "admitted": one.admitted_ms,
-        "started": one.started_ms,
-        "at": one.at_ms,
-        "losses": one.losses,
-        "error": storable(one.error, ERROR_LENGTH),
-        "outbox": _outbox(one),
+        "job": transition.job,
+        "epoch": transition.epoch,
+        "attempt": transition.attempt,
+        "state": transition.state,
+        "step": transition.step,
+        "worker": transition.worker,
+        "incarnation": transition.incarnation,
+        "admitted": transition.admitted_ms,
+        "started": transition.started_ms,
+        "at": transition.at_ms,
+        "losses": transition.losses,
+        "error": storable(transition.error, ERROR_LENGTH),
+        "outbox": _outbox(transition),
     }
 
 
-def _is_over(one: Transition) -> bool:
-    return one.step in (Step.ENDED, Step.BACK)
+def _is_over(transition: Transition) -> bool:
+    return transition.step in (Step.ENDED, Step.BACK)
 
 
-def _noted(one: Transition) -> dict[str, str | int]:
+def _attempt_columns(transition: Transition) -> dict[str, str | int]:
     """Return the columns of a transition for its attempt, for `_APPLY`."""
-    over = _is_over(one)
+    over = _is_over(transition)
     return {
-        "job": one.job,
-        "epoch": one.epoch,
-        "attempt": one.attempt,
-        "worker": one.worker,
-        "incarnation": one.incarnation,
-        "admitted": one.admitted_ms,
-        "started": one.started_ms,
-        "ended": one.at_ms if over else 0,
-        "outcome": one.outcome if over else "",
-        "error": storable(one.error, ERROR_LENGTH),
+        "job": transition.job,
+        "epoch": transition.epoch,
+        "attempt": transition.attempt,
+        "worker": transition.worker,
+        "incarnation": transition.incarnation,
+        "admitted": transition.admitted_ms,
+        "started": transition.started_ms,
+        "ended": transition.at_ms if over else 0,
+        "outcome": transition.outcome if over else "",
+        "error": storable(transition.error, ERROR_LENGTH),
     }
 
 
@@ -259,9 +259,9 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
     published = _publish(connection, [transition for transition in transitions if outbox.publishes(transition.outbox)])
     newest, attempts = _newest(transitions), _attempts(transitions)
     values: dict[str, str | int] = {
-        "newest": _rows(_said(t) for t in newest),
+        "newest": _rows(_job_columns(t) for t in newest),
         "jobs": len(newest),
-        "attempts": _rows(_noted(t) for t in attempts),
+        "attempts": _rows(_attempt_columns(t) for t in attempts),
         "noted": len(attempts),
     }
     rows = _APPLY.rows(connection, values, few=len(newest) <= FEW and len(attempts) <= FEW)

@@ -167,12 +167,12 @@ def nearest(connection: Connection, job: str, most: int = 3) -> list[str]:
     return list(dict.fromkeys([*alike, *similar]))[:most]
 
 
-def _agree(one: str, other: str) -> int:
+def _agree(left_id: str, right_id: str) -> int:
     """Return how many leading characters two ids have in common."""
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+    for position, (left, right) in enumerate(zip(left_id, right_id, strict=False)):
         if left != right:
-            return place
-    return min(len(one), len(other))
+            return position
+    return min(len(left_id), len(right_id))
 
 
 def _line(row: Any) -> JobLine:

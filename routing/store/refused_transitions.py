@@ -98,11 +98,13 @@ def set_aside(engine: Engine, fields: Mapping[str, Any], reason: str, worker: st
     logger.error("set aside: %s", reason)
 
 
-def _write_alone(engine: Engine, one: Transition, error: Exception) -> tuple[list[Applied], list[Transition]]:
-    in_ascii = replace(one, error=_ascii(one.error), outbox=_ascii(one.outbox))
-    why = f"the {one.state} of attempt {one.epoch}.{one.attempt} of job {one.job} cannot be written: {_told(error)}"
+def _write_alone(engine: Engine, transition: Transition, error: Exception) -> tuple[list[Applied], list[Transition]]:
+    in_ascii = replace(transition, error=_ascii(transition.error), outbox=_ascii(transition.outbox))
+    attempt = f"{transition.epoch}.{transition.attempt}"
+    end = f"the {transition.state} of attempt {attempt} of job {transition.job}"
+    why = f"{end} cannot be written: {_one_line(error)}"
     ways: list[Callable[[], list[Applied]]] = [partial(_apply, engine, in_ascii)]
-    if one.outbox:
+    if transition.outbox:
         ways.append(partial(_apply_without_outbox, engine, in_ascii, why))
     ways.append(partial(_mark, engine, in_ascii, why))
     for way in ways:
@@ -111,57 +113,61 @@ def _write_alone(engine: Engine, one: Transition, error: Exception) -> tuple[lis
         except Exception as again:
             if is_locked(again):
                 # The transition is written when its row is free. Nothing else waits for that.
-                return [], [one]
+                return [], [transition]
             if not concerns_data(again):
                 raise
             error = again
-    logger.error("%s; it stays in the stream, and its row is damaged: %s", why, _told(error))
-    return [], [one]
+    logger.error("%s; it stays in the stream, and its row is damaged: %s", why, _one_line(error))
+    return [], [transition]
 
 
-def _apply(engine: Engine, one: Transition) -> list[Applied]:
+def _apply(engine: Engine, transition: Transition) -> list[Applied]:
     with engine.connect() as connection:
-        return job_transitions.apply(connection, [one])
+        return job_transitions.apply(connection, [transition])
 
 
-def _apply_without_outbox(engine: Engine, one: Transition, why: str) -> list[Applied]:
+def _apply_without_outbox(engine: Engine, transition: Transition, why: str) -> list[Applied]:
     """Write a transition without the publishes of its attempt. The results of the attempt stay.
 
     A retry without its successor would begin the same attempt anew, for ever. So its job has failed.
     """
     try:
-        box = outbox.parse(one.outbox)
+        remains = outbox.parse(transition.outbox)
     except (ValueError, TypeError, LookupError):
-        box = None
-    kept = outbox.UNTOLD if box is None else Outbox([], box.results, by=box.by).to_text()
-    less = replace(one, outbox=kept)
-    if one.outcome == Outcome.RETRIED and (box is None or any(job.id == one.job for job in box.publishes)):
+        remains = None
+    kept = outbox.UNTOLD if remains is None else Outbox([], remains.results, by=remains.by).to_text()
+    less = replace(transition, outbox=kept)
+    if transition.outcome == Outcome.RETRIED and (
+        remains is None or any(job.id == transition.job for job in remains.publishes)
+    ):
         failed, error = State.FAILED.value, _ascii(f"its retry was set aside: {why}")
-        less = replace(one, state=failed, step=Step.ENDED, outcome=failed, error=error, outbox=outbox.UNTOLD)
+        less = replace(transition, state=failed, step=Step.ENDED, outcome=failed, error=error, outbox=outbox.UNTOLD)
     applied = _apply(engine, less)
-    set_aside(engine, asdict(one), why, one.worker)
+    set_aside(engine, asdict(transition), why, transition.worker)
     return applied
 
 
-def _mark(engine: Engine, one: Transition, why: str) -> list[Applied]:
+def _mark(engine: Engine, transition: Transition, why: str) -> list[Applied]:
     """Note in the row that a transition was set aside. An end still ends the job, with this note as its error."""
-    token = {"epoch": _within(one.epoch, _MOST_EPOCH), "attempt": _within(one.attempt, _MOST_ATTEMPT)}
+    token = {"epoch": _clamped(transition.epoch, _MOST_EPOCH), "attempt": _clamped(transition.attempt, _MOST_ATTEMPT)}
     words = _ascii(f"a transition was set aside: {why}")[: job_transitions.ERROR_LENGTH]
-    values = {"job": one.job, "error": words, **token}
-    ended = one.state in FINAL
+    values = {"job": transition.job, "error": words, **token}
+    ended = transition.state in FINAL
     applied = []
     with engine.connect() as connection:
-        if ended and connection.execute(_END, {**values, "state": one.state}).rowcount:
-            job_transitions.close_attempts(connection, one.job, token["epoch"], token["attempt"] + 1, max(0, one.at_ms))
-            awaited = bool(connection.execute(_AWAITED, {"job": one.job}).scalar())
-            applied = [Applied(one.job, one.state, False, awaited)]
+        if ended and connection.execute(_END, {**values, "state": transition.state}).rowcount:
+            job_transitions.close_attempts(
+                connection, transition.job, token["epoch"], token["attempt"] + 1, max(0, transition.at_ms)
+            )
+            awaited = bool(connection.execute(_AWAITED, {"job": transition.job}).scalar())
+            applied = [Applied(transition.job, transition.state, False, awaited)]
         elif not ended:
             connection.execute(_MARK, values)
-    set_aside(engine, asdict(one), why, one.worker)
+    set_aside(engine, asdict(transition), why, transition.worker)
     return applied
 
 
-def _within(number: int, most: int) -> int:
+def _clamped(number: int, most: int) -> int:
     return max(0, min(number, most))
 
 
@@ -170,7 +176,7 @@ def _ascii(words: str) -> str:
     return words.replace("\0", "\\x00").encode("ascii", "backslashreplace").decode("ascii")
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """Return the fault in one line, without the statement: its values do not belong in the log."""
     what = error.orig if isinstance(error, DBAPIError) else error
     lines = str(what).splitlines() or [""]

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
-from celery_capacity.routing.config.process_identity import Place
+from celery_capacity.routing.config.process_identity import PidSpace
 from celery_capacity.routing.database.authority import SELECT_AUTHORITY, Authority
 from celery_capacity.routing.errors import NotMigrated
 
@@ -25,7 +25,7 @@ class WorkerRow:
     capacity: Mapping[str, Any]
     hostname: str
     pid: int
-    place: Place
+    pid_space: PidSpace
     #: Clock ticks from the boot to the start of its main process; None where they are unknown.
     start_ticks: int | None
     version: str
@@ -42,8 +42,8 @@ _COLUMNS: Final = (
 def _row(columns: Sequence[Any]) -> WorkerRow:
     name, incarnation, cpus, memory, capacity, hostname, pid, machine, boot, ticks, version, started_at = columns[:12]
     # An older release noted no machine: its process is not looked up.
-    place = Place(machine or "", "" if machine is None else boot)
-    return WorkerRow(name, incarnation, cpus, memory, capacity, hostname, pid, place, ticks, version, started_at)
+    pid_space = PidSpace(machine or "", "" if machine is None else boot)
+    return WorkerRow(name, incarnation, cpus, memory, capacity, hostname, pid, pid_space, ticks, version, started_at)
 
 
 _SEEN: Final = text(f"""
@@ -79,8 +79,8 @@ def see_worker(
             "status": status,
             "hostname": worker.hostname,
             "pid": worker.pid,
-            "machine_id": worker.place.machine,
-            "boot_id": worker.place.boot,
+            "machine_id": worker.pid_space.machine,
+            "boot_id": worker.pid_space.boot,
             "start_ticks": worker.start_ticks,
             "version": worker.version,
             "started_at": worker.started_at,
@@ -109,8 +109,8 @@ def revive_worker(connection: Connection, incarnation: str) -> None:
     connection.execute(text(revived), {"incarnation": incarnation})
 
 
-def end_former_lives(connection: Connection, name: str, incarnation: str) -> None:
-    """Note that every other life of a name is over: this life has the name now."""
+def end_former_incarnations(connection: Connection, name: str, incarnation: str) -> None:
+    """Note that every other incarnation of a name is over: this incarnation has the name now."""
     connection.execute(
         text(
             "UPDATE workers SET status = 'lost', left_at = now() WHERE name = :name AND incarnation <> :incarnation "
@@ -121,7 +121,7 @@ def end_former_lives(connection: Connection, name: str, incarnation: str) -> Non
 
 
 def find_worker(connection: Connection, incarnation: str) -> WorkerRow | None:
-    """Return the row of a life of a worker; None where Postgres does not know it."""
+    """Return the row of an incarnation of a worker; None where Postgres does not know it."""
     row = connection.execute(
         text(f"SELECT {_COLUMNS} FROM workers WHERE incarnation = :incarnation"), {"incarnation": incarnation}
     ).one_or_none()
@@ -151,32 +151,38 @@ FROM workers WHERE name = :name AND incarnation <> :incarnation
 """)
 
 
-def namesakes(connection: Connection, name: str, incarnation: str, place: Place, holder: str) -> list[Namesake]:
+def namesakes(connection: Connection, name: str, incarnation: str, pid_space: PidSpace, holder: str) -> list[Namesake]:
     """Return the other incarnations of a name that may still run.
 
-    They are those that never left, the holder of the ledger's book, and those of this place that were given up.
+    They are those that never left, the holder of the ledger's book, and those of this pid space that were given up.
     """
     rows = connection.execute(
         _NAMESAKES,
-        {"name": name, "incarnation": incarnation, "machine": place.machine, "boot": place.boot, "holder": holder},
+        {
+            "name": name,
+            "incarnation": incarnation,
+            "machine": pid_space.machine,
+            "boot": pid_space.boot,
+            "holder": holder,
+        },
     )
     return [Namesake(_row(row), *row[12:]) for row in rows]
 
 
-def live_workers(connection: Connection, within: float) -> list[tuple[str, str]]:
-    """Return (name, incarnation) of workers that have not left and were seen in the last `within` seconds."""
+def live_workers(connection: Connection, seen_for: float) -> list[tuple[str, str]]:
+    """Return (name, incarnation) of workers that have not left and were seen in the last `seen_for` seconds."""
     rows = connection.execute(
         text(
             "SELECT name, incarnation FROM workers WHERE status IN ('ready', 'draining') "
-            "AND seen_at > now() - make_interval(secs => :within) ORDER BY name"
+            "AND seen_at > now() - make_interval(secs => :seen_for) ORDER BY name"
         ),
-        {"within": within},
+        {"seen_for": seen_for},
     )
     return [(row[0], row[1]) for row in rows]
 
 
 def silent_workers(connection: Connection, beyond: float) -> dict[str, float]:
-    """Return the lives of workers that never left and were not seen for `beyond` seconds, with their last time.
+    """Return the incarnations of workers that never left and were not seen for `beyond` seconds, with their last time.
 
     The value of each incarnation is its last heartbeat in Postgres, in seconds since 1970.
     """
@@ -193,14 +199,14 @@ def silent_workers(connection: Connection, beyond: float) -> dict[str, float]:
 _ON_MACHINE: Final = text("""
 SELECT DISTINCT name FROM workers
 WHERE status IN ('ready', 'draining') AND split_part(boot_id, ':', 1) = split_part(:boot_id, ':', 1) AND name <> :name
-  AND seen_at > now() - make_interval(secs => :within)
+  AND seen_at > now() - make_interval(secs => :seen_for)
 ORDER BY name
 """)
 
 
-def live_on_machine(connection: Connection, boot_id: str, name: str, within: float) -> list[str]:
-    """Return the names of other workers on this boot of a machine that were seen in the last `within` seconds."""
-    rows = connection.execute(_ON_MACHINE, {"boot_id": boot_id, "name": name, "within": within})
+def live_on_machine(connection: Connection, boot_id: str, name: str, seen_for: float) -> list[str]:
+    """Return the names of other workers on this boot of a machine that were seen in the last `seen_for` seconds."""
+    rows = connection.execute(_ON_MACHINE, {"boot_id": boot_id, "name": name, "seen_for": seen_for})
     return [str(row[0]) for row in rows]
 
 

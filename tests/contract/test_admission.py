@@ -356,7 +356,7 @@ def test_many_submitted_at_once_search_on_by_the_cursor_too(ledger: Ledger) -> N
 
 
 def test_of_many_that_come_too_late_none_is_taken(ledger: Ledger) -> None:
-    late = time.time() * 1000 - ledger.submit_within_ms - 1000
+    late = time.time() * 1000 - ledger.submit_limit_ms - 1000
     rows = [(f"job-{n}", Request.of({}).shape, n, MESSAGE, 0, 0, 0, late + 1e6 * n) for n in range(2)]
     assert ledger.submit_many(rows) == 0
     assert ledger.client.exists(keys.job("job-0"), keys.job("job-1")) == 0

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config import process_identity
-from celery_capacity.routing.config.process_identity import Place
+from celery_capacity.routing.config.process_identity import PidSpace
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import NameTaken
 from celery_capacity.routing.ledger import keys
@@ -21,7 +21,7 @@ from tests.fixtures.books import VIEW
 from tests.fixtures.staged import Stage
 
 #: Another boot of a machine of the same id: a clone, or the same machine before it booted. Nobody can tell which.
-ELSEWHERE = Place(process_identity.machine_id(), "another boot:pid:[1]")
+ELSEWHERE = PidSpace(process_identity.machine_id(), "another boot:pid:[1]")
 
 
 @dataclass
@@ -32,14 +32,16 @@ class Namesakes:
     claim: NameClaim
     ledger: Ledger
 
-    def registers(self, life: str = "other", place: Place = ELSEWHERE, pid: int = 7, status: str = "ready") -> None:
+    def registers(
+        self, life: str = "other", pid_space: PidSpace = ELSEWHERE, pid: int = 7, status: str = "ready"
+    ) -> None:
         """Note another incarnation in both stores."""
         self.stage.worker("a", life=life, cpus=1000)
         self.stage.sql(
             "UPDATE workers SET machine_id = :machine, boot_id = :boot, pid = :pid, start_ticks = :ticks,"
             " status = :status WHERE incarnation = :life",
-            machine=place.machine,
-            boot=place.boot,
+            machine=pid_space.machine,
+            boot=pid_space.boot,
             pid=pid,
             status=status,
             life=f"a-{life}",
@@ -143,12 +145,12 @@ def test_incarnation_that_registers_meanwhile_has_the_name(others: Namesakes) ->
 def test_dead_process_of_this_machine_is_not_waited_for(others: Namesakes) -> None:
     with subprocess.Popen(["true"]) as ended:
         ended.wait()
-    others.registers(place=process_identity.here(), pid=ended.pid)
+    others.registers(pid_space=process_identity.pid_space(), pid=ended.pid)
     assert others.take() == 0
 
 
 def test_incarnation_of_a_release_that_noted_no_machine_is_challenged(others: Namesakes) -> None:
-    others.registers(place=process_identity.here(), pid=2**22 + 1)
+    others.registers(pid_space=process_identity.pid_space(), pid=2**22 + 1)
     others.stage.sql("UPDATE workers SET machine_id = NULL")
     with pytest.raises(NameTaken):
         others.take(others.renews)

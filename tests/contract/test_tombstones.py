@@ -124,7 +124,7 @@ def test_release_sent_again_names_the_entry_to_forget(cluster: Cluster) -> None:
 
 def test_submit_is_refused_after_half_a_tombstone(redis_url: str) -> None:
     with open_ledger(redis_url) as ledger:
-        assert ledger.submit_within_ms == 500 * ledger.settings.tombstone
+        assert ledger.submit_limit_ms == 500 * ledger.settings.tombstone
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def test_clone_of_a_live_worker_is_refused_and_its_jobs_go_on(
     oracle.assert_zeros()
     assert first.alive and submitter.view("a")["incarnation"] == incarnation
     assert [submitter.outcomes(job) for job in jobs] == [["succeeded"]] * len(jobs)
-    assert not any("former life" in line for line in twin.lines)
+    assert not any("former incarnation" in line for line in twin.lines)
 
 
 def test_of_two_clones_that_start_at_once_one_is_refused(

@@ -61,7 +61,7 @@ def in_a_child(do: Callable[[], object]) -> str:
 
 
 def sockets(settings: Settings) -> list[int]:
-    return fork_safety.sockets_to(fork_safety.places_of(settings))
+    return fork_safety.sockets_to(fork_safety.endpoints_of(settings))
 
 
 def test_a_child_has_no_connection_of_its_parent(stores: Stores, settings: Settings) -> None:

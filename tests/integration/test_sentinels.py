@@ -100,8 +100,8 @@ def test_a_child_has_no_connection_of_its_parent(platform: Platform) -> None:
     stores.redis.ping()
     ours = set(stores.ledger.descriptors())
     assert len(ours) == 1
-    places = {*fork_safety.places_of(platform.settings), *sentinels.ports}
-    assert ours <= set(fork_safety.sockets_to(places))
+    endpoints = {*fork_safety.endpoints_of(platform.settings), *sentinels.ports}
+    assert ours <= set(fork_safety.sockets_to(endpoints))
     stores.redis.close()
 
 

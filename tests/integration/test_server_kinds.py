@@ -81,7 +81,7 @@ def test_a_child_has_no_connection_of_its_parent(own_redis_url: str, database_ur
         stores.redis.ping()
         ours = stores.ledger.descriptors()
         assert len(ours) == 1
-        assert set(ours) <= set(fork_safety.sockets_to(fork_safety.places_of(running.settings)))
+        assert set(ours) <= set(fork_safety.sockets_to(fork_safety.endpoints_of(running.settings)))
         stores.redis.close()
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from celery_capacity.routing.config import process_identity
-from celery_capacity.routing.config.process_identity import Place
+from celery_capacity.routing.config.process_identity import PidSpace
 from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers.process.identity import is_known_dead, new_identity
 
@@ -28,14 +28,14 @@ def own_row() -> WorkerRow:
         capacity={},
         hostname=identity.hostname,
         pid=identity.pid,
-        place=identity.place,
+        pid_space=identity.pid_space,
         start_ticks=identity.start_ticks,
         version=identity.version,
         started_at=identity.started_at,
     )
 
 
-HERE = process_identity.here()
+HERE = process_identity.pid_space()
 
 
 def test_own_process_is_not_dead() -> None:
@@ -54,24 +54,24 @@ def test_live_process_is_not_dead_after_a_step_of_the_wall_clock(step: float, mo
 
 def test_process_of_another_boot_is_never_known_to_be_dead() -> None:
     """Clones have one machine id and one host name, and each has a boot of its own."""
-    row = replace(own_row(), place=Place(HERE.machine, "another boot:pid:[1]"), pid=2**22 + 1)
+    row = replace(own_row(), pid_space=PidSpace(HERE.machine, "another boot:pid:[1]"), pid=2**22 + 1)
     assert not is_known_dead(row, HERE)
 
 
 def test_process_of_another_machine_is_never_known_to_be_dead() -> None:
-    row = replace(own_row(), place=Place("another machine", HERE.boot), pid=2**22 + 1)
+    row = replace(own_row(), pid_space=PidSpace("another machine", HERE.boot), pid=2**22 + 1)
     assert not is_known_dead(row, HERE)
 
 
 def test_process_of_another_pid_namespace_is_never_known_to_be_dead() -> None:
     boot = HERE.boot.partition(":")[0]
-    row = replace(own_row(), place=Place(HERE.machine, f"{boot}:pid:[1]"), pid=2**22 + 1)
+    row = replace(own_row(), pid_space=PidSpace(HERE.machine, f"{boot}:pid:[1]"), pid=2**22 + 1)
     assert not is_known_dead(row, HERE)
 
 
 def test_nothing_is_known_where_the_boot_is_unknown() -> None:
-    nowhere = Place(HERE.machine, "")
-    assert not is_known_dead(replace(own_row(), place=nowhere, pid=2**22 + 1), nowhere)
+    nowhere = PidSpace(HERE.machine, "")
+    assert not is_known_dead(replace(own_row(), pid_space=nowhere, pid=2**22 + 1), nowhere)
 
 
 def test_process_whose_pid_nobody_has_is_dead() -> None:

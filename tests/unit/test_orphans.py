@@ -14,7 +14,7 @@ def test_predecessor_in_this_very_process_is_left_alone() -> None:
     """Tests run one worker after the other in one process; a worker may leave while its stores are away."""
     pid = os.fork()
     if not pid:
-        os._exit(orphans.end_predecessors([own_row()], process_identity.here()))
+        os._exit(orphans.end_predecessors([own_row()], process_identity.pid_space()))
     _, status = os.waitpid(pid, os.WUNTRACED)
     if os.WIFSTOPPED(status):
         os.kill(pid, signal.SIGKILL)

@@ -142,7 +142,7 @@ def test_candidates_are_those_that_have_the_rarest_of_what_is_asked_for_in_the_d
     assert found_by(need(1, gpus=1, licence=1).within("video"), books) == "queue:video"
     assert found_by(need(1, memory=1), books) == ""
     gpus_for_video_only = replace(serving("d", "video"), capacity={**serving("d", "video").capacity, "gpus": 1})
-    assert gpus_for_video_only.places == {"queue:video"}
+    assert gpus_for_video_only.index_names == {"queue:video"}
 
 
 def test_workers_with_too_few_cpus_are_not_among_the_candidates() -> None:

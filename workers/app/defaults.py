@@ -91,7 +91,9 @@ class Defaults(dict[str, Any]):
         settings = stores.settings_without_servers()
         if settings.broker_url is not None:
             check_broker(settings.broker_url)
-        answer_within, connect_within = (part * settings.store_timeout for part in (timeouts.ANSWER, timeouts.CONNECT))
+        answer_timeout, connect_timeout = (
+            share * settings.store_timeout for share in (timeouts.ANSWER, timeouts.CONNECT)
+        )
         super().__init__(
             {
                 "broker_url": settings.broker_url,
@@ -112,12 +114,12 @@ class Defaults(dict[str, Any]):
                 "broker_connection_retry_on_startup": True,
                 # By default kombu waits for ever on a dead connection.
                 "broker_transport_options": {
-                    "socket_timeout": answer_within,
-                    "socket_connect_timeout": connect_within,
+                    "socket_timeout": answer_timeout,
+                    "socket_connect_timeout": connect_timeout,
                     **BROKER_TRANSPORT,
                 },
-                "redis_socket_timeout": answer_within,
-                "redis_socket_connect_timeout": connect_within,
+                "redis_socket_timeout": answer_timeout,
+                "redis_socket_connect_timeout": connect_timeout,
                 "redis_socket_keepalive": True,
                 # A client that reads a result while the backend restarts waits for it: nine tries, about ten seconds in
                 # all. Celery's base of 10 ms doubles each time, so the last tries are some five seconds apart.

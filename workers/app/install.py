@@ -11,9 +11,9 @@ from celery.app import backends
 from kombu.utils.imports import symbol_by_name
 
 from celery_capacity.routing.errors import NoServers, PlatformError
-from celery_capacity.workers.app.adoption import cover_tasks, make_anew, unproxied
 from celery_capacity.workers.app.control import control_class
 from celery_capacity.workers.app.defaults import Defaults, NoBackend
+from celery_capacity.workers.app.existing_parts import cover_tasks, make_anew, unproxied
 from celery_capacity.workers.broker import beat_messages
 from celery_capacity.workers.membership.preflight import check_imports
 from celery_capacity.workers.process.stores import Resolve, Stores, resolve_running

@@ -37,7 +37,7 @@ from celery_capacity.workers.remote import (
 CONSUMER: Final = "celery_capacity.workers.execute.consumer:consumer_class"
 
 #: Numbers for the workers of this process that nobody named.
-_lives: Final = itertools.count(1)
+_numbers: Final = itertools.count(1)
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
             logger.info("%s names requests for %d patterns of task names", stores.settings.requests, len(rules.rules))
         if sender.hostname == anon_nodename() and not stores.settings.node_name:
             # A worker of `celery.contrib.testing`, in a thread: this process may have had one, or have two.
-            sender.hostname = anon_nodename(prefix=f"gen{next(_lives)}-")
+            sender.hostname = anon_nodename(prefix=f"gen{next(_numbers)}-")
         identity = new_identity(name_of(stores.settings, sender.hostname))
         orphans.mark(identity.incarnation)
         queue_commands.connect()

@@ -390,9 +390,9 @@ class Connection(kombu.Connection):
     consumes_nothing: bool = False
 
     def clone(self, **options: Any) -> Connection:
-        twin: Connection = super().clone(**options)
-        twin.purge_jobs = self.purge_jobs
-        return twin
+        clone: Connection = super().clone(**options)
+        clone.purge_jobs = self.purge_jobs
+        return clone
 
     def get_transport_cls(self) -> type:
         transport_class: type = super().get_transport_cls()

@@ -34,8 +34,8 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
         closed += lapsed.verdict == "closed"
         if watched and lapsed.verdict == "due" and lapsed.incarnation:
             with stores.engine.connect() as connection:
-                life = worker_rows.find_worker(connection, lapsed.incarnation)
-            orphans.see_to(life, process_identity.here())
+                row = worker_rows.find_worker(connection, lapsed.incarnation)
+            orphans.see_to(row, process_identity.pid_space())
             try:
                 given_up = reclaim.take_back(stores.engine, stores.ledger, worker, lapsed.incarnation, grace_ms)
             except DBAPIError as error:

@@ -43,10 +43,15 @@ class Window:
         worker, not even the observer's own heartbeat, the store takes no heartbeats, and nobody is judged.
         """
         now, before = time.monotonic(), self.looks
-        news = any_lately or any(before[life][0] != last for life, last in seen.items() if life in before)
+        news = any_lately or any(
+            before[incarnation][0] != last for incarnation, last in seen.items() if incarnation in before
+        )
         if not news:
             self._since, before = now, {}
         self.looks = {
-            life: before[life] if before.get(life, (None,))[0] == last else (last, now) for life, last in seen.items()
+            incarnation: before[incarnation] if before.get(incarnation, (None,))[0] == last else (last, now)
+            for incarnation, last in seen.items()
         }
-        return [life for life, (_, since) in self.looks.items() if now - since >= seconds] if news else []
+        if not news:
+            return []
+        return [incarnation for incarnation, (_, since) in self.looks.items() if now - since >= seconds]

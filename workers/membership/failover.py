@@ -75,9 +75,9 @@ class Switch:
             and not reachability.lost
             and reachability.seconds() >= settings.due_interval * STEADY_INTERVALS
         ):
-            within = settings.renew_interval * SILENT_INTERVALS
+            seen_for = settings.renew_interval * SILENT_INTERVALS
             self._change(
-                lambda connection: decide_in_ledger(connection, within),
+                lambda connection: decide_in_ledger(connection, seen_for),
                 "the ledger answers again: it decides, from epoch %d on",
             )
 

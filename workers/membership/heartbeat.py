@@ -24,10 +24,10 @@ from celery_capacity.workers.process.service import LookingService
 logger = logging.getLogger(__name__)
 
 #: Part of the due interval within which two ticks make a single heartbeat: beat's ticks come in pairs.
-TICKS_WITHIN: Final = 0.1
+TICKS_SHARE: Final = 0.1
 #: Part of the renew interval for which a heartbeat waits for the ledger's thread, which may have jobs that are in no
 #: list yet. After that it renews the lease, and leaves the list to the next heartbeat.
-WAITS_PART: Final = 0.5
+WAITS_SHARE: Final = 0.5
 
 
 class HeartbeatThread(LookingService):
@@ -111,7 +111,7 @@ class HeartbeatThread(LookingService):
             now, pause = time.monotonic(), settings.due_interval
             if self._ticked:
                 self._ticked = False
-                renew_at = min(renew_at, renewed_at + settings.due_interval * TICKS_WITHIN)
+                renew_at = min(renew_at, renewed_at + settings.due_interval * TICKS_SHARE)
             try:
                 self._membership.draining |= self._drain
                 self._closed |= self._confirmation.epoch != self._ledger.epoch
@@ -132,7 +132,7 @@ class HeartbeatThread(LookingService):
                     if not self._membership.draining:
                         # Not while draining, since the pool of a worker that stops has no size any more.
                         self._membership.resize(self._measure(), self._holdings)
-                    if not self._renew(settings.renew_interval * WAITS_PART):
+                    if not self._renew(settings.renew_interval * WAITS_SHARE):
                         self._rejoin(self._ledger.opened())
                         self.on_missing()
                     self.on_renewed()

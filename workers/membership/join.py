@@ -30,7 +30,7 @@ OPEN_AGAIN_AFTER: Final = 0.05
 
 
 class Joining:
-    """Entry of one life of a worker. `challenge` asks a twin to show itself."""
+    """Entry of an incarnation of a worker. `challenge` asks another incarnation of the name to show itself."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Joining:
         self._confirmation = confirmation
         self._reachability = reachability
         self._challenge = challenge
-        #: `met`: this life has met the other workers. `begun`: it has begun to register.
+        #: `met`: this incarnation has met the other workers. `begun`: it has begun to register.
         self.met = self.begun = False
 
     def meet(self, wait: Callable[[float], object]) -> None:

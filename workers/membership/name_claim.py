@@ -2,8 +2,8 @@
 
 An incarnation that this machine can prove to be dead is passed over at once. All others are challenged, and given up
 only after silence for the rest of their lease. Another boot, another host name or another pid proves nothing: clones
-and containers share the names, and number their processes anew. An incarnation that gives any sign of life meanwhile is
-a twin.
+and containers share the names, and number their processes anew. An incarnation that gives any sign that it runs
+meanwhile is a second worker of that name.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from celery_capacity.workers.process.identity import Identity, is_known_dead
 
 logger = logging.getLogger(__name__)
 
-#: Part of the TTL within which a live worker answers a challenge (3 s at the usual 60).
-CHALLENGE_PART: Final = 0.05
+#: Share of the TTL within which a live worker answers a challenge (3 s at the usual 60).
+CHALLENGE_SHARE: Final = 0.05
 #: Renew intervals within which a live worker is seen in Postgres while that decides. Nobody answers challenges then.
-SEEN_WITHIN_INTERVALS: Final = 1.5
+SEEN_INTERVALS: Final = 1.5
 #: Seconds between two looks at the stores.
 LOOK_EVERY: Final = 0.1
 
@@ -52,7 +52,7 @@ class Claimant:
     left: float
 
     def spoke_since(self, before: Claimant | None) -> bool:
-        """Return True if the incarnation gave a sign of life since an earlier look. None: it was not there then."""
+        """Return True if the incarnation gave a sign since an earlier look. None: it was not there then."""
         if before is None:
             return self.lease is not None
         return (self.lease is not None and self.lease != before.lease) or self.seen != before.seen
@@ -84,18 +84,20 @@ class NameClaim:
         while True:
             claimants, rows = self._look(with_ledger=challenge is not None)
             claimants = {
-                life: claimant for life, claimant in claimants.items() if not claimant.is_as(self._given_up.get(life))
+                incarnation: claimant
+                for incarnation, claimant in claimants.items()
+                if not claimant.is_as(self._given_up.get(incarnation))
             }
             if not claimants:
                 break
             if not first:
                 first, began = claimants, time.monotonic()
-                answer_by = began + self._answer_within(challenge is not None)
+                answer_by = began + self._answer_time(challenge is not None)
                 if challenge is not None:
                     challenge()
-            for life, claimant in claimants.items():
-                if claimant.spoke_since(first.get(life)):
-                    raise self.taken(life)
+            for incarnation, claimant in claimants.items():
+                if claimant.spoke_since(first.get(incarnation)):
+                    raise self.taken(incarnation)
             waited = time.monotonic() - began
             if time.monotonic() >= answer_by:
                 # By this process's own clock too, since the clock of a store may be set back meanwhile.
@@ -112,7 +114,7 @@ class NameClaim:
                     )
             pause.wait(LOOK_EVERY)
         # Only the rows of this very look, since an incarnation that came after it was not judged.
-        orphans.end_predecessors(rows, self._identity.place)
+        orphans.end_predecessors(rows, self._identity.pid_space)
 
     def taken(self, incarnation: str) -> NameTaken:
         """Return the error for a name that this other incarnation has."""
@@ -129,27 +131,27 @@ class NameClaim:
     def _ttl(self) -> float:
         return self._ledger.settings.worker_ttl
 
-    def _answer_within(self, with_ledger: bool) -> float:
-        """Return the seconds within which a live claimant gives a sign of life."""
+    def _answer_time(self, with_ledger: bool) -> float:
+        """Return the seconds within which a live claimant gives a sign that it runs."""
         with self._engine.connect() as connection:
             authority = read_authority(connection).authority
         if with_ledger and authority == Store.LEDGER:
-            return self._ttl * CHALLENGE_PART
-        return min(self._ttl, self._ledger.settings.renew_interval * SEEN_WITHIN_INTERVALS)
+            return self._ttl * CHALLENGE_SHARE
+        return min(self._ttl, self._ledger.settings.renew_interval * SEEN_INTERVALS)
 
     def _look(self, *, with_ledger: bool) -> tuple[dict[str, Claimant], list[WorkerRow]]:
         """Return the incarnations not known to be dead, and the rows of all that may have left processes behind."""
         holder, lease = self._holder() if with_ledger else ("", None)
         identity, claimants = self._identity, dict[str, Claimant]()
         with self._engine.connect() as connection:
-            rows = worker_rows.namesakes(connection, identity.name, identity.incarnation, identity.place, holder)
+            rows = worker_rows.namesakes(connection, identity.name, identity.incarnation, identity.pid_space, holder)
         lease_left = 0.0 if lease is None else (lease - self._ledger.now_ms()) / 1000
         incarnations = {row.worker.incarnation for row in rows}
         if holder and holder not in incarnations:
             claimants[holder] = Claimant(None, lease, None, lease_left)
         for row in rows:
             worker = row.worker
-            if is_known_dead(worker, identity.place):
+            if is_known_dead(worker, identity.pid_space):
                 continue
             if worker.incarnation == holder and lease is not None:
                 claimants[holder] = Claimant(worker, lease, row.seen, lease_left)

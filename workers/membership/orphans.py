@@ -1,8 +1,8 @@
 """Orphans of dead and stopped workers: processes that would go on beside the next attempt of their job.
 
 The processes of a pool end with their worker by themselves. A process that a body started (`subprocess` and the like)
-does not end. It is known by a variable that it inherited. The worker that takes the dead life's jobs back on the same
-machine ends it.
+does not end. It is known by a variable that it inherited. The worker that takes the dead incarnation's jobs back on the
+same machine ends it.
 
 A worker that is only stopped, or hangs, still has its pool. Such a worker is known by its pid and start. The next
 worker that takes its name on the same machine ends all of its processes first.
@@ -19,32 +19,33 @@ from typing import Final
 import psutil
 
 from celery_capacity.routing.config import process_identity
-from celery_capacity.routing.config.process_identity import Place
+from celery_capacity.routing.config.process_identity import PidSpace
 from celery_capacity.routing.errors import NameTaken
 from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers.process.identity import is_known_dead
 
 logger = logging.getLogger(__name__)
 
-#: Variable in the environment of processes that bodies start: the life of the worker. No setting: nobody else sets it.
+#: Variable in the environment of processes that bodies start: the incarnation of the worker. It is no setting: nobody
+#: else sets it.
 VARIABLE: Final = "CELERY_CAPACITY_INCARNATION"
 #: Seconds to wait for killed processes to be gone. A killed process runs nothing more, though the kernel keeps it.
-GONE_WITHIN: Final = 5.0
+GONE_TIMEOUT: Final = 5.0
 #: Seconds between two looks at killed processes: they are not children of this process, so nothing signals their end.
 LOOK_EVERY: Final = 0.01
 
 
 def mark(incarnation: str) -> None:
-    """Mark all processes that this process and its pool start from now on with this life of the worker."""
+    """Mark all processes that this process and its pool start from now on with this incarnation of the worker."""
     os.environ[VARIABLE] = incarnation
 
 
-def see_to(row: WorkerRow | None, here: Place) -> int:
-    """End the processes that a life of a worker left on this machine; return how many.
+def see_to(row: WorkerRow | None, pid_space: PidSpace) -> int:
+    """End the processes that an incarnation of a worker left on this machine; return how many.
 
-    Nothing is ended unless this machine knows that the life is over.
+    Nothing is ended unless this machine knows that the incarnation is over.
     """
-    if row is None or not is_known_dead(row, here):
+    if row is None or not is_known_dead(row, pid_space):
         return 0
     ended = _kill(_marked({row.incarnation}))
     if ended:
@@ -52,20 +53,20 @@ def see_to(row: WorkerRow | None, here: Place) -> int:
     return ended
 
 
-def end_predecessors(rows: Collection[WorkerRow], here: Place) -> int:
+def end_predecessors(rows: Collection[WorkerRow], pid_space: PidSpace) -> int:
     """End all processes that former incarnations of a name still run on this machine; return how many.
 
     These are main processes, pools, and processes that bodies started. Raises `NameTaken` where a process may not be
     ended.
     """
-    rows = [row for row in rows if here.has(row.place)]
+    rows = [row for row in rows if pid_space.has(row.pid_space)]
     if not rows:
         return 0
     ended = sum(_end_worker(row) for row in rows)
     ended += _kill(_marked({row.incarnation for row in rows}))
     if ended:
         names = ", ".join(sorted({row.name for row in rows}))
-        logger.warning("%d processes of the former life of worker %s were ended", ended, names)
+        logger.warning("%d processes of the former incarnation of worker %s were ended", ended, names)
     return ended
 
 
@@ -114,7 +115,7 @@ def _kill(processes: Iterable[psutil.Process]) -> int:
             killed.append(process)
         except psutil.NoSuchProcess:
             continue
-    deadline = time.monotonic() + GONE_WITHIN
+    deadline = time.monotonic() + GONE_TIMEOUT
     while any(_runs(process) for process in killed) and time.monotonic() < deadline:
         time.sleep(LOOK_EVERY)
     return len(killed)

@@ -125,7 +125,7 @@ def shares_ledger(app: Celery, settings: Settings) -> bool:
         # The broker is another kind of server, or several to choose from.
         return False
     master = broker.master or str(options.get(redis_urls.MASTER) or "")
-    return _place(replace(broker, master=master)) == _place(ledger)
+    return _target(replace(broker, master=master)) == _target(ledger)
 
 
 def _urls(broker_url: object) -> list[str]:
@@ -133,7 +133,7 @@ def _urls(broker_url: object) -> list[str]:
     return [url for value in values for url in str(value).split(BETWEEN)]
 
 
-def _place(address: Address) -> tuple[object, ...]:
+def _target(address: Address) -> tuple[object, ...]:
     """Return the target, the user and the options of an address. Sentinels of one Redis may be named in any order."""
     hosts = frozenset((host.lower(), port) for host, port in address.hosts)
     return (
@@ -147,4 +147,4 @@ def neighbours(engine: Engine, settings: Settings, identity: Identity) -> list[s
     if settings.cpus is not None:
         return []
     with engine.connect() as connection:
-        return worker_rows.live_on_machine(connection, identity.place.boot, identity.name, settings.worker_ttl)
+        return worker_rows.live_on_machine(connection, identity.pid_space.boot, identity.name, settings.worker_ttl)

@@ -90,7 +90,7 @@ class Membership:
     def register(self, capacity: Capacity, declared: Declarations, challenge: Callable[[], None]) -> int:
         """Publish the capacity in the epoch that Postgres confirms; return how many waiting jobs were admitted.
 
-        Jobs that the name's former life still holds are taken back first. Raises `NameTaken`, `LedgerClosed`.
+        Jobs that the name's former incarnation still holds are taken back first. Raises `NameTaken`, `LedgerClosed`.
         """
         self._capacity, self._measured, self._declared = capacity, capacity, declared
         epoch = self._confirmation.ask()
@@ -103,7 +103,7 @@ class Membership:
         self._capacity, self._measured, self._declared = capacity, capacity, declared
         self._told_lost = ledger_lost
         self._write_seen("ready")
-        self._write_former_lives()
+        self._end_former_incarnations()
 
     def _register(self, epoch: int, status: str, challenge: Callable[[], None]) -> int:
         assert self._capacity is not None, "register comes first"
@@ -123,8 +123,8 @@ class Membership:
                 break
             self.name_claim.take(challenge)
             self._take_over(reply.incarnation)
-        # A former life that held nothing when its lease ran out has left no book to take over.
-        self._later(self._write_former_lives)
+        # A former incarnation that held nothing when its lease ran out has left no book to take over.
+        self._later(self._end_former_incarnations)
         self._declare()
         return reply.admitted
 
@@ -137,13 +137,13 @@ class Membership:
         name, settings = self.identity.name, self._ledger.settings
         with self._engine.connect() as connection:
             row = worker_rows.find_worker(connection, incarnation)
-        if row is not None and is_known_dead(row, self.identity.place):
+        if row is not None and is_known_dead(row, self.identity.pid_space):
             self._ledger.expire_lease(name, incarnation)
         elif self._ledger.lapse(name, 0, settings.most_losses, most=0).verdict != "due":
             return
-        logger.warning("the former life of worker %s is over: its jobs are taken back", name)
+        logger.warning("the former incarnation of worker %s is over: its jobs are taken back", name)
         lapsed = take_back(self._engine, self._ledger, name, incarnation, 0)
-        logger.warning("%d jobs of the former life of %s were taken back", lapsed.taken_back, name)
+        logger.warning("%d jobs of the former incarnation of %s were taken back", lapsed.taken_back, name)
         if lapsed.verdict == "waits":
             # Wait for a transaction that keeps the row of one of its jobs locked.
             threading.Event().wait(settings.due_interval)
@@ -228,16 +228,17 @@ class Membership:
         with self._engine.connect() as connection:
             worker_rows.declare(connection, people)
 
-    def _write_former_lives(self) -> None:
+    def _end_former_incarnations(self) -> None:
         with self._engine.connect() as connection:
-            worker_rows.end_former_lives(connection, self.identity.name, self.identity.incarnation)
+            worker_rows.end_former_incarnations(connection, self.identity.name, self.identity.incarnation)
             if self._ledger.epoch:
                 try:
-                    # The last entries of former lives have the values that their jobs returned.
+                    # The last entries of former incarnations have the values that their jobs returned.
                     transition_log.apply_all(self._engine, self._ledger)
                 except (StoreUnavailable, LedgerClosed):
                     return  # a reconcile closes them, when it has read the stream
-            # If the ledger was lost with such a life, nobody takes its jobs back. So its committed ends are closed.
+            # If the ledger was lost with such an incarnation, nobody takes its jobs back. So its committed ends are
+            # closed.
             fencing.close_former(connection, self.identity.name, self.identity.incarnation)
 
     # -- staying and leaving -------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ class Membership:
             capacity=capacity.to_people(),
             hostname=identity.hostname,
             pid=identity.pid,
-            place=identity.place,
+            pid_space=identity.pid_space,
             start_ticks=identity.start_ticks,
             version=identity.version,
             started_at=identity.started_at,
@@ -339,8 +340,8 @@ class Membership:
         self._confirmation.hear(asked, answer)
         # The jobs of these workers may have been taken back from another machine, which cannot end their processes.
         for worker in lost:
-            if worker.incarnation not in self._seen_to and is_known_dead(worker, identity.place):
-                orphans.see_to(worker, identity.place)
+            if worker.incarnation not in self._seen_to and is_known_dead(worker, identity.pid_space):
+                orphans.see_to(worker, identity.pid_space)
                 self._seen_to.add(worker.incarnation)
 
     def _view(self, *, full: bool) -> dict[str, str]:

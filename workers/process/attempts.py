@@ -26,7 +26,7 @@ MAX_KEPT: Final = 64 * 1024**2
 class Attempt:
     """Attempt for which a thread speaks, with its outbox.
 
-    `incarnation`: the life of the worker that holds the attempt. `deferred`: True where the thread must not wait for a
+    `incarnation`: that of the worker that holds the attempt. `deferred`: True where the thread must not wait for a
     store, as in the worker's main loop. Then everything that is published goes into the outbox. `patient`: where it is
     set, the attempt waits for Postgres instead of failing, until `patient` returns False.
     """
@@ -57,12 +57,12 @@ class Attempt:
         return Publisher(self.tag.job, self.tag.epoch, self.tag.attempt, self.incarnation)
 
 
-_here = threading.local()
+_of_thread = threading.local()
 
 
 def current() -> Attempt | None:
     """Return the attempt that runs in this thread, None outside of any."""
-    attempt: Attempt | None = getattr(_here, "attempt", None)
+    attempt: Attempt | None = getattr(_of_thread, "attempt", None)
     return attempt
 
 
@@ -70,19 +70,19 @@ def current() -> Attempt | None:
 def held(attempt: Attempt) -> Iterator[Attempt]:
     """Let this thread speak for the attempt within the block."""
     before = current()
-    _here.attempt = attempt
+    _of_thread.attempt = attempt
     try:
         yield attempt
     finally:
-        _here.attempt = before
+        _of_thread.attempt = before
 
 
 @contextmanager
 def apart() -> Iterator[None]:
     """Let this thread speak for no attempt within the block."""
     before = current()
-    _here.attempt = None
+    _of_thread.attempt = None
     try:
         yield
     finally:
-        _here.attempt = before
+        _of_thread.attempt = before

@@ -26,9 +26,9 @@ POSTGRES_PORT: Final = 5432
 POSTGRES_SOCKET: Final = ".s.PGSQL."
 
 #: A port, or the path of a socket.
-Place = int | str
+Endpoint = int | str
 
-_guarded: dict[str, tuple[int, Collection[Place]]] = {}
+_guarded: dict[str, tuple[int, Collection[Endpoint]]] = {}
 
 
 def guard_children(settings: Settings) -> None:
@@ -38,49 +38,49 @@ def guard_children(settings: Settings) -> None:
     """
     if not _guarded:
         os.register_at_fork(after_in_child=_after_fork)
-    _guarded["main"] = (os.getpid(), places_of(settings))
+    _guarded["main"] = (os.getpid(), endpoints_of(settings))
 
 
 def _after_fork() -> None:
-    pid, places = _guarded["main"]
+    pid, endpoints = _guarded["main"]
     if os.getppid() == pid:
-        let_go(sockets_to({*places, *sentinels.ports}))
+        let_go(sockets_to({*endpoints, *sentinels.ports}))
 
 
-def places_of(settings: Settings) -> frozenset[Place]:
-    """Return the places where the stores and the broker of a platform listen.
+def endpoints_of(settings: Settings) -> frozenset[Endpoint]:
+    """Return the endpoints at which the stores and the broker of a platform listen.
 
-    Behind sentinels, the place of Redis is learnt when it is connected to.
+    Behind sentinels, the endpoint of Redis is learnt when it is connected to.
     """
-    places: set[Place] = set()
+    endpoints: set[Endpoint] = set()
     for url in (settings.redis_url, settings.broker_url, settings.result_backend, settings.database_url):
         with suppress(ValueError):
-            places |= _places(url or "")
-    return frozenset(places)
+            endpoints |= _endpoints(url or "")
+    return frozenset(endpoints)
 
 
-def _places(url: str) -> set[Place]:
+def _endpoints(url: str) -> set[Endpoint]:
     try:
         address = redis_urls.read(url)
     except ValueError:
-        parts = urlsplit(url)
-        return {parts.port or USUAL_PORTS.get(parts.scheme, POSTGRES_PORT)}
+        split = urlsplit(url)
+        return {split.port or USUAL_PORTS.get(split.scheme, POSTGRES_PORT)}
     return {address.path} if address.path else {port for _, port in address.hosts}
 
 
-def sockets_to(places: Collection[Place]) -> list[int]:
-    """Return the descriptors of this process that are connected to such a place, or to the socket of a Postgres."""
+def sockets_to(endpoints: Collection[Endpoint]) -> list[int]:
+    """Return the descriptors of this process that are connected to such an endpoint, or to the socket of a Postgres."""
     descriptors = []
     for name in os.listdir("/dev/fd"):
         descriptor = int(name)
         # The descriptor of the listing itself is gone by now.
         with suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(descriptor).st_mode) and _leads_to(descriptor, places):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode) and _leads_to(descriptor, endpoints):
                 descriptors.append(descriptor)
     return descriptors
 
 
-def _leads_to(descriptor: int, places: Collection[Place]) -> bool:
+def _leads_to(descriptor: int, endpoints: Collection[Endpoint]) -> bool:
     # The plain socket class: gevent's loop would watch a socket of gevent.
     looked_at = _socket.socket(fileno=descriptor)
     try:
@@ -88,9 +88,9 @@ def _leads_to(descriptor: int, places: Collection[Place]) -> bool:
     finally:
         looked_at.detach()
     if isinstance(peer, tuple):
-        return peer[1] in places
+        return peer[1] in endpoints
     path = peer if isinstance(peer, str) else os.fsdecode(peer)
-    return POSTGRES_SOCKET in path or path in places
+    return POSTGRES_SOCKET in path or path in endpoints
 
 
 def let_go(descriptors: Iterable[int]) -> None:

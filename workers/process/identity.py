@@ -1,4 +1,4 @@
-"""Identity of a worker: its name, and its incarnation, the life of the worker that this process is."""
+"""Identity of a worker: its name, and its incarnation, which is this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Final
 import psutil
 
 from celery_capacity.routing.config import process_identity
-from celery_capacity.routing.config.process_identity import Place
+from celery_capacity.routing.config.process_identity import PidSpace
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.identifiers import check_worker_name
@@ -27,14 +27,15 @@ DEFAULT_NODE: Final = "celery"
 class Identity:
     """Name and incarnation of a worker, with the facts of its process.
 
-    `incarnation` is unique to this life. Place, pid and start ticks tell others on this machine whether it is over.
+    `incarnation` is unique to this process. Pid space, pid and start ticks tell others on this machine whether the
+    process is over.
     """
 
     name: str
     incarnation: str
     hostname: str
     pid: int
-    place: Place
+    pid_space: PidSpace
     start_ticks: int | None
     version: str
     started_at: str
@@ -69,13 +70,13 @@ def process_start(pid: int) -> datetime:
 
 
 def new_identity(name: str) -> Identity:
-    """Return the identity of this process as a new life of the worker `name`."""
+    """Return the identity of this process as a new incarnation of the worker `name`."""
     return Identity(
         name=name,
         incarnation=uuid.uuid4().hex,
         hostname=socket.gethostname(),
         pid=os.getpid(),
-        place=process_identity.here(),
+        pid_space=process_identity.pid_space(),
         start_ticks=process_identity.start_ticks(os.getpid()),
         version=platform_version(),
         started_at=process_start(os.getpid()).isoformat(timespec="milliseconds"),
@@ -89,10 +90,10 @@ def platform_version() -> str:
         return "0"
 
 
-def is_known_dead(row: WorkerRow, here: Place) -> bool:
+def is_known_dead(row: WorkerRow, pid_space: PidSpace) -> bool:
     """Return True only if this machine can prove that an incarnation of a worker is over.
 
     The proof: it was a process of this boot, and no process has its pid and start any more. Another boot proves
     nothing: clones share the machine's id, and each has booted. A stopped process is not dead.
     """
-    return here.has(row.place) and process_identity.is_over(row.pid, row.start_ticks)
+    return pid_space.has(row.pid_space) and process_identity.is_over(row.pid, row.start_ticks)

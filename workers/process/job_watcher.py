@@ -77,14 +77,14 @@ class Watcher:
                 self._jobs.pop(name, None)
         self._wake.set()
 
-    def close(self, within: float = 5.0) -> None:
+    def close(self, timeout: float = 5.0) -> None:
         """End the thread and its connection. No callback of a watched job is called any more."""
         with self._lock:
             self._told, self._jobs, self._stays = {}, {}, False
             thread = self._thread
         self._wake.set()
         if thread is not None:
-            thread.join(within)
+            thread.join(timeout)
 
     def descriptors(self) -> list[int]:
         """Return the descriptor of the socket, if there is one: for a child that inherited it."""

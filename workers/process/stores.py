@@ -193,9 +193,9 @@ class Stores:
 
         The epoch of a handle belongs to its user.
         """
-        twin = Stores(self._resolve)
-        twin._made = {"settings": self.settings, "engine": self.engine}
-        return twin
+        clone = Stores(self._resolve)
+        clone._made = {"settings": self.settings, "engine": self.engine}
+        return clone
 
     @property
     def ledger(self) -> Ledger:

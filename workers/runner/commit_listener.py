@@ -88,12 +88,12 @@ class Listener(LookingService):
         # No notification comes again for jobs that were committed before.
         self._bring_in([""])
 
-    def _hear(self, within: float) -> None:
-        """Wait `within` seconds for notifications, and bring in the jobs that they name."""
+    def _hear(self, seconds: float) -> None:
+        """Wait `seconds` seconds for notifications, and bring in the jobs that they name."""
         poll = os_threads.poll()
         poll.register(self._wake.fileno(), select.POLLIN)
         poll.register(self._listening.fileno(), select.POLLIN)
-        ready = poll.poll(within * 1000)
+        ready = poll.poll(seconds * 1000)
         self._wake.clear()
         if not any(descriptor != self._wake.fileno() for descriptor, _ in ready):
             return

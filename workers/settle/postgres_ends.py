@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 #: Most ends written in one transaction.
 MAX_ENDS: Final = 200
 #: Text in the outbox of a job that left a chord part. Results may be kept apart from the outbox, chord parts are not.
-PART: Final = '"chord": "'
+CHORD: Final = '"chord": "'
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class PostgresEnds:
     """Writer of ends to Postgres, used by the ledger's thread alone.
 
     `on_room` is called after holdings were removed, `on_outbox` when rows have something to be delivered. In a thread
-    of the recorder's that may wait for a store, `on_parts` gets the jobs whose rows have chord parts, and `tell_late`
-    gets (job, token, outbox) of an end that was not written.
+    of the recorder's that may wait for a store, `on_chord_parts` gets the jobs whose rows have chord parts, and
+    `tell_late` gets (job, token, outbox) of an end that was not written.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class PostgresEnds:
         context: WorkerContext,
         on_room: Callable[[], None],
         on_outbox: Callable[[], None],
-        on_parts: Callable[[Sequence[str]], None],
+        on_chord_parts: Callable[[Sequence[str]], None],
         tell_late: Callable[[str, str, str], None],
     ) -> None:
         self._engine = context.engine
@@ -91,7 +91,7 @@ class PostgresEnds:
         self._later = context.recorder.call
         self._on_room = on_room
         self._on_outbox = on_outbox
-        self._on_parts = on_parts
+        self._on_chord_parts = on_chord_parts
         self.tell_late = tell_late
         self._warning = LastingWarning(logger)
         #: Number of refused ends that are not counted in the ledger yet.
@@ -156,8 +156,8 @@ class PostgresEnds:
         self._on_room()
         if any(end.whole or end.ended.outbox for end in written.ends):
             self._on_outbox()
-        if parts := [end.ended.job for end in written.ends if PART in end.ended.outbox]:
-            self._later(partial(self._on_parts, parts))
+        if chord_jobs := [end.ended.job for end in written.ends if CHORD in end.ended.outbox]:
+            self._later(partial(self._on_chord_parts, chord_jobs))
 
     def _write_all(self, batch: Sequence[End]) -> Written:
         """Write ends so that an end that Postgres refuses concerns its own job alone; return those that are written.

@@ -161,7 +161,7 @@ class LedgerThread(os_threads.Thread):
                 self._wake.wait(RETRY_AFTER if self._refused or self._late else 60.0)
                 continue
             try:
-                # Not while it registers in a new epoch: books without its holdings take its ends for a stranger's.
+                # Not while it registers in a new epoch: books without its holdings refuse its ends.
                 with self._exclusive:
                     if offering:
                         self._offer_again()

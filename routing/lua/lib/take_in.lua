@@ -5,7 +5,7 @@
 -- since, and only the deadline counts.
 local function is_late(deadline, now)
   local opened = tonumber(redis.call('HGET', KEY.epoch, 'opened') or '0')
-  if now > deadline or (opened <= now and deadline - LIMIT.submit_within < opened) then
+  if now > deadline or (opened <= now and deadline - LIMIT.submit_limit < opened) then
     count('refused.late', 1)
     return true
   end
