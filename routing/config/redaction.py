@@ -12,7 +12,7 @@ from typing import Any, Final
 #: Text that stands for a hidden value.
 HIDDEN: Final = "***"
 #: Members of arguments that are examined: more than the thousand characters of a representation can show.
-MOST_MEMBERS: Final = 1000
+MAX_MEMBERS: Final = 1000
 #: Levels of lists and dicts that are examined, one more than a representation shows.
 LEVELS: Final = 4
 
@@ -30,7 +30,7 @@ def looks_secret(name: object) -> bool:
 
 def hidden(arguments: Any) -> Any:
     """Return the arguments as they may be shown: the object itself where nothing is to be hidden, else a copy."""
-    return _hidden(arguments, LEVELS, [MOST_MEMBERS])
+    return _hidden(arguments, LEVELS, [MAX_MEMBERS])
 
 
 def _hidden(value: Any, levels: int, left: list[int]) -> Any:

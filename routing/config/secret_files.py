@@ -26,7 +26,7 @@ FROM_FILES: Final = (
 )
 SUFFIX: Final = "_FILE"
 #: bytes; no URL is longer, and a wrong file (a device, a dump) is not read to its end
-MOST_BYTES: Final = 64 * 1024
+MAX_BYTES: Final = 64 * 1024
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
 
@@ -60,14 +60,14 @@ def _read(named: str, path: str) -> str:
         )
     try:
         with file.open("rb") as stream:
-            content = stream.read(MOST_BYTES + 1)
+            content = stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a path with the character NUL
         reason = getattr(error, "strerror", None) or "it is no path"
         raise InvalidRequest(
             f"{named} cannot be read: {reason}", value=path, advice="The user of this process must be able to read it."
         ) from None
     url = content.decode("utf-8", "replace").strip()
-    if len(content) > MOST_BYTES or not _URL.fullmatch(url):
+    if len(content) > MAX_BYTES or not _URL.fullmatch(url):
         problem = "is empty" if not url else "does not hold one URL and nothing else"
         raise InvalidRequest(f"{named} {problem}", value=path, advice="Write the URL into it, in one line.")
     return url

@@ -27,7 +27,7 @@ MIN_SECONDS = 0.001
 #: bytes, above which neither Redis (512 MiB a value) nor a row should hold a message
 MAX_MESSAGE_LIMIT = 512 * 1024**2
 #: lost attempts after which a job ends at the latest; a column of Postgres counts them
-MOST_LOSSES_LIMIT = 1000
+MAX_LOSSES_LIMIT = 1000
 
 
 class Meaning(NamedTuple):
@@ -311,8 +311,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             wrong.append(f"{meaning.env}={seconds} must be from {MIN_SECONDS:g} to {MAX_SECONDS:.0f} seconds{never}.")
     if "max_message" in values and not 0 < values["max_message"] <= MAX_MESSAGE_LIMIT:
         wrong.append(f"PLATFORM_MAX_MESSAGE={values['max_message']} must be from 1 to {MAX_MESSAGE_LIMIT} bytes.")
-    if "most_losses" in values and not 1 <= values["most_losses"] <= MOST_LOSSES_LIMIT:
-        wrong.append(f"PLATFORM_MOST_LOSSES={values['most_losses']} must be from 1 to {MOST_LOSSES_LIMIT} attempts.")
+    if "most_losses" in values and not 1 <= values["most_losses"] <= MAX_LOSSES_LIMIT:
+        wrong.append(f"PLATFORM_MOST_LOSSES={values['most_losses']} must be from 1 to {MAX_LOSSES_LIMIT} attempts.")
     if {"redis_url", "database_url"} <= values.keys() and (values["redis_url"] is None) != (
         values["database_url"] is None
     ):

@@ -30,7 +30,7 @@ ENV: Final = "PLATFORM_REQUESTS"
 #: Key that is false where the first lost attempt ends the job, as in what workers publish of a task: {"rerun": false}.
 RERUN: Final = "rerun"
 #: Task names whose rule is remembered at once; bounded, since anybody may send by any name.
-MOST_NAMES: Final = 4096
+MAX_NAMES: Final = 4096
 #: Keys that a table may have.
 KEYS: Final = (*REQUEST_OPTIONS, RERUN)
 
@@ -57,7 +57,7 @@ class RequestRules:
     def of(self, name: str) -> Rule | None:
         """Return the first rule that fits the name of a task; None for none."""
         if name not in self._found:
-            if len(self._found) >= MOST_NAMES:
+            if len(self._found) >= MAX_NAMES:
                 self._found.clear()
             self._found[name] = next((rule for rule in self.rules if fnmatchcase(name, rule.pattern)), None)
         return self._found[name]

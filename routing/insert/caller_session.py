@@ -20,7 +20,7 @@ from celery_capacity.routing.insert import columns
 from celery_capacity.routing.model.job import NewJob
 
 #: Jobs of one call that are named in notifications; of more jobs, a notification says only that there are some.
-MOST_NAMED: Final = 20
+MAX_NAMED: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def insert_jobs(connection: Connection, home: Home, jobs: Sequence[NewJob]) -> M
     rows = connection.execute(_INSERT, [_row(job) for job in jobs], execution_options=options).all()
     written = {row[0]: row[1] for row in rows}
     ready = [job.id for job in jobs if job.due_at is None and job.id in written]
-    for payload in ready if len(ready) <= MOST_NAMED else [""]:
+    for payload in ready if len(ready) <= MAX_NAMED else [""]:
         connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": payload})
     return written
 

@@ -33,7 +33,7 @@ _SIMPLE: Final = single.Statement.of(
 #: counted, and the kinds that may have a statement, which costs the server some ten kB.
 _COMMON: Final = 8
 _COUNTED: Final = 256
-_MOST_KINDS: Final = 32
+_MAX_KINDS: Final = 32
 
 #: Values that jobs of one kind have in common, in the order of `_SIMPLE`: name, shape, request, priority, declared,
 #: queue.
@@ -117,7 +117,7 @@ class Inserter:
 
     def _count(self, kind: _Kind) -> single.Statement | None:
         """Count a job of a kind without a statement; return the statement that the kind gets for that, if any."""
-        if len(self._own) == _MOST_KINDS:
+        if len(self._own) == _MAX_KINDS:
             return None
         came = self._came.pop(kind, 0) + 1
         if came == _COMMON:

@@ -197,7 +197,7 @@ _GATE_JOB: Final = text("SELECT unknown, starts FROM gate_job(:job, CAST(:after 
 #: Statement by which a rate lets jobs go; returns their ids.
 OPEN_RATE: Final = text("SELECT open_rate(:name, :rate, :said, :burst, :most)")
 #: Jobs of a task that one call lets go.
-MOST_LET_GO: Final = 1000
+MAX_LET_GO: Final = 1000
 
 
 class _NotInserted(Exception):
@@ -259,7 +259,7 @@ def _goes_at_once(connection: Connection, job: NewJob, gates: Gates) -> bool:
     """
     assert gates.rate is not None
     rate = {"name": job.name, "rate": gates.rate.per_second, "said": gates.rate.said}
-    return job.id in connection.execute(OPEN_RATE, {**rate, "burst": gates.burst, "most": MOST_LET_GO}).scalars().all()
+    return job.id in connection.execute(OPEN_RATE, {**rate, "burst": gates.burst, "most": MAX_LET_GO}).scalars().all()
 
 
 @contextmanager

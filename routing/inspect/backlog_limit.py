@@ -18,7 +18,7 @@ from celery_capacity.routing.ledger import keys
 #: Seconds for which a process trusts a count of the backlog.
 COUNT_FOR: Final = 1.0
 #: Most shapes that are counted. Each has at least one waiting job.
-MOST_SHAPES: Final = 10_000
+MAX_SHAPES: Final = 10_000
 
 
 class BacklogLimit:
@@ -73,7 +73,7 @@ def waiting_in_ledger(client: redis.Redis) -> int | None:
     """Count the waiting jobs, in two round trips; return None for a ledger that is cold or being rebuilt."""
     pipe = client.pipeline(transaction=False)
     pipe.hmget(keys.EPOCH, "epoch", "rebuilding")
-    pipe.zrange(keys.SHAPES, 0, MOST_SHAPES - 1)
+    pipe.zrange(keys.SHAPES, 0, MAX_SHAPES - 1)
     (epoch, rebuilding), shapes = pipe.execute()
     if epoch is None or rebuilding is not None:
         return None

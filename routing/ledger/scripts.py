@@ -26,7 +26,7 @@ from celery_capacity.routing.ledger.signatures import Signature
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.model.states import Step
-from celery_capacity.routing.policy.placement import CANDIDATES, FREED_PASSES, MOST_ADMITTED, SHAPES
+from celery_capacity.routing.policy.placement import CANDIDATES, FREED_PASSES, MAX_ADMITTED, SHAPES
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES
 
 #: Candidates that a submit fetches first. It fetches the others only where none of these has room.
@@ -39,7 +39,7 @@ RUN: Final = 1000
 #: Workers that one script looks at for many jobs together, in some 2 ms. Later jobs are placed by separate scripts.
 SEARCHED: Final = 8 * CANDIDATES
 #: Passes of one script over all workers that are no longer kept because of it.
-MOST_FREED_PASSES: Final = 2 * FREED_PASSES
+MAX_FREED_PASSES: Final = 2 * FREED_PASSES
 
 #: Jobs of a worker whose amounts one script adds up, in some 2 ms. More jobs are counted in pages.
 HELD: Final = 500
@@ -158,9 +158,9 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
             "few": FEW,
             "run": RUN,
             "shapes": SHAPES,
-            "most": MOST_ADMITTED,
+            "most": MAX_ADMITTED,
             "passes": FREED_PASSES,
-            "freed": MOST_FREED_PASSES,
+            "freed": MAX_FREED_PASSES,
             "searched": SEARCHED,
             "held": HELD,
             "tombstone": tombstone_ms,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 #: Levels of lists and objects in an envelope. The body is text here, whatever is in it.
-MOST_LEVELS: Final = 100
+MAX_LEVELS: Final = 100
 #: Characters of a delivery tag, an exchange and a routing key.
 NAME_LENGTH: Final = 512
 #: Encodings in which the bodies of messages are written into JSON.
@@ -51,7 +51,7 @@ def read(raw: bytes) -> Envelope:
         raise Unreadable(f"not JSON: {error}") from error
     envelope = checked(decoded)
     # Count first: most messages have fewer brackets in all than levels are allowed.
-    if raw.count(b"[") + raw.count(b"{") > MOST_LEVELS and not _is_shallow(decoded):
+    if raw.count(b"[") + raw.count(b"{") > MAX_LEVELS and not _is_shallow(decoded):
         raise Unreadable("nested too deep")
     envelope.raw = raw
     return envelope
@@ -98,7 +98,7 @@ def _kind(value: object) -> str:
 def _is_shallow(value: object) -> bool:
     """Return True if no part of a value is nested too deep for code that walks through it."""
     level = [value]
-    for _ in range(MOST_LEVELS):
+    for _ in range(MAX_LEVELS):
         inside: list[object] = []
         for member in level:
             if isinstance(member, Mapping):

@@ -14,10 +14,10 @@ from celery_capacity.routing.errors import MessageTooDeep
 #: Content type whose text is examined.
 JSON: Final = "application/json"
 #: Levels of lists and dicts that one argument or one header may have.
-MOST_LEVELS: Final = 50
+MAX_LEVELS: Final = 50
 #: Levels of the canvas that follows a task: its chain, chord and links, where each step takes four to eight. Decoding
 #: recurses, and Python allows some 1,000 levels.
-MOST_CANVAS_LEVELS: Final = 500
+MAX_CANVAS_LEVELS: Final = 500
 #: Levels around an argument (the body, then args or kwargs), and around a header (the message, then its headers).
 AROUND: Final = 2
 #: Levels that are removed one by one, at C's speed; the rest is examined bracket by bracket.
@@ -34,9 +34,9 @@ _OTHERS: Final = bytes(set(range(256)) - set(_BRACKETS))
 def check_body(body: bytes, task: object) -> None:
     """Raise `MessageTooDeep` where the JSON `[args, kwargs, {callbacks, chain, ...}]` of a task is nested too deep."""
     canvas = isinstance(task, str) and task.startswith(CANVAS_PREFIX)
-    arguments = MOST_CANVAS_LEVELS if canvas else MOST_LEVELS
+    arguments = MAX_CANVAS_LEVELS if canvas else MAX_LEVELS
     for part, levels in enumerate(_levels(body)):
-        limit = arguments if part < 2 else MOST_CANVAS_LEVELS
+        limit = arguments if part < 2 else MAX_CANVAS_LEVELS
         if levels > limit:
             _refuse("an argument" if part < 2 else "the canvas that follows the task", levels, limit)
 
@@ -44,8 +44,8 @@ def check_body(body: bytes, task: object) -> None:
 def check_headers(envelope: bytes) -> None:
     """Raise `MessageTooDeep` where the headers are nested too deep, in the JSON text of a whole message."""
     levels = max(_levels(envelope), default=0)
-    if levels > MOST_LEVELS:
-        _refuse("a header", levels, MOST_LEVELS)
+    if levels > MAX_LEVELS:
+        _refuse("a header", levels, MAX_LEVELS)
 
 
 def check_value(value: Any, task: object) -> None:
@@ -54,7 +54,7 @@ def check_value(value: Any, task: object) -> None:
     The value itself is walked through, without recursion.
     """
     canvas = isinstance(task, str) and task.startswith(CANVAS_PREFIX)
-    limit = MOST_CANVAS_LEVELS if canvas else MOST_LEVELS
+    limit = MAX_CANVAS_LEVELS if canvas else MAX_LEVELS
     level, members_of_level = 0, [value]
     while members_of_level:
         inside: dict[int, Any] = {}
@@ -75,7 +75,7 @@ def _levels(document: bytes) -> list[int]:
 
     Return an empty list where no member can be too deep.
     """
-    if document.count(b"[") + document.count(b"{") <= MOST_LEVELS:
+    if document.count(b"[") + document.count(b"{") <= MAX_LEVELS:
         return []
     brackets = shallow = _STRING.sub(b"", document).translate(None, _OTHERS)
     for _ in range(SHALLOW):

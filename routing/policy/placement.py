@@ -51,7 +51,7 @@ CANDIDATES = 64
 #: Shapes that one script looks at, for the same reason; platforms have tens of shapes rather than thousands.
 SHAPES = 64
 #: Jobs that one script admits: a few calls fill an empty worker with 96 CPUs.
-MOST_ADMITTED = 32
+MAX_ADMITTED = 32
 #: Passes in one call over a worker that is no longer kept for a shape: it is empty, or nearly, and nobody else goes on
 #: with it. They fill 128 slots; the sweep fills the rest. The case is as rare as a job's last attempt.
 FREED_PASSES = 4

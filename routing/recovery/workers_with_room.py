@@ -20,18 +20,18 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import Book, fits
 
 #: Most shapes that are read, and most smallest ones that are judged. Where there are more, any worker may have room.
-MOST_SHAPES: Final = 2000
-MOST_SMALLEST: Final = 50
+MAX_SHAPES: Final = 2000
+MAX_SMALLEST: Final = 50
 #: Books in one round trip.
 CHUNK: Final = 200
 
 
 def with_room(client: redis.Redis) -> Iterator[str]:
     """Yield the workers in the index that may have room for a waiting job. Raises `RedisError`."""
-    shapes = client.zrange(keys.SHAPES, 0, MOST_SHAPES)
+    shapes = client.zrange(keys.SHAPES, 0, MAX_SHAPES)
     if not shapes:
         return
-    wanted = None if len(shapes) > MOST_SHAPES else smallest(map(snapshot.text, shapes))
+    wanted = None if len(shapes) > MAX_SHAPES else smallest(map(snapshot.text, shapes))
     names = [snapshot.text(name) for name in client.zrange(keys.FREE, 0, -1)]
     for start in range(0, len(names), CHUNK):
         some = names[start : start + CHUNK]
@@ -46,7 +46,7 @@ def with_room(client: redis.Redis) -> Iterator[str]:
 def smallest(shapes: Iterable[str]) -> list[Request] | None:
     """Return the smallest of these requests: no other one asks for less of everything.
 
-    Return None where there are more than `MOST_SMALLEST`, or a shape is no valid request.
+    Return None where there are more than `MAX_SMALLEST`, or a shape is no valid request.
     """
     try:
         requests = sorted(map(Request.from_shape, shapes), key=lambda request: sum(dict(request.amounts).values()))
@@ -57,7 +57,7 @@ def smallest(shapes: Iterable[str]) -> list[Request] | None:
         if any(_is_no_larger(other, request) for other in minimal):
             continue
         minimal = [other for other in minimal if not _is_no_larger(request, other)] + [request]
-        if len(minimal) > MOST_SMALLEST:
+        if len(minimal) > MAX_SMALLEST:
             return None
     return minimal
 

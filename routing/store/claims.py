@@ -23,7 +23,7 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import FINAL, Outcome, State, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.fill import fill_or_keep
-from celery_capacity.routing.policy.placement import MOST_ADMITTED, Book, Waiting, fits, held_by, order
+from celery_capacity.routing.policy.placement import MAX_ADMITTED, Book, Waiting, fits, held_by, order
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES, losses_in_doubt
 from celery_capacity.routing.store import fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Applied, Transition
@@ -108,7 +108,7 @@ def choose(book: Book, page: Sequence[Candidate], most_losses: int) -> list[Cand
     by_id = {row.job: row for row in page}
     waiting = [Waiting(row.job, asked[row.job], order(row.priority, row.seq)) for row in page]
     elsewhere = {asked[row.job].shape for row in alone}
-    return [by_id[entry.job] for entry in fill_or_keep(book, waiting, len(page), MOST_ADMITTED, elsewhere).admitted]
+    return [by_id[entry.job] for entry in fill_or_keep(book, waiting, len(page), MAX_ADMITTED, elsewhere).admitted]
 
 
 def look(connection: Connection, book: Book, most_losses: int, passed: Collection[str] = ()) -> list[Candidate]:

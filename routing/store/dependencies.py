@@ -26,7 +26,7 @@ from sqlalchemy import Connection, Engine, TextClause, text
 from sqlalchemy.exc import OperationalError
 
 from celery_capacity.routing.database.postgres_errors import is_locked
-from celery_capacity.routing.insert.single import MOST_LET_GO, OPEN_RATE
+from celery_capacity.routing.insert.single import MAX_LET_GO, OPEN_RATE
 from celery_capacity.routing.model.job import Rate
 from celery_capacity.routing.model.outbox import UNTOLD
 from celery_capacity.routing.model.states import State, Step
@@ -141,7 +141,7 @@ def let_go(connection: Connection, burst: float) -> int:
     """
     went = 0
     for name in connection.execute(_HELD).scalars().all():
-        values = {"name": name, "rate": None, "said": None, "burst": burst, "most": MOST_LET_GO}
+        values = {"name": name, "rate": None, "said": None, "burst": burst, "most": MAX_LET_GO}
         went += len(connection.execute(OPEN_RATE, values).all())
     return went
 

@@ -1,7 +1,7 @@
 """Messages that nobody can read, set aside as they came, in the table `quarantine`.
 
 Nothing in them is trusted or looked at again. They are kept for a person who asks where they came from. Only the newest
-`MOST_KEPT` are kept, so that a flood of such messages does not fill the database.
+`MAX_KEPT` are kept, so that a flood of such messages does not fill the database.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from celery_capacity.routing.database.schema import quarantine
 from celery_capacity.routing.errors import storable
 
 #: Bytes of a message that are kept.
-MOST_BYTES: Final = 1024**2
+MAX_BYTES: Final = 1024**2
 #: Messages that are kept.
-MOST_KEPT: Final = 1000
+MAX_KEPT: Final = 1000
 #: Characters of a reason and of the name of a queue.
 REASON_LENGTH: Final = 500
 QUEUE_LENGTH: Final = 255
@@ -39,7 +39,7 @@ class SetAside:
     @classmethod
     def of(cls, raw: bytes, queue: str, reason: str, worker: str | None = None) -> SetAside:
         """Make one, with each value cut to the limits of the table, in characters that Postgres stores."""
-        return cls(bytes(raw[:MOST_BYTES]), storable(queue, QUEUE_LENGTH), storable(reason, REASON_LENGTH), worker)
+        return cls(bytes(raw[:MAX_BYTES]), storable(queue, QUEUE_LENGTH), storable(reason, REASON_LENGTH), worker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Quarantined:
 
 
 def write(connection: Connection, messages: Sequence[SetAside]) -> None:
-    """Store these messages, and delete all but the newest `MOST_KEPT`."""
+    """Store these messages, and delete all but the newest `MAX_KEPT`."""
     newest = connection.execute(
         insert(quarantine).returning(quarantine.c.id),
         [
@@ -80,7 +80,7 @@ def write(connection: Connection, messages: Sequence[SetAside]) -> None:
             for message in messages
         ],
     ).scalars()
-    connection.execute(delete(quarantine).where(quarantine.c.id <= max(newest) - MOST_KEPT))
+    connection.execute(delete(quarantine).where(quarantine.c.id <= max(newest) - MAX_KEPT))
 
 
 _KNOWN: Final = text("""

@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 #: system below.
 STORE_WIDE: Final = ("08", "0A", "25", "28", "3D", "40", "42", "53", "55", "57", "58")
 #: The largest numbers that the columns of a token hold.
-_MOST_EPOCH: Final = 2**63 - 1
-_MOST_ATTEMPT: Final = 2**31 - 1
+_MAX_EPOCH: Final = 2**63 - 1
+_MAX_ATTEMPT: Final = 2**31 - 1
 
 _MARK: Final = text(f"""
 UPDATE jobs SET error = :error WHERE id = :job
@@ -149,7 +149,7 @@ def _apply_without_outbox(engine: Engine, transition: Transition, why: str) -> l
 
 def _mark(engine: Engine, transition: Transition, why: str) -> list[Applied]:
     """Note in the row that a transition was set aside. An end still ends the job, with this note as its error."""
-    token = {"epoch": _clamped(transition.epoch, _MOST_EPOCH), "attempt": _clamped(transition.attempt, _MOST_ATTEMPT)}
+    token = {"epoch": _clamped(transition.epoch, _MAX_EPOCH), "attempt": _clamped(transition.attempt, _MAX_ATTEMPT)}
     words = _ascii(f"a transition was set aside: {why}")[: job_transitions.ERROR_LENGTH]
     values = {"job": transition.job, "error": words, **token}
     ended = transition.state in FINAL

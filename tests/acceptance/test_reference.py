@@ -275,7 +275,7 @@ def test_the_numbers_of_the_policy_are_its_constants() -> None:
     page = " ".join(POLICY.read_text(encoding="utf-8").split())
     assert f"**{placement.CANDIDATES} candidates**" in page
     assert f"**{placement.SHAPES} shapes**" in page
-    assert f"**{placement.MOST_ADMITTED} jobs**" in page
+    assert f"**{placement.MAX_ADMITTED} jobs**" in page
 
 
 def test_the_reasons_of_the_policy_are_all_there() -> None:

@@ -26,7 +26,7 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.fill import fill
 from celery_capacity.routing.policy.placement import (
     CANDIDATES,
-    MOST_ADMITTED,
+    MAX_ADMITTED,
     SHAPES,
     Admission,
     Book,
@@ -233,11 +233,11 @@ def passes(book: Book, backlog: Sequence[Waiting]) -> list[str]:
     """
     admitted: list[Waiting] = []
     while True:
-        pass_ = fill(book, [candidate for candidate in backlog if candidate not in admitted], SHAPES, MOST_ADMITTED)
+        pass_ = fill(book, [candidate for candidate in backlog if candidate not in admitted], SHAPES, MAX_ADMITTED)
         for waiting in pass_:
             book = book.holding(waiting.request)
         admitted += pass_
-        if len(pass_) < MOST_ADMITTED:
+        if len(pass_) < MAX_ADMITTED:
             return [waiting.job for waiting in admitted]
 
 
@@ -285,7 +285,7 @@ def test_a_worker_that_asks_is_handed_over_what_others_are_sent(
     ledger.submit("first", whole.shape, order(9, 0), MESSAGE)
     file(ledger, backlog)
     ledger.client.delete("queue")
-    expected = fill(Book("w", capacity, {}), backlog, SHAPES, MOST_ADMITTED)
+    expected = fill(Book("w", capacity, {}), backlog, SHAPES, MAX_ADMITTED)
     ended = [Ended("first", "1.1", "succeeded")]
     settled = ledger.settle("w", "life", ended=ended, most_losses=MOST_LOSSES, nonce="n")
     assert [handed.job for handed in settled.handed_over] == [waiting.job for waiting in expected]
@@ -300,7 +300,7 @@ def _amounts(shape: str) -> Iterator[tuple[str, int]]:
 
 
 @settings(ON_A_SERVER, max_examples=10)
-@given(st.integers(0, 5), st.sampled_from([MOST_ADMITTED - 1, MOST_ADMITTED, 2 * MOST_ADMITTED + 3]))
+@given(st.integers(0, 5), st.sampled_from([MAX_ADMITTED - 1, MAX_ADMITTED, 2 * MAX_ADMITTED + 3]))
 def test_more_shapes_and_jobs_than_one_script_looks_at_are_gone_through_by_the_cursor(
     ledger: Ledger, most: int, jobs: int
 ) -> None:
@@ -314,12 +314,12 @@ def test_more_shapes_and_jobs_than_one_script_looks_at_are_gone_through_by_the_c
 
 
 def test_one_script_admits_as_many_as_the_policy_and_says_where_to_go_on(ledger: Ledger) -> None:
-    jobs = [Waiting(f"job-{n}", Request.of({"cpus": 1}), order(0, n)) for n in range(MOST_ADMITTED + 5)]
+    jobs = [Waiting(f"job-{n}", Request.of({"cpus": 1}), order(0, n)) for n in range(MAX_ADMITTED + 5)]
     book = Book("w", {"cpus": 1000, "slots": 1000}, {})
     file(ledger, jobs)
     write_book(ledger, book)
     first = ledger._call("fill", worker="w", cursor="")
-    assert first.number("admitted") == len(fill(book, jobs, SHAPES, MOST_ADMITTED))
+    assert first.number("admitted") == len(fill(book, jobs, SHAPES, MAX_ADMITTED))
     assert first["cursor"] == "-inf"
     assert ledger._call("fill", worker="w", cursor=first["cursor"])["admitted"] == "5"
 

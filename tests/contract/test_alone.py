@@ -118,7 +118,7 @@ def test_a_worker_that_is_kept_no_more_is_filled_with_more_than_one_pass_admits(
     # More jobs than a pass admits. They stand behind more shapes, allowed but too large, than a pass looks at.
     for n in range(2 * placement.SHAPES):
         cluster.submit(f"wide-{n}", Request.of({"cpus": 10**7 + n}).shape)
-    small = [f"small-{n}" for n in range(2 * placement.MOST_ADMITTED + 1)]
+    small = [f"small-{n}" for n in range(2 * placement.MAX_ADMITTED + 1)]
     assert [cluster.submit(job) for job in small] == [None] * len(small)
     if how == "is revoked":
         cluster.ledger.cancel("last", "cancelled")

@@ -98,7 +98,7 @@ def test_a_row_is_the_same_by_either_way(
 def test_a_common_kind_of_jobs_has_a_statement_of_its_own_on_each_connection(
     engine: Engine, inserter: Inserter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("celery_capacity.routing.insert.inserter._MOST_KINDS", 2)
+    monkeypatch.setattr("celery_capacity.routing.insert.inserter._MAX_KINDS", 2)
     kinds = [
         {"name": name, "shape": Request.of({"cpus": 500}).shape, "message": b"\\'", "root_id": "itself"}
         for name in ("it's", "100% \\ done", "a third")

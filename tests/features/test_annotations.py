@@ -104,9 +104,9 @@ def test_a_file_that_cannot_be_read_says_so(tmp_path: Path) -> None:
 
 def test_many_names_are_not_all_remembered(write: Write) -> None:
     rules = task_rules.read(write(FILE))
-    for number in range(2 * task_rules.MOST_NAMES):
+    for number in range(2 * task_rules.MAX_NAMES):
         assert rules.of(f"{number}.nothing") is rules.rules[2]
-    assert len(rules._found) <= task_rules.MOST_NAMES
+    assert len(rules._found) <= task_rules.MAX_NAMES
 
 
 # -- what is sent

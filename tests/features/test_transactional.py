@@ -265,7 +265,7 @@ def test_of_a_canvas_that_cannot_be_sent_nothing_is_in_the_transaction(
 def test_more_jobs_than_this_process_keeps_are_brought_in_by_a_worker(
     app: Any, submitter: Submitter, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("celery_capacity.workers.submit.session_jobs.MOST_KEPT", 5)
+    monkeypatch.setattr("celery_capacity.workers.submit.session_jobs.MAX_KEPT", 5)
     handle = app.submit_many(double, ((n,) for n in range(40)), session=session)
     session.commit()
     assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(40)]

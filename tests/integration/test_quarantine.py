@@ -75,7 +75,7 @@ def test_a_worker_takes_no_harm_from_malformed_messages_in_its_queues(
     assert submitter.value(submitter.send(ADD, 40, 2, cpus=4)) == 42
     rows = set_aside(platform)
     assert {row.worker for row in rows} == {"a"}
-    assert max(len(row.raw) for row in rows) <= quarantine.MOST_BYTES
+    assert max(len(row.raw) for row in rows) <= quarantine.MAX_BYTES
     # No message of a private queue became a job, and none was held up.
     with platform.engine.connect() as connection:
         assert not connection.execute(text("SELECT count(*) FROM jobs WHERE id LIKE 'own-%'")).scalar_one()
@@ -103,7 +103,7 @@ def test_what_was_set_aside_is_seen_in_the_cluster(platform: Platform, submitter
 
 
 def test_only_the_newest_are_kept_and_all_are_counted(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quarantine, "MOST_KEPT", 5)
+    monkeypatch.setattr(quarantine, "MAX_KEPT", 5)
     with platform.engine.begin() as connection:
         for number in range(4):
             messages = [quarantine.SetAside.of(b"%d" % number, "q\0", "bad \ud800", "w") for _ in range(3)]

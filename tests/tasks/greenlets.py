@@ -10,7 +10,7 @@ from typing import Any
 import gevent
 from celery import shared_task
 
-from tests.fixtures.tasks import MOST_SECONDS, _client, add, held_at
+from tests.fixtures.tasks import MAX_SECONDS, _client, add, held_at
 
 
 @shared_task(bind=True)
@@ -19,7 +19,7 @@ def napping(self: Any, gate: str) -> float:
     began = time.monotonic()
     with _client() as client:
         client.rpush(f"{gate}:started", f"{self.request.id} {os.getpid()}")
-        while not client.exists(f"{gate}:over") and time.monotonic() - began < MOST_SECONDS:
+        while not client.exists(f"{gate}:over") and time.monotonic() - began < MAX_SECONDS:
             time.sleep(0.2)
     return time.monotonic() - began
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from celery import shared_task
 
-from tests.fixtures.tasks import MOST_SECONDS, _client
+from tests.fixtures.tasks import MAX_SECONDS, _client
 
 
 @shared_task
@@ -21,4 +21,4 @@ def stay(gate: str, **kwargs: Any) -> None:
     """Report in the list `<gate>:started` that it runs, and wait to be let go."""
     with _client() as client:
         client.rpush(f"{gate}:started", "stay 0")
-        client.blpop([f"{gate}:open"], MOST_SECONDS)
+        client.blpop([f"{gate}:open"], MAX_SECONDS)

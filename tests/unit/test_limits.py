@@ -13,8 +13,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celery_capacity.routing.errors import BacklogFull, MessageTooDeep
 from celery_capacity.routing.inspect import backlog_limit
 from celery_capacity.routing.model.nesting import (
-    MOST_CANVAS_LEVELS,
-    MOST_LEVELS,
+    MAX_CANVAS_LEVELS,
+    MAX_LEVELS,
     check_body,
     check_headers,
     check_value,
@@ -94,26 +94,26 @@ _VALUES = st.recursive(
 
 
 @given(value=_VALUES, more=st.integers(0, 60))
-@example(value=[], more=MOST_LEVELS)
-@example(value={}, more=MOST_LEVELS - 1)
+@example(value=[], more=MAX_LEVELS)
+@example(value={}, more=MAX_LEVELS - 1)
 def test_the_depth_of_the_text_is_that_of_the_value(value: Any, more: int) -> None:
     levels = depth(deep := nested(more, value))
     text = body([deep])
-    if levels <= MOST_LEVELS:
+    if levels <= MAX_LEVELS:
         check_body(text, "task")
         check_value(([deep], {}, EMBED), "task")
     else:
-        with pytest.raises(MessageTooDeep, match=f"{levels} levels deep, {MOST_LEVELS} are allowed"):
+        with pytest.raises(MessageTooDeep, match=f"{levels} levels deep, {MAX_LEVELS} are allowed"):
             check_body(text, "task")
         with pytest.raises(MessageTooDeep):
             check_value(([deep], {}, EMBED), "task")
 
 
 def test_canvas_that_is_too_deep_is_refused_with_its_own_limit() -> None:
-    deep = nested(MOST_CANVAS_LEVELS + 1, None)
-    with pytest.raises(MessageTooDeep, match=f"{MOST_CANVAS_LEVELS} are allowed"):
+    deep = nested(MAX_CANVAS_LEVELS + 1, None)
+    with pytest.raises(MessageTooDeep, match=f"{MAX_CANVAS_LEVELS} are allowed"):
         check_body(body([deep]), "celery.chain")
-    with pytest.raises(MessageTooDeep, match=f"{MOST_CANVAS_LEVELS} are allowed"):
+    with pytest.raises(MessageTooDeep, match=f"{MAX_CANVAS_LEVELS} are allowed"):
         check_value(([deep], {}, EMBED), "celery.chain")
 
 

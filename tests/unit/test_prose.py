@@ -140,6 +140,16 @@ def test_name_of_a_value_is_not_vague() -> None:
     assert lines_of(faults) == []
 
 
+def test_constant_of_a_limit_begins_with_max() -> None:
+    faults = (
+        (path, line, name)
+        for path in FILES
+        if path.relative_to(ROOT).parts[0] in KEPT_LAYERS
+        for line, name, _ in identifiers(path)
+    )
+    assert lines_of(fault for fault in faults if fault[2].strip("_").split("_")[0] == "MOST") == []
+
+
 def test_log_message_has_no_word_that_the_glossary_replaced() -> None:
     faults = (
         (path, node.lineno, node.value)

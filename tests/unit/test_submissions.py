@@ -142,7 +142,7 @@ def test_one_that_must_not_wait_goes_behind_those_that_do(ledger: Ledger, sent: 
 def test_senders_wait_for_a_thread_that_cannot_keep_up(
     ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submission_queue, "MOST_WAITING", 10)
+    monkeypatch.setattr(submission_queue, "MAX_WAITING", 10)
     monkeypatch.setattr(submission_queue, "PATIENCE", ALWAYS)
     hold_up(ledger, sent)
     for number in range(2, 12):
@@ -228,7 +228,7 @@ def test_where_there_can_be_no_thread_each_job_goes_at_once(
 def test_large_jobs_wait_in_smaller_numbers(ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submission_queue, "PATIENCE", ALWAYS)
     hold_up(ledger, sent)
-    half = submission_queue.MOST_BYTES // 2
+    half = submission_queue.MAX_BYTES // 2
     for number in (2, 3):
         add(sent, Submission(1, (number,), half))
     another = threading.Thread(target=add, args=(sent, Submission(1, (4,), half)))

@@ -16,7 +16,7 @@ from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.workers.app.install import install
 from celery_capacity.workers.process.attempts import Attempt, held
-from celery_capacity.workers.submit.message_cache import MOST_CHANGES, MOST_KINDS
+from celery_capacity.workers.submit.message_cache import MAX_CHANGES, MAX_KINDS
 from tests.fixtures.alike import (
     NOWHERE,
     caught,
@@ -343,7 +343,7 @@ def test_a_task_that_is_a_class_goes_by_a_template_too(app: Celery) -> None:
 
 def test_a_state_that_changes_all_the_time_is_learnt_so_often_and_no_more(app: Celery) -> None:
     task = app.tasks["free"]
-    for number in range(MOST_CHANGES + 10):
+    for number in range(MAX_CHANGES + 10):
         task.cpus = number % 7 + 1
         task.delay()
     task.delay()
@@ -352,9 +352,9 @@ def test_a_state_that_changes_all_the_time_is_learnt_so_often_and_no_more(app: C
 
 def test_so_many_kinds_are_kept_and_no_more(app: Celery) -> None:
     task = app.tasks["free"]
-    for number in range(MOST_KINDS + 10):
+    for number in range(MAX_KINDS + 10):
         for _ in range(2):
             task.apply_async(time_limit=number + 1)
     made = app.platform_templates
-    assert 0 < len(made._kinds) <= MOST_KINDS
-    assert len(made._seen) <= MOST_KINDS
+    assert 0 < len(made._kinds) <= MAX_KINDS
+    assert len(made._seen) <= MAX_KINDS

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from celery_capacity.routing.config.secret_files import FROM_FILES, MOST_BYTES, SUFFIX
+from celery_capacity.routing.config.secret_files import FROM_FILES, MAX_BYTES, SUFFIX
 from celery_capacity.routing.config.settings import Settings, described
 from celery_capacity.routing.errors import SettingsError
 
@@ -120,7 +120,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
         ("-----BEGIN PRIVATE KEY----- s3cret", "does not hold one URL and nothing else"),
         ("s3cret", "does not hold one URL and nothing else"),
         (b"\xffs3cret\0", "does not hold one URL and nothing else"),
-        (f"redis://{'s3cret' * MOST_BYTES}", "does not hold one URL and nothing else"),
+        (f"redis://{'s3cret' * MAX_BYTES}", "does not hold one URL and nothing else"),
         ("http://user:s3cret@host/s3cret", "what the file holds is not valid. REDIS_URL must be like redis://"),
         ("redis://:s3cret@host:s3cret/0", "what the file holds is not valid. REDIS_URL must be like redis://"),
     ],

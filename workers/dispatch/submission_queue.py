@@ -34,9 +34,9 @@ IN_A_ROW_BUSY: Final = 0.02
 GATHER: Final = 0.1
 GATHER_AT_MOST: Final = 0.01
 #: Number of jobs that wait for the thread, from which on a sender waits for it.
-MOST_WAITING: Final = 100
+MAX_WAITING: Final = 100
 #: Bytes of their messages, likewise. The server takes them at one time, and answers nobody else meanwhile.
-MOST_BYTES: Final = 4 * 1024**2
+MAX_BYTES: Final = 4 * 1024**2
 #: Seconds for which a sender waits then, and for which a process waits at its end.
 PATIENCE: Final = 1.0
 #: Seconds for which the thread waits for another job, before it ends.
@@ -164,7 +164,7 @@ class Submissions:
 
     def _leave(self, job: Submission) -> bool:
         """Leave a job to the thread. Returns False where there can be no thread."""
-        self._wait(lambda: len(self._waiting) < MOST_WAITING and self._size < MOST_BYTES)
+        self._wait(lambda: len(self._waiting) < MAX_WAITING and self._size < MAX_BYTES)
         if self._thread is None:
             thread = os_threads.Thread(target=self._run, name="submissions", daemon=True)
             try:

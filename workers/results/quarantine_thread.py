@@ -21,9 +21,9 @@ from celery_capacity.workers.process.service import QueueService
 logger = logging.getLogger(__name__)
 
 #: Most messages that wait for Postgres.
-MOST_WAITING: Final = 1000
+MAX_WAITING: Final = 1000
 #: Most bytes of messages that wait for Postgres.
-MOST_BYTES_WAITING: Final = 32 * 1024**2
+MAX_BYTES_WAITING: Final = 32 * 1024**2
 #: Most messages written in one statement.
 BATCH: Final = 100
 #: Seconds between tries while Postgres does not answer.
@@ -57,7 +57,7 @@ class Quarantine(QueueService):
         if not unless:
             _say(message)
         with self._changed:
-            if len(self._waiting) >= MOST_WAITING or self._bytes + len(message.raw) > MOST_BYTES_WAITING:
+            if len(self._waiting) >= MAX_WAITING or self._bytes + len(message.raw) > MAX_BYTES_WAITING:
                 self._dropped += 1
                 return
             self._waiting.append((message, unless))

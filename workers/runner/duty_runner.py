@@ -48,7 +48,7 @@ from celery_capacity.workers.runner.commit_listener import Listener
 logger = logging.getLogger(__name__)
 
 #: Most doublings of the pause after which a failed duty is retried. The pause is at most the duty's interval.
-MOST_DOUBLINGS: Final = 6
+MAX_DOUBLINGS: Final = 6
 #: Name in the log of a failure before any duty could begin.
 STORES: Final = "duties"
 
@@ -289,7 +289,7 @@ class Runner(LookingService):
     def _try_soon(self, duty: Duty) -> None:
         """Have a failed duty retried soon: not at its next interval, which may be long, and not at once."""
         settings = self._stores.settings
-        pause = settings.due_interval * 2 ** min(self._failures.get(duty.name, 0), MOST_DOUBLINGS)
+        pause = settings.due_interval * 2 ** min(self._failures.get(duty.name, 0), MAX_DOUBLINGS)
         again_at = time.monotonic() + min(pause, duty.interval(settings))
         if duty is SUSPICION:
             self._suspected, self._suspect_from = True, again_at

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 #: Tries in a row in which other workers may be faster, before this worker waits for the next interval. A row that
 #: somebody keeps locked looks free to all.
-MOST_MISSES: Final = 5
+MAX_MISSES: Final = 5
 
 
 class Puller(LookingService):
@@ -105,7 +105,7 @@ class Puller(LookingService):
         if now >= self._compared_until and self._compare():
             self._compared_until = now + self._settings.renew_interval
         misses, passed = 0, set[str]()
-        while self._confirmation.may_pull and not (self.draining or self._stopping) and misses < MOST_MISSES:
+        while self._confirmation.may_pull and not (self.draining or self._stopping) and misses < MAX_MISSES:
             count = self._take(passed)
             if count is None:
                 return

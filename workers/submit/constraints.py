@@ -31,7 +31,7 @@ from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.job import Gates, Rate
 from celery_capacity.routing.store.dependencies import KnownRate, known_rates, lift_rates, set_rate
 from celery_capacity.workers.process.stores import Stores
-from celery_capacity.workers.submit.validation import MOST_SECONDS, check_seconds
+from celery_capacity.workers.submit.validation import MAX_SECONDS, check_seconds
 
 #: Options of `apply_async`. All but `after` are attributes of tasks too.
 UNIQUE: Final = "unique"
@@ -42,7 +42,7 @@ OPTIONS: Final = frozenset({UNIQUE, UNIQUE_FOR, AFTER})
 RATE: Final = "rate"
 CARRIED: Final = frozenset({UNIQUE, AFTER, RATE})
 #: Jobs that one job can wait for.
-MOST_NEEDS: Final = 10_000
+MAX_NEEDS: Final = 10_000
 #: Seconds for which a sender trusts the rates that it read. A rate that is set at run time takes so long to be known.
 RATES_FOR: Final = 5.0
 #: Seconds in which the end of a job is written, and seconds between two looks for it. Workers write ends in batches.
@@ -115,7 +115,7 @@ def _seconds(value: Any) -> float:
     if value is None:
         return 0.0
     if check_seconds(value, UNIQUE_FOR) <= 0:
-        advice = f"It must be a number of seconds above 0, at most {MOST_SECONDS}."
+        advice = f"It must be a number of seconds above 0, at most {MAX_SECONDS}."
         raise InvalidRequest(f"unique_for {show(value)} is not valid", value=value, advice=advice)
     return float(value)
 
@@ -125,9 +125,9 @@ def after_ids(value: Any) -> list[str]:
     job_ids: dict[str, None] = {}
     for job_id in _ids(value):
         job_ids[job_id] = None
-        if len(job_ids) > MOST_NEEDS:
+        if len(job_ids) > MAX_NEEDS:
             advice = "Have a job in between that waits for a part of them."
-            raise InvalidRequest(f"after names more than {MOST_NEEDS} jobs, the most that are possible", advice=advice)
+            raise InvalidRequest(f"after names more than {MAX_NEEDS} jobs, the most that are possible", advice=advice)
     return list(job_ids)
 
 
@@ -157,7 +157,7 @@ def rate_of(value: Any, what: str) -> Rate | None:
         per_second = math.nan if isinstance(value, bool) else float(parse_rate(value))
     except (TypeError, ValueError, KeyError, OverflowError):
         per_second = math.nan
-    if not 0 <= per_second <= MOST_SECONDS:
+    if not 0 <= per_second <= MAX_SECONDS:
         raise InvalidRequest(
             f"{what} {show(value)} is not valid", value=value, advice="It must be such as 10, '10/s', '10/m' or '10/h'."
         )

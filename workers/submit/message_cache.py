@@ -73,8 +73,8 @@ _HEADERS: Final = frozenset(
 _NOTHING: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 #: Kinds of calls that an app keeps, and how often one kind is learnt anew. A kind that changes all the time is not
 #: worth it.
-MOST_KINDS: Final = 1000
-MOST_CHANGES: Final = 100
+MAX_KINDS: Final = 1000
+MAX_CHANGES: Final = 100
 
 _APPLY_ASYNC: Final = Task.apply_async
 _SHADOW_NAME: Final = Task.shadow_name
@@ -137,7 +137,7 @@ class Templates:
             if task.typing and hasattr(task, "__header__"):
                 task.__header__(*(args or ()), **(kwargs or {}))
             return self._send(kind, task, amqp, args, kwargs, options.get("task_id"))
-        if learnt >= MOST_CHANGES or not _is_plain_app(self._app):
+        if learnt >= MAX_CHANGES or not _is_plain_app(self._app):
             return plain(args, kwargs, **options)
         producer = SpareProducer(self._app)
         try:
@@ -155,7 +155,7 @@ class Templates:
         return result
 
     def _note(self, key: Any, times: int) -> None:
-        if len(self._seen) >= MOST_KINDS and key not in self._seen:
+        if len(self._seen) >= MAX_KINDS and key not in self._seen:
             self._kinds.clear()
             self._seen.clear()
         self._seen[key] = times

@@ -39,7 +39,7 @@ from celery_capacity.workers.submit.sender import Sender
 logger = logging.getLogger(__name__)
 
 #: Jobs of one transaction that this process brings to the ledger itself. Workers bring in the jobs beyond.
-MOST_KEPT: Final = 1000
+MAX_KEPT: Final = 1000
 #: Key in a connection's `info` for the platform's table, once the connection is known to lead to it.
 _KNOWN: Final = "celery_capacity_home"
 _ADVICE: Final = "Pass a Session or a Connection of SQLAlchemy on the database of DATABASE_URL."
@@ -193,7 +193,7 @@ def _remember(session: Session, sender: Sender, stores: Stores, jobs: Sequence[N
         event.listen(session, "after_commit", _after_commit)
         event.listen(session, "after_transaction_end", _after_end)
     _, kept = _kept.setdefault(session, {}).setdefault(stores, (sender, []))
-    kept.extend(jobs[: max(0, MOST_KEPT - len(kept))])
+    kept.extend(jobs[: max(0, MAX_KEPT - len(kept))])
 
 
 def _after_commit(session: Session) -> None:

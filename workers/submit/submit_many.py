@@ -36,7 +36,7 @@ from celery_capacity.workers.submit.validation import is_unique
 _COMMON: Final = 28
 MAX_NUMBERS: Final = 16 ** (36 - _COMMON)
 #: Jobs of one chunk at the most. Two chunks are in memory.
-MOST_IN_CHUNK: Final = 100_000
+MAX_IN_CHUNK: Final = 100_000
 #: Options of a call that mean the same for each of its jobs.
 _SAME_FOR_ALL: Final = frozenset(
     {
@@ -153,8 +153,8 @@ def submit_many(
 
 
 def check_chunk(chunk: Any) -> None:
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= MOST_IN_CHUNK:
-        advice = f"It must be a number of jobs, at most {MOST_IN_CHUNK}."
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= MAX_IN_CHUNK:
+        advice = f"It must be a number of jobs, at most {MAX_IN_CHUNK}."
         raise InvalidRequest(f"chunk {show(chunk)} is not valid", value=chunk, advice=advice)
 
 

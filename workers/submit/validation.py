@@ -24,7 +24,7 @@ from celery_capacity.workers.broker.lazy_producer import SpareProducer
 from celery_capacity.workers.broker.queues import check_queue
 
 #: Seconds from now, the furthest that a job may be put off. Celery's own bound.
-MOST_SECONDS: Final = 2**31 - 1
+MAX_SECONDS: Final = 2**31 - 1
 #: Years within which times must be, so that every time zone can show them.
 YEARS: Final = range(1900, 9999)
 #: The first parameters of Celery's `send_task`.
@@ -32,7 +32,7 @@ PARAMETERS: Final = ("name", "args", "kwargs", "countdown", "eta", "task_id", "p
 #: Options by which other tasks follow a job.
 FOLLOWED: Final = ("chain", "chord", "group_id", "link", "link_error")
 #: Largest value of a counter of retries or replacements, by its column of Postgres.
-MOST_TIMES: Final = 2**31 - 1
+MAX_TIMES: Final = 2**31 - 1
 
 
 class SameJob(Exception):
@@ -148,11 +148,11 @@ def check_seconds(value: Any, what: str) -> Any:
     """Return a value that is a finite number of seconds. Raises `InvalidRequest` for others."""
     try:
         # NaN is in no range.
-        usable = not isinstance(value, bool) and -MOST_SECONDS <= float(_number(value)) <= MOST_SECONDS
+        usable = not isinstance(value, bool) and -MAX_SECONDS <= float(_number(value)) <= MAX_SECONDS
     except OverflowError:
         usable = False
     if not usable:
-        raise _wrong(what, value, f"It must be a number of seconds, at most {MOST_SECONDS}.")
+        raise _wrong(what, value, f"It must be a number of seconds, at most {MAX_SECONDS}.")
     return value
 
 
@@ -176,7 +176,7 @@ def check_times(value: Any, what: str) -> int:
     """Return a counter in a message: how often the job was retried or replaced."""
     if not value:
         return 0
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_TIMES:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TIMES:
         raise _wrong(what, value, "It must be a whole number from 0.")
     return value
 
