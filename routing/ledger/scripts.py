@@ -34,7 +34,7 @@ FEW: Final = 4
 
 #: The most jobs of one shape whose changes a submit keeps until it writes them together. Lua can give a command no
 #: more than 8,000 arguments.
-RUN: Final = 1000
+MAX_BATCH: Final = 1000
 
 #: Workers that one script looks at for many jobs together, in some 2 ms. Later jobs are placed by separate scripts.
 SEARCHED: Final = 8 * CANDIDATES
@@ -51,8 +51,8 @@ HAND_OVER_BYTES: Final = 65_536
 FOLDERS: Final = ("jobs", "workers", "backlog", "repair", "epoch")
 #: The files of `lua/lib`, with the functions that the operations share. A function stands behind those that it uses.
 LIBRARY: Final = (
-    "values", "book", "indexes", "search", "transitions", "queues", "grant", "requeue", "runs", "take_in", "held",
-    "exclusive", "candidates", "fill_one", "fill",
+    "values", "book", "indexes", "search", "transitions", "queues", "admit", "requeue", "batches", "admit_or_file",
+    "held", "exclusive", "shapes_to_try", "fill_pass", "fill",
 )  # fmt: skip
 _LUA: Final = files("celery_capacity.routing").joinpath("lua")
 
@@ -156,7 +156,7 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
         "LIMIT": {
             "candidates": CANDIDATES,
             "few": FEW,
-            "run": RUN,
+            "batch": MAX_BATCH,
             "shapes": SHAPES,
             "most": MAX_ADMITTED,
             "passes": FREED_PASSES,

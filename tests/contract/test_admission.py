@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended, Filled
-from celery_capacity.routing.ledger.scripts import RUN
+from celery_capacity.routing.ledger.scripts import MAX_BATCH
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, labels
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.envelope import digest_of
@@ -197,7 +197,7 @@ def test_many_submitted_at_once_leave_the_ledger_as_one_after_another_do(
 
 
 def test_a_run_that_is_longer_than_a_command_may_be_goes_on_by_another(ledger: Ledger) -> None:
-    many = 2 * RUN + 1
+    many = 2 * MAX_BATCH + 1
     write(ledger, [Book("w1", {"cpus": 1000 * many, "memory": 9, "slots": many}, {})])
     shape, more = Request.of({"cpus": 1000}).shape, 10
     rows = [(f"job-{n}", shape, order(0, n), MESSAGE, 0, 0, 0) for n in range(many + more)]

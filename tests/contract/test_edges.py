@@ -26,7 +26,7 @@ NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
     # admitted and claimed in one step
     ("hand_over", "'running'", "STEP.running"): [(State.WAITING, Event.ADMIT), (State.ADMITTED, Event.CLAIM)],
     ("claim", "'running'", "STEP.running"): [(State.ADMITTED, Event.CLAIM)],
-    ("take_in", "'waiting'", "STEP.filed"): [(State.ACCEPTED, Event.FILE), (State.SCHEDULED, Event.FILE)],
+    ("admit_or_file", "'waiting'", "STEP.filed"): [(State.ACCEPTED, Event.FILE), (State.SCHEDULED, Event.FILE)],
     ("put_back", "'waiting'", "STEP.back"): [
         (state, event) for state in HELD for event in (Event.HAND_BACK, Event.TAKE_BACK)
     ],

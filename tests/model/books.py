@@ -95,7 +95,7 @@ def file(job: Job, epoch: int, attempt: int, losses: int) -> Job:
 
 
 def is_known(job: Job, attempt: int, rules: Rules) -> bool:
-    """Return True if a submission finds a job that it must leave as it is (`take_in`).
+    """Return True if a submission finds a job that it must leave as it is (`admit_or_file`).
 
     `attempt`: the attempt of the row that the submission read.
     """

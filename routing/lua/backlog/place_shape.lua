@@ -40,7 +40,7 @@ if book then
     local message = job and job.state == 'waiting' and redis.call('HGET', KEY.job .. head, 'message')
     if message then
       job.epoch, job.attempt = epoch, int(tonumber(job.attempt) + 1)
-      grant(head, job, message, book, now)
+      admit_job(head, job, message, book, now)
       enter(book, amounts)
       count('admitted', 1)
       admitted = {'admitted', head, book.worker, job.attempt}

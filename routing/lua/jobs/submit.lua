@@ -21,8 +21,8 @@ if is_late(deadline, now) then
   return {'late', int(now)}
 end
 local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
-local reply, run = take_in(id, job, message, digest, rerun, now)
-if run then
-  end_run(run)
+local reply, batch = admit_or_file(id, job, message, digest, rerun, now)
+if batch then
+  write_batch(batch)
 end
 return reply

@@ -5,8 +5,8 @@
 --   so far), losses, submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
 -- Replies: {ok, taken, then for each shape that found no room among those looked at, while there were others: shape,
 --   cursor_score, cursor_worker} | {late, now (ms)} | {cold} | {epoch, current}
--- Cost: at most six commands a job, some twenty for each row of jobs of one shape, and at the worst LIMIT.searched
---   books are read; such a row searches once, and again where a worker is full
+-- Cost: at most six commands a job, some twenty for each batch of jobs of one shape, and at the worst LIMIT.searched
+--   books are read; a batch searches once, and again where a worker is full
 -- Repeat: harmless: a job that is known, or has a tombstone, is left as it is
 local epoch, run_id, deadline = ARG.epoch, ARG.run_id, tonumber(ARG.deadline)
 
@@ -18,14 +18,14 @@ local now = clock()
 if is_late(deadline, now) then
   return {'late', int(now)}
 end
-local reply, taken, run = {'ok', ''}, 0, nil
+local reply, taken, batch = {'ok', ''}, 0, nil
 for i = EACH.first, #ARGV, EACH.step do
   local id, shape, order = ARGV[i + EACH.job], ARGV[i + EACH.shape], ARGV[i + EACH.order]
   local message, attempt, losses = ARGV[i + EACH.message], ARGV[i + EACH.attempt], ARGV[i + EACH.losses]
   local submitted, rerun, digest = ARGV[i + EACH.submitted], ARGV[i + EACH.rerun], ARGV[i + EACH.digest]
   local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
   local became
-  became, run = take_in(id, job, message, digest, rerun, now, run)
+  became, batch = admit_or_file(id, job, message, digest, rerun, now, batch)
   if became[1] ~= 'exists' then
     taken = taken + 1
   end
@@ -34,8 +34,8 @@ for i = EACH.first, #ARGV, EACH.step do
     reply[n + 1], reply[n + 2], reply[n + 3] = shape, became[2], became[3]
   end
 end
-if run then
-  end_run(run)
+if batch then
+  write_batch(batch)
 end
 reply[2] = int(taken)
 return reply

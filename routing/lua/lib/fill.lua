@@ -9,7 +9,7 @@ local function fill_freed(worker, epoch, now)
     local other, cursor = table.remove(freed), ''
     for _ = 1, math.min(LIMIT.passes, left) do
       left = left - 1
-      local _, on, too = fill_one(other, epoch, now, cursor == '-inf' and '' or cursor)
+      local _, on, too = fill_pass(other, epoch, now, cursor == '-inf' and '' or cursor)
       cursor = on
       freed[#freed + 1] = too
       if cursor == '' then
@@ -25,7 +25,7 @@ end
 -- worker itself is asking: jobs whose messages are not large are handed over in `out`, past the broker. A caller that
 -- changed the book passes it with its unwritten changes, which are written here.
 local function fill(worker, epoch, now, after, nonce, out, book)
-  local admitted, cursor, freed = fill_one(worker, epoch, now, after, nonce, out, book)
+  local admitted, cursor, freed = fill_pass(worker, epoch, now, after, nonce, out, book)
   if book and next(book.unwritten) then
     write_book(book, {})
   end

@@ -14,7 +14,7 @@ end
 
 -- Admit a job to a worker and deliver its message, in this atomic step. The caller has checked that the job fits, and
 -- writes the book.
-local function grant(id, job, message, book, now)
+local function admit_job(id, job, message, book, now)
   note_admission(id, job, message, book, now)
   redis.call('HSET', KEY.held .. book.worker, id, token_of(job))
   redis.call('ZADD', KEY.unclaimed, int(now + LIMIT.start), id)

@@ -43,7 +43,7 @@ end
 
 -- The shapes that a pass tries, in order of their first jobs, and the cursor behind them. `kept_row`: the only shape to
 -- try, for which the worker was kept, and its order. A shape that does not fit now cannot fit later in this pass.
-local function candidates_for(book, kept_row, after)
+local function shapes_to_try(book, kept_row, after)
   local first_page, second_page, cursor = kept_row or {}, {}, ''
   if not kept_row and after == '' then
     first_page = redis.call('ZRANGE', KEY.shapes, 0, LIMIT.shapes - 1, 'WITHSCORES')
@@ -55,14 +55,14 @@ local function candidates_for(book, kept_row, after)
   if #second_page == 2 * LIMIT.shapes then
     cursor = second_page[#second_page]
   end
-  local candidates = {}
+  local shapes = {}
   for _, page in ipairs({first_page, second_page}) do
     for i = 1, #page, 2 do
       local amounts = serves(book, page[i]) and amounts_of(page[i])
       if amounts and (fits(book, amounts) or (amounts.alone and fits_empty(book, amounts))) then
-        candidates[#candidates + 1] = {shape = page[i], order = tonumber(page[i + 1]), amounts = amounts}
+        shapes[#shapes + 1] = {shape = page[i], order = tonumber(page[i + 1]), amounts = amounts}
       end
     end
   end
-  return candidates, cursor
+  return shapes, cursor
 end

@@ -1,7 +1,7 @@
--- A pass that fills one worker.
+-- One pass that fills a worker.
 
 -- Make a pass of `fill` over one worker. Also returns a worker that was kept until now for a job that this worker took.
-local function fill_one(worker, epoch, now, after, nonce, out, passed)
+local function fill_pass(worker, epoch, now, after, nonce, out, passed)
   local book = passed
   if passed then
     if not is_open(passed) and not passed.kept then
@@ -36,10 +36,10 @@ local function fill_one(worker, epoch, now, after, nonce, out, passed)
   if room(book, 'slots') < 1 or (book.allocated.alone or 0) > 0 then
     return 0, ''
   end
-  local candidates, cursor = candidates_for(book, kept_row, after)
+  local shapes, cursor = shapes_to_try(book, kept_row, after)
   local admitted, dead, freed = 0, 0, nil
-  while #candidates > 0 do
-    local first = table.remove(candidates, 1)
+  while #shapes > 0 do
+    local first = table.remove(shapes, 1)
     local alone, occupied = first.amounts.alone, admitted > 0 or (book.allocated.slots or 0) > 0
     -- The turn of a job that must be alone has come, and others run here. The worker is kept for it, unless another
     -- worker is.
@@ -64,7 +64,7 @@ local function fill_one(worker, epoch, now, after, nonce, out, passed)
         if nonce and #message <= LIMIT.hand_over then
           hand_over(id, job, message, book, now, nonce, out)
         else
-          grant(id, job, message, book, now)
+          admit_job(id, job, message, book, now)
         end
         admitted = admitted + 1
         allocate(book, first.amounts, 1)
@@ -80,14 +80,14 @@ local function fill_one(worker, epoch, now, after, nonce, out, passed)
       end
       if order then
         first.order = order
-        local place = #candidates + 1
-        for i, other in ipairs(candidates) do
+        local place = #shapes + 1
+        for i, other in ipairs(shapes) do
           if order < other.order then
             place = i
             break
           end
         end
-        table.insert(candidates, place, first)
+        table.insert(shapes, place, first)
       end
     end
   end

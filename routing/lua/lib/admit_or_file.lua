@@ -15,8 +15,8 @@ end
 -- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. A job
 -- that is known, or has a tombstone, is left as it is. So is a job whose transition of an older epoch is still in the
 -- stream. `job` has epoch, attempt (admissions so far), shape, order, losses, submitted. Returns the reply of
--- submit.lua, and the run of the job. The caller passes the run on with the next job, or ends it.
-local function take_in(id, job, message, digest, rerun, now, run)
+-- submit.lua, and the batch of the job. The caller passes the batch on with the next job, or writes it.
+local function admit_or_file(id, job, message, digest, rerun, now, batch)
   local stored = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became', 'entry')
   local attempt = tonumber(job.attempt)
   -- A job that its last attempt ended may still go on, with a successor of which only Postgres was told. Then its row
@@ -25,63 +25,63 @@ local function take_in(id, job, message, digest, rerun, now, run)
   local went_on = stored[4] and stored[5] ~= 'cancelled' and stored[5] ~= 'expired' and tonumber(stored[3]) == attempt
   if stored[1]
       and (stored[1] ~= 'ended' or stored[6] or (stored[2] and not went_on) or tonumber(stored[3]) > attempt) then
-    return {'exists', stored[1]}, run
+    return {'exists', stored[1]}, batch
   end
   if stored[1] then
     redis.call('DEL', KEY.job .. id)
   elseif redis.call('SISMEMBER', KEY.carried, id) == 1 then
-    return {'exists', 'carried'}, run
+    return {'exists', 'carried'}, batch
   end
   -- Fields that never change are written once, with all the others.
   job.first = {'digest', digest}
   if rerun == '0' then
     job.first[3], job.first[4] = 'rerun', rerun
   end
-  if not run or run.shape ~= job.shape or #(run.messages or run.waiting) == LIMIT.run then
-    if run then
-      end_run(run)
+  if not batch or batch.shape ~= job.shape or #(batch.messages or batch.waiting) == LIMIT.batch then
+    if batch then
+      write_batch(batch)
     end
     -- Where a shape already waits, another job of it would find no room either: it is filed without a search.
-    run = {shape = job.shape, amounts = amounts_of(job.shape), full = redis.call('ZSCORE', KEY.shapes, job.shape),
-      looked = run and run.looked or 0}
+    batch = {shape = job.shape, amounts = amounts_of(job.shape), full = redis.call('ZSCORE', KEY.shapes, job.shape),
+      looked = batch and batch.looked or 0}
   end
   local cursor_score, cursor_worker = '', ''
-  if not run.full then
-    local book = run.book
+  if not batch.full then
+    local book = batch.book
     -- Use the worker of the last job as long as it has room for one more.
-    if not book or run.amounts.alone or room(book, 'slots') < 1 or not fits(book, run.amounts) then
-      end_run(run)
-      run.book, cursor_score, cursor_worker = search(run, job.epoch, now)
-      run.full = not run.book
+    if not book or batch.amounts.alone or room(book, 'slots') < 1 or not fits(book, batch.amounts) then
+      write_batch(batch)
+      batch.book, cursor_score, cursor_worker = find_worker(batch, job.epoch, now)
+      batch.full = not batch.book
     end
   end
-  if not run.full then
+  if not batch.full then
     job.attempt = int(attempt + 1)
-    note_admission(id, job, message, run.book, now)
+    note_admission(id, job, message, batch.book, now)
     local token, due, tag = token_of(job), int(now + LIMIT.start), tagged(message, id, job)
-    if run.messages then
-      local n = #run.messages
-      run.tokens[2 * n + 1], run.tokens[2 * n + 2] = id, token
-      run.due[2 * n + 1], run.due[2 * n + 2] = due, id
-      run.messages[n + 1] = tag
+    if batch.messages then
+      local n = #batch.messages
+      batch.tokens[2 * n + 1], batch.tokens[2 * n + 2] = id, token
+      batch.due[2 * n + 1], batch.due[2 * n + 2] = due, id
+      batch.messages[n + 1] = tag
     else
-      run.tokens, run.due, run.messages = {id, token}, {due, id}, {tag}
+      batch.tokens, batch.due, batch.messages = {id, token}, {due, id}, {tag}
     end
-    allocate(run.book, run.amounts, 1)
-    return {'admitted', run.book.worker, job.attempt}, run
+    allocate(batch.book, batch.amounts, 1)
+    return {'admitted', batch.book.worker, job.attempt}, batch
   end
   note(id, job, 'waiting', STEP.filed, now)
   redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'epoch', job.epoch, 'attempt', job.attempt, 'shape', job.shape,
     'order', job.order, 'losses', job.losses, 'submitted', job.submitted, 'message', message, 'entry', job.entry,
     'noted', job.noted, unpack(job.first))
-  if not run.waiting then
-    run.waiting, run.first = {job.order, id}, job.order
-    return {'waiting', cursor_score, cursor_worker}, run
+  if not batch.waiting then
+    batch.waiting, batch.first = {job.order, id}, job.order
+    return {'waiting', cursor_score, cursor_worker}, batch
   end
-  local n = #run.waiting
-  run.waiting[n + 1], run.waiting[n + 2] = job.order, id
-  if tonumber(job.order) < tonumber(run.first) then
-    run.first = job.order
+  local n = #batch.waiting
+  batch.waiting[n + 1], batch.waiting[n + 2] = job.order, id
+  if tonumber(job.order) < tonumber(batch.first) then
+    batch.first = job.order
   end
-  return {'waiting', cursor_score, cursor_worker}, run
+  return {'waiting', cursor_score, cursor_worker}, batch
 end
