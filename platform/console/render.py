@@ -59,10 +59,13 @@ def cluster(console: Console, overview: Overview) -> None:
     )
     console.print(f"memory  {_of(overview.allocated(MEMORY), overview.total(MEMORY))} allocated", soft_wrap=True)
     console.print(f"slots   {overview.allocated(SLOTS)} of {overview.total(SLOTS)} allocated", soft_wrap=True)
+    resources = overview.resources
+    for name in resources:
+        console.print(f"{name:<7} {overview.allocated(name)} of {overview.total(name)} allocated", soft_wrap=True)
     console.print(f"backlog {overview.waiting} waiting", soft_wrap=True)
     if overview.workers:
         console.print()
-        _workers(console, overview.workers)
+        _workers(console, overview.workers, resources)
     if overview.backlog:
         console.print()
         rows = [
@@ -84,14 +87,14 @@ def cluster(console: Console, overview: Overview) -> None:
         table(console, ("reason", "queue", "messages", "last"), aside, right=(2,))
 
 
-def _workers(console: Console, workers: Sequence[WorkerLine]) -> None:
-    """Print a line for each worker."""
-    header: tuple[str, ...] = ("worker", "status", "CPUs", "memory", "slots", "heartbeat", "queues")
-    rows = [_worker(worker) for worker in workers]
+def _workers(console: Console, workers: Sequence[WorkerLine], resources: Sequence[str]) -> None:
+    """Print a line for each worker, with a column for each resource that not every worker has."""
+    header = ("worker", "status", "CPUs", "memory", "slots", *resources, "heartbeat", "queues")
+    rows = [_worker(worker, resources) for worker in workers]
     shown = len(header) - all(row[-1] == DEFAULT_QUEUE for row in rows)
     header, rows = header[:shown], [row[:shown] for row in rows]
     meters = [(worker.allocated.get(CPUS, 0), worker.capacity.get(CPUS, 0)) for worker in workers]
-    table_with_bars(console, header, rows, meters, place=2, right=(2, 3, 4, 5))
+    table_with_bars(console, header, rows, meters, place=2, right=range(2, 6 + len(resources)))
 
 
 def table_with_bars(
@@ -119,17 +122,23 @@ def table_with_bars(
     table(console, (*header[:place], "", *header[place:]), drawn, moved)
 
 
-def _worker(worker: WorkerLine) -> tuple[str, ...]:
+def _worker(worker: WorkerLine, resources: Sequence[str]) -> tuple[str, ...]:
     total, used = worker.capacity.get(CPUS, 0), worker.allocated.get(CPUS, 0)
     return (
         worker.name,
         worker.status,
         f"{format_cpus(used)}/{format_cpus(total)}",
         _of(worker.allocated.get(MEMORY, 0), worker.capacity.get(MEMORY, 0)),
-        f"{worker.allocated.get(SLOTS, 0)}/{worker.capacity.get(SLOTS, 0)}",
+        *(_share(worker, name) for name in (SLOTS, *resources)),
         "unknown" if worker.heartbeat_age is None else f"{age(worker.heartbeat_age)} ago",
         ", ".join(queues_of(worker.capacity)),
     )
+
+
+def _share(worker: WorkerLine, name: str) -> str:
+    """Format the allocated pieces of a resource; a worker that neither has nor holds any has none to show."""
+    total, used = worker.capacity.get(name, 0), worker.allocated.get(name, 0)
+    return f"{used}/{total}" if total or used or name == SLOTS else NOTHING
 
 
 def _of(used: int, total: int) -> str:

@@ -25,7 +25,7 @@ from celery_capacity.routing.database.postgres import translate
 from celery_capacity.routing.errors import NotMigrated, mask_url
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
-from celery_capacity.routing.model.amounts import ALONE, CPUS, MEMORY, SLOTS
+from celery_capacity.routing.model.amounts import ALONE, CPUS, MEMORY, SLOTS, is_named
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State, Store
 from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, order
@@ -110,6 +110,12 @@ class Overview:
     quarantine: Quarantined | None = None
     #: why Postgres was asked and not the ledger; empty where the ledger answered
     why: str = ""
+
+    @property
+    def resources(self) -> list[str]:
+        """Return the resources that a worker has and not every worker must have, such as GPUs and licences, by name."""
+        names = {name for worker in self.workers for name in (*worker.capacity, *worker.allocated)}
+        return sorted(name for name in names if is_named(name))
 
     def total(self, name: str) -> int:
         return sum(worker.capacity.get(name, 0) for worker in self.workers)

@@ -54,6 +54,20 @@ def test_cluster_shows_totals_a_line_for_each_worker_and_the_backlog(stage: Stag
     assert "100 CPUs" in result.stdout
 
 
+def test_cluster_shows_each_resource_that_a_worker_has(stage: Stage, run: Run) -> None:
+    stage.worker("farm", cpus=8000, gpus=2, licence=3)
+    stage.worker("plain", cpus=4000)
+    stage.submit(cpus=1000, gpus=2)
+    lines = run("cluster").stdout.splitlines()
+    assert "gpus    2 of 2 allocated" in lines
+    assert "licence 0 of 3 allocated" in lines
+    header = next(line for line in lines if line.startswith("worker")).split()
+    farm, plain = (next(line for line in lines if line.startswith(name)) for name in ("farm", "plain"))
+    assert header[4:7] == ["slots", "gpus", "licence"]
+    assert farm.split()[-5:-3] == ["2/2", "0/3"]
+    assert plain.split()[-5:-3] == ["-", "-"]
+
+
 def test_cluster_json_is_the_object_of_the_dashboard(stage: Stage, run: Run) -> None:
     stage.worker("a", cpus=4000)
     stage.submit(cpus=500)
