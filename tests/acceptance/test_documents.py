@@ -229,8 +229,9 @@ def test_the_reference_has_every_command_with_all_its_options() -> None:
         options = re.findall(r"^\| (`-.*?) \|", body, re.MULTILINE)
         documented[name] = set(re.findall(r"`(-[\w-]+)", " ".join(options)))
     names = [path.stem for path in (ROOT / "platform" / "commands").glob("*.py") if path.stem != "__init__"]
-    names += [f"db {name}" for name in command("db").commands]  # type: ignore[attr-defined]
-    names.remove("db")
+    for group in ("db", "servers"):
+        names += [f"{group} {name}" for name in command(group).commands]  # type: ignore[attr-defined]
+        names.remove(group)
     expected = {}
     for name in names:
         options = [option for option in command(name).params if isinstance(option, click.Option)]

@@ -90,12 +90,21 @@ MISTAKES = [
         {"CELERY_RESULT_BACKEND": "nonsense://me:hunter2@x"},
     ),
     Mistake(
-        "-A platform cluster",
+        "-A platform servers start",
         Exit.CONFIGURATION,
         ("PLATFORM_HOME='/dev/null/home'", "a folder that you may write"),
         {"REDIS_URL": "", "DATABASE_URL": "", "PLATFORM_HOME": "/dev/null/home"},
     ),
     # stores
+    *(
+        Mistake(
+            f"-A platform {words}",
+            Exit.UNAVAILABLE,
+            ("REDIS_URL", "celery -A platform up"),
+            {"REDIS_URL": "", "DATABASE_URL": "", "PLATFORM_HOME": "/dev/null/home"},
+        )
+        for words in ("jobs", "cluster", "worker", "beat", "db upgrade", "verify")
+    ),
     Mistake("-A platform reconcile", Exit.UNAVAILABLE, (NOWHERE, "REDIS_URL"), {"REDIS_URL": f"redis://{NOWHERE}/0"}),
     Mistake(
         "-A platform jobs",
