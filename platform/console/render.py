@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from celery_capacity.platform.console.terminal import bar, table
+from celery_capacity.platform.console.terminal import bar, harmless, table
 from celery_capacity.routing.inspect.explain import Explanation
 from celery_capacity.routing.model.amounts import (
     ALONE,
@@ -68,6 +68,13 @@ def cluster(console: Console, overview: Overview) -> None:
         _workers(console, overview.workers, resources)
     if overview.backlog:
         console.print()
+        for line in overview.backlog:
+            if line.unknown_task:
+                console.print(
+                    f"No live worker knows the task {_cut(harmless(line.unknown_task))}: start one with its code.",
+                    style="red",
+                    soft_wrap=True,
+                )
         rows = [
             (str(line.request), str(line.waiting), age(line.oldest), line.request.queue) for line in overview.backlog
         ]
@@ -260,6 +267,8 @@ def _reason(why: Explanation) -> str:
         Reason.NO_WORKER: "No live worker admits jobs. Start one: celery -A platform worker"
         if why.request.queue == DEFAULT_QUEUE
         else f"No live worker that serves queue {why.request.queue} admits jobs.",
+        Reason.NO_TASK: "No live worker knows its task. Start one with the code that has it: PLATFORM_IMPORTS, or -A"
+        " with your app.",
         Reason.NO_QUEUE: f"No worker serves queue {why.request.queue}."
         f" Start one: celery -A platform worker -Q {why.request.queue}",
         Reason.UNKNOWN_RESOURCE: f"No worker publishes {why.resource}, and it needs {asked}."

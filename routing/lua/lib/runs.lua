@@ -38,7 +38,7 @@ local function search(run, epoch, now)
   -- The first few are nearly always enough. The others are fetched only when they are needed.
   for _, size in ipairs({LIMIT.few, LIMIT.candidates - LIMIT.few}) do
     local found = redis.call('ZRANGEBYSCORE', index, least, '+inf', 'LIMIT', looked_at, size)
-    local book = first_with_room(index, found, epoch, now, run.amounts)
+    local book = first_with_room(index, found, epoch, now, run.shape, run.amounts)
     if book then
       run.looked = run.looked + #found
       return book
