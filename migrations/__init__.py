@@ -23,7 +23,7 @@ from celery_capacity.routing.model import format_versions
 if TYPE_CHECKING:
     from alembic.config import Config
 
-__all__ = ["HEAD", "check", "current", "downgrade", "upgrade"]
+__all__ = ["HEAD", "MAX_COUNTED", "check", "count_jobs", "current", "downgrade", "upgrade"]
 
 #: Newest revision. Kept as a constant so that `check` needs no import of Alembic; a test compares it.
 HEAD: Final = "0012"
@@ -38,6 +38,9 @@ VERSION_TABLE: Final = "alembic_version"
 #: another upgrade of the same database.
 CONNECT_TIMEOUT: Final = 10
 MIGRATE_TIMEOUT: Final = 3600.0
+
+#: Jobs up to which `count_jobs` counts: some 0.1 s of Postgres.
+MAX_COUNTED: Final = 1_000_000
 
 #: Key of the advisory lock under which revisions are applied: "migrate" in ASCII.
 _LOCK: Final = int.from_bytes(b"migrate")
@@ -72,11 +75,25 @@ def current(database: str | Engine) -> str | None:
     Raises StoreUnavailable when Postgres does not answer, and PlatformError when it is too old.
     """
     with _connected(database) as connection:
-        table = connection.execute(text("SELECT to_regclass(:name)"), {"name": VERSION_TABLE})
-        if table.scalar_one() is None:
+        if not _has_table(connection, VERSION_TABLE):
             return None
         revision = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one_or_none()
     return None if revision is None else str(revision)
+
+
+def count_jobs(database: str | Engine) -> int:
+    """Return the number of jobs in the tables, archived ones included: at most `MAX_COUNTED`."""
+    with _connected(database) as connection:
+        tables = [name for name in ("jobs", "jobs_archive") if _has_table(connection, name)]
+        rows = " UNION ALL ".join(f"SELECT FROM {name}" for name in tables)
+        if not rows:
+            return 0
+        statement = text(f"SELECT count(*) FROM (SELECT FROM ({rows}) AS jobs LIMIT :most) AS counted")
+        return int(connection.execute(statement, {"most": MAX_COUNTED}).scalar_one())
+
+
+def _has_table(connection: Connection, name: str) -> bool:
+    return connection.execute(text("SELECT to_regclass(:name)"), {"name": name}).scalar_one() is not None
 
 
 def check(database: str | Engine) -> str | None:

@@ -1,4 +1,4 @@
-"""Tests of a project: `pytest` in this folder. Tests with a worker need servers: `celery -A platform cluster`."""
+"""Tests of a project: `pytest` in this folder. Tests with a worker need servers: `celery -A platform servers start`."""
 
 import pytest
 from celery import chord, group

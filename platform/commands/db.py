@@ -19,7 +19,7 @@ UNKNOWN_REVISION: Final = {Exit.FAILED: "there is no such revision"}
 
 
 class Declined(PlatformError):
-    """The user declined the change."""
+    """The user declined the change, or there was nobody to ask."""
 
     reference = "declined"
     title = "it was not wanted"
@@ -65,7 +65,7 @@ def upgrade(context: click.Context, revision: str, as_json: bool) -> None:
     cls=Command,
     context_settings={"ignore_unknown_options": True},
     examples=(
-        ("One revision back; on a terminal it asks first", "celery -A platform db downgrade"),
+        ("One revision back; it asks first", "celery -A platform db downgrade"),
         ("To a revision, without asking", "celery -A platform db downgrade 0011 --force"),
         ("Drop all tables, with all jobs", "celery -A platform db downgrade base --force"),
     ),
@@ -78,24 +78,36 @@ def upgrade(context: click.Context, revision: str, as_json: bool) -> None:
 def downgrade(context: click.Context, revision: str, force: bool, as_json: bool) -> None:
     """Take the tables back to REVISION: an id, "-1" for one step (the default), or "base" for none.
 
-    What the later revisions made is dropped, with the jobs in it; on a terminal it asks first.
+    What the later revisions made is dropped, with the jobs in it. It says how many jobs there are, and asks first;
+    without a terminal it needs --force.
     """
     url = _url(context)
     before = migrations.current(url)
-    if sys.stdin is not None and sys.stdin.isatty() and not force:
-        _ask(f"Take the tables back from {before} to {revision}? What is dropped, jobs included, is gone")
+    if not force:
+        _ask(url, before, revision)
     migrations.downgrade(url, revision)
     _tell(before, migrations.current(url), as_json)
 
 
-def _ask(question: str) -> None:
-    """Ask the user to confirm. Raise Declined unless the answer is yes."""
+def _ask(url: str, before: str | None, revision: str) -> None:
+    """Ask the user to confirm. Raise Declined unless the answer is yes, or where there is no terminal to ask on."""
+    loss = _loss(migrations.count_jobs(url))
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise Declined(
+            f"{loss}, and there is no terminal to ask on: nothing was changed", advice="--force does it without asking."
+        )
+    question = f"Take the tables back from {before} to {revision}? {loss}; what a later revision made is dropped"
     try:
         yes = click.confirm(question, err=True)
     except click.Abort:  # end of the input
         yes = False
     if not yes:
         raise Declined("nothing was changed", advice="--force does it without asking.")
+
+
+def _loss(jobs: int) -> str:
+    more = " or more" if jobs == migrations.MAX_COUNTED else ""
+    return f"{jobs:,}{more} {'job is' if jobs == 1 else 'jobs are'} in the tables"
 
 
 @command.command(

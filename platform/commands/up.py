@@ -78,7 +78,7 @@ def _show(cluster: LocalCluster, as_json: bool) -> None:
         print_json(running.to_json())
         return
     console = facts()
-    table(console, ("what", "where", "pid"), running.rows(), right=(2,))
+    table(console, ("what", "pid", "where"), running.rows(), right=(1,))
     console.print()
     look = "Look from anywhere: celery -A platform cluster"
     if running.dashboard is not None:

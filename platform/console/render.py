@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from celery_capacity.platform.console.terminal import bar, table
+from celery_capacity.platform.console.terminal import bar, harmless, table
 from celery_capacity.routing.inspect.explain import Explanation
 from celery_capacity.routing.model.amounts import (
     ALONE,
@@ -59,12 +59,22 @@ def cluster(console: Console, overview: Overview) -> None:
     )
     console.print(f"memory  {_of(overview.allocated(MEMORY), overview.total(MEMORY))} allocated", soft_wrap=True)
     console.print(f"slots   {overview.allocated(SLOTS)} of {overview.total(SLOTS)} allocated", soft_wrap=True)
+    resources = overview.resources
+    for name in resources:
+        console.print(f"{name:<7} {overview.allocated(name)} of {overview.total(name)} allocated", soft_wrap=True)
     console.print(f"backlog {overview.waiting} waiting", soft_wrap=True)
     if overview.workers:
         console.print()
-        _workers(console, overview.workers)
+        _workers(console, overview.workers, resources)
     if overview.backlog:
         console.print()
+        for line in overview.backlog:
+            if line.unknown_task:
+                console.print(
+                    f"No live worker knows the task {_cut(harmless(line.unknown_task))}: start one with its code.",
+                    style="red",
+                    soft_wrap=True,
+                )
         rows = [
             (str(line.request), str(line.waiting), age(line.oldest), line.request.queue) for line in overview.backlog
         ]
@@ -84,14 +94,14 @@ def cluster(console: Console, overview: Overview) -> None:
         table(console, ("reason", "queue", "messages", "last"), aside, right=(2,))
 
 
-def _workers(console: Console, workers: Sequence[WorkerLine]) -> None:
-    """Print a line for each worker."""
-    header: tuple[str, ...] = ("worker", "status", "CPUs", "memory", "slots", "heartbeat", "queues")
-    rows = [_worker(worker) for worker in workers]
+def _workers(console: Console, workers: Sequence[WorkerLine], resources: Sequence[str]) -> None:
+    """Print a line for each worker, with a column for each resource that not every worker has."""
+    header = ("worker", "status", "CPUs", "memory", "slots", *resources, "heartbeat", "queues")
+    rows = [_worker(worker, resources) for worker in workers]
     shown = len(header) - all(row[-1] == DEFAULT_QUEUE for row in rows)
     header, rows = header[:shown], [row[:shown] for row in rows]
     meters = [(worker.allocated.get(CPUS, 0), worker.capacity.get(CPUS, 0)) for worker in workers]
-    table_with_bars(console, header, rows, meters, column=2, right=(2, 3, 4, 5))
+    table_with_bars(console, header, rows, meters, column=2, right=range(2, 6 + len(resources)))
 
 
 def table_with_bars(
@@ -119,17 +129,23 @@ def table_with_bars(
     table(console, (*header[:column], "", *header[column:]), drawn, moved)
 
 
-def _worker(worker: WorkerLine) -> tuple[str, ...]:
+def _worker(worker: WorkerLine, resources: Sequence[str]) -> tuple[str, ...]:
     total, used = worker.capacity.get(CPUS, 0), worker.allocated.get(CPUS, 0)
     return (
         worker.name,
         worker.status,
         f"{format_cpus(used)}/{format_cpus(total)}",
         _of(worker.allocated.get(MEMORY, 0), worker.capacity.get(MEMORY, 0)),
-        f"{worker.allocated.get(SLOTS, 0)}/{worker.capacity.get(SLOTS, 0)}",
+        *(_share(worker, name) for name in (SLOTS, *resources)),
         "unknown" if worker.heartbeat_age is None else f"{age(worker.heartbeat_age)} ago",
         ", ".join(queues_of(worker.capacity)),
     )
+
+
+def _share(worker: WorkerLine, name: str) -> str:
+    """Format the allocated pieces of a resource; a worker that neither has nor holds any has none to show."""
+    total, used = worker.capacity.get(name, 0), worker.allocated.get(name, 0)
+    return f"{used}/{total}" if total or used or name == SLOTS else NOTHING
 
 
 def _of(used: int, total: int) -> str:
@@ -251,6 +267,8 @@ def _reason(why: Explanation) -> str:
         Reason.NO_WORKER: "No live worker admits jobs. Start one: celery -A platform worker"
         if why.request.queue == DEFAULT_QUEUE
         else f"No live worker that serves queue {why.request.queue} admits jobs.",
+        Reason.NO_TASK: "No live worker knows its task. Start one with the code that has it: PLATFORM_IMPORTS, or -A"
+        " with your app.",
         Reason.NO_QUEUE: f"No worker serves queue {why.request.queue}."
         f" Start one: celery -A platform worker -Q {why.request.queue}",
         Reason.UNKNOWN_RESOURCE: f"No worker publishes {why.resource}, and it needs {asked}."

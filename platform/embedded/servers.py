@@ -90,7 +90,7 @@ def stop(settings: Settings) -> list[str]:
                     f"{name} (process {server.process.pid}) does not end",
                     advice=f"Look at its log in {settings.home}, and end the process yourself.",
                 )
-            ended.append(f"{name} (process {server.process.pid}, {_readable(server.url)})")
+            ended.append(f"{name} (process {server.process.pid}, {shown_url(server.url)})")
         (settings.home / SERVERS_FILE).unlink(missing_ok=True)
     return ended
 
@@ -102,7 +102,7 @@ def describe(settings: Settings) -> str:
     pair = running_pair(settings.home)
     embedded = pair is not None and pair.redis_url == settings.redis_url
     kind = f"embedded servers in {settings.home}" if embedded else "servers"
-    return f"{kind}: Redis {_readable(settings.redis_url)}, Postgres {_readable(settings.database_url)}"
+    return f"{kind}: Redis {shown_url(settings.redis_url)}, Postgres {shown_url(settings.database_url)}"
 
 
 @contextmanager
@@ -142,8 +142,8 @@ def _start_shared(home: Path, say: Callable[[str], None]) -> Pair:
     pair = _pair(home, redis, database)
     _write(home / SERVERS_FILE, asdict(pair))
     say(
-        f"Started embedded servers in {home}: Redis {_readable(pair.redis_url)}, "
-        f"Postgres {_readable(pair.database_url)}. They stay until `celery -A platform down`."
+        f"Started embedded servers in {home}: Redis {shown_url(pair.redis_url)}, "
+        f"Postgres {shown_url(pair.database_url)}. They stay until `celery -A platform down`."
     )
     return pair
 
@@ -254,7 +254,7 @@ def _postgres_folder(home: Path) -> Path:
     return home / "postgres"
 
 
-def _readable(url: str) -> str:
+def shown_url(url: str) -> str:
     """Return the URL for people: no driver, no password, and a readable path of the socket's folder."""
     return mask_url(url).replace("postgresql+psycopg2://", "postgresql://").replace("%2F", "/")
 

@@ -41,7 +41,15 @@ from celery_capacity.routing.errors import PlatformError, mask_url
 from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.ledger import connection
 from celery_capacity.routing.ledger.connection import quick_client
-from celery_capacity.routing.model.amounts import CPUS, MEMORY, SLOTS, cpus_number, format_cpus, format_memory
+from celery_capacity.routing.model.amounts import (
+    CPUS,
+    MEMORY,
+    SLOTS,
+    cpus_number,
+    format_amount,
+    format_memory,
+    is_named,
+)
 from celery_capacity.routing.model.identifiers import check_worker_name
 from celery_capacity.workers.process.stores import make_engine
 
@@ -91,19 +99,25 @@ class Running:
         }
 
     def rows(self) -> list[tuple[str, str, str]]:
+        """Return a line for each process: name, process id, place. The place may be long, so it comes last."""
         kind = " (embedded)" if self.embedded else ""
-        rows = [("Redis", self.redis_url + kind, ""), ("Postgres", self.database_url + kind, "")]
-        for worker in self.workers:
-            cpus, memory = worker.capacity.get(CPUS, 0), worker.capacity.get(MEMORY, 0)
-            holds = f"{format_cpus(cpus)} CPUs, {format_memory(memory)}, {worker.capacity.get(SLOTS, 0)} slots"
-            rows.append((worker.name, holds, str(worker.pid)))
-        rows.append(("beat", *_or_not("the schedule", self.beat)))
-        rows.append(("dashboard", *_or_not(self.dashboard_url, self.dashboard)))
+        rows = [("Redis", "", self.redis_url + kind), ("Postgres", "", servers.shown_url(self.database_url) + kind)]
+        rows += [(worker.name, str(worker.pid), _holds(worker.capacity)) for worker in self.workers]
+        rows.append(("beat", *_or_not(self.beat, "the schedule")))
+        rows.append(("dashboard", *_or_not(self.dashboard, self.dashboard_url)))
         return rows
 
 
-def _or_not(what: str, pid: int | None) -> tuple[str, str]:
-    return (what, str(pid)) if pid is not None else ("does not run here", "")
+def _holds(capacity: Mapping[str, int]) -> str:
+    """Return a worker's capacity in words, as in "1 CPU, 7.8 GiB, 1 slot, 2 gpus"."""
+    amounts = [format_amount(CPUS, capacity.get(CPUS, 0)), format_memory(capacity.get(MEMORY, 0))]
+    amounts.append(format_amount(SLOTS, capacity.get(SLOTS, 0)))
+    amounts += [format_amount(name, capacity[name]) for name in sorted(capacity) if is_named(name)]
+    return ", ".join(amounts)
+
+
+def _or_not(pid: int | None, address: str) -> tuple[str, str]:
+    return (str(pid), address) if pid is not None else ("", "does not run here")
 
 
 class LocalCluster:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 import psutil
 
@@ -56,6 +57,12 @@ class Facts:
     memory_limit: Limit | None = None
 
 
+#: Sources of an amount that other workers of the machine publish too.
+MACHINE: Final = "psutil"
+AFFINITY: Final = "affinity"
+WHOLE: Final = (MACHINE, AFFINITY)
+
+
 @dataclass(frozen=True)
 class Detected:
     """A capacity, and for each resource in it the word for the source of its number."""
@@ -88,9 +95,9 @@ def publish(settings: Settings, facts: Facts, slots: int | None = None) -> Detec
 
 
 def _cpus(facts: Facts) -> tuple[int, str]:
-    usable, source = facts.machine_cpus, "psutil"
+    usable, source = facts.machine_cpus, MACHINE
     if facts.affinity is not None:
-        usable, source = facts.affinity, "affinity"
+        usable, source = facts.affinity, AFFINITY
     if facts.cpu_quota is not None and facts.cpu_quota.amount < usable * MILLICORES:
         return facts.cpu_quota.amount, facts.cpu_quota.source
     return usable * MILLICORES, source
@@ -99,7 +106,7 @@ def _cpus(facts: Facts) -> tuple[int, str]:
 def _memory(facts: Facts) -> tuple[int, str]:
     if facts.memory_limit is not None and facts.memory_limit.amount < facts.machine_memory:
         return facts.memory_limit.amount, facts.memory_limit.source
-    return facts.machine_memory, "psutil"
+    return facts.machine_memory, MACHINE
 
 
 def detect(

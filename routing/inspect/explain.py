@@ -5,7 +5,7 @@ The explanation is a value. Its words are made where it is shown. Nothing is wri
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -19,7 +19,7 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import CPUS
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, filed_shape, split_shape
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, order, survey
 from celery_capacity.routing.store import dependencies
@@ -111,11 +111,14 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         books = snapshot.read_books(client, head.leases)
         card = snapshot.read_cards(client, [job]).get(job)
         held = Request.from_shape(card.shape) if card is not None and card.shape else request
-        ahead, before = _ahead(client, head.shapes, held.shape, order(row.priority, row.seq))
+        filed = card.shape if card is not None and card.shape else filed_shape(request.shape, row.name)
+        _, task = split_shape(filed)
+        catalogues = {book.catalogue for book in books.values()} - {""}
+        ahead, before, knowing = _ahead(client, head.shapes, filed, order(row.priority, row.seq), catalogues, task)
     except RedisError:
         return Explanation(job, state, Reason.LEDGER_UNREACHABLE, request, row.declared)
-    live = [book.to_policy(head.now) for book in books.values() if head.is_live(book)]
-    refusal = refuse(held, live, ahead)
+    live = [book.to_policy(head.now, knowing) for book in books.values() if head.is_live(book)]
+    refusal = refuse(held, live, ahead, task)
     why = Reason.ABOUT_TO_START if refusal is None else refusal.reason
     if state is State.ACCEPTED and why in (Reason.ABOUT_TO_START, Reason.BEHIND_SHAPE):
         why = Reason.ON_ITS_WAY
@@ -131,7 +134,7 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         worker=(refusal and refusal.worker) or None,
         place=ahead + 1,
         before=before,
-        large_enough=sum(1 for book in live if _when_empty(request, book)),
+        large_enough=sum(1 for book in live if book.knows(task) and _when_empty(request, book)),
         live_workers=len(live),
     )
 
@@ -183,9 +186,9 @@ def _archived(connection: Connection, job: str) -> Explanation | None:
     return Explanation(job, State(row.state), Reason.ENDED, Request.from_people(row.request), row.declared)
 
 
-def refuse(request: Request, live: Sequence[Book], ahead: int) -> Refusal | None:
+def refuse(request: Request, live: Sequence[Book], ahead: int, task: str = "") -> Refusal | None:
     """Return the policy's reason for not admitting a request; None where it would admit it."""
-    decision = survey(request, live, ahead)
+    decision = survey(request, live, ahead, task)
     return None if isinstance(decision, Admission) else decision
 
 
@@ -204,10 +207,19 @@ def _when_empty(request: Request, book: Book) -> bool:
     return book.admitting and book.serves(request) and large_enough
 
 
-def _ahead(client: redispy.Redis, shapes: Sequence[str], shape: str, order: int) -> tuple[int, int]:
-    """Count the waiting jobs before `order`: with this shape, and in all. One round trip."""
+def _ahead(
+    client: redispy.Redis, shapes: Sequence[str], shape: str, order: int, catalogues: Collection[str], task: str
+) -> tuple[int, int, dict[str, frozenset[str]]]:
+    """Count the waiting jobs before `order`: with this shape, and in all. One round trip.
+
+    Also return which of these catalogues have the task, each as the tasks of interest in it.
+    """
     pipe = client.pipeline(transaction=False)
     for queued in shapes:
         pipe.zcount(keys.wait(queued), "-inf", f"({order}")
-    counts = dict(zip(shapes, (int(count) for count in pipe.execute()), strict=True))
-    return counts.get(shape, 0), sum(counts.values())
+    for catalogue in catalogues:
+        pipe.sismember(keys.tasks(catalogue), task)
+    replies = iter(pipe.execute())
+    counts = {queued: int(next(replies)) for queued in shapes}
+    knowing = {catalogue: frozenset({task} if next(replies) else ()) for catalogue in catalogues}
+    return counts.get(shape, 0), sum(counts.values()), knowing

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -23,12 +23,12 @@ from celery_capacity.routing.database import schema
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import NotMigrated, mask_url
+from celery_capacity.routing.inspect.waiting import BacklogLine, ask_queues, read_backlog
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
-from celery_capacity.routing.model.amounts import ALONE, CPUS, MEMORY, SLOTS
+from celery_capacity.routing.model.amounts import ALONE, CPUS, MEMORY, SLOTS, is_named
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State, Store
-from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, order
 from celery_capacity.routing.store import quarantine
 from celery_capacity.routing.store.quarantine import Quarantined
 
@@ -36,7 +36,6 @@ from celery_capacity.routing.store.quarantine import Quarantined
 WORKER_TTL: Final = 60.0
 #: Resources with fields of their own. All others stand under `named`.
 _OWN: Final = (CPUS, MEMORY, SLOTS)
-_PRIORITIES: Final = range(TOP_PRIORITY + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,8 @@ class WorkerLine:
     incarnation: str
     started_at: str | None
     version: str | None
+    #: catalogue of its registered tasks; "" where it takes any, or where Postgres tells of it
+    catalogue: str = ""
 
     def to_json(self) -> dict[str, Any]:
         age = self.heartbeat_age
@@ -77,23 +78,6 @@ class WorkerLine:
 
 
 @dataclass(frozen=True, slots=True)
-class BacklogLine:
-    """The waiting jobs of one shape. `oldest`: seconds since the first of them was submitted."""
-
-    request: Request
-    waiting: int
-    oldest: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "queue": self.request.queue,
-            "request": self.request.to_people(),
-            "waiting": self.waiting,
-            "oldest_seconds": None if self.oldest is None else round(self.oldest, 3),
-        }
-
-
-@dataclass(frozen=True, slots=True)
 class Overview:
     """The cluster at the time `at`. `source`: the store that gave the values, ledger or postgres."""
 
@@ -110,6 +94,12 @@ class Overview:
     quarantine: Quarantined | None = None
     #: why Postgres was asked and not the ledger; empty where the ledger answered
     why: str = ""
+
+    @property
+    def resources(self) -> list[str]:
+        """Return the resources that a worker has and not every worker must have, such as GPUs and licences, by name."""
+        names = {name for worker in self.workers for name in (*worker.capacity, *worker.allocated)}
+        return sorted(name for name in names if is_named(name))
 
     def total(self, name: str) -> int:
         return sum(worker.capacity.get(name, 0) for worker in self.workers)
@@ -219,27 +209,15 @@ def from_ledger(client: redispy.Redis) -> Overview:
     for worker in head.leases:
         pipe.hgetall(keys.book(worker))
         pipe.hgetall(keys.view(worker))
-    for shape in head.shapes:
-        pipe.zcard(keys.wait(shape))
-        for priority in _PRIORITIES:
-            # The first of each priority is the oldest of that priority.
-            first = order(priority, 0)
-            pipe.zrangebyscore(keys.wait(shape), first, first + SUBMISSIONS - 1, start=0, num=1)
+    ask_queues(pipe, head.shapes)
     replies = iter(pipe.execute())
-    lines = [_ledger_line(head, worker, next(replies), next(replies)) for worker in head.leases]
-    queues = [(shape, next(replies), _firsts(replies)) for shape in head.shapes]
-    ages = _submitted(client, [job for _, _, firsts in queues for job in firsts])
-    backlog = []
-    for shape, waiting, firsts in queues:
-        submitted = [ages[job] for job in firsts if job in ages]
-        if waiting:
-            oldest = max(0.0, (head.now - min(submitted)) / 1000) if submitted else None
-            backlog.append(BacklogLine(Request.from_shape(shape), int(waiting), oldest))
+    lines = [line for worker in head.leases if (line := _ledger_line(head, worker, next(replies), next(replies)))]
+    backlog = read_backlog(client, head, replies, {line.catalogue for line in lines})
     return Overview(
         source="ledger",
         at=datetime.fromtimestamp(head.now / 1000, UTC),
-        workers=tuple(sorted((line for line in lines if line), key=lambda line: line.name)),
-        backlog=tuple(backlog),
+        workers=tuple(sorted(lines, key=lambda line: line.name)),
+        backlog=backlog,
         counters=head.counters,
         unapplied=head.unapplied,
         unapplied_age=max(0, head.now - (head.unapplied_since or head.now)) / 1000,
@@ -265,22 +243,8 @@ def _ledger_line(head: snapshot.Head, worker: str, fields: Any, view: Any) -> Wo
         incarnation=book.incarnation,
         started_at=seen.get("started_at"),
         version=seen.get("version"),
+        catalogue=book.catalogue,
     )
-
-
-def _firsts(replies: Iterator[Any]) -> list[str]:
-    return [snapshot.text(members[0]) for members in (next(replies) for _ in _PRIORITIES) if members]
-
-
-def _submitted(client: redispy.Redis, jobs: Sequence[str]) -> dict[str, int]:
-    """Return the times of submission of these jobs (ms). Jobs that left meanwhile are missing."""
-    if not jobs:
-        return {}
-    pipe = client.pipeline(transaction=False)
-    for job in jobs:
-        pipe.hget(keys.job(job), "submitted")
-    times = zip(jobs, pipe.execute(), strict=True)
-    return {job: int(time) for job, time in times if time is not None and int(time) > 0}
 
 
 def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:

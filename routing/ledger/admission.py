@@ -9,7 +9,7 @@ from celery_capacity.routing.ledger.repair import Repairs
 from celery_capacity.routing.ledger.replies import NEVER_AGAIN, Placed, Submitted
 from celery_capacity.routing.ledger.signatures import Reply
 from celery_capacity.routing.model.envelope import digest_of
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, split_shape
 from celery_capacity.routing.policy.placement import held_by, is_last_chance
 
 
@@ -45,9 +45,13 @@ class Admission(Repairs):
         }
 
     def shape_held(self, shape: str, losses: int) -> str:
-        """Return the shape that the next attempt of a job holds; `shape` may be that one already."""
+        """Return the shape that the next attempt of a job holds; `shape` may be that one already. Its task stays."""
         most = self.settings.most_losses
-        return held_by(Request.from_shape(shape), losses, most).shape if is_last_chance(losses, most) else shape
+        if not is_last_chance(losses, most):
+            return shape
+        request, task = split_shape(shape)
+        held = held_by(Request.from_shape(request), losses, most).shape
+        return f"{held},{task}" if task else held
 
     def submit(
         self,
@@ -64,7 +68,8 @@ class Admission(Repairs):
     ) -> Submitted:
         """Admit a job whose row is durable, or file it in the backlog.
 
-        All workers are searched before the call returns. `read_ms`: the time at which the caller read or wrote the
+        All workers are searched before the call returns. `shape`: the one under which the job is filed
+        (`routing.model.request.filed_shape`). `read_ms`: the time at which the caller read or wrote the
         row, by its own clock (milliseconds); None means now. `rerun`: False where the first lost attempt ends the job.
         """
         return self.submit_one((job, shape, order, message, attempt, losses, submitted_ms, read_ms, rerun))

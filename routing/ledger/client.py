@@ -7,7 +7,8 @@ retries nothing: the scripts are idempotent, so the caller decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from celery_capacity.routing.ledger import keys
@@ -24,12 +25,16 @@ from celery_capacity.routing.ledger.replies import (
     claims,
     hand_overs,
 )
+from celery_capacity.routing.ledger.scripts import CATALOGUE_MS
 from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model.envelope import digest_of
+from celery_capacity.routing.model.request import task_text
 from celery_capacity.routing.model.states import State
 
 #: Messages that one script delivers again, so that admission never waits long for it.
 REDELIVER_CHUNK: Final = 100
+#: Hexadecimal digits in the name of a catalogue of tasks.
+CATALOGUE_DIGITS: Final = 16
 #: Pages of shapes that are tried after a release: 1,024 shapes that the worker may take. Where more wait, the heartbeat
 #: tries all of them.
 RELEASE_PAGES: Final = 15
@@ -160,13 +165,16 @@ class Ledger(Held, Elections):
         view: Mapping[str, str],
         status: str = "ready",
         *,
+        tasks: Collection[str] | None = None,
         admit: bool = True,
     ) -> Filled | Taken:
         """Open a worker's book, or return `Taken` where the name belongs to another incarnation.
 
-        `capacity` has the form of a shape. With the status `closed`, nothing is admitted before the next `renew`.
-        Without `admit`, this caller admits nothing.
+        `capacity` has the form of a shape. `tasks`: names of the tasks that the worker has registered, None where it
+        takes any. With the status `closed`, nothing is admitted before the next `renew`. Without `admit`, this caller
+        admits nothing.
         """
+        catalogue = "" if tasks is None else self._keep_catalogue(tasks)
         reply = self._counted(
             "register",
             _view_values(view),
@@ -175,12 +183,28 @@ class Ledger(Held, Elections):
             queue=queue,
             ttl=self.ttl_ms,
             capacity=capacity,
+            tasks=catalogue,
             status=status,
             admit="1" if admit else "0",
         )
         if reply.head == "taken":
             return Taken(reply["incarnation"], reply.number("lease_left"), reply.number("held"))
         return Filled(reply.number("admitted") + self.fill(worker, reply["cursor"]))
+
+    def _keep_catalogue(self, tasks: Collection[str]) -> str:
+        """Store the names of a worker's tasks once for all workers with the same ones; return their catalogue."""
+        names = sorted(map(task_text, tasks))
+        catalogue = hashlib.sha256("\n".join(names).encode()).hexdigest()[:CATALOGUE_DIGITS]
+
+        def keep() -> None:
+            pipe = self.client.pipeline(transaction=True)
+            # An empty name keeps the set of a worker without tasks; no task has it.
+            pipe.sadd(keys.tasks(catalogue), "", *names)
+            pipe.pexpire(keys.tasks(catalogue), CATALOGUE_MS)
+            pipe.execute()
+
+        self._guard(keep)
+        return catalogue
 
     def renew(
         self,

@@ -20,6 +20,7 @@ from celery_capacity.routing.ledger.admission import Admission, flag
 from celery_capacity.routing.ledger.replies import Adopted, HandedOver, Lapsed, hand_overs
 from celery_capacity.routing.ledger.scripts import HELD
 from celery_capacity.routing.ledger.signatures import Group, Reply
+from celery_capacity.routing.model.request import split_shape
 from celery_capacity.routing.model.states import HOLDING
 
 #: Entries of a list that one script looks at. Each may be put back into the backlog, in some ten commands.
@@ -112,7 +113,7 @@ class Held(Admission):
             seen.update(new)
             for card in snapshot.read_cards(self.client, new).values():
                 if card.worker == worker and card.state in HOLDING:
-                    for part in (card.shape or "").split(","):
+                    for part in split_shape(card.shape or "")[0].split(","):
                         name, _, amount = part.partition("=")
                         sums[name] += int(amount)
         return "" if len(seen) <= HELD else ",".join(f"{name}={amount}" for name, amount in sorted(sums.items()))

@@ -20,17 +20,19 @@
 | `ledger:allocated` | string | millicores allocated in all |
 | `ledger:counters` | hash | counters for people: admissions, refusals, stale writes, ... |
 | `ledger:declarations` | hash | task name, request as JSON in people's units |
+| `ledger:tasks:<catalogue>` | set | names of the tasks that workers with this catalogue have registered |
 | `ledger:runner` | hash | `incarnation` of the worker that runs the duties, `fence` and `until` (ms) of its lease |
 | `ledger:asked` | set | duties that others ask the runner for |
 | `ledger:probe` | string with expiry | a trial write |
 | `worker:<name>` | hash with expiry | the view for people; only registration and heartbeat create it |
 | `resource:allocated_cpus` | string | CPUs allocated in all, as a decimal number |
 
-In a book `status` is ready, draining or closed. `c.<resource>` is the capacity and `a.<resource>` the allocated amount
-of a resource. `kept` is the shape for which the worker takes nothing else (`routing.policy.placement`); the key
-`ledger:kept` only leads there. `places` are the resources in whose indexes of free CPUs the worker stands while jobs
-may be admitted to it. Such a resource is any but `cpus`, `memory`, `slots` and `alone`; queues are among them, by their
-labels (`routing.model.amounts`).
+In a book `status` is ready, draining or closed. `tasks` is the worker's catalogue, a set of task names whose key has
+their digest: workers with the same code share one. A worker without a catalogue takes any task. `c.<resource>` is the
+capacity and `a.<resource>` the allocated amount of a resource. `kept` is the shape for which the worker takes nothing
+else (`routing.policy.placement`); the key `ledger:kept` only leads there. `places` are the resources in whose indexes
+of free CPUs the worker stands while jobs may be admitted to it. Such a resource is any but `cpus`, `memory`, `slots`
+and `alone`; queues are among them, by their labels (`routing.model.amounts`).
 
 A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
 `shape`, `order`, `message` and its `digest`, the times `submitted`, `admitted` and `started`, the `nonce` of its
@@ -69,6 +71,7 @@ KEYS: Final = {
     "allocated": "ledger:allocated",
     "counters": "ledger:counters",
     "declarations": "ledger:declarations",
+    "tasks": "ledger:tasks:",
     "runner": "ledger:runner",
     "asked": "ledger:asked",
     "probe": "ledger:probe",
@@ -122,6 +125,10 @@ def job(job_id: str) -> str:
 
 def wait(shape: str) -> str:
     return KEYS["wait"] + shape
+
+
+def tasks(catalogue: str) -> str:
+    return KEYS["tasks"] + catalogue
 
 
 def free_of(resource: str) -> str:

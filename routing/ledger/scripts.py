@@ -44,6 +44,9 @@ MAX_FREED_PASSES: Final = 2 * FREED_PASSES
 #: Jobs of a worker whose amounts one script adds up, in some 2 ms. More jobs are counted in pages.
 HELD: Final = 500
 
+#: Milliseconds for which a catalogue of tasks outlives the last heartbeat of its workers: a day.
+CATALOGUE_MS: Final = 86_400_000
+
 #: The most bytes of a message that a release may hand over to the worker that asks. Larger ones go by the broker.
 HAND_OVER_BYTES: Final = 65_536
 
@@ -163,6 +166,7 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
             "freed": MAX_FREED_PASSES,
             "searched": SEARCHED,
             "held": HELD,
+            "catalogue": CATALOGUE_MS,
             "tombstone": tombstone_ms,
             "submit_limit": tombstone_ms // 2,
             "start": start_ms,

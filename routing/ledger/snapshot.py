@@ -7,7 +7,7 @@ store to ask.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ class WorkerBook:
     """Book of a worker.
 
     `lease`: end of its lease (ms). `shrunk`: the capacity was lowered below the allocations. `kept`: the shape for
-    which the worker takes nothing else, "" for none.
+    which the worker takes nothing else, "" for none. `catalogue`: that of its registered tasks, "" where it takes any.
     """
 
     worker: str
@@ -38,6 +38,7 @@ class WorkerBook:
     allocated: Mapping[str, int]
     shrunk: bool = False
     kept: str = ""
+    catalogue: str = ""
 
     def is_live(self, now: int) -> bool:
         """Return True if the worker counts as live at `now` (ms): its lease runs, and its book is not closed."""
@@ -47,10 +48,11 @@ class WorkerBook:
         """Return the resources whose allocations exceed the capacity."""
         return tuple(self.to_policy(0).exceeded)
 
-    def to_policy(self, now: int) -> Book:
-        """Return the book in the form that the policy takes."""
+    def to_policy(self, now: int, catalogues: Mapping[str, Collection[str]] | None = None) -> Book:
+        """Return the book in the form that the policy takes. Without `catalogues` its worker takes any task."""
         admitting = self.lease > now and self.status == "ready"
-        return Book(self.worker, self.capacity, self.allocated, admitting, self.kept)
+        tasks = catalogues.get(self.catalogue) if catalogues is not None else None
+        return Book(self.worker, self.capacity, self.allocated, admitting, self.kept, tasks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,7 @@ def parse_book(worker: str, fields: Mapping[Any, Any]) -> WorkerBook | None:
         allocated={name[2:]: int(value) for name, value in values.items() if name.startswith("a.")},
         shrunk=values.get("shrunk") == "1",
         kept=values.get("kept", ""),
+        catalogue=values.get("tasks", ""),
     )
 
 

@@ -260,6 +260,11 @@ def has_index(name: str) -> bool:
     return name not in (CPUS, MEMORY, SLOTS, ALONE, ONLY_LABELLED)
 
 
+def is_named(name: str) -> bool:
+    """Return True for a resource that a worker may have or not, such as GPUs and licences."""
+    return has_index(name) and not is_label(name)
+
+
 def _check_name(name: object) -> str:
     if isinstance(name, str) and name.startswith(LABEL):
         if name != ONLY_LABELLED:

@@ -12,6 +12,8 @@ class Reason(Enum):
 
     #: no worker admits anything: none lives, or all are cordoned, draining or closed
     NO_WORKER = "no-worker"
+    #: no worker has registered its task
+    NO_TASK = "no-worker-knows-task"
     #: no worker serves its queue
     NO_QUEUE = "no-queue"
     #: no worker publishes this resource

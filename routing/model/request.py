@@ -6,10 +6,12 @@ with the request in the ledger.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
+from urllib.parse import quote
 
 from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.model import amounts as _amounts
@@ -24,6 +26,12 @@ from celery_capacity.routing.model.amounts import (
     SLOTS,
     Amounts,
 )
+from celery_capacity.routing.model.message import PLATFORM_PREFIX
+
+#: Beginnings of the names of tasks that every worker knows.
+KNOWN_EVERYWHERE: Final = ("celery.", PLATFORM_PREFIX)
+_SAFE: Final = "._-:/@"
+_UNSAFE: Final = re.compile(rf"[^\w{re.escape(_SAFE)}]", re.ASCII)
 
 #: options that `@app.task(…)` and `apply_async(…)` accept
 REQUEST_OPTIONS = (CPUS, MEMORY, GPUS, "resources")
@@ -74,8 +82,11 @@ class Request:
 
     @classmethod
     def from_shape(cls, shape: str) -> Request:
-        """Make a request from the text that `shape` makes; other texts of an equal request are refused."""
-        return _from_shape(shape)
+        """Make a request from the text that `shape` makes; other texts of an equal request are refused.
+
+        The task of a `filed_shape` is left out.
+        """
+        return _from_shape(split_shape(shape)[0])
 
     def get(self, name: str) -> int:
         """Return the amount of one resource; 0 where it is not asked for."""
@@ -118,6 +129,25 @@ class Request:
         hidden = (ALONE, CPUS, SLOTS)
         named = [(n, a) for n, a in self.amounts if not (n in hidden or _amounts.is_label(n)) or (n == SLOTS and a > 1)]
         return ", ".join(_amounts.format_amount(n, a) for n, a in [(CPUS, self.get(CPUS)), *named])
+
+
+def filed_shape(shape: str, task: str) -> str:
+    """Return the text under which the ledger files a job: its shape, and its task where not every worker knows that.
+
+    As in "cpus=4000,slots=1,tasks.render". A worker takes a job of this shape only if it has registered the task.
+    """
+    return shape if not task or task.startswith(KNOWN_EVERYWHERE) else f"{shape},{task_text(task)}"
+
+
+def task_text(task: str) -> str:
+    """Return a task's name as it stands in keys of the ledger: in ASCII, without the characters of a shape."""
+    return quote(task, safe=_SAFE) if _UNSAFE.search(task) else task
+
+
+def split_shape(filed: str) -> tuple[str, str]:
+    """Return the request of a filed shape, and its task as `task_text` wrote it; "" where any worker may take it."""
+    request, _, last = filed.rpartition(",")
+    return (filed, "") if "=" in last else (request, last)
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, int]:

@@ -42,14 +42,14 @@ def fill_or_keep(
     queues: dict[str, list[Waiting]] = {}
     # Ties go by the job's id, as Redis breaks them by the member's bytes.
     for waiting in sorted(backlog, key=lambda waiting: (waiting.order, waiting.job)):
-        queues.setdefault(waiting.request.shape, []).append(waiting)
+        queues.setdefault(waiting.shape, []).append(waiting)
     heads = [(queue[0].order, shape) for shape, queue in queues.items()]
     in_order = [shape for _, shape in sorted(heads)]
     behind = [shape for shape in in_order[shapes:] if _stands_by(book, queues[shape][0].request)]
     looked_at = {shape: deque(queues[shape]) for shape in [*in_order[:shapes], *behind[:shapes]]}
     if book.kept:
         first = queues.get(book.kept)
-        if first and fits(first[0].request, replace(book, allocated={})) is None:
+        if first and book.knows(first[0].task) and fits(first[0].request, replace(book, allocated={})) is None:
             if not book.empty:
                 return Filling([], book.kept)
             looked_at = {book.kept: deque(first)}
@@ -61,7 +61,9 @@ def fill_or_keep(
         possible = [
             (queue[0].order, shape)
             for shape, queue in looked_at.items()
-            if queue and (fits(queue[0].request, book) is None or _keeps(shape, queue[0].request, book, elsewhere))
+            if queue
+            and book.knows(queue[0].task)
+            and (fits(queue[0].request, book) is None or _keeps(shape, queue[0].request, book, elsewhere))
         ]
         if not possible:
             break

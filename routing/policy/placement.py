@@ -8,6 +8,8 @@ The rules:
 - A worker takes a job if it has room for the whole request. It has none of a resource that it does not publish.
 - A worker whose allocations exceed its capacity in any resource (the capacity shrank) takes nothing until it fits
   again, not even a job that asks for nothing. It is passed over like a cordoned worker.
+- A job runs a task, and only workers that have registered the task take the job. Tasks that come with Celery and with
+  the platform are known to all. A worker of an older release, which published none, takes any.
 - A job is in a queue, and only workers that serve the queue take the job. A queue other than the default one is a
   label: the job asks for one of it, and workers that serve the queue have more than can be allocated. A worker that
   does not serve the default queue takes only jobs with a label. Labels are no capacity: a worker that serves a queue no
@@ -23,7 +25,7 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -38,7 +40,7 @@ from celery_capacity.routing.model.amounts import (
     is_label,
 )
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, filed_shape, split_shape
 
 #: highest priority; the lowest is 0, and a higher one comes first
 TOP_PRIORITY = 9
@@ -93,7 +95,7 @@ class Book:
     """Capacity and allocations of a worker, by resource.
 
     Not `admitting`: the worker is cordoned, draining or closed. `kept`: the only shape that the worker takes, "" for no
-    such limit.
+    such limit. `tasks`: those that it has registered, None where it takes any.
     """
 
     worker: str
@@ -101,6 +103,7 @@ class Book:
     allocated: Mapping[str, int]
     admitting: bool = True
     kept: str = ""
+    tasks: Collection[str] | None = None
 
     def free(self, resource: str) -> int:
         """Return capacity less allocations; negative while the worker is over its capacity."""
@@ -152,6 +155,10 @@ class Book:
             return not self.capacity.get(ONLY_LABELLED, 0)
         return self.capacity.get(LABEL + request.queue, 0) > 0
 
+    def knows(self, task: str) -> bool:
+        """Return True if the worker takes jobs of this task; "" is a task that every worker knows."""
+        return self.tasks is None or filed_shape("", task) == "" or task in self.tasks
+
     def holding(self, request: Request) -> Book:
         """Return the book after this request was admitted."""
         return self._moved(request, 1)
@@ -167,11 +174,20 @@ class Book:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A job in the backlog. `order` is the number that `order()` makes of priority and submission."""
+    """A job in the backlog. `order` is the number that `order()` makes of priority and submission.
+
+    `task`: its name; "" for one that every worker knows.
+    """
 
     job: str
     request: Request
     order: int
+    task: str = ""
+
+    @property
+    def shape(self) -> str:
+        """Return the shape under which the job is filed."""
+        return filed_shape(self.request.shape, self.task)
 
 
 def order(priority: int, seq: int) -> int:
@@ -203,9 +219,15 @@ def held_by(request: Request, losses: int, most_losses: int) -> Request:
 
 
 def asked_shape(shape: str) -> str:
-    """Return the shape that a job itself asks for, from the shape that it holds."""
+    """Return the shape that a job itself asks for, from the shape that it holds or is filed under."""
+    shape, _ = split_shape(shape)
     asked = dict(Request.from_shape(shape).amounts)
     return Request.of(asked).shape if asked.pop(ALONE, 0) else shape
+
+
+def asked_kept(book: Book) -> str:
+    """Return the request of the only shape that a kept worker takes, without its task."""
+    return split_shape(book.kept)[0]
 
 
 def shortages(request: Request, book: Book) -> list[Shortage]:
@@ -219,7 +241,7 @@ def shortages(request: Request, book: Book) -> list[Shortage]:
     if not book.serves(request):
         return [Shortage(LABEL + request.queue, 1, 0)]
     alone = request.get(ALONE)
-    if book.allocated.get(ALONE, 0) or (book.kept and book.kept != request.shape) or (alone and not book.empty):
+    if book.allocated.get(ALONE, 0) or (book.kept and asked_kept(book) != request.shape) or (alone and not book.empty):
         return [Shortage(ALONE, alone, 0)]
     return [Shortage(name, amount, book.free(name)) for name, amount in request.amounts if amount > book.free(name)]
 
@@ -250,19 +272,20 @@ def waits_beside(shape: str) -> str:
     For a labelled queue that is the index of the queue. In the default queue it is the index of the first requested
     resource that not every worker has; without such a resource, the index of the default queue.
     """
-    names = [name for name in (part.partition("=")[0] for part in shape.split(",")) if has_index(name)]
+    parts = split_shape(shape)[0].split(",")
+    names = [name for name in (part.partition("=")[0] for part in parts) if has_index(name)]
     return next((name for name in names if is_label(name)), next(iter(names), LABEL + DEFAULT_QUEUE))
 
 
 def choose(
-    request: Request, books: Iterable[Book], candidates: int, after: tuple[int, str] | None = None
+    request: Request, books: Iterable[Book], candidates: int, after: tuple[int, str] | None = None, task: str = ""
 ) -> Admission | Refusal:
     """Return the best fit among at most `candidates` workers, as one script looks at them.
 
     The candidates admit, are not over their capacity, and have a free slot and enough free CPUs. A worker on which a
     job is alone, or that is kept for a job, is no candidate. All of them stand in the index that the request is
     `found_by`. They come in order of (free CPUs, name), behind the cursor `after` where there is one. The first with
-    room for the whole request is chosen.
+    room for the whole request that knows the task is chosen.
     """
     books = list(books)
     admitting = [book for book in books if book.admitting]
@@ -281,22 +304,25 @@ def choose(
     behind = [row for row in index if row[0] >= asked and (after is None or row[:2] > after)]
     looked_at = behind[:candidates]
     for _, worker, book in looked_at:
-        if fits(request, book) is None:
+        if fits(request, book) is None and book.knows(task):
             return Admission(worker)
     if len(behind) > len(looked_at):
         free, worker, _ = looked_at[-1]
         return Refusal(Reason.LOOK_FURTHER, CPUS, asked, free, worker)
-    return _closest(request, admitting, Reason.NO_ROOM)
+    return _closest(request, [book for book in admitting if book.knows(task)], Reason.NO_ROOM)
 
 
-def survey(request: Request, books: Iterable[Book], ahead: int = 0) -> Admission | Refusal:
+def survey(request: Request, books: Iterable[Book], ahead: int = 0, task: str = "") -> Admission | Refusal:
     """Return the decision over all workers, with the best reason there is, as `explain` says it.
 
-    `ahead`: jobs of the same request that wait before this one; they would get the room first.
+    `ahead`: jobs of the same request and task that wait before this one; they would get the room first.
     """
     live = list(books)
-    serving = [book for book in live if book.serves(request)]
-    if live and not serving:
+    knowing = [book for book in live if book.knows(task)]
+    if live and not knowing:
+        return Refusal(Reason.NO_TASK)
+    serving = [book for book in knowing if book.serves(request)]
+    if knowing and not serving:
         return Refusal(Reason.NO_QUEUE)
     admitting = [book for book in serving if book.admitting]
     if not admitting:
@@ -312,7 +338,7 @@ def survey(request: Request, books: Iterable[Book], ahead: int = 0) -> Admission
     if isinstance(decision, Admission) and ahead:
         return Refusal(Reason.BEHIND_SHAPE, asked=ahead, worker=decision.worker)
     if isinstance(decision, Refusal) and request.get(ALONE):
-        kept = next((book.worker for book in large_enough if book.kept == request.shape), "")
+        kept = next((book.worker for book in large_enough if asked_kept(book) == request.shape), "")
         return Refusal(Reason.ALONE, worker=kept)
     return decision
 

@@ -36,6 +36,7 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted, LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.model.states import FINAL, HOLDING, Store
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
@@ -312,13 +313,13 @@ FROM (SELECT *, row_number() OVER (PARTITION BY name ORDER BY started_at DESC) A
       FROM workers WHERE status IN ('ready', 'draining')) AS w ORDER BY name, newest
 """)
 _HELD: Final = text("""
-SELECT incarnation, id, epoch, attempt, shape, priority, seq, losses, (extract(epoch FROM admitted_at) * 1000)::bigint,
-       (extract(epoch FROM started_at) * 1000)::bigint, rerun
+SELECT incarnation, id, name, epoch, attempt, shape, priority, seq, losses,
+       (extract(epoch FROM admitted_at) * 1000)::bigint, (extract(epoch FROM started_at) * 1000)::bigint, rerun
 FROM jobs WHERE state IN ('admitted', 'running') AND incarnation IS NOT NULL ORDER BY id
 """)
 
 
 def _adopted(row: Any) -> Adopted:
-    job, epoch, attempt, shape, priority, seq, losses, admitted, started, rerun = row
-    position = order(priority, seq)
-    return Adopted(job, str(Token(epoch, attempt)), shape, position, admitted or 0, started or 0, "", losses, rerun)
+    job, name, epoch, attempt, shape, priority, seq, losses, admitted, started, rerun = row
+    position, filed = order(priority, seq), filed_shape(shape, name)
+    return Adopted(job, str(Token(epoch, attempt)), filed, position, admitted or 0, started or 0, "", losses, rerun)

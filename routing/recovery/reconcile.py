@@ -29,6 +29,7 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.ledger.snapshot import JobCard
+from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Step, Store
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
@@ -52,6 +53,7 @@ class Row:
     """The columns of a row that are compared. Times in milliseconds, 0 means none."""
 
     id: str
+    name: str
     seq: int
     state: str
     epoch: int
@@ -91,7 +93,7 @@ class Row:
 
 
 _COLUMNS: Final = (
-    "SELECT id, seq, state, epoch, attempt, step, worker, incarnation, shape, priority, losses, "
+    "SELECT id, name, seq, state, epoch, attempt, step, worker, incarnation, shape, priority, losses, "
     "coalesce((extract(epoch FROM admitted_at) * 1000)::bigint, 0), "
     "coalesce((extract(epoch FROM started_at) * 1000)::bigint, 0), rerun FROM jobs "
 )
@@ -351,7 +353,7 @@ def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconc
         held = Adopted(
             row.id,
             str(Token(row.epoch, row.attempt)),
-            row.shape,
+            filed_shape(row.shape, row.name),
             order(row.priority, row.seq),
             row.admitted_ms,
             row.started_ms,

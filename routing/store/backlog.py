@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
+from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.policy.unknown_starts import losses_in_doubt
 
@@ -22,6 +23,7 @@ class Pending:
     """A row that the ledger should know, as the arguments of a submit."""
 
     id: str
+    name: str
     shape: str
     priority: int
     seq: int
@@ -38,7 +40,7 @@ class Pending:
         """Return the arguments of `Ledger.submit`, in order."""
         return (
             self.id,
-            self.shape,
+            filed_shape(self.shape, self.name),
             order(self.priority, self.seq),
             self.message,
             self.attempt,
@@ -55,7 +57,7 @@ def in_doubt(row: Pending, most_losses: int) -> Pending:
 
 
 _PENDING: Final = (
-    "SELECT id, shape, priority, seq, message, attempt, losses, "
+    "SELECT id, name, shape, priority, seq, message, attempt, losses, "
     "(extract(epoch FROM submitted_at) * 1000)::bigint, rerun FROM jobs "
 )
 _DUE: Final = text(
@@ -80,7 +82,10 @@ _THESE: Final = text(
 def _pending(connection: Connection, statement: Any, values: dict[str, Any]) -> list[Pending]:
     now = time.time() * 1000
     rows = connection.execute(statement, values)
-    return [Pending(row[0], row[1], row[2], row[3], bytes(row[4]), row[5], row[6], row[7], now, row[8]) for row in rows]
+    return [
+        Pending(row[0], row[1], row[2], row[3], row[4], bytes(row[5]), row[6], row[7], row[8], now, row[9])
+        for row in rows
+    ]
 
 
 def due(connection: Connection, most: int, after: int = 0) -> list[Pending]:

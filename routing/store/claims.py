@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError
 from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.model.amounts import ALONE
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, Request
 from celery_capacity.routing.model.states import FINAL, Outcome, State, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.fill import fill_or_keep
@@ -60,6 +60,7 @@ class Taken:
     """
 
     job: str
+    name: str
     token: str
     shape: str
     losses: int
@@ -75,6 +76,8 @@ _SELECT: Final = """
 (SELECT id, shape, priority, seq, losses FROM jobs
  WHERE {} AND (expires_at IS NULL OR expires_at > now()) AND revoked_at IS NULL AND (-priority, seq) > (:priority, :seq)
    AND shape <> ALL(CAST(:without AS text[]))
+   AND (CAST(:tasks AS text[]) IS NULL OR name = ANY(CAST(:tasks AS text[]))
+     OR name LIKE ANY(CAST(:everywhere AS text[])))
  ORDER BY -priority, seq LIMIT :most)
 """
 _WAITS: Final = "state IN ('accepted', 'waiting')"
@@ -86,10 +89,24 @@ _CANDIDATES: Final = text(
 
 
 def candidates(
-    connection: Connection, most: int, after: tuple[int, int] = START, without: Sequence[str] = ()
+    connection: Connection,
+    most: int,
+    after: tuple[int, int] = START,
+    without: Sequence[str] = (),
+    tasks: Collection[str] | None = None,
 ) -> list[Candidate]:
-    """Return jobs that may start now, in the order of the backlog after a cursor, without these shapes."""
-    values = {"most": most, "priority": after[0], "seq": after[1], "without": list(without)}
+    """Return jobs that may start now, in the order of the backlog after a cursor, without these shapes.
+
+    `tasks`: names of the tasks that the worker has registered, None where it takes any.
+    """
+    values = {
+        "most": most,
+        "priority": after[0],
+        "seq": after[1],
+        "without": list(without),
+        "tasks": None if tasks is None else sorted(tasks),
+        "everywhere": [f"{beginning}%" for beginning in KNOWN_EVERYWHERE],
+    }
     return [Candidate(*row) for row in connection.execute(_CANDIDATES, values)]
 
 
@@ -118,7 +135,7 @@ def look(connection: Connection, book: Book, most_losses: int, passed: Collectio
     """
     after, without = START, set[str]()
     while True:
-        page = candidates(connection, PAGE, after, sorted(without))
+        page = candidates(connection, PAGE, after, sorted(without), book.tasks)
         chosen = choose(book, [row for row in page if row.job not in passed], most_losses)
         if chosen or len(page) < PAGE:
             return chosen
@@ -151,14 +168,14 @@ WITH doubt AS (
     worker = :worker, incarnation = :incarnation, admitted_at = chosen.at, started_at = chosen.at,
     error = NULL
   FROM chosen WHERE jobs.id = chosen.id
-  RETURNING jobs.id, jobs.attempt, jobs.shape, jobs.priority, jobs.seq, jobs.losses, jobs.message, jobs.started_at,
-    jobs.rerun
+  RETURNING jobs.id, jobs.name, jobs.attempt, jobs.shape, jobs.priority, jobs.seq, jobs.losses, jobs.message,
+    jobs.started_at, jobs.rerun
 ), a AS (
   INSERT INTO attempts (job_id, epoch, attempt, worker, incarnation, admitted_at, started_at)
   SELECT id, :epoch, attempt, :worker, :incarnation, started_at, started_at FROM taken
   ON CONFLICT DO NOTHING
 )
-SELECT id, attempt, shape, losses, (extract(epoch FROM started_at) * 1000)::bigint, message, rerun
+SELECT id, name, attempt, shape, losses, (extract(epoch FROM started_at) * 1000)::bigint, message, rerun
 FROM taken ORDER BY -priority, seq
 """)
 
@@ -175,9 +192,9 @@ def take(
     values = {"ids": list(jobs), "epoch": epoch, "worker": worker, "incarnation": incarnation}
     rows = connection.execute(_TAKE, {**values, "counts": most_losses >= FEWEST_LOSSES})
     taken = []
-    for job, attempt, shape, losses, started_ms, message, rerun in rows:
+    for job, name, attempt, shape, losses, started_ms, message, rerun in rows:
         token = str(Token(epoch, attempt))
-        taken.append(Taken(job, token, shape, losses, started_ms, tagged(bytes(message), job, token), rerun))
+        taken.append(Taken(job, name, token, shape, losses, started_ms, tagged(bytes(message), job, token), rerun))
     return taken
 
 

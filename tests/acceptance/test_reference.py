@@ -106,6 +106,9 @@ def used(redis_url: str) -> Iterator[Cluster]:
         ledger.fill("w")
         for worker in ("small", "smaller"):
             cluster.register(worker, Request.of({"cpus": 1}).shape)
+        ledger.register(
+            "knowing", "life", "queue.knowing", Request.of({"cpus": 1}).shape, {"pid": "1"}, tasks=["tasks.render"]
+        )
         cluster.register("labelled", Capacity.of({"cpus": 1, "slots": 1, **labels(["video"])}).shape)
         ledger.adopt("small", "small-life", [Adopted("adopted", "1.1", ONE, 1, 5, 6, "", 0)])
         ledger.client.hset(keys.DECLARATIONS, "task", "{}")
@@ -141,7 +144,7 @@ def test_every_key_and_field_of_a_ledger_in_use_is_on_the_page(used: Cluster) ->
         assert client.type(key).decode() == {"sorted set": "zset"}.get(kind, kind), key
         # Postgres has no end of any job yet here.
         ended = pattern == "ledger:job:<id>" and client.hmget(key, "state", "entry") == [b"ended", None]
-        expires = ended or pattern in ("ledger:probe", "worker:<name>")
+        expires = ended or pattern in ("ledger:probe", "worker:<name>", "ledger:tasks:<catalogue>")
         assert (client.pttl(key) > 0) == expires, f"{key}, whose lifetime is: {lifetime}"
         seen = met.setdefault(pattern, set())
         if pattern == "ledger:stream":

@@ -110,7 +110,7 @@ def test_of_a_candidate_that_is_passed_over_nothing_is_read_that_grows_with_its_
         while not ran or not ran[-1].startswith("ECHO"):
             ran.append(monitor.next_command()["command"])
     read = [command.split() for command in ran if command.startswith("HMGET ledger:book:")]
-    assert (len(read), max(map(len, read))) == (10, 13), read
+    assert (len(read), max(map(len, read))) == (10, 14), read
     assert [command for command in ran if command.startswith("HGET ledger:book:")] == ["HGET ledger:book:x places"]
 
 

@@ -16,7 +16,7 @@ from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted, LedgerClosed
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, filed_shape
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import resubmit, transition_log
 from celery_capacity.routing.recovery.drift import Reconciled
@@ -191,10 +191,11 @@ def test_damage_is_found_wherever_it_is_in_a_backlog_of_many_chunks(scene: Scene
     stage, many = scene.stage, 2 * CHUNK + 300
     request = Request.of({"cpus": 9500})
     jobs = [stage.insert({"cpus": 9500}) for _ in range(many)]
-    rows = [(job, request.shape, order(0, stage.row(job).seq), MESSAGE, 0, 0, 0) for job in jobs]
+    shape = filed_shape(request.shape, stage.row(jobs[0]).name)
+    rows = [(job, shape, order(0, stage.row(job).seq), MESSAGE, 0, 0, 0) for job in jobs]
     assert stage.ledger.submit_many(rows) == many
     stage.apply()
-    queue, first, last = keys.wait(request.shape), rows[0][2], rows[-1][2]
+    queue, first, last = keys.wait(shape), rows[0][2], rows[-1][2]
     for number in range(CHUNK + 7):
         scene.redis.zadd(queue, {f"first-{number}": first - 1, f"last-{number}": last + 1 + number})
     spread = range(0, many, 99)

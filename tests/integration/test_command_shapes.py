@@ -275,7 +275,7 @@ def test_a_broken_invariant(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_tables_go_down_and_up(run: Run) -> None:
-    down = answer(run, "db", "downgrade", "base")
+    down = answer(run, "db", "downgrade", "base", "--force")
     assert down["current"] is None
     assert answer(run, "db", "current")["current"] is None
     assert answer(run, "db", "upgrade")["before"] is None

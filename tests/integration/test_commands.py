@@ -54,6 +54,20 @@ def test_cluster_shows_totals_a_line_for_each_worker_and_the_backlog(stage: Stag
     assert "100 CPUs" in result.stdout
 
 
+def test_cluster_shows_each_resource_that_a_worker_has(stage: Stage, run: Run) -> None:
+    stage.worker("farm", cpus=8000, gpus=2, licence=3)
+    stage.worker("plain", cpus=4000)
+    stage.submit(cpus=1000, gpus=2)
+    lines = run("cluster").stdout.splitlines()
+    assert "gpus    2 of 2 allocated" in lines
+    assert "licence 0 of 3 allocated" in lines
+    header = next(line for line in lines if line.startswith("worker")).split()
+    farm, plain = (next(line for line in lines if line.startswith(name)) for name in ("farm", "plain"))
+    assert header[4:7] == ["slots", "gpus", "licence"]
+    assert farm.split()[-5:-3] == ["2/2", "0/3"]
+    assert plain.split()[-5:-3] == ["-", "-"]
+
+
 def test_cluster_json_is_the_object_of_the_dashboard(stage: Stage, run: Run) -> None:
     stage.worker("a", cpus=4000)
     stage.submit(cpus=500)
@@ -256,7 +270,7 @@ def test_reconcile_opens_a_cold_ledger(stage: Stage, run: Run) -> None:
 def test_db_goes_down_and_up_and_says_where_it_is(run: Run) -> None:
     assert run("db", "current").stdout == f"{migrations.HEAD}\n"
     assert "already" in run("db", "upgrade").stdout
-    assert run("db", "downgrade", "base").stdout == f"the tables went from {migrations.HEAD} to none\n"
+    assert run("db", "downgrade", "base", "--force").stdout == f"the tables went from {migrations.HEAD} to none\n"
     current = run("db", "current")
     assert current.stdout == "none\n"
     assert "db upgrade" in current.stderr
@@ -267,8 +281,17 @@ def test_db_goes_down_and_up_and_says_where_it_is(run: Run) -> None:
 
 
 def test_db_downgrade_takes_one_step_back_unless_told_otherwise(run: Run) -> None:
-    assert run("db", "downgrade", "-1").exit_code == Exit.OK
+    assert run("db", "downgrade", "-1", "--force").exit_code == Exit.OK
     assert run("db", "current").stdout == f"{int(migrations.HEAD) - 1:04}\n"
+
+
+def test_db_downgrade_without_a_terminal_needs_force(stage: Stage, run: Run) -> None:
+    stage.submit(cpus=1)
+    result = run("db", "downgrade", "base")
+    assert result.exit_code == Exit.FAILED
+    assert "1 job is in the tables" in result.stderr
+    assert "--force" in result.stderr
+    assert run("db", "current").stdout == f"{migrations.HEAD}\n"
 
 
 def test_db_refuses_a_revision_that_it_does_not_know(run: Run) -> None:
@@ -280,7 +303,7 @@ def test_db_refuses_a_revision_that_it_does_not_know(run: Run) -> None:
 @pytest.mark.parametrize("name", ["cluster", "jobs", "job", "verify", "reconcile"])
 def test_without_tables_every_command_says_what_to_run(stage: Stage, run: Run, name: str) -> None:
     stage.redis.flushdb()
-    run("db", "downgrade", "base")
+    run("db", "downgrade", "base", "--force")
     result = run(name, *(["x"] if name == "job" else []))
     assert result.exit_code == Exit.CONFIGURATION
     assert "Run `celery -A platform db upgrade`" in result.stderr

@@ -210,6 +210,8 @@ LOOKING = (
     ("db", "upgrade", "--json"),
     ("db", "downgrade", "--json"),
     ("down",),
+    ("servers",),
+    ("servers", "start", "--json"),
     ("dashboard",),
     ("dashboard", "--port"),
     ("up", "--worker"),

@@ -354,15 +354,6 @@ def test_a_job_that_rejects_itself_for_another_try_gets_a_new_attempt(submitter:
 # -- messages that never become a request
 
 
-def test_a_job_of_an_unknown_task_fails_and_says_so(submitter: Submitter) -> None:
-    job = submitter.send("nobody.knows.this", cpus=4)
-    row = submitter.ended(job)
-    assert row.state == "failed"
-    assert "does not know this task" in row.error
-    assert submitter.outcomes(job) == ["failed"]
-    assert until(lambda: submitter.result(job).state == "FAILURE", "its result is FAILURE")
-
-
 def test_a_job_with_arguments_that_the_task_does_not_take_fails(submitter: Submitter) -> None:
     job = submitter.app.send_task("tests.fixtures.tasks.add", [1, 2, 3, 4], cpus=4).id
     assert "TypeError" in submitter.ended(job).error

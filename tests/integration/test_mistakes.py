@@ -90,12 +90,21 @@ MISTAKES = [
         {"CELERY_RESULT_BACKEND": "nonsense://me:hunter2@x"},
     ),
     Mistake(
-        "-A platform cluster",
+        "-A platform servers start",
         Exit.CONFIGURATION,
         ("PLATFORM_HOME='/dev/null/home'", "a folder that you may write"),
         {"REDIS_URL": "", "DATABASE_URL": "", "PLATFORM_HOME": "/dev/null/home"},
     ),
     # stores
+    *(
+        Mistake(
+            f"-A platform {words}",
+            Exit.UNAVAILABLE,
+            ("REDIS_URL", "celery -A platform up"),
+            {"REDIS_URL": "", "DATABASE_URL": "", "PLATFORM_HOME": "/dev/null/home"},
+        )
+        for words in ("jobs", "cluster", "worker", "beat", "db upgrade", "verify")
+    ),
     Mistake("-A platform reconcile", Exit.UNAVAILABLE, (NOWHERE, "REDIS_URL"), {"REDIS_URL": f"redis://{NOWHERE}/0"}),
     Mistake(
         "-A platform jobs",
@@ -205,7 +214,7 @@ def test_a_full_disk_behind_the_output_is_told(platform: Platform) -> None:
 
 
 def test_a_question_is_not_asked_where_there_is_no_standard_input(platform: Platform) -> None:
-    line = shlex.join([sys.executable, "-m", "celery", "-A", "platform", "db", "downgrade", "nope"])
+    line = shlex.join([sys.executable, "-m", "celery", "-A", "platform", "db", "downgrade", "-1"])
     done = subprocess.run(
         ["/bin/sh", "-c", f"exec {line} <&-"],
         env=platform.environment,
@@ -216,7 +225,7 @@ def test_a_question_is_not_asked_where_there_is_no_standard_input(platform: Plat
         timeout=60,
     )
     assert done.returncode == Exit.FAILED, done.stderr
-    assert done.stderr.startswith("Error: revision 'nope'")
+    assert done.stderr.startswith("Error: 0 jobs are in the tables, and there is no terminal to ask on")
 
 
 def test_ctrl_c_ends_a_command_that_waits_for_postgres(platform: Platform) -> None:

@@ -82,5 +82,6 @@ def test_progress_is_drawn_on_the_terminal_while_the_facts_go_to_a_pipe(platform
 def test_a_question_is_asked_on_a_terminal_and_no_is_an_answer(platform: Platform, typed: str) -> None:
     shown = show(platform, "-A", "platform", "db", "downgrade", "base", typed=typed)
     assert "Take the tables back from" in shown.screen
+    assert "0 jobs are in the tables" in shown.screen
     assert (shown.code, migrations.current(platform.engine)) == (Exit.FAILED, migrations.HEAD)
     assert "nothing was changed. --force does it without asking." in shown.screen

@@ -18,7 +18,9 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity.routing.config.embedded import running_pair
+from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures.processes import Platform, Process
+from tests.fixtures.shapes import assert_shape
 from tests.fixtures.submitting import Submitter
 from tests.fixtures.waiting import until
 
@@ -170,9 +172,16 @@ def test_embedded_servers_outlive_up_and_end_with_down(
     platform: Platform, embedded: dict[str, Any], tmp_path: Path
 ) -> None:
     home = tmp_path / "own"
+    asked = platform.celery("jobs", **embedded)
+    assert asked.returncode == Exit.UNAVAILABLE
+    assert running_pair(home) is None, "a question started servers"
+    alone = platform.celery("servers", "start", "--json", **embedded)
+    assert_shape("servers start", json.loads(alone.stdout))
+    assert "Started embedded servers" in alone.stderr
+    assert "no jobs" in platform.celery("jobs", **embedded).stdout
     running, started = up(platform, "--worker", "a=2", "--pool", "threads", **embedded)
     assert started["embedded"] is True
-    running.wait_for("Started embedded servers")
+    assert started["redis_url"] == json.loads(alone.stdout)["redis_url"]
     # Another user submits from another folder, without any URL.
     assert submit(platform, 1, **embedded) == "a"
     cluster = json.loads(platform.celery("cluster", "--json", **embedded).stdout)

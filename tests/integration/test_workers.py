@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from sqlalchemy import text
 
 from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.ledger import keys
+from celery_capacity.workers.membership.preflight import whole_machine
 from celery_capacity.workers.process.exit_codes import Exit
 from celery_capacity.workers.process.identity import platform_version
 from tests.fixtures import tasks
@@ -122,7 +124,9 @@ def test_the_log_says_what_was_published_and_where_each_number_came_from(platfor
         r"[0-9.]+ CPUs? \((affinity|cgroup v[12]|psutil)\), [0-9.]+ \w+ memory \((cgroup v[12]|psutil)\)", line
     )
     # Both workers publish the machine's capacity. This one is not limited by a setting, and is warned.
-    assert "told" in detected.wait_for("PLATFORM_CPUS is not set")
+    if unset := whole_machine(replace(platform.settings, cpus=None, memory=None)):
+        warning = f"told is on this machine too, and each worker publishes all of its {' and '.join(unset.values())}"
+        assert warning in detected.wait_for(f"set {' and '.join(unset)} for each")
 
 
 def test_the_pool_is_as_large_as_the_cpus_that_are_published(platform: Platform, submitter: Submitter) -> None:
@@ -321,6 +325,16 @@ def test_a_worker_that_ends_coldly_hands_back_what_it_breaks_off(platform: Platf
     tasks.let_go(platform.redis, "gate")
     assert submitter.value(job) == "b"
     assert submitter.ended(job).attempt == 2
+
+
+def test_worker_warns_when_memory_is_published_twice(platform: Platform) -> None:
+    platform.worker("a", 2, "threads", PLATFORM_MEMORY="")
+    second = platform.worker("b", 2, "threads", PLATFORM_MEMORY="")
+    if "PLATFORM_MEMORY" in whole_machine(replace(platform.settings, memory=None)):  # no limit of a container
+        warning = second.wait_for("set PLATFORM_MEMORY for each")
+        assert "a is on this machine too, and each worker publishes all of its memory" in warning
+    third = platform.worker("c", 2, "threads")
+    assert not [line for line in third.lines if "on this machine too" in line]
 
 
 def test_capacity_comes_and_goes_with_workers_without_any_list_of_them(platform: Platform) -> None:

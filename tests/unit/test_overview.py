@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from celery_capacity.routing.inspect.overview import BacklogLine, Overview, WorkerLine, sum_up
+from celery_capacity.routing.inspect.overview import Overview, WorkerLine, sum_up
+from celery_capacity.routing.inspect.waiting import BacklogLine
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
 
@@ -76,8 +77,8 @@ def test_the_backlog_is_told_by_queue_and_request() -> None:
     seen = _overview(backlog=(BacklogLine(request, 12, 33.25), BacklogLine(request.within("video"), 1, None)))
     people = {"cpus": 4, "memory": 2147483648, "slots": 1}
     assert seen.to_json()["backlog"] == [
-        {"queue": "celery", "request": people, "waiting": 12, "oldest_seconds": 33.25},
-        {"queue": "video", "request": people, "waiting": 1, "oldest_seconds": None},
+        {"queue": "celery", "request": people, "waiting": 12, "oldest_seconds": 33.25, "unknown_task": None},
+        {"queue": "video", "request": people, "waiting": 1, "oldest_seconds": None, "unknown_task": None},
     ]
     assert seen.waiting == 13
 

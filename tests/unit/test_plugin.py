@@ -14,7 +14,7 @@ import pytest
 from celery_capacity.workers import plugin
 from tests.fixtures.forking import usual_environment
 
-COMMANDS = ["cluster", "dashboard", "db", "demo", "down", "job", "jobs", "reconcile", "up", "verify"]
+COMMANDS = ["cluster", "dashboard", "db", "demo", "down", "job", "jobs", "reconcile", "servers", "up", "verify"]
 
 
 #: Servers that are not there. Without them a command would start servers of the user's own, which stay.

@@ -114,6 +114,9 @@ class Consumer(celery_consumer.Consumer):
                     runtime.announcer.later,
                 )
             super().update_strategies()
+        if runtime.joining.begun:
+            # Tasks came meanwhile, as by `reload()` of a worker in a test: the ledger may send them here.
+            runtime.declare(readiness.declarations(self.app, runtime.stores))
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         self.runtime.announcer.consumer = self

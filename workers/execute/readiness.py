@@ -10,7 +10,8 @@ from celery_capacity.routing.config.machine import describe
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.model.message import PLATFORM_PREFIX
 from celery_capacity.workers.execute.pool import slots_of
-from celery_capacity.workers.membership.preflight import neighbours
+from celery_capacity.workers.execute.runtime import Runtime
+from celery_capacity.workers.membership.preflight import neighbours, whole_machine
 from celery_capacity.workers.process.exit_codes import Exit, code_of
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.process.waiting_for_stores import when_stores_answer
@@ -30,21 +31,32 @@ def join(consumer: Any) -> None:
         return
     with refusing():
         runtime = consumer.runtime
-        others = when_stores_answer(
-            lambda: neighbours(stores.engine, stores.settings, runtime.identity), runtime.wait_to_start
-        )
-        if others:
-            logger.warning(
-                "PLATFORM_CPUS is not set, and %s runs on this machine too: both publish the whole of it",
-                ", ".join(others),
-            )
+        _warn_of_neighbours(stores, runtime)
         declare_rates(app, stores)
         detected, admitted = runtime.join(lambda: slots_of(consumer.controller), declarations(app, stores))
         logger.warning(
             "worker %s published %s%s",
             runtime.identity.name,
             describe(detected),
-            f"; {admitted} waiting jobs were admitted" if admitted else "",
+            f"; {admitted} {'waiting job was' if admitted == 1 else 'waiting jobs were'} admitted" if admitted else "",
+        )
+
+
+def _warn_of_neighbours(stores: Stores, runtime: Runtime) -> None:
+    """Log the other workers on this machine where their capacity and this worker's would count twice."""
+    unset = whole_machine(stores.settings)
+    if not unset:
+        return
+    others = when_stores_answer(
+        lambda: neighbours(stores.engine, stores.settings, runtime.identity), runtime.wait_to_start
+    )
+    if others:
+        logger.warning(
+            "%s %s on this machine too, and each worker publishes all of its %s: set %s for each",
+            ", ".join(others),
+            "is" if len(others) == 1 else "are",
+            " and ".join(unset.values()),
+            " and ".join(unset),
         )
 
 

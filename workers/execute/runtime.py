@@ -39,9 +39,9 @@ from celery_capacity.workers.broker import beat_messages, transport
 from celery_capacity.workers.broker.decompression import TIMES
 from celery_capacity.workers.broker.ledger_queue import Mailbox
 from celery_capacity.workers.execute.enroll import Intake
-from celery_capacity.workers.execute.newer_format import NewerFormats
 from celery_capacity.workers.execute.outcome_check import JUDGED, STOPPED, BodyEnd, gone_back, judge
 from celery_capacity.workers.execute.rejected import refusing
+from celery_capacity.workers.execute.returned import ReturnedMessages
 from celery_capacity.workers.execute.start_queue import Starting
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
@@ -96,21 +96,22 @@ class Runtime:
         context = WorkerContext(settings, engine, ledger, identity, self.confirmation, self.holdings, self.recorder)
         self.reachability = context.reachability
         self._accept = prepare_accept_content(app.conf.accept_content)
-        newer = NewerFormats(
+        returned = ReturnedMessages(
+            ledger,
+            app.tasks.__contains__,
             self.holdings.put_off,
-            lambda job, token: self.ledger_thread.give_back(job, token, "a message of a newer format"),
-            lambda: self.recorder.call(lambda: ledger.count("refused.format")),
+            lambda job, token, reason: self.ledger_thread.give_back(job, token, reason),
+            self.recorder.call,
             settings.start_timeout,
         )
         jobs = (self._hand_back, self.holdings.start, self.refusing)
-        self.starting = Starting(self._loop, self.announcer, newer, *jobs)
+        self.starting = Starting(self._loop, self.announcer, returned, *jobs)
         self.starting.accept = self._accept
         if green:
             self.starting.start_greenlets()
         self._make_intake(context)
         self._make_threads(context)
-        self._cold = False
-        self._left = False
+        self._cold = self._left = False
 
     def _make_intake(self, context: WorkerContext) -> None:
         """Make the parts by which results leave the worker, and by which messages come to it."""
@@ -200,7 +201,7 @@ class Runtime:
         self.serving.slots = slots
         sys.setswitchinterval(SWITCH_INTERVAL)
         detected = self.serving.detect()
-        self.holdings.capacity = dict(detected.capacity.amounts)
+        self.holdings.capacity, self.holdings.tasks = dict(detected.capacity.amounts), frozenset(declared)
         self.recorder.start()
         self.delivery.start()
         self.quarantine.start()
@@ -233,6 +234,11 @@ class Runtime:
         self.confirmation.needed()
         self.heartbeat.tick()
         self.puller.wake()
+
+    def declare(self, declared: Declarations) -> None:
+        """Publish the tasks that this worker knows now."""
+        self.holdings.tasks, self.membership.declared = frozenset(declared), declared
+        self.heartbeat.tick()
 
     def drain(self) -> None:
         """Have nothing more admitted to this worker. Safe in a signal handler."""

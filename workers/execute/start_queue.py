@@ -19,7 +19,7 @@ from celery_capacity.routing.model.message import parse_tag
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker import transport
 from celery_capacity.workers.execute.gevent_pool import Starter
-from celery_capacity.workers.execute.newer_format import NewerFormats
+from celery_capacity.workers.execute.returned import ReturnedMessages
 from celery_capacity.workers.results.events import Announcer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Starting:
         self,
         loop: Wake,
         announcer: Announcer,
-        newer: NewerFormats,
+        returned: ReturnedMessages,
         hand_back: Callable[[str, str], None],
         begin: Callable[[str, str], bool],
         refusing: Callable[[Any, str], AbstractContextManager[None]],
@@ -50,7 +50,7 @@ class Starting:
         self._refusing = refusing
         self._hand_back = hand_back
         self._begin = begin
-        self._newer = newer
+        self._returned = returned
         #: Celery's own handler of a message, set by the consumer.
         self.handle: Callable[[Any], None] | None = None
         self._claimed: deque[Any] = deque()
@@ -103,7 +103,7 @@ class Starting:
             try:
                 if message.spoiled is not None:
                     raise message.spoiled
-                if self._newer.returns(message):
+                if self._returned.takes(message):
                     continue
                 if message.revoked:
                     worker_state.revoked.add(message.headers.get("id"))

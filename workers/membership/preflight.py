@@ -19,10 +19,12 @@ from sqlalchemy import Engine
 
 from celery_capacity.migrations import check as check_tables
 from celery_capacity.routing.config import redis_urls
+from celery_capacity.routing.config.machine import WHOLE, detect
 from celery_capacity.routing.config.redis_urls import BETWEEN, Address
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import PlatformError, SettingsError, StoreUnavailable, Unsupported, mask_url
 from celery_capacity.routing.ledger.snapshot import text
+from celery_capacity.routing.model.amounts import CPUS, MEMORY
 from celery_capacity.routing.store import worker_rows
 from celery_capacity.workers.process.identity import Identity
 
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 #: The only eviction policy under which books are never evicted. A missing book closes its worker. A missing ledger
 #: stops admission until it is rebuilt.
 NO_EVICTION = "noeviction"
+
+#: Settings by which workers of one machine share it, each with its resource and the word for that.
+_SHARED: Final = {"PLATFORM_CPUS": (CPUS, "CPUs"), "PLATFORM_MEMORY": (MEMORY, "memory")}
 
 #: Brokers that a worker can listen to beside its main loop. Kombu's `memory`, `filesystem` and the like live in one
 #: process, or are only polled.
@@ -142,9 +147,16 @@ def _target(address: Address) -> tuple[object, ...]:
     )
 
 
+def whole_machine(settings: Settings) -> dict[str, str]:
+    """Return the settings without which this worker publishes all of a machine's resource, each with the resource.
+
+    A quota or limit of its cgroup is the worker's own, so it takes the place of a setting.
+    """
+    sources = detect(settings).sources
+    return {setting: word for setting, (name, word) in _SHARED.items() if sources.get(name) in WHOLE}
+
+
 def neighbours(engine: Engine, settings: Settings, identity: Identity) -> list[str]:
-    """Return other live workers that publish this machine too, if this worker publishes the whole of it."""
-    if settings.cpus is not None:
-        return []
+    """Return the other live workers on this machine."""
     with engine.connect() as connection:
         return worker_rows.live_on_machine(connection, identity.pid_space.boot, identity.name, settings.worker_ttl)

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -67,7 +67,9 @@ class Membership:
         self._capacity: Capacity | None = None
         #: Capacity of the machine: more than is published while attempts run here that lost their lease.
         self._measured: Capacity | None = None
-        self._declared: Declarations = {}
+        #: Requests of the tasks that the worker knows, by name, and the names that are published.
+        self.declared: Declarations = {}
+        self._published: Collection[str] = ()
         #: Time of the newest heartbeat for Postgres (monotonic).
         self._seen_at = 0.0
         #: Dead workers of this machine of which nothing runs here any more.
@@ -92,7 +94,7 @@ class Membership:
 
         Jobs that the name's former incarnation still holds are taken back first. Raises `NameTaken`, `LedgerClosed`.
         """
-        self._capacity, self._measured, self._declared = capacity, capacity, declared
+        self._capacity, self._measured, self.declared = capacity, capacity, declared
         epoch = self._confirmation.ask()
         # Postgres knows the worker before the ledger does: a rebuild begins with the workers that Postgres knows.
         self._write_seen("ready")
@@ -100,7 +102,7 @@ class Membership:
 
     def register_in_postgres(self, capacity: Capacity, declared: Declarations, *, ledger_lost: bool) -> None:
         """Join without the ledger. The heartbeat registers in the ledger too, once it can."""
-        self._capacity, self._measured, self._declared = capacity, capacity, declared
+        self._capacity, self._measured, self.declared = capacity, capacity, declared
         self._told_lost = ledger_lost
         self._write_seen("ready")
         self._end_former_incarnations()
@@ -108,7 +110,7 @@ class Membership:
     def _register(self, epoch: int, status: str, challenge: Callable[[], None]) -> int:
         assert self._capacity is not None, "register comes first"
         self._ledger.epoch = epoch
-        identity = self.identity
+        identity, self._published = self.identity, frozenset(self.declared)
         while True:
             reply = self._ledger.register(
                 identity.name,
@@ -117,6 +119,7 @@ class Membership:
                 self._capacity.shape,
                 self._view(full=True),
                 status,
+                tasks=self.declared,
                 admit=self._may_admit,
             )
             if not isinstance(reply, Taken):
@@ -185,9 +188,9 @@ class Membership:
         logger.warning("registered again in epoch %d: %d jobs held", self._ledger.epoch, len(held))
 
     def _declare(self) -> None:
-        if not self._declared:
+        if not self.declared:
             return
-        people = self._declared
+        people = self.declared
         try:
             self._ledger.client.hset(keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people})
         except OutOfMemoryError as error:
@@ -264,30 +267,34 @@ class Membership:
         return renewed.known
 
     def resize(self, capacity: Capacity, holdings: Holdings) -> None:
-        """Publish another capacity (the pool grew, a quota changed); jobs that fit now are admitted at once.
+        """Publish another capacity (the pool grew, a quota changed) or other tasks; jobs that fit are admitted at once.
 
         Attempts that lost their lease and still run are subtracted from it.
         """
         holdings.capacity, self._measured = dict(capacity.amounts), capacity
         capacity = holdings.left_of(capacity)
-        if capacity == self._capacity or self.draining:
+        if self.draining or (capacity == self._capacity and self.declared.keys() == self._published):
             return
         before, self._capacity = self._capacity, capacity
-        identity = self.identity
+        identity, self._published = self.identity, frozenset(self.declared)
         view, admit = self._view(full=True), self._may_admit
         reply = self._ledger.register(
-            identity.name, identity.incarnation, identity.queue, capacity.shape, view, admit=admit
+            identity.name,
+            identity.incarnation,
+            identity.queue,
+            capacity.shape,
+            view,
+            tasks=self.declared,
+            admit=admit,
         )
         if isinstance(reply, Taken):
             # This worker lost its lease meanwhile: the heartbeat that follows finds out, and registers again.
             return
         self._see("ready")
-        logger.warning(
-            "capacity changed from %s to %s; %d waiting jobs were admitted",
-            before and before.to_people(),
-            capacity.to_people(),
-            reply.admitted,
-        )
+        self._declare()
+        if before != capacity:
+            logger.warning("capacity changed from %s to %s", before and before.to_people(), capacity.to_people())
+        logger.info("published %d tasks; waiting jobs that were admitted: %d", len(self.declared), reply.admitted)
 
     def drain(self) -> int:
         """Admit nothing more here, and hand back the jobs that were not started; return how many."""

@@ -29,6 +29,8 @@ class Holding:
     rerun: bool = True
     started: bool = False
     ended: bool = False
+    #: Shape under which the ledger files the job, with its task; "" where that is the request alone.
+    filed: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -40,7 +42,7 @@ class Holding:
         return Adopted(
             self.job,
             self.token,
-            self.request.shape,
+            self.filed or self.request.shape,
             0,
             self.admitted_ms,
             self.started_ms,
@@ -55,6 +57,8 @@ class Holdings:
     """Attempts that a worker holds beside its capacity. Thread-safe. `capacity` in millicores, bytes and counts."""
 
     capacity: Mapping[str, int]
+    #: Names of the tasks that the worker has registered; None before it has.
+    tasks: frozenset[str] | None = None
     #: By job and token, since an attempt that lost its lease may still run beside a newer attempt of the job.
     _held: dict[tuple[str, str], Holding] = field(default_factory=dict)
     #: Attempts whose lease the ledger reported as lost.
@@ -66,7 +70,7 @@ class Holdings:
 
     def book(self) -> Book:
         """Return a book of the capacity and the running attempts."""
-        book = Book("", self.capacity, {})
+        book = Book("", self.capacity, {}, tasks=self.tasks)
         for holding in self.running():
             book = book.holding(holding.request)
         return book

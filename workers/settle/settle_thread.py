@@ -19,7 +19,7 @@ from celery_capacity.routing.errors import StoreUnavailable, storable
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
 from celery_capacity.routing.model.message import Tag
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, filed_shape
 from celery_capacity.routing.model.states import Outcome, State, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import held_by
@@ -239,7 +239,8 @@ class LedgerThread(os_threads.Thread):
         for job in handed_over:
             request = Request.from_shape(job.shape)
             fits = bool(self._holdings.admits({job.job: request}))
-            holding = Holding(job.job, job.token, request, "", job.admitted_ms, job.started_ms, job.losses, job.rerun)
+            times = (job.admitted_ms, job.started_ms)
+            holding = Holding(job.job, job.token, request, "", *times, job.losses, job.rerun, filed=job.shape)
             self._holdings.add(holding)
             if fits:
                 transitions += self._start(holding, job.entry, job.message)
@@ -347,15 +348,17 @@ class LedgerThread(os_threads.Thread):
                 logger.info("job %s: a stale or doubled message of attempt %s is dropped", claim.job, claim.token)
                 continue
             fits = bool(self._holdings.admits({claim.job: arrival.request}))
+            request = held_by(arrival.request, claim.losses, self._ledger.settings.most_losses)
             holding = Holding(
                 claim.job,
                 claim.token,
-                held_by(arrival.request, claim.losses, self._ledger.settings.most_losses),
+                request,
                 arrival.nonce,
                 claim.admitted_ms or 0,
                 claim.started_ms or 0,
                 claim.losses,
                 claim.rerun,
+                filed=filed_shape(request.shape, str(arrival.message.headers.get("task") or "")),
             )
             self._holdings.add(holding)
             arrival.message.revoked = claim.revoked

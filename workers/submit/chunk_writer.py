@@ -21,6 +21,7 @@ from celery_capacity.routing.insert import bulk, single
 from celery_capacity.routing.insert.bulk import Committed
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.model.job import Inserted, NewJob
+from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import resubmit
 from celery_capacity.workers.process.attempts import Attempt
@@ -220,7 +221,17 @@ def to_ledger(sender: Sender, jobs: Sequence[NewJob], committed: Committed, bega
     """
     now = round(time.time() * 1000)
     rows = [
-        (job.id, job.shape, order(job.priority, committed.seqs[job.id]), job.message, 0, 0, now, began_ms, job.rerun)
+        (
+            job.id,
+            filed_shape(job.shape, job.name),
+            order(job.priority, committed.seqs[job.id]),
+            job.message,
+            0,
+            0,
+            now,
+            began_ms,
+            job.rerun,
+        )
         for job in jobs
         if job.due_at is None
     ]

@@ -34,7 +34,7 @@ from celery_capacity.routing.model.identifiers import check_job_id, check_queue_
 from celery_capacity.routing.model.job import Inserted, NewJob, Publisher
 from celery_capacity.routing.model.message import ETA, HEADER
 from celery_capacity.routing.model.nesting import JSON, check_body
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, filed_shape
 from celery_capacity.routing.model.states import FINAL, State, Store
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import resubmit
@@ -355,7 +355,7 @@ class Sender:
             self._wake_pullers()
             return
         place, now_ms = order(job.priority, inserted.seq), round(time.time() * 1000)
-        args = (job.id, job.shape, place, job.message, 0, 0, now_ms, began_ms, job.rerun)
+        args = (job.id, filed_shape(job.shape, job.name), place, job.message, 0, 0, now_ms, began_ms, job.rerun)
         self._stores.sending.submit(Submission(inserted.epoch, args, len(job.message)), began, alone=alone)
 
     def ask(self, inserted: Inserted, question: Callable[[Ledger], object]) -> bool:

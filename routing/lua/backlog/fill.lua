@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: admits to one worker the waiting jobs that fit on it, going on after a cursor of shapes.
 -- KEYS: none; by name: epoch, free, free_of, book, shapes, shapes_of, wait, job, held, unclaimed, counters, stream,
---   view, allocated, allocated_cpus, kept
+--   view, allocated, allocated_cpus, kept, tasks
 -- ARGV: epoch, run_id, worker, cursor ('' to begin)
 -- Replies: {ok, admitted, cursor ('' when done)} | {cold} | {epoch, current}
 -- Cost: at the worst twice LIMIT.shapes shapes are looked at, and LIMIT.most jobs are admitted, with at most fifteen

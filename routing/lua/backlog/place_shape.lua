@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: looks for a worker for the first waiting job of a shape, among the candidates after a cursor, and admits it.
 -- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed,
---   view, allocated, allocated_cpus, kept
+--   view, allocated, allocated_cpus, kept, tasks
 -- ARGV: epoch, run_id, shape, cursor_score, cursor_worker (both '' to begin)
 -- Replies: {admitted, job, worker, attempt} | {more, cursor_score, cursor_worker} | {none} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read, and LIMIT.most places without their waiting jobs are passed;
@@ -30,7 +30,7 @@ else
   start = redis.call('ZCOUNT', index, '-inf', '(' .. cursor_score)
 end
 local candidates = redis.call('ZRANGE', index, start, start + LIMIT.candidates - 1)
-local book = first_with_room(index, candidates, epoch, now, amounts)
+local book = first_with_room(index, candidates, epoch, now, shape, amounts)
 if book then
   local admitted
   -- No more than LIMIT.most places without their waiting jobs are passed in one step.

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: ends a waiting job, which was revoked or is past its expiry.
 -- KEYS: none; by name: epoch, job, carried, wait, shapes, shapes_of, counters, stream, held, unclaimed, kept, book,
---   free, free_of, view, allocated, allocated_cpus
+--   free, free_of, view, allocated, allocated_cpus, tasks
 -- ARGV: epoch, run_id, job, state (cancelled or expired), error
 -- Replies: {ended, entry} | {held, state, worker} | {over} | {missing} | {unsure} (the books are being rebuilt, so a
 --   worker may hold the job) | {cold} | {epoch, current}

@@ -2,7 +2,7 @@
 -- Does: gives back the allocations of attempts that are over, stores their results, and admits to that worker the jobs
 --   that now fit.
 -- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, shapes_of, free, free_of,
---   view, allocated, allocated_cpus, kept
+--   view, allocated, allocated_cpus, kept, tasks
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not
 --   '': the worker is asking, so hand jobs over to it), then for each job: job, token, outcome (succeeded, failed,
 --   cancelled, expired, replaced, retried, handed_back, lost), error, outbox, told (1: the worker tells how the job

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: takes a job out of the ledger for reconcile, because Postgres has ended it, or because it is entered anew.
 -- KEYS: none; by name: epoch, job, held, book, wait, shapes, shapes_of, unclaimed, free, free_of, view, allocated,
---   allocated_cpus, counters, stream, kept
+--   allocated_cpus, counters, stream, kept, tasks
 -- ARGV: epoch, run_id, job, token (as reconcile read it), final (1: it may not come back, 0: it is entered anew)
 -- Replies: {ok, worker} ('' when it was waiting) | {changed} | {cold} | {epoch, current}
 -- Cost: constant, and a command for each index of free CPUs in which the worker stands; LIMIT.freed passes like that of

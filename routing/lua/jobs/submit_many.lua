@@ -1,6 +1,6 @@
 -- Does: admits or files many jobs whose rows are durable, in their order and in one step, each as submit does.
 -- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed,
---   view, allocated, allocated_cpus, carried
+--   view, allocated, allocated_cpus, carried, tasks
 -- ARGV: epoch, run_id, deadline (ms of the server), then for each job: job, shape, order, message, attempt (admissions
 --   so far), losses, submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
 -- Replies: {ok, taken, then for each shape that found no room among those looked at, while there were others: shape,

@@ -38,7 +38,7 @@ local function find_worker(batch, epoch, now)
   -- The first few are nearly always enough. The others are fetched only when they are needed.
   for _, size in ipairs({LIMIT.few, LIMIT.candidates - LIMIT.few}) do
     local candidates = redis.call('ZRANGEBYSCORE', index, least, '+inf', 'LIMIT', looked_at, size)
-    local book = first_with_room(index, candidates, epoch, now, batch.amounts)
+    local book = first_with_room(index, candidates, epoch, now, batch.shape, batch.amounts)
     if book then
       batch.looked = batch.looked + #candidates
       return book

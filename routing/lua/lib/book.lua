@@ -31,6 +31,18 @@ local function label_of(shape)
   return string.find(shape, 'queue:', 1, true) and string.match(shape, '(queue:[^=,]+)=')
 end
 
+-- The task of a shape, which stands behind its amounts; nil where any worker may take the job.
+local function task_of(shape)
+  return string.match(shape, ',([^=,]+)$')
+end
+
+-- True if a worker with this catalogue of tasks has registered the task of a shape. A shape without a task is for every
+-- worker, and a worker without a catalogue, of an older release, takes every task.
+local function knows(catalogue, shape)
+  local task = catalogue and task_of(shape)
+  return not task or redis.call('SISMEMBER', KEY.tasks .. catalogue, task) == 1
+end
+
 -- True if a worker takes jobs of this shape's queue. A worker that does not serve the default queue takes only jobs
 -- with a label.
 local function serves(book, shape)

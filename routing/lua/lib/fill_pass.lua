@@ -20,7 +20,7 @@ local function fill_pass(worker, epoch, now, after, nonce, out, passed)
   if book.kept then
     local kept, head = book.kept, redis.call('ZSCORE', KEY.shapes, book.kept)
     local mine = redis.call('HGET', KEY.kept, kept) == worker
-    if mine and head and serves(book, kept) and fits_empty(book, amounts_of(kept)) then
+    if mine and head and serves(book, kept) and fits_empty(book, amounts_of(kept)) and knows(book.tasks, kept) then
       if (book.allocated.slots or 0) > 0 then
         return 0, ''
       end

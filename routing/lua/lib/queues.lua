@@ -63,5 +63,6 @@ local function shape_held(shape, losses, most_losses)
   if unplaced then
     parts[#parts + 1] = 'alone=1'
   end
+  parts[#parts + 1] = task_of(shape)
   return table.concat(parts, ',')
 end

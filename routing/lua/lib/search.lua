@@ -22,7 +22,8 @@ end
 -- The fields of a book that admission reads for these amounts, always in the same order. `places` is not among them,
 -- because it may be as long as the names of a hundred queues. It is read only from the book that is chosen.
 local function asked_fields(amounts)
-  local fields = {'epoch', 'lease', 'incarnation', 'queue', 'c.queue:', 'c.cpus', 'a.cpus', 'c.slots', 'a.slots'}
+  local fields = {'epoch', 'lease', 'incarnation', 'queue', 'c.queue:', 'tasks', 'c.cpus', 'a.cpus', 'c.slots',
+    'a.slots'}
   local names, labelled = {'cpus', 'slots'}, false
   for name in pairs(amounts) do
     if name ~= 'cpus' and name ~= 'slots' and name ~= 'alone' then
@@ -35,9 +36,9 @@ local function asked_fields(amounts)
   return fields, names, labelled
 end
 
--- The part of a candidate's book that these amounts concern, or nil where it lacks room for one of them or its lease
--- ran out.
-local function with_room(worker, epoch, now, amounts, fields, names, labelled)
+-- The part of a candidate's book that these amounts concern, or nil where it lacks room for one of them, does not know
+-- the task of the shape, or its lease ran out.
+local function with_room(worker, epoch, now, shape, amounts, fields, names, labelled)
   local values = redis.call('HMGET', KEY.book .. worker, unpack(fields))
   if values[1] ~= epoch or not values[2] or tonumber(values[2]) <= now or (values[5] and not labelled) then
     return nil
@@ -45,13 +46,13 @@ local function with_room(worker, epoch, now, amounts, fields, names, labelled)
   local book = {worker = worker, incarnation = values[3], queue = values[4], only = values[5], capacity = {alone = 1},
     allocated = {}, unwritten = {}}
   for i, name in ipairs(names) do
-    local capacity, allocated = tonumber(values[4 + 2 * i] or '0'), tonumber(values[5 + 2 * i] or '0')
+    local capacity, allocated = tonumber(values[5 + 2 * i] or '0'), tonumber(values[6 + 2 * i] or '0')
     if amounts[name] and capacity - allocated < amounts[name] then
       return nil
     end
     book.capacity[name], book.allocated[name] = capacity, allocated
   end
-  if amounts.alone and book.allocated.slots > 0 then
+  if (amounts.alone and book.allocated.slots > 0) or not knows(values[6], shape) then
     return nil
   end
   return book
@@ -59,11 +60,11 @@ end
 
 -- The book of the first candidate with room, or nil. The candidates come from an index. A worker outside the whole
 -- index admits nothing, though a damaged index of a resource may still list it.
-local function first_with_room(index, candidates, epoch, now, amounts)
+local function first_with_room(index, candidates, epoch, now, shape, amounts)
   local fields, names, labelled = asked_fields(amounts)
   for _, worker in ipairs(candidates) do
     if index == KEY.free or redis.call('ZSCORE', KEY.free, worker) then
-      local book = with_room(worker, epoch, now, amounts, fields, names, labelled)
+      local book = with_room(worker, epoch, now, shape, amounts, fields, names, labelled)
       if book then
         return book
       end

@@ -59,7 +59,8 @@ local function shapes_to_try(book, kept_row, after)
   for _, page in ipairs({first_page, second_page}) do
     for i = 1, #page, 2 do
       local amounts = serves(book, page[i]) and amounts_of(page[i])
-      if amounts and (fits(book, amounts) or (amounts.alone and fits_empty(book, amounts))) then
+      local possible = amounts and (fits(book, amounts) or (amounts.alone and fits_empty(book, amounts)))
+      if possible and knows(book.tasks, page[i]) then
         shapes[#shapes + 1] = {shape = page[i], order = tonumber(page[i + 1]), amounts = amounts}
       end
     end

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: enters the jobs that a worker holds since an older epoch into the books of a new epoch.
 -- KEYS: none; by name: epoch, book, job, held, wait, shapes, shapes_of, counters, stream, free, free_of, view,
---   allocated, allocated_cpus, unclaimed, kept
+--   allocated, allocated_cpus, unclaimed, kept, tasks
 -- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, shape, order, admitted (ms), started (ms),
 --   nonce, losses, rerun (0: its first lost attempt ends it)
 -- Replies: {ok, then for each job: adopted | stale} | {unknown} | {cold} | {epoch, current}

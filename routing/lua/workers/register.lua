@@ -2,10 +2,11 @@
 -- Does: opens a worker's book with its capacity, or changes the capacity of this incarnation, and admits the jobs that
 --   fit.
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, shapes,
---   shapes_of, wait, job, unclaimed, counters, stream, kept
--- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), status (ready, or closed until the
---   worker has named the jobs it holds and renews), admit (1: go on to admit, 0: this caller may not), counted (the sum
---   of its jobs' amounts, as a shape; '': count here), then for each field of the view: name, value
+--   shapes_of, wait, job, unclaimed, counters, stream, kept, tasks
+-- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), tasks (catalogue of the tasks that
+--   it has registered, whose set is there; '': it takes any), status (ready, or closed until the worker has named the
+--   jobs it holds and renews), admit (1: go on to admit, 0: this caller may not), counted (the sum of its jobs'
+--   amounts, as a shape; '': count here), then for each field of the view: name, value
 -- Replies: {ok, admitted, cursor (of shapes)} | {taken, incarnation, lease_left (ms, negative when it ran out), held}
 --   | {many} where too much is held to be counted here | {cold} | {epoch, current}
 -- Cost: a pass like that of fill, LIMIT.held jobs where the book went missing, and two commands for each index of free
@@ -13,7 +14,7 @@
 -- Repeat: harmless: the same incarnation keeps its allocations
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 local queue, ttl, capacity, status, admit = ARG.queue, tonumber(ARG.ttl), ARG.capacity, ARG.status, ARG.admit
-local counted = ARG.counted
+local counted, tasks = ARG.counted, ARG.tasks
 
 local no = refused(epoch, run_id)
 if no then
@@ -60,6 +61,11 @@ for name, amount in pairs(amounts_of(capacity)) do
 end
 redis.call('HSET', key, unpack(fields))
 redis.call('HDEL', key, 'lapsed')
+if tasks == '' then
+  redis.call('HDEL', key, 'tasks')
+else
+  redis.call('HSET', key, 'tasks', tasks)
+end
 redis.call('ZADD', KEY.leases, int(now + ttl), worker)
 redis.call('DEL', KEY.view .. worker)
 redis.call('HSET', KEY.view .. worker, unpack(ARGV, EACH.first))

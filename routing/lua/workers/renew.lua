@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: renews the lease of a worker and its view, and admits the jobs that fit.
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, job,
---   unclaimed, counters, stream, wait, shapes, shapes_of, kept
+--   unclaimed, counters, stream, wait, shapes, shapes_of, kept, tasks
 -- ARGV: epoch, run_id, worker, incarnation, ttl (ms), admit (1: go on to admit, 0: this caller may not), then for each
 --   field of the view: name, value
 -- Replies: {ok, admitted, cursor (of shapes), held (number of jobs), lacked (1 where earlier lists lacked some of these
@@ -19,6 +19,10 @@ local now = clock()
 local book = read_book(worker, epoch)
 -- A reserved book has no queue: its worker has to register.
 if not book or book.incarnation ~= incarnation or book.queue == '' then
+  return {'unknown'}
+end
+-- A catalogue that is gone would keep all jobs from the worker: it registers again, with its tasks.
+if book.tasks and redis.call('PEXPIRE', KEY.tasks .. book.tasks, LIMIT.catalogue) == 0 then
   return {'unknown'}
 end
 book.lease = now + ttl

@@ -1,0 +1,86 @@
+"""Messages that this worker cannot run: their jobs go back, for a worker that can.
+
+A message may be of a newer format, or of a task that this worker has not registered. The ledger admits a job only to a
+worker that knows its task, so the latter is rare: a job that an older release filed, or a task that was taken away.
+
+A job is handed back at once when it comes the first time. A job that comes again, because no other worker had room, is
+held for START before it goes back. So it does not go to and fro as fast as the ledger answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from celery_capacity.routing.errors import InvalidRequest, show
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.model import format_versions
+from celery_capacity.routing.model.message import HEADER, parse_tag
+
+logger = logging.getLogger(__name__)
+
+#: Jobs that are remembered as handed back before.
+MAX_REMEMBERED: Final = 1000
+
+
+class ReturnedMessages:
+    """Handling of messages that this worker cannot run, for the main loop.
+
+    `knows` tells whether a task is registered. `put_off` gets a job and its token, `hand_back` the reason too, in any
+    thread: the body has not begun, and the job goes back. `later` runs a call that may wait. `hold`: seconds for which
+    a repeated job is held.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        knows: Callable[[str], bool],
+        put_off: Callable[[str, str], None],
+        hand_back: Callable[[str, str, str], None],
+        later: Callable[[Callable[[], object]], None],
+        hold: float,
+    ) -> None:
+        self._ledger = ledger
+        self._knows = knows
+        self._put_off = put_off
+        self._hand_back = hand_back
+        self._later = later
+        self._hold = hold
+        self._returned: OrderedDict[str, None] = OrderedDict()
+        self._told: set[str] = set()
+
+    def takes(self, message: Any) -> bool:
+        """Return True if this worker cannot run the message. Then its job goes back."""
+        carried = message.headers.get(HEADER)
+        try:
+            format_versions.check_message(carried if isinstance(carried, Mapping) else {})
+        except InvalidRequest as error:
+            self._later(lambda: self._ledger.count("refused.format"))
+            self._return(message, str(error))
+            return True
+        task = message.headers.get("task")
+        if isinstance(task, str) and not self._knows(task):
+            self._later(lambda: self._ledger.count("refused.task"))
+            self._return(message, f"this worker does not know the task {show(task)}")
+            return True
+        return False
+
+    def _return(self, message: Any, reason: str) -> None:
+        tag = parse_tag(message.delivery_tag)
+        assert tag is not None, "it was claimed by its tag"
+        if reason not in self._told and len(self._told) < MAX_REMEMBERED:
+            self._told.add(reason)
+            logger.warning("job %s is handed back: %s", tag.job, reason)
+        self._put_off(tag.job, tag.token)
+        if tag.job not in self._returned:
+            self._returned[tag.job] = None
+            while len(self._returned) > MAX_REMEMBERED:
+                self._returned.popitem(last=False)
+            self._hand_back(tag.job, tag.token, reason)
+            return
+        timer = threading.Timer(self._hold, self._hand_back, (tag.job, tag.token, reason))
+        timer.daemon = True
+        timer.start()
