@@ -97,7 +97,7 @@ class BacklogLine:
 class Overview:
     """The cluster at the time `at`. `source`: the store that gave the values, ledger or postgres."""
 
-    source: str
+    source: Store
     at: datetime
     workers: tuple[WorkerLine, ...]
     backlog: tuple[BacklogLine, ...]
@@ -153,7 +153,7 @@ class Overview:
             "workers": [worker.to_json() for worker in self.workers],
             "backlog": [line.to_json() for line in self.backlog],
             "counters": dict(self.counters),
-            "source": self.source,
+            "source": self.source.value,
             "unapplied": self.unapplied,
             "unapplied_seconds": None if self.unapplied_age is None else round(self.unapplied_age, 3),
             "quarantine": None if self.quarantine is None else self.quarantine.to_json(),
@@ -236,7 +236,7 @@ def from_ledger(client: redispy.Redis) -> Overview:
             oldest = max(0.0, (head.now - min(submitted)) / 1000) if submitted else None
             backlog.append(BacklogLine(Request.from_shape(shape), int(waiting), oldest))
     return Overview(
-        source="ledger",
+        source=Store.LEDGER,
         at=datetime.fromtimestamp(head.now / 1000, UTC),
         workers=tuple(sorted((line for line in lines if line), key=lambda line: line.name)),
         backlog=tuple(backlog),
@@ -324,7 +324,7 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
         BacklogLine(Request.from_shape(row.shape), row.waiting, max(0.0, (now - row.oldest).total_seconds()))
         for row in queues
     )
-    return Overview(source="postgres", at=now.astimezone(UTC), workers=tuple(lines), backlog=tuple(backlog))
+    return Overview(source=Store.POSTGRES, at=now.astimezone(UTC), workers=tuple(lines), backlog=tuple(backlog))
 
 
 def _allocated(connection: Connection) -> dict[str, dict[str, int]]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.message import HEADER, parse_tag
+from celery_capacity.routing.model.token import Token
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ class NewerFormats:
 
     def __init__(
         self,
-        put_off: Callable[[str, str], None],
-        hand_back: Callable[[str, str], None],
+        put_off: Callable[[str, Token], None],
+        hand_back: Callable[[str, Token], None],
         count: Callable[[], None],
         hold: float,
     ) -> None:
