@@ -13,7 +13,9 @@ from benchmarks.servers import Pair
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.keys import private_queue
-from celery_capacity.routing.ledger.replies import Ended, Submitted, Taken
+from celery_capacity.routing.ledger.replies import Arrived, Ended, Submitted, Taken
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 
 #: Capacity of every worker: 64 CPUs and as many slots, 256 GiB.
@@ -94,7 +96,7 @@ class Books:
             raise RuntimeError(f"a job that fits became {answer.state}")
         worker = str(answer.worker)
         incarnation = self._incarnations[worker]
-        end = Ended(job, f"{self.ledger.epoch}.{answer.attempt}", "succeeded")
+        end = Ended(job, Token(self.ledger.epoch, answer.attempt or 0), Outcome.SUCCEEDED)
         released = self.ledger.settle(worker, incarnation, ended=[end], most_losses=MOST_LOSSES).released
         self.ledger.ack_transitions([(release.entry, job) for release in released])
         self.ledger.client.delete(private_queue(worker, incarnation))
@@ -107,7 +109,7 @@ class Books:
             job, place = self.new_job()
             answer = self.ledger.submit(job, REQUEST, place, self.message)
             worker = str(answer.worker)
-            arrival = (job, f"{self.ledger.epoch}.{answer.attempt}", str(uuid.uuid4()))
+            arrival = Arrived(job, Token(self.ledger.epoch, answer.attempt or 0), str(uuid.uuid4()))
             settled = self.ledger.settle(worker, self._incarnations[worker], arrived=[arrival], most_losses=MOST_LOSSES)
             if not settled.claimed[0].ok:
                 raise RuntimeError(f"{worker} could not claim what was admitted to it")

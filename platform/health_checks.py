@@ -19,6 +19,7 @@ from celery_capacity.routing.inspect.overview import Overview, Reads
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import CPUS
+from celery_capacity.routing.model.states import Store
 
 #: Number of reads of the allocated CPUs in the fourth check.
 READS: Final = 1000
@@ -90,7 +91,7 @@ def _registered(client: redispy.Redis, seen: Overview, ttl: float) -> Check:
     left: dict[str, float] = {}
     if not seen.workers:
         return Check(name, False, "no live worker: start one with `celery -A platform worker`", {"workers": left})
-    if seen.source != "ledger":
+    if seen.source != Store.LEDGER:
         return Check(name, False, seen.why or "the ledger does not answer or is cold", {"workers": left})
     pipe = client.pipeline(transaction=False)
     for worker in seen.workers:

@@ -21,9 +21,11 @@ from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.routing.ledger.keys import private_queue
-from celery_capacity.routing.ledger.replies import Adopted, Ended, LedgerClosed, Taken
+from celery_capacity.routing.ledger.replies import Adopted, Arrived, Ended, LedgerClosed, Taken
 from celery_capacity.routing.model.amounts import CPUS as MILLICORES
 from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.states import Outcome, WorkerStatus
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import rebuild, reclaim, transition_log
 from celery_capacity.routing.store import worker_rows
@@ -148,7 +150,7 @@ class Registration:
     def release(self, held: Held) -> None:
         job, _, attempt = held.token.partition(" ")
         life = self._lives[held.worker]
-        end = Ended(job, f"{self._ledger.epoch}.{attempt}", "succeeded")
+        end = Ended(job, Token(self._ledger.epoch, int(attempt)), Outcome.SUCCEEDED)
         self._ledger.settle(life.name, life.incarnation, ended=[end], most_losses=self._settings.most_losses)
 
     def beat(self, worker: str) -> None:
@@ -180,7 +182,7 @@ class Registration:
             raise RuntimeError("the ledger is not cold")
         self._ledger.epoch = rebuilt.epoch
         for life in self._lives.values():
-            self._register(life, "closed")
+            self._register(life, WorkerStatus.CLOSED)
             self._ledger.adopt(life.name, life.incarnation, list(life.held.values()))
             self.beat(life.name)
         return self.taken() // ASKED - sum(len(life.held) for life in self._lives.values())
@@ -205,9 +207,9 @@ class Registration:
             version="0",
             started_at="2026-01-01T00:00:00+00:00",
         )
-        worker_rows.see_worker(self._connection, row, "ready")
+        worker_rows.see_worker(self._connection, row, WorkerStatus.READY)
 
-    def _register(self, life: Life, status: str = "ready") -> None:
+    def _register(self, life: Life, status: WorkerStatus = WorkerStatus.READY) -> None:
         view = {"cpus": str(CPUS), "hostname": "example.org", "pid": "1", "incarnation": life.incarnation}
         if isinstance(self._ledger.register(life.name, life.incarnation, life.queue, CAPACITY, view, status), Taken):
             raise RuntimeError(f"the name {life.name} is taken")
@@ -222,10 +224,10 @@ class Registration:
         answers = [self._ledger.submit(*row[:4]) for row in rows]
         for (job_id, _, place, *_), answer in zip(rows, answers, strict=True):
             life = self._lives[str(answer.worker)]
-            token, nonce = f"{self._ledger.epoch}.{answer.attempt}", str(next(self._numbers))
+            token, nonce = Token(self._ledger.epoch, answer.attempt or 0), str(next(self._numbers))
             most_losses = self._settings.most_losses
             settled = self._ledger.settle(
-                life.name, life.incarnation, arrived=[(job_id, token, nonce)], most_losses=most_losses
+                life.name, life.incarnation, arrived=[Arrived(job_id, token, nonce)], most_losses=most_losses
             )
             claim = settled.claimed[0]
             if not claim.ok:

@@ -19,6 +19,8 @@ from celery_capacity.routing.insert import single
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended, Taken
 from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 
 #: A worker that always has room for these jobs, and for no others: the others ask for at least a whole CPU.
@@ -75,7 +77,7 @@ class Admitting(threading.Thread):
         self.taken.append((time.perf_counter() - begin) * 1000)
         if answer.state != "admitted":
             raise RuntimeError(f"a job that fits became {answer.state}")
-        end = Ended(job, f"{self._ledger.epoch}.{answer.attempt}", "succeeded")
+        end = Ended(job, Token(self._ledger.epoch, answer.attempt or 0), Outcome.SUCCEEDED)
         self._ledger.settle(WORKER, INCARNATION, ended=[end], most_losses=3)
         self._ledger.client.delete(QUEUE)
 

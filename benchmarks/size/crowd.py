@@ -32,6 +32,8 @@ from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.envelope import Envelope
 from celery_capacity.routing.model.message import HEADER, Tag, parse_tag
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.broker.ledger_queue import Mailbox
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
@@ -180,7 +182,7 @@ class Worker:
         tag = message.tag if isinstance(message, Arrived) else Arrived(message.encode()).tag
         if self._shared.hold is not None:
             self._shared.clock.call_in(
-                self._shared.hold, lambda: self.ledger_thread.end(tag.job, tag.token, "succeeded")
+                self._shared.hold, lambda: self.ledger_thread.end(tag.job, tag.token, Outcome.SUCCEEDED)
             )
 
 
@@ -190,7 +192,7 @@ def _identity(name: str) -> Identity:
 
 
 _HELD: Final = text("""
-SELECT id, epoch || '.' || attempt, shape, (extract(epoch FROM admitted_at) * 1000)::bigint,
+SELECT id, epoch, attempt, shape, (extract(epoch FROM admitted_at) * 1000)::bigint,
   (extract(epoch FROM started_at) * 1000)::bigint
 FROM jobs WHERE state = 'running' AND worker = :worker
 """)
@@ -199,7 +201,7 @@ FROM jobs WHERE state = 'running' AND worker = :worker
 def _held(engine: Engine, worker: str) -> list[Holding]:
     with engine.connect() as connection:
         rows = connection.execute(_HELD, {"worker": worker})
-        return [Holding(row[0], row[1], Request.from_shape(row[2]), "", row[3], row[4]) for row in rows]
+        return [Holding(row[0], Token(row[1], row[2]), Request.from_shape(row[3]), "", row[4], row[5]) for row in rows]
 
 
 def serve(pipe: Connection, environment: dict[str, str], first: int, count: int, cpus: int, hold: float | None) -> None:

@@ -25,6 +25,7 @@ from celery_capacity.routing.model.amounts import (
 )
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +49,7 @@ def cluster(console: Console, overview: Overview) -> None:
     """Print the totals, a line for each worker, and the backlog by request."""
     decides = overview.why.startswith("Postgres decides")
     cold = "from Postgres, which decides" if decides else "from Postgres: the ledger does not answer or is cold"
-    source = {"ledger": "from the ledger", "postgres": cold}
+    source = {Store.LEDGER: "from the ledger", Store.POSTGRES: cold}
     workers = len(overview.workers)
     console.print(f"{workers} worker{'s' if workers != 1 else ''}, {source[overview.source]}", soft_wrap=True)
     total, used, free = overview.total(CPUS), overview.allocated(CPUS), overview.available(CPUS)

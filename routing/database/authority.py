@@ -50,10 +50,11 @@ SELECT_AUTHORITY: Final = (
 
 def read_authority(connection: Connection) -> Authority:
     """Read the one row. Raises `NotMigrated` where it is missing."""
-    return _authority(connection.execute(text(SELECT_AUTHORITY)).one_or_none())
+    return authority_of(connection.execute(text(SELECT_AUTHORITY)).one_or_none())
 
 
-def _authority(row: Any) -> Authority:
+def authority_of(row: Any) -> Authority:
+    """Return the authority of a row with the columns of `SELECT_AUTHORITY`. Raises `NotMigrated` for None."""
     if row is None:
         raise NotMigrated()
     epoch, authority, changed, age = row

@@ -22,6 +22,7 @@ from celery_capacity.routing.errors import NotMigrated
 from celery_capacity.routing.insert.columns import COLUMNS
 from celery_capacity.routing.insert.single import may_publish
 from celery_capacity.routing.model.job import NewJob, Publisher
+from celery_capacity.routing.model.states import Store
 
 #: Rows of one statement: enough that its round trip and its commit do not count, at some 1 MB of memory.
 CHUNK: Final = 1000
@@ -44,7 +45,7 @@ class Committed:
 
     seqs: Mapping[str, int]
     epoch: int
-    authority: str
+    authority: Store
 
 
 def copy_jobs(connection: Connection, jobs: Sequence[NewJob], by: Publisher | None = None) -> bool:
@@ -85,7 +86,7 @@ def committed(connection: Connection, jobs: Sequence[NewJob]) -> Committed:
     if not rows:
         raise NotMigrated()
     seqs = {row[2]: row[3] for row in rows if row[2] is not None}
-    return Committed(seqs, rows[0][0], rows[0][1])
+    return Committed(seqs, rows[0][0], Store(rows[0][1]))
 
 
 _COMMITTED: Final = text(

@@ -26,7 +26,7 @@ from celery_capacity.routing.errors import InvalidRequest, NotMigrated, show
 from celery_capacity.routing.insert import columns
 from celery_capacity.routing.insert.columns import COLUMNS
 from celery_capacity.routing.model.job import Gates, Inserted, NewJob, Publisher
-from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.model.states import FINAL, State, Step, Store
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 
@@ -118,7 +118,7 @@ def _insert(
 ) -> Inserted:
     statement, values = BY_ANYBODY, values_of(job, state, gated)
     if by is not None:
-        statement, values = _BY_ATTEMPT, (*values, by.job, by.epoch, by.attempt, by.incarnation)
+        statement, values = _BY_ATTEMPT, (*values, by.job, *by.token, by.incarnation)
     row = execute_insert(connection.connection, connection.invalidate, statement, values, plain)
     return confirmed(connection) if row is None else inserted_by(row, job)
 
@@ -129,7 +129,7 @@ def inserted_by(row: Any, job: NewJob) -> Inserted:
     if confirmation is None:
         raise NotMigrated()
     epoch, _, authority = confirmation.partition(" ")
-    return Inserted(seq, int(epoch), authority, job.due_at is None)
+    return Inserted(seq, int(epoch), Store(authority), job.due_at is None)
 
 
 def confirmed(connection: Connection) -> Inserted:
@@ -286,5 +286,5 @@ _MAY_PUBLISH: Final = text(f"SELECT {_HOLDS.format(':job', ':epoch', ':attempt',
 
 def may_publish(connection: Connection, by: Publisher) -> bool:
     """Return True if an attempt holds its lease, as far as Postgres knows."""
-    values = {"job": by.job, "epoch": by.epoch, "attempt": by.attempt, "incarnation": by.incarnation}
+    values = {"job": by.job, **by.token.columns(), "incarnation": by.incarnation}
     return bool(connection.execute(_MAY_PUBLISH, values).scalar_one())

@@ -58,7 +58,7 @@ class Rows:
 
 @dataclass(slots=True)
 class Shelf:
-    """A reading of Redis. Times in ms. `held` by worker: job -> token. `waits` by shape: jobs in order."""
+    """A reading of Redis. Times in ms. `held` by worker: job -> text of a token. `waits` by shape: jobs in order."""
 
     head: snapshot.Head
     books: dict[str, WorkerBook] = field(default_factory=dict)
@@ -221,8 +221,8 @@ def _read_expiries(client: redispy.Redis, shelf: Shelf) -> None:
     capacity. Waiting jobs never expire either.
     """
     never = [keys.book(worker) for worker in shelf.books] + [keys.held(worker) for worker in shelf.held]
-    never += [keys.job(job) for job, card in shelf.cards.items() if card.state != "ended"]
-    some = [keys.job(job) for job, card in shelf.cards.items() if card.state == "ended" and not card.unapplied]
+    never += [keys.job(job) for job, card in shelf.cards.items() if not card.is_tombstone]
+    some = [keys.job(job) for job, card in shelf.cards.items() if card.is_tombstone and not card.unapplied]
     some += [snapshot.text(key) for key in client.scan_iter(match=keys.VIEWS, count=1000)]
     for names, expires in ((never, False), (some, True)):
         for chunk in _chunks(names):
@@ -279,7 +279,7 @@ def _books(shelf: Shelf) -> Iterator[Suspicion]:
             if not book.shrunk:
                 yield Suspicion("I1", f"worker {worker} has {used} of {there} {name} allocated")
         cards = {job: shelf.cards.get(job) for job in held}
-        unlike = [job for job, card in cards.items() if card is None or card.token != held[job] or not card.shape]
+        unlike = [job for job, card in cards.items() if card is None or str(card.token) != held[job] or not card.shape]
         for job in unlike:
             yield Suspicion("I1", f"worker {worker} holds {job} {held[job]}, which the job's own key does not say")
         if not unlike:

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.database.postgres_errors import NOT_ALLOWED
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.snapshot import TOMBSTONE
 from celery_capacity.routing.model.states import FINAL, State, Step
 
 #: Channel on which a new epoch is published.
@@ -80,7 +81,7 @@ def in_ledger(client: redis.Redis, job: str) -> JobEvent | None:
     """Return the state of a job in the ledger; None where the ledger does not know it."""
     reply: Any = client.hmget(keys.job(job), "state", "epoch", "attempt", "worker", "became")
     state, epoch, attempt, worker, became = (None if value is None else value.decode() for value in reply)
-    if state == "ended":
+    if state == TOMBSTONE:
         state, step = became, Step.DROPPED if became in FINAL else Step.BACK
     else:
         step = _STEPS.get(state, Step.NONE)

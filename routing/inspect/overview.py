@@ -81,7 +81,7 @@ class WorkerLine:
 class Overview:
     """The cluster at the time `at`. `source`: the store that gave the values, ledger or postgres."""
 
-    source: str
+    source: Store
     at: datetime
     workers: tuple[WorkerLine, ...]
     backlog: tuple[BacklogLine, ...]
@@ -143,7 +143,7 @@ class Overview:
             "workers": [worker.to_json() for worker in self.workers],
             "backlog": [line.to_json() for line in self.backlog],
             "counters": dict(self.counters),
-            "source": self.source,
+            "source": self.source.value,
             "unapplied": self.unapplied,
             "unapplied_seconds": None if self.unapplied_age is None else round(self.unapplied_age, 3),
             "quarantine": None if self.quarantine is None else self.quarantine.to_json(),
@@ -214,7 +214,7 @@ def from_ledger(client: redispy.Redis) -> Overview:
     lines = [line for worker in head.leases if (line := _ledger_line(head, worker, next(replies), next(replies)))]
     backlog = read_backlog(client, head, replies, {line.catalogue for line in lines})
     return Overview(
-        source="ledger",
+        source=Store.LEDGER,
         at=datetime.fromtimestamp(head.now / 1000, UTC),
         workers=tuple(sorted(lines, key=lambda line: line.name)),
         backlog=backlog,
@@ -288,7 +288,7 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
         BacklogLine(Request.from_shape(row.shape), row.waiting, max(0.0, (now - row.oldest).total_seconds()))
         for row in queues
     )
-    return Overview(source="postgres", at=now.astimezone(UTC), workers=tuple(lines), backlog=tuple(backlog))
+    return Overview(source=Store.POSTGRES, at=now.astimezone(UTC), workers=tuple(lines), backlog=tuple(backlog))
 
 
 def _allocated(connection: Connection) -> dict[str, dict[str, int]]:

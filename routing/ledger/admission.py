@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from celery_capacity.routing.ledger.repair import Repairs
-from celery_capacity.routing.ledger.replies import NEVER_AGAIN, Placed, Submitted
+from celery_capacity.routing.ledger.replies import NEVER_AGAIN, Placed, Submitted, SubmitVerdict
 from celery_capacity.routing.ledger.signatures import Reply
 from celery_capacity.routing.model.envelope import digest_of
 from celery_capacity.routing.model.request import Request, split_shape
@@ -91,7 +91,7 @@ class Admission(Repairs):
         # The deadline is that of the row that was read first.
         deadline = min(job.pop("deadline") for job in jobs)
         reply = self._call("submit_many", jobs, deadline=deadline)
-        if reply.head == "late":
+        if reply.head == SubmitVerdict.LATE:
             self.hear(reply.number("now"))
             return 0
         for start in range(0, len(reply.rest), 3):
@@ -102,16 +102,19 @@ class Admission(Repairs):
         return reply.number("taken")
 
     def _submitted(self, job: str, shape: str, reply: Reply) -> Submitted:
-        if reply.head == "admitted":
-            return Submitted("admitted", worker=reply["worker"], attempt=reply.number("attempt"))
-        if reply.head == "late":
+        verdict = SubmitVerdict(reply.head)
+        if verdict is SubmitVerdict.ADMITTED:
+            return Submitted(verdict, worker=reply["worker"], attempt=reply.number("attempt"))
+        if verdict is SubmitVerdict.LATE:
             self.hear(reply.number("now"))
-            return Submitted("late")
-        if reply.head == "waiting":
+            return Submitted(verdict)
+        if verdict is SubmitVerdict.WAITING:
             cursor = reply["cursor_score"], reply["cursor_worker"]
-            admitted = [placed for placed in self.place_shape(shape, *cursor) if placed.job == job] if cursor[0] else []
-            return Submitted("admitted", admitted[0].worker, admitted[0].attempt) if admitted else Submitted("waiting")
-        return Submitted(reply.head, was=reply["state"])
+            for placed in self.place_shape(shape, *cursor) if cursor[0] else ():
+                if placed.job == job:
+                    return Submitted(SubmitVerdict.ADMITTED, placed.worker, placed.attempt)
+            return Submitted(verdict)
+        return Submitted(verdict, was=reply["state"])
 
     def place_shape(self, shape: str, cursor_score: str = "", cursor_worker: str = "") -> list[Placed]:
         """Admit the waiting jobs of a shape to any workers that have room, until no job or no room is left."""

@@ -15,10 +15,13 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.election import Elections
 from celery_capacity.routing.ledger.held_jobs import Held
 from celery_capacity.routing.ledger.replies import (
+    Arrived,
     Cancelled,
+    CancelVerdict,
     Ended,
     Filled,
     Released,
+    ReleaseVerdict,
     Renewed,
     Settled,
     Taken,
@@ -29,7 +32,8 @@ from celery_capacity.routing.ledger.scripts import CATALOGUE_MS
 from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model.envelope import digest_of
 from celery_capacity.routing.model.request import task_text
-from celery_capacity.routing.model.states import State
+from celery_capacity.routing.model.states import State, WorkerStatus
+from celery_capacity.routing.model.token import Token
 
 #: Messages that one script delivers again, so that admission never waits long for it.
 REDELIVER_CHUNK: Final = 100
@@ -55,7 +59,7 @@ class Ledger(Held, Elections):
         incarnation: str,
         *,
         ended: Sequence[Ended] = (),
-        arrived: Sequence[tuple[str, ...]] = (),
+        arrived: Sequence[Arrived] = (),
         most_losses: int,
         admit: bool = True,
         nonce: str = "",
@@ -63,9 +67,8 @@ class Ledger(Held, Elections):
     ) -> Settled:
         """Release the attempts that ended, and claim the attempts whose messages arrived, in one round trip.
 
-        `arrived`: job, token, nonce, and the digest of the message if the worker has it. With a `nonce` of its own, the
-        worker takes the jobs that the release admits to it from the reply, claimed already. Without `follow`, the
-        caller calls `follow` itself, once it holds the jobs that were handed over.
+        With a `nonce` of its own, the worker takes the jobs that the release admits to it from the reply, claimed
+        already. Without `follow`, the caller calls `follow` itself, once it holds the jobs that were handed over.
         """
         calls: list[tuple[str, list[Any]]] = []
         caller = {"worker": worker, "incarnation": incarnation}
@@ -73,7 +76,7 @@ class Ledger(Held, Elections):
             may = {"most_losses": most_losses, "admit": "1" if admit else "0", "nonce": nonce}
             calls.append(self._prepared("release", map(_end_values, ended), **caller, **may))
         if arrived:
-            calls.append(self._prepared("claim", (_claim_values(*claim) for claim in arrived), **caller))
+            calls.append(self._prepared("claim", map(_claim_values, arrived), **caller))
         replies = self._calls(calls) if calls else []
         settled = Settled([], [], [])
         for (name, _), values in zip(calls, replies, strict=True):
@@ -88,8 +91,9 @@ class Ledger(Held, Elections):
     def _released(self, ended: Sequence[Ended], reply: Reply, settled: Settled, admit: bool) -> None:
         for index, end in enumerate(ended):
             verdict, state, entry, shape = reply.rest[4 * index : 4 * index + 4]
-            settled.released.append(Released(end, verdict, state, entry))
-            if admit and verdict == "released" and state == State.WAITING:
+            release = Released(end, ReleaseVerdict(verdict), State(state) if state else None, entry)
+            settled.released.append(release)
+            if admit and release.verdict is ReleaseVerdict.RELEASED and release.state is State.WAITING:
                 settled.shapes.append(shape)
         settled.handed_over.extend(hand_overs(reply.rest[4 * len(ended) :]))
         settled.cursors.append(reply["cursor"])
@@ -114,12 +118,13 @@ class Ledger(Held, Elections):
             cursor = reply["cursor"]
         return admitted
 
-    def cancel(self, job: str, state: str, error: str = "") -> Cancelled:
+    def cancel(self, job: str, state: State, error: str = "") -> Cancelled:
         """End a waiting job as `cancelled` or `expired`."""
         reply = self._call("cancel", job=job, state=state, error=error)
-        if reply.head == "held":
-            return Cancelled("held", worker=reply["worker"])
-        return Cancelled(reply.head, entry=reply["entry"] if reply.head == "ended" else None)
+        verdict = CancelVerdict(reply.head)
+        if verdict is CancelVerdict.HELD:
+            return Cancelled(verdict, worker=reply["worker"])
+        return Cancelled(verdict, entry=reply["entry"] if verdict is CancelVerdict.ENDED else None)
 
     def revoke(self, job: str) -> bool:
         """Note that a job held by a worker was revoked; return False where no worker holds it."""
@@ -147,9 +152,9 @@ class Ledger(Held, Elections):
             if reply.number("looked") < REDELIVER_CHUNK:
                 return delivered
 
-    def remove_job(self, job: str, token: str, *, final: bool) -> bool:
+    def remove_job(self, job: str, token: Token, *, final: bool) -> bool:
         """Take out a job, unless it changed since it was read; `final`: the job may not come back."""
-        reply = self._call("remove_job", job=job, token=token, final="1" if final else "0")
+        reply = self._call("remove_job", job=job, token=str(token), final="1" if final else "0")
         if reply.head == "ok" and reply["worker"]:
             self.fill(reply["worker"])
         return reply.head == "ok"
@@ -163,7 +168,7 @@ class Ledger(Held, Elections):
         queue: str,
         capacity: str,
         view: Mapping[str, str],
-        status: str = "ready",
+        status: WorkerStatus = WorkerStatus.READY,
         *,
         tasks: Collection[str] | None = None,
         admit: bool = True,
@@ -246,8 +251,8 @@ class Ledger(Held, Elections):
                 pipe.hget(keys.book(worker), "status")
             return pipe.execute()
 
-        statuses = self._guard(ask)
-        return [worker for worker, status in zip(workers, statuses, strict=True) if status in (None, b"closed")]
+        statuses, closed = self._guard(ask), WorkerStatus.CLOSED.encode()
+        return [worker for worker, status in zip(workers, statuses, strict=True) if status in (None, closed)]
 
     def leave(self, worker: str, incarnation: str) -> int:
         """Close the book of a worker, and return the number of jobs that it still holds (0: the worker has left)."""
@@ -276,7 +281,7 @@ class Ledger(Held, Elections):
 def _end_values(end: Ended) -> Group:
     return {
         "job": end.job,
-        "token": end.token,
+        "token": str(end.token),
         "outcome": end.outcome,
         "error": (end.error or "").encode("utf-8", "replace"),
         "outbox": end.outbox,
@@ -285,8 +290,8 @@ def _end_values(end: Ended) -> Group:
     }
 
 
-def _claim_values(job: str, token: str, nonce: str, digest: str = "") -> Group:
-    return {"job": job, "token": token, "nonce": nonce, "digest": digest}
+def _claim_values(message: Arrived) -> Group:
+    return {"job": message.job, "token": str(message.token), "nonce": message.nonce, "digest": message.digest}
 
 
 def _view_values(view: Mapping[str, str]) -> list[Group]:

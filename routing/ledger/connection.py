@@ -22,6 +22,7 @@ from celery_capacity.routing.ledger.replies import LedgerClosed, LedgerFull
 from celery_capacity.routing.ledger.scripts import Script, load
 from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model import format_versions
+from celery_capacity.routing.model.token import Token
 
 #: Seconds that a reader waits for the ledger before it asks Postgres.
 PATIENCE: Final = 1.0
@@ -355,12 +356,11 @@ class LedgerServer:
         jobs: Any = self._guard(lambda: self.client.smembers(keys.CARRIED))
         return {job.decode() for job in jobs}
 
-    def unblock_carried(self, jobs: Sequence[tuple[str, int, int, str, str]]) -> int:
+    def unblock_carried(self, jobs: Sequence[tuple[str, Token, str, str]]) -> int:
         """Let carried jobs in again, whose entries Postgres has now, and return how many were carried until now.
 
-        At most 200 jobs, each as its row is: id, epoch, attempt, state, and a mark. The mark is `1` where the job has
+        At most 200 jobs, each as its row is: id, token, state, and a mark. The mark is `1` where the job has
         ended, `held` where a worker has it, and empty otherwise.
         """
-        names = ("job", "epoch", "attempt", "state", "final")
-        rows = [dict(zip(names, job, strict=True)) for job in jobs]
+        rows = [{"job": job, **token.columns(), "state": state, "final": final} for job, token, state, final in jobs]
         return self._call("unblock_carried", rows).number("unblocked") if rows else 0

@@ -17,11 +17,12 @@ from redis.exceptions import WatchError
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.admission import Admission, flag
-from celery_capacity.routing.ledger.replies import Adopted, HandedOver, Lapsed, hand_overs
+from celery_capacity.routing.ledger.replies import Adopted, AdoptVerdict, HandedOver, Lapsed, LapseVerdict, hand_overs
 from celery_capacity.routing.ledger.scripts import HELD
 from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model.request import split_shape
 from celery_capacity.routing.model.states import HOLDING
+from celery_capacity.routing.model.token import Token
 
 #: Entries of a list that one script looks at. Each may be put back into the backlog, in some ten commands.
 PAGE: Final = 100
@@ -197,40 +198,41 @@ class Held(Admission):
         while True:
             values = {"grace": grace_ms, "most_losses": most_losses, "take": "1" if most else "0", "ttl": self.ttl_ms}
             reply = self._call("lapse", _jobs(page), worker=worker, **values)
-            if reply.head == "unknown":
-                return Lapsed("unknown", incarnation=None, taken_back=taken)
+            verdict = LapseVerdict(reply.head)
+            if verdict is LapseVerdict.UNKNOWN:
+                return Lapsed(verdict, incarnation=None, taken_back=taken)
             taken += len(reply.rest)
             self.place_shapes(reply.rest)
-            if reply.head != "more":
-                return Lapsed(reply.head, incarnation=reply["incarnation"], taken_back=taken)
+            if verdict is not LapseVerdict.MORE:
+                return Lapsed(verdict, incarnation=reply["incarnation"], taken_back=taken)
             page = next(pages, [])
             if not page:
                 pages = self._held_but(worker, most, without)
                 page = next(pages, [])
                 if not page and without:
-                    return Lapsed("waits", incarnation=reply["incarnation"], taken_back=taken)
+                    return Lapsed(LapseVerdict.WAITS, incarnation=reply["incarnation"], taken_back=taken)
 
     def _held_but(self, worker: str, page: int, without: Collection[str]) -> Iterator[list[str]]:
         for ids in self.held_pages(worker, page):
             if remaining := [job for job in ids if job not in without]:
                 yield remaining
 
-    def adopt(self, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[tuple[str, str]]:
+    def adopt(self, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[tuple[str, Token]]:
         """Enter the jobs held since an older epoch, and return the attempts (job, token) that lost their lease."""
-        refused: list[tuple[str, str]] = []
+        refused: list[tuple[str, Token]] = []
         for start in range(0, len(held), PAGE):
             page = held[start : start + PAGE]
             jobs = [self._adopted_values(job) for job in page]
             reply = self._call("adopt", jobs, worker=worker, incarnation=incarnation)
-            verdicts = ["stale"] * len(page) if reply.head == "unknown" else reply.rest
+            verdicts = [AdoptVerdict.STALE.value] * len(page) if reply.head == "unknown" else reply.rest
             answered = zip(page, verdicts, strict=True)
-            refused += [(job.job, job.token) for job, verdict in answered if verdict != "adopted"]
+            refused += [(job.job, job.token) for job, verdict in answered if verdict != AdoptVerdict.ADOPTED]
         return refused
 
     def _adopted_values(self, job: Adopted) -> Group:
         return {
             "job": job.job,
-            "token": job.token,
+            "token": str(job.token),
             "shape": self.shape_held(job.shape, job.losses),
             "order": job.order,
             "admitted": job.admitted_ms,

@@ -15,6 +15,7 @@ import redis
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.snapshot import WorkerBook, text
 from celery_capacity.routing.model.amounts import CPUS, ONLY_LABELLED
+from celery_capacity.routing.model.states import WorkerStatus
 from celery_capacity.routing.policy.placement import waits_beside
 
 #: The name of the whole index beside those of resources.
@@ -74,7 +75,7 @@ def wrong_workers(indexes: Indexes, books: Mapping[str, WorkerBook]) -> Iterator
     """Describe each place in the indexes of workers that differs from the books."""
     for worker, actual in sorted(indexes.free.items()):
         row = books.get(worker)
-        book = None if row is None else replace(row.to_policy(0), admitting=row.status == "ready")
+        book = None if row is None else replace(row.to_policy(0), admitting=row.status == WorkerStatus.READY)
         room = 0 if book is None else book.free(CPUS)
         expected = {} if book is None or not book.open else dict.fromkeys((WHOLE, *book.index_names), room)
         if WHOLE in expected and book is not None and book.capacity.get(ONLY_LABELLED) and book.index_names:

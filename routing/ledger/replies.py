@@ -4,12 +4,89 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from enum import StrEnum
+from typing import Final, NamedTuple
 
 from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.model.states import Outcome, State
+from celery_capacity.routing.model.token import Token
 
 #: Value of `rerun`, in arguments and replies of scripts, for a job that its first lost attempt ends.
 NEVER_AGAIN: Final = "0"
+
+
+class SubmitVerdict(StrEnum):
+    """Answer to a submit; the value is the word of `submit`."""
+
+    ADMITTED = "admitted"
+    WAITING = "waiting"
+    #: the ledger knows the job already, or has its transition of an older epoch
+    EXISTS = "exists"
+    #: past the deadline of its row
+    LATE = "late"
+
+
+class ReleaseVerdict(StrEnum):
+    """Answer to the end of an attempt; the value is the word of `release`."""
+
+    RELEASED = "released"
+    #: the attempt was released before
+    REPEAT = "repeat"
+    #: the attempt no longer held the job
+    STALE = "stale"
+    #: the job has no key
+    UNKNOWN = "unknown"
+
+
+class ClaimVerdict(StrEnum):
+    """Answer to a message that arrived; the value is the word of `claim`."""
+
+    CLAIMED = "claimed"
+    #: older than its job, or doubled
+    STALE = "stale"
+    #: the message differs from the one that was pushed
+    FORGED = "forged"
+    #: there is no such job in this epoch
+    UNKNOWN = "unknown"
+
+
+class AdoptVerdict(StrEnum):
+    """Answer to a job that a worker held before; the value is the word of `adopt`."""
+
+    ADOPTED = "adopted"
+    #: another attempt has the job, or it has ended
+    STALE = "stale"
+
+
+class CancelVerdict(StrEnum):
+    """Answer to a cancel; the value is the word of `cancel`."""
+
+    #: the job ended, as an entry of the stream says
+    ENDED = "ended"
+    #: a worker holds the job
+    HELD = "held"
+    #: the job had ended before
+    OVER = "over"
+    #: the ledger does not know the job
+    MISSING = "missing"
+    #: the books are being rebuilt, so a worker may hold the job
+    UNSURE = "unsure"
+
+
+class LapseVerdict(StrEnum):
+    """Answer for a worker whose lease may have run out; the value is the word of `lapse`."""
+
+    ALIVE = "alive"
+    #: just now; its jobs are taken back later
+    CLOSED = "closed"
+    #: for the grace, or for a job that the worker keeps
+    WAITS = "waits"
+    #: the grace is over
+    DUE = "due"
+    #: it holds more jobs
+    MORE = "more"
+    GONE = "gone"
+    UNKNOWN = "unknown"
 
 
 class LedgerClosed(Exception):
@@ -26,9 +103,9 @@ class LedgerFull(StoreUnavailable):
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """Reply to a submit. `state`: admitted, waiting, exists (`was`: its state) or late (past the deadline)."""
+    """Reply to a submit. `was`: the state of a job that exists."""
 
-    state: str
+    state: SubmitVerdict
     worker: str | None = None
     attempt: int | None = None
     was: str | None = None
@@ -43,6 +120,15 @@ class Placed:
     attempt: int
 
 
+class Arrived(NamedTuple):
+    """A message that a worker got. `nonce`: unique to its claim. `digest`: of the message, '' where it is unknown."""
+
+    job: str
+    token: Token
+    nonce: str
+    digest: str = ""
+
+
 #: A result kept in the ledger's own Redis: its key, seconds to live (0: for ever), and its text.
 Kept = tuple[str, int, bytes | str]
 
@@ -51,14 +137,13 @@ Kept = tuple[str, int, bytes | str]
 class Ended:
     """An attempt that is over, as its worker reports it.
 
-    `outcome`: a final state, retried, handed_back or lost. `results`: those that are kept in the ledger's own Redis.
-    `outbox`: everything else to deliver, see `routing.model.outbox`. `told`: the worker tells the result, events and
-    signals, even where the job ended as lost.
+    `results`: those that are kept in the ledger's own Redis. `outbox`: everything else to deliver, see
+    `routing.model.outbox`. `told`: the worker tells the result, events and signals, even where the job ended as lost.
     """
 
     job: str
-    token: str
-    outcome: str
+    token: Token
+    outcome: Outcome
     error: str | None = None
     outbox: str = ""
     results: tuple[Kept, ...] = ()
@@ -69,27 +154,22 @@ class Ended:
 class Released:
     """Reply to the release of an attempt.
 
-    `verdict`: released, repeat (the attempt was released before), stale (it no longer held the job) or unknown (the job
-    has no key). `state`: the job's state now. `entry`: the stream entry that says so.
+    `state`: the job's state now, None where the attempt did not hold it. `entry`: the stream entry that says so.
     """
 
     end: Ended
-    verdict: str
-    state: str
+    verdict: ReleaseVerdict
+    state: State | None
     entry: str
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """Reply to a claim; times in milliseconds of the server's clock.
-
-    `verdict`: claimed, stale (or doubled), forged (the message differs from the one that was pushed) or unknown (no
-    such job).
-    """
+    """Reply to a claim; times in milliseconds of the server's clock."""
 
     job: str
-    token: str
-    verdict: str
+    token: Token
+    verdict: ClaimVerdict
     admitted_ms: int | None
     started_ms: int | None
     entry: str
@@ -101,7 +181,7 @@ class Claimed:
     @property
     def ok(self) -> bool:
         """Return True if the attempt may start."""
-        return self.verdict == "claimed"
+        return self.verdict is ClaimVerdict.CLAIMED
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +192,7 @@ class HandedOver:
     """
 
     job: str
-    token: str
+    token: Token
     admitted_ms: int
     started_ms: int
     entry: str
@@ -141,7 +221,7 @@ class Adopted:
     """A job that a worker has held since an older epoch."""
 
     job: str
-    token: str
+    token: Token
     shape: str
     order: int
     admitted_ms: int
@@ -153,13 +233,9 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """Reply to a cancel.
+    """Reply to a cancel. `worker`: the one that holds the job. `entry`: the stream entry that says that it ended."""
 
-    `verdict`: ended (as `entry` of the stream says), held (by `worker`), over, missing, or unsure. Unsure: the books
-    are being rebuilt, so a worker may hold the job.
-    """
-
-    verdict: str
+    verdict: CancelVerdict
     worker: str | None = None
     entry: str | None = None
 
@@ -190,23 +266,19 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class Lapsed:
-    """Reply to a lapse.
+    """Reply to a lapse."""
 
-    `verdict`: alive, closed (just now; its jobs are taken back later), waits (for that), due (for that), gone or
-    unknown.
-    """
-
-    verdict: str
+    verdict: LapseVerdict
     incarnation: str | None
     taken_back: int
 
 
-def claims(arrived: Sequence[tuple[str, ...]], values: list[str]) -> Iterable[Claimed]:
+def claims(arrived: Sequence[Arrived], values: list[str]) -> Iterable[Claimed]:
     """Read the groups in the reply of the script `claim`."""
     for index, (job, token, *_) in enumerate(arrived):
         verdict, admitted, started, entry, losses, rerun, revoked = values[7 * index : 7 * index + 7]
         lost, again = int(losses or 0), rerun != NEVER_AGAIN
-        yield Claimed(job, token, verdict, _ms(admitted), _ms(started), entry, lost, again, bool(revoked))
+        yield Claimed(job, token, ClaimVerdict(verdict), _ms(admitted), _ms(started), entry, lost, again, bool(revoked))
 
 
 def hand_overs(values: list[str]) -> list[HandedOver]:
@@ -215,7 +287,8 @@ def hand_overs(values: list[str]) -> list[HandedOver]:
     for start in range(0, len(values), 9):
         job, token, admitted, started, entry, losses, shape, rerun, message = values[start : start + 9]
         again = rerun != NEVER_AGAIN
-        jobs.append(HandedOver(job, token, int(admitted), int(started), entry, int(losses), shape, message, again))
+        times = int(admitted), int(started)
+        jobs.append(HandedOver(job, Token.parse(token), *times, entry, int(losses), shape, message, again))
     return jobs
 
 

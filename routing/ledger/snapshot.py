@@ -14,10 +14,14 @@ from typing import Any, Final
 import redis
 
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.states import WorkerStatus
+from celery_capacity.routing.model.token import NO_ATTEMPT, Token
 from celery_capacity.routing.policy.placement import Book
 
-#: Statuses of a running worker. The status `closed` is that of a worker whose lease ran out.
-LIVE: Final = frozenset({"ready", "draining"})
+#: Statuses of a running worker.
+LIVE: Final = frozenset({WorkerStatus.READY, WorkerStatus.DRAINING})
+#: State of a job's key that holds nothing any more: the job has ended, or went back to Postgres.
+TOMBSTONE: Final = "ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ class WorkerBook:
 
     def to_policy(self, now: int, catalogues: Mapping[str, Collection[str]] | None = None) -> Book:
         """Return the book in the form that the policy takes. Without `catalogues` its worker takes any task."""
-        admitting = self.lease > now and self.status == "ready"
+        admitting = self.lease > now and self.status == WorkerStatus.READY
         tasks = catalogues.get(self.catalogue) if catalogues is not None else None
         return Book(self.worker, self.capacity, self.allocated, admitting, self.kept, tasks)
 
@@ -125,7 +129,7 @@ def parse_book(worker: str, fields: Mapping[Any, Any]) -> WorkerBook | None:
         worker=worker,
         epoch=int(values["epoch"]),
         incarnation=values.get("incarnation", ""),
-        status=values.get("status", "closed"),
+        status=values.get("status", WorkerStatus.CLOSED.value),
         queue=values.get("queue", ""),
         lease=int(values["lease"]),
         capacity={name[2:]: int(value) for name, value in values.items() if name.startswith("c.")},
@@ -145,7 +149,7 @@ class JobCard:
     """
 
     state: str
-    token: str
+    token: Token
     worker: str | None
     shape: str | None
     order: int | None = None
@@ -154,6 +158,11 @@ class JobCard:
     final: bool = False
     #: The incarnation of its worker that holds the job.
     incarnation: str | None = None
+
+    @property
+    def is_tombstone(self) -> bool:
+        """Return True if the ledger holds the job no more: it has ended, or went back to Postgres."""
+        return self.state == TOMBSTONE
 
     @property
     def unapplied(self) -> bool:
@@ -174,10 +183,17 @@ def read_cards(client: redis.Redis, jobs: Iterable[str]) -> dict[str, JobCard]:
         state, epoch, attempt, *rest = (None if v is None else text(v) for v in values)
         worker, shape, order, entry, outcome, final, incarnation = rest
         if state is not None:
-            position = None if order is None else int(order)
-            token = f"{epoch}.{attempt}"
+            position, token = None if order is None else int(order), _token(epoch, attempt)
             cards[job] = JobCard(state, token, worker, shape, position, entry, outcome, final == "1", incarnation)
     return cards
+
+
+def _token(epoch: str | None, attempt: str | None) -> Token:
+    """Return the token in a job's key. A damaged key has no attempt."""
+    try:
+        return Token(int(epoch or 0), int(attempt or 0))
+    except ValueError:
+        return NO_ATTEMPT
 
 
 def unapplied_jobs(entries: Sequence[tuple[Any, Mapping[Any, Any]]]) -> frozenset[str]:

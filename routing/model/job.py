@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from celery_capacity.routing.model.states import Store
+from celery_capacity.routing.model.token import Token
+
 
 @dataclass(frozen=True, slots=True)
 class Rate:
@@ -65,8 +68,7 @@ class Publisher:
     """The attempt that publishes a job. `incarnation`: that of the attempt's worker."""
 
     job: str
-    epoch: int
-    attempt: int
+    token: Token
     incarnation: str
 
 
@@ -81,6 +83,6 @@ class Inserted:
 
     seq: int | None
     epoch: int
-    authority: str
+    authority: Store
     starts: bool = True
     same_as: str | None = None

@@ -45,15 +45,13 @@ _quoted: Final = json.encoder.encode_basestring_ascii
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """Delivery tag: a job, and the attempt of it."""
+    """Delivery tag: a job, and the token of its attempt."""
 
     job: str
-    epoch: int
-    attempt: int
+    token: Token
 
-    @property
-    def token(self) -> str:
-        return str(Token(self.epoch, self.attempt))
+    def __str__(self) -> str:
+        return f"{self.job}:{self.token}"
 
 
 def parse_tag(text: object) -> Tag | None:
@@ -64,7 +62,7 @@ def parse_tag(text: object) -> Tag | None:
     if not job or len(token) > TOKEN_LENGTH:
         return None
     try:
-        return Tag(job, *Token.parse(token))
+        return Tag(job, Token.parse(token))
     except ValueError:
         return None
 

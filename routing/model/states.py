@@ -23,6 +23,7 @@ from __future__ import annotations
 from enum import Enum, IntEnum, StrEnum
 
 from celery_capacity.routing.errors import IllegalTransition
+from celery_capacity.routing.model.token import Token
 
 
 class State(StrEnum):
@@ -84,6 +85,20 @@ class Store(StrEnum):
 
     LEDGER = "ledger"
     POSTGRES = "postgres"
+
+
+class WorkerStatus(StrEnum):
+    """Status of a worker; the value is the word in its book, in its row and on pages."""
+
+    READY = "ready"
+    #: ends its jobs, and takes no more
+    DRAINING = "draining"
+    #: in its book: its lease ran out, or it has not said yet what it holds
+    CLOSED = "closed"
+    #: in its row: it has ended by itself
+    LEFT = "left"
+    #: in its row: it was given up
+    LOST = "lost"
 
 
 class Event(Enum):
@@ -188,6 +203,10 @@ class Step(IntEnum):
     FILED = 11
     #: ended in the backlog, without another attempt
     DROPPED = 12
+
+
+#: Rank of a transition: the token of its attempt, then its step. The rank of a job only grows.
+Rank = tuple[Token, int]
 
 
 class TokenRule(Enum):

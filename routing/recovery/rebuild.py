@@ -37,8 +37,8 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted, LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import filed_shape
-from celery_capacity.routing.model.states import FINAL, HOLDING, Store
-from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.model.states import FINAL, HOLDING, Store, WorkerStatus
+from celery_capacity.routing.model.token import NO_ATTEMPT, Token
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import reconcile, resubmit, revocation, transition_log
 from celery_capacity.routing.store import backlog, claims
@@ -208,7 +208,7 @@ class Opener:
         A former incarnation of a worker can report nothing.
         """
         books = snapshot.read_books(self._ledger.client, {worker.name for worker in workers})
-        reported = {book.incarnation for book in books.values() if book.status != "closed"}
+        reported = {book.incarnation for book in books.values() if book.status != WorkerStatus.CLOSED}
         return any(worker.incarnation not in reported for worker in workers)
 
     def _reserve(self, connection: Connection) -> tuple[list[_Worker], int]:
@@ -293,9 +293,9 @@ def bring_in_carried(engine: Engine, ledger: Ledger) -> int:
         some = free[start : start + CARRIED_CHUNK]
         with engine.connect() as connection:
             rows = connection.execute(_ROWS, {"ids": some}).all()
-        by_id = {row.id: (row.id, row.epoch, row.attempt, row.state, _standing(row.state)) for row in rows}
+        by_id = {row.id: (row.id, Token(row.epoch, row.attempt), row.state, _standing(row.state)) for row in rows}
         # If this process dies after this line, the next reconcile brings them in.
-        ledger.unblock_carried([by_id.get(job, (job, 0, 0, "", "held")) for job in some])
+        ledger.unblock_carried([by_id.get(job, (job, NO_ATTEMPT, "", "held")) for job in some])
         reconcile.look_at(engine, ledger, some)
     return len(free)
 
@@ -322,4 +322,4 @@ FROM jobs WHERE state IN ('admitted', 'running') AND incarnation IS NOT NULL ORD
 def _adopted(row: Any) -> Adopted:
     job, name, epoch, attempt, shape, priority, seq, losses, admitted, started, rerun = row
     position, filed = order(priority, seq), filed_shape(shape, name)
-    return Adopted(job, str(Token(epoch, attempt)), filed, position, admitted or 0, started or 0, "", losses, rerun)
+    return Adopted(job, Token(epoch, attempt), filed, position, admitted or 0, started or 0, "", losses, rerun)

@@ -11,8 +11,8 @@ from sqlalchemy import Engine
 
 from celery_capacity.routing.ledger import snapshot
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.replies import Lapsed
-from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.ledger.replies import Lapsed, LapseVerdict
+from celery_capacity.routing.model.states import Step, WorkerStatus
 from celery_capacity.routing.recovery import transition_log
 from celery_capacity.routing.store import fencing, worker_rows
 
@@ -26,7 +26,7 @@ def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, gra
     others.
     """
     with engine.connect() as connection:
-        worker_rows.end_worker(connection, incarnation, "lost")
+        worker_rows.end_worker(connection, incarnation, WorkerStatus.LOST)
         # First the claims that only the stream has. A claim that Postgres cannot take now could not be given up, though
         # its attempt may be committing just now: that job is taken back once its claim is there. The others go at once.
         transition_log.apply_all(engine, ledger)
@@ -38,12 +38,12 @@ def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, gra
         left |= fencing.give_up(connection, incarnation)
         for job, token in fencing.committed(connection, incarnation):
             # A committed job too is closed only once the stream has no entry of it.
-            if not ledger.remove_job(job, str(token), final=True) and _is_held(ledger, job, worker):
+            if not ledger.remove_job(job, token, final=True) and _is_held(ledger, job, worker):
                 left.add(job)
             else:
                 fencing.close(connection, job, token)
     lapsed = ledger.lapse(worker, grace_ms, ledger.settings.most_losses, without=left)
-    if (lapsed.verdict, lapsed.incarnation) == ("alive", incarnation):
+    if (lapsed.verdict, lapsed.incarnation) == (LapseVerdict.ALIVE, incarnation):
         # The worker renewed its lease just now: its next attempts may speak. Its present ones may not commit any more.
         with engine.connect() as connection:
             worker_rows.revive_worker(connection, incarnation)
@@ -52,4 +52,4 @@ def take_back(engine: Engine, ledger: Ledger, worker: str, incarnation: str, gra
 
 def _is_held(ledger: Ledger, job: str, worker: str) -> bool:
     card = snapshot.read_cards(ledger.client, [job]).get(job)
-    return card is not None and card.state != "ended" and card.worker == worker
+    return card is not None and not card.is_tombstone and card.worker == worker

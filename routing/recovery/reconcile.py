@@ -30,7 +30,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.ledger.snapshot import JobCard
 from celery_capacity.routing.model.request import filed_shape
-from celery_capacity.routing.model.states import FINAL, HOLDING, State, Step, Store
+from celery_capacity.routing.model.states import FINAL, HOLDING, Rank, State, Step, Store
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import reconcile_indexes, resubmit, transition_log
@@ -42,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 #: Jobs compared in one step.
 CHUNK: Final = 500
-#: State in the ledger of a job that ended, or went back to Postgres: a tombstone.
-ENDED: Final = "ended"
 #: The step by which a job came into its state in the ledger.
 STEPS: Final = {State.WAITING: Step.FILED, State.ADMITTED: Step.ADMITTED, State.RUNNING: Step.RUNNING}
 
@@ -56,8 +54,7 @@ class Row:
     name: str
     seq: int
     state: str
-    epoch: int
-    attempt: int
+    token: Token
     step: int
     worker: str | None
     incarnation: str | None
@@ -69,27 +66,26 @@ class Row:
     rerun: bool
 
     @property
-    def rank(self) -> tuple[int, int, int]:
-        return self.epoch, self.attempt, self.step
+    def rank(self) -> Rank:
+        return self.token, self.step
 
     def agrees(self, card: JobCard | None) -> bool:
         """Return whether the ledger agrees with this row."""
-        if card is None or card.state == ENDED:
+        if card is None or card.is_tombstone:
             if self.state in (State.WAITING, *HOLDING):
                 return False
             # An outcome that Postgres does not know. Without one the job is being cancelled on its way to the ledger.
             unknown = card is not None and card.final and card.outcome is not None and is_newer(card, self)
             return self.state in FINAL or not unknown
-        token = str(Token(self.epoch, self.attempt))
         if self.step == Step.COMMITTED:
             # The attempt ended the job itself, and its body goes on: its worker releases it.
-            return (card.state, card.token) == (State.RUNNING, token)
+            return (card.state, card.token) == (State.RUNNING, self.token)
         if self.step == Step.GIVEN_UP and card.state in HOLDING:
             # The worker lives after all. Its later claims are not written any more, but its ends are.
-            return (card.token, card.worker) == (token, self.worker)
+            return (card.token, card.worker) == (self.token, self.worker)
         if self.state != card.state:
             return False
-        return self.state == State.WAITING or (card.token, card.worker) == (token, self.worker)
+        return self.state == State.WAITING or (card.token, card.worker) == (self.token, self.worker)
 
 
 _COLUMNS: Final = (
@@ -111,9 +107,9 @@ _GOING_ON: Final = text("SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])
 _THESE: Final = text(_COLUMNS + "WHERE id = ANY(CAST(:ids AS text[]))")
 
 
-def rank_of(card: JobCard) -> tuple[int, int, int]:
+def rank_of(card: JobCard) -> Rank:
     """Return the rank of a job in the ledger, to be compared with the rank of its row."""
-    return *Token.parse(card.token), _ended_by(card) if card.state == ENDED else STEPS[State(card.state)]
+    return card.token, _ended_by(card) if card.is_tombstone else STEPS[State(card.state)]
 
 
 def is_newer(card: JobCard, row: Row) -> bool:
@@ -122,8 +118,7 @@ def is_newer(card: JobCard, row: Row) -> bool:
     A job that was cancelled without being in the ledger left a tombstone of no attempt. Such a tombstone says nothing
     about an attempt that Postgres knows.
     """
-    rank = rank_of(card)
-    return rank > row.rank and rank[1] >= row.attempt
+    return rank_of(card) > row.rank and card.token.attempt >= row.token.attempt
 
 
 def _ended_by(card: JobCard) -> Step:
@@ -214,7 +209,7 @@ def _not_over(connection: Connection, ledger: Ledger, ids: Sequence[str]) -> lis
     """Return the jobs that are not over in both stores. Nearly all others ended within the last minute."""
     going_on = list(connection.execute(_GOING_ON, {"ids": list(ids)}).scalars()) if ids else []
     over = set(ids).difference(going_on)
-    return [*going_on, *ledger.compare_jobs("\n".join(f"{job} {ENDED} - -" for job in over))]
+    return [*going_on, *ledger.compare_jobs("\n".join(f"{job} {snapshot.TOMBSTONE} - -" for job in over))]
 
 
 def _look_at(connection: Connection, ledger: Ledger, ids: Sequence[str], result: Reconciled) -> None:
@@ -227,7 +222,7 @@ def _look_at(connection: Connection, ledger: Ledger, ids: Sequence[str], result:
     rows = _rows(connection, ids)
     suspects = [job for job in ids if _differ(rows.get(job), cards.get(job))]
     _repair_all(connection, ledger, suspects, result)
-    standing = {job: card for job, card in cards.items() if card.state != ENDED and job not in suspects}
+    standing = {job: card for job, card in cards.items() if not card.is_tombstone and job not in suspects}
     for job in reconcile_indexes.check_jobs(connection, ledger, standing, result):
         row = _rows(connection, [job]).get(job)
         if row is not None and ledger.remove_job(job, standing[job].token, final=False):
@@ -236,7 +231,7 @@ def _look_at(connection: Connection, ledger: Ledger, ids: Sequence[str], result:
 
 def _differ(row: Row | None, card: JobCard | None) -> bool:
     if row is None:
-        return card is not None and card.state != ENDED
+        return card is not None and not card.is_tombstone
     return not row.agrees(card)
 
 
@@ -249,7 +244,7 @@ def _close_committed(connection: Connection, ledger: Ledger, result: Reconciled)
         on_their_way = {transition.job for transition in transition_log.unapplied(ledger)}
         for job, token in rows:
             card = cards.get(job)
-            holds = card is not None and card.state != ENDED and card.token == str(token)
+            holds = card is not None and not card.is_tombstone and card.token == token
             if not holds and job not in on_their_way and fencing.close(connection, job, token):
                 result.note("ended by itself, and not held")
 
@@ -286,14 +281,18 @@ def _repair_all(connection: Connection, ledger: Ledger, suspects: Sequence[str],
 
 
 def _rows(connection: Connection, ids: Sequence[str]) -> dict[str, Row]:
-    return {row[0]: Row(*row) for row in connection.execute(_THESE, {"ids": list(ids)})} if ids else {}
+    rows = connection.execute(_THESE, {"ids": list(ids)}) if ids else ()
+    return {
+        job: Row(job, name, seq, state, Token(epoch, attempt), *rest)
+        for job, name, seq, state, epoch, attempt, *rest in rows
+    }
 
 
 def _repair(
     connection: Connection, ledger: Ledger, job: str, row: Row | None, card: JobCard | None, result: Reconciled
 ) -> bool | None:
     """Repair a job that differs; return whether that worked. None where work went on meanwhile."""
-    is_open = card is not None and card.state != ENDED
+    is_open = card is not None and not card.is_tombstone
     if row is None or row.state in FINAL:
         return (is_open and card is not None and ledger.remove_job(job, card.token, final=True)) or None
     # A scheduled row that waits in the ledger has a newer message than the one that waits there.
@@ -315,16 +314,16 @@ def _bring_forward(connection: Connection, ledger: Ledger, row: Row, card: JobCa
     names = ("incarnation", "admitted", "started", "losses", "became")
     values = ledger.client.hmget(keys.job(row.id), names)
     fields = {name: snapshot.text(value) for name, value in zip(names, values, strict=True) if value}
-    epoch, attempt, step = rank_of(card)
-    same = (epoch, attempt) == (row.epoch, row.attempt)
-    ended = card.state == ENDED
+    token, step = rank_of(card)
+    same = token == row.token
+    ended = card.is_tombstone
     now = ledger.now_ms()
     # Close earlier attempts, whose ends were lost too. A step in the backlog comes after the last attempt.
-    job_transitions.close_attempts(connection, row.id, epoch, attempt + (step in (Step.FILED, Step.DROPPED)), now)
+    before = token.next() if step in (Step.FILED, Step.DROPPED) else token
+    job_transitions.close_attempts(connection, row.id, before, now)
     forward = Transition(
         job=row.id,
-        epoch=epoch,
-        attempt=attempt,
+        token=token,
         state=fields.get("became", State.CANCELLED.value) if ended else card.state,
         step=step,
         worker=(row.worker if ended and same else card.worker) or "",
@@ -352,7 +351,7 @@ def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconc
     if row.worker and row.incarnation:
         held = Adopted(
             row.id,
-            str(Token(row.epoch, row.attempt)),
+            row.token,
             filed_shape(row.shape, row.name),
             order(row.priority, row.seq),
             row.admitted_ms,
@@ -374,8 +373,7 @@ def _give_back(connection: Connection, ledger: Ledger, row: Row) -> bool:
     """End the attempt of a job and submit the job again; an attempt that had started is lost, perhaps the last."""
     attempt = claims.Open(
         row.id,
-        row.epoch,
-        row.attempt,
+        row.token,
         row.worker or "",
         row.incarnation or "",
         row.losses,

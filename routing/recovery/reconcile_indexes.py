@@ -70,7 +70,7 @@ def check_jobs(connection: Connection, ledger: Ledger, cards: Mapping[str, JobCa
                 result.note("waiting without its place")
                 ledger.place_shape(card.shape or "")
             continue
-        listed = entry is not None and snapshot.text(entry) == card.token
+        listed = entry is not None and snapshot.text(entry) == str(card.token)
         listed = listed and (card.worker, card.incarnation) in live_incarnations
         delivered = (due is not None) == (card.state == State.ADMITTED)
         if not (listed and delivered) and not _repair_job(connection, ledger, job, card, result):

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, text
 
 from celery_capacity.routing.errors import storable
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.replies import Cancelled
+from celery_capacity.routing.ledger.replies import Cancelled, CancelVerdict
 from celery_capacity.routing.model.states import FINAL, State
 from celery_capacity.routing.store.job_transitions import REVOKED
 
@@ -92,8 +92,8 @@ def _comparable(stamp: Any) -> list[Any]:
 def tell(ledger: Ledger, job: str) -> Cancelled:
     """Tell the ledger of a revoked job: end a job that waits, and mark a job that a worker holds (`held`)."""
     for _ in range(TRIES):
-        cancelled = ledger.cancel(job, State.CANCELLED.value, REVOKED)
-        if cancelled.verdict != "held" or ledger.revoke(job):
+        cancelled = ledger.cancel(job, State.CANCELLED, REVOKED)
+        if cancelled.verdict is not CancelVerdict.HELD or ledger.revoke(job):
             break
     return cancelled
 

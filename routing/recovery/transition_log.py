@@ -12,6 +12,7 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import refused_transitions
 from celery_capacity.routing.store.job_transitions import Applied, Transition
 
@@ -30,8 +31,7 @@ def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
 
     return Transition(
         job=text("job"),
-        epoch=number("epoch"),
-        attempt=number("attempt"),
+        token=Token(number("epoch"), number("attempt")),
         state=text("state"),
         step=number("step"),
         worker=text("worker"),
@@ -97,10 +97,10 @@ def written(transitions: Sequence[Transition]) -> list[tuple[str, str]]:
 
     Of an attempt only the newest entry exists, since each entry replaces the one before.
     """
-    newest: dict[tuple[str, int, int, bool], Transition] = {}
+    newest: dict[tuple[str, Token, bool], Transition] = {}
     for transition in transitions:
         if transition.entry:
-            newest[transition.job, transition.epoch, transition.attempt, transition.step >= Step.FILED] = transition
+            newest[transition.job, transition.token, transition.step >= Step.FILED] = transition
     return [(transition.entry, transition.job) for transition in newest.values()]
 
 

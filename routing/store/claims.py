@@ -9,9 +9,9 @@ writes the ends, guarded by their token.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
@@ -32,8 +32,6 @@ from celery_capacity.routing.store.job_transitions import Applied, Transition
 PAGE: Final = 200
 #: Cursor before the first row of the backlog: (-priority, seq).
 START: Final = (-10, 0)
-#: Rank of a row: (epoch, attempt, step).
-Rank = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ class Taken:
 
     job: str
     name: str
-    token: str
+    token: Token
     shape: str
     losses: int
     started_ms: int
@@ -193,12 +191,12 @@ def take(
     rows = connection.execute(_TAKE, {**values, "counts": most_losses >= FEWEST_LOSSES})
     taken = []
     for job, name, attempt, shape, losses, started_ms, message, rerun in rows:
-        token = str(Token(epoch, attempt))
+        token = Token(epoch, attempt)
         taken.append(Taken(job, name, token, shape, losses, started_ms, tagged(bytes(message), job, token), rerun))
     return taken
 
 
-def tagged(message: bytes, job: str, token: str) -> str:
+def tagged(message: bytes, job: str, token: Token) -> str:
     """Return a row's message with the token of its attempt as delivery tag.
 
     The form is that of `tagged` in lua/lib/transitions.lua.
@@ -223,7 +221,7 @@ class Became:
     losses: int
 
 
-def became(outcome: str, losses: int, most_losses: int, rerun: bool) -> Became:
+def became(outcome: Outcome, losses: int, most_losses: int, rerun: bool) -> Became:
     """Return the effect of an end. `outcome` as in `replies.Ended`; `losses`: those of the attempts before."""
     if outcome == Outcome.RETRIED:
         return Became(State.SCHEDULED, Step.BACK, losses)
@@ -239,8 +237,7 @@ def became(outcome: str, losses: int, most_losses: int, rerun: bool) -> Became:
 class Holder:
     """The newest attempt of a row. `final`: the job has ended."""
 
-    epoch: int
-    attempt: int
+    token: Token
     step: int
     losses: int
     rerun: bool
@@ -252,12 +249,12 @@ class Holder:
 
         It is also for an attempt that ended its job itself: its end adds what the attempt left to be delivered.
         """
-        mine = self.step == Step.COMMITTED and (self.epoch, self.attempt) == token
-        return (mine or not self.final) and (self.epoch, self.attempt, self.step) < (*token, Step.ENDED)
+        mine = self.step == Step.COMMITTED and self.token == token
+        return (mine or not self.final) and (self.token, self.step) < (token, Step.ENDED)
 
     def has(self, token: Token) -> bool:
         """Return whether the end of this attempt is written already, so that only the reply was lost."""
-        return (self.epoch, self.attempt) == token and self.step in (Step.ENDED, Step.BACK)
+        return self.token == token and self.step in (Step.ENDED, Step.BACK)
 
 
 _HOLDERS: Final = text("""
@@ -269,7 +266,7 @@ WHERE id = ANY(CAST(:ids AS text[])) ORDER BY id FOR NO KEY UPDATE
 def lock_holders(connection: Connection, jobs: Sequence[str]) -> Mapping[str, Holder]:
     """Lock the rows of these jobs until the end of the caller's transaction, and return them by id."""
     return {
-        row[0]: Holder(row[1], row[2], row[3], row[4], row[5], row[6] in FINAL, row[7])
+        row[0]: Holder(Token(row[1], row[2]), row[3], row[4], row[5], row[6] in FINAL, row[7])
         for row in connection.execute(_HOLDERS, {"ids": list(jobs)})
     }
 
@@ -279,8 +276,7 @@ class Open:
     """An attempt that is on a worker, by its row. Times in milliseconds, 0 means none."""
 
     job: str
-    epoch: int
-    attempt: int
+    token: Token
     worker: str
     incarnation: str
     losses: int
@@ -308,12 +304,16 @@ _COMMITTED_ON_NOBODY: Final = text(
 
 def open_attempts(connection: Connection, incarnation: str) -> list[Open]:
     """Return the attempts that an incarnation of a worker holds, by Postgres."""
-    return [Open(*row) for row in connection.execute(_OPEN_ON_INCARNATION, {"incarnation": incarnation})]
+    return _opened(connection.execute(_OPEN_ON_INCARNATION, {"incarnation": incarnation}))
 
 
 def orphans(connection: Connection) -> list[Open]:
     """Return the attempts that Postgres has on incarnations of workers that have ended."""
-    return [Open(*row) for row in connection.execute(_OPEN_ON_NOBODY)]
+    return _opened(connection.execute(_OPEN_ON_NOBODY))
+
+
+def _opened(rows: Iterable[Any]) -> list[Open]:
+    return [Open(job, Token(epoch, attempt), *rest) for job, epoch, attempt, *rest in rows]
 
 
 def close_orphans(connection: Connection) -> int:
@@ -326,7 +326,7 @@ def close_orphans(connection: Connection) -> int:
 
 
 def give_back(
-    connection: Connection, attempts: Sequence[Open], outcome: str | None, error: str, most_losses: int
+    connection: Connection, attempts: Sequence[Open], outcome: Outcome | None, error: str, most_losses: int
 ) -> list[Applied]:
     """End open attempts that nobody holds any more; return the rows that changed.
 
@@ -346,8 +346,7 @@ def give_back(
         transitions.append(
             Transition(
                 job=attempt.job,
-                epoch=attempt.epoch,
-                attempt=attempt.attempt,
+                token=attempt.token,
                 state=after.state,
                 step=after.step,
                 worker=attempt.worker,
@@ -364,7 +363,7 @@ def give_back(
 
 
 def give_back_free(
-    connection: Connection, attempts: Sequence[Open], outcome: str | None, error: str, most_losses: int
+    connection: Connection, attempts: Sequence[Open], outcome: Outcome | None, error: str, most_losses: int
 ) -> list[Applied]:
     """End open attempts as `give_back` does, in the caller's transaction, without the jobs whose rows are locked.
 

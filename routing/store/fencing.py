@@ -72,8 +72,7 @@ def commit(connection: Connection, attempt: Publisher, hangs_after: float = HANG
         "setting": "idle_in_transaction_session_timeout",
         "hangs_ms": max(1, round(hangs_after * 1000)),
         "job": attempt.job,
-        "epoch": attempt.epoch,
-        "attempt": attempt.attempt,
+        **attempt.token.columns(),
         "incarnation": attempt.incarnation,
     }
     return connection.execute(_COMMIT, values).first() is not None
@@ -88,7 +87,7 @@ def why_not(connection: Connection, attempt: Publisher) -> tuple[str, bool]:
     if row is None:
         return "the job is unknown", False
     state, epoch, number, step, succeeds = row
-    mine = (epoch, number) == (attempt.epoch, attempt.attempt)
+    mine = Token(epoch, number) == attempt.token
     if state in FINAL:
         return f"the job has ended as {state} by attempt {number}", mine and step in (Step.COMMITTED, Step.ENDED)
     if succeeds:
@@ -125,7 +124,7 @@ def close(connection: Connection, job: str, token: Token) -> bool:
 
     That end stands, and clients that wait for the result are told of it.
     """
-    values = {"job": job, "epoch": token.epoch, "attempt": token.attempt}
+    values = {"job": job, **token.columns()}
     return connection.execute(_CLOSE, values).first() is not None
 
 
@@ -178,8 +177,7 @@ def runs(connection: Connection, attempt: Publisher) -> bool:
     """Return True if Postgres has the claim of this attempt, and its worker was not given up."""
     values = {
         "job": attempt.job,
-        "epoch": attempt.epoch,
-        "attempt": attempt.attempt,
+        **attempt.token.columns(),
         "incarnation": attempt.incarnation,
     }
     return bool(connection.execute(_RUNS, values).scalar_one_or_none())
@@ -192,7 +190,7 @@ SELECT state = '{State.SUCCEEDED.value}' AND (epoch, attempt) = (:epoch, :attemp
 
 def has_succeeded(connection: Connection, job: str, token: Token) -> bool:
     """Return whether the job has succeeded by this very attempt."""
-    values = {"job": job, "epoch": token.epoch, "attempt": token.attempt}
+    values = {"job": job, **token.columns()}
     return bool(connection.execute(_ENDED_BY, values).scalar_one_or_none())
 
 

@@ -20,7 +20,8 @@ from celery_capacity.routing.errors import storable
 from celery_capacity.routing.insert import replacements, successors
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
-from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.model.states import FINAL, Rank, State, Step
+from celery_capacity.routing.model.token import Token
 
 #: Characters of an error that a row keeps.
 ERROR_LENGTH: Final = 8000
@@ -34,8 +35,7 @@ class Transition:
     """A step of a job, as an entry of the stream has it. Times in milliseconds; '' and 0 mean none."""
 
     job: str
-    epoch: int
-    attempt: int
+    token: Token
     state: str
     step: int
     worker: str
@@ -53,8 +53,8 @@ class Transition:
     told: bool = False
 
     @property
-    def rank(self) -> tuple[int, int, int]:
-        return self.epoch, self.attempt, self.step
+    def rank(self) -> Rank:
+        return self.token, self.step
 
 
 #: The error of a job that was revoked, and the text of the exception that its result carries, as Celery has it.
@@ -188,11 +188,11 @@ def _newest(transitions: Iterable[Transition]) -> list[Transition]:
 
 def _attempts(transitions: Iterable[Transition]) -> list[Transition]:
     """Merge the transitions of each attempt into one. Transitions in the backlog belong to no attempt."""
-    merged: dict[tuple[str, int, int], Transition] = {}
+    merged: dict[tuple[str, Token], Transition] = {}
     for transition in transitions:
         if not transition.worker or transition.step in (Step.FILED, Step.DROPPED):
             continue
-        key = (transition.job, transition.epoch, transition.attempt)
+        key = (transition.job, transition.token)
         before = merged.get(key)
         if before is None or before.step < transition.step:
             merged[key] = replace(
@@ -207,8 +207,7 @@ def _job_columns(transition: Transition) -> dict[str, str | int]:
     """Return the columns of a transition for its job, for `_APPLY`."""
     return {
         "job": transition.job,
-        "epoch": transition.epoch,
-        "attempt": transition.attempt,
+        **transition.token.columns(),
         "state": transition.state,
         "step": transition.step,
         "worker": transition.worker,
@@ -231,8 +230,7 @@ def _attempt_columns(transition: Transition) -> dict[str, str | int]:
     over = _is_over(transition)
     return {
         "job": transition.job,
-        "epoch": transition.epoch,
-        "attempt": transition.attempt,
+        **transition.token.columns(),
         "worker": transition.worker,
         "incarnation": transition.incarnation,
         "admitted": transition.admitted_ms,
@@ -315,8 +313,9 @@ def _close_overtaken(connection: Connection, newest: Sequence[Transition], chang
     """
     for transition in newest:
         dropped = transition.step == Step.DROPPED
-        if transition.state in FINAL and transition.job in changed and transition.attempt + dropped > 1:
-            close_attempts(connection, transition.job, transition.epoch, transition.attempt + dropped, transition.at_ms)
+        before = transition.token.next() if dropped else transition.token
+        if transition.state in FINAL and transition.job in changed and before.attempt > 1:
+            close_attempts(connection, transition.job, before, transition.at_ms)
 
 
 _CLOSE_LATE: Final = text(f"""
@@ -353,8 +352,8 @@ def _publish(connection: Connection, transitions: Sequence[Transition]) -> list[
         return []
     values = {
         "job": [t.job for t in transitions],
-        "epoch": [t.epoch for t in transitions],
-        "attempt": [t.attempt for t in transitions],
+        "epoch": [t.token.epoch for t in transitions],
+        "attempt": [t.token.attempt for t in transitions],
     }
     overtaken = set(connection.execute(_OVERTAKEN, values).scalars())
     current = [transition for number, transition in enumerate(transitions, 1) if number not in overtaken]
@@ -377,9 +376,9 @@ WHERE job_id = :job AND ended_at IS NULL AND (epoch, attempt) < (:epoch, :attemp
 """)
 
 
-def close_attempts(connection: Connection, job: str, epoch: int, attempt: int, now_ms: int) -> None:
+def close_attempts(connection: Connection, job: str, before: Token, now_ms: int) -> None:
     """End the open attempts of a job before a token: newer ones were made, and the ends of these were lost."""
-    connection.execute(_CLOSE, {"job": job, "epoch": epoch, "attempt": attempt, "now": now_ms})
+    connection.execute(_CLOSE, {"job": job, **before.columns(), "now": now_ms})
 
 
 _DROP: Final = text(f"""

@@ -29,6 +29,7 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.states import FINAL, Outcome, State, Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import job_transitions, quarantine
 from celery_capacity.routing.store.job_transitions import Applied, Transition
 from celery_capacity.routing.store.quarantine import SetAside
@@ -100,8 +101,7 @@ def set_aside(engine: Engine, fields: Mapping[str, Any], reason: str, worker: st
 
 def _write_alone(engine: Engine, transition: Transition, error: Exception) -> tuple[list[Applied], list[Transition]]:
     in_ascii = replace(transition, error=_ascii(transition.error), outbox=_ascii(transition.outbox))
-    attempt = f"{transition.epoch}.{transition.attempt}"
-    end = f"the {transition.state} of attempt {attempt} of job {transition.job}"
+    end = f"the {transition.state} of attempt {transition.token} of job {transition.job}"
     why = f"{end} cannot be written: {_one_line(error)}"
     ways: list[Callable[[], list[Applied]]] = [partial(_apply, engine, in_ascii)]
     if transition.outbox:
@@ -143,28 +143,30 @@ def _apply_without_outbox(engine: Engine, transition: Transition, why: str) -> l
         failed, error = State.FAILED.value, _ascii(f"its retry was set aside: {why}")
         less = replace(transition, state=failed, step=Step.ENDED, outcome=failed, error=error, outbox=outbox.UNTOLD)
     applied = _apply(engine, less)
-    set_aside(engine, asdict(transition), why, transition.worker)
+    set_aside(engine, _fields(transition), why, transition.worker)
     return applied
 
 
 def _mark(engine: Engine, transition: Transition, why: str) -> list[Applied]:
     """Note in the row that a transition was set aside. An end still ends the job, with this note as its error."""
-    token = {"epoch": _clamped(transition.epoch, _MAX_EPOCH), "attempt": _clamped(transition.attempt, _MAX_ATTEMPT)}
+    token = Token(_clamped(transition.token.epoch, _MAX_EPOCH), _clamped(transition.token.attempt, _MAX_ATTEMPT))
     words = _ascii(f"a transition was set aside: {why}")[: job_transitions.ERROR_LENGTH]
-    values = {"job": transition.job, "error": words, **token}
+    values = {"job": transition.job, "error": words, **token.columns()}
     ended = transition.state in FINAL
     applied = []
     with engine.connect() as connection:
         if ended and connection.execute(_END, {**values, "state": transition.state}).rowcount:
-            job_transitions.close_attempts(
-                connection, transition.job, token["epoch"], token["attempt"] + 1, max(0, transition.at_ms)
-            )
+            job_transitions.close_attempts(connection, transition.job, token.next(), max(0, transition.at_ms))
             awaited = bool(connection.execute(_AWAITED, {"job": transition.job}).scalar())
             applied = [Applied(transition.job, transition.state, False, awaited)]
         elif not ended:
             connection.execute(_MARK, values)
-    set_aside(engine, asdict(transition), why, transition.worker)
+    set_aside(engine, _fields(transition), why, transition.worker)
     return applied
+
+
+def _fields(transition: Transition) -> dict[str, Any]:
+    return {**asdict(transition), "token": str(transition.token)}
 
 
 def _clamped(number: int, most: int) -> int:

@@ -10,8 +10,9 @@ from typing import Any, Final
 from sqlalchemy import Connection, text
 
 from celery_capacity.routing.config.process_identity import PidSpace
-from celery_capacity.routing.database.authority import SELECT_AUTHORITY, Authority
+from celery_capacity.routing.database.authority import SELECT_AUTHORITY, Authority, authority_of
 from celery_capacity.routing.errors import NotMigrated
+from celery_capacity.routing.model.states import WorkerStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ LEFT JOIN workers ON status = 'lost' AND machine_id = :machine_id AND boot_id = 
 
 
 def see_worker(
-    connection: Connection, worker: WorkerRow, status: str, *, ledger_lost: bool = False
+    connection: Connection, worker: WorkerRow, status: WorkerStatus, *, ledger_lost: bool = False
 ) -> tuple[Authority, list[WorkerRow]]:
     """Note that a worker lives, its capacity, and whether it has lost the ledger.
 
@@ -89,10 +90,10 @@ def see_worker(
     ).all()
     if not rows:
         raise NotMigrated()
-    return Authority(*rows[0][:4]), [_row(row[4:]) for row in rows if row[4] is not None]
+    return authority_of(rows[0][:4]), [_row(row[4:]) for row in rows if row[4] is not None]
 
 
-def end_worker(connection: Connection, incarnation: str, status: str) -> None:
+def end_worker(connection: Connection, incarnation: str, status: WorkerStatus) -> None:
     """Note that a worker left or was lost. An end that was noted before stays."""
     connection.execute(
         text(

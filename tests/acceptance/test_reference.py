@@ -29,6 +29,7 @@ from celery_capacity.routing.model.amounts import LABEL, labels
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.reasons import OF_POLICY
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy import placement
 from celery_capacity.routing.policy.placement import Admission, Book, order
 from tests.fixtures.books import MESSAGE, open_ledger
@@ -91,7 +92,7 @@ def used(redis_url: str) -> Iterator[Cluster]:
         cluster.register()
         for job in ("ended", "unnamed", "back", "succeeded"):
             cluster.run(job)
-        cluster.end("ended", "1.1")
+        cluster.end("ended", Token(1, 1))
         ledger.note_successor("succeeded", b"its successor")
         assert ledger.revoke("succeeded")
         cluster.submit("admitted")
@@ -99,7 +100,7 @@ def used(redis_url: str) -> Iterator[Cluster]:
         ledger.redeliver()
         ledger.submit("once", ONE, order(0, 99), MESSAGE, rerun=False)
         cluster.submit("wide", Request.of({"cpus": 99_000}).shape)
-        cluster.end("back", "1.1", "handed_back", admit=False)
+        cluster.end("back", Token(1, 1), "handed_back", admit=False)
         cluster.renew("succeeded")
         # A job that has lost two attempts runs alone. The worker, on which others run, is kept for it.
         cluster.submit("last", losses=2)
@@ -110,7 +111,7 @@ def used(redis_url: str) -> Iterator[Cluster]:
             "knowing", "life", "queue.knowing", Request.of({"cpus": 1}).shape, {"pid": "1"}, tasks=["tasks.render"]
         )
         cluster.register("labelled", Capacity.of({"cpus": 1, "slots": 1, **labels(["video"])}).shape)
-        ledger.adopt("small", "small-life", [Adopted("adopted", "1.1", ONE, 1, 5, 6, "", 0)])
+        ledger.adopt("small", "small-life", [Adopted("adopted", Token(1, 1), ONE, 1, 5, 6, "", 0)])
         ledger.client.hset(keys.DECLARATIONS, "task", "{}")
         ledger.elect("w-life", 0, 60.0)
         ledger.elect("v-life", 0, 60.0, ["suspicion"])

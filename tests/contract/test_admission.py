@@ -23,6 +23,8 @@ from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.envelope import digest_of
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.fill import fill
 from celery_capacity.routing.policy.placement import (
     CANDIDATES,
@@ -269,7 +271,7 @@ def test_a_release_admits_what_the_policy_fills_in_with_in_its_order(
     file(ledger, backlog)
     ledger.client.delete("queue")
     expected = passes(Book("w", {**capacity, **held, **labels(queues)}, {}), backlog)
-    ended = [Ended("first", "1.1", "succeeded")]
+    ended = [Ended("first", Token(1, 1), Outcome.SUCCEEDED)]
     assert ledger.settle("w", "life", ended=ended, most_losses=MOST_LOSSES).released[0].verdict == "released"
     assert delivered(ledger.client, "queue") == expected
 
@@ -286,12 +288,12 @@ def test_a_worker_that_asks_is_handed_over_what_others_are_sent(
     file(ledger, backlog)
     ledger.client.delete("queue")
     expected = fill(Book("w", capacity, {}), backlog, SHAPES, MAX_ADMITTED)
-    ended = [Ended("first", "1.1", "succeeded")]
+    ended = [Ended("first", Token(1, 1), Outcome.SUCCEEDED)]
     settled = ledger.settle("w", "life", ended=ended, most_losses=MOST_LOSSES, nonce="n")
     assert [handed.job for handed in settled.handed_over] == [waiting.job for waiting in expected]
     for handed in settled.handed_over:
         assert handed.message.endswith(f',"delivery_tag":"{handed.job}:1.1"}}}}')
-        assert (handed.token, handed.shape) == ("1.1", Request.of(dict(_amounts(handed.shape))).shape)
+        assert (handed.token, handed.shape) == (Token(1, 1), Request.of(dict(_amounts(handed.shape))).shape)
     assert delivered(ledger.client, "queue") == passes(Book("w", capacity, {}), backlog)[len(expected) :]
 
 

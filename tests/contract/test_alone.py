@@ -12,6 +12,8 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy import placement
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, Waiting, order, survey
@@ -46,38 +48,38 @@ def test_a_last_attempt_takes_an_empty_worker_and_nothing_comes_beside_it(cluste
     assert cluster.book()["a.alone"] == "1"
     assert cluster.submit("next") is None
     assert cluster.client.zscore(keys.FREE, "w") is None
-    assert cluster.claim("last", "1.1").ok
-    cluster.end("last", "1.1")
+    assert cluster.claim("last", Token(1, 1)).ok
+    cluster.end("last", Token(1, 1))
     assert (cluster.state("next"), cluster.book()["a.alone"]) == ("admitted", "0")
 
 
 def test_a_job_is_filed_to_run_alone_by_the_loss_that_leaves_it_one_attempt(cluster: Cluster) -> None:
     cluster.run("beside")
     cluster.submit("job", losses=LAST - 1)
-    assert cluster.claim("job", "1.1").losses == LAST - 1
-    assert cluster.end("job", "1.1", "lost").state == "waiting"
+    assert cluster.claim("job", Token(1, 1)).losses == LAST - 1
+    assert cluster.end("job", Token(1, 1), "lost").state == "waiting"
     assert cluster.client.hget(keys.job("job"), "shape").decode() == ALONE
     # The job lost that attempt here: this worker is kept for it.
     assert kept(cluster) == ALONE
     assert cluster.submit("small") is None
-    cluster.end("beside", "1.1")
+    cluster.end("beside", Token(1, 1))
     assert (cluster.state("job"), cluster.state("small"), kept(cluster)) == ("admitted", "waiting", "")
-    assert cluster.claim("job", "1.2").ok
-    assert cluster.end("job", "1.2", "lost").state == "lost"
+    assert cluster.claim("job", Token(1, 2)).ok
+    assert cluster.end("job", Token(1, 2), "lost").state == "lost"
     assert cluster.state("small") == "admitted"
 
 
 def test_a_hand_back_and_a_new_epoch_leave_it_alone(cluster: Cluster) -> None:
     cluster.submit("job", losses=LAST)
-    cluster.claim("job", "1.1")
-    assert cluster.end("job", "1.1", "handed_back").state == "waiting"
+    cluster.claim("job", Token(1, 1))
+    assert cluster.end("job", Token(1, 1), "handed_back").state == "waiting"
     assert cluster.book()["a.alone"] == "1"
     cluster.client.flushdb()
     cluster.ledger.open_epoch(2)
     cluster.ledger.finish_epoch(2)
     cluster.register()
     # As a row of Postgres says it: with the request that the job asks for.
-    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.2", ONE, 1, 5, 6, "n", LAST)]) == []
+    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", Token(1, 2), ONE, 1, 5, 6, "n", LAST)]) == []
     assert (cluster.book()["a.alone"], cluster.submit("next")) == ("1", None)
 
 
@@ -90,8 +92,8 @@ def test_of_two_workers_one_is_kept_and_the_first_that_is_empty_takes_it(cluster
     assert (kept(cluster), kept(cluster, "x")) == (ALONE, "")
     cluster.renew("other", worker="x")
     assert kept(cluster, "x") == ""
-    cluster.claim("other", "1.1", "x")
-    cluster.end("other", "1.1", worker="x")
+    cluster.claim("other", Token(1, 1), "x")
+    cluster.end("other", Token(1, 1), worker="x")
     assert cluster.client.hget(keys.job("last"), "worker") == b"x"
     # The worker that was kept takes others again.
     assert (kept(cluster), cluster.submit("next")) == ("", "w")
@@ -103,7 +105,7 @@ def test_a_worker_is_kept_no_more_for_a_job_that_is_revoked(cluster: Cluster) ->
     cluster.renew("one")
     cluster.submit("next")
     assert (kept(cluster), cluster.state("next")) == (ALONE, "waiting")
-    assert cluster.ledger.cancel("last", "cancelled").verdict == "ended"
+    assert cluster.ledger.cancel("last", State.CANCELLED).verdict == "ended"
     assert (kept(cluster), cluster.state("next")) == ("", "admitted")
     assert cluster.client.hlen(keys.KEYS["kept"]) == 0
 
@@ -121,7 +123,7 @@ def test_a_worker_that_is_kept_no_more_is_filled_with_more_than_one_pass_admits(
     small = [f"small-{n}" for n in range(2 * placement.MAX_ADMITTED + 1)]
     assert [cluster.submit(job) for job in small] == [None] * len(small)
     if how == "is revoked":
-        cluster.ledger.cancel("last", "cancelled")
+        cluster.ledger.cancel("last", State.CANCELLED)
     else:
         cluster.register("x")
         assert cluster.client.hget(keys.job("last"), "worker") == b"x"
@@ -183,11 +185,11 @@ def test_a_job_that_one_loss_ends_never_runs_alone() -> None:
 
 def test_a_job_whose_first_loss_ends_it_is_lost_by_it_and_by_nothing_else(cluster: Cluster) -> None:
     cluster.ledger.submit("once", ONE, order(0, 1), b'{"body":"","properties":{"a":1}}', rerun=False)
-    assert not cluster.claim("once", "1.1").rerun
-    assert cluster.end("once", "1.1", "handed_back").state == "waiting"
+    assert not cluster.claim("once", Token(1, 1)).rerun
+    assert cluster.end("once", Token(1, 1), "handed_back").state == "waiting"
     assert cluster.ledger.drain("w", "w-life") == 1
     cluster.register("x")
-    assert cluster.claim("once", "1.3", "x").ok
+    assert cluster.claim("once", Token(1, 3), "x").ok
     cluster.expire("x")
     assert cluster.lapse("x") == "gone"
     assert cluster.noted("once")[-1] == ("lost", "lost")

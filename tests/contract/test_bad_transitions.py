@@ -12,12 +12,13 @@ from sqlalchemy import Engine, create_engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.ledger.replies import Arrived, Ended
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.states import Outcome, Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import transition_log
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.process.stores import make_engine
@@ -83,7 +84,7 @@ def started(stage: Stage, number: int) -> list[str]:
 
 
 def fail(stage: Stage, job: str, error: str, box: str = "") -> None:
-    ended = [Ended(job, "1.1", "failed", error, box)]
+    ended = [Ended(job, Token(1, 1), Outcome.FAILED, error, box)]
     assert stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES).released[0].verdict == "released"
 
 
@@ -140,9 +141,9 @@ def test_start_that_postgres_refuses_marks_its_job_and_the_end_follows(stage: St
     write(stage.engine, stage)
     assert [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"]
     assert "set aside" in stage.row(jobs[1]).error
-    settled = stage.ledger.settle("a", "a-life", arrived=[(jobs[1], "1.1", "n")], most_losses=MOST_LOSSES)
+    settled = stage.ledger.settle("a", "a-life", arrived=[Arrived(jobs[1], Token(1, 1), "n")], most_losses=MOST_LOSSES)
     assert settled.claimed[0].ok
-    stage.ledger.settle("a", "a-life", ended=[Ended(jobs[1], "1.1", "succeeded")], most_losses=MOST_LOSSES)
+    stage.ledger.settle("a", "a-life", ended=[Ended(jobs[1], Token(1, 1), Outcome.SUCCEEDED)], most_losses=MOST_LOSSES)
     write(stage.engine, stage)
     assert (stage.row(jobs[1]).state, stage.row(jobs[1]).error) == ("succeeded", None)
 
@@ -178,7 +179,7 @@ def test_retry_that_postgres_refuses_ends_its_job(stage: Stage) -> None:
     (job,) = started(stage, 1)
     refuse(stage, f"NEW.id = '{job}' AND NEW.successor IS NOT NULL")
     retry = NewJob(job, "task", Request.of({"cpus": 1000}).shape, MESSAGE, retries=1)
-    ended = [Ended(job, "1.1", "retried", "", Outbox([retry]).to_text())]
+    ended = [Ended(job, Token(1, 1), Outcome.RETRIED, "", Outbox([retry]).to_text())]
     stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES)
     stage.apply()
     assert stage.row(job).state == "failed"
@@ -233,7 +234,7 @@ def test_stream_is_applied_behind_a_thousand_locked_rows(engine: Engine, stage: 
 def test_recorder_writes_behind_a_thousand_locked_rows(engine: Engine, stage: Stage, workers_own: Engine) -> None:
     locked = [stage.insert({"cpus": 1000}) for _ in range(1001)]
     free = stage.insert({"cpus": 1000})
-    transition = Transition("", 1, 1, "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0)
+    transition = Transition("", Token(1, 1), "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0)
     recorder = Recorder(workers_own, stage.ledger)
     connection = lock_all(stage, engine, locked)
     try:

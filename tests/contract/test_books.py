@@ -9,6 +9,8 @@ import pytest
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import Adopted, Ended, Filled, LedgerClosed
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome, State, WorkerStatus
+from celery_capacity.routing.model.token import Token
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 
@@ -55,9 +57,9 @@ def test_a_worker_with_a_reserved_book_has_to_register_before_it_is_open(cluster
 
 def test_a_worker_that_has_yet_to_say_what_it_holds_admits_nothing_before_it_renews(cluster: Cluster) -> None:
     cluster.ledger.leave("w", "w-life")
-    assert cluster.ledger.register("w", "w-life", "queue.w", CAPACITY, VIEW, "closed") == Filled(0)
+    assert cluster.ledger.register("w", "w-life", "queue.w", CAPACITY, VIEW, WorkerStatus.CLOSED) == Filled(0)
     assert cluster.submit("job") is None
-    cluster.ledger.adopt("w", "w-life", [Adopted("held", "1.1", ONE, 1, 5, 6, "", 0)])
+    cluster.ledger.adopt("w", "w-life", [Adopted("held", Token(1, 1), ONE, 1, 5, 6, "", 0)])
     assert cluster.state("job") == "waiting"
     assert cluster.view()["status"] == "closed"
     assert cluster.renew("held")
@@ -80,7 +82,7 @@ def test_a_job_that_never_started_is_not_lost_with_its_worker(cluster: Cluster) 
     cluster.client.flushdb()
     cluster.ledger.open_epoch(2)
     cluster.ledger.reserve_book("w", "w-life", CAPACITY)
-    held = [Adopted("idle", "1.1", ONE, 1, 5, 0, "", 0), Adopted("busy", "1.1", ONE, 2, 5, 6, "", 0)]
+    held = [Adopted("idle", Token(1, 1), ONE, 1, 5, 0, "", 0), Adopted("busy", Token(1, 1), ONE, 2, 5, 6, "", 0)]
     assert cluster.ledger.adopt("w", "w-life", held) == []
     cluster.expire()
     assert cluster.lapse() == "gone"
@@ -95,7 +97,7 @@ def test_a_book_that_went_missing_comes_back_with_what_its_worker_holds(cluster:
     cluster.register()
     assert (cluster.book()["a.cpus"], cluster.book()["a.memory"]) == ("1000", "10")
     assert cluster.client.zscore(keys.FREE, "w") == 3000
-    cluster.end("job", "1.1")
+    cluster.end("job", Token(1, 1))
     assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
 
 
@@ -127,7 +129,7 @@ def test_capacity_that_shrank_below_what_runs_is_said_until_it_fits_again(cluste
     cluster.register(capacity=Request.of({"cpus": 2000, "memory": 100, "slots": 8}).shape)
     assert cluster.book()["shrunk"] == "1"
     assert cluster.client.zscore(keys.FREE, "w") is None
-    cluster.end("a", "1.1")
+    cluster.end("a", Token(1, 1))
     assert "shrunk" not in cluster.book()
     assert cluster.client.zscore(keys.FREE, "w") == 0
 
@@ -136,7 +138,7 @@ def test_what_a_worker_holds_since_an_older_epoch_may_exceed_what_it_has_now(clu
     cluster.client.flushdb()
     cluster.ledger.open_epoch(2)
     cluster.ledger.reserve_book("w", "w-life", Request.of({"cpus": 500, "memory": 100}).shape)
-    cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "", 0)])
+    cluster.ledger.adopt("w", "w-life", [Adopted("job", Token(1, 1), ONE, 1, 5, 6, "", 0)])
     assert cluster.book()["shrunk"] == "1"
 
 
@@ -158,8 +160,8 @@ def test_a_worker_whose_last_slot_is_taken_leaves_the_index_until_one_is_free(cl
         cluster.client.zadd(keys.FREE, {"w": 4000})
         assert [placed.job for placed in cluster.ledger.place_shape(ONE)] == ["job"]
     assert cluster.client.zscore(keys.FREE, "w") is None
-    cluster.claim("job", "1.1")
-    cluster.end("job", "1.1")
+    cluster.claim("job", Token(1, 1))
+    cluster.end("job", Token(1, 1))
     assert cluster.client.zscore(keys.FREE, "w") == 4000
 
 
@@ -182,14 +184,14 @@ def test_an_older_epoch_cannot_be_opened(cluster: Cluster) -> None:
 def test_a_job_whose_hash_was_lost_is_adopted_without_being_counted_twice(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.client.delete(keys.job("job"))
-    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "", 0)]) == []
+    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", Token(1, 1), ONE, 1, 5, 6, "", 0)]) == []
     assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("1000", b"1000")
 
 
 def test_a_job_that_is_cancelled_on_its_way_to_the_ledger_is_not_admitted_there(cluster: Cluster) -> None:
-    assert cluster.ledger.cancel("job", "cancelled").verdict == "missing"
+    assert cluster.ledger.cancel("job", State.CANCELLED).verdict == "missing"
     assert cluster.ledger.submit("job", ONE, 1, MESSAGE).state == "exists"
-    assert cluster.ledger.cancel("job", "cancelled").verdict == "over"
+    assert cluster.ledger.cancel("job", State.CANCELLED).verdict == "over"
     assert cluster.client.pttl(keys.job("job")) > 0
 
 
@@ -197,16 +199,16 @@ def test_a_cancel_during_a_rebuild_does_not_cost_a_running_job_its_lease(cluster
     cluster.run("job")
     cluster.client.flushdb()
     cluster.ledger.open_epoch(2)
-    assert cluster.ledger.cancel("job", "cancelled").verdict == "unsure"
+    assert cluster.ledger.cancel("job", State.CANCELLED).verdict == "unsure"
     cluster.register("w")
-    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "", 0)]) == []
+    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", Token(1, 1), ONE, 1, 5, 6, "", 0)]) == []
     assert cluster.state("job") == "running"
 
 
 def test_a_process_that_may_not_admit_places_nothing(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.register("other")
-    assert cluster.end("job", "1.1", "handed_back", admit=False).state == "waiting"
+    assert cluster.end("job", Token(1, 1), "handed_back", admit=False).state == "waiting"
     assert cluster.state("job") == "waiting"
     assert cluster.client.hlen(keys.held("other")) == 0
 
@@ -265,6 +267,6 @@ def test_nothing_is_delivered_to_a_worker_that_has_no_queue(cluster: Cluster) ->
 @pytest.mark.parametrize("text", ["NUL \x00 inside", "half a character \ud800"])
 def test_any_error_text_ends_a_job(cluster: Cluster, text: str) -> None:
     cluster.run("job")
-    ended = [Ended("job", "1.1", "failed", text)]
+    ended = [Ended("job", Token(1, 1), Outcome.FAILED, text)]
     settled = cluster.ledger.settle("w", "w-life", ended=ended, most_losses=MOST_LOSSES)
     assert settled.released[0].verdict == "released"

@@ -13,8 +13,10 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys, scripts
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.replies import Adopted, Ended
+from celery_capacity.routing.ledger.replies import Adopted, Arrived, Ended
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome, State
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from tests.contract.test_headers import assembled
 from tests.fixtures.books import FOR_EVER, MESSAGE, MOST_LOSSES, VIEW
@@ -216,7 +218,7 @@ class Flood:
 
     def running(self, job: str = "job") -> None:
         assert self.ledger.submit(job, ONE, order(0, 1), MESSAGE).worker == "w"
-        self.ledger.settle("w", "w-life", arrived=[(job, "1.1", "n")], most_losses=MOST_LOSSES)
+        self.ledger.settle("w", "w-life", arrived=[Arrived(job, Token(1, 1), "n")], most_losses=MOST_LOSSES)
 
     def expire(self) -> None:
         end = self.ledger.now_ms() - 1000
@@ -275,7 +277,7 @@ def release(flood: Flood) -> Callable[[], object]:
     flood.running()
     flood.queue()
     flood.shapes()
-    ended = [Ended("job", "1.1", "succeeded")]
+    ended = [Ended("job", Token(1, 1), Outcome.SUCCEEDED)]
     return lambda: flood.ledger.settle("w", "w-life", ended=ended, most_losses=MOST_LOSSES, nonce="n")
 
 
@@ -345,21 +347,21 @@ def redeliver(flood: Flood) -> Callable[[], object]:
 
 
 def adopt(flood: Flood) -> Callable[[], object]:
-    held = [Adopted(f"job-{number}", "1.1", ONE, number, 1, 1, "n", 0) for number in range(1000)]
+    held = [Adopted(f"job-{number}", Token(1, 1), ONE, number, 1, 1, "n", 0) for number in range(1000)]
     flood.fill_up()
     return lambda: flood.ledger.adopt("w", "w-life", held)
 
 
 def claim(flood: Flood) -> Callable[[], object]:
     flood.fill_up()
-    arrived = [("job", "1.1", "n"), ("stranger-1", "1.1", "n")]
+    arrived = [Arrived("job", Token(1, 1), "n"), Arrived("stranger-1", Token(1, 1), "n")]
     return lambda: flood.ledger.settle("w", "w-life", arrived=arrived, most_losses=MOST_LOSSES)
 
 
 def cancel(flood: Flood) -> Callable[[], object]:
     flood.fill_up()
     flood.client.hset(keys.job("stranger-1"), mapping={"state": "waiting", "epoch": 1, "attempt": 0, "shape": ONE})
-    return lambda: flood.ledger.cancel("stranger-1", "cancelled")
+    return lambda: flood.ledger.cancel("stranger-1", State.CANCELLED)
 
 
 def ack_transitions(flood: Flood) -> Callable[[], object]:
@@ -408,7 +410,7 @@ def finish_epoch(flood: Flood) -> Callable[[], object]:
 def unblock_carried(flood: Flood) -> Callable[[], object]:
     flood.empty().carried()
     return lambda: flood.ledger.unblock_carried(
-        [(f"stranger-{number}", 1, 1, "succeeded", "1") for number in range(200)]
+        [(f"stranger-{number}", Token(1, 1), "succeeded", "1") for number in range(200)]
     )
 
 
@@ -427,7 +429,7 @@ DRIVERS: Final[dict[str, tuple[Driver, ...]]] = {
     "compare_jobs": (among_strangers(lambda ledger: ledger.compare_jobs(ROWS)),),
     "drain": (among_strangers(lambda ledger: ledger.drain("w", "w-life")),),
     "hand_over_again": (among_strangers(lambda ledger: ledger.hand_over_again("w", "w-life", [])),),
-    "remove_job": (among_strangers(lambda ledger: ledger.remove_job("job", "1.1", final=True)),),
+    "remove_job": (among_strangers(lambda ledger: ledger.remove_job("job", Token(1, 1), final=True)),),
     "ack_transitions": (ack_transitions,),
     "repair_queue": (among_strangers(lambda ledger: ledger.repair_queue(ONE, "stranger-1")),),
     "find_misplaced": (among_strangers(lambda ledger: ledger.find_misplaced(ONE, 0, 500)),),

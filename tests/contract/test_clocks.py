@@ -9,6 +9,7 @@ from sqlalchemy import Engine
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import rebuild, transition_log
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import Cluster
@@ -54,7 +55,7 @@ def test_a_clock_that_is_set_forward_takes_no_job_from_a_worker_that_lives(clust
     assert cluster.lapse(grace_ms=GRACE_MS) == "waits"
     assert cluster.renew("job")
     assert cluster.book()["status"] == "ready"
-    assert cluster.end("job", "1.1").verdict == "released"
+    assert cluster.end("job", Token(1, 1)).verdict == "released"
 
 
 def test_a_worker_that_stays_silent_is_lost_when_the_grace_is_over_since_somebody_saw_it(cluster: Cluster) -> None:

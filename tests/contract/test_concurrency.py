@@ -15,9 +15,11 @@ import pytest
 
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.replies import Ended, Filled
+from celery_capacity.routing.ledger.replies import Arrived, Ended, Filled
 from celery_capacity.routing.model.amounts import CPUS, format_cpus
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Book, order
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
 
@@ -75,13 +77,15 @@ class Bench:
         client: Any = ledger.client
         chance = random.Random(name)
         book = Book(name, CAPACITIES[name], {})
-        running: list[tuple[str, str]] = []
+        running: list[tuple[str, Token]] = []
         nonces = 0
         while not self.over.is_set():
             first = client.brpop(f"queue.{name}", 0.01) if not running else None
             messages = ([first[1]] if first else []) + (client.rpop(f"queue.{name}", 50) or [])
             tags = [message.rpartition(b'"delivery_tag":"')[2].removesuffix(b'"}}').decode() for message in messages]
-            arrived = [(*tag.split(":"), tag) for tag in tags]
+            arrived = [
+                Arrived(job, Token.parse(token), f"{job}:{token}") for job, token in (tag.split(":") for tag in tags)
+            ]
             chance.shuffle(running)
             ending = running[: chance.randrange(len(running) + 1)]
             del running[: len(ending)]
@@ -89,8 +93,8 @@ class Bench:
             settled = ledger.settle(
                 name,
                 f"{name}-life",
-                ended=[Ended(job, token, "succeeded") for job, token in ending],
-                arrived=[(job, token, nonce) for job, token, nonce in arrived],
+                ended=[Ended(job, token, Outcome.SUCCEEDED) for job, token in ending],
+                arrived=arrived,
                 most_losses=MOST_LOSSES,
                 # Half of the time the next jobs that fit come with the answer, half of the time by the queue.
                 nonce=f"{name}{nonces}" if chance.random() < 0.5 else "",
@@ -213,7 +217,7 @@ def test_many_claims_of_one_attempt_grant_one(ledgers: Callable[[], Ledger]) -> 
     def claim(number: int) -> int:
         ledger = ledgers()
         barrier.wait()
-        arrived = [(f"job-{n}", "1.1", f"nonce-{number}") for n in range(30)]
+        arrived = [Arrived(f"job-{n}", Token(1, 1), f"nonce-{number}") for n in range(30)]
         claimed = [
             ledger.settle("w", "w-life", arrived=[message], most_losses=MOST_LOSSES).claimed[0] for message in arrived
         ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import Engine
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import read_authority
+from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.membership.authority_check import Confirmation
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
@@ -92,3 +94,10 @@ def test_heartbeat_in_postgres_brings_an_answer(confirmation: Observed, stage: S
         confirmation.on_epoch = lambda: epochs.append(confirmation.epoch)
         confirmation.hear(time.monotonic(), read_authority(connection))
     assert epochs == [confirmation.epoch]
+
+
+def test_worker_that_says_that_it_lives_hears_the_same_authority_as_one_that_asks(stage: Stage) -> None:
+    stage.worker("a", cpus=1000)
+    assert isinstance(stage.seen.authority, Store)
+    with stage.engine.connect() as connection:
+        assert replace(stage.seen, age=0.0) == replace(read_authority(connection), age=0.0)

@@ -10,8 +10,10 @@ import pytest
 
 from celery_capacity.routing.ledger import keys, scripts
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.replies import Adopted, Ended
+from celery_capacity.routing.ledger.replies import Adopted, Arrived, Ended
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from tests.contract.test_bounds import ASIDE
 from tests.contract.test_headers import assembled
@@ -36,6 +38,8 @@ EACH: Final = re.compile(r"(?:at most )?(\w+) commands? an? (?:job|entry|place)"
 #: Limits that end a loop of a script: the header names them.
 BOUNDS: Final = {"candidates", "searched", "shapes", "most", "held", "freed"}
 
+#: Token of each job's first attempt.
+FIRST: Final = Token(1, 1)
 ONE: Final = Request.of({"cpus": 1000}).shape
 CAPACITY: Final = Request.of({"cpus": 1000 * MANY, "slots": MANY}).shape
 
@@ -68,7 +72,7 @@ def submit(ledger: Ledger, jobs: Sequence[str]) -> None:
 
 def run(ledger: Ledger, jobs: Sequence[str]) -> None:
     submit(ledger, jobs)
-    ledger.settle("w", "w-life", arrived=[(job, "1.1", "n") for job in jobs], most_losses=MOST_LOSSES)
+    ledger.settle("w", "w-life", arrived=[Arrived(job, FIRST, "n") for job in jobs], most_losses=MOST_LOSSES)
 
 
 def file(ledger: Ledger, jobs: Sequence[str]) -> None:
@@ -112,19 +116,23 @@ def nothing(ledger: Ledger, jobs: Sequence[str]) -> None:
     """Begin with empty books."""
 
 
-def release(ledger: Ledger, jobs: Sequence[str], outcome: str) -> None:
-    ended = [Ended(job, "1.1", outcome, "gone") for job in jobs]
+def release(ledger: Ledger, jobs: Sequence[str], outcome: Outcome) -> None:
+    ended = [Ended(job, FIRST, outcome, "gone") for job in jobs]
     ledger.settle("w", "w-life", ended=ended, most_losses=MOST_LOSSES, admit=False)
 
 
 def adopt(ledger: Ledger, jobs: Sequence[str]) -> None:
-    ledger.adopt("w", "w-life", [Adopted(job, "1.1", ONE, 1, 1, 2, "n", 0) for job in jobs])
+    ledger.adopt("w", "w-life", [Adopted(job, FIRST, ONE, 1, 1, 2, "n", 0) for job in jobs])
 
 
 def acknowledge(ledger: Ledger, jobs: Sequence[str]) -> None:
     client: Any = ledger.client
     entries = client.xrange(keys.STREAM)
     ledger.ack_transitions([(entry.decode(), fields[b"job"].decode()) for entry, fields in entries])
+
+
+def unblock(ledger: Ledger, jobs: Sequence[str]) -> None:
+    ledger.unblock_carried([(job, FIRST, "lost", "1") for job in jobs])
 
 
 Call = Callable[[Ledger, Sequence[str]], object]
@@ -136,16 +144,20 @@ CASES: Final[list[tuple[str, Call, Call]]] = [
         "claim",
         submit,
         lambda ledger, jobs: ledger.settle(
-            "w", "w-life", arrived=[(job, "1.1", "n", "digest") for job in jobs], most_losses=MOST_LOSSES
+            "w", "w-life", arrived=[Arrived(job, FIRST, "n", "digest") for job in jobs], most_losses=MOST_LOSSES
         ),
     ),
     ("claim", nothing, run),
-    ("release", run, lambda ledger, jobs: release(ledger, jobs, "succeeded")),
-    ("release", submit, lambda ledger, jobs: release(ledger, jobs, "handed_back")),
-    ("release", run, lambda ledger, jobs: release(ledger, jobs, "lost")),
+    ("release", run, lambda ledger, jobs: release(ledger, jobs, Outcome.SUCCEEDED)),
+    ("release", submit, lambda ledger, jobs: release(ledger, jobs, Outcome.HANDED_BACK)),
+    ("release", run, lambda ledger, jobs: release(ledger, jobs, Outcome.LOST)),
     ("redeliver", deliver_late, lambda ledger, jobs: ledger.redeliver()),
     ("ack_transitions", run, acknowledge),
-    ("unblock_carried", carry, lambda ledger, jobs: ledger.unblock_carried([(job, 1, 1, "lost", "1") for job in jobs])),
+    (
+        "unblock_carried",
+        carry,
+        lambda ledger, jobs: ledger.unblock_carried([(job, FIRST, "lost", "1") for job in jobs]),
+    ),
     ("adopt", file_and_register, adopt),
     ("adopt", run, adopt),
     ("drain", submit, lambda ledger, jobs: ledger.drain("w", "w-life")),

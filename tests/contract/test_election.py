@@ -12,6 +12,7 @@ from sqlalchemy import Engine, text
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import election, keys
 from celery_capacity.routing.ledger.election import Elected
+from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.runner.candidate import Candidate
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
@@ -114,7 +115,8 @@ def test_what_others_ask_for_comes_to_the_holder_once(stage: Stage) -> None:
 @pytest.fixture
 def candidates(stage: Stage, workers_settings: Settings) -> Iterator[list[Candidate]]:
     made = [
-        Candidate(stage.engine, stage.ledger, name, lambda: "ledger", lambda: None, lambda _: None) for name in "abcd"
+        Candidate(stage.engine, stage.ledger, name, lambda: Store.LEDGER, lambda: None, lambda _: None)
+        for name in "abcd"
     ]
     yield made
     for candidate in made:
@@ -141,8 +143,8 @@ def test_a_holder_that_was_stopped_knows_that_its_lease_ran_out(stage: Stage, ca
     first, second, *_ = candidates
     first._stand()
     assert first.holds()
-    assert first.holds("ledger")
-    assert not first.holds("postgres")
+    assert first.holds(Store.LEDGER)
+    assert not first.holds(Store.POSTGRES)
     first._until -= stage.settings.runner_term
     assert not first.holds(), "by its own clock, before it asks anybody"
     stage.redis.hincrby(keys.RUNNER, "until", -60_000)
@@ -153,17 +155,17 @@ def test_a_holder_that_was_stopped_knows_that_its_lease_ran_out(stage: Stage, ca
 
 
 def test_the_authority_changes_and_the_lease_is_won_anew(stage: Stage) -> None:
-    authority = ["ledger"]
+    authority = [Store.LEDGER]
     changes: list[bool] = []
     candidate = Candidate(
         stage.engine, stage.ledger, "a", lambda: authority[0], lambda: changes.append(candidate.holds()), lambda _: None
     )
     candidate._stand()
-    assert candidate.holds("ledger")
-    authority[0] = "postgres"
+    assert candidate.holds(Store.LEDGER)
+    authority[0] = Store.POSTGRES
     candidate._stand()
-    assert candidate.holds("postgres")
-    assert not candidate.holds("ledger")
+    assert candidate.holds(Store.POSTGRES)
+    assert not candidate.holds(Store.LEDGER)
     with stage.engine.connect() as connection:
         assert connection.execute(text("SELECT incarnation, fence FROM runner")).one() == ("a", 1)
     assert changes == [True, False, True]

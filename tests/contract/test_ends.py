@@ -14,6 +14,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import claims, fencing
 from celery_capacity.workers.membership.authority_check import Confirmation
@@ -41,14 +42,14 @@ def holdings() -> Holdings:
 
 
 @pytest.fixture
-def late() -> list[tuple[str, str, str]]:
+def late() -> list[tuple[str, Token, str]]:
     """Return the list of (job, token, outbox) of ends that were not written."""
     return []
 
 
 @pytest.fixture
 def ends(
-    stage: Stage, settings: Settings, holdings: Holdings, late: list[tuple[str, str, str]]
+    stage: Stage, settings: Settings, holdings: Holdings, late: list[tuple[str, Token, str]]
 ) -> Iterator[PostgresEnds]:
     bounded = make_engine(str(settings.database_url))
     confirmation = Confirmation(bounded, 1.0, lambda: None)
@@ -69,7 +70,7 @@ def ended(stage: Stage, holdings: Holdings, number: int, left: str = "") -> dequ
         taken = claims.take(connection, stage.ledger.epoch, "a", "a-life", jobs)
     for claimed in taken:
         holdings.add(Holding(claimed.job, claimed.token, Request.from_shape(claimed.shape), ""))
-    return deque(End(Ended(claimed.job, claimed.token, "succeeded", "", left)) for claimed in taken)
+    return deque(End(Ended(claimed.job, claimed.token, Outcome.SUCCEEDED, "", left)) for claimed in taken)
 
 
 def test_locked_row_holds_back_its_own_end_alone(
@@ -101,15 +102,14 @@ def test_bad_end_holds_back_no_other(stage: Stage, holdings: Holdings, ends: Pos
 
 
 def test_value_of_a_job_that_was_closed_without_its_worker_is_told_late(
-    stage: Stage, holdings: Holdings, ends: PostgresEnds, late: list[tuple[str, str, str]]
+    stage: Stage, holdings: Holdings, ends: PostgresEnds, late: list[tuple[str, Token, str]]
 ) -> None:
     """The attempt ended itself, its worker stood still, and another worker closed it meanwhile."""
     (end,) = pending = ended(stage, holdings, 1, left="the value")
-    token = Token.parse(end.ended.token)
     with stage.engine.connect() as connection, connection.begin():
-        publisher = Publisher(end.ended.job, *token, "a-life")
+        publisher = Publisher(end.ended.job, end.ended.token, "a-life")
         assert fencing.commit(connection, publisher)
-        assert fencing.close(connection, end.ended.job, token)
+        assert fencing.close(connection, end.ended.job, end.ended.token)
     assert ends.settle(pending, deque())
     assert late == [(end.ended.job, end.ended.token, "the value")]
     assert not pending and not holdings.all()

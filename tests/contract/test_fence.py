@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.replies import Adopted
+from celery_capacity.routing.ledger.replies import Adopted, Arrived
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.model.token import Token
@@ -30,7 +30,7 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 
 
 def mine(stage: Stage, job: str, attempt: int = 1) -> Publisher:
-    return Publisher(job, stage.ledger.epoch, attempt, "a-life")
+    return Publisher(job, Token(stage.ledger.epoch, attempt), "a-life")
 
 
 def commit(stage: Stage, job: str, attempt: int = 1) -> bool:
@@ -188,7 +188,7 @@ def test_an_attempt_of_a_lost_worker_cannot_commit_before_its_next_one_is_known(
 
 def test_a_claim_that_only_the_stream_knew_is_given_up_too(stage: Stage) -> None:
     job = stage.submit(cpus=1000, applied=False)
-    stage.ledger.settle("a", "a-life", arrived=[(job, "1.1", "n")], most_losses=MOST_LOSSES)
+    stage.ledger.settle("a", "a-life", arrived=[Arrived(job, Token(1, 1), "n")], most_losses=MOST_LOSSES)
     assert stage.row(job).state == "accepted"
     lose(stage)
     assert not commit(stage, job)
@@ -254,7 +254,7 @@ def test_a_job_that_a_worker_says_it_runs_is_entered_though_it_has_committed(sta
     stage.ledger.finish_epoch(2)
     stage.sql("UPDATE authority SET epoch = 2")
     stage.worker("a", cpus=4000)
-    held = Adopted(job, "1.1", stage.row(job).shape, 1, 5, 6, "n", 0)
+    held = Adopted(job, Token(1, 1), stage.row(job).shape, 1, 5, 6, "n", 0)
     assert stage.ledger.adopt("a", "a-life", [held]) == []
     assert reconcile(stage.engine, stage.ledger).drift == 0
     transition_log.apply_all(stage.engine, stage.ledger)

@@ -11,6 +11,8 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted, Ended, LedgerFull
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import transition_log
 from tests.fixtures.books import MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
@@ -62,17 +64,17 @@ def test_what_waits_in_a_full_ledger_runs_and_ends(cluster: Cluster) -> None:
     assert cluster.submit("last", WHOLE) is None
     fill_up(cluster.ledger)
     assert cluster.renew("whole")
-    assert cluster.end("whole", "1.1").state == "succeeded"
-    assert cluster.claim("next", "1.1").ok
+    assert cluster.end("whole", Token(1, 1)).state == "succeeded"
+    assert cluster.claim("next", Token(1, 1)).ok
     # It goes back, and is admitted again.
-    assert cluster.end("next", "1.1", "handed_back").state == "waiting"
-    assert cluster.claim("next", "1.2").ok
+    assert cluster.end("next", Token(1, 1), "handed_back").state == "waiting"
+    assert cluster.claim("next", Token(1, 2)).ok
     handed_over = cluster.ledger.settle(
-        "w", "w-life", ended=[Ended("next", "1.2", "failed")], most_losses=MOST_LOSSES, nonce="n"
+        "w", "w-life", ended=[Ended("next", Token(1, 2), Outcome.FAILED)], most_losses=MOST_LOSSES, nonce="n"
     ).handed_over
     assert [handed.job for handed in handed_over] == ["last"]
     assert [handed.job for handed in cluster.ledger.hand_over_again("w", "w-life", [])] == ["last"]
-    assert cluster.end("last", "1.1").verdict == "released"
+    assert cluster.end("last", Token(1, 1)).verdict == "released"
     assert cluster.ledger.ack_transitions(transition_log.written(transition_log.read(cluster.ledger))) > 0
     assert cluster.client.xlen(keys.STREAM) == 0
     assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
@@ -83,15 +85,15 @@ def test_a_full_ledger_takes_back_delivers_again_and_looks_on(cluster: Cluster) 
     cluster.client.zadd(keys.UNCLAIMED, {"job": 1}, xx=True)
     fill_up(cluster.ledger)
     assert cluster.ledger.redeliver() == 1
-    assert cluster.claim("job", "1.1").ok
+    assert cluster.claim("job", Token(1, 1)).ok
     cluster.ledger.expire_lease("w", "w-life")
     assert cluster.lapse() == "gone"
     assert cluster.state("job") == "waiting"
     # The first worker was lost with its book, and another one comes.
     cluster.register("other")
-    assert cluster.claim("job", "1.2", "other").ok
+    assert cluster.claim("job", Token(1, 2), "other").ok
     assert cluster.ledger.drain("other", "other-life") == 0
-    assert cluster.end("job", "1.2", worker="other").state == "succeeded"
+    assert cluster.end("job", Token(1, 2), worker="other").state == "succeeded"
     assert cluster.ledger.leave("other", "other-life") == 0
 
 
@@ -100,10 +102,10 @@ def test_a_full_ledger_is_opened_anew(cluster: Cluster) -> None:
     cluster.client.flushdb()
     cluster.ledger.open_epoch(2)
     assert cluster.ledger.reserve_book("w", "w-life", CAPACITY)
-    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "n", 0)]) == []
+    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", Token(1, 1), ONE, 1, 5, 6, "n", 0)]) == []
     cluster.ledger.finish_epoch(2)
     assert cluster.register().admitted == 0
-    assert cluster.end("job", "1.1").state == "succeeded"
+    assert cluster.end("job", Token(1, 1)).state == "succeeded"
 
 
 def test_the_runner_is_elected_by_a_full_ledger_too(ledger: Ledger) -> None:

@@ -29,7 +29,8 @@ from celery_capacity.routing.model.job import Gates, NewJob, Publisher, Rate
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import State, Step
+from celery_capacity.routing.model.states import Outcome, State, Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import claims, dependencies, fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.app.install import create_app
@@ -109,9 +110,8 @@ def run(stage: Stage, job: str, outcome: str = "succeeded") -> None:
             return
         epoch = connection.execute(text("SELECT epoch FROM authority")).scalar_one()
         (taken,) = claims.take(connection, epoch, "a", "a-life", [job])
-        attempt = int(taken.token.partition(".")[2])
         now = claims.now_ms(connection)
-        end = Transition(job, epoch, attempt, outcome, Step.ENDED, "a", "a-life", now, now, now, 0, outcome)
+        end = Transition(job, taken.token, outcome, Step.ENDED, "a", "a-life", now, now, now, 0, outcome)
         job_transitions.apply(connection, [end])
 
 
@@ -285,7 +285,7 @@ def test_one_that_did_not_succeed_ends_those_that_need_it_and_those_that_need_th
     with stage.engine.connect() as connection:
         stage.apply()
         row = stage.row(first)
-        ended = Transition(first, row.epoch, row.attempt, outcome, Step.DROPPED, "", "", 0, 0, 1, 0)
+        ended = Transition(first, Token(row.epoch, row.attempt), outcome, Step.DROPPED, "", "", 0, 0, 1, 0)
         (applied,) = job_transitions.apply(connection, [ended])
     assert applied.awaited
     duty()
@@ -339,7 +339,7 @@ def test_an_end_that_is_committed_by_its_own_attempt_opens_gates_too(app: Celery
             claims.take(connection, 1, "a", "a-life", [first])
     row = stage.row(first)
     with stage.engine.connect() as connection:
-        assert fencing.commit(connection, Publisher(first, row.epoch, row.attempt, "a-life"))
+        assert fencing.commit(connection, Publisher(first, Token(row.epoch, row.attempt), "a-life"))
     duty()
     assert stage.row(second).due_at is not None
 
@@ -370,13 +370,13 @@ def test_a_worker_that_pulls_opens_gates_by_its_own_word(
             lambda _: calls.append("parts"),
             lambda *_: calls.append("late"),
         )
-        assert ends.settle(deque([End(Ended(first, taken.token, "succeeded"))]), deque())
+        assert ends.settle(deque([End(Ended(first, taken.token, Outcome.SUCCEEDED))]), deque())
         heard: Any = connection.connection.driver_connection
         until(lambda: heard.poll() or heard.notifies, "the workers are told")
         assert takes(stage) == [second]
         (taken,) = claims.take(connection, 1, "a", "a-life", [second])
         holdings.add(Holding(second, taken.token, Request.from_shape(taken.shape), ""))
-        assert ends.settle(deque([End(Ended(second, taken.token, "failed"))]), deque())
+        assert ends.settle(deque([End(Ended(second, taken.token, Outcome.FAILED))]), deque())
     assert stage.row(third).state == "cancelled"
     assert sorted(calls) == ["outbox", "room", "room"]
     deliver_rows(app, app.platform)
@@ -568,10 +568,12 @@ def test_a_retry_starts_by_the_rate_too(app: Celery, stage: Stage, duty: Any) ->
     row = stage.row(job)
     with stage.engine.connect() as connection:
         assert successors.put_successor(connection, NewJob(job, TASK, SHAPE, MESSAGE, retries=1))
-        back = Transition(job, row.epoch, row.attempt, State.SCHEDULED, Step.BACK, "a", "a-life", 1, 1, 2, 0, "retried")
+        back = Transition(
+            job, Token(row.epoch, row.attempt), State.SCHEDULED, Step.BACK, "a", "a-life", 1, 1, 2, 0, "retried"
+        )
         (applied,) = job_transitions.apply(connection, [back])
     assert not applied.due
-    stage.ledger.remove_job(job, f"{row.epoch}.{row.attempt}", final=False)
+    stage.ledger.remove_job(job, Token(row.epoch, row.attempt), final=False)
     duty()
     assert started(stage, [job]) == []
     pass_time(stage, 3600)

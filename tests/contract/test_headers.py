@@ -15,7 +15,9 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import client as bindings
 from celery_capacity.routing.ledger import keys, scripts
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.replies import Adopted, Ended
+from celery_capacity.routing.ledger.replies import Adopted, Arrived, Ended
+from celery_capacity.routing.model.states import Outcome, State
+from celery_capacity.routing.model.token import Token
 
 NAMES: Final = scripts.names()
 #: Replies that every script that acts on the books may give besides its own: `LedgerServer` raises for these.
@@ -49,20 +51,25 @@ def submit_many(ledger: Ledger) -> Any:
 def release(ledger: Ledger) -> Any:
     # The header's list has one result for each job.
     results = (("key", 60, b"text"),)
-    ended = [Ended("a", "1.1", "succeeded", "", "", results), Ended("b", "1.2", "lost", "gone", "", results)]
+    ended = [
+        Ended("a", Token(1, 1), Outcome.SUCCEEDED, "", "", results),
+        Ended("b", Token(1, 2), Outcome.LOST, "gone", "", results),
+    ]
     return ledger.settle("w", "life", ended=ended, most_losses=3, nonce="n")
 
 
 def claim(ledger: Ledger) -> Any:
-    return ledger.settle("w", "life", arrived=[("a", "1.1", "n1"), ("b", "1.1", "n2")], most_losses=3)
+    return ledger.settle(
+        "w", "life", arrived=[Arrived("a", Token(1, 1), "n1"), Arrived("b", Token(1, 1), "n2")], most_losses=3
+    )
 
 
 #: An attempt that is not adopted.
-STALE: Final = "[('a', '1.1')]"
+STALE: Final = "[('a', Token(epoch=1, attempt=1))]"
 
 
 def adopt(ledger: Ledger) -> Any:
-    adopted = Adopted("a", "1.1", "cpus=1000,slots=1", 7, 1, 2, "n", 0)
+    adopted = Adopted("a", Token(1, 1), "cpus=1000,slots=1", 7, 1, 2, "n", 0)
     return ledger.adopt("w", "life", [adopted, adopted])
 
 
@@ -73,7 +80,7 @@ VIEW: Final = {"cpus": "4", "pid": "7"}
 BINDINGS: Final = {
     "adopt": Binding(adopt, 2, {("ok", "adopted", "stale"): STALE, ("unknown",): f"{STALE[:-1]}, {STALE[1:]}"}),
     "cancel": Binding(
-        lambda ledger: ledger.cancel("a", "cancelled", "revoked"),
+        lambda ledger: ledger.cancel("a", State.CANCELLED, "revoked"),
         0,
         {
             ("ended", "3-0"): "Cancelled(verdict='ended', worker=None, entry='3-0')",
@@ -88,9 +95,9 @@ BINDINGS: Final = {
         2,
         {
             ("ok", "claimed", "1", "2", "3-0", "1", "0", "1", "stale", "", "", "", "0", "", ""): (
-                "[Claimed(job='a', token='1.1', verdict='claimed', admitted_ms=1, started_ms=2, entry='3-0', losses=1, "
-                "rerun=False, revoked=True), Claimed(job='b', token='1.1', verdict='stale', admitted_ms=None, "
-                "started_ms=None, entry='', losses=0, rerun=True, revoked=False)]"
+                "[Claimed(job='a', token=Token(epoch=1, attempt=1), verdict='claimed', admitted_ms=1, started_ms=2, "
+                "entry='3-0', losses=1, rerun=False, revoked=True), Claimed(job='b', token=Token(epoch=1, attempt=1), "
+                "verdict='stale', admitted_ms=None, started_ms=None, entry='', losses=0, rerun=True, revoked=False)]"
             )
         },
     ),
@@ -102,7 +109,7 @@ BINDINGS: Final = {
     # First of all nothing is named.
     "drain": Binding(lambda ledger: ledger.drain("w", "life"), 0, {("ok", "s", "t"): "2", ("unknown",): "0"}),
     "remove_job": Binding(
-        lambda ledger: ledger.remove_job("a", "1.1", final=True),
+        lambda ledger: ledger.remove_job("a", Token(1, 1), final=True),
         0,
         {("ok", "w"): "True", ("ok", ""): "True", ("changed",): "False"},
     ),
@@ -137,7 +144,9 @@ BINDINGS: Final = {
         lambda ledger: ledger.leave("w", "life"), 0, {("ok",): "0", ("held", "3"): "3", ("unknown",): "0"}
     ),
     "unblock_carried": Binding(
-        lambda ledger: ledger.unblock_carried([("a", 1, 2, "succeeded", "1"), ("b", 1, 2, "running", "held")]),
+        lambda ledger: ledger.unblock_carried(
+            [("a", Token(1, 2), "succeeded", "1"), ("b", Token(1, 2), "running", "held")]
+        ),
         2,
         {("ok", "2"): "2"},
     ),
@@ -157,7 +166,7 @@ BINDINGS: Final = {
     "hand_over_again": Binding(
         lambda ledger: ledger.hand_over_again("w", "life", ["x", "y"]),
         len(HELD),
-        {("ok", "a", *CARD): "HandedOver(job='a', token='1.1'", ("unknown",): "[]"},
+        {("ok", "a", *CARD): "HandedOver(job='a', token=Token(epoch=1, attempt=1)", ("unknown",): "[]"},
     ),
     "redeliver": Binding(lambda ledger: ledger.redeliver(), 0, {(("ok", "100", "60"), ("ok", "1", "1")): "61"}),
     "register": Binding(
@@ -266,6 +275,11 @@ def settings_without_servers() -> Settings:
 
 def in_turn(replies: tuple[Any, ...]) -> list[tuple[str, ...]]:
     return list(replies) if isinstance(replies[0], tuple) else [replies]
+
+
+def shown(value: Any) -> str:
+    """Return a value as text, in which a verdict or a state is its word."""
+    return re.sub(r"<\w+\.\w+: ('\w*')>", r"\1", str(value))
 
 
 def assembled(name: str) -> str:
@@ -388,7 +402,7 @@ def test_the_binding_handles_each_reply_that_the_header_lists_and_no_other(
     assert handled == listed - GATES
     assert ("cold" in listed) == (name not in WITHOUT_GATE)
     for replies, made in binding.replies.items():
-        assert made in str(binding.call(Recording(settings_without_servers, name, in_turn(replies))))
+        assert made in shown(binding.call(Recording(settings_without_servers, name, in_turn(replies))))
 
 
 def test_the_scripts_that_free_memory_run_when_the_server_is_full_and_submit_does_not() -> None:

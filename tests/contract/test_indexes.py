@@ -20,6 +20,8 @@ from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.amounts import labels
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, order
 from tests.contract.test_admission import ON_A_SERVER, delivered, file, passes, write
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
@@ -166,7 +168,7 @@ def test_a_release_costs_the_same_however_much_waits_for_others(
         assert ledger.submit("own", request.shape, order(0, 9999), MESSAGE).state == "waiting"
 
         def release() -> None:
-            ended = [Ended("first", "1.1", "succeeded")]
+            ended = [Ended("first", Token(1, 1), Outcome.SUCCEEDED)]
             (settled,) = ledger.settle("w", "life", ended=ended, most_losses=MOST_LOSSES, follow=False).released
             assert settled.verdict == "released"
 

@@ -11,6 +11,7 @@ from sqlalchemy.exc import OperationalError
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.job import Publisher
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import reclaim
 from celery_capacity.routing.recovery.reconcile import reconcile
 from celery_capacity.routing.store import fencing
@@ -53,7 +54,7 @@ def test_a_lost_worker_whose_commit_hangs_does_not_keep_the_jobs_of_others(
     for worker in ("a", "b"):
         stage.ledger.expire_lease(worker, f"{worker}-life")
     with engine.connect() as connection, connection.begin():
-        assert fencing.commit(connection, Publisher(hangs, stage.ledger.epoch, 1, "a-life"))
+        assert fencing.commit(connection, Publisher(hangs, Token(stage.ledger.epoch, 1), "a-life"))
         assert lapse.run_once(None, stores)["taken_back"] == 1
         stage.apply()
         assert stage.row(other).state == "waiting"
@@ -86,7 +87,7 @@ def test_lost_worker_whose_row_is_refused_does_not_keep_the_jobs_of_others(stage
 def test_a_commit_that_hangs_for_longer_than_a_worker_may_is_ended_by_the_server(engine: Engine, stage: Stage) -> None:
     job = running(stage, "a")
     with engine.connect() as connection:
-        assert fencing.commit(connection, Publisher(job, stage.ledger.epoch, 1, "a-life"), hangs_after=0.05)
+        assert fencing.commit(connection, Publisher(job, Token(stage.ledger.epoch, 1), "a-life"), hangs_after=0.05)
         until(lambda: takes(stage, job), "the row is free")
         with pytest.raises(OperationalError):
             connection.execute(text("SELECT 1"))

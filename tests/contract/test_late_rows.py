@@ -10,7 +10,9 @@ from sqlalchemy import Engine, text
 from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.ledger.replies import Arrived, Ended
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import rebuild
 from celery_capacity.routing.store import backlog
 from celery_capacity.routing.store.backlog import Pending
@@ -36,10 +38,12 @@ def read(stage: Stage, job: str) -> Pending:
 
 def run(stage: Stage, job: str, *, applied: bool) -> None:
     """Start and end the job on its worker; with `applied`, Postgres knows."""
-    token = f"{stage.ledger.epoch}.1"
-    claimed = stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES).claimed
+    token = Token(stage.ledger.epoch, 1)
+    claimed = stage.ledger.settle(
+        "a", "a-life", arrived=[Arrived(job, token, "nonce")], most_losses=MOST_LOSSES
+    ).claimed
     assert claimed[0].ok
-    stage.ledger.settle("a", "a-life", ended=[Ended(job, token, "succeeded")], most_losses=MOST_LOSSES)
+    stage.ledger.settle("a", "a-life", ended=[Ended(job, token, Outcome.SUCCEEDED)], most_losses=MOST_LOSSES)
     if applied:
         stage.apply()
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.replies import Adopted, Ended, LedgerClosed
+from celery_capacity.routing.ledger.replies import Adopted, Arrived, Ended, LedgerClosed
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 
@@ -27,12 +29,12 @@ def cluster(redis_url: str) -> Iterator[Cluster]:
 
 def test_a_worker_that_was_given_up_cannot_end_a_job_that_ended_as_lost(cluster: Cluster) -> None:
     assert cluster.submit("job", losses=MOST_LOSSES - 1) == "w"
-    cluster.claim("job", "1.1")
+    cluster.claim("job", Token(1, 1))
     cluster.expire()
     assert cluster.lapse() == "gone"
     assert cluster.noted("job")[-1] == ("lost", "lost")
     cluster.register()
-    assert cluster.end("job", "1.1").verdict == "stale"
+    assert cluster.end("job", Token(1, 1)).verdict == "stale"
 
 
 def test_a_worker_that_was_given_up_cannot_end_a_job_whose_successor_runs_next(cluster: Cluster) -> None:
@@ -42,7 +44,7 @@ def test_a_worker_that_was_given_up_cannot_end_a_job_whose_successor_runs_next(c
     assert cluster.lapse() == "gone"
     assert cluster.noted("job")[-1] == ("scheduled", "lost")
     cluster.register()
-    assert cluster.end("job", "1.1").verdict == "stale"
+    assert cluster.end("job", Token(1, 1)).verdict == "stale"
 
 
 @pytest.mark.parametrize(
@@ -59,16 +61,16 @@ def test_a_release_that_is_sent_again_says_again_what_the_job_became(
     cluster: Cluster, outcome: str, state: str
 ) -> None:
     cluster.run("job")
-    assert cluster.end("job", "1.1", outcome).state == state
-    again = cluster.end("job", "1.1", outcome)
+    assert cluster.end("job", Token(1, 1), outcome).state == state
+    again = cluster.end("job", Token(1, 1), outcome)
     assert (again.verdict, again.state) == ("repeat", state)
     assert cluster.noted("job")[-1] == (state, outcome)
 
 
 def test_another_outcome_of_an_attempt_that_ended_is_refused(cluster: Cluster) -> None:
     cluster.run("job")
-    cluster.end("job", "1.1", "failed")
-    assert cluster.end("job", "1.1", "succeeded").verdict == "stale"
+    cluster.end("job", Token(1, 1), "failed")
+    assert cluster.end("job", Token(1, 1), "succeeded").verdict == "stale"
 
 
 def test_an_attempt_that_was_taken_back_cannot_end_the_next_one(cluster: Cluster) -> None:
@@ -77,43 +79,43 @@ def test_an_attempt_that_was_taken_back_cannot_end_the_next_one(cluster: Cluster
     assert cluster.lapse() == "gone"
     cluster.register()
     assert cluster.client.hget(keys.held("w"), "job") == b"1.2"
-    assert cluster.end("job", "1.1").verdict == "stale"
-    assert not cluster.claim("job", "1.1").ok
-    assert cluster.claim("job", "1.2").ok
+    assert cluster.end("job", Token(1, 1)).verdict == "stale"
+    assert not cluster.claim("job", Token(1, 1)).ok
+    assert cluster.claim("job", Token(1, 2)).ok
 
 
 def test_end_of_a_job_without_a_key_is_told_from_a_stale_one(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.client.delete(keys.job("job"))
-    assert cluster.end("job", "1.1").verdict == "unknown"
-    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "n", 0)]) == []
-    assert cluster.end("job", "1.1").verdict == "released"
+    assert cluster.end("job", Token(1, 1)).verdict == "unknown"
+    assert cluster.ledger.adopt("w", "w-life", [Adopted("job", Token(1, 1), ONE, 1, 5, 6, "n", 0)]) == []
+    assert cluster.end("job", Token(1, 1)).verdict == "released"
     assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
 
 
 def test_a_worker_cannot_end_what_another_one_holds(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.register("other")
-    assert cluster.end("job", "1.1", worker="other").verdict == "stale"
+    assert cluster.end("job", Token(1, 1), worker="other").verdict == "stale"
     assert (cluster.state("job"), cluster.book()["a.cpus"], cluster.book("other")["a.cpus"]) == ("running", "1000", "0")
 
 
 def test_a_former_life_cannot_claim_or_end_anything(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.submit("next")
-    former = [Ended("job", "1.1", "succeeded")]
+    former = [Ended("job", Token(1, 1), Outcome.SUCCEEDED)]
     settled = cluster.ledger.settle(
-        "w", "former-life", ended=former, arrived=[("next", "1.1", "n")], most_losses=MOST_LOSSES
+        "w", "former-life", ended=former, arrived=[Arrived("next", Token(1, 1), "n")], most_losses=MOST_LOSSES
     )
     assert (settled.released[0].verdict, settled.claimed[0].ok) == ("stale", False)
 
 
 def test_an_attempt_that_went_back_cannot_be_adopted_again(cluster: Cluster) -> None:
     cluster.run("job")
-    cluster.end("job", "1.1", "handed_back", admit=False)
+    cluster.end("job", Token(1, 1), "handed_back", admit=False)
     assert cluster.state("job") == "waiting"
-    again = Adopted("job", "1.1", ONE, 1, 5, 6, "n", 0)
-    assert cluster.ledger.adopt("w", "w-life", [again]) == [("job", "1.1")]
+    again = Adopted("job", Token(1, 1), ONE, 1, 5, 6, "n", 0)
+    assert cluster.ledger.adopt("w", "w-life", [again]) == [("job", Token(1, 1))]
     assert (cluster.state("job"), cluster.book()["a.cpus"]) == ("waiting", "0")
 
 
@@ -121,7 +123,7 @@ def test_a_worker_recovers_what_it_was_handed_over_and_does_not_know(cluster: Cl
     cluster.run("known")
     cluster.run("whole", Request.of({"cpus": 3000}).shape)
     cluster.submit("next", ONE)
-    ended = [Ended("whole", "1.1", "succeeded")]
+    ended = [Ended("whole", Token(1, 1), Outcome.SUCCEEDED)]
     settled = cluster.ledger.settle("w", "w-life", ended=ended, most_losses=MOST_LOSSES, nonce="asked")
     assert [handed.job for handed in settled.handed_over] == ["next"]
     # The answer was lost.
@@ -132,11 +134,11 @@ def test_a_worker_recovers_what_it_was_handed_over_and_does_not_know(cluster: Cl
 
 def test_a_claim_that_is_sent_again_is_granted_and_a_doubled_message_is_not(cluster: Cluster) -> None:
     cluster.submit("job")
-    first = cluster.claim("job", "1.1", nonce="a")
-    again = cluster.claim("job", "1.1", nonce="a")
+    first = cluster.claim("job", Token(1, 1), nonce="a")
+    again = cluster.claim("job", Token(1, 1), nonce="a")
     assert first.ok
     assert (again.ok, again.started_ms) == (True, first.started_ms)
-    assert not cluster.claim("job", "1.1", nonce="b").ok
+    assert not cluster.claim("job", Token(1, 1), nonce="b").ok
 
 
 # Successors.
@@ -146,7 +148,7 @@ def test_a_claim_that_is_sent_again_is_granted_and_a_doubled_message_is_not(clus
 def test_an_attempt_that_ends_with_a_successor_leaves_the_id_to_it(cluster: Cluster, outcome: str) -> None:
     cluster.run("job")
     cluster.ledger.note_successor("job", b"its successor")
-    assert cluster.end("job", "1.1", outcome).state == outcome
+    assert cluster.end("job", Token(1, 1), outcome).state == outcome
     # Postgres takes the successor, and the job is submitted again at once.
     cluster.written()
     assert cluster.submit("job", attempt=1) == "w"
@@ -154,9 +156,9 @@ def test_an_attempt_that_ends_with_a_successor_leaves_the_id_to_it(cluster: Clus
 
 def test_a_job_that_is_lost_for_good_still_runs_its_successor(cluster: Cluster) -> None:
     cluster.submit("job", losses=MOST_LOSSES - 1)
-    cluster.claim("job", "1.1")
+    cluster.claim("job", Token(1, 1))
     cluster.ledger.note_successor("job", b"its successor")
-    assert cluster.end("job", "1.1", "lost").state == "scheduled"
+    assert cluster.end("job", Token(1, 1), "lost").state == "scheduled"
     cluster.written()
     assert cluster.submit("job", attempt=1, losses=MOST_LOSSES) == "w"
 
@@ -168,18 +170,18 @@ def test_that_there_is_a_successor_is_not_noted_on_the_attempt_that_runs_it(clus
     it may not.
     """
     cluster.run("job")
-    cluster.end("job", "1.1", "retried")
+    cluster.end("job", Token(1, 1), "retried")
     cluster.written()
     assert cluster.submit("job", attempt=1) == "w"
-    cluster.claim("job", "1.2")
+    cluster.claim("job", Token(1, 2))
     assert not cluster.ledger.note_successor("job", MESSAGE)
-    assert cluster.end("job", "1.2", "lost").state == "waiting"
+    assert cluster.end("job", Token(1, 2), "lost").state == "waiting"
 
 
 def test_a_revoked_job_runs_no_successor(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.ledger.note_successor("job", b"its successor")
-    cluster.end("job", "1.1", "cancelled")
+    cluster.end("job", Token(1, 1), "cancelled")
     assert cluster.submit("job", attempt=1) is None
     assert cluster.state("job") == "ended"
 
@@ -189,10 +191,10 @@ def test_an_end_waits_for_a_book_that_went_missing(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.client.delete(keys.book("w"))
     with pytest.raises(LedgerClosed):
-        cluster.end("job", "1.1")
+        cluster.end("job", Token(1, 1))
     assert cluster.client.hget(keys.COUNTERS, "stale.release") is None
     cluster.register()
-    assert cluster.end("job", "1.1").verdict == "released"
+    assert cluster.end("job", Token(1, 1)).verdict == "released"
     assert cluster.book()["a.cpus"] == "0"
 
 
@@ -207,10 +209,10 @@ def test_a_job_that_was_lost_with_the_book_is_counted_when_it_is_adopted(
     if reserved:
         assert cluster.ledger.reserve_book("w", "w-life", CAPACITY)
     cluster.register()
-    held = [Adopted(job, "1.1", ONE, 1, 5, 6, "n", 0) for job in ("job", "other")]
+    held = [Adopted(job, Token(1, 1), ONE, 1, 5, 6, "n", 0) for job in ("job", "other")]
     assert cluster.ledger.adopt("w", "w-life", held) == []
     assert cluster.book()["a.cpus"] == "2000"
-    assert [cluster.end(job, "1.1").verdict for job in ("job", "other")] == ["released"] * 2
+    assert [cluster.end(job, Token(1, 1)).verdict for job in ("job", "other")] == ["released"] * 2
     assert cluster.book()["a.cpus"] == "0"
 
 
@@ -272,11 +274,11 @@ def test_a_list_of_a_version_before_is_begun_anew(cluster: Cluster) -> None:
 def test_an_attempt_that_a_list_lacked_says_nothing_of_the_next_attempt(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.renew()
-    cluster.end("job", "1.1", "retried")
+    cluster.end("job", Token(1, 1), "retried")
     cluster.written()
     assert cluster.submit("job", attempt=1) == "w"
     # The list was made just before this claim.
-    assert cluster.claim("job", "1.2").ok
+    assert cluster.claim("job", Token(1, 2)).ok
     cluster.renew()
     assert cluster.state("job") == "running"
     assert cluster.book()["a.cpus"] == "1000"
@@ -285,7 +287,7 @@ def test_an_attempt_that_a_list_lacked_says_nothing_of_the_next_attempt(cluster:
 def test_a_job_that_ended_leaves_nothing_in_the_list_of_missing_ones(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.renew()
-    cluster.end("job", "1.1")
+    cluster.end("job", Token(1, 1))
     cluster.renew()
     assert cluster.client.exists(keys.missing("w")) == 0
 
@@ -303,7 +305,7 @@ def test_a_release_stores_the_result_of_what_is_over(cluster: Cluster, outcome: 
     listener = cluster.client.pubsub()
     listener.subscribe("result-j")
     assert listener.get_message(timeout=5)["type"] == "subscribe"
-    ended = Ended("j", token, outcome, "", "", (("result-j", 60, b"text"),))
+    ended = Ended("j", token, Outcome(outcome), "", "", (("result-j", 60, b"text"),))
     for _ in range(2):
         cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES, admit=False)
     assert (cluster.client.get("result-j") == b"text") is stored
@@ -316,7 +318,7 @@ def test_a_release_stores_the_result_of_what_is_over(cluster: Cluster, outcome: 
 @pytest.mark.parametrize("seconds", [-5, 10**18, "soon"])
 def test_result_that_redis_does_not_take_leaks_no_allocation(cluster: Cluster, seconds: Any) -> None:
     token = cluster.run("j")
-    ended = Ended("j", token, "succeeded", "", "", (("result-j", seconds, b"text"),))
+    ended = Ended("j", token, Outcome.SUCCEEDED, "", "", (("result-j", seconds, b"text"),))
     verdicts = [
         cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES).released[0].verdict
         for _ in range(2)
@@ -332,7 +334,7 @@ def test_a_stale_release_stores_nothing(cluster: Cluster) -> None:
     cluster.expire()
     assert cluster.lapse() == "gone"
     cluster.register()
-    ended = Ended("j", token, "succeeded", "", '{"left": 1}', (("result-j", 0, "text"),))
+    ended = Ended("j", token, Outcome.SUCCEEDED, "", '{"left": 1}', (("result-j", 0, "text"),))
     settled = cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES, admit=False)
     assert settled.released[0].verdict == "stale"
     assert cluster.client.get("result-j") is None
@@ -342,7 +344,7 @@ def test_a_stale_release_stores_nothing(cluster: Cluster) -> None:
 def test_an_outbox_stands_in_the_stream_with_the_end(cluster: Cluster) -> None:
     cluster.register()
     token = cluster.run("j")
-    ended = Ended("j", token, "failed", "why", '{"left": 1}')
+    ended = Ended("j", token, Outcome.FAILED, "why", '{"left": 1}')
     cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES, admit=False)
     entries = [fields for _, fields in cluster.client.xrange(keys.STREAM) if fields[b"state"] == b"failed"]
     assert [fields[b"outbox"] for fields in entries] == [b'{"left": 1}']

@@ -10,6 +10,8 @@ from sqlalchemy import Engine
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Arrived
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.runner.commit_listener import Listener
 from tests.fixtures.staged import MOST_LOSSES, Stage
@@ -47,7 +49,7 @@ def test_listener_leaves_the_backlog_to_the_opener(stage: Stage, listener: Liste
 
 def test_listener_writes_what_started_before_it_brings_in(stage: Stage, listener: Listener) -> None:
     job = stage.submit(cpus=1000, applied=False)
-    arrived = [(job, f"{stage.ledger.epoch}.1", "nonce")]
+    arrived = [Arrived(job, Token(stage.ledger.epoch, 1), "nonce")]
     stage.ledger.settle("a", "a-life", arrived=arrived, most_losses=MOST_LOSSES)
     stage.redis.delete(keys.job(job))
     listener._bring_in([""])

@@ -10,9 +10,11 @@ from sqlalchemy import Connection, Engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.ledger.replies import Arrived, Ended
 from celery_capacity.routing.ledger.snapshot import read_cards
 from celery_capacity.routing.model.job import Publisher
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import rebuild, reclaim, reconcile, transition_log
 from celery_capacity.routing.store import fencing, worker_rows
 from celery_capacity.workers.app.install import create_app
@@ -66,11 +68,11 @@ def test_locked_end_lets_postgres_decide_and_a_locked_claim_does_not(
     engine: Engine, stage: Stage, workers_own: Engine, known: bool
 ) -> None:
     job = stage.submit(cpus=1000, applied=known)
-    token = f"{stage.ledger.epoch}.1"
-    stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES)
+    token = Token(stage.ledger.epoch, 1)
+    stage.ledger.settle("a", "a-life", arrived=[Arrived(job, token, "nonce")], most_losses=MOST_LOSSES)
     if known:
         stage.apply()
-        stage.ledger.settle("a", "a-life", ended=[Ended(job, token, "succeeded")], most_losses=MOST_LOSSES)
+        stage.ledger.settle("a", "a-life", ended=[Ended(job, token, Outcome.SUCCEEDED)], most_losses=MOST_LOSSES)
     recorder = Recorder(workers_own, stage.ledger)
     recorder.start()
     with locked(engine, job):
@@ -111,10 +113,12 @@ def lose_books(stage: Stage) -> None:
 def end_unheard(stage: Stage, job: str) -> None:
     """Have a worker run a job and end it, so that only the stream has heard of either."""
     row = stage.row(job)
-    token = f"{row.epoch}.{row.attempt}"
-    claimed = stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES).claimed
+    token = Token(row.epoch, row.attempt)
+    claimed = stage.ledger.settle(
+        "a", "a-life", arrived=[Arrived(job, token, "nonce")], most_losses=MOST_LOSSES
+    ).claimed
     assert claimed[0].ok
-    stage.ledger.settle("a", "a-life", ended=[Ended(job, token, "succeeded")], most_losses=MOST_LOSSES)
+    stage.ledger.settle("a", "a-life", ended=[Ended(job, token, Outcome.SUCCEEDED)], most_losses=MOST_LOSSES)
 
 
 def test_rebuild_loses_no_end_behind_a_locked_row(
@@ -151,11 +155,11 @@ def test_rebuild_brings_in_a_locked_job_when_its_row_is_free(
     engine: Engine, stage: Stage, workers_own: Engine, last: str
 ) -> None:
     job = stage.submit(cpus=1000 if last != "waiting" else 9000, applied=False)
-    token = f"{stage.ledger.epoch}.1"
+    token = Token(stage.ledger.epoch, 1)
     if last in ("running", "handed back"):
-        stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES)
+        stage.ledger.settle("a", "a-life", arrived=[Arrived(job, token, "nonce")], most_losses=MOST_LOSSES)
     if last == "handed back":
-        ended = [Ended(job, token, "handed_back")]
+        ended = [Ended(job, token, Outcome.HANDED_BACK)]
         stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES, admit=False)
     with locked(engine, job):
         lose_books(stage)
@@ -180,10 +184,10 @@ def test_worker_is_not_taken_back_before_its_claims_are_known(
 ) -> None:
     """Its body has its row locked: it may commit, so no other attempt may begin."""
     job = stage.submit(cpus=1000, applied=False)
-    token = f"{stage.ledger.epoch}.1"
-    stage.ledger.settle("a", "a-life", arrived=[(job, token, "nonce")], most_losses=MOST_LOSSES)
+    token = Token(stage.ledger.epoch, 1)
+    stage.ledger.settle("a", "a-life", arrived=[Arrived(job, token, "nonce")], most_losses=MOST_LOSSES)
     with engine.connect() as connection, connection.begin():
-        assert fencing.commit(connection, Publisher(job, stage.ledger.epoch, 1, "a-life"))
+        assert fencing.commit(connection, Publisher(job, Token(stage.ledger.epoch, 1), "a-life"))
         stage.ledger.expire_lease("a", "a-life")
         assert reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0).verdict == "waits"
         assert stage.redis.hget(keys.job(job), "state") == b"running"
@@ -198,8 +202,8 @@ def test_other_jobs_of_a_lost_worker_are_taken_back_behind_a_locked_row(
     engine: Engine, stage: Stage, workers_own: Engine, known: bool
 ) -> None:
     jobs = [stage.submit(cpus=100, applied=known) for _ in range(3)]
-    token = f"{stage.ledger.epoch}.1"
-    arrived = [(job, token, "nonce") for job in jobs]
+    token = Token(stage.ledger.epoch, 1)
+    arrived = [Arrived(job, token, "nonce") for job in jobs]
     stage.ledger.settle("a", "a-life", arrived=arrived, most_losses=MOST_LOSSES)
     if known:
         stage.apply()

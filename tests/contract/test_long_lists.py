@@ -9,9 +9,11 @@ import pytest
 
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.ledger.replies import Arrived, Ended
 from celery_capacity.routing.ledger.scripts import HELD
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
 from tests.fixtures.cluster import Cluster
@@ -37,7 +39,7 @@ def cluster(ledger: Ledger) -> Cluster:
         some = jobs[start : start + 100]
         ledger.submit_many([(job, ONE, order(0, int(job[4:])), MESSAGE, 0, 0, 0) for job in some])
     for start in range(0, JOBS, 200):
-        arrived = [(job, "1.1", "n") for job in jobs[start : start + 200 : 2]]
+        arrived = [Arrived(job, Token(1, 1), "n") for job in jobs[start : start + 200 : 2]]
         ledger.settle("w", "w-life", arrived=arrived, most_losses=MOST_LOSSES)
     assert cluster.client.hlen(keys.held("w")) == JOBS
     return cluster
@@ -72,7 +74,7 @@ def test_recount_writes_nothing_that_changed_meanwhile(cluster: Cluster, monkeyp
     def disturbed(worker: str) -> str:
         counted = count(worker)
         if (job := next(running, None)) is not None:
-            ended = [Ended(job, "1.1", "succeeded")]
+            ended = [Ended(job, Token(1, 1), Outcome.SUCCEEDED)]
             cluster.ledger.settle("w", "w-life", ended=ended, most_losses=MOST_LOSSES)
         return counted
 

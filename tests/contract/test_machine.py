@@ -20,6 +20,8 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted, Ended
 from celery_capacity.routing.model.amounts import labels
 from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.states import Outcome, State, WorkerStatus
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Refusal, choose
 from tests.fixtures.books import FOR_EVER, MOST_LOSSES, open_ledger
 from tests.fixtures.comparing import differences, expected, observe
@@ -40,7 +42,7 @@ AMOUNTS: Final = st.fixed_dictionaries(
 QUEUES: Final = st.sampled_from([["celery"], ["celery"], ["celery", "mail"], ["mail"], ["celery", "Vidéo", "mail"]])
 CAPACITIES: Final = st.builds(lambda amounts, queues: {**amounts, **labels(queues)}, AMOUNTS, QUEUES)
 #: A worker of a new epoch opens its book at once, or after it said what it holds.
-REJOINS: Final = st.sampled_from(["closed", "ready"])
+REJOINS: Final = st.sampled_from([WorkerStatus.CLOSED, WorkerStatus.READY])
 
 
 class Machine(JobRules):
@@ -52,9 +54,9 @@ class Machine(JobRules):
         name=NAMES,
         capacity=CAPACITIES,
         new=st.booleans(),
-        status=st.sampled_from(["ready", "ready", "ready", "closed"]),
+        status=st.sampled_from([WorkerStatus.READY, WorkerStatus.READY, WorkerStatus.READY, WorkerStatus.CLOSED]),
     )
-    def register(self, name: str, capacity: dict[str, int], new: bool, status: str) -> None:
+    def register(self, name: str, capacity: dict[str, int], new: bool, status: WorkerStatus) -> None:
         """Begin a new life of a worker, or change its capacity; a closed worker has yet to say what it holds."""
         lives = self.lives.get(name, 0)
         life = f"{name}-{lives + 1 if new or not lives else lives}"
@@ -181,7 +183,7 @@ class Machine(JobRules):
         adopted = [
             Adopted(
                 job.id,
-                f"{job.epoch}.{job.attempt}",
+                Token(job.epoch, job.attempt),
                 job.request.shape,
                 job.order,
                 1,
@@ -234,11 +236,11 @@ class Machine(JobRules):
         At rest every allocation is zero (I3), and nothing is left but what is told apart.
         """
         for job_id in [waiting.job for waiting in self.model.backlog()]:
-            self.ledger.cancel(job_id, "cancelled")
+            self.ledger.cancel(job_id, State.CANCELLED)
             self.model.cancel(job_id, self.rows[job_id][0], "cancelled")
         for name, worker in list(self.model.workers.items()):
             ends = [(job_id, token, "succeeded") for job_id, token in worker.held.items()]
-            ended = [Ended(job_id, f"{token[0]}.{token[1]}", outcome) for job_id, token, outcome in ends]
+            ended = [Ended(job_id, Token(*token), Outcome(outcome)) for job_id, token, outcome in ends]
             self.ledger.settle(name, worker.incarnation, ended=ended, most_losses=MOST_LOSSES)
             self.model.release(name, worker.incarnation, ends, None)
         self.compare()

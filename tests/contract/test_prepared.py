@@ -13,6 +13,7 @@ from sqlalchemy.exc import OperationalError
 from celery_capacity.routing.database import prepared_statement
 from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
 from tests.fixtures.transitions import Rows
@@ -45,7 +46,7 @@ def ends(rows: Rows, *jobs: str) -> None:
     """Admit each of these jobs, and end it."""
     rows.insert(*jobs)
     for state, step, outcome in (("admitted", Step.ADMITTED, ""), ("succeeded", Step.ENDED, "succeeded")):
-        batch = [Transition(job, 1, 1, state, step, "a", "a-life", 10, 20, 30, 0, outcome) for job in jobs]
+        batch = [Transition(job, Token(1, 1), state, step, "a", "a-life", 10, 20, 30, 0, outcome) for job in jobs]
         assert [(transition.job, transition.state) for transition in rows.apply(batch)] == [
             (transition.job, state) for transition in rows.own(batch)
         ]
@@ -148,7 +149,7 @@ def reads_whole(connection: Connection, parameters: int) -> list[str]:
 def test_in_a_transaction_it_is_not_prepared(rows: Rows, engine: Engine, connection: Connection) -> None:
     rows.insert("j0")
     with engine.connect() as session, session.begin():
-        transition = Transition("j0", 1, 1, "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0)
+        transition = Transition("j0", Token(1, 1), "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0)
         assert [applied.state for applied in job_transitions.apply(session, rows.own([transition]))] == ["running"]
         assert known(session) is None
         assert session.execute(text("SHOW plan_cache_mode")).scalar() == "auto"
@@ -156,7 +157,7 @@ def test_in_a_transaction_it_is_not_prepared(rows: Rows, engine: Engine, connect
     assert rows.row("j0")["state"] == "running"
     # Nor in a transaction that was begun by a statement.
     connection.exec_driver_sql("BEGIN")
-    rows.apply([Transition("j0", 1, 1, "succeeded", Step.ENDED, "a", "a-life", 10, 20, 30, 0, "succeeded")])
+    rows.apply([Transition("j0", Token(1, 1), "succeeded", Step.ENDED, "a", "a-life", 10, 20, 30, 0, "succeeded")])
     connection.exec_driver_sql("ROLLBACK")
     assert known(connection) is None
     assert rows.row("j0")["state"] == "running"
@@ -171,7 +172,9 @@ def test_many_jobs_have_a_plan_of_their_own(rows: Rows, connection: Connection) 
 
 def test_an_execution_that_fails_leaves_all_as_it_was(rows: Rows, database_url: str) -> None:
     rows.insert("j0", "j1")
-    batch = [Transition(job, 1, 1, "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0) for job in ("j0", "j1")]
+    batch = [
+        Transition(job, Token(1, 1), "running", Step.RUNNING, "a", "a-life", 10, 20, 20, 0) for job in ("j0", "j1")
+    ]
     bounded = create_engine(database_url, isolation_level="AUTOCOMMIT", connect_args={"options": "-c lock_timeout=50"})
     with bounded.connect() as session:
         for _ in range(2):

@@ -18,7 +18,8 @@ from celery_capacity.routing.database.authority import (
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.message import parse_tag
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import State, Step
+from celery_capacity.routing.model.states import Outcome, State, Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.store import claims, job_transitions
 from celery_capacity.routing.store.claims import Candidate
@@ -125,7 +126,7 @@ def test_the_queue_of_a_successor_is_that_of_its_shape(decides: Engine) -> None:
             decides, job, request.within(before).shape, queue=before, state="running", step=int(Step.RUNNING), **columns
         )
         with decides.begin() as connection:
-            back = Transition(job, EPOCH, 1, "scheduled", Step.BACK, "w", "w-life", 1, 1, 2, 0)
+            back = Transition(job, Token(EPOCH, 1), "scheduled", Step.BACK, "w", "w-life", 1, 1, 2, 0)
             job_transitions.apply(connection, [back])
         stored = row(decides, job)
         assert (stored.queue, stored.shape, stored.state) == (after, request.within(after).shape, "scheduled")
@@ -135,10 +136,10 @@ def test_an_attempt_is_made_with_its_token_in_the_row_and_in_the_message(decides
     submit(decides, "job", attempt=4, epoch=1, step=int(Step.BACK))
     with decides.begin() as connection:
         (taken,) = claims.take(connection, EPOCH, "w", "w-life", ["job"])
-    assert (taken.token, taken.shape) == ("2.5", ONE)
+    assert (taken.token, taken.shape) == (Token(2, 5), ONE)
     properties = json.loads(taken.message)["properties"]
     tag = parse_tag(properties.pop("delivery_tag"))
-    assert tag is not None and (tag.job, tag.token) == ("job", "2.5")
+    assert tag is not None and (tag.job, tag.token) == ("job", Token(2, 5))
     assert properties == json.loads(MESSAGE)["properties"]
     stored = row(decides, "job")
     assert (stored.state, stored.epoch, stored.attempt, stored.step) == ("running", 2, 5, Step.RUNNING)
@@ -210,21 +211,21 @@ def test_the_last_chance_of_a_job_is_alone_on_its_worker(
 @pytest.mark.parametrize(
     ("outcome", "losses", "rerun", "state", "step", "after"),
     [
-        ("succeeded", 1, True, State.SUCCEEDED, Step.ENDED, 1),
-        ("failed", 0, True, State.FAILED, Step.ENDED, 0),
-        ("cancelled", 0, True, State.CANCELLED, Step.ENDED, 0),
-        ("expired", 0, True, State.EXPIRED, Step.ENDED, 0),
-        ("replaced", 0, True, State.REPLACED, Step.ENDED, 0),
-        ("retried", 1, True, State.SCHEDULED, Step.BACK, 1),
-        ("handed_back", 1, False, State.ACCEPTED, Step.BACK, 1),
-        ("taken_back", 1, False, State.ACCEPTED, Step.BACK, 1),
-        ("lost", 0, True, State.ACCEPTED, Step.BACK, 1),
-        ("lost", 2, True, State.LOST, Step.ENDED, 3),
-        ("lost", 0, False, State.LOST, Step.ENDED, 1),
+        (Outcome.SUCCEEDED, 1, True, State.SUCCEEDED, Step.ENDED, 1),
+        (Outcome.FAILED, 0, True, State.FAILED, Step.ENDED, 0),
+        (Outcome.CANCELLED, 0, True, State.CANCELLED, Step.ENDED, 0),
+        (Outcome.EXPIRED, 0, True, State.EXPIRED, Step.ENDED, 0),
+        (Outcome.REPLACED, 0, True, State.REPLACED, Step.ENDED, 0),
+        (Outcome.RETRIED, 1, True, State.SCHEDULED, Step.BACK, 1),
+        (Outcome.HANDED_BACK, 1, False, State.ACCEPTED, Step.BACK, 1),
+        (Outcome.TAKEN_BACK, 1, False, State.ACCEPTED, Step.BACK, 1),
+        (Outcome.LOST, 0, True, State.ACCEPTED, Step.BACK, 1),
+        (Outcome.LOST, 2, True, State.LOST, Step.ENDED, 3),
+        (Outcome.LOST, 0, False, State.LOST, Step.ENDED, 1),
     ],
 )
 def test_an_end_makes_of_its_job_what_the_ledger_would(
-    outcome: str, losses: int, rerun: bool, state: State, step: Step, after: int
+    outcome: Outcome, losses: int, rerun: bool, state: State, step: Step, after: int
 ) -> None:
     assert claims.became(outcome, losses, MOST_LOSSES, rerun) == claims.Became(state, step, after)
 
@@ -250,7 +251,7 @@ def test_what_a_worker_that_has_ended_held_goes_back_once(decides: Engine) -> No
 def test_an_attempt_of_old_books_that_postgres_has_overtaken_leaves_no_trace(decides: Engine) -> None:
     submit(decides, "job")
     assert take(decides, book()) == ["job"]
-    late = Transition("job", 1, 1, "running", Step.RUNNING, "old", "old-life", 1, 1, 1, 0)
+    late = Transition("job", Token(1, 1), "running", Step.RUNNING, "old", "old-life", 1, 1, 1, 0)
     with decides.begin() as connection:
         assert job_transitions.apply(connection, [late]) == []
         assert connection.execute(text("SELECT worker FROM attempts")).scalars().all() == ["w"]
@@ -372,7 +373,7 @@ def test_job_may_have_started_on_a_worker_that_is_silent_since_the_ledger_was_lo
     tokens = {claimed.job: (claimed.token, claimed.losses) for claimed in taken}
     more = int(doubtful)
     assert tokens == {
-        "before": (f"{EPOCH}.{1 + more}", more),
-        "once": (f"{EPOCH}.{1 + more}", 0),
-        "after": (f"{EPOCH}.1", 0),
+        "before": (Token(EPOCH, 1 + more), more),
+        "once": (Token(EPOCH, 1 + more), 0),
+        "after": (Token(EPOCH, 1), 0),
     }

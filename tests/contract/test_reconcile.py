@@ -17,6 +17,8 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted, LedgerClosed
 from celery_capacity.routing.model.request import Request, filed_shape
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import resubmit, transition_log
 from celery_capacity.routing.recovery.drift import Reconciled
@@ -86,7 +88,7 @@ def finish(scene: Scene) -> None:
                 stage.end(job)
         if all(state == "waiting" for _, state in rows):
             for job, _ in rows:
-                assert stage.ledger.cancel(job, "cancelled").verdict == "ended"
+                assert stage.ledger.cancel(job, State.CANCELLED).verdict == "ended"
     raise AssertionError(f"these did not end: {rows}")
 
 
@@ -274,7 +276,7 @@ def test_job_that_its_worker_ends_while_it_is_repaired_is_not_given_back(
     scene.redis.delete(keys.job(job))
     real = Ledger.adopt
 
-    def adopt(ledger: Ledger, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[tuple[str, str]]:
+    def adopt(ledger: Ledger, worker: str, incarnation: str, held: Sequence[Adopted]) -> list[tuple[str, Token]]:
         assert real(ledger, worker, incarnation, held) == []
         stage.end(job, applied=False)
         return real(ledger, worker, incarnation, held)

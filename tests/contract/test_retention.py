@@ -22,6 +22,7 @@ from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.job import NewJob, Publisher
 from celery_capacity.routing.model.outbox import UNTOLD, Outbox
 from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery.reconcile import reconcile
 from celery_capacity.routing.store import archive, job_transitions, queries
 from celery_capacity.routing.store.job_transitions import Transition
@@ -154,7 +155,7 @@ def test_the_oldest_go_first_and_no_more_than_asked_for(stage: Stage) -> None:
 
 def test_what_is_not_delivered_stays_until_it_is(stage: Stage) -> None:
     job = stage.submit(cpus=9000)
-    assert stage.ledger.cancel(job, "cancelled").verdict == "ended"
+    assert stage.ledger.cancel(job, State.CANCELLED).verdict == "ended"
     stage.apply()
     assert stage.row(job).outbox == UNTOLD
     assert move(stage) == 0
@@ -253,12 +254,12 @@ def test_a_publish_under_the_id_of_an_archived_job_is_a_new_job(stage: Stage) ->
 def test_an_attempt_of_an_archived_job_publishes_nothing(stage: Stage) -> None:
     job = stage.submit(cpus=1000)
     stage.start(job)
-    speaker = Publisher(job, 1, 1, "a-life")
+    speaker = Publisher(job, Token(1, 1), "a-life")
     assert publish(stage, "child", speaker) is not None
     stage.end(job)
     assert move(stage) == 1
     for attempt in (1, 2):
-        stale = Publisher(job, 1, attempt, "a-life")
+        stale = Publisher(job, Token(1, attempt), "a-life")
         assert publish(stage, "late-child", stale) is None
         with stage.engine.connect() as connection:
             assert not single.may_publish(connection, stale)
@@ -271,8 +272,8 @@ def test_what_an_attempt_of_an_archived_job_says_late_leaves_no_trace(stage: Sta
     left = Outbox(publishes=[NewJob("late-child", "task", "slots=1", MESSAGE)]).to_text()
     common: dict[str, Any] = {"worker": "a", "incarnation": "a-life", "admitted_ms": 1, "started_ms": 1, "at_ms": 2}
     late = [
-        Transition(job, 1, 1, "running", Step.RUNNING, losses=0, **common),
-        Transition(job, 2, 2, "failed", Step.ENDED, losses=0, outcome="failed", outbox=left, **common),
+        Transition(job, Token(1, 1), "running", Step.RUNNING, losses=0, **common),
+        Transition(job, Token(2, 2), "failed", Step.ENDED, losses=0, outcome="failed", outbox=left, **common),
     ]
     assert outbox.publishes(left)
     with stage.engine.connect() as connection:

@@ -15,9 +15,11 @@ from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.insert import single, successors
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.ledger.replies import Arrived, Ended
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import rebuild, resubmit, revocation, transition_log
 from celery_capacity.routing.store import backlog, claims
 from celery_capacity.workers.app.install import create_app
@@ -117,7 +119,7 @@ def test_a_replaced_job_does_not_go_on(stage: Stage, app: Celery) -> None:
 def test_a_claim_is_told(stage: Stage, app: Celery) -> None:
     job, other = stage.submit(cpus=1000), stage.submit(cpus=1000)
     revoke(app, job)
-    arrived = [(job_id, f"{stage.row(job_id).epoch}.1", "n") for job_id in (job, other)]
+    arrived = [Arrived(job_id, Token(stage.row(job_id).epoch, 1), "n") for job_id in (job, other)]
     claimed = stage.ledger.settle("a", "a-life", arrived=arrived, most_losses=MOST_LOSSES).claimed
     assert [(claim.ok, claim.revoked) for claim in claimed] == [(True, True), (True, False)]
     for job_id in (job, other):
@@ -204,7 +206,9 @@ def test_without_the_ledger_the_row_is_enough(stage: Stage, app: Celery) -> None
     assert (counts["expired"], counts["revoked"]) == (0, 1)
     revoke(app, job)
     with stage.engine.connect() as connection:
-        claims.give_back(connection, claims.open_attempts(connection, "a-life"), "taken_back", "gone", MOST_LOSSES)
+        claims.give_back(
+            connection, claims.open_attempts(connection, "a-life"), Outcome.TAKEN_BACK, "gone", MOST_LOSSES
+        )
     assert {stage.row(job_id).state for job_id in (job, marked)} == {"cancelled"}
 
 
@@ -228,15 +232,15 @@ def sees_again(app: Celery, stage: Stage) -> Stores:
 
 def test_a_job_that_runs_unknown_to_postgres_has_its_own_end(stage: Stage, blind: Celery) -> None:
     job = stage.submit(cpus=1000, applied=False)
-    token = f"{stage.ledger.epoch}.1"
-    claimed = stage.ledger.settle("a", "a-life", arrived=[(job, token, "n")], most_losses=MOST_LOSSES).claimed
+    token = Token(stage.ledger.epoch, 1)
+    claimed = stage.ledger.settle("a", "a-life", arrived=[Arrived(job, token, "n")], most_losses=MOST_LOSSES).claimed
     assert claimed[0].ok
     assert revoke(blind, job) == 0
     row = stage.row(job)
     assert (row.state, row.revoked_at is not None) == ("accepted", True)
     sweep.run_once(blind, sees_again(blind, stage))
     assert stage.redis.hget(keys.job(job), "revoked") == b"1"
-    ended = [Ended(job, token, "succeeded")]
+    ended = [Ended(job, token, Outcome.SUCCEEDED)]
     stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES)
     stage.apply()
     assert stage.row(job).state == "succeeded"

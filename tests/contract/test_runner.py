@@ -13,6 +13,7 @@ from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.runner.duty_runner import DUTIES, Duty, Runner
 from tests.fixtures.staged import Stage
@@ -31,7 +32,7 @@ def runner(stage: Stage, settings: Settings) -> Iterator[Runner]:
     stores = Stores(lambda _: settings)
     stores._made["settings"] = settings
     no_app: Any = None
-    runner = Runner(no_app, stores, "a-life", lambda: "ledger", stage.ledger)
+    runner = Runner(no_app, stores, "a-life", lambda: Store.LEDGER, stage.ledger)
     runner._begin()
     runner.election._stand()
     # Nobody renews the lease.

@@ -21,7 +21,8 @@ from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.outbox import UNTOLD
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.model.states import FINAL, Outcome, State, Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import transition_log
 from celery_capacity.routing.store import job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
@@ -83,7 +84,9 @@ def test_a_final_state_has_no_exit_whatever_comes_later(
     if not history or history[-1].state not in FINAL:
         return
     before = rows.row("j0")
-    newer = [replace(transition, epoch=transition.epoch + 5) for transition in other]
+    newer = [
+        replace(transition, token=Token(transition.token.epoch + 5, transition.token.attempt)) for transition in other
+    ]
     assert rows.apply(newer) == []
     assert rows.row("j0") == before
 
@@ -100,9 +103,10 @@ def test_an_older_token_is_refused_whatever_it_says(
     if not history:
         return
     newest = max(history, key=lambda transition: transition.rank)
-    older = data.draw(st.sampled_from([(newest.epoch - 1, 99), (newest.epoch, newest.attempt - 1)]))
+    epoch, attempt = newest.token
+    older = data.draw(st.sampled_from([Token(epoch - 1, 99), Token(epoch, attempt - 1)]))
     for state in State:
-        zombie = replace(newest, epoch=older[0], attempt=older[1], state=state.value, step=Step.DROPPED, worker="")
+        zombie = replace(newest, token=older, state=state.value, step=Step.DROPPED, worker="")
         assert rows.apply([zombie]) == []
     assert rows.row("j0") == before
 
@@ -137,7 +141,7 @@ def put_successor(rows: Rows, job: str = "j0", **more: Any) -> str | None:
 def with_a_worker(outcome: str, state: str) -> list[Transition]:
     """Return the transitions of one attempt that ended."""
     step = Step.ENDED if state in FINAL or state == "replaced" else Step.BACK
-    admission = Transition("j0", 1, 1, "admitted", Step.ADMITTED, "a", "a-life", 10, 0, 10, 0)
+    admission = Transition("j0", Token(1, 1), "admitted", Step.ADMITTED, "a", "a-life", 10, 0, 10, 0)
     return [
         admission,
         replace(admission, state="running", step=Step.RUNNING, started_ms=20, at_ms=20),
@@ -193,7 +197,7 @@ def test_a_successor_of_a_successor_runs_too(connection: Connection) -> None:
     rows = Rows(connection)
     rows.insert("j0")
     for attempt in (1, 2, 3):
-        history = [replace(transition, attempt=attempt) for transition in with_a_worker("retried", "scheduled")]
+        history = [replace(transition, token=Token(1, attempt)) for transition in with_a_worker("retried", "scheduled")]
         assert put_successor(rows, retries=attempt, message=b"%d" % attempt) is not None
         rows.apply(history)
         row = successor_of(rows)
@@ -245,7 +249,7 @@ def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
 def test_any_error_text_of_a_task_reaches_the_row(stage: Stage, said: str) -> None:
     job = stage.submit(cpus=1000)
     stage.start(job)
-    ended = [Ended(job, "1.1", "failed", said)]
+    ended = [Ended(job, Token(1, 1), Outcome.FAILED, said)]
     stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES)
     # The worker writes its own copy, and the stream has one.
     own_copy = replace(transition_log.read(stage.ledger)[0], error=said)
@@ -262,7 +266,7 @@ def test_lost_job_is_told_by_its_worker_or_by_whoever_finds_it(stage: Stage, tol
     """The rule also holds where another worker is the first to write its end."""
     job = stage.submit(cpus=1000)
     stage.start(job)
-    ended = [Ended(job, "1.1", "lost", "its process died", told=told)]
+    ended = [Ended(job, Token(1, 1), Outcome.LOST, "its process died", told=told)]
     stage.ledger.settle("a", "a-life", ended=ended, most_losses=1)
     stage.apply()
     assert (stage.row(job).state, stage.row(job).outbox) == ("lost", None if told else UNTOLD)
@@ -290,7 +294,7 @@ def test_a_job_that_ended_has_no_attempt_that_goes_on(connection: Connection) ->
     first, second = with_a_worker("handed_back", "waiting"), with_a_worker("succeeded", "succeeded")
     # The end of attempt 1 is lost with the ledger.
     rows.apply(first[:1])
-    rows.apply([replace(second[-1], attempt=2)])
+    rows.apply([replace(second[-1], token=Token(1, 2))])
     assert ended_attempts(connection) == [(1, "taken_back", job_transitions.END_LOST), (2, "succeeded", None)]
     # The end comes after all, and stands.
     rows.apply([first[-1]])
@@ -303,7 +307,7 @@ def test_attempt_that_lost_its_job_to_a_newer_one_has_not_ended_it(connection: C
     rows.insert("j0")
     first, second = with_a_worker("cancelled", "cancelled"), with_a_worker("succeeded", "succeeded")
     rows.apply(first[:1])
-    rows.apply([replace(second[-1], attempt=2)])
+    rows.apply([replace(second[-1], token=Token(1, 2))])
     rows.apply([replace(first[-1], error="the job had ended as succeeded")])
     assert ended_attempts(connection) == [
         (1, "taken_back", "the job had ended as succeeded"),
@@ -316,7 +320,7 @@ def test_attempt_that_is_heard_of_after_the_end_of_its_job_is_over(connection: C
     rows = Rows(connection)
     rows.insert("j0")
     first, second = with_a_worker("handed_back", "waiting"), with_a_worker("succeeded", "succeeded")
-    rows.apply([replace(second[-1], attempt=2)])
+    rows.apply([replace(second[-1], token=Token(1, 2))])
     rows.apply(first[:1])
     assert ended_attempts(connection) == [(1, "taken_back", job_transitions.END_LOST), (2, "succeeded", None)]
     rows.apply([first[-1]])

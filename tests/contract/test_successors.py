@@ -16,6 +16,8 @@ from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import resubmit, transition_log
 from celery_capacity.routing.store import backlog, claims
 from tests.fixtures.staged import MESSAGE, Stage
@@ -68,7 +70,7 @@ def test_a_retry_that_was_revoked_on_its_way_to_the_ledger_is_not_taken_there(st
     stage.start(job)
     publish(stage, job, retries=1)
     stage.end(job, "retried")
-    assert stage.ledger.cancel(job, "cancelled").verdict == "missing"
+    assert stage.ledger.cancel(job, State.CANCELLED).verdict == "missing"
     assert stage.ledger.submit(job, ONE, 1, MESSAGE, attempt=1).state == "exists"
 
 
@@ -213,5 +215,5 @@ def test_a_replaced_job_goes_on_while_postgres_decides(stage: Stage) -> None:
     with stage.engine.connect() as connection:
         epoch = read_authority(connection).epoch
         (taken,) = claims.take(connection, epoch, "a", "a-life", [job])
-    assert (taken.token, "later" in taken.message) == (f"{epoch}.2", True)
+    assert (taken.token, "later" in taken.message) == (Token(epoch, 2), True)
     assert stage.row(job).state == "running"

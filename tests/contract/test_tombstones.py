@@ -11,7 +11,10 @@ from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Arrived
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import reconcile, resubmit, transition_log
 from celery_capacity.routing.store import backlog
 from celery_capacity.workers.duties import due, sweep
@@ -31,20 +34,20 @@ def cluster(redis_url: str) -> Iterator[Cluster]:
 def end_as(outcome: str) -> Callable[[Cluster], None]:
     def end(cluster: Cluster) -> None:
         cluster.run("job")
-        assert cluster.end("job", "1.1", outcome).verdict == "released"
+        assert cluster.end("job", Token(1, 1), outcome).verdict == "released"
 
     return end
 
 
 def lose_for_good(cluster: Cluster) -> None:
     cluster.submit("job", losses=MOST_LOSSES - 1)
-    cluster.claim("job", "1.1")
-    assert cluster.end("job", "1.1", "lost").state == "lost"
+    cluster.claim("job", Token(1, 1))
+    assert cluster.end("job", Token(1, 1), "lost").state == "lost"
 
 
 def lapse_for_good(cluster: Cluster) -> None:
     cluster.submit("job", losses=MOST_LOSSES - 1)
-    cluster.claim("job", "1.1")
+    cluster.claim("job", Token(1, 1))
     cluster.expire()
     assert cluster.lapse() == "gone"
 
@@ -52,13 +55,13 @@ def lapse_for_good(cluster: Cluster) -> None:
 def hand_back_with_a_successor(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.ledger.note_successor("job", b"its successor")
-    assert cluster.end("job", "1.1", "handed_back").state == "scheduled"
+    assert cluster.end("job", Token(1, 1), "handed_back").state == "scheduled"
 
 
 def hand_back_a_revoked_one(cluster: Cluster) -> None:
     cluster.run("job")
     assert cluster.ledger.revoke("job")
-    assert cluster.end("job", "1.1", "handed_back").state == "cancelled"
+    assert cluster.end("job", Token(1, 1), "handed_back").state == "cancelled"
 
 
 def drain_a_revoked_one(cluster: Cluster) -> None:
@@ -69,12 +72,12 @@ def drain_a_revoked_one(cluster: Cluster) -> None:
 
 def cancel_what_waits(cluster: Cluster) -> None:
     assert cluster.submit("job", Request.of({"cpus": 99_000}).shape) is None
-    assert cluster.ledger.cancel("job", "cancelled").verdict == "ended"
+    assert cluster.ledger.cancel("job", State.CANCELLED).verdict == "ended"
 
 
 def cancel_what_was_retried(cluster: Cluster) -> None:
     end_as("retried")(cluster)
-    assert cluster.ledger.cancel("job", "cancelled").verdict == "missing"
+    assert cluster.ledger.cancel("job", State.CANCELLED).verdict == "missing"
 
 
 #: Every way in which a job ends in the ledger.
@@ -108,18 +111,18 @@ def test_tombstone_stays_until_postgres_has_the_end(cluster: Cluster, end: Calla
 def test_tombstone_of_a_job_that_postgres_alone_ended_expires(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.written()
-    assert cluster.ledger.cancel("other", "cancelled").verdict == "missing"
-    assert cluster.ledger.remove_job("job", "1.1", final=True)
+    assert cluster.ledger.cancel("other", State.CANCELLED).verdict == "missing"
+    assert cluster.ledger.remove_job("job", Token(1, 1), final=True)
     assert all(cluster.client.pttl(keys.job(job)) > 0 for job in ("job", "other"))
 
 
 def test_release_sent_again_names_the_entry_to_forget(cluster: Cluster) -> None:
     cluster.run("job")
-    first = cluster.end("job", "1.1")
-    again = cluster.end("job", "1.1")
+    first = cluster.end("job", Token(1, 1))
+    again = cluster.end("job", Token(1, 1))
     assert (again.verdict, again.entry) == ("repeat", first.entry)
     cluster.written()
-    assert cluster.end("job", "1.1").entry == ""
+    assert cluster.end("job", Token(1, 1)).entry == ""
 
 
 def test_submit_is_refused_after_half_a_tombstone(redis_url: str) -> None:
@@ -140,9 +143,9 @@ def end_unwritten(stage: Stage) -> str:
     job = stage.submit(cpus=1000, applied=False)
     cluster = Cluster(stage.ledger)
     epoch = stage.ledger.epoch
-    arrived = stage.ledger.settle("a", "a-life", arrived=[(job, f"{epoch}.1", "n")], most_losses=MOST_LOSSES)
+    arrived = stage.ledger.settle("a", "a-life", arrived=[Arrived(job, Token(epoch, 1), "n")], most_losses=MOST_LOSSES)
     assert arrived.claimed[0].ok
-    assert cluster.end(job, f"{epoch}.1", worker="a").state == "succeeded"
+    assert cluster.end(job, Token(epoch, 1), worker="a").state == "succeeded"
     assert stage.row(job).state == "accepted"
     return job
 

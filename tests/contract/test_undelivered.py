@@ -19,6 +19,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.outbox import UNANNOUNCED, UNTOLD, Outbox, parse
 from celery_capacity.routing.model.states import State
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import fencing
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.process import running_workers
@@ -103,7 +104,7 @@ def test_a_callback_that_cannot_be_called_keeps_back_no_other(app: Celery, stage
 
 def result_of(app: Celery, job: str, value: object) -> str:
     """Return the outbox of a job that has succeeded with a value."""
-    attempt = Attempt(Tag(job, 1, 1), "life")
+    attempt = Attempt(Tag(job, Token(1, 1)), "life")
     with held(attempt):
         app.backend.store_result(job, value, "SUCCESS", request=Context(id=job))
     return attempt.outbox.to_text()
@@ -332,5 +333,5 @@ def test_a_value_alone_that_comes_late_waits_for_no_thread(
     stored: list[dict[str, str]] = []
     monkeypatch.setattr(app.backend, "deliver_results", stored.extend)
     left = [{"result": "job"}]
-    tell_late(app, app.platform.engine, "life", "job", "1.1", Outbox([], left).to_text())
+    tell_late(app, app.platform.engine, "life", "job", Token(1, 1), Outbox([], left).to_text())
     assert stored == left

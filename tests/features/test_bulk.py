@@ -16,6 +16,7 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.insert import bulk
 from celery_capacity.routing.model import message
 from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
 from celery_capacity.workers.submit.router import Router
@@ -344,7 +345,7 @@ def test_an_attempt_that_lost_its_lease_submits_nothing(app: Any, submitter: Sub
     job = double.delay(1)
     row = submitter.ended(job.id)
     before = rows(platform)
-    stale = Attempt(Tag(job.id, row.epoch, row.attempt - 1), row.incarnation)
+    stale = Attempt(Tag(job.id, Token(row.epoch, row.attempt - 1)), row.incarnation)
     with attempts.held(stale):
         with pytest.raises(LeaseLost, match="lost its lease"):
             app.submit_many(double, [(1,), (2,)])

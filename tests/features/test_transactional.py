@@ -20,6 +20,7 @@ from celery_capacity import InvalidRequest, LeaseLost, NotAccepted, Unsupported
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
 from celery_capacity.workers.runner.commit_listener import NAME
@@ -329,7 +330,7 @@ def test_a_transaction_that_has_failed_takes_no_job(app: Any, submitter: Submitt
 def test_an_attempt_that_lost_its_lease_enqueues_nothing(app: Any, submitter: Submitter, session: Session) -> None:
     job = double.delay(1)
     row = submitter.ended(job.id)
-    stale = Attempt(Tag(job.id, row.epoch, row.attempt - 1), row.incarnation)
+    stale = Attempt(Tag(job.id, Token(row.epoch, row.attempt - 1)), row.incarnation)
     before = submitter.jobs()
     with attempts.held(stale), pytest.raises(LeaseLost, match="lost its lease"):
         double.apply_async((1,), session=session)

@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, PartlyAccepted, PlatformError, StoreUnavailable
 from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.client.job import job
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
@@ -265,7 +266,7 @@ def test_caller_who_waits_for_postgres_has_time_for_each_try(
         return True
 
     def publish() -> None:
-        with attempts.held(Attempt(Tag("job", 1, 1), "life", patient=may_wait)):
+        with attempts.held(Attempt(Tag("job", Token(1, 1)), "life", patient=may_wait)):
             submitter.send(ADD, 1, 2, task_id="one")
 
     submitter.send(ADD, 1, 2)

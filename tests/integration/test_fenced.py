@@ -17,6 +17,7 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.process.attempts import Attempt, held
 from tests.fixtures import tasks
 from tests.fixtures.leasing import ADD, HOLD, LEAVE, at_gate, counters, effects, outcomes, platform_with_effects
@@ -180,7 +181,7 @@ def here(platform: Platform, submitter: Submitter) -> Iterator[Attempt]:
     job = submitter.send(HOLD, "gate")
     tasks.started(platform.redis, "gate")
     row = submitter.until(job, "running")
-    with held(Attempt(Tag(job, row.epoch, row.attempt), row.incarnation)) as attempt:
+    with held(Attempt(Tag(job, Token(row.epoch, row.attempt)), row.incarnation)) as attempt:
         yield attempt
     tasks.let_go(platform.redis, "gate")
     submitter.ended(job)
@@ -233,7 +234,7 @@ def test_of_two_attempts_at_once_one_commits(platform: Platform, submitter: Subm
     """Both attempts are in their blocks, and the row takes one end."""
     with Session(platform.engine) as session, fenced(session):
         session.execute(text("INSERT INTO effects VALUES ('job', 1)"))
-    later = Attempt(Tag(here.tag.job, here.tag.epoch, here.tag.attempt + 1), here.incarnation)
+    later = Attempt(Tag(here.tag.job, Token(here.tag.token.epoch, here.tag.token.attempt + 1)), here.incarnation)
     too_late = pytest.raises(LeaseLost, match="ended as succeeded")
     with held(later), Session(platform.engine) as session, too_late, fenced(session):
         session.execute(text("INSERT INTO effects VALUES ('job', 2)"))

@@ -18,6 +18,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import backlog_limit
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.broker import beat_messages
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
@@ -132,7 +133,7 @@ def test_a_running_attempt_is_never_refused(app: Celery, engine: Engine) -> None
     _fill(app)
     with engine.connect() as connection:
         job = connection.execute(text("SELECT min(id) FROM jobs")).scalar_one()
-    with attempts.held(Attempt(Tag(job, 1, 1), "life")):
+    with attempts.held(Attempt(Tag(job, Token(1, 1)), "life")):
         app.send_task(ADD, [1, 2])
     assert _rows(engine) == LIMIT + 1
 

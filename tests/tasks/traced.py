@@ -84,7 +84,7 @@ def _say(self: Any, trace: str, what: str, millicores: int) -> None:
     line = {
         "what": what,
         "job": self.request.id,
-        "epoch": attempt.tag.epoch if attempt is not None else 0,
+        "epoch": attempt.tag.token.epoch if attempt is not None else 0,
         "attempt": self.request.attempt,
         "worker": str(self.request.hostname).partition("@")[0],
         "incarnation": attempt.incarnation if attempt is not None else "",

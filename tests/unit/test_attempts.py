@@ -7,6 +7,7 @@ import pytest
 from celery_capacity.routing.errors import NotAccepted
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
 
@@ -17,7 +18,7 @@ def job(number: int, size: int) -> NewJob:
 
 def test_attempt_keeps_what_it_publishes_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "MAX_KEPT", 100)
-    attempt = Attempt(Tag("parent", 1, 1), "life")
+    attempt = Attempt(Tag("parent", Token(1, 1)), "life")
     attempt.keep([job(1, 40), job(2, 40)])
     with pytest.raises(NotAccepted, match="job parent publishes more than can be kept"):
         attempt.keep([job(3, 41)])

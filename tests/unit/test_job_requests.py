@@ -14,6 +14,7 @@ from celery.utils.threads import LocalStack
 
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.execute.request import request_class
 from celery_capacity.workers.execute.run_body import TracedPool
 from celery_capacity.workers.process import attempts
@@ -66,16 +67,16 @@ class Given:
     """
 
     def __init__(self) -> None:
-        self.ends: list[tuple[str, str, str, str | None, int]] = []
+        self.ends: list[tuple[str, Token, str, str | None, int]] = []
         self.to_say: list[Callable[[], None]] = []
         self.future: Future[None] = Future()
         kind = request_class(CeleryRequest, "life", self._end_job, lambda: False, self.to_say.append)
         self.request: Any = kind(SimpleNamespace(delivery_tag="job:1.2"))
         self.request.future = self.future
-        assert self.request.tag == Tag("job", 1, 2)
+        assert self.request.tag == Tag("job", Token(1, 2))
         self.request.execute_using_pool(None)
 
-    def _end_job(self, job: str, token: str, outcome: str, error: str | None, outbox: Outbox, on_lost: Any) -> bool:
+    def _end_job(self, job: str, token: Token, outcome: str, error: str | None, outbox: Outbox, on_lost: Any) -> bool:
         self.ends.append((job, token, outcome, error, len(outbox.results)))
         return True
 
@@ -90,7 +91,7 @@ def test_a_trace_that_raises_in_a_thread_ends_the_job(errors_are_kept: bool) -> 
 
     job.future.set_exception(ConnectionError("the result cannot be stored"))
     shown = "ConnectionError('the result cannot be stored')"
-    assert job.ends == [("job", "1.2", "failed", shown, 1 if errors_are_kept else 0)]
+    assert job.ends == [("job", Token(1, 2), "failed", shown, 1 if errors_are_kept else 0)]
     signals.task_failure.connect(hear)
     try:
         (say,) = job.to_say
@@ -113,4 +114,4 @@ def test_a_trace_that_returned_is_left_to_celery_s_hooks() -> None:
 def test_a_job_that_a_stopping_threads_pool_never_began_goes_back() -> None:
     job = Given()
     job.future.cancel()
-    assert job.ends == [("job", "1.2", "handed_back", "not started", 0)]
+    assert job.ends == [("job", Token(1, 2), "handed_back", "not started", 0)]

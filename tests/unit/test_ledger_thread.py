@@ -11,9 +11,11 @@ import pytest
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.client import Ledger as Real
-from celery_capacity.routing.ledger.replies import Claimed, HandedOver, Released, Settled
+from celery_capacity.routing.ledger.replies import Claimed, ClaimVerdict, HandedOver, Released, ReleaseVerdict, Settled
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome, State
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.settle.settle_thread import LedgerThread
@@ -35,14 +37,14 @@ class Ledger:
         answer = self.answers.pop(0)
         if answer is not None:
             raise answer
-        return Settled([Released(end, "repeat", "succeeded", "") for end in ended], [], [])
+        return Settled([Released(end, ReleaseVerdict.REPEAT, State.SUCCEEDED, "") for end in ended], [], [])
 
     def follow(self, worker: str, settled: Settled) -> None:
         assert not settled.shapes
 
     def hand_over_again(self, worker: str, incarnation: str, known: list[str]) -> list[HandedOver]:
         assert "next" not in known
-        return [HandedOver("next", "1.1", 1, 1, "", 0, ONE.shape, "message")]
+        return [HandedOver("next", Token(1, 1), 1, 1, "", 0, ONE.shape, "message")]
 
 
 class Confirmation:
@@ -66,7 +68,7 @@ def confirmation() -> Confirmation:
 def thread(started: SimpleQueue[Any], confirmation: Confirmation) -> LedgerThread:
     holdings = Holdings({"cpus": 4000, "slots": 4})
     for job in ("first", "second"):
-        holdings.add(Holding(job, "1.1", ONE, ""))
+        holdings.add(Holding(job, Token(1, 1), ONE, ""))
     nothing = Mock(is_behind=lambda: False)
     decides: Any = type("Ends", (), {"decides": False})()
     identity: Any = type("Identity", (), {"name": "w", "incarnation": "life", "pid": 7})()
@@ -78,7 +80,7 @@ def thread(started: SimpleQueue[Any], confirmation: Confirmation) -> LedgerThrea
 def test_what_was_handed_over_in_a_lost_answer_is_asked_for_however_late_the_worker_may_decide(
     thread: LedgerThread, started: SimpleQueue[Any], confirmation: Confirmation
 ) -> None:
-    thread.end("first", "1.1", "succeeded")
+    thread.end("first", Token(1, 1), Outcome.SUCCEEDED)
     with pytest.raises(StoreUnavailable):
         thread._settle()
     # Postgres does not confirm any more that this worker may admit: ends alone go on.
@@ -86,7 +88,7 @@ def test_what_was_handed_over_in_a_lost_answer_is_asked_for_however_late_the_wor
     assert thread._settle()
     confirmation.may_admit = True
     thread.start()
-    thread.end("second", "1.1", "succeeded")
+    thread.end("second", Token(1, 1), Outcome.SUCCEEDED)
     assert thread.stop(10.0)
     assert started.get(timeout=10.0) == "message"
 
@@ -95,7 +97,7 @@ def test_job_whose_claim_was_not_answered_is_named_until_it_is(
     thread: LedgerThread, started: SimpleQueue[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The claim was carried out, and its answer lost: the ledger has the job as running here."""
-    claimed = Claimed("next", "1.1", "claimed", 1, 1, "", 0)
+    claimed = Claimed("next", Token(1, 1), ClaimVerdict.CLAIMED, 1, 1, "", 0)
     answers: list[Any] = [StoreUnavailable("lost"), Settled([], [claimed], [])]
     named: list[frozenset[str]] = []
 
@@ -107,7 +109,7 @@ def test_job_whose_claim_was_not_answered_is_named_until_it_is(
         return answer  # type: ignore[no-any-return]
 
     monkeypatch.setattr(thread._ledger, "settle", settle)
-    thread.arrive(Tag("next", 1, 1), ONE, Mock(revoked=False))
+    thread.arrive(Tag("next", Token(1, 1)), ONE, Mock(revoked=False))
     with pytest.raises(StoreUnavailable):
         thread._settle()
     assert thread._holdings.claiming == {"next"}
@@ -121,7 +123,7 @@ def test_job_whose_claim_was_not_answered_is_named_until_it_is(
 def test_it_is_asked_for_though_nothing_else_is_to_be_said(
     thread: LedgerThread, started: SimpleQueue[Any], confirmation: Confirmation
 ) -> None:
-    thread.end("first", "1.1", "succeeded")
+    thread.end("first", Token(1, 1), Outcome.SUCCEEDED)
     with pytest.raises(StoreUnavailable):
         thread._settle()
     confirmation.may_admit = False
@@ -151,7 +153,7 @@ def test_what_was_handed_over_is_held_before_the_ledger_is_asked_for_more(
     for question in ("place_shape", "fill"):
         monkeypatch.setattr(real, question, lambda *_: held.append(thread._holdings.jobs()))
     thread._ledger = real
-    thread.end("first", "1.1", "handed_back")
+    thread.end("first", Token(1, 1), Outcome.HANDED_BACK)
     assert thread._settle()
     assert started.get(timeout=10.0) == "message"
     assert held == [["second", "next"]] * 2

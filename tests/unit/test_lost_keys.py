@@ -12,8 +12,10 @@ from unittest.mock import Mock
 import pytest
 
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.ledger.replies import Released, Settled
+from celery_capacity.routing.ledger.replies import Released, ReleaseVerdict, Settled
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome, State
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.results.store_calls import StoreCalls
@@ -35,9 +37,10 @@ class Ledger:
         return 0
 
     def settle(self, *_: Any, ended: Any = (), **__: Any) -> Settled:
-        verdict = "released" if self.known else "unknown"
+        verdict = ReleaseVerdict.RELEASED if self.known else ReleaseVerdict.UNKNOWN
         self.verdicts += [verdict for _ in ended]
-        return Settled([Released(end, verdict, "succeeded" if self.known else "", "1-1") for end in ended], [], [])
+        state = State.SUCCEEDED if self.known else None
+        return Settled([Released(end, verdict, state, "1-1") for end in ended], [], [])
 
     def follow(self, worker: str, settled: Settled) -> None:
         assert not settled.shapes
@@ -61,7 +64,7 @@ class Bench:
     def __init__(self) -> None:
         self.ledger, self.claims, self.recorded = Ledger(), list[bool | None](), list[Any]()
         self.holdings = Holdings({"cpus": 4000, "slots": 4})
-        self.holdings.add(Holding("job", "1.1", ONE, ""))
+        self.holdings.add(Holding("job", Token(1, 1), ONE, ""))
         self.calls = StoreCalls()
         recorder = Mock(is_behind=lambda: False, call=self.calls.call, claim=self._claim)
         confirmation: Any = Mock(epoch=1, authority="ledger", may_admit=True)
@@ -85,7 +88,7 @@ def bench() -> Iterator[Bench]:
 
 
 def test_end_is_said_again_once_the_job_is_restored(bench: Bench) -> None:
-    bench.thread.end("job", "1.1", "succeeded")
+    bench.thread.end("job", Token(1, 1), Outcome.SUCCEEDED)
     assert bench.thread.stop(10.0)
     assert bench.ledger.verdicts == ["unknown", "released"]
     assert (len(bench.recorded), bench.holdings.jobs()) == (1, [])
@@ -93,7 +96,7 @@ def test_end_is_said_again_once_the_job_is_restored(bench: Bench) -> None:
 
 def test_worker_that_leaves_waits_until_postgres_answers(bench: Bench) -> None:
     bench.claims = [None] * 3
-    bench.thread.end("job", "1.1", "succeeded")
+    bench.thread.end("job", Token(1, 1), Outcome.SUCCEEDED)
     assert bench.thread.stop(10.0)
     assert bench.ledger.verdicts == ["unknown"] * 4 + ["released"]
     assert (len(bench.recorded), bench.holdings.jobs()) == (1, [])
@@ -101,7 +104,7 @@ def test_worker_that_leaves_waits_until_postgres_answers(bench: Bench) -> None:
 
 def test_worker_that_leaves_waits_no_longer_than_it_may(bench: Bench) -> None:
     bench.claims = [None] * 1000
-    bench.thread.end("job", "1.1", "succeeded")
+    bench.thread.end("job", Token(1, 1), Outcome.SUCCEEDED)
     assert not bench.thread.stop(0.5)
     bench.claims = []
     assert bench.thread.stop(10.0)
@@ -109,20 +112,20 @@ def test_worker_that_leaves_waits_no_longer_than_it_may(bench: Bench) -> None:
 
 def test_end_is_kept_whatever_fails(bench: Bench) -> None:
     bench.ledger.errors = [PlatformError("another database"), RuntimeError("what nobody thought of")]
-    bench.thread.end("job", "1.1", "succeeded")
+    bench.thread.end("job", Token(1, 1), Outcome.SUCCEEDED)
     assert bench.thread.stop(10.0)
     assert bench.ledger.verdicts == ["unknown"] * 3 + ["released"]
 
 
 def test_key_may_be_lost_once_more(bench: Bench) -> None:
     bench.ledger.forgets = 2
-    bench.thread.end("job", "1.1", "succeeded")
+    bench.thread.end("job", Token(1, 1), Outcome.SUCCEEDED)
     assert bench.thread.stop(10.0)
     assert bench.ledger.verdicts == ["unknown"] * 3 + ["released"]
 
 
 def test_end_of_an_attempt_that_the_row_does_not_have_is_refused(bench: Bench) -> None:
     bench.claims = [False]
-    bench.thread.end("job", "1.1", "succeeded")
+    bench.thread.end("job", Token(1, 1), Outcome.SUCCEEDED)
     assert bench.thread.stop(10.0)
     assert (bench.ledger.verdicts, bench.recorded, bench.holdings.jobs()) == (["unknown"] * 2, [], [])

@@ -13,6 +13,7 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.replies import Filled, Renewed
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.registration import Membership
 from celery_capacity.workers.process.holdings import Holding, Holdings
@@ -20,7 +21,7 @@ from celery_capacity.workers.process.holdings import Holding, Holdings
 ONE = Request.of({"cpus": 1000, "slots": 1})
 
 
-def rejoin(holdings: Holdings, refused: list[tuple[str, str]]) -> tuple[list[Any], Mock, Mock]:
+def rejoin(holdings: Holdings, refused: list[tuple[str, Token]]) -> tuple[list[Any], Mock, Mock]:
     """Register anew, and return the names of the calls in their order, the ledger, and the recorder."""
     ledger, recorder, order = Mock(), Mock(), list[Any]()
     ledger.settings.due_interval, ledger.settings.most_losses = 1.0, 3
@@ -49,7 +50,7 @@ def context_of(engine: Any, ledger: Any, confirmation: Any) -> WorkerContext:
     return WorkerContext(Mock(), engine, ledger, Mock(), confirmation, Mock(), Mock(is_behind=lambda: False))
 
 
-def held(*attempts: tuple[str, str]) -> Holdings:
+def held(*attempts: tuple[str, Token]) -> Holdings:
     holdings = Holdings({"cpus": 4000, "slots": 4})
     for job, token in attempts:
         holdings.add(Holding(job, token, ONE, "n"))
@@ -57,7 +58,7 @@ def held(*attempts: tuple[str, str]) -> Holdings:
 
 
 def test_rejoin_writes_what_ended_before_it_says_what_is_held() -> None:
-    order, ledger, _ = rejoin(held(("job", "1.1")), [])
+    order, ledger, _ = rejoin(held(("job", Token(1, 1))), [])
     assert order == [("flush", 1.0), "register", "adopt", "renew"]
     # Each end that is not written by then is named, so that nobody takes it for lost.
     names, options = ledger.renew.call_args.args[3], ledger.renew.call_args.kwargs
@@ -65,18 +66,18 @@ def test_rejoin_writes_what_ended_before_it_says_what_is_held() -> None:
 
 
 def test_heartbeat_names_a_job_whose_claim_is_not_answered() -> None:
-    holdings = held(("job", "1.1"))
+    holdings = held(("job", Token(1, 1)))
     holdings.claiming = frozenset({"claimed"})
     _, ledger, _ = rejoin(holdings, [])
     assert sorted(ledger.renew.call_args.args[3]) == ["claimed", "ended", "job"]
 
 
 def test_rejoin_disowns_the_attempt_that_lost_its_lease_alone() -> None:
-    holdings = held(("job", "1.1"), ("job", "2.2"))
-    _, _, recorder = rejoin(holdings, [("job", "1.1")])
-    assert holdings._strays == {("job", "1.1")}
-    recorded = [(transition.job, transition.epoch, transition.attempt) for transition in recorder.add.call_args.args[0]]
-    assert recorded == [("job", 2, 2)]
+    holdings = held(("job", Token(1, 1)), ("job", Token(2, 2)))
+    _, _, recorder = rejoin(holdings, [("job", Token(1, 1))])
+    assert holdings._strays == {("job", Token(1, 1))}
+    recorded = [(transition.job, transition.token) for transition in recorder.add.call_args.args[0]]
+    assert recorded == [("job", Token(2, 2))]
 
 
 def test_leave_keeps_the_book_until_postgres_has_it() -> None:

@@ -8,6 +8,7 @@ from celery_capacity.routing.inspect.overview import Overview, WorkerLine, sum_u
 from celery_capacity.routing.inspect.waiting import BacklogLine
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Store
 
 AT = datetime(2026, 1, 2, 3, 4, 5, 678900, UTC)
 
@@ -17,7 +18,7 @@ def _worker(name: str, capacity: dict[str, int], allocated: dict[str, int]) -> W
 
 
 def _overview(*workers: WorkerLine, backlog: tuple[BacklogLine, ...] = ()) -> Overview:
-    return Overview("ledger", AT, workers, backlog, {"admitted": 3}, unapplied=2)
+    return Overview(Store.LEDGER, AT, workers, backlog, {"admitted": 3}, unapplied=2)
 
 
 def test_totals_are_the_sums_over_the_workers_in_the_units_of_people() -> None:

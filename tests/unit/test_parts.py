@@ -14,6 +14,7 @@ from celery import Celery
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.outbox import Outbox, parse
 from celery_capacity.routing.model.states import Step
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.process.attempts import Attempt
 from celery_capacity.workers.results import chord_parts as module
@@ -165,7 +166,7 @@ class Backend:
 
 def ended(job: str) -> Transition:
     left = Outbox([], [{"result": job}, {"chord": job, "group": "g"}]).to_text()
-    return Transition(job, 1, 1, "succeeded", Step.ENDED, "w", "life", 1, 1, 1, 0, outbox=left)
+    return Transition(job, Token(1, 1), "succeeded", Step.ENDED, "w", "life", 1, 1, 1, 0, outbox=left)
 
 
 @pytest.mark.parametrize("fails", [None, ConnectionError("away")])
@@ -222,8 +223,8 @@ def test_a_callback_that_ends_its_thread_is_not_called_again(chords: Chords) -> 
 
 def test_what_came_through_is_known_without_what_it_said() -> None:
     box = Outbox([], [{"chord": "a", "group": "g", "text": "x" * 10_000}])
-    key: Any = key_of(Attempt(Tag("a", 1, 1), "life"), box)
-    assert key == key_of(Attempt(Tag("a", 1, 1), "another"), box)
+    key: Any = key_of(Attempt(Tag("a", Token(1, 1)), "life"), box)
+    assert key == key_of(Attempt(Tag("a", Token(1, 1)), "another"), box)
     assert len(repr(key)) < 1000
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from celery_capacity.platform.console import render
 from celery_capacity.routing.inspect.overview import Overview, WorkerLine
 from celery_capacity.routing.inspect.verify import INVARIANTS, Report, Verdict
+from celery_capacity.routing.model.states import Store
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def _cluster(encoding: str, terminal: bool = True, width: int = 120) -> str:
     stream = io.TextIOWrapper(raw, encoding=encoding)
     worker = WorkerLine("a", "ready", {"cpus": 4000}, {"cpus": 2000}, None, None, None, "life", None, None)
     console = Console(file=stream, force_terminal=terminal, no_color=True, width=width)
-    render.cluster(console, Overview("ledger", datetime.now(UTC), (worker,), ()))
+    render.cluster(console, Overview(Store.LEDGER, datetime.now(UTC), (worker,), ()))
     stream.flush()
     return raw.getvalue().decode(encoding)
 

@@ -14,6 +14,7 @@ from kombu import Exchange, Queue
 
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.app.install import install
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.submit.message_cache import MAX_CHANGES, MAX_KINDS
@@ -149,7 +150,7 @@ def test_what_is_not_written_as_a_template_would_goes_through_celery(options: di
 
 
 def test_what_speaks_for_an_attempt_goes_through_celery(app: Celery) -> None:
-    with held(Attempt(Tag("parent", 1, 1), "life", deferred=True)):
+    with held(Attempt(Tag("parent", Token(1, 1)), "life", deferred=True)):
         assert by_celery(app, app.tasks["free"].delay)
 
 

@@ -91,7 +91,7 @@ def _end(session: Session, attempt: Attempt) -> None:
     if fencing.commit(connection, attempt.publisher, hangs_after):
         return
     why, itself = fencing.why_not(connection, attempt.publisher)
-    where = f"attempt {attempt.tag.attempt} of job {attempt.tag.job}"
+    where = f"attempt {attempt.tag.token.attempt} of job {attempt.tag.job}"
     if itself:
         raise PlatformError(
             f"{where} cannot end its job once more: {why}", advice="Leave one fenced() block in an attempt."

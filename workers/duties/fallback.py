@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
 from celery_capacity.routing.database.postgres_errors import is_locked
-from celery_capacity.routing.model.states import State
+from celery_capacity.routing.model.states import State, WorkerStatus
 from celery_capacity.routing.recovery import revocation
 from celery_capacity.routing.store import backlog, claims, job_transitions, worker_rows
 from celery_capacity.workers.duties import due
@@ -71,7 +71,7 @@ def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str
             over = window.silent_for(settings.lost_after - settings.worker_ttl, seen, any_lately=lately)
             silent = over if watched else []
         for incarnation in silent:
-            worker_rows.end_worker(connection, incarnation, "lost")
+            worker_rows.end_worker(connection, incarnation, WorkerStatus.LOST)
         claims.close_orphans(connection)
         orphans = claims.orphans(connection)
         taken_back = claims.give_back_free(connection, orphans, None, "its worker has ended", settings.most_losses)

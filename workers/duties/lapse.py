@@ -9,6 +9,7 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.config import process_identity
 from celery_capacity.routing.database.postgres_errors import is_locked, one_line
+from celery_capacity.routing.ledger.replies import LapseVerdict
 from celery_capacity.routing.recovery import reclaim
 from celery_capacity.routing.store import worker_rows
 from celery_capacity.routing.store.refused_transitions import concerns_data
@@ -31,8 +32,8 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
     closed = lost = taken = 0
     for worker in stores.ledger.lapsed_workers():
         lapsed = stores.ledger.lapse(worker, grace_ms, settings.most_losses, most=0)
-        closed += lapsed.verdict == "closed"
-        if watched and lapsed.verdict == "due" and lapsed.incarnation:
+        closed += lapsed.verdict is LapseVerdict.CLOSED
+        if watched and lapsed.verdict is LapseVerdict.DUE and lapsed.incarnation:
             with stores.engine.connect() as connection:
                 row = worker_rows.find_worker(connection, lapsed.incarnation)
             orphans.see_to(row, process_identity.pid_space())
@@ -49,5 +50,5 @@ def run_once(app: Celery, stores: Stores, window: Window | None = None) -> dict[
                 )
                 continue
             taken += given_up.taken_back
-            lost += given_up.verdict == "gone"
+            lost += given_up.verdict is LapseVerdict.GONE
     return {"closed": closed, "lost": lost, "taken_back": taken}

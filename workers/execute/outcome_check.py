@@ -6,6 +6,8 @@ says nothing of the job. Postgres is asked before the ledger is told, in a threa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from enum import StrEnum
 from typing import Final, NamedTuple
 
 from sqlalchemy import Engine
@@ -16,25 +18,32 @@ from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import fencing
 
-#: Outcome, from a worker's request, of an attempt whose body ended with `LeaseLost`. The ledger knows no such outcome.
-LEASE_LOST: Final = "lease lost"
-#: Outcomes, from a worker's request, of an attempt that was ended by a limit or failed after its `fenced` block, and of
-#: an attempt whose process was ended by a revoke -> the outcome, if the attempt had not ended its job itself before.
-BROKEN_OFF: Final = "broken off"
-TERMINATED: Final = "terminated"
-UNLESS_COMMITTED: Final = {
+
+class Ambiguous(StrEnum):
+    """End of a body that does not say how its attempt ended. The ledger knows none of these words."""
+
+    #: with `LeaseLost`
+    LEASE_LOST = "lease lost"
+    #: by a limit, or by a failure after its `fenced` block
+    BROKEN_OFF = "broken off"
+    #: with its process, by a revoke
+    TERMINATED = "terminated"
+    #: it had started, and its worker ends
+    STOPPED = "stopped"
+
+
+#: End of a body -> the outcome of its attempt, if the attempt had not ended its job itself before.
+UNLESS_COMMITTED: Final[Mapping[Outcome | Ambiguous, Outcome]] = {
     Outcome.LOST: Outcome.LOST,
     Outcome.HANDED_BACK: Outcome.HANDED_BACK,
-    BROKEN_OFF: Outcome.FAILED,
-    TERMINATED: Outcome.CANCELLED,
+    Ambiguous.BROKEN_OFF: Outcome.FAILED,
+    Ambiguous.TERMINATED: Outcome.CANCELLED,
 }
-#: Outcome, from a worker's request, of an attempt that had started, and is broken off since its worker ends.
-STOPPED: Final = "stopped"
-#: Outcomes that are judged.
-JUDGED: Final = frozenset({LEASE_LOST, STOPPED, *UNLESS_COMMITTED})
+#: Ends that are judged.
+JUDGED: Final = frozenset({*Ambiguous, *UNLESS_COMMITTED})
 
 
-def gone_back(rerun: bool) -> str:
+def gone_back(rerun: bool) -> Outcome:
     """Return the outcome of an attempt that had started and is not over: it goes back.
 
     If its job may start only once (`rerun=False`), the attempt is lost instead.
@@ -46,8 +55,8 @@ class BodyEnd(NamedTuple):
     """End of an attempt as the worker's request reports it."""
 
     job: str
-    token: str
-    outcome: str
+    token: Token
+    outcome: Outcome | Ambiguous
     error: str | None
     outbox: Outbox
 
@@ -60,14 +69,14 @@ def judge(engine: Engine, end: BodyEnd, rerun: bool) -> BodyEnd:
     """
     try:
         with engine.connect() as connection:
-            if end.outcome != LEASE_LOST and fencing.close(connection, end.job, Token.parse(end.token)):
+            if end.outcome is not Ambiguous.LEASE_LOST and fencing.close(connection, end.job, end.token):
                 return end._replace(outcome=Outcome.SUCCEEDED, error=None, outbox=Outbox())
             ended_as = fencing.final_state(connection, end.job)
     except SQLAlchemyError:
         ended_as = None
     if end.outcome in UNLESS_COMMITTED:
         return end._replace(outcome=UNLESS_COMMITTED[end.outcome])
-    if end.outcome == STOPPED or ended_as is None:
+    if end.outcome is Ambiguous.STOPPED or ended_as is None:
         return end._replace(outcome=gone_back(rerun), outbox=Outbox())
     # The books are told that this attempt is over; the row stays as it is.
     error = f"the job had ended as {ended_as}: {end.error}"

@@ -23,8 +23,9 @@ from celery_capacity.routing.errors import LeaseLost
 from celery_capacity.routing.model.message import ETA, HEADER, Tag, parse_tag
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.execute.gevent_pool import Killed, problem_of, was_killed
-from celery_capacity.workers.execute.outcome_check import BROKEN_OFF, LEASE_LOST, STOPPED, TERMINATED
+from celery_capacity.workers.execute.outcome_check import Ambiguous
 from celery_capacity.workers.execute.run_body import TracedPool, unpacked
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.results.events import allocation, raised, request_of, signal_failure
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 ERROR_LENGTH = 4000
 
 #: Set by the worker's runtime: (job, token, outcome, error, outbox, on_lost) -> True if this was the first end.
-EndJob = Callable[[str, str, str, str | None, Outbox, Callable[[], None] | None], bool]
+EndJob = Callable[[str, Token, Outcome | Ambiguous, str | None, Outbox, Callable[[], None] | None], bool]
 
 
 class JobRequest:
@@ -68,7 +69,7 @@ class JobRequest:
         self.tag = parse_tag(message.delivery_tag)
         if self.tag is not None:
             # A task sees this number as self.request.attempt.
-            self._request_dict["attempt"] = self.tag.attempt  # type: ignore[attr-defined]
+            self._request_dict["attempt"] = self.tag.token.attempt  # type: ignore[attr-defined]
             carried = self._request_dict.get(HEADER)  # type: ignore[attr-defined]
             if isinstance(carried, Mapping) and ETA in carried:
                 # The ETA has come. Celery looked for an ETA before this line, so it holds nothing back.
@@ -92,8 +93,7 @@ class JobRequest:
 
     def execute_using_pool(self, pool: Any, **options: Any) -> Any:
         if self.tag is not None:
-            tag = f"{self.tag.job}:{self.tag.token}"
-            pool = TracedPool(pool, tag, type(self).incarnation)
+            pool = TracedPool(pool, str(self.tag), type(self).incarnation)
         result = super().execute_using_pool(pool, **options)  # type: ignore[misc]
         future = getattr(result, "f", None)
         if isinstance(future, Future):
@@ -102,7 +102,9 @@ class JobRequest:
             result.link(self.greenlet_done)
         return result
 
-    def _end(self, outcome: str, error: str | None = None, on_lost: Callable[[], None] | None = None) -> None:
+    def _end(
+        self, outcome: Outcome | Ambiguous, error: str | None = None, on_lost: Callable[[], None] | None = None
+    ) -> None:
         if self.tag is not None:
             type(self).end_job(self.tag.job, self.tag.token, outcome, error, self.outbox, on_lost)
 
@@ -141,7 +143,7 @@ class JobRequest:
                 super().on_timeout(soft, timeout)  # type: ignore[misc]
         finally:
             if not soft:
-                self._end(BROKEN_OFF, f"TimeLimitExceeded({timeout})")
+                self._end(Ambiguous.BROKEN_OFF, f"TimeLimitExceeded({timeout})")
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         error = exc_info.exception
@@ -162,7 +164,8 @@ class JobRequest:
                 return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)  # type: ignore[misc]
         finally:
             if outcome is not None:
-                self._end(BROKEN_OFF if outcome == Outcome.FAILED and self.outbox.committed else outcome, text)
+                broken_off = outcome is Outcome.FAILED and self.outbox.committed
+                self._end(Ambiguous.BROKEN_OFF if broken_off else outcome, text)
 
     def _child_lost(self, error: WorkerLostError, info: Any) -> None:
         """End an attempt whose process in the pool died with the body.
@@ -172,7 +175,7 @@ class JobRequest:
         """
         worker_state.task_ready(self)
         if type(self).stopping_cold():
-            self._end(STOPPED, str(error))
+            self._end(Ambiguous.STOPPED, str(error))
             return
         request: Any = self
         logger.warning("job %s: its process died: %s", request.id, error)
@@ -230,7 +233,7 @@ class JobRequest:
         """
         worker_state.task_ready(self)
         if self.ended_by == "stop":
-            self._end(STOPPED, "the worker was stopped")
+            self._end(Ambiguous.STOPPED, "the worker was stopped")
         elif not self.ended_by:
             self._fail(TaskError("the greenlet of this job was killed"))
 
@@ -250,7 +253,8 @@ class JobRequest:
             with self._speaking():
                 super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
         finally:
-            self._end(Outcome.EXPIRED if expired else TERMINATED if terminated else Outcome.CANCELLED, reason)
+            revoked = Ambiguous.TERMINATED if terminated else Outcome.CANCELLED
+            self._end(Outcome.EXPIRED if expired else revoked, reason)
 
 
 def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
@@ -287,7 +291,7 @@ def _not_called() -> ExceptionInfo:
         return ExceptionInfo()
 
 
-def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | None]:
+def _outcome(error: BaseException, exc_info: Any) -> tuple[Outcome | Ambiguous | None, str | None]:
     """Return the outcome and the error's text for an attempt with this exception, None where another hook tells it."""
     if isinstance(error, Retry):
         return Outcome.RETRIED, saferepr(error.exc) if error.exc else None
@@ -298,7 +302,7 @@ def _outcome(error: BaseException, exc_info: Any) -> tuple[str | None, str | Non
     if isinstance(error, Terminated):
         return None, None
     if isinstance(error, LeaseLost):
-        return LEASE_LOST, saferepr(error)[:ERROR_LENGTH]
+        return Ambiguous.LEASE_LOST, saferepr(error)[:ERROR_LENGTH]
     text = f"{saferepr(error)}\n{exc_info.traceback or ''}".strip()
     return Outcome.FAILED, text[:ERROR_LENGTH]
 

@@ -19,6 +19,7 @@ from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.message import HEADER, parse_tag
+from celery_capacity.routing.model.token import Token
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class ReturnedMessages:
         self,
         ledger: Ledger,
         knows: Callable[[str], bool],
-        put_off: Callable[[str, str], None],
-        hand_back: Callable[[str, str, str], None],
+        put_off: Callable[[str, Token], None],
+        hand_back: Callable[[str, Token, str], None],
         later: Callable[[Callable[[], object]], None],
         hold: float,
     ) -> None:

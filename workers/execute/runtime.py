@@ -34,12 +34,13 @@ from celery_capacity.routing.model.message import HEADER, parse_tag
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker import beat_messages, transport
 from celery_capacity.workers.broker.decompression import TIMES
 from celery_capacity.workers.broker.ledger_queue import Mailbox
 from celery_capacity.workers.execute.enroll import Intake
-from celery_capacity.workers.execute.outcome_check import JUDGED, STOPPED, BodyEnd, gone_back, judge
+from celery_capacity.workers.execute.outcome_check import JUDGED, Ambiguous, BodyEnd, gone_back, judge
 from celery_capacity.workers.execute.rejected import refusing
 from celery_capacity.workers.execute.returned import ReturnedMessages
 from celery_capacity.workers.execute.start_queue import Starting
@@ -264,8 +265,8 @@ class Runtime:
         self.confirmation.stop()
         why = "the worker was stopped"
         for holding in self.holdings.running():
-            outcome = STOPPED if holding.started else Outcome.HANDED_BACK
-            self.end_job(holding.job, holding.token, outcome, why, Outbox(), None)
+            ended = Ambiguous.STOPPED if holding.started else Outcome.HANDED_BACK
+            self.end_job(holding.job, holding.token, ended, why, Outbox(), None)
         # These have ended by now, unless Postgres did not answer when it was asked about them.
         self.recorder.flush(self._leave_within)
         for holding in self.holdings.running():
@@ -335,8 +336,8 @@ class Runtime:
     def end_job(
         self,
         job: str,
-        token: str,
-        outcome: str,
+        token: Token,
+        outcome: Outcome | Ambiguous,
         error: str | None,
         outbox: Outbox,
         on_lost: Callable[[], None] | None,
@@ -352,9 +353,10 @@ class Runtime:
     def _release(self, end: BodyEnd, on_lost: Callable[[], None] | None) -> bool:
         results, rest = self.app.backend.kept_in(self.stores.settings.redis_url, end.outbox)
         whole = end.outbox.to_text if results else None
-        return self.ledger_thread.end(*end[:4], on_lost, rest.to_text(), results, whole)
+        outcome = Outcome(end.outcome)
+        return self.ledger_thread.end(end.job, end.token, outcome, end.error, on_lost, rest.to_text(), results, whole)
 
-    def _hand_back(self, job: str, token: str) -> None:
+    def _hand_back(self, job: str, token: Token) -> None:
         self.ledger_thread.end(job, token, Outcome.HANDED_BACK, "not started")
 
     def _unwritten(self) -> set[str]:

@@ -16,6 +16,7 @@ from celery.worker import state as worker_state
 
 from celery_capacity.routing.model.envelope import tag_at_end
 from celery_capacity.routing.model.message import parse_tag
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker import transport
 from celery_capacity.workers.execute.gevent_pool import Starter
@@ -38,8 +39,8 @@ class Starting:
         loop: Wake,
         announcer: Announcer,
         returned: ReturnedMessages,
-        hand_back: Callable[[str, str], None],
-        begin: Callable[[str, str], bool],
+        hand_back: Callable[[str, Token], None],
+        begin: Callable[[str, Token], bool],
         refusing: Callable[[Any, str], AbstractContextManager[None]],
     ) -> None:
         self._loop = loop

@@ -53,7 +53,8 @@ class Confirmation(LookingService):
         self.on_epoch: Callable[[], None] = lambda: None
         #: The epoch that Postgres named last; 0 before the first answer.
         self.epoch = 0
-        self.authority = ""
+        #: The store that Postgres named last; None before the first answer.
+        self.authority: Store | None = None
 
     @property
     def may_admit(self) -> bool:

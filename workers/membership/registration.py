@@ -16,10 +16,11 @@ from sqlalchemy.exc import DBAPIError
 from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.replies import LedgerClosed, Taken
+from celery_capacity.routing.ledger.replies import LapseVerdict, LedgerClosed, Taken
 from celery_capacity.routing.model.amounts import format_cpus
 from celery_capacity.routing.model.capacity import Capacity
-from celery_capacity.routing.model.states import Store
+from celery_capacity.routing.model.states import Store, WorkerStatus
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import transition_log
 from celery_capacity.routing.recovery.reclaim import take_back
 from celery_capacity.routing.store import fencing, worker_rows
@@ -97,17 +98,17 @@ class Membership:
         self._capacity, self._measured, self.declared = capacity, capacity, declared
         epoch = self._confirmation.ask()
         # Postgres knows the worker before the ledger does: a rebuild begins with the workers that Postgres knows.
-        self._write_seen("ready")
-        return self._register(epoch, "ready", challenge)
+        self._write_seen(WorkerStatus.READY)
+        return self._register(epoch, WorkerStatus.READY, challenge)
 
     def register_in_postgres(self, capacity: Capacity, declared: Declarations, *, ledger_lost: bool) -> None:
         """Join without the ledger. The heartbeat registers in the ledger too, once it can."""
         self._capacity, self._measured, self.declared = capacity, capacity, declared
         self._told_lost = ledger_lost
-        self._write_seen("ready")
+        self._write_seen(WorkerStatus.READY)
         self._end_former_incarnations()
 
-    def _register(self, epoch: int, status: str, challenge: Callable[[], None]) -> int:
+    def _register(self, epoch: int, status: WorkerStatus, challenge: Callable[[], None]) -> int:
         assert self._capacity is not None, "register comes first"
         self._ledger.epoch = epoch
         identity, self._published = self.identity, frozenset(self.declared)
@@ -142,12 +143,12 @@ class Membership:
             row = worker_rows.find_worker(connection, incarnation)
         if row is not None and is_known_dead(row, self.identity.pid_space):
             self._ledger.expire_lease(name, incarnation)
-        elif self._ledger.lapse(name, 0, settings.most_losses, most=0).verdict != "due":
+        elif self._ledger.lapse(name, 0, settings.most_losses, most=0).verdict is not LapseVerdict.DUE:
             return
         logger.warning("the former incarnation of worker %s is over: its jobs are taken back", name)
         lapsed = take_back(self._engine, self._ledger, name, incarnation, 0)
         logger.warning("%d jobs of the former incarnation of %s were taken back", lapsed.taken_back, name)
-        if lapsed.verdict == "waits":
+        if lapsed.verdict is LapseVerdict.WAITS:
             # Wait for a transaction that keeps the row of one of its jobs locked.
             threading.Event().wait(settings.due_interval)
 
@@ -166,10 +167,10 @@ class Membership:
         # The opener of the ledger goes by the rows: a job that ended here must be in them first, or it would run again.
         self._flush(self._ledger.settings.due_interval)
         # Closed until the books know this worker's jobs, so that nobody takes their capacity for free meanwhile.
-        self._register(self._confirmation.epoch, "closed", challenge)
-        self._see("draining" if self.draining else "ready")
+        self._register(self._confirmation.epoch, WorkerStatus.CLOSED, challenge)
+        self._see(self._status)
         held = holdings.all()
-        refused: set[tuple[str, str]] = set()
+        refused: set[tuple[str, Token]] = set()
         if held:
             adopted = [holding.as_adopted() for holding in held]
             refused = set(self._ledger.adopt(self.identity.name, self.identity.incarnation, adopted))
@@ -200,7 +201,11 @@ class Membership:
 
     # -- Postgres, without waiting for it ------------------------------------------------------------------------
 
-    def _see(self, status: str) -> None:
+    @property
+    def _status(self) -> WorkerStatus:
+        return WorkerStatus.DRAINING if self.draining else WorkerStatus.READY
+
+    def _see(self, status: WorkerStatus) -> None:
         """Have the heartbeat written to Postgres later: a Postgres that hangs must not delay the ledger's heartbeat."""
         self._seen_at = time.monotonic()
         self._later(lambda: self._write_seen(status))
@@ -225,7 +230,7 @@ class Membership:
         if changed and ledger_lost and not flush():
             return
         self._told_lost, self._seen_at = ledger_lost, time.monotonic()
-        self._write_seen("draining" if self.draining else "ready")
+        self._write_seen(self._status)
 
     def _write_declarations(self, people: Mapping[str, Mapping[str, Any]]) -> None:
         with self._engine.connect() as connection:
@@ -290,7 +295,7 @@ class Membership:
         if isinstance(reply, Taken):
             # This worker lost its lease meanwhile: the heartbeat that follows finds out, and registers again.
             return
-        self._see("ready")
+        self._see(WorkerStatus.READY)
         self._declare()
         if before != capacity:
             logger.warning("capacity changed from %s to %s", before and before.to_people(), capacity.to_people())
@@ -300,7 +305,7 @@ class Membership:
         """Admit nothing more here, and hand back the jobs that were not started; return how many."""
         self.draining = True
         handed = self._ledger.drain(self.identity.name, self.identity.incarnation)
-        self._see("draining")
+        self._see(WorkerStatus.DRAINING)
         return handed
 
     def leave(self, holdings: Holdings) -> bool:
@@ -319,11 +324,11 @@ class Membership:
     def _write_left(self) -> None:
         try:
             with self._engine.connect() as connection:
-                worker_rows.end_worker(connection, self.identity.incarnation, "left")
+                worker_rows.end_worker(connection, self.identity.incarnation, WorkerStatus.LEFT)
         except DBAPIError as error:
             raise translate(error) from error
 
-    def _write_seen(self, status: str) -> None:
+    def _write_seen(self, status: WorkerStatus) -> None:
         # Write the whole capacity. Only the books get less, while attempts without a lease take up a part of it.
         capacity = self._measured
         assert capacity is not None, "register comes first"
@@ -369,7 +374,7 @@ class Membership:
         }
         if full:
             view |= {
-                "status": "ready",
+                "status": WorkerStatus.READY.value,
                 "allocated_cpus": "0",
                 "allocated_memory": "0",
                 "allocated_slots": "0",

@@ -54,7 +54,7 @@ class Attempt:
 
     @property
     def publisher(self) -> Publisher:
-        return Publisher(self.tag.job, self.tag.epoch, self.tag.attempt, self.incarnation)
+        return Publisher(self.tag.job, self.tag.token, self.incarnation)
 
 
 _of_thread = threading.local()

@@ -13,7 +13,6 @@ from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State, Step
-from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.process.holdings import Holding
@@ -34,11 +33,9 @@ class Arrival:
 
 def running(identity: Identity, holding: Holding, entry: str = "") -> Transition:
     """Return the transition that says that an attempt runs on this worker."""
-    token = Token.parse(holding.token)
     return Transition(
         job=holding.job,
-        epoch=token.epoch,
-        attempt=token.attempt,
+        token=holding.token,
         state=State.RUNNING,
         step=Step.RUNNING,
         worker=identity.name,
@@ -65,7 +62,7 @@ def write(engine: Engine, claim: Transition) -> bool | None:
         if applied:
             return True
         with engine.connect() as connection:
-            return fencing.runs(connection, Publisher(claim.job, claim.epoch, claim.attempt, claim.incarnation))
+            return fencing.runs(connection, Publisher(claim.job, claim.token, claim.incarnation))
     except SQLAlchemyError as error:
         logger.warning("job %s starts when Postgres has its claim: %s", claim.job, type(error).__name__)
         return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Book, fits
 
 
@@ -20,7 +21,7 @@ class Holding:
     """Claimed attempt. `started`: given to the pool. `ended`: its body is over, and its release is on the way."""
 
     job: str
-    token: str
+    token: Token
     request: Request
     nonce: str
     admitted_ms: int = 0
@@ -33,7 +34,7 @@ class Holding:
     filed: str = ""
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> tuple[str, Token]:
         """Return the pair (job, token) that identifies the attempt."""
         return self.job, self.token
 
@@ -60,9 +61,9 @@ class Holdings:
     #: Names of the tasks that the worker has registered; None before it has.
     tasks: frozenset[str] | None = None
     #: By job and token, since an attempt that lost its lease may still run beside a newer attempt of the job.
-    _held: dict[tuple[str, str], Holding] = field(default_factory=dict)
+    _held: dict[tuple[str, Token], Holding] = field(default_factory=dict)
     #: Attempts whose lease the ledger reported as lost.
-    _strays: set[tuple[str, str]] = field(default_factory=set)
+    _strays: set[tuple[str, Token]] = field(default_factory=set)
     #: Jobs whose claim is sent and not answered yet: the ledger may have them as running here. One thread assigns the
     #: set, the heartbeat reads it.
     claiming: frozenset[str] = frozenset()
@@ -89,7 +90,7 @@ class Holdings:
         with self._lock:
             self._held[holding.job, holding.token] = holding
 
-    def start(self, job: str, token: str) -> bool:
+    def start(self, job: str, token: Token) -> bool:
         """Note that an attempt is given to the pool: its body may begin from now on.
 
         Returns False where the attempt is not held any more, or is going back.
@@ -101,18 +102,18 @@ class Holdings:
             self._held[job, token] = replace(holding, started=True)
             return True
 
-    def put_off(self, job: str, token: str) -> None:
+    def put_off(self, job: str, token: Token) -> None:
         """Note that an attempt is not given to the pool after all: its body has not begun."""
         with self._lock:
             if (holding := self._held.get((job, token))) is not None:
                 self._held[job, token] = replace(holding, started=False)
 
-    def may_rerun(self, job: str, token: str) -> bool:
+    def may_rerun(self, job: str, token: Token) -> bool:
         """Return False if an attempt's job may start only once. An attempt that is not held has been ended already."""
         holding = self.find(job, token)
         return holding is None or holding.rerun
 
-    def end(self, job: str, token: str) -> bool:
+    def end(self, job: str, token: Token) -> bool:
         """Note that the body of an attempt is over. Returns False if it is not held, or was over before."""
         with self._lock:
             holding = self._held.get((job, token))
@@ -121,13 +122,13 @@ class Holdings:
             self._held[job, token] = replace(holding, ended=True)
             return True
 
-    def remove(self, job: str, token: str) -> Holding | None:
+    def remove(self, job: str, token: Token) -> Holding | None:
         """Forget an attempt whose release was answered, and return its holding."""
         with self._lock:
             self._strays.discard((job, token))
             return self._held.pop((job, token), None)
 
-    def disown(self, attempts: Collection[tuple[str, str]]) -> None:
+    def disown(self, attempts: Collection[tuple[str, Token]]) -> None:
         """Note that attempts (job, token) have lost their lease. Their bodies go on, and take up room."""
         with self._lock:
             self._strays |= self._held.keys() & set(attempts)
@@ -145,7 +146,7 @@ class Holdings:
                 left[name] = max(0, left.get(name, 0) - amount)
         return Capacity.of(left)
 
-    def find(self, job: str, token: str) -> Holding | None:
+    def find(self, job: str, token: Token) -> Holding | None:
         """Return the holding of an attempt, None if it is not held."""
         with self._lock:
             return self._held.get((job, token))

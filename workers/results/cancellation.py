@@ -12,7 +12,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres_errors import is_locked, translate
 from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable
-from celery_capacity.routing.ledger.replies import Cancelled, LedgerClosed
+from celery_capacity.routing.ledger.replies import Cancelled, CancelVerdict, LedgerClosed
 from celery_capacity.routing.model.states import State, Store
 from celery_capacity.routing.recovery import revocation, transition_log
 from celery_capacity.routing.store import dependencies, job_transitions
@@ -132,7 +132,9 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
                 # Write the entry here, since perhaps no worker lives that would.
                 transition_log.apply_entry(stores.engine, stores.ledger, cancelled.entry)
                 return True
-            ended = cancelled.verdict == "missing" and job_transitions.end_unfiled(connection, job, state, error)
+            ended = cancelled.verdict is CancelVerdict.MISSING and job_transitions.end_unfiled(
+                connection, job, state, error
+            )
             if ended:
                 stores.sending.ask(lambda ledger: ledger.announce([job]))
             return ended
@@ -149,15 +151,15 @@ def _cancel(stores: Stores, connection: Any, job: str, state: State, error: str)
     `accepted`. So the job keeps its state, and a duty ends it later.
     """
     try:
-        return stores.ledger.cancel(job, state.value, error)
+        return stores.ledger.cancel(job, state, error)
     except LedgerClosed:
         stores.ledger.epoch = store_epoch(connection)
     except StoreUnavailable:
-        return Cancelled("unsure")
+        return Cancelled(CancelVerdict.UNSURE)
     try:
-        return stores.ledger.cancel(job, state.value, error)
+        return stores.ledger.cancel(job, state, error)
     except (LedgerClosed, StoreUnavailable):
-        return Cancelled("unsure")
+        return Cancelled(CancelVerdict.UNSURE)
 
 
 def store_epoch(connection: Any) -> int:

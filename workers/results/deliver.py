@@ -189,7 +189,7 @@ class Delivery(QueueService):
             self._record(ready)
 
     def _part(self, one: Transition, box: Outbox) -> Part:
-        attempt = Attempt(Tag(one.job, one.epoch, one.attempt), self._incarnation, patient=self._may_wait)
+        attempt = Attempt(Tag(one.job, one.token), self._incarnation, patient=self._may_wait)
 
         def afterwards(error: Exception | None) -> None:
             if error is not None:

@@ -28,7 +28,7 @@ from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.states import State
-from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.model.token import NO_ATTEMPT, Token
 from celery_capacity.routing.store import fencing, refused_transitions
 from celery_capacity.workers.process import running_workers
 from celery_capacity.workers.process.attempts import Attempt, held
@@ -145,7 +145,7 @@ def _deliver_together(app: Celery, connection: Connection, rows: Sequence[Any]) 
             values = {"ids": list(some), "digests": digests}
             mine = [some[job] for job in connection.execute(_ALL_MINE, values).scalars()]
             results = [note for row in mine for note in outbox.parse(row.outbox).results]
-            speaker = Attempt(Tag("", 0, 0), "", patient=lambda: True)
+            speaker = Attempt(Tag("", NO_ATTEMPT), "", patient=lambda: True)
             try:
                 deliver(app.backend, Outbox([], results), speaker)
             except Exception as error:
@@ -177,7 +177,7 @@ def deliver_parts(app: Celery, stores: Stores, jobs: Sequence[str]) -> None:
 
 def _deliver_parts(app: Celery, connection: Connection, row: Any, box: Outbox, parts: Parts | None) -> None:
     job, engine = row.id, connection.engine
-    speaker = Attempt(Tag(job, row.epoch, row.attempt), row.incarnation, patient=lambda: True)
+    speaker = Attempt(Tag(job, Token(row.epoch, row.attempt)), row.incarnation, patient=lambda: True)
     results = [note for note in box.results if "chord" not in note]
     rest = Outbox(box.publishes, results).to_text()
     by = replace(box, by=parts.incarnation if parts is not None else "").to_text()
@@ -196,17 +196,16 @@ def _deliver_parts(app: Celery, connection: Connection, row: Any, box: Outbox, p
         connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": rest or None})
 
 
-def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: str, left: str) -> None:
+def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: Token, left: str) -> None:
     """Deliver the outbox of an attempt whose end was refused, if the attempt had ended its job itself.
 
     It did so within `celery_capacity.fenced`, before it lost its lease. Then its value is the job's, however late it
     comes. The outbox of any other refused attempt is dropped.
     """
-    attempt = Token.parse(token)
     with engine.connect() as connection:
-        if not fencing.has_succeeded(connection, job, attempt):
+        if not fencing.has_succeeded(connection, job, token):
             return
-    speaker = Attempt(Tag(job, *attempt), incarnation, patient=lambda: True)
+    speaker = Attempt(Tag(job, token), incarnation, patient=lambda: True)
     box, parts = outbox.parse(left), parts_of(app)
 
     def afterwards(error: Exception | None) -> None:
@@ -234,7 +233,7 @@ def note_rest(engine: Engine, job: str, left: str, rest: str | None) -> None:
 def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None) -> bool | None:
     """Deliver a row's outbox; return True if that is done, False if the backend takes none, None if this row waits."""
     job, box = row.id, _box(connection.engine, row)
-    speaker = Attempt(Tag(job, row.epoch, row.attempt), row.incarnation, patient=lambda: True)
+    speaker = Attempt(Tag(job, Token(row.epoch, row.attempt)), row.incarnation, patient=lambda: True)
     by = replace(box, by=parts.incarnation if parts is not None else "").to_text()
     engine = connection.engine
 

@@ -43,7 +43,7 @@ def teach_states() -> None:
 
 def allocation(worker: str, tag: Tag) -> dict[str, Any]:
     """Return the fields that events and `inspect` show of the allocation that an attempt holds."""
-    return {"worker": worker, "attempt": tag.attempt, "token": tag.token}
+    return {"worker": worker, "attempt": tag.token.attempt, "token": str(tag.token)}
 
 
 def request_of(headers: Any) -> dict[str, int | float] | None:
@@ -137,7 +137,7 @@ class Announcer:
                 "task-admitted",
                 uuid=tag.job,
                 name=name,
-                attempt=tag.attempt,
+                attempt=tag.token.attempt,
                 request=request_of(headers),
                 queue=(message.delivery_info or {}).get("routing_key"),
                 allocation=allocation(self._worker, tag),

@@ -43,7 +43,7 @@ class Candidate(LookingService):
         engine: Engine,
         ledger: Ledger,
         incarnation: str,
-        authority: Callable[[], str],
+        authority: Callable[[], Store | None],
         on_change: Callable[[], None],
         on_asked: Callable[[Sequence[str]], None],
     ) -> None:
@@ -62,13 +62,13 @@ class Candidate(LookingService):
         #: Time for which the store of the heartbeats could be read without a gap.
         self.window = Window(max(ledger.settings.renew_interval, 2 * self._term))
         #: Store that keeps the lease, its fence (0: no lease), and the time at which it runs out (monotonic).
-        self._store = ""
+        self._store: Store | None = None
         self._fence = 0
         self._until = 0.0
         self._asks: set[str] = set()
         self._warning = LastingWarning(logger)
 
-    def holds(self, store: str | None = None) -> bool:
+    def holds(self, store: Store | None = None) -> bool:
         """Return True if this worker is the runner now, by the lease of that store.
 
         False as soon as the lease may have run out, by this machine's own clock: also after the process was stopped.
@@ -87,7 +87,7 @@ class Candidate(LookingService):
                 self._warning.over()
             except (PlatformError, RedisError, SQLAlchemyError) as error:
                 self.window.restart()
-                if self._store != "postgres":
+                if self._store != Store.POSTGRES:
                     self.on_look(None)
                 self._warning.warn(f"the election of the runner waits for a store: {type(error).__name__}: {error}")
             except Exception:
@@ -117,7 +117,7 @@ class Candidate(LookingService):
             self._on_asked(elected.asked)
 
     def _elect(self, asks: Sequence[str]) -> Elected:
-        if self._store != "postgres":
+        if self._store != Store.POSTGRES:
             elected = self.ledger.elect(self._incarnation, self._fence, self._term, asks, self.worker)
             self.on_look(elected)
             return elected
@@ -134,7 +134,7 @@ class Candidate(LookingService):
         if not self._fence:
             return
         try:
-            if self._store == "postgres":
+            if self._store == Store.POSTGRES:
                 with self._engine.connect() as connection:
                     election.resign(connection, self._incarnation, self._fence)
             else:

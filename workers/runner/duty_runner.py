@@ -110,7 +110,7 @@ class Runner(LookingService):
         app: Celery,
         stores: Stores,
         incarnation: str,
-        authority: Callable[[], str],
+        authority: Callable[[], Store | None],
         ledger: Ledger,
         is_idle: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -264,7 +264,7 @@ class Runner(LookingService):
 
     def _run_without_ledger(self, due_now: list[Duty]) -> None:
         for duty in due_now:
-            if duty.without is not None and self.election.holds("postgres"):
+            if duty.without is not None and self.election.holds(Store.POSTGRES):
                 self._run_one(duty, duty.without)
 
     def _run_one(self, duty: Duty, run: Callable[..., Mapping[str, int]]) -> None:

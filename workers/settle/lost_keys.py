@@ -16,6 +16,7 @@ from typing import Final
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.claim_writer import running
 from celery_capacity.workers.process.holdings import Holding
@@ -48,7 +49,7 @@ class Keyless:
         self._said = said
         self._pause = os_threads.Event()
         #: Attempts (job, token) whose ends are under examination.
-        self._under_way: set[tuple[str, str]] = set()
+        self._under_way: set[tuple[str, Token]] = set()
 
     @property
     def busy(self) -> bool:

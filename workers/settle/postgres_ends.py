@@ -80,7 +80,7 @@ class PostgresEnds:
         on_room: Callable[[], None],
         on_outbox: Callable[[], None],
         on_chord_parts: Callable[[Sequence[str]], None],
-        tell_late: Callable[[str, str, str], None],
+        tell_late: Callable[[str, Token, str], None],
     ) -> None:
         self._engine = context.engine
         self._transactions = transactions(context.engine)
@@ -214,17 +214,16 @@ class PostgresEnds:
 
     def _judge(self, batch: Sequence[End], rows: Mapping[str, Holder], now: int) -> tuple[Written, list[Transition]]:
         """Return the fates of these ends, and the transitions of their jobs."""
-        held = {(holding.job, holding.token): holding for holding in self._holdings.all()}
+        held = {holding.key: holding for holding in self._holdings.all()}
         written, transitions = Written(list(batch)), list[Transition]()
         for end in batch:
             row = rows.get(end.ended.job)
-            token = Token.parse(end.ended.token)
             holding = held.get((end.ended.job, end.ended.token))
-            if row is not None and holding is not None and row.takes(token):
+            if row is not None and holding is not None and row.takes(end.ended.token):
                 transitions.append(self._transition(end, holding, row, now))
                 if transitions[-1].state == State.LOST:
                     written.lost.append(end)
-            elif row is None or not row.has(token):
+            elif row is None or not row.has(end.ended.token):
                 written.refused.append(end)
             else:
                 written.repeated.append(end)
@@ -253,13 +252,11 @@ class PostgresEnds:
 
     def _transition(self, end: End, holding: Holding, row: Holder, now: int) -> Transition:
         ended = end.ended
-        token = Token.parse(ended.token)
         became: Became = claims.became(ended.outcome, row.losses, self._settings.most_losses, row.rerun)
         back = became.step == Step.BACK and ended.outcome != Outcome.RETRIED
         return Transition(
             job=ended.job,
-            epoch=token.epoch,
-            attempt=token.attempt,
+            token=ended.token,
             state=became.state,
             step=became.step,
             worker=self._identity.name,

@@ -22,7 +22,6 @@ from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.model.request import Request, filed_shape
 from celery_capacity.routing.model.states import Outcome, Store
-from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.store import claims, fencing
 from celery_capacity.routing.store.refused_transitions import concerns_data
@@ -167,12 +166,12 @@ class Puller(LookingService):
             return False
         most_losses = self._settings.most_losses
         # Read the holdings first: a job of this list that is no longer held has ended by then, and its row says so.
-        held = {(holding.job, holding.token) for holding in self._holdings.all()}
+        held = {holding.key for holding in self._holdings.all()}
         with self._transactions.begin() as connection:
             rows = claims.open_attempts(connection, self._identity.incarnation)
-            strays = [row for row in rows if (row.job, str(Token(row.epoch, row.attempt))) not in held]
+            strays = [row for row in rows if (row.job, row.token) not in held]
             for job, token in fencing.committed(connection, self._identity.incarnation):
-                if (job, str(token)) not in held:
+                if (job, token) not in held:
                     fencing.close(connection, job, token)
             # A job whose row is locked is left for the next comparison, so that it stops nothing here.
             if claims.give_back_free(

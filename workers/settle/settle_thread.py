@@ -17,7 +17,17 @@ from typing import Any, Final
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import StoreUnavailable, storable
 from celery_capacity.routing.lasting_warning import LastingWarning
-from celery_capacity.routing.ledger.replies import Claimed, Ended, HandedOver, Kept, LedgerClosed, Released
+from celery_capacity.routing.ledger.replies import (
+    Arrived,
+    Claimed,
+    ClaimVerdict,
+    Ended,
+    HandedOver,
+    Kept,
+    LedgerClosed,
+    Released,
+    ReleaseVerdict,
+)
 from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.request import Request, filed_shape
 from celery_capacity.routing.model.states import Outcome, State, Step
@@ -41,8 +51,8 @@ RETRY_AFTER: Final = 0.25
 MAX_JOBS: Final = 200
 #: Reasons for which an arrived message is set aside, by the verdict on its claim.
 NOT_OURS: Final = {
-    "forged": "job {0.job}: the message is not that of attempt {0.token}; its own is delivered again",
-    "unknown": "there is no job {0.job}",
+    ClaimVerdict.FORGED: "job {0.job}: the message is not that of attempt {0.token}; its own is delivered again",
+    ClaimVerdict.UNKNOWN: "there is no job {0.job}",
 }
 #: Most characters of an error that are kept.
 ERROR_LENGTH: Final = 8000
@@ -77,7 +87,7 @@ class LedgerThread(os_threads.Thread):
         self._arrivals: deque[Arrival] = deque()
         self._ends: deque[End] = deque()
         self._keyless = Keyless(context, self._ends.append, self._said_again)
-        self._returns: deque[tuple[str, str, str]] = deque()
+        self._returns: deque[tuple[str, Token, str]] = deque()
         self._nonces = itertools.count()
         self._wake = Wake()
         self.wake = self._wake.set
@@ -102,8 +112,8 @@ class LedgerThread(os_threads.Thread):
     def end(
         self,
         job: str,
-        token: str,
-        outcome: str,
+        token: Token,
+        outcome: Outcome,
         error: str | None = None,
         on_lost: Callable[[], None] | None = None,
         outbox: str = "",
@@ -120,7 +130,7 @@ class LedgerThread(os_threads.Thread):
         self._wake.set()
         return True
 
-    def give_back(self, job: str, token: str, reason: str) -> None:
+    def give_back(self, job: str, token: Token, reason: str) -> None:
         """Hand a claimed job back that cannot run here. For a moment it is not offered here again."""
         self._returns.append((job, token, reason))
         self._wake.set()
@@ -204,7 +214,7 @@ class LedgerThread(os_threads.Thread):
             self._identity.name,
             self._identity.incarnation,
             ended=[end.ended for end in ends],
-            arrived=[(item.tag.job, item.tag.token, item.nonce, digest_of(item.message)) for item in arrivals],
+            arrived=[Arrived(item.tag.job, item.tag.token, item.nonce, digest_of(item.message)) for item in arrivals],
             most_losses=self._ledger.settings.most_losses,
             admit=may_claim and not self._refused,
             nonce="" if self.draining else f"{self._identity.pid}.{next(self._nonces)}",
@@ -284,12 +294,12 @@ class LedgerThread(os_threads.Thread):
         late = [self._late.popleft() for _ in range(len(self._late))]
         left = self._in_postgres.decides or self._confirmation.epoch != self._ledger.epoch
         for holding, entry, message in late:
-            if left or not holding.token.startswith(f"{self._ledger.epoch}."):
+            if left or holding.token.epoch != self._ledger.epoch:
                 self.end(holding.job, holding.token, Outcome.HANDED_BACK, "its admission came too late")
             else:
                 self._record(self._start(holding, entry, message))
 
-    def _refuse(self, job: str, token: str, request: Request) -> None:
+    def _refuse(self, job: str, token: Token, request: Request) -> None:
         """Hand back a job that does not fit by this worker's own count, and admit nothing here for a moment."""
         # Else the books would offer it again at once, for ever: they do not count attempts that run without a lease.
         logger.warning("job %s would exceed this worker's capacity by its own count: handed back", job)
@@ -297,10 +307,8 @@ class LedgerThread(os_threads.Thread):
         self._retry_at = time.monotonic() + RETRY_AFTER
         self.end(job, token, Outcome.HANDED_BACK)
 
-    def _return(self, job: str, token: str, reason: str) -> None:
-        self._refused |= {
-            held.request.shape for held in self._holdings.running() if (held.job, held.token) == (job, token)
-        }
+    def _return(self, job: str, token: Token, reason: str) -> None:
+        self._refused |= {held.request.shape for held in self._holdings.running() if held.key == (job, token)}
         self._retry_at = time.monotonic() + RETRY_AFTER
         self.end(job, token, Outcome.HANDED_BACK, reason)
 
@@ -311,15 +319,15 @@ class LedgerThread(os_threads.Thread):
             self._ledger.place_shape(shape)
         self._ledger.fill(self._identity.name)
 
-    def _after_release(self, released: list[Released], ends: dict[tuple[str, str], End]) -> list[Transition]:
+    def _after_release(self, released: list[Released], ends: dict[tuple[str, Token], End]) -> list[Transition]:
         transitions = []
         now = self._ledger.now_ms()
         for release in released:
             end = ends.get((release.end.job, release.end.token))
-            if release.verdict == "unknown" and end is not None and self._keyless.takes(end):
+            if release.verdict is ReleaseVerdict.UNKNOWN and end is not None and self._keyless.takes(end):
                 continue
             holding = self._holdings.remove(release.end.job, release.end.token)
-            if release.verdict in ("stale", "unknown"):
+            if release.state is None:
                 template = "job %s: attempt %s no longer held its lease; its end (%s) is refused"
                 logger.warning(template, release.end.job, release.end.token, release.end.outcome)
                 self.on_missing()
@@ -338,10 +346,10 @@ class LedgerThread(os_threads.Thread):
         """Start claimed jobs that fit by this worker's own count. Only a claim tells if a message may be believed."""
         transitions = []
         for arrival, claim in zip(arrivals, claimed, strict=True):
-            if claim.verdict in ("forged", "unknown"):
+            if claim.verdict in NOT_OURS:
                 reason = NOT_OURS[claim.verdict].format(claim)
                 # The ledger forgets ended jobs, Postgres does not: it knows a doubled message, however late it comes.
-                ended = claim.job if claim.verdict == "unknown" else ""
+                ended = claim.job if claim.verdict is ClaimVerdict.UNKNOWN else ""
                 self._set_aside(raw_of(arrival.message), self._identity.queue, reason, ended)
                 continue
             if not claim.ok:
@@ -368,15 +376,13 @@ class LedgerThread(os_threads.Thread):
                 self._refuse(claim.job, claim.token, arrival.request)
         return transitions
 
-    def _transition(self, holding: Holding, state: str, end: Ended, entry: str, now: int) -> Transition:
+    def _transition(self, holding: Holding, state: State, end: Ended, entry: str, now: int) -> Transition:
         # The job came back, and had been revoked meanwhile.
-        stopped = state == State.CANCELLED and end.outcome != state
+        stopped = state == State.CANCELLED and end.outcome is not Outcome.CANCELLED
         back = stopped or state in (State.WAITING, State.SCHEDULED, State.ACCEPTED)
-        token = Token.parse(holding.token)
         return Transition(
             job=holding.job,
-            epoch=token.epoch,
-            attempt=token.attempt,
+            token=holding.token,
             state=state,
             step=Step.BACK if back else Step.ENDED,
             worker=self._identity.name,

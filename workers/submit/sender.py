@@ -305,7 +305,8 @@ class Sender:
         """Raise `LeaseLost`: an attempt that lost its lease publishes nothing."""
         self.ask(inserted, lambda ledger: ledger.count("stale.publish"))
         raise LeaseLost(
-            f"attempt {by.attempt} of job {by.job} lost its lease: what it publishes, {job.id} ({job.name}), is refused"
+            f"attempt {by.token.attempt} of job {by.job} lost its lease: what it publishes, {job.id} ({job.name}), is"
+            " refused"
         )
 
     def _known(self, connection: Any, job: NewJob, inserted: Inserted) -> None:
