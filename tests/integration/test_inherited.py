@@ -64,6 +64,14 @@ def sockets(settings: Settings) -> list[int]:
     return fork_safety.sockets_to(fork_safety.places_of(settings))
 
 
+def test_spare_connections_close_also_those_of_senders(stores: Stores) -> None:
+    assert stores.ledger.descriptors() and stores.sending.descriptors()
+    stores.close_spare_connections()
+    assert [*stores.ledger.descriptors(), *stores.sending.descriptors()] == []
+    # They are made anew when they are needed.
+    assert stores.sending.ask(lambda ledger: ledger.client.ping())
+
+
 def test_a_child_has_no_connection_of_its_parent(stores: Stores, settings: Settings) -> None:
     ours = {*stores.ledger.descriptors(), *stores.sending.descriptors()}
     with stores.engine.connect() as connection:

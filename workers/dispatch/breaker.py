@@ -15,6 +15,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
 
+import redis
 from redis.exceptions import RedisError
 
 from celery_capacity.routing.config import timeouts
@@ -95,6 +96,11 @@ class Breaker:
         if (took := time.monotonic() - began) > SLOW:
             self._circuit.trip(f"an answer took {took:.1f} s")
         return answer
+
+    @property
+    def client(self) -> redis.Redis:
+        """Return the client of this handle."""
+        return self._ledger.client
 
     def descriptors(self) -> list[int]:
         """Return the sockets of this handle, as numbers, for a child that inherited them."""
