@@ -28,6 +28,7 @@ from celery_capacity.routing.errors import NoServers, StoreUnavailable
 from celery_capacity.routing.insert.inserter import Inserter
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.workers.dispatch.breaker import Breaker
+from celery_capacity.workers.dispatch.submission_queue import Submissions
 from celery_capacity.workers.process.fork_safety import let_go
 from celery_capacity.workers.process.job_watcher import Watcher
 from celery_capacity.workers.process.spare_connections import close_spare
@@ -221,10 +222,16 @@ class Stores:
         return str(database)
 
     @property
-    def sending(self) -> Breaker:
+    def breaker(self) -> Breaker:
         """Return the ledger as senders ask it: with short time-outs, and not at all while it does not answer."""
-        breaker: Breaker = self._get("sending", lambda: Breaker(self.settings, self.find_database))
+        breaker: Breaker = self._get("breaker", lambda: Breaker(self.settings, self.find_database))
         return breaker
+
+    @property
+    def sending(self) -> Submissions:
+        """Return the jobs of this process that are on their way to the ledger. Other questions go behind them."""
+        submissions: Submissions = self._get("sending", lambda: Submissions(self.breaker))
+        return submissions
 
     @property
     def watcher(self) -> Watcher:
@@ -234,7 +241,7 @@ class Stores:
 
     def close_spare_connections(self) -> None:
         """Close the connections to Redis that nobody uses just now. They are made anew when they are needed."""
-        for name in ("ledger", "sending"):
+        for name in ("ledger", "breaker"):
             if name in self._made:
                 close_spare(self._made[name].client.connection_pool)
 
@@ -246,7 +253,7 @@ class Stores:
     def forget_after_fork(self) -> None:
         """Drop, in a child, the stores that the parent made, and send nothing over the parent's connections."""
         self._lock = threading.RLock()
-        for name in ("ledger", "sending", "watcher"):
+        for name in ("ledger", "breaker", "watcher"):
             if name in self._made:
                 let_go(self._made[name].descriptors())
         kept = ("settings", "requests", "database_id")

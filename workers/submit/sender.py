@@ -39,7 +39,8 @@ from celery_capacity.routing.model.states import FINAL, State, Store
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import resubmit
 from celery_capacity.routing.store import backlog, claims
-from celery_capacity.workers.dispatch.submission_queue import Beginning, Submission
+from celery_capacity.workers.dispatch.breaker import Submission
+from celery_capacity.workers.dispatch.submission_queue import Beginning
 from celery_capacity.workers.process import attempts, insert_errors
 from celery_capacity.workers.process.attempts import Attempt
 from celery_capacity.workers.process.stores import Stores
@@ -356,7 +357,7 @@ class Sender:
             return
         place, now_ms = order(job.priority, inserted.seq), round(time.time() * 1000)
         args = (job.id, job.shape, place, job.message, 0, 0, now_ms, began_ms, job.rerun)
-        self._stores.sending.submit(Submission(inserted.epoch, args, len(job.message)), began, alone=alone)
+        self._stores.sending.add(Submission(inserted.epoch, args, len(job.message)), began, alone=alone)
 
     def ask(self, inserted: Inserted, question: Callable[[Ledger], object]) -> bool:
         """Ask the ledger, in the epoch that this insert confirmed. Returns True if it answered.
