@@ -20,8 +20,8 @@ _clients = count()
 
 #: Steps of a submission at which the program dies. It dies in its third submission, so that the others are complete.
 STEPS = (
-    "before celery_capacity.workers.submit.sender:Sender._insert_once@3",
-    "after celery_capacity.workers.submit.sender:Sender._insert_once@3",
+    "before celery_capacity.routing.insert.inserter:Inserter.insert@3",
+    "after celery_capacity.routing.insert.inserter:Inserter.insert@3",
     "before celery_capacity.workers.dispatch.breaker:Breaker.submit@3",
     "after celery_capacity.workers.dispatch.breaker:Breaker.submit@3",
 )

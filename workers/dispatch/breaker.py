@@ -19,6 +19,8 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.policy.placement import order
 from celery_capacity.workers.dispatch import call_budget
 from celery_capacity.workers.dispatch.circuit import Circuit
 
@@ -36,6 +38,11 @@ class Submission(NamedTuple):
     epoch: int
     args: tuple[Any, ...]
     size: int = 0
+
+
+def ledger_row(job: NewJob, seq: int, now_ms: int, began_ms: float) -> tuple[Any, ...]:
+    """Return the arguments of `Ledger.submit` for a new job, whose row was written after `began_ms`."""
+    return (job.id, job.shape, order(job.priority, seq), job.message, 0, 0, now_ms, began_ms, job.rerun)
 
 
 class Breaker:

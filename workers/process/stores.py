@@ -171,7 +171,7 @@ class Stores:
 
     @property
     def inserter(self) -> Inserter:
-        """Return the inserter of jobs that are submitted one by one."""
+        """Return the inserter of jobs that are submitted one by one, with a connection of its own beside `engine`."""
 
         def make() -> Inserter:
             url, timeout = str(self.settings.database_url), self.settings.store_timeout
@@ -180,13 +180,6 @@ class Stores:
 
         inserter: Inserter = self._get("inserter", make)
         return inserter
-
-    def doubt_connections(self) -> None:
-        """Make the connections to Postgres anew that nobody uses now, after one broke: a restart breaks all of them."""
-        # SQLAlchemy does this where it sees the error itself. `dispose` would leave the connections that others use
-        # now to a pool that nobody empties.
-        self.engine.pool._invalidate(None)  # type: ignore[arg-type]
-        self.inserter.doubt()
 
     def apart(self) -> Stores:
         """Return stores with these settings and this engine, but with a handle of the ledger of their own.

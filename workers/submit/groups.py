@@ -106,7 +106,7 @@ class Gathering:
         """Return the job that a message makes, as its sender published it."""
         properties = {name: value for name, value in options.items() if name not in _PUBLISHING}
         exchange, key = options["exchange"], options["routing_key"]
-        job: NewJob = self.amqp.job_sender.encoded(
+        job: NewJob = self.amqp.job_sender.encode(
             body,
             headers=options["headers"],
             serializer=options["serializer"],

@@ -38,7 +38,7 @@ from celery_capacity.workers.submit import amqp as platform_amqp
 from celery_capacity.workers.submit import validation
 from celery_capacity.workers.submit.amqp import PlatformAMQP, origin
 from celery_capacity.workers.submit.constraints import declares
-from celery_capacity.workers.submit.encoding import encode
+from celery_capacity.workers.submit.encode import encode_body
 from celery_capacity.workers.submit.groups import here
 from celery_capacity.workers.submit.router import Router
 
@@ -211,8 +211,10 @@ class Templates:
             with producer.connection._reraise_as_library_errors():
                 if not kind.ignored:
                     app.backend.on_task_call(producer, job_id)
-                job = self._fill(kind, amqp, job_id, args, kwargs)
-                amqp.job_sender.store(job)
+                with amqp.job_sender.in_time():
+                    job = self._fill(kind, amqp, job_id, args, kwargs)
+                    amqp.job_sender.check_backlog(None)
+                    amqp.job_sender.store(job, None)
         finally:
             producer.release()
         result = task.AsyncResult(job.id)
@@ -223,23 +225,13 @@ class Templates:
         """Return the job of a call. Raises `InvalidRequest`, `MessageTooDeep`, `MessageTooLarge` as the sender."""
         first, args, kwargs = kind.first, args or (), kwargs or {}
         filled = {"argsrepr": amqp.shown("argsrepr", args), "kwargsrepr": amqp.shown("kwargsrepr", kwargs)}
-        body = encode((args, kwargs, _NOTHING), {"task": first.name, **filled}, None, None)[0]
+        body = encode_body((args, kwargs, _NOTHING), {"task": first.name, **filled}, None, None)[0]
         check_body(body, first.name)
-        gates = amqp.job_sender.rates.gates({"task": first.name, HEADER: {}}, HEADER, may_ask)
         check_job_id(job)
         filled |= {"origin": origin(os.getpid()), "reply_to": self._app.thread_oid}
-        return NewJob(
-            job,
-            first.name,
-            first.shape,
-            kind.template.fill(job, body, self._stores.settings.max_message, **filled),
-            first.priority,
-            first.declared,
-            first.queue,
-            rerun=first.rerun,
-            root_id=job,
-            gates=gates,
-        )
+        message = kind.template.fill(job, body, self._stores.settings.max_message, **filled)
+        filled_job: NewJob = amqp.job_sender.encoder.job_like(first, job, message, may_ask=may_ask)
+        return filled_job
 
     def _learn(
         self,

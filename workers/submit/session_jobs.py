@@ -55,8 +55,7 @@ class Transaction:
 
     def accept(self, body: Any, **message: Any) -> NewJob:
         """Accept a message like `Sender.accept`, up to the commit: the caller makes that."""
-        job = self._sender.encoded(body, **message)
-        self._sender.admits(attempts.current())
+        job = self._sender.encode(body, **message)
         self.add([job])
         return job
 
