@@ -18,7 +18,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.dispatch import submission_queue
 
 #: Frames of ours from a repeated call to the command of its script, at the most.
-MAX_FRAMES: Final = 10
+MAX_FRAMES: Final = 9
 #: Calls of one kind after which the message comes from the cache, and the connection of the ledger is made.
 CALLS: Final = 5
 
