@@ -120,7 +120,7 @@ class Inserter:
         self._doubted = True
 
     def _insert(self, job: NewJob, by: Publisher | None, tolerant: bool) -> Inserted:
-        if by is None and job.gates is None and self._free.acquire(blocking=False):
+        if by is None and job.constraints is None and self._free.acquire(blocking=False):
             try:
                 if self._doubted:
                     self._doubted = False

@@ -16,7 +16,7 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Gates:
+class Constraints:
     """Constraints of a job beside its time and a worker (`routing.store.dependencies`), and its deduplication.
 
     `key`: while another job has this key, this job is not accepted; '' for none. `key_for`: seconds after the first job
@@ -56,7 +56,7 @@ class NewJob:
     replaces: str | None = None
     due_at: datetime | None = None
     expires_at: datetime | None = None
-    gates: Gates | None = None
+    constraints: Constraints | None = None
     #: The job's stamped headers as JSON: {name: [values]}. None: it has none.
     stamps: str | None = None
 

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, NullPool, create_engine, text
 
 from celery_capacity.routing.insert import single
 from celery_capacity.routing.insert.inserter import Inserter
-from celery_capacity.routing.model.job import Existing, Gates, NewJob
+from celery_capacity.routing.model.job import Constraints, Existing, NewJob
 from celery_capacity.routing.model.request import Request
 from tests.fixtures.waiting import until
 
@@ -188,8 +188,8 @@ def test_a_job_in_a_transaction_needs_no_prepared_statement(engine: Engine, key:
             connection.exec_driver_sql("DEALLOCATE ALL")
         else:
             connection.info.pop(single.BY_ANYBODY.name)
-        gates = Gates(key=f"{key} {known}") if key else None
-        assert single.insert_job(connection, job_of({**fields, "gates": gates})).seq is not None
+        constraints = Constraints(key=f"{key} {known}") if key else None
+        assert single.insert_job(connection, job_of({**fields, "constraints": constraints})).seq is not None
 
 
 class Interrupted(Exception):

@@ -147,7 +147,7 @@ class Chunks:
             self.accepted += len(jobs)
             return
         attempt, began_ms = self._attempt, time.time() * 1000
-        if any(job.gates is not None for job in jobs):
+        if any(job.constraints is not None for job in jobs):
             # A job's constraints are written with its row, one job at a time.
             self._store_singly(jobs)
             return

@@ -122,7 +122,7 @@ class Encoder:
             check_body(message.body, headers.get("task"))
         wire = dict(headers)
         request = self._request(wire, message.queue)
-        gates = self._rates.gates(wire, HEADER, self._may_ask())
+        constraints = self._rates.constraints(wire, HEADER, self._may_ask())
         check_time_limits(wire.get("timelimit"))
         due_at, expires_at = (check_zoned(wire.get(what), what, self._zone) for what in ("eta", "expires"))
         # The broker's message is a doorbell: the row alone keeps the time, and the header tells it to the task.
@@ -157,7 +157,7 @@ class Encoder:
             replaces=check_parent(wire.get(REPLACES)),
             due_at=due_at,
             expires_at=expires_at,
-            gates=gates,
+            constraints=constraints,
             stamps=stamps_of(wire) if wire.get("stamped_headers") else None,
         )
 
@@ -192,7 +192,7 @@ class Encoder:
             first.queue,
             rerun=first.rerun,
             root_id=job,
-            gates=self._rates.gates({"task": first.name, HEADER: {}}, HEADER, may_ask),
+            constraints=self._rates.constraints({"task": first.name, HEADER: {}}, HEADER, may_ask),
         )
 
 

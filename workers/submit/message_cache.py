@@ -271,7 +271,7 @@ class Templates:
         queue = _queue(amqp, name)
         if queue is None or queue.exchange.type != "direct" or queue.name != job.queue:
             return
-        first = replace(job, message=b"", gates=None)
+        first = replace(job, message=b"", constraints=None)
         kind = _Kind(call.state, first, Template.of(job.message), options["ignore_result"], routed, queue, name)
         # Safety check: keep the template only if it gives exactly Celery's job.
         if self._fill(kind, amqp, job.id, args, kwargs, may_ask=False) == job:

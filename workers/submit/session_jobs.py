@@ -69,7 +69,7 @@ class Transaction:
         Raises `InvalidRequest` for a session on another database, `Unsupported`, `NotAccepted`.
         """
         for job in jobs:
-            if job.gates is not None:
+            if job.constraints is not None:
                 # Its constraints lock out other submitters until a commit, and nobody knows when that comes.
                 raise Unsupported(
                     f"job {job.id} ({job.name}) is held back by unique, after or a rate limit, and cannot be part of"
