@@ -170,23 +170,23 @@ class Chunks:
             self.accepted += 1
 
     def _copy(self, jobs: Sequence[NewJob]) -> Committed:
-        """Make the rows durable. Raises `_SomeExist`, and writes nothing, where an id exists."""
+        """Make the rows durable, and try once more on another connection where the first connection broke.
+
+        Raises `_SomeExist`, and writes nothing, where an id exists.
+        """
         try:
-            return self._copy_once(jobs)
+            return self._copy_rows(jobs)
+        except PoolTimeout as error:
+            raise NotAccepted(f"no connection to Postgres was free for {len(jobs)} jobs") from error
         except DBAPIError as error:
             if bulk.is_known(error):
                 raise _SomeExist from error
             if not error.connection_invalidated or deadlines.unsent(error):
                 raise NotAccepted(f"Postgres refused {len(jobs)} jobs: {mask_url(str(error.orig))}") from error
-            # The connection was lost around the commit. A second try is safe: it fails for ids that exist by now.
-            return self._copy_again(jobs)
-        except PoolTimeout as error:
-            raise NotAccepted(f"no connection to Postgres was free for {len(jobs)} jobs") from error
-
-    def _copy_again(self, jobs: Sequence[NewJob]) -> Committed:
-        self._stores.inserter.doubt_connections()
+            self._stores.inserter.doubt_connections()
+        # The connection was lost around the commit. A second try is safe: it fails for ids that exist by now.
         try:
-            return self._copy_once(jobs)
+            return self._copy_rows(jobs)
         except (DBAPIError, PoolTimeout) as error:
             if isinstance(error, DBAPIError) and bulk.is_known(error):
                 raise _SomeExist from error
@@ -194,7 +194,7 @@ class Chunks:
             message = f"the connection broke while {len(jobs)} jobs were stored; they may have been accepted"
             raise OutcomeUnknown(jobs[0].id, message) from error
 
-    def _copy_once(self, jobs: Sequence[NewJob]) -> Committed:
+    def _copy_rows(self, jobs: Sequence[NewJob]) -> Committed:
         engine, attempt = self._stores.engine, self._attempt
         if attempt is None:
             with engine.connect() as connection:
