@@ -13,7 +13,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -244,10 +244,10 @@ class Rates:
         self._known: dict[str, KnownRate] = {}
         self._until = 0.0
 
-    def constraints(self, wire: dict[str, Any], header: str, may_ask: bool) -> Constraints | None:
+    def constraints(self, wire: dict[str, Any], header: str, may_ask: Callable[[], bool]) -> Constraints | None:
         """Return the constraints of a message's job: those in its header, and the rate of its task. None for none.
 
-        The header's constraints are taken out of it. `may_ask`: this thread may wait for Postgres.
+        The header's constraints are taken out of it. `may_ask` returns True if this thread may wait for Postgres.
         """
         constraints, declared, carried = NONE, None, wire[header]
         if not CARRIED.isdisjoint(carried):
@@ -264,13 +264,13 @@ class Rates:
             return replace(constraints, rate=rate, burst=burst_of(self._stores.settings))
         return None if constraints is NONE or constraints == NONE else constraints
 
-    def _of(self, name: Any, declared: Rate | None, may_ask: bool) -> Rate | None:
+    def _of(self, name: Any, declared: Rate | None, may_ask: Callable[[], bool]) -> Rate | None:
         """Return the rate of a task.
 
         A rate that was set at run time comes first. Then comes the declaration in the sender's code, then any other
         declaration.
         """
-        if may_ask and time.monotonic() >= self._until:
+        if time.monotonic() >= self._until and may_ask():
             self._read()
         cached = self._known.get(name)
         if cached is None or (declared is not None and not cached.by_control):

@@ -7,9 +7,8 @@ no code behind it knows another one. Nothing here writes a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from celery.utils.saferepr import saferepr
 from kombu import compression as compressors
@@ -52,8 +51,7 @@ MOVED: Final = {"taskset": "group", **dict.fromkeys((
 ))}  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class RawMessage:
+class RawMessage(NamedTuple):
     """Message of protocol 2 with its body in bytes. `queue`: the name of its queue."""
 
     body: bytes
@@ -122,7 +120,7 @@ class Encoder:
             check_body(message.body, headers.get("task"))
         wire = dict(headers)
         request = self._request(wire, message.queue)
-        constraints = self._rates.constraints(wire, HEADER, self._may_ask())
+        constraints = self._rates.constraints(wire, HEADER, self._may_ask)
         check_time_limits(wire.get("timelimit"))
         due_at, expires_at = (check_zoned(wire.get(what), what, self._zone) for what in ("eta", "expires"))
         # The broker's message is a doorbell: the row alone keeps the time, and the header tells it to the task.
@@ -180,8 +178,9 @@ class Encoder:
     def job_like(self, first: NewJob, job: str, message: bytes, *, may_ask: bool = True) -> NewJob:
         """Return the job `job` with a message of its own, and with all else as the ordinary job `first` has it.
 
-        The rate of the task is looked up anew. `may_ask`: this thread may wait for Postgres.
+        The rate of the task is looked up anew. `may_ask`: False where that must not wait for Postgres.
         """
+        asks = self._may_ask if may_ask else lambda: False
         return NewJob(
             job,
             first.name,
@@ -192,7 +191,7 @@ class Encoder:
             first.queue,
             rerun=first.rerun,
             root_id=job,
-            constraints=self._rates.constraints({"task": first.name, HEADER: {}}, HEADER, may_ask),
+            constraints=self._rates.constraints({"task": first.name, HEADER: {}}, HEADER, asks),
         )
 
 
