@@ -72,7 +72,7 @@ GRANT INSERT ON jobs TO platform_submitter;
 GRANT SELECT (id, seq, state, epoch, attempt, step, retries, nesting) ON jobs TO platform_submitter;
 GRANT SELECT ON authority, rates TO platform_submitter;
 
--- Gates of jobs are made by functions with their owner's rights: whoever submits may hold its own new job back, and has
+-- Constraints are made by functions with their owner's rights: whoever submits may hold its own new job back, and has
 -- no say in others.
 REVOKE ALL ON FUNCTION claim_key(text, text, double precision), gate_job(text, text[], boolean, timestamptz),
   note_awaited_end(), open_rate(text, double precision, text, double precision, integer) FROM PUBLIC;

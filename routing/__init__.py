@@ -6,7 +6,7 @@ The protocol, told once
 A **job** is a Celery message with a row in Postgres; a **worker** publishes its capacity as a *book* in Redis; an
 **allocation** is what an admitted job holds on one worker. Postgres is the truth, the books are the fast ledger.
 
-1. *Accept.* The sender inserts the row with the whole message, in one autocommitted statement (`accept.insert_job`).
+1. *Accept.* The sender inserts the row with the whole message, in one autocommitted statement (`insert.inserter`).
    From here on the job cannot be lost. The insert returns the authority row, so it confirms the epoch as well.
 2. *Admit or file.* One script (`submit`) chooses a worker with room for the whole request, allocates, and pushes the
    message into that worker's own queue, all in one atomic step; or files the job under its *shape* in the backlog. Of

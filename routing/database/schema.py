@@ -101,7 +101,7 @@ jobs = Table(
     Column("successor_priority", SmallInteger),
     Column("successor_due_at", DateTime(timezone=True)),
     Column("successor_expires_at", DateTime(timezone=True)),
-    # Gates (`routing.store.dependencies`): while a gate is shut the job is scheduled without a time.
+    # Constraints (`routing.store.dependencies`): a constrained job is scheduled without a time.
     Column("awaited", Boolean, nullable=False, server_default=text("false"), comment="another job waits for its end"),
     Column("needs", Integer, nullable=False, server_default=text("0"), comment="jobs that it waits for"),
     Column("rated", Boolean, nullable=False, server_default=text("false"), comment="it starts by the rate of its task"),
@@ -308,7 +308,7 @@ unique_keys = Table(
     Column("claimed_at", DateTime(timezone=True), nullable=False, server_default=text("clock_timestamp()")),
 )
 
-# Jobs that wait for other jobs to succeed. A row is deleted when its gate was opened, or shut for good.
+# Jobs that wait for other jobs to succeed. A row is deleted once it is decided whether its job may start.
 dependencies = Table(
     "dependencies",
     metadata,

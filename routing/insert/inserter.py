@@ -1,23 +1,29 @@
-"""Shortest way of a job into Postgres, for a job that no constraint holds back and no attempt publishes, as most are.
+"""Insert of a job's row, the step that makes the job durable.
 
-The commit dominates the cost of a submission; everything around it must be cheap. So a process keeps one connection for
-this, instead of checking one out of the pool each time. A job without unusual values is inserted by a statement that
-names only its own columns: each parameter of a prepared statement is parsed, planned and evaluated anew. Jobs of a kind
-that comes time and again have a statement of their own, with their common values in it.
+The commit dominates the cost of a submission; everything around it must be cheap. Most jobs are held back by no
+constraint and published by no attempt. For these a process keeps one connection, instead of checking one out of the
+pool each time. A job without unusual values is inserted by a statement that names only its own columns: each parameter
+of a prepared statement is parsed, planned and evaluated anew. Jobs of a kind that comes time and again have a statement
+of their own, with their common values in it.
 """
 
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any, Final
 
 import psycopg2
 from sqlalchemy import Engine, PoolProxiedConnection
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing.insert import single
+from celery_capacity.routing.database import deadlines
+from celery_capacity.routing.database.postgres_errors import one_line
+from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, mask_url
+from celery_capacity.routing.insert import single, successors
 from celery_capacity.routing.insert.columns import request_json
-from celery_capacity.routing.model.job import Inserted, NewJob
+from celery_capacity.routing.model.job import Inserted, NewJob, Publisher
 from celery_capacity.routing.model.states import State
 
 _COLUMNS: Final = "id, name, state, shape, request, message, priority, declared, queue, root_id"
@@ -64,7 +70,8 @@ def _own_statement(kind: _Kind) -> single.Statement:
 class Inserter:
     """Inserter of jobs by a connection of its own, which `engine` makes and does not keep.
 
-    A second thread that comes meanwhile takes a connection of `others`. Thread-safe; not carried over a fork.
+    A second thread that comes meanwhile takes a connection of the pool `others`. So does a job that an attempt
+    publishes, or that a constraint holds back. Thread-safe; not carried over a fork.
     """
 
     def __init__(self, engine: Engine, others: Engine) -> None:
@@ -78,32 +85,58 @@ class Inserter:
         self._came: dict[_Kind, int] = {}
         self._own: dict[_Kind, single.Statement] = {}
 
-    def doubt(self) -> None:
-        """Have the kept connection made anew, since another connection broke and this one may have, too.
+    def insert(self, job: NewJob, by: Publisher | None = None, *, tolerant: bool = False) -> Inserted:
+        """Make a job durable, and try once more on another connection where the first connection broke.
+
+        `by`: the attempt that publishes the job. An existing id goes to `successors.publish_again`, with `tolerant`.
+        Raises `NotAccepted` where nothing was written, `OutcomeUnknown` where the row may be there, and `NotMigrated`.
+        """
+        try:
+            return self._insert(job, by, tolerant)
+        except PoolTimeout as error:
+            raise NotAccepted(f"no connection to Postgres was free for job {job.id}") from error
+        except DBAPIError as error:
+            if not error.connection_invalidated or deadlines.unsent(error):
+                raise NotAccepted(f"Postgres refused job {job.id}: {mask_url(one_line(error))}") from error
+            self.doubt_connections()
+            if deadlines.left() <= 0:
+                why = f"Postgres did not answer in time while job {job.id} was stored; it may have been accepted"
+                raise OutcomeUnknown(job.id, why) from error
+        # The connection was lost around the commit. To repeat the statement on a new connection is safe: a row that is
+        # there already is left as it is.
+        try:
+            return self._insert(job, by, tolerant)
+        except (PoolTimeout, DBAPIError) as error:
+            raise OutcomeUnknown(job.id) from error
+
+    def doubt_connections(self) -> None:
+        """Make the connections to Postgres anew that nobody uses now, after one broke: a restart breaks all of them.
 
         Waits for nobody.
         """
+        # SQLAlchemy does this where it sees the error itself. `dispose` would leave the connections that others use
+        # now to a pool that nobody empties.
+        self._others.pool._invalidate(None)  # type: ignore[arg-type]
         self._doubted = True
 
-    def insert(self, job: NewJob) -> Inserted | None:
-        """Make a job durable, like `single.insert_job`; return None where nothing was inserted.
-
-        Raises `NotMigrated`, and SQLAlchemy's `DBAPIError`.
-        """
-        if not self._free.acquire(blocking=False):
-            with self._others.connect() as connection:
-                inserted = single.insert_job(connection, job)
-            return None if inserted.seq is None else inserted
-        try:
-            if self._doubted:
-                self._doubted = False
-                self._give_up(None)
-            connected = self._connection or self._connect()
-            statement, values = self._simple(job) if _is_simple(job) else _general(job)
-            row = single.execute_insert(connected, self._give_up, statement, values)
-        finally:
-            self._free.release()
-        return None if row is None else single.inserted_by(row, job)
+    def _insert(self, job: NewJob, by: Publisher | None, tolerant: bool) -> Inserted:
+        if by is None and job.constraints is None and self._free.acquire(blocking=False):
+            try:
+                if self._doubted:
+                    self._doubted = False
+                    self._give_up(None)
+                connected = self._connection or self._connect()
+                statement, values = self._simple(job) if _is_simple(job) else _general(job)
+                row = single.execute_insert(connected, self._give_up, statement, values)
+            finally:
+                self._free.release()
+            if row is not None:
+                return single.inserted_by(row, job)
+        with self._others.connect() as connection:
+            inserted = single.insert_job(connection, job, by)
+            if inserted.seq is None and inserted.same_as is None:
+                return replace(inserted, existing=successors.publish_again(connection, job, by, tolerant=tolerant))
+            return inserted
 
     def _simple(self, job: NewJob) -> tuple[single.Statement, tuple[Any, ...]]:
         """Return the insert of a simple job, and its parameters."""

@@ -25,7 +25,7 @@ from celery_capacity.routing.database.postgres_errors import is_lost
 from celery_capacity.routing.errors import InvalidRequest, NotMigrated, show
 from celery_capacity.routing.insert import columns
 from celery_capacity.routing.insert.columns import COLUMNS
-from celery_capacity.routing.model.job import Gates, Inserted, NewJob, Publisher
+from celery_capacity.routing.model.job import Constraints, Inserted, NewJob, Publisher
 from celery_capacity.routing.model.states import FINAL, State, Step, Store
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
@@ -95,15 +95,15 @@ def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None)
     Nothing is written either where the attempt that publishes the job has lost its lease (`may_publish` tells). Raises
     `NotMigrated`.
     """
-    if job.gates is not None:
-        return _insert_gated(connection, job, job.gates, by)
+    if job.constraints is not None:
+        return _insert_constrained(connection, job, job.constraints, by)
     return _insert(connection, job, by)
 
 
-def values_of(job: NewJob, state: State | None = None, gated: bool = False) -> tuple[Any, ...]:
+def values_of(job: NewJob, state: State | None = None, constrained: bool = False) -> tuple[Any, ...]:
     """Return the parameters of `BY_ANYBODY`. `state` replaces that of the job; a constraint keeps the time itself."""
     others: dict[str, Any] = {} if state is None else {"state": state.value}
-    if gated:
+    if constrained:
         others["due_at"] = None
     return columns.values(job, **others)
 
@@ -113,10 +113,10 @@ def _insert(
     job: NewJob,
     by: Publisher | None,
     state: State | None = None,
-    gated: bool = False,
+    constrained: bool = False,
     plain: bool = False,
 ) -> Inserted:
-    statement, values = BY_ANYBODY, values_of(job, state, gated)
+    statement, values = BY_ANYBODY, values_of(job, state, constrained)
     if by is not None:
         statement, values = _BY_ATTEMPT, (*values, by.job, *by.token, by.incarnation)
     row = execute_insert(connection.connection, connection.invalidate, statement, values, plain)
@@ -190,10 +190,10 @@ def execute_insert(
             cursor.close()
 
 
-# -- gates
+# -- constraints
 
 _CLAIM_KEY: Final = text("SELECT claim_key(:key, :job, :seconds)")
-_GATE_JOB: Final = text("SELECT unknown, starts FROM gate_job(:job, CAST(:after AS text[]), :rated, :not_before)")
+_CONSTRAIN: Final = text("SELECT unknown, starts FROM gate_job(:job, CAST(:after AS text[]), :rated, :not_before)")
 #: Statement by which a rate lets jobs go; returns their ids.
 OPEN_RATE: Final = text("SELECT open_rate(:name, :rate, :said, :burst, :most)")
 #: Jobs of a task that one call lets go.
@@ -207,43 +207,45 @@ class _NotInserted(Exception):
         self.inserted = inserted
 
 
-def _insert_gated(connection: Connection, job: NewJob, gates: Gates, by: Publisher | None) -> Inserted:
+def _insert_constrained(
+    connection: Connection, job: NewJob, constraints: Constraints, by: Publisher | None
+) -> Inserted:
     """Insert a job with its constraints, in one transaction.
 
     Raises `InvalidRequest` where a job that it needs is unknown. A publish under an existing id, such as a retry,
     passes no constraint.
     """
-    waits = bool(gates.after) or gates.rate is not None
+    waits = bool(constraints.after) or constraints.rate is not None
     try:
         with _in_one(connection):
-            if gates.key and not (job.retries or job.nesting):
-                values = {"key": gates.key, "job": job.id, "seconds": gates.key_for}
+            if constraints.key and not (job.retries or job.nesting):
+                values = {"key": constraints.key, "job": job.id, "seconds": constraints.key_for}
                 holder = connection.execute(_CLAIM_KEY, values).scalar_one()
                 if holder != job.id:
                     current = read_authority(connection)
                     raise _NotInserted(Inserted(None, current.epoch, current.authority, False, str(holder)))
             state = State.SCHEDULED if waits or job.due_at is not None else State.ACCEPTED
-            inserted = _insert(connection, job, by, state, gated=waits, plain=True)
+            inserted = _insert(connection, job, by, state, constrained=waits, plain=True)
             if inserted.seq is None:
                 raise _NotInserted(inserted)
             if waits:
-                inserted = _gate(connection, job, gates, inserted)
+                inserted = _constrain(connection, job, constraints, inserted)
     except _NotInserted as why:
         return why.inserted
-    if gates.rate is not None:
-        return replace(inserted, starts=_goes_at_once(connection, job, gates))
+    if constraints.rate is not None:
+        return replace(inserted, starts=_goes_at_once(connection, job, constraints))
     return inserted
 
 
-def _gate(connection: Connection, job: NewJob, gates: Gates, inserted: Inserted) -> Inserted:
+def _constrain(connection: Connection, job: NewJob, constraints: Constraints, inserted: Inserted) -> Inserted:
     values = {
         "job": job.id,
-        "after": list(gates.after),
-        "rated": gates.rate is not None,
+        "after": list(constraints.after),
+        "rated": constraints.rate is not None,
         "not_before": job.due_at,
     }
-    unknown, starts = connection.execute(_GATE_JOB, values).one()
-    if unknown and not gates.tolerant:
+    unknown, starts = connection.execute(_CONSTRAIN, values).one()
+    if unknown and not constraints.tolerant:
         raise InvalidRequest(
             f"after: {show(unknown[0])} is not the id of a job",
             value=unknown[0],
@@ -252,14 +254,17 @@ def _gate(connection: Connection, job: NewJob, gates: Gates, inserted: Inserted)
     return replace(inserted, starts=starts)
 
 
-def _goes_at_once(connection: Connection, job: NewJob, gates: Gates) -> bool:
+def _goes_at_once(connection: Connection, job: NewJob, constraints: Constraints) -> bool:
     """Return True if the rate of its task lets the job go now.
 
     Other jobs that the rate lets go in its place are due, and come as due jobs.
     """
-    assert gates.rate is not None
-    rate = {"name": job.name, "rate": gates.rate.per_second, "said": gates.rate.said}
-    return job.id in connection.execute(OPEN_RATE, {**rate, "burst": gates.burst, "most": MAX_LET_GO}).scalars().all()
+    assert constraints.rate is not None
+    rate = {"name": job.name, "rate": constraints.rate.per_second, "said": constraints.rate.said}
+    return (
+        job.id
+        in connection.execute(OPEN_RATE, {**rate, "burst": constraints.burst, "most": MAX_LET_GO}).scalars().all()
+    )
 
 
 @contextmanager

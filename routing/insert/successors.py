@@ -6,16 +6,20 @@ is ignored. A higher one is a successor. Each is one guarded statement on the ca
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy import Connection, text
 
+from celery_capacity.routing.errors import LeaseLost, Unsupported
 from celery_capacity.routing.insert import columns
-from celery_capacity.routing.insert.single import insert_job
+from celery_capacity.routing.insert.single import insert_job, may_publish
 from celery_capacity.routing.model import outbox
-from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.job import Existing, NewJob, Publisher
 from celery_capacity.routing.model.states import FINAL, State, Step
+
+logger = logging.getLogger(__name__)
 
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 
@@ -107,6 +111,43 @@ def identity_of(connection: Connection, job: str) -> Identity | None:
         text("SELECT seq, state, attempt, retries, nesting FROM jobs WHERE id = :id"), {"id": job}
     ).one_or_none()
     return Identity(*row) if row is not None else None
+
+
+def publish_again(connection: Connection, job: NewJob, by: Publisher | None, *, tolerant: bool) -> Existing:
+    """Publish a job under an existing id, and return what became of it.
+
+    `tolerant`: the last step of a replacement whose job has ended is dropped, instead of refused. Raises `LeaseLost`
+    where a newer attempt has the job, `Unsupported` where the job has ended.
+    """
+    if by is not None and not may_publish(connection, by):
+        return Existing.STALE
+    # A job never retried or replaced succeeds nothing, and a role that only submits may not change a row.
+    prior_state = put_successor(connection, job) if job.retries or job.nesting else None
+    if prior_state == State.REPLACED:
+        # The attempt ended long ago. This is the last step of its replacement, and the row goes on with it.
+        return Existing.ACCEPTED if job.due_at is None else Existing.IGNORED
+    if prior_state is not None:
+        return Existing.SUCCESSOR
+    row = identity_of(connection, job.id)
+    if row is None:
+        return Existing.IGNORED
+    if job.publisher is not None and job.publisher < row.attempt:
+        raise LeaseLost(
+            f"attempt {job.publisher} of job {job.id} lost its lease to attempt {row.attempt}: what it publishes "
+            "under the job's id is refused"
+        )
+    if row.state in FINAL and (row.retries, row.nesting) < (job.retries, job.nesting):
+        if job.nesting > row.nesting and tolerant:
+            # The job was revoked before the last step of its replacement, say. The step before is not to blame.
+            logger.warning("job %s has ended as %s, the last step of its replacement is dropped", job.id, row.state)
+            return Existing.IGNORED
+        raise Unsupported(
+            f"task id {job.id} has ended as {row.state}; it cannot be published again as a successor",
+            value=job.id,
+            advice="Use a new task_id.",
+        )
+    # An accepted job never reached the ledger, or came back from there.
+    return Existing.ACCEPTED if row.state == State.ACCEPTED else Existing.IGNORED
 
 
 def publish_left(connection: Connection, left: str) -> list[str]:

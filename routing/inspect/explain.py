@@ -96,7 +96,7 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         return _archived(connection, job)
     state, request = State(row.state), Request.from_shape(row.shape)
     if state is State.SCHEDULED and row.due_at is None:
-        return _gated(connection, job, row, request)
+        return _constrained(connection, job, row, request)
     simple = _without_books(state)
     if simple is not None:
         worker = row.worker if state in HOLDING else None
@@ -158,8 +158,8 @@ def _row(connection: Connection, job: str) -> Any:
     ).one_or_none()
 
 
-def _gated(connection: Connection, job: str, row: Any, request: Request) -> Explanation:
-    """Explain a job behind a gate: other jobs, the time that it has then, or the rate of its task."""
+def _constrained(connection: Connection, job: str, row: Any, request: Request) -> Explanation:
+    """Explain a constrained job: other jobs, the time that it has then, or the rate of its task."""
     needs = dependencies.needs_of(connection, row.seq, SHOWN_NEEDS) if row.needs else []
     later = row.not_before if row.not_before is not None and row.not_before > row.now else None
     why = Reason.NEEDS_JOBS if row.needs else Reason.SCHEDULED if later else Reason.RATE_LIMIT

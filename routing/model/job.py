@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from enum import Enum
 
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.model.token import Token
@@ -18,7 +19,7 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Gates:
+class Constraints:
     """Constraints of a job beside its time and a worker (`routing.store.dependencies`), and its deduplication.
 
     `key`: while another job has this key, this job is not accepted; '' for none. `key_for`: seconds after the first job
@@ -58,7 +59,7 @@ class NewJob:
     replaces: str | None = None
     due_at: datetime | None = None
     expires_at: datetime | None = None
-    gates: Gates | None = None
+    constraints: Constraints | None = None
     #: The job's stamped headers as JSON: {name: [values]}. None: it has none.
     stamps: str | None = None
 
@@ -72,13 +73,26 @@ class Publisher:
     incarnation: str
 
 
+class Existing(Enum):
+    """Result of a publish under an id that has a row."""
+
+    #: The publish is there already, or comes too late.
+    IGNORED = "ignored"
+    #: The attempt that publishes has lost its lease.
+    STALE = "stale"
+    #: The row keeps the publish as the successor of its running attempt.
+    SUCCESSOR = "successor"
+    #: The row is accepted, and may start. The ledger may not have it.
+    ACCEPTED = "accepted"
+
+
 @dataclass(frozen=True, slots=True)
 class Inserted:
     """The result of a job's insert.
 
     `seq`: the order of submission. It is None where nothing was inserted: the id exists, or `same_as` is the id of a
     job that has the key. `epoch`, `authority`: as confirmed by this insert. `starts`: False where the job waits for its
-    time, or behind a constraint.
+    time, or behind a constraint. `existing`: what became of a publish under an existing id, where that was asked.
     """
 
     seq: int | None
@@ -86,3 +100,4 @@ class Inserted:
     authority: Store
     starts: bool = True
     same_as: str | None = None
+    existing: Existing | None = None

@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from celery_capacity.routing.model.job import Gates, NewJob, Rate
+from celery_capacity.routing.model.job import Constraints, NewJob, Rate
 
 _TIMES: Final = ("due_at", "expires_at")
+#: Name of a job's constraints in the text of an outbox. Workers of all versions read it.
+_CONSTRAINTS: Final = "gates"
 #: Outbox of a job that ended where no process could say its result: it waited, or was lost with its worker. The process
 #: that delivers the outbox makes a result of the row.
 UNTOLD: Final = '{"publishes": [], "results": [{"untold": true}]}'
@@ -78,6 +80,7 @@ def publishes(text: str) -> bool:
 
 def _job_out(job: NewJob) -> dict[str, Any]:
     values = asdict(job)
+    values[_CONSTRAINTS] = values.pop("constraints")
     values["message"] = base64.b64encode(job.message).decode("ascii")
     for name in _TIMES:
         values[name] = values[name] and values[name].isoformat()
@@ -89,8 +92,10 @@ def _job_in(values: Mapping[str, Any]) -> NewJob:
     fields["message"] = base64.b64decode(fields["message"])
     for name in _TIMES:
         fields[name] = datetime.fromisoformat(fields[name]) if fields[name] else None
-    if gates := fields.get("gates"):
-        rate = gates["rate"] and Rate(**gates["rate"])
+    if constraints := fields.pop(_CONSTRAINTS, None):
+        rate = constraints["rate"] and Rate(**constraints["rate"])
         # A refusal would reach nobody any more, so be tolerant.
-        fields["gates"] = Gates(**{**gates, "after": tuple(gates["after"]), "rate": rate, "tolerant": True})
+        fields["constraints"] = Constraints(
+            **{**constraints, "after": tuple(constraints["after"]), "rate": rate, "tolerant": True}
+        )
     return NewJob(**fields)

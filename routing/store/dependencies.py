@@ -1,8 +1,8 @@
 """Constraints of a job beside its time and a worker: the success of other jobs, and the rate of its task.
 
-A job behind such a gate is `scheduled` without a time (`due_at` is null), so no store starts it. It holds nothing and
-is in no ledger. Its row says how many jobs it waits for (`needs`) and if a rate holds it (`rated`). The insert shuts
-the gates (`routing.insert.single`). Once the last gate is open the job gets its time, and comes in like every due job.
+A constrained job is `scheduled` without a time (`due_at` is null), so no store starts it. It holds nothing and is in no
+ledger. Its row says how many jobs it waits for (`needs`) and if a rate holds it (`rated`). The insert writes both
+(`routing.insert.single`). Once the last constraint is met the job gets its time, and comes in like every due job.
 
 How an end reaches the jobs that wait for it, and what a crash leaves::
 
@@ -31,7 +31,7 @@ from celery_capacity.routing.model.job import Rate
 from celery_capacity.routing.model.outbox import UNTOLD
 from celery_capacity.routing.model.states import State, Step
 
-#: Jobs whose gates are opened in one transaction.
+#: Jobs whose constraints are lifted in one transaction.
 CHUNK: Final = 500
 #: Unique keys looked at in one pass of the duty.
 KEYS: Final = 2000
@@ -39,7 +39,7 @@ KEYS: Final = 2000
 
 @dataclass(slots=True)
 class Opened:
-    """Jobs whose gates were decided. `due`: they may start now. `scheduled`: their time has not come.
+    """Jobs whose constraints were decided. `due`: they may start now. `scheduled`: their time has not come.
 
     `cancelled`: they can never start, since a job that they needed did not succeed.
     """
@@ -85,7 +85,7 @@ RETURNING jobs.id, jobs.state, jobs.due_at <= clock_timestamp()
 
 
 def open_needs(engine: Engine) -> Opened:
-    """Open, or shut for good, the gates of all jobs that waited for jobs that have ended.
+    """Lift the constraints of all jobs that waited for jobs that have ended, or cancel those that can never start.
 
     Jobs that waited for a job cancelled here are included. Several callers may do it at once. A job whose row somebody
     keeps locked is left for later.

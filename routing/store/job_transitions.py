@@ -68,7 +68,7 @@ END_LOST: Final = "its end was lost with the ledger"
 # attempts are in `attempts`. An attempt that ends while its row holds a successor does not end the job: the successor
 # runs. An attempt that ended its job itself (`routing.store.fencing`) has stored how: its worker's report adds only the
 # outbox. A revoked job that would go on (`routing.recovery.revocation`) stops there. A job that starts by a rate goes
-# on behind that gate again.
+# on under that rate again.
 # The statement runs some 50 times a second, so each table is joined once, by its key, and the rows come as two texts:
 # Postgres parses, plans and evaluates each parameter of a prepared statement for itself; 23 arrays were a sixth of the
 # cost. Postgres expects 100 rows of such a text. LIMIT tells it the number, or makes it expect 10 in a generic plan.

@@ -25,7 +25,7 @@ from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.insert import single, successors
 from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.ledger.replies import Ended
-from celery_capacity.routing.model.job import Gates, NewJob, Publisher, Rate
+from celery_capacity.routing.model.job import Constraints, NewJob, Publisher, Rate
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
@@ -144,7 +144,9 @@ def test_one_that_is_not_committed_yet_is_waited_for(app: Celery, stage: Stage, 
     for commits in (True, False):
         key = key_of(TASK, [], {}, f"commits {commits}")
         with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
-            single.insert_job(connection, NewJob(f"first-{commits}", TASK, SHAPE, MESSAGE, gates=Gates(key=key)))
+            single.insert_job(
+                connection, NewJob(f"first-{commits}", TASK, SHAPE, MESSAGE, constraints=Constraints(key=key))
+            )
             second = thread.submit(send, app, unique=f"commits {commits}")
             with stage.engine.connect() as other:
                 while not other.execute(text(WAITING)).scalar_one():
@@ -186,7 +188,7 @@ def test_the_key_is_the_callers_whatever_the_task_and_the_id(app: Celery, stage:
 def test_a_retry_of_the_job_is_not_kept_out_by_its_own_key(app: Celery, stage: Stage) -> None:
     first = send(app, unique=True)
     stage.apply()
-    retry = NewJob(first, TASK, SHAPE, MESSAGE, retries=1, gates=Gates(key=key_of(TASK, [], {}, True)))
+    retry = NewJob(first, TASK, SHAPE, MESSAGE, retries=1, constraints=Constraints(key=key_of(TASK, [], {}, True)))
     with stage.engine.connect() as connection:
         assert single.insert_job(connection, retry).same_as is None
         assert successors.put_successor(connection, retry) is not None
@@ -406,7 +408,7 @@ def test_an_end_waits_for_one_who_says_that_it_needs_it(app: Celery, stage: Stag
     """The end begins second here, and waits until the transaction of the job that needs it commits."""
     first = stage.insert({"cpus": 1000})
     with ThreadPoolExecutor(1) as thread, engine.connect() as connection:
-        single.insert_job(connection, NewJob("second", TASK, SHAPE, MESSAGE, gates=Gates(after=(first,))))
+        single.insert_job(connection, NewJob("second", TASK, SHAPE, MESSAGE, constraints=Constraints(after=(first,))))
         ended = thread.submit(end_unfiled, stage, first)
         with stage.engine.connect() as other:
             while not other.execute(text(WAITING)).scalar_one():
@@ -432,8 +434,8 @@ def test_any_jobs_that_need_one_another_end_as_the_rule_says(
         connection.execute(text("TRUNCATE jobs, dependencies"))
         for number, before in enumerate(needs):
             after = tuple(f"j{other}" for other in sorted(before) if other < number)
-            shut = Gates(after=after) if after else None
-            single.insert_job(connection, NewJob(f"j{number}", TASK, SHAPE, MESSAGE, gates=shut))
+            shut = Constraints(after=after) if after else None
+            single.insert_job(connection, NewJob(f"j{number}", TASK, SHAPE, MESSAGE, constraints=shut))
         may_run = "state = 'accepted' OR (state = 'scheduled' AND due_at <= clock_timestamp())"
         while True:
             open_now = connection.execute(text(f"SELECT id FROM jobs WHERE {may_run}")).scalars().all()
@@ -454,12 +456,12 @@ def test_any_jobs_that_need_one_another_end_as_the_rule_says(
 
 def test_what_an_attempt_left_to_be_published_keeps_its_gates(stage: Stage) -> None:
     left = [
-        NewJob("a", TASK, SHAPE, MESSAGE, gates=Gates(key="k" * 64)),
-        NewJob("b", TASK, SHAPE, MESSAGE, gates=Gates(key="k" * 64)),
-        NewJob("c", TASK, SHAPE, MESSAGE, gates=Gates(after=("a",))),
-        NewJob("d", TASK, SHAPE, MESSAGE, gates=Gates(after=("nobody",))),
-        NewJob("e", TASK, SHAPE, MESSAGE, gates=Gates(rate=Rate(0.5, "30/m"))),
-        NewJob("f", TASK, SHAPE, MESSAGE, gates=Gates(rate=Rate(0.5, "30/m"))),
+        NewJob("a", TASK, SHAPE, MESSAGE, constraints=Constraints(key="k" * 64)),
+        NewJob("b", TASK, SHAPE, MESSAGE, constraints=Constraints(key="k" * 64)),
+        NewJob("c", TASK, SHAPE, MESSAGE, constraints=Constraints(after=("a",))),
+        NewJob("d", TASK, SHAPE, MESSAGE, constraints=Constraints(after=("nobody",))),
+        NewJob("e", TASK, SHAPE, MESSAGE, constraints=Constraints(rate=Rate(0.5, "30/m"))),
+        NewJob("f", TASK, SHAPE, MESSAGE, constraints=Constraints(rate=Rate(0.5, "30/m"))),
     ]
     with stage.engine.connect() as connection:
         assert successors.publish_left(connection, Outbox(left).to_text()) == ["a", "e"]

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, NullPool, create_engine, text
 
 from celery_capacity.routing.insert import single
 from celery_capacity.routing.insert.inserter import Inserter
-from celery_capacity.routing.model.job import Gates, NewJob
+from celery_capacity.routing.model.job import Constraints, Existing, NewJob
 from celery_capacity.routing.model.request import Request
 from tests.fixtures.waiting import until
 
@@ -84,13 +84,15 @@ def test_a_row_is_the_same_by_either_way(
                 {**connection.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job.id}).one()._mapping}
                 for job in (short, long)
             ]
-        assert inserted is not None and replace(inserted, seq=None) == replace(other, seq=None)
+        assert replace(inserted, seq=None) == replace(other, seq=None)
         for row, job in zip(rows, (short, long), strict=True):
             row["root_id"] = "itself" if row["root_id"] == job.id else row["root_id"]
             row["message"] = bytes(row["message"])
             del row["id"], row["seq"], row["submitted_at"]
         assert rows[0] == rows[1]
-        assert inserter.insert(short) is None
+        again = inserter.insert(short)
+        waits = short.due_at is not None
+        assert (again.seq, again.existing) == (None, Existing.IGNORED if waits else Existing.ACCEPTED)
 
     check()
 
@@ -106,7 +108,7 @@ def test_a_common_kind_of_jobs_has_a_statement_of_its_own_on_each_connection(
 
     def submitted() -> list[Any]:
         jobs = [job_of(fields) for fields in kinds for _ in range(10)]
-        assert all(inserter.insert(job) for job in jobs)
+        assert all(inserter.insert(job).seq is not None for job in jobs)
         with engine.connect() as connection:
             ids = {"ids": [job.id for job in jobs]}
             names = connection.execute(text("SELECT name FROM jobs WHERE id = ANY(:ids)"), ids)
@@ -136,7 +138,7 @@ def test_two_processes_to_which_a_pooler_gives_each_other_s_sessions_write_what_
                 job = job_of(
                     {"name": name, "shape": Request.of({"cpus": 500}).shape, "message": b"m", "root_id": "itself"}
                 )
-                assert inserter.insert(job) is not None
+                assert inserter.insert(job).seq is not None
                 sent.append(job)
 
     try:
@@ -170,7 +172,7 @@ def test_what_a_statement_is_called_tells_all_that_it_says(engine: Engine, inser
         for _ in range(20)
         for name in ("one", "two")
     ]
-    assert all(inserter.insert(job) for job in jobs)
+    assert all(inserter.insert(job).seq is not None for job in jobs)
     with engine.connect() as connection:
         rows = connection.execute(text("SELECT id, name FROM jobs WHERE id = ANY(:ids)"), {"ids": [j.id for j in jobs]})
         assert {row.id: row.name for row in rows} == {job.id: str(job.name) for job in jobs}
@@ -186,8 +188,8 @@ def test_a_job_in_a_transaction_needs_no_prepared_statement(engine: Engine, key:
             connection.exec_driver_sql("DEALLOCATE ALL")
         else:
             connection.info.pop(single.BY_ANYBODY.name)
-        gates = Gates(key=f"{key} {known}") if key else None
-        assert single.insert_job(connection, job_of({**fields, "gates": gates})).seq is not None
+        constraints = Constraints(key=f"{key} {known}") if key else None
+        assert single.insert_job(connection, job_of({**fields, "constraints": constraints})).seq is not None
 
 
 class Interrupted(Exception):
@@ -218,4 +220,4 @@ def test_a_signal_while_a_statement_is_prepared_spoils_one_job(engine: Engine, i
         finally:
             thread.join()
             signal.signal(signal.SIGUSR1, before)
-    assert inserter.insert(job) is not None
+    assert inserter.insert(job).seq is not None

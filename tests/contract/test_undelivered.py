@@ -31,6 +31,7 @@ from celery_capacity.workers.results.backends import CarriedResults
 from celery_capacity.workers.results.cancellation import end_before_start
 from celery_capacity.workers.results.chord_parts import Parts
 from celery_capacity.workers.results.deliver_later import TOGETHER, TOGETHER_BYTES, context_of, deliver_rows, tell_late
+from celery_capacity.workers.submit.encode import RawMessage
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
 
@@ -57,7 +58,7 @@ def app(stage: Stage, settings: Settings) -> Iterator[Celery]:
 
 def accept(app: Celery, job: str, body: bytes = b"[[], {}, {}]", **headers: object) -> None:
     wire = {"task": "some.task", "id": job, **headers}
-    app.amqp.job_sender.accept_raw(body, "application/json", "utf-8", wire, "celery", {})
+    app.amqp.job_sender.accept_raw(RawMessage(body, "application/json", "utf-8", wire, "celery", {}))
 
 
 def test_a_job_whose_message_cannot_be_read_keeps_back_no_other(app: Celery, stage: Stage) -> None:

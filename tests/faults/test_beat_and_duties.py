@@ -11,9 +11,9 @@ import pytest
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.workers.dispatch.submission_queue import Submissions
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.runner.duty_runner import DUTIES
-from celery_capacity.workers.submit.sender import Sender
 from tests.faults.watching import Oracle
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter
@@ -32,7 +32,7 @@ def test_beat_dies_for_good_and_every_job_runs(
         oracle.whole_again("kill beat for good")
         with monkeypatch.context() as dying:
             # Strand these jobs: only a duty brings them in.
-            dying.setattr(Sender, "_to_ledger", lambda *_: None)
+            dying.setattr(Submissions, "add", lambda *_, **__: None)
             stranded = oracle.sends(submitter, 3)
         later = [oracle.send(submitter, countdown=0.5) for _ in range(3)]
         for job in stranded + later:
@@ -79,7 +79,7 @@ def test_four_reconciles_and_all_duties_at_once_under_load_do_no_harm(
         repairers = [executor.submit(repair) for _ in range(4)]
         try:
             with monkeypatch.context() as dying:
-                dying.setattr(Sender, "_to_ledger", lambda *_: None)
+                dying.setattr(Submissions, "add", lambda *_, **__: None)
                 oracle.sends(submitter, 20)
             for _ in range(20):
                 oracle.send(submitter, countdown=0.3)

@@ -20,10 +20,10 @@ _clients = count()
 
 #: Steps of a submission at which the program dies. It dies in its third submission, so that the others are complete.
 STEPS = (
-    "before celery_capacity.workers.submit.sender:Sender._insert_once@3",
-    "after celery_capacity.workers.submit.sender:Sender._insert_once@3",
-    "before celery_capacity.workers.dispatch.breaker:Breaker._bring@3",
-    "after celery_capacity.workers.dispatch.breaker:Breaker._bring@3",
+    "before celery_capacity.routing.insert.inserter:Inserter.insert@3",
+    "after celery_capacity.routing.insert.inserter:Inserter.insert@3",
+    "before celery_capacity.workers.dispatch.breaker:Breaker.submit@3",
+    "after celery_capacity.workers.dispatch.breaker:Breaker.submit@3",
 )
 #: Submissions at once: a tenth of the 10,000 of the full test.
 BURST = 1_000
@@ -70,7 +70,7 @@ def test_a_program_that_dies_with_jobs_that_its_thread_was_to_bring_loses_and_do
     for when in ("before", "after"):
         once = platform.folder / f"died-{when}"
         # The first job goes by itself, so the program dies at the second call.
-        step = f"{when} celery_capacity.workers.dispatch.breaker:Breaker._bring@2"
+        step = f"{when} celery_capacity.workers.dispatch.breaker:Breaker.submit@2"
         process = client(platform, oracle, 200, DIE_AT=step, DIE_ONCE=str(once))
         assert once.exists(), f"nobody came to {step}:\n{process.tail()}"
         assert process.wait() == -9

@@ -22,7 +22,6 @@ from celery_capacity.routing.errors import NotAccepted
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.dispatch import call_budget
-from celery_capacity.workers.dispatch.breaker import Breaker
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit import constraints
 from tests.fixtures import tasks
@@ -70,11 +69,6 @@ def app(platform: Platform, ledger_path: Proxy, monkeypatch: pytest.MonkeyPatch)
     app.platform.engine.dispose()
 
 
-def sending(app: Celery) -> Breaker:
-    breaker: Breaker = app.platform.sending
-    return breaker
-
-
 @DISTURBED
 @pytest.mark.parametrize("connected", [True, False], ids=["connected before", "first connection"])
 def test_a_ledger_that_does_not_answer_costs_a_submitter_a_moment_once(
@@ -87,17 +81,17 @@ def test_a_ledger_that_does_not_answer_costs_a_submitter_a_moment_once(
     jobs.append(app.send_task(ADD, [1, 1]).id)
     assert time.monotonic() - began < PROMISED + SLACK
     # A thread tells the ledger about the second job in a row.
-    until(lambda: not sending(app).closed, "the ledger is left alone")
+    until(lambda: not app.platform.breaker.closed, "the ledger is left alone")
     began = time.monotonic()
     # If each of these calls asked the ledger, they would take half a minute. With a Redis that refuses at once, they
     # would not.
     jobs += [app.send_task(ADD, [1, 1]).id for _ in range(30)]
     assert time.monotonic() - began < PROMISED + SLACK
-    assert not sending(app).closed
+    assert not app.platform.breaker.closed
     # The sweep brings the jobs to the ledger, by the worker's own connection.
     assert {submitter.ended(job).state for job in jobs} == {"succeeded"}
     ledger_path.restore()
-    until(lambda: sending(app).closed, "the ledger is asked again")
+    until(lambda: app.platform.breaker.closed, "the ledger is asked again")
     fast = app.send_task(ADD, [2, 2]).id
     assert submitter.value(fast) == 4
     assert not any(thread.name == "breaker" for thread in threading.enumerate())
@@ -118,7 +112,7 @@ def test_a_healthy_ledger_costs_no_thread(platform: Platform, submitter: Submitt
     platform.worker("a", 4, "threads")
     for number in range(20):
         app.send_task(ADD, [number, 1])
-    assert sending(app).closed
+    assert app.platform.breaker.closed
     assert not any(thread.name == "breaker" for thread in threading.enumerate())
 
 
@@ -129,9 +123,9 @@ def test_the_same_publish_again_obeys_the_breaker(
     held = [submitter.send(HOLD, "gate") for _ in range(4)]
     ledger_path.refuse()
     jobs = [app.send_task(ADD, [1, 1], task_id=f"job-{number}").id for number in range(10)]
-    assert sending(app).flush()
+    assert app.platform.sending.flush()
     ledger_path.restore()
-    until(lambda: sending(app).closed, "the ledger is asked again")
+    until(lambda: app.platform.breaker.closed, "the ledger is asked again")
     ledger_path.swallow()
     began = time.monotonic()
     for job in jobs:
@@ -147,15 +141,15 @@ def test_a_child_of_a_submitter_has_a_breaker_of_its_own(platform: Platform, app
     ledger_path.refuse()
     app.send_task(ADD, [1, 1])
     # This job follows another one at once, so a thread asks the ledger.
-    assert sending(app).flush()
-    assert not sending(app).closed
+    assert app.platform.sending.flush()
+    assert not app.platform.breaker.closed
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            closed = app.platform.sending.closed
+            closed = app.platform.breaker.closed
             app.send_task(ADD, [1, 1], task_id="of-the-child")
-            code = 0 if closed and not app.platform.sending.closed else 2
+            code = 0 if closed and not app.platform.breaker.closed else 2
         finally:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0

@@ -24,8 +24,8 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import Unsupported
 from celery_capacity.routing.inspect import verify
 from celery_capacity.workers.app.install import create_app, install
+from celery_capacity.workers.dispatch.submission_queue import Submissions
 from celery_capacity.workers.membership.preflight import shares_ledger
-from celery_capacity.workers.submit.sender import Sender
 from tests.fixtures import garbage, tasks
 from tests.fixtures.processes import FOREIGN, Platform, Pool
 from tests.fixtures.proxy import Proxy
@@ -260,7 +260,7 @@ def test_a_sender_that_dies_between_commit_and_admission_leaves_its_job_to_the_w
 ) -> None:
     platform.worker("a", 2, "threads")
     with monkeypatch.context() as dying:
-        dying.setattr(Sender, "_to_ledger", lambda *_: None)
+        dying.setattr(Submissions, "add", lambda *_, **__: None)
         job = submitter.send(ADD, 1, 2)
     # The sweep brings the job in, or a listener that has just begun.
     assert submitter.value(job) == 3

@@ -64,8 +64,16 @@ def sockets(settings: Settings) -> list[int]:
     return fork_safety.sockets_to(fork_safety.endpoints_of(settings))
 
 
+def test_spare_connections_close_also_those_of_senders(stores: Stores) -> None:
+    assert stores.ledger.descriptors() and stores.breaker.descriptors()
+    stores.close_spare_connections()
+    assert [*stores.ledger.descriptors(), *stores.breaker.descriptors()] == []
+    # They are made anew when they are needed.
+    assert stores.sending.ask(lambda ledger: ledger.client.ping())
+
+
 def test_a_child_has_no_connection_of_its_parent(stores: Stores, settings: Settings) -> None:
-    ours = {*stores.ledger.descriptors(), *stores.sending.descriptors()}
+    ours = {*stores.ledger.descriptors(), *stores.breaker.descriptors()}
     with stores.engine.connect() as connection:
         ours.add(connection.connection.driver_connection.fileno())  # type: ignore[union-attr]
     assert len(ours) == 3

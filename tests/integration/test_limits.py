@@ -22,6 +22,7 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.broker import beat_messages
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
+from celery_capacity.workers.submit.encode import RawMessage
 from tests.fixtures.staged import Stage
 
 ADD = "tests.fixtures.tasks.add"
@@ -86,10 +87,14 @@ def test_fifty_levels_are_accepted(app: Celery, engine: Engine) -> None:
     assert _rows(engine) == 1
 
 
+def raw(body: bytes) -> RawMessage:
+    return RawMessage(body, "application/json", "utf-8", {"task": ADD, "id": "x"}, "celery", {})
+
+
 def test_a_deep_message_of_an_old_producer_is_refused_by_its_text(app: Celery, engine: Engine) -> None:
     deep = f"[[{'[' * 51}0{']' * 51}], {{}}, {{}}]".encode()
     with pytest.raises(MessageTooDeep):
-        app.amqp.job_sender.accept_raw(deep, "application/json", "utf-8", {"task": ADD, "id": "x"}, "celery", {})
+        app.amqp.job_sender.accept_raw(raw(deep))
     assert _rows(engine) == 0
 
 
@@ -164,5 +169,5 @@ def test_the_message_of_an_old_producer_waits_for_room(app: Celery, engine: Engi
     _fill(app)
     body = json.dumps([[1, 2], {}, {}]).encode()
     with pytest.raises(BacklogFull):
-        app.amqp.job_sender.accept_raw(body, "application/json", "utf-8", {"task": ADD, "id": "x"}, "celery", {})
+        app.amqp.job_sender.accept_raw(raw(body))
     assert _rows(engine) == LIMIT

@@ -16,6 +16,7 @@ from sqlalchemy import text
 
 from celery_capacity.routing.model.states import FINAL
 from celery_capacity.routing.store import quarantine
+from celery_capacity.workers.submit.encode import RawMessage
 from tests.fixtures import garbage, tasks
 from tests.fixtures.processes import Platform, Pool
 from tests.fixtures.setting_aside import (
@@ -194,7 +195,7 @@ def test_a_job_whose_message_makes_no_task_fails_and_whoever_waits_hears_of_it(
         # A program speaks to the sender itself here, and accepts content that workers do not.
         submitter.app.conf.accept_content = ["json", "pickle", "text/html"]
         sender = submitter.app.amqp.job_sender
-        sender.accept_raw(body, content_type, encoding, headers, "celery", envelope["properties"])
+        sender.accept_raw(RawMessage(body, content_type, encoding, headers, "celery", envelope["properties"]))
     for name in wrong:
         row = submitter.ended(name)
         assert (name, row.state, row.attempt, row.losses) == (name, "failed", 1, 0), row.error

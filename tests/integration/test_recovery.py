@@ -11,7 +11,7 @@ import pytest
 from celery import Celery
 
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.submit.sender import Sender
+from celery_capacity.workers.dispatch.submission_queue import Submissions
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import RESULT_WITHIN, Submitter
 from tests.fixtures.waiting import until
@@ -36,7 +36,7 @@ def test_duties_need_no_beat(platform: Platform, submitter: Submitter, monkeypat
     worker = platform.worker("a", cpus=4)
     with monkeypatch.context() as dying:
         # The submitter dies after its insert.
-        dying.setattr(Sender, "_to_ledger", lambda *_: None)
+        dying.setattr(Submissions, "add", lambda *_, **__: None)
         stranded = submitter.send(ADD, 1, 2)
     later = submitter.send(ADD, 3, 4, countdown=0.5)
     assert submitter.row(later).state == "scheduled"

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 import pytest
 
 from celery_capacity.workers.dispatch import submission_queue
-from celery_capacity.workers.dispatch.submission_queue import IN_A_ROW, IN_A_ROW_BUSY, Moment, Submission, Submissions
+from celery_capacity.workers.dispatch.breaker import Breaker, Submission
+from celery_capacity.workers.dispatch.submission_queue import IN_A_ROW, IN_A_ROW_BUSY, Moment, Submissions
 from tests.fixtures.waiting import PATIENCE, until
 
 #: Seconds, longer than any test takes.
 ALWAYS = 1000.0
 
 
-class Ledger:
+class Ledger(Breaker):
     """A ledger that notes the jobs that were brought, and by which threads.
 
     `open` lets the jobs on their way go on.
@@ -31,7 +32,11 @@ class Ledger:
         self.open.set()
         self.fails = False
 
-    def __call__(self, jobs: Sequence[Submission]) -> None:
+    @property
+    def closed(self) -> bool:
+        return True
+
+    def submit(self, jobs: Sequence[Submission]) -> None:
         self.open.wait()
         self.brought.append([job.args[0] for job in jobs])
         self.threads.append(threading.current_thread().name)
@@ -163,13 +168,15 @@ def test_who_waits_for_the_thread_does_not_wait_for_what_others_send_meanwhile(
     monkeypatch.setattr(submission_queue, "IN_A_ROW", ALWAYS)
     monkeypatch.setattr(submission_queue, "PATIENCE", ALWAYS)
     others = threading.Event()
+    plain = ledger.submit
 
-    def bring(jobs: Sequence[Submission]) -> None:
+    def submit(jobs: Sequence[Submission]) -> None:
         if jobs[0].args[0] > 1:
             others.wait()
-        ledger(jobs)
+        plain(jobs)
 
-    sent = Submissions(bring)
+    monkeypatch.setattr(ledger, "submit", submit)
+    sent = Submissions(ledger)
     sent._last = Moment(-10 * ALWAYS)
     hold_up(ledger, sent)
     waits = threading.Thread(target=sent.flush, daemon=True)

@@ -196,7 +196,7 @@ def test_a_job_that_was_accepted_is_no_error_of_its_call(app: Celery) -> None:
     argument: dict[Any, int] = {"a": 1}
     jobs: list[NewJob] = []
 
-    def store(_: Sender, job: NewJob) -> None:
+    def store(_: Sender, job: NewJob, attempt: Any) -> None:
         # Another thread might do so, too, while this one waits for Postgres.
         argument[("no", "JSON")] = 1
         jobs.append(job)

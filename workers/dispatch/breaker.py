@@ -8,26 +8,43 @@ nothing looks, and the ledger gets no question beyond those of the senders.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import groupby
-from typing import Any, TypeVar
-
-from redis.exceptions import RedisError
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, TypeVar
 
 from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.request import filed_shape
+from celery_capacity.routing.policy.placement import order
 from celery_capacity.workers.dispatch import call_budget
-from celery_capacity.workers.dispatch.circuit import SLOW, Circuit
-from celery_capacity.workers.dispatch.submission_queue import Beginning, Submission, Submissions
+from celery_capacity.workers.dispatch.circuit import Circuit
 
 T = TypeVar("T")
+
+_epoch: Final = attrgetter("epoch")
+
+
+class Submission(NamedTuple):
+    """Job for `Ledger.submit`: its arguments, in the epoch that the insert of its row confirmed.
+
+    `size`: the bytes of its message.
+    """
+
+    epoch: int
+    args: tuple[Any, ...]
+    size: int = 0
+
+
+def ledger_row(job: NewJob, seq: int, now_ms: int, began_ms: float) -> tuple[Any, ...]:
+    """Return the arguments of `Ledger.submit` for a new job, whose row was written after `began_ms`."""
+    filed = filed_shape(job.shape, job.name)
+    return (job.id, filed, order(job.priority, seq), job.message, 0, 0, now_ms, began_ms, job.rerun)
 
 
 class Breaker:
@@ -36,10 +53,12 @@ class Breaker:
     def __init__(self, settings: Settings, find_database: Callable[[], str] | None = None) -> None:
         answer_within = timeouts.QUICK_ANSWER * settings.store_timeout
         self._within = timeouts.QUICK_ATTEMPT * settings.store_timeout
-        client = connect(str(settings.redis_url), socket_connect_timeout=answer_within, socket_timeout=answer_within)
-        self._ledger = Ledger(settings, call_budget.bounded(client))
+        #: The client of this handle.
+        self.client = call_budget.bounded(
+            connect(str(settings.redis_url), socket_connect_timeout=answer_within, socket_timeout=answer_within)
+        )
+        self._ledger = Ledger(settings, self.client)
         self._ledger.find_database = find_database
-        self._submissions = Submissions(self._bring)
         self._circuit = Circuit(
             self._ping,
             "the ledger is left alone until it answers quickly (jobs are accepted meanwhile)",
@@ -52,49 +71,32 @@ class Breaker:
         return self._circuit.closed
 
     def ask(self, question: Callable[[Ledger], T]) -> T | None:
-        """Ask the ledger, once it has the jobs that were submitted before, and return its answer.
+        """Ask the ledger, and return its answer.
 
         Returns None where the ledger is left alone, or does not answer. Raises `LedgerClosed`.
         """
-        self._submissions.flush()
-        return self._ask(question)
-
-    def begin(self) -> Beginning:
-        """Mark the moment at which a sender begins with a job."""
-        return self._submissions.begin()
-
-    def submit(self, job: Submission, began: Beginning, *, alone: bool) -> None:
-        """Bring a durable job to the ledger.
-
-        `began`: the value that `begin` returned. `alone`: bring the job before this returns. The duties bring in jobs
-        that the ledger does not hear of or take.
-        """
+        answer = None
         if self._circuit.closed:
-            self._submissions.add(job, began, alone=alone)
-
-    def flush(self) -> bool:
-        """Wait until the ledger was told of all submitted jobs. Returns True if it was."""
-        return self._submissions.flush()
-
-    def _bring(self, jobs: Sequence[Submission]) -> None:
-        for epoch, together in groupby(jobs, key=lambda job: job.epoch):
-            # The ledger is cold, or of another epoch: a worker opens it, and brings in the accepted jobs.
-            with suppress(LedgerClosed):
-                self._ask(partial(_submit, epoch, [job.args for job in together]))
-
-    def _ask(self, question: Callable[[Ledger], T]) -> T | None:
-        if not self._circuit.closed:
-            return None
-        began = time.monotonic()
-        try:
-            with call_budget.attempt(self._within):
+            with self._circuit.call(), call_budget.attempt(self._within):
                 answer = question(self._ledger)
-        except (StoreUnavailable, RedisError) as error:
-            self._circuit.trip(str(error))
-            return None
-        if (took := time.monotonic() - began) > SLOW:
-            self._circuit.trip(f"an answer took {took:.1f} s")
         return answer
+
+    def submit(self, jobs: Sequence[Submission]) -> None:
+        """Bring durable jobs to the ledger, those of one epoch in one step.
+
+        The duties bring in jobs that the ledger does not hear of or take.
+        """
+        for epoch, together in groupby(jobs, key=_epoch):
+            if not self._circuit.closed:
+                return
+            rows = [job.args for job in together]
+            # The ledger is cold, or of another epoch: a worker opens it, and brings in the accepted jobs.
+            with suppress(LedgerClosed), self._circuit.call(), call_budget.attempt(self._within):
+                self._ledger.epoch = epoch
+                if len(rows) == 1:
+                    self._ledger.submit_one(rows[0])
+                else:
+                    self._ledger.submit_many(rows)
 
     def descriptors(self) -> list[int]:
         """Return the sockets of this handle, as numbers, for a child that inherited them."""
@@ -102,19 +104,9 @@ class Breaker:
 
     def close(self) -> None:
         """End the connections, and the thread where there is one."""
-        self._submissions.flush()
         self._circuit.stop(self._within)
-        self._ledger.client.close()
+        self.client.close()
 
     def _ping(self) -> None:
         with call_budget.attempt(self._within):
-            self._ledger.client.ping()
-
-
-def _submit(epoch: int, jobs: list[tuple[Any, ...]], ledger: Ledger) -> bool:
-    ledger.epoch = epoch
-    if len(jobs) == 1:
-        ledger.submit_one(jobs[0])
-    else:
-        ledger.submit_many(jobs)
-    return True
+            self.client.ping()

@@ -16,6 +16,7 @@ from typing import Final
 from redis.exceptions import RedisError
 
 from celery_capacity.routing import os_threads
+from celery_capacity.routing.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,13 @@ class Circuit:
         logger.warning("%s: %s", self._opened, why)
         self._looking.start()
 
+    def call(self) -> _Call:
+        """Return the block in which a caller asks the server.
+
+        A failure of the server opens the circuit, and ends the block without an error. So does a slow answer.
+        """
+        return _Call(self)
+
     def stop(self, within: float) -> None:
         """End the thread where there is one, within so many seconds."""
         self._ended.set()
@@ -90,3 +98,23 @@ class Circuit:
                 self._open = False
                 return
             pause = min(2 * pause, LOOK_AT_MOST)
+
+
+class _Call:
+    """Block of one call to a server, which opens the circuit where the server fails or is slow."""
+
+    __slots__ = ("_began", "_circuit")
+
+    def __init__(self, circuit: Circuit) -> None:
+        self._circuit = circuit
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
+        if isinstance(error, (StoreUnavailable, RedisError)):
+            self._circuit.trip(str(error))
+            return True
+        if error is None and (took := time.monotonic() - self._began) > SLOW:
+            self._circuit.trip(f"an answer took {took:.1f} s")
+        return False

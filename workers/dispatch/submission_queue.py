@@ -18,10 +18,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable
+from typing import Final, NamedTuple, TypeVar
 
 from celery_capacity.routing import os_threads
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.workers.dispatch.breaker import Breaker, Submission
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +47,6 @@ PATIENCE: Final = 1.0
 REST_AT_MOST: Final = 5.0
 #: Linux counts the waits of each thread. None where the system does not.
 _THREAD: Final[int | None] = getattr(resource, "RUSAGE_THREAD", None)
-
-
-class Submission(NamedTuple):
-    """Job for `Ledger.submit`: its arguments, in the epoch that the insert of its row confirmed.
-
-    `size`: the bytes of its message.
-    """
-
-    epoch: int
-    args: tuple[Any, ...]
-    size: int = 0
 
 
 class Moment(NamedTuple):
@@ -89,13 +82,10 @@ class Beginning(NamedTuple):
 
 
 class Submissions:
-    """Jobs that one process submits. Thread-safe; not carried over a fork.
+    """Jobs that one process submits to the ledger, in their order. Thread-safe; not carried over a fork."""
 
-    `bring` takes them to the ledger, and raises nothing.
-    """
-
-    def __init__(self, bring: Callable[[Sequence[Submission]], object]) -> None:
-        self._bring = bring
+    def __init__(self, breaker: Breaker) -> None:
+        self._breaker = breaker
         #: Moment at which the last sender was back, and time at which the first sender of the row began.
         self._last = Moment(0.0)
         self._row = 0.0
@@ -119,7 +109,13 @@ class Submissions:
         return Beginning(at, self._last.goes_on(at, Moment.now))
 
     def add(self, job: Submission, began: Beginning, *, alone: bool) -> None:
-        """Bring a job to the ledger, now or soon. `began`: the value that `begin` returned. `alone`: now."""
+        """Bring a durable job to the ledger, now or soon.
+
+        `began`: the value that `begin` returned. `alone`: bring the job before this returns. A ledger that does not
+        answer is left alone.
+        """
+        if not self._breaker.closed:
+            return
         try:
             with self._changed:
                 if not began.in_a_row:
@@ -127,15 +123,28 @@ class Submissions:
                 if began.in_a_row and not alone and not _ending and self._leave(job):
                     return
             self.flush()
-            self._bring([job])
+            self._breaker.submit([job])
         finally:
             self._last = Moment.now()
+
+    def ask(self, question: Callable[[Ledger], T]) -> T | None:
+        """Ask the ledger, once it has the jobs that were added before, and return its answer.
+
+        Returns None where the ledger is left alone, or does not answer. Raises `LedgerClosed`.
+        """
+        self.flush()
+        return self._breaker.ask(question)
 
     def flush(self) -> bool:
         """Wait until all jobs that were added before have been brought. Returns True if they have."""
         with self._changed:
             left = self._left
             return self._wait(lambda: self._done >= left)
+
+    def close(self) -> None:
+        """Bring all jobs, and end the connections to the ledger. A later call connects anew."""
+        self.flush()
+        self._breaker.close()
 
     def dismiss(self) -> None:
         """Have the thread bring all jobs and end, and wait for it. Another one follows when it is needed."""
@@ -185,7 +194,7 @@ class Submissions:
         """Bring jobs, in the thread, until none was added for a while."""
         while jobs := self._take():
             try:
-                self._bring(jobs)
+                self._breaker.submit(jobs)
             except Exception:
                 # Go on after any error: the thread must bring the next jobs, and the sweep brings these.
                 logger.exception("%d jobs were not brought to the ledger", len(jobs))

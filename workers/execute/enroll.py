@@ -40,6 +40,7 @@ from celery_capacity.workers.broker import beat_messages
 from celery_capacity.workers.broker.decompression import as_bytes
 from celery_capacity.workers.broker.transport import raw_of, receiving
 from celery_capacity.workers.membership.served_queues import Serving
+from celery_capacity.workers.submit.encode import RawMessage
 from celery_capacity.workers.submit.router import Router
 from celery_capacity.workers.submit.sender import Sender
 
@@ -231,7 +232,8 @@ def enroll(sender: Sender, router: Router, message: Any, queue: str) -> None:
     if message.content_type == JSON and str(message.content_encoding).lower() in PLAIN:
         body = with_arguments(body)
     headers = {HEADER: router.header(headers["task"]), **headers}
-    sender.accept_raw(body, message.content_type, message.content_encoding, headers, queue, properties)
+    encoding = message.content_encoding
+    sender.accept_raw(RawMessage(body, message.content_type, encoding, headers, queue, properties))
 
 
 def with_arguments(body: bytes) -> bytes:

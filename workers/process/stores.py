@@ -29,6 +29,7 @@ from celery_capacity.routing.errors import NoServers, StoreUnavailable
 from celery_capacity.routing.insert.inserter import Inserter
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.workers.dispatch.breaker import Breaker
+from celery_capacity.workers.dispatch.submission_queue import Submissions
 from celery_capacity.workers.process.fork_safety import let_go
 from celery_capacity.workers.process.job_watcher import Watcher
 from celery_capacity.workers.process.spare_connections import close_spare
@@ -171,7 +172,7 @@ class Stores:
 
     @property
     def inserter(self) -> Inserter:
-        """Return the inserter of jobs that are submitted one by one."""
+        """Return the inserter of jobs that are submitted one by one, with a connection of its own beside `engine`."""
 
         def make() -> Inserter:
             url, timeout = str(self.settings.database_url), self.settings.store_timeout
@@ -180,13 +181,6 @@ class Stores:
 
         inserter: Inserter = self._get("inserter", make)
         return inserter
-
-    def doubt_connections(self) -> None:
-        """Make the connections to Postgres anew that nobody uses now, after one broke: a restart breaks all of them."""
-        # SQLAlchemy does this where it sees the error itself. `dispose` would leave the connections that others use
-        # now to a pool that nobody empties.
-        self.engine.pool._invalidate(None)  # type: ignore[arg-type]
-        self.inserter.doubt()
 
     def apart(self) -> Stores:
         """Return stores with these settings and this engine, but with a handle of the ledger of their own.
@@ -222,10 +216,16 @@ class Stores:
         return str(database)
 
     @property
-    def sending(self) -> Breaker:
+    def breaker(self) -> Breaker:
         """Return the ledger as senders ask it: with short time-outs, and not at all while it does not answer."""
-        breaker: Breaker = self._get("sending", lambda: Breaker(self.settings, self.find_database))
+        breaker: Breaker = self._get("breaker", lambda: Breaker(self.settings, self.find_database))
         return breaker
+
+    @property
+    def sending(self) -> Submissions:
+        """Return the jobs of this process that are on their way to the ledger. Other questions go behind them."""
+        submissions: Submissions = self._get("sending", lambda: Submissions(self.breaker))
+        return submissions
 
     @property
     def watcher(self) -> Watcher:
@@ -235,7 +235,7 @@ class Stores:
 
     def close_spare_connections(self) -> None:
         """Close the connections to Redis that nobody uses just now. They are made anew when they are needed."""
-        for name in ("ledger", "sending"):
+        for name in ("ledger", "breaker"):
             if name in self._made:
                 close_spare(self._made[name].client.connection_pool)
 
@@ -247,7 +247,7 @@ class Stores:
     def forget_after_fork(self) -> None:
         """Drop, in a child, the stores that the parent made, and send nothing over the parent's connections."""
         self._lock = threading.RLock()
-        for name in ("ledger", "sending", "watcher"):
+        for name in ("ledger", "breaker", "watcher"):
             if name in self._made:
                 let_go(self._made[name].descriptors())
         kept = ("settings", "requests", "database_id")

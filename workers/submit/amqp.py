@@ -24,7 +24,7 @@ from celery_capacity.workers.broker.lazy_producer import SpareProducer
 from celery_capacity.workers.broker.queues import queue_of
 from celery_capacity.workers.broker.transport import Connection
 from celery_capacity.workers.process.stores import Stores
-from celery_capacity.workers.submit.encoding import shown
+from celery_capacity.workers.submit.encode import shown
 from celery_capacity.workers.submit.groups import here
 from celery_capacity.workers.submit.router import Router
 from celery_capacity.workers.submit.sender import Sender

@@ -21,11 +21,9 @@ from celery_capacity.routing.insert import bulk, single
 from celery_capacity.routing.insert.bulk import Committed
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.model.job import Inserted, NewJob
-from celery_capacity.routing.model.request import filed_shape
-from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import resubmit
+from celery_capacity.workers.dispatch.breaker import ledger_row
 from celery_capacity.workers.process.attempts import Attempt
-from celery_capacity.workers.process.insert_errors import may_pass
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit.sender import Sender
 
@@ -36,6 +34,10 @@ BYTES_IN_LIMIT: Final = 32 * 1024**2
 
 #: Callback once a job is stored, which sends a signal of Celery's. None where nobody listens.
 After = Callable[[], None] | None
+
+
+class _SomeExist(Exception):
+    """Signal that some jobs of a chunk have a row already, so that nothing was written."""
 
 
 class Chunks:
@@ -74,7 +76,6 @@ class Chunks:
 
     def add(self, job: NewJob, after: After = None) -> None:
         """Add a job, and store the chunk once it is full. Raises the error of an earlier chunk."""
-        self._sender.admits(self._attempt)
         self._jobs.append(job)
         self._after.append(after)
         if len(self._jobs) < self._size:
@@ -146,7 +147,7 @@ class Chunks:
             self.accepted += len(jobs)
             return
         attempt, began_ms = self._attempt, time.time() * 1000
-        if any(job.gates is not None for job in jobs):
+        if any(job.constraints is not None for job in jobs):
             # A job's constraints are written with its row, one job at a time.
             self._store_singly(jobs)
             return
@@ -154,52 +155,46 @@ class Chunks:
         seconds = self._stores.settings.store_timeout * min(limits, deadlines.LONG)
         try:
             with deadlines.within(seconds), deadlines.patiently(seconds):
-                committed = self._copy(jobs)
-        except (NotAccepted, OutcomeUnknown) as error:
-            if attempt is None or not may_pass(error):
-                raise
-            logger.warning("Postgres is away: what job %s publishes goes with its end: %s", attempt.tag.job, error)
-            attempt.keep(jobs)
-            self.accepted += len(jobs)
-            return
-        if committed is None:
+                committed = self._sender.rows.write(lambda: self._copy(jobs), jobs, attempt)
+        except _SomeExist:
             # Store job by job: an existing row is left as it is, or gets its successor.
             self._store_singly(jobs)
             return
         self.accepted += len(jobs)
-        to_ledger(self._sender, jobs, committed, began_ms)
+        if committed is not None:
+            to_ledger(self._sender, jobs, committed, began_ms)
 
     def _store_singly(self, jobs: Sequence[NewJob]) -> None:
         for job in jobs:
-            self._sender.store_for(self._attempt, job)
+            self._sender.store(job, self._attempt)
             self.accepted += 1
 
-    def _copy(self, jobs: Sequence[NewJob]) -> Committed | None:
-        """Make the rows durable. Returns None, and writes nothing, where an id exists."""
+    def _copy(self, jobs: Sequence[NewJob]) -> Committed:
+        """Make the rows durable, and try once more on another connection where the first connection broke.
+
+        Raises `_SomeExist`, and writes nothing, where an id exists.
+        """
         try:
-            return self._copy_once(jobs)
-        except DBAPIError as error:
-            if bulk.is_known(error):
-                return None
-            if not error.connection_invalidated or deadlines.unsent(error):
-                raise NotAccepted(f"Postgres refused {len(jobs)} jobs: {mask_url(str(error.orig))}") from error
-            # The connection was lost around the commit. A second try is safe: it fails for ids that exist by now.
-            return self._copy_again(jobs)
+            return self._copy_rows(jobs)
         except PoolTimeout as error:
             raise NotAccepted(f"no connection to Postgres was free for {len(jobs)} jobs") from error
-
-    def _copy_again(self, jobs: Sequence[NewJob]) -> Committed | None:
-        self._stores.doubt_connections()
+        except DBAPIError as error:
+            if bulk.is_known(error):
+                raise _SomeExist from error
+            if not error.connection_invalidated or deadlines.unsent(error):
+                raise NotAccepted(f"Postgres refused {len(jobs)} jobs: {mask_url(str(error.orig))}") from error
+            self._stores.inserter.doubt_connections()
+        # The connection was lost around the commit. A second try is safe: it fails for ids that exist by now.
         try:
-            return self._copy_once(jobs)
+            return self._copy_rows(jobs)
         except (DBAPIError, PoolTimeout) as error:
             if isinstance(error, DBAPIError) and bulk.is_known(error):
-                return None
+                raise _SomeExist from error
             self.unknown = tuple(job.id for job in jobs)
             message = f"the connection broke while {len(jobs)} jobs were stored; they may have been accepted"
             raise OutcomeUnknown(jobs[0].id, message) from error
 
-    def _copy_once(self, jobs: Sequence[NewJob]) -> Committed:
+    def _copy_rows(self, jobs: Sequence[NewJob]) -> Committed:
         engine, attempt = self._stores.engine, self._attempt
         if attempt is None:
             with engine.connect() as connection:
@@ -220,21 +215,7 @@ def to_ledger(sender: Sender, jobs: Sequence[NewJob], committed: Committed, bega
     An error here leaves accepted rows, which the sweep brings in.
     """
     now = round(time.time() * 1000)
-    rows = [
-        (
-            job.id,
-            filed_shape(job.shape, job.name),
-            order(job.priority, committed.seqs[job.id]),
-            job.message,
-            0,
-            0,
-            now,
-            began_ms,
-            job.rerun,
-        )
-        for job in jobs
-        if job.due_at is None
-    ]
+    rows = [ledger_row(job, committed.seqs[job.id], now, began_ms) for job in jobs if job.due_at is None]
     confirmed = Inserted(None, committed.epoch, committed.authority)
     for start in range(0, len(rows), resubmit.CHUNK):
         if not sender.ask(confirmed, partial(Ledger.submit_many, rows=rows[start : start + resubmit.CHUNK])):

@@ -13,7 +13,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import InvalidRequest, NotAccepted, show
 from celery_capacity.routing.inspect import job_events
 from celery_capacity.routing.model.identifiers import check_job_id
-from celery_capacity.routing.model.job import Gates, Rate
+from celery_capacity.routing.model.job import Constraints, Rate
 from celery_capacity.routing.store.dependencies import KnownRate, known_rates, lift_rates, set_rate
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit.validation import MAX_SECONDS, check_seconds
@@ -53,7 +53,7 @@ LOOK_EVERY: Final = 0.005
 BURST_INTERVALS: Final = 1.5
 
 #: Constraints of a job that waits for nothing but its time and a worker.
-NONE: Final = Gates()
+NONE: Final = Constraints()
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def burst_of(settings: Settings) -> float:
     return max(1.0, settings.due_interval * BURST_INTERVALS)
 
 
-def of_header(carried: Mapping[str, Any]) -> tuple[Gates, Rate | None]:
+def of_header(carried: Mapping[str, Any]) -> tuple[Constraints, Rate | None]:
     """Return the constraints in a header, and the rate that its task declares.
 
     Other programs make messages too, so the values are checked. Raises `InvalidRequest`.
@@ -186,7 +186,7 @@ def of_header(carried: Mapping[str, Any]) -> tuple[Gates, Rate | None]:
         )
     rate = rate_of(carried_rate[0], "the header's rate") if carried_rate is not None else None
     return (
-        Gates(key=key, key_for=_seconds(key_for or None), after=tuple(after_ids(carried.get(AFTER)))),
+        Constraints(key=key, key_for=_seconds(key_for or None), after=tuple(after_ids(carried.get(AFTER)))),
         Rate(rate.per_second, carried_rate[1]) if rate is not None and carried_rate is not None else None,
     )
 
@@ -244,33 +244,33 @@ class Rates:
         self._known: dict[str, KnownRate] = {}
         self._until = 0.0
 
-    def gates(self, wire: dict[str, Any], header: str, may_ask: bool) -> Gates | None:
+    def constraints(self, wire: dict[str, Any], header: str, may_ask: Callable[[], bool]) -> Constraints | None:
         """Return the constraints of a message's job: those in its header, and the rate of its task. None for none.
 
-        The header's constraints are taken out of it. `may_ask`: this thread may wait for Postgres.
+        The header's constraints are taken out of it. `may_ask` returns True if this thread may wait for Postgres.
         """
-        gates, declared, carried = NONE, None, wire[header]
+        constraints, declared, carried = NONE, None, wire[header]
         if not CARRIED.isdisjoint(carried):
-            gates, declared = of_header(carried)
+            constraints, declared = of_header(carried)
             wire[header] = {name: value for name, value in carried.items() if name not in CARRIED}
-            if wire.get("id") in gates.after:
+            if wire.get("id") in constraints.after:
                 advice = "Name other jobs."
                 raise InvalidRequest(f"job {wire['id']} cannot wait for itself", value=wire["id"], advice=advice)
-            if gates.after and (wire.get("retries") or wire.get("replaced_task_nesting")):
+            if constraints.after and (wire.get("retries") or wire.get("replaced_task_nesting")):
                 advice = "Send another job that waits, and return."
                 raise InvalidRequest("a retry or a replacement cannot wait for others", value="after", advice=advice)
         rate = self._of(wire.get("task"), declared, may_ask)
         if rate is not None:
-            return replace(gates, rate=rate, burst=burst_of(self._stores.settings))
-        return None if gates is NONE or gates == NONE else gates
+            return replace(constraints, rate=rate, burst=burst_of(self._stores.settings))
+        return None if constraints is NONE or constraints == NONE else constraints
 
-    def _of(self, name: Any, declared: Rate | None, may_ask: bool) -> Rate | None:
+    def _of(self, name: Any, declared: Rate | None, may_ask: Callable[[], bool]) -> Rate | None:
         """Return the rate of a task.
 
         A rate that was set at run time comes first. Then comes the declaration in the sender's code, then any other
         declaration.
         """
-        if may_ask and time.monotonic() >= self._until:
+        if time.monotonic() >= self._until and may_ask():
             self._read()
         cached = self._known.get(name)
         if cached is None or (declared is not None and not cached.by_control):

@@ -62,14 +62,14 @@ class Gathering:
         self._make: Callable[[str, Any], Any] | None = None
         self._send: Callable[[Any], None] | None = None
         #: True if the newest job has constraints, which concern it alone.
-        self._gated = False
+        self._constrained = False
         #: Number of messages so far.
         self.count = 0
 
     @property
     def repeats(self) -> bool:
         """Return True if there has been one message, which `repeat` can make again."""
-        return self.count == 1 and self._make is not None and not self._gated
+        return self.count == 1 and self._make is not None and not self._constrained
 
     def repeat(self, job: str, args: Any) -> None:
         """Publish another message like the newest one, for another job."""
@@ -98,7 +98,7 @@ class Gathering:
     def _take(self, name: str, message: Any, options: dict[str, Any], caught: _Catcher) -> None:
         job, after = self.encode(caught.body, caught.options), self._after(name, message, options, caught)
         self.count += 1
-        self._gated = job.gates is not None
+        self._constrained = job.constraints is not None
         with active(None):
             self._jobs.add(job, after)
 
@@ -106,7 +106,7 @@ class Gathering:
         """Return the job that a message makes, as its sender published it."""
         properties = {name: value for name, value in options.items() if name not in _PUBLISHING}
         exchange, key = options["exchange"], options["routing_key"]
-        job: NewJob = self.amqp.job_sender.encoded(
+        job: NewJob = self.amqp.job_sender.encode(
             body,
             headers=options["headers"],
             serializer=options["serializer"],

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter, is_
 from types import FunctionType, MethodType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from celery import Celery, Task, signals
 from celery.app import amqp as celery_amqp
@@ -38,7 +38,7 @@ from celery_capacity.workers.submit import amqp as platform_amqp
 from celery_capacity.workers.submit import validation
 from celery_capacity.workers.submit.amqp import PlatformAMQP, origin
 from celery_capacity.workers.submit.constraints import declares
-from celery_capacity.workers.submit.encoding import encode
+from celery_capacity.workers.submit.encode import encode_body
 from celery_capacity.workers.submit.groups import here
 from celery_capacity.workers.submit.router import Router
 
@@ -98,6 +98,16 @@ class _Kind:
     queue_name: str
 
 
+class _Call(NamedTuple):
+    """An ordinary call. `learnt`: how often its kind was learnt. `kind`: None where there is no template for it now."""
+
+    key: Any
+    state: tuple[Any, ...]
+    learnt: int
+    amqp: Any
+    kind: _Kind | None
+
+
 class Templates:
     """The templates of one app. Thread-safe."""
 
@@ -115,8 +125,35 @@ class Templates:
 
         Raises what `plain` raises.
         """
-        if not self._is_ordinary(task, plain, args, kwargs, options):
+        call = self._look_up(task, plain, args, kwargs, options)
+        if call is None:
             return plain(args, kwargs, **options)
+        if call.kind is None:
+            return self._submit_and_learn(call, task, plain, args, kwargs, options)
+        if task.typing and hasattr(task, "__header__"):
+            task.__header__(*(args or ()), **(kwargs or {}))
+        app, kind, sender = self._app, call.kind, call.amqp.job_sender
+        job_id, producer = options.get("task_id") or celery_base.uuid(), SpareProducer(app)
+        try:
+            with producer.connection._reraise_as_library_errors():
+                if not kind.ignored:
+                    app.backend.on_task_call(producer, job_id)
+                with sender.in_time():
+                    job = self._fill(kind, call.amqp, job_id, args, kwargs)
+                    sender.check_backlog(None)
+                    sender.store(job, None)
+        finally:
+            producer.release()
+        result = task.AsyncResult(job.id)
+        result.ignored = kind.ignored
+        return result
+
+    def _look_up(
+        self, task: Any, plain: Callable[..., Any], args: Any, kwargs: Any, options: Mapping[str, Any]
+    ) -> _Call | None:
+        """Return an ordinary call, with its kind where there is a template for it. None: the call goes by Celery."""
+        if not self._is_ordinary(task, plain, args, kwargs, options):
+            return None
         # The key has the type of a value: True equals 1, and is written otherwise. It has the id of the task, whose
         # class may say what equals it. The state has the task itself.
         key = (id(task), *[(option, type(value), value) for option, value in options.items() if option != "task_id"])
@@ -124,7 +161,7 @@ class Templates:
         if learnt is None:
             # A kind whose options differ each time comes only once.
             self._note(key, 0)
-            return plain(args, kwargs, **options)
+            return None
         amqp = self._app.amqp
         kind = self._kinds.get(key)
         try:
@@ -132,22 +169,24 @@ class Templates:
             is_alike = kind is not None and all(map(is_, state, kind.state)) and _goes_there(kind, amqp)
         except Exception:
             # A property of the task's own may raise, say. Where Celery meets the error too, Celery raises it.
-            return plain(args, kwargs, **options)
-        if kind is not None and is_alike:
-            if task.typing and hasattr(task, "__header__"):
-                task.__header__(*(args or ()), **(kwargs or {}))
-            return self._send(kind, task, amqp, args, kwargs, options.get("task_id"))
-        if learnt >= MAX_CHANGES or not _is_plain_app(self._app):
-            return plain(args, kwargs, **options)
+            return None
+        if is_alike:
+            return _Call(key, state, learnt, amqp, kind)
+        return _Call(key, state, learnt, amqp, None) if learnt < MAX_CHANGES and _is_plain_app(self._app) else None
+
+    def _submit_and_learn(
+        self, call: _Call, task: Any, plain: Callable[..., Any], args: Any, kwargs: Any, options: Mapping[str, Any]
+    ) -> Any:
+        """Submit a call by Celery, and keep a template of its message."""
         producer = SpareProducer(self._app)
         try:
             result = plain(args, kwargs, producer=producer, **options)
         finally:
             producer.release()
         try:
-            if producer.job is not None and all(map(is_, state, self._state(task, amqp))):
-                self._note(key, learnt + 1)
-                self._learn(key, task, state, producer, args, kwargs, options)
+            if producer.job is not None and all(map(is_, call.state, self._state(task, call.amqp))):
+                self._note(call.key, call.learnt + 1)
+                self._learn(call, task, producer, args, kwargs, options)
         except Exception:
             # The job is accepted. A caller that gets an error sends it again. The error may be one that a signal
             # raises.
@@ -205,54 +244,23 @@ class Templates:
             stores.get("requests"),
         )
 
-    def _send(self, kind: _Kind, task: Any, amqp: Any, args: Any, kwargs: Any, task_id: Any) -> Any:
-        app, job_id, producer = self._app, task_id or celery_base.uuid(), SpareProducer(self._app)
-        try:
-            with producer.connection._reraise_as_library_errors():
-                if not kind.ignored:
-                    app.backend.on_task_call(producer, job_id)
-                job = self._fill(kind, amqp, job_id, args, kwargs)
-                amqp.job_sender.store(job)
-        finally:
-            producer.release()
-        result = task.AsyncResult(job.id)
-        result.ignored = kind.ignored
-        return result
-
     def _fill(self, kind: _Kind, amqp: Any, job: Any, args: Any, kwargs: Any, may_ask: bool = True) -> NewJob:
         """Return the job of a call. Raises `InvalidRequest`, `MessageTooDeep`, `MessageTooLarge` as the sender."""
         first, args, kwargs = kind.first, args or (), kwargs or {}
         filled = {"argsrepr": amqp.shown("argsrepr", args), "kwargsrepr": amqp.shown("kwargsrepr", kwargs)}
-        body = encode((args, kwargs, _NOTHING), {"task": first.name, **filled}, None, None)[0]
+        body = encode_body((args, kwargs, _NOTHING), {"task": first.name, **filled}, None, None)[0]
         check_body(body, first.name)
-        gates = amqp.job_sender.rates.gates({"task": first.name, HEADER: {}}, HEADER, may_ask)
         check_job_id(job)
         filled |= {"origin": origin(os.getpid()), "reply_to": self._app.thread_oid}
-        return NewJob(
-            job,
-            first.name,
-            first.shape,
-            kind.template.fill(job, body, self._stores.settings.max_message, **filled),
-            first.priority,
-            first.declared,
-            first.queue,
-            rerun=first.rerun,
-            root_id=job,
-            gates=gates,
-        )
+        message = kind.template.fill(job, body, self._stores.settings.max_message, **filled)
+        filled_job: NewJob = amqp.job_sender.encoder.job_like(first, job, message, may_ask=may_ask)
+        return filled_job
 
     def _learn(
-        self,
-        key: Any,
-        task: Any,
-        state: tuple[Any, ...],
-        producer: SpareProducer,
-        args: Any,
-        kwargs: Any,
-        options: Mapping[str, Any],
+        self, call: _Call, task: Any, producer: SpareProducer, args: Any, kwargs: Any, options: Mapping[str, Any]
     ) -> None:
         """Keep a template of the job that Celery published by `producer`, if the call is of an ordinary kind."""
-        job, amqp = producer.job, self._app.amqp
+        job, amqp = producer.job, call.amqp
         options = {**task._get_exec_options(), "ignore_result": task.ignore_result, **options, "task_id": None}
         routed = _routed(amqp, task.name)
         if not (job is not None and producer.serializer in (None, JSON) and _is_plain_task(task)):
@@ -263,11 +271,11 @@ class Templates:
         queue = _queue(amqp, name)
         if queue is None or queue.exchange.type != "direct" or queue.name != job.queue:
             return
-        first = replace(job, message=b"", gates=None)
-        kind = _Kind(state, first, Template.of(job.message), options["ignore_result"], routed, queue, name)
+        first = replace(job, message=b"", constraints=None)
+        kind = _Kind(call.state, first, Template.of(job.message), options["ignore_result"], routed, queue, name)
         # Safety check: keep the template only if it gives exactly Celery's job.
         if self._fill(kind, amqp, job.id, args, kwargs, may_ask=False) == job:
-            self._kinds[key] = kind
+            self._kinds[call.key] = kind
 
 
 def _queue(amqp: Any, name: str) -> Any:

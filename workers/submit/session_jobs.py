@@ -55,8 +55,7 @@ class Transaction:
 
     def accept(self, body: Any, **message: Any) -> NewJob:
         """Accept a message like `Sender.accept`, up to the commit: the caller makes that."""
-        job = self._sender.encoded(body, **message)
-        self._sender.admits(attempts.current())
+        job = self._sender.encode(body, **message)
         self.add([job])
         return job
 
@@ -70,7 +69,7 @@ class Transaction:
         Raises `InvalidRequest` for a session on another database, `Unsupported`, `NotAccepted`.
         """
         for job in jobs:
-            if job.gates is not None:
+            if job.constraints is not None:
                 # Its constraints lock out other submitters until a commit, and nobody knows when that comes.
                 raise Unsupported(
                     f"job {job.id} ({job.name}) is held back by unique, after or a rate limit, and cannot be part of"

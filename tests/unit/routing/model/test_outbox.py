@@ -1,0 +1,31 @@
+"""The text of an outbox, which workers of other versions read and write."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Final
+
+import pytest
+
+from celery_capacity.routing.model.job import Constraints, NewJob, Rate
+from celery_capacity.routing.model.outbox import Outbox, parse
+
+#: Fields of a job in the text. They are a format: an older worker fails on another name.
+FIELDS: Final = {
+    *("id", "name", "shape", "message", "priority", "declared", "queue", "retries", "nesting", "publisher", "rerun"),
+    *("root_id", "parent_id", "replaces", "due_at", "expires_at", "gates", "stamps"),
+}
+RATED: Final = Constraints(key="k", after=("first",), rate=Rate(0.5, "30/m"), burst=2.0)
+
+
+@pytest.mark.parametrize("constraints", [None, RATED], ids=["free", "constrained"])
+def test_outbox_text_gives_the_same_jobs(constraints: Constraints | None) -> None:
+    job = NewJob("a", "task", "cpus=1000,slots=1", b"\0message", due_at=datetime(2100, 1, 1, tzinfo=UTC))
+    job = replace(job, constraints=constraints)
+    text = Outbox([job]).to_text()
+    # Nobody hears a refusal any more, so a constraint is tolerant from here on.
+    expected = replace(job, constraints=replace(constraints, tolerant=True)) if constraints else job
+    assert parse(text).publishes == [expected]
+    assert json.loads(text)["publishes"][0].keys() == FIELDS
