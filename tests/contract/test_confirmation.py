@@ -46,9 +46,7 @@ def confirmation(stage: Stage, regained: threading.Event) -> Iterator[Observed]:
     confirmation = Observed(stage.engine, INTERVAL, regained.set)
     confirmation.ask()
     yield confirmation
-    confirmation.stop()
-    if confirmation.is_alive():
-        confirmation.join(10.0)
+    confirmation.stop(10.0)
 
 
 def test_confirmation_rests_while_there_is_nothing_to_decide(confirmation: Observed, regained: threading.Event) -> None:

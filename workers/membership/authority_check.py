@@ -105,10 +105,9 @@ class Confirmation(LookingService):
         """Have this thread ask now, without waiting for it."""
         self._wake.set()
 
-    def stop(self, within: float = 0.0) -> None:
-        """End this thread without waiting for it: it is a daemon, and may be waiting for Postgres."""
-        self._stopping = True
-        self._wake.set()
+    def stop(self, within: float = 0.0) -> bool:
+        """End this thread, by default without waiting for it: it is a daemon, and may be waiting for Postgres."""
+        return super().stop(within)
 
     def run(self) -> None:
         while True:

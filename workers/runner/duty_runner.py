@@ -161,12 +161,13 @@ class Runner(LookingService):
                 stores.close_spare_connections()
             transport.close_spare_connections()
 
-    def stop(self, within: float) -> None:
+    def stop(self, within: float) -> bool:
         self._stopping = True
         self._listener.stop(within)
-        super().stop(within)
+        ended = super().stop(within)
         # Last, when no duty runs any more: from here on another worker may have the lease.
         self.election.stop(within)
+        return ended
 
     def _on_change(self) -> None:
         """Wake the threads of this worker, since it has won or lost the election; in the thread of the election."""
