@@ -125,3 +125,12 @@ class OnDemandService(Service):
             if not self._stopping:
                 self._thread = None
             return True
+
+
+class OnDemandLookingService(OnDemandService, LookingService):
+    """Service that looks at something again and again while it is wanted, and else has no thread."""
+
+    def wake(self) -> None:
+        """Have the thread look soon, and start it where it is wanted; in any thread."""
+        self._ensure()
+        self._wake.set()
