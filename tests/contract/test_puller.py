@@ -40,8 +40,7 @@ def puller(stage: Stage, settings: Settings) -> Iterator[Puller]:
     nothing: Any = Mock()
     parts = (new_identity("a"), confirmation, Holdings({"cpus": 2000, "slots": 2}), nothing)
     context = WorkerContext(settings, stores.engine, stage.ledger, *parts)
-    puller = Puller(context, stores, lambda _: True, lambda _: None, lambda _: None, lambda: True)
-    puller._switch = nothing
+    puller = Puller(context, stores, lambda _: True, lambda _: None, lambda: True)
     yield puller
     stores.engine.dispose()
 

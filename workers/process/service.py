@@ -134,3 +134,20 @@ class OnDemandLookingService(OnDemandService, LookingService):
         """Have the thread look soon, and start it where it is wanted; in any thread."""
         self._ensure()
         self._wake.set()
+
+
+class Services:
+    """Services of a worker in the order in which they start. They stop in the opposite order."""
+
+    def __init__(self, *services: Service | None) -> None:
+        """Take the services that the worker has; None stands for one that it does not need."""
+        self._services = [service for service in services if service is not None]
+
+    def start(self) -> None:
+        for service in self._services:
+            service.start()
+
+    def stop(self, within: float) -> None:
+        """Stop the services, and wait for each of them `within` seconds at the most."""
+        for service in reversed(self._services):
+            service.stop(within)
