@@ -152,6 +152,20 @@ def test_items_are_kept_where_the_system_has_no_thread(items: Items, monkeypatch
     assert items.done == [1, 2]
 
 
+def test_stop_does_the_work_where_the_system_has_no_thread(items: Items, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter that ends starts no thread any more."""
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(os_threads.Thread, "start", fail)
+    items.start()
+    items.add([1])
+    assert not items.flush(WITHIN)
+    assert items.stop(WITHIN)
+    assert (items.done, items.threads) == ([1], {threading.get_ident()})
+
+
 def test_stop_tries_all_that_is_pending_once_more(items: Items) -> None:
     items.retry_after = (WITHIN,)
     items.keeps = True

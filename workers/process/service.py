@@ -93,20 +93,29 @@ class OnDemandService(Service):
 
     def stop(self, within: float) -> bool:
         # A system that had no thread for this work may have one now.
-        self._ensure()
+        if not self._ensure():
+            # An interpreter that ends starts no thread: the caller works.
+            self._stopping = True
+            self.run()
         return super().stop(within)
 
-    def _ensure(self) -> None:
-        """Start the thread where there is something to do and no thread; in any thread."""
+    def wake(self) -> None:
+        """Start the thread where there is something to do; in any thread."""
+        self._ensure()
+
+    def _ensure(self) -> bool:
+        """Start the thread where there is something to do; return False if the system has no thread for it."""
         with self._changed:
             if self._thread is not None or self._stopping or not self._has_work() or self._pid != os.getpid():
-                return
+                return True
             self._thread = os_threads.Thread(target=self._live, name=self.name, daemon=True)
             try:
                 self._thread.start()
             except RuntimeError as error:
                 self._thread = None
                 logger.error("%s: no thread can be started, the next call tries again: %s", self.name, error)
+                return False
+            return True
 
     def _live(self) -> None:
         try:
@@ -132,7 +141,7 @@ class OnDemandLookingService(OnDemandService, LookingService):
 
     def wake(self) -> None:
         """Have the thread look soon, and start it where it is wanted; in any thread."""
-        self._ensure()
+        super().wake()
         self._wake.set()
 
 

@@ -84,7 +84,7 @@ class BatchThread(OnDemandService, Generic[Item]):
     def flush(self, within: float) -> bool:
         """Wait until all added items are done, `within` seconds at the most; return False if they are not."""
         with self._changed:
-            self._ensure()
+            within = within if self._ensure() else 0.0
             return self._changed.wait_for(lambda: not (self._working or self._pending or self._put_off), within)
 
     def _notify(self) -> None:

@@ -107,7 +107,7 @@ class Delivery(BatchThread[Transition]):
         self._parts = parts
         self._note_rest = note_rest
         self._down_until = 0.0
-        parts.on_late = self._ensure
+        parts.on_late = self.wake
 
     def add(self, items: Iterable[Transition]) -> None:
         """Add transitions; those without an outbox go on at once."""
