@@ -71,3 +71,18 @@ def test_worker_is_filled_beside_rows_that_take_no_write(stage: Stage, puller: P
     refuse(stage, f"NEW.id IN ('{jobs[0]}', '{jobs[2]}')")
     puller._pass()
     assert sorted(puller._holdings.jobs()) == [jobs[1], jobs[3]]
+
+
+def test_puller_has_a_thread_only_while_postgres_decides(stage: Stage, puller: Puller) -> None:
+    confirmation = puller._confirmation
+    confirmation.authority, confirmation.on_authority = "ledger", puller.wake
+    puller.start()
+    assert not puller.is_alive()
+    job = stage.insert({"cpus": 1000})
+    # Postgres names itself as the authority.
+    confirmation.ask()
+    until(lambda: stage.row(job).state == "running", "it is taken")
+    stage.sql("UPDATE authority SET authority = 'ledger'")
+    confirmation.ask()
+    until(lambda: not puller.is_alive(), "its thread has ended")
+    puller.stop(10.0)

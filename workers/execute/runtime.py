@@ -132,7 +132,7 @@ class Runtime:
         #: Takes the messages of the private queue where the intake does not.
         self.mailbox = None if shared else Mailbox(settings, identity.queue, self._received)
         ticks = beat_messages.channel(app) if shared else ""
-        self.epoch_watch = EpochWatch(settings, lambda: self.heartbeat.look(), self.on_tick, ticks)
+        self._news = EpochWatch(settings, lambda: self.heartbeat.look(), self.on_tick, ticks)
 
     def _make_threads(self, context: WorkerContext) -> None:
         """Make the threads that settle jobs, say that the worker lives, and run the duties."""
@@ -171,13 +171,14 @@ class Runtime:
         decides = (lambda: self.confirmation.authority, context.ledger, lambda: self.confirmation.resting)
         self.duties = Runner(app, stores, identity.incarnation, *decides)
         self.duties.election.worker, self.duties.election.on_look = identity.name, self.heartbeat.looked
+        self.duties.election.news = self._news
         self.confirmation.on_epoch, self.confirmation.on_authority = self.heartbeat.look, self.puller.wake
         self.heartbeat.on_renewed = self.duties.close_spare_connections
         self.heartbeat.on_missing = self.ledger_thread.on_missing = self.duties.suspect
         self.confirmation.idle = lambda: self.ledger_thread.idle and not self.reachability.lost
         #: Stages of the end of an attempt, the last one first: recorded, delivered, released.
         self.stages = Services(self.quarantine, self.recorder, self.delivery, self.ledger_thread)
-        membership = (self.confirmation, self.puller, self.heartbeat, self.epoch_watch)
+        membership = (self.confirmation, self.puller, self.heartbeat)
         self.member_services = Services(*membership, self.mailbox, self.intake, self.duties)
 
     # -- the life of the worker ----------------------------------------------------------------------------------
