@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -12,7 +14,8 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.ledger import keys
 from tests.features.test_inspect import control
 from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.servers import TENTH, empty_redis
+from tests.fixtures.submitting import Submitter, platform_with_broker, standing_platform
 from tests.fixtures.waiting import until
 
 ADD: Final = "tests.fixtures.tasks.add"
@@ -23,7 +26,7 @@ THREADS_OF_RUNNER: Final = 2
 #: Most hand-offs between threads for one job.
 MAX_HANDOFFS: Final = 4
 #: Seconds until the threads that were started on demand have ended.
-IDLE_WITHIN: Final = 20.0
+IDLE_WITHIN: Final = 40.0
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,21 @@ def test_few_threads_pass_a_job_on(platform: Platform, submitter: Submitter) -> 
     assert {step for step, _ in steps} >= {"arrive", "settle", "execute_using_pool", "end", "add", "write"}, steps
     handoffs = sum(before != after for before, after in pairwise(names))
     assert handoffs <= MAX_HANDOFFS, steps
+
+
+def test_few_threads_live_beside_another_broker(server_pair: Pair, tmp_path: Path) -> None:
+    """A thread of its own takes the messages of jobs from the ledger's Redis."""
+    with (
+        empty_redis(server_pair) as broker_url,
+        platform_with_broker(server_pair, tmp_path, broker_url) as running,
+        closing(Submitter(running)) as submitter,
+    ):
+        # At a tenth of the usual intervals Postgres is called so often that its watchdog never ends.
+        running.environment = {name: value for name, value in running.environment.items() if name not in TENTH}
+        running.environment["PLATFORM_IMPORTS"] += ",tests.tasks.counted"
+        running.worker("runner", 1)
+        until(lambda: running.redis.hget(keys.RUNNER, "fence"), "it runs the duties")
+        running.worker("apart", 4, PLATFORM_RESOURCES="apart=1")
+        submitter.ended(submitter.send(ADD, 1, 2, cpus=1, resources={"apart": 1}))
+        assert_few_threads(submitter, "apart", MAX_THREADS)
+        assert "mailbox" in control(submitter, "apart", "threads")["names"]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 from redis.exceptions import OutOfMemoryError
@@ -345,8 +346,9 @@ class Membership:
         # The jobs of these workers may have been taken back from another machine, which cannot end their processes.
         for worker in lost:
             if worker.incarnation not in self._seen_to and is_known_dead(worker, identity.place):
-                orphans.see_to(worker, identity.place)
                 self._seen_to.add(worker.incarnation)
+                # It looks at all processes and waits for their end, so no heartbeat does it.
+                self._later(partial(orphans.see_to, worker, identity.place))
 
     def _view(self, *, full: bool) -> dict[str, str]:
         """Return the fields of `worker:<name>`. The scripts themselves keep the fields about allocations."""
