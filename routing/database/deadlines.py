@@ -5,7 +5,7 @@ time-out of TCP helps either. So one thread of each process, the watchdog, knows
 down the socket of a call that is past its deadline, and the call ends as after a lost connection: `Stalled`.
 
 A call costs an entry of a dict. The watchdog sleeps until the earliest deadline. So it wakes at most once in the time
-of one limit while calls come and go, and never while there are none.
+of one limit while calls come and go. It ends when there was no call for a while, and the next call starts it again.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from celery_capacity.routing import os_threads
 LONG: Final = 6
 #: Seconds until the watchdog looks again at a connection that has no socket yet.
 _LOOK_AGAIN: Final = 0.1
+#: Seconds without a call after which the watchdog ends.
+_IDLE: Final = 5.0
 
 
 class Stalled(psycopg2.OperationalError):
@@ -153,10 +155,17 @@ class _Watchdog:
                 if not call.cut:
                     earliest = min(earliest, call.deadline)
             self.looks_at = earliest
-            if earliest == math.inf:
-                self._bell.acquire()
-            else:
-                self._bell.acquire(True, min(max(0.0, earliest - now), threading.TIMEOUT_MAX))
+            wait = _IDLE if earliest == math.inf else min(max(0.0, earliest - now), threading.TIMEOUT_MAX)
+            if not self._bell.acquire(True, wait) and earliest == math.inf and self._ends():
+                return
+
+    def _ends(self) -> bool:
+        """Return True if the thread is to end, since no call is under way."""
+        with self._starting:
+            # In this order: a call that comes after the look below starts a thread.
+            self._runs = False
+            self._runs = bool(self.calls)
+            return not self._runs
 
     def _cut(self, call: Call, now: float) -> None:
         with self.cutting:

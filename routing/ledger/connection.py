@@ -168,6 +168,14 @@ class LedgerServer:
             self._guard(lambda: self.client.ping())
         return self._run_id
 
+    def ping(self) -> None:
+        """Raise `StoreUnavailable` where the server does not answer quickly."""
+        client = quick_client(self.client, timeouts.QUICK_ANSWER * self.settings.store_timeout)
+        try:
+            self._guard(client.ping)
+        finally:
+            client.connection_pool.disconnect()
+
     def probe(self) -> None:
         """Raise `StoreUnavailable` where the ledger cannot be written."""
         self._guard(lambda: self.client.set(keys.PROBE, "", px=PROBE_MS))

@@ -48,9 +48,8 @@ def confirmation(stage: Stage, regained: threading.Event) -> Iterator[Observed]:
     confirmation = Observed(stage.engine, INTERVAL, regained.set)
     confirmation.ask()
     yield confirmation
-    confirmation.stop()
-    if confirmation.is_alive():
-        confirmation.join(10.0)
+    confirmation.stop(0.0)
+    until(lambda: not confirmation.is_alive(), "its thread has ended")
 
 
 def test_confirmation_rests_while_there_is_nothing_to_decide(confirmation: Observed, regained: threading.Event) -> None:

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holdings
@@ -40,8 +41,7 @@ def puller(stage: Stage, settings: Settings) -> Iterator[Puller]:
     nothing: Any = Mock()
     parts = (new_identity("a"), confirmation, Holdings({"cpus": 2000, "slots": 2}), nothing)
     context = WorkerContext(settings, stores.engine, stage.ledger, *parts)
-    puller = Puller(context, stores, lambda _: True, lambda _: None, lambda _: None, lambda: True)
-    puller._switch = nothing
+    puller = Puller(context, stores, lambda _: True, lambda _: None, lambda: True)
     yield puller
     stores.engine.dispose()
 
@@ -72,3 +72,18 @@ def test_worker_is_filled_beside_rows_that_take_no_write(stage: Stage, puller: P
     refuse(stage, f"NEW.id IN ('{jobs[0]}', '{jobs[2]}')")
     puller._pass()
     assert sorted(puller._holdings.jobs()) == [jobs[1], jobs[3]]
+
+
+def test_puller_has_a_thread_only_while_postgres_decides(stage: Stage, puller: Puller) -> None:
+    confirmation = puller._confirmation
+    confirmation.authority, confirmation.on_authority = Store.LEDGER, puller.wake
+    puller.start()
+    assert not puller.is_alive()
+    job = stage.insert({"cpus": 1000})
+    # Postgres names itself as the authority.
+    confirmation.ask()
+    until(lambda: stage.row(job).state == "running", "it is taken")
+    stage.sql("UPDATE authority SET authority = 'ledger'")
+    confirmation.ask()
+    until(lambda: not puller.is_alive(), "its thread has ended")
+    puller.stop(10.0)

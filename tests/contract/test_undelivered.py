@@ -22,11 +22,10 @@ from celery_capacity.routing.model.states import State
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import fencing
 from celery_capacity.workers.app.install import create_app
-from celery_capacity.workers.process import running_workers
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.results import chord_parts as parts
-from celery_capacity.workers.results import deliver_later
+from celery_capacity.workers.results import deliver_later, running_workers
 from celery_capacity.workers.results.backends import CarriedResults
 from celery_capacity.workers.results.cancellation import end_before_start
 from celery_capacity.workers.results.chord_parts import Parts

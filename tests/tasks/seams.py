@@ -31,16 +31,16 @@ def _install(path: str) -> None:
         return _clock() + float(LAYOUT.unpack_from(shared)[0])
 
     def tick() -> None:
-        from celery_capacity.workers.process import running_workers
+        from celery_capacity.workers.results import running_workers
 
         pause = threading.Event()
         while not pause.wait(LAYOUT.unpack_from(shared)[1] or LOOK_EVERY):
             if every := LAYOUT.unpack_from(shared)[1]:
-                for runtime in running_workers.running():
+                for worker in running_workers.running():
                     # The ticks come as beat's ticks for the heartbeat and for the sweep do, one behind the other.
-                    runtime.heartbeat.tick()
+                    worker.on_tick("heartbeat")
                     pause.wait(every / 10)
-                    runtime.heartbeat.tick()
+                    worker.on_tick("heartbeat")
 
     time.time = stepped
     threading.Thread(target=tick, name="pairs of heartbeats", daemon=True).start()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import threading
 
-from celery_capacity.workers.process import running_workers
+from celery_capacity.workers.results import running_workers
 
 
 def _tick(every: float) -> None:
     pause = threading.Event()
     while not pause.wait(every):
-        for runtime in running_workers.running():
+        for worker in running_workers.running():
             # The ticks come as beat's ticks for the heartbeat and for the sweep do, and somebody's challenge.
-            runtime.heartbeat.tick()
+            worker.on_tick("heartbeat")
             pause.wait(every / 10)
-            runtime.heartbeat.tick()
+            worker.on_tick("heartbeat")
 
 
 if os.environ.get("TICK_EVERY"):

@@ -5,22 +5,29 @@ from __future__ import annotations
 import threading
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from sqlalchemy.exc import OperationalError
 
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.failover import Reachability
-from celery_capacity.workers.membership.heartbeat import HeartbeatThread
+from celery_capacity.workers.membership.heartbeat import HeartbeatThread, postgres_within
 
 
 class Gone:
     """A ledger that refuses at once, as an absent server does."""
 
-    settings = SimpleNamespace(renew_interval=0.01, due_interval=0.2)
+    settings = SimpleNamespace(renew_interval=0.01, due_interval=0.2, worker_ttl=60.0, store_timeout=10.0)
     epoch = 1
 
     def __init__(self) -> None:
         self.asked = 0
         self.twice = threading.Event()
+
+    def ping(self) -> None:
+        """Answer: the next question is refused."""
 
     def opened(self) -> Any:
         self.asked += 1
@@ -29,15 +36,48 @@ class Gone:
         raise StoreUnavailable("gone")
 
 
-def heartbeat_of(ledger: Any, reachability: Any) -> HeartbeatThread:
-    anything: Any = SimpleNamespace(draining=False, epoch=1, resting=False)
+class Member:
+    """A membership that notes the order of its heartbeats, and whose Postgres fails with `error`."""
+
+    draining = False
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.order: list[str] = []
+        self.told = threading.Semaphore(0)
+        self.renewed = threading.Semaphore(0)
+        self._error = error
+
+    def postgres_due_in(self, _: bool) -> float:
+        return 0.0
+
+    def tell_postgres(self, *_: object) -> bool:
+        self.order.append("postgres")
+        self.told.release()
+        if self._error is not None:
+            raise self._error
+        # It is told again after a due interval.
+        return False
+
+    def resize(self, *_: object) -> None:
+        """Keep the capacity."""
+
+    def renew(self, *_: object, **__: object) -> bool:
+        self.order.append("ledger")
+        self.renewed.release()
+        return True
+
+
+def heartbeat_of(ledger: Any, reachability: Any, membership: Any = None) -> HeartbeatThread:
+    anything: Any = SimpleNamespace(draining=False, epoch=1, resting=False, authority="", confirm_interval=5.0)
     context = WorkerContext(anything, anything, ledger, anything, anything, anything, anything, reachability)
-    return HeartbeatThread(context, *[anything] * 5)
+    nothing: Any = Mock()
+    member: Any = Member() if membership is None else membership
+    return HeartbeatThread(context, member, nothing, nothing, nothing, nothing)
 
 
 def test_a_ledger_that_is_gone_is_not_asked_without_a_pause() -> None:
     ledger = Gone()
-    heartbeat = heartbeat_of(ledger, SimpleNamespace(note=lambda **_: None))
+    heartbeat = heartbeat_of(ledger, SimpleNamespace(note=lambda **_: None, lost=False))
     heartbeat.start()
     assert ledger.twice.wait(10)
     heartbeat.stop(10)
@@ -62,3 +102,58 @@ def test_heartbeat_goes_on_where_connections_cannot_be_cut() -> None:
     heartbeat.start()
     assert ledger.twice.wait(10)
     heartbeat.stop(10)
+
+
+class Here(Gone):
+    """A ledger that answers."""
+
+    def opened(self) -> Any:
+        return 1, "life"
+
+
+def test_postgres_hears_of_the_worker_while_the_ledger_is_gone() -> None:
+    """A stopped Redis keeps a heartbeat waiting, so Postgres comes first."""
+
+    class Stopped(Gone):
+        def __init__(self) -> None:
+            super().__init__()
+            self.over = threading.Event()
+
+        def opened(self) -> Any:
+            self.over.wait(10)
+            return super().opened()
+
+    ledger, member = Stopped(), Member()
+    ledger.settings = SimpleNamespace(**{**vars(Gone.settings), "due_interval": 0.01})
+    heartbeat = heartbeat_of(ledger, Reachability(), member)
+    heartbeat.start()
+    assert member.told.acquire(timeout=10)
+    ledger.over.set()
+    for _ in range(3):
+        assert member.told.acquire(timeout=10)
+    assert heartbeat.stop(10)
+    assert "ledger" not in member.order
+
+
+def test_lease_in_the_ledger_is_renewed_while_postgres_fails() -> None:
+    ledger, member = Here(), Member(OperationalError("", None, Exception("nobody is there")))
+    ledger.settings = SimpleNamespace(**{**vars(Gone.settings), "renew_interval": 0.05, "due_interval": 0.01})
+    heartbeat = heartbeat_of(ledger, Reachability(), member)
+    heartbeat.start()
+    for _ in range(3):
+        assert member.renewed.acquire(timeout=10)
+    assert heartbeat.stop(10)
+    # A Postgres that does not answer is left alone for a renew interval, so that it delays no two renewals.
+    later = member.order[member.order.index("ledger") :]
+    assert later.count("postgres") <= later.count("ledger") + 1, member.order
+
+
+@pytest.mark.parametrize(
+    ("renew", "ttl", "timeout", "seconds"), [(10.0, 60.0, 10.0, 5.0), (1.0, 6.0, 10.0, 2.5), (50.0, 60.0, 60.0, 5.0)]
+)
+def test_postgres_takes_no_time_that_the_lease_in_the_ledger_needs(
+    renew: float, ttl: float, timeout: float, seconds: float
+) -> None:
+    settings: Any = SimpleNamespace(renew_interval=renew, worker_ttl=ttl, store_timeout=timeout)
+    assert postgres_within(settings) == seconds
+    assert renew + seconds < ttl

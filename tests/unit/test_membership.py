@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 from unittest.mock import MagicMock, Mock
 
 import pytest
@@ -14,6 +14,8 @@ from celery_capacity.routing.ledger.replies import Filled, Renewed
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.store import worker_rows
+from celery_capacity.workers.membership import orphans, registration
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.registration import Membership
 from celery_capacity.workers.process.holdings import Holding, Holdings
@@ -47,7 +49,9 @@ def rejoin(holdings: Holdings, refused: list[tuple[str, Token]]) -> tuple[list[A
 
 
 def context_of(engine: Any, ledger: Any, confirmation: Any) -> WorkerContext:
-    return WorkerContext(Mock(), engine, ledger, Mock(), confirmation, Mock(), Mock(is_behind=lambda: False))
+    return WorkerContext(
+        Mock(), engine, ledger, Mock(), confirmation, Mock(), Mock(is_behind=lambda: False, call=Mock())
+    )
 
 
 def held(*attempts: tuple[str, Token]) -> Holdings:
@@ -92,3 +96,22 @@ def test_leave_keeps_the_book_until_postgres_has_it() -> None:
     engine.connect.side_effect = None
     assert membership.leave(held())
     ledger.leave.assert_called_once()
+
+
+def test_heartbeat_ends_no_processes_of_dead_workers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That may take seconds for each of them, and the lease in the ledger waits for this heartbeat."""
+    dead = Mock(incarnation="former")
+    see_to = Mock()
+    monkeypatch.setattr(worker_rows, "see_worker", lambda *_, **__: (Mock(), [dead]))
+    monkeypatch.setattr(registration, "is_known_dead", lambda *_: True)
+    monkeypatch.setattr(orphans, "see_to", see_to)
+    monkeypatch.setattr(registration, "WorkerRow", Mock())
+    context = context_of(MagicMock(), Mock(), Mock())
+    membership = Membership(context)
+    membership._measured = Capacity.of({"cpus": 4000, "slots": 4})
+    for _ in range(2):
+        assert membership.tell_postgres(ledger_lost=False, flush_within=0.0)
+    see_to.assert_not_called()
+    (call,) = cast(Mock, context.recorder.call).call_args_list
+    call.args[0]()
+    see_to.assert_called_once_with(dead, context.identity.pid_space)

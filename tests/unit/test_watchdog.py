@@ -9,7 +9,9 @@ from collections.abc import Callable
 import psycopg2
 import pytest
 
+from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.database.deadlines import Call, Stalled
+from tests.fixtures.waiting import until
 
 #: Seconds of a call's limit.
 LIMIT = 0.05
@@ -43,7 +45,7 @@ def closed_descriptor() -> int:
     return read
 
 
-def assert_watchdog_cuts_the_next_call() -> None:
+def assert_watchdog_cuts_the_next_call(limit: float = LIMIT) -> None:
     ended = threading.Event()
     read, write = os.pipe()
 
@@ -52,7 +54,7 @@ def assert_watchdog_cuts_the_next_call() -> None:
         return read
 
     def wait_until_cut() -> None:
-        with Call(Connection(look), LIMIT):
+        with Call(Connection(look), limit):
             assert ended.wait(WITHIN), "no thread watches"
             raise psycopg2.OperationalError("the connection was cut")
 
@@ -91,3 +93,18 @@ def test_watchdog_goes_on_where_a_descriptor_is_closed_already() -> None:
     with Call(connection, LIMIT):
         assert connection.looked.wait(WITHIN)
     assert_watchdog_cuts_the_next_call()
+
+
+def test_watchdog_ends_without_calls_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadlines, "_IDLE", 0.01)
+    assert_watchdog_cuts_the_next_call()
+    for _ in range(3):
+        until(lambda: not deadlines._watchdog._runs, "no thread watches")
+        assert_watchdog_cuts_the_next_call()
+
+
+def test_no_call_is_unwatched_while_the_watchdog_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadlines, "_IDLE", 0.0001)
+    for _ in range(100):
+        assert_watchdog_cuts_the_next_call(0.001)
+        until(lambda: not deadlines._watchdog.calls, "no call is left")

@@ -25,13 +25,13 @@ from celery_capacity.workers.execute.readiness import refusing, stores_of
 from celery_capacity.workers.execute.runtime import Runtime, runtime_of
 from celery_capacity.workers.membership import orphans
 from celery_capacity.workers.membership.preflight import check_broker, check_results
-from celery_capacity.workers.process import running_workers
 from celery_capacity.workers.process.fork_safety import guard_children
 from celery_capacity.workers.process.identity import name_of, new_identity
 from celery_capacity.workers.remote import (
     queue_commands,
     remote_control,  # noqa: F401  its commands take the places of Celery's
 )
+from celery_capacity.workers.results import running_workers
 
 #: Given by name, as Celery finds it: a process that only submits never loads it.
 CONSUMER: Final = "celery_capacity.workers.execute.consumer:consumer_class"

@@ -20,6 +20,7 @@ from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.connection import connect
+from celery_capacity.workers.process.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +32,14 @@ BATCH: Final = 100
 RETRY_AFTER: Final = 0.25
 
 
-class Mailbox(os_threads.Thread):
+class Mailbox(Service):
     """Thread that takes messages from the worker's own queue.
 
     `received` is called with the bytes of each message, in this thread, and must not raise.
     """
 
     def __init__(self, settings: Settings, queue: str, received: Callable[[bytes], None]) -> None:
-        super().__init__(name="mailbox", daemon=True)
+        super().__init__("mailbox")
         self._queue = queue
         self._received = received
         self._ending = os_threads.Event()
@@ -48,14 +49,9 @@ class Mailbox(os_threads.Thread):
             socket_timeout=POLL + timeouts.CONNECT * settings.store_timeout,
         )
 
-    def stop(self, within: float) -> None:
-        """Take no more messages, and wait for the thread within so many seconds.
-
-        The drain hands back the jobs whose messages are left in the queue. It names the jobs, and no message.
-        """
+    def _notify(self) -> None:
+        # The drain hands back the jobs whose messages are left in the queue. It names the jobs, and no message.
         self._ending.set()
-        if self.is_alive():
-            self.join(within)
 
     def run(self) -> None:
         warning = LastingWarning(logger)

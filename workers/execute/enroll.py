@@ -40,6 +40,7 @@ from celery_capacity.workers.broker import beat_messages
 from celery_capacity.workers.broker.decompression import as_bytes
 from celery_capacity.workers.broker.transport import raw_of, receiving
 from celery_capacity.workers.membership.served_queues import Serving
+from celery_capacity.workers.process.service import Service
 from celery_capacity.workers.submit.encode import RawMessage
 from celery_capacity.workers.submit.router import Router
 from celery_capacity.workers.submit.sender import Sender
@@ -62,7 +63,7 @@ TICKS_ARE: Final = "json"
 RETRY_AFTER: Final = 0.25
 
 
-class Intake(os_threads.Thread):
+class Intake(Service):
     """Thread that reads the broker.
 
     `on_tick` is called with the name of each tick, `on_refused` with each message that is set aside, in this thread.
@@ -78,7 +79,7 @@ class Intake(os_threads.Thread):
         on_refused: Callable[[Any], None] = lambda _: None,
         private: tuple[str, Callable[[Any], None]] | None = None,
     ) -> None:
-        super().__init__(name="intake", daemon=True)
+        super().__init__("intake")
         self._app = app
         self._serving = serving
         #: Knows the requests of the tasks of old producers.
@@ -93,10 +94,8 @@ class Intake(os_threads.Thread):
         with self._app.connection_for_write() as connection:
             beat_messages.publish(connection.Producer(), beat_messages.HEARTBEAT)
 
-    def stop(self, within: float) -> None:
+    def _notify(self) -> None:
         self._ending.set()
-        if self.is_alive():
-            self.join(within)
 
     def run(self) -> None:
         logged = ""

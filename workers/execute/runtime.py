@@ -2,10 +2,9 @@
 
 ::
 
-    intake ----arrived---> ledger thread --claimed--> main loop --> pool --> JobRequest hooks --end--> ledger thread
-                              |                                                                         |
-                              +------------------------ transitions --------> recorder (Postgres) <-----+
-    heartbeat: lease, epoch, drain        intake: beat's ticks, old producers        duties: repair
+    intake ----arrived---> ledger thread --claimed--> main loop --> pool --> JobRequest hooks
+    ended (JobRequest) --> released (ledger thread) --> delivered (delivery) --> recorded (recorder)
+    heartbeat: Postgres, lease, epoch, drain        intake: beat's ticks, old producers        duties: repair
 """
 
 from __future__ import annotations
@@ -52,11 +51,12 @@ from celery_capacity.workers.membership.join import Joining
 from celery_capacity.workers.membership.preflight import shares_ledger
 from celery_capacity.workers.membership.registration import Membership
 from celery_capacity.workers.membership.served_queues import Serving
-from celery_capacity.workers.process import running_workers
 from celery_capacity.workers.process.exit_codes import Exit
 from celery_capacity.workers.process.holdings import Holdings
 from celery_capacity.workers.process.identity import Identity
+from celery_capacity.workers.process.service import Services
 from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.results import running_workers
 from celery_capacity.workers.results.chord_parts import Parts
 from celery_capacity.workers.results.deliver import Delivery
 from celery_capacity.workers.results.deliver_later import deliver_parts, note_rest, tell_late
@@ -134,7 +134,7 @@ class Runtime:
         #: Takes the messages of the private queue where the intake does not.
         self.mailbox = None if shared else Mailbox(settings, identity.queue, self._received)
         ticks = beat_messages.channel(app) if shared else ""
-        self.epoch_watch = EpochWatch(settings, lambda: self.heartbeat.look(), self.on_tick, ticks)
+        self._news = EpochWatch(settings, lambda: self.heartbeat.look(), self.on_tick, ticks)
 
     def _make_threads(self, context: WorkerContext) -> None:
         """Make the threads that settle jobs, say that the worker lives, and run the duties."""
@@ -144,7 +144,6 @@ class Runtime:
             context,
             stores,
             self._flush,
-            lambda flush: self.membership.tell_postgres(self.reachability.lost, lambda: self.recorder.is_level(flush)),
             self.starting.take,
             lambda: self.starting.attached,
         )
@@ -174,10 +173,15 @@ class Runtime:
         decides = (lambda: self.confirmation.authority, context.ledger, lambda: self.confirmation.resting)
         self.duties = Runner(app, stores, identity.incarnation, *decides)
         self.duties.election.worker, self.duties.election.on_look = identity.name, self.heartbeat.looked
-        self.confirmation.on_epoch = self.heartbeat.look
+        self.duties.election.news = self._news
+        self.confirmation.on_epoch, self.confirmation.on_authority = self.heartbeat.look, self.puller.wake
         self.heartbeat.on_renewed = self.duties.close_spare_connections
         self.heartbeat.on_missing = self.ledger_thread.on_missing = self.duties.suspect
         self.confirmation.idle = lambda: self.ledger_thread.idle and not self.reachability.lost
+        #: Stages of the end of an attempt, the last one first: recorded, delivered, released.
+        self.stages = Services(self.quarantine, self.recorder, self.delivery, self.ledger_thread)
+        membership = (self.confirmation, self.puller, self.heartbeat)
+        self.member_services = Services(*membership, self.mailbox, self.intake, self.duties)
 
     # -- the life of the worker ----------------------------------------------------------------------------------
 
@@ -185,13 +189,13 @@ class Runtime:
         """Run the worker's `start`, which returns at its end. Whatever the end, no part of the runtime outlives it."""
         # Celery tells nobody of most ends of a worker in a thread.
         running_workers.begin(self)
-        self._receive()
+        self.receive()
         try:
             start()
         finally:
             self.leave()
 
-    def _receive(self) -> None:
+    def receive(self) -> None:
         """Set aside in this runtime's quarantine the messages that this process receives and cannot read."""
         transport.receiving.set_aside = self.quarantine.set_aside
         transport.receiving.most_bytes = TIMES * self.stores.settings.max_message
@@ -203,19 +207,9 @@ class Runtime:
         sys.setswitchinterval(SWITCH_INTERVAL)
         detected = self.serving.detect()
         self.holdings.capacity, self.holdings.tasks = dict(detected.capacity.amounts), frozenset(declared)
-        self.recorder.start()
-        self.delivery.start()
-        self.quarantine.start()
-        if self.mailbox is not None:
-            self.mailbox.start()
-        self.ledger_thread.start()
+        self.stages.start()
         admitted = self.joining.enter(detected.capacity, declared, self.wait_to_start)
-        self.confirmation.start()
-        self.heartbeat.start()
-        self.epoch_watch.start()
-        self.puller.start()
-        self.intake.start()
-        self.duties.start()
+        self.member_services.start()
         atexit.register(self.leave)
         return detected, admitted
 
@@ -255,14 +249,21 @@ class Runtime:
             return
         self._left = True
         atexit.unregister(self.leave)
-        self.duties.stop(self._leave_within)
-        self.intake.stop(self._leave_within)
-        if self.mailbox is not None:
-            self.mailbox.stop(self._leave_within)
-        self.epoch_watch.stop(self._leave_within)
-        self.heartbeat.stop(self._leave_within)
-        self.puller.stop(self._leave_within)
-        self.confirmation.stop()
+        self.member_services.stop(self._leave_within)
+        self._end_all()
+        self.ledger_thread.stop(self._leave_within)
+        self._hand_back_unstarted()
+        self.delivery.stop(self._leave_within)
+        self.recorder.flush(self._leave_within)
+        self._deregister()
+        self.recorder.stop(self._leave_within)
+        running_workers.end(self)
+        for newest in running_workers.running()[-1:]:
+            newest.receive()
+        self.quarantine.stop(self._leave_within)
+
+    def _end_all(self) -> None:
+        """End the attempts that are still held, since the pool has ended."""
         why = "the worker was stopped"
         for holding in self.holdings.running():
             ended = Ambiguous.STOPPED if holding.started else Outcome.HANDED_BACK
@@ -272,24 +273,21 @@ class Runtime:
         for holding in self.holdings.running():
             outcome = gone_back(holding.rerun or not holding.started)
             self.ledger_thread.end(holding.job, holding.token, outcome, why)
-        self.ledger_thread.stop(self._leave_within)
+
+    def _hand_back_unstarted(self) -> None:
         try:
             if self.membership.registered and not self.membership.draining:
                 self.membership.drain()
+                self.recorder.call(lambda: self.membership.tell_postgres(self.reachability.lost, 0.0))
         except (PlatformError, LedgerClosed) as error:
             logger.warning("what was admitted here and not started is taken back later: %s", error)
-        self.delivery.stop(self._leave_within)
-        self.recorder.flush(self._leave_within)
+
+    def _deregister(self) -> None:
         try:
             if self.membership.registered and not self.membership.leave(self.holdings):
                 logger.warning("this worker still holds jobs; they are taken back when its lease runs out")
         except (PlatformError, LedgerClosed) as error:
             logger.warning("could not deregister, the lease will run out: %s", error)
-        self.recorder.stop(self._leave_within)
-        running_workers.end(self)
-        for newest in running_workers.running()[-1:]:
-            newest._receive()
-        self.quarantine.stop(self._leave_within)
 
     def stop_cold(self) -> None:
         self._cold = True

@@ -51,6 +51,8 @@ class Confirmation(LookingService):
         self.idle: Callable[[], bool] = lambda: False
         #: Called when Postgres names another epoch than before.
         self.on_epoch: Callable[[], None] = lambda: None
+        #: Called when Postgres names another authority than before.
+        self.on_authority: Callable[[], None] = lambda: None
         #: The epoch that Postgres named last; 0 before the first answer.
         self.epoch = 0
         #: The store that Postgres named last; None before the first answer.
@@ -87,10 +89,13 @@ class Confirmation(LookingService):
             # this process's own clock, since the clock of Postgres may be set meanwhile.
             self._decides_from = time.monotonic() + max(0.0, change_pause(self._interval) - answer.age)
             self._changed = answer.changed
-        before, self.epoch, self.authority = self.epoch, answer.epoch, answer.authority
+        before, self.epoch = self.epoch, answer.epoch
+        authority, self.authority = self.authority, answer.authority
         self._valid_until = asked + change_pause(self._interval)
         if before not in (0, self.epoch):
             self.on_epoch()
+        if authority != self.authority:
+            self.on_authority()
 
     def needed(self) -> None:
         """Ask at once if the thread rests, since there is something to decide; in any thread. The call is cheap."""
@@ -106,10 +111,9 @@ class Confirmation(LookingService):
         """Have this thread ask now, without waiting for it."""
         self._wake.set()
 
-    def stop(self, within: float = 0.0) -> None:
+    def stop(self, within: float) -> bool:
         """End this thread without waiting for it: it is a daemon, and may be waiting for Postgres."""
-        self._stopping = True
-        self._wake.set()
+        return super().stop(0.0)
 
     def run(self) -> None:
         while True:

@@ -1,4 +1,11 @@
-"""The heartbeat of a worker: a thread of its own, outside the pool and the main loop, so that neither delays it."""
+"""The heartbeat of a worker: a thread of its own, outside the pool and the main loop, so that neither delays it.
+
+It tells both stores that the worker lives, Postgres first. Neither store delays the other for long:
+
+- Postgres has a part of the time from a renewal to the end of the lease. When it did not answer, it is left
+  alone for a renew interval.
+- Redis has the time-out of one answer. While it is lost, a quick look comes first, of a tenth of the store time-out.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +17,9 @@ from typing import Final
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
+from celery_capacity.routing.config import timeouts
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.errors import NameTaken, PlatformError, StoreUnavailable
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.election import Elected
@@ -18,6 +28,7 @@ from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.broker.cut_connection import is_silence
 from celery_capacity.workers.membership.context import WorkerContext
+from celery_capacity.workers.membership.failover import Switch
 from celery_capacity.workers.membership.registration import Membership
 from celery_capacity.workers.process.service import LookingService
 
@@ -28,10 +39,17 @@ TICKS_SHARE: Final = 0.1
 #: Part of the renew interval for which a heartbeat waits for the ledger's thread, which may have jobs that are in no
 #: list yet. After that it renews the lease, and leaves the list to the next heartbeat.
 WAITS_SHARE: Final = 0.5
+#: Part of the time from a renewal to the end of the lease that Postgres may take.
+POSTGRES_SHARE: Final = 0.5
+#: Part of that time for this worker's notes to be written, before it says that it lost the ledger.
+FLUSH_SHARE: Final = 0.5
 
 
 class HeartbeatThread(LookingService):
-    """Heartbeat thread: has the authority confirmed, renews the lease, sees a new epoch, and drains on request."""
+    """Heartbeat thread: tells Postgres that the worker lives, renews its lease in the ledger, sees a new epoch, drains.
+
+    It also looks which store is to decide (`Switch`).
+    """
 
     def __init__(
         self,
@@ -59,7 +77,11 @@ class HeartbeatThread(LookingService):
         self._looks = False
         self._drain = False
         self._drained = False
-        self._warning = LastingWarning(logger)
+        #: Times of the last renewal of the lease, and of the next one (monotonic).
+        self._renewed_at = self._renew_at = 0.0
+        self._switch = Switch(context.engine, context.settings, context.confirmation, context.reachability)
+        self._postgres_within, self._postgres_from = postgres_within(self._ledger.settings), 0.0
+        self._warning, self._postgres_warning = LastingWarning(logger), LastingWarning(logger)
         #: Called after each heartbeat.
         self.on_renewed: Callable[[], None] = lambda: None
         #: Called when the ledger does not know this worker, though it is open in its epoch.
@@ -99,43 +121,19 @@ class HeartbeatThread(LookingService):
 
     def run(self) -> None:
         settings = self._ledger.settings
-        now = time.monotonic()
-        renewed_at, renew_at = now, now + settings.renew_interval
+        self._renewed_at = time.monotonic()
+        self._renew_at = self._renewed_at + settings.renew_interval
         #: Fewest seconds to wait, so that a store that fails at once is not asked without a pause.
         pause = 0.0
         while not self._stopping:
             # An idle worker asks nothing between two heartbeats: the election looks, and wakes this thread.
             quiet = self._confirmation.resting and not (pause or self._closed)
-            left = max(pause, renew_at - time.monotonic())
+            left = max(pause, min(self._renew_at - time.monotonic(), self._postgres_due_in()))
             self._wake.wait(left if quiet else min(settings.due_interval, left))
+            self._tell_postgres()
             now, pause = time.monotonic(), settings.due_interval
-            if self._ticked:
-                self._ticked = False
-                renew_at = min(renew_at, renewed_at + settings.due_interval * TICKS_SHARE)
             try:
-                self._membership.draining |= self._drain
-                self._closed |= self._confirmation.epoch != self._ledger.epoch
-                if not (quiet or self._closed) or self._looks:
-                    self._looks = False
-                    opened = self._ledger.opened()
-                    self._closed |= opened is None or opened[0] != self._ledger.epoch
-                if self._closed:
-                    self._rejoin(self._ledger.opened())
-                    renew_at = now + settings.renew_interval
-                elif self._drain and not self._drained:
-                    handed = self._membership.drain()
-                    self._drained = True
-                    if handed:
-                        logger.info("draining: %d jobs handed back", handed)
-                elif now >= renew_at:
-                    renewed_at, renew_at = now, now + settings.renew_interval
-                    if not self._membership.draining:
-                        # Not while draining, since the pool of a worker that stops has no size any more.
-                        self._membership.resize(self._measure(), self._holdings)
-                    if not self._renew(settings.renew_interval * WAITS_SHARE):
-                        self._rejoin(self._ledger.opened())
-                        self.on_missing()
-                    self.on_renewed()
+                self._tell_ledger(now, quiet=quiet)
                 self._warning.over()
                 self._note(lost=False)
                 pause = 0.0
@@ -150,12 +148,71 @@ class HeartbeatThread(LookingService):
                 self._warning.warn(f"heartbeat: the ledger does not answer: {type(error).__name__}: {error}")
                 self._note(lost=True, silent=is_silence(error))
                 # The worker has the ledger again once it could renew its lease: a read-only ledger is of no use.
-                renew_at = now
+                self._renew_at = now
             except (SQLAlchemyError, PlatformError) as error:
                 self._warning.warn(f"heartbeat: a store does not answer: {type(error).__name__}: {error}")
             except Exception:
                 # No error may end this thread: a worker without a heartbeat loses its jobs.
                 logger.exception("a heartbeat failed; the next one is tried")
+
+    def _tell_ledger(self, now: float, *, quiet: bool) -> None:
+        """Look at the ledger if that is due, then register anew, drain, or renew the lease."""
+        settings = self._ledger.settings
+        if self._ticked:
+            self._ticked = False
+            self._renew_at = min(self._renew_at, self._renewed_at + settings.due_interval * TICKS_SHARE)
+        self._membership.draining |= self._drain
+        if self._reachability.lost:
+            self._ledger.ping()
+        self._closed |= self._confirmation.epoch != self._ledger.epoch
+        if not (quiet or self._closed) or self._looks:
+            self._looks = False
+            opened = self._ledger.opened()
+            self._closed |= opened is None or opened[0] != self._ledger.epoch
+        if self._closed:
+            self._rejoin(self._ledger.opened())
+            self._renew_at = now + settings.renew_interval
+        elif self._drain and not self._drained:
+            handed = self._membership.drain()
+            self._drained = True
+            if handed:
+                logger.info("draining: %d jobs handed back", handed)
+        elif now >= self._renew_at:
+            self._renewed_at, self._renew_at = now, now + settings.renew_interval
+            if not self._membership.draining:
+                # Not while draining, since the pool of a worker that stops has no size any more.
+                self._membership.resize(self._measure(), self._holdings)
+            if not self._renew(settings.renew_interval * WAITS_SHARE):
+                self._rejoin(self._ledger.opened())
+                self.on_missing()
+            self.on_renewed()
+
+    def _postgres_due_in(self) -> float:
+        due_in = self._membership.postgres_due_in(self._reachability.lost)
+        return max(due_in, self._postgres_from - time.monotonic())
+
+    def _tell_postgres(self) -> None:
+        """Tell Postgres that this worker lives, when it is time, and look which store is to decide.
+
+        An error concerns the next try alone: the ledger has its heartbeat all the same.
+        """
+        settings, lost = self._ledger.settings, self._reachability.lost
+        if self._stopping or time.monotonic() < self._postgres_from:
+            return
+        try:
+            with deadlines.within(self._postgres_within):
+                flush_within = self._postgres_within * FLUSH_SHARE
+                if self._postgres_due_in() <= 0 and not self._membership.tell_postgres(lost, flush_within):
+                    self._postgres_from = time.monotonic() + settings.due_interval
+                self._switch.look()
+            self._postgres_warning.over()
+            return
+        except SQLAlchemyError as error:
+            self._postgres_warning.warn(f"heartbeat: Postgres does not answer: {type(error).__name__}")
+        except Exception:
+            logger.exception("a heartbeat to Postgres failed; the next one is tried")
+        # Without the ledger no lease in it can run out meanwhile.
+        self._postgres_from = time.monotonic() + (settings.due_interval if lost else settings.renew_interval)
 
     def _note(self, *, lost: bool, silent: bool = False) -> None:
         """Note whether the ledger answers.
@@ -196,3 +253,9 @@ class HeartbeatThread(LookingService):
             self._membership.rejoin(self._holdings, self._recorder, self._challenge)
         self._closed = False
         self._on_open()
+
+
+def postgres_within(settings: Settings) -> float:
+    """Return the seconds that a heartbeat to Postgres may take, so that the lease in the ledger does not run out."""
+    spare = settings.worker_ttl - settings.renew_interval
+    return min(timeouts.ANSWER * settings.store_timeout, spare * POSTGRES_SHARE)

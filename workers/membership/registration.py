@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 from redis.exceptions import OutOfMemoryError
@@ -56,7 +58,7 @@ class Membership:
         """
         self._engine = context.engine
         self._later = context.recorder.call
-        self._is_behind = context.recorder.is_behind
+        self._recorder = context.recorder
         self._unwritten = unwritten
         self._flush = flush
         self._ledger = context.ledger
@@ -71,8 +73,8 @@ class Membership:
         #: Requests of the tasks that the worker knows, by name, and the names that are published.
         self.declared: Declarations = {}
         self._published: Collection[str] = ()
-        #: Time of the newest heartbeat for Postgres (monotonic).
-        self._seen_at = 0.0
+        #: Time of the newest heartbeat in Postgres (monotonic). -inf: Postgres is to hear of this worker at once.
+        self._seen_at = -math.inf
         #: Dead workers of this machine of which nothing runs here any more.
         self._seen_to: set[str] = set()
         #: Last report to Postgres: True if this worker has lost the ledger.
@@ -86,7 +88,7 @@ class Membership:
     @property
     def _may_admit(self) -> bool:
         """Return True if jobs may start here: this process may decide, and Postgres is not too far behind."""
-        return self._confirmation.may_admit and not self._is_behind()
+        return self._confirmation.may_admit and not self._recorder.is_behind()
 
     # -- joining -------------------------------------------------------------------------------------------------
 
@@ -168,7 +170,7 @@ class Membership:
         self._flush(self._ledger.settings.due_interval)
         # Closed until the books know this worker's jobs, so that nobody takes their capacity for free meanwhile.
         self._register(self._confirmation.epoch, WorkerStatus.CLOSED, challenge)
-        self._see(self._status)
+        self._seen_at = -math.inf
         held = holdings.all()
         refused: set[tuple[str, Token]] = set()
         if held:
@@ -199,16 +201,17 @@ class Membership:
             logger.warning("what this worker's tasks declare is not published: %s", error)
         self._later(lambda: self._write_declarations(people))
 
-    # -- Postgres, without waiting for it ------------------------------------------------------------------------
+    # -- Postgres ------------------------------------------------------------------------------------------------
 
     @property
     def _status(self) -> WorkerStatus:
         return WorkerStatus.DRAINING if self.draining else WorkerStatus.READY
 
-    def _see(self, status: WorkerStatus) -> None:
-        """Have the heartbeat written to Postgres later: a Postgres that hangs must not delay the ledger's heartbeat."""
-        self._seen_at = time.monotonic()
-        self._later(lambda: self._write_seen(status))
+    def postgres_due_in(self, ledger_lost: bool) -> float:
+        """Return the seconds until Postgres is to hear of this worker: at once where it lost or found the ledger."""
+        if ledger_lost != self._told_lost:
+            return 0.0
+        return max(0.0, self._seen_at + self._seen_every() - time.monotonic())
 
     def _seen_every(self) -> float:
         """Return the seconds between heartbeats in Postgres: fewer if they are all there is, without the ledger's."""
@@ -217,20 +220,23 @@ class Membership:
             return settings.renew_interval
         return min(POSTGRES_EVERY, settings.worker_ttl / 2)
 
-    def tell_postgres(self, ledger_lost: bool, flush: Callable[[], bool]) -> None:
-        """Tell Postgres that this worker lives: when it is time, or at once if it lost or found the ledger.
+    def tell_postgres(self, ledger_lost: bool, flush_within: float) -> bool:
+        """Tell Postgres that this worker lives, and whether it lost the ledger; return False if that has to wait.
 
-        Before a worker says that it lost the ledger, it writes its claims there to Postgres (`flush`): Postgres takes
-        all other jobs for waiting. An end whose row is locked, or takes no write, does not keep Postgres from deciding,
-        since nobody takes such a job.
+        Before a worker says that it lost the ledger, it writes its claims there to Postgres: Postgres takes all other
+        jobs for waiting. An end whose row is locked, or takes no write, does not keep Postgres from deciding, since
+        nobody takes such a job.
         """
-        changed = ledger_lost != self._told_lost
-        if not self.registered or not (changed or time.monotonic() >= self._seen_at + self._seen_every()):
-            return
-        if changed and ledger_lost and not flush():
-            return
-        self._told_lost, self._seen_at = ledger_lost, time.monotonic()
-        self._write_seen(self._status)
+        told_lost = self._told_lost
+        if ledger_lost and not told_lost and not self._recorder.is_level(lambda: bool(self._flush(flush_within))):
+            return False
+        self._told_lost = ledger_lost
+        try:
+            self._write_seen(self._status)
+        except BaseException:
+            self._told_lost, self._seen_at = told_lost, -math.inf
+            raise
+        return True
 
     def _write_declarations(self, people: Mapping[str, Mapping[str, Any]]) -> None:
         with self._engine.connect() as connection:
@@ -295,7 +301,7 @@ class Membership:
         if isinstance(reply, Taken):
             # This worker lost its lease meanwhile: the heartbeat that follows finds out, and registers again.
             return
-        self._see(WorkerStatus.READY)
+        self._seen_at = -math.inf
         self._declare()
         if before != capacity:
             logger.warning("capacity changed from %s to %s", before and before.to_people(), capacity.to_people())
@@ -305,7 +311,7 @@ class Membership:
         """Admit nothing more here, and hand back the jobs that were not started; return how many."""
         self.draining = True
         handed = self._ledger.drain(self.identity.name, self.identity.incarnation)
-        self._see(WorkerStatus.DRAINING)
+        self._seen_at = -math.inf
         return handed
 
     def leave(self, holdings: Holdings) -> bool:
@@ -346,15 +352,16 @@ class Membership:
             version=identity.version,
             started_at=identity.started_at,
         )
-        asked = time.monotonic()
+        asked = self._seen_at = time.monotonic()
         with self._engine.connect() as connection:
             answer, lost = worker_rows.see_worker(connection, row, status, ledger_lost=self._told_lost)
         self._confirmation.hear(asked, answer)
         # The jobs of these workers may have been taken back from another machine, which cannot end their processes.
         for worker in lost:
             if worker.incarnation not in self._seen_to and is_known_dead(worker, identity.pid_space):
-                orphans.see_to(worker, identity.pid_space)
                 self._seen_to.add(worker.incarnation)
+                # It looks at all processes and waits for their end, so no heartbeat does it.
+                self._later(partial(orphans.see_to, worker, identity.pid_space))
 
     def _view(self, *, full: bool) -> dict[str, str]:
         """Return the fields of `worker:<name>`. The scripts themselves keep the fields about allocations."""

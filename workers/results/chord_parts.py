@@ -74,6 +74,13 @@ class Parts:
         self._hands = 0
         self._late = 0
         self._full = False
+        #: Called when a part is late, in the thread that waited for it.
+        self.on_late: Callable[[], None] = lambda: None
+
+    @property
+    def are_late(self) -> bool:
+        """Return True if a part is late."""
+        return self._late > 0
 
     def is_under_way(self, key: Hashable) -> bool:
         with self._changed:
@@ -98,6 +105,8 @@ class Parts:
                         for other in rest:
                             work.remove(other)
                         work, hand = rest, None
+            if part.late:
+                self.on_late()
             yield part
 
     def complain(self) -> None:

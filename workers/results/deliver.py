@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -18,9 +18,9 @@ from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.outbox import Outbox, parse
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.process.attempts import Attempt, held
-from celery_capacity.workers.process.service import QueueService
 from celery_capacity.workers.results.backends import HOPELESS
-from celery_capacity.workers.results.chord_parts import GIVEN_UP_AFTER, Part, Parts
+from celery_capacity.workers.results.batch_thread import BatchThread, Left
+from celery_capacity.workers.results.chord_parts import Part, Parts
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,14 @@ def _try(action: Callable[[Any], None], notes: Any) -> None:
         logger.exception("what a job left for the result backend cannot be delivered and is dropped: %.200r", notes)
 
 
-class Delivery(QueueService):
-    """Thread that delivers the outboxes of transitions, then passes the transitions on.
+class Delivery(BatchThread[Transition]):
+    """Queue of transitions whose outboxes its thread delivers, before it passes the transitions on.
 
-    `add` never blocks. A transition goes on to `record` when its outbox is delivered, or has to wait. `note_rest` (job,
-    old outbox, new outbox) updates the row where a chord part was late.
+    A transition goes on to `record` when its outbox is delivered, or has to wait. `note_rest` (job,
+    old outbox, new outbox) updates the row where a chord part was late. The thread lives on while chord parts are late.
     """
+
+    most = MAX_ENDS
 
     def __init__(
         self,
@@ -104,45 +106,32 @@ class Delivery(QueueService):
         self._record = record
         self._parts = parts
         self._note_rest = note_rest
-        self._pending: list[Transition] = []
-        self._delivering: Sequence[Transition] = ()
         self._down_until = 0.0
+        parts.on_late = self.wake
 
-    def add(self, transitions: Sequence[Transition]) -> None:
-        carrying = [transition for transition in transitions if transition.outbox]
-        if carrying:
-            with self._changed:
-                self._pending += carrying
-                self._changed.notify_all()
-        rest = [transition for transition in transitions if not transition.outbox] if carrying else transitions
-        if rest:
+    def add(self, items: Iterable[Transition]) -> None:
+        """Add transitions; those without an outbox go on at once."""
+        transitions = list(items)
+        if carrying := [transition for transition in transitions if transition.outbox]:
+            super().add(carrying)
+        if rest := [transition for transition in transitions if not transition.outbox]:
             self._record(rest)
 
     def jobs(self) -> set[str]:
         """Return the jobs of all transitions that have not gone on to `record`."""
-        with self._changed:
-            return {transition.job for batch in (self._pending, self._delivering) for transition in batch}
+        return {transition.job for transition in self.unfinished()}
 
-    def flush(self, within: float) -> bool:
-        """Wait until all added transitions went on, `within` seconds at the most; return False if they did not."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not (self._pending or self._delivering), within)
+    def _has_work(self) -> bool:
+        return super()._has_work() or self._parts.are_late
 
-    def run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._stopping, GIVEN_UP_AFTER)
-                stopped = self._stopping and not self._pending
-                batch, self._pending = self._pending[:MAX_ENDS], self._pending[MAX_ENDS:]
-                self._delivering = batch
-            if stopped:
-                return
-            if batch:
-                self._deliver(batch)
-            self._parts.complain()
-            with self._changed:
-                self._delivering = ()
-                self._changed.notify_all()
+    def _work(self, batch: Sequence[Transition], *, again: bool) -> Left[Transition]:
+        self._deliver(batch)
+        return Left()
+
+    def _after_batch(self) -> None:
+        self._parts.complain()
+
+    _after_pause = _after_batch
 
     def _deliver(self, batch: Sequence[Transition]) -> None:
         boxes = [parse(transition.outbox) for transition in batch]

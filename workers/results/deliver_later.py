@@ -30,9 +30,9 @@ from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.model.token import NO_ATTEMPT, Token
 from celery_capacity.routing.store import fencing, refused_transitions
-from celery_capacity.workers.process import running_workers
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.process.stores import Stores, transactions
+from celery_capacity.workers.results import running_workers
 from celery_capacity.workers.results.backends import HOPELESS, kept_of
 from celery_capacity.workers.results.chord_parts import Part, Parts
 from celery_capacity.workers.results.deliver import chords_in, deliver, key_of, name_of
@@ -321,16 +321,14 @@ def _announce(app: Celery, box: Outbox, job: str, state: State, error: str | Non
 
 def parts_of(app: Celery) -> Parts | None:
     """Return the deliverer of chord parts in this process, None where it is no worker."""
-    runtime = running_workers.newest(app)
-    parts: Parts | None = None if runtime is None else runtime.parts
-    return parts if parts is not None and parts.pid == os.getpid() else None
+    worker = running_workers.newest(app)
+    return worker.parts if worker is not None and worker.parts.pid == os.getpid() else None
 
 
 def announcer_of(app: Celery) -> Announcer | None:
     """Return the sender of events and signals in this process, None where it is no worker."""
-    runtime = running_workers.newest(app)
-    announcer: Announcer | None = None if runtime is None else runtime.announcer
-    return announcer
+    worker = running_workers.newest(app)
+    return None if worker is None else worker.announcer
 
 
 def _tell_anyhow(app: Celery, job: str, state: State, error: str, message: bytes) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from sqlalchemy import Engine, text
@@ -25,7 +25,7 @@ from celery_capacity.routing.recovery import resubmit, transition_log
 from celery_capacity.routing.store import refused_transitions
 from celery_capacity.routing.store.job_transitions import Applied, Transition
 from celery_capacity.workers.process import claim_writer
-from celery_capacity.workers.process.service import QueueService
+from celery_capacity.workers.results.batch_thread import BatchThread, Left
 from celery_capacity.workers.results.store_calls import StoreCalls
 
 logger = logging.getLogger(__name__)
@@ -48,13 +48,15 @@ SELECT EXISTS (SELECT 1 FROM jobs
 """)
 
 
-class Recorder(QueueService):
-    """Thread that writes transitions to Postgres.
+class Recorder(BatchThread[Transition]):
+    """Queue of transitions that its thread writes to Postgres.
 
-    `add` never blocks. `flush` waits until all added transitions are written, or the time is over. `on_applied` is
-    called with the rows that changed, `on_level` when the recorder is behind no more. `write_within`: seconds for which
-    Postgres may take nothing before the recorder is behind.
+    `on_applied` is called with the rows that changed, `on_level` when the recorder is behind no more. `write_within`:
+    seconds for which Postgres may take nothing before the recorder is behind.
     """
+
+    most = MAX_TRANSITIONS
+    collects = BATCH_WITHIN
 
     def __init__(
         self,
@@ -74,20 +76,16 @@ class Recorder(QueueService):
         #: Times at which the pending transitions came (monotonic), and how many came at each.
         self._came: deque[tuple[float, int]] = deque()
         self._was_behind = False
-        self._pending: list[Transition] = []
-        #: Transitions that Postgres did not take though it takes others, and when they are retried (monotonic).
-        self._put_off: list[Transition] = []
-        self._try_again_at = 0.0
-        self._writing: list[Transition] = []
+        self.retry_after = RETRY_AFTER
 
-    def add(self, transitions: Sequence[Transition]) -> None:
+    def add(self, items: Iterable[Transition]) -> None:
+        transitions = list(items)
         if not transitions:
             # An entry without transitions would stay, and its time would count as that of later transitions.
             return
         with self._changed:
-            self._pending += transitions
             self._came.append((time.monotonic(), len(transitions)))
-            self._changed.notify_all()
+            super().add(transitions)
 
     def call(self, action: Callable[[], object]) -> None:
         """Run an action that may wait for a store, in a thread beside the writing of outcomes."""
@@ -104,8 +102,7 @@ class Recorder(QueueService):
 
     def jobs(self) -> set[str]:
         """Return the jobs of all unwritten transitions."""
-        with self._changed:
-            return {transition.job for batch in (self._pending, self._put_off, self._writing) for transition in batch}
+        return {transition.job for transition in self.unfinished()}
 
     def start(self) -> None:
         self._calls.start()
@@ -119,10 +116,7 @@ class Recorder(QueueService):
         """Wait until all added transitions are written and all calls are done; return False if time ran out."""
         end = time.monotonic() + within
         called = self._calls.flush(within)
-        with self._changed:
-            left = max(0.0, end - time.monotonic())
-            settled = self._changed.wait_for(lambda: not (self._pending or self._put_off or self._writing), left)
-        return called and settled
+        return super().flush(max(0.0, end - time.monotonic())) and called
 
     def is_level(self, flush: Callable[[], bool]) -> bool:
         """Return True if all is written (`flush`), or if no other worker could take an unwritten job from Postgres.
@@ -132,53 +126,24 @@ class Recorder(QueueService):
         """
         if flush():
             return True
-        with self._changed:
-            unwritten = {
-                (transition.job, transition.incarnation)
-                for transition in (*self._pending, *self._put_off, *self._writing)
-            }
+        unwritten = {(transition.job, transition.incarnation) for transition in self.unfinished()}
         if not unwritten:
             return True
         jobs, lives = zip(*sorted(unwritten), strict=True)
         with self._engine.connect() as connection:
             return not connection.execute(_TAKEABLE, {"jobs": list(jobs), "lives": list(lives)}).scalar_one()
 
-    def stop(self, within: float) -> None:
-        """Write what is pending, if Postgres takes it, and end. Waits `within` seconds at the most for each thread."""
-        self._calls.stop(within)
-        super().stop(within)
+    def stop(self, within: float) -> bool:
+        """Write what is pending, if Postgres takes it, and end. Waits `within` seconds at the most for each thread.
 
-    def run(self) -> None:
-        failures = 0
-        while True:
-            with self._changed:
-                batch, again = self._next_batch()
-                if not batch:
-                    return
-                self._writing = batch
-            kept, put_off = batch, list[Transition]()
-            try:
-                kept, put_off = self._write(batch, wait=not again)
-            finally:
-                with self._changed:
-                    # In one step, so that `flush` always finds an unwritten transition in one of the lists.
-                    self._writing = []
-                    self._pending = kept + self._pending
-                    self._put_off += put_off
-                    if not (kept or again):
-                        self._forget_times(len(batch))
-                    self._changed.notify_all()
-            self._look_behind()
-            failures = failures + 1 if kept or (again and put_off) else 0
-            pause = RETRY_AFTER[min(max(0, failures - 1), len(RETRY_AFTER) - 1)]
-            if put_off:
-                self._try_again_at = time.monotonic() + pause
-            with self._changed:
-                if kept and self._stopping:
-                    # The stream has the transitions too: the worker that runs the duties writes them.
-                    return
-                if kept:
-                    self._changed.wait_for(lambda: self._stopping, pause)
+        The stream has what is left: the worker that runs the duties writes it.
+        """
+        called = self._calls.stop(within)
+        return super().stop(within) and called
+
+    def _settled(self, batch: Sequence[Transition], left: Left[Transition], *, again: bool) -> None:
+        if not (left.kept or again):
+            self._forget_times(len(batch))
 
     def _forget_times(self, count: int) -> None:
         """Forget the times of the `count` oldest transitions, which are written. The caller has the lock."""
@@ -188,7 +153,7 @@ class Recorder(QueueService):
                 self._came.appendleft((came, size - count))
             count -= min(size, count)
 
-    def _look_behind(self) -> None:
+    def _after_batch(self) -> None:
         """Log and count that Postgres is too far behind, or log that it is behind no more; only on a change."""
         behind = self.is_behind()
         if behind == self._was_behind:
@@ -208,44 +173,20 @@ class Recorder(QueueService):
         except PlatformError as error:
             logger.info("not counted: %s", error)
 
-    def _next_batch(self) -> tuple[list[Transition], bool]:
-        """Return the transitions to be written next, and whether they were tried before; none if this thread is to end.
-
-        The caller has the lock.
-        """
-        while True:
-            again_in = self._try_again_at - time.monotonic() if self._put_off and not self._stopping else None
-            if again_in is not None and again_in <= 0:
-                batch, self._put_off = self._put_off[:MAX_TRANSITIONS], self._put_off[MAX_TRANSITIONS:]
-                return batch, True
-            if self._pending or self._stopping:
-                break
-            self._changed.wait(again_in)
-        if self._pending and not self._stopping:
-            self._changed.wait_for(lambda: len(self._pending) >= MAX_TRANSITIONS or self._stopping, BATCH_WITHIN)
-        batch, self._pending = self._pending[:MAX_TRANSITIONS], self._pending[MAX_TRANSITIONS:]
-        return batch, False
-
-    def _write(self, batch: list[Transition], *, wait: bool) -> tuple[list[Transition], list[Transition]]:
-        """Write a batch; return the transitions to keep since Postgres takes nothing, and those it refused alone."""
-        if not batch:
-            return [], []
+    def _work(self, batch: Sequence[Transition], *, again: bool) -> Left[Transition]:
+        """Write a batch. Transitions are kept while Postgres takes nothing, and put off if it refused them alone."""
         try:
-            applied, left = refused_transitions.write(self._engine, batch, wait=wait)
+            applied, refused = refused_transitions.write(self._engine, batch, wait=not again)
         except SQLAlchemyError as error:
             logger.warning(
                 "Postgres does not take %d outcomes, they are kept: %s", len(batch), error.__class__.__name__
             )
-            return batch, []
-        except Exception:
-            # No error may end the thread that writes the other transitions.
-            logger.exception("%d outcomes cannot be written, they are kept", len(batch))
-            return batch, []
-        if left and wait:
-            logger.warning("the rows of %d outcomes are locked or damaged, they are kept", len(left))
-        kept = set(map(id, left))
+            return Left(batch)
+        if refused and not again:
+            logger.warning("the rows of %d outcomes are locked or damaged, they are kept", len(refused))
+        kept = set(map(id, refused))
         self._after([transition for transition in batch if id(transition) not in kept], applied)
-        return [], left
+        return Left(put_off=refused)
 
     def _after(self, batch: Sequence[Transition], applied: Sequence[Applied]) -> None:
         """Take the steps that follow once Postgres has these transitions.

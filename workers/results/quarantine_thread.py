@@ -7,7 +7,6 @@ in memory, up to a bound. Messages beyond the bound are dropped and counted.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing.store import quarantine
 from celery_capacity.routing.store.quarantine import SetAside
-from celery_capacity.workers.process.service import QueueService
+from celery_capacity.workers.results.batch_thread import BatchThread, Left
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +31,26 @@ RETRY_AFTER: Final = 1.0
 SHOWN: Final = 200
 
 
-class Quarantine(QueueService):
-    """Thread that writes unreadable messages to Postgres.
+#: A message, with the job of whose message it may be a second copy; '' for none.
+_Waiting = tuple[SetAside, str]
+
+
+class Quarantine(BatchThread[_Waiting]):
+    """Queue of unreadable messages that its thread writes to Postgres.
 
     `set_aside` never waits for a store and may be called in any thread.
     """
+
+    most = BATCH
+    retry_after = (RETRY_AFTER,)
 
     def __init__(self, engine: Engine, worker: str) -> None:
         super().__init__("quarantine")
         self._engine = engine
         self._worker = worker
-        #: Messages, each with the job of whose message it may be a second copy; '' for none.
-        self._waiting: deque[tuple[SetAside, str]] = deque()
         self._bytes = 0
         self._dropped = 0
+        self._logged = ""
 
     def set_aside(self, raw: bytes, queue: str, reason: str, unless: str = "") -> None:
         """Keep a message that was taken from a queue and cannot be read.
@@ -57,43 +62,38 @@ class Quarantine(QueueService):
         if not unless:
             _say(message)
         with self._changed:
-            if len(self._waiting) >= MAX_WAITING or self._bytes + len(message.raw) > MAX_BYTES_WAITING:
+            waiting = len(self._pending) + len(self._working)
+            if waiting >= MAX_WAITING or self._bytes + len(message.raw) > MAX_BYTES_WAITING:
                 self._dropped += 1
                 return
-            self._waiting.append((message, unless))
             self._bytes += len(message.raw)
-            self._changed.notify_all()
+            self.add([(message, unless)])
 
-    def run(self) -> None:
-        logged = ""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._stopping)
-                batch = [self._waiting[i] for i in range(min(BATCH, len(self._waiting)))]
-                dropped, self._dropped = self._dropped, 0
-            if dropped:
-                logger.error("%d messages that cannot be read were dropped: too many wait for Postgres", dropped)
-            if not batch:
-                return
-            try:
-                with self._engine.connect() as connection:
-                    self._write(connection, batch)
-            except SQLAlchemyError as error:
-                kind = type(error).__name__
-                if self._stopping:
-                    logger.error("%d messages that cannot be read are lost: %s", len(self._waiting), kind)
-                    return
-                if kind != logged:
-                    logged = kind
-                    logger.warning("Postgres does not take messages for the quarantine, they are kept: %s", logged)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopping, RETRY_AFTER)
-                continue
-            logged = ""
-            with self._changed:
-                for message, _ in batch:
-                    self._waiting.popleft()
-                    self._bytes -= len(message.raw)
+    def _work(self, batch: Sequence[_Waiting], *, again: bool) -> Left[_Waiting]:
+        try:
+            with self._engine.connect() as connection:
+                self._write(connection, batch)
+        except SQLAlchemyError as error:
+            kind = type(error).__name__
+            if kind != self._logged and not self._stopping:
+                logger.warning("Postgres does not take messages for the quarantine, they are kept: %s", kind)
+            self._logged = kind
+            return Left(batch)
+        self._logged = ""
+        return Left()
+
+    def _settled(self, batch: Sequence[_Waiting], left: Left[_Waiting], *, again: bool) -> None:
+        if not left.kept:
+            self._bytes -= sum(len(message.raw) for message, _ in batch)
+
+    def _after_batch(self) -> None:
+        with self._changed:
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            logger.error("%d messages that cannot be read were dropped: too many wait for Postgres", dropped)
+
+    def _give_up(self) -> None:
+        logger.error("%d messages that cannot be read are lost: %s", len(self._pending), self._logged)
 
     def _write(self, connection: Connection, batch: Sequence[tuple[SetAside, str]]) -> None:
         known_jobs = quarantine.known(connection, [job for _, job in batch if job])

@@ -7,49 +7,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from celery_capacity.workers.process.service import QueueService
+from celery_capacity.workers.results.batch_thread import BatchThread, Left
 
 logger = logging.getLogger(__name__)
 
 
-class StoreCalls(QueueService):
-    """Thread that runs calls one after the other, in their order.
+class StoreCalls(BatchThread[Callable[[], object]]):
+    """Queue of calls that its thread runs one after the other, in their order. An error of a call is logged."""
 
-    `call` never blocks. An error of a call is logged.
-    """
+    most = 1
 
     def __init__(self) -> None:
         super().__init__("store calls")
-        self._calls: deque[Callable[[], object]] = deque()
-        self._calling = False
 
     def call(self, action: Callable[[], object]) -> None:
-        """Run an action in this thread, after the actions that came before."""
-        with self._changed:
-            self._calls.append(action)
-            self._changed.notify_all()
+        """Run an action in the thread, after the actions that came before."""
+        self.add([action])
 
-    def flush(self, within: float) -> bool:
-        """Wait until all calls are done; return False if they are not done in `within` seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not (self._calls or self._calling), within)
-
-    def run(self) -> None:
-        """Run calls as they come, until this thread is stopped."""
-        while True:
-            with self._changed:
-                self._calling = False
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._calls or self._stopping)
-                if not self._calls:
-                    return
-                action = self._calls.popleft()
-                self._calling = True
+    def _work(self, batch: Sequence[Callable[[], object]], *, again: bool) -> Left[Callable[[], object]]:
+        for action in batch:
             began = time.monotonic()
             try:
                 action()
             except Exception:
                 logger.exception("a step beside the outcomes failed (after %.1f s)", time.monotonic() - began)
+        return Left()

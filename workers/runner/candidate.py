@@ -3,6 +3,8 @@
 The holder renews its lease three times in each term, beside the duties, however long they take. Every other worker
 looks once in a term whether the lease is free, so a successor is there within two terms. A request for a duty by
 another worker travels with that worker's look, and comes to the runner with a renewal.
+
+Between two looks the thread hears the news that concern all workers (`workers.membership.epoch_watch`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.duties.window import Window
+from celery_capacity.workers.membership.epoch_watch import EpochWatch
 from celery_capacity.workers.process.service import LookingService
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,8 @@ class Candidate(LookingService):
         self.worker = ""
         #: Called with each answer of the ledger, None where it gave none.
         self.on_look: Callable[[Elected | None], None] = lambda _: None
+        #: Subscription that this thread waits at.
+        self.news: EpochWatch | None = None
         self._term = ledger.settings.runner_term
         #: Time for which the store of the heartbeats could be read without a gap.
         self.window = Window(max(ledger.settings.renew_interval, 2 * self._term))
@@ -82,9 +87,11 @@ class Candidate(LookingService):
 
     def run(self) -> None:
         while not self._stopping:
+            answered = False
             try:
                 self._stand()
                 self._warning.over()
+                answered = True
             except (PlatformError, RedisError, SQLAlchemyError) as error:
                 self.window.restart()
                 if self._store != Store.POSTGRES:
@@ -92,8 +99,19 @@ class Candidate(LookingService):
                 self._warning.warn(f"the election of the runner waits for a store: {type(error).__name__}: {error}")
             except Exception:
                 logger.exception("the election of the runner failed; it is held again")
-            self._wake.wait(self._term / RENEWALS if self._fence else self._term)
+            self._wait(self._term / RENEWALS if self._fence else self._term, answered=answered)
         self._resign()
+        if self.news is not None:
+            self.news.close()
+
+    def _wait(self, seconds: float, *, answered: bool) -> None:
+        if self._store != "postgres" and not answered:
+            # Soon after the ledger is back, its news are heard again.
+            seconds = min(seconds, self.ledger.settings.due_interval)
+        if self.news is None:
+            self._wake.wait(seconds)
+        else:
+            self.news.wait(self._wake, seconds, answers=answered and self._store != "postgres")
 
     def _stand(self) -> None:
         store = self._authority() or Store.LEDGER

@@ -25,7 +25,7 @@ from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.recovery import resubmit, transition_log
 from celery_capacity.routing.store import backlog
-from celery_capacity.workers.process.service import LookingService
+from celery_capacity.workers.process.service import OnDemandLookingService
 from celery_capacity.workers.process.stores import Stores
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 NAME: Final = "celery-capacity-listen"
 #: Most rows brought in by one statement.
 MAX_ROWS: Final = 1000
-#: Most seconds for which a worker that is not elected waits for a wake-up.
-IDLE: Final = 60.0
 #: Settings by which the connection of a runner whose machine lost its power is soon gone.
 _SHORT_LIVED: Final = (
     f"SET application_name = '{NAME}'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; "
@@ -43,10 +41,11 @@ _SHORT_LIVED: Final = (
 )
 
 
-class Listener(LookingService):
+class Listener(OnDemandLookingService):
     """Thread that listens while this worker is elected, and brings in the jobs that it hears of.
 
-    `stores` has a handle of the ledger for this thread alone. `elected` says whether this worker is to listen.
+    `stores` has a handle of the ledger for this thread alone. `elected` says whether this worker is to listen: a change
+    of that wakes this service.
     """
 
     def __init__(self, stores: Stores, elected: Callable[[], bool]) -> None:
@@ -56,13 +55,17 @@ class Listener(LookingService):
         self._listening: Any = None
         self._warning = LastingWarning(logger)
 
+    def _has_work(self) -> bool:
+        return self._elected()
+
     def run(self) -> None:
         interval = self.stores.settings.due_interval
         while not self._stopping:
             try:
                 if not self._elected():
                     self._end()
-                    self._wake.wait(IDLE)
+                    if self._ends():
+                        return
                     continue
                 if self._listening is None:
                     self._begin()

@@ -39,7 +39,7 @@ from celery_capacity.workers.duties import (
     unique_keys,
 )
 from celery_capacity.workers.membership.cold_ledger import open_ledger
-from celery_capacity.workers.process.service import LookingService
+from celery_capacity.workers.process.service import OnDemandLookingService
 from celery_capacity.workers.process.spare_connections import close_spare
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.runner.candidate import Candidate
@@ -70,8 +70,6 @@ class Duty:
 
 #: Tick of a worker's own thread that left an outbox to be delivered.
 OUTBOX: Final = "outbox"
-#: Most seconds for which a worker that is not elected waits for a wake-up.
-IDLE: Final = 60.0
 
 DUTIES: Final = (
     # First write to Postgres what the ledger alone knows: by the rows the other duties judge what to bring in.
@@ -96,9 +94,12 @@ DUTIES: Final = (
 #: in the time between two sweeps, however many callers ask.
 SUSPICION: Final = Duty("suspicion", sweep.pause, reconcile.run_once)
 
+#: Duties for which a worker asks itself: it does them, or passes the request on, though it is not elected.
+OWN: Final = frozenset({OUTBOX, SUSPICION.name})
 
-class Runner(LookingService):
-    """Thread that runs each duty at its interval, while this worker is elected.
+
+class Runner(OnDemandLookingService):
+    """Thread that runs each duty at its interval, while this worker is elected. Else the worker has no such thread.
 
     Each duty stands alone: a failed duty is retried after a pause of its own, and the others are done. `authority` says
     which store decides, as far as this worker knows. `ledger`: see `Candidate`. `is_idle` says
@@ -143,8 +144,10 @@ class Runner(LookingService):
 
     def tick(self, name: str) -> None:
         """Note that a duty is asked for, by beat, whose ticks come to every worker, or by this worker."""
-        self._asked.add(name)
-        self._wake.set()
+        if name in OWN or self.election.holds():
+            with self._changed:
+                self._asked.add(name)
+            self.wake()
 
     def suspect(self) -> None:
         """Have the runner compare the ledger with Postgres soon, since the ledger lacks keys: deleted ones, say."""
@@ -161,23 +164,27 @@ class Runner(LookingService):
                 stores.close_spare_connections()
             transport.close_spare_connections()
 
-    def stop(self, within: float) -> None:
+    def stop(self, within: float) -> bool:
         self._stopping = True
         self._listener.stop(within)
-        super().stop(within)
+        ended = super().stop(within)
         # Last, when no duty runs any more: from here on another worker may have the lease.
         self.election.stop(within)
+        return ended
 
     def _on_change(self) -> None:
         """Wake the threads of this worker, since it has won or lost the election; in the thread of the election."""
         self._won = True
-        self._wake.set()
+        self.wake()
         self._listener.wake()
 
     def _on_asked(self, names: Sequence[str]) -> None:
         """Ask for the duties that other workers asked for; in the thread of the election."""
         for name in names:
             self.tick(name)
+
+    def _has_work(self) -> bool:
+        return bool(self._asked) or self.election.holds()
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -189,7 +196,8 @@ class Runner(LookingService):
         while not self._stopping:
             if not self.election.holds():
                 self._serve_own()
-                self._wake.wait(IDLE)
+                if self._ends():
+                    return
                 continue
             if self._won:
                 self._won = False
@@ -206,8 +214,7 @@ class Runner(LookingService):
 
     def _due(self) -> list[Duty]:
         """Return the duties that are due or asked for now. Each is due again an interval later."""
-        now, next_at = time.monotonic(), self._next_at
-        asked, self._asked = self._asked, set()
+        now, next_at, asked = time.monotonic(), self._next_at, self._take_asked()
         due_now = [duty for duty in DUTIES if now >= next_at[duty.name] or duty.tick in asked]
         for duty in due_now:
             next_at[duty.name] = now + duty.interval(self._stores.settings)
@@ -218,12 +225,17 @@ class Runner(LookingService):
             due_now.append(SUSPICION)
         return due_now
 
+    def _take_asked(self) -> set[str]:
+        with self._changed:
+            asked, self._asked = self._asked, set()
+        return asked
+
     def _serve_own(self) -> None:
         """Deliver the outboxes that this worker left in rows, without the lease, since nobody else hears of them.
 
         Its successor makes the comparison that this worker was to make while it had the lease.
         """
-        asked, self._asked = self._asked, set()
+        asked = self._take_asked()
         if self._suspected or SUSPICION.name in asked:
             self._suspected = False
             self.election.ask(SUSPICION.name)

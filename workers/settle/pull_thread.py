@@ -1,6 +1,6 @@
 """The thread of a worker that takes jobs from Postgres, and settles them there, while the ledger is gone.
 
-The thread never touches the ledger. While the ledger decides, it only looks now and then whether that is still so.
+The thread never touches the ledger. It lives only while Postgres decides.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.store import claims, fencing
 from celery_capacity.routing.store.refused_transitions import concerns_data
 from celery_capacity.workers.membership.context import WorkerContext
-from celery_capacity.workers.membership.failover import Switch
 from celery_capacity.workers.process.holdings import Holding
-from celery_capacity.workers.process.service import LookingService
+from celery_capacity.workers.process.service import OnDemandLookingService
 from celery_capacity.workers.process.stores import Stores, transactions
 
 logger = logging.getLogger(__name__)
@@ -38,12 +37,11 @@ logger = logging.getLogger(__name__)
 MAX_MISSES: Final = 5
 
 
-class Puller(LookingService):
+class Puller(OnDemandLookingService):
     """Thread that takes jobs from Postgres.
 
     `start_job` gets the text of each message, in this thread. `can_start` says whether it would start at once. `flush`
-    waits until Postgres has all earlier notes of this worker. No other thread is sure never to wait for the ledger. So
-    this thread tells Postgres that the worker lives (`tell`), and looks which store decides.
+    waits until Postgres has all earlier notes of this worker. A change of authority wakes this service.
     """
 
     def __init__(
@@ -51,7 +49,6 @@ class Puller(LookingService):
         context: WorkerContext,
         stores: Stores,
         flush: Callable[[float], bool],
-        tell: Callable[[Callable[[], bool]], None],
         start_job: Callable[[str], None],
         can_start: Callable[[], bool],
     ) -> None:
@@ -62,10 +59,8 @@ class Puller(LookingService):
         self._identity = context.identity
         self._confirmation = context.confirmation
         self._holdings = context.holdings
-        self._switch = Switch(context.engine, context.settings, context.confirmation, context.reachability)
         self._flush = flush
         self._flush_within = timeouts.FLUSH * context.settings.store_timeout
-        self._tell = tell
         self._start_job = start_job
         self._can_start = can_start
         #: Set in a signal handler: this worker takes nothing any more.
@@ -79,12 +74,17 @@ class Puller(LookingService):
         self._unwritable: set[str] = set()
         self._warning = LastingWarning(logger)
 
+    def _has_work(self) -> bool:
+        return self._confirmation.authority == Store.POSTGRES
+
     def run(self) -> None:
         while not self._stopping:
+            if not self._has_work():
+                self._listen_no_more()
+                if self._ends():
+                    return
             try:
                 self._wait()
-                self._tell(lambda: self._flush(self._flush_within))
-                self._switch.look()
                 if self._confirmation.may_pull:
                     self._pass()
                 self._warning.over()
@@ -186,10 +186,6 @@ class Puller(LookingService):
 
     def _wait(self) -> None:
         """Wait until somebody wakes this thread, Postgres notifies of something to take, or an interval is over."""
-        if self._confirmation.authority != Store.POSTGRES:
-            self._listen_no_more()
-            self._wake.wait(self._settings.due_interval)
-            return
         if self._listening is None and time.monotonic() >= self._listen_at:
             self._listen()
         poll = os_threads.poll()

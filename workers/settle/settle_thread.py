@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
-from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import StoreUnavailable, storable
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.replies import (
@@ -35,11 +34,11 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.policy.unknown_starts import is_known_before_start
 from celery_capacity.routing.store.job_transitions import REVOKED, Transition
-from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker.transport import digest_of, raw_of
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.claim_writer import Arrival, running
 from celery_capacity.workers.process.holdings import Holding
+from celery_capacity.workers.process.service import LookingService
 from celery_capacity.workers.settle.lost_keys import Keyless
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds, left_by
 
@@ -58,7 +57,7 @@ NOT_OURS: Final = {
 ERROR_LENGTH: Final = 8000
 
 
-class LedgerThread(os_threads.Thread):
+class LedgerThread(LookingService):
     """Thread for claims and ends. `arrive` and `end` never block, in any thread. It calls `start_job` itself."""
 
     def __init__(
@@ -70,7 +69,7 @@ class LedgerThread(os_threads.Thread):
         on_closed: Callable[[], None],
         set_aside: Callable[[bytes, str, str, str], None],
     ) -> None:
-        super().__init__(name="ledger", daemon=True)
+        super().__init__("ledger")
         self._ledger = context.ledger
         self._identity = context.identity
         self._confirmation = context.confirmation
@@ -89,11 +88,8 @@ class LedgerThread(os_threads.Thread):
         self._keyless = Keyless(context, self._ends.append, self._said_again)
         self._returns: deque[tuple[str, Token, str]] = deque()
         self._nonces = itertools.count()
-        self._wake = Wake()
-        self.wake = self._wake.set
         #: Set in a signal handler: this worker's releases admit no further job here.
         self.draining = False
-        self._stopping = False
         self._unsure = False
         self._refused: set[str] = set()
         #: Claimed jobs that cannot start yet: this process may not decide any more, or Postgres lacks their claim.
@@ -143,14 +139,6 @@ class LedgerThread(os_threads.Thread):
     def idle(self) -> bool:
         """Return True if nothing is held here, and nothing is to be settled."""
         return not (self._arrivals or self._ends or self._refused or self._late or self._unsure or self._holdings.all())
-
-    def stop(self, within: float) -> bool:
-        """Settle what is pending, then end; return False if that took longer than `within` seconds."""
-        self._stopping = True
-        self._wake.set()
-        if self.is_alive():
-            self.join(within)
-        return not self.is_alive()
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
