@@ -97,7 +97,7 @@ def asked(decision: Admission | Refusal) -> str | None:
 
 @ON_A_SERVER
 @given(BOOKS, REQUESTS, CLOSED)
-def test_a_submit_takes_the_worker_that_the_policy_chooses_and_files_where_it_refuses(
+def test_submit_admits_to_the_worker_that_the_policy_chooses(
     ledger: Ledger, books: list[Book], request_: Request, why: str
 ) -> None:
     write(ledger, books, why)
@@ -113,7 +113,7 @@ def test_a_submit_takes_the_worker_that_the_policy_chooses_and_files_where_it_re
 
 @ON_A_SERVER
 @given(BOOKS, st.lists(REQUESTS, min_size=2, max_size=12))
-def test_submits_one_after_another_take_what_the_policy_takes_one_after_another(
+def test_submits_take_what_the_policy_takes_one_after_another(
     ledger: Ledger, books: list[Book], requests: list[Request]
 ) -> None:
     write(ledger, books)
@@ -132,7 +132,7 @@ def test_submits_one_after_another_take_what_the_policy_takes_one_after_another(
 
 @ON_A_SERVER
 @given(BOOKS, st.lists(REQUESTS, min_size=2, max_size=12))
-def test_many_submitted_at_once_take_what_the_policy_takes_one_after_another(
+def test_submit_many_takes_what_the_policy_takes_one_after_another(
     ledger: Ledger, books: list[Book], requests: list[Request]
 ) -> None:
     write(ledger, books)
@@ -301,9 +301,7 @@ def _amounts(shape: str) -> Iterator[tuple[str, int]]:
 
 @settings(ON_A_SERVER, max_examples=10)
 @given(st.integers(0, 5), st.sampled_from([MOST_ADMITTED - 1, MOST_ADMITTED, 2 * MOST_ADMITTED + 3]))
-def test_more_shapes_and_jobs_than_one_script_looks_at_are_gone_through_by_the_cursor(
-    ledger: Ledger, most: int, jobs: int
-) -> None:
+def test_registration_goes_through_more_shapes_than_one_script_looks_at(ledger: Ledger, most: int, jobs: int) -> None:
     write(ledger, [])
     # As many shapes that never fit stand before the shapes that do: the cursor has to pass them.
     wide = [Waiting(f"wide-{n}", Request.of({"cpus": 9_000_000 + n}), order(9, n)) for n in range(SHAPES + most)]
@@ -394,7 +392,7 @@ def test_a_job_that_fits_nowhere_is_filed_after_all_workers_were_looked_at(ledge
     assert ledger.client.zrange(keys.wait(request_.shape), 0, -1) == [b"job"]
 
 
-def test_a_job_behind_others_of_its_shape_leaves_the_search_to_the_first_of_them(ledger: Ledger) -> None:
+def test_job_behind_others_of_its_shape_is_not_searched_for_at_submit(ledger: Ledger) -> None:
     books = crowd({f"w{n:04}": 4000 for n in range(CANDIDATES + 1)})
     write(ledger, books)
     request_ = Request.of({"cpus": 1000, "memory": 1})

@@ -51,7 +51,7 @@ def test_a_last_attempt_takes_an_empty_worker_and_nothing_comes_beside_it(cluste
     assert (cluster.state("next"), cluster.book()["a.alone"]) == ("admitted", "0")
 
 
-def test_a_job_is_filed_to_run_alone_by_the_loss_that_leaves_it_one_attempt(cluster: Cluster) -> None:
+def test_job_runs_alone_after_the_loss_that_leaves_it_one_attempt(cluster: Cluster) -> None:
     cluster.run("beside")
     cluster.submit("job", losses=LAST - 1)
     assert cluster.claim("job", "1.1").losses == LAST - 1
@@ -109,7 +109,7 @@ def test_a_worker_is_kept_no_more_for_a_job_that_is_revoked(cluster: Cluster) ->
 
 
 @pytest.mark.parametrize("how", ["is revoked", "goes elsewhere"])
-def test_a_worker_that_is_kept_no_more_is_filled_with_more_than_one_pass_admits(cluster: Cluster, how: str) -> None:
+def test_worker_that_is_kept_no_more_is_filled_over_several_passes(cluster: Cluster, how: str) -> None:
     cluster.register(capacity=Request.of({"cpus": 10**6, "memory": 10**6, "slots": 1000}).shape)
     cluster.run("one")
     cluster.submit("last", losses=LAST)
@@ -164,7 +164,7 @@ def test_a_job_that_would_fit_no_empty_worker_keeps_none(cluster: Cluster) -> No
     assert (kept(cluster), cluster.submit("next")) == ("", "w")
 
 
-def test_jobs_that_come_before_it_in_order_are_taken_before_a_worker_is_kept(cluster: Cluster) -> None:
+def test_jobs_earlier_in_order_are_taken_before_a_worker_is_kept(cluster: Cluster) -> None:
     cluster.run("one", Request.of({"cpus": 4000}).shape)
     for job, losses in (("before", 0), ("last", LAST), ("after", 0)):
         assert cluster.submit(job, losses=losses) is None

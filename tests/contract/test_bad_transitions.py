@@ -198,7 +198,7 @@ def test_postgres_that_takes_nothing_sets_nothing_aside(stage: Stage) -> None:
     assert [stage.row(job).state for job in jobs] == ["admitted"] * 3
 
 
-def test_row_that_cannot_be_written_at_all_keeps_its_entry_and_stops_nobody(stage: Stage) -> None:
+def test_row_that_cannot_be_written_keeps_its_entry_and_stops_nobody(stage: Stage) -> None:
     jobs = [stage.submit(cpus=1000, applied=False) for _ in range(3)]
     refuse(stage, f"NEW.id = '{jobs[1]}'", "XX001")
     stage.apply()

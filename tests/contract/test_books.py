@@ -21,7 +21,7 @@ def cluster(redis_url: str) -> Iterator[Cluster]:
         yield cluster
 
 
-def test_a_draining_worker_whose_lease_ran_out_for_a_moment_is_still_draining(cluster: Cluster) -> None:
+def test_draining_worker_drains_on_after_its_lease_ran_out_for_a_moment(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.ledger.drain("w", "w-life")
     cluster.expire()
@@ -31,7 +31,7 @@ def test_a_draining_worker_whose_lease_ran_out_for_a_moment_is_still_draining(cl
     assert cluster.submit("next") is None
 
 
-def test_a_ready_worker_whose_lease_ran_out_for_a_moment_is_open_again_with_its_whole_view(cluster: Cluster) -> None:
+def test_ready_worker_opens_with_its_view_after_its_lease_ran_out(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.expire()
     cluster.lapse(grace_ms=10**9)
@@ -53,7 +53,7 @@ def test_a_worker_with_a_reserved_book_has_to_register_before_it_is_open(cluster
     assert cluster.client.llen("queue.w") == 1
 
 
-def test_a_worker_that_has_yet_to_say_what_it_holds_admits_nothing_before_it_renews(cluster: Cluster) -> None:
+def test_closed_worker_admits_nothing_before_it_renews(cluster: Cluster) -> None:
     cluster.ledger.leave("w", "w-life")
     assert cluster.ledger.register("w", "w-life", "queue.w", CAPACITY, VIEW, "closed") == Filled(0)
     assert cluster.submit("job") is None
@@ -114,7 +114,7 @@ def test_a_torn_book_is_as_good_as_none(cluster: Cluster) -> None:
     assert cluster.book()["a.cpus"] == "1000"
 
 
-def test_a_successor_of_a_lapsed_worker_takes_its_name_and_leaves_no_queue_behind(cluster: Cluster) -> None:
+def test_successor_of_a_lapsed_worker_takes_its_name_and_leaves_no_queue(cluster: Cluster) -> None:
     cluster.client.lpush("queue.w", "a doubled message")
     cluster.expire()
     assert isinstance(cluster.ledger.register("w", "next-life", "queue.next", CAPACITY, VIEW), Filled)
@@ -132,7 +132,7 @@ def test_capacity_that_shrank_below_what_runs_is_said_until_it_fits_again(cluste
     assert cluster.client.zscore(keys.FREE, "w") == 0
 
 
-def test_what_a_worker_holds_since_an_older_epoch_may_exceed_what_it_has_now(cluster: Cluster) -> None:
+def test_holdings_of_an_older_epoch_may_exceed_the_capacity_of_now(cluster: Cluster) -> None:
     cluster.client.flushdb()
     cluster.ledger.open(2)
     cluster.ledger.reserve("w", "w-life", Request.of({"cpus": 500, "memory": 100}).shape)
@@ -141,7 +141,7 @@ def test_what_a_worker_holds_since_an_older_epoch_may_exceed_what_it_has_now(clu
 
 
 @pytest.mark.parametrize("way", ["a submit", "a registration", "a search"])
-def test_a_worker_whose_last_slot_is_taken_leaves_the_index_until_one_is_free(cluster: Cluster, way: str) -> None:
+def test_worker_leaves_the_index_when_its_last_slot_is_taken(cluster: Cluster, way: str) -> None:
     cluster.ledger.leave("w", "w-life")
     narrow = Request.of({"cpus": 4000, "memory": 100, "slots": 1}).shape
     if way == "a submit":
@@ -186,7 +186,7 @@ def test_a_job_whose_hash_was_lost_is_adopted_without_being_counted_twice(cluste
     assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("1000", b"1000")
 
 
-def test_a_job_that_is_cancelled_on_its_way_to_the_ledger_is_not_admitted_there(cluster: Cluster) -> None:
+def test_job_cancelled_on_its_way_to_the_ledger_is_not_admitted(cluster: Cluster) -> None:
     assert cluster.ledger.cancel("job", "cancelled").verdict == "missing"
     assert cluster.ledger.submit("job", ONE, 1, MESSAGE).state == "exists"
     assert cluster.ledger.cancel("job", "cancelled").verdict == "over"

@@ -28,7 +28,7 @@ def cluster(redis_url: str) -> Iterator[Cluster]:
         yield cluster
 
 
-def test_a_runner_is_elected_though_the_clock_was_set_back_since_the_last_renewal(cluster: Cluster) -> None:
+def test_duty_runner_is_elected_though_the_clock_was_set_back(cluster: Cluster) -> None:
     """The end of a lease is a time: it comes an hour later."""
     assert cluster.ledger.elect("a", 0, 0.9).fence == 1
     assert cluster.ledger.elect("b", 0, 0.9).fence == 0
@@ -57,7 +57,7 @@ def test_a_clock_that_is_set_forward_takes_no_job_from_a_worker_that_lives(clust
     assert cluster.end("job", "1.1").verdict == "released"
 
 
-def test_a_worker_that_stays_silent_is_lost_when_the_grace_is_over_since_somebody_saw_it(cluster: Cluster) -> None:
+def test_silent_worker_is_lost_a_grace_after_somebody_saw_it(cluster: Cluster) -> None:
     cluster.run("job")
     set_forward(cluster, HOUR_MS)
     assert looked_at(cluster) == "closed"
@@ -92,9 +92,7 @@ def looked_at(cluster: Cluster) -> str:
     return cluster.ledger.lapse("w", GRACE_MS, MOST_LOSSES, most=0).verdict
 
 
-def test_a_cold_ledger_is_opened_though_postgres_was_set_back_since_the_authority_changed(
-    engine: Engine, settings: Settings
-) -> None:
+def test_cold_ledger_is_opened_though_the_clock_of_postgres_was_set_back(engine: Engine, settings: Settings) -> None:
     """Nobody decides for a while after a change, but nobody waits for an hour that is still to come."""
     stage = Stage(engine, settings)
     stage.sql("UPDATE authority SET changed_at = now() + interval '1 hour'")

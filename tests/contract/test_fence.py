@@ -135,7 +135,7 @@ def test_a_reconcile_leaves_a_committed_job_to_its_worker(stage: Stage) -> None:
     assert verify.check(stage.engine, stage.redis, at_rest=True, patience=0.2).lines() == []
 
 
-def test_the_word_of_its_worker_that_was_lost_with_the_ledger_is_made_up_for(stage: Stage) -> None:
+def test_reconcile_makes_up_for_an_end_that_was_lost_with_the_stream(stage: Stage) -> None:
     job = running(stage)
     commit(stage, job)
     stage.end(job, applied=False)
@@ -159,7 +159,7 @@ def lose(stage: Stage) -> int:
     return lapsed.taken_back
 
 
-def test_what_a_lost_worker_had_committed_does_not_run_again_and_the_rest_does(stage: Stage) -> None:
+def test_committed_job_of_a_lost_worker_does_not_run_again(stage: Stage) -> None:
     committed, other = running(stage), running(stage)
     assert commit(stage, committed)
     stage.worker("b", cpus=4000)
@@ -171,7 +171,7 @@ def test_what_a_lost_worker_had_committed_does_not_run_again_and_the_rest_does(s
     assert stage.redis.hexists(keys.held("b"), committed) is False
 
 
-def test_an_attempt_of_a_lost_worker_cannot_commit_before_its_next_one_is_known(stage: Stage) -> None:
+def test_attempt_of_a_lost_worker_cannot_commit_before_the_next_one(stage: Stage) -> None:
     job = running(stage)
     lose(stage)
     # The stream has not been applied: by the row the job runs.
@@ -246,7 +246,7 @@ def test_what_ran_on_a_life_that_has_ended_goes_back_or_is_lost(
     assert (row.state, row.losses) == (state, losses + 1)
 
 
-def test_a_job_that_a_worker_says_it_runs_is_entered_though_it_has_committed(stage: Stage) -> None:
+def test_adopted_job_that_has_committed_ends_as_succeeded(stage: Stage) -> None:
     job = running(stage)
     commit(stage, job)
     stage.redis.flushdb()

@@ -276,7 +276,7 @@ def test_what_has_succeeded_already_is_not_waited_for(app: Celery, stage: Stage)
 
 
 @pytest.mark.parametrize("outcome", ["failed", "cancelled", "lost", "expired"])
-def test_one_that_did_not_succeed_ends_those_that_need_it_and_those_that_need_them(
+def test_failed_job_ends_all_jobs_that_need_it_directly_or_not(
     app: Celery, stage: Stage, duty: Any, outcome: str
 ) -> None:
     first, other = send(app), send(app)
@@ -538,9 +538,7 @@ def test_a_rate_that_is_lifted_lets_all_go(app: Celery, stage: Stage, duty: Any)
     assert state(stage, send(app)) in ("accepted", "admitted")
 
 
-def test_a_job_under_a_rate_keeps_its_time_and_passes_its_other_gates_first(
-    app: Celery, stage: Stage, duty: Any
-) -> None:
+def test_job_under_a_rate_keeps_its_eta_and_its_dependencies(app: Celery, stage: Stage, duty: Any) -> None:
     limit(app, stage, "100/s")
     first = send(app)
     later, after = send(app, countdown=3600), send(app, after=first)
@@ -591,7 +589,7 @@ def test_what_the_code_declares_holds_unless_one_was_set_at_run_time(app: Celery
     assert stage.row(limited.delay().id).rated is True
 
 
-def test_workers_publish_what_their_tasks_declare_for_senders_that_do_not_have_them(app: Celery, stage: Stage) -> None:
+def test_worker_publishes_the_declarations_of_its_tasks_for_senders(app: Celery, stage: Stage) -> None:
     @app.task(name=TASK, rate_limit="1/h", shared=False)
     def limited() -> None: ...
 

@@ -284,7 +284,7 @@ def test_the_keys_in_a_header_are_those_that_the_script_uses(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_script_never_searches_the_server_and_has_no_time_or_chance_of_its_own(name: str) -> None:
+def test_script_uses_no_search_of_keys_no_clock_and_no_chance(name: str) -> None:
     code = assembled(name)
     commands = set(re.findall(r"redis\.p?call\('(\w+)'", code))
     assert not commands & {"KEYS", "SCAN", "SSCAN", "HSCAN", "ZSCAN", "FLUSHDB", "FLUSHALL", "RANDOMKEY", "WAIT"}
@@ -368,7 +368,7 @@ def test_the_binding_handles_each_reply_that_the_header_lists_and_no_other(
         assert made in str(binding.call(Recording(settings_without_servers, name, in_turn(replies))))
 
 
-def test_the_scripts_that_free_memory_run_when_the_server_is_full_and_submit_does_not() -> None:
+def test_scripts_run_on_a_full_server_but_for_the_two_that_submit() -> None:
     flagged = {name for name in NAMES if "allow-oom" in (scripts.FLAGS.match(scripts.source(name)) or [""])[0]}
     # Scripts that admit run, too. Only running jobs give back what the backlog takes up, and there are no more of them
     # than fit.

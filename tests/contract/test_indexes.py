@@ -70,7 +70,7 @@ def crowd(workers: int, most: Mapping[str, int], one: Mapping[str, int], allocat
 
 
 @pytest.mark.parametrize("what", RARE)
-def test_a_search_costs_the_same_however_many_workers_do_not_have_what_is_asked_for(ledger: Ledger, what: str) -> None:
+def test_search_costs_the_same_beside_workers_without_the_resource(ledger: Ledger, what: str) -> None:
     most, rare, request = RARE[what]
     costs = []
     for workers in (1, 3 * CANDIDATES):
@@ -99,7 +99,7 @@ def test_a_search_in_vain_costs_the_same_too(ledger: Ledger, what: str) -> None:
     assert costs[:2] == costs[2:]
 
 
-def test_of_a_candidate_that_is_passed_over_nothing_is_read_that_grows_with_its_queues(ledger: Ledger) -> None:
+def test_search_reads_no_queues_of_candidates_that_it_passes_over(ledger: Ledger) -> None:
     queues = labels(["celery", *(f"queue-{n}" for n in range(99))])
     write(ledger, crowd(9, queues, {**queues, "memory": 9}))
     client: Any = ledger.client
@@ -186,7 +186,7 @@ HAS: Final = st.tuples(
 
 @settings(ON_A_SERVER, max_examples=15)
 @given(st.lists(ASKED, min_size=SHAPES // 2, max_size=SHAPES), st.integers(1, 60), HAS)
-def test_of_more_shapes_than_a_page_a_worker_takes_what_the_policy_says_in_its_order(
+def test_worker_takes_jobs_in_policy_order_from_more_shapes_than_a_page(
     ledger: Ledger, asked: Sequence[tuple[str, str | None]], slots: int, has: tuple[list[str], set[str]]
 ) -> None:
     # Of the first page it may take little.

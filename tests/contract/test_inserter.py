@@ -95,7 +95,7 @@ def test_a_row_is_the_same_by_either_way(
     check()
 
 
-def test_a_common_kind_of_jobs_has_a_statement_of_its_own_on_each_connection(
+def test_inserter_prepares_a_statement_for_each_common_kind_of_job(
     engine: Engine, inserter: Inserter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("celery_capacity.routing.insert.inserter._MOST_KINDS", 2)
@@ -126,7 +126,7 @@ def test_a_common_kind_of_jobs_has_a_statement_of_its_own_on_each_connection(
     assert submitted() == ["own_job", "own_job", "simple_job"]
 
 
-def test_two_processes_to_which_a_pooler_gives_each_other_s_sessions_write_what_they_mean(engine: Engine) -> None:
+def test_inserters_whose_sessions_a_pooler_swaps_write_their_own_rows(engine: Engine) -> None:
     made = [Inserter(create_engine(engine.url, isolation_level="AUTOCOMMIT", poolclass=NullPool), engine) for _ in "ab"]
     sent: list[NewJob] = []
 

@@ -83,7 +83,7 @@ def test_lost_worker_whose_row_is_refused_does_not_keep_the_jobs_of_others(stage
     assert stage.row(refused).state == "waiting"
 
 
-def test_a_commit_that_hangs_for_longer_than_a_worker_may_is_ended_by_the_server(engine: Engine, stage: Stage) -> None:
+def test_server_ends_a_commit_that_hangs_for_too_long(engine: Engine, stage: Stage) -> None:
     job = running(stage, "a")
     with engine.connect() as connection:
         assert fencing.commit(connection, Publisher(job, stage.ledger.epoch, 1, "a-life"), hangs_after=0.05)
@@ -126,7 +126,7 @@ def test_what_a_worker_claims_that_was_nearly_given_up_is_left_to_it(stage: Stag
 
 
 @pytest.mark.parametrize("claimed", [False, True])
-def test_what_a_life_held_whose_book_went_missing_does_not_stay_with_the_next_one(stage: Stage, claimed: bool) -> None:
+def test_job_whose_former_book_is_missing_does_not_stay_with_the_new_life(stage: Stage, claimed: bool) -> None:
     """Keys were deleted while the worker was dead: the book of its next life says nothing of the former one."""
     stage.worker("a", cpus=1000)
     job = stage.submit(cpus=1000)
@@ -142,9 +142,7 @@ def test_what_a_life_held_whose_book_went_missing_does_not_stay_with_the_next_on
     assert stage.redis.hget(keys.book("a"), "a.cpus") == b"1000"
 
 
-def test_a_worker_that_postgres_has_not_seen_is_given_up_by_who_watched_it_being_silent(
-    stage: Stage, stores: Stores
-) -> None:
+def test_worker_is_given_up_by_a_watcher_of_its_silence_not_by_a_clock(stage: Stage, stores: Stores) -> None:
     """While Postgres decides its clock tells who is silent; set forward, it makes all workers silent at once."""
     dead, lives = running(stage, "a"), running(stage, "b")
     stage.sql("UPDATE authority SET authority = 'postgres'")

@@ -35,7 +35,7 @@ def test_a_worker_that_was_given_up_cannot_end_a_job_that_ended_as_lost(cluster:
     assert cluster.end("job", "1.1").verdict == "stale"
 
 
-def test_a_worker_that_was_given_up_cannot_end_a_job_whose_successor_runs_next(cluster: Cluster) -> None:
+def test_given_up_worker_cannot_end_a_job_whose_successor_is_noted(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.ledger.note_successor("job", b"its successor")
     cluster.expire()
@@ -130,7 +130,7 @@ def test_a_worker_recovers_what_it_was_handed_over_and_does_not_know(cluster: Cl
     assert cluster.ledger.recover("w", "former-life", []) == []
 
 
-def test_a_claim_that_is_sent_again_is_granted_and_a_doubled_message_is_not(cluster: Cluster) -> None:
+def test_claim_sent_again_is_granted_and_a_doubled_message_is_not(cluster: Cluster) -> None:
     cluster.submit("job")
     first = cluster.claim("job", "1.1", nonce="a")
     again = cluster.claim("job", "1.1", nonce="a")
@@ -161,7 +161,7 @@ def test_a_job_that_is_lost_for_good_still_runs_its_successor(cluster: Cluster) 
     assert cluster.submit("job", attempt=1, losses=MOST_LOSSES) == "w"
 
 
-def test_that_there_is_a_successor_is_not_noted_on_the_attempt_that_runs_it(cluster: Cluster) -> None:
+def test_successor_is_not_noted_on_the_attempt_that_runs_it(cluster: Cluster) -> None:
     """The word of the successor came late: Postgres, and with it the ledger, had gone on.
 
     If it were noted, a loss of that attempt would look like a job that goes on. The job would then run again although
@@ -217,7 +217,7 @@ def test_a_job_that_was_lost_with_the_book_is_counted_when_it_is_adopted(
 # Lists of the jobs that a worker holds.
 
 
-def test_running_job_is_taken_back_when_no_list_named_it_for_a_renew_interval(cluster: Cluster) -> None:
+def test_running_job_is_taken_back_when_no_heartbeat_names_it(cluster: Cluster) -> None:
     interval = round(1000 * cluster.ledger.settings.renew_interval)
     cluster.run("job")
     for _ in range(5):

@@ -90,7 +90,7 @@ def test_lease_that_ran_out_is_challenged_too(others: Namesakes) -> None:
         others.take(others.renews)
 
 
-def test_silent_incarnation_of_another_boot_is_given_up_when_its_lease_ran_out(others: Namesakes) -> None:
+def test_silent_incarnation_of_another_boot_is_given_up_after_its_lease(others: Namesakes) -> None:
     others.registers()
     assert others.take() == 1
     lease = int(others.stage.redis.hget(keys.book("a"), "lease") or 0)
@@ -114,7 +114,7 @@ def test_incarnation_that_only_postgres_knows_is_waited_for(others: Namesakes) -
         others.take(seen)
 
 
-def test_clock_of_postgres_that_is_set_forward_gives_nobody_up_unchallenged(others: Namesakes) -> None:
+def test_clock_of_postgres_set_forward_gives_nobody_up_unchallenged(others: Namesakes) -> None:
     others.registers()
     others.stage.redis.delete(keys.book("a"))
     others.stage.sql("UPDATE workers SET seen_at = seen_at - interval '1 hour'")

@@ -146,9 +146,7 @@ def test_overtaken_opener_changes_no_row(stage: Stage, monkeypatch: pytest.Monke
     check_overtaken(stage, opener)
 
 
-def test_stopped_opener_does_not_keep_the_next_epoch_out_by_its_transaction(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_opener_does_not_keep_the_next_epoch_out(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server ends a transaction in which nothing is said for the opener's term."""
     opener = Stopping(stage.settings, "")
     real: Callable[..., Any] = claims.give_back

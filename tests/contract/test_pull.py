@@ -157,7 +157,7 @@ def test_what_must_not_start_is_not_taken(decides: Engine) -> None:
     assert take(decides, book()) == ["due", "in time"]
 
 
-def test_nothing_is_taken_where_postgres_does_not_decide_or_in_another_epoch(engine: Engine) -> None:
+def test_nothing_is_taken_under_the_ledger_or_in_another_epoch(engine: Engine) -> None:
     submit(engine, "job")
     assert take(engine, book(), epoch=1) == []
     with engine.begin() as connection:
@@ -247,7 +247,7 @@ def test_what_a_worker_that_has_ended_held_goes_back_once(decides: Engine) -> No
     assert row(decides, "held").state == "running"
 
 
-def test_an_attempt_of_old_books_that_postgres_has_overtaken_leaves_no_trace(decides: Engine) -> None:
+def test_attempt_of_old_books_that_postgres_overtook_leaves_no_trace(decides: Engine) -> None:
     submit(decides, "job")
     assert take(decides, book()) == ["job"]
     late = Transition("job", 1, 1, "running", Step.RUNNING, "old", "old-life", 1, 1, 1, 0)
@@ -271,7 +271,7 @@ def test_an_attempt_of_old_books_that_postgres_has_overtaken_leaves_no_trace(dec
         ([("a", 20.0, 0.0, "ready"), ("b", None, 0.0, "left")], True),
     ],
 )
-def test_postgres_decides_when_every_live_worker_lost_the_ledger_long_enough(
+def test_postgres_decides_when_all_live_workers_lost_the_ledger_long_ago(
     engine: Engine, workers: list[tuple[str, float | None, float, str]], changes: bool
 ) -> None:
     for name, lost_for, age, status in workers:
@@ -340,7 +340,7 @@ def test_a_job_that_must_not_run_again_is_known_as_such_by_who_takes_it(decides:
         ("left before", False),
     ],
 )
-def test_job_may_have_started_on_a_worker_that_is_silent_since_the_ledger_was_lost(
+def test_job_may_have_started_on_a_worker_silent_since_the_ledger_was_lost(
     decides: Engine, worker: str, doubtful: bool
 ) -> None:
     """Its number is left out, and its loss counted, once; a job that came later is not concerned."""

@@ -142,7 +142,7 @@ def test_a_running_job_keeps_its_attempt_when_only_its_places_were_lost(scene: S
     scene.stage.end(scene.running)
 
 
-def test_a_running_job_keeps_its_attempt_when_the_book_of_its_worker_was_lost_too(scene: Scene) -> None:
+def test_running_job_keeps_its_attempt_when_its_book_was_lost_too(scene: Scene) -> None:
     """Its worker lives, and registers again at its next heartbeat: a reconcile that comes before it takes nothing."""
     stage = scene.stage
     scene.redis.delete(keys.book("b"), keys.held("b"), keys.job(scene.other))

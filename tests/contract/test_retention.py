@@ -281,7 +281,7 @@ def test_what_an_attempt_of_an_archived_job_says_late_leaves_no_trace(stage: Sta
     assert ids(stage, "jobs") == []
 
 
-def test_a_job_that_the_ledger_still_has_is_taken_out_of_it_once_its_row_is_archived(stage: Stage) -> None:
+def test_archived_job_is_removed_from_a_ledger_that_still_has_it(stage: Stage) -> None:
     """Redis came back with old books, for example."""
     job = stage.submit(cpus=1000)
     stage.start(job)

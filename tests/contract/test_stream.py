@@ -57,7 +57,7 @@ def test_any_order_doubled_thinned_and_in_any_batches_gives_the_same_rows(
 
 @ON_A_SERVER
 @given(SEVERAL)
-def test_each_transition_in_its_order_gives_the_rows_that_the_newest_ones_say(
+def test_transitions_in_each_order_give_the_rows_of_the_newest_ones(
     connection: Connection, histories: Sequence[list[Transition]]
 ) -> None:
     rows = Rows(connection)
@@ -109,7 +109,7 @@ def test_an_older_token_is_refused_whatever_it_says(
 
 @ON_A_SERVER
 @given(SEVERAL, st.integers(0, 10**6))
-def test_two_writers_at_once_give_the_same_rows_and_do_not_wait_for_each_other_for_ever(
+def test_two_writers_at_once_give_the_same_rows_without_a_deadlock(
     engine: Engine, connection: Connection, histories: Sequence[list[Transition]], seed: int
 ) -> None:
     rows = Rows(connection)

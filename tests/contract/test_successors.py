@@ -63,7 +63,7 @@ def test_a_successor_of_which_the_ledger_was_not_told_starts_at_once(
     assert (row.state, row.attempt, row.retries + row.nesting) == ("admitted", 2, 1)
 
 
-def test_a_retry_that_was_revoked_on_its_way_to_the_ledger_is_not_taken_there(stage: Stage) -> None:
+def test_retry_revoked_on_its_way_to_the_ledger_is_not_taken_there(stage: Stage) -> None:
     job = stage.submit(cpus=1000)
     stage.start(job)
     publish(stage, job, retries=1)

@@ -214,7 +214,7 @@ def test_two_who_deliver_at_once_call_what_follows_once(
         assert connection.execute(text("SELECT count(*) FROM jobs WHERE name = 'some.errback'")).scalar_one() == 1
 
 
-def test_a_chain_goes_on_after_a_step_that_committed_and_died_before_it_returned(app: Celery, stage: Stage) -> None:
+def test_chain_goes_on_after_a_step_that_committed_and_died(app: Celery, stage: Stage) -> None:
     """Its effect is there, once; a client that waits for the end of the chain must not wait for ever."""
     steps = [app.signature(f"step.{number}", task_id=f"step-{number}") for number in (3, 2)]
     link = app.signature("some.link", task_id="link")
@@ -250,7 +250,7 @@ def become(app: Celery) -> Iterator[Callable[[Parts | None], None]]:
     change(None)
 
 
-def test_a_part_that_takes_long_is_left_to_whoever_delivers_it_while_that_worker_lives(
+def test_slow_part_is_left_to_its_deliverer_while_that_worker_lives(
     app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch, become: Callable[[Parts | None], None]
 ) -> None:
     """The part keeps back nobody, and no row stays locked; its fate is noted when it is known."""

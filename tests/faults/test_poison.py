@@ -15,7 +15,7 @@ NORMAL = 200
 
 
 @pytest.mark.long
-def test_a_task_that_kills_its_worker_is_lost_after_three_deaths_and_200_others_succeed(
+def test_task_that_kills_workers_is_lost_after_three_and_others_succeed(
     world: World, submitter: Submitter, oracle: Oracle
 ) -> None:
     for name in ("a", "c"):

@@ -65,7 +65,7 @@ def row(engine: Engine, job: str) -> Any:
 # -- what an app has of its own
 
 
-def test_every_task_runs_with_what_it_declares_through_the_projects_own_classes(
+def test_task_runs_with_its_declaration_through_the_projects_own_classes(
     platform: Platform, project: Celery, request: pytest.FixtureRequest
 ) -> None:
     when = request.node.callspec.params["project"]
@@ -171,7 +171,7 @@ def test_a_configuration_that_is_read_anew_keeps_the_platforms_defaults(environ:
     assert {entry["task"] for entry in app.conf.beat_schedule.values()} == beat_messages.NAMES
 
 
-def test_a_configuration_module_wins_over_the_platforms_defaults_as_it_does_over_celerys(environ: None) -> None:
+def test_configuration_module_wins_over_the_defaults_of_the_platform(environ: None) -> None:
     app = install(Celery("module", set_as_current=False))
     entry = {"task": "adopted.late", "schedule": 60.0}
     theirs = {"WORK_TASK_DEFAULT_QUEUE": "work", "WORK_TASK_ACKS_LATE": True, "WORK_BEAT_SCHEDULE": {"late": entry}}
@@ -183,7 +183,7 @@ def test_a_configuration_module_wins_over_the_platforms_defaults_as_it_does_over
     assert {entry["task"] for entry in app.conf.beat_schedule.values()} >= beat_messages.NAMES
 
 
-def test_a_configuration_that_makes_its_values_when_they_are_read_still_does(environ: None) -> None:
+def test_configuration_that_computes_its_values_on_reading_still_does(environ: None) -> None:
     class Lazy(dict[str, Any]):
         def __getitem__(self, name: str) -> Any:
             return super().__getitem__(name)()

@@ -60,7 +60,7 @@ def write(tmp_path: Path) -> Write:
 # -- the file alone
 
 
-def test_the_first_pattern_that_fits_counts_and_keeps_what_it_does_not_name(write: Write) -> None:
+def test_first_fitting_pattern_counts_and_keeps_what_it_does_not_name(write: Write) -> None:
     rules = task_rules.read(write(FILE))
     four = Request.from_options({"cpus": 4, "memory": "2GiB"}, 1000)
     name = "tests.tasks.declared."
@@ -146,7 +146,7 @@ def test_annotations_give_requests_as_they_give_all_else(platform_environment: d
         assert sent(engine, app, "four") == {"cpus": 4, "slots": 1, "rerun": True}
 
 
-def test_the_call_stands_over_the_file_and_the_file_over_annotations_and_code(
+def test_call_wins_over_file_and_file_over_annotations_and_code(
     platform_environment: dict[str, str], engine: Engine, write: Write
 ) -> None:
     environment = {**platform_environment, "PLATFORM_REQUESTS": str(write(FILE))}
@@ -160,7 +160,7 @@ def test_the_call_stands_over_the_file_and_the_file_over_annotations_and_code(
         assert sent(engine, app, "three_again")["cpus"] == 3
 
 
-def test_a_worker_publishes_what_its_file_says_and_does_not_start_with_a_wrong_one(
+def test_worker_publishes_its_file_and_does_not_start_with_a_wrong_one(
     platform: Platform, submitter: Submitter, write: Write
 ) -> None:
     wrong = platform.start("wrong", "worker", PLATFORM_REQUESTS=str(write("[a]\ncpu = 1\n")))

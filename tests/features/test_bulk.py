@@ -109,7 +109,7 @@ def test_what_is_the_same_for_all_is_made_once(app: Any, submitter: Submitter, m
     assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(25)]
 
 
-def test_where_the_interpreter_ends_and_starts_no_thread_many_are_stored_all_the_same(
+def test_submit_many_stores_all_where_the_interpreter_starts_no_thread(
     app: Any, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("concurrent.futures.thread._shutdown", True)

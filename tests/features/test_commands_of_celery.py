@@ -48,7 +48,7 @@ def says(log: Path, text: str = READY) -> str:
     return until(found, f"{log.name} has {text!r}")
 
 
-def test_a_worker_detaches_itself_with_modules_by_option_and_setting_and_the_commands_speak_with_it(
+def test_detached_worker_takes_modules_and_hears_the_commands(
     platform: Platform, submitter: Submitter, pidfiles: Path
 ) -> None:
     project = platform.folder / "project"

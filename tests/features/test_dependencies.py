@@ -71,7 +71,7 @@ def test_a_job_starts_at_once_when_the_last_that_it_needs_has_succeeded(
 
 
 @pytest.mark.usefixtures("usual")
-def test_a_failure_ends_all_that_need_it_with_the_result_that_a_revoke_gives(submitter: Submitter) -> None:
+def test_failure_ends_all_dependents_with_the_result_of_a_revoke(submitter: Submitter) -> None:
     before = submitter.jobs()
     with pytest.raises(InvalidRequest, match="'nobody'"):
         submitter.send(ADD, 1, 2, after=["nobody"])

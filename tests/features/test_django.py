@@ -54,7 +54,7 @@ def jobs(platform: Platform) -> list[Any]:
 
 
 @pytest.mark.long
-def test_an_order_is_sent_on_commit_and_computed_by_a_worker_with_the_projects_settings(platform: Platform) -> None:
+def test_django_order_is_sent_on_commit_and_computed_with_its_settings(platform: Platform) -> None:
     move_into(platform, "django", "shop")
     migrated = python(platform, "manage.py", "migrate", "-v", "0")
     assert migrated.returncode == 0, migrated.stderr

@@ -70,9 +70,7 @@ def test_the_duty_looks_every_second_unless_it_is_told_otherwise() -> None:
     assert Settings.from_environ({}).due_interval == 1.0
 
 
-def test_a_job_that_expires_before_it_is_admitted_or_behind_its_time_never_starts(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_job_that_expires_before_admission_or_its_time_never_starts(platform: Platform, submitter: Submitter) -> None:
     full = submitter.send(HOLD, "full", cpus=2)
     tasks.started(platform.redis, "full")
     waits = submitter.send(ADD, 1, 2, expires=0.5)

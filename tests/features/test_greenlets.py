@@ -61,7 +61,7 @@ def test_many_jobs_that_wait_run_at_once_on_one_cpu(platform: Platform, submitte
     assert {(row.state, row.attempt, row.losses) for row in rows} == {("succeeded", 1, 0)}
 
 
-def test_a_job_that_computes_for_longer_than_a_lease_costs_its_worker_nothing(
+def test_greenlet_that_computes_beyond_a_lease_costs_its_worker_nothing(
     platform: Platform, submitter: Submitter, tmp_path: Path
 ) -> None:
     over = tmp_path / "over"
@@ -141,9 +141,7 @@ def test_a_job_whose_greenlet_is_killed_by_somebody_else_has_failed(platform: Pl
     assert send(tasks.add, 1, 2).get(timeout=20) == 3
 
 
-def test_jobs_that_start_programs_leave_the_connections_of_their_worker_alone(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_greenlets_that_start_programs_spare_the_worker_s_connections(platform: Platform, submitter: Submitter) -> None:
     sent = [send(greenlets.asking_a_program, f"word{number}") for number in range(20)]
     assert [result.get(timeout=30) for result in sent] == [f"word{number}\n" for number in range(20)]
     assert send(tasks.add, 1, 2).get(timeout=20) == 3
@@ -181,7 +179,7 @@ def test_a_pool_of_greenlets_that_scales_itself_publishes_its_largest_size(
     assert [(row.state, row.attempt) for row in rows] == [("succeeded", 1)] * 5
 
 
-def test_a_worker_of_greenlets_that_is_killed_loses_its_jobs_and_one_that_is_stopped_lets_them_end(
+def test_worker_of_greenlets_loses_jobs_when_killed_and_ends_them_on_stop(
     platform: Platform, submitter: Submitter
 ) -> None:
     """Other ends of a worker, and their effects on its jobs, are in tests/faults."""

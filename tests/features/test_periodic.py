@@ -52,7 +52,7 @@ def runs(platform: Platform) -> dict[str, list[Any]]:
     return by_kind
 
 
-def test_entries_of_every_kind_run_with_their_requests_beside_the_platforms_ticks(platform: Platform) -> None:
+def test_periodic_entries_of_every_kind_run_beside_the_platform_s_ticks(platform: Platform) -> None:
     platform.app = "tests.tasks.periodic"
     platform.environment.pop("PLATFORM_IMPORTS")
     was_away(2, platform.folder / "celerybeat-schedule")

@@ -49,7 +49,7 @@ def test_what_a_rate_holds_back_takes_no_room_and_says_so(platform: Platform, su
     assert submitter.ended(second).state == "succeeded"
 
 
-def test_a_rate_that_is_set_at_run_time_holds_for_senders_that_do_not_know_it(submitter: Submitter) -> None:
+def test_rate_set_at_run_time_holds_for_senders_that_do_not_know_it(submitter: Submitter) -> None:
     assert submitter.ended(submitter.send(gated.unlimited.name)).rated is False
     submitter.app.control.rate_limit(gated.unlimited.name, "1/h")
     first, second = submitter.send(gated.unlimited.name), submitter.send(gated.unlimited.name)

@@ -165,7 +165,7 @@ def test_it_is_kept_for_a_worker_that_is_away(platform: Platform, submitter: Sub
     away.stop()
 
 
-def test_the_command_line_and_a_celery_without_the_platform_reach_what_waits(
+def test_command_line_and_plain_celery_revoke_waiting_jobs(
     full: str, platform: Platform, submitter: Submitter, heard: Path
 ) -> None:
     by_command, by_celery = submitter.send(ADD, 1, 1), submitter.send(ADD, 1, 1, countdown=60)

@@ -141,9 +141,7 @@ def set_revision(engine: Engine, revision: str) -> None:
         connection.execute(text(f"UPDATE {migrations.VERSION_TABLE} SET version_num = :to"), {"to": revision})
 
 
-def test_a_worker_of_before_starts_on_newer_tables_and_works_beside_newer_workers(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_older_worker_starts_on_newer_tables_beside_newer_workers(platform: Platform, submitter: Submitter) -> None:
     """The additions are a revision, a column of jobs, and fields of messages and of the ledger's books."""
     with platform.engine.begin() as connection:
         connection.execute(text("ALTER TABLE jobs ADD COLUMN of_the_next_release text DEFAULT 'new'"))

@@ -160,7 +160,7 @@ def send(platform: Platform, folder: Path, *ways: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_signed_messages_are_verified_before_they_are_jobs_and_before_they_run(
+def test_signed_message_is_verified_before_it_is_stored_and_before_it_runs(
     server_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trusted, stranger = make_key(tmp_path / "known", "known"), make_key(tmp_path / "stranger", "stranger")

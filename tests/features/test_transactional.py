@@ -218,7 +218,7 @@ def test_a_canvas_is_part_of_the_transaction_as_a_whole(
 
 
 @pytest.mark.parametrize("kind", ["group", "chord"])
-def test_what_a_generator_of_tasks_publishes_itself_is_no_part_of_the_transaction(
+def test_publishes_of_a_generator_of_tasks_are_outside_the_transaction(
     app: Any, submitter: Submitter, session: Session, kind: str
 ) -> None:
     apart: list[Any] = []
@@ -283,7 +283,7 @@ def test_the_platform_s_own_table_is_meant_whatever_the_search_path_says(
     assert result.get(timeout=20) == 18
 
 
-def test_sessions_that_cannot_be_used_are_refused_before_anything_is_written(
+def test_unusable_session_is_refused_before_anything_is_written(
     app: Any, submitter: Submitter, server_pair: Pair, engine_of_the_program: Engine
 ) -> None:
     before = submitter.jobs()

@@ -164,7 +164,7 @@ def test_results_that_were_kept_in_the_ledgers_redis_wait_for_it(
     assert submitter.value(submitter.send(ADD, 40, 2)) == 42
 
 
-def test_a_ledger_that_hung_comes_back_with_old_books_and_they_admit_nothing(
+def test_hung_ledger_comes_back_with_old_books_and_admits_nothing(
     platform: Platform, servers: Servers, submitter: Submitter, tmp_path: Path
 ) -> None:
     trace = tmp_path / "trace"
@@ -275,7 +275,7 @@ def test_retries_countdowns_expiries_and_revokes_work_without_the_ledger(
     assert [submitter.ended(job).state for job in full] == ["succeeded"] * 4
 
 
-def test_gates_open_and_shut_without_the_ledger_and_stay_so_when_it_is_back(
+def test_gates_open_and_shut_without_the_ledger_and_stay_so_afterwards(
     alone: Platform, servers: Servers, submitter: Submitter, tmp_path: Path
 ) -> None:
     trace = str(tmp_path / "trace")
@@ -333,7 +333,7 @@ def test_a_job_that_loses_its_process_is_alone_at_last_and_lost_then(
         submitter.value(deadly)
 
 
-def test_the_cluster_is_shown_and_a_worker_leaves_and_one_comes_without_the_ledger(
+def test_cluster_is_shown_and_workers_come_and_go_without_the_ledger(
     alone: Platform, submitter: Submitter, tmp_path: Path
 ) -> None:
     running = send_work(submitter, tmp_path / "trace", range(4), 6.0)
@@ -353,7 +353,7 @@ def test_the_cluster_is_shown_and_a_worker_leaves_and_one_comes_without_the_ledg
         assert {row.name: row.status for row in rows} == {"a": "ready", "b": "left", "c": "ready"}
 
 
-def test_a_postgres_that_is_older_than_the_ledger_opens_an_epoch_above_both(
+def test_postgres_older_than_the_ledger_opens_an_epoch_above_both(
     platform: Platform, submitter: Submitter, tmp_path: Path
 ) -> None:
     platform.worker("a", cpus=2)

@@ -103,7 +103,7 @@ def test_a_ledger_that_does_not_answer_costs_a_submitter_a_moment_once(
     assert not any(thread.name == "breaker" for thread in threading.enumerate())
 
 
-def test_a_name_that_only_workers_know_is_sent_without_them_while_the_ledger_is_silent(
+def test_task_known_to_workers_alone_is_sent_while_the_ledger_is_silent(
     platform: Platform, submitter: Submitter, app: Celery, ledger_path: Proxy
 ) -> None:
     platform.worker("a", 4, "threads")

@@ -255,7 +255,7 @@ def test_a_mailbox_whose_connection_is_half_open_finds_its_messages_again(
 # -- between
 
 
-def test_a_sender_that_dies_between_commit_and_admission_leaves_its_job_to_the_workers(
+def test_job_of_a_sender_dead_after_its_commit_is_left_to_the_workers(
     platform: Platform, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform.worker("a", 2, "threads")

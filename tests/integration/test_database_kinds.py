@@ -56,7 +56,7 @@ def test_database_of_another_encoding_is_refused_with_what_to_do(
 
 
 @pytest.mark.parametrize("level", ["serializable", "repeatable read"])
-def test_database_of_another_isolation_serves_since_each_connection_pins_its_own(
+def test_database_of_another_isolation_serves_as_connections_pin_theirs(
     platform: Platform, submitter: Submitter, level: str
 ) -> None:
     url = platform.settings.database_url
@@ -81,9 +81,7 @@ def test_database_of_another_isolation_serves_since_each_connection_pins_its_own
     assert submitter.ended(job).state == "succeeded"
 
 
-def test_text_of_every_kind_is_stored_whatever_the_client_encoding_of_the_environment(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_text_of_every_kind_is_stored_in_whatever_client_encoding(platform: Platform, submitter: Submitter) -> None:
     platform.worker("a", cpus=2, PGCLIENTENCODING="LATIN1")
     job = submitter.send(FAIL, "größer ✓ 火")
     row = submitter.ended(job)

@@ -69,9 +69,7 @@ def most_at_once(rows: list[dict[str, Any]], worker: str) -> float:
 
 
 @pytest.mark.long
-def test_a_trace_runs_on_a_private_pair_and_the_report_is_what_the_tasks_saw(
-    platform: Platform, trace: Path, tmp_path: Path
-) -> None:
+def test_demo_runs_a_trace_on_a_private_pair_and_reports_it(platform: Platform, trace: Path, tmp_path: Path) -> None:
     log, mark, temporary = tmp_path / "log.csv", uuid.uuid4().hex, tmp_path / "t"
     temporary.mkdir()
     done = platform.celery(*demo(trace, "--json", "--log", str(log)), **PRIVATE, DEMO_MARK=mark, TMPDIR=str(temporary))

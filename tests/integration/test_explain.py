@@ -91,7 +91,7 @@ def test_a_full_worker_and_the_jobs_before_it_are_counted(stage: Stage) -> None:
     assert (_why(stage, urgent).place, _why(stage, urgent).before) == (1, 0)
 
 
-def test_a_job_that_must_run_alone_says_so_and_so_do_those_that_it_keeps_out(stage: Stage) -> None:
+def test_explain_tells_of_a_job_that_must_run_alone_and_those_behind_it(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
     beside = stage.submit(cpus=1000)
     stage.start(beside)

@@ -59,9 +59,7 @@ def test_an_exception_in_the_block_leaves_nothing(platform: Platform, submitter:
     assert effects(platform, job) == []
 
 
-def test_an_exception_after_the_block_changes_neither_the_effect_nor_the_end(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_exception_after_the_block_changes_neither_effect_nor_end(platform: Platform, submitter: Submitter) -> None:
     platform.worker("a", cpus=2)
     job = submitter.send(LEAVE, "raises after")
     # The job has succeeded, so nobody hears of a failure. Its return value is unknown.
@@ -95,9 +93,7 @@ def test_a_process_that_dies_after_its_commit_is_not_started_again(platform: Pla
     outcomes(submitter, job, "succeeded")
 
 
-def test_a_worker_that_dies_after_a_commit_is_lost_and_the_job_is_not_started_again(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_committed_job_of_a_worker_that_died_is_not_started_again(platform: Platform, submitter: Submitter) -> None:
     killed = platform.worker("a", cpus=2)
     job = submitter.send(LEAVE, "held after", "gate")
     at_gate(platform, "gate", job)
@@ -146,7 +142,7 @@ def test_a_worker_that_is_stopped_after_a_commit_hands_nothing_back(
     outcomes(submitter, job, "succeeded")
 
 
-def test_a_worker_that_wakes_up_too_late_leaves_no_effect_and_its_job_has_one(
+def test_worker_that_wakes_up_too_late_leaves_no_second_effect(
     platform: Platform, submitter: Submitter, stopped: Process
 ) -> None:
     job = submitter.send(LEAVE, "held in", "gate")
@@ -192,7 +188,7 @@ def test_outside_of_an_attempt_nothing_is_fenced(platform: Platform) -> None:
         pytest.fail("not reached")
 
 
-def test_a_session_on_another_database_is_refused_before_anything_is_written(
+def test_session_on_another_database_is_refused_before_any_write(
     platform: Platform, server_pair: Pair, here: Attempt
 ) -> None:
     with empty_database(server_pair) as other:

@@ -59,7 +59,7 @@ def _later(message: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("forge", [_other_arguments, _other_task, _other_request, _later])
-def test_a_message_that_differs_from_its_row_is_refused_and_the_own_one_runs(
+def test_message_that_differs_from_its_row_is_refused_and_the_own_one_runs(
     platform: Platform, stopped: Any, submitter: Submitter, forge: Any
 ) -> None:
     job = submitter.send(ADD, 40, 2, cpus=4)

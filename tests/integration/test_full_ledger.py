@@ -37,7 +37,7 @@ def states(platform: Platform) -> dict[str, int]:
         return {row[0]: row[1] for row in rows}
 
 
-def test_a_full_redis_ends_what_it_has_takes_no_more_and_goes_on_when_it_has_room(
+def test_full_redis_ends_what_it_has_and_goes_on_when_it_has_room(
     platform: Platform, submitter: Submitter, tmp_path: Path
 ) -> None:
     trace = tmp_path / "trace"

@@ -205,9 +205,7 @@ def probe(kind: str, environ: dict[str, str], **replaced: str) -> int:
 
 
 @pytest.mark.long
-def test_a_worker_is_ready_when_it_is_in_the_ledger_and_no_longer_when_it_is_gone(
-    platform: Platform, tmp_path: Path
-) -> None:
+def test_worker_is_ready_while_the_ledger_has_it(platform: Platform, tmp_path: Path) -> None:
     environ = {**platform.environment, "NODE_NAME": "a", "PATH": with_path(programs(tmp_path))}
     assert probe("readinessProbe", environ) == 1
     worker = platform.worker("a", pool="threads")
@@ -217,7 +215,7 @@ def test_a_worker_is_ready_when_it_is_in_the_ledger_and_no_longer_when_it_is_gon
     assert probe("readinessProbe", environ) == 1
 
 
-def test_a_process_is_alive_while_it_runs_and_not_when_it_is_stopped_or_dead(tmp_path: Path) -> None:
+def test_process_is_alive_while_it_runs_and_not_when_stopped_or_dead(tmp_path: Path) -> None:
     def alive() -> bool:
         replaced_paths = {"/proc/1/": f"/proc/{process.pid}/"}
         return probe("livenessProbe", {"PATH": "/usr/bin:/bin"}, **replaced_paths) == 0

@@ -91,9 +91,7 @@ def test_a_job_that_was_broken_off_and_must_not_run_again_ends_as_lost(
     assert submitter.value(other) == "b"
 
 
-def test_a_sender_that_does_not_know_the_task_hears_that_it_must_not_run_again(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_task_unknown_to_its_sender_is_not_to_be_run_again(platform: Platform, submitter: Submitter) -> None:
     platform.worker("a", cpus=1)
     job = submitter.app.send_task(ONCE, ["gate"]).id
     assert not submitter.row(job).rerun
@@ -119,7 +117,7 @@ def test_the_losses_after_which_a_job_is_lost_are_a_setting(platform: Platform, 
 
 
 @pytest.mark.long
-def test_a_task_that_kills_its_worker_is_found_out_and_its_neighbours_all_succeed(
+def test_task_that_kills_workers_is_lost_and_its_neighbours_succeed(
     platform: Platform, submitter: Submitter, tmp_path: Path
 ) -> None:
     deaths, trace = tmp_path / "deaths", tmp_path / "trace"
@@ -181,7 +179,7 @@ def test_a_job_that_must_run_alone_gets_a_worker_though_others_keep_coming(
 # -- an attempt that lost its lease and still runs
 
 
-def test_a_worker_is_offered_nothing_for_the_room_that_an_attempt_without_its_lease_takes_up(
+def test_room_of_an_attempt_without_its_lease_is_not_offered(
     platform: Platform, submitter: Submitter, stopped: Process
 ) -> None:
     job = submitter.send(NUMBERED, "gate", cpus=2)

@@ -74,7 +74,7 @@ def test_models_and_migrations_agree(engine: Engine) -> None:
         assert compare_metadata(context, schema.metadata) == []
 
 
-def test_checks_and_partial_indexes_agree_too_which_alembic_does_not_compare(engine: Engine) -> None:
+def test_checks_and_partial_indexes_agree_with_the_migrations(engine: Engine) -> None:
     with engine.begin() as connection:
         migrated = _definitions(connection, "public")
         connection.execute(text("CREATE SCHEMA modelled"))

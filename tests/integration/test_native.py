@@ -11,7 +11,7 @@ from celery_capacity.routing.config.settings import Settings
 from tests.fixtures.forking import ROOT, usual_environment
 
 
-def test_threads_and_greenlets_share_locks_and_conditions_and_no_connections(settings: Settings) -> None:
+def test_threads_and_greenlets_share_locks_and_no_connections(settings: Settings) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.fixtures.contending"],
         env={**usual_environment(), "REDIS_URL": str(settings.redis_url)},

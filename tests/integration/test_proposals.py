@@ -104,7 +104,7 @@ def admit_all(way: Way) -> int:
     [("file", True), ("cache", True), ("sums", False), ("columns", False), ("registration", False)],
     indirect=["way"],
 )
-def test_only_a_way_without_truth_gives_away_what_is_taken_when_it_was_emptied(way: Way, overcommitted: bool) -> None:
+def test_only_a_way_without_truth_overcommits_when_it_was_emptied(way: Way, overcommitted: bool) -> None:
     way.empty()
     admitted = admit_all(way)
     admitted += way.recover() + admit_all(way)

@@ -150,7 +150,7 @@ def test_what_is_set_aside_while_postgres_is_away_is_kept(platform: Platform, su
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
-def test_a_job_whose_body_is_a_bomb_fails_by_way_of_the_queue_and_of_a_reply(
+def test_job_with_a_bomb_as_body_fails_by_queue_and_by_reply(
     platform: Platform, submitter: Submitter, pool: Pool
 ) -> None:
     worker = platform.worker("a", 1, pool)
@@ -172,7 +172,7 @@ def test_a_job_whose_body_is_a_bomb_fails_by_way_of_the_queue_and_of_a_reply(
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
-def test_a_job_whose_message_makes_no_task_fails_and_whoever_waits_hears_of_it(
+def test_job_whose_message_makes_no_task_fails_and_waiters_hear_of_it(
     platform: Platform, submitter: Submitter, pool: Pool
 ) -> None:
     worker = platform.worker("a", 4, pool)

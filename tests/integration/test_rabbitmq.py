@@ -107,7 +107,7 @@ def test_queues_priorities_revokes_and_replies(platform: Platform, submitter: Su
     assert {submitter.ended(result.id).queue for result in theirs} == {"celery", "video"}
 
 
-def test_a_worker_that_dies_loses_neither_its_jobs_nor_what_it_was_about_to_enroll(
+def test_dying_worker_loses_neither_its_jobs_nor_those_to_be_enrolled(
     platform: Platform, submitter: Submitter, old: Celery, rabbitmq: RabbitMQ
 ) -> None:
     first = platform.worker("a", 1, "prefork")

@@ -59,9 +59,7 @@ def test_a_worker_misses_its_book_between_two_heartbeats(platform: Platform, sub
     assert submitter.value(submitter.send(ADD, 1, 2)) == 3
 
 
-def test_the_messages_of_a_producer_that_knows_nothing_of_the_platform_become_jobs(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_messages_of_a_plain_producer_become_jobs(platform: Platform, submitter: Submitter) -> None:
     url = platform.settings.redis_url
     old = Celery("old", broker=url, backend=url, set_as_current=False)
     before = old.send_task(ADD, [1, 2])

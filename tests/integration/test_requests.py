@@ -175,7 +175,7 @@ def test_a_program_without_the_task_sends_it_with_its_declared_request(
     assert row.request == {"cpus": 4, "memory": 2**30, "slots": 1}
 
 
-def test_a_task_that_its_sender_knows_has_its_request_by_name_before_any_worker(settings: Settings) -> None:
+def test_task_known_to_its_sender_has_its_request_before_any_worker(settings: Settings) -> None:
     app = create_app("early", resolve=lambda _: settings)
     job = app.send_task(f"{DECLARED}.four_and_two").id
     with platform_of(app).engine.connect() as connection:

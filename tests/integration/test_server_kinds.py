@@ -89,7 +89,7 @@ def books_are_right(running: Platform) -> bool:
     return verify.check(running.engine, running.redis).ok
 
 
-def test_two_platforms_in_two_databases_of_one_redis_know_nothing_of_each_other(
+def test_two_platforms_in_databases_of_one_redis_stay_apart(
     tmp_path: Path, own_embedded_url: str, server_pair: Pair
 ) -> None:
     """Both platforms use one worker name and one job id."""

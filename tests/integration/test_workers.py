@@ -185,7 +185,7 @@ def test_a_second_worker_of_a_live_name_ends_and_says_why(platform: Platform, su
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "with a job"])
-def test_the_name_of_a_worker_that_is_stopped_and_not_dead_is_free_when_its_lease_ran_out(
+def test_name_of_a_stopped_worker_is_free_when_its_lease_ran_out(
     platform: Platform, submitter: Submitter, busy: bool
 ) -> None:
     stopped = platform.worker("a", 1, "threads")

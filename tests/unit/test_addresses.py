@@ -35,7 +35,7 @@ def test_a_url_names_a_place(url: str, address: Address) -> None:
     assert read(address.url) == address
 
 
-def test_a_socket_and_sentinels_are_kept_as_celery_reads_them_and_others_as_they_are() -> None:
+def test_url_of_a_socket_or_of_sentinels_is_kept_as_celery_reads_it() -> None:
     kept = {
         "redis://h": "redis://h",
         "redis://h/1?x=y": "redis://h/1?x=y",
@@ -74,7 +74,7 @@ def test_no_password_is_in_the_error(url: str) -> None:
     assert "s3c" not in str(caught.value)
 
 
-def test_broker_and_results_may_be_something_else_and_leave_the_name_to_celerys_options() -> None:
+def test_broker_and_results_may_be_elsewhere_and_celery_names_them() -> None:
     assert elsewhere("amqp://h//", "CELERY_BROKER_URL") == "amqp://h//"
     assert elsewhere("db+sqlite:///x", "CELERY_RESULT_BACKEND") == "db+sqlite:///x"
     assert elsewhere("unix:///run/r.sock", "CELERY_BROKER_URL") == "redis+socket:///run/r.sock?virtual_host=0"

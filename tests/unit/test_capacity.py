@@ -37,7 +37,7 @@ def lay_out(root: Path, files: dict[str, str]) -> Machine:
     return Machine(root)
 
 
-def test_without_settings_or_limits_the_affinity_and_the_machine_s_memory_count() -> None:
+def test_capacity_is_affinity_and_memory_without_settings_or_limits() -> None:
     detected = publish(Settings(), HOST)
     assert detected.capacity.to_people() == {"cpus": 8, "memory": 64 * GIB, "slots": 8}
     assert detected.sources == {"cpus": "affinity", "memory": "psutil", "slots": "CPUs"}
@@ -108,7 +108,7 @@ V2 = {
 }
 
 
-def test_version_2_counts_the_smallest_quota_from_the_own_group_to_the_root(tmp_path: Path) -> None:
+def test_version_2_counts_the_smallest_quota_up_to_the_root(tmp_path: Path) -> None:
     machine = lay_out(
         tmp_path,
         {

@@ -43,7 +43,7 @@ def test_only_the_first_end_of_an_attempt_counts() -> None:
     assert not held.end("stranger", "1.1")
 
 
-def test_an_attempt_that_lost_its_lease_still_counts_beside_a_newer_one_of_the_same_job() -> None:
+def test_attempt_without_its_lease_counts_beside_a_newer_one_of_its_job() -> None:
     held = holdings(2000)
     held.add(holding("job"))
     held.add(holding("job", token="2.2"))

@@ -75,7 +75,7 @@ def thread(started: SimpleQueue[Any], confirmation: Confirmation) -> LedgerThrea
     return LedgerThread(context, decides, nothing, started.put, nothing, nothing)
 
 
-def test_what_was_handed_over_in_a_lost_answer_is_asked_for_however_late_the_worker_may_decide(
+def test_jobs_of_a_lost_answer_are_asked_for_however_late_it_is(
     thread: LedgerThread, started: SimpleQueue[Any], confirmation: Confirmation
 ) -> None:
     thread.end("first", "1.1", "succeeded")

@@ -59,7 +59,7 @@ def test_fifty_levels_of_headers_are_allowed_and_one_more_is_not() -> None:
         check_headers(json.dumps({"headers": {"mine": nested(51)}, "properties": {"a": 1}}).encode())
 
 
-def test_a_canvas_may_be_deeper_since_each_of_its_steps_takes_several_levels() -> None:
+def test_canvas_may_be_deeper_as_each_step_takes_several_levels() -> None:
     check_body(body(embed={**EMBED, "chord": nested(400)}), "task")
     check_body(body([], {"header": nested(400)}), "celery.chord")
     with pytest.raises(MessageTooDeep, match="the canvas"):

@@ -128,7 +128,7 @@ def test_only_the_first_candidates_are_looked_at() -> None:
     assert choose(asks, books, 2, after=(3, "c")).__class__ is Refusal
 
 
-def test_workers_without_the_queue_or_the_resource_are_not_among_the_candidates() -> None:
+def test_workers_without_the_queue_or_the_resource_are_no_candidates() -> None:
     books = [*(book(f"a{n}", 1) for n in range(9)), serving("b", "video"), book("c", 3, licence=1)]
     assert choose(need(1).within("video"), books, 1) == Admission("b")
     assert choose(need(1, licence=1), books, 1) == Admission("c")
@@ -136,7 +136,7 @@ def test_workers_without_the_queue_or_the_resource_are_not_among_the_candidates(
     assert choose(need(1), only, 1) == Admission("b")
 
 
-def test_candidates_are_those_that_have_the_rarest_of_what_is_asked_for_in_the_default_queue() -> None:
+def test_candidates_have_the_rarest_resource_in_the_default_queue() -> None:
     books = [book("a", 1, gpus=1, licence=1), book("b", 2, licence=1), book("c", 3, licence=2, gpus=2)]
     assert found_by(need(1, gpus=1, licence=1), books) == "gpus"
     assert found_by(need(1, gpus=1, licence=1).within("video"), books) == "queue:video"
@@ -241,7 +241,7 @@ def test_only_a_worker_that_serves_its_queue_takes_a_job() -> None:
     assert [[job.job for job in fill(b, waiting, 9, 9)] for b in books] == [["1", "3"], ["1", "2", "3"], ["2"], []]
 
 
-def test_why_nobody_takes_it_names_the_queue_first_and_then_only_those_that_serve_it() -> None:
+def test_refusal_names_the_queue_first_and_then_only_those_that_serve_it() -> None:
     video = need(9).within("video")
     assert survey(video, [serving("a", "celery", cpus=99)]) == Refusal(Reason.NO_QUEUE)
     assert survey(need(1), [serving("a", "video")]) == Refusal(Reason.NO_QUEUE)
@@ -252,7 +252,7 @@ def test_why_nobody_takes_it_names_the_queue_first_and_then_only_those_that_serv
     assert survey(video, books) == Refusal(Reason.TOO_LARGE, "cpus", 9, 8, "b")
 
 
-def test_a_worker_that_leaves_a_queue_is_not_over_for_what_it_still_holds_of_it() -> None:
+def test_worker_that_leaves_a_queue_is_not_over_by_what_it_still_holds() -> None:
     left = replace(serving("a", "celery"), allocated={"slots": 1, "queue:video": 1})
     assert (left.over, left.open) == (None, True)
     assert fits(need(1), left) is None

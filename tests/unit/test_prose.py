@@ -23,6 +23,8 @@ FILES: Final = sorted(
 OPENING: Final = re.compile(r"(What|Whether|Whoever|The same|As above|One|All of these)\b|\(")
 #: Names that say nothing of a value.
 EMPTY: Final = frozenset({"found", "one", "known", "said", "own", "given", "told"})
+#: Characters of the name of a test: `test_<subject>_<expected>_<condition>`.
+TEST_NAME_LENGTH: Final = 70
 #: The newest commits, and characters of their subjects.
 COMMITS: Final = 50
 SUBJECT_LENGTH: Final = 60
@@ -74,6 +76,16 @@ def test_comment_opens_with_its_subject() -> None:
 
 def test_local_name_says_what_is_in_it() -> None:
     assert lines_of(fault for fault in local_names() if fault[2] in EMPTY) == []
+
+
+def test_name_of_a_test_is_read_at_a_glance() -> None:
+    names = (
+        (path, node.lineno, node.name)
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    )
+    assert lines_of(fault for fault in names if len(fault[2]) > TEST_NAME_LENGTH) == []
 
 
 def test_subject_of_a_commit_names_its_area_and_is_short() -> None:

@@ -86,7 +86,7 @@ def test_what_happens_on_the_way_of_a_job(state: State, event: Event, target: St
 
 
 @given(st.sampled_from(State), st.sampled_from(Event))
-def test_what_the_table_lacks_is_refused_with_state_event_and_what_is_possible(state: State, event: Event) -> None:
+def test_event_outside_the_table_is_refused_with_what_is_possible(state: State, event: Event) -> None:
     if (state, event) in TRANSITIONS:
         assert follow(state, event) is TRANSITIONS[state, event]
         return
@@ -112,7 +112,7 @@ def test_no_walk_through_the_table_leaves_a_final_state(walk: list[Event]) -> No
     assert ended <= 1
 
 
-def test_what_leaves_an_attempt_needs_its_token_and_what_begins_one_a_newer() -> None:
+def test_end_of_an_attempt_needs_its_token_and_a_beginning_a_newer_one() -> None:
     for state, event in TRANSITIONS:
         needed = token_needed(state, event)
         if event in (Event.ADMIT, Event.ADOPT):

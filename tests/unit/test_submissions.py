@@ -76,7 +76,7 @@ def hold_up(ledger: Ledger, sent: Submissions) -> None:
     until(lambda: sent._left == 1 and not sent._waiting, "the thread has it")
 
 
-def test_who_waited_for_nothing_is_in_a_row_though_it_waited_for_a_processor() -> None:
+def test_sender_that_waited_for_a_processor_alone_is_in_a_row() -> None:
     last = Moment(10.0, thread=1, waits=5)
     soon, later, long = last.at + IN_A_ROW / 2, last.at + IN_A_ROW * 2, last.at + IN_A_ROW_BUSY * 2
     same, other, waited = last, last._replace(thread=2), last._replace(waits=6)
@@ -112,7 +112,7 @@ def test_jobs_in_a_row_are_brought_by_a_thread_together_and_in_their_order(ledge
     assert set(ledger.threads[1:]) == {"submissions"}
 
 
-def test_a_row_that_has_gone_on_for_long_is_brought_in_larger_steps_than_one_that_begins(
+def test_long_row_is_brought_in_larger_steps_than_a_short_one(
     ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submission_queue, "GATHER_AT_MOST", ALWAYS)
@@ -157,9 +157,7 @@ def test_senders_wait_for_a_thread_that_cannot_keep_up(
     assert ledger.jobs == [*range(13)]
 
 
-def test_who_waits_for_the_thread_does_not_wait_for_what_others_send_meanwhile(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sender_does_not_wait_for_what_others_send_meanwhile(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submission_queue, "IN_A_ROW", ALWAYS)
     monkeypatch.setattr(submission_queue, "PATIENCE", ALWAYS)
     others = threading.Event()

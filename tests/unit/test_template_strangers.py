@@ -104,7 +104,7 @@ def test_what_is_patched_after_the_first_calls_is_called_too(app: Celery, target
     assert patched.called
 
 
-def test_what_stands_in_the_place_of_send_task_sees_each_call_as_it_was_made(app: Celery) -> None:
+def test_replacement_of_send_task_sees_each_call_as_it_was_made(app: Celery) -> None:
     task = app.tasks["free"]
     for _ in range(3):
         task.delay()
@@ -184,7 +184,7 @@ def test_without_servers_wrong_arguments_are_the_error() -> None:
         task.delay()
 
 
-def test_without_servers_a_test_can_put_something_in_the_place_of_send_task() -> None:
+def test_send_task_can_be_replaced_in_tests_without_servers() -> None:
     app = create_app("alone", resolve=nobody)
     task = app.task(two, name="two", shared=False)
     with mock.patch.object(app, "send_task") as send:
@@ -254,7 +254,7 @@ def test_the_first_of_two_errors_is_the_one_that_celery_meets_first(app: Celery)
         compare(app, jobs, "free", (object(),), None, task_id="a b")
 
 
-def test_a_backend_that_fails_is_heard_before_arguments_that_cannot_be_written(app: Celery) -> None:
+def test_failing_backend_is_heard_before_arguments_that_cannot_be_written(app: Celery) -> None:
     with caught() as jobs:
         for _ in range(3):
             compare(app, jobs, "free", (1,), None)

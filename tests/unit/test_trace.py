@@ -27,7 +27,7 @@ def test_columns_are_found_by_name_and_others_are_ignored() -> None:
     assert jobs == [Job(0, 10.0, 2.5, 4000, 2), Job(1, 11.0, 0.0, 500, 3)]
 
 
-def test_comments_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_rows() -> None:
+def test_trace_skips_comments_blank_lines_marks_and_windows_line_ends() -> None:
     text = "\ufeff# a log\r\n\r\nsubmit,run,cpus\r\n# between\r\n0,1,1\r\n   \r\n  # and here\r\n5,1,2\r\n"
     jobs = read(text)
     assert [(entry.row, entry.line, entry.cpus) for entry in jobs] == [(0, 5, 1000), (1, 8, 2000)]
@@ -149,7 +149,7 @@ def test_a_job_sleeps_at_least_50_ms() -> None:
     assert trace.plan([job(run=1)], 10_000)[0].seconds == 0.05
 
 
-def test_a_job_wider_than_every_worker_is_named_with_the_size_that_it_needs() -> None:
+def test_job_wider_than_every_worker_is_named_with_the_size_it_needs() -> None:
     jobs = [job(cpus=4000), job(cpus=12_500, row=7), job(cpus=9000, row=8)]
     refused = trace.too_wide(jobs, {"a": 8000, "b": 12_000})
     assert refused is not None

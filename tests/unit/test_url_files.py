@@ -132,7 +132,7 @@ def test_a_wrong_content_is_refused_and_not_shown(tmp_path: Path, content: str |
 
 
 @pytest.mark.parametrize("env", ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"])
-def test_what_celery_would_take_unread_is_looked_at_when_it_comes_from_a_file(tmp_path: Path, env: str) -> None:
+def test_url_that_celery_would_take_unread_is_checked_from_a_file(tmp_path: Path, env: str) -> None:
     environ = {**written(tmp_path, **{env: "s3cret and more"}), "REDIS_URL": REDIS, "DATABASE_URL": DATABASE}
     assert "does not hold one URL and nothing else" in problem(environ)
 
