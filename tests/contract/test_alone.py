@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final
 
 import pytest
 
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy import placement
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, Waiting, order, survey
-from tests.fixtures.books import MOST_LOSSES, open_ledger
+from tests.fixtures.books import MOST_LOSSES
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 
 #: Allocation of a job that asks for ONE and runs alone.
 ALONE: Final = "alone=1,cpus=1000,memory=10,slots=1"
 #: Losses after which one more ends a job.
 LAST: Final = MOST_LOSSES - 1
-
-
-@pytest.fixture
-def ledger(redis_url: str) -> Iterator[Ledger]:
-    with open_ledger(redis_url) as ledger:
-        yield ledger
-
-
-@pytest.fixture
-def cluster(ledger: Ledger) -> Cluster:
-    cluster = Cluster(ledger)
-    cluster.register()
-    return cluster
 
 
 def kept(cluster: Cluster, worker: str = "w") -> str:

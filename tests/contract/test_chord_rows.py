@@ -7,19 +7,12 @@ from collections.abc import Iterator
 import pytest
 from celery import Celery, states
 from celery.app.task import Context
-from sqlalchemy import Engine, text
+from sqlalchemy import text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.store import chord_counts
 from celery_capacity.workers.app.install import create_app
 from tests.fixtures.staged import Stage
-
-
-@pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
 
 
 @pytest.fixture

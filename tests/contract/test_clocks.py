@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 from sqlalchemy import Engine
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.recovery import rebuild, transition_log
-from tests.fixtures.books import MOST_LOSSES, open_ledger
+from tests.fixtures.books import MOST_LOSSES
 from tests.fixtures.cluster import Cluster
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
@@ -18,14 +15,6 @@ from tests.fixtures.waiting import until
 HOUR_MS = 3_600_000
 #: Milliseconds from the end of a lease until its worker is LOST.
 GRACE_MS = 15_000
-
-
-@pytest.fixture
-def cluster(redis_url: str) -> Iterator[Cluster]:
-    with open_ledger(redis_url) as ledger:
-        cluster = Cluster(ledger)
-        cluster.register()
-        yield cluster
 
 
 def test_duty_runner_is_elected_though_the_clock_was_set_back(cluster: Cluster) -> None:

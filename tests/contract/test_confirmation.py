@@ -7,9 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Engine
 
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.workers.membership.authority_check import Confirmation
 from tests.fixtures.staged import Stage
@@ -27,13 +25,6 @@ class Observed(Confirmation):
     def ask(self) -> int:
         self.asked += 1
         return super().ask()
-
-
-@pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ The worker dies with jobs that it had just claimed, and the ledger is lost befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from sqlalchemy import Engine, text
 
@@ -24,13 +22,11 @@ from tests.fixtures.staged import MOST_LOSSES, Stage
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def stage(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
     # No worker of these tests speaks by itself.
     monkeypatch.setattr(timeouts, "REPORT", 0.0)
-    stage = Stage(engine, settings)
     stage.worker("a", cpus=1000)
-    yield stage
-    stage.close()
+    return stage
 
 
 def claim(stage: Stage, job: str, token: str, worker: str) -> None:
@@ -130,7 +126,10 @@ def test_lost_worker_s_unknown_claim_of_a_row_that_says_admitted_counts(stage: S
         ("UPDATE jobs SET state = 'running', epoch = 1, attempt = 1, step = 2, incarnation = 'a-life'", True),
         ("UPDATE jobs SET step = 4, epoch = 1, attempt = 1, state = 'running', incarnation = 'a-life'", False),
         ("UPDATE jobs SET epoch = 2, attempt = 2, step = 1, state = 'admitted'", False),
-        ("UPDATE jobs SET state = 'cancelled', finished_at = now()", False),
+        pytest.param(
+            *("UPDATE jobs SET state = 'cancelled', finished_at = now()", False),
+            marks=pytest.mark.leaves("I3", because="the ledger was not told that the job is cancelled"),
+        ),
     ],
 )
 def test_claim_is_known_when_its_row_says_so(stage: Stage, change: str, has_claim: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import election, keys
@@ -27,13 +27,6 @@ class Kept:
     resign: Callable[[str, int], object]
     #: Moves the end of the lease by so many seconds, as time would.
     move: Callable[[float], object]
-
-
-@pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
 
 
 @pytest.fixture(params=["ledger", "postgres"])

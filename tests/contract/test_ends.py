@@ -27,12 +27,10 @@ from tests.fixtures.staged import Stage
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
+def stage(stage: Stage) -> Stage:
     stage.worker("a", cpus=8000)
     stage.sql("UPDATE authority SET authority = 'postgres'")
-    yield stage
-    stage.close()
+    return stage
 
 
 @pytest.fixture

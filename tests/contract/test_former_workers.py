@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
@@ -16,13 +16,6 @@ from tests.fixtures.staged import Stage
 
 NO_APP: Any = None
 LONG_AGO = "now() - make_interval(secs => :seconds)"
-
-
-@pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
 
 
 @pytest.fixture
@@ -44,6 +37,7 @@ def leave(stage: Stage, incarnation: str, seconds: float, status: str = "left") 
     stage.sql(end, status=status, incarnation=incarnation, seconds=seconds)
 
 
+@pytest.mark.leaves("I6", because="the row of a job is given to another worker")
 def test_rows_of_workers_that_left_long_ago_are_forgotten(stage: Stage, stores: Stores) -> None:
     long = stores.settings.lost_after * former_workers.KEEP_TIMES + 60
     lives = [stage.worker(name, cpus=1000) for name in ("here", "lately", "left", "lost", "holds")]

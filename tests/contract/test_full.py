@@ -37,13 +37,6 @@ def ledger(own_redis_url: str) -> Iterator[Ledger]:
         ledger.client.config_set("maxmemory", 0)
 
 
-@pytest.fixture
-def cluster(ledger: Ledger) -> Cluster:
-    cluster = Cluster(ledger)
-    cluster.register()
-    return cluster
-
-
 def fill_up(ledger: Ledger) -> None:
     """Have the server refuse commands that may take up memory, from here on."""
     ledger.client.config_set("maxmemory", 1)

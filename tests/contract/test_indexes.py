@@ -7,7 +7,7 @@ that a worker may not take.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import pytest
@@ -22,7 +22,7 @@ from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, order
 from tests.contract.test_admission import ON_A_SERVER, delivered, file, passes, write
-from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
+from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW
 
 ROOM: Final = {"cpus": 4000, "memory": 8, "slots": 4}
 ONE: Final = Request.of({"cpus": 1000})
@@ -43,12 +43,6 @@ RARE: Final = {
         Request.of({"cpus": 1000, "gpus": 1}),
     ),
 }
-
-
-@pytest.fixture
-def ledger(redis_url: str) -> Iterator[Ledger]:
-    with open_ledger(redis_url) as ledger:
-        yield ledger
 
 
 def commands(ledger: Ledger, action: Callable[[], object]) -> Counter[str]:
@@ -84,6 +78,7 @@ def test_search_costs_the_same_beside_workers_without_the_resource(ledger: Ledge
     assert costs[0] == costs[1]
 
 
+@pytest.mark.leaves("I1", because="no job holds the slots that are taken")
 @pytest.mark.parametrize("what", RARE)
 def test_a_search_in_vain_costs_the_same_too(ledger: Ledger, what: str) -> None:
     most, rare, request = RARE[what]
@@ -206,6 +201,7 @@ def test_worker_takes_jobs_in_policy_order_from_more_shapes_than_a_page(
 # -- beside an index that is damaged
 
 
+@pytest.mark.leaves("I6", because="an index is damaged")
 def test_worker_outside_the_whole_index_is_not_admitted_to(ledger: Ledger) -> None:
     write(ledger, crowd(0, {}, labels(["celery", "mail"])))
     ledger.client.hset(keys.book("x"), "status", "draining")

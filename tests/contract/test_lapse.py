@@ -22,13 +22,6 @@ from tests.fixtures.waiting import until
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
-
-
-@pytest.fixture
 def stores(stage: Stage, settings: Settings) -> Iterator[Stores]:
     stores = Stores(lambda _: settings)
     stores._made["settings"] = settings

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from sqlalchemy import Engine, text
 
@@ -19,13 +17,11 @@ from tests.fixtures.staged import MOST_LOSSES, Stage
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def stage(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
     # No worker of these tests speaks.
     monkeypatch.setattr(timeouts, "REPORT", 0.0)
-    stage = Stage(engine, settings)
     stage.worker("a", cpus=4000)
-    yield stage
-    stage.close()
+    return stage
 
 
 def read(stage: Stage, job: str) -> Pending:

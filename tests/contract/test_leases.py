@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,17 +9,8 @@ import pytest
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import Adopted, Ended, LedgerClosed
 from celery_capacity.routing.model.request import Request
-from tests.fixtures.books import MESSAGE, MOST_LOSSES, open_ledger
+from tests.fixtures.books import MESSAGE, MOST_LOSSES
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
-
-
-@pytest.fixture
-def cluster(redis_url: str) -> Iterator[Cluster]:
-    with open_ledger(redis_url) as ledger:
-        cluster = Cluster(ledger)
-        cluster.register()
-        yield cluster
-
 
 # An attempt that lost its lease.
 
@@ -196,6 +186,7 @@ def test_an_end_waits_for_a_book_that_went_missing(cluster: Cluster) -> None:
     assert cluster.book()["a.cpus"] == "0"
 
 
+@pytest.mark.leaves("I6", because="the sum of all books is not repaired here", sometimes=True)
 @pytest.mark.parametrize("reserved", [True, False])
 @pytest.mark.parametrize("lost", [keys.job("job"), keys.held("w")])
 def test_a_job_that_was_lost_with_the_book_is_counted_when_it_is_adopted(
@@ -301,14 +292,14 @@ def test_a_release_stores_the_result_of_what_is_over(cluster: Cluster, outcome: 
     cluster.register()
     token = cluster.run("j")
     listener = cluster.client.pubsub()
-    listener.subscribe("result-j")
+    listener.subscribe("celery-task-meta-j")
     assert listener.get_message(timeout=5)["type"] == "subscribe"
-    ended = Ended("j", token, outcome, "", "", (("result-j", 60, b"text"),))
+    ended = Ended("j", token, outcome, "", "", (("celery-task-meta-j", 60, b"text"),))
     for _ in range(2):
         cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES, admit=False)
-    assert (cluster.client.get("result-j") == b"text") is stored
+    assert (cluster.client.get("celery-task-meta-j") == b"text") is stored
     if stored:
-        assert 0 < cluster.client.ttl("result-j") <= 60
+        assert 0 < cluster.client.ttl("celery-task-meta-j") <= 60
         assert [message["data"] for message in iter(lambda: listener.get_message(timeout=0.1), None)] == [b"text"]
     listener.close()
 
@@ -316,7 +307,7 @@ def test_a_release_stores_the_result_of_what_is_over(cluster: Cluster, outcome: 
 @pytest.mark.parametrize("seconds", [-5, 10**18, "soon"])
 def test_result_that_redis_does_not_take_leaks_no_allocation(cluster: Cluster, seconds: Any) -> None:
     token = cluster.run("j")
-    ended = Ended("j", token, "succeeded", "", "", (("result-j", seconds, b"text"),))
+    ended = Ended("j", token, "succeeded", "", "", (("celery-task-meta-j", seconds, b"text"),))
     verdicts = [
         cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES).released[0].verdict
         for _ in range(2)
@@ -332,10 +323,10 @@ def test_a_stale_release_stores_nothing(cluster: Cluster) -> None:
     cluster.expire()
     assert cluster.lapse() == "gone"
     cluster.register()
-    ended = Ended("j", token, "succeeded", "", '{"left": 1}', (("result-j", 0, "text"),))
+    ended = Ended("j", token, "succeeded", "", '{"left": 1}', (("celery-task-meta-j", 0, "text"),))
     settled = cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES, admit=False)
     assert settled.released[0].verdict == "stale"
-    assert cluster.client.get("result-j") is None
+    assert cluster.client.get("celery-task-meta-j") is None
     assert all(fields[b"outbox"] == b"" for _, fields in cluster.client.xrange(keys.STREAM))
 
 

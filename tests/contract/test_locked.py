@@ -24,11 +24,9 @@ from tests.fixtures.waiting import until
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
+def stage(stage: Stage) -> Stage:
     stage.worker("a", cpus=4000)
-    yield stage
-    stage.close()
+    return stage
 
 
 @pytest.fixture

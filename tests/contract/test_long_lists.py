@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import pytest
@@ -13,18 +13,12 @@ from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.ledger.scripts import HELD
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import order
-from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
+from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW
 from tests.fixtures.cluster import Cluster
 
 JOBS: Final = HELD + 150
 CAPACITY: Final = Request.of({"cpus": 1000 * JOBS, "slots": JOBS}).shape
 ONE: Final = Request.of({"cpus": 1000}).shape
-
-
-@pytest.fixture
-def ledger(redis_url: str) -> Iterator[Ledger]:
-    with open_ledger(redis_url) as ledger:
-        yield ledger
 
 
 @pytest.fixture
@@ -56,6 +50,7 @@ def cpus(cluster: Cluster) -> int:
     return int(cluster.book()["a.cpus"])
 
 
+@pytest.mark.leaves("I6", because="the sum of all books is not repaired here")
 def test_recount_is_the_sum_of_all_and_drops_strangers(cluster: Cluster) -> None:
     cluster.client.hset(keys.held("w"), mapping={f"stranger-{number}": "1.1" for number in range(300)})
     cluster.client.hincrby(keys.book("w"), "a.cpus", -7000)
@@ -64,6 +59,7 @@ def test_recount_is_the_sum_of_all_and_drops_strangers(cluster: Cluster) -> None
     assert cluster.ledger.recount(["w"]) == [0]
 
 
+@pytest.mark.leaves("I6", because="the sum of all books is not repaired here")
 def test_recount_writes_nothing_that_changed_meanwhile(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job ends while the list is counted, and another one while it is counted again."""
     running = iter(["job-0", "job-2"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final
 
 import pytest
@@ -21,7 +20,7 @@ from celery_capacity.routing.ledger.replies import Adopted, Ended
 from celery_capacity.routing.model.amounts import labels
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.policy.placement import Refusal, choose
-from tests.fixtures.books import FOR_EVER, MOST_LOSSES, open_ledger
+from tests.fixtures.books import FOR_EVER, MOST_LOSSES
 from tests.fixtures.comparing import differences, expected, observe
 from tests.fixtures.job_rules import JobRules
 from tests.fixtures.model import ALL, Model
@@ -249,12 +248,6 @@ class Machine(JobRules):
         for name, worker in list(self.model.workers.items()):
             assert self.ledger.leave(name, worker.incarnation) == 0
         assert set(observe(self.ledger.client)["job"]) == set(self.model.jobs)
-
-
-@pytest.fixture
-def ledger(redis_url: str) -> Iterator[Ledger]:
-    with open_ledger(redis_url) as ledger:
-        yield ledger
 
 
 @pytest.mark.long

@@ -6,12 +6,12 @@ The other process takes the first one for dead. It does not matter at which step
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.config import timeouts
@@ -30,12 +30,11 @@ JOBS: Final = 12
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def stage(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(rebuild, "WIPE_CHUNK", 5)
     monkeypatch.setattr(rebuild, "BACKLOG_CHUNK", 5)
     # No worker of these tests speaks.
     monkeypatch.setattr(timeouts, "REPORT", 0.0)
-    stage = Stage(engine, settings)
     stage.worker("a", cpus=2000)
     running = stage.submit(cpus=2000)
     stage.start(running)
@@ -45,8 +44,7 @@ def stage(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -
     for _ in range(JOBS):
         stage.submit(cpus=9000)
     stage.sql("UPDATE workers SET status = 'lost' WHERE name = :name", name=stage.row(left).worker)
-    yield stage
-    stage.close()
+    return stage
 
 
 class Stopping(Ledger):

@@ -112,6 +112,7 @@ def test_a_pooler_that_gives_another_session_each_time_does_no_harm(rows: Rows, 
     assert pooled.asked == 6, "three times for each batch"
 
 
+@pytest.mark.leaves("I4", because="rows of attempts are made for their number alone")
 def test_a_plan_that_was_made_for_small_tables_is_not_kept_for_ever(
     rows: Rows, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,12 +23,10 @@ from tests.fixtures.waiting import until
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
+def stage(stage: Stage) -> Stage:
     stage.worker("a", cpus=2000)
     stage.sql("UPDATE authority SET authority = 'postgres', changed_at = 'epoch'")
-    yield stage
-    stage.close()
+    return stage
 
 
 @pytest.fixture

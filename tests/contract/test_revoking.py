@@ -30,11 +30,9 @@ ONE = Request.of({"cpus": 1000}).shape
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
+def stage(stage: Stage) -> Stage:
     stage.worker("a", cpus=4000)
-    yield stage
-    stage.close()
+    return stage
 
 
 @pytest.fixture

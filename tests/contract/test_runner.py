@@ -19,11 +19,9 @@ from tests.fixtures.staged import Stage
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
+def stage(stage: Stage) -> Stage:
     stage.worker("a", cpus=1000)
-    yield stage
-    stage.close()
+    return stage
 
 
 @pytest.fixture

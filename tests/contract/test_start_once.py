@@ -5,23 +5,17 @@ Any other job has one, and its loss counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from sqlalchemy import Engine
 
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.recovery.reconcile import reconcile
 from tests.fixtures.staged import Stage
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
+def stage(stage: Stage) -> Stage:
     stage.worker("a", cpus=4000)
-    yield stage
-    stage.close()
+    return stage
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.insert import successors
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import Ended
@@ -232,11 +231,9 @@ def test_a_successor_with_a_countdown_is_not_due(connection: Connection) -> None
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
+def stage(stage: Stage) -> Stage:
     stage.worker("a", cpus=4000)
-    yield stage
-    stage.close()
+    return stage
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import Engine
 
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.insert import replacements, single, successors
 from celery_capacity.routing.ledger import keys
@@ -26,11 +23,9 @@ LATER = b'{"body":"later","properties":{"a":1}}'
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
+def stage(stage: Stage) -> Stage:
     stage.worker("a", cpus=4000)
-    yield stage
-    stage.close()
+    return stage
 
 
 def publish(stage: Stage, job: str, retries: int = 0, nesting: int = 0) -> None:

@@ -38,13 +38,6 @@ UNREADABLE = (b"no JSON", b"[]", b"[[], {}, [1]]", b'[[], {}, {"errbacks": 1}]')
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
-
-
-@pytest.fixture
 def app(stage: Stage, settings: Settings) -> Iterator[Celery]:
     app = create_app("undelivered", resolve=lambda _: settings)
     yield app
@@ -73,6 +66,7 @@ def test_a_job_whose_message_cannot_be_read_keeps_back_no_other(app: Celery, sta
     assert deliver_rows(app, app.platform) == 0
 
 
+@pytest.mark.leaves("I3", because="the jobs are ended in their rows alone")
 def test_an_outbox_that_cannot_be_read_keeps_back_no_other(app: Celery, stage: Stage) -> None:
     boxes = {"a-1": '{"publishes": [', "a-2": "[]", "a-3": '{"publishes": [{"id": 7}], "results": []}'}
     boxes |= {"a-4": '{"publishes": [], "results": [3]}', "b": UNTOLD}
@@ -250,6 +244,7 @@ def become(app: Celery) -> Iterator[Callable[[Parts | None], None]]:
     change(None)
 
 
+@pytest.mark.leaves("I3", because="the jobs are ended in their rows alone")
 def test_slow_part_is_left_to_its_deliverer_while_that_worker_lives(
     app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch, become: Callable[[Parts | None], None]
 ) -> None:
@@ -304,6 +299,7 @@ def test_slow_part_is_left_to_its_deliverer_while_that_worker_lives(
     go_on.set()
 
 
+@pytest.mark.leaves("I3", because="the jobs are ended in their rows alone")
 def test_what_a_late_part_left_is_noted_when_it_has_come_through(
     app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch, become: Callable[[Parts | None], None]
 ) -> None:

@@ -142,13 +142,13 @@ def test_after_a_task_was_sent_the_next_one_is_a_job(
     @app.task(name="adopted.late", shared=False, cpus=2)
     def late() -> None: ...
 
-    late.apply_async(queue="elsewhere")
+    late.apply_async(queue="queue.elsewhere")
     plain = app.backend
     install(app)
     job = late.delay()
     assert row(engine, job.id).request["cpus"] == 2
     assert app.backend is not plain
-    assert redis_client.llen("elsewhere") == 1
+    assert redis_client.llen("queue.elsewhere") == 1
     close(app)
 
 

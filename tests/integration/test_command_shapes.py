@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
 
 from celery_capacity.migrations import downgrade
 from celery_capacity.platform.demo import trace
 from celery_capacity.platform.demo.replay import Replayed, Report, WorkerLine
 from celery_capacity.routing.config.embedded import Pair
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.reasons import Reason
@@ -196,13 +194,6 @@ def test_up_and_down_on_embedded_servers(platform: Platform, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
-
-
-@pytest.fixture
 def run(platform_environment: dict[str, str]) -> Run:
     return in_process(platform_environment)
 
@@ -262,6 +253,7 @@ def test_drift_and_its_repair(stage: Stage, run: Run) -> None:
     assert answer(run, "reconcile")["kinds"]
 
 
+@pytest.mark.leaves("I6", because="the command has to see it")
 def test_a_broken_invariant(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("celery_capacity.routing.inspect.verify.PATIENCE", 0.1)
     stage.worker("a", cpus=4000)

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from click.testing import Result
-from sqlalchemy import Engine
 
 from celery_capacity import migrations
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures.commanding import Run, in_process
 from tests.fixtures.processes import Platform
 from tests.fixtures.staged import Stage
-
-
-@pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
 
 
 @pytest.fixture
@@ -171,6 +161,7 @@ def test_verify_without_a_live_worker_fails_and_says_so(stage: Stage, run: Run) 
     assert result.stdout.splitlines()[-2] == "1/4"
 
 
+@pytest.mark.leaves("I6", because="the command has to see it")
 def test_verify_fails_where_the_books_are_wrong(stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("celery_capacity.routing.inspect.verify.PATIENCE", 0.1)
     stage.worker("a", cpus=4000)

@@ -8,30 +8,21 @@ import signal
 import socket
 import threading
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
 from celery_capacity.platform import dashboard
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import overview
 from tests.fixtures.processes import Platform
 from tests.fixtures.staged import Stage
 
 Fetch = Callable[..., Awaitable[HTTPResponse]]
-
-
-@pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
 
 
 def _serve(read: dashboard.Read, ask: Callable[[Fetch], Awaitable[Any]]) -> Any:

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
-import pytest
 import redis
-from sqlalchemy import Engine
 
 from celery_capacity.platform.console import render
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect.explain import Explanation, explain
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.reasons import EXPLAINED, Reason
 from tests.fixtures.staged import Stage
-
-
-@pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
 
 
 def _why(stage: Stage, job: str) -> Explanation:

@@ -63,12 +63,10 @@ class Written:
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def stage(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         monkeypatch.delenv(name)
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
+    return stage
 
 
 @pytest.fixture

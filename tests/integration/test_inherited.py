@@ -124,13 +124,6 @@ def test_a_child_that_outlives_its_parent_keeps_no_session_alive(settings: Setti
         os.kill(orphan, signal.SIGKILL)
 
 
-@pytest.fixture
-def stage(engine: Any, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
-
-
 def peers(process: psutil.Process) -> set[int]:
     """Return the ports that a process is connected to, or none where it has ended meanwhile."""
     with suppress(psutil.NoSuchProcess):

@@ -28,13 +28,6 @@ LIMIT = 3
 
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
-
-
-@pytest.fixture
 def app(stage: Stage, settings: Settings) -> Iterator[Celery]:
     """Yield an app whose backlog may have three jobs."""
     app = create_app("limited", resolve=lambda _: replace(settings, max_backlog=LIMIT))

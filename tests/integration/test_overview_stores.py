@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import redis
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import create_engine
 
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import NotMigrated, StoreUnavailable
 from celery_capacity.routing.inspect import overview, verify
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.connection import quick_client
 from tests.fixtures.staged import Stage
-
-
-@pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
-    yield stage
-    stage.close()
 
 
 def _ledger(stage: Stage) -> dict[str, Any]:
@@ -149,6 +140,7 @@ def test_without_redis_and_without_tables_the_error_says_what_to_run(stage: Stag
         overview.read(quick_client(redis.Redis(port=1)), stage.engine)
 
 
+@pytest.mark.leaves("I6", because="a key for people is deleted")
 def test_reads_of_the_allocated_cpus_say_how_many_redis_answered(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
     stage.submit(cpus=1500)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
 
 import pytest
 import redis
-from sqlalchemy import Engine
 
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger import keys
@@ -20,13 +17,15 @@ from tests.fixtures.staged import Stage
 #: Seconds for which a violation must stay; nothing else moves in these tests.
 BRIEFLY = 0.2
 
+pytestmark = pytest.mark.leaves(
+    *("I1", "I3", "I4", "I6", "keys"), because="a test damages a store, and `verify` has to see it", sometimes=True
+)
+
 
 @pytest.fixture
-def stage(engine: Engine, settings: Settings) -> Iterator[Stage]:
-    stage = Stage(engine, settings)
+def stage(stage: Stage) -> Stage:
     stage.worker("a", cpus=4000, licence=2)
-    yield stage
-    stage.close()
+    return stage
 
 
 def _check(stage: Stage, at_rest: bool | None = None) -> verify.Report:
