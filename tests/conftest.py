@@ -19,6 +19,7 @@ pytest_plugins = [
     "tests.fixtures.books",
     "tests.fixtures.cluster",
     "tests.fixtures.staged",
+    "tests.fixtures.authorities",
     "tests.fixtures.processes",
     "tests.fixtures.proxy",
     "tests.fixtures.invariants",

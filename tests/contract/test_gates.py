@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -32,16 +32,15 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State, Step
 from celery_capacity.routing.store import claims, dependencies, fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
-from celery_capacity.workers.app.install import create_app
-from celery_capacity.workers.duties import due, fallback, unique_keys
+from celery_capacity.workers.duties import unique_keys
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.process.identity import new_identity
-from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.results.deliver_later import deliver_rows
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
 from celery_capacity.workers.submit.constraints import declare_rates, key_of, rate_of
+from tests.fixtures.authorities import Authority
 from tests.fixtures.staged import MESSAGE, Stage
 from tests.fixtures.waiting import until
 
@@ -51,37 +50,34 @@ SHAPE: Final = "cpus=1000,slots=1"
 WAITING: Final = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
-@pytest.fixture(params=["ledger", "postgres"])
-def stage(request: pytest.FixtureRequest, engine: Engine, settings: Settings) -> Iterator[Stage]:
-    """Yield both stores, with a worker `a` of eight CPUs, where one of the stores decides."""
-    stage = Stage(engine, settings)
-    stage.worker("a", cpus=8000)
-    stage.sql("UPDATE authority SET authority = :who", who=request.param)
-    yield stage
-    stage.close()
+#: Has the worker take a job, if it may, and end it: `run(job, outcome)`.
+Run = Callable[..., None]
 
 
 @pytest.fixture
-def in_ledger(stage: Stage) -> bool:
-    with stage.engine.connect() as connection:
-        return bool(connection.execute(text("SELECT authority = 'ledger' FROM authority")).scalar_one())
+def stage(authority: Authority) -> Stage:
+    """Return both stores, with a worker `a` of eight CPUs, where one of the stores decides."""
+    authority.worker("a", cpus=8000)
+    return authority.stage
 
 
 @pytest.fixture
-def app(stage: Stage, settings: Settings) -> Iterator[Celery]:
-    app = create_app("gates", resolve=lambda _: settings)
-    app.platform.ledger.epoch = stage.ledger.epoch
-    yield app
-    stores: Stores = app.platform
-    stores.sending.close()
-    app.close()
-    stores.engine.dispose()
+def app(authority: Authority) -> Celery:
+    return authority.app
 
 
 @pytest.fixture
-def duty(app: Celery, in_ledger: bool) -> Callable[[], dict[str, int]]:
-    """Return one pass of the duty for due jobs, as it is while this store decides."""
-    return lambda: (due.run_once if in_ledger else fallback.expire)(app, app.platform)
+def duty(authority: Authority) -> Callable[[], dict[str, int]]:
+    return authority.duty
+
+
+@pytest.fixture
+def run(authority: Authority) -> Run:
+    def run(job: str, outcome: str = "succeeded") -> None:
+        assert authority.claims("a", job)
+        assert authority.end(job, outcome) == "released"
+
+    return run
 
 
 def send(app: Celery, **options: Any) -> str:
@@ -97,22 +93,6 @@ def state(stage: Stage, job: str) -> str:
     """Return the job's state in Postgres, after all that the ledger noted."""
     stage.apply()
     return str(stage.row(job).state)
-
-
-def run(stage: Stage, job: str, outcome: str = "succeeded") -> None:
-    """Have a worker take the job, if it may, and end it."""
-    with stage.engine.connect() as connection:
-        if connection.execute(text("SELECT authority FROM authority")).scalar_one() == "ledger":
-            stage.apply()
-            stage.start(job)
-            stage.end(job, outcome)
-            return
-        epoch = connection.execute(text("SELECT epoch FROM authority")).scalar_one()
-        (taken,) = claims.take(connection, epoch, "a", "a-life", [job])
-        attempt = int(taken.token.partition(".")[2])
-        now = claims.now_ms(connection)
-        end = Transition(job, epoch, attempt, outcome, Step.ENDED, "a", "a-life", now, now, now, 0, outcome)
-        job_transitions.apply(connection, [end])
 
 
 def takes(stage: Stage) -> list[str]:
@@ -154,20 +134,20 @@ def test_one_that_is_not_committed_yet_is_waited_for(app: Celery, stage: Stage, 
     stage.ledger.client.flushdb()
 
 
-def test_the_next_one_is_another_job_once_the_first_has_ended(app: Celery, stage: Stage) -> None:
+def test_the_next_one_is_another_job_once_the_first_has_ended(app: Celery, stage: Stage, run: Run) -> None:
     first = send(app, args=[1], unique=True)
     assert send(app, args=[1], unique=True) == first
     others = {send(app, args=[2], unique=True), send(app, args=[1]), send(app, args=[1], unique="a text")}
     assert first not in others and len(others) == 3
-    run(stage, first, "failed")
+    run(first, "failed")
     second = send(app, args=[1], unique=True)
     assert second != first
     assert send(app, args=[1], unique=True) == second
 
 
-def test_an_equal_one_is_the_same_job_for_a_time_though_it_has_ended(app: Celery, stage: Stage) -> None:
+def test_an_equal_one_is_the_same_job_for_a_time_though_it_has_ended(app: Celery, stage: Stage, run: Run) -> None:
     first = send(app, unique_for=60)
-    run(stage, first)
+    run(first)
     assert send(app, unique_for=60) == first
     stage.sql("UPDATE unique_keys SET until = until - interval '1 minute'")
     assert send(app, unique_for=60) != first
@@ -227,10 +207,10 @@ def test_what_cannot_be_meant_is_refused(app: Celery, stage: Stage) -> None:
     assert takes(stage) == []
 
 
-def test_keys_that_keep_nobody_out_are_forgotten_after_a_while(app: Celery, stage: Stage) -> None:
+def test_keys_that_keep_nobody_out_are_forgotten_after_a_while(app: Celery, stage: Stage, run: Run) -> None:
     ended, lives, lasts = send(app, unique="a"), send(app, unique="b"), send(app, unique="c", unique_for=3600)
     for job in (ended, lasts):
-        run(stage, job)
+        run(job)
     assert unique_keys.run_once(app, app.platform)["forgotten"] == 0
     stage.sql("UPDATE unique_keys SET claimed_at = claimed_at - interval '1 hour'")
     assert unique_keys.run_once(app, app.platform)["forgotten"] == 1
@@ -241,7 +221,7 @@ def test_keys_that_keep_nobody_out_are_forgotten_after_a_while(app: Celery, stag
 # -- after
 
 
-def test_a_job_waits_until_all_that_it_needs_have_succeeded(app: Celery, stage: Stage, duty: Any) -> None:
+def test_a_job_waits_until_all_that_it_needs_have_succeeded(app: Celery, stage: Stage, run: Run, duty: Any) -> None:
     first, second = send(app), send(app)
     last = send(app, after=[AsyncResult(first, app=app), second, second])
     assert (state(stage, last), stage.row(last).needs) == ("scheduled", 2)
@@ -252,27 +232,27 @@ def test_a_job_waits_until_all_that_it_needs_have_succeeded(app: Celery, stage: 
             Reason.NEEDS_JOBS,
             {first, second},
         )
-    run(stage, first)
+    run(first)
     duty()
     assert state(stage, last) == "scheduled"
-    run(stage, second)
+    run(second)
     duty()
-    run(stage, last)
+    run(last)
     assert state(stage, last) == "succeeded"
     with stage.engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM dependencies")).scalar_one() == 0
 
 
-def test_what_has_succeeded_already_is_not_waited_for(app: Celery, stage: Stage) -> None:
+def test_what_has_succeeded_already_is_not_waited_for(app: Celery, stage: Stage, run: Run) -> None:
     first, archived = send(app), send(app)
     for job in (first, archived):
-        run(stage, job)
+        run(job)
     stage.sql("UPDATE jobs SET finished_at = finished_at - interval '1 day' WHERE id = :id", id=archived)
     stage.sql("SELECT archive_finished(60, 10)")
     results = GroupResult("g", [AsyncResult(first, app=app), AsyncResult(archived, app=app)])
     job = send(app, after=results)
     assert state(stage, job) in ("accepted", "admitted")
-    run(stage, job)
+    run(job)
 
 
 @pytest.mark.parametrize("outcome", ["failed", "cancelled", "lost", "expired"])
@@ -305,27 +285,29 @@ def test_failed_job_ends_all_jobs_that_need_it_directly_or_not(
     stage.ledger.client.flushdb()
 
 
-def test_a_job_that_waits_for_others_keeps_its_time_and_its_expiry(app: Celery, stage: Stage, duty: Any) -> None:
+def test_a_job_that_waits_for_others_keeps_its_time_and_its_expiry(
+    app: Celery, stage: Stage, run: Run, duty: Any
+) -> None:
     first = send(app)
     later = send(app, after=first, countdown=3600)
     late = send(app, after=first, expires=3600)
     stage.sql("UPDATE jobs SET expires_at = now() WHERE id = :id", id=late)
     duty()
     assert (stage.row(late).state, stage.row(later).due_at) == ("expired", None)
-    run(stage, first)
+    run(first)
     duty()
     row = stage.row(later)
     assert row.state == "scheduled" and row.due_at > datetime.now(UTC) + timedelta(minutes=50)
 
 
-def test_a_job_that_waits_for_others_can_be_revoked(app: Celery, stage: Stage, duty: Any) -> None:
+def test_a_job_that_waits_for_others_can_be_revoked(app: Celery, stage: Stage, run: Run, duty: Any) -> None:
     first = send(app)
     second = send(app, after=first)
     third = send(app, after=second)
     app.control.revoke(second)
     assert [stage.row(job).state for job in (second, third)] == ["cancelled", "cancelled"]
     assert app.AsyncResult(third).state == "REVOKED"
-    run(stage, first)
+    run(first)
     duty()
     with stage.engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM dependencies")).scalar_one() == 0
@@ -346,10 +328,10 @@ def test_an_end_that_is_committed_by_its_own_attempt_opens_gates_too(app: Celery
 
 
 def test_a_worker_that_pulls_opens_gates_by_its_own_word(
-    app: Celery, stage: Stage, in_ledger: bool, settings: Settings
+    app: Celery, authority: Authority, stage: Stage, settings: Settings
 ) -> None:
     """Where Postgres decides, the workers that wait for something to take are told at once."""
-    if in_ledger:
+    if authority.name == "ledger":
         stage.sql("UPDATE authority SET authority = 'postgres'")
     first = send(app)
     second = send(app, after=first)
@@ -503,7 +485,9 @@ def test_a_rate_lets_jobs_go_in_their_order_as_many_as_its_time_allows(app: Cele
         assert explanation is not None and (explanation.why, explanation.rate) == (Reason.RATE_LIMIT, "20/s")
 
 
-def test_a_cluster_that_was_full_does_not_start_all_at_once_afterwards(app: Celery, stage: Stage, duty: Any) -> None:
+def test_a_cluster_that_was_full_does_not_start_all_at_once_afterwards(
+    app: Celery, stage: Stage, run: Run, duty: Any
+) -> None:
     limit(app, stage, "10/s")
     jobs = [send(app) for _ in range(20)]
     for _ in range(3):
@@ -512,16 +496,16 @@ def test_a_cluster_that_was_full_does_not_start_all_at_once_afterwards(app: Cele
     # None of them was claimed: no more than a second's worth is ahead.
     assert started(stage, jobs) == jobs[:10]
     for job in jobs[:4]:
-        run(stage, job)
+        run(job)
     pass_time(stage, 60)
     duty()
     assert started(stage, jobs) == jobs[:14]
 
 
-def test_a_slow_rate_lets_the_first_go_at_once_and_no_second(app: Celery, stage: Stage, duty: Any) -> None:
+def test_a_slow_rate_lets_the_first_go_at_once_and_no_second(app: Celery, stage: Stage, run: Run, duty: Any) -> None:
     limit(app, stage, "1/h")
     jobs = [send(app) for _ in range(3)]
-    run(stage, jobs[0])
+    run(jobs[0])
     pass_time(stage, 3000)
     duty()
     assert started(stage, jobs) == jobs[:1]
@@ -539,7 +523,7 @@ def test_a_rate_that_is_lifted_lets_all_go(app: Celery, stage: Stage, duty: Any)
     assert state(stage, send(app)) in ("accepted", "admitted")
 
 
-def test_job_under_a_rate_keeps_its_eta_and_its_dependencies(app: Celery, stage: Stage, duty: Any) -> None:
+def test_job_under_a_rate_keeps_its_eta_and_its_dependencies(app: Celery, stage: Stage, run: Run, duty: Any) -> None:
     limit(app, stage, "100/s")
     first = send(app)
     later, after = send(app, countdown=3600), send(app, after=first)
@@ -550,7 +534,7 @@ def test_job_under_a_rate_keeps_its_eta_and_its_dependencies(app: Celery, stage:
     with stage.engine.connect() as connection:
         explanation = explain(stage.redis, connection, later)
         assert explanation is not None and explanation.why is Reason.SCHEDULED and explanation.due_at is not None
-    run(stage, first)
+    run(first)
     duty()
     assert started(stage, [later, after]) == [after]
 

@@ -15,16 +15,6 @@ from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 # An attempt that lost its lease.
 
 
-def test_a_worker_that_was_given_up_cannot_end_a_job_that_ended_as_lost(cluster: Cluster) -> None:
-    assert cluster.submit("job", losses=MOST_LOSSES - 1) == "w"
-    cluster.claim("job", "1.1")
-    cluster.expire()
-    assert cluster.lapse() == "gone"
-    assert cluster.noted("job")[-1] == ("lost", "lost")
-    cluster.register()
-    assert cluster.end("job", "1.1").verdict == "stale"
-
-
 def test_given_up_worker_cannot_end_a_job_whose_successor_is_noted(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.ledger.note_successor("job", b"its successor")
@@ -55,12 +45,6 @@ def test_a_release_that_is_sent_again_says_again_what_the_job_became(
     assert cluster.noted("job")[-1] == (state, outcome)
 
 
-def test_another_outcome_of_an_attempt_that_ended_is_refused(cluster: Cluster) -> None:
-    cluster.run("job")
-    cluster.end("job", "1.1", "failed")
-    assert cluster.end("job", "1.1", "succeeded").verdict == "stale"
-
-
 def test_an_attempt_that_was_taken_back_cannot_end_the_next_one(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.expire()
@@ -79,13 +63,6 @@ def test_end_of_a_job_without_a_key_is_told_from_a_stale_one(cluster: Cluster) -
     assert cluster.ledger.adopt("w", "w-life", [Adopted("job", "1.1", ONE, 1, 5, 6, "n", 0)]) == []
     assert cluster.end("job", "1.1").verdict == "released"
     assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
-
-
-def test_a_worker_cannot_end_what_another_one_holds(cluster: Cluster) -> None:
-    cluster.run("job")
-    cluster.register("other")
-    assert cluster.end("job", "1.1", worker="other").verdict == "stale"
-    assert (cluster.state("job"), cluster.book()["a.cpus"], cluster.book("other")["a.cpus"]) == ("running", "1000", "0")
 
 
 def test_a_former_life_cannot_claim_or_end_anything(cluster: Cluster) -> None:

@@ -15,10 +15,9 @@ from celery_capacity.routing.database.authority import (
     end_opening,
     read_authority,
 )
-from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.message import parse_tag
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import State, Step
+from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.store import claims, job_transitions
 from celery_capacity.routing.store.claims import Candidate
@@ -84,33 +83,6 @@ def take(engine: Engine, free: Book, worker: str = "w", epoch: int = EPOCH) -> l
 # -- taking
 
 
-def test_jobs_are_taken_in_the_order_of_the_backlog_as_far_as_they_fit(decides: Engine) -> None:
-    submit(decides, "low")
-    submit(decides, "wide", WIDE)
-    submit(decides, "high", priority=9)
-    submit(decides, "waiting", state="waiting")
-    assert take(decides, book()) == ["high", "low", "waiting"]
-    assert take(decides, book(cpus=3000, slots=3)) == []
-    assert take(decides, book()) == ["wide"]
-
-
-def test_a_worker_takes_what_is_in_the_queues_that_it_serves(decides: Engine) -> None:
-    request = Request.from_shape(ONE)
-    # In front stand more jobs of another queue than one page has.
-    for number in range(claims.PAGE + 1):
-        submit(decides, f"mail-{number}", request.within("mail").shape, queue="mail", priority=9)
-    submit(decides, "video", request.within("video").shape, queue="video")
-    submit(decides, "plain")
-
-    def serving(*queues: str) -> Book:
-        return Book("", dict(Capacity.of({"cpus": 4000, "slots": 8}).serving(queues).amounts), {})
-
-    assert take(decides, serving()) == []
-    assert take(decides, serving("video")) == ["video"]
-    assert take(decides, serving("celery", "video")) == ["plain"]
-    assert len(take(decides, serving("mail"))) == 4
-
-
 def test_the_queue_of_a_successor_is_that_of_its_shape(decides: Engine) -> None:
     request = Request.from_shape(ONE)
     for job, before, after in (("in", "celery", "Vidéo:queue:x"), ("out", "mail", "celery"), ("stays", "mail", "mail")):
@@ -148,15 +120,6 @@ def test_an_attempt_is_made_with_its_token_in_the_row_and_in_the_message(decides
     assert (attempt.job_id, attempt.epoch, attempt.attempt, attempt.ended_at) == ("job", 2, 5, None)
 
 
-def test_what_must_not_start_is_not_taken(decides: Engine) -> None:
-    submit(decides, "later", state="scheduled", due_at="1 hour")
-    submit(decides, "due", state="scheduled", due_at="-1 second")
-    submit(decides, "too late", expires_at="-1 second")
-    submit(decides, "in time", expires_at="1 hour")
-    submit(decides, "runs", state="running")
-    assert take(decides, book()) == ["due", "in time"]
-
-
 def test_nothing_is_taken_under_the_ledger_or_in_another_epoch(engine: Engine) -> None:
     submit(engine, "job")
     assert take(engine, book(), epoch=1) == []
@@ -176,10 +139,10 @@ def test_two_workers_that_chose_the_same_jobs_share_nothing(decides: Engine) -> 
     assert take(decides, book()) == []
 
 
-def test_what_fits_is_found_behind_pages_of_what_does_not(decides: Engine) -> None:
-    huge = Request.of({"cpus": 99_000}).shape
+@pytest.mark.parametrize("other", [Request.of({"cpus": 99_000}), Request.from_shape(ONE).within("mail")])
+def test_job_that_fits_is_taken_behind_pages_of_other_jobs(decides: Engine, other: Request) -> None:
     for number in range(claims.PAGE + 10):
-        submit(decides, f"huge {number}", huge)
+        submit(decides, f"other {number}", other.shape, priority=9)
     submit(decides, "small")
     assert take(decides, book()) == ["small"]
 
@@ -205,46 +168,6 @@ def test_the_last_chance_of_a_job_is_alone_on_its_worker(
 
 
 # -- ends
-
-
-@pytest.mark.parametrize(
-    ("outcome", "losses", "rerun", "state", "step", "after"),
-    [
-        ("succeeded", 1, True, State.SUCCEEDED, Step.ENDED, 1),
-        ("failed", 0, True, State.FAILED, Step.ENDED, 0),
-        ("cancelled", 0, True, State.CANCELLED, Step.ENDED, 0),
-        ("expired", 0, True, State.EXPIRED, Step.ENDED, 0),
-        ("replaced", 0, True, State.REPLACED, Step.ENDED, 0),
-        ("retried", 1, True, State.SCHEDULED, Step.BACK, 1),
-        ("handed_back", 1, False, State.ACCEPTED, Step.BACK, 1),
-        ("taken_back", 1, False, State.ACCEPTED, Step.BACK, 1),
-        ("lost", 0, True, State.ACCEPTED, Step.BACK, 1),
-        ("lost", 2, True, State.LOST, Step.ENDED, 3),
-        ("lost", 0, False, State.LOST, Step.ENDED, 1),
-    ],
-)
-def test_an_end_makes_of_its_job_what_the_ledger_would(
-    outcome: str, losses: int, rerun: bool, state: State, step: Step, after: int
-) -> None:
-    assert claims.became(outcome, losses, MOST_LOSSES, rerun) == claims.Became(state, step, after)
-
-
-def test_what_a_worker_that_has_ended_held_goes_back_once(decides: Engine) -> None:
-    seen(decides, "w", None)
-    seen(decides, "gone", None, status="lost")
-    for job in ("lost", "last"):
-        submit(decides, job)
-    with decides.begin() as connection:
-        connection.execute(text("UPDATE jobs SET losses = 2 WHERE id = 'last'"))
-        claims.take(connection, EPOCH, "gone", "gone-life", ["lost", "last"])
-    submit(decides, "held")
-    assert take(decides, book()) == ["held"]
-    for _ in range(2):
-        with transactions(decides).begin() as connection:
-            claims.give_back(connection, claims.orphans(connection), None, "gone", MOST_LOSSES)
-    assert (row(decides, "lost").state, row(decides, "lost").losses) == ("accepted", 1)
-    assert (row(decides, "last").state, row(decides, "last").losses) == ("lost", 3)
-    assert row(decides, "held").state == "running"
 
 
 def test_attempt_of_old_books_that_postgres_overtook_leaves_no_trace(decides: Engine) -> None:

@@ -92,15 +92,6 @@ def test_a_job_that_comes_back_ends(stage: Stage, app: Celery, outcome: str) -> 
     assert row.finished_at is not None
 
 
-@pytest.mark.parametrize("outcome", ["succeeded", "failed"])
-def test_a_body_that_ends_all_the_same_has_its_own_end(stage: Stage, app: Celery, outcome: str) -> None:
-    job = stage.submit(cpus=1000)
-    stage.start(job)
-    revoke(app, job)
-    stage.end(job, outcome)
-    assert stage.row(job).state == outcome
-
-
 def test_a_replaced_job_does_not_go_on(stage: Stage, app: Celery) -> None:
     job = stage.submit(cpus=1000)
     stage.start(job)
