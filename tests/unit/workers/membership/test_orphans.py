@@ -7,7 +7,7 @@ import signal
 
 from celery_capacity.routing.config import process_identity
 from celery_capacity.workers.membership import orphans
-from tests.unit.test_identity import own_row
+from tests.unit.workers.process.test_identity import own_row
 
 
 def test_predecessor_in_this_very_process_is_left_alone() -> None:

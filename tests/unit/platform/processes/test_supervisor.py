@@ -18,7 +18,7 @@ from celery_capacity.platform.processes.launch import ChildDied, Interrupted, No
 from celery_capacity.platform.processes.supervisor import Child, Family, Step, died, prefixed
 from tests.fixtures.waiting import until
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 
 #: Seconds for a step that takes far less, on a busy machine.
 PATIENCE = 30.0

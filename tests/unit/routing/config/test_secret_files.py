@@ -15,7 +15,7 @@ from celery_capacity.routing.config.secret_files import FROM_FILES, MOST_BYTES, 
 from celery_capacity.routing.config.settings import Settings, described
 from celery_capacity.routing.errors import SettingsError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 REDIS = "redis://:s3cret@host:6379/0"
 DATABASE = "postgresql://user:s3cret@host/db"
 #: A user who owns nothing.

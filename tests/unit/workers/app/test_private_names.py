@@ -13,7 +13,7 @@ import pytest
 
 from celery_capacity.workers.app.private_names import PRIVATE_NAMES
 
-ROOT: Final = Path(__file__).parents[2]
+ROOT: Final = Path(__file__).parents[4]
 #: Private by their spelling alone: documented in the standard library or by SQLAlchemy.
 PUBLIC: Final = frozenset({"_exit", "_mapping", "_replace", "_value_"})
 #: Private names of the standard library, replaced in a process that gevent has patched.

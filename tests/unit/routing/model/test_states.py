@@ -26,7 +26,7 @@ from celery_capacity.routing.model.states import (
     token_needed,
 )
 
-DOCS = Path(__file__).parents[2] / "docs/reference/states.md"
+DOCS = Path(__file__).parents[4] / "docs/reference/states.md"
 
 
 def test_people_see_these_words() -> None:

@@ -17,7 +17,7 @@ from celery_capacity.workers.process.holdings import Holdings
 from celery_capacity.workers.process.identity import new_identity
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.settle.pull_thread import Puller
-from tests.contract.test_bad_transitions import refuse
+from tests.contract.routing.store.test_refused_transitions import refuse
 from tests.fixtures.staged import Stage
 from tests.fixtures.waiting import until
 

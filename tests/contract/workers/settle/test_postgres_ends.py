@@ -22,7 +22,7 @@ from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.process.identity import new_identity
 from celery_capacity.workers.process.stores import make_engine
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
-from tests.contract.test_bad_transitions import refuse, set_aside
+from tests.contract.routing.store.test_refused_transitions import refuse, set_aside
 from tests.fixtures.staged import Stage
 
 

@@ -16,7 +16,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted, Ended
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import order
-from tests.contract.test_headers import assembled
+from tests.contract.routing.ledger.test_signatures import assembled
 from tests.fixtures.books import FOR_EVER, MESSAGE, MOST_LOSSES, VIEW
 from tests.fixtures.servers import empty_redis
 

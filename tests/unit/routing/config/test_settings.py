@@ -16,7 +16,7 @@ from celery_capacity.routing.config import embedded, process_identity
 from celery_capacity.routing.config.settings import Settings, described
 from celery_capacity.routing.errors import InvalidRequest, NoServers, SettingsError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 URLS = {"REDIS_URL": "redis://:s3cret@host:6379/0", "DATABASE_URL": "postgres://user:s3cret@host/db"}
 
 

@@ -21,7 +21,7 @@ from celery_capacity.routing.model.amounts import labels
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, order
-from tests.contract.test_admission import ON_A_SERVER, delivered, file, passes, write
+from tests.contract.routing.ledger.test_admission import ON_A_SERVER, delivered, file, passes, write
 from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW
 
 ROOM: Final = {"cpus": 4000, "memory": 8, "slots": 4}
