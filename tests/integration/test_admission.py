@@ -8,9 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from celery_capacity.routing.inspect import explain
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.states import State
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
@@ -59,66 +57,6 @@ def test_the_worker_with_the_least_left_over_is_taken(platform: Platform, submit
     assert submitter.allocated_cpus() == "18"
     tasks.let_go(platform.redis, "gate", 6)
     until(lambda: submitter.allocated_cpus() == "0", "all is given back")
-
-
-def test_of_equal_workers_the_first_by_name_is_taken(platform: Platform, submitter: Submitter) -> None:
-    for name in ("b", "c", "a"):
-        platform.worker(name, 2, "threads")
-    assert [hold(platform, submitter, "gate", 2)[1] for _ in range(3)] == ["a", "b", "c"]
-    tasks.let_go(platform.redis, "gate", 3)
-    until(lambda: submitter.allocated_cpus() == "0", "all is given back")
-
-
-def test_there_must_be_room_for_the_whole_vector(platform: Platform, submitter: Submitter) -> None:
-    platform.worker("narrow", 2, "threads", PLATFORM_MEMORY="1GiB")
-    platform.worker("slotless", 3, "threads", slots=1, PLATFORM_MEMORY="64GiB")
-    platform.worker("wide", 8, "threads", PLATFORM_MEMORY="64GiB")
-    assert hold(platform, submitter, "gate", 1, memory="2GiB")[1] == "slotless"
-    assert hold(platform, submitter, "gate", 1, memory="2GiB")[1] == "wide"
-    assert hold(platform, submitter, "gate", 1, memory="1GiB")[1] == "narrow"
-    assert hold(platform, submitter, "gate", 1)[1] == "narrow"
-    tasks.let_go(platform.redis, "gate", 4)
-    until(lambda: submitter.allocated_cpus() == "0", "all is given back")
-
-
-# -- in which order
-
-
-def test_higher_priority_goes_first_and_then_the_order_of_submission(platform: Platform, submitter: Submitter) -> None:
-    platform.worker("a", 1, "threads", **NO_TIMERS)
-    hold(platform, submitter, "first", 1)
-    priorities = [0, 9, 5, 0, 9, None, 5]
-    jobs = [
-        submitter.send(HOLD, "gate", cpus=1, **({} if priority is None else {"priority": priority}))
-        for priority in priorities
-    ]
-    tasks.let_go(platform.redis, "first")
-    order = []
-    for _ in jobs:
-        order.append(jobs.index(tasks.started(platform.redis, "gate")[0]))
-        tasks.let_go(platform.redis, "gate")
-    assert order == [1, 4, 2, 6, 0, 3, 5]
-    assert [submitter.ended(job).priority for job in jobs] == [priority or 0 for priority in priorities]
-
-
-def test_a_smaller_later_job_passes_one_that_does_not_fit(platform: Platform, submitter: Submitter) -> None:
-    platform.worker("a", 4, "threads", **NO_TIMERS)
-    hold(platform, submitter, "three", 3)
-    large = submitter.send(ADD, 1, 1, cpus=4, priority=9)
-    small = submitter.send(ADD, 1, 2, cpus=1)
-    assert submitter.value(small) == 3
-    assert waits(platform, large)
-    with platform.engine.connect() as connection:
-        explanation = explain.explain(platform.redis, connection, large)
-    assert explanation is not None
-    assert (explanation.why, explanation.resource, explanation.asked, explanation.worker) == (
-        Reason.NO_ROOM,
-        "cpus",
-        4000,
-        "a",
-    )
-    tasks.let_go(platform.redis, "three")
-    assert submitter.value(large) == 2
 
 
 # -- when

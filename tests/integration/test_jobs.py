@@ -26,6 +26,9 @@ HOLD = "tests.fixtures.tasks.hold"
 #: Mark of tests that kill a pool process, which only a pool with its own processes allows.
 prefork_only = pytest.mark.parametrize("pool", ["prefork"], indirect=True)
 
+#: Mark of tests in which no pool has a part: the job does not start, or its start shows nothing of the pool.
+any_pool = pytest.mark.parametrize("pool", ["threads"], indirect=True)
+
 
 @pytest.fixture(scope="module", params=["prefork", "threads", "solo"])
 def pool(request: pytest.FixtureRequest) -> Pool:
@@ -170,6 +173,7 @@ def test_the_request_of_the_call_survives_a_retry(submitter: Submitter) -> None:
 # -- later, and too late
 
 
+@any_pool
 @pytest.mark.parametrize("how", ["countdown", "eta"])
 def test_a_job_for_later_is_scheduled_and_starts_after_its_time(submitter: Submitter, how: str) -> None:
     when = {"countdown": 0.8} if how == "countdown" else {"eta": datetime.now(UTC) + timedelta(seconds=0.8)}
@@ -183,6 +187,7 @@ def test_a_job_for_later_is_scheduled_and_starts_after_its_time(submitter: Submi
     assert ended.started_at >= row.due_at
 
 
+@any_pool
 def test_a_job_that_waits_past_its_expiry_expires_and_never_runs(full: str, submitter: Submitter) -> None:
     job = submitter.send(f"{ENDS}.seen", expires=0.5)
     assert submitter.row(job).expires_at is not None
@@ -194,17 +199,20 @@ def test_a_job_that_waits_past_its_expiry_expires_and_never_runs(full: str, subm
     assert submitter.attempts(job) == []
 
 
+@any_pool
 def test_a_scheduled_job_expires_before_its_time(submitter: Submitter) -> None:
     job = submitter.send(f"{ENDS}.seen", countdown=60, expires=0.3)
     assert submitter.ended(job).state == "expired"
 
 
+@any_pool
 def test_a_job_that_starts_in_time_does_not_expire(submitter: Submitter) -> None:
     job = submitter.send(f"{ENDS}.seen", expires=60)
     assert submitter.value(job)["attempt"] == 1
     assert submitter.ended(job).state == "succeeded"
 
 
+@any_pool
 @pytest.mark.parametrize("options", [{"eta": datetime(2020, 1, 1, tzinfo=UTC)}, {"countdown": 0}, {"countdown": -5}])
 def test_a_time_that_is_past_delays_nothing(submitter: Submitter, options: dict[str, Any]) -> None:
     job = submitter.send(f"{ENDS}.seen", **options)
@@ -212,6 +220,7 @@ def test_a_time_that_is_past_delays_nothing(submitter: Submitter, options: dict[
     assert submitter.ended(job).state == "succeeded"
 
 
+@any_pool
 def test_a_job_that_is_sent_past_its_expiry_expires(submitter: Submitter) -> None:
     job = submitter.send(f"{ENDS}.seen", expires=datetime.now(UTC) - timedelta(seconds=1))
     assert submitter.ended(job).state == "expired"
@@ -221,6 +230,7 @@ def test_a_job_that_is_sent_past_its_expiry_expires(submitter: Submitter) -> Non
 # -- revoked
 
 
+@any_pool
 def test_a_waiting_job_that_is_revoked_never_runs(full: str, submitter: Submitter) -> None:
     job = submitter.send(f"{ENDS}.seen")
     assert submitter.until(job, "waiting", "accepted").attempt == 0
@@ -232,6 +242,7 @@ def test_a_waiting_job_that_is_revoked_never_runs(full: str, submitter: Submitte
     assert submitter.attempts(job) == []
 
 
+@any_pool
 def test_a_scheduled_job_that_is_revoked_never_runs(submitter: Submitter) -> None:
     job = submitter.send(f"{ENDS}.seen", countdown=60)
     submitter.result(job).revoke()
@@ -239,11 +250,13 @@ def test_a_scheduled_job_that_is_revoked_never_runs(submitter: Submitter) -> Non
     assert submitter.result(job).state == "REVOKED"
 
 
+@any_pool
 def test_a_job_that_nobody_knows_is_revoked_without_an_error(submitter: Submitter) -> None:
     submitter.app.control.revoke("nobody-knows-this")
     assert submitter.row("nobody-knows-this") is None
 
 
+@any_pool
 def test_several_jobs_are_revoked_at_once(full: str, submitter: Submitter) -> None:
     jobs = [submitter.send(f"{ENDS}.seen") for _ in range(3)]
     submitter.app.control.revoke(jobs)
@@ -258,6 +271,7 @@ def test_a_running_job_is_not_ended_by_a_revoke_alone(platform: Platform, submit
     assert submitter.ended(job).state == "succeeded"
 
 
+@any_pool
 def test_an_ended_job_is_not_ended_again_by_a_revoke(submitter: Submitter) -> None:
     job = submitter.send(f"{ENDS}.seen")
     value = submitter.value(job)

@@ -135,6 +135,7 @@ def test_task_that_kills_workers_is_lost_and_its_neighbours_succeed(
     until(tended, "all are over", 120.0)
     assert len(deaths.read_text().splitlines()) == 3
     assert submitter.row(poison).state == "lost"
+    assert submitter.outcomes(poison) == ["lost"] * 3
     assert {submitter.row(job).state for job in jobs} == {"succeeded"}
     # Nothing else ran beside the last attempt: the third death cost nobody anything.
     last = submitter.attempts(poison)[-1]
