@@ -1,6 +1,6 @@
 """Replacing a task: the fate of its id when the replacement does not reach its last step, and when processes die.
 
-tests/features/test_canvas.py covers replacements that succeed.
+tests/features/tasks/test_canvas.py covers replacements that succeed.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from celery.exceptions import TaskError, TaskRevokedError, TimeLimitExceeded
 
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.ledger import keys
-from tests.features.test_pools import control, hold, running, slots
+from tests.features.workers.test_pools import control, hold, running, slots
 from tests.fixtures import tasks
 from tests.fixtures.processes import Platform
 from tests.fixtures.submitting import Submitter, standing_platform

@@ -25,7 +25,7 @@ from tests.fixtures.guarded import guarded_server
 from tests.fixtures.processes import ROOT, Platform
 from tests.fixtures.servers import environment_of
 from tests.fixtures.waiting import until
-from tests.integration.test_dashboard import _serve
+from tests.integration.commands.test_dashboard import _serve
 
 LOGIN, STAY = "tests.tasks.login.login", "tests.tasks.login.stay"
 #: Beginning of each secret, so that one look finds all of them.
