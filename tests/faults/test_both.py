@@ -13,7 +13,7 @@ from tests.fixtures.submitting import Submitter
 
 @pytest.mark.long
 @pytest.mark.parametrize("first", ["Redis", "Postgres"])
-def test_workers_that_start_before_their_servers_work_as_soon_as_these_are_there(
+def test_workers_that_start_before_their_servers_work_once_these_run(
     servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle, first: str
 ) -> None:
     servers.kill_redis()

@@ -105,9 +105,7 @@ def test_a_body_that_is_over_its_limit_fails_alone(submitter: Submitter, oracle:
     assert [submitter.outcomes(job) for job in late] == [["failed"]] * 2
 
 
-def test_a_job_that_is_terminated_at_any_moment_is_cancelled_or_has_succeeded(
-    submitter: Submitter, oracle: Oracle
-) -> None:
+def test_terminated_job_is_cancelled_or_has_succeeded_at_any_moment(submitter: Submitter, oracle: Oracle) -> None:
     chance, pause = random.Random(3), threading.Event()
     jobs = [oracle.send(submitter, seconds=0.2) for _ in range(40)]
     for job in chance.sample(jobs, len(jobs)):
@@ -121,7 +119,7 @@ def test_a_job_that_is_terminated_at_any_moment_is_cancelled_or_has_succeeded(
     assert all(len(submitter.attempts(job)) <= 1 for job in jobs)
 
 
-def test_a_process_that_is_killed_while_its_worker_becomes_ready_is_replaced(
+def test_process_killed_while_its_worker_becomes_ready_is_replaced(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
     imports = ",".join([*breaking.IMPORTS, "tests.tasks.childless"])

@@ -47,7 +47,7 @@ def client(platform: Platform, oracle: Oracle, jobs: int, *how: str, **environme
     return process
 
 
-def test_a_program_that_dies_at_any_step_of_a_submission_loses_and_doubles_nothing(
+def test_program_dying_at_any_step_of_a_submission_loses_nothing(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
     platform.worker("a", cpus=4, pool="threads")
@@ -63,7 +63,7 @@ def test_a_program_that_dies_at_any_step_of_a_submission_loses_and_doubles_nothi
     assert len(with_rows) == 2 * len(STEPS) + 3
 
 
-def test_a_program_that_dies_with_jobs_that_its_thread_was_to_bring_loses_and_doubles_nothing(
+def test_program_dying_with_batched_jobs_loses_and_doubles_nothing(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
     platform.worker("a", cpus=4, pool="threads")

@@ -29,7 +29,7 @@ def stopped(platform: Platform) -> Iterator[Process]:
     os.killpg(worker.pid, signal.SIGCONT)
 
 
-def test_a_message_that_was_lost_on_its_way_is_delivered_again_as_the_same_attempt(
+def test_message_lost_on_its_way_is_delivered_again_as_the_same_attempt(
     platform: Platform, stopped: Process, submitter: Submitter
 ) -> None:
     job = submitter.send(ADD, 40, 2, cpus=4)

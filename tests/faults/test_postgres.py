@@ -59,7 +59,7 @@ def lease_ms(platform: Platform, worker: str) -> int:
 
 
 @pytest.mark.long
-def test_without_postgres_running_jobs_end_and_are_written_once_when_it_is_back(
+def test_running_jobs_end_without_postgres_and_are_written_once_afterwards(
     servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
     worker = platform.worker("a", cpus=4)

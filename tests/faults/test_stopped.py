@@ -63,7 +63,7 @@ def long_jobs(platform: Platform, oracle: Oracle, submitter: Submitter, how: str
 @pytest.mark.long
 @pytest.mark.parametrize("whole", [False, True], ids=["main process", "group"])
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_successor_ends_what_its_stopped_predecessor_runs_before_it_starts_jobs(
+def test_successor_ends_the_jobs_of_its_stopped_predecessor_before_its_own(
     platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool, whole: bool
 ) -> None:
     first = platform.worker("a", cpus=4, pool=pool)
@@ -84,7 +84,7 @@ def test_successor_ends_what_its_stopped_predecessor_runs_before_it_starts_jobs(
 
 
 @pytest.mark.long
-def test_successor_ends_a_stopped_predecessor_that_was_given_up_before_it_came(
+def test_successor_ends_a_stopped_predecessor_that_was_given_up_before(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
     """The ledger has no book of the worker any more, since another worker took its jobs back. Its pool goes on."""

@@ -221,7 +221,7 @@ def test_chains_groups_and_chords_go_on_while_redis_is_away(
 
 
 @pytest.mark.parametrize("data", ["empty", "with old data"])
-def test_every_job_ends_once_while_the_only_redis_is_away_for_longer_than_each_lease(
+def test_every_job_ends_once_while_redis_is_away_longer_than_each_lease(
     servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle, data: str
 ) -> None:
     platform.worker("a", cpus=3)
@@ -269,7 +269,7 @@ def test_jobs_start_while_the_only_redis_is_stopped_and_answers_nobody(
     oracle.assert_zeros()
 
 
-def test_a_half_written_job_reaches_its_process_though_the_broker_goes_meanwhile(
+def test_half_written_job_reaches_its_process_though_the_broker_goes(
     servers: Servers, platform: Platform, submitter: Submitter
 ) -> None:
     """The pool's process reads nothing, so only a part of a large job fits into the pipe to it."""
@@ -303,7 +303,7 @@ def test_time_limits_hold_for_jobs_that_started_without_redis(
     until_decides(platform, "ledger")
 
 
-def test_a_chord_that_was_made_before_goes_on_when_redis_is_back_with_its_data(
+def test_chord_goes_on_when_redis_is_back_with_its_data(
     servers: Servers, platform: Platform, submitter: Submitter
 ) -> None:
     platform.worker("a", cpus=2)

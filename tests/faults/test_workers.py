@@ -81,7 +81,7 @@ def test_a_job_whose_process_is_killed_runs_again_as_attempt_2(platform: Platfor
     assert worker.alive
 
 
-def test_a_job_that_loses_its_process_three_times_is_lost_and_its_neighbours_are_not(
+def test_job_that_loses_three_processes_is_lost_and_its_neighbours_are_not(
     platform: Platform, submitter: Submitter
 ) -> None:
     platform.worker("a", cpus=4)
@@ -152,7 +152,7 @@ def test_what_a_body_started_is_ended_with_its_worker(platform: Platform, submit
 
 
 @pytest.mark.long
-def test_neighbour_ends_what_a_lost_worker_left_though_another_machine_took_its_jobs(
+def test_neighbour_ends_bodies_of_a_lost_worker_that_others_took_back(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
     imports = f"{platform.environment['PLATFORM_IMPORTS']},tests.tasks.cloned"
@@ -200,9 +200,7 @@ def test_a_worker_that_is_never_started_again_loses_its_jobs_to_the_others(
 
 
 @pytest.mark.long
-def test_a_killed_worker_vanishes_and_its_job_runs_on_another_when_it_is_lost(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_job_of_a_killed_worker_runs_on_another(platform: Platform, submitter: Submitter) -> None:
     settings = platform.settings
     killed = platform.worker("a", cpus=4)
     job = submitter.send(HOLD, "gate", cpus=4)
@@ -231,9 +229,7 @@ def test_a_killed_worker_vanishes_and_its_job_runs_on_another_when_it_is_lost(
     assert submitter.allocated_cpus() == "0"
 
 
-def test_a_worker_that_is_started_again_takes_over_from_its_dead_life_at_once(
-    platform: Platform, submitter: Submitter
-) -> None:
+def test_restarted_worker_takes_over_from_its_dead_life_at_once(platform: Platform, submitter: Submitter) -> None:
     platform.environment |= FULL
     former = platform.worker("a", cpus=2)
     job = submitter.send(HOLD, "gate", cpus=2)

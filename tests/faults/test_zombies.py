@@ -27,7 +27,7 @@ def refused_writes(platform: Platform) -> int:
 
 @pytest.mark.long
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
-def test_a_worker_that_was_stopped_with_all_its_processes_leaves_one_effect_of_each_job(
+def test_wholly_stopped_worker_leaves_one_effect_of_each_job(
     platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool
 ) -> None:
     zombie = platform.worker("a", cpus=4, pool=pool)
@@ -57,7 +57,7 @@ def test_a_worker_that_was_stopped_with_all_its_processes_leaves_one_effect_of_e
 
 
 @pytest.mark.long
-def test_a_worker_whose_main_process_alone_was_stopped_leaves_one_effect_of_each_job(
+def test_worker_with_a_stopped_main_process_leaves_one_effect_of_each_job(
     platform: Platform, submitter: Submitter, oracle: Oracle
 ) -> None:
     """The worker's pool goes on: ends there are noted only when the main process continues."""

@@ -105,8 +105,8 @@ def traced(self: Any, trace: str, value: int, seconds: float, millicores: int, h
     """
     _say(self, trace, "start", millicores)
     time.sleep(seconds)
-    if how and (how.endswith("!") or self.request.attempt == 1):
-        WAYS[how.rstrip("!")]()
+    if how and self.request.attempt == 1:
+        WAYS[how]()
     _say(self, trace, "end", millicores)
     leave_effect(self.request.id, self.request.attempt)
     return value
@@ -115,16 +115,10 @@ def traced(self: Any, trace: str, value: int, seconds: float, millicores: int, h
 #: Bytes that bodies ask for when they ask for too much.
 MORE: Final = 128 * 2**20
 
-# -- things that a body can do to its process, at its first attempt or (with a ! behind it) at each
+# -- things that a body can do to its process, at its first attempt
 
 
 def _die() -> None:
-    os.kill(os.getpid(), 9)
-
-
-def _kill_worker() -> None:
-    """Kill the process that holds the pool, as a body that uses up the memory of a machine would."""
-    os.kill(os.getppid(), 9)
     os.kill(os.getpid(), 9)
 
 
@@ -162,7 +156,6 @@ def _grandchild() -> None:
 
 WAYS: Final = {
     "die": _die,
-    "kill worker": _kill_worker,
     "leave": _leave,
     "no memory": _no_memory,
     "too much memory": _too_much_memory,

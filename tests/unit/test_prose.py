@@ -43,6 +43,8 @@ FIELDS: Final = {("routing/inspect/explain.py", "place")}
 BOUND: Final = re.compile(r"(?<![:\w]):([a-z]\w*)")
 #: Names that a line of Lua declares.
 LUA_LOCAL: Final = re.compile(r"\blocal (?!function)([\w, ]+)")
+#: Characters of the name of a test: `test_<subject>_<expected>_<condition>`.
+TEST_NAME_LENGTH: Final = 70
 #: The newest commits, and characters of their subjects.
 COMMITS: Final = 50
 SUBJECT_LENGTH: Final = 60
@@ -173,6 +175,16 @@ def test_local_name_of_a_script_says_what_is_in_it() -> None:
     )
     # The argument `told` is a field of the stream, which keeps its name.
     assert lines_of(fault for fault in names if fault[2] in EMPTY - {"told"}) == []
+
+
+def test_name_of_a_test_is_read_at_a_glance() -> None:
+    names = (
+        (path, node.lineno, node.name)
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    )
+    assert lines_of(fault for fault in names if len(fault[2]) > TEST_NAME_LENGTH) == []
 
 
 def test_subject_of_a_commit_names_its_area_and_is_short() -> None:

@@ -39,6 +39,32 @@ ENTRY_POINT = f"{PACKAGE}.workers.plugin"
 #: Entries of a folder, its `__init__` left out.
 MOST_ENTRIES = 13
 
+#: Tests that mirror the tree: `routing/model/token.py` has its tests in `tests/unit/routing/model/test_token.py`.
+MIRRORS = ("tests/unit", "tests/contract")
+#: Tests of the ledger's or the stores' behaviour that no single module has. The rest of a name begins with a module's.
+OF_NO_MODULE = {
+    "unit/test_prose.py": "of all files",
+    "unit/test_requirements.py": "of all imports",
+    "unit/test_structure.py": "of all files",
+    "unit/platform/commands/test_help.py": "of all commands",
+    "unit/platform/commands/test_schemas.py": "of all commands",
+    "contract/test_authorities.py": "of both stores",
+    "contract/test_invariants.py": "of the tests themselves",
+    "contract/routing/ledger/test_alone.py": "a rule of placement, in all scripts",
+    "contract/routing/ledger/test_books.py": "the book of a worker, in all scripts",
+    "contract/routing/ledger/test_books_by_model.py": "all scripts beside a model",
+    "contract/routing/ledger/test_concurrency.py": "all scripts at once",
+    "contract/routing/ledger/test_full.py": "all scripts on a full server",
+    "contract/routing/ledger/test_leases.py": "the right to an attempt, in all scripts",
+    "contract/routing/ledger/test_script_bounds.py": "all scripts",
+    "contract/routing/ledger/test_tombstones.py": "an ended job, in all scripts",
+    "contract/routing/recovery/test_clocks.py": "a clock that is set, in all of recovery",
+    "contract/routing/recovery/test_late_rows.py": "a row read too early, in all of recovery",
+    "contract/routing/recovery/test_start_once.py": "a job that may start once, in all of recovery",
+    "contract/routing/recovery/test_unknown_claims.py": "a claim that nobody noted, in all of recovery",
+    "contract/routing/store/test_locked_rows.py": "a locked row, in all statements",
+}
+
 MOST_LINES = 400
 MOST_LINES_OF_FUNCTION = 60
 MOST_PARAMETERS_OF_CONSTRUCTOR = 6
@@ -140,6 +166,30 @@ def test_each_folder_is_one_concept_with_a_role(layer: str) -> None:
         assert role and "\n" not in role, f"{name} says in one line what stands in it"
         entries = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
         assert 1 < len(entries) <= MOST_ENTRIES, name
+
+
+@pytest.mark.parametrize("mirror", MIRRORS)
+def test_tests_mirror_the_tree(mirror: str) -> None:
+    wrong = []
+    for path in sorted((ROOT / mirror).rglob("test_*.py")):
+        code = ROOT / path.parent.relative_to(ROOT / mirror)
+        modules = {module.stem for module in code.glob("*.py")} if code != ROOT else set()
+        subject = path.stem.removeprefix("test_")
+        is_of_module = any(subject == module or subject.startswith(f"{module}_") for module in modules)
+        if not code.is_dir() or is_of_module == (str(path.relative_to(ROOT / "tests")) in OF_NO_MODULE):
+            wrong.append(str(path.relative_to(ROOT)))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("mirror", MIRRORS)
+def test_folder_of_tests_holds_few_entries(mirror: str) -> None:
+    folders = [ROOT / mirror, *(path for path in (ROOT / mirror).rglob("*") if path.is_dir())]
+    entries = {folder: [path for path in folder.iterdir() if path.name != "__pycache__"] for folder in folders}
+    assert {str(folder): len(names) for folder, names in entries.items() if len(names) > MOST_ENTRIES} == {}
+
+
+def test_list_of_tests_of_no_module_names_files() -> None:
+    assert [path for path in OF_NO_MODULE if not (ROOT / "tests" / path).is_file()] == []
 
 
 def test_no_modules_import_each_other_in_a_circle_not_even_for_types() -> None:

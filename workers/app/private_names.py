@@ -4,7 +4,8 @@ Celery, kombu, billiard, redis-py and gevent do not promise these names. Each st
 it, so that one list says what a new release may break. A test holds the list against the installed libraries, and
 against the code of the platform: a private name that is used and not listed fails it.
 
-Before you add a name, look for a public way. After an upgrade of a library, run `tests/unit/test_private_names.py`.
+Before you add a name, look for a public way. After an upgrade of a library, run
+`tests/unit/workers/app/test_private_names.py`.
 """
 
 from __future__ import annotations

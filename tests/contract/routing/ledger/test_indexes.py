@@ -1,0 +1,221 @@
+"""A search looks at nothing that does not concern it: its cost is counted, not timed.
+
+The cost does not grow with the workers that do not have what a job asks for. Nor does it grow with the waiting jobs
+that a worker may not take.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.amounts import labels
+from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, order
+from tests.contract.routing.ledger.test_admission import ON_A_SERVER, delivered, file, passes, write
+from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW
+
+ROOM: Final = {"cpus": 4000, "memory": 8, "slots": 4}
+ONE: Final = Request.of({"cpus": 1000})
+#: Amounts of most workers, amounts of one of them, and a request that this one alone can take.
+RARE: Final = {
+    "a queue beside the default one": (labels(["celery"]), labels(["celery", "mail"]), ONE.within("mail")),
+    "a queue alone": (labels(["celery"]), labels(["mail"]), ONE.within("mail")),
+    "the default queue": (labels(["mail"]), labels(["celery"]), ONE),
+    "gpus": ({}, {"gpus": 9}, Request.of({"cpus": 1000, "gpus": 1})),
+    "of two resources the rarer one": (
+        {"licence": 9},
+        {"licence": 9, "gpus": 9},
+        Request.of({"cpus": 1000, "gpus": 1, "licence": 1}),
+    ),
+    "gpus, where others have a queue alone": (
+        {"gpus": 9, **labels(["mail"])},
+        {"gpus": 9},
+        Request.of({"cpus": 1000, "gpus": 1}),
+    ),
+}
+
+
+def commands(ledger: Ledger, action: Callable[[], object]) -> Counter[str]:
+    """Return how often each command ran in the server meanwhile: a candidate that is looked at is an HMGET."""
+    ledger.client.config_resetstat()
+    action()
+    stats: Any = ledger.client.info("commandstats")
+    # EVAL does not count: the server did not have the script yet.
+    return Counter({name: stat["calls"] for name, stat in stats.items() if name != "cmdstat_eval"})
+
+
+def crowd(workers: int, most: Mapping[str, int], one: Mapping[str, int], allocated: int = 0) -> list[Book]:
+    """Return so many workers that come before the special one by their names."""
+    books = [Book(f"w{n:04}", {**ROOM, **most}, {}) for n in range(workers)]
+    return [*books, Book("x", {**ROOM, **one}, {"slots": allocated})]
+
+
+# -- a worker for a job
+
+
+@pytest.mark.parametrize("what", RARE)
+def test_search_costs_the_same_beside_workers_without_the_resource(ledger: Ledger, what: str) -> None:
+    most, rare, request = RARE[what]
+    costs = []
+    for workers in (1, 3 * CANDIDATES):
+        write(ledger, crowd(workers, most, rare))
+
+        def submit() -> None:
+            taken = ledger.submit("job", request.shape, order(0, 1), MESSAGE)
+            assert (taken.state, taken.worker) == ("admitted", "x")
+
+        costs.append(commands(ledger, submit))
+    assert costs[0] == costs[1]
+
+
+@pytest.mark.leaves("I1", because="no job holds the slots that are taken")
+@pytest.mark.parametrize("what", RARE)
+def test_a_search_in_vain_costs_the_same_too(ledger: Ledger, what: str) -> None:
+    most, rare, request = RARE[what]
+    costs = []
+    for workers in (1, 3 * CANDIDATES):
+        write(ledger, crowd(workers, most, rare, allocated=ROOM["slots"]))
+
+        def submit() -> None:
+            assert ledger.submit("job", request.shape, order(0, 1), MESSAGE).state == "waiting"
+
+        costs.append(commands(ledger, submit))
+        costs.append(commands(ledger, lambda: ledger.place_shape(request.shape)))
+    assert costs[:2] == costs[2:]
+
+
+def test_search_reads_no_queues_of_candidates_that_it_passes_over(ledger: Ledger) -> None:
+    queues = labels(["celery", *(f"queue-{n}" for n in range(99))])
+    write(ledger, crowd(9, queues, {**queues, "memory": 9}))
+    client: Any = ledger.client
+    with client.monitor() as monitor:
+        assert ledger.submit("job", ONE.merged({"memory": 9}).shape, order(0, 1), MESSAGE).worker == "x"
+        client.echo("end")
+        ran: list[str] = []
+        while not ran or not ran[-1].startswith("ECHO"):
+            ran.append(monitor.next_command()["command"])
+    read = [command.split() for command in ran if command.startswith("HMGET ledger:book:")]
+    assert (len(read), max(map(len, read))) == (10, 14), read
+    assert [command for command in ran if command.startswith("HGET ledger:book:")] == ["HGET ledger:book:x places"]
+
+
+def test_a_worker_that_is_closed_or_leaves_stands_in_no_index(ledger: Ledger) -> None:
+    def standing() -> list[str]:
+        return sorted(key.decode() for key in ledger.client.scan_iter("ledger:free*"))
+
+    def register(*queues: str, life: str = "life", **amounts: int) -> None:
+        capacity = Capacity.of({**ROOM, **amounts}).serving(queues)
+        ledger.register("w", life, "queue", capacity.shape, VIEW)
+
+    register("celery", "mail", gpus=1)
+    assert standing() == ["ledger:free", "ledger:free:gpus", "ledger:free:queue:mail"]
+    register("mail", "Vidéo")
+    assert standing() == ["ledger:free", "ledger:free:queue:Vidéo", "ledger:free:queue:mail"]
+    assert ledger.client.zscore(keys.FREE, "w") == -1, "found by its queues alone"
+    ledger.expire_lease("w", "life")
+    assert standing() == []
+    register("celery", "mail", life="next")
+    assert standing() == ["ledger:free", "ledger:free:queue:mail"]
+    ledger.client.hdel(keys.book("w"), "epoch")  # torn: COLD for this worker
+    assert ledger.reserve_book("w", "next", Capacity.of(ROOM).shape)
+    assert standing() == []
+    register("celery", "mail", life="next")
+    assert ledger.leave("w", "next") == 0
+    assert standing() == []
+
+
+# -- a job for a worker
+
+#: Requests that wait before a job that fits, and may not go to a worker of the default queue without gpus.
+FOREIGN: Final[dict[str, Callable[[int], Request]]] = {
+    "of other queues": lambda n: ONE.within(f"queue-{n % 7}").merged({"cpus": 1 + n / 1000}),
+    "each of its own queue": lambda n: ONE.within(f"queue-{n}"),
+    "for gpus": lambda n: Request.of({"cpus": 1000 + n, "gpus": 1}),
+}
+
+
+@pytest.mark.parametrize("queues", [("celery",), tuple(f"own-{n}" for n in range(30))], ids=["one", "thirty"])
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_release_costs_the_same_however_much_waits_for_others(
+    ledger: Ledger, what: str, queues: tuple[str, ...]
+) -> None:
+    costs = []
+    for shapes in (2 * SHAPES, 30 * SHAPES):
+        write(ledger, [])
+        capacity = Capacity.of({"cpus": 1000, "slots": 1}).serving(queues)
+        ledger.register("w", "life", "queue", capacity.shape, VIEW)
+        request = ONE.within(queues[-1])
+        assert ledger.submit("first", request.shape, order(9, 0), MESSAGE).worker == "w"
+        rows = [(f"other-{n}", FOREIGN[what](n).shape, order(9, 1 + n), MESSAGE, 0, 0, 0) for n in range(shapes)]
+        assert ledger.submit_many(rows) == shapes == ledger.client.zcard(keys.SHAPES)
+        assert ledger.submit("own", request.shape, order(0, 9999), MESSAGE).state == "waiting"
+
+        def release() -> None:
+            ended = [Ended("first", Token(1, 1), Outcome.SUCCEEDED)]
+            (settled,) = ledger.settle("w", "life", ended=ended, most_losses=MOST_LOSSES, follow=False).released
+            assert settled.verdict == "released"
+
+        costs.append(commands(ledger, release))
+        assert ledger.client.hget(keys.job("own"), "worker") == b"w"
+    assert costs[0] == costs[1]
+
+
+ASKED: Final = st.tuples(
+    st.sampled_from(["celery", "mail", "Vidéo", "other"]), st.sampled_from([None, None, "gpus", "licence"])
+)
+HAS: Final = st.tuples(
+    st.lists(st.sampled_from(["celery", "mail", "Vidéo", *(f"more-{n}" for n in range(20))]), min_size=1, unique=True),
+    st.sets(st.sampled_from(["gpus", "licence"])),
+)
+
+
+@settings(ON_A_SERVER, max_examples=15)
+@given(st.lists(ASKED, min_size=SHAPES // 2, max_size=SHAPES), st.integers(1, 60), HAS)
+def test_worker_takes_jobs_in_policy_order_from_more_shapes_than_a_page(
+    ledger: Ledger, asked: Sequence[tuple[str, str | None]], slots: int, has: tuple[list[str], set[str]]
+) -> None:
+    # Of the first page it may take little.
+    asked = [*(("celery" if n % 9 == 0 else "other", None) for n in range(SHAPES)), *asked]
+    backlog = [
+        Waiting(f"job-{n}", Request.of({"cpus": n % 50, "memory": 1 + n, **({of: 1} if of else {})}).within(queue), n)
+        for n, (queue, of) in enumerate(asked)
+    ]
+    queues, resources = has
+    capacity = {"cpus": 10**6, "memory": 10**6, "slots": slots, **dict.fromkeys(resources, 9)}
+    write(ledger, [])
+    file(ledger, backlog)
+    ledger.register("w", "life", "queue", Capacity.of(capacity).serving(queues).shape, VIEW)
+    assert delivered(ledger.client, "queue") == passes(Book("w", {**capacity, **labels(queues)}, {}), backlog)
+
+
+# -- beside an index that is damaged
+
+
+@pytest.mark.leaves("I6", because="an index is damaged")
+def test_worker_outside_the_whole_index_is_not_admitted_to(ledger: Ledger) -> None:
+    write(ledger, crowd(0, {}, labels(["celery", "mail"])))
+    ledger.client.hset(keys.book("x"), "status", "draining")
+    ledger.client.zrem(keys.FREE, "x")
+    assert ledger.client.zscore(keys.free_of("queue:mail"), "x") == 4000
+    assert ledger.submit("job", ONE.within("mail").shape, order(0, 1), MESSAGE).state == "waiting"
+
+
+def test_heartbeat_puts_its_worker_into_its_indexes(ledger: Ledger) -> None:
+    write(ledger, crowd(0, {}, labels(["mail"])))
+    index = keys.free_of("queue:mail")
+    ledger.client.zadd(keys.FREE, {"x": 4000})
+    ledger.client.zrem(index, "x")
+    assert ledger.renew("x", "x-life", {}, [], MOST_LOSSES).known
+    assert (ledger.client.zscore(index, "x"), ledger.client.zscore(keys.FREE, "x")) == (4000, -1)

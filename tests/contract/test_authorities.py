@@ -1,0 +1,393 @@
+"""The rules of admission, of attempts and of their ends: the same cases over the ledger and over Postgres.
+
+Where the two differ on purpose, `DIFFERENCES` says how and why.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pytest
+
+from celery_capacity.routing.model.reasons import Reason
+from tests.fixtures.authorities import Authority
+
+# -- who starts
+
+
+def test_jobs_start_by_priority_and_then_by_submission(authority: Authority) -> None:
+    jobs = [authority.submit(cpus=1000, priority=priority) for priority in (0, 5, 9, 5, 0)]
+    authority.worker("a", cpus=5000)
+    assert authority.starts("a") == [jobs[place] for place in (2, 1, 3, 0, 4)]
+
+
+def test_job_that_does_not_fit_holds_up_no_other(authority: Authority) -> None:
+    wide, slim = authority.submit(cpus=3000, priority=9), authority.submit(cpus=1000)
+    authority.worker("a", cpus=2000)
+    assert authority.starts("a") == [slim]
+    assert authority.waits(wide)
+
+
+@pytest.mark.parametrize("short", ["cpus", "memory", "slots", "gpus"])
+def test_worker_needs_room_for_each_resource_of_a_request(authority: Authority, short: str) -> None:
+    amounts: dict[str, Any] = {"cpus": 1000, "memory": 100, "slots": 1, "gpus": 1}
+    job = authority.submit(**amounts)
+    authority.worker("a", **{**amounts, short: amounts[short] - 1})
+    assert authority.starts("a") == []
+    authority.worker("b", **amounts)
+    assert authority.starts("b") == [job]
+    assert authority.allocated("b") == amounts
+
+
+def test_worker_takes_jobs_of_the_queues_that_it_serves(authority: Authority) -> None:
+    mail, plain = (authority.submit(cpus=1000, queue=queue) for queue in ("mail", "celery"))
+    authority.worker("a", cpus=4000, queues=["video"])
+    assert authority.starts("a") == []
+    authority.worker("b", cpus=4000, queues=["mail"])
+    assert authority.starts("b") == [mail]
+    authority.worker("c", cpus=4000, queues=["celery", "mail"])
+    assert authority.starts("c") == [plain]
+
+
+def test_job_at_its_last_chance_runs_alone_on_its_worker(authority: Authority) -> None:
+    authority.worker("a", cpus=4000)
+    last = authority.submit(cpus=1000, losses=2)
+    other = authority.submit(cpus=1000)
+    assert authority.starts("a") == [last]
+    assert authority.allocated("a") == {"cpus": 1000, "slots": 1, "alone": 1}
+    authority.end(last)
+    assert authority.starts("a") == [other]
+    again = authority.submit(cpus=1000, losses=2)
+    assert authority.starts("a") == [], "another job runs there"
+    authority.end(other)
+    assert authority.starts("a") == [again]
+
+
+def test_scheduled_job_starts_at_its_time_and_not_before(authority: Authority) -> None:
+    authority.worker("a", cpus=4000)
+    job = authority.submit(cpus=1000, due_in=3600)
+    authority.duty()
+    assert authority.starts("a") == []
+    authority.stage.sql("UPDATE jobs SET due_at = now()")
+    authority.duty()
+    assert authority.starts("a") == [job]
+
+
+def test_expired_job_ends_without_a_start(authority: Authority) -> None:
+    late, in_time = (authority.submit(cpus=1000, due_in=60, expires_in=seconds) for seconds in (120, 3600))
+    authority.stage.sql("UPDATE jobs SET due_at = now(), expires_at = expires_at - interval '10 minutes'")
+    authority.worker("a", cpus=4000)
+    assert authority.duty()["expired"] == 1
+    assert authority.starts("a") == [in_time]
+    assert authority.row(late).state == "expired"
+
+
+def test_draining_worker_starts_nothing_and_ends_its_jobs(authority: Authority) -> None:
+    authority.worker("a", cpus=2000)
+    job = authority.submit(cpus=1000)
+    assert authority.starts("a") == [job]
+    authority.drain("a")
+    after = authority.submit(cpus=1000)
+    assert authority.starts("a") == []
+    assert authority.end(job) == "released"
+    assert authority.starts("a") == []
+    authority.worker("b", cpus=2000)
+    assert authority.starts("b") == [after]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_worker_is_ever_allocated_above_its_capacity(authority: Authority, seed: int) -> None:
+    """A job that starts twice, or that nobody takes though there is room, shows too."""
+    chance = random.Random(seed)
+    capacity: dict[str, Any] = {"cpus": 4000, "memory": 400, "slots": 3}
+    workers = ("a", "b", "c")
+    for worker in workers:
+        authority.worker(worker, **capacity)
+    running: dict[str, str] = {}
+    jobs = []
+    for _ in range(60):
+        if not running or chance.random() < 0.6:
+            jobs.append(authority.submit(cpus=500 * chance.randint(1, 5), memory=chance.randint(0, 250)))
+        else:
+            job = chance.choice(sorted(running))
+            del running[job]
+            outcome = chance.choice(("succeeded", "failed", "handed_back", "lost"))
+            assert authority.end(job, outcome) == "released"
+        for worker in chance.sample(workers, 3):
+            for job in authority.starts(worker):
+                assert job not in running
+                running[job] = worker
+        for worker in workers:
+            assert all(used <= capacity.get(name, 1) for name, used in authority.allocated(worker).items())
+    while running:
+        assert authority.end(running.popitem()[0]) == "released"
+        for worker in workers:
+            running |= dict.fromkeys(authority.starts(worker), worker)
+    assert {authority.row(job).state for job in jobs} <= {"succeeded", "failed", "lost"}
+    assert [authority.allocated(worker) for worker in workers] == [{}, {}, {}]
+
+
+# -- whose attempt it is
+
+
+def test_job_is_claimed_once(authority: Authority) -> None:
+    authority.worker("a", cpus=4000)
+    job = authority.submit(cpus=1000)
+    assert authority.starts("a") == [job]
+    assert not authority.claims("a", job)
+    authority.end(job)
+    assert not authority.claims("a", job)
+    assert authority.row(job).attempt == 1
+
+
+def test_release_admits_next_job_of_same_shape(authority: Authority) -> None:
+    authority.worker("a", cpus=1000)
+    first, second = authority.submit(cpus=1000), authority.submit(cpus=1000)
+    assert authority.starts("a") == [first]
+    assert authority.starts("a") == []
+    authority.end(first)
+    assert authority.starts("a") == [second]
+    assert authority.allocated("a") == {"cpus": 1000, "slots": 1}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "losses", "rerun", "state", "losses_after"),
+    [
+        ("succeeded", 1, True, "succeeded", 1),
+        ("failed", 0, True, "failed", 0),
+        ("cancelled", 0, True, "cancelled", 0),
+        ("expired", 0, True, "expired", 0),
+        pytest.param(
+            *("replaced", 0, True, "replaced", 0),
+            marks=pytest.mark.leaves("I2", because="no step of the replacement was submitted", sometimes=True),
+        ),
+        ("retried", 1, True, "scheduled", 1),
+        ("handed_back", 1, False, "waits", 1),
+        ("lost", 0, True, "waits", 1),
+        ("lost", 2, True, "lost", 3),
+        ("lost", 0, False, "lost", 1),
+    ],
+)
+def test_end_of_an_attempt_makes_its_job_what_the_table_says(
+    authority: Authority, outcome: str, losses: int, rerun: bool, state: str, losses_after: int
+) -> None:
+    authority.worker("a", cpus=1000)
+    job = authority.submit(cpus=1000, losses=losses, rerun=rerun)
+    assert authority.starts("a") == [job]
+    authority.drain("a")
+    assert authority.end(job, outcome) == "released"
+    row = authority.row(job)
+    assert ("waits" if authority.waits(job) else row.state, row.losses) == (state, losses_after)
+    assert authority.allocated("a") == {}
+
+
+@pytest.mark.parametrize("outcome", ["succeeded", "failed", "cancelled", "expired", "retried"])
+def test_end_that_is_sent_again_is_a_repeat(authority: Authority, outcome: str) -> None:
+    authority.worker("a", cpus=1000)
+    job = authority.submit(cpus=1000)
+    authority.starts("a")
+    assert authority.end(job, outcome) == "released"
+    state = authority.row(job).state
+    assert authority.end(job, outcome) == "repeat"
+    assert authority.row(job).state == state
+
+
+def test_worker_cannot_end_the_attempt_of_another(authority: Authority) -> None:
+    authority.worker("a", cpus=1000)
+    authority.worker("b", cpus=500)
+    job = authority.submit(cpus=1000)
+    assert authority.starts("a") == [job]
+    assert authority.end(job, worker="b") == "stale"
+    assert authority.row(job).state == "running"
+    assert authority.allocated("a") == {"cpus": 1000, "slots": 1}
+
+
+@pytest.mark.parametrize(
+    ("losses", "rerun", "state"), [(0, True, "running"), (1, True, "running"), (2, True, "lost"), (0, False, "lost")]
+)
+def test_job_of_a_lost_worker_runs_elsewhere_or_is_lost(
+    authority: Authority, losses: int, rerun: bool, state: str
+) -> None:
+    authority.worker("a", cpus=1000)
+    job = authority.submit(cpus=1000, losses=losses, rerun=rerun)
+    assert authority.starts("a") == [job]
+    authority.lose("a")
+    authority.lose("a")
+    authority.worker("b", cpus=1000)
+    assert authority.starts("b") == ([job] if state == "running" else [])
+    row = authority.row(job)
+    assert (row.state, row.losses) == (state, losses + 1)
+    authority.wake("a")
+    assert authority.end(job, worker="a", token=f"{row.epoch}.1") != "released"
+    assert authority.row(job).state == state
+
+
+def test_attempt_that_went_back_cannot_end_the_next_one(authority: Authority) -> None:
+    authority.worker("a", cpus=1000)
+    job = authority.submit(cpus=1000)
+    authority.starts("a")
+    first = f"{authority.row(job).epoch}.1"
+    authority.end(job, "handed_back")
+    assert authority.starts("a") == [job]
+    assert authority.row(job).attempt == 2
+    assert authority.end(job, token=first) == "stale"
+    assert authority.end(job) == "released"
+
+
+# -- what is revoked
+
+
+def test_revoked_job_that_waits_never_starts(authority: Authority) -> None:
+    job, other = authority.submit(cpus=1000), authority.submit(cpus=1000)
+    authority.revoke(job)
+    assert authority.row(job).state == "cancelled"
+    authority.worker("a", cpus=4000)
+    assert authority.starts("a") == [other]
+
+
+@pytest.mark.parametrize("outcome", ["handed_back", "lost", "retried"])
+def test_revoked_job_that_comes_back_ends(authority: Authority, outcome: str) -> None:
+    authority.worker("a", cpus=1000)
+    job = authority.submit(cpus=1000)
+    authority.starts("a")
+    authority.revoke(job)
+    assert authority.row(job).state == "running"
+    assert authority.end(job, outcome) == "released"
+    row = authority.row(job)
+    assert (row.state, row.error, row.attempt) == ("cancelled", "revoked", 1)
+    assert authority.starts("a") == []
+
+
+@pytest.mark.parametrize("outcome", ["succeeded", "failed"])
+def test_revoked_job_whose_body_ends_all_the_same_has_its_own_end(authority: Authority, outcome: str) -> None:
+    authority.worker("a", cpus=1000)
+    job = authority.submit(cpus=1000)
+    authority.starts("a")
+    authority.revoke(job)
+    authority.end(job, outcome)
+    authority.revoke(job)
+    assert authority.row(job).state == outcome
+
+
+def test_revoked_job_of_a_lost_worker_ends(authority: Authority) -> None:
+    authority.worker("a", cpus=1000)
+    job = authority.submit(cpus=1000)
+    authority.starts("a")
+    authority.revoke(job)
+    authority.lose("a")
+    authority.worker("b", cpus=1000)
+    assert authority.starts("b") == []
+    assert (authority.row(job).state, authority.row(job).error) == ("cancelled", "revoked")
+
+
+# -- why
+
+
+def test_reason_is_that_of_the_row_where_the_row_says_all(authority: Authority) -> None:
+    authority.worker("a", cpus=1000)
+    job, later = authority.submit(cpus=1000), authority.submit(cpus=1000, due_in=3600)
+    authority.starts("a")
+    assert (authority.why(job), authority.why(later)) == (Reason.RUNS, Reason.SCHEDULED)
+    authority.end(job)
+    assert authority.why(job) is Reason.ENDED
+
+
+# -- where the two differ on purpose
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A behaviour that depends on the store that decides. `observe` returns what a cluster does."""
+
+    because: str
+    observe: Callable[[Authority], Any]
+    ledger: Any
+    postgres: Any
+
+
+def worker_of_a_job_that_fits_two(authority: Authority) -> str:
+    authority.worker("a", cpus=4000)
+    authority.worker("b", cpus=1000)
+    job = authority.submit(cpus=1000)
+    for worker in ("a", "b"):
+        authority.starts(worker)
+    return str(authority.row(job).worker)
+
+
+def starts_beside_a_job_that_must_be_alone(authority: Authority) -> int:
+    authority.worker("a", cpus=3000)
+    running = [authority.submit(cpus=1000), authority.submit(cpus=1000)]
+    assert authority.starts("a") == running
+    authority.submit(cpus=1000, losses=2)
+    authority.end(running[0])
+    authority.starts("a")
+    authority.submit(cpus=1000)
+    return len(authority.starts("a"))
+
+
+def states_of_a_job_with_room_and_of_one_without(authority: Authority) -> tuple[str, str]:
+    authority.worker("a", cpus=1000)
+    slim, wide = authority.submit(cpus=1000), authority.submit(cpus=2000)
+    return authority.row(slim).state, authority.row(wide).state
+
+
+def reason_of_a_job_that_is_too_large(authority: Authority) -> Reason:
+    authority.worker("a", cpus=1000)
+    return authority.why(authority.submit(cpus=2000))
+
+
+def verdict_on_another_outcome_of_an_attempt_that_ended(authority: Authority) -> str:
+    authority.worker("a", cpus=1000)
+    job = authority.submit(cpus=1000)
+    authority.starts("a")
+    authority.end(job, "failed")
+    verdict = authority.end(job, "succeeded")
+    assert authority.row(job).state == "failed"
+    return verdict
+
+
+DIFFERENCES: Final = {
+    "best fit": Difference(
+        "the ledger knows the books of all workers, and a worker that pulls knows its own",
+        worker_of_a_job_that_fits_two,
+        ledger="b",
+        postgres="a",
+    ),
+    "a worker is kept": Difference(
+        "every worker that pulls would be kept for the job, since none knows of the others",
+        starts_beside_a_job_that_must_be_alone,
+        ledger=0,
+        postgres=1,
+    ),
+    "states before the start": Difference(
+        "Postgres admits and claims in one statement, and no list of waiting jobs is kept beside the rows",
+        states_of_a_job_with_room_and_of_one_without,
+        ledger=("admitted", "waiting"),
+        postgres=("accepted", "accepted"),
+    ),
+    "why a job waits": Difference(
+        "there are no books to explain it by",
+        reason_of_a_job_that_is_too_large,
+        ledger=Reason.TOO_LARGE,
+        postgres=Reason.LEDGER_STANDS_BACK,
+    ),
+    "another outcome": Difference(
+        "a row does not say by which outcome its attempt ended, and either way nothing is written",
+        verdict_on_another_outcome_of_an_attempt_that_ended,
+        ledger="stale",
+        postgres="repeat",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_difference_is_the_one_that_the_table_names(authority: Authority, name: str) -> None:
+    difference = DIFFERENCES[name]
+    assert difference.observe(authority) == getattr(difference, authority.name), difference.because
+
+
+def test_table_holds_nothing_in_which_both_agree() -> None:
+    assert [name for name, difference in DIFFERENCES.items() if difference.ledger == difference.postgres] == []

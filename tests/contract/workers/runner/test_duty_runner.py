@@ -1,0 +1,119 @@
+"""The duties of a worker: a duty that fails does not keep the others from being done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.states import Store
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.runner.duty_runner import DUTIES, Duty, Runner
+from tests.fixtures.staged import Stage
+
+
+@pytest.fixture
+def stage(stage: Stage) -> Stage:
+    stage.worker("a", cpus=1000)
+    return stage
+
+
+@pytest.fixture
+def runner(stage: Stage, settings: Settings) -> Iterator[Runner]:
+    stores = Stores(lambda _: settings)
+    stores._made["settings"] = settings
+    no_app: Any = None
+    runner = Runner(no_app, stores, "a-life", lambda: Store.LEDGER, stage.ledger)
+    runner._begin()
+    runner.election._stand()
+    # Nobody renews the lease.
+    runner.election._until += 3600
+    runner.election.window._since -= 3600
+    yield runner
+    runner._stores.ledger.client.close()
+    stores.engine.dispose()
+
+
+def test_a_row_that_somebody_keeps_locked_stops_no_other_duty(engine: Engine, stage: Stage, runner: Runner) -> None:
+    """A session was left open, for example: the duty `due` comes first, and cannot end the job that has expired."""
+    expired, lost = stage.insert({"cpus": 1000}), stage.submit(cpus=1000)
+    stage.start(lost)
+    due = stage.insert({"cpus": 2000}, due_at=datetime.now(UTC))
+    stage.sql("UPDATE jobs SET expires_at = now() WHERE id = :id", id=expired)
+    stage.ledger.expire_lease("a", "a-life")
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": expired})
+        runner._run(list(DUTIES))
+        stage.apply()
+        assert (stage.row(lost).state, stage.row(lost).losses) == ("waiting", 1)
+        assert stage.row(due).state == "waiting"
+        assert runner.election.window.seconds() > 60
+    assert stage.row(expired).state == "accepted"
+
+
+@pytest.mark.parametrize("failing", ["due", "stream", "outbox", "sweep", "reconcile", "retention", "replaced", "keys"])
+def test_duty_that_fails_stops_no_other_duty(
+    stage: Stage, runner: Runner, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Any duty may fail, and a worker that died is lost all the same."""
+    lost, due = stage.submit(cpus=1000), stage.insert({"cpus": 2000}, due_at=datetime.now(UTC))
+    stage.start(lost)
+    stage.ledger.expire_lease("a", "a-life")
+    done = []
+
+    def fail(*_: Any, **__: Any) -> dict[str, int]:
+        raise RuntimeError("by the test")
+
+    def instead(duty: Duty) -> Duty:
+        def run(app: Any, stores: Stores, **more: Any) -> Any:
+            done.append(duty.name)
+            return duty.run(app, stores, **more)
+
+        return replace(duty, run=fail if duty.name == failing else run)
+
+    runner._run([instead(duty) for duty in DUTIES])
+    assert done == [duty.name for duty in DUTIES if duty.name != failing]
+    stage.apply()
+    assert (stage.row(lost).state, stage.row(lost).losses) == ("waiting", 1)
+    assert stage.row(due).state == ("scheduled" if failing == "due" else "waiting")
+    assert runner.election.window.seconds() > 60
+
+
+def test_duty_that_fails_is_tried_again_sooner_than_its_interval(stage: Stage, runner: Runner) -> None:
+    def fail(*_: Any) -> dict[str, int]:
+        raise RuntimeError("by the test")
+
+    reconcile = replace(next(duty for duty in DUTIES if duty.name == "reconcile"), run=fail)
+    interval = reconcile.interval(runner._stores.settings)
+    runner._next_at[reconcile.name] = time.monotonic() + interval
+    runner._run_one(reconcile, reconcile.run)
+    first = runner._next_at[reconcile.name] - time.monotonic()
+    assert first < interval / 2
+    for _ in range(20):
+        runner._run_one(reconcile, reconcile.run)
+    assert first < runner._next_at[reconcile.name] - time.monotonic() <= interval
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_a_runner_was_to_compare_its_successor_compares(stage: Stage, runner: Runner, begun: bool) -> None:
+    """Where keys of the ledger are gone, the lease of the runner may be among them."""
+    runner.suspect()
+    due_now = runner._due() if begun else []
+    runner.election._until = 0.0
+    if begun:
+        runner._run(due_now)
+    runner._serve_own()
+    runner.election._fence = 0
+    stage.ledger.client.delete(keys.RUNNER)
+    term = runner.election._term
+    other = stage.ledger.elect("b-life", 0, term)
+    assert other.fence
+    runner.election._stand()
+    assert stage.ledger.elect("b-life", other.fence, term).asked == ("suspicion",)

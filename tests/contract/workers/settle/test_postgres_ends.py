@@ -1,0 +1,113 @@
+"""Ends of attempts while Postgres decides: an end that Postgres does not take holds back no other."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from sqlalchemy import Engine, text
+
+from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.job import Publisher
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.store import claims, fencing
+from celery_capacity.workers.membership.authority_check import Confirmation
+from celery_capacity.workers.membership.context import WorkerContext
+from celery_capacity.workers.process.holdings import Holding, Holdings
+from celery_capacity.workers.process.identity import new_identity
+from celery_capacity.workers.process.stores import make_engine
+from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
+from tests.contract.routing.store.test_refused_transitions import refuse, set_aside
+from tests.fixtures.staged import Stage
+
+
+@pytest.fixture
+def stage(stage: Stage) -> Stage:
+    stage.worker("a", cpus=8000)
+    stage.sql("UPDATE authority SET authority = 'postgres'")
+    return stage
+
+
+@pytest.fixture
+def holdings() -> Holdings:
+    return Holdings({"cpus": 8000, "slots": 8})
+
+
+@pytest.fixture
+def late() -> list[tuple[str, Token, str]]:
+    """Return the list of (job, token, outbox) of ends that were not written."""
+    return []
+
+
+@pytest.fixture
+def ends(
+    stage: Stage, settings: Settings, holdings: Holdings, late: list[tuple[str, Token, str]]
+) -> Iterator[PostgresEnds]:
+    bounded = make_engine(str(settings.database_url))
+    confirmation = Confirmation(bounded, 1.0, lambda: None)
+    confirmation.ask()
+    recorder: Any = Mock(call=lambda action: action())
+    context = WorkerContext(settings, bounded, stage.ledger, new_identity("a"), confirmation, holdings, recorder)
+    yield PostgresEnds(context, lambda: None, lambda: None, lambda _: None, lambda *left: late.append(left))
+    bounded.dispose()
+
+
+def ended(stage: Stage, holdings: Holdings, number: int, left: str = "") -> deque[End]:
+    """Return ends of jobs that this worker took and whose bodies have returned.
+
+    `left` is the outbox of each.
+    """
+    jobs = [stage.insert({"cpus": 1000}) for _ in range(number)]
+    with stage.engine.connect() as connection:
+        taken = claims.take(connection, stage.ledger.epoch, "a", "a-life", jobs)
+    for claimed in taken:
+        holdings.add(Holding(claimed.job, claimed.token, Request.from_shape(claimed.shape), ""))
+    return deque(End(Ended(claimed.job, claimed.token, Outcome.SUCCEEDED, "", left)) for claimed in taken)
+
+
+def test_locked_row_holds_back_its_own_end_alone(
+    engine: Engine, stage: Stage, holdings: Holdings, ends: PostgresEnds
+) -> None:
+    pending = ended(stage, holdings, 4)
+    jobs = [end.ended.job for end in pending]
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": jobs[1]})
+        assert ends.settle(pending, deque())
+        assert [stage.row(job).state for job in jobs] == ["succeeded", "running", "succeeded", "succeeded"]
+        assert [end.ended.job for end in pending] == holdings.jobs() == [jobs[1]]
+        assert not ends.settle(pending, deque())
+    assert ends.settle(pending, deque())
+    assert stage.row(jobs[1]).state == "succeeded"
+    assert not pending and not holdings.all()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_bad_end_holds_back_no_other(stage: Stage, holdings: Holdings, ends: PostgresEnds, first: bool) -> None:
+    pending = ended(stage, holdings, 4)
+    jobs = [end.ended.job for end in pending]
+    bad = jobs[0 if first else 2]
+    refuse(stage, f"NEW.id = '{bad}' AND NEW.outbox IS NULL AND NEW.finished_at IS NOT NULL")
+    assert ends.settle(pending, deque())
+    assert [stage.row(job).state for job in jobs] == ["succeeded"] * 4
+    assert len(set_aside(stage)) == 1
+    assert not pending and not holdings.all()
+
+
+def test_value_of_a_job_that_was_closed_without_its_worker_is_told_late(
+    stage: Stage, holdings: Holdings, ends: PostgresEnds, late: list[tuple[str, Token, str]]
+) -> None:
+    """The attempt ended itself, its worker stood still, and another worker closed it meanwhile."""
+    (end,) = pending = ended(stage, holdings, 1, left="the value")
+    with stage.engine.connect() as connection, connection.begin():
+        publisher = Publisher(end.ended.job, end.ended.token, "a-life")
+        assert fencing.commit(connection, publisher)
+        assert fencing.close(connection, end.ended.job, end.ended.token)
+    assert ends.settle(pending, deque())
+    assert late == [(end.ended.job, end.ended.token, "the value")]
+    assert not pending and not holdings.all()
