@@ -13,6 +13,7 @@ from typing import Any, Final
 import pytest
 
 from celery_capacity.routing.model.reasons import Reason
+from celery_capacity.routing.model.token import Token
 from tests.fixtures.authorities import Authority
 
 # -- who starts
@@ -221,7 +222,7 @@ def test_job_of_a_lost_worker_runs_elsewhere_or_is_lost(
     row = authority.row(job)
     assert (row.state, row.losses) == (state, losses + 1)
     authority.wake("a")
-    assert authority.end(job, worker="a", token=f"{row.epoch}.1") != "released"
+    assert authority.end(job, worker="a", token=Token(row.epoch, 1)) != "released"
     assert authority.row(job).state == state
 
 
@@ -229,7 +230,7 @@ def test_attempt_that_went_back_cannot_end_the_next_one(authority: Authority) ->
     authority.worker("a", cpus=1000)
     job = authority.submit(cpus=1000)
     authority.starts("a")
-    first = f"{authority.row(job).epoch}.1"
+    first = Token(authority.row(job).epoch, 1)
     authority.end(job, "handed_back")
     assert authority.starts("a") == [job]
     assert authority.row(job).attempt == 2

@@ -57,6 +57,7 @@ OF_NO_MODULE = {
     "contract/routing/ledger/test_full.py": "all scripts on a full server",
     "contract/routing/ledger/test_leases.py": "the right to an attempt, in all scripts",
     "contract/routing/ledger/test_script_bounds.py": "all scripts",
+    "contract/routing/ledger/test_script_costs.py": "all scripts",
     "contract/routing/ledger/test_tombstones.py": "an ended job, in all scripts",
     "contract/routing/recovery/test_clocks.py": "a clock that is set, in all of recovery",
     "contract/routing/recovery/test_late_rows.py": "a row read too early, in all of recovery",

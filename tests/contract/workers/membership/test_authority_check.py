@@ -86,7 +86,7 @@ def test_heartbeat_in_postgres_brings_an_answer(confirmation: Observed, stage: S
     assert epochs == [confirmation.epoch]
 
 
-def test_worker_that_says_that_it_lives_hears_the_same_authority_as_one_that_asks(stage: Stage) -> None:
+def test_heartbeat_answers_with_the_authority_as_a_question_does(stage: Stage) -> None:
     stage.worker("a", cpus=1000)
     assert isinstance(stage.seen.authority, Store)
     with stage.engine.connect() as connection:

@@ -72,6 +72,7 @@ def test_worker_is_filled_beside_rows_that_take_no_write(stage: Stage, puller: P
     assert sorted(puller._holdings.jobs()) == [jobs[1], jobs[3]]
 
 
+@pytest.mark.leaves("I6", because="Postgres decides, and then the ledger again, which never hears of the job")
 def test_puller_has_a_thread_only_while_postgres_decides(stage: Stage, puller: Puller) -> None:
     confirmation = puller._confirmation
     confirmation.authority, confirmation.on_authority = Store.LEDGER, puller.wake
