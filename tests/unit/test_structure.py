@@ -182,9 +182,9 @@ def test_tests_mirror_the_tree(mirror: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("mirror", MIRRORS)
-def test_folder_of_tests_holds_few_entries(mirror: str) -> None:
-    folders = [ROOT / mirror, *(path for path in (ROOT / mirror).rglob("*") if path.is_dir())]
+@pytest.mark.parametrize("group", [*MIRRORS, "tests/integration", "tests/features"])
+def test_folder_of_tests_holds_few_entries(group: str) -> None:
+    folders = [ROOT / group, *(path for path in (ROOT / group).rglob("*") if path.is_dir())]
     entries = {folder: [path for path in folder.iterdir() if path.name != "__pycache__"] for folder in folders}
     assert {str(folder): len(names) for folder, names in entries.items() if len(names) > MOST_ENTRIES} == {}
 
