@@ -14,6 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import BacklogFull
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.reasons import Refusal
 
 #: Seconds for which a process trusts a count of the backlog.
 COUNT_FOR: Final = 1.0
@@ -26,12 +27,12 @@ class BacklogLimit:
 
     A count is trusted for `COUNT_FOR` seconds. So together all processes may exceed the limit by the jobs that they
     submit within that time. `ledger` counts the waiting jobs in Redis, None where it cannot; only then `engine` is
-    called.
+    called. `ledger` gets the number of refusals that Redis has not counted yet.
     """
 
     def __init__(
         self,
-        ledger: Callable[[], int | None],
+        ledger: Callable[[int], int | None],
         engine: Callable[[], Engine],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -39,7 +40,7 @@ class BacklogLimit:
         self._engine = engine
         self._clock = clock
         self._waiting = 0
-        self._since = 0
+        self._since = self._refused = 0
         self._until = float("-inf")
 
     def check(self, limit: int) -> None:
@@ -52,13 +53,19 @@ class BacklogLimit:
             self._waiting, self._since = self._count(limit), 0
             self._until = self._clock() + COUNT_FOR
         if self._waiting >= limit:
+            self._refused += 1
             raise BacklogFull(f"{limit} jobs or more wait already", value=limit)
         self._since += 1
 
     def _count(self, limit: int) -> int:
-        waiting = self._ledger()
+        refused, self._refused = self._refused, 0
+        waiting = self._ledger(refused)
         if waiting is not None:
             return waiting
+        self._refused += refused
+        return self._count_in_postgres(limit)
+
+    def _count_in_postgres(self, limit: int) -> int:
         try:
             with self._engine().connect() as connection:
                 return waiting_in_postgres(connection, limit)
@@ -69,8 +76,11 @@ class BacklogLimit:
             raise translate(error) from error
 
 
-def waiting_in_ledger(client: redis.Redis) -> int | None:
-    """Count the waiting jobs, in two round trips; return None for a ledger that is cold or being rebuilt."""
+def waiting_in_ledger(client: redis.Redis, refused: int = 0) -> int | None:
+    """Count the waiting jobs, in two round trips; return None for a ledger that is cold or being rebuilt.
+
+    `refused`: refusals to add to the counter. A ledger for which None is returned has not counted them.
+    """
     pipe = client.pipeline(transaction=False)
     pipe.hmget(keys.EPOCH, "epoch", "rebuilding")
     pipe.zrange(keys.SHAPES, 0, MAX_SHAPES - 1)
@@ -79,7 +89,9 @@ def waiting_in_ledger(client: redis.Redis) -> int | None:
         return None
     for shape in shapes:
         pipe.zcard(keys.wait(shape.decode() if isinstance(shape, bytes) else shape))
-    return sum(pipe.execute()) if shapes else 0
+    if refused:
+        pipe.hincrby(keys.COUNTERS, Refusal.BACKLOG, refused)
+    return sum(pipe.execute()[: len(shapes)]) if shapes or refused else 0
 
 
 _WAITING: Final = text(

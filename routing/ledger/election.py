@@ -8,13 +8,16 @@ themselves (`workers.duties`), so two runners for a moment cost work and nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from sqlalchemy import Connection, text
 
 from celery_capacity.routing.ledger.connection import LedgerServer
+
+NOTHING: Final[Mapping[str, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +37,24 @@ class Elected:
 class Elections(LedgerServer):
     """The lease in the ledger. It is granted in any epoch, because its holder opens a cold ledger."""
 
-    def elect(self, caller: str, fence: int, term: float, asks: Iterable[str] = (), worker: str = "") -> Elected:
+    def elect(
+        self,
+        caller: str,
+        fence: int,
+        term: float,
+        asks: Iterable[str] = (),
+        worker: str = "",
+        counted: Mapping[str, int] = NOTHING,
+    ) -> Elected:
         """Take, renew or watch the lease for `term` seconds (0: give it back), and ask for duties.
 
-        `asks`: the duties that this caller asks the runner for. The reply also has the epoch of the ledger, and says if
-        the caller's worker has a book there.
+        `asks`: the duties that this caller asks the runner for. `counted`: numbers to add to counters, which save a
+        call of their own. The reply also has the epoch of the ledger, and says if the caller's worker has a book there.
         """
         rows = [{"duty": duty} for duty in asks]
-        reply = self._call("elect", rows, caller=caller, worker=worker, fence=fence, term=round(term * 1000))
+        values = {"caller": caller, "worker": worker, "fence": fence, "term": round(term * 1000)}
+        counts = " ".join(f"{name} {number}" for name, number in counted.items())
+        reply = self._call("elect", rows, **values, counts=counts)
         epoch, has_book = reply.number("epoch"), reply["book"] == "1"
         if reply.head != "elected":
             return Elected(0, (), epoch, has_book)

@@ -1,8 +1,11 @@
-"""Reasons why a job does not run, in one family: those of the policy, and those of the way to it."""
+"""Reasons why a job does not run, in one family: those of the policy, and those of the way to it.
+
+Reasons for which an action was refused are counted. They have a family of their own.
+"""
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
 
 
 class Reason(Enum):
@@ -62,3 +65,30 @@ class Reason(Enum):
 OF_POLICY = tuple(Reason)[: tuple(Reason).index(Reason.ABOUT_TO_START)]
 #: Reasons that an explanation of a job gives: all but the one that a search alone gives.
 EXPLAINED = tuple(reason for reason in Reason if reason is not Reason.LOOK_FURTHER)
+
+
+class Refusal(StrEnum):
+    """Reason for which an action did not happen; the value is the name of its counter."""
+
+    #: a claim of a message that is doubled, older than its job, or of no job
+    STALE_CLAIM = "stale.claim"
+    #: an end of an attempt that no longer held its job
+    STALE_RELEASE = "stale.release"
+    #: a publish by such an attempt
+    STALE_PUBLISH = "stale.publish"
+    #: a `fenced` block of such an attempt, or of a job that has ended
+    STALE_COMMIT = "stale.commit"
+    #: a job that a worker named after the ledger was lost, and that had gone elsewhere
+    STALE_ADOPT = "stale.adopt"
+    #: a submission that reached the ledger past its deadline
+    LATE = "refused.late"
+    #: a result that Redis did not take
+    RESULT = "refused.result"
+    #: a message of a newer format
+    FORMAT = "refused.format"
+    #: a message of a task that its worker has not registered
+    TASK = "refused.task"
+    #: a message that differs from the one that was pushed
+    FORGED = "refused.forged"
+    #: a submission while too many jobs wait
+    BACKLOG = "refused.backlog"

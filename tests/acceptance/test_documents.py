@@ -22,7 +22,7 @@ from celery.bin.celery import celery
 from celery_capacity import routing
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.model.reasons import EXPLAINED, Reason
+from celery_capacity.routing.model.reasons import EXPLAINED, Reason, Refusal
 from celery_capacity.workers.plugin import Lazy
 from docs.site import folders
 from tests.fixtures.processes import ROOT
@@ -159,8 +159,8 @@ def test_every_key_is_listed() -> None:
 
 
 def test_every_counter_is_explained() -> None:
-    # A cancel counts under the state that it makes. Reconcile counts in Python, and so does a refused attempt.
-    counted = {"cancelled", "expired", "drift"}
+    # A cancel counts under the state that it makes, and reconcile and duties count in Python.
+    counted = {"cancelled", "expired", "drift", "duty.DUTY.RESULT", *Refusal}
     for path in [*(ROOT / "routing").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]:
         counted |= set(re.findall(r"\b_?ledger\.count\(\"([\w.]+)\"", path.read_text(encoding="utf-8")))
     for path in (ROOT / "routing" / "lua").rglob("*.lua"):

@@ -27,11 +27,12 @@ from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.model import states
 from celery_capacity.routing.model.amounts import LABEL, labels
 from celery_capacity.routing.model.capacity import Capacity
-from celery_capacity.routing.model.reasons import OF_POLICY
+from celery_capacity.routing.model.reasons import OF_POLICY, Refusal
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy import placement
 from celery_capacity.routing.policy.placement import Admission, Book, order
+from celery_capacity.workers.runner.duty_runner import Pass
 from tests.fixtures.books import MESSAGE, open_ledger
 from tests.fixtures.cluster import ONE, Cluster
 from tests.fixtures.processes import ROOT
@@ -204,11 +205,17 @@ def test_the_steps_of_the_page_are_those_of_the_code() -> None:
 
 def test_every_counter_is_on_the_page_of_metrics() -> None:
     # A cancel counts under the state that it makes. Reconcile counts in Python, and so does a refused attempt.
-    counted = {"cancelled", "expired", "drift"}
+    counted = {"cancelled", "expired", "drift"} | {f"duty.DUTY.{result}" for result in Pass}
+    refused: set[str] = set()
     for path in [*(ROOT / "routing").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]:
-        counted |= set(re.findall(r"\b_?ledger\.count\(\"([\w.]+)\"", path.read_text(encoding="utf-8")))
+        code = path.read_text(encoding="utf-8")
+        counted |= set(re.findall(r"\b_?ledger\.count\(\"([\w.]+)\"", code))
+        refused |= {Refusal[name].value for name in re.findall(r"\bRefusal\.([A-Z_]+)\b", code)}
     for path in (ROOT / "routing" / "lua").rglob("*.lua"):
         counted |= set(re.findall(r"\bcount\('([\w.]+)'", path.read_text(encoding="utf-8")))
+    refused |= {name for name in counted if name.startswith(("stale.", "refused."))}
+    assert refused == set(Refusal), "each reason counts something, and nothing else is refused"
+    counted |= refused
     documented = [names(cells[0])[0] for cells in rows(sections(METRICS)["Counters"])]
     assert sorted(documented) == sorted(counted)
 

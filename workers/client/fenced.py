@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from celery_capacity.routing.errors import InvalidRequest, LeaseLost, PlatformError
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.store import fencing
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
@@ -97,5 +98,5 @@ def _end(session: Session, attempt: Attempt) -> None:
             f"{where} cannot end its job once more: {why}", advice="Leave one fenced() block in an attempt."
         )
     if isinstance(stores, Stores):
-        stores.sending.ask(lambda ledger: ledger.count("stale.commit"))
+        stores.sending.ask(lambda ledger: ledger.count(Refusal.STALE_COMMIT))
     raise LeaseLost(f"{where} lost its lease: {why}; what it changed is rolled back")

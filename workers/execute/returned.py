@@ -19,6 +19,7 @@ from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.message import HEADER, parse_tag
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.token import Token
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,12 @@ class ReturnedMessages:
         try:
             format_versions.check_message(carried if isinstance(carried, Mapping) else {})
         except InvalidRequest as error:
-            self._later(lambda: self._ledger.count("refused.format"))
+            self._later(lambda: self._ledger.count(Refusal.FORMAT))
             self._return(message, str(error))
             return True
         task = message.headers.get("task")
         if isinstance(task, str) and not self._knows(task):
-            self._later(lambda: self._ledger.count("refused.task"))
+            self._later(lambda: self._ledger.count(Refusal.TASK))
             self._return(message, f"this worker does not know the task {show(task)}")
             return True
         return False

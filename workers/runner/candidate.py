@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -71,6 +72,9 @@ class Candidate(LookingService):
         self._fence = 0
         self._until = 0.0
         self._asks: set[str] = set()
+        #: Names of counters to add one to, by any thread, and those that go with the next look.
+        self._counted: deque[str] = deque()
+        self._counts: Counter[str] = Counter()
         self._warning = LastingWarning(logger)
 
     def holds(self, store: Store | None = None) -> bool:
@@ -84,6 +88,10 @@ class Candidate(LookingService):
         """Have the runner do a duty soon; in any thread."""
         self._asks.add(duty)
         self._wake.set()
+
+    def count(self, what: str) -> None:
+        """Add one to a counter of the ledger, with the next look at it; in any thread."""
+        self._counted.append(what)
 
     def run(self) -> None:
         while not self._stopping:
@@ -136,11 +144,19 @@ class Candidate(LookingService):
 
     def _elect(self, asks: Sequence[str]) -> Elected:
         if self._store != Store.POSTGRES:
-            elected = self.ledger.elect(self._incarnation, self._fence, self._term, asks, self.worker)
+            elected = self._ask_ledger(self._term, asks)
             self.on_look(elected)
             return elected
         with self._engine.connect() as connection:
             return election.elect(connection, self._incarnation, self._fence, self._term)
+
+    def _ask_ledger(self, term: float, asks: Sequence[str] = ()) -> Elected:
+        """Call the script of the election, which takes the counts along. They are kept until it has answered."""
+        while self._counted:
+            self._counts[self._counted.popleft()] += 1
+        elected = self.ledger.elect(self._incarnation, self._fence, term, asks, self.worker, self._counts)
+        self._counts.clear()
+        return elected
 
     def _lost(self) -> None:
         if self._fence:
@@ -156,7 +172,7 @@ class Candidate(LookingService):
                 with self._engine.connect() as connection:
                     election.resign(connection, self._incarnation, self._fence)
             else:
-                self.ledger.elect(self._incarnation, self._fence, 0.0)
+                self._ask_ledger(0.0)
         except (PlatformError, RedisError, SQLAlchemyError) as error:
             logger.info("the lease of the runner was not given back, it runs out: %s", error)
         self._fence = 0

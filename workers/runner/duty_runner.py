@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 from celery import Celery
@@ -46,6 +47,20 @@ from celery_capacity.workers.runner.candidate import Candidate
 from celery_capacity.workers.runner.commit_listener import Listener
 
 logger = logging.getLogger(__name__)
+
+
+class Pass(StrEnum):
+    """Result of a pass of a duty; `duty.<duty>.<result>` is the name of its counter."""
+
+    #: it came to its end
+    DONE = "done"
+    #: it raised an error, and is tried again
+    FAILED = "failed"
+    #: Postgres decides, and the duty concerns the ledger alone
+    SKIPPED = "skipped"
+    #: it did not begin: the lease was lost before its turn, or a store did not answer
+    LEFT = "left"
+
 
 #: Most doublings of the pause after which a failed duty is retried. The pause is at most the duty's interval.
 MAX_DOUBLINGS: Final = 6
@@ -249,7 +264,7 @@ class Runner(OnDemandLookingService):
                 current = read_authority(connection)
             if not self.election.holds(current.authority):
                 # Another worker has the lease, or the authority changed and the other store's election is not over.
-                self._suspected |= SUSPICION in due_now
+                self._leave(due_now)
                 return
             if current.authority == Store.POSTGRES:
                 self._run_without_ledger(due_now)
@@ -260,6 +275,7 @@ class Runner(OnDemandLookingService):
             self.election.window.restart()
             for duty in due_now:
                 self._try_soon(duty)
+                self._count(duty, Pass.LEFT)
             self._say(STORES, error)
 
     def _run_with_ledger(self, due_now: list[Duty]) -> None:
@@ -268,16 +284,29 @@ class Runner(OnDemandLookingService):
         with self._stores.engine.connect() as connection:
             current = read_authority(connection)
         self._stores.ledger.epoch = current.epoch
-        for duty in due_now:
+        for number, duty in enumerate(due_now):
             if not self.election.holds(current.authority):
-                self._suspected |= SUSPICION in due_now
+                self._leave(due_now[number:])
                 return
             self._run_one(duty, duty.run)
 
     def _run_without_ledger(self, due_now: list[Duty]) -> None:
         for duty in due_now:
-            if duty.without is not None and self.election.holds(Store.POSTGRES):
+            if duty.without is None:
+                self._count(duty, Pass.SKIPPED)
+            elif self.election.holds(Store.POSTGRES):
                 self._run_one(duty, duty.without)
+            else:
+                self._count(duty, Pass.LEFT)
+
+    def _leave(self, duties: Sequence[Duty]) -> None:
+        """Leave these duties to the worker that has the lease now. A suspicion is kept until that one hears of it."""
+        self._suspected |= SUSPICION in duties
+        for duty in duties:
+            self._count(duty, Pass.LEFT)
+
+    def _count(self, duty: Duty, result: Pass) -> None:
+        self.election.count(f"duty.{duty.name}.{result}")
 
     def _run_one(self, duty: Duty, run: Callable[..., Mapping[str, int]]) -> None:
         """Run a duty. A failure concerns no other duty: this one is retried after a pause of its own."""
@@ -285,6 +314,7 @@ class Runner(OnDemandLookingService):
         try:
             totals = run(self._app, self._stores, **more)
         except Exception as error:
+            self._count(duty, Pass.FAILED)
             self._failures[duty.name] = self._failures.get(duty.name, 0) + 1
             self._try_soon(duty)
             self._say(f"duty {duty.name}", error)
@@ -292,6 +322,7 @@ class Runner(OnDemandLookingService):
             if _lies_in(RedisError if run is duty.run else SQLAlchemyError, error):
                 self.election.window.restart()
             return
+        self._count(duty, Pass.DONE)
         self._failures.pop(duty.name, None)
         self._said.pop(f"duty {duty.name}", None)
         counts = {name: number for name, number in totals.items() if number}

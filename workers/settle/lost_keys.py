@@ -16,6 +16,7 @@ from typing import Final
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.claim_writer import running
@@ -89,7 +90,7 @@ class Keyless:
             self._pause.wait(ASK_AFTER)
             return end
         if has_claim is False:
-            self._ledger.count("stale.release")
+            self._ledger.count(Refusal.STALE_RELEASE)
             return replace(end, refused=True)
         if not self._ledger.adopt(self._identity.name, self._identity.incarnation, [holding.as_adopted()]):
             logger.warning("job %s: the ledger had lost its key, and has it again", holding.job)

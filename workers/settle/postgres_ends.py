@@ -15,6 +15,7 @@ from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.states import Outcome, State, Step, Store
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import claims, dependencies, job_transitions, refused_transitions
@@ -109,7 +110,7 @@ class PostgresEnds:
         """Count in the ledger the ends that were refused while the ledger was gone."""
         stale, self.stale = self.stale, 0
         if stale:
-            ledger.count("stale.release", stale)
+            ledger.count(Refusal.STALE_RELEASE, stale)
 
     def settle(self, ends: deque[End], arrivals: deque[Any]) -> bool:
         """Write ends; unwritten ends stay pending. Return False where there was nothing that it could do."""

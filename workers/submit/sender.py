@@ -20,6 +20,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.job import Existing, Inserted, NewJob, Publisher
 from celery_capacity.routing.model.nesting import JSON
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.recovery import resubmit
 from celery_capacity.routing.store import backlog, claims
@@ -106,7 +107,7 @@ class Sender:
 
     def refuse(self, inserted: Inserted, job: NewJob, by: Publisher) -> NoReturn:
         """Raise `LeaseLost`: an attempt that lost its lease publishes nothing."""
-        self.ask(inserted, lambda ledger: ledger.count("stale.publish"))
+        self.ask(inserted, lambda ledger: ledger.count(Refusal.STALE_PUBLISH))
         raise LeaseLost(
             f"attempt {by.token.attempt} of job {by.job} lost its lease: what it publishes, {job.id} ({job.name}), is"
             " refused"
@@ -135,9 +136,9 @@ class Sender:
     def _may_ask(self) -> bool:
         return self.rows.may_ask(attempts.current())
 
-    def _waiting(self) -> int | None:
+    def _waiting(self, refused: int) -> int | None:
         """Return the number of jobs that wait in the ledger. None where it does not say."""
-        return self._stores.sending.ask(lambda ledger: backlog_limit.waiting_in_ledger(ledger.client))
+        return self._stores.sending.ask(lambda ledger: backlog_limit.waiting_in_ledger(ledger.client, refused))
 
     def _insert(self, job: NewJob, attempt: Attempt | None) -> Inserted:
         """Insert the row of a job. Raises `SameJob` where another job has its key, and as `Inserter.insert`."""

@@ -18,6 +18,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import backlog_limit
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.message import Tag
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.broker import beat_messages
 from celery_capacity.workers.process import attempts
@@ -125,6 +126,7 @@ def test_room_in_the_backlog_is_seen_within_a_second(
     now = time.monotonic() + backlog_limit.COUNT_FOR
     monkeypatch.setattr(app.amqp.job_sender._backlog, "_clock", lambda: now)
     app.send_task(ADD, [1, 2])
+    assert stage.redis.hget(keys.COUNTERS, Refusal.BACKLOG) == b"1"
 
 
 def test_a_running_attempt_is_never_refused(app: Celery, engine: Engine) -> None:

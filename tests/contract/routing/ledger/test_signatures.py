@@ -114,7 +114,7 @@ BINDINGS: Final = {
         {("ok", "w"): "True", ("ok", ""): "True", ("changed",): "False"},
     ),
     "elect": Binding(
-        lambda ledger: ledger.elect("life", 0, 5.0, ["suspicion"]),
+        lambda ledger: ledger.elect("life", 0, 5.0, ["suspicion"], "w", {"duty.due.done": 2}),
         1,
         {
             ("elected", "7", "1", "3", "suspicion"): ("Elected(fence=3, asked=('suspicion',), epoch=7, has_book=True)"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import text
 
 from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import election, keys
 from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.model.states import Store
@@ -103,6 +105,33 @@ def test_what_others_ask_for_comes_to_the_holder_once(stage: Stage) -> None:
     assert elect("c", 0, TERM, ["suspicion", "sweep"]).fence == 0
     assert set(elect("a", 1, TERM).asked) == {"suspicion", "sweep"}
     assert elect("a", 1, TERM).asked == ()
+
+
+def test_counts_go_with_a_look_at_the_lease_and_stay_while_the_ledger_is_away(
+    stage: Stage, candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate, other, *_ = candidates
+    for what in ("duty.due.done", "duty.due.done", "duty.lapse.failed"):
+        candidate.count(what)
+    with monkeypatch.context() as away:
+        away.setattr(stage.ledger, "_calls", Mock(side_effect=StoreUnavailable("by the test")))
+        with pytest.raises(StoreUnavailable):
+            candidate._stand()
+    candidate.count("duty.due.done")
+    candidate._stand()
+    candidate._stand()
+    other.count("duty.outbox.done")
+    other._stand()
+    assert not other.holds(), "a worker that does no duties counts what it does for itself"
+    candidate.count("duty.stream.left")
+    candidate._resign()
+    counters: Any = stage.redis.hgetall(keys.COUNTERS)
+    assert {name: number for name, number in counters.items() if name.startswith(b"duty.")} == {
+        b"duty.due.done": b"3",
+        b"duty.lapse.failed": b"1",
+        b"duty.outbox.done": b"1",
+        b"duty.stream.left": b"1",
+    }
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.process.stores import Stores
-from celery_capacity.workers.runner.duty_runner import DUTIES, Duty, Runner
+from celery_capacity.workers.runner.duty_runner import DUTIES, SUSPICION, Duty, Runner
 from tests.fixtures.staged import Stage
 
 
@@ -117,3 +117,31 @@ def test_what_a_runner_was_to_compare_its_successor_compares(stage: Stage, runne
     assert other.fence
     runner.election._stand()
     assert stage.ledger.elect("b-life", other.fence, term).asked == ("suspicion",)
+
+
+def test_passes_of_duties_are_counted_by_their_results(
+    stage: Stage, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any) -> dict[str, int]:
+        return {}
+
+    def fail(*_: Any) -> dict[str, int]:
+        raise RuntimeError("by the test")
+
+    def counted() -> dict[bytes, bytes]:
+        runner.election._stand()
+        counters: Any = stage.redis.hgetall(keys.COUNTERS)
+        return {name: number for name, number in counters.items() if b"duty." in name}
+
+    duties = [Duty("well", lambda _: 1.0, run), Duty("badly", lambda _: 1.0, fail, without=run)]
+    runner._run([*duties, *duties])
+    expected = {b"duty.well.done": b"2", b"duty.badly.failed": b"2"}
+    assert counted() == expected
+    runner._run_without_ledger(duties)
+    expected |= {b"duty.well.skipped": b"1", b"duty.badly.left": b"1"}
+    assert counted() == expected, "its lease is that of the ledger"
+    monkeypatch.setattr(runner.election, "_until", 0.0)
+    runner._run([*duties, SUSPICION])
+    assert runner._suspected
+    expected |= {b"duty.well.left": b"1", b"duty.badly.left": b"2", b"duty.suspicion.left": b"1"}
+    assert counted() == expected
