@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import pytest
@@ -17,7 +17,7 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from tests.contract.routing.ledger.test_script_bounds import ASIDE
 from tests.contract.routing.ledger.test_signatures import assembled
-from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
+from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW
 
 #: Jobs in the two calls that are compared, so that commands which every call gives do not count.
 FEW: Final = 8
@@ -175,12 +175,6 @@ CASES: Final[list[tuple[str, Call, Call]]] = [
 ]
 
 
-@pytest.fixture
-def ledger(redis_url: str) -> Iterator[Ledger]:
-    with open_ledger(redis_url) as ledger:
-        yield ledger
-
-
 def limits(text: str) -> set[str]:
     return set(re.findall(r"\bLIMIT\.(\w+)", text))
 
@@ -191,7 +185,7 @@ def test_each_script_with_a_cost_for_each_job_is_measured() -> None:
     }
 
 
-@pytest.mark.leaves("I6", because="strays are filed, and only looked for")
+@pytest.mark.leaves("I6", because="one case files strays, and only looks for them", sometimes=True)
 @pytest.mark.parametrize(("script", "prepare", "call"), CASES)
 def test_job_costs_no_more_commands_than_the_header_says(
     ledger: Ledger, script: str, prepare: Call, call: Call

@@ -107,7 +107,7 @@ def test_what_others_ask_for_comes_to_the_holder_once(stage: Stage) -> None:
     assert elect("a", 1, TERM).asked == ()
 
 
-def test_counts_go_with_a_look_at_the_lease_and_stay_while_the_ledger_is_away(
+def test_counts_go_with_a_look_at_the_lease_and_wait_for_the_ledger(
     stage: Stage, candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     candidate, other, *_ = candidates
