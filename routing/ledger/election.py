@@ -35,7 +35,10 @@ class Elected:
 
 
 class Elections(LedgerServer):
-    """The lease in the ledger. It is granted in any epoch, because its holder opens a cold ledger."""
+    """The lease in the ledger. It is granted in any epoch, because its holder opens a cold ledger.
+
+    A worker of another database than that of the books does not get it.
+    """
 
     def elect(
         self,
@@ -54,7 +57,7 @@ class Elections(LedgerServer):
         rows = [{"duty": duty} for duty in asks]
         values = {"caller": caller, "worker": worker, "fence": fence, "term": round(term * 1000)}
         counts = " ".join(f"{name} {number}" for name, number in counted.items())
-        reply = self._call("elect", rows, **values, counts=counts)
+        reply = self._call("elect", rows, **values, database=self.database, counts=counts)
         epoch, has_book = reply.number("epoch"), reply["book"] == "1"
         if reply.head != "elected":
             return Elected(0, (), epoch, has_book)

@@ -2,15 +2,16 @@
 -- Does: gives the lease on the duties to one worker at a time, renews it, and brings its holder the duties that others
 --   asked for. Counts what the caller counted meanwhile.
 -- KEYS: none; by name: runner, asked, epoch, book, counters
--- ARGV: caller (an incarnation), worker (its name), fence (of the caller's lease, 0: it has none), term (ms; 0: give it
---   back), counts (the name of a counter and the number to add, for each of them, with blanks between), then for each
---   duty that it asks for: duty
+-- ARGV: caller (an incarnation), worker (its name), database (of the caller, '' where it is not known), fence (of the
+--   caller's lease, 0: it has none), term (ms; 0: give it back), counts (the name of a counter and the number to add,
+--   for each of them, with blanks between), then for each duty that it asks for: duty
 -- Replies: {elected, epoch (of the ledger, 0: none), book (1: its worker has one), fence, then for each duty that was
 --   asked for: duty} | {other (has the lease, or nobody has), epoch, book}
 -- Cost: constant, a command for each duty asked for and for each counter, and at most LIMIT.shapes duties in the reply
 -- Repeat: harmless: the holder keeps its lease and its fence; each request for a duty is handed over once; counters are
 --   added to again
-local caller, worker, fence, term, counts = ARG.caller, ARG.worker, tonumber(ARG.fence), tonumber(ARG.term), ARG.counts
+local caller, worker, database = ARG.caller, ARG.worker, ARG.database
+local fence, term, counts = tonumber(ARG.fence), tonumber(ARG.term), ARG.counts
 local now = clock()
 local lease = redis.call('HMGET', KEY.runner, 'incarnation', 'fence', 'until')
 local number, over = tonumber(lease[2] or '0'), tonumber(lease[3] or '0')
@@ -27,6 +28,11 @@ if term == 0 then
   if mine then
     redis.call('HSET', KEY.runner, 'until', int(now))
   end
+  return {'other', epoch, book}
+end
+-- A worker of another database has lost its own Redis, and met these books at its address. It can do no duty for them.
+local owner = redis.call('HGET', KEY.epoch, 'database')
+if owner and database ~= '' and owner ~= database then
   return {'other', epoch, book}
 end
 -- A lease that lasts longer than the longest term was taken before the server's clock was set back: it may be taken

@@ -13,6 +13,7 @@ from sqlalchemy import text
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import election, keys
+from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.runner.candidate import Candidate
@@ -51,6 +52,20 @@ def kept(stage: Stage, request: pytest.FixtureRequest) -> Kept:
         lambda caller, fence: stage.ledger.elect(caller, fence, 0.0),
         lambda seconds: stage.redis.hincrby(keys.RUNNER, "until", round(seconds * 1000)),
     )
+
+
+def test_worker_of_another_database_gets_no_lease(stage: Stage, settings: Settings) -> None:
+    """A worker whose own Redis is gone may meet another platform's books at its address."""
+    stage.redis.hset(keys.EPOCH, "database", "ours")
+    foreign = Ledger(settings, stage.redis)
+    foreign.database = "theirs"
+    assert foreign.elect("stranger", 0, TERM).fence == 0
+    ours = Ledger(settings, stage.redis)
+    ours.database = "ours"
+    assert ours.elect("a", 0, TERM).fence == 1
+    # The lease that it took before the books were there is not renewed.
+    stage.redis.hset(keys.RUNNER, mapping={"incarnation": "stranger", "fence": 2})
+    assert foreign.elect("stranger", 2, TERM).fence == 0
 
 
 def test_one_of_all_has_the_lease_and_keeps_it(kept: Kept) -> None:
