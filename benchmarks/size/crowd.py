@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Final
@@ -22,7 +22,7 @@ from typing import Any, Final
 from sqlalchemy import Engine, text
 
 from benchmarks.size.child import Child
-from benchmarks.size.stock import MEMORY, incarnation_of, worker_name
+from benchmarks.size.stock import MEMORY, TASK, incarnation_of, worker_name
 from celery_capacity.routing.config import process_identity
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.client import Ledger
@@ -66,6 +66,11 @@ class Arrived:
         return tag
 
     @property
+    def headers(self) -> Mapping[str, Any]:
+        headers: Mapping[str, Any] = self._raw["headers"]
+        return headers
+
+    @property
     def request(self) -> Request:
         carried = self._raw["headers"].get(HEADER)
         return Request.from_shape(str(carried["shape"])) if carried else ONE_CPU
@@ -102,8 +107,9 @@ class Shared:
     `cpus`: CPUs of each worker. `hold`: seconds that a job takes; None means for ever.
     """
 
-    def __init__(self, settings: Settings, cpus: int, hold: float | None) -> None:
+    def __init__(self, settings: Settings, cpus: int, hold: float | None, tasks: Sequence[str]) -> None:
         self.settings = settings
+        self.declared = {name: {"cpus": 1} for name in tasks}
         self.capacity = Capacity.of({"cpus": cpus * 1000, "memory": MEMORY, "slots": cpus})
         self.hold = hold
         self.engine: Engine = make_engine(str(settings.database_url))
@@ -168,7 +174,7 @@ class Worker:
     def join(self) -> None:
         """Register the worker. While the ledger is cold, the heartbeat registers it as soon as the ledger is open."""
         with suppress(LedgerClosed):
-            self.membership.register(self._shared.capacity, {}, lambda: None)
+            self.membership.register(self._shared.capacity, self._shared.declared, lambda: None)
 
     def run(self) -> None:
         for thread in (self.heartbeat, self.ledger_thread, self.mailbox):
@@ -204,12 +210,20 @@ def _held(engine: Engine, worker: str) -> list[Holding]:
         return [Holding(row[0], Token(row[1], row[2]), Request.from_shape(row[3]), "", row[4], row[5]) for row in rows]
 
 
-def serve(pipe: Connection, environment: dict[str, str], first: int, count: int, cpus: int, hold: float | None) -> None:
+def serve(
+    pipe: Connection,
+    environment: dict[str, str],
+    first: int,
+    count: int,
+    cpus: int,
+    hold: float | None,
+    tasks: Sequence[str],
+) -> None:
     """Run the process: send "ready" when all are registered or wait for the ledger; answer "troubles"."""
     threading.stack_size(STACK)
     # Each of a thousand workers would log that it has registered again.
     logging.getLogger("celery_capacity.workers").setLevel(logging.ERROR)
-    shared = Shared(Settings.from_environ(environment), cpus, hold)
+    shared = Shared(Settings.from_environ(environment), cpus, hold, tasks)
     names = [worker_name(number) for number in range(first, first + count)]
     workers = [Worker(shared, name, _held(shared.engine, name)) for name in names]
     for worker in workers:
@@ -223,14 +237,24 @@ def serve(pipe: Connection, environment: dict[str, str], first: int, count: int,
 
 
 class Crowd:
-    """So many workers, with so many CPUs each, in so many processes, all ready when the constructor returns."""
+    """So many workers, with so many CPUs each, in so many processes, all ready when the constructor returns.
+
+    `tasks`: names of those that each worker says it has registered.
+    """
 
     def __init__(
-        self, environment: dict[str, str], workers: int, processes: int, *, cpus: int, hold: float | None = None
+        self,
+        environment: dict[str, str],
+        workers: int,
+        processes: int,
+        *,
+        cpus: int,
+        hold: float | None = None,
+        tasks: Sequence[str] = (TASK,),
     ) -> None:
         each = -(-workers // processes)
         self.children = [
-            Child(serve, environment, first, min(each, workers - first), cpus, hold)
+            Child(serve, environment, first, min(each, workers - first), cpus, hold, tasks)
             for first in range(0, workers, each)
         ]
         for child in self.children:

@@ -47,11 +47,14 @@ SELECT name || '-life', name, {CPUS}000, {MEMORY}, '{{"cpus": {CPUS}, "memory": 
 FROM (SELECT 'w' || lpad(n::text, 4, '0') AS name FROM generate_series(0, :workers - 1) AS n) AS named
 """)
 
+#: Name of the task of all jobs.
+TASK: Final = "bench.noop"
+
 _RUNNING: Final = text(f"""
 WITH j AS (
   INSERT INTO jobs (id, name, state, epoch, attempt, step, worker, incarnation, request, shape, queue, message,
     admitted_at, started_at)
-  SELECT gen_random_uuid()::text, 'bench.noop', 'running', 1, 1, 2, worker, worker || '-life',
+  SELECT gen_random_uuid()::text, '{TASK}', 'running', 1, 1, 2, worker, worker || '-life',
     '{{"cpus": {BUSY}, "slots": 1}}', 'cpus={BUSY}000,slots=1', 'celery', :message, now(), now()
   FROM (SELECT 'w' || lpad((n % :workers)::text, 4, '0') AS worker FROM generate_series(0, :running - 1) AS n) AS placed
   RETURNING id, worker, incarnation, admitted_at
@@ -62,17 +65,17 @@ SELECT id, 1, 1, worker, incarnation, admitted_at, admitted_at FROM j
 
 _WAITING: Final = text(f"""
 INSERT INTO jobs (id, name, state, epoch, attempt, step, request, shape, queue, message)
-SELECT gen_random_uuid()::text, 'bench.noop', 'waiting', 1, 0, 11, jsonb_build_object('cpus', cpus, 'slots', 1),
+SELECT gen_random_uuid()::text, '{TASK}', 'waiting', 1, 0, 11, jsonb_build_object('cpus', cpus, 'slots', 1),
   'cpus=' || cpus || '000,slots=1', 'celery', :message
 FROM (SELECT 1 + n % {SHAPES} AS cpus FROM generate_series(0, :waiting - 1) AS n) AS asked
 """)
 
-_FINISHED: Final = text("""
+_FINISHED: Final = text(f"""
 WITH j AS (
   INSERT INTO jobs (id, name, state, epoch, attempt, step, worker, incarnation, request, shape, queue, message,
     submitted_at, admitted_at, started_at, finished_at)
-  SELECT gen_random_uuid()::text, 'bench.noop', 'succeeded', 1, 1, 9, 'w0000', 'w0000-life',
-    '{"cpus": 1, "slots": 1}', 'cpus=1000,slots=1', 'celery', :message, at, at, at, at
+  SELECT gen_random_uuid()::text, '{TASK}', 'succeeded', 1, 1, 9, 'w0000', 'w0000-life',
+    '{{"cpus": 1, "slots": 1}}', 'cpus=1000,slots=1', 'celery', :message, at, at, at, at
   FROM (SELECT now() - make_interval(days => 40, secs => -n) AS at FROM generate_series(1, :finished) AS n) AS done
   RETURNING id, finished_at
 )

@@ -82,7 +82,6 @@ LIVES: Final[dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str, int]]] =
     "reject": (f"{TASKS}.rejects", (), {}, "task_failure", 1),
     "replaced": (f"{TASKS}.replaced", (), {}, "task_success", 1),
     "expired": (f"{TASKS}.done", (1,), {"expires": "2020-01-01T00:00:00+00:00"}, "task_revoked", 1),
-    "unknown": ("there.is.no.such.task", (), {}, "task_unknown", 1),
 }
 
 

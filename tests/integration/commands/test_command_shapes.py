@@ -92,7 +92,7 @@ def jobs(platform: Platform) -> Iterator[Mapping[str, str]]:
     for name, state in {
         **{name: name for name in ("succeeded", "failed", "cancelled", "expired", "running", "scheduled")},
         "retried": "succeeded",
-        "undeclared": "failed",
+        "undeclared": "waiting",
         "no-room": "waiting",
     }.items():
         submitter.until(ids[name], state)

@@ -187,13 +187,13 @@ def test_task_known_to_its_sender_has_its_request_before_any_worker(settings: Se
 
 def test_an_unknown_name_gets_the_default_and_the_job_says_so(submitter: Submitter) -> None:
     job = submitter.app.send_task("nobody.knows.this").id
-    row = submitter.ended(job)
+    row = submitter.until(job, "waiting")
     assert (row.request, row.declared) == ({"cpus": 1, "slots": 1}, False)
 
 
 def test_an_unknown_name_with_a_request_of_its_own_is_declared(submitter: Submitter) -> None:
     job = submitter.app.send_task("nobody.knows.this", cpus=2).id
-    row = submitter.ended(job)
+    row = submitter.until(job, "waiting")
     assert (row.request, row.declared) == ({"cpus": 2, "slots": 1}, True)
 
 

@@ -38,7 +38,7 @@ def test_a_crowd_takes_jobs_and_its_books_are_exact(
     engine: Engine, ledger: Ledger, submitter: Submitter, platform_environment: dict[str, str]
 ) -> None:
     rebuild.open_if_cold(autocommitted(engine), ledger)
-    workers = Crowd(platform_environment, 3, 2, cpus=2, hold=0.05)
+    workers = Crowd(platform_environment, 3, 2, cpus=2, hold=0.05, tasks=["tests.fixtures.tasks.add"])
     try:
         assert {as_text(name) for name in ledger.client.zrange(keys.LEASES, 0, -1)} == set(map(worker_name, range(3)))
         jobs = [submitter.send("tests.fixtures.tasks.add", 1, 2) for _ in range(30)]
