@@ -28,7 +28,6 @@ from celery_capacity.routing.ledger.replies import (
     claims,
     hand_overs,
 )
-from celery_capacity.routing.ledger.scripts import CATALOGUE_MS
 from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model.envelope import digest_of
 from celery_capacity.routing.model.request import task_text
@@ -179,7 +178,8 @@ class Ledger(Held, Elections):
         takes any. With the status `closed`, nothing is admitted before the next `renew`. Without `admit`, this caller
         admits nothing.
         """
-        catalogue = "" if tasks is None else self._keep_catalogue(tasks)
+        names = " ".join(sorted(map(task_text, tasks or ())))
+        catalogue = "" if tasks is None else hashlib.sha256(names.encode()).hexdigest()[:CATALOGUE_DIGITS]
         reply = self._counted(
             "register",
             _view_values(view),
@@ -189,27 +189,13 @@ class Ledger(Held, Elections):
             ttl=self.ttl_ms,
             capacity=capacity,
             tasks=catalogue,
+            names=names,
             status=status,
             admit="1" if admit else "0",
         )
         if reply.head == "taken":
             return Taken(reply["incarnation"], reply.number("lease_left"), reply.number("held"))
         return Filled(reply.number("admitted") + self.fill(worker, reply["cursor"]))
-
-    def _keep_catalogue(self, tasks: Collection[str]) -> str:
-        """Store the names of a worker's tasks once for all workers with the same ones; return their catalogue."""
-        names = sorted(map(task_text, tasks))
-        catalogue = hashlib.sha256("\n".join(names).encode()).hexdigest()[:CATALOGUE_DIGITS]
-
-        def keep() -> None:
-            pipe = self.client.pipeline(transaction=True)
-            # An empty name keeps the set of a worker without tasks; no task has it.
-            pipe.sadd(keys.tasks(catalogue), "", *names)
-            pipe.pexpire(keys.tasks(catalogue), CATALOGUE_MS)
-            pipe.execute()
-
-        self._guard(keep)
-        return catalogue
 
     def renew(
         self,

@@ -36,6 +36,24 @@ local function task_of(shape)
   return string.match(shape, ',([^=,]+)$')
 end
 
+-- Store the names of a catalogue's tasks, once for all workers with the same ones. An empty name, which no task has,
+-- keeps the set of a worker without tasks.
+local function keep_catalogue(catalogue, names)
+  local key = KEY.tasks .. catalogue
+  if redis.call('EXISTS', key) == 0 then
+    local some = {''}
+    for name in string.gmatch(names, '%S+') do
+      some[#some + 1] = name
+      if #some == LIMIT.batch then
+        redis.call('SADD', key, unpack(some))
+        some = {''}
+      end
+    end
+    redis.call('SADD', key, unpack(some))
+  end
+  redis.call('PEXPIRE', key, LIMIT.catalogue)
+end
+
 -- True if a worker with this catalogue of tasks has registered the task of a shape. A shape without a task is for every
 -- worker, and a worker without a catalogue, of an older release, takes every task.
 local function knows(catalogue, shape)

@@ -4,13 +4,13 @@
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, shapes,
 --   shapes_of, wait, job, unclaimed, counters, stream, kept, tasks
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), tasks (catalogue of the tasks that
---   it has registered, whose set is there; '': it takes any), status (ready, or closed until the worker has named the
---   jobs it holds and renews), admit (1: go on to admit, 0: this caller may not), counted (the sum of its jobs'
---   amounts, as a shape; '': count here), then for each field of the view: name, value
+--   it has registered; '': it takes any), names (of these tasks, with blanks between), status (ready, or closed until
+--   the worker has named the jobs it holds and renews), admit (1: go on to admit, 0: this caller may not), counted (the
+--   sum of its jobs' amounts, as a shape; '': count here), then for each field of the view: name, value
 -- Replies: {ok, admitted, cursor (of shapes)} | {taken, incarnation, lease_left (ms, negative when it ran out), held}
 --   | {many} where too much is held to be counted here | {cold} | {epoch, current}
--- Cost: a pass like that of fill, LIMIT.held jobs where the book went missing, and two commands for each index of free
---   CPUs in which the worker stands
+-- Cost: a pass like that of fill, LIMIT.held jobs where the book went missing, two commands for each index of free CPUs
+--   in which the worker stands, and one for each LIMIT.batch tasks of a new catalogue
 -- Repeat: harmless: the same incarnation keeps its allocations
 local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
 local queue, ttl, capacity, status, admit = ARG.queue, tonumber(ARG.ttl), ARG.capacity, ARG.status, ARG.admit
@@ -64,6 +64,7 @@ redis.call('HDEL', key, 'lapsed')
 if tasks == '' then
   redis.call('HDEL', key, 'tasks')
 else
+  keep_catalogue(tasks, ARG.names)
   redis.call('HSET', key, 'tasks', tasks)
 end
 redis.call('ZADD', KEY.leases, int(now + ttl), worker)

@@ -9,12 +9,12 @@ import pytest
 
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.replies import Adopted, Ended, LedgerFull
+from celery_capacity.routing.ledger.replies import Adopted, Ended, Filled, LedgerFull
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import transition_log
-from tests.fixtures.books import MOST_LOSSES, open_ledger
+from tests.fixtures.books import MOST_LOSSES, VIEW, open_ledger
 from tests.fixtures.cluster import CAPACITY, ONE, Cluster
 from tests.fixtures.installed import old_redis
 from tests.fixtures.redises import redis_server
@@ -99,6 +99,14 @@ def test_a_full_ledger_is_opened_anew(cluster: Cluster) -> None:
     cluster.ledger.finish_epoch(2)
     assert cluster.register().admitted == 0
     assert cluster.end("job", Token(1, 1)).state == "succeeded"
+
+
+def test_worker_publishes_its_tasks_to_a_full_ledger(ledger: Ledger) -> None:
+    fill_up(ledger)
+    registered = ledger.register("new", "life", "queue.new", CAPACITY, VIEW, tasks=["tasks.render"])
+    assert registered == Filled(0)
+    (catalogue,) = ledger.client.scan_iter(keys.tasks("*"))
+    assert ledger.client.smembers(catalogue) == {b"", b"tasks.render"}
 
 
 def test_the_runner_is_elected_by_a_full_ledger_too(ledger: Ledger) -> None:
