@@ -111,7 +111,7 @@ def test_what_has_ended_is_told_at_once_and_waits_for_nothing(submitter: Submitt
 
 
 def test_a_retry_is_another_attempt_and_a_revoke_an_end(submitter: Submitter) -> None:
-    again = submitter.send(AGAIN, countdown=0.3)
+    again = submitter.send(AGAIN, countdown=3)
     put_off = submitter.send(ADD, 1, 2, countdown=3600)
 
     async def follow() -> tuple[list[JobEvent], list[JobEvent]]:
