@@ -20,6 +20,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.message import HEADER, parse_tag
 from celery_capacity.routing.model.reasons import Refusal
+from celery_capacity.routing.model.request import KNOWN_EVERYWHERE
 from celery_capacity.routing.model.token import Token
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ class ReturnedMessages:
             self._return(message, str(error))
             return True
         task = message.headers.get("task")
-        if isinstance(task, str) and not self._knows(task):
+        # No catalogue says who has a task that every worker should have: such a job would come back for ever.
+        if isinstance(task, str) and not task.startswith(KNOWN_EVERYWHERE) and not self._knows(task):
             self._later(lambda: self._ledger.count(Refusal.TASK))
             self._return(message, f"this worker does not know the task {show(task)}")
             return True

@@ -89,6 +89,14 @@ def test_rows_of_unknown_tasks_wait_where_postgres_decides(platform: Platform, s
     assert {row.state for row in map(submitter.row, jobs)} <= {"accepted", "waiting"}
 
 
+def test_job_under_a_name_of_celerys_that_nobody_has_fails(platform: Platform, submitter: Submitter) -> None:
+    """No catalogue has Celery's own tasks, so the job would come back to this worker for ever."""
+    platform.worker("a", 4, "threads")
+    row = submitter.ended(submitter.send("celery.nobody_has_this", cpus=1))
+    assert (row.state, row.attempt) == ("failed", 1)
+    assert "does not know this task" in row.error
+
+
 def test_message_of_a_task_that_was_taken_away_is_handed_back(platform: Platform, submitter: Submitter) -> None:
     """The books say that a worker knows a task, and it does not: as from a release that files no tasks."""
     platform.worker("blind", 4, "threads", **BLIND)
