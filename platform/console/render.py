@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 #: Characters of an error or a name in a list.
 CUT: Final = 60
+#: Unknown tasks that `cluster` names.
+SHOWN_TASKS: Final = 5
 #: Characters of a bar, at least and at most: as many as the screen has beside the other columns.
 SHORTEST_BAR: Final = 8
 LONGEST_BAR: Final = 24
@@ -69,13 +71,7 @@ def cluster(console: Console, overview: Overview) -> None:
         _workers(console, overview.workers, resources)
     if overview.backlog:
         console.print()
-        for line in overview.backlog:
-            if line.unknown_task:
-                console.print(
-                    f"No live worker knows the task {_cut(harmless(line.unknown_task))}: start one with its code.",
-                    style="red",
-                    soft_wrap=True,
-                )
+        _unknown_tasks(console, [line.unknown_task for line in overview.backlog if line.unknown_task])
         rows = [
             (str(line.request), str(line.waiting), age(line.oldest), line.request.queue) for line in overview.backlog
         ]
@@ -93,6 +89,16 @@ def cluster(console: Console, overview: Overview) -> None:
             for entry in overview.quarantine.reasons
         ]
         table(console, ("reason", "queue", "messages", "last"), aside, right=(2,))
+
+
+def _unknown_tasks(console: Console, names: Sequence[str]) -> None:
+    """Say which tasks wait and no live worker knows: each once, and the first few."""
+    tasks = list(dict.fromkeys(names))
+    for name in tasks[:SHOWN_TASKS]:
+        text = f"No live worker knows the task {_cut(harmless(name))}: start one with its code."
+        console.print(text, style="red", soft_wrap=True)
+    if len(tasks) > SHOWN_TASKS:
+        console.print(f"The same holds for {len(tasks) - SHOWN_TASKS} more tasks.", style="red", soft_wrap=True)
 
 
 def _workers(console: Console, workers: Sequence[WorkerLine], resources: Sequence[str]) -> None:

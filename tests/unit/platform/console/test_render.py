@@ -12,6 +12,8 @@ from rich.console import Console
 from celery_capacity.platform.console import render
 from celery_capacity.routing.inspect.overview import Overview, WorkerLine
 from celery_capacity.routing.inspect.verify import INVARIANTS, Report, Verdict
+from celery_capacity.routing.inspect.waiting import BacklogLine
+from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Store
 
 
@@ -65,6 +67,17 @@ def test_off_a_terminal_there_are_neither_colours_nor_bars() -> None:
     assert "\x1b" not in output
     assert not {"█", "░"} & set(output)
     assert output.splitlines()[-1].split()[:3] == ["a", "ready", "2/4"]
+
+
+def test_cluster_names_each_unknown_task_once_and_few_of_many() -> None:
+    names = ["t0", *(f"t{number}" for number in range(render.SHOWN_TASKS + 2))]
+    backlog = tuple(BacklogLine(Request.of({"cpus": n}), 1, None, name) for n, name in enumerate(names, 1))
+    stream = io.StringIO()
+    render.cluster(Console(file=stream, width=200), Overview(Store.LEDGER, datetime.now(UTC), (), backlog))
+    shown = stream.getvalue()
+    assert shown.count("No live worker knows the task") == render.SHOWN_TASKS
+    assert shown.count("the task t0:") == 1
+    assert "The same holds for 2 more tasks." in shown
 
 
 def _report(at_rest: bool = True, **holds: bool | None) -> Report:
