@@ -212,7 +212,13 @@ def test_events_are_sent_of_every_step(platform: Platform, submitter: Submitter)
         receiver = submitter.app.events.Receiver(connection, handlers={"*": lambda event: seen.append(event["type"])})
         listener = threading.Thread(target=receiver.capture, daemon=True)
         listener.start()
-        until(lambda: seen, "the worker answers the receiver's wake-up")
+
+        def hears() -> list[str]:
+            # Redis may get the question of `capture` before its subscription: then the answer reaches nobody.
+            receiver.wakeup_workers()
+            return seen
+
+        until(hears, "the worker answers the receiver's wake-up")
         for task, arguments in ((ADD, (1, 1)), ("tests.fixtures.tasks.fail", ("x",))):
             submitter.ended(submitter.send(task, *arguments))
         until(lambda: {"task-succeeded", "task-failed"} <= set(seen), lambda: f"the events came: {seen}")
